@@ -1,0 +1,126 @@
+"""Processes: who am I, and sums and gathers that autograd understands. Nothing else asks torch.distributed.
+
+The gradient scale of the whole project is decided here and only here. Every loss of modstruct returns the
+value of the GLOBAL batch on every process. `gather` and `all_sum` have the true adjoint of the collective, so a
+backward on every process leaves, on process p, W times that process's share of the gradient of that value
+(W processes each start a backward of the same value). DeepSpeed then averages over the W processes, and the mean
+is exactly the gradient of the global value.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    return dist.get_rank() if is_distributed() else int(os.environ.get("RANK", 0))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def world_size() -> int:
+    return dist.get_world_size() if is_distributed() else int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    if is_distributed():
+        dist.barrier()
+
+
+def broadcast_object(value: object, source: int = 0) -> object:
+    """The source process's value, on every process (a plain Python object of our own, never file contents)."""
+    if not is_distributed():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=source)
+    return box[0]
+
+
+def main_first(build):
+    """Run `build` on one process of each host first, then on the others, which find what the first one made.
+
+    An error of the first process reaches all of them, so that none waits for ever.
+    """
+    error = result = None
+    if local_rank() == 0:
+        try:
+            result = build()
+        except Exception as e:  # reported by every process below
+            error = e
+    if is_distributed():
+        errors = [None] * world_size()
+        dist.all_gather_object(errors, None if error is None else f"{type(error).__name__}: {error}")
+        failed = [e for e in errors if e is not None]
+        if failed and error is None:
+            raise RuntimeError(f"another process failed first: {failed[0]}")
+    if error is not None:
+        raise error
+    return result if local_rank() == 0 else build()
+
+
+def max_over_processes(values: Tensor) -> Tensor:
+    """Elementwise maximum over the processes; no gradient. The input is left as it is."""
+    values = values.clone()
+    if is_distributed():
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """Elementwise sum over the processes; no gradient. The input is left as it is."""
+    values = values.clone()
+    if is_distributed():
+        dist.all_reduce(values)
+    return values
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor) -> Tensor:
+        ctx.rows = rows.shape[0]
+        out = rows.new_empty((world_size() * rows.shape[0], *rows.shape[1:]))
+        dist.all_gather_into_tensor(out, rows.contiguous())
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        mine = gradient.new_empty((ctx.rows, *gradient.shape[1:]))
+        dist.reduce_scatter_tensor(mine, gradient.contiguous())
+        return mine
+
+
+class _AllSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values: Tensor) -> Tensor:
+        return sum_over_processes(values)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return sum_over_processes(gradient)
+
+
+def gather(rows: Tensor) -> Tensor:
+    """(B, …) of every process -> (W B, …) on every process, in order of rank; differentiable.
+
+    Every process must bring the same number of rows.
+    """
+    return _Gather.apply(rows) if is_distributed() and world_size() > 1 else rows
+
+
+def all_sum(values: Tensor) -> Tensor:
+    """Elementwise sum over the processes, on every process; differentiable."""
+    return _AllSum.apply(values) if is_distributed() and world_size() > 1 else values
