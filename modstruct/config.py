@@ -179,9 +179,17 @@ class TextConfig:
     """Number of transformer layers."""
     heads: int = 6
     """Number of attention heads."""
+    dropout: float = 0.0
+    """Dropout of BERT; CLIP's transformer has none."""
 
     def __post_init__(self):
-        require(self.width % self.heads == 0, "model.text.heads", self.heads, f"a divisor of model.text.width = {self.width}")
+        require(0 <= self.dropout < 1, "model.text.dropout", self.dropout, "from 0 to below 1")
+        require(
+            self.width % self.heads == 0,
+            "model.text.heads",
+            self.heads,
+            f"a divisor of model.text.width = {self.width}",
+        )
 
 
 @dataclass

@@ -9,11 +9,36 @@ is exactly the gradient of the global value.
 
 from __future__ import annotations
 
+import logging
 import os
+import socket
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+def start_processes() -> None:
+    """Join the other processes of the launcher (deepspeed, torchrun, SLURM); alone if there is no launcher."""
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if "RANK" not in os.environ:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in alone.items()})
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+
+
+def device() -> torch.device:
+    """Where this process computes."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def is_distributed() -> bool:
@@ -50,6 +75,15 @@ def broadcast_object(value: object, source: int = 0) -> object:
     return box[0]
 
 
+def gather_objects(value: object) -> list:
+    """Every process's value, on every process, in order of rank (small Python objects of our own)."""
+    if not is_distributed():
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def main_first(build):
     """Run `build` on one process of each host first, then on the others, which find what the first one made.
 
@@ -61,14 +95,12 @@ def main_first(build):
             result = build()
         except Exception as e:  # reported by every process below
             error = e
-    if is_distributed():
-        errors = [None] * world_size()
-        dist.all_gather_object(errors, None if error is None else f"{type(error).__name__}: {error}")
-        failed = [e for e in errors if e is not None]
-        if failed and error is None:
-            raise RuntimeError(f"another process failed first: {failed[0]}")
+    errors = gather_objects(None if error is None else f"{type(error).__name__}: {error}")
     if error is not None:
         raise error
+    failed = [e for e in errors if e is not None]
+    if failed:
+        raise RuntimeError(f"another process failed first: {failed[0]}")
     return result if local_rank() == 0 else build()
 
 

@@ -1,0 +1,31 @@
+"""Measure a checkpoint: retrieval, zero-shot classification, structure.
+
+deepspeed launch_scripts/evaluate.py --checkpoint runs/scenes/checkpoints/step-00000800 --data.eval 'shards/{000..009}.tar'
+deepspeed launch_scripts/evaluate.py --checkpoint runs/scenes --data.zero_shot classes.yaml --out metrics.json
+"""
+
+from __future__ import annotations
+
+import sys
+
+from modstruct.cli import checkpoint_arguments, parse, recipe_parser
+
+USAGE = "deepspeed [launcher options] launch_scripts/evaluate.py --checkpoint FOLDER [--FIELD VALUE …]"
+
+
+def main() -> None:
+    parser = recipe_parser(__doc__, USAGE)
+    parser.add_argument("--checkpoint", required=True, help="A checkpoint folder, or a run's folder for its last one.")
+    parser.add_argument("--out", help="JSON file for the metrics (default: none).")
+    try:
+        recipe, options = parse(parser, checkpoint_arguments(sys.argv[1:]))
+        from modstruct.evaluation.saved_model import evaluate_checkpoint
+
+        evaluate_checkpoint(recipe, options.checkpoint, options.out)
+    except (ValueError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""Pretrain a two-tower model.
+
+deepspeed launch_scripts/pretrain.py --ds_config ds_configs/zero2.json
+deepspeed launch_scripts/pretrain.py --recipe emoji --method sep --train.seed 1 --output runs/emoji-sep
+"""
+
+from __future__ import annotations
+
+import sys
+
+from modstruct.cli import is_first_process, parse, recipe_parser
+
+USAGE = "deepspeed [launcher options] launch_scripts/pretrain.py [--recipe NAME] [--method NAME] [--FIELD VALUE …]"
+
+
+def main() -> None:
+    parser = recipe_parser(__doc__, USAGE)
+    parser.add_argument("--ds_config", default="ds_configs/zero2.json", help="DeepSpeed's JSON file.")
+    parser.add_argument("--resume", help="`latest`, `best`, or a checkpoint folder to go on from.")
+    recipe, options = parse(parser)
+    if is_first_process():
+        print("Starting; DeepSpeed compiles a small operator at its first start (about 40 s).", flush=True)
+    from modstruct.training.pretrain import pretrain  # after the parsing: --help needs no torch
+
+    try:
+        pretrain(recipe, options.ds_config, options.resume)
+    except (ValueError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""The folder format of a checkpoint: everything a run needs to go on, complete or not there.
+
+    OUTPUT/checkpoints/step-00000500/
+        weights.safetensors     float32 weights and buffers by name
+        moments.safetensors     exp_avg.NAME and exp_avg_sq.NAME
+        rng.safetensors         random state of each process
+        state.json              step, which is the position in the data too; optimizer groups, counters
+        recipe.yaml             the run's recipe
+        tokenizer/              the tokenizer
+
+Keys are names, not processes, so any number of processes and any ZeRO stage reads it. Nothing is pickled. The folder
+is written aside, synced to disk and renamed, so that a name step-… is always a whole checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from modstruct.config import refuse
+from modstruct.data.tokenizers import Tokenizer, load_tokenizer
+
+FORMAT = 1
+_COMPLETE = re.compile(r"step-(\d{8,})")
+
+
+@dataclass
+class TrainState:
+    """Where a run stands. The position in the data is `step` alone: see data/order.py."""
+
+    step: int = 0
+    """Steps done, skipped ones included."""
+    skipped_in_a_row: int = 0
+    best_recall: float | None = None
+    """Best validation R@1 so far, mean of both directions."""
+    best_step: int | None = None
+    data_fingerprint: str = ""
+    """Of the training samples, to notice that they are others at a resume."""
+
+
+@dataclass
+class Checkpoint:
+    """What a checkpoint holds, in the CPU's memory."""
+
+    weights: dict[str, Tensor]
+    """float32, by parameter and buffer name."""
+    moments: dict[str, Tensor]
+    """exp_avg.NAME and exp_avg_sq.NAME, float32."""
+    rng: dict[str, Tensor]
+    """cpu.RANK and cuda.RANK, uint8."""
+    state: TrainState
+    optimizer: dict
+    """Steps taken, settings of each group, loss scaler; and, for a reader, processes and ZeRO stage."""
+    recipe: dict
+    """The recipe as nested dictionaries."""
+
+
+def folder(output: str | Path) -> Path:
+    return Path(output) / "checkpoints"
+
+
+def step_folder(output: str | Path, step: int) -> Path:
+    return folder(output) / f"step-{step:08d}"
+
+
+def list_checkpoints(output: str | Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    found = [p for p in folder(output).glob("step-*") if _COMPLETE.fullmatch(p.name)]
+    return sorted(found, key=lambda p: int(_COMPLETE.fullmatch(p.name)[1]))
+
+
+def find(which: str, output: str | Path, option: str = "--resume") -> Path | None:
+    """The folder that `latest`, `best`, a checkpoint's or a run's path names; None for a run without one.
+
+    output: the run's folder, for `latest` and `best`. option: where `which` came from, for the error.
+    """
+    if which == "best":
+        marker = folder(output) / "best.json"
+        if not marker.is_file():
+            refuse(option, which, f"{output} has no best checkpoint; it needs data.validation")
+        return folder(output) / json.loads(marker.read_text())["checkpoint"]
+    if which == "latest" or folder(which).is_dir():
+        found = list_checkpoints(output if which == "latest" else which)
+        return found[-1] if found else None
+    if not (Path(which) / "state.json").is_file():
+        refuse(
+            option, which, "is no checkpoint; give a folder …/checkpoints/step-…, a run's folder, `latest` or `best`"
+        )
+    return Path(which)
+
+
+def write(target: Path, checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
+    """Write the folder `target`, whole or not at all. Raises OSError or SafetensorError; nothing is left behind."""
+    aside = target.with_name(f"{target.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        save_file(checkpoint.weights, aside / "weights.safetensors")
+        save_file(checkpoint.moments, aside / "moments.safetensors")
+        save_file(checkpoint.rng, aside / "rng.safetensors")
+        described = {"format": FORMAT, "train": vars(checkpoint.state), "optimizer": checkpoint.optimizer}
+        (aside / "state.json").write_text(json.dumps(described, indent=1))
+        (aside / "recipe.yaml").write_text(yaml.safe_dump(checkpoint.recipe, sort_keys=False))
+        tokenizer.save(aside / "tokenizer")
+        _sync(aside)
+        if target.exists():  # the same step again, after a resume from an earlier one
+            discard(target)
+        os.rename(aside, target)
+        _sync_folder(target.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def read(path: Path) -> Checkpoint:
+    """Read a checkpoint. Raises ValueError that names the folder if it is damaged."""
+    try:
+        described = json.loads((path / "state.json").read_text())
+        if described["format"] != FORMAT:
+            refuse("checkpoint", str(path), f"has format {described['format']}, this version reads {FORMAT}")
+        return Checkpoint(
+            weights=load_file(path / "weights.safetensors"),
+            moments=load_file(path / "moments.safetensors"),
+            rng=load_file(path / "rng.safetensors"),
+            state=TrainState(**described["train"]),
+            optimizer=described["optimizer"],
+            recipe=yaml.safe_load((path / "recipe.yaml").read_text()),
+        )
+    except (OSError, KeyError, TypeError, SafetensorError, json.JSONDecodeError) as e:
+        _damaged(path, e)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The weights alone."""
+    try:
+        return load_file(path / "weights.safetensors")
+    except (OSError, SafetensorError) as e:
+        _damaged(path, e)
+
+
+def _damaged(path: Path, error: Exception) -> None:
+    refuse("checkpoint", str(path), f"is damaged ({error}); use another folder of {path.parent}")
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    return load_tokenizer(path / "tokenizer")
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    """A checkpoint's weights and buffers into the model. path: for the error if they belong to another one."""
+    expected = model.state_dict()
+    missing, extra = expected.keys() - weights.keys(), weights.keys() - expected.keys()
+    shapes = [n for n in expected.keys() & weights.keys() if expected[n].shape != weights[n].shape]
+    if missing or extra or shapes:
+        names = sorted([*missing, *extra, *shapes])
+        refuse("checkpoint", str(path), f"belongs to another model; they differ in {', '.join(names[:5])}")
+    model.load_state_dict(weights)
+
+
+def mark_best(path: Path, recall: float) -> None:
+    """Note that `path` is the best checkpoint of its run so far."""
+    marker = path.with_name("best.json")
+    aside = marker.with_suffix(".part")
+    aside.write_text(json.dumps({"checkpoint": path.name, "recall_at_1": recall}))
+    os.replace(aside, marker)
+
+
+def remove_old(output: str | Path, keep_last: int) -> None:
+    """Remove all but the last `keep_last` checkpoints and the best."""
+    marker = folder(output) / "best.json"
+    best = json.loads(marker.read_text())["checkpoint"] if marker.is_file() else None
+    for path in list_checkpoints(output)[:-keep_last]:
+        if path.name != best:
+            discard(path)
+
+
+def clean(output: str | Path) -> None:
+    """Remove what a killed run left half written or half removed."""
+    for suffix in ("*.part", "*.old"):
+        for path in folder(output).glob(suffix):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def discard(path: Path) -> None:
+    """Remove a checkpoint."""
+    # Renamed first: a kill in the middle must not leave a damaged folder under a whole one's name.
+    old = path.with_name(f"{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    os.rename(path, old)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    for file in path.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as f:
+                os.fsync(f.fileno())
+    _sync_folder(path)
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""What is read: shards, views, tokenizers and the built-in scenes."""

@@ -1,0 +1,69 @@
+"""The two views of a pair: the plain one that embeddings are made of, and the augmented one.
+
+Everything random about a view comes from one integer seed, which `sample_seed` makes from (seed, epoch, sample): the
+same view on every process, in every loader worker, before and after a resume.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+from PIL.Image import Image
+from torch import Tensor
+
+from modstruct.config import ViewsConfig
+from modstruct.data.image_views import ImageViews
+from modstruct.data.text_views import EasyDataAugmentation
+
+BITS = 63  # a seed must fit the signed 64-bit integers of torch and numpy
+MASK = (1 << BITS) - 1
+
+
+class Views:
+    """Makes the plain, the augmented and the evaluation view of pictures and captions; pickles to loader workers.
+
+    Pictures are PIL images of any size and mode, views are uint8 tensors (3, image_size, image_size).
+    """
+
+    def __init__(self, config: ViewsConfig, image_size: int):
+        """image_size: side of the square view, in pixels. Raises ValueError if WordNet is asked for and missing."""
+        self.image_size = image_size
+        self._images = ImageViews(config, image_size)
+        self._texts = EasyDataAugmentation(config.eda_rate, synonyms=config.eda_synonyms)
+
+    def plain_image(self, image: Image, seed: int) -> Tensor:
+        """The view of `views.plain`: the centre, or a random crop and flip drawn from seed."""
+        return self._images.plain(image, seed)
+
+    def augmented_image(self, image: Image, seed: int) -> Tensor:
+        """A random crop, a flip and AutoAugment, as the recipe says, drawn from seed."""
+        return self._images.augmented(image, seed)
+
+    def evaluation_image(self, image: Image) -> Tensor:
+        """The centre of the picture, whatever `views.plain` says."""
+        return self._images.evaluation(image)
+
+    def plain_text(self, text: str) -> str:
+        """The caption as it is."""
+        return text
+
+    def augmented_text(self, text: str, seed: int) -> str:
+        """The caption after one operation of EDA, drawn from seed."""
+        return self._texts(text, seed)
+
+
+def sample_seed(seed: int, epoch: int, sample: int, salt: int | str) -> int:
+    """The seed of one draw for one sample: an integer in [0, 2**63), the same on every machine.
+
+    salt tells the draws of one sample apart ("image", "text"). Each step of the chain is a bijection of 63-bit integers
+    (the finisher of splitmix64, Steele et al. 2014, in 63 bits), so two calls that differ in one integer never collide.
+    """
+    if isinstance(salt, str):
+        salt = int.from_bytes(hashlib.blake2b(salt.encode(), digest_size=8).digest())
+    state = 0
+    for part in (seed, epoch, sample, salt):
+        state = (state + 0x1E3779B97F4A7C15 + part) & MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & MASK
+        state ^= state >> 31
+    return state

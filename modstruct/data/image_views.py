@@ -1,0 +1,119 @@
+"""Views of pictures: centre crop, random crop and flip, AutoAugment; PIL images in, uint8 tensors out."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
+
+from modstruct.config import ViewsConfig, require
+
+ASPECT_RATIOS = (3 / 4, 4 / 3)  # of a random crop, as in Inception's and torchvision's RandomResizedCrop
+CROP_ATTEMPTS = 10
+
+
+class ImageViews:
+    """The views of one picture; see `modstruct.data.augment.Views`."""
+
+    def __init__(self, config: ViewsConfig, image_size: int):
+        require(image_size >= 1, "model.vision.image_size", image_size, "at least 1 pixel")
+        self.size = image_size
+        self._plain_is_random = config.plain == "crop_flip"
+        self._crop_scale = config.crop_scale
+        self._flip = config.flip
+        self._auto_augment = v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET) if config.auto_augment else None
+
+    def plain(self, image: Image.Image, seed: int) -> Tensor:
+        if not self._plain_is_random:
+            return self.evaluation(image)
+        return _to_tensor(self._crop_and_flip(_rgb(image), random.Random(seed)))
+
+    def augmented(self, image: Image.Image, seed: int) -> Tensor:
+        generator = random.Random(seed)
+        image = self._crop_and_flip(_rgb(image), generator)
+        if self._auto_augment is not None:
+            with _torch_seeded(generator.getrandbits(63)):
+                image = self._auto_augment(image)
+        return _to_tensor(image)
+
+    def evaluation(self, image: Image.Image) -> Tensor:
+        return _to_tensor(centre_crop(_rgb(image), self.size))
+
+    def _crop_and_flip(self, image: Image.Image, generator: random.Random) -> Image.Image:
+        left, top, width, height = random_crop_box(*image.size, self._crop_scale, generator)
+        box = (left, top, left + width, top + height)
+        image = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box)
+        if self._flip and generator.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return image
+
+
+def centre_crop(image: Image.Image, size: int) -> Image.Image:
+    """The picture with its shorter side resized to size (bicubic, antialiased), its centre (size, size) cut out.
+
+    The same as torchvision's Resize and CenterCrop but for rounding, and only the pixels that are kept are computed: a
+    picture of 1 x 100,000 pixels is never blown up.
+    """
+    if image.size == (size, size):
+        return image
+    shorter = min(image.size)
+    box: list[float] = []
+    for side in image.size:
+        resized = size * side // shorter
+        start = round((resized - size) / 2) * side / resized
+        box.append((start, min(start + size * side / resized, side)))
+    (left, right), (top, bottom) = box
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
+
+
+def random_crop_box(
+    width: int, height: int, scale: tuple[float, float], generator: random.Random
+) -> tuple[int, int, int, int]:
+    """Left, top, width and height, in pixels, of a random crop of a picture (Szegedy et al. 2015).
+
+    The crop's share of the area is uniform in scale, its aspect ratio log-uniform in 3/4 to 4/3. Where no such
+    crop fits, it is the largest centred one whose aspect ratio lies in that range.
+    """
+    low, high = (math.log(ratio) for ratio in ASPECT_RATIOS)
+    for _ in range(CROP_ATTEMPTS):
+        area = width * height * generator.uniform(*scale)
+        aspect = math.exp(generator.uniform(low, high))
+        crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            left = generator.randint(0, width - crop_width)
+            top = generator.randint(0, height - crop_height)
+            return left, top, crop_width, crop_height
+    crop_width = max(1, min(width, round(height * ASPECT_RATIOS[1])))
+    crop_height = max(1, min(height, round(width / ASPECT_RATIOS[0])))
+    return (width - crop_width) // 2, (height - crop_height) // 2, crop_width, crop_height
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _to_tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())  # (3, H, W)
+
+
+@contextmanager
+def _torch_seeded(seed: int) -> Iterator[None]:
+    """Seed torch's generator of the CPU, which AutoAugment draws from, and put it back afterwards.
+
+    Not torch.random.fork_rng: that takes 50 times as long, and torch.manual_seed reseeds the GPUs as well. No other
+    thread of this process may draw meanwhile.
+    """
+    generator = torch.default_generator
+    state = generator.get_state()
+    generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        generator.set_state(state)

@@ -1,0 +1,179 @@
+"""Training batches: step s -> this process's rows of the global batch of step s."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from modstruct import distributed
+from modstruct.config import DataConfig, refuse, require
+from modstruct.data.augment import Views, sample_seed
+from modstruct.data.faults import BadSample, TooManyBadSamples
+from modstruct.data.order import SampleOrder
+from modstruct.data.pictures import decode_picture
+from modstruct.data.reader import RawSample, ShardReader
+from modstruct.data.samples import Samples
+from modstruct.data.sources import is_pipe
+from modstruct.data.tokenizers import Tokenizer
+from modstruct.data.workers import WorkerLoader, require_shared_memory
+
+# In a source of which nine tenths are bad, 200 substitutes in a row fail once in 10^9 slots.
+SUBSTITUTES = 200
+
+
+@dataclass
+class TrainBatch:
+    """One process's rows of one step, and what went wrong on the way."""
+
+    tensors: dict[str, Tensor]
+    """image uint8 (B, 3, H, W), text int64 (B, L), and image_augmented, text_augmented likewise where asked for."""
+    faults: list[tuple[str, str]] = field(default_factory=list)
+    """(cause, where) of each bad sample that a substitute stands for."""
+    tried: int = 0
+    """Samples read, substitutes included."""
+
+    def pin_memory(self) -> TrainBatch:
+        """Called by the DataLoader for a copy that travels to the GPU on its own."""
+        return TrainBatch({name: rows.pin_memory() for name, rows in self.tensors.items()}, self.faults, self.tried)
+
+
+class LocalBatches(Dataset):
+    """Map from a step to a TrainBatch.
+
+    Row r of the global batch of step s is slot s * global_batch + r of `order`; process p of W has the rows
+    [p B / W, (p + 1) B / W). augmented: which of "image_augmented" and "text_augmented" to make. seed: of the views.
+    """
+
+    def __init__(
+        self,
+        reader: ShardReader,
+        order: SampleOrder,
+        views: Views,
+        tokenizer: Tokenizer,
+        augmented: Collection[str],
+        max_image_pixels: int,
+        global_batch: int,
+        seed: int,
+        process: int,
+        processes: int,
+    ):
+        require(
+            global_batch % processes == 0,
+            "train.global_batch",
+            global_batch,
+            f"must be a multiple of the {processes} processes, such as {max(global_batch // processes, 1) * processes}",
+        )
+        self.reader, self.order = reader, order
+        self.views, self.tokenizer = views, tokenizer
+        self.augmented = frozenset(augmented)
+        self.max_image_pixels = max_image_pixels
+        self.global_batch, self.rows = global_batch, global_batch // processes
+        self.first_row = process * self.rows
+        self.seed = seed
+
+    def __getitem__(self, step: int) -> TrainBatch:
+        slots = step * self.global_batch + self.first_row + np.arange(self.rows)
+        _, epochs, samples = self.order.locate(slots)
+        batch = TrainBatch({})
+        places = zip(slots.tolist(), epochs.tolist(), samples.tolist(), strict=True)
+        views = [self._views(*place, batch) for place in places]
+        for name in views[0]:
+            column = [view[name] for view in views]
+            batch.tensors[name] = torch.stack(column) if name.startswith("image") else self.tokenizer(column)
+        return batch
+
+    def _views(self, slot: int, epoch: int, sample: int, batch: TrainBatch) -> dict[str, Tensor | str]:
+        """Views of a slot's sample, or of its first good substitute; the bad ones are noted in the batch."""
+        for attempt in range(1, SUBSTITUTES + 2):
+            batch.tried += 1
+            try:
+                return self._sample_views(self.reader.read(sample), epoch, sample)
+            except BadSample as bad:
+                batch.faults.append((bad.cause, bad.where))
+            _, epoch, sample = self.order.substitute(slot, attempt)
+        raise TooManyBadSamples(
+            f"{SUBSTITUTES + 1} samples in a row cannot be used, the last: {': '.join(batch.faults[-1])}; "
+            "repair the shards"
+        )
+
+    def _sample_views(self, raw: RawSample, epoch: int, sample: int) -> dict[str, Tensor | str]:
+        picture = decode_picture(raw.image, self.max_image_pixels, raw.where)
+
+        def seed(salt: str) -> int:
+            return sample_seed(self.seed, epoch, sample, salt)
+
+        views = {
+            "image": self.views.plain_image(picture, seed("image")),
+            "text": self.views.plain_text(raw.caption),
+        }
+        if "image_augmented" in self.augmented:
+            views["image_augmented"] = self.views.augmented_image(picture, seed("image_augmented"))
+        if "text_augmented" in self.augmented:
+            views["text_augmented"] = self.views.augmented_text(raw.caption, seed("text_augmented"))
+        return views
+
+
+def train_order(samples: Samples, config: DataConfig, seed: int) -> SampleOrder:
+    """The order that data.shuffle_block, data.shuffle_window, the sources' weights and train.seed make."""
+    return SampleOrder(samples.shard_sizes(), seed, config.shuffle_block, config.shuffle_window, samples.weights)
+
+
+def train_loader(
+    samples: Samples,
+    config: DataConfig,
+    views: Views,
+    tokenizer: Tokenizer,
+    augmented: Collection[str],
+    *,
+    global_batch: int,
+    seed: int,
+    start_step: int,
+    stop_step: int,
+    process: int | None = None,
+    processes: int | None = None,
+) -> WorkerLoader:
+    """Loader of the TrainBatches of the steps start_step … stop_step - 1; any start is as quick as the first.
+
+    augmented: the subset of {"image_augmented", "text_augmented"} that the losses need. process, processes: rank of
+    this process and their number, by default those of torch.distributed. Raises ValueError if global_batch is no
+    multiple of the number of processes, if pipes do not fit their cache, or if batches do not fit the shared memory.
+    """
+    _require_pipe_room(samples, config)
+    dataset = LocalBatches(
+        reader=ShardReader(samples, config),
+        order=train_order(samples, config, seed),
+        views=views,
+        tokenizer=tokenizer,
+        augmented=augmented,
+        max_image_pixels=config.max_image_pixels,
+        global_batch=global_batch,
+        seed=seed,
+        process=distributed.rank() if process is None else process,
+        processes=distributed.world_size() if processes is None else processes,
+    )
+    image_bytes = 3 * views.image_size**2 * (1 + ("image_augmented" in augmented))
+    require_shared_memory(dataset.rows * image_bytes, config.workers)
+    return WorkerLoader(dataset, range(start_step, stop_step), config.workers, pin_memory=torch.cuda.is_available())
+
+
+def _require_pipe_room(samples: Samples, config: DataConfig) -> None:
+    """Refuse a pipe cache that shuffled reading would empty and fill again all the time."""
+    piped = np.array([is_pipe(shard) for shard in samples.shards])
+    counts = np.diff(samples.shard_starts)
+    sizes = samples.size_bytes[piped]
+    if len(sizes) and config.shuffle_block >= counts[piped].max():
+        # Blocks are whole shards: one window of them is read at a time, and the next one begun.
+        sizes = np.sort(sizes)[-2 * config.shuffle_window :]
+    needed_gib = float(sizes.sum()) / 2**30
+    if needed_gib > config.pipe_cache_gib:
+        refuse(
+            "data.pipe_cache_gib",
+            config.pipe_cache_gib,
+            f"the pipe: shards that shuffling reads side by side take {needed_gib:.3g} GiB; give as much, or have "
+            f"whole shards read in turn: data.shuffle_block: {counts[piped].max()} and a small data.shuffle_window",
+        )

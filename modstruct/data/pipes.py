@@ -1,0 +1,97 @@
+"""Shards of `pipe:` sources: the command's output is spooled once per host, then read like any file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from modstruct.data.files import locked, written_aside
+from modstruct.data.sources import PIPE
+
+ATTEMPTS = 3
+PAUSE_SECONDS = 1.0
+
+
+class PipeFailed(OSError):
+    """The command of a pipe: shard did not deliver the shard."""
+
+
+class PipeCache:
+    """Spooled shards in one folder, shared by the processes of a host.
+
+    folder: where they lie. limit_bytes: what they may take together; beyond it those unused for longest go first (the
+    newest always stays, however large). A file that is open stays readable after its removal.
+    """
+
+    def __init__(self, folder: Path, limit_bytes: float):
+        self.folder = folder
+        self.limit_bytes = limit_bytes
+        self._failed: dict[str, str] = {}
+
+    def open(self, shard: str, size_bytes: int | None = None) -> int:
+        """File descriptor of a spooled `pipe:` shard, running its command if it is not there.
+
+        size_bytes: what the shard measured when it was indexed, if it was. Raises PipeFailed if the command fails three
+        times or delivers another size; the same shard then fails at once for the life of this object, so that an
+        unreachable store does not cost minutes a sample.
+        """
+        if shard in self._failed:
+            raise PipeFailed(self._failed[shard])
+        path = self.path(shard)
+        while True:
+            try:
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                self._spool(shard, path, size_bytes)  # and open again: another process may have made room meanwhile
+                continue
+            with suppress(OSError):
+                os.utime(path)  # last use, by which room is made
+            return descriptor
+
+    def path(self, shard: str) -> Path:
+        return self.folder / f"{hashlib.blake2b(shard.encode(), digest_size=16).hexdigest()}.tar"
+
+    def _spool(self, shard: str, path: Path, size_bytes: int | None) -> None:
+        with locked(path.with_suffix(".lock")):
+            if path.exists():
+                return
+            for attempt in range(ATTEMPTS):
+                time.sleep(PAUSE_SECONDS * (4**attempt - 1) / 3)  # 0, 1 and 5 seconds
+                try:
+                    _run(shard, path, size_bytes)
+                    break
+                except PipeFailed as error:
+                    if attempt == ATTEMPTS - 1:
+                        self._failed[shard] = str(error)
+                        raise
+            self._make_room(keep=path)
+
+    def _make_room(self, keep: Path) -> None:
+        spooled = []
+        for path in self.folder.glob("*.tar"):
+            with suppress(FileNotFoundError):
+                status = path.stat()
+                spooled.append((path != keep, -status.st_mtime_ns, status.st_size, path))
+        taken = 0
+        for removable, _, size, path in sorted(spooled):  # the one to keep, then from the newest to the oldest
+            taken += size
+            if removable and taken > self.limit_bytes:
+                path.unlink(missing_ok=True)
+
+
+def _run(shard: str, path: Path, size_bytes: int | None) -> None:
+    command = shard[len(PIPE) :]
+    with written_aside(path) as file, tempfile.TemporaryFile() as errors:
+        done = subprocess.run(command, shell=True, stdin=subprocess.DEVNULL, stdout=file, stderr=errors)
+        written = os.fstat(file.fileno()).st_size
+        if done.returncode != 0:
+            errors.seek(0)
+            said = errors.read(65536).decode("utf-8", "replace").strip().splitlines()
+            raise PipeFailed(f"exit status {done.returncode}" + (f": {said[-1][:200]}" if said else ""))
+        if size_bytes is not None and written != size_bytes:
+            raise PipeFailed(f"{written} bytes came, {size_bytes} were there when it was indexed")

@@ -1,0 +1,175 @@
+"""Samples out of shards: bytes by position, never by name, and nothing but text, JSON and pictures."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from modstruct.config import DataConfig
+from modstruct.data.faults import BadSample
+from modstruct.data.index import BLOCK_BYTES, printable, split_name
+from modstruct.data.pipes import PipeCache, PipeFailed
+from modstruct.data.samples import Samples
+from modstruct.data.sources import is_pipe
+
+# Shards a process keeps open; a window of shuffled blocks may reach into a thousand.
+OPEN_SHARDS = 256
+
+
+@dataclass
+class RawSample:
+    """One sample as it lies in the shard, its texts decoded and its picture not."""
+
+    key: str
+    """Name of its members without the extension."""
+    image: bytes
+    """JPEG, PNG or WebP."""
+    caption: str
+    """Stripped, never empty."""
+    metadata: dict
+    """Content of KEY.json; empty if there is none."""
+    where: str = ""
+    """Shard and member, for messages."""
+
+    @property
+    def captions(self) -> list[str]:
+        """All captions of the picture: "captions" of the metadata where it is a list of texts, else the one caption."""
+        several = self.metadata.get("captions")
+        if isinstance(several, list):
+            stripped = [caption.strip() for caption in several if isinstance(caption, str) and caption.strip()]
+            if stripped:
+                return stripped
+        return [self.caption]
+
+
+class ShardReader:
+    """Reads any sample of `samples` by number. Shards are opened at first use, in the process that uses them.
+
+    Can be sent to another process, which opens its own.
+    """
+
+    def __init__(self, samples: Samples, config: DataConfig):
+        self.samples = samples
+        self.pipes = pipe_cache(config)
+        self._open: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, least recently used first
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_open": OrderedDict()}
+
+    def __del__(self):
+        self.close()
+
+    def close(self) -> None:
+        """Close the shards that are open; they are opened again when needed."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def read(self, sample: int) -> RawSample:
+        """The sample of this number. Raises BadSample."""
+        shard = self.samples.shard_of(sample)
+        row = self.samples.rows[sample]
+        header_bytes = int(row["header_blocks"]) * BLOCK_BYTES
+        # Header and picture lie next to each other: one read fetches both.
+        start = int(row["image_block"]) * BLOCK_BYTES - header_bytes
+        both = self._bytes(shard, sample, start, header_bytes + int(row["image_bytes"]))
+        name = _member_name(both[:header_bytes])
+        if name is None:  # a pipe: command may deliver other content of the same length
+            raise BadSample("shard changed since it was indexed", self._place(shard, sample))
+        where = f"{self.samples.shards[shard]}: {printable(name)}"
+        caption = self._text(shard, sample, row, where)
+        metadata = {}
+        if row["metadata_bytes"]:
+            content = self._bytes(shard, sample, int(row["metadata_block"]) * BLOCK_BYTES, int(row["metadata_bytes"]))
+            metadata = _metadata(content, where)
+        return RawSample(printable(split_name(name)[0]), both[header_bytes:], caption, metadata, where)
+
+    def caption(self, sample: int) -> str:
+        """The caption alone, without reading the picture. Raises BadSample."""
+        shard = self.samples.shard_of(sample)
+        return self._text(shard, sample, self.samples.rows[sample], self._place(shard, sample))
+
+    def _text(self, shard: int, sample: int, row: np.void, where: str) -> str:
+        content = self._bytes(shard, sample, int(row["text_block"]) * BLOCK_BYTES, int(row["text_bytes"]))
+        try:
+            caption = content.decode("utf-8-sig").strip()
+        except UnicodeDecodeError:
+            raise BadSample("undecodable text", where) from None
+        if not caption:
+            raise BadSample("empty caption", where)
+        return caption
+
+    def _bytes(self, shard: int, sample: int, start: int, size: int) -> bytes:
+        try:
+            content = os.pread(self._descriptor(shard, sample), size, start)
+        except OSError as error:
+            raise BadSample("unreadable shard", f"{self._place(shard, sample)}: {error.strerror or error}") from None
+        if len(content) < size:
+            raise BadSample("truncated shard", self._place(shard, sample))
+        return content
+
+    def _descriptor(self, shard: int, sample: int) -> int:
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
+        name = self.samples.shards[shard]
+        if is_pipe(name):
+            try:
+                descriptor = self.pipes.open(name, int(self.samples.size_bytes[shard]))
+            except PipeFailed as error:
+                raise BadSample("failed pipe", f"{self._place(shard, sample)}: {error}") from None
+        else:
+            descriptor = self._open_file(shard, sample)
+        while len(self._open) >= OPEN_SHARDS:
+            os.close(self._open.popitem(last=False)[1])
+        self._open[shard] = descriptor
+        return descriptor
+
+    def _open_file(self, shard: int, sample: int) -> int:
+        try:
+            descriptor = os.open(self.samples.shards[shard], os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise BadSample("missing shard", self._place(shard, sample)) from None
+        status = os.fstat(descriptor)
+        indexed = (self.samples.size_bytes[shard], self.samples.modified_ns[shard])
+        if (status.st_size, status.st_mtime_ns) != indexed:
+            os.close(descriptor)
+            # The positions in the index mean nothing in another file.
+            raise BadSample("shard changed since it was indexed", self._place(shard, sample))
+        return descriptor
+
+    def _place(self, shard: int, sample: int) -> str:
+        return f"{self.samples.shards[shard]}: sample {sample - int(self.samples.shard_starts[shard])}"
+
+
+def pipe_cache(config: DataConfig) -> PipeCache:
+    """The spooled pipes of a host."""
+    return PipeCache(Path(config.cache).expanduser() / "pipes", config.pipe_cache_gib * 2**30)
+
+
+def _member_name(header: bytes) -> str | None:
+    """Name of the one member whose tar header, long-name blocks included, this is; None if it is no header."""
+    try:
+        if len(header) == BLOCK_BYTES:
+            return tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
+        with tarfile.open(fileobj=io.BytesIO(header), mode="r:") as tar:
+            member = tar.next()
+            return None if member is None else member.name
+    except (tarfile.TarError, ValueError):
+        return None
+
+
+def _metadata(content: bytes, where: str) -> dict:
+    try:
+        metadata = json.loads(content)
+    except (ValueError, RecursionError):
+        raise BadSample("malformed metadata", where) from None
+    if not isinstance(metadata, dict):
+        raise BadSample("malformed metadata", where)
+    return metadata

@@ -1,0 +1,81 @@
+"""All data of one run, found, checked and indexed: what the recipe's `data`, `tokenizer` and `views` sections say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from modstruct.config import DataConfig, Recipe
+from modstruct.data.augment import Views
+from modstruct.data.evaluation_samples import EvaluationSamples, train_captions
+from modstruct.data.samples import Samples, open_samples
+from modstruct.data.scenes import ensure_scenes
+from modstruct.data.sources import as_sources
+from modstruct.data.tokenizers import Tokenizer, build_tokenizer
+from modstruct.distributed import is_main, main_first
+
+BUILT_IN = "scenes"
+TOKENIZER_CAPTIONS = 1_000_000
+"""Captions that a sentencepiece tokenizer is trained on at most."""
+
+
+@dataclass
+class RunData:
+    """Sources, views and tokenizer of a run."""
+
+    views: Views
+    train: Samples | None
+    validation: EvaluationSamples | None
+    eval: EvaluationSamples | None
+    zero_shot: str | None
+    """Class file."""
+    tokenizer: Tokenizer
+
+
+def open_run_data(
+    recipe: Recipe, image_size: int, tokenizer: Tokenizer | None = None, training: bool = True
+) -> RunData:
+    """Open every source of the recipe; every process calls it.
+
+    image_size: side in pixels that the image tower takes. tokenizer: a checkpoint's; None builds the recipe's.
+    training: False leaves out data.train and data.validation. Raises ValueError naming the field that is wrong.
+    """
+
+    def build() -> RunData:
+        config = _with_scenes(recipe.data, image_size)
+        say = is_main()
+        train = open_samples(as_sources(config.train), config, "data.train", say) if training else None
+
+        def evaluation(name: str, source: str | None) -> EvaluationSamples | None:
+            return None if source is None else EvaluationSamples(as_sources(source), config, name, say)
+
+        return RunData(
+            views=Views(recipe.views, image_size),
+            train=train,
+            validation=evaluation("data.validation", config.validation) if training else None,
+            eval=evaluation("data.eval", config.eval),
+            zero_shot=config.zero_shot,
+            tokenizer=tokenizer or _tokenizer(recipe, train),
+        )
+
+    return main_first(build)
+
+
+def _with_scenes(config: DataConfig, image_size: int) -> DataConfig:
+    """The same with every `scenes` replaced by the built-in files, written first if need be."""
+    if BUILT_IN not in (config.train, config.validation, config.eval, config.zero_shot):
+        return config
+    scenes = ensure_scenes(config.scenes, config.cache, image_size)
+    files = {
+        "train": scenes.train,
+        "validation": scenes.validation,
+        "eval": scenes.test,
+        "zero_shot": scenes.zero_shot,
+    }
+    return replace(config, **{name: file for name, file in files.items() if getattr(config, name) == BUILT_IN})
+
+
+def _tokenizer(recipe: Recipe, train: Samples) -> Tokenizer:
+    def captions():
+        return train_captions(train, recipe.data, TOKENIZER_CAPTIONS)
+
+    return build_tokenizer(recipe.tokenizer, captions, recipe.data.cache, train.fingerprint)

@@ -1,0 +1,98 @@
+"""The built-in data: pictures of scenes with captions, written once into the cache and then read like anyone's shards.
+
+A scene's factors are drawn in scene_factors.py, split in scene_splits.py, worded in scene_captions.py, drawn in
+scene_drawing.py and written in scene_shards.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from modstruct.config import ScenesConfig, refuse, require
+from modstruct.data.files import locked
+from modstruct.data.scene_shards import shard_pattern, split_size, write_scenes
+from modstruct.data.scene_splits import SPLITS
+
+# Part of the folder's name: raise it when the same configuration would give other pictures, captions or factors.
+GENERATOR_VERSION = 1
+SMALLEST_IMAGE = 16
+PATTERN_CHARACTERS = "{}[]*?"
+
+
+@dataclass(frozen=True)
+class ScenesPaths:
+    """Where the built-in data lies: a file or brace pattern of shards for each split, and the zero-shot class file."""
+
+    train: str
+    validation: str
+    test: str
+    zero_shot: str
+
+
+def scenes_folder(config: ScenesConfig, cache: Path, image_size: int) -> Path:
+    """The folder of exactly these scenes: its name holds a hash of all that decides them."""
+    decisive = json.dumps({"version": GENERATOR_VERSION, "image_size": image_size} | asdict(config), sort_keys=True)
+    return cache / f"scenes-{image_size}px-{hashlib.sha256(decisive.encode()).hexdigest()[:12]}"
+
+
+def ensure_scenes(config: ScenesConfig, cache: Path | str, image_size: int) -> ScenesPaths:
+    """Paths of the built-in shards, which are drawn and written first if the cache does not hold them (about 30 s).
+
+    image_size: side of the pictures in pixels. The folder is complete or not there: it is written under another name,
+    synced and renamed. Of several processes that come at once, one writes and the others wait. What an interrupted run
+    left behind is removed. Raises ValueError, naming data.cache, if the cache cannot be written or its disk is full.
+    """
+    cache = Path(cache).expanduser().absolute()
+    require(
+        image_size >= SMALLEST_IMAGE, "model.vision.image_size", image_size, f"at least {SMALLEST_IMAGE} for scenes"
+    )
+    require(
+        not set(PATTERN_CHARACTERS) & set(str(cache)),
+        "data.cache",
+        str(cache),
+        f"shards are named by patterns: choose a path without the characters {PATTERN_CHARACTERS}",
+    )
+    folder = scenes_folder(config, cache, image_size)
+    if not folder.is_dir():
+        try:
+            with locked(cache / f"{folder.name}.lock"):
+                if not folder.is_dir():
+                    _write_folder(folder, config, image_size)
+        except OSError as error:
+            total = sum(split_size(config, split) for split in SPLITS)
+            remedy = f"{total:,} scenes cannot be written there ({error}); make room, or name a folder you may write to"
+            refuse("data.cache", str(cache), remedy)
+    patterns = {split: str(folder / shard_pattern(split, split_size(config, split))) for split in SPLITS}
+    return ScenesPaths(**patterns, zero_shot=str(folder / "zero_shot.yaml"))
+
+
+def _write_folder(folder: Path, config: ScenesConfig, image_size: int) -> None:
+    """Write beside, sync, rename. The caller holds the lock, so a folder of that other name is a dead process's."""
+    part = folder.with_name(f"{folder.name}.part")
+    if part.exists():
+        shutil.rmtree(part)
+    part.mkdir()
+    print(f"Built-in data: drawing the scenes once, into {folder}", file=sys.stderr, flush=True)
+    try:
+        write_scenes(part, config, image_size)
+        _sync_folder(part)
+        os.rename(part, folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)  # a full disk gets its room back
+        raise
+    _sync_folder(folder.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put the names in a folder on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,95 @@
+"""Loader processes: how they start, and which signals reach them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.context import BaseContext
+
+from torch.utils.data import DataLoader
+
+from modstruct.config import refuse
+
+# The launcher ends whole process trees on SIGTERM, and Ctrl-C reaches every process of the terminal. The training
+# process answers both by a last checkpoint, for which it may still need a batch; so its loader must live on.
+OUTLIVED_SIGNALS = {signal.SIGTERM, signal.SIGINT}
+BATCHES_AHEAD = 2  # that each loader process prepares
+SHARED_MEMORY = "/dev/shm"
+
+
+class WorkerLoader(DataLoader):
+    """A DataLoader whose items are whole batches and whose processes outlive SIGTERM and SIGINT.
+
+    dataset: its item is a batch. items: the keys to ask for, in order. workers: loader processes; 0 loads in this one.
+    """
+
+    def __init__(self, dataset, items, workers: int, pin_memory: bool):
+        super().__init__(
+            dataset,
+            batch_size=None,
+            sampler=items,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            pin_memory=pin_memory,
+            prefetch_factor=BATCHES_AHEAD if workers else None,
+            multiprocessing_context=_context() if workers else None,
+            worker_init_fn=_start_worker if workers else None,
+        )
+
+    def __iter__(self):
+        with _inherited_block() if self.num_workers else _nothing():
+            return super().__iter__()
+
+
+def require_shared_memory(batch_bytes: int, workers: int) -> None:
+    """Refuse a loader whose batches do not fit the shared memory they travel through (containers often have 64 MiB)."""
+    if workers == 0 or not os.path.isdir(SHARED_MEMORY):
+        return
+    # A batch in the making, those ready, and the one the training process holds.
+    needed, free = batch_bytes * (workers * (BATCHES_AHEAD + 1) + 1), shutil.disk_usage(SHARED_MEMORY).free
+    if needed > free:
+        refuse(
+            "data.workers",
+            workers,
+            f"prefetched batches need {needed / 2**20:.0f} MiB of {SHARED_MEMORY}, {free / 2**20:.0f} MiB are free; "
+            "give fewer workers or 0, a smaller train.global_batch, or enlarge it (docker run --shm-size)",
+        )
+
+
+def _context() -> BaseContext:
+    """A server process imports the loader once and forks a worker from its clean state whenever one is needed.
+
+    A fork of the training process itself would hang: torch and OpenMP have threads there.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["modstruct.data.loader", "modstruct.data.evaluation_samples"])
+    return context
+
+
+def _as_it_is(batch: object) -> object:
+    return batch
+
+
+def _start_worker(_: int) -> None:
+    for number in OUTLIVED_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, OUTLIVED_SIGNALS)
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _inherited_block() -> Iterator[None]:
+    """Hold the signals back while processes start: these inherit the block, and what arrives meanwhile is not lost."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, OUTLIVED_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,0 +1,78 @@
+"""Rows and small values of every process, brought together in the order of the source."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from modstruct.distributed import gather, is_main, max_over_processes, rank, world_size
+
+
+def rounds_of(batches: int) -> int:
+    """Forward passes that every process makes so that together they cover so many batches."""
+    return math.ceil(batches / world_size())
+
+
+def my_batches(batches: int) -> range:
+    """This process's contiguous run of the batches; the processes' runs, in order of rank, are all of them.
+
+    A batch holds the same samples whatever the number of processes, so its embeddings are the same too.
+    """
+    rounds = rounds_of(batches)
+    return range(min(rank() * rounds, batches), min((rank() + 1) * rounds, batches))
+
+
+@torch.no_grad()
+def collect_rows(
+    embed: Callable[[Tensor], Tensor],
+    inputs: Iterator[Tensor],
+    filler: Tensor,
+    batches: int,
+    batch_size: int,
+    title: str,
+) -> np.ndarray:
+    """Embed this process's batches and bring the rows of all processes to the main one.
+
+    embed: (b, …) -> (b, D), collective. inputs: the batches of `my_batches(batches)`, each of 0 to batch_size rows, on
+    the device of the processes' collectives. filler: (1, …), embedded where a process has no row, because under ZeRO-3
+    all processes must make the same number of forward passes. title: what the main process's progress bar says.
+    Returns (n, D) float32 on the main process, in the order of the batches; (0, D) elsewhere.
+    """
+    rounds, mine = rounds_of(batches), []
+    collected = [[] for _ in range(world_size())]
+    for _ in tqdm(range(rounds), desc=title, unit="batch", leave=False, disable=not is_main()):
+        batch = next(inputs, filler[:0])
+        mine.append(len(batch))
+        embedded = embed(batch if len(batch) else filler)[: len(batch)].float()
+        padded = embedded.new_zeros((batch_size, embedded.shape[1]))
+        padded[: len(batch)] = embedded
+        everyone = gather(padded)  # (W batch_size, D)
+        if is_main():
+            for process, rows in enumerate(everyone.split(batch_size)):
+                collected[process].append(rows.cpu().numpy())
+    counts = gather(torch.tensor([mine], device=filler.device)).cpu()  # (W, rounds)
+    if not is_main():
+        return np.empty((0, embedded.shape[1]), dtype=np.float32)
+    in_order = zip(chain.from_iterable(collected), counts.flatten().tolist(), strict=True)
+    return np.concatenate([rows[:n] for rows, n in in_order])
+
+
+def collect_values(value: Any, device: torch.device) -> list[Any]:
+    """A small value of plain JSON kinds from every process, on every process, in order of rank.
+
+    As JSON text and not as pickles: keys, captions and metadata come from files.
+    """
+    content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
+    length = torch.tensor([len(content)], device=device)
+    padded = content.new_zeros((1, int(max_over_processes(length))))
+    padded[0, : len(content)] = content
+    everyone, lengths = gather(padded).cpu().numpy(), gather(length).tolist()
+    return [json.loads(row[:n].tobytes()) for row, n in zip(everyone, lengths, strict=True)]

@@ -1,0 +1,101 @@
+"""The whole measurement of a source: retrieval and zero-shot classification beside chance, and structure figures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from modstruct.config import EvaluationConfig
+from modstruct.data.augment import Views
+from modstruct.data.evaluation_samples import EvaluationSamples
+from modstruct.data.tokenizers import Tokenizer
+from modstruct.distributed import broadcast_object, is_main
+from modstruct.evaluation.embed import EmbeddedSource, Encode, embed_source, embed_texts
+from modstruct.evaluation.retrieval import retrieval
+from modstruct.evaluation.structure import structure
+from modstruct.evaluation.zero_shot import class_embeddings, load_classes, zero_shot
+
+
+@torch.no_grad()
+def evaluate(
+    encode: Encode,
+    samples: EvaluationSamples,
+    views: Views,
+    tokenizer: Tokenizer,
+    config: EvaluationConfig,
+    zero_shot_path: str | Path | None,
+    device: torch.device,
+    field_name: str = "data.eval",
+    inspect: Callable[[EmbeddedSource], None] | None = None,
+) -> dict[str, Any]:
+    """Measure a source with all processes; every process calls this and gets the same metrics.
+
+    encode: the engine in evaluation mode, called equally often on every process. zero_shot_path: a class file, or None
+    for no zero-shot classification. field_name: the recipe's field of the source, for messages. inspect: called with
+    the embedded source on the main process, to draw examples for instance.
+    Returns nested dicts of floats:
+      retrieval   text_to_image and image_to_text: recall_at_K for 1 and evaluation.recall_at: value and chance
+      zero_shot   top_k and mean_per_class: value and chance; only where a picture has a label
+      structure   alignment, uniformity_image, uniformity_text, modality_gap
+      sizes       images, texts, pairs, and for zero-shot: classes, images_with_label, images_without_label
+      skipped     samples left out, by cause
+      seconds     embedding, total
+    Figures are the same on any number of processes, as long as encode gives a batch the same rows on each of them.
+    """
+    started = time.monotonic()
+    classes = None if zero_shot_path is None else load_classes(zero_shot_path)
+    fields = () if classes is None else (classes.label,)
+    source = embed_source(encode, samples, views, tokenizer, config.batch, device, fields, field_name)
+    sizes = {"images": len(source.indices), "texts": len(source.captions), "pairs": len(source.pairs)}
+    prompts = truth = None
+    if classes is not None:
+        truth = classes.rows_of(source.metadata)
+        # Equal prompts are embedded once, since a batch's other rows may move the last bit of an embedding.
+        distinct, places = np.unique(classes.prompts, return_inverse=True)
+        prompts = embed_texts(encode, distinct.tolist(), tokenizer, config.batch, device, "embedding class names")
+        labelled = int(np.sum(truth >= 0))
+        sizes |= {
+            "classes": len(classes.classes),
+            "images_with_label": labelled,
+            "images_without_label": len(truth) - labelled,
+        }
+    embedded = time.monotonic()
+
+    def measure() -> dict[str, Any]:
+        if inspect is not None:
+            inspect(source)
+        metrics = {"retrieval": retrieval(source.image, source.text, source.pairs, sorted({1, *config.recall_at}))}
+        if classes is not None and labelled:
+            rows = class_embeddings(prompts[places], len(classes.templates))
+            kept = truth >= 0
+            metrics["zero_shot"] = zero_shot(source.image[kept], rows, truth[kept], config.top_k)
+        on_device = (torch.from_numpy(rows).to(device) for rows in (source.image, source.text, source.pairs))
+        metrics["structure"] = structure(*on_device)
+        metrics["sizes"] = {name: float(size) for name, size in sizes.items()}
+        metrics["skipped"] = {cause: float(number) for cause, number in source.skipped.items()}
+        ended = time.monotonic()
+        metrics["seconds"] = {"embedding": embedded - started, "total": ended - started}
+        return metrics
+
+    return _on_main(measure)
+
+
+def _on_main(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What the main process measures, on every process; its error too, so that none waits for ever."""
+    outcome, error = None, None
+    if is_main():
+        try:
+            outcome = {"metrics": measure()}
+        except Exception as e:  # raised below, here as it is and elsewhere by its text
+            error, outcome = e, {"error": f"{type(e).__name__}: {e}"}
+    outcome = broadcast_object(outcome)
+    if error is not None:
+        raise error
+    if "error" in outcome:
+        raise RuntimeError(f"the main process failed first: {outcome['error']}")
+    return outcome["metrics"]

@@ -1,0 +1,80 @@
+"""Metrics as a JSON file, as a table for the terminal, and as flat scalars."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+RETRIEVAL_NAMES = {"text_to_image": "text -> image", "image_to_text": "image -> text"}
+
+
+def save_metrics(metrics: dict, path: str | Path) -> None:
+    """Write the metrics as JSON; the file is either complete or what it was before."""
+    path = Path(path).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            json.dump(metrics, file, indent=2, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def flatten(metrics: dict) -> dict[str, float]:
+    """Nested metrics -> scalars for TensorBoard, such as "retrieval/text_to_image/recall_at_1" and "…_at_1_chance"."""
+    flat = {}
+    for name, value in metrics.items():
+        if not isinstance(value, dict):
+            flat[name] = float(value)
+        elif "chance" in value:
+            flat[name], flat[f"{name}_chance"] = value["value"], value["chance"]
+        else:
+            flat |= {f"{name}/{inner}": figure for inner, figure in flatten(value).items()}
+    return flat
+
+
+def validation_recall_at_1(metrics: dict) -> float:
+    """Mean of both directions' recall at 1, from 0 to 1: the figure by which the best checkpoint is chosen."""
+    directions = metrics["retrieval"].values()
+    return sum(direction["recall_at_1"]["value"] for direction in directions) / len(directions)
+
+
+def table(metrics: dict) -> str:
+    """Metrics as plain text: every figure beside chance; then the structure, the sizes, and what was left out."""
+    rows = [("task", "metric", "value %", "chance %", "times chance")]
+    for direction, name in RETRIEVAL_NAMES.items():
+        for metric, figure in metrics["retrieval"][direction].items():
+            rows.append((name, metric.replace("recall_at_", "R@"), *_shares(figure)))
+    for metric, figure in metrics.get("zero_shot", {}).items():
+        rows.append(("zero-shot", metric.replace("top_", "top-").replace("_", " "), *_shares(figure)))
+
+    figures = [("structure", "value")]
+    figures += [(name.replace("_", " "), f"{value:.4f}") for name, value in metrics["structure"].items()]
+    notes = [", ".join(f"{number:,.0f} {name.replace('_', ' ')}" for name, number in metrics["sizes"].items())]
+    if metrics["skipped"]:
+        notes.append("left out: " + ", ".join(f"{n:,.0f} {cause}" for cause, n in metrics["skipped"].items()))
+    notes.append(f"{metrics['seconds']['total']:.1f} s")
+    return "\n\n".join([_aligned(rows, text_columns=2), _aligned(figures, text_columns=1), "\n".join(notes)])
+
+
+def _shares(figure: dict[str, float]) -> tuple[str, str, str]:
+    value, chance = figure["value"], figure["chance"]
+    return f"{100 * value:.2f}", f"{100 * chance:.2f}", f"{value / chance:.1f}"
+
+
+def _aligned(rows: list[tuple[str, ...]], text_columns: int) -> str:
+    """Rows under a ruled head: text columns to the left, numbers to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column < text_columns else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

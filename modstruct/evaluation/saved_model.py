@@ -1,0 +1,42 @@
+"""Measure a checkpoint without the training engine: any number of processes, a whole model on each."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from modstruct import checkpoints, distributed
+from modstruct.config import Recipe, refuse
+from modstruct.data.run_data import open_run_data
+from modstruct.evaluation.evaluate import evaluate
+from modstruct.evaluation.report import save_metrics, table
+from modstruct.losses.objective import Objective
+from modstruct.models.towers import image_size
+from modstruct.models.two_tower import TwoTower
+
+
+def evaluate_checkpoint(recipe: Recipe, checkpoint: str, out: str | None = None) -> dict:
+    """Embed data.eval with a checkpoint's weights in float32 and print its table; every process calls it.
+
+    recipe: the checkpoint's, with overrides. checkpoint: its folder, or a run's folder for its last one. out: JSON file
+    for the metrics. Raises ValueError naming the option or field that is wrong.
+    """
+    distributed.start_processes()
+    path = checkpoints.find(checkpoint, checkpoint, "--checkpoint")
+    if path is None:
+        refuse("--checkpoint", checkpoint, "this run has no checkpoint yet")
+    if recipe.data.eval is None:
+        refuse("data.eval", None, "name the shards to measure")
+    tokenizer = checkpoints.read_tokenizer(path)
+    data = open_run_data(recipe, image_size(recipe.model), tokenizer, training=False)
+    model = TwoTower(
+        replace(recipe.model, pretrained=None), recipe.views, tokenizer, Objective(recipe.losses).independent
+    )
+    checkpoints.load_weights(model, checkpoints.read_weights(path), path)
+    model.to(distributed.device()).eval()
+    metrics = evaluate(model, data.eval, data.views, tokenizer, recipe.evaluation, data.zero_shot, distributed.device())
+    if distributed.is_main():
+        print(f"\n{path}\n\n{table(metrics)}")
+        if out:
+            save_metrics(metrics, out)
+            print(f"\nmetrics: {out}")
+    return metrics

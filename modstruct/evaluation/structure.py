@@ -1,0 +1,61 @@
+"""Figures of the shape that embeddings have: alignment, uniformity, modality gap."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from modstruct.pairwise.gaussian_potential import gaussian_potential_sums
+
+UNIFORMITY_T = 2.0
+"""t of the Gaussian potential, as Wang & Isola and L_Uni use it."""
+UNIFORMITY_ROWS = 16_384
+"""Rows that uniformity looks at; of more, this many evenly spaced ones, since its cost grows with the square."""
+
+
+@torch.no_grad()
+def structure(image: Tensor, text: Tensor, pairs: Tensor | None = None) -> dict[str, float]:
+    """Alignment, uniformity of each modality and modality gap, of a training batch or of a whole source.
+
+    Each process measures the rows it gives and no others: give gathered rows for the figures of a global batch.
+    image: (n, D), text: (m, D), unit norm, any floating type; measured in float32. pairs: (p, 2) rows of image and
+    text that belong together; None pairs row j with row j. No gradient flows. Returns
+      alignment         mean |z_V - z_T|^2 over pairs, from 0 to 4 (Wang & Isola 2020, alpha = 2)
+      uniformity_image  log of the mean of exp(-2 |z_j - z_k|^2) over j != k, from -8 to 0, lower is more uniform
+      uniformity_text   (Wang & Isola 2020, t = 2); left out where there are fewer than two rows
+      modality_gap      |mean z_V - mean z_T|, from 0 to 2 (Liang et al. 2022)
+    Pairs with j = k are left out of uniformity, so that the size of a batch does not shift it.
+    """
+    image, text = image.detach().float(), text.detach().float()
+    if pairs is None:
+        if len(image) != len(text):
+            raise ValueError(f"{len(image)} image and {len(text)} text rows: without pairs they must be as many")
+        difference = image - text
+    else:
+        difference = image[pairs[:, 0]] - text[pairs[:, 1]]
+    figures = {
+        "alignment": difference.square().sum(1).mean(),
+        "uniformity_image": uniformity(image),
+        "uniformity_text": uniformity(text),
+        "modality_gap": (image.mean(0) - text.mean(0)).norm(),
+    }
+    return {name: float(value) for name, value in figures.items() if value is not None}
+
+
+@torch.no_grad()
+def uniformity(z: Tensor, t: float = UNIFORMITY_T) -> Tensor | None:
+    """log of the mean of exp(-t |z_j - z_k|^2) over j != k (Wang & Isola 2020, equation 5), without an N x N matrix.
+
+    z: (N, D), float32. Returns a scalar, or None for fewer than two rows. Of more than UNIFORMITY_ROWS rows, evenly
+    spaced ones stand for all.
+    """
+    if len(z) > UNIFORMITY_ROWS:
+        z = z[torch.linspace(0, len(z) - 1, UNIFORMITY_ROWS, dtype=torch.float64, device=z.device).round().long()]
+    n = len(z)
+    if n < 2:
+        return None
+    z = z.contiguous()
+    # Not `gaussian_potential`, which sums over all processes: the rows of a source lie on the main process alone.
+    row_sums, _ = gaussian_potential_sums(z, z, t, False)
+    others = row_sums.double() - 1  # without each row's potential with itself
+    return torch.log(others.sum() / (n * (n - 1)))

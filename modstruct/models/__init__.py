@@ -1,0 +1,1 @@
+"""The towers: pictures and text to Embeddings."""

@@ -1,0 +1,63 @@
+"""Two towers, one shared space: what a batch of pictures and captions becomes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from modstruct.config import ModelConfig, ViewsConfig
+from modstruct.data.tokenizers import Tokenizer
+from modstruct.models.towers import Tower, build_towers
+
+
+class TwoTower(nn.Module):
+    """Image and text towers with shared heads, independent heads on request, and the logit scale.
+
+    independent: build the heads of the independent embeddings (deep feature separation).
+    """
+
+    def __init__(self, config: ModelConfig, views: ViewsConfig, tokenizer: Tokenizer, independent: bool):
+        super().__init__()
+        image, text, self.embed_dim = build_towers(config, tokenizer, independent)
+        self.image = _modules(image)
+        self.text = _modules(text)
+        self.to_open_clip = image.to_open_clip | text.to_open_clip
+        # Shape (1,): DeepSpeed cannot broadcast a parameter without dimensions at stages 2 and 3.
+        self.logit_scale = nn.Parameter(torch.tensor([config.logit_scale_init]))
+        self.logit_scale_max = config.logit_scale_max
+        self.mean, self.std = views.mean, views.std
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """batch: any of image, image_augmented (B, 3, H, W) uint8 and text, text_augmented (B, L) token ids.
+
+        Returns the fields of Embeddings that the batch allows, float32; a plain dict, because ZeRO-3 looks for the
+        tensors whose gradients it must wait for in dicts and tuples only.
+        """
+        # Clamped here and not in the parameter, whose float32 master copy DeepSpeed would leave as it is.
+        embeddings = {"logit_scale": self.logit_scale.float().clamp(0, self.logit_scale_max).exp()}
+        for name, tower in (("image", self.image), ("text", self.text)):
+            views = {key: batch[key] for key in (name, f"{name}_augmented") if key in batch}
+            if not views:
+                continue
+            inputs = torch.cat(list(views.values()))  # one pass for both views
+            features = tower["trunk"](self.normalize(inputs) if name == "image" else inputs)
+            sizes = [len(view) for view in views.values()]
+            shared = F.normalize(tower["head"](features).float(), dim=-1).split(sizes)
+            embeddings |= dict(zip(views, shared, strict=True))
+            if "independent_head" in tower:
+                own = F.normalize(tower["independent_head"](features).float(), dim=-1).split(sizes)
+                keys = [key.replace(name, f"{name}_independent") for key in views]
+                embeddings |= dict(zip(keys, own, strict=True))
+        return embeddings
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) -> the towers' dtype, with the recipe's mean and deviation taken out."""
+        mean = torch.tensor(self.mean, device=images.device)[:, None, None]
+        std = torch.tensor(self.std, device=images.device)[:, None, None]
+        return ((images.float() / 255 - mean) / std).to(self.logit_scale.dtype)
+
+
+def _modules(tower: Tower) -> nn.ModuleDict:
+    parts = {"trunk": tower.trunk, "head": tower.head, "independent_head": tower.independent_head}
+    return nn.ModuleDict({name: part for name, part in parts.items() if part is not None})

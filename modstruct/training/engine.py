@@ -1,0 +1,99 @@
+"""From a model, a recipe and a DeepSpeed JSON file to a DeepSpeed engine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from modstruct.config import Recipe, refuse, require
+
+AUTO = "auto"
+
+
+def read_ds_config(path: str) -> dict:
+    """The DeepSpeed JSON file as a dictionary. Raises ValueError that names what is wrong with it."""
+    try:
+        config = json.loads(Path(path).read_text())
+    except OSError as e:
+        refuse("--ds_config", path, f"cannot be read ({e.strerror}); ds_configs/ holds zero0 to zero3 and offload")
+    except ValueError as e:
+        refuse("--ds_config", path, f"is not JSON: {e}")
+    require(isinstance(config, dict), "--ds_config", path, "must hold one JSON object")
+    return config
+
+
+def resolve_ds_config(config: dict, recipe: Recipe, world_size: int) -> dict:
+    """Fill every "auto" from the recipe; refuse what contradicts it.
+
+    DeepSpeed itself resolves no "auto". One that the recipe does not decide is left out, which means DeepSpeed's own
+    default. Raises ValueError that names the JSON key.
+    """
+    train = recipe.train
+    require(
+        train.global_batch % world_size == 0,
+        "train.global_batch",
+        train.global_batch,
+        f"must be a multiple of the number of processes, {world_size}",
+    )
+    for section in ("optimizer", "scheduler"):
+        if section in config:
+            refuse(f"--ds_config: {section}", "…", "leave it out; the recipe's `optimizer` section decides")
+    config = json.loads(json.dumps(config))
+    decided = {
+        ("train_batch_size",): train.global_batch,
+        ("train_micro_batch_size_per_gpu",): train.global_batch // world_size,
+        ("gradient_accumulation_steps",): 1,
+        ("gradient_clipping",): recipe.optimizer.clip_norm,
+        ("bf16", "enabled"): train.precision == "bf16",
+        ("fp16", "enabled"): train.precision == "fp16",
+    }
+    for path, value in decided.items():
+        section = config
+        for key in path[:-1]:
+            section = section.setdefault(key, {})
+        given = section.get(path[-1], AUTO)
+        if given not in (AUTO, value):
+            refuse(f"--ds_config: {'.'.join(path)}", given, f'the recipe says {value!r}; write "auto" or the same')
+        section[path[-1]] = value
+    # Without it DeepSpeed would let a non-finite bfloat16 gradient into the weights.
+    config["bf16"]["check_grad_overflow"] = True
+    config.setdefault("zero_allow_untested_optimizer", True)
+    config.setdefault("zero_force_ds_cpu_optimizer", False)  # torch's fused AdamW serves on the CPU too
+    return _without_auto(config)
+
+
+def _without_auto(section: dict) -> dict:
+    return {k: _without_auto(v) if isinstance(v, dict) else v for k, v in section.items() if v != AUTO}
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Two groups: matrices and kernels with decay; norms, biases and the logit scale without."""
+    decay, no_decay = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (no_decay if parameter.ndim < 2 or name == "logit_scale" else decay).append(parameter)
+    return [
+        {"params": decay, "weight_decay": weight_decay, "name": "decay"},
+        {"params": no_decay, "weight_decay": 0.0, "name": "no_decay"},
+    ]
+
+
+def build_engine(model: nn.Module, recipe: Recipe, ds_config: dict):
+    """DeepSpeed engine around the model. `ds_config`: already resolved."""
+    import deepspeed
+
+    on_cpu = not torch.cuda.is_available()
+    if recipe.train.precision == "fp16" and on_cpu:
+        refuse("train.precision", "fp16", "needs a GPU; use bf16 or fp32 on the CPU")
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, recipe.optimizer.weight_decay),
+        lr=0.0,  # set before every step; some of DeepSpeed's optimizers take an empty step at their start
+        betas=recipe.optimizer.betas,
+        eps=recipe.optimizer.eps,
+        fused=True,
+    )
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    return engine

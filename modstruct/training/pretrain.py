@@ -1,0 +1,277 @@
+"""A pretraining run from recipe to table: open or resume, train, save, measure, export."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from modstruct import checkpoints, distributed
+from modstruct.config import Recipe, refuse, require
+from modstruct.data.faults import FaultLedger
+from modstruct.data.loader import train_loader, train_order
+from modstruct.data.run_data import RunData, open_run_data
+from modstruct.evaluation.evaluate import evaluate
+from modstruct.evaluation.examples import retrieved_examples
+from modstruct.evaluation.report import flatten, save_metrics, table, validation_recall_at_1
+from modstruct.evaluation.structure import structure
+from modstruct.losses.objective import Objective
+from modstruct.models.towers import image_size
+from modstruct.models.two_tower import TwoTower
+from modstruct.recipe_files import check_resumable
+from modstruct.training.checkpoint import restore, save
+from modstruct.training.engine import build_engine, read_ds_config, resolve_ds_config
+from modstruct.training.export import export
+from modstruct.training.full_state import FullState
+from modstruct.training.schedule import learning_rate
+from modstruct.training.step import StepReport, train_step
+from modstruct.training.telemetry import Telemetry, start_logging
+
+log = logging.getLogger("modstruct")
+STOPPED_BY_SIGNAL = 128 + signal.SIGTERM
+
+
+@dataclass
+class Run:
+    """A run that is ready to take its next step."""
+
+    recipe: Recipe
+    output: Path
+    data: RunData
+    objective: Objective
+    engine: object
+    full: FullState
+    state: checkpoints.TrainState
+    steps: int
+    """Length of the run."""
+    telemetry: Telemetry
+
+
+def pretrain(recipe: Recipe, ds_config: str, resume: str | None = None) -> dict:
+    """Train, evaluate and export; every process calls it. Returns the final metrics.
+
+    ds_config: path of the DeepSpeed JSON. resume: `latest`, `best`, a checkpoint folder, or None for a fresh run.
+    Raises ValueError naming the field for what cannot work, before the first step.
+    """
+    distributed.start_processes()
+    start_logging(Path(recipe.output))
+    stop = StopRequest()
+    run = open_run(recipe, ds_config, resume)
+    train(run, stop)
+    return finish(run)
+
+
+class StopRequest:
+    """Set by SIGTERM. The processes agree on it in the next step, since each may hear of it at another time."""
+
+    def __init__(self):
+        self.requested = False
+        signal.signal(signal.SIGTERM, self._request)
+
+    def _request(self, *_) -> None:
+        self.requested = True
+
+
+def open_run(recipe: Recipe, ds_config: str, resume: str | None) -> Run:
+    """Data, model, engine, and what a checkpoint says of them."""
+    resolved = resolve_ds_config(read_ds_config(ds_config), recipe, distributed.world_size())
+    output = Path(recipe.output)
+    start = _starting_point(recipe, resume)
+    saved = start and checkpoints.read(start)
+    if saved:
+        check_resumable(saved.recipe, recipe)
+    data = open_run_data(recipe, image_size(recipe.model), start and checkpoints.read_tokenizer(start))
+    state = saved.state if saved else checkpoints.TrainState(data_fingerprint=data.train.fingerprint)
+    if state.data_fingerprint != data.train.fingerprint:
+        refuse("data.train", recipe.data.train, "holds other samples than when the checkpoint was made")
+    objective = Objective(recipe.losses)
+    torch.manual_seed(recipe.train.seed)
+    config = replace(recipe.model, pretrained=None) if saved else recipe.model
+    model = TwoTower(config, recipe.views, data.tokenizer, objective.independent)
+    if saved:
+        checkpoints.load_weights(model, saved.weights, start)
+    engine = build_engine(model, recipe, resolved)
+    full = FullState(engine)
+    if saved:
+        restore(full, saved)
+        log.info("Resumed from %s", start)
+    else:
+        # Weights start equal on every process; what is drawn from here on (dropout) must not be.
+        torch.manual_seed(recipe.train.seed * 1_000_003 + distributed.rank())
+    steps = run_length(recipe, train_order(data.train, recipe.data, recipe.train.seed).epoch_samples)
+    _describe(recipe, data, model, engine, steps)
+    telemetry = Telemetry(output, state.step, steps, recipe.train.global_batch)
+    return Run(recipe, output, data, objective, engine, full, state, steps, telemetry)
+
+
+def _starting_point(recipe: Recipe, resume: str | None) -> Path | None:
+    """The checkpoint to go on from; None for a fresh run."""
+    if resume is None:
+        require(
+            not checkpoints.list_checkpoints(recipe.output),
+            "output",
+            recipe.output,
+            "holds checkpoints of an earlier run: add `--resume latest` to go on with it, or choose another --output",
+        )
+    distributed.barrier()
+    if distributed.is_main():
+        checkpoints.clean(recipe.output)
+    path = checkpoints.find(resume, recipe.output) if resume else None
+    if resume and path is None:
+        log.info("No checkpoint in %s yet: starting from the beginning", recipe.output)
+    return path
+
+
+def run_length(recipe: Recipe, epoch_samples: int) -> int:
+    """Steps of the run."""
+    if recipe.train.steps is not None:
+        return recipe.train.steps
+    return max(1, math.ceil(recipe.train.epochs * epoch_samples / recipe.train.global_batch))
+
+
+def _describe(recipe: Recipe, data: RunData, model: TwoTower, engine, steps: int) -> None:
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    log.info(
+        "%s parameters, %s training pairs, %s steps of %s, %s, ZeRO stage %s, %s process(es) on %s",
+        *(f"{n:,}" for n in (parameters, len(data.train), steps, recipe.train.global_batch)),
+        recipe.train.precision,
+        engine.zero_optimization_stage(),
+        distributed.world_size(),
+        distributed.device().type,
+    )
+
+
+def train(run: Run, stop: StopRequest) -> None:
+    """Take the steps that are left; measure and save on the way. Ends the process after a save if asked to stop."""
+    recipe, state = run.recipe, run.state
+    loader = train_loader(
+        run.data.train,
+        recipe.data,
+        run.data.views,
+        run.data.tokenizer,
+        run.objective.views,
+        global_batch=recipe.train.global_batch,
+        seed=recipe.train.seed,
+        start_step=state.step,
+        stop_step=run.steps,
+    )
+    ledger = FaultLedger("data.train", recipe.data.max_bad_share, distributed.rank())
+    device = distributed.device()
+    run.engine.train()
+    for batch in loader:
+        tensors = {name: rows.to(device, non_blocking=True) for name, rows in batch.tensors.items()}
+        rate = learning_rate(recipe.optimizer, state.step, run.steps)
+        report = train_step(run.engine, run.objective, tensors, state.step, recipe.train.seed, rate, stop.requested)
+        state.step += 1
+        note_skip(report, state, recipe)
+        ledger.add(batch.faults, batch.tried)
+        run.telemetry.step(state.step, report, recipe.logging.every_steps, rate, lambda: figures(report, ledger))  # noqa: B023
+        measure_and_save(run, report.stop)
+        if report.stop:
+            log.warning("Stopped by SIGTERM after step %d; `--resume latest` goes on from there", state.step)
+            run.telemetry.close()
+            distributed.barrier()
+            sys.exit(STOPPED_BY_SIGNAL)
+
+
+def note_skip(report: StepReport, state: checkpoints.TrainState, recipe: Recipe) -> None:
+    """Count steps skipped in a row; too many end the run."""
+    if report.skipped is None:
+        state.skipped_in_a_row = 0
+        return
+    if recipe.train.precision == "fp16" and report.gradient_norm is not None:
+        return  # an overflow that DeepSpeed answers with a smaller loss scale
+    state.skipped_in_a_row += 1
+    log.warning("Step %d skipped: %s", state.step, report.skipped)
+    if state.skipped_in_a_row > recipe.train.max_skipped_steps:
+        raise RuntimeError(
+            f"train.max_skipped_steps = {recipe.train.max_skipped_steps}: {state.skipped_in_a_row} steps in a row "
+            f"were skipped, the last because {report.skipped}; lower the learning rate, or resume from a checkpoint"
+        )
+
+
+def figures(report: StepReport, ledger: FaultLedger) -> dict[str, float]:
+    """Further scalars of a logged step; every process calls it. Stops the run when too many samples are bad."""
+    counts = torch.tensor([ledger.bad, ledger.tried], dtype=torch.float64, device=report.total.device)
+    bad, tried = distributed.sum_over_processes(counts.float()).tolist()
+    ledger.check(int(bad), int(tried))
+    image, text = (distributed.gather(z.detach()) for z in (report.embeddings.image, report.embeddings.text))
+    shape = structure(image, text) if distributed.is_main() else {}
+    return {f"structure/{name}": value for name, value in shape.items()} | {"data/bad_samples": bad}
+
+
+def measure_and_save(run: Run, stopping: bool) -> None:
+    """Validation and checkpoints that are due after the current step."""
+    recipe, state = run.recipe, run.state
+    step, last = state.step, state.step == run.steps
+    due = recipe.evaluation.every_steps
+    best = False
+    if run.data.validation and not stopping and ((due and step % due == 0) or last):
+        run.telemetry.pause()
+        recall = validation_recall_at_1(measure(run, run.data.validation, "validation"))
+        run.telemetry.resume()
+        if best := state.best_recall is None or recall > state.best_recall:
+            state.best_recall, state.best_step = recall, step
+    every = recipe.checkpoint.every_steps
+    if stopping or last or best or (every and step % every == 0):
+        run.telemetry.pause()
+        save(run.full, state, recipe, run.data.tokenizer, best)
+        run.telemetry.resume()
+
+
+def measure(run: Run, samples, name: str) -> dict:
+    """Evaluate a source with all processes; scalars and an example grid go to TensorBoard under `name`."""
+
+    def encode(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return run.engine(batch)
+
+    def inspect(source) -> None:
+        if run.recipe.logging.images:
+            grid = retrieved_examples(source, samples, run.data.views, run.recipe.logging.images)
+            run.telemetry.image(f"{name}/examples", grid, run.state.step)
+
+    run.engine.eval()
+    metrics = evaluate(
+        encode,
+        samples,
+        run.data.views,
+        run.data.tokenizer,
+        run.recipe.evaluation,
+        run.data.zero_shot,
+        distributed.device(),
+        f"data.{name}",
+        inspect,
+    )
+    run.engine.train()
+    run.telemetry.scalars({f"{name}/{key}": value for key, value in flatten(metrics).items()}, run.state.step)
+    return metrics
+
+
+def finish(run: Run) -> dict:
+    """Export the last weights, measure data.eval with them, and print where everything lies."""
+    run.telemetry.bar.close()
+    last = checkpoints.step_folder(run.output, run.state.step)
+    exported = run.output / "export"
+    if distributed.is_main():
+        export(exported, checkpoints.read_weights(last), run.engine.module.to_open_clip, run.recipe, run.data.tokenizer)
+    metrics = measure(run, run.data.eval, "eval") if run.data.eval else {}
+    run.telemetry.close()
+    if distributed.is_main():
+        if metrics:
+            save_metrics(metrics, run.output / "metrics.json")
+            print(f"\n{table(metrics)}\n")
+        places = {
+            "checkpoint": last,
+            "exported weights": exported,
+            "TensorBoard": run.telemetry.folder,
+            "metrics": run.output / "metrics.json",
+        }
+        print("\n".join(f"{name + ':':<18}{place}" for name, place in places.items() if place.exists()))
+    distributed.barrier()
+    return metrics

@@ -1,0 +1,78 @@
+"""One training step, from a batch to moved weights, and the guard against what is not finite."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from modstruct import distributed
+from modstruct.embeddings import Embeddings
+from modstruct.losses.objective import Objective
+
+
+@dataclass
+class StepReport:
+    """What a step did. Values stay on the device until somebody reads them."""
+
+    total: Tensor
+    terms: dict[str, Tensor]
+    embeddings: Embeddings
+    gradient_norm: float | Tensor | None = None
+    skipped: str | None = None
+    """Why the weights did not move; None if they did."""
+    stop: bool = False
+    """Some process was asked to stop (SIGTERM)."""
+
+
+def train_step(
+    engine,
+    objective: Objective,
+    batch: dict[str, Tensor],
+    step: int,
+    seed: int,
+    learning_rate: float,
+    stop_requested: bool = False,
+) -> StepReport:
+    """Forward, losses over the global batch, backward, optimizer.
+
+    A non-finite loss or gradient leaves the weights and moments as they are, on every process alike.
+    """
+    embeddings = Embeddings(**engine(batch))
+    total, terms = objective(embeddings, step, seed)
+    report = StepReport(total.detach(), {k: v.detach() for k, v in terms.items()}, embeddings)
+    flags = torch.stack([(~torch.isfinite(report.total)).float(), torch.full_like(report.total, float(stop_requested))])
+    # One small maximum a step, so that all processes skip, and stop, together.
+    non_finite, stop = distributed.max_over_processes(flags).tolist()
+    report.stop = bool(stop)
+    if non_finite:
+        names = [name for name, value in report.terms.items() if not torch.isfinite(value)]
+        report.skipped = f"the loss is not finite in {', '.join(names) or 'the total'}"
+        return report
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+    engine.backward(total)
+    report.gradient_norm, finite = _step(engine)
+    if not finite:
+        report.skipped = "the gradient is not finite"
+    return report
+
+
+def _step(engine) -> tuple[float | Tensor | None, bool]:
+    """Optimizer step; the gradient's norm before clipping, and whether it was finite and the step taken."""
+    if _guards_itself(engine):
+        engine.step()
+        return engine.get_global_grad_norm(), not engine.optimizer.overflow
+    # Stage 0 in float32 is a bare torch optimizer: DeepSpeed neither measures nor checks the gradient.
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if not torch.isfinite(norm):
+        engine.zero_grad()
+        return norm, False
+    engine.step()
+    return norm, True
+
+
+def _guards_itself(engine) -> bool:
+    return hasattr(engine.optimizer, "overflow")

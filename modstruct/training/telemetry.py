@@ -1,0 +1,112 @@
+"""What a run shows: the progress bar, TensorBoard, the log. Only the main process writes."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from modstruct import distributed
+from modstruct.training.step import StepReport
+
+log = logging.getLogger("modstruct")
+
+
+def start_logging(output: Path) -> None:
+    """Messages to the screen, above the progress bar, and to OUTPUT/log.txt; other processes' warnings with their rank."""
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    handler = _AboveTheBar()
+    rank = "" if distributed.is_main() else f"[process {distributed.rank()}] "
+    handler.setFormatter(logging.Formatter(f"{rank}%(message)s"))
+    handler.setLevel(logging.INFO if distributed.is_main() else logging.WARNING)
+    log.handlers = [handler]
+    if distributed.is_main():
+        output.mkdir(parents=True, exist_ok=True)
+        to_file = logging.FileHandler(output / "log.txt")
+        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(to_file)
+
+
+class _AboveTheBar(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record))
+
+
+class Telemetry:
+    """Progress bar and TensorBoard of one run.
+
+    first_step: where this process starts (after a resume, not 0); what TensorBoard holds beyond it is dropped.
+    """
+
+    def __init__(self, output: Path, first_step: int, steps: int, global_batch: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        main = distributed.is_main()
+        self.folder = output / "tensorboard"
+        self.global_batch = global_batch
+        self.writer = SummaryWriter(str(self.folder), purge_step=first_step) if main else None
+        self.bar = tqdm(
+            total=steps,
+            initial=first_step,
+            unit="step",
+            disable=not main,
+            dynamic_ncols=True,
+            desc="train",
+            smoothing=0.1,
+        )
+        self._since = (time.perf_counter(), first_step)
+
+    def step(self, step: int, report: StepReport, every: int, learning_rate: float, figures) -> None:
+        """After step `step` (counted from 1). `figures`: callable for further scalars; all processes call it."""
+        self.bar.update(1)
+        if step % every and step != self.bar.total:
+            return
+        now, (then, before) = time.perf_counter(), self._since
+        self._since = (now, step)
+        rate = self.global_batch * (step - before) / max(now - then, 1e-9)
+        extra = figures()
+        if self.writer is None:
+            return
+        loss = report.total.item()
+        self.bar.set_postfix({"loss": f"{loss:.4f}", "samples/s": f"{rate:.0f}"})
+        scalars = {"loss/total": loss} | {f"loss/{name}": value.item() for name, value in report.terms.items()}
+        scalars |= {
+            "train/learning_rate": learning_rate,
+            "train/logit_scale": report.embeddings.logit_scale.item(),
+            "train/samples_per_second": rate,
+            "memory/process_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        }
+        if report.gradient_norm is not None:
+            scalars["train/gradient_norm"] = float(report.gradient_norm)
+        if torch.cuda.is_available():
+            scalars["memory/gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        self.scalars(scalars | extra, step)
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        if self.writer is not None:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
+
+    def image(self, name: str, picture: Tensor, step: int) -> None:
+        """picture: uint8 (3, H, W)."""
+        if self.writer is not None:
+            self.writer.add_image(name, picture, step)
+
+    def pause(self) -> None:
+        """Time from here to `resume` (evaluation, checkpoint) does not count as training throughput."""
+        self._paused = time.perf_counter()
+
+    def resume(self) -> None:
+        then, step = self._since
+        self._since = (then + time.perf_counter() - self._paused, step)
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.writer is not None:
+            self.writer.close()

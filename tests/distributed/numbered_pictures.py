@@ -1,0 +1,85 @@
+"""A tiny source whose pictures and captions tell their number, and an encoder that looks their embeddings up.
+
+The colour of picture i is (number, 0, 0) and its captions end in that number, so the right answer is known; looking up
+embeds a row the same way whatever else is in its batch.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from modstruct.config import DataConfig, Source, ViewsConfig
+from modstruct.data.augment import Views
+from modstruct.data.evaluation_samples import EvaluationSamples
+
+CLASS_FILE = """
+label: parity
+templates: ["an {} number", "one {}"]
+classes: {even: even, odd: odd}
+"""
+
+
+class LastNumberTokenizer:
+    """Ids (B, 4): 1 for the start, the number that the text ends in plus 3 (0 where there is none), 2 for the end."""
+
+    def __call__(self, texts):
+        last = [text.split()[-1] if text else "" for text in texts]
+        numbers = [int(word) + 3 if word.isdigit() else len(word) + 200 for word in last]
+        return torch.tensor([[1, number, 2, 0] for number in numbers]).reshape(len(numbers), 4)
+
+
+class LookUp:
+    """encode for `evaluate`: unit rows of a fixed table; noise moves the rows of the texts. Counts its calls."""
+
+    def __init__(self, noise: float = 0.0):
+        random = torch.Generator().manual_seed(0)
+        table = torch.randn(256, 8, generator=random)
+        self.image_table = F.normalize(table, dim=1)
+        self.text_table = F.normalize(table + noise * torch.randn(256, 8, generator=random), dim=1)
+        self.calls = []
+
+    def __call__(self, batch):
+        (name,) = batch
+        self.calls.append((name, len(batch[name])))
+        if name == "image":
+            middle = batch["image"].shape[-1] // 2
+            return {"image": self.image_table[batch["image"][:, 0, middle, middle].long()]}
+        return {"text": self.text_table[batch["text"][:, 1] - 3]}
+
+
+def write_source(folder: Path, numbers: list[int], captions_of=None, label_of=None, broken=()) -> EvaluationSamples:
+    """Write a shard with one picture for each number, and open it. broken: places whose picture is no picture."""
+    captions_of = captions_of or (lambda number: [f"thing {number}"])
+    label_of = label_of or (lambda number: {"parity": "odd" if number % 2 else "even"})
+    folder.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(folder / "shard.tar", "w") as tar:
+        for place, number in enumerate(numbers):
+            picture = io.BytesIO()
+            Image.new("RGB", (12, 9), (number, 0, 0)).save(picture, "PNG")
+            captions = captions_of(number)
+            members = {
+                "png": b"no picture" if place in broken else picture.getvalue(),
+                "txt": captions[0].encode(),
+                "json": json.dumps({"captions": captions, **label_of(number)}).encode(),
+            }
+            for extension, content in members.items():
+                member = tarfile.TarInfo(f"{place:05d}.{extension}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return open_source(folder)
+
+
+def open_source(folder: Path) -> EvaluationSamples:
+    config = DataConfig(cache=str(folder / "cache"), workers=0)
+    return EvaluationSamples([Source(str(folder / "shard.tar"))], config)
+
+
+def views() -> Views:
+    return Views(ViewsConfig(), image_size=8)

@@ -1,0 +1,100 @@
+"""Evaluation gives the same metrics on any number of processes, and none of them waits for another for ever."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from numbered_pictures import CLASS_FILE, LastNumberTokenizer, LookUp, open_source, views, write_source
+from processes import run_on_processes
+
+from modstruct.config import EvaluationConfig
+from modstruct.distributed import is_main
+from modstruct.evaluation.evaluate import evaluate
+
+SIZES = {"many": 43, "few": 5}  # with batches of four, "few" leaves the third of three processes without a sample
+
+
+def measure(folder: str, broken: tuple[int, ...] = ()) -> dict:
+    """What one process sees: metrics and calls for each source, and the errors that it is told of."""
+    results = {}
+    for name in SIZES:
+        encode, seen = LookUp(noise=0.8), []
+        metrics = run(Path(folder) / name, encode, lambda source, seen=seen: seen.append(source.image.tolist()))
+        del metrics["seconds"]
+        results[name] = {"metrics": metrics, "calls": [call for call, _ in encode.calls], "seen": seen}
+    results["label error"] = error_of(lambda: run(Path(folder) / "unlabelled", LookUp()))
+    results["main error"] = error_of(lambda: run(Path(folder) / "few", LookUp(), fail_on_main))
+    results["bad share"] = error_of(lambda: run(Path(folder) / "bad", LookUp()))
+    return results
+
+
+def run(folder, encode, inspect=None):
+    config = EvaluationConfig(batch=4, recall_at=[1, 5], top_k=[1])
+    classes, cpu = folder.parent / "classes.yaml", torch.device("cpu")
+    return evaluate(encode, open_source(folder), views(), LastNumberTokenizer(), config, classes, cpu, inspect=inspect)
+
+
+def fail_on_main(_):
+    raise ArithmeticError("inspection failed")
+
+
+def error_of(action) -> str:
+    try:
+        action()
+    except Exception as error:
+        return f"{is_main()} {type(error).__name__}: {error}"
+    return ""
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Number of processes -> results by rank."""
+    folder = tmp_path_factory.mktemp("sources")
+    (folder / "classes.yaml").write_text(CLASS_FILE)
+    for name, size in SIZES.items():
+        # Several captions a picture, and several pictures a caption.
+        numbers = [i % (size - 2) for i in range(size)]
+        broken = (8, 20) if name == "many" else ()
+        write_source(folder / name, numbers, lambda n: [f"thing {n}", f"object {n}"], broken=broken)
+    write_source(folder / "unlabelled", [1, 2, 3], label_of=lambda n: {"parity": "prime"})
+    write_source(folder / "bad", list(range(40)), broken=range(36))
+    return {1: [measure(str(folder))]} | {n: run_on_processes(measure, n, str(folder)) for n in (2, 3)}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_metrics_are_equal_on_any_number_of_processes_and_on_each(results, name):
+    (alone,) = results[1]
+    assert 0 < alone["many"]["metrics"]["retrieval"]["text_to_image"]["recall_at_1"]["value"] < 1
+    for processes in (2, 3):
+        for result in results[processes]:
+            assert result[name]["metrics"] == alone[name]["metrics"]
+    assert alone["many"]["metrics"]["skipped"] == {"undecodable picture": 2}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_every_process_encodes_equally_often(results, name):
+    """ZeRO-3 gathers parameters in every forward: a process with fewer of them would leave the others waiting."""
+    for processes in (2, 3):
+        calls = [result[name]["calls"] for result in results[processes]]
+        assert all(other == calls[0] for other in calls)
+    most = max(len(result[name]["calls"]) for result in results[3])
+    assert most < len(results[1][0][name]["calls"])  # the work is divided
+
+
+def test_only_the_main_process_inspects_and_sees_the_source_in_order(results):
+    for name in SIZES:
+        alone = results[1][0][name]["seen"]
+        for processes in (2, 3):
+            assert [result[name]["seen"] for result in results[processes]] == [alone] + [[]] * (processes - 1)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_errors_reach_every_process(results, processes):
+    for result in results[processes]:
+        assert "ValueError: the label parity = 'prime'" in result["label error"]
+        assert "TooManyBadSamples: data.max_bad_share" in result["bad share"]
+    main, *others = [result["main error"] for result in results[processes]]
+    assert main == "True ArithmeticError: inspection failed"
+    assert set(others) == {"False RuntimeError: the main process failed first: ArithmeticError: inspection failed"}

@@ -1,0 +1,129 @@
+"""A source is embedded in its order, captions are merged, bad samples left out, and a perfect model scores 100 %."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from numbered_pictures import CLASS_FILE, LastNumberTokenizer, LookUp, views, write_source
+from torch.nn import functional as F
+
+from modstruct.config import EvaluationConfig
+from modstruct.data.faults import TooManyBadSamples
+from modstruct.evaluation.embed import embed_source, embed_texts
+from modstruct.evaluation.evaluate import evaluate
+from modstruct.evaluation.examples import retrieved_examples
+from modstruct.evaluation.report import flatten, save_metrics, table, validation_recall_at_1
+
+CPU = torch.device("cpu")
+
+
+def embedded(samples, encode=None, batch=4, **more):
+    return embed_source(encode or LookUp(), samples, views(), LastNumberTokenizer(), batch, CPU, **more)
+
+
+def measured(samples, encode=None, zero_shot_path=None, **more):
+    config = EvaluationConfig(batch=4, recall_at=[5], top_k=[1, 2, 3])
+    return evaluate(encode or LookUp(), samples, views(), LastNumberTokenizer(), config, zero_shot_path, CPU, **more)
+
+
+def test_rows_keep_the_order_of_the_source_and_equal_captions_are_one_row(tmp_path):
+    numbers = [7, 3, 7, 9, 30, 12]
+    source = embedded(write_source(tmp_path, numbers, lambda n: [f"thing {n}", f"object {n}", f"thing {n}"]))
+    encode = LookUp()
+    assert source.captions == [f"{word} {n}" for n in (7, 3, 9, 30, 12) for word in ("thing", "object")]
+    np.testing.assert_array_equal(source.image, encode.image_table[numbers])
+    np.testing.assert_array_equal(source.text, encode.text_table[[n for n in (7, 3, 9, 30, 12) for _ in range(2)]])
+    of_text = [int(text.split()[-1]) for text in source.captions]
+    expected = {(i, t) for i, number in enumerate(numbers) for t, other in enumerate(of_text) if number == other}
+    assert {tuple(pair) for pair in source.pairs.tolist()} == expected
+    assert len(source.pairs) == len(expected)
+
+
+def test_samples_that_cannot_be_read_are_left_out_and_counted(tmp_path):
+    source = embedded(write_source(tmp_path, list(range(40)), broken=(4, 5, 6, 7, 20)), metadata_fields=["parity"])
+    kept = [i for i in range(40) if i not in (4, 5, 6, 7, 20)]  # the second batch of four is bad as a whole
+    assert source.indices.tolist() == kept
+    np.testing.assert_array_equal(source.image, LookUp().image_table[kept])
+    assert source.captions == [f"thing {n}" for n in kept]
+    assert source.metadata == [{"parity": "odd" if n % 2 else "even"} for n in kept]
+    assert source.skipped == {"undecodable picture": 5}
+
+
+def test_a_source_with_too_many_bad_samples_is_refused(tmp_path):
+    samples = write_source(tmp_path, list(range(40)), broken=range(30))
+    with pytest.raises(TooManyBadSamples, match=r"data.max_bad_share = 0.1: 30 of 40 samples of data.eval"):
+        embedded(samples)
+
+
+def test_texts_are_embedded_in_batches_and_keep_their_order():
+    encode = LookUp()
+    texts = [f"thing {n}" for n in range(10)]
+    rows = embed_texts(encode, texts, LastNumberTokenizer(), 4, CPU, "")
+    np.testing.assert_array_equal(rows, encode.text_table[:10])
+    assert encode.calls == [("text", 4), ("text", 4), ("text", 2)]
+
+
+def test_a_perfect_model_scores_everything(tmp_path):
+    metrics = measured(write_source(tmp_path, list(range(30)), lambda n: [f"thing {n}", f"object {n}"]))
+    for direction in metrics["retrieval"].values():
+        assert {figure["value"] for figure in direction.values()} == {1.0}
+    assert validation_recall_at_1(metrics) == 1
+    assert metrics["retrieval"]["text_to_image"]["recall_at_1"]["chance"] == pytest.approx(1 / 30)
+    assert metrics["retrieval"]["image_to_text"]["recall_at_1"]["chance"] == pytest.approx(2 / 60)
+    assert metrics["structure"]["alignment"] == pytest.approx(0)
+    assert metrics["sizes"] == {"images": 30, "texts": 60, "pairs": 60}
+    assert "zero_shot" not in metrics
+
+
+def test_zero_shot_uses_the_pictures_that_have_a_label(tmp_path):
+    class_file = tmp_path / "classes.yaml"
+    class_file.write_text(CLASS_FILE)
+    samples = write_source(
+        tmp_path, list(range(30)), label_of=lambda n: {"parity": [None, "odd", "even"][n % 3]} if n < 20 else {}
+    )
+    encode = LookUp()
+    metrics = measured(samples, encode, class_file)
+    assert metrics["sizes"]["images_with_label"] == 13
+    assert metrics["sizes"]["images_without_label"] == 17
+    # The tokenizer knows a word by its length: number, even, odd.
+    number, even, odd = (encode.text_table[200 + len(word) - 3] for word in ("number", "even", "odd"))
+    even, odd = F.normalize(number + even, dim=0), F.normalize(number + odd, dim=0)
+    labelled = [(n, n % 3 == 1) for n in range(20) if n % 3]
+    right = [(encode.image_table[n] @ (odd - even) > 0).item() == is_odd for n, is_odd in labelled]
+    assert metrics["zero_shot"]["top_1"]["value"] == pytest.approx(np.mean(right))
+    assert 0 < np.mean(right) < 1
+    assert set(metrics["zero_shot"]) == {"top_1", "top_2", "mean_per_class"}  # three is more than there are classes
+    assert metrics["zero_shot"]["top_2"] == {"value": 1.0, "chance": 1.0}
+    assert metrics["zero_shot"]["top_1"]["chance"] == 0.5
+
+
+def test_a_label_that_is_no_class_is_refused(tmp_path):
+    class_file = tmp_path / "classes.yaml"
+    class_file.write_text(CLASS_FILE)
+    with pytest.raises(ValueError, match="parity = 'prime'"):
+        measured(write_source(tmp_path, [1, 2, 3], label_of=lambda n: {"parity": "prime"}), zero_shot_path=class_file)
+
+
+def test_what_is_measured_can_be_shown_and_saved(tmp_path):
+    metrics = measured(write_source(tmp_path, list(range(30)), broken=[3]), LookUp(noise=0.5))
+    save_metrics(metrics, tmp_path / "metrics.json")
+    assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
+    assert "undecodable picture" in table(metrics)
+    assert all(isinstance(value, float) for value in flatten(metrics).values())
+
+
+def test_examples_show_the_caption_that_was_retrieved(tmp_path, monkeypatch):
+    samples = write_source(tmp_path, [*range(10), 0], lambda n: [f"thing {n}", f"object {n}"])
+    grids, drawn = [], []
+    monkeypatch.setattr("modstruct.evaluation.examples.example_grid", lambda *arguments: drawn.append(arguments))
+    encode = LookUp()
+    encode.text_table[4] = encode.image_table[5]  # "thing 4" comes before "object 5", and is now nearest to picture 5
+    measured(samples, encode, inspect=lambda source: grids.append(retrieved_examples(source, samples, views(), 20)))
+    ((images, own, found),) = drawn
+    assert images[:, 0, 4, 4].tolist() == [*range(10), 0]
+    assert [text.split()[-1] for text in own] == [str(n) for n in [*range(10), 0]]
+    assert (own[5], found[5]) == ("thing 5", "thing 4")
+    assert own[6] == found[6]

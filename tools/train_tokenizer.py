@@ -1,0 +1,97 @@
+"""Train a sentencepiece tokenizer on the captions of any shards.
+
+python tools/train_tokenizer.py --shards '/data/cc3m/{00000..00331}.tar' --vocab_size 8192 --out tokenizers/cc3m
+
+A recipe reads it with `--tokenizer.path tokenizers/cc3m`. The same captions give the same tokenizer, byte for byte.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from modstruct.config import DataConfig, Source, TokenizerConfig, require
+from modstruct.data.evaluation_samples import train_captions
+from modstruct.data.faults import TooManyBadSamples
+from modstruct.data.samples import open_samples
+from modstruct.data.sentencepiece_training import TRAINING_CAPTIONS, train_sentencepiece
+from modstruct.data.tokenizers import DESCRIPTION_FILE, SentencePieceTokenizer
+
+EXAMPLES = 5
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    data, tokenizer = DataConfig(), TokenizerConfig()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--shards",
+        required=True,
+        nargs="+",
+        metavar="PATTERN",
+        help="Paths, globs or brace patterns of tar shards (KEY.jpg, KEY.txt), or pipe:COMMAND with --allow_pipe.",
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="Folder to write the tokenizer to.")
+    parser.add_argument(
+        "--vocab_size", type=int, default=tokenizer.vocab_size, help="Pieces at most (default: %(default)s)."
+    )
+    parser.add_argument(
+        "--context_length",
+        type=int,
+        default=tokenizer.context_length,
+        help="Tokens of a caption that the description names; a recipe has its own (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--limit",
+        type=int,
+        default=TRAINING_CAPTIONS,
+        help="Captions to learn from at most, spread evenly over the shards (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--cache", default=data.cache, help="Folder that indexes of shards are kept in (default: %(default)s)."
+    )
+    parser.add_argument("--allow_pipe", action="store_true", help="Permit pipe:COMMAND, which runs a shell command.")
+    parser.add_argument("--index", metavar="FOLDER", help="Indexes made by tools/index_shards.py, for pipe: shards.")
+    return parser.parse_args(arguments)
+
+
+def train(options: argparse.Namespace) -> None:
+    """Read the captions, train, write, and show what came out."""
+    TokenizerConfig(vocab_size=options.vocab_size, context_length=options.context_length)  # refuses impossible sizes
+    require(options.limit >= 1, "--limit", options.limit, "at least 1")
+    taken = (options.out / DESCRIPTION_FILE).exists()
+    require(not taken, "--out", str(options.out), "holds a tokenizer already; delete it or name another folder")
+
+    config = DataConfig(cache=options.cache, allow_pipe=options.allow_pipe)
+    sources = [Source(shards=pattern, index=options.index) for pattern in options.shards]
+    samples = open_samples(sources, config, "--shards", progress=True)
+    total = min(options.limit, len(samples))
+    captions = list(
+        tqdm(train_captions(samples, config, options.limit), desc="reading captions", total=total, unit=" captions")
+    )
+    print(f"Training on {len(captions)} captions", flush=True)
+    model = train_sentencepiece(captions, options.vocab_size)
+    tokenizer = SentencePieceTokenizer(model, options.context_length)
+    tokenizer.save(options.out)
+
+    tokens = sum(len(tokenizer.segment(caption)) for caption in captions[:1000]) / min(len(captions), 1000)
+    smaller = "" if tokenizer.vocab_size == options.vocab_size else f" (these captions bear no {options.vocab_size})"
+    print(f"{tokenizer.vocab_size} pieces{smaller}, {tokens:.1f} tokens a caption, written to {options.out}")
+    for caption in captions[:: max(1, len(captions) // EXAMPLES)][:EXAMPLES]:
+        print(f"  {caption}\n    {' '.join(tokenizer.segment(caption))}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    try:
+        train(parse(arguments))
+    except (ValueError, OSError, TooManyBadSamples) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
