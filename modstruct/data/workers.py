@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import shutil
@@ -9,6 +10,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 
 from torch.utils.data import DataLoader
 
@@ -41,8 +43,13 @@ class WorkerLoader(DataLoader):
         )
 
     def __iter__(self):
-        with _inherited_block() if self.num_workers else _nothing():
+        if self.num_workers == 0:
             return super().__iter__()
+        before = set(multiprocessing.active_children())
+        with _inherited_block():
+            batches = super().__iter__()
+        atexit.register(_end, [process for process in multiprocessing.active_children() if process not in before])
+        return batches
 
 
 def require_shared_memory(batch_bytes: int, workers: int) -> None:
@@ -80,9 +87,14 @@ def _start_worker(_: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, OUTLIVED_SIGNALS)
 
 
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
+def _end(processes: list[BaseProcess]) -> None:
+    """End what is left of the loader when this process ends, also by an error.
+
+    multiprocessing would send SIGTERM and wait for ever for processes that outlive it.
+    """
+    for process in processes:
+        if process.is_alive():
+            process.kill()
 
 
 @contextmanager

@@ -41,14 +41,14 @@ def geometric_consistency(a: Tensor, b: Tensor) -> Tensor:
 
 
 def gram_difference(a: Tensor, b: Tensor) -> Tensor:
-    """The second geometric term alone: sum over pairs j, k of (<a_j,a_k> - <b_j,b_k>)^2, the two Gram matrices' distance.
+    """The second geometric term alone, the Gram matrices' distance: sum over pairs j, k of (<a_j,a_k> - <b_j,b_k>)^2.
 
-    Inside L_GC^a of Jiang et al. 2023, section 4.3. Arguments and result as in `geometric_consistency`; never negative.
+    Inside L_GC^a of Jiang et al. 2023, section 4.3. Arguments and result as in `geometric_consistency`, never negative.
 
-    Accuracy: the two terms of the closed form have opposite signs. The rounding is relative to the sum of BOTH geometric
-    terms, not to this one, which can be a 1e-8 part of it: b may be a rotated a, whose Gram matrix is the same. In float32
-    that left a value 700 % off and negative. So all products here are in float64 (1e-16 of the sum), the value is cut at 0,
-    and the gradient is that of the uncut value, which is right at 0 too.
+    Accuracy: the two terms of the closed form have opposite signs. Rounding is relative to the sum of BOTH geometric
+    terms, not to this one, which can be a 1e-8 part of it: where b is a rotated a, both have the same Gram matrix. In
+    float32 that left a value 700 % off and negative. So all products here are in float64 (1e-16 of the sum), the value
+    is cut at 0, and the gradient is that of the uncut value, which is right at 0 too.
     Cost: 14 N D^2 operations in float64, forward and backward, memory O(B D + D^2) and blocks of rows in float64;
     for N < D 12 N^2 D and O(B N).
     """

@@ -19,7 +19,7 @@ from modstruct import distributed
 from modstruct.config import require
 from modstruct.pairwise.global_batch import paired_rows
 
-# Logits that are in memory at once, besides one scratch buffer of the same size. On the CPU a tile is 16 MiB, which a
+# Logits that are in memory at once; their probabilities take as much again. On the CPU a tile is 16 MiB, which a
 # last-level cache holds; on a GPU 128 MiB, where fewer launches count for more.
 TILE_ELEMENTS = {"cpu": 2**22, "cuda": 2**25}
 
@@ -29,9 +29,10 @@ def info_nce(x: Tensor, y: Tensor, logit_scale: Tensor) -> Tensor:
 
       -1/N sum_j log( exp(s <x_j, y_j>) / sum_k exp(s <x_j, y_k>) )       (van den Oord et al. 2018, equation 4)
 
-    x, y: this process's (B, D) rows, the same B on every process; half precision is taken to float32. logit_scale: (1,),
-    s = 1 / temperature. Returns a scalar, the mean over the N rows of all processes, the same on each. Memory O(N D) and
-    a tile. Raises ValueError where the shapes do not fit.
+    x, y: this process's (B, D) rows, the same B on every process; half precision is taken to float32.
+    logit_scale: (1,), s = 1 / temperature.
+    Returns a scalar, the mean over the N rows of all processes, the same on each. Memory O(N D) and two tiles.
+    Raises ValueError where the shapes do not fit.
     """
     x, y, scale = _checked(x, y, logit_scale)
     with torch.autocast(x.device.type, enabled=False):  # else the products would run in half precision

@@ -8,18 +8,22 @@ import json
 import os
 import pickle
 import random
+import runpy
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 
 import pytest
 import sentencepiece
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from modstruct.config import TokenizerConfig
 from modstruct.data.sentencepiece_training import train_sentencepiece
@@ -33,6 +37,7 @@ from modstruct.data.tokenizers import (
     load_tokenizer,
 )
 
+TOOL = Path(__file__).parents[2] / "tools" / "train_tokenizer.py"
 CONTEXT = 12
 LONG = "a red square above two blue circles " * 30
 SPELLED = "<pad> </s> <s> [PAD] [CLS] [SEP] <start_of_text> <end_of_text> <|endoftext|> <0x00> ! \u2581\u2585"
@@ -349,3 +354,29 @@ def test_a_folder_serves_as_tokenizer_path(tmp_path):
     SentencePieceTokenizer(trained_model(), CONTEXT).save(tmp_path)
     built = build_tokenizer(TokenizerConfig(path=str(tmp_path), context_length=20), list, tmp_path, "")
     assert (built.model, built.context_length) == (trained_model(), 20)
+
+
+def run_tool(*arguments: str) -> int:
+    return runpy.run_path(str(TOOL))["main"](list(arguments))
+
+
+def test_the_tool_trains_on_shards_and_says_what_came_out(tmp_path, capsys):
+    picture = io.BytesIO()
+    Image.new("RGB", (2, 2)).save(picture, "PNG")
+    with tarfile.open(tmp_path / "shard-0.tar", "w") as shard:
+        for key, caption in enumerate(scene_captions(50)):
+            for extension, content in (("png", picture.getvalue()), ("txt", caption.encode())):
+                member = tarfile.TarInfo(f"{key:04d}.{extension}")
+                member.size = len(content)
+                shard.addfile(member, io.BytesIO(content))
+    folder = tmp_path / "tokenizer"
+    arguments = ("--shards", str(tmp_path / "shard-*.tar"), "--out", str(folder), "--cache", str(tmp_path / "cache"))
+    assert run_tool(*arguments, "--vocab_size", "500") == 0
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.model == train_sentencepiece(scene_captions(50), 500)
+    assert f"{tokenizer.vocab_size} pieces" in capsys.readouterr().out
+
+    assert run_tool(*arguments) == 2  # the folder holds a tokenizer now
+    assert "--out" in capsys.readouterr().err
+    assert run_tool("--shards", str(tmp_path / "none-*.tar"), "--out", str(tmp_path / "other")) == 2
+    assert "--shards" in capsys.readouterr().err

@@ -1,0 +1,1 @@
+"""The training objective's terms, one file each, and their weighted sum."""

@@ -1,0 +1,71 @@
+"""The training objective: the weighted sum of the losses that a recipe turns on."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+
+from modstruct.config import LossesConfig, require
+from modstruct.embeddings import Embeddings
+from modstruct.losses.bridge import Bridge
+from modstruct.losses.contrastive import Contrastive
+from modstruct.losses.geometry import Geometry
+from modstruct.losses.separation import Separation
+
+# By the name of their section in the recipe. A loss is made from that section, names the embeddings it needs, and maps
+# (embeddings, step, seed) to its value and its named components. A new one is a file, a line here, a section there.
+LOSSES = {
+    "contrastive": Contrastive,
+    "separation": Separation,
+    "bridge": Bridge,
+    "geometry": Geometry,
+}
+
+
+class Objective:
+    """Sum of weight x loss over the losses whose weight is above 0; the others are not computed.
+
+    views: the augmented views that those losses need, out of {"image_augmented", "text_augmented"}.
+    independent: whether they need the independent embeddings, and so their heads.
+    """
+
+    def __init__(self, config: LossesConfig):
+        sections = {name: getattr(config, name) for name in LOSSES}
+        self.weights = {name: section.weight for name, section in sections.items() if section.weight > 0}
+        self.losses = {name: LOSSES[name](sections[name]) for name in self.weights}
+        needs = frozenset().union(*(loss.needs for loss in self.losses.values()))
+        self.views = frozenset(name.split("_")[0] + "_augmented" for name in needs if name.endswith("_augmented"))
+        self.independent = any("independent" in name for name in needs)
+
+    def __call__(self, embeddings: Embeddings, step: int, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The objective of the global batch and its terms.
+
+        embeddings: this process's rows; half precision is taken to float32, whatever autocast says.
+        step, seed: what random draws depend on, the same on every process.
+        Returns the weighted sum, a scalar with a gradient, and each loss's unweighted value and components, scalars
+        without one, under names such as `geometry` and `geometry/per_pair`. All are the same on every process.
+        Raises ValueError where an embedding that a loss needs is missing.
+        """
+        for name, loss in self.losses.items():
+            for needed in sorted(loss.needs):
+                remedy = f"losses.{name} needs it: let the model make it, or set losses.{name}.weight to 0"
+                require(getattr(embeddings, needed) is not None, f"embeddings.{needed}", None, remedy)
+        total, terms = 0, {}
+        with torch.autocast(embeddings.image.device.type, enabled=False):
+            embeddings = _in_float32(embeddings)
+            for name, loss in self.losses.items():
+                value, components = loss(embeddings, step, seed)
+                total = total + self.weights[name] * value
+                terms[name] = value.detach()
+                terms |= {f"{name}/{component}": term.detach() for component, term in components.items()}
+        return total, terms
+
+
+def _in_float32(embeddings: Embeddings) -> Embeddings:
+    """The same with half precision taken to float32; float64 stays, for checks."""
+    given = {field.name: getattr(embeddings, field.name) for field in fields(embeddings)}
+    return Embeddings(
+        **{name: None if z is None else z.to(torch.promote_types(z.dtype, torch.float32)) for name, z in given.items()}
+    )

@@ -1,0 +1,68 @@
+"""The contrastive base against its printed formulas."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from towers import assert_same, modalities_exchanged, random_embeddings, transformed, value_and_gradients
+
+from modstruct.config import ContrastiveConfig
+from modstruct.losses.contrastive import Contrastive
+
+
+def printed_direction(x, y, scale):
+    """-1/N sum_j log( exp(<x_j, y_j>/tau) / sum_k exp(<x_j, y_k>/tau) ), pair by pair."""
+    losses = []
+    for j in range(len(x)):
+        candidates = torch.stack([torch.exp(scale[0] * (x[j] @ y[k])) for k in range(len(y))])
+        losses.append(-torch.log(candidates[j] / candidates.sum()))
+    return sum(losses) / len(losses)
+
+
+def printed_clip(e):
+    return (printed_direction(e.image, e.text, e.logit_scale) + printed_direction(e.text, e.image, e.logit_scale)) / 2
+
+
+def printed_clip_inmodal(e):
+    pairs = [(e.image, e.text), (e.text, e.image), (e.image, e.image_augmented), (e.text, e.text_augmented)]
+    return sum(printed_direction(x, y, e.logit_scale) for x, y in pairs) / 4
+
+
+def loss(in_modal: bool):
+    return lambda e: Contrastive(ContrastiveConfig(in_modal=in_modal))(e, step=0, seed=0)[0]
+
+
+@pytest.mark.parametrize(("in_modal", "printed"), [(False, printed_clip), (True, printed_clip_inmodal)])
+@settings(max_examples=10, deadline=None)
+@given(pairs=st.integers(1, 6), seed=st.integers(0, 999))
+def test_agrees_with_the_printed_formula(in_modal, printed, pairs, seed):
+    e = random_embeddings(pairs, 5, seed)
+    assert_same(value_and_gradients(loss(in_modal), e), value_and_gradients(printed, e))
+
+
+@pytest.mark.parametrize("in_modal", [False, True])
+def test_components_carry_the_names_of_their_directions(in_modal):
+    e = random_embeddings(5, 4, 1)
+    value, terms = Contrastive(ContrastiveConfig(in_modal=in_modal))(e, step=0, seed=0)
+    pairs = {"image_to_text": (e.image, e.text), "text_to_image": (e.text, e.image)}
+    if in_modal:
+        pairs |= {"image_to_image": (e.image, e.image_augmented), "text_to_text": (e.text, e.text_augmented)}
+    assert terms.keys() == pairs.keys()
+    for name, (x, y) in pairs.items():
+        torch.testing.assert_close(terms[name], printed_direction(x, y, e.logit_scale))
+    torch.testing.assert_close(value, torch.stack(list(terms.values())).mean())
+
+
+@pytest.mark.parametrize("in_modal", [False, True])
+@settings(max_examples=10, deadline=None)
+@given(pairs=st.integers(2, 8), seed=st.integers(0, 999))
+def test_symmetries(in_modal, pairs, seed):
+    e = random_embeddings(pairs, 5, seed)
+    order = torch.randperm(pairs, generator=torch.Generator().manual_seed(seed))
+    rotation = torch.linalg.qr(random_embeddings(5, 5, seed).image).Q
+    right = loss(in_modal)(e)
+    torch.testing.assert_close(loss(in_modal)(modalities_exchanged(e)), right)
+    torch.testing.assert_close(loss(in_modal)(transformed(e, lambda z: z[order])), right)
+    torch.testing.assert_close(loss(in_modal)(transformed(e, lambda z: z @ rotation)), right)

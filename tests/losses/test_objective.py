@@ -1,0 +1,146 @@
+"""The objective: weights, the views and heads it asks for, the terms it names."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from towers import NAMES, assert_same, random_embeddings, transformed, value_and_gradients
+
+from modstruct.config import BridgeConfig, ContrastiveConfig, GeometryConfig, LossesConfig, SeparationConfig
+from modstruct.losses.objective import LOSSES, Objective
+
+BOTH_VIEWS = {"image_augmented", "text_augmented"}
+
+
+def everything() -> LossesConfig:
+    return LossesConfig(
+        contrastive=ContrastiveConfig(weight=0.5, in_modal=True),
+        separation=SeparationConfig(weight=2.0),
+        bridge=BridgeConfig(weight=3.0, t=None),
+        geometry=GeometryConfig(weight=0.25),
+    )
+
+
+def test_every_section_of_the_recipe_has_its_loss():
+    assert list(LOSSES) == [field.name for field in fields(LossesConfig)]
+
+
+@pytest.mark.parametrize(
+    ("config", "views", "independent"),
+    [
+        (LossesConfig(), set(), False),
+        (LossesConfig(contrastive=ContrastiveConfig(in_modal=True)), BOTH_VIEWS, False),
+        (LossesConfig(bridge=BridgeConfig(weight=1.0)), {"image_augmented"}, False),
+        (LossesConfig(separation=SeparationConfig(weight=1.0)), BOTH_VIEWS, True),
+        (LossesConfig(geometry=GeometryConfig(weight=1.0)), BOTH_VIEWS, False),
+        (LossesConfig(geometry=GeometryConfig(weight=1.0, augmented=False)), set(), False),
+        (everything(), BOTH_VIEWS, True),
+    ],
+)
+def test_views_and_heads_that_the_losses_need(config, views, independent):
+    objective = Objective(config)
+    assert objective.views == frozenset(views)
+    assert objective.independent is independent
+    # What is not asked for is not needed.
+    absent = {
+        name: None
+        for name in NAMES
+        if ("independent" in name and not independent)
+        or (name.endswith("_augmented") and f"{name.split('_')[0]}_augmented" not in views)
+    }
+    total, _ = objective(replace(random_embeddings(4, 6, 1), **absent), step=0, seed=0)
+    assert total.isfinite()
+
+
+def test_total_is_the_weighted_sum_of_the_named_terms():
+    total, terms = Objective(everything())(random_embeddings(6, 8, 1), step=3, seed=1)
+    weighted = 0.5 * terms["contrastive"] + 2 * terms["separation"] + 3 * terms["bridge"] + 0.25 * terms["geometry"]
+    torch.testing.assert_close(total, weighted)
+    assert {
+        "contrastive/image_to_text",
+        "contrastive/text_to_image",
+        "contrastive/image_to_image",
+        "contrastive/text_to_text",
+        "separation/orthogonality",
+        "separation/image_to_image",
+        "separation/text_to_text",
+        "separation/uniformity",
+        "bridge/t",
+        "geometry/consistency",
+        "geometry/view_consistency",
+        "geometry/per_pair",
+    } | set(LOSSES) == set(terms)
+    assert all(term.shape == () and not term.requires_grad for term in [total, *terms.values()])
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_a_weight_of_zero_leaves_no_trace(weight):
+    config = LossesConfig(bridge=BridgeConfig(weight=weight))
+    e = random_embeddings(6, 8, 1)
+    _, terms = Objective(config)(e, step=0, seed=0)
+    result = value_and_gradients(lambda e: Objective(config)(e, step=0, seed=0)[0], e)
+    assert ("bridge" in terms) == (weight > 0)
+    assert bool(result["image_augmented"].any()) == (weight > 0)
+
+
+def test_gradient_is_the_weighted_sum_of_the_single_gradients():
+    e = random_embeddings(6, 8, 1)
+    config = everything()
+    expected: dict = {}
+    for name in LOSSES:
+        # One loss alone: the others, at weight 0, keep their sections.
+        others = {o: replace(getattr(config, o), weight=0.0) for o in LOSSES if o != name}
+        single = Objective(replace(config, **others))
+        for part, value in value_and_gradients(lambda e, s=single: s(e, step=3, seed=1)[0], e).items():
+            expected[part] = expected.get(part, 0) + value
+    assert_same(value_and_gradients(lambda e: Objective(config)(e, step=3, seed=1)[0], e), expected)
+
+
+@pytest.mark.parametrize(
+    ("missing", "loss"),
+    [
+        ("image_augmented", "contrastive"),
+        ("text_independent", "separation"),
+        ("image_independent_augmented", "separation"),
+        ("text", "contrastive"),
+    ],
+)
+def test_a_missing_embedding_is_named(missing, loss):
+    e = replace(random_embeddings(4, 6, 1), **{missing: None})
+    with pytest.raises(ValueError, match=rf"embeddings\.{missing} = None: losses\.{loss}"):
+        Objective(everything())(e, step=0, seed=0)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32_even_under_autocast(half):
+    e = transformed(random_embeddings(6, 8, 1), lambda z: z.to(half))
+    e.logit_scale = e.logit_scale.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        total, terms = Objective(everything())(e, step=0, seed=0)
+    right, right_terms = Objective(everything())(transformed(e, torch.Tensor.float), step=0, seed=0)
+    assert total.dtype == torch.float32
+    assert torch.equal(total, right)
+    assert all(torch.equal(terms[name], right_terms[name]) for name in terms)
+
+
+def test_float32_stays_near_float64():
+    e = random_embeddings(24, 8, 1)
+    single = transformed(e, torch.Tensor.float)
+    single.logit_scale = e.logit_scale.float()
+    found = value_and_gradients(lambda e: Objective(everything())(e, step=0, seed=0)[0], single)
+    right = value_and_gradients(lambda e: Objective(everything())(e, step=0, seed=0)[0], e)
+    for name, value in right.items():
+        assert (found[name] - value).norm() <= 1e-5 * value.norm(), name
+
+
+@pytest.mark.parametrize("loss", list(LOSSES))
+def test_nan_in_a_row_reaches_the_term_it_is_in(loss):
+    e = transformed(random_embeddings(8, 4, 1), torch.Tensor.float)
+    e.logit_scale = e.logit_scale.float()
+    name = "image_independent" if loss == "separation" else "image"
+    getattr(e, name)[5, 2] = torch.nan
+    total, terms = Objective(everything())(e, step=0, seed=0)
+    assert total.isnan()
+    assert terms[loss].isnan()
