@@ -20,6 +20,9 @@ from torch import Tensor
 
 def start_processes() -> None:
     """Join the other processes of the launcher (deepspeed, torchrun, SLURM); alone if there is no launcher."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it had to guess
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

@@ -90,8 +90,8 @@ def random_crop_box(
             left = generator.randint(0, width - crop_width)
             top = generator.randint(0, height - crop_height)
             return left, top, crop_width, crop_height
-    crop_width = max(1, min(width, round(height * ASPECT_RATIOS[1])))
-    crop_height = max(1, min(height, round(width / ASPECT_RATIOS[0])))
+    crop_width = min(width, round(height * ASPECT_RATIOS[1]))
+    crop_height = min(height, round(width / ASPECT_RATIOS[0]))
     return (width - crop_width) // 2, (height - crop_height) // 2, crop_width, crop_height
 
 

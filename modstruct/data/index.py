@@ -121,9 +121,20 @@ class _Rows:
         metadata, metadata_bytes, _ = found.get("metadata", (0, 0, 0))
         self.rows.append((image, image_bytes, text, text_bytes, metadata, metadata_bytes, header))
 
+    def close_cut_sample(self, cut_key: str | None) -> None:
+        """End the sample that the tar breaks off in or after. cut_key: key of the member that was cut, if known."""
+        kinds = {"image", "text"}
+        if self.rows and self.rows[-1][5]:  # the sample before has metadata, so this one should
+            kinds.add("metadata")
+        whole = kinds <= self.found.keys() and cut_key != self.key
+        self.close_sample(None if whole else "truncated shard")
 
-def index_tar(path: str | os.PathLike[str]) -> ShardIndex:
-    """Index one tar file. A damaged one gives the samples before the damage; raises OSError if it cannot be read."""
+
+def index_tar(path: str | os.PathLike[str] | int) -> ShardIndex:
+    """Index one tar file, given by path or by a file descriptor (which is closed).
+
+    A damaged one gives the samples before the damage. Raises OSError if it cannot be read.
+    """
     collected = _Rows()
     broken = None
     with open(path, "rb", buffering=BUFFER_BYTES) as file:
@@ -135,8 +146,7 @@ def index_tar(path: str | os.PathLike[str]) -> ShardIndex:
                     collected.add(key, kind, (data - header) // BLOCK_BYTES, data // BLOCK_BYTES, size)
         except _Cut as cut:
             broken = str(cut)
-            whole = {"image", "text"} <= collected.found.keys() and cut.key != collected.key
-            collected.close_sample(None if whole else "truncated shard")
+            collected.close_cut_sample(cut.key)
     collected.close_sample()
     rows = np.array(collected.rows, dtype=ROW)
     return ShardIndex(rows, size_bytes, collected.faults, collected.examples, broken)

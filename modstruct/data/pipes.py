@@ -15,6 +15,7 @@ from modstruct.data.sources import PIPE
 
 ATTEMPTS = 3
 PAUSE_SECONDS = 1.0
+STALE_SECONDS = 24 * 3600.0
 
 
 class PipeFailed(OSError):
@@ -49,6 +50,10 @@ class PipeCache:
             except FileNotFoundError:
                 self._spool(shard, path, size_bytes)  # and open again: another process may have made room meanwhile
                 continue
+            if size_bytes not in (None, os.fstat(descriptor).st_size):  # spooled before it was indexed anew
+                os.close(descriptor)
+                path.unlink(missing_ok=True)
+                continue
             with suppress(OSError):
                 os.utime(path)  # last use, by which room is made
             return descriptor
@@ -72,6 +77,10 @@ class PipeCache:
             self._make_room(keep=path)
 
     def _make_room(self, keep: Path) -> None:
+        for path in self.folder.glob("*.part"):  # of processes that were killed
+            with suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > STALE_SECONDS:
+                    path.unlink()
         spooled = []
         for path in self.folder.glob("*.tar"):
             with suppress(FileNotFoundError):

@@ -24,8 +24,8 @@ Operation = Callable[[list[str], random.Random], list[str]]
 class EasyDataAugmentation:
     """Changes a caption by one of EDA's operations: random swap, deletion, insertion, synonym replacement.
 
-    The operation is drawn for each caption among those that can change it. Words are what whitespace separates; a
-    caption in a script without spaces is one word. Without WordNet there is no synonym replacement, and insertion,
+    The operation is drawn for each caption; where it changes nothing, another is. Words are what whitespace separates:
+    a caption in a script without spaces is one word. Without WordNet there is no synonym replacement, and insertion,
     which in the paper inserts a synonym of some word of the caption, inserts a word of the caption itself.
     """
 
@@ -60,15 +60,13 @@ class EasyDataAugmentation:
 
     def _swap(self, words: list[str], generator: random.Random) -> list[str]:
         """Two words change places, several times; the words stay the same, their order does not."""
-        words, original = list(words), words
-        if len(set(words)) == 1:
+        if len(words) == 1:
             return words
-        swaps_left = self._changes(words)
-        while swaps_left > 0 or words == original:
+        swapped = list(words)
+        for _ in range(self._changes(words)):
             first, second = generator.sample(range(len(words)), 2)
-            words[first], words[second] = words[second], words[first]
-            swaps_left -= 1
-        return words
+            swapped[first], swapped[second] = swapped[second], swapped[first]
+        return swapped
 
     def _delete(self, words: list[str], generator: random.Random) -> list[str]:
         """Each word goes with probability rate; at least one goes and at least one stays."""

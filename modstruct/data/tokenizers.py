@@ -130,8 +130,8 @@ class SentencePieceTokenizer(Tokenizer):
         self.end_id = self._own_id(self._processor.eos_id())
 
     def _own_id(self, token_id: int) -> int:
-        # A symbol that is missing (-1) or that text can produce cannot serve.
-        if token_id >= 0 and self._processor.IsControl(token_id):
+        # sentencepiece says -1 of a symbol that the model lacks, or that it reads out of text as well.
+        if token_id >= 0:
             return token_id
         self.vocab_size += 1
         return self.vocab_size - 1

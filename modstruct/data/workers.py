@@ -9,9 +9,11 @@ import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 
+import torch
 from torch.utils.data import DataLoader
 
 from modstruct.config import refuse
@@ -40,6 +42,8 @@ class WorkerLoader(DataLoader):
             prefetch_factor=BATCHES_AHEAD if workers else None,
             multiprocessing_context=_context() if workers else None,
             worker_init_fn=_start_worker if workers else None,
+            # Of its own, or else starting a loader would move the random state that a resumed run must find.
+            generator=torch.Generator(),
         )
 
     def __iter__(self):
@@ -100,6 +104,7 @@ def _end(processes: list[BaseProcess]) -> None:
 @contextmanager
 def _inherited_block() -> Iterator[None]:
     """Hold the signals back while processes start: these inherit the block, and what arrives meanwhile is not lost."""
+    resource_tracker.ensure_running()  # starting it later would lift the block
     before = signal.pthread_sigmask(signal.SIG_BLOCK, OUTLIVED_SIGNALS)
     try:
         yield

@@ -56,6 +56,7 @@ def test_seeds_are_stable_and_in_range():
 words = st.integers(0, 2**63 - 1)
 
 
+@settings(deadline=None)
 @given(words, words, words, words, st.integers(0, 3), words)
 def test_seeds_that_differ_in_one_argument_never_collide(seed, epoch, sample, salt, which, other):
     arguments = [seed, epoch, sample, salt]
@@ -145,6 +146,7 @@ def test_auto_augment_and_flip_follow_the_recipe():
     assert changed > 120
 
 
+@settings(deadline=None)
 @given(st.integers(1, 400), st.integers(1, 400), words, st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)))
 def test_random_crops_lie_inside_and_keep_their_share(width, height, seed, scale):
     low, high = sorted(scale)
@@ -153,8 +155,10 @@ def test_random_crops_lie_inside_and_keep_their_share(width, height, seed, scale
     assert 0 <= top <= top + crop_height <= height
     assert crop_width >= 1
     assert crop_height >= 1
-    # Rounding moves each side by half a pixel.
-    assert (crop_width - 0.5) * (crop_height - 0.5) <= high * width * height + 1
+    if crop_width < width and crop_height < height:  # else the shape may not have allowed the share
+        # Rounding moves each side by half a pixel.
+        assert (crop_width - 0.5) * (crop_height - 0.5) <= high * width * height
+        assert low * width * height <= (crop_width + 0.5) * (crop_height + 0.5)
 
 
 def test_random_crops_cover_the_shares_asked_for():
@@ -227,6 +231,7 @@ captions = st.lists(st.text(st.characters(exclude_categories=["Z", "C"]), min_si
 )
 
 
+@settings(deadline=None)
 @given(captions, words, st.floats(0.01, 1))
 def test_each_operation_changes_what_it_may(caption, seed, rate):
     before = caption.split()
@@ -351,7 +356,5 @@ def test_words_without_synonyms_are_swapped_or_deleted_instead(monkeypatch):
     install(monkeypatch, StandInWordNet())
     augment = EasyDataAugmentation(0.1, synonyms=True)
     for seed in range(50):
-        assert (
-            set(augment("red circle", seed).split()) < {"red", "circle"} or augment("red circle", seed) == "circle red"
-        )
+        assert augment("red circle", seed) in {"red", "circle", "circle red"}
         assert augment("circle", seed) == "circle"

@@ -40,7 +40,7 @@ from modstruct.data.tokenizers import (
 TOOL = Path(__file__).parents[2] / "tools" / "train_tokenizer.py"
 CONTEXT = 12
 LONG = "a red square above two blue circles " * 30
-SPELLED = "<pad> </s> <s> [PAD] [CLS] [SEP] <start_of_text> <end_of_text> <|endoftext|> <0x00> ! \u2581\u2585"
+SPELLED = ["<pad>", "</s> <s>", "[PAD]", "[CLS] [SEP]", "<start_of_text>", "<end_of_text>", "<|endoftext|>", "<0x00>"]
 SPECIAL_ENTRIES = ["[PAD]", "[unused0]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 VOCABULARY = [*SPECIAL_ENTRIES, *"abcde!,", "##a", "##b", "##c", "##d", "red", "square", "cafe"]
 
@@ -93,7 +93,7 @@ def test_any_text_becomes_start_pieces_end_padding(tokenizer, texts):
     assert_well_formed(tokenizer, ids)
 
 
-@pytest.mark.parametrize("text", ["\ud800 lone surrogate", "\x00", "\u2028", "😀" * 500, SPELLED, " \t\n ", "!" * 99])
+@pytest.mark.parametrize("text", ["\ud800 lone surrogate", "\x00", "\u2028", "😀" * 500, *SPELLED, " \t\n ", "!" * 99])
 def test_odd_texts_are_no_error_and_give_no_special_id(tokenizer, text):
     assert_well_formed(tokenizer, tokenizer([text, "a red square"]))
 
@@ -263,19 +263,16 @@ def test_a_users_model_without_padding_start_or_end_gets_ids_of_their_own():
         model_writer=model,
         vocab_size=80,
         hard_vocab_limit=False,
-        bos_id=-1,
         minloglevel=2,
-        user_defined_symbols=["<pad>"],
-        pad_id=3,
-        pad_piece="<pad_>",
-        unk_id=0,
-        eos_id=1,
+        pad_id=-1,
+        user_defined_symbols=["<s>"],  # text may spell this start symbol, so it cannot be one
     )
     tokenizer = SentencePieceTokenizer(model.getvalue(), CONTEXT)
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).get_piece_size()
-    assert tokenizer.start_id == pieces
-    assert tokenizer.vocab_size == pieces + 1
-    assert_well_formed(tokenizer, tokenizer(["a red <pad> square", LONG]))
+    assert {tokenizer.padding_id, tokenizer.start_id} == {pieces, pieces + 1}
+    assert tokenizer.end_id < pieces
+    assert tokenizer.vocab_size == pieces + 2
+    assert_well_formed(tokenizer, tokenizer(["a red <s> square", LONG]))
 
 
 def test_training_repeats_itself_in_another_process():

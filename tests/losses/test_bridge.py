@@ -98,5 +98,5 @@ def test_the_loss_says_which_t_it_took():
 
 def test_t_outside_its_range_is_refused():
     e = random_embeddings(2, 4, 1)
-    with pytest.raises(ValueError, match="t = 1.5"):
+    with pytest.raises(ValueError, match=r"t = 1\.5"):
         loss(e, 1.5)

@@ -89,5 +89,7 @@ def test_uniformity_does_not_move_when_the_batch_is_doubled():
 
 def test_a_spread_batch_is_more_uniform():
     e = random_embeddings(32, 8, 2)
-    near = replace(e, image_independent=torch.nn.functional.normalize(e.image_independent + 3 * e.image_independent[:1]))
+    near = replace(
+        e, image_independent=torch.nn.functional.normalize(e.image_independent + 3 * e.image_independent[:1])
+    )
     assert loss(e)[1]["uniformity"] < loss(near)[1]["uniformity"]

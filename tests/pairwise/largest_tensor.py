@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class LargestTensor(TorchDispatchMode):
-    """`with LargestTensor() as largest: ...` leaves in `largest.elements` the size of the largest result of any operation."""
+    """`with LargestTensor() as largest: ...` leaves the size of any operation's largest result there."""
 
     def __init__(self):
         super().__init__()

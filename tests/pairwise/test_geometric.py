@@ -90,6 +90,13 @@ def test_gradient_of_gram_difference_stays_right_where_the_value_is_rounding():
     assert all(relative_error(f, r) < 1e-4 for f, r in zip(found[1:], right[1:], strict=True))
 
 
+def test_gram_difference_is_never_negative():
+    for seed in range(10):
+        a = unit_rows(96, 32, seed)
+        value = gram_difference(a, a @ rotation(32, seed + 100))  # 0, but for rounding of either sign
+        assert 0 <= value < 1e-9
+
+
 @pytest.mark.parametrize("rows", [4, 16])
 @pytest.mark.parametrize("ours", FUNCTIONS)
 def test_identical_towers_give_exactly_zero(ours, rows):

@@ -21,7 +21,9 @@ def tiles_of(elements: int):
 
 
 def unit_rows(rows: int, width: int, seed: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return normalize(torch.randn(rows, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))).to(dtype)
+    return normalize(torch.randn(rows, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))).to(
+        dtype
+    )
 
 
 def with_gradients(function, *inputs: torch.Tensor) -> list[torch.Tensor]:
@@ -58,7 +60,11 @@ PAIRS = [(info_nce, reference.info_nce), (both_ways_weighted, both_ways_weighted
     seed=st.integers(0, 999),
 )
 def test_agrees_with_the_formula_in_value_and_gradients(ours, printed, rows, width, tile_rows, scale, seed):
-    inputs = unit_rows(rows, width, seed), unit_rows(rows, width, seed + 1000), torch.tensor([scale], dtype=torch.float64)
+    inputs = (
+        unit_rows(rows, width, seed),
+        unit_rows(rows, width, seed + 1000),
+        torch.tensor([scale], dtype=torch.float64),
+    )
     with tiles_of(tile_rows * rows):
         found = with_gradients(ours, *inputs)
     for f, right in zip(found, with_gradients(printed, *inputs), strict=True):

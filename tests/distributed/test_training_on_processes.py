@@ -1,0 +1,156 @@
+"""Real training runs on real processes: every ZeRO stage, resumed bit for bit, the same mathematics on any number."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from processes import run_on_processes
+from tiny_run import ds_config, tiny_recipe
+
+from modstruct import checkpoints
+
+STAGES = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
+CASES = [(stage, "fp32") for stage in STAGES] + [(stage, "bf16") for stage in ("zero0", "zero1", "zero2", "zero3")]
+
+
+def train_once(output: str, cache: str, stage: str, precision: str, steps: int = 4, resume: str | None = None) -> None:
+    from modstruct.training.pretrain import StopRequest, open_run, train
+
+    recipe = tiny_recipe(output, cache, steps, precision)
+    train(open_run(recipe, ds_config(stage), resume), StopRequest())
+
+
+def unbroken_and_resumed(folder: str, cache: str) -> None:
+    for stage, precision in CASES:
+        name = f"{folder}/{stage}-{precision}"
+        train_once(name, cache, stage, precision)
+        train_once(f"{name}-resumed", cache, stage, precision, resume=str(checkpoints.step_folder(name, 2)))
+
+
+def several(folder: str, cache: str, runs: list[tuple[str, str, str | None]]) -> None:
+    for name, stage, resume in runs:
+        train_once(f"{folder}/{name}", cache, stage, "fp32", resume=resume)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> str:
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory, cache) -> Path:
+    """All cases, trained at two processes, unbroken and resumed in the middle."""
+    folder = tmp_path_factory.mktemp("two")
+    run_on_processes(unbroken_and_resumed, 2, str(folder), cache)
+    return folder
+
+
+def last(output: Path) -> checkpoints.Checkpoint:
+    return checkpoints.read(checkpoints.list_checkpoints(output)[-1])
+
+
+@pytest.mark.parametrize(("stage", "precision"), CASES)
+def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(two_processes, stage, precision):
+    whole, resumed = last(two_processes / f"{stage}-{precision}"), last(two_processes / f"{stage}-{precision}-resumed")
+    assert whole.state.step == resumed.state.step == 4
+    assert whole.optimizer == resumed.optimizer
+    for kind in ("weights", "moments", "rng"):
+        ours, theirs = getattr(whole, kind), getattr(resumed, kind)
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            assert torch.equal(ours[name], theirs[name]), (kind, name)
+
+
+def assert_same_run(one: checkpoints.Checkpoint, other: checkpoints.Checkpoint, tolerance: float) -> None:
+    ours = torch.cat([one.weights[name].flatten() for name in sorted(one.weights)])
+    theirs = torch.cat([other.weights[name].flatten() for name in sorted(one.weights)])
+    assert (ours - theirs).norm() < tolerance * ours.norm()
+
+
+def test_training_moves_the_weights(two_processes):
+    early, late = (checkpoints.read(p) for p in checkpoints.list_checkpoints(two_processes / "zero2-fp32"))
+    assert all(not torch.equal(early.weights[name], late.weights[name]) for name in (n.removeprefix("exp_avg.") for n in early.moments if n.startswith("exp_avg.")))
+
+
+@pytest.mark.parametrize("stage", STAGES[1:])
+def test_every_stage_ends_with_the_same_weights(two_processes, stage):
+    assert_same_run(last(two_processes / "zero0-fp32"), last(two_processes / f"{stage}-fp32"), 1e-4)
+
+
+@pytest.mark.parametrize("processes", [1, 4])
+def test_the_number_of_processes_does_not_matter(two_processes, tmp_path, cache, processes):
+    """From the start, and from another number of processes' checkpoint of another stage."""
+    half_way = str(checkpoints.step_folder(two_processes / "zero3-fp32", 2))
+    runs = [("fresh", "zero2", None), ("resumed", "zero1", half_way)]
+    run_on_processes(several, processes, str(tmp_path), cache, runs)
+    for name, *_ in runs:
+        assert_same_run(last(two_processes / "zero2-fp32"), last(tmp_path / name), 1e-4)
+
+
+def skipped_steps(folder: str, cache: str) -> dict[str, bool]:
+    """At every stage: one step with a non-finite gradient, one with a non-finite loss; do the weights stay?"""
+    from modstruct import distributed
+    from modstruct.training.pretrain import open_run
+    from modstruct.training.step import train_step
+
+    outcome = {}
+    for stage, precision in CASES:
+        recipe = tiny_recipe(f"{folder}/{stage}{precision}", cache, precision=precision)
+        run = open_run(recipe, ds_config(stage), None)
+        torch.manual_seed(0)
+        batch = {
+            "image": torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8),
+            "text": run.data.tokenizer([f"caption {i}" for i in range(6)]),
+        }
+        batch |= {f"{name}_augmented": rows for name, rows in batch.items()}
+
+        def weights(run=run):
+            return [run.full.read(p)["weight"] for _, p in run.full.parameters()]
+
+        def poison(run, where):
+            def objective(embeddings, step, seed):
+                total, terms = run.objective(embeddings, step, seed)
+                if where == "loss":
+                    return total * float("nan"), terms | {"bridge": total.detach() * float("nan")}
+                if distributed.rank() == 1:  # one process alone is hurt; all must skip
+                    embeddings.image.register_hook(lambda gradient: gradient * float("nan"))
+                    total = total + 0 * embeddings.image.sum()
+                return total, terms
+
+            return objective
+
+        before = weights()
+        for where in ("gradient", "loss"):
+            report = train_step(run.engine, poison(run, where), batch, 0, 0, 1e-2)
+            unmoved = all(torch.equal(a, b) for a, b in zip(before, weights(), strict=True))
+            reason = "bridge" if where == "loss" else "gradient"
+            outcome[f"{stage} {precision} {where}"] = unmoved and reason in (report.skipped or "")
+        report = train_step(run.engine, run.objective, batch, 1, 0, 1e-2)
+        moved = any(not torch.equal(a, b) for a, b in zip(before, weights(), strict=True))
+        outcome[f"{stage} {precision} recovers"] = moved and report.skipped is None and run.full.step == 1
+    return outcome
+
+
+def test_what_is_not_finite_never_reaches_the_weights(tmp_path, cache):
+    for outcome in run_on_processes(skipped_steps, 2, str(tmp_path), cache):
+        assert [case for case, right in outcome.items() if not right] == []
+
+
+def refuses_changed_recipe(folder: str, cache: str) -> str:
+    from modstruct.training.pretrain import open_run
+
+    recipe = tiny_recipe(folder, cache)
+    changed = replace(recipe, train=replace(recipe.train, global_batch=24))
+    try:
+        open_run(changed, ds_config("zero2"), "latest")
+    except ValueError as error:
+        return str(error)
+    return "nothing was refused"
+
+
+def test_resuming_with_another_batch_is_refused_by_name(two_processes, cache):
+    (message,) = run_on_processes(refuses_changed_recipe, 1, str(two_processes / "zero2-fp32"), cache)
+    assert message.startswith("train.global_batch = 24")

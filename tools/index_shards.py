@@ -1,0 +1,113 @@
+#!/usr/bin/env python
+"""Index tar shards: where the members of each sample lie.
+
+Local shards are indexed at the first start of a run by itself. `pipe:` shards have to be indexed here first, since that
+takes one pass over all of them; a source then names the folder:
+
+    python tools/index_shards.py 'pipe:aws s3 cp s3://bucket/{00000..00331}.tar -' --output /data/cc3m-index
+
+    data:
+      allow_pipe: true
+      train:
+        - shards: 'pipe:aws s3 cp s3://bucket/{00000..00331}.tar -'
+          index: /data/cc3m-index
+
+Interrupted, it goes on where it was when it is called again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+from modstruct.config import DataConfig
+from modstruct.data.index import ShardIndex, index_tar
+from modstruct.data.index_files import UnreadableShard, index_file_name, index_shards
+from modstruct.data.pipes import PipeCache, PipeFailed
+from modstruct.data.reader import pipe_cache
+from modstruct.data.sources import expand_pattern, is_pipe
+
+
+def main() -> int:
+    defaults = DataConfig()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shards", nargs="+", help="path, glob or brace pattern, or pipe:COMMAND, in quotes")
+    parser.add_argument("--output", type=Path, help="folder for the indexes (default: CACHE/indexes, where runs look)")
+    parser.add_argument("--cache", default=defaults.cache, help="as data.cache of the recipe (default: %(default)s)")
+    parser.add_argument(
+        "--pipe_cache_gib",
+        type=float,
+        default=defaults.pipe_cache_gib,
+        help="as data.pipe_cache_gib: disk for what the pipes deliver (default: %(default)s)",
+    )
+    parser.add_argument("--jobs", type=int, default=4, help="pipes that run at once (default: %(default)s)")
+    parser.add_argument("--renew", action="store_true", help="index pipes anew whose content has changed")
+    options = parser.parse_args()
+    output = options.output or Path(options.cache).expanduser() / "indexes"
+    pipes = pipe_cache(DataConfig(cache=options.cache, pipe_cache_gib=options.pipe_cache_gib))
+    try:
+        names = [name for pattern in options.shards for name in expand_pattern(pattern, True, "shards")]
+    except ValueError as error:
+        parser.error(str(error))
+    files = {name: output / _file_name(name) for name in names}
+    missing = [(name, file) for name, file in files.items() if not file.exists() or (options.renew and is_pipe(name))]
+
+    try:
+        index_shards([(name, file) for name, file in missing if not is_pipe(name)], progress=True)
+    except UnreadableShard as error:
+        parser.error(str(error))
+    failed = _index_pipes([(name, file) for name, file in missing if is_pipe(name)], pipes, options.jobs, options.renew)
+    _report(files)
+    for failure in failed:
+        print(f"failed: {failure}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _file_name(shard: str) -> str:
+    if is_pipe(shard):
+        return index_file_name(shard)
+    status = os.stat(shard)
+    return index_file_name(shard, status.st_size, status.st_mtime_ns)
+
+
+def _index_pipes(shards: list[tuple[str, Path]], pipes: PipeCache, jobs: int, renew: bool) -> list[str]:
+    """Returns what failed and why."""
+
+    def index(job: tuple[str, Path]) -> str | None:
+        shard, file = job
+        if renew:
+            pipes.path(shard).unlink(missing_ok=True)
+        try:
+            index_tar(pipes.open(shard)).save(file)
+        except PipeFailed as error:
+            return f"{shard}: {error}"
+        return None
+
+    with ThreadPoolExecutor(jobs) as pool:
+        results = list(tqdm(pool.map(index, shards), "pipes", len(shards), unit="shard", disable=not shards))
+    return [result for result in results if result is not None]
+
+
+def _report(files: dict[str, Path]) -> None:
+    samples, left_out = 0, Counter()
+    for shard, file in files.items():
+        index = ShardIndex.load(file)
+        if index is None:
+            continue
+        samples += len(index.rows)
+        left_out.update(index.faults)
+        if index.broken:
+            print(f"bad shard {shard}: {index.broken}", file=sys.stderr)
+    print(f"{samples} samples in {len(files)} shards")
+    for cause, count in left_out.most_common():
+        print(f"{count} samples left out: {cause}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
