@@ -19,8 +19,8 @@ PYBIND11_MODULE(_C, module) {
             features["cuda"] = false;
             return features;
         },
-        "What this build holds: cpu and cpu_here (instruction sets built, and those this machine runs, the fastest last), "
-        "openmp, cuda.");
+        "What this build holds. cpu: instruction sets built, cpu_here: those this machine runs, the fastest last; "
+        "openmp, cuda: whether it has them.");
 
     module.def(
         "gaussian_potential_sums",
@@ -46,5 +46,5 @@ PYBIND11_MODULE(_C, module) {
         },
         py::arg("rows"), py::arg("row_count"), py::arg("columns"), py::arg("column_count"), py::arg("dimension"),
         py::arg("t"), py::arg("sums"), py::arg("pull"), py::arg("threads"), py::arg("instruction_set"),
-        "Row sums of Gaussian potentials, and their pull unless its address is 0 (csrc/pairwise.h). All float32, row-major.");
+        "Row sums of Gaussian potentials, and their pull unless its address is 0 (csrc/pairwise.h). float32 arrays.");
 }

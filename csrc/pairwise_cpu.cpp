@@ -1,8 +1,8 @@
 // Gaussian-potential sums on the CPU: columns are packed once, then each thread takes tiles of rows over all columns.
 //
-// Squared distances come from |x|^2 + |y|^2 - 2 <x, y>, with the mean of the columns taken off both first. That changes no
-// distance, and it keeps the digits when all embeddings lie in a narrow cone, as those of one modality do: the error of an
-// exponent is about 2e-7 t (|x|^2 + |y|^2) with lengths measured from that mean.
+// Squared distances come from |x|^2 + |y|^2 - 2 <x, y>, with the mean of the columns taken off both first. That changes
+// no distance, and it keeps the digits when all embeddings lie in a narrow cone, as those of one modality do: the error
+// of an exponent is about 2e-7 t (|x|^2 + |y|^2) with lengths measured from that mean.
 //
 // A row's result depends on the tiles of columns alone, never on which thread or tile of rows it fell to.
 #include <algorithm>

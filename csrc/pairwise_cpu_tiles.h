@@ -6,7 +6,7 @@
 // One micro-kernel does all products; its BLOCK_HEIGHT x BLOCK_WIDTH sums stay in registers over the whole depth:
 //   distances   tile[k][j] = sum_d y[k][d] x[j][d]     a = panels of columns y, b = panels of rows x
 //   pull        pull[j][d] = sum_k G[k][j] y[k][d]     a = the tile as it lies, b = slabs of columns y
-// Panels lie as [panel][d][vector in the panel], slabs as [tile][slab of BLOCK_WIDTH dimensions][k][dimension in the slab].
+// Panels lie as [panel][d][vector in the panel], slabs as [tile][slab][k][dimension in the slab of BLOCK_WIDTH].
 
 typedef float Vector __attribute__((vector_size(4 * VECTOR_WIDTH)));
 typedef int32_t Mask __attribute__((vector_size(4 * VECTOR_WIDTH)));
@@ -39,7 +39,7 @@ INLINE Vector exp_nonpositive(Vector x) {
     const Vector magic = broadcast(12582912.0f);
     const Vector shifted = MULTIPLY_ADD(x, broadcast(1.44269504f), magic);
     const Vector whole = shifted - magic;
-    Vector r = MULTIPLY_ADD(whole, broadcast(-0.693359375f), x);  // ln 2 in two parts: the product with the first is exact
+    Vector r = MULTIPLY_ADD(whole, broadcast(-0.693359375f), x);  // ln 2 in two parts; times the first is exact
     r = MULTIPLY_ADD(whole, broadcast(2.12194440e-4f), r);
     Vector value = broadcast(1.0f / 5040);  // Taylor series: |r| <= ln 2 / 2, so the first term left out is below 6e-9
     value = MULTIPLY_ADD(value, r, broadcast(1.0f / 720));
@@ -129,8 +129,8 @@ static void pack_columns(const GaussianPotential& problem, const PackedColumns& 
 }
 
 // tile[k][j]: inner products become Gaussian potentials; sums[j] grows by their sum over k.
-// Where a vector meets itself the tile and `others` get 0, not 1: such a pair has no pull, and in the difference of pulls
-// towards positions its terms, by far the largest, would cancel and leave their rounding.
+// Where a vector meets itself the tile and `others` get 0, not 1: such a pair has no pull, and in the difference that
+// makes the pull its two terms, by far the largest, would cancel and leave their rounding.
 INLINE void exponentiate(float* tile, int64_t columns, int64_t rows, const float* row_norms, const float* column_norms,
                          float t, double* sums, double* others) {
     constexpr int64_t FLOAT_TERMS = 16;  // so many are added in float32 before they join the float64 sum

@@ -1,6 +1,6 @@
 """Measure a checkpoint: retrieval, zero-shot classification, structure.
 
-deepspeed launch_scripts/evaluate.py --checkpoint runs/scenes/checkpoints/step-00000800 --data.eval 'shards/{000..009}.tar'
+deepspeed launch_scripts/evaluate.py --checkpoint runs/scenes/checkpoints/step-00000800 --data.eval 'shards/*.tar'
 deepspeed launch_scripts/evaluate.py --checkpoint runs/scenes --data.zero_shot classes.yaml --out metrics.json
 """
 
@@ -17,10 +17,10 @@ def main() -> None:
     parser = recipe_parser(__doc__, USAGE)
     parser.add_argument("--checkpoint", required=True, help="A checkpoint folder, or a run's folder for its last one.")
     parser.add_argument("--out", help="JSON file for the metrics (default: none).")
-    try:
-        recipe, options = parse(parser, checkpoint_arguments(sys.argv[1:]))
-        from modstruct.evaluation.saved_model import evaluate_checkpoint
+    recipe, options = parse(parser, prepare=checkpoint_arguments)
+    from modstruct.evaluation.saved_model import evaluate_checkpoint  # after the parsing: --help needs no torch
 
+    try:
         evaluate_checkpoint(recipe, options.checkpoint, options.out)
     except (ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)

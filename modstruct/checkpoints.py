@@ -125,18 +125,20 @@ def read(path: Path) -> Checkpoint:
     """Read a checkpoint. Raises ValueError that names the folder if it is damaged."""
     try:
         described = json.loads((path / "state.json").read_text())
-        if described["format"] != FORMAT:
-            refuse("checkpoint", str(path), f"has format {described['format']}, this version reads {FORMAT}")
-        return Checkpoint(
+        version = described["format"]
+        checkpoint = version == FORMAT and Checkpoint(
             weights=load_file(path / "weights.safetensors"),
             moments=load_file(path / "moments.safetensors"),
             rng=load_file(path / "rng.safetensors"),
             state=TrainState(**described["train"]),
             optimizer=described["optimizer"],
-            recipe=yaml.safe_load((path / "recipe.yaml").read_text()),
+            recipe=dict(yaml.safe_load((path / "recipe.yaml").read_text())),
         )
-    except (OSError, KeyError, TypeError, SafetensorError, json.JSONDecodeError) as e:
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError, yaml.YAMLError) as e:
         _damaged(path, e)
+    if not checkpoint:
+        refuse("checkpoint", str(path), f"has format {version}, this version reads {FORMAT}")
+    return checkpoint
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -187,7 +189,10 @@ def clean(output: str | Path) -> None:
     """Remove what a killed run left half written or half removed."""
     for suffix in ("*.part", "*.old"):
         for path in folder(output).glob(suffix):
-            shutil.rmtree(path, ignore_errors=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def discard(path: Path) -> None:

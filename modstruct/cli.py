@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import difflib
+import io
 import os
-import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import fields
 from pathlib import Path
 
+import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
-from modstruct.config import Recipe
+from modstruct.cli_errors import SECTIONS, not_a_section, one_line
+from modstruct.config import Recipe, refuse, require
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -30,16 +32,30 @@ def recipe_path(name: str, folder: Path = RECIPES, option: str = "--recipe") -> 
     raise ValueError(f"{option} = {name!r}: no such file; give a YAML file or one of {_names(folder)}")
 
 
+def _check_recipe_file(path: Path) -> Path:
+    """Refuse a file that is no mapping of fields, where the parser could not name the file."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        refuse("--recipe", str(path), f"cannot be read as YAML: {' '.join(str(error).split())}")
+    require(isinstance(content, dict), "--recipe", str(path), "must hold fields (name: value) and nothing else")
+    return path
+
+
 def _expand(arguments: Sequence[str]) -> list[str]:
     """Recipe first, method second, overrides after them in the order given; names become files."""
-    names = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    names = _plain_parser()
     names.add_argument("--recipe", default="scenes")
     names.add_argument("--method")
     chosen, rest = names.parse_known_args(arguments)
     files = [recipe_path(chosen.recipe)]
     if chosen.method:
         files.append(recipe_path(chosen.method, RECIPES / "methods", "--method"))
-    return [word for file in files for word in ("--recipe", str(file))] + rest
+    return [word for file in files for word in ("--recipe", str(_check_recipe_file(file)))] + rest
+
+
+def _plain_parser() -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
 
 
 def recipe_parser(description: str, usage: str) -> ArgumentParser:
@@ -50,6 +66,7 @@ def recipe_parser(description: str, usage: str) -> ArgumentParser:
         usage=usage,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         exit_on_error=False,
+        allow_abbrev=False,  # an abbreviated --recipe or --method would slip past _expand
     )
     parser.add_argument(
         "--recipe",
@@ -64,39 +81,44 @@ def recipe_parser(description: str, usage: str) -> ArgumentParser:
     return parser
 
 
-def parse(parser: ArgumentParser, arguments: Sequence[str] | None = None) -> tuple[Recipe, Namespace]:
+def parse(
+    parser: ArgumentParser,
+    arguments: Sequence[str] | None = None,
+    prepare: Callable[[Sequence[str]], Sequence[str]] = list,
+) -> tuple[Recipe, Namespace]:
     """The checked recipe and the caller's own options.
 
-    A wrong key or value is said in one line, by one process, and all end with exit status 2.
+    prepare: applied to the arguments first. A wrong key or value is said in one line, by one process, and all end with
+    exit status 2.
     """
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        options = parser.parse_args(_expand(arguments))
+        with nullcontext() if is_first_process() else redirect_stdout(io.StringIO()):  # --help is said once, too
+            options = parser.parse_args(_expand(prepare(sys.argv[1:] if arguments is None else arguments)))
+        _check_sections(options)
         built = parser.instantiate_classes(options)
         return Recipe(**{field.name: built[field.name] for field in fields(Recipe)}), built
     except (ValueError, argparse.ArgumentError) as error:
         if is_first_process():
-            print(f"error: {error}{_suggestion(parser, str(error))}", file=sys.stderr)
+            print(f"error: {one_line(parser, error)}", file=sys.stderr)
         sys.exit(2)
+
+
+def _check_sections(options: Namespace) -> None:
+    """Refuse a plain value in the place of a section, which jsonargparse lets a recipe file give."""
+    for name in SECTIONS:
+        if not isinstance(options.get(name), Namespace):
+            raise ValueError(not_a_section(name))
 
 
 def checkpoint_arguments(arguments: Sequence[str]) -> list[str]:
     """The command line with the recipe of its --checkpoint in front, as the base of all overrides."""
     from modstruct.checkpoints import find  # here, so that --help needs no torch
 
-    option = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    option = _plain_parser()
     option.add_argument("--checkpoint")
     chosen = option.parse_known_args(arguments)[0].checkpoint
     found = chosen and find(chosen, chosen, "--checkpoint")
     return ["--recipe", str(found / "recipe.yaml"), *arguments] if found else list(arguments)
-
-
-def _suggestion(parser: ArgumentParser, message: str) -> str:
-    """The known key that an unknown one in the message comes nearest to."""
-    known = [option.removeprefix("--") for action in parser._actions for option in action.option_strings]
-    unknown = [word.removeprefix("--") for word in re.findall(r"[\w.-]+", message)]
-    near = [match for word in unknown if word not in known for match in difflib.get_close_matches(word, known, 1, 0.8)]
-    return f" (did you mean {near[0]}? --help lists every field)" if near else ""
 
 
 def is_first_process() -> bool:

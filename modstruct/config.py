@@ -7,6 +7,7 @@ A value that cannot work is refused here, by the name of its field, before anyth
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 from typing import Literal
 
 
@@ -18,6 +19,12 @@ def refuse(field_name: str, value: object, remedy: str) -> None:
 def require(condition: bool, field_name: str, value: object, remedy: str) -> None:
     if not condition:
         refuse(field_name, value, remedy)
+
+
+def _require_counts(section: str, values: object, names: tuple[str, ...]) -> None:
+    """Refuse a count below 1."""
+    for name in names:
+        require(getattr(values, name) >= 1, f"{section}.{name}", getattr(values, name), "at least 1")
 
 
 @dataclass
@@ -49,8 +56,7 @@ class ScenesConfig:
     """Seed of the generator."""
 
     def __post_init__(self):
-        for name in ("train_samples", "validation_samples", "test_samples"):
-            require(getattr(self, name) >= 1, f"data.scenes.{name}", getattr(self, name), "at least 1")
+        _require_counts("data.scenes", self, ("train_samples", "validation_samples", "test_samples"))
 
 
 @dataclass
@@ -70,7 +76,7 @@ class DataConfig:
     shuffle_block: int = 64
     """Samples that lie together in a shard and are read together."""
     shuffle_window: int = 1024
-    """Blocks mixed with each other sample by sample; a window of more blocks shuffles better and reads less in order."""
+    """Blocks mixed with each other sample by sample; more blocks shuffle better and are read less in order."""
     allow_pipe: bool = False
     """Permit `pipe:` sources, which run a shell command."""
     pipe_cache_gib: float = 50.0
@@ -94,11 +100,12 @@ class DataConfig:
 @dataclass
 class TokenizerConfig:
     kind: Literal["sentencepiece", "clip_bpe", "bert_wordpiece"] = "sentencepiece"
-    """sentencepiece: a model file, or trained on the captions at first use; clip_bpe: CLIP's own; bert_wordpiece: a vocabulary file."""
+    """sentencepiece: a model file, or trained on the captions at first use; clip_bpe: CLIP's own; bert_wordpiece: a
+    vocabulary file."""
     path: str | None = None
     """sentencepiece model file (null: train one on data.train) or BERT vocabulary file (vocab.txt)."""
     vocab_size: int = 1024
-    """Size of the vocabulary that a sentencepiece tokenizer is trained to; clip_bpe and bert_wordpiece have their own."""
+    """Size of the vocabulary that a sentencepiece tokenizer is trained to; the other kinds have their own."""
     context_length: int = 32
     """Tokens a caption is cut or padded to, start and end tokens included."""
 
@@ -153,6 +160,7 @@ class VisionConfig:
     """Width of one attention head."""
 
     def __post_init__(self):
+        _require_counts("model.vision", self, ("image_size", "patch_size", "width", "layers", "head_width"))
         require(
             self.image_size % self.patch_size == 0,
             "model.vision.patch_size",
@@ -183,6 +191,7 @@ class TextConfig:
     """Dropout of BERT; CLIP's transformer has none."""
 
     def __post_init__(self):
+        _require_counts("model.text", self, ("width", "layers", "heads"))
         require(0 <= self.dropout < 1, "model.text.dropout", self.dropout, "from 0 to below 1")
         require(
             self.width % self.heads == 0,
@@ -205,7 +214,7 @@ class ModelConfig:
     text: TextConfig = field(default_factory=TextConfig)
     """Text tower by sizes."""
     independent_head: Literal["linear", "attention_pool"] = "linear"
-    """Head of the independent embedding: linear on the pooled output, or (CLIP ResNets) an attention pooling of its own."""
+    """Head of the independent embedding: linear on the pooled output, or (CLIP ResNets) its own attention pooling."""
     logit_scale_init: float = 2.6592600369327779
     """Initial log of the logit scale, ln(1 / tau); ln(1 / 0.07) by default."""
     logit_scale_max: float = 4.6051701859880918
@@ -264,12 +273,12 @@ class GeometryConfig:
     augmented: bool = True
     """Add the part between plain and augmented views."""
     normalize: Literal["batch", "pairs"] = "batch"
-    """batch: divide the sum over pairs by N, as CyCLIP; pairs: by N^2, so that a weight carries over to another batch size."""
+    """batch: divide the sum over pairs by N, as CyCLIP; pairs: by N^2, so that a weight suits any batch size."""
 
 
 @dataclass
 class LossesConfig:
-    """Final loss = sum of weight x term. A weight of 0 turns a term off, with the views and heads that it alone needs."""
+    """Final loss = sum of weight x term. A weight of 0 turns a term off, with the views and heads it alone needs."""
 
     contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
     """Contrastive base."""
@@ -283,7 +292,7 @@ class LossesConfig:
     def __post_init__(self):
         weights = {n: getattr(self, n).weight for n in ("contrastive", "separation", "bridge", "geometry")}
         for name, weight in weights.items():
-            require(weight >= 0, f"losses.{name}.weight", weight, "0 (off) or more")
+            require(0 <= weight < inf, f"losses.{name}.weight", weight, "0 (off) or more, and finite")
         require(any(weights.values()), "losses.*.weight", weights, "at least one weight must be above 0")
 
 
@@ -307,7 +316,7 @@ class OptimizerConfig:
     """Largest norm of the gradient; 0 does not clip."""
 
     def __post_init__(self):
-        require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "above 0")
+        require(0 < self.learning_rate < inf, "optimizer.learning_rate", self.learning_rate, "above 0 and finite")
         require(
             0 <= self.final_learning_rate <= self.learning_rate,
             "optimizer.final_learning_rate",
@@ -315,8 +324,9 @@ class OptimizerConfig:
             f"from 0 to optimizer.learning_rate = {self.learning_rate}",
         )
         require(all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "two numbers in [0, 1)")
+        require(0 < self.eps < inf, "optimizer.eps", self.eps, "above 0 and finite")
         require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "0 or more")
-        require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
+        require(0 <= self.weight_decay < inf, "optimizer.weight_decay", self.weight_decay, "0 or more, and finite")
         require(self.clip_norm >= 0, "optimizer.clip_norm", self.clip_norm, "0 (no clipping) or more")
 
 
@@ -344,7 +354,7 @@ class TrainConfig:
             f"give exactly one of train.steps and train.epochs (= {self.epochs!r}), null for the other",
         )
         require(self.steps is None or self.steps >= 1, "train.steps", self.steps, "at least 1")
-        require(self.epochs is None or self.epochs > 0, "train.epochs", self.epochs, "above 0")
+        require(self.epochs is None or 0 < self.epochs < inf, "train.epochs", self.epochs, "above 0 and finite")
         require(self.max_skipped_steps >= 0, "train.max_skipped_steps", self.max_skipped_steps, "0 or more")
 
 
@@ -375,8 +385,8 @@ class CheckpointConfig:
     """Checkpoints kept, besides the best by validation R@1."""
 
     def __post_init__(self):
-        require(self.every_steps >= 0, "checkpoint.every_steps", self.every_steps, "0 or more")
-        require(self.keep_last >= 1, "checkpoint.keep_last", self.keep_last, "at least 1")
+        require(self.every_steps >= 0, "checkpoints.every_steps", self.every_steps, "0 or more")
+        require(self.keep_last >= 1, "checkpoints.keep_last", self.keep_last, "at least 1")
 
 
 @dataclass
@@ -413,7 +423,7 @@ class Recipe:
     """Length, batch, precision, seed."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """What is measured."""
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     """What is kept."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """What is written down."""

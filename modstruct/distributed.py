@@ -49,7 +49,7 @@ def is_distributed() -> bool:
 
 
 def rank() -> int:
-    return dist.get_rank() if is_distributed() else int(os.environ.get("RANK", 0))
+    return dist.get_rank() if is_distributed() else 0
 
 
 def local_rank() -> int:
@@ -57,7 +57,7 @@ def local_rank() -> int:
 
 
 def world_size() -> int:
-    return dist.get_world_size() if is_distributed() else int(os.environ.get("WORLD_SIZE", 1))
+    return dist.get_world_size() if is_distributed() else 1
 
 
 def is_main() -> bool:
@@ -153,9 +153,9 @@ def gather(rows: Tensor) -> Tensor:
 
     Every process must bring the same number of rows.
     """
-    return _Gather.apply(rows) if is_distributed() and world_size() > 1 else rows
+    return _Gather.apply(rows) if world_size() > 1 else rows
 
 
 def all_sum(values: Tensor) -> Tensor:
     """Elementwise sum over the processes, on every process; differentiable."""
-    return _AllSum.apply(values) if is_distributed() and world_size() > 1 else values
+    return _AllSum.apply(values) if world_size() > 1 else values

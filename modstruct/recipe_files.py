@@ -18,7 +18,7 @@ CHANGEABLE = (
     "train.max_skipped_steps",
     "logging",
     "evaluation",
-    "checkpoint",
+    "checkpoints",
     "output",
     "data.validation",
     "data.eval",
@@ -62,8 +62,5 @@ def check_resumable(saved: dict, recipe: Recipe) -> None:
     before, now = _leaves(saved), _leaves(recipe_to_dict(recipe))
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name) and not any(name == c or name.startswith(f"{c}.") for c in CHANGEABLE):
-            refuse(
-                name,
-                now.get(name),
-                f"the checkpoint was made with {before.get(name)!r}; a resumed run may change only {', '.join(CHANGEABLE)}",
-            )
+            made_with = f"the checkpoint was made with {before.get(name)!r}"
+            refuse(name, now.get(name), f"{made_with}; a resumed run may change only {', '.join(CHANGEABLE)}")

@@ -1,8 +1,9 @@
-"""Lets every test write `from processes import run_on_processes`; spawned children inherit this search path."""
+"""Lets every test import the helpers of other folders (processes, tiny_models); spawned children inherit this path."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent / "distributed"))
+for folder in ("distributed", "models"):
+    sys.path.insert(0, str(Path(__file__).parent / folder))

@@ -7,8 +7,9 @@ import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import resource_tracker
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
@@ -52,8 +53,29 @@ class WorkerLoader(DataLoader):
         before = set(multiprocessing.active_children())
         with _inherited_block():
             batches = super().__iter__()
-        atexit.register(_end, [process for process in multiprocessing.active_children() if process not in before])
-        return batches
+        end = partial(_end, [child for child in multiprocessing.active_children() if child not in before])
+        atexit.register(end)  # for an iteration that an error leaves unfinished
+        return _until_the_end(batches, end)
+
+
+def _until_the_end(batches: Iterator, end: Callable[[], None]) -> Iterator:
+    """The batches; afterwards, on an error, or when nobody wants more, no loader process is left."""
+    try:
+        yield from batches
+    finally:
+        end()
+        atexit.unregister(end)
+
+
+def _end(workers: list[BaseProcess]) -> None:
+    """End the loader processes that run.
+
+    torch and multiprocessing would send SIGTERM to what does not end by itself, and wait for ever for what outlives it.
+    torch takes a killed worker for an accident if it is a child of this process; ours are children of the server.
+    """
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()
 
 
 def require_shared_memory(batch_bytes: int, workers: int) -> None:
@@ -89,16 +111,6 @@ def _start_worker(_: int) -> None:
     for number in OUTLIVED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, OUTLIVED_SIGNALS)
-
-
-def _end(processes: list[BaseProcess]) -> None:
-    """End what is left of the loader when this process ends, also by an error.
-
-    multiprocessing would send SIGTERM and wait for ever for processes that outlive it.
-    """
-    for process in processes:
-        if process.is_alive():
-            process.kill()
 
 
 @contextmanager

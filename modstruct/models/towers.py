@@ -6,7 +6,6 @@ feature separation) can stand beside it on the same features. `Tower.to_open_cli
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -44,12 +43,29 @@ def open_clip_config(config: ModelConfig) -> dict:
             },
             "text_cfg": {"width": text.width, "layers": text.layers, "heads": text.heads},
         }
+    known = open_clip.list_models()
+    require(config.name in known, "model.name", config.name, f"not known to open_clip; it has {', '.join(known)}")
     found = open_clip.get_model_config(config.name)
-    if found is None:
-        refuse("model.name", config.name, f"not known to open_clip; it has {', '.join(open_clip.list_models())}")
-    if "hf_model_name" in found["text_cfg"] or "multimodal_cfg" in found:
+    text = found["text_cfg"]
+    if "hf_model_name" in text or "multimodal_cfg" in found:
         refuse("model.name", config.name, "its text tower is not CLIP's transformer; choose another architecture")
-    return copy.deepcopy(found)
+    if text.get("no_causal_mask") and config.text.architecture == "clip":
+        remedy = "model.text.architecture bert keeps its image tower and masks the padding"
+        refuse("model.name", config.name, f"its text tower attends to padding; {remedy}")
+    tower = {k: found[k] for k in ("embed_dim", "vision_cfg", "quick_gelu", "init_logit_bias") if k in found}
+    # The architecture's own tokenizer is not the recipe's.
+    return tower | {"text_cfg": {k: v for k, v in text.items() if k not in ("hf_tokenizer_name", "tokenizer_kwargs")}}
+
+
+def text_sizes(tokenizer: Tokenizer) -> dict:
+    """What open_clip's description of a text tower must say of the tokenizer."""
+    return {
+        "vocab_size": tokenizer.vocab_size,
+        "context_length": tokenizer.context_length,
+        "pool_type": "eos",
+        "eos_id": tokenizer.end_id,
+        "pad_id": tokenizer.padding_id,
+    }
 
 
 def image_size(config: ModelConfig) -> int:
@@ -61,70 +77,92 @@ def image_size(config: ModelConfig) -> int:
 def build_towers(config: ModelConfig, tokenizer: Tokenizer, independent: bool) -> tuple[Tower, Tower, int]:
     """Image tower, text tower and embedding dimension; independent heads only if `independent`.
 
-    Raises ValueError that names the recipe's field when parts do not fit together.
+    Equal seeds give equal shared weights with and without independent heads. Raises ValueError that names the recipe's
+    field when parts do not fit together.
     """
     import open_clip
 
-    described = open_clip_config(config)
-    described["text_cfg"] |= {
-        "vocab_size": tokenizer.vocab_size,
-        "context_length": tokenizer.context_length,
-        "pool_type": "eos",
-        "eos_id": tokenizer.end_id,
-        "pad_id": tokenizer.padding_id,
-    }
     if config.pretrained is None:
-        clip = open_clip.CustomTextCLIP(**_constructor_arguments(described))
+        described = open_clip_config(config)
+        described["text_cfg"] |= text_sizes(tokenizer)
+        clip = open_clip.CustomTextCLIP(**described)
     else:
-        clip = _pretrained(config, described, tokenizer)
-    dimension = described["embed_dim"]
-    image = split_image_tower(clip.visual, dimension, config.independent_head if independent else None)
+        clip = load_pretrained(config, tokenizer)
+    dimension = open_clip_config(config)["embed_dim"]
+    # The text tower first: BERT's weights are drawn here, and an independent head must not shift the draws.
     if config.text.architecture == "bert":
         text = bert_tower(config, tokenizer, dimension, independent)
     else:
         text = split_text_tower(clip.text, dimension, independent)
+    image = split_image_tower(clip.visual, dimension, config.independent_head if independent else None)
     return image, text, dimension
 
 
-def _constructor_arguments(described: dict) -> dict:
-    return {k: v for k, v in described.items() if k in ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")}
+def load_pretrained(config: ModelConfig, tokenizer: Tokenizer) -> nn.Module:
+    """The named architecture with pretrained weights, its text tower fitted to the tokenizer.
 
-
-def _pretrained(config: ModelConfig, described: dict, tokenizer: Tokenizer) -> nn.Module:
-    """The named architecture with pretrained weights; the tokenizer must be the one they were trained with."""
+    The tokenizer must be the one the weights were trained with (a padding token apart), its context no longer.
+    """
     import open_clip
     from open_clip.factory import load_checkpoint
     from open_clip.pretrained import download_pretrained, get_pretrained_cfg
 
-    vocabulary = open_clip.get_model_config(config.name)["text_cfg"].get("vocab_size", 49408)
-    extra = tokenizer.vocab_size - vocabulary  # the padding token, which CLIP's own vocabulary lacks
-    if config.text.architecture == "clip":
-        require(
-            extra in (0, 1),
-            "model.pretrained",
-            config.pretrained,
-            f"its vocabulary has {vocabulary} entries, the tokenizer {tokenizer.vocab_size}: use tokenizer.kind clip_bpe",
-        )
-    clip = open_clip.CustomTextCLIP(
-        **_constructor_arguments(described | {"text_cfg": described["text_cfg"] | {"vocab_size": vocabulary}})
-    )
+    described = open_clip_config(config)
     tag = get_pretrained_cfg(config.name, config.pretrained)
+    if tag.get("quick_gelu", False) and not described.get("quick_gelu", False):
+        remedy = f"was trained with another activation: use model.name {config.name}-quickgelu"
+        refuse("model.pretrained", config.pretrained, remedy)
+    keeps_text = config.text.architecture == "clip"
+    if keeps_text:
+        _check_pretrained_text(config, described["text_cfg"], tokenizer)
+        described["text_cfg"] |= {"pool_type": "eos", "eos_id": tokenizer.end_id}
+    clip = open_clip.CustomTextCLIP(**described)
     try:
         path = download_pretrained(tag) if tag else config.pretrained
         load_checkpoint(clip, path, strict=True, weights_only=True)
-    except Exception as e:
+    except Exception as e:  # the libraries behind it have a type of error each
         tags = open_clip.list_pretrained_tags_by_model(config.name)
+        cause = " ".join(str(e).split())[:200]
         refuse(
-            "model.pretrained", config.pretrained, f"cannot be loaded ({e}); a local file, or one of the tags {tags}"
+            "model.pretrained",
+            config.pretrained,
+            f"cannot be loaded; give a local file, or one of the tags {', '.join(tags) or '(it has none)'} ({cause})",
         )
-    if config.text.architecture == "clip" and extra:
-        embedding = nn.Embedding(vocabulary + extra, clip.text.width)
-        with torch.no_grad():
-            embedding.weight.zero_()
-            embedding.weight[:vocabulary] = clip.text.token_embedding.weight
-        clip.text.token_embedding = embedding
-        clip.text.vocab_size = vocabulary + extra
+    if keeps_text:
+        _fit_text_tower(clip.text, tokenizer)
     return clip
+
+
+def _check_pretrained_text(config: ModelConfig, text: dict, tokenizer: Tokenizer) -> None:
+    vocabulary, context = text.get("vocab_size", 49408), text.get("context_length", 77)
+    require(
+        tokenizer.kind == "clip_bpe" and tokenizer.padding_id == vocabulary,
+        "model.pretrained",
+        config.pretrained,
+        f"its text tower has a vocabulary of {vocabulary} entries, another than tokenizer.kind {tokenizer.kind}: use "
+        "tokenizer.kind clip_bpe, or model.text.architecture bert to keep the image tower alone",
+    )
+    require(
+        tokenizer.context_length <= context,
+        "tokenizer.context_length",
+        tokenizer.context_length,
+        f"model.pretrained knows {context} positions: give at most that",
+    )
+
+
+def _fit_text_tower(text: nn.Module, tokenizer: Tokenizer) -> None:
+    """Add a row for the padding token, and leave out the positions beyond the tokenizer's context."""
+    length = tokenizer.context_length
+    embedding = nn.Embedding(tokenizer.vocab_size, text.width)
+    with torch.no_grad():
+        embedding.weight.zero_()
+        embedding.weight[: tokenizer.padding_id] = text.token_embedding.weight
+    text.token_embedding = embedding
+    text.vocab_size = tokenizer.vocab_size
+    # Cut, where open_clip would stretch or squeeze the positions: each keeps its meaning.
+    text.positional_embedding = nn.Parameter(text.positional_embedding.detach()[:length].clone())
+    text.attn_mask = text.attn_mask[:length, :length]
+    text.context_length = text.num_pos = length
 
 
 def _linear(weight: Tensor) -> nn.Linear:
@@ -159,19 +197,21 @@ def split_image_tower(visual: nn.Module, dimension: int, independent: str | None
         features, head = visual.head.proj.in_features, visual.head.proj
         visual.head.proj = nn.Identity()
         names["image.head."] = "visual.head.proj."
-    # A CLIP ResNet projects inside its attention pooling, and other towers keep theirs: the pooled output is the embedding.
+    # A CLIP ResNet projects inside its attention pooling, and others inside too: the pooled output is the embedding.
     return Tower(visual, head, nn.Linear(features, dimension, bias=False) if independent else None, names)
 
 
 def split_text_tower(text: nn.Module, dimension: int, independent: bool) -> Tower:
     """Take the shared projection out of CLIP's text transformer."""
     projection = text.text_projection
-    features = projection.in_features if isinstance(projection, nn.Linear) else projection.shape[0]
     names = {"text.trunk.": "text."}
-    if isinstance(projection, nn.Linear):
-        head = projection
+    if projection is None:
+        features, head = text.width, nn.Identity()
+    elif isinstance(projection, nn.Linear):
+        features, head = projection.in_features, projection
         names["text.head."] = "text.text_projection."
     else:
+        features = projection.shape[0]
         head = _linear(projection.detach())
         names["text.head.weight"] = "text.text_projection.T"
     text.text_projection = None
@@ -211,5 +251,5 @@ class BertTrunk(nn.Module):
 
 def bert_tower(config: ModelConfig, tokenizer: Tokenizer, dimension: int, independent: bool) -> Tower:
     width = config.text.width
-    extra = nn.Linear(width, dimension, bias=False) if independent else None
-    return Tower(BertTrunk(config, tokenizer), nn.Linear(width, dimension, bias=False), extra)
+    trunk, head = BertTrunk(config, tokenizer), nn.Linear(width, dimension, bias=False)
+    return Tower(trunk, head, nn.Linear(width, dimension, bias=False) if independent else None)

@@ -24,7 +24,7 @@ def paired_rows(x: Tensor, y: Tensor, names: str) -> tuple[Tensor, Tensor]:
 
 def global_rows(rows: Tensor) -> int:
     """N, the rows of all processes together; every process brings the same number, (B, ...)."""
-    return len(rows) * (distributed.world_size() if distributed.is_distributed() else 1)
+    return len(rows) * distributed.world_size()
 
 
 def global_mean(values: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ def save(full: FullState, state: TrainState, recipe: Recipe, tokenizer: Tokenize
             checkpoints.write(target, checkpoint, tokenizer)
             if is_best:
                 checkpoints.mark_best(target, state.best_recall)
-            checkpoints.remove_old(recipe.output, recipe.checkpoint.keep_last)
+            checkpoints.remove_old(recipe.output, recipe.checkpoints.keep_last)
         except (OSError, SafetensorError) as e:
             error = f"checkpoint {target} was not written: {e}. Free space or choose another --output"
     error = distributed.broadcast_object(error)

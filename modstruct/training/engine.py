@@ -38,9 +38,11 @@ def resolve_ds_config(config: dict, recipe: Recipe, world_size: int) -> dict:
         train.global_batch,
         f"must be a multiple of the number of processes, {world_size}",
     )
-    for section in ("optimizer", "scheduler"):
+    decided_elsewhere = {"optimizer": "the `optimizer` section", "scheduler": "the `optimizer` section"}
+    decided_elsewhere |= dict.fromkeys(("amp", "bfloat16", "torch_autocast"), "train.precision")
+    for section, where in decided_elsewhere.items():
         if section in config:
-            refuse(f"--ds_config: {section}", "…", "leave it out; the recipe's `optimizer` section decides")
+            refuse(f"--ds_config: {section}", "…", f"leave it out; {where} of the recipe decides")
     config = json.loads(json.dumps(config))
     decided = {
         ("train_batch_size",): train.global_batch,
@@ -54,6 +56,7 @@ def resolve_ds_config(config: dict, recipe: Recipe, world_size: int) -> dict:
         section = config
         for key in path[:-1]:
             section = section.setdefault(key, {})
+            require(isinstance(section, dict), f"--ds_config: {key}", section, "must be an object, as DeepSpeed has it")
         given = section.get(path[-1], AUTO)
         if given not in (AUTO, value):
             refuse(f"--ds_config: {'.'.join(path)}", given, f'the recipe says {value!r}; write "auto" or the same')
@@ -70,7 +73,8 @@ def _without_auto(section: dict) -> dict:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: matrices and kernels with decay; norms, biases and the logit scale without."""
+    """Two groups: matrices, kernels and the tables of tokens and positions with decay, as in CLIP's and CyCLIP's code;
+    norms, biases, the class token and the logit scale without."""
     decay, no_decay = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -11,50 +11,61 @@ from torch import Tensor
 
 from modstruct.config import Recipe
 from modstruct.data.tokenizers import Tokenizer
-from modstruct.models.towers import image_size, open_clip_config
+from modstruct.models.towers import image_size, open_clip_config, text_sizes
+from modstruct.recipe_files import recipe_to_dict
 
 
 def export(
     folder: Path, weights: dict[str, Tensor], names: dict[str, str], recipe: Recipe, tokenizer: Tokenizer
 ) -> Path:
-    """Write FOLDER/open_clip_model.safetensors, its config, and the tokenizer.
+    """Write FOLDER/open_clip_model.safetensors, its config, and the tokenizer. An earlier export is replaced.
 
     weights: float32 by our names (a checkpoint's). names: TwoTower.to_open_clip. Independent heads, which open_clip
-    does not know, go to independent_heads.safetensors. A BERT text tower has no counterpart in open_clip without the
-    hub: its weights keep our names and only modstruct reads them.
+    does not know, go to independent_heads.safetensors. A BERT text tower has no counterpart in open_clip either: then
+    everything goes to modstruct_model.safetensors by our names, beside modstruct_config.json, and nothing is written
+    that open_clip would take for its own.
     """
+    weights = weights | {"logit_scale": weights["logit_scale"].clamp(0, recipe.model.logit_scale_max)}
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    tokenizer.save(folder / "tokenizer")
+    if recipe.model.text.architecture == "bert":
+        save_file({name: value.contiguous() for name, value in weights.items()}, folder / "modstruct_model.safetensors")
+        config = {"format": "modstruct.models.two_tower.TwoTower", "recipe": recipe_to_dict(recipe)}
+        (folder / "modstruct_config.json").write_text(json.dumps(config, indent=1))
+    else:
+        _export_to_open_clip(folder, weights, names, recipe, tokenizer)
+    return folder
+
+
+def _export_to_open_clip(
+    folder: Path, weights: dict[str, Tensor], names: dict[str, str], recipe: Recipe, tokenizer: Tokenizer
+) -> None:
     shared, own = {}, {}
     for name, value in weights.items():
         if "independent_head" in name:
             own[name] = value.contiguous()
         else:
-            shared |= {_rename(name, names): value.T.contiguous() if _transposed(name, names) else value.contiguous()}
-    shared["logit_scale"] = weights["logit_scale"].clamp(0, recipe.model.logit_scale_max)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+            shared[_rename(name, names)] = (value.T if _transposed(name, names) else value).contiguous()
     config = _config(recipe, tokenizer)
     if tokenizer.kind == "clip_bpe":
         # open_clip pads CLIP's own vocabulary with 0; the row of our padding token was never read by a pooled token.
         embedding = shared["text.token_embedding.weight"]
         shared["text.token_embedding.weight"] = embedding[: tokenizer.padding_id].contiguous()
         config["model_cfg"]["text_cfg"] |= {"vocab_size": tokenizer.padding_id, "pad_id": 0}
+    else:
+        # Without a name here open_clip.get_tokenizer would hand out CLIP's tokenizer; with it, it says what is missing.
+        config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "modstruct.data.tokenizers.load_tokenizer"
     save_file(shared, folder / "open_clip_model.safetensors")
     if own:
         save_file(own, folder / "independent_heads.safetensors")
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1))
-    tokenizer.save(folder / "tokenizer")
-    return folder
 
 
 def _config(recipe: Recipe, tokenizer: Tokenizer) -> dict:
     described = open_clip_config(recipe.model)
-    described["text_cfg"] |= {
-        "vocab_size": tokenizer.vocab_size,
-        "context_length": tokenizer.context_length,
-        "pool_type": "eos",
-        "eos_id": tokenizer.end_id,
-        "pad_id": tokenizer.padding_id,
-    }
+    described["text_cfg"] |= text_sizes(tokenizer)
+    described.pop("init_logit_bias", None)  # a bias of the sigmoid loss, which is not ours
     # CustomTextCLIP names the weights as our towers do; a logit scale of shape (1,) is what DeepSpeed trained.
     described |= {"custom_text": True, "nonscalar_logit_scale": True}
     preprocess = {"mean": list(recipe.views.mean), "std": list(recipe.views.std), "size": image_size(recipe.model)}

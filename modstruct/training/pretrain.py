@@ -218,7 +218,7 @@ def measure_and_save(run: Run, stopping: bool) -> None:
         run.telemetry.resume()
         if best := state.best_recall is None or recall > state.best_recall:
             state.best_recall, state.best_step = recall, step
-    every = recipe.checkpoint.every_steps
+    every = recipe.checkpoints.every_steps
     if stopping or last or best or (every and step % every == 0):
         run.telemetry.pause()
         save(run.full, state, recipe, run.data.tokenizer, best)

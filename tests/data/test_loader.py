@@ -209,6 +209,18 @@ def test_nothing_but_bad_samples_ends_with_a_clear_error(tmp_path, monkeypatch):
         load(opened(tmp_path / "x.tar", data), data)
 
 
+def test_no_worker_is_left_when_the_loop_ends_early(tmp_path):
+    data = config(tmp_path, workers=1)
+    samples = opened(write_shards(tmp_path, [20]), data)
+    before = set(active_children())
+    loader = train_loader(
+        samples, data, views(), LengthTokenizer(), BOTH, global_batch=4, seed=0, start_step=0, stop_step=10_000
+    )
+    for _ in loader:
+        break
+    assert set(active_children()) == before
+
+
 def test_a_worker_tells_what_went_wrong(tmp_path):
     write_tar(tmp_path / "x.tar", [m for n in range(4) for m in sample(n, png=b"bad")])
     data = config(tmp_path, max_bad_share=1.0, workers=1)
@@ -308,8 +320,9 @@ def test_an_error_beside_running_workers_ends_the_process(tmp_path):
             samples = opened({str(tmp_path / "shard-*.tar")!r}, data)
             loader = train_loader(samples, data, views(), LengthTokenizer(), (), global_batch=8, seed=0,
                                   start_step=0, stop_step=100_000)
-            for batch in loader:
-                raise RuntimeError("as planned")
+            unstarted, batches = iter(loader), iter(loader)
+            next(batches)
+            raise RuntimeError("as planned")
         """)
     )
     here = Path(__file__).parent

@@ -61,6 +61,12 @@ def test_another_epoch_and_another_seed_give_another_order():
         assert (one == other).mean() < 0.05
 
 
+def test_each_epoch_puts_other_blocks_into_a_window():
+    _, _, sample = SampleOrder([np.full(10, 100)], 0, 10, 5).locate(np.arange(2000))
+    first, second = set(sample[:50]), set(sample[1000:1050])
+    assert len(first & second) < 25
+
+
 def test_a_batch_mixes_the_shards():
     _, _, sample = SampleOrder([np.full(100, 640)], 0, 64, 256).locate(np.arange(256))
     assert len(np.unique(sample // 640)) > 50
@@ -76,6 +82,11 @@ def test_weights_give_exact_shares_of_every_period(weights):
         counts = np.bincount(source, minlength=len(weights))
         assert counts.sum() == 10_000
         assert (np.abs(counts - exact) < 1).all()
+
+
+def test_what_rounding_leaves_goes_to_the_largest_remainder():
+    source, _, _ = SampleOrder([np.array([9])] * 2, 5, 8, 4, weights=[1, 2]).locate(np.arange(10_000))
+    assert np.bincount(source).tolist() == [3333, 6667]
 
 
 def test_each_weighted_source_has_epochs_of_its_own():

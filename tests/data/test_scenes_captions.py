@@ -163,8 +163,8 @@ def test_captions_use_a_few_hundred_words():
 
 
 def test_things_alike_in_shape_and_colour_are_told_apart_by_another():
-    item = SceneObject("star", "red", "large", "solid", "top", 0.5, 0.2, 0.17, 0, 0)
-    twin = replace(item, size="small", place="bottom", y=0.8, radius=0.1)
+    item = SceneObject("star", "red", "large", "solid", "top left", 0.3, 0.3, 0.17, 0, 0)
+    twin = replace(item, size="small", place="bottom left", y=0.7, radius=0.1)
     scene = replace(sample_scene(Draws(1)), objects=(item, twin), template="list")
     assert has(caption(scene), "another")
 

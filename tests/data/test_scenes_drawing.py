@@ -26,7 +26,7 @@ def pixels(scene: Scene, size: int = 64) -> np.ndarray:
 
 def one_object(**changes: object) -> Scene:
     """A large solid red circle in the middle of a white ground."""
-    item = SceneObject("circle", "red", "large", "solid", "middle", 0.5, 0.5, 0.17, 0.0, 0.0)
+    item = SceneObject("circle", "red", "large", "solid", "top left", 0.5, 0.5, 0.17, 0.0, 0.0)
     scene = replace(sample_scene(Draws(0)), ground_colour="white", ground_texture="ribs", light="left")
     return replace(scene, objects=(replace(item, **changes),))
 

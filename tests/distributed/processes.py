@@ -14,8 +14,8 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 TIMEOUT_SECONDS = 180  # for one collective; a busy machine with two cores starts four processes slowly
-# Imported once by the server that forks the processes: importing torch anew costs each of them seconds. Nothing of it runs
-# there, so no thread is lost in the fork.
+# Imported once by the server that forks the processes: importing torch anew costs each of them seconds. The server only
+# imports, so no running thread is lost in the fork.
 PRELOADED = ["torch.distributed", "torch._dynamo", "pytest", "hypothesis"]
 
 

@@ -28,7 +28,7 @@ def recipe_file(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("recipe")
     recipe = recipe_to_dict(tiny_recipe("set by each test", folder / "cache", steps=400))
     recipe["data"] |= {"validation": "scenes", "eval": "scenes", "zero_shot": "scenes", "workers": 1}
-    recipe["checkpoint"] |= {"every_steps": 5, "keep_last": 2}
+    recipe["checkpoints"] |= {"every_steps": 5, "keep_last": 2}
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(recipe))
     return str(path)

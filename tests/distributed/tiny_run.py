@@ -61,6 +61,6 @@ def tiny_recipe(output: Path | str, cache: Path | str, steps: int = 4, precision
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2, clip_norm=5.0, eps=1e-4),
         train=TrainConfig(global_batch=12, steps=steps, precision=precision, **train),
         evaluation=EvaluationConfig(batch=16),
-        checkpoint=CheckpointConfig(every_steps=2, keep_last=9),
+        checkpoints=CheckpointConfig(every_steps=2, keep_last=9),
         logging=LoggingConfig(every_steps=2, images=4),
     )

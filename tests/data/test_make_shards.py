@@ -1,0 +1,95 @@
+"""The tool packs folders and tables into shards that a run reads; what no run could read is left out and named."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from crafted_shards import config, opened, picture
+
+from modstruct.data.reader import ShardReader
+
+TOOL = Path(__file__).parents[2] / "tools" / "make_shards.py"
+
+
+@pytest.fixture
+def make(monkeypatch, tmp_path):
+    """Runs the tool; returns its exit status."""
+
+    def run(source: Path, *options: str) -> int:
+        monkeypatch.setattr(sys, "argv", [str(TOOL), str(source), "--output", str(tmp_path / "shards"), *options])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(TOOL), run_name="__main__")
+        return end.value.code
+
+    return run
+
+
+def read_all(folder: Path):
+    data = config(folder)
+    samples = opened(folder / "shards" / "*.tar", data)
+    reader = ShardReader(samples, data)
+    return samples, [reader.read(number) for number in range(len(samples))]
+
+
+def test_a_folder_becomes_shards(tmp_path, make, capsys):
+    source = tmp_path / "in"
+    (source / "deeper").mkdir(parents=True)
+    for number, name in enumerate(["a.b.png", "b.PNG", "deeper/c.jpg"]):
+        (source / name).write_bytes(picture(number, kind="JPEG" if name.endswith("jpg") else "PNG"))
+        (source / name).with_suffix(".txt").write_text(f"caption {number} ü\n")
+    (source / "b.json").write_text('{"label": "x", "captions": ["p", "q"]}')
+    (source / "lonely.png").write_bytes(picture())
+    (source / "broken.png").write_bytes(b"no picture")
+    (source / "broken.txt").write_text("words")
+    (source / "notes.md").write_text("no picture")
+    assert make(source, "--samples_per_shard", "2") == 0
+    said = capsys.readouterr()
+    assert "3 samples in" in said.out
+    assert "1 left out: no caption" in said.out
+    assert f"undecodable picture: {source / 'broken.png'}" in said.err
+    samples, raws = read_all(tmp_path)
+    assert [Path(shard).name for shard in samples.shards] == ["00000.tar", "00001.tar"]
+    assert [raw.key for raw in raws] == ["00000000000", "00000000001", "00001000000"]
+    assert [raw.caption for raw in raws] == ["caption 0 ü", "caption 1 ü", "caption 2 ü"]
+    assert raws[1].captions == ["p", "q"]
+    assert raws[1].metadata["label"] == "x"
+    assert raws[0].image == picture(0)
+    assert not list((tmp_path / "shards").glob("*.part"))
+
+
+@pytest.mark.parametrize(("name", "separator"), [("t.csv", ","), ("t.tsv", "\t")])
+def test_a_table_becomes_shards(tmp_path, make, name, separator):
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(picture(number))
+    rows = [["file", "title", "label"], *([f"{n}.png", f'"a {n}{separator}b"', str(n)] for n in (0, 1, 1, 2))]
+    (tmp_path / name).write_text("\n".join(separator.join(row) for row in rows))
+    assert make(tmp_path / name, "--image_column", "file", "--caption_column", "title") == 0
+    _, raws = read_all(tmp_path)
+    assert [raw.caption for raw in raws] == [f"a {n}{separator}b" for n in (0, 1, 1, 2)]
+    assert [raw.metadata["label"] for raw in raws] == ["0", "1", "1", "2"]
+
+
+def test_rows_of_one_picture_may_be_joined(tmp_path, make):
+    for number in range(2):
+        (tmp_path / f"{number}.png").write_bytes(picture(number))
+    (tmp_path / "t.csv").write_text("image,caption\n0.png,p\n1.png,q\n0.png,r\n")
+    make(tmp_path / "t.csv", "--join_captions")
+    assert [raw.captions for raw in read_all(tmp_path)[1]] == [["p", "r"], ["q"]]
+
+
+def test_what_cannot_work_is_said(tmp_path, make, capsys):
+    (tmp_path / "t.csv").write_text("image,caption\nmissing.png,p\n")
+    assert make(tmp_path / "t.csv", "--image_column", "file") == 2
+    assert "--image_column = 'file': the columns of" in capsys.readouterr().err
+    assert make(tmp_path / "none.csv") == 2
+    (tmp_path / "empty").mkdir()
+    assert make(tmp_path / "empty") == 2
+    assert make(tmp_path / "t.csv") == 1
+    assert "unreadable file: " in capsys.readouterr().err
+    assert not list((tmp_path / "shards").iterdir())
+    (tmp_path / "shards" / "00000.tar").write_bytes(b"")
+    assert make(tmp_path / "t.csv") == 2
+    assert "holds shards already" in capsys.readouterr().err

@@ -1,0 +1,179 @@
+"""The two towers: what their embeddings are, and what may not change them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tiny_models import CAPTIONS, batch_of_both_views, pictures, tiny_config, tiny_model, word_tokenizer
+from torch.testing import assert_close
+from torchvision.transforms import v2
+
+from modstruct.config import ViewsConfig
+from modstruct.embeddings import Embeddings
+
+TEXT_TOWERS = ("clip", "bert")
+
+
+@pytest.fixture(params=TEXT_TOWERS)
+def architecture(request) -> str:
+    return request.param
+
+
+def same_weights_for_other_contexts(architecture: str, *context_lengths: int) -> list:
+    """Models that differ in the number of positions alone, the shorter ones holding the first of the longest."""
+    longest = tiny_model(tiny_config(architecture), word_tokenizer(max(context_lengths))).eval()
+    models = []
+    for length in context_lengths:
+        model = tiny_model(tiny_config(architecture), word_tokenizer(length), seed=1).eval()
+        shapes = {name: value.shape for name, value in model.state_dict().items()}
+        model.load_state_dict({n: v[: s[0]] if (s := shapes[n]) else v for n, v in longest.state_dict().items()})
+        models.append(model)
+    return models
+
+
+def test_embeddings_are_float32_and_of_unit_norm_whatever_the_towers_compute_in(architecture):
+    tokenizer = word_tokenizer()
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny_model(tiny_config(architecture), tokenizer, independent=True).to(dtype)
+        embeddings = model(batch_of_both_views(tokenizer))
+        assert set(embeddings) == set(vars(Embeddings(**embeddings)))
+        assert embeddings.pop("logit_scale").dtype == torch.float32
+        for name, rows in embeddings.items():
+            assert rows.shape == (len(CAPTIONS), model.embed_dim), name
+            assert rows.dtype == torch.float32, name
+            assert_close(rows.norm(dim=-1), torch.ones(len(rows)), msg=name)
+
+
+def test_a_batch_gives_the_fields_it_allows():
+    tokenizer = word_tokenizer()
+    model = tiny_model(tiny_config(), tokenizer)
+    both = batch_of_both_views(tokenizer)
+    for keys in (["image"], ["text"], ["image", "text"], ["image", "text", "image_augmented"], list(both)):
+        assert set(model({key: both[key] for key in keys})) == {*keys, "logit_scale"}
+
+
+def test_one_modality_alone_is_embedded_as_beside_the_other(architecture):
+    tokenizer = word_tokenizer()
+    model = tiny_model(tiny_config(architecture), tokenizer, independent=True)
+    both = batch_of_both_views(tokenizer)
+    together = model(both)
+    alone = model({"image": both["image"]}) | model({"text": both["text"]})
+    for name in ("image", "text", "image_independent", "text_independent"):
+        assert_close(alone[name], together[name])
+
+
+def test_views_embedded_in_one_pass_are_those_embedded_apart(architecture):
+    tokenizer = word_tokenizer()
+    model = tiny_model(tiny_config(architecture), tokenizer, independent=True)
+    both = batch_of_both_views(tokenizer)
+    together = model(both)
+    apart = model({"image": both["image_augmented"], "text": both["text_augmented"]})
+    for name, rows in apart.items():
+        assert_close(rows, together[f"{name}_augmented" if name != "logit_scale" else name])
+
+
+def test_heads_of_independent_embeddings_exist_only_if_asked(architecture):
+    tokenizer = word_tokenizer()
+    plain = tiny_model(tiny_config(architecture), tokenizer)
+    assert not [name for name, _ in plain.named_parameters() if "independent" in name]
+    with_heads = tiny_model(tiny_config(architecture), tokenizer, independent=True)
+    extra = dict(with_heads.named_parameters()).keys() - dict(plain.named_parameters()).keys()
+    assert extra == {"image.independent_head.weight", "text.independent_head.weight"}
+    embeddings = with_heads(batch_of_both_views(tokenizer))
+    for name in ("image", "text"):
+        assert (embeddings[name] - embeddings[f"{name}_independent"]).norm(dim=-1).min() > 0.1
+
+
+def test_independent_heads_leave_the_shared_weights_of_a_seed_as_they_are(architecture):
+    """So that two methods compared at one seed start from one point."""
+    plain = tiny_model(tiny_config(architecture), word_tokenizer()).state_dict()
+    with_heads = tiny_model(tiny_config(architecture), word_tokenizer(), independent=True).state_dict()
+    for name, value in plain.items():
+        assert torch.equal(value, with_heads[name]), name
+
+
+def test_a_seed_decides_the_weights(architecture):
+    first, again, other = (
+        tiny_model(tiny_config(architecture), word_tokenizer(), True, seed).state_dict() for seed in (3, 3, 4)
+    )
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["image.trunk.conv1.weight"], other["image.trunk.conv1.weight"])
+
+
+def test_padding_changes_no_text_embedding(architecture):
+    lengths = (10, 14, 23)
+    models = same_weights_for_other_contexts(architecture, *lengths)
+    rows = [
+        model({"text": word_tokenizer(length)(CAPTIONS)})["text"] for model, length in zip(models, lengths, strict=True)
+    ]
+    for other in rows[1:]:
+        assert_close(other, rows[0], atol=1e-5, rtol=0)
+
+
+def test_what_the_padding_row_holds_does_not_matter(architecture):
+    tokenizer = word_tokenizer()
+    model = tiny_model(tiny_config(architecture), tokenizer)
+    before = model({"text": tokenizer(CAPTIONS)})["text"]
+    trunk = model.text["trunk"]
+    rows = trunk.token_embedding if architecture == "clip" else trunk.bert.embeddings.word_embeddings
+    with torch.no_grad():
+        rows.weight[tokenizer.padding_id] = 5.0
+    assert_close(model({"text": tokenizer(CAPTIONS)})["text"], before)
+
+
+def test_text_is_pooled_at_its_end_token(architecture):
+    """The embedding hangs on the end token itself, and on each token before it."""
+    tokenizer = word_tokenizer()
+    model = tiny_model(tiny_config(architecture), tokenizer)
+    ids = tokenizer(["a red square"])
+    before = model({"text": ids})["text"]
+    end = int((ids[0] == tokenizer.end_id).nonzero())
+    for position in range(1, end):
+        changed = ids.clone()
+        changed[0, position] = tokenizer(["star"])[0, 1]
+        assert (model({"text": changed})["text"] - before).norm() > 1e-4, position
+    trunk = model.text["trunk"]
+    if architecture == "clip":
+        after = ids.clone()
+        after[0, end + 1 :] = tokenizer(["star"])[0, 1]
+        assert_close(model({"text": after})["text"], before)
+    else:
+        tokens = trunk.bert(input_ids=ids, attention_mask=tokenizer.mask(ids).long()).last_hidden_state
+        assert_close(trunk(ids), tokens[:, end])
+
+
+@pytest.mark.parametrize(("log_scale", "expected"), [(-3.0, 1.0), (0.5, math.exp(0.5)), (50.0, math.exp(2.0))])
+def test_the_logit_scale_is_clamped_in_the_forward(log_scale, expected):
+    model = tiny_model(tiny_config(logit_scale_init=1.0, logit_scale_max=2.0), word_tokenizer())
+    with torch.no_grad():
+        model.logit_scale.fill_(log_scale)
+    assert_close(model({})["logit_scale"], torch.tensor([expected]))
+    assert model.logit_scale.item() == log_scale
+
+
+def test_the_logit_scale_starts_where_the_recipe_says():
+    model = tiny_model(tiny_config(logit_scale_init=math.log(1 / 0.07)), word_tokenizer())
+    assert model.logit_scale.shape == (1,)
+    assert_close(model({})["logit_scale"], torch.tensor([1 / 0.07]))
+
+
+def test_every_trained_parameter_gets_a_gradient(architecture):
+    """ZeRO waits for a gradient of every parameter, on every process."""
+    tokenizer = word_tokenizer()
+    model = tiny_model(tiny_config(architecture), tokenizer, independent=True)
+    generator = torch.Generator().manual_seed(0)
+    embeddings = model(batch_of_both_views(tokenizer)).values()
+    sum((rows * torch.randn(rows.shape, generator=generator)).sum() for rows in embeddings).backward()
+    assert not [name for name, value in model.named_parameters() if value.grad is None]
+    still = [name for name, value in model.named_parameters() if not value.grad.any()]
+    assert not still
+
+
+def test_pixels_are_normalised_as_torchvision_does():
+    model = tiny_model(tiny_config(), word_tokenizer())
+    views = ViewsConfig()
+    expected = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(views.mean, views.std)])
+    assert_close(model.normalize(pictures()), expected(pictures()))
+    assert model.bfloat16().normalize(pictures()).dtype == torch.bfloat16

@@ -1,0 +1,275 @@
+"""Command lines: what wins over what, and one line for whatever is wrong."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from modstruct import cli
+from modstruct.config import LossesConfig, Recipe, Source
+from modstruct.recipe_files import recipe_to_yaml
+
+SCRIPTS = Path(__file__).parents[1] / "launch_scripts"
+RECIPES = sorted(path.stem for path in cli.RECIPES.glob("*.yaml"))
+METHODS = sorted(path.stem for path in (cli.RECIPES / "methods").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def parser():
+    parser = cli.recipe_parser("A test.", "test")
+    parser.add_argument("--resume")
+    return parser
+
+
+@pytest.fixture
+def parse(parser):
+    return lambda *arguments: cli.parse(parser, arguments)[0]
+
+
+@pytest.fixture
+def refused(parser, capsys):
+    """The one line on standard error that a wrong command line ends with."""
+
+    def run(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as end:
+            cli.parse(parser, arguments)
+        assert end.value.code == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+        return err.removeprefix("error: ").rstrip("\n")
+
+    return run
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    def write(content: str) -> str:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(content)
+        return str(path)
+
+    return write
+
+
+def leaf_names(value: object, prefix: str = "") -> list[str]:
+    inner = [(f.name, getattr(value, f.name)) for f in fields(value)]
+    return [
+        name
+        for key, child in inner
+        for name in (leaf_names(child, f"{prefix}{key}.") if is_dataclass(child) else [f"{prefix}{key}"])
+    ]
+
+
+def test_no_arguments_mean_the_scenes_recipe(parse):
+    assert parse() == parse("--recipe", "scenes")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_parses_by_name_and_by_path(parse, name):
+    assert parse("--recipe", name) == parse(f"--recipe={cli.RECIPES / name}.yaml")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_replaces_the_losses_and_nothing_else(parse, recipe_file, name):
+    every_loss_on = "losses: {contrastive: {weight: 9, in_modal: true}, separation: {weight: 9}, bridge: {weight: 9}, "
+    path = recipe_file(every_loss_on + "geometry: {weight: 9, augmented: false}}\noutput: runs/mine")
+    recipe = parse("--recipe", path, "--method", name)
+    assert recipe.losses == parse("--method", name).losses
+    assert 9 not in [getattr(recipe.losses, field.name).weight for field in fields(LossesConfig)]
+    assert recipe.output == "runs/mine"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_file_holds_losses_alone_and_every_weight(name):
+    content = yaml.safe_load((cli.RECIPES / "methods" / f"{name}.yaml").read_text())
+    assert content.keys() == {"losses"}
+    assert content["losses"].keys() == {field.name for field in fields(LossesConfig)}
+    assert all("weight" in section for section in content["losses"].values())
+
+
+def test_the_methods_are_the_rows_of_the_papers_table(parse):
+    weights = {name: parse("--method", name).losses for name in METHODS}
+    on = {name: {f.name for f in fields(losses) if getattr(losses, f.name).weight} for name, losses in weights.items()}
+    assert on == {
+        "clip": {"contrastive"},
+        "clip_inmodal": {"contrastive"},
+        "cyclip": {"contrastive", "geometry"},
+        "sep": {"contrastive", "separation"},
+        "br": {"contrastive", "bridge"},
+        "gc": {"contrastive", "geometry"},
+        "all": {"contrastive", "separation", "bridge", "geometry"},
+    }
+    assert not weights["clip"].contrastive.in_modal
+    assert weights["clip_inmodal"].contrastive.in_modal
+    assert not weights["cyclip"].geometry.augmented
+    assert weights["gc"].geometry.augmented
+
+
+def test_overrides_win_over_recipe_and_method_wherever_they_stand(parse):
+    parts = (["--losses.bridge.weight", "0.5"], ["--recipe", "emoji"], ["--method", "br"], ["--output=runs/mine"])
+    for turn in range(4):
+        order = parts[turn:] + parts[:turn]
+        recipe = parse(*(word for part in order for word in part))
+        assert recipe.losses.bridge.weight == 0.5
+        assert recipe.output == "runs/mine"
+        assert recipe.losses.contrastive.in_modal  # of the method
+        assert recipe.data.train == parse("--recipe", "emoji").data.train
+    assert parse("--train.seed", "1", "--train.seed", "2").train.seed == 2
+
+
+def test_a_method_may_be_a_file_of_ones_own(parse, recipe_file):
+    path = recipe_file("losses: {bridge: {weight: 3.0}}")
+    assert parse("--method", path).losses.bridge.weight == 3.0
+
+
+def test_sources_with_weights_can_be_given_in_a_file_and_on_the_line(parse, recipe_file):
+    expected = [Source("a.tar", 2.0), Source("b.tar")]
+    assert parse("--data.train", "[{shards: a.tar, weight: 2}, {shards: b.tar}]").data.train == expected
+    path = recipe_file("data: {train: [{shards: a.tar, weight: 2}, {shards: b.tar}]}")
+    assert parse("--recipe", path).data.train == expected
+    assert parse("--data.train", "[a.tar, b.tar]").data.train == ["a.tar", "b.tar"]
+    assert parse("--data.train", "data/{000..009}.tar").data.train == "data/{000..009}.tar"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--train.step", "3"], ["train.step", "did you mean train.steps?"]),
+        (["--learning_rate=1"], ["learning_rate", "did you mean optimizer.learning_rate?"]),
+        (["--optimizer.lr=1"], ["optimizer.lr", "optimizer has learning_rate, betas, eps"]),
+        (["--model.vision.depth", "3"], ["model.vision.depth", "model.vision has image_size"]),
+        (["--meth", "clip"], ["meth", "--help lists every field"]),
+        (["stray"], ["stray"]),
+        (["--train.steps", "many"], ["train.steps = many", "a whole number or null"]),
+        (["--train.global_batch", "2.5"], ["train.global_batch = 2.5", "a whole number"]),
+        (["--train.precision", "fp8"], ["train.precision = fp8", "one of fp32, bf16, fp16"]),
+        (["--views.flip", "maybe"], ["views.flip = maybe", "true or false"]),
+        (["--views.mean", "[0.5,0.5]"], ["views.mean = [0.5, 0.5]", "[a number, a number, a number]"]),
+        (["--evaluation.top_k", "[one]"], ["evaluation.top_k", "a list of a whole number"]),
+        (["--data.train", "[{weight: 3}]"], ["data.train: give", "a list of {shards, weight, index}"]),
+        (["--train", "5"], ["train: a section", "it has global_batch, steps"]),
+        (["--views.crop_scale", "[0.9,0.1]"], ["views.crop_scale = (0.9, 0.1)", "0 < low <= high <= 1"]),
+        (["--model.vision.patch_size", "0"], ["model.vision.patch_size = 0", "at least 1"]),
+        (["--model.vision.patch_size", "7"], ["model.vision.patch_size = 7", "a divisor of"]),
+        (["--model.text.heads", "0"], ["model.text.heads = 0", "at least 1"]),
+        (["--model.pretrained", "openai"], ["model.pretrained = 'openai'", "needs model.name"]),
+        (["--optimizer.learning_rate", "nan"], ["optimizer.learning_rate = nan", "above 0"]),
+        (["--optimizer.learning_rate", "inf"], ["optimizer.learning_rate = inf", "finite"]),
+        (["--losses.bridge.weight=-1"], ["losses.bridge.weight = -1.0", "0 (off) or more"]),
+        (["--losses.contrastive.weight", "0"], ["losses.*.weight", "at least one weight must be above 0"]),
+        (["--train.epochs", "3"], ["train.steps = 1000", "exactly one of train.steps and train.epochs"]),
+        (["--recipe", "nope"], ["--recipe = 'nope'", "emoji, scenes"]),
+        (["--method", "nope"], ["--method = 'nope'", "clip_inmodal, cyclip"]),
+        (["--recipe"], ["--recipe", "expected one argument"]),
+    ],
+    ids=lambda value: " ".join(value) if value and value[0].startswith("-") else "",
+)
+def test_a_wrong_command_line_ends_with_one_line_that_says_what_is_right(refused, arguments, parts):
+    line = refused(*arguments)
+    for part in parts:
+        assert part in line
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        ("optimiser: {learning_rate: 1}", ["optimiser.learning_rate", "did you mean optimizer.learning_rate?"]),
+        ("optimizer: {learning_rat: 1}", ["optimizer.learning_rat", "did you mean optimizer.learning_rate?"]),
+        ("model: {vision: {depth: 3}}", ["model.vision.depth", "model.vision has image_size"]),
+        ("optimizer: {learning_rate: fast}", ["optimizer.learning_rate = fast", "a number"]),
+        ("train: {precision: fp8}", ["train.precision = fp8", "one of fp32, bf16, fp16"]),
+        ("optimizer: 5", ["optimizer: a section", "it has learning_rate"]),
+        ("data: {train: [{shards: a, weight: -1}]}", ["data.train"]),
+        ("optimizer: {learning_rate: [1", ["--recipe", "recipe.yaml", "cannot be read as YAML", "line 1"]),
+        ("- scenes", ["--recipe", "recipe.yaml", "must hold fields"]),
+        ("", ["--recipe", "recipe.yaml", "must hold fields"]),
+        ("output: !!python/object/apply:os.getcwd []", ["--recipe", "recipe.yaml", "cannot be read as YAML"]),
+    ],
+)
+def test_a_wrong_recipe_file_ends_with_one_line_too(refused, recipe_file, content, parts):
+    line = refused("--recipe", recipe_file(content))
+    for part in parts:
+        assert part in line
+
+
+def test_help_lists_every_field_with_its_text(parser, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.parse(parser, ["--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    entries = {block.split()[0]: block for block in text.split("\n  --")}
+    for name in leaf_names(Recipe()):
+        explained = entries[name].replace("\n", " ").split(" ", 2)[2]
+        assert len(explained.split()) >= 3, name
+    words = " ".join(text.split())
+    for name in (*RECIPES, *METHODS):
+        assert name in words
+    assert "Shards of the final table; null for none." in words
+
+
+@pytest.mark.parametrize("arguments", [[], ["--recipe", "clip_rn50_cc3m", "--method", "all", "--train.seed", "5"]])
+def test_the_printed_configuration_is_a_recipe_that_parses_to_the_same(parser, parse, recipe_file, capsys, arguments):
+    with pytest.raises(SystemExit) as end:
+        cli.parse(parser, [*arguments, "--print_config"])
+    assert end.value.code == 0
+    assert parse("--recipe", recipe_file(capsys.readouterr().out)) == parse(*arguments)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_saved_recipe_parses_to_the_same(parse, recipe_file, name):
+    recipe = parse("--recipe", name, "--data.train", "[{shards: a.tar, weight: 2.5}]", "--losses.bridge.t", "null")
+    assert parse("--recipe", recipe_file(recipe_to_yaml(recipe))) == recipe
+
+
+@pytest.mark.parametrize("arguments", [["--train.step", "3"], ["--recipe"], ["--help"], ["--print_config"]])
+def test_other_processes_end_alike_and_stay_silent(parser, monkeypatch, capsys, arguments):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as end:
+        cli.parse(parser, arguments)
+    assert end.value.code == (0 if arguments[0] in ("--help", "--print_config") else 2)
+    assert capsys.readouterr() == ("", "")
+
+
+def run_script(name: str, monkeypatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
+    return end.value.code
+
+
+@pytest.mark.parametrize("name", ["pretrain", "evaluate"])
+def test_the_launch_scripts_explain_and_refuse(monkeypatch, capsys, name):
+    assert run_script(name, monkeypatch, "--help") == 0
+    text = capsys.readouterr().out
+    assert "deepspeed" in text
+    assert "--optimizer.learning_rate" in text
+    assert run_script(name, monkeypatch, "--checkpoint", "nowhere", "--train.step", "3") == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+
+
+def test_evaluate_needs_a_checkpoint(monkeypatch, capsys):
+    assert run_script("evaluate", monkeypatch) == 2
+    assert "checkpoint" in capsys.readouterr().err
+
+
+def test_a_checkpoints_recipe_is_the_base_that_overrides_change(parser, recipe_file, tmp_path):
+    folder = tmp_path / "checkpoints" / "step-00000003"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text("{}")
+    (folder / "recipe.yaml").write_text("output: runs/saved\ntrain: {seed: 4, steps: 7}")
+    for given in (folder, tmp_path):
+        arguments = cli.checkpoint_arguments(["--train.seed", "5", "--checkpoint", str(given)])
+        words = [word for word in arguments if word not in ("--checkpoint", str(given))]
+        recipe, _ = cli.parse(parser, words)
+        assert (recipe.output, recipe.train.steps, recipe.train.seed) == ("runs/saved", 7, 5)
+    with pytest.raises(ValueError, match=r"--checkpoint = 'nowhere': is no checkpoint"):
+        cli.checkpoint_arguments(["--checkpoint", "nowhere"])

@@ -1,0 +1,154 @@
+"""The DeepSpeed configuration that a recipe leads to, and which weights decay."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny_models import register_architectures, tiny_config, tiny_model, word_tokenizer
+
+from modstruct.config import OptimizerConfig, Recipe, TrainConfig
+from modstruct.training.engine import parameter_groups, read_ds_config, resolve_ds_config
+
+DS_CONFIGS = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
+
+
+def recipe(precision: str = "fp32", clip_norm: float = 1.5) -> Recipe:
+    train = TrainConfig(steps=10, global_batch=24, precision=precision)
+    return replace(Recipe(), train=train, optimizer=OptimizerConfig(clip_norm=clip_norm))
+
+
+def strings(value: object) -> list[str]:
+    if isinstance(value, dict):
+        return [text for inner in value.values() for text in strings(inner)]
+    return [value] if isinstance(value, str) else []
+
+
+@pytest.mark.parametrize("path", DS_CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_every_shipped_file_is_resolved_from_the_recipe(path, precision):
+    shipped = read_ds_config(str(path))
+    config = resolve_ds_config(shipped, recipe(precision), world_size=3)
+    assert "auto" in strings(shipped)
+    assert "auto" not in strings(config)
+    assert config["train_batch_size"] == 24
+    assert config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"] * 3 == 24
+    assert config["gradient_clipping"] == 1.5
+    assert config["bf16"]["enabled"] == (precision == "bf16")
+    assert config["fp16"]["enabled"] == (precision == "fp16")
+    assert config["zero_optimization"] == shipped["zero_optimization"]
+
+
+def test_the_shipped_files_are_the_four_stages_and_offload():
+    stages = {path.stem: json.loads(path.read_text())["zero_optimization"]["stage"] for path in DS_CONFIGS}
+    assert stages == {"zero0": 0, "zero1": 1, "zero2": 2, "zero2_offload": 2, "zero3": 3, "zero3_offload": 3}
+
+
+def test_deepspeed_itself_takes_the_resolved_configuration():
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    config = resolve_ds_config(read_ds_config(str(DS_CONFIGS[2])), recipe("bf16"), world_size=1)
+    parsed = DeepSpeedConfig(config)
+    assert (parsed.train_batch_size, parsed.gradient_accumulation_steps, parsed.gradient_clipping) == (24, 1, 1.5)
+
+
+def test_what_a_file_leaves_out_is_filled_in_too():
+    config = resolve_ds_config({}, recipe("bf16"), world_size=2)
+    assert (config["train_batch_size"], config["train_micro_batch_size_per_gpu"]) == (24, 12)
+    assert config["bf16"]["enabled"]
+    assert not config["fp16"]["enabled"]
+
+
+def test_an_auto_that_the_recipe_does_not_decide_is_left_to_deepspeed():
+    given = {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}, "steps_per_print": "auto"}
+    config = resolve_ds_config(given, recipe(), world_size=1)
+    assert config["zero_optimization"] == {"stage": 2}
+    assert "steps_per_print" not in config
+
+
+def test_the_file_as_read_is_left_as_it_is():
+    given = {"bf16": {"enabled": "auto"}}
+    resolve_ds_config(given, recipe(), world_size=1)
+    assert given == {"bf16": {"enabled": "auto"}}
+
+
+def test_values_that_repeat_the_recipe_are_no_contradiction():
+    given = {"train_batch_size": 24, "gradient_accumulation_steps": 1, "bf16": {"enabled": True}}
+    config = resolve_ds_config(given, recipe("bf16"), world_size=2)
+    assert config["train_micro_batch_size_per_gpu"] == 12
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"train_batch_size": 32}, "train_batch_size = 32: the recipe says 24"),
+        ({"train_micro_batch_size_per_gpu": 24}, "train_micro_batch_size_per_gpu = 24: the recipe says 12"),
+        ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps = 4: the recipe says 1"),
+        ({"gradient_clipping": 0.1}, "gradient_clipping = 0.1: the recipe says 1.5"),
+        ({"bf16": {"enabled": True}}, "bf16.enabled = True: the recipe says False"),
+        ({"fp16": {"enabled": True}}, "fp16.enabled = True: the recipe says False"),
+        ({"fp16": True}, "fp16 = True: must be an object"),
+        ({"optimizer": {"type": "AdamW"}}, "optimizer = '…': leave it out"),
+        ({"scheduler": {"type": "WarmupLR"}}, "scheduler = '…': leave it out"),
+        ({"amp": {"enabled": True}}, "amp = '…': leave it out; train.precision"),
+        ({"bfloat16": {"enabled": True}}, "bfloat16 = '…': leave it out; train.precision"),
+    ],
+)
+def test_what_contradicts_the_recipe_is_refused_by_its_key(given, named):
+    with pytest.raises(ValueError, match="--ds_config: ") as refusal:
+        resolve_ds_config(given, recipe(), world_size=2)
+    assert named in str(refusal.value)
+
+
+def test_a_batch_that_does_not_divide_over_the_processes_is_refused():
+    with pytest.raises(ValueError, match=r"train.global_batch = 24: must be a multiple of .* processes, 5"):
+        resolve_ds_config({}, recipe(), world_size=5)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (None, "cannot be read"),
+        (b"{stage: 2}", "is not JSON"),
+        (b"\xff\xfe", "is not JSON"),
+        (b"[1]", "one JSON object"),
+    ],
+)
+def test_a_file_that_is_no_json_object_is_refused_by_name(tmp_path, content, complaint):
+    path = tmp_path / "zero.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match="--ds_config = ") as refusal:
+        read_ds_config(str(path))
+    assert str(path) in str(refusal.value)
+    assert complaint in str(refusal.value)
+
+
+def decay_by_name(model, weight_decay: float = 0.1) -> dict[str, float]:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model, weight_decay)
+    return {names[id(p)]: group["weight_decay"] for group in groups for p in group["params"]}
+
+
+@pytest.mark.parametrize("name", [None, "tiny-resnet"])
+@pytest.mark.parametrize("architecture", ["clip", "bert"])
+def test_matrices_kernels_and_position_tables_decay_and_nothing_else(tmp_path, architecture, name):
+    """As in CLIP's and CyCLIP's training code: norms, biases, class token and logit scale keep their size."""
+    register_architectures(tmp_path)
+    model = tiny_model(tiny_config(architecture, name=name), word_tokenizer(), independent=True)
+    decay = decay_by_name(model)
+    assert decay.keys() == dict(model.named_parameters()).keys()
+    for parameter_name, value in decay.items():
+        module_name, _, kind = parameter_name.rpartition(".")
+        owner = type(model.get_submodule(module_name)).__name__
+        exempt = "bias" in kind or "Norm" in owner or kind in ("class_embedding", "logit_scale")
+        assert value == (0.0 if exempt else 0.1), parameter_name
+    assert any(value == 0.1 for parameter_name, value in decay.items() if "position" in parameter_name)
+
+
+def test_frozen_weights_are_in_no_group():
+    model = tiny_model(tiny_config(), word_tokenizer())
+    model.image["trunk"].requires_grad_(False)
+    assert not [name for name in decay_by_name(model) if name.startswith("image.trunk")]

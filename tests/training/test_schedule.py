@@ -1,0 +1,59 @@
+"""The learning rate over a run: up in a line, down in half a cosine."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from modstruct.config import OptimizerConfig
+from modstruct.training.schedule import learning_rate
+
+
+@st.composite
+def runs(draw) -> tuple[OptimizerConfig, int]:
+    steps = draw(st.integers(1, 200))
+    peak = draw(st.floats(1e-6, 1.0))
+    final = peak * draw(st.floats(0, 1))
+    return OptimizerConfig(learning_rate=peak, final_learning_rate=final, warmup_steps=draw(st.integers(0, 250))), steps
+
+
+def rates(config: OptimizerConfig, steps: int) -> list[float]:
+    return [learning_rate(config, step, steps) for step in range(steps)]
+
+
+@given(runs())
+def test_every_step_learns_and_none_beyond_the_peak(run):
+    config, steps = run
+    assert all(0 < rate <= config.learning_rate * (1 + 1e-12) for rate in rates(config, steps))
+
+
+@given(runs())
+def test_it_rises_by_equal_amounts_and_then_never_again(run):
+    config, steps = run
+    values = rates(config, steps)
+    warmup = min(config.warmup_steps, steps)
+    for step, value in enumerate(values[:warmup]):
+        assert value == pytest.approx(config.learning_rate * (step + 1) / warmup)
+    after = values[max(0, warmup - 1) :]
+    assert all(later <= earlier * (1 + 1e-12) for earlier, later in pairwise(after))
+
+
+@given(runs())
+def test_it_ends_at_the_final_rate_and_stays_there(run):
+    config, steps = run
+    if config.warmup_steps < steps:
+        assert learning_rate(config, steps, steps) == pytest.approx(config.final_learning_rate, abs=1e-15)
+        assert learning_rate(config, steps + 7, steps) == pytest.approx(config.final_learning_rate, abs=1e-15)
+
+
+def test_half_way_through_the_cosine_is_half_the_way_down():
+    config = OptimizerConfig(learning_rate=1.0, final_learning_rate=0.2, warmup_steps=10)
+    assert learning_rate(config, 10, 110) == pytest.approx(1.0)
+    assert learning_rate(config, 60, 110) == pytest.approx(0.6)
+
+
+def test_without_warm_up_the_first_step_has_the_peak():
+    assert learning_rate(OptimizerConfig(learning_rate=0.3, warmup_steps=0), 0, 5) == 0.3
