@@ -58,16 +58,22 @@ def test_every_field_named_as_changeable_may_change(allowed):
         check_resumable(with_change(saved, name, "another"), Recipe())
 
 
+def complaint(saved: dict) -> str | None:
+    """What the default recipe hears when it resumes from a checkpoint made with `saved`; None if it may."""
+    try:
+        check_resumable(saved, Recipe())
+    except ValueError as refusal:
+        return str(refusal)
+    return None
+
+
 def test_every_other_field_may_not_change_and_is_named():
     saved = recipe_to_dict(Recipe())
-    refused = set()
-    for name in leaves(saved):
-        try:
-            check_resumable(with_change(saved, name, "another"), Recipe())
-        except ValueError as refusal:
-            assert str(refusal).startswith(f"{name} = ")
-            assert "made with 'another'" in str(refusal)
-            refused.add(name)
+    complaints = {name: complaint(with_change(saved, name, "another")) for name in leaves(saved)}
+    refused = {name for name, said in complaints.items() if said is not None}
+    for name in refused:
+        assert complaints[name].startswith(f"{name} = ")
+        assert "made with 'another'" in complaints[name]
     # What decides the weights' shapes, the order and the views of the data, the loss or the optimizer's state.
     assert {
         "data.train",

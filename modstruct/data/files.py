@@ -14,7 +14,8 @@ from typing import BinaryIO
 def written_aside(path: Path) -> Iterator[BinaryIO]:
     """A file to write that takes the name `path` when the block ends well, and leaves nothing when it does not."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    # The process number alone may occur on two hosts that share the folder.
+    part = path.with_name(f"{path.name}.{os.getpid()}-{os.urandom(4).hex()}.part")
     try:
         with open(part, "wb") as file:
             yield file

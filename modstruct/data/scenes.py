@@ -20,7 +20,7 @@ from modstruct.data.scene_shards import shard_pattern, split_size, write_scenes
 from modstruct.data.scene_splits import SPLITS
 
 # Part of the folder's name: raise it when the same configuration would give other pictures, captions or factors.
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
 SMALLEST_IMAGE = 16
 PATTERN_CHARACTERS = "{}[]*?"
 

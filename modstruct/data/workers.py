@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -111,6 +112,16 @@ def _start_worker(_: int) -> None:
     for number in OUTLIVED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, OUTLIVED_SIGNALS)
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+
+
+def _end_with_the_parent() -> None:
+    """End this worker when the training process is gone, however it went.
+
+    torch's workers watch their parent in the process tree, which is the server, and that lives as long as they do.
+    """
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 @contextmanager

@@ -198,9 +198,9 @@ def note_skip(report: StepReport, state: checkpoints.TrainState, recipe: Recipe)
 
 def figures(report: StepReport, ledger: FaultLedger) -> dict[str, float]:
     """Further scalars of a logged step; every process calls it. Stops the run when too many samples are bad."""
-    counts = torch.tensor([ledger.bad, ledger.tried], dtype=torch.float64, device=report.total.device)
-    bad, tried = distributed.sum_over_processes(counts.float()).tolist()
-    ledger.check(int(bad), int(tried))
+    counts = torch.tensor([ledger.bad, ledger.tried], device=report.total.device)
+    bad, tried = distributed.sum_over_processes(counts).tolist()
+    ledger.check(bad, tried)
     image, text = (distributed.gather(z.detach()) for z in (report.embeddings.image, report.embeddings.text))
     shape = structure(image, text) if distributed.is_main() else {}
     return {f"structure/{name}": value for name, value in shape.items()} | {"data/bad_samples": bad}

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from multiprocessing import active_children
 from pathlib import Path
 
@@ -306,13 +307,25 @@ def test_workers_outlive_the_signals_that_end_a_run(damaged):
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
 
 
-def test_an_error_beside_running_workers_ends_the_process(tmp_path):
+def runs(pid: str) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"  # ended, and waiting for its parent to notice
+
+
+@pytest.mark.parametrize(
+    ("last_act", "status"), [("raise RuntimeError('as planned')", 1), ("os.kill(os.getpid(), signal.SIGKILL)", -9)]
+)
+def test_workers_end_with_the_process_however_it_ends(tmp_path, last_act, status):
     write_shards(tmp_path, [50])
     script = tmp_path / "script.py"
     script.write_text(
         textwrap.dedent(f"""
-        from crafted_shards import LengthTokenizer, config, opened, views
+        import multiprocessing, os, signal
         from pathlib import Path
+        from crafted_shards import LengthTokenizer, config, opened, views
         from modstruct.data.loader import train_loader
 
         if __name__ == "__main__":
@@ -322,14 +335,21 @@ def test_an_error_beside_running_workers_ends_the_process(tmp_path):
                                   start_step=0, stop_step=100_000)
             unstarted, batches = iter(loader), iter(loader)
             next(batches)
-            raise RuntimeError("as planned")
+            print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
+            {last_act}
         """)
     )
     here = Path(__file__).parent
     environment = os.environ | {"PYTHONPATH": f"{here.parents[1]}:{here}"}
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 1
-    assert done.stderr.rstrip().endswith("RuntimeError: as planned")
+    with open(tmp_path / "said", "w") as said, open(tmp_path / "errors", "w") as errors:
+        done = subprocess.run([sys.executable, script], env=environment, stdout=said, stderr=errors, timeout=240)
+    assert done.returncode == status, (tmp_path / "errors").read_text()
+    workers = (tmp_path / "said").read_text().split()
+    assert len(workers) == 2
+    deadline = time.monotonic() + 60
+    while any(map(runs, workers)):
+        assert time.monotonic() < deadline, "a worker outlives the process it works for"
+        time.sleep(0.1)
 
 
 def test_a_loader_can_be_sent_to_a_worker(damaged):

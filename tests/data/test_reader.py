@@ -94,7 +94,8 @@ def test_a_shard_deleted_changed_or_cut_after_it_was_indexed_is_bad(tmp_path):
     data = config(tmp_path)
     samples = opened(write_shards(tmp_path, [2, 2, 2]), data)
     os.unlink(tmp_path / "shard-000.tar")
-    write_tar(tmp_path / "shard-001.tar", [("other.png", b"x" * 5000)])
+    write_tar(tmp_path / "shard-001.tar", [*sample(8), *sample(9)])  # of the same size and layout
+    os.utime(tmp_path / "shard-001.tar", (1, 1))
     reader = ShardReader(samples, data)
     assert reader.read(4).caption == "thing 4"
     os.truncate(tmp_path / "shard-002.tar", 700)  # while it is open

@@ -145,9 +145,11 @@ def test_pretrained_text_needs_its_own_tokenizer(saved):
     config = tiny_config(name="tiny-vit", pretrained=str(path))
     with pytest.raises(ValueError, match=r"model.pretrained = .*49408 entries.*use tokenizer.kind clip_bpe"):
         tiny_model(config, word_tokenizer())
-    same_size = b"\n".join([VOCABULARY, *(b"word%d" % i for i in range(49408 + 1 - 13))])
-    tokenizer = WordPieceTokenizer(same_size, CONTEXT)
-    assert tokenizer.vocab_size == clip_tokenizer().vocab_size
+    padding, *entries = VOCABULARY.split(b"\n")
+    others = [b"word%d" % i for i in range(49408 - len(entries))]
+    tokenizer = WordPieceTokenizer(b"\n".join([*entries, *others, padding]), CONTEXT)
+    same_numbers = (clip_tokenizer().vocab_size, clip_tokenizer().padding_id)
+    assert (tokenizer.vocab_size, tokenizer.padding_id) == same_numbers
     with pytest.raises(ValueError, match=r"model.pretrained = .*another than tokenizer.kind bert_wordpiece"):
         tiny_model(config, tokenizer)
 
