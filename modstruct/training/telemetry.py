@@ -49,7 +49,7 @@ class Telemetry:
 
         main = distributed.is_main()
         self.folder = output / "tensorboard"
-        self.global_batch = global_batch
+        self.global_batch, self.steps = global_batch, steps
         self.writer = SummaryWriter(str(self.folder), purge_step=first_step) if main else None
         self.bar = tqdm(
             total=steps,
@@ -65,7 +65,7 @@ class Telemetry:
     def step(self, step: int, report: StepReport, every: int, learning_rate: float, figures) -> None:
         """After step `step` (counted from 1). `figures`: callable for further scalars; all processes call it."""
         self.bar.update(1)
-        if step % every and step != self.bar.total:
+        if step % every and step != self.steps:
             return
         now, (then, before) = time.perf_counter(), self._since
         self._since = (now, step)
