@@ -6,9 +6,7 @@ deepspeed launch_scripts/evaluate.py --checkpoint runs/scenes --data.zero_shot c
 
 from __future__ import annotations
 
-import sys
-
-from modstruct.cli import checkpoint_arguments, parse, recipe_parser
+from modstruct.cli import checkpoint_arguments, parse, recipe_parser, run
 
 USAGE = "deepspeed [launcher options] launch_scripts/evaluate.py --checkpoint FOLDER [--FIELD VALUE …]"
 
@@ -20,11 +18,7 @@ def main() -> None:
     recipe, options = parse(parser, prepare=checkpoint_arguments)
     from modstruct.evaluation.saved_model import evaluate_checkpoint  # after the parsing: --help needs no torch
 
-    try:
-        evaluate_checkpoint(recipe, options.checkpoint, options.out)
-    except (ValueError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    run(lambda: evaluate_checkpoint(recipe, options.checkpoint, options.out))
 
 
 if __name__ == "__main__":

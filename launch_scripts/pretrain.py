@@ -6,9 +6,7 @@ deepspeed launch_scripts/pretrain.py --recipe emoji --method sep --train.seed 1 
 
 from __future__ import annotations
 
-import sys
-
-from modstruct.cli import is_first_process, parse, recipe_parser
+from modstruct.cli import is_first_process, parse, recipe_parser, run
 
 USAGE = "deepspeed [launcher options] launch_scripts/pretrain.py [--recipe NAME] [--method NAME] [--FIELD VALUE …]"
 
@@ -22,11 +20,7 @@ def main() -> None:
         print("Starting; DeepSpeed compiles a small operator at its first start (about 40 s).", flush=True)
     from modstruct.training.pretrain import pretrain  # after the parsing: --help needs no torch
 
-    try:
-        pretrain(recipe, options.ds_config, options.resume)
-    except (ValueError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    run(lambda: pretrain(recipe, options.ds_config, options.resume))
 
 
 if __name__ == "__main__":

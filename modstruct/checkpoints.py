@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from modstruct.config import refuse
 from modstruct.data.tokenizers import Tokenizer, load_tokenizer
+from modstruct.files import sync_folder, written_aside
 
 FORMAT = 1
 _COMPLETE = re.compile(r"step-(\d{8,})")
@@ -115,7 +116,7 @@ def write(target: Path, checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
         if target.exists():  # the same step again, after a resume from an earlier one
             discard(target)
         os.rename(aside, target)
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -171,9 +172,8 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> No
 def mark_best(path: Path, recall: float) -> None:
     """Note that `path` is the best checkpoint of its run so far."""
     marker = path.with_name("best.json")
-    aside = marker.with_suffix(".part")
-    aside.write_text(json.dumps({"checkpoint": path.name, "recall_at_1": recall}))
-    os.replace(aside, marker)
+    with written_aside(marker) as file:
+        file.write(json.dumps({"checkpoint": path.name, "recall_at_1": recall}).encode())
 
 
 def remove_old(output: str | Path, keep_last: int) -> None:
@@ -209,12 +209,4 @@ def _sync(path: Path) -> None:
         if file.is_file():
             with open(file, "rb") as f:
                 os.fsync(f.fileno())
-    _sync_folder(path)
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(path)

@@ -95,7 +95,7 @@ def parse(
         with nullcontext() if is_first_process() else redirect_stdout(io.StringIO()):  # --help is said once, too
             options = parser.parse_args(_expand(prepare(sys.argv[1:] if arguments is None else arguments)))
         _check_sections(options)
-        built = parser.instantiate_classes(options)
+        built = parser.instantiate(options)
         return Recipe(**{field.name: built[field.name] for field in fields(Recipe)}), built
     except (ValueError, argparse.ArgumentError) as error:
         if is_first_process():
@@ -124,3 +124,13 @@ def checkpoint_arguments(arguments: Sequence[str]) -> list[str]:
 def is_first_process() -> bool:
     """True on the process that speaks for all, before torch.distributed is up."""
     return int(os.environ.get("RANK", 0)) == 0
+
+
+def run(command: Callable[[], object]) -> None:
+    """Carry out a command; an error that the user can mend is one line, from one process of each host."""
+    try:
+        command()
+    except (ValueError, RuntimeError) as error:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)

@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from modstruct.data.files import written_aside
+from modstruct.files import written_aside
 
 BLOCK_BYTES = tarfile.BLOCKSIZE
 

@@ -10,8 +10,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from modstruct.data.files import locked, written_aside
 from modstruct.data.sources import PIPE
+from modstruct.files import locked, written_aside
 
 ATTEMPTS = 3
 PAUSE_SECONDS = 1.0

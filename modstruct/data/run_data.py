@@ -8,7 +8,7 @@ from modstruct.config import DataConfig, Recipe
 from modstruct.data.augment import Views
 from modstruct.data.evaluation_samples import EvaluationSamples, train_captions
 from modstruct.data.samples import Samples, open_samples
-from modstruct.data.scenes import ensure_scenes
+from modstruct.data.scenes.folder import ensure_scenes
 from modstruct.data.sources import as_sources
 from modstruct.data.tokenizers import Tokenizer, build_tokenizer
 from modstruct.distributed import is_main, main_first

@@ -12,10 +12,10 @@ import numpy as np
 
 from modstruct.config import DataConfig, Source, refuse
 from modstruct.data.faults import judge_sources
-from modstruct.data.files import locked, written_aside
 from modstruct.data.index import ROW, ShardIndex
 from modstruct.data.index_files import INDEX_VERSION, UnreadableShard, index_file_name, index_shards
 from modstruct.data.sources import SourceShards, expand_sources, is_pipe
+from modstruct.files import locked, written_aside
 
 
 class Samples:

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from modstruct.config import TokenizerConfig, refuse, require
-from modstruct.data.files import locked, written_aside
 from modstruct.data.sentencepiece_training import TRAINING_SETTINGS, train_sentencepiece
+from modstruct.files import locked, written_aside
 
 DESCRIPTION_FILE = "tokenizer.json"
 # Text beyond this many characters per token of context is cut before encoding: no real caption's ids change, and a

@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
+
+from modstruct.files import written_aside
 
 RETRIEVAL_NAMES = {"text_to_image": "text -> image", "image_to_text": "image -> text"}
 
 
 def save_metrics(metrics: dict, path: str | Path) -> None:
     """Write the metrics as JSON; the file is either complete or what it was before."""
-    path = Path(path).expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with aside.open("w", encoding="utf-8") as file:
-            json.dump(metrics, file, indent=2, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with written_aside(Path(path).expanduser()) as file:
+        file.write((json.dumps(metrics, indent=2, allow_nan=False) + "\n").encode())
 
 
 def flatten(metrics: dict) -> dict[str, float]:

@@ -34,8 +34,8 @@ class TwoTower(nn.Module):
         Returns the fields of Embeddings that the batch allows, float32; a plain dict, because ZeRO-3 looks for the
         tensors whose gradients it must wait for in dicts and tuples only.
         """
-        # Clamped here and not in the parameter, whose float32 master copy DeepSpeed would leave as it is.
-        embeddings = {"logit_scale": self.logit_scale.float().clamp(0, self.logit_scale_max).exp()}
+        # DeepSpeed's working copy may lie beyond the limit by one step; its master copy is clamped after every step.
+        embeddings = {"logit_scale": _Clamp.apply(self.logit_scale.float(), 0, self.logit_scale_max).exp()}
         for name, tower in (("image", self.image), ("text", self.text)):
             views = {key: batch[key] for key in (name, f"{name}_augmented") if key in batch}
             if not views:
@@ -56,6 +56,18 @@ class TwoTower(nn.Module):
         mean = torch.tensor(self.mean, device=images.device)[:, None, None]
         std = torch.tensor(self.std, device=images.device)[:, None, None]
         return ((images.float() / 255 - mean) / std).to(self.logit_scale.dtype)
+
+
+class _Clamp(torch.autograd.Function):
+    """The value clamped, the gradient as it is: a hard clamp's gradient is 0 outside, and nothing would come back."""
+
+    @staticmethod
+    def forward(ctx, value: Tensor, low: float, high: float) -> Tensor:
+        return value.clamp(low, high)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient, None, None
 
 
 def _modules(tower: Tower) -> nn.ModuleDict:

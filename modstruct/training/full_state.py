@@ -59,6 +59,18 @@ class FullState:
         for kind, value in values.items():
             self._write(parameter, None if kind == "weight" else kind, value)
 
+    def clamp(self, parameter: nn.Parameter, low: float, high: float) -> None:
+        """Keep the float32 master weight between two limits; the working copy follows at the next step."""
+        from deepspeed import utils
+
+        if self.masters:
+            self.masters[id(parameter)].data.clamp_(low, high)
+        elif hasattr(parameter, "ds_id"):
+            mine = utils.safe_get_local_fp32_param(parameter)
+            utils.safe_set_local_fp32_param(parameter, mine.clamp(low, high))
+        elif parameter._hp_mapping is not None:  # None where another process holds it
+            parameter._hp_mapping.hp_fragment.data.clamp_(low, high)
+
     @property
     def step(self) -> int:
         """Optimizer steps taken."""

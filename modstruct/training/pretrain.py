@@ -168,6 +168,7 @@ def train(run: Run, stop: StopRequest) -> None:
         tensors = {name: rows.to(device, non_blocking=True) for name, rows in batch.tensors.items()}
         rate = learning_rate(recipe.optimizer, state.step, run.steps)
         report = train_step(run.engine, run.objective, tensors, state.step, recipe.train.seed, rate, stop.requested)
+        run.full.clamp(run.engine.module.logit_scale, 0, recipe.model.logit_scale_max)
         state.step += 1
         note_skip(report, state, recipe)
         ledger.add(batch.faults, batch.tried)

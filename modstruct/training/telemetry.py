@@ -18,7 +18,7 @@ log = logging.getLogger("modstruct")
 
 
 def start_logging(output: Path) -> None:
-    """Messages to the screen, above the progress bar, and to OUTPUT/log.txt; other processes' warnings with their rank."""
+    """Messages to the screen, above the progress bar, and to OUTPUT/log.txt; of other processes only warnings."""
     log.setLevel(logging.INFO)
     log.propagate = False
     handler = _AboveTheBar()

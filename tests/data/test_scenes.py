@@ -14,13 +14,13 @@ import webdataset
 import yaml
 from PIL import Image
 
-import modstruct.data.scene_shards as scene_shards
+import modstruct.data.scenes.shards as scene_shards
 from modstruct.config import ScenesConfig
-from modstruct.data.scene_captions import caption
-from modstruct.data.scene_drawing import draw
-from modstruct.data.scene_factors import SHAPES, Scene
-from modstruct.data.scene_splits import split_of
-from modstruct.data.scenes import ScenesPaths, ensure_scenes, scenes_folder
+from modstruct.data.scenes.captions import caption
+from modstruct.data.scenes.drawing import draw
+from modstruct.data.scenes.factors import COLOURS, SHAPES, Scene
+from modstruct.data.scenes.folder import ScenesPaths, ensure_scenes, scenes_folder
+from modstruct.data.scenes.splits import split_of
 
 SMALL = ScenesConfig(train_samples=25, validation_samples=4, test_samples=4)
 
@@ -78,12 +78,14 @@ def test_webdataset_reads_the_shards_like_any(paths: ScenesPaths):
     assert all({"jpg", "txt", "json"} <= set(sample) for sample in samples)
 
 
-def test_the_class_file_fits_the_labels(paths: ScenesPaths):
-    classes = yaml.safe_load(Path(paths.zero_shot).read_text())
-    assert set(classes["classes"]) == set(SHAPES)
+@pytest.mark.parametrize(("name", "values"), [("zero_shot.yaml", COLOURS), ("zero_shot_shape.yaml", SHAPES)])
+def test_a_class_file_fits_the_labels(paths: ScenesPaths, name: str, values: tuple[str, ...]):
+    assert Path(paths.zero_shot).name == "zero_shot.yaml"
+    classes = yaml.safe_load(Path(paths.zero_shot).with_name(name).read_text())
+    assert set(classes["classes"]) == set(values)
     assert all(template.count("{}") == 1 for template in classes["templates"])
-    for name, content in members(paths.train).items():
-        if name.endswith(".json"):
+    for member, content in members(paths.train).items():
+        if member.endswith(".json"):
             about = json.loads(content)
             label = about[classes["label"]]
             assert label is None if about["count"] > 1 else label in classes["classes"]

@@ -6,9 +6,9 @@ from itertools import islice
 
 import pytest
 
-from modstruct.data import scene_words
-from modstruct.data.scene_captions import BODIES, Wording, caption, joined, relation, with_article
-from modstruct.data.scene_factors import (
+from modstruct.data.scenes import words as vocabulary
+from modstruct.data.scenes.captions import BODIES, Wording, caption, joined, relation, with_article
+from modstruct.data.scenes.factors import (
     ASIDES,
     GROUND_TEXTURES,
     LIGHTS,
@@ -19,7 +19,7 @@ from modstruct.data.scene_factors import (
     SceneObject,
     sample_scene,
 )
-from modstruct.data.scene_splits import scenes
+from modstruct.data.scenes.splits import scenes
 
 
 def some_scenes(count: int = 700) -> list[Scene]:
@@ -33,7 +33,7 @@ def has(text: str, phrase: str) -> bool:
 def classes_named(text: str, words: dict[str, tuple[str, ...]]) -> set[str]:
     """Classes with a word in the text; a phrase that is part of a longer one of another class counts for neither."""
     found = sorted(
-        ((phrase, name) for name, phrases in words.items() for phrase in phrases), key=lambda pair: -len(pair[0])
+        ((phrase, name) for name, phrases in vocabulary.items() for phrase in phrases), key=lambda pair: -len(pair[0])
     )
     named = set()
     for phrase, name in found:
@@ -67,21 +67,21 @@ def test_every_shape_and_colour_of_the_scene_is_named_and_no_other():
     for scene in some_scenes():
         text = caption(replace(scene, aside="none"))
         # The ground has colours of its own, which contain words of the objects' colours.
-        for words in scene_words.GROUND_COLOUR_WORDS.values():
+        for words in vocabulary.GROUND_COLOUR_WORDS.values():
             for word in words:
-                text = re.sub(rf"{word} (?={'|'.join(scene_words.GROUND_WORDS)})", "", text)
-        assert classes_named(text, scene_words.COLOUR_WORDS) == {item.colour for item in scene.objects}, text
-        text = re.sub("|".join(f"{words}: " for words in sum(scene_words.COUNT_WORDS.values(), ())), "", text)
-        assert classes_named(text, scene_words.SHAPE_WORDS) == {item.shape for item in scene.objects}, text
+                text = re.sub(rf"{word} (?={'|'.join(vocabulary.GROUND_WORDS)})", "", text)
+        assert classes_named(text, vocabulary.COLOUR_WORDS) == {item.colour for item in scene.objects}, text
+        text = re.sub("|".join(f"{words}: " for words in sum(vocabulary.COUNT_WORDS.values(), ())), "", text)
+        assert classes_named(text, vocabulary.SHAPE_WORDS) == {item.shape for item in scene.objects}, text
 
 
 def test_only_true_sizes_fills_and_places_are_named():
     for scene in some_scenes():
         text = caption(scene)
         for name, words in (
-            ("size", scene_words.SIZE_WORDS),
-            ("fill", scene_words.FILL_WORDS),
-            ("place", scene_words.PLACE_WORDS),
+            ("size", vocabulary.SIZE_WORDS),
+            ("fill", vocabulary.FILL_WORDS),
+            ("place", vocabulary.PLACE_WORDS),
         ):
             assert classes_named(text, words) <= {getattr(item, name) for item in scene.objects}, text
 
@@ -89,28 +89,28 @@ def test_only_true_sizes_fills_and_places_are_named():
 def test_the_ground_is_named_truly_or_not_at_all():
     for scene in some_scenes():
         grounds = {
-            name: tuple(f"{word} {ground}" for word in words for ground in scene_words.GROUND_WORDS)
-            for name, words in scene_words.GROUND_COLOUR_WORDS.items()
+            name: tuple(f"{word} {ground}" for word in words for ground in vocabulary.GROUND_WORDS)
+            for name, words in vocabulary.GROUND_COLOUR_WORDS.items()
         }
         assert classes_named(caption(scene), grounds) <= {scene.ground_colour}
 
 
 def test_the_mood_is_always_named_and_no_other_is():
     for scene in some_scenes():
-        assert classes_named(caption(scene), scene_words.MOOD_WORDS) == {scene.mood}
+        assert classes_named(caption(scene), vocabulary.MOOD_WORDS) == {scene.mood}
 
 
 def test_an_aside_is_made_exactly_when_the_scene_has_one():
     for scene in some_scenes(300):
-        words = [word for words in scene_words.ASIDE_WORDS.values() for word in words if word]
+        words = [word for words in vocabulary.ASIDE_WORDS.values() for word in words if word]
         made = [word for word in words if caption(scene).endswith(f", {word}")]
         assert made == ([] if scene.aside == "none" else made[:1])
-        assert all(word in scene_words.ASIDE_WORDS[scene.aside] for word in made)
+        assert all(word in vocabulary.ASIDE_WORDS[scene.aside] for word in made)
         assert bool(made) == (scene.aside != "none")
 
 
 def test_a_relation_is_true():
-    relations = {phrase: name for name, phrases in scene_words.RELATION_WORDS.items() for phrase in phrases}
+    relations = {phrase: name for name, phrases in vocabulary.RELATION_WORDS.items() for phrase in phrases}
     met = set()
     for scene in some_scenes():
         if scene.template != "related":
@@ -124,7 +124,7 @@ def test_a_relation_is_true():
             "left": first.x < second.x,
             "right": first.x > second.x,
         }[relations[phrase]]
-    assert met == set(scene_words.RELATION_WORDS)
+    assert met == set(vocabulary.RELATION_WORDS)
 
 
 def test_a_relation_turns_round_with_its_objects():
@@ -139,14 +139,14 @@ def test_a_count_is_true():
     for scene in some_scenes(600):
         if scene.template == "counted":
             start = caption(scene)
-            named = {count for count, words in scene_words.COUNT_WORDS.items() if start.startswith(words)}
+            named = {count for count, words in vocabulary.COUNT_WORDS.items() if start.startswith(words)}
             assert named == {len(scene.objects)}
 
 
 def test_every_template_mood_and_aside_has_words():
     assert set(BODIES) == set(TEMPLATES_OF_SEVERAL)
-    assert set(scene_words.MOOD_WORDS) == set(MOODS)
-    assert set(scene_words.ASIDE_WORDS) == set(ASIDES)
+    assert set(vocabulary.MOOD_WORDS) == set(MOODS)
+    assert set(vocabulary.ASIDE_WORDS) == set(ASIDES)
 
 
 def test_captions_are_tidy():
@@ -163,8 +163,8 @@ def test_captions_use_a_few_hundred_words():
 
 
 def test_things_alike_in_shape_and_colour_are_told_apart_by_another():
-    item = SceneObject("star", "red", "large", "solid", "top left", 0.3, 0.3, 0.17, 0, 0)
-    twin = replace(item, size="small", place="bottom left", y=0.7, radius=0.1)
+    item = SceneObject("star", "red", "large", "solid", "top left", 0.2, 0.2, 0.17, 0, 0)
+    twin = replace(item, size="small", place="bottom left", y=0.8, radius=0.1)
     scene = replace(sample_scene(Draws(1)), objects=(item, twin), template="list")
     assert has(caption(scene), "another")
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from modstruct.data.scene_drawing import GROUND_RGB, OUTLINES, RGB, draw, texture
-from modstruct.data.scene_factors import (
+from modstruct.data.scenes.drawing import GROUND_RGB, OUTLINES, RGB, draw, texture
+from modstruct.data.scenes.factors import (
     COLOURS,
     FILLS,
     GROUND_COLOURS,
@@ -26,7 +26,7 @@ def pixels(scene: Scene, size: int = 64) -> np.ndarray:
 
 def one_object(**changes: object) -> Scene:
     """A large solid red circle in the middle of a white ground."""
-    item = SceneObject("circle", "red", "large", "solid", "top left", 0.5, 0.5, 0.17, 0.0, 0.0)
+    item = SceneObject("circle", "red", "large", "solid", "middle", 0.5, 0.5, 0.17, 0.0, 0.0)
     scene = replace(sample_scene(Draws(0)), ground_colour="white", ground_texture="ribs", light="left")
     return replace(scene, objects=(replace(item, **changes),))
 

@@ -6,16 +6,16 @@ from itertools import islice
 
 import pytest
 
-from modstruct.data import scene_factors
-from modstruct.data.scene_factors import Draws, Scene, sample_scene
-from modstruct.data.scene_splits import SPLITS, scenes, split_of
+from modstruct.data.scenes import factors
+from modstruct.data.scenes.factors import Draws, Scene, sample_scene
+from modstruct.data.scenes.splits import SPLITS, scenes, split_of
 
 NAMES = {
-    "shape": scene_factors.SHAPES,
-    "colour": scene_factors.COLOURS,
-    "size": scene_factors.SIZES,
-    "fill": scene_factors.FILLS,
-    "place": scene_factors.PLACES,
+    "shape": factors.SHAPES,
+    "colour": factors.COLOURS,
+    "size": factors.SIZES,
+    "fill": factors.FILLS,
+    "place": factors.PLACES,
 }
 
 
@@ -46,12 +46,12 @@ def test_a_record_names_every_factor_by_its_class():
             assert all(item[name] in classes for item in record["objects"])
             assert record[f"main_{name}"] == record["objects"][0][name]
             assert record[name] == (record[f"main_{name}"] if record["count"] == 1 else None)
-        assert record["ground_colour"] in scene_factors.GROUND_COLOURS
-        assert record["ground_texture"] in scene_factors.GROUND_TEXTURES
-        assert record["light"] in scene_factors.LIGHTS
-        assert record["mood"] in scene_factors.MOODS
-        assert record["aside"] in scene_factors.ASIDES
-        assert record["template"] in scene_factors.TEMPLATES_OF_SEVERAL
+        assert record["ground_colour"] in factors.GROUND_COLOURS
+        assert record["ground_texture"] in factors.GROUND_TEXTURES
+        assert record["light"] in factors.LIGHTS
+        assert record["mood"] in factors.MOODS
+        assert record["aside"] in factors.ASIDES
+        assert record["template"] in factors.TEMPLATES_OF_SEVERAL
 
 
 def test_a_record_that_lacks_a_factor_is_refused():
@@ -61,22 +61,22 @@ def test_a_record_that_lacks_a_factor_is_refused():
         Scene.from_record(record)
 
 
-def test_objects_lie_in_the_picture_in_quarters_of_their_own_and_the_main_one_is_the_largest():
+def test_objects_lie_in_the_picture_in_cells_of_their_own_and_the_main_one_is_the_largest():
     for scene in some_scenes():
         assert len({item.place for item in scene.objects}) == len(scene.objects)
         for item in scene.objects:
             assert item.radius * 0.9 < item.x < 1 - item.radius * 0.9
             assert item.radius * 0.9 < item.y < 1 - item.radius * 0.9
-            assert (int(2 * item.y), int(2 * item.x)) == (item.row, item.column)
+            assert (int(3 * item.y), int(3 * item.x)) == (item.row, item.column)
         assert all(item.radius < scene.main.radius for item in scene.objects[1:])
 
 
-def test_objects_do_not_overlap():
+def test_objects_hardly_overlap():
     for scene in some_scenes():
         for number, item in enumerate(scene.objects):
             for other in scene.objects[:number]:
                 distance = ((item.x - other.x) ** 2 + (item.y - other.y) ** 2) ** 0.5
-                assert distance > item.radius + other.radius
+                assert distance > 0.8 * (item.radius + other.radius)
 
 
 def test_contents_and_combination_do_not_depend_on_the_order_of_the_objects():
@@ -112,7 +112,7 @@ def test_every_kind_of_object_is_met_in_every_split():
     for split in SPLITS:
         items = [item for scene, _ in islice(scenes(0, split), 600) for item in scene.objects]
         assert {(item.shape, item.colour) for item in items} >= {
-            (shape, colour) for shape in scene_factors.SHAPES for colour in scene_factors.COLOURS
+            (shape, colour) for shape in factors.SHAPES for colour in factors.COLOURS
         }
         for name, classes in NAMES.items():
             assert {getattr(item, name) for item in items} == set(classes)

@@ -72,7 +72,10 @@ def assert_same_run(one: checkpoints.Checkpoint, other: checkpoints.Checkpoint, 
 
 def test_training_moves_the_weights(two_processes):
     early, late = (checkpoints.read(p) for p in checkpoints.list_checkpoints(two_processes / "zero2-fp32"))
-    assert all(not torch.equal(early.weights[name], late.weights[name]) for name in (n.removeprefix("exp_avg.") for n in early.moments if n.startswith("exp_avg.")))
+    assert all(
+        not torch.equal(early.weights[name], late.weights[name])
+        for name in (n.removeprefix("exp_avg.") for n in early.moments if n.startswith("exp_avg."))
+    )
 
 
 @pytest.mark.parametrize("stage", STAGES[1:])

@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw
 
-from modstruct.data.scene_factors import Scene, SceneObject
+from modstruct.data.scenes.factors import Scene, SceneObject
 
 FINE = 4  # mask pixels per picture pixel, each way
 

@@ -1,6 +1,6 @@
 """What a scene is: the factors of one built-in picture and its caption, and how they are drawn at random.
 
-A scene is a frozen record. Drawing it (scene_drawing.py) and wording it (scene_captions.py) are functions of that
+A scene is a frozen record. Drawing it (drawing.py) and wording it (captions.py) are functions of that
 record, so questions, statements and hypotheses about the same scenes can be made from it too. Three kinds of factors:
 
 both modalities    the objects (shape, colour, size, fill, place, number of them) and the colour of the ground
@@ -20,7 +20,7 @@ SHAPES = ("circle", "square", "triangle", "diamond", "star", "heart", "cross", "
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "black")
 SIZES = ("small", "medium", "large")
 FILLS = ("solid", "outlined", "striped", "dotted")
-PLACES = ("top left", "top right", "bottom left", "bottom right")
+PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
 GROUND_COLOURS = ("white", "grey", "tan", "sky blue", "mint", "lavender")
 GROUND_TEXTURES = ("grain", "clouds", "waves", "weave", "checks", "ribs")
 LIGHTS = ("left", "right", "above", "below")
@@ -34,11 +34,11 @@ COUNT_SHARES = (0.35, 0.35, 0.2, 0.1)
 # Share of captions without an aside.
 PLAIN_SHARE = 0.6
 
-# As shares of the picture's side. One object a quarter of the picture, and only the main one may be the largest: large
-# enough for a small model to learn the shapes, and nothing overlaps.
-RADIUS = {"small": 0.12, "medium": 0.165, "large": 0.208}
-CENTRES = (0.265, 0.735)
-PLACE_JITTER = 0.025
+# As shares of the picture's side. Neighbouring cells lie 0.305 apart and only the main object may be the largest,
+# so two objects meet at most at their tips.
+RADIUS = {"small": 0.105, "medium": 0.14, "large": 0.178}
+CELL_CENTRES = (0.195, 0.5, 0.805)
+PLACE_JITTER = 0.022
 RADIUS_JITTER = 0.06
 ANGLE_JITTER = 12.0
 
@@ -100,13 +100,13 @@ class SceneObject:
 
     @property
     def row(self) -> int:
-        """0 (top) or 1 (bottom)."""
-        return PLACES.index(self.place) // 2
+        """0 (top) to 2 (bottom)."""
+        return PLACES.index(self.place) // 3
 
     @property
     def column(self) -> int:
-        """0 (left) or 1 (right)."""
-        return PLACES.index(self.place) % 2
+        """0 (left) to 2 (right)."""
+        return PLACES.index(self.place) % 3
 
 
 @dataclass(frozen=True)
@@ -161,15 +161,15 @@ class Scene:
 
 
 def sample_object(draws: Draws, size: str, place: str) -> SceneObject:
-    row, column = divmod(PLACES.index(place), 2)
+    row, column = divmod(PLACES.index(place), 3)
     return SceneObject(
         shape=draws.choice(SHAPES),
         colour=draws.choice(COLOURS),
         size=size,
         fill=draws.choice(FILLS),
         place=place,
-        x=round(CENTRES[column] + draws.uniform(-PLACE_JITTER, PLACE_JITTER), 4),
-        y=round(CENTRES[row] + draws.uniform(-PLACE_JITTER, PLACE_JITTER), 4),
+        x=round(CELL_CENTRES[column] + draws.uniform(-PLACE_JITTER, PLACE_JITTER), 4),
+        y=round(CELL_CENTRES[row] + draws.uniform(-PLACE_JITTER, PLACE_JITTER), 4),
         radius=round(RADIUS[size] * draws.uniform(1 - RADIUS_JITTER, 1 + RADIUS_JITTER), 4),
         angle=draws.uniform(-ANGLE_JITTER, ANGLE_JITTER),
         shade=draws.uniform(-1, 1),
@@ -185,7 +185,7 @@ def sample_count(draws: Draws) -> int:
 
 
 def sample_scene(draws: Draws) -> Scene:
-    """A scene of any split; scene_splits.py keeps those of the split it wants."""
+    """A scene of any split; splits.py keeps those of the split it wants."""
     count = sample_count(draws)
     places = draws.shuffled(PLACES)[:count]
     main_size = draws.choice(SIZES if count == 1 else SIZES[1:])

@@ -1,8 +1,4 @@
-"""The built-in data: pictures of scenes with captions, written once into the cache and then read like anyone's shards.
-
-A scene's factors are drawn in scene_factors.py, split in scene_splits.py, worded in scene_captions.py, drawn in
-scene_drawing.py and written in scene_shards.py.
-"""
+"""The folder of the built-in data: written once into the cache, whole or not at all, then read like anyone's shards."""
 
 from __future__ import annotations
 
@@ -15,19 +11,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from modstruct.config import ScenesConfig, refuse, require
-from modstruct.data.files import locked
-from modstruct.data.scene_shards import shard_pattern, split_size, write_scenes
-from modstruct.data.scene_splits import SPLITS
+from modstruct.data.scenes.shards import shard_pattern, split_size, write_scenes
+from modstruct.data.scenes.splits import SPLITS
+from modstruct.files import locked, sync_folder
 
 # Part of the folder's name: raise it when the same configuration would give other pictures, captions or factors.
-GENERATOR_VERSION = 2
+GENERATOR_VERSION = 1
 SMALLEST_IMAGE = 16
 PATTERN_CHARACTERS = "{}[]*?"
 
 
 @dataclass(frozen=True)
 class ScenesPaths:
-    """Where the built-in data lies: a file or brace pattern of shards for each split, and the zero-shot class file."""
+    """Where the built-in data lies: a file or brace pattern of shards for each split, and the zero-shot class file.
+
+    The classes are the colours; zero_shot_shape.yaml beside that file has the shapes, which take longer to learn.
+    """
 
     train: str
     validation: str
@@ -81,18 +80,9 @@ def _write_folder(folder: Path, config: ScenesConfig, image_size: int) -> None:
     print(f"Built-in data: drawing the scenes once, into {folder}", file=sys.stderr, flush=True)
     try:
         write_scenes(part, config, image_size)
-        _sync_folder(part)
+        sync_folder(part)
         os.rename(part, folder)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)  # a full disk gets its room back
         raise
-    _sync_folder(folder.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Put the names in a folder on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(folder.parent)

@@ -1,7 +1,7 @@
 """Which scenes belong to training, validation and test, and the samples of each in order.
 
 The rule works like a check digit. An object's digit is 3 times its shape's number plus 7 times its colour's plus 4
-times its size's plus its fill's (numbers as in scene_factors.py, from 0); a scene's digit is the sum over its objects
+times its size's plus its fill's (numbers as in factors.py, from 0); a scene's digit is the sum over its objects
 modulo 10. Digit 8 is validation, 9 is test, the rest is training. So the objects of a held-out scene, each with shape,
 colour, size and fill, never come together in training, at whatever places and on whatever ground: held-out scenes are
 familiar parts in unseen company. The digit holds out the same share of every shape, colour, size, fill and number of
@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import count
 
-from modstruct.data.scene_captions import caption
-from modstruct.data.scene_factors import COLOURS, FILLS, SHAPES, SIZES, Draws, Scene, sample_scene
+from modstruct.data.scenes.captions import caption
+from modstruct.data.scenes.factors import COLOURS, FILLS, SHAPES, SIZES, Draws, Scene, sample_scene
 
 SPLITS = ("train", "validation", "test")
 SPLIT_OF_DIGIT = ("train",) * 8 + ("validation", "test")

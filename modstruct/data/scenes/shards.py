@@ -15,18 +15,26 @@ from pathlib import Path
 from typing import Any
 
 from modstruct.config import ScenesConfig
-from modstruct.data.scene_drawing import draw
-from modstruct.data.scene_factors import SHAPES, Scene
-from modstruct.data.scene_splits import SPLITS, scenes
+from modstruct.data.scenes.drawing import draw
+from modstruct.data.scenes.factors import COLOURS, SHAPES, Scene
+from modstruct.data.scenes.splits import SPLITS, scenes
 
 SAMPLES_PER_SHARD = 2_000
 JPEG_QUALITY = 92
 
-# One object is the whole answer to "what is it": scenes of several objects have no `shape` and are left out.
-ZERO_SHOT = {
-    "label": "shape",
-    "templates": ["a {}", "a picture of a {}", "there is a {}", "I can see a {}", "one shape: a {}"],
-    "classes": {shape: shape for shape in SHAPES},
+# Labels are set for scenes of one object only: of several, none is "the" answer. Colour is learned within the first few
+# hundred steps; shape comes much later, so it has a file of its own.
+ZERO_SHOT: dict[str, dict[str, Any]] = {
+    "zero_shot.yaml": {
+        "label": "colour",
+        "templates": [f"a {{}} {shape}" for shape in SHAPES],
+        "classes": {colour: colour for colour in COLOURS},
+    },
+    "zero_shot_shape.yaml": {
+        "label": "shape",
+        "templates": [f"a {colour} {{}}" for colour in COLOURS],
+        "classes": {shape: shape for shape in SHAPES},
+    },
 }
 
 
@@ -60,7 +68,7 @@ def as_sample(scene: Scene, text: str, split: str, index: int, image_size: int) 
 
 
 def write_scenes(folder: Path, config: ScenesConfig, image_size: int) -> None:
-    """Write all splits and the class file into an empty folder, and wait until they are on the disk.
+    """Write all splits and the class files into an empty folder, and wait until they are on the disk.
 
     Raises OSError when the disk is full or cannot be written.
     """
@@ -68,10 +76,11 @@ def write_scenes(folder: Path, config: ScenesConfig, image_size: int) -> None:
     import yaml
     from tqdm import tqdm
 
-    with open(folder / "zero_shot.yaml", "w", encoding="utf-8") as file:
-        yaml.safe_dump(ZERO_SHOT, file, sort_keys=False)
-        file.flush()
-        os.fsync(file.fileno())
+    for name, classes in ZERO_SHOT.items():
+        with open(folder / name, "w", encoding="utf-8") as file:
+            yaml.safe_dump(classes, file, sort_keys=False)
+            file.flush()
+            os.fsync(file.fileno())
     total = sum(split_size(config, split) for split in SPLITS)
     with tqdm(total=total, unit=" scenes", dynamic_ncols=True) as progress:
         for split in SPLITS:

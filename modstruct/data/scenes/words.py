@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 SHAPE_WORDS = {
-    "circle": ("circle", "disc"),
-    "square": ("square", "box"),
+    "circle": ("circle", "disc", "ball"),
+    "square": ("square", "box", "block"),
     "triangle": ("triangle", "wedge"),
-    "diamond": ("diamond", "rhombus"),
+    "diamond": ("diamond", "rhombus", "lozenge"),
     "star": ("star", "pointed star"),
     "heart": ("heart", "love heart"),
-    "cross": ("cross", "plus sign"),
-    "moon": ("moon", "crescent"),
+    "cross": ("cross", "plus sign", "plus"),
+    "moon": ("moon", "crescent", "crescent moon"),
 }
 COLOUR_WORDS = {
     "red": ("red", "crimson", "scarlet"),
@@ -35,8 +35,13 @@ FILL_WORDS = {
 }
 PLACE_WORDS = {
     "top left": ("at the top left", "in the upper left", "in the top left corner"),
+    "top": ("at the top", "near the top edge", "at the very top"),
     "top right": ("at the top right", "in the upper right", "in the top right corner"),
+    "left": ("on the left", "at the left side", "near the left edge"),
+    "middle": ("in the middle", "in the centre", "in the very middle"),
+    "right": ("on the right", "at the right side", "near the right edge"),
     "bottom left": ("at the bottom left", "in the lower left", "in the bottom left corner"),
+    "bottom": ("at the bottom", "near the bottom edge", "at the very bottom"),
     "bottom right": ("at the bottom right", "in the lower right", "in the bottom right corner"),
 }
 GROUND_COLOUR_WORDS = {

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from modstruct.data import scene_words
-from modstruct.data.scene_factors import Draws, Scene, SceneObject
+from modstruct.data.scenes import words as vocabulary
+from modstruct.data.scenes.factors import Draws, Scene, SceneObject
 
 Detail = tuple[str, int | None]  # place, fill or size with the number of its object; or ground
 
@@ -88,10 +88,10 @@ class Wording:
     def noun(self, number: int) -> str:
         """`a small striped red star`, without its place; a thing named before by shape and colour is `another`."""
         item = self.scene.objects[number]
-        fill = [self.say(scene_words.FILL_WORDS[item.fill])] if ("fill", number) in self.mentions else []
-        size = [self.say(scene_words.SIZE_WORDS[item.size])] if ("size", number) in self.mentions else []
-        colour = [self.say(scene_words.COLOUR_WORDS[item.colour])]
-        shape = self.say(scene_words.SHAPE_WORDS[item.shape])
+        fill = [self.say(vocabulary.FILL_WORDS[item.fill])] if ("fill", number) in self.mentions else []
+        size = [self.say(vocabulary.SIZE_WORDS[item.size])] if ("size", number) in self.mentions else []
+        colour = [self.say(vocabulary.COLOUR_WORDS[item.colour])]
+        shape = self.say(vocabulary.SHAPE_WORDS[item.shape])
         adjectives = [*size, *fill, *colour] if self.draws.chance(0.6) else [*size, *colour, *fill]
         phrase = " ".join([*adjectives, shape])
         again = (item.shape, item.colour) in self._named
@@ -101,7 +101,7 @@ class Wording:
     def place(self, number: int) -> str:
         if ("place", number) not in self.mentions:
             return ""
-        return self.say(scene_words.PLACE_WORDS[self.scene.objects[number].place])
+        return self.say(vocabulary.PLACE_WORDS[self.scene.objects[number].place])
 
     def thing(self, number: int) -> str:
         """Noun and place."""
@@ -114,14 +114,14 @@ class Wording:
         """`on a pale green ground`, or nothing."""
         if ("ground", None) not in self.mentions:
             return ""
-        colour = self.say(scene_words.GROUND_COLOUR_WORDS[self.scene.ground_colour])
-        return f"on {with_article(colour)} {self.say(scene_words.GROUND_WORDS)}"
+        colour = self.say(vocabulary.GROUND_COLOUR_WORDS[self.scene.ground_colour])
+        return f"on {with_article(colour)} {self.say(vocabulary.GROUND_WORDS)}"
 
     def mood(self) -> str:
-        return self.say(scene_words.MOOD_WORDS[self.scene.mood])
+        return self.say(vocabulary.MOOD_WORDS[self.scene.mood])
 
     def count(self) -> str:
-        return self.draws.choice(scene_words.COUNT_WORDS[len(self.scene.objects)])
+        return self.draws.choice(vocabulary.COUNT_WORDS[len(self.scene.objects)])
 
 
 def spaced(*phrases: str) -> str:
@@ -133,16 +133,16 @@ def listed(wording: Wording) -> str:
 
 
 def framed(wording: Wording) -> str:
-    picture = f"{wording.mood()} {wording.draws.choice(scene_words.PICTURE_WORDS)}"
+    picture = f"{wording.mood()} {wording.draws.choice(vocabulary.PICTURE_WORDS)}"
     return spaced(with_article(picture), "of", wording.things(wording.order), wording.ground())
 
 
 def there(wording: Wording) -> str:
-    return spaced(wording.draws.choice(scene_words.THERE_WORDS), wording.things(wording.order), wording.ground())
+    return spaced(wording.draws.choice(vocabulary.THERE_WORDS), wording.things(wording.order), wording.ground())
 
 
 def seen(wording: Wording) -> str:
-    return spaced(wording.draws.choice(scene_words.SEEN_WORDS), wording.things(wording.order), wording.ground())
+    return spaced(wording.draws.choice(vocabulary.SEEN_WORDS), wording.things(wording.order), wording.ground())
 
 
 def ground_first(wording: Wording) -> str:
@@ -161,7 +161,7 @@ def counted(wording: Wording) -> str:
 def related(wording: Wording) -> str:
     first, second, *rest = wording.order
     objects = wording.scene.objects
-    phrase = wording.say(scene_words.RELATION_WORDS[relation(objects[first], objects[second])])
+    phrase = wording.say(vocabulary.RELATION_WORDS[relation(objects[first], objects[second])])
     pair = spaced(wording.noun(first), phrase, wording.thing(second))
     return spaced(f"{pair} with {wording.things(rest)}" if rest else pair, wording.ground())
 
@@ -169,7 +169,7 @@ def related(wording: Wording) -> str:
 def main_first(wording: Wording) -> str:
     rest = [number for number in wording.order if number != 0]
     return spaced(
-        wording.thing(0), wording.draws.choice(scene_words.BESIDE_WORDS), wording.things(rest), wording.ground()
+        wording.thing(0), wording.draws.choice(vocabulary.BESIDE_WORDS), wording.things(rest), wording.ground()
     )
 
 
@@ -191,7 +191,7 @@ def caption(scene: Scene) -> str:
     wording = Wording(scene)
     parts = [BODIES[scene.template](wording)]
     if scene.template != "frame":
-        parts.append(wording.draws.choice(scene_words.MOOD_TAILS).format(wording.mood()))
+        parts.append(wording.draws.choice(vocabulary.MOOD_TAILS).format(wording.mood()))
     if scene.aside != "none":
-        parts.append(wording.draws.choice(scene_words.ASIDE_WORDS[scene.aside]))
+        parts.append(wording.draws.choice(vocabulary.ASIDE_WORDS[scene.aside]))
     return ", ".join(parts)
