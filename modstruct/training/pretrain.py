@@ -186,8 +186,8 @@ def note_skip(report: StepReport, state: checkpoints.TrainState, recipe: Recipe)
     if report.skipped is None:
         state.skipped_in_a_row = 0
         return
-    if recipe.train.precision == "fp16" and report.gradient_norm is not None:
-        return  # an overflow that DeepSpeed answers with a smaller loss scale
+    if recipe.train.precision == "fp16" and report.overflow:
+        return  # DeepSpeed answers with a smaller loss scale, and ends the run when there is none
     state.skipped_in_a_row += 1
     log.warning("Step %d skipped: %s", state.step, report.skipped)
     if state.skipped_in_a_row > recipe.train.max_skipped_steps:

@@ -22,6 +22,8 @@ class StepReport:
     gradient_norm: float | Tensor | None = None
     skipped: str | None = None
     """Why the weights did not move; None if they did."""
+    overflow: bool = False
+    """The loss was finite, its gradient was not."""
     stop: bool = False
     """Some process was asked to stop (SIGTERM)."""
 
@@ -55,7 +57,7 @@ def train_step(
     engine.backward(total)
     report.gradient_norm, finite = _step(engine)
     if not finite:
-        report.skipped = "the gradient is not finite"
+        report.skipped, report.overflow = "the gradient is not finite", True
     return report
 
 

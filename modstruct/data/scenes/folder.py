@@ -16,7 +16,7 @@ from modstruct.data.scenes.splits import SPLITS
 from modstruct.files import locked, sync_folder
 
 # Part of the folder's name: raise it when the same configuration would give other pictures, captions or factors.
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 3
 SMALLEST_IMAGE = 16
 PATTERN_CHARACTERS = "{}[]*?"
 
