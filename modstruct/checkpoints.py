@@ -41,11 +41,8 @@ class TrainState:
     step: int = 0
     """Steps done, skipped ones included."""
     skipped_in_a_row: int = 0
-    best_recall: float | None = None
-    """Best validation R@1 so far, mean of both directions."""
-    best_step: int | None = None
     data_fingerprint: str = ""
-    """Of the training samples, to notice that they are others at a resume."""
+    """Of the training samples and their weights, to notice that they are others at a resume."""
 
 
 @dataclass
@@ -76,7 +73,11 @@ def step_folder(output: str | Path, step: int) -> Path:
 def list_checkpoints(output: str | Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     found = [p for p in folder(output).glob("step-*") if _COMPLETE.fullmatch(p.name)]
-    return sorted(found, key=lambda p: int(_COMPLETE.fullmatch(p.name)[1]))
+    return sorted(found, key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(_COMPLETE.fullmatch(path.name)[1])
 
 
 def find(which: str, output: str | Path, option: str = "--resume") -> Path | None:
@@ -85,10 +86,10 @@ def find(which: str, output: str | Path, option: str = "--resume") -> Path | Non
     output: the run's folder, for `latest` and `best`. option: where `which` came from, for the error.
     """
     if which == "best":
-        marker = folder(output) / "best.json"
-        if not marker.is_file():
+        best = read_best(output)
+        if best is None:
             refuse(option, which, f"{output} has no best checkpoint; it needs data.validation")
-        return folder(output) / json.loads(marker.read_text())["checkpoint"]
+        return folder(output) / best["checkpoint"]
     if which == "latest" or folder(which).is_dir():
         found = list_checkpoints(output if which == "latest" else which)
         return found[-1] if found else None
@@ -112,11 +113,7 @@ def write(target: Path, checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
         (aside / "state.json").write_text(json.dumps(described, indent=1))
         (aside / "recipe.yaml").write_text(yaml.safe_dump(checkpoint.recipe, sort_keys=False))
         tokenizer.save(aside / "tokenizer")
-        _sync(aside)
-        if target.exists():  # the same step again, after a resume from an earlier one
-            discard(target)
-        os.rename(aside, target)
-        sync_folder(target.parent)
+        replace_folder(aside, target)  # the same step may be there, from before a resume
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -169,19 +166,33 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> No
     model.load_state_dict(weights)
 
 
-def mark_best(path: Path, recall: float) -> None:
-    """Note that `path` is the best checkpoint of its run so far."""
-    marker = path.with_name("best.json")
-    with written_aside(marker) as file:
-        file.write(json.dumps({"checkpoint": path.name, "recall_at_1": recall}).encode())
-
-
-def remove_old(output: str | Path, keep_last: int) -> None:
-    """Remove all but the last `keep_last` checkpoints and the best."""
+def read_best(output: str | Path) -> dict | None:
+    """{"checkpoint": folder name, "recall_at_1": …} of the best checkpoint of a run by validation; None without one."""
     marker = folder(output) / "best.json"
-    best = json.loads(marker.read_text())["checkpoint"] if marker.is_file() else None
-    for path in list_checkpoints(output)[:-keep_last]:
-        if path.name != best:
+    best = json.loads(marker.read_text()) if marker.is_file() else None
+    return best if best and (folder(output) / best["checkpoint"]).is_dir() else None
+
+
+def note_recall(path: Path, recall: float) -> bool:
+    """Make the checkpoint `path` the best of its run if its validation R@1 is above the best so far; say whether."""
+    best = read_best(path.parents[1])
+    if best and best["recall_at_1"] >= recall:
+        return False
+    with written_aside(path.with_name("best.json")) as file:
+        file.write(json.dumps({"checkpoint": path.name, "recall_at_1": recall}).encode())
+    return True
+
+
+def remove_old(output: str | Path, keep_last: int, step: int) -> None:
+    """Keep the last `keep_last` checkpoints and the best.
+
+    step: of the checkpoint just written; later ones belong to a branch that a resume from an earlier step has left.
+    """
+    best = read_best(output)
+    found = list_checkpoints(output)
+    ours = [path for path in found if _step(path) <= step]
+    for path in [*found[len(ours) :], *ours[:-keep_last]]:
+        if _step(path) > step or best is None or path.name != best["checkpoint"]:
             discard(path)
 
 
@@ -195,8 +206,17 @@ def clean(output: str | Path) -> None:
                 path.unlink(missing_ok=True)
 
 
+def replace_folder(aside: Path, target: Path) -> None:
+    """Put a folder on the disk and give it the name `target`, whose earlier content goes."""
+    sync_tree(aside)
+    if target.exists():
+        discard(target)
+    os.rename(aside, target)
+    sync_folder(target.parent)
+
+
 def discard(path: Path) -> None:
-    """Remove a checkpoint."""
+    """Remove a folder."""
     # Renamed first: a kill in the middle must not leave a damaged folder under a whole one's name.
     old = path.with_name(f"{path.name}.old")
     shutil.rmtree(old, ignore_errors=True)
@@ -204,9 +224,12 @@ def discard(path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def sync_tree(path: Path) -> None:
+    """Put a folder with all that it holds on the disk."""
     for file in path.rglob("*"):
         if file.is_file():
             with open(file, "rb") as f:
                 os.fsync(f.fileno())
+        else:
+            sync_folder(file)
     sync_folder(path)

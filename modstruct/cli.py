@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
 from modstruct.cli_errors import SECTIONS, not_a_section, one_line
-from modstruct.config import Recipe, refuse, require
+from modstruct.config import Recipe, RunError, refuse, require
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -127,10 +128,13 @@ def is_first_process() -> bool:
 
 
 def run(command: Callable[[], object]) -> None:
-    """Carry out a command; an error that the user can mend is one line, from one process of each host."""
+    """Carry out a command; an error that the user can mend is one line, and its traceback stands in the run's log."""
+    from modstruct.distributed import FailedElsewhere  # here, so that --help needs no torch
+
     try:
         command()
-    except (ValueError, RuntimeError) as error:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+    except (ValueError, RunError, OSError) as error:
+        logging.getLogger("modstruct").debug("traceback", exc_info=True)
+        if is_first_process() or not isinstance(error, FailedElsewhere):
+            print(f"error (process {os.environ.get('RANK', 0)}): {error}", file=sys.stderr, flush=True)
         sys.exit(1)

@@ -16,6 +16,10 @@ def refuse(field_name: str, value: object, remedy: str) -> None:
     raise ValueError(f"{field_name} = {value!r}: {remedy}")
 
 
+class RunError(RuntimeError):
+    """Ends a run for a reason that its message explains."""
+
+
 def require(condition: bool, field_name: str, value: object, remedy: str) -> None:
     if not condition:
         refuse(field_name, value, remedy)

@@ -12,10 +12,13 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from modstruct.config import RunError, refuse
 
 
 def start_processes() -> None:
@@ -27,21 +30,47 @@ def start_processes() -> None:
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if "RANK" not in os.environ:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in alone.items()})
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank())
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        os.environ.update(_slurm_task() or _alone())
+    if on_gpu():
+        torch.cuda.set_device(local_rank() % torch.cuda.device_count())  # SLURM may show each task its own GPU only
+    # While one process indexes a large source at its first use, or searches, the others wait in a collective: DeepSpeed's
+    # ten minutes are too few for that.
+    timeout = timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", 240)))
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
+
+
+def _slurm_task() -> dict[str, str]:
+    """What `srun` says of this process, in the launchers' words; nothing if it started no more than one."""
+    if int(os.environ.get("SLURM_NTASKS", 1)) == 1 or "SLURM_PROCID" not in os.environ:
+        return {}
+    if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+        refuse("MASTER_ADDR, MASTER_PORT", None, "export the first host's name and a free port before `srun`")
+    names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+    return {ours: os.environ[theirs] for ours, theirs in names.items()}
+
+
+def _alone() -> dict[str, str]:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {name: str(value) for name, value in alone.items()}
+
+
+def on_gpu() -> bool:
+    """Whether processes compute on GPUs: where there are any, unless DS_ACCELERATOR says otherwise."""
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
 
 
 def device() -> torch.device:
     """Where this process computes."""
-    if torch.cuda.is_available():
+    if on_gpu():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+class FailedElsewhere(RunError):
+    """Another process failed, and says itself why."""
 
 
 def is_distributed() -> bool:
@@ -103,7 +132,7 @@ def main_first(build):
         raise error
     failed = [e for e in errors if e is not None]
     if failed:
-        raise RuntimeError(f"another process failed first: {failed[0]}")
+        raise FailedElsewhere(f"another process failed first: {failed[0]}")
     return result if local_rank() == 0 else build()
 
 

@@ -20,6 +20,8 @@ CHANGEABLE = (
     "evaluation",
     "checkpoints",
     "output",
+    "data.train",  # where the samples lie; that they are the same is checked by their fingerprint
+    "data.allow_pipe",
     "data.validation",
     "data.eval",
     "data.zero_shot",

@@ -18,7 +18,6 @@ from modstruct.data.pictures import decode_picture
 from modstruct.data.reader import ShardReader
 from modstruct.data.samples import Samples, open_samples
 from modstruct.data.sources import is_pipe
-from modstruct.data.tokenizers import Tokenizer
 from modstruct.data.workers import WorkerLoader, require_shared_memory
 
 # Captions are taken from so many pipe: shards at most, because each has to be fetched whole.
@@ -29,7 +28,6 @@ PIPES_FOR_CAPTIONS = 8
 class EvaluationSample:
     """One picture with all its captions."""
 
-    key: str
     picture: Image.Image
     """Mode RGB, upright."""
     captions: list[str]
@@ -48,10 +46,6 @@ class EvaluationBatch:
     """Captions of each picture."""
     metadata: list[dict]
     """Content of each picture's KEY.json."""
-    text: Tensor | None = None
-    """(C, L) token ids of all captions, picture after picture; None without a tokenizer."""
-    text_owner: Tensor | None = None
-    """(C,) int64, row of the picture that each caption belongs to; None without a tokenizer."""
     faults: list[tuple[str, str]] = field(default_factory=list)
     """(cause, where) of each sample left out."""
 
@@ -81,18 +75,14 @@ class EvaluationSamples:
             raise IndexError(f"sample {index} of {len(self)}")
         raw = self._reader.read(index)
         picture = decode_picture(raw.image, self.config.max_image_pixels, raw.where)
-        return EvaluationSample(raw.key, picture, raw.captions, raw.metadata)
-
-    def part(self, process: int, processes: int) -> range:
-        """One process's share of the samples: consecutive, all shares together cover each sample once."""
-        return range(len(self) * process // processes, len(self) * (process + 1) // processes)
+        return EvaluationSample(picture, raw.captions, raw.metadata)
 
 
 class _EvaluationBatches(Dataset):
     """Map from a range of sample numbers to an EvaluationBatch."""
 
-    def __init__(self, samples: EvaluationSamples, views: Views, tokenizer: Tokenizer | None):
-        self.samples, self.views, self.tokenizer = samples, views, tokenizer
+    def __init__(self, samples: EvaluationSamples, views: Views):
+        self.samples, self.views = samples, views
 
     def __getitem__(self, indices: Sequence[int]) -> EvaluationBatch:
         kept, images, captions, metadata, faults = [], [], [], [], []
@@ -107,37 +97,28 @@ class _EvaluationBatches(Dataset):
             captions.append(sample.captions)
             metadata.append(sample.metadata)
         side = self.views.image_size
-        batch = EvaluationBatch(
+        return EvaluationBatch(
             indices=torch.tensor(kept, dtype=torch.int64),
             image=torch.stack(images) if images else torch.empty((0, 3, side, side), dtype=torch.uint8),
             captions=captions,
             metadata=metadata,
             faults=faults,
         )
-        if self.tokenizer is not None:
-            batch.text = self.tokenizer([self.views.plain_text(text) for texts in captions for text in texts])
-            counts = torch.tensor([len(texts) for texts in captions], dtype=torch.int64)
-            batch.text_owner = torch.repeat_interleave(torch.arange(len(counts)), counts)
-        return batch
 
 
 def evaluation_loader(
-    samples: EvaluationSamples,
-    views: Views,
-    batch: int,
-    indices: Sequence[int] | None = None,
-    tokenizer: Tokenizer | None = None,
+    samples: EvaluationSamples, views: Views, batch: int, indices: Sequence[int] | None = None
 ) -> WorkerLoader:
     """Loader of EvaluationBatches of `batch` samples each (fewer where some are bad, and in the last).
 
-    indices: numbers of the samples wanted, such as samples.part(rank, world_size); None for all. tokenizer: makes
-    the batches' token ids. Raises ValueError if the batches do not fit the shared memory.
+    indices: numbers of the samples wanted, such as one process's share; None for all. Raises ValueError if the batches
+    do not fit the shared memory.
     """
     indices = range(len(samples)) if indices is None else indices
     chunks = [indices[first : first + batch] for first in range(0, len(indices), batch)]
     workers = min(samples.config.workers, len(chunks))
     require_shared_memory(min(batch, len(indices)) * 3 * views.image_size**2, workers)
-    dataset = _EvaluationBatches(samples, views, tokenizer)
+    dataset = _EvaluationBatches(samples, views)
     return WorkerLoader(dataset, chunks, workers, pin_memory=False)
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from modstruct.config import refuse
+from modstruct.config import RunError, refuse
 
 if TYPE_CHECKING:
     from modstruct.data.samples import Samples
@@ -30,7 +30,7 @@ class BadSample(Exception):
         return f"{self.cause}: {self.where}"
 
 
-class TooManyBadSamples(RuntimeError):
+class TooManyBadSamples(RunError):
     """More than data.max_bad_share of the samples could not be used."""
 
 

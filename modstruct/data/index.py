@@ -40,6 +40,9 @@ LARGEST_BLOCK = np.iinfo(np.uint32).max
 # No picture or caption is as large as this; reading such a member would only cost memory.
 LARGEST_BYTES = 1 << 30
 
+# What tarfile raises on damaged headers: it reads a chain of long names recursively, and numbers of any size.
+DAMAGED = (tarfile.TarError, ValueError, RecursionError, OverflowError)
+
 # Reading headers in order with a large buffer is sequential reading, which every disk and network likes best.
 BUFFER_BYTES = 1 << 20
 
@@ -156,17 +159,17 @@ def _regular_members(file: BinaryIO, size_bytes: int) -> Iterator[tuple[str, int
     """(name, offset of header, offset of data, size) of each ordinary file; raises _Cut where the tar breaks off."""
     try:
         tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115  the caller closes the file, there is nothing else
-    except (tarfile.TarError, ValueError):
+    except DAMAGED:
         raise _Cut(_what_else_it_is(file, size_bytes)) from None
     member = tar.next()
     while member is not None:
         tar.members.clear()  # tarfile would keep an object for every member
+        if member.size < 0 or tar.offset <= member.offset:  # forged: the reader would go round for ever
+            raise _Cut(f"damaged header at byte {member.offset}")
         if member.offset_data + member.size > size_bytes and member.isreg():
             raise _Cut(f"cut off after {size_bytes} bytes", split_name(member.name)[0])
         if member.isreg() and not member.issparse():
             yield member.name, member.offset, member.offset_data, member.size
-        if tar.offset <= member.offset:  # a forged negative size would send the reader round for ever
-            raise _Cut(f"damaged header at byte {member.offset}")
         file.seek(tar.offset)
         member = _next_member(tar)
 
@@ -182,7 +185,7 @@ def _next_member(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
         return None
     except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError):
         raise _Cut(f"cut off after {tar.offset} bytes") from None
-    except (tarfile.TarError, ValueError):
+    except DAMAGED:
         raise _Cut(f"damaged header at byte {tar.offset}") from None
 
 

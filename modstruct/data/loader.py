@@ -78,7 +78,7 @@ class LocalBatches(Dataset):
 
     def __getitem__(self, step: int) -> TrainBatch:
         slots = step * self.global_batch + self.first_row + np.arange(self.rows)
-        _, epochs, samples = self.order.locate(slots)
+        epochs, samples = self.order.locate(slots)
         batch = TrainBatch({})
         places = zip(slots.tolist(), epochs.tolist(), samples.tolist(), strict=True)
         views = [self._views(*place, batch) for place in places]
@@ -95,7 +95,7 @@ class LocalBatches(Dataset):
                 return self._sample_views(self.reader.read(sample), epoch, sample)
             except BadSample as bad:
                 batch.faults.append((bad.cause, bad.where))
-            _, epoch, sample = self.order.substitute(slot, attempt)
+            epoch, sample = self.order.substitute(slot, attempt)
         raise TooManyBadSamples(
             f"{SUBSTITUTES + 1} samples in a row cannot be used, the last: {': '.join(batch.faults[-1])}; "
             "repair the shards"

@@ -1,4 +1,4 @@
-"""The order of training data as a function: slot -> (source, epoch, sample), without state and without replay.
+"""The order of training data as a function: slot -> (epoch, sample), without state and without replay.
 
 Step s of a run takes the slots [s B, (s + 1) B), B being the global batch. Which samples those are depends on the seed
 and on the sizes of the shards alone, so any number of processes and loader workers reads the same batches, and a
@@ -41,15 +41,17 @@ class SampleOrder:
         weights: Sequence[float] | None = None,
     ):
         self.seed = seed
-        self.source_sizes = np.array([int(np.sum(sizes)) for sizes in shard_sizes], dtype=np.int64)
-        self.source_starts = np.concatenate([[0], np.cumsum(self.source_sizes)])  # (sources + 1,)
+        source_sizes = np.array([int(np.sum(sizes)) for sizes in shard_sizes], dtype=np.int64)
+        source_starts = np.concatenate([[0], np.cumsum(source_sizes)])  # (sources + 1,)
+        self.epoch_samples = int(source_starts[-1])
+        """Slots of one epoch of the whole: as many as there are samples."""
         if weights is None:
             pools = [np.concatenate(list(shard_sizes))]
             self._pool_starts = np.zeros(1, dtype=np.int64)
             counts = np.array([1])
         else:
             pools = list(shard_sizes)
-            self._pool_starts = self.source_starts[:-1]
+            self._pool_starts = source_starts[:-1]
             counts = _largest_remainder(weights, PERIOD)
             require(
                 bool((counts > 0).all()),
@@ -66,13 +68,8 @@ class SampleOrder:
         for pool, count in enumerate(counts):
             self._earlier[self._pattern == pool] = np.arange(count)
 
-    @property
-    def epoch_samples(self) -> int:
-        """Slots of one epoch of the whole: as many as there are samples."""
-        return int(self.source_starts[-1])
-
-    def locate(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Slots (n,), in any order -> source, epoch of that source, and sample, each (n,) int64.
+    def locate(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Slots (n,), in any order -> epoch of the source that the slot draws from, and sample, each (n,) int64.
 
         Samples are numbered through all sources, as in modstruct.data.samples.Samples.
         """
@@ -86,23 +83,20 @@ class SampleOrder:
             mine = pools == pool
             epochs[mine], within = self._pools[pool].locate(turns[mine])
             samples[mine] = self._pool_starts[pool] + within
-        return self._source_of(samples), epochs, samples
+        return epochs, samples
 
-    def substitute(self, slot: int, attempt: int) -> tuple[int, int, int]:
-        """(source, epoch, sample) that takes the place of a bad sample: a function of (seed, slot, attempt).
+    def substitute(self, slot: int, attempt: int) -> tuple[int, int]:
+        """(epoch, sample) that takes the place of a bad sample: a function of (seed, slot, attempt).
 
         attempt: 1 for the first substitute of the slot, 2 for the next. It comes from the pool that the slot draws from
         and never is the slot's own sample, unless that is the only one.
         """
-        _, epoch, sample = (int(value[0]) for value in self.locate(np.array([slot])))
+        epoch, sample = (int(value[0]) for value in self.locate(np.array([slot])))
         pool = self._pattern[slot % len(self._pattern)]
         start, size = int(self._pool_starts[pool]), self._pools[pool].size
         step = 1 + int(_random(1, self.seed, _SUBSTITUTE, slot, attempt)[0] % np.uint64(max(size - 1, 1)))
         other = start + (sample - start + step) % size
-        return int(self._source_of(np.array([other]))[0]), epoch, other
-
-    def _source_of(self, samples: np.ndarray) -> np.ndarray:
-        return np.searchsorted(self.source_starts, samples, side="right") - 1
+        return epoch, other
 
 
 class _Epochs:

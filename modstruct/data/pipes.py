@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import subprocess
 import tempfile
 import time
@@ -15,11 +16,17 @@ from modstruct.files import locked, written_aside
 
 ATTEMPTS = 3
 PAUSE_SECONDS = 1.0
+# A command that stalls holds the lock of its shard; none that works takes this long for one shard.
+PIPE_SECONDS = 3600.0
 STALE_SECONDS = 24 * 3600.0
 
 
 class PipeFailed(OSError):
-    """The command of a pipe: shard did not deliver the shard."""
+    """The command of a pipe: shard did not deliver the shard.
+
+    In training the shard's samples are then replaced by substitutes. Whether a store fails is no function of the seed:
+    a run during which one failed does not have the exact order of data, and cannot be repeated sample by sample.
+    """
 
 
 class PipeCache:
@@ -37,8 +44,8 @@ class PipeCache:
     def open(self, shard: str, size_bytes: int | None = None) -> int:
         """File descriptor of a spooled `pipe:` shard, running its command if it is not there.
 
-        size_bytes: what the shard measured when it was indexed, if it was. Raises PipeFailed if the command fails three
-        times or delivers another size; the same shard then fails at once for the life of this object, so that an
+        size_bytes: what the shard measured when it was indexed, if it was. Raises PipeFailed if the command fails, takes
+        more than an hour or delivers another size, three times; the same shard then fails at once for the life of this object, so that an
         unreachable store does not cost minutes a sample.
         """
         if shard in self._failed:
@@ -96,11 +103,22 @@ class PipeCache:
 def _run(shard: str, path: Path, size_bytes: int | None) -> None:
     command = shard[len(PIPE) :]
     with written_aside(path) as file, tempfile.TemporaryFile() as errors:
-        done = subprocess.run(command, shell=True, stdin=subprocess.DEVNULL, stdout=file, stderr=errors)
+        # In a session of its own, so that all that the shell started can be ended with it.
+        process = subprocess.Popen(
+            command, shell=True, stdin=subprocess.DEVNULL, stdout=file, stderr=errors, start_new_session=True
+        )
+        try:
+            status = process.wait(PIPE_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise PipeFailed(f"the command was not done after {PIPE_SECONDS:g} seconds") from None
+        finally:
+            if process.returncode is None:  # too slow, or this process is interrupted
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
         written = os.fstat(file.fileno()).st_size
-        if done.returncode != 0:
+        if status != 0:
             errors.seek(0)
             said = errors.read(65536).decode("utf-8", "replace").strip().splitlines()
-            raise PipeFailed(f"exit status {done.returncode}" + (f": {said[-1][:200]}" if said else ""))
+            raise PipeFailed(f"exit status {status}" + (f": {said[-1][:200]}" if said else ""))
         if size_bytes is not None and written != size_bytes:
             raise PipeFailed(f"{written} bytes came, {size_bytes} were there when it was indexed")

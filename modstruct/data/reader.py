@@ -14,7 +14,7 @@ import numpy as np
 
 from modstruct.config import DataConfig
 from modstruct.data.faults import BadSample
-from modstruct.data.index import BLOCK_BYTES, printable, split_name
+from modstruct.data.index import BLOCK_BYTES, DAMAGED, printable, split_name
 from modstruct.data.pipes import PipeCache, PipeFailed
 from modstruct.data.samples import Samples
 from modstruct.data.sources import is_pipe
@@ -161,7 +161,7 @@ def _member_name(header: bytes) -> str | None:
         with tarfile.open(fileobj=io.BytesIO(header), mode="r:") as tar:
             member = tar.next()
             return None if member is None else member.name
-    except (tarfile.TarError, ValueError):
+    except DAMAGED:
         return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 
 from modstruct.config import DataConfig, Recipe
@@ -9,13 +10,13 @@ from modstruct.data.augment import Views
 from modstruct.data.evaluation_samples import EvaluationSamples, train_captions
 from modstruct.data.samples import Samples, open_samples
 from modstruct.data.scenes.folder import ensure_scenes
+from modstruct.data.sentencepiece_training import TRAINING_CAPTIONS
 from modstruct.data.sources import as_sources
 from modstruct.data.tokenizers import Tokenizer, build_tokenizer
 from modstruct.distributed import is_main, main_first
 
 BUILT_IN = "scenes"
-TOKENIZER_CAPTIONS = 1_000_000
-"""Captions that a sentencepiece tokenizer is trained on at most."""
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -41,7 +42,14 @@ def open_run_data(
     """
 
     def build() -> RunData:
-        config = _with_scenes(recipe.data, image_size)
+        wanted = recipe.data
+        if not training:  # what is not read need not be drawn
+            wanted = replace(wanted, train="", validation=None)
+            if wanted.zero_shot == BUILT_IN and wanted.eval != BUILT_IN:
+                wanted = replace(wanted, zero_shot=None)
+        elif wanted.train != BUILT_IN and BUILT_IN in (wanted.validation, wanted.eval) and is_main():
+            log.warning("data.validation or data.eval is `scenes` beside your own data.train: name your own, or null")
+        config = _with_scenes(wanted, image_size)
         say = is_main()
         train = open_samples(as_sources(config.train), config, "data.train", say) if training else None
 
@@ -76,6 +84,6 @@ def _with_scenes(config: DataConfig, image_size: int) -> DataConfig:
 
 def _tokenizer(recipe: Recipe, train: Samples) -> Tokenizer:
     def captions():
-        return train_captions(train, recipe.data, TOKENIZER_CAPTIONS)
+        return train_captions(train, recipe.data, TRAINING_CAPTIONS)
 
     return build_tokenizer(recipe.tokenizer, captions, recipe.data.cache, train.fingerprint)

@@ -80,16 +80,23 @@ def _end(workers: list[BaseProcess]) -> None:
 
 
 def require_shared_memory(batch_bytes: int, workers: int) -> None:
-    """Refuse a loader whose batches do not fit the shared memory they travel through (containers often have 64 MiB)."""
+    """Refuse a loader whose batches do not fit the shared memory they travel through (containers often have 64 MiB).
+
+    batch_bytes, workers: of this process. All processes of the host share that memory and need as much each; the
+    launcher names their number: torchrun in LOCAL_WORLD_SIZE, DeepSpeed in LOCAL_SIZE.
+    """
     if workers == 0 or not os.path.isdir(SHARED_MEMORY):
         return
     # A batch in the making, those ready, and the one the training process holds.
-    needed, free = batch_bytes * (workers * (BATCHES_AHEAD + 1) + 1), shutil.disk_usage(SHARED_MEMORY).free
+    of_each = batch_bytes * (workers * (BATCHES_AHEAD + 1) + 1)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    needed, free = of_each * processes, shutil.disk_usage(SHARED_MEMORY).free
     if needed > free:
         refuse(
             "data.workers",
             workers,
-            f"prefetched batches need {needed / 2**20:.0f} MiB of {SHARED_MEMORY}, {free / 2**20:.0f} MiB are free; "
+            f"prefetched batches of {processes} process{'es' if processes > 1 else ''} need {needed / 2**20:.0f} MiB "
+            f"of {SHARED_MEMORY}, {free / 2**20:.0f} MiB are free; "
             "give fewer workers or 0, a smaller train.global_batch, or enlarge it (docker run --shm-size)",
         )
 

@@ -14,7 +14,7 @@ from modstruct.config import EvaluationConfig
 from modstruct.data.augment import Views
 from modstruct.data.evaluation_samples import EvaluationSamples
 from modstruct.data.tokenizers import Tokenizer
-from modstruct.distributed import broadcast_object, is_main
+from modstruct.distributed import FailedElsewhere, broadcast_object, is_main
 from modstruct.evaluation.embed import EmbeddedSource, Encode, embed_source, embed_texts
 from modstruct.evaluation.retrieval import retrieval
 from modstruct.evaluation.structure import structure
@@ -97,5 +97,5 @@ def _on_main(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     if error is not None:
         raise error
     if "error" in outcome:
-        raise RuntimeError(f"the main process failed first: {outcome['error']}")
+        raise FailedElsewhere(f"the main process failed first: {outcome['error']}")
     return outcome["metrics"]

@@ -18,6 +18,8 @@ RESULTS_AT_ONCE = 1 << 21
 """Scores held at once, over the queries of one search: bounds the memory, not the result."""
 FAISS_GPU_LARGEST_LIST = 2048
 """Results per query that FAISS can select on a GPU."""
+FAISS_GPU_CAPABILITIES = ((7, 0), (10, 0))
+"""Compute capabilities that FAISS's builds have kernels for: from the first to below the second."""
 
 
 def retrieval(
@@ -121,28 +123,71 @@ def _queries_by_positives(positive_rows: np.ndarray):
 
 def _search(gallery: np.ndarray, queries: np.ndarray, asked: np.ndarray, length: int):
     """Yields (scores (b, length) descending, gallery rows (b, length), query rows (b,)) for the queries asked."""
-    index = _index(gallery, length)
+    index = _Index(gallery, length)
     step = max(1, RESULTS_AT_ONCE // length)
     for start in range(0, len(asked), step):
         chunk = asked[start : start + step]
-        scores, rows = index.search(np.ascontiguousarray(queries[chunk]), length)
+        scores, rows = index.search(np.ascontiguousarray(queries[chunk]))
         yield scores, rows, chunk
 
 
-def _index(gallery: np.ndarray, length: int):
-    """FAISS's exact index of the gallery: on the GPU where FAISS and torch see one and it can give such a list."""
+class _Index:
+    """FAISS's exact index of the gallery for lists of one length: on the GPU as long as that works, else on the CPU.
+
+    gallery: (g, D) float32. What the GPU cannot do (mostly for want of memory) is logged: slower, not wrong.
+    """
+
+    def __init__(self, gallery: np.ndarray, length: int):
+        self._gallery, self._length = gallery, length
+        self._on_cpu = None
+        self._on_gpu = None
+        if _gpu_can_search(length):
+            try:
+                self._on_gpu = self._gpu_index()
+            except RuntimeError as error:
+                _log_gpu_failure(error)
+
+    def search(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(b, D) float32 -> scores (b, length), descending, and gallery rows (b, length)."""
+        if self._on_gpu is not None:
+            try:
+                return self._on_gpu.search(queries, self._length)
+            except RuntimeError as error:
+                _log_gpu_failure(error)
+                self._on_gpu = None
+        if self._on_cpu is None:
+            self._on_cpu = self._cpu_index()
+            self._on_cpu.add(self._gallery)
+        return self._on_cpu.search(queries, self._length)
+
+    def _cpu_index(self):
+        import faiss
+
+        return faiss.IndexFlatIP(self._gallery.shape[1])
+
+    def _gpu_index(self):
+        import faiss
+
+        index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), torch.cuda.current_device(), self._cpu_index())
+        index.add(self._gallery)
+        return index
+
+
+def _gpu_can_search(length: int) -> bool:
+    """Whether FAISS and torch see a GPU that can give lists of this length.
+
+    On a card that its build has no kernels for, FAISS ends the process instead of raising an error.
+    """
     import faiss
 
-    index = faiss.IndexFlatIP(gallery.shape[1])
-    if torch.cuda.is_available() and faiss.get_num_gpus() > 0 and length <= FAISS_GPU_LARGEST_LIST:
-        try:
-            on_gpu = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), torch.cuda.current_device(), index)
-            on_gpu.add(gallery)
-            return on_gpu
-        except RuntimeError as error:  # too little memory, or a card this build does not know: slower, not wrong
-            log.warning("FAISS cannot use the GPU, searching on the CPU instead: %s", error)
-    index.add(gallery)
-    return index
+    if not torch.cuda.is_available() or faiss.get_num_gpus() == 0 or length > FAISS_GPU_LARGEST_LIST:
+        return False
+    lowest, beyond = FAISS_GPU_CAPABILITIES
+    return lowest <= torch.cuda.get_device_capability() < beyond
+
+
+def _log_gpu_failure(error: RuntimeError) -> None:
+    log.warning("FAISS cannot use the GPU, searching on the CPU instead: %s", error)
 
 
 def _distinct_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

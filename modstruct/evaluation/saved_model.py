@@ -9,6 +9,7 @@ from modstruct.config import Recipe, refuse
 from modstruct.data.run_data import open_run_data
 from modstruct.evaluation.evaluate import evaluate
 from modstruct.evaluation.report import save_metrics, table
+from modstruct.evaluation.zero_shot import load_classes
 from modstruct.losses.objective import Objective
 from modstruct.models.towers import image_size
 from modstruct.models.two_tower import TwoTower
@@ -18,16 +19,19 @@ def evaluate_checkpoint(recipe: Recipe, checkpoint: str, out: str | None = None)
     """Embed data.eval with a checkpoint's weights in float32 and print its table; every process calls it.
 
     recipe: the checkpoint's, with overrides. checkpoint: its folder, or a run's folder for its last one. out: JSON file
-    for the metrics. Raises ValueError naming the option or field that is wrong.
+    for the metrics, by default RUN/evaluation.json. Raises ValueError naming the option or field that is wrong.
     """
     distributed.start_processes()
-    path = checkpoints.find(checkpoint, checkpoint, "--checkpoint")
+    # The main process's choice: a run that is still training may write another one in between.
+    path = distributed.broadcast_object(checkpoints.find(checkpoint, checkpoint, "--checkpoint"))
     if path is None:
         refuse("--checkpoint", checkpoint, "this run has no checkpoint yet")
     if recipe.data.eval is None:
         refuse("data.eval", None, "name the shards to measure")
     tokenizer = checkpoints.read_tokenizer(path)
     data = open_run_data(recipe, image_size(recipe.model), tokenizer, training=False)
+    if data.zero_shot:
+        load_classes(data.zero_shot)  # what is wrong with it is said before the work
     model = TwoTower(
         replace(recipe.model, pretrained=None), recipe.views, tokenizer, Objective(recipe.losses).independent
     )
@@ -36,7 +40,7 @@ def evaluate_checkpoint(recipe: Recipe, checkpoint: str, out: str | None = None)
     metrics = evaluate(model, data.eval, data.views, tokenizer, recipe.evaluation, data.zero_shot, distributed.device())
     if distributed.is_main():
         print(f"\n{path}\n\n{table(metrics)}")
-        if out:
-            save_metrics(metrics, out)
-            print(f"\nmetrics: {out}")
+        out = out or path.parents[1] / "evaluation.json"
+        save_metrics(metrics, out)
+        print(f"\nmetrics: {out}")
     return metrics

@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from modstruct.config import ModelConfig, refuse, require
 from modstruct.data.tokenizers import Tokenizer
+from modstruct.distributed import main_first
 
 
 @dataclass
@@ -118,7 +120,7 @@ def load_pretrained(config: ModelConfig, tokenizer: Tokenizer) -> nn.Module:
         described["text_cfg"] |= {"pool_type": "eos", "eos_id": tokenizer.end_id}
     clip = open_clip.CustomTextCLIP(**described)
     try:
-        path = download_pretrained(tag) if tag else config.pretrained
+        path = main_first(lambda: download_pretrained(tag)) if tag else config.pretrained
         load_checkpoint(clip, path, strict=True, weights_only=True)
     except Exception as e:  # the libraries behind it have a type of error each
         tags = open_clip.list_pretrained_tags_by_model(config.name)
@@ -165,6 +167,16 @@ def _fit_text_tower(text: nn.Module, tokenizer: Tokenizer) -> None:
     text.context_length = text.num_pos = length
 
 
+class Float32BatchNorm(nn.BatchNorm2d):
+    """BatchNorm in float32: DeepSpeed casts its weights to half precision and leaves its statistics in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        statistics = (self.running_mean, self.running_var, self.weight.float(), self.bias.float())
+        return F.batch_norm(x.float(), *statistics, self.training, self.momentum, self.eps).to(x.dtype)
+
+
 def _linear(weight: Tensor) -> nn.Linear:
     """A bias-free layer that computes x @ weight; weight: (in, out)."""
     layer = nn.Linear(*weight.shape, bias=False)
@@ -179,6 +191,9 @@ def split_image_tower(visual: nn.Module, dimension: int, independent: str | None
     from open_clip.timm_model import TimmModel
     from open_clip.transformer import VisionTransformer
 
+    for module in visual.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = Float32BatchNorm  # same names and buffers
     names = {"image.trunk.": "visual."}
     features, head = dimension, nn.Identity()
     if independent == "attention_pool" and not isinstance(visual, ModifiedResNet):

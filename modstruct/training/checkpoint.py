@@ -5,21 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from modstruct import checkpoints, distributed
 from modstruct.checkpoints import Checkpoint, TrainState
-from modstruct.config import Recipe
+from modstruct.config import Recipe, RunError
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.recipe_files import recipe_to_dict
 from modstruct.training.full_state import MOMENTS, FullState
 
 
-def save(full: FullState, state: TrainState, recipe: Recipe, tokenizer: Tokenizer, is_best: bool = False) -> Path:
+def save(full: FullState, state: TrainState, recipe: Recipe, tokenizer: Tokenizer) -> Path:
     """Write a checkpoint of `state.step` into recipe.output; every process calls it. Returns its folder.
 
-    Raises RuntimeError on every process, naming the folder and the cause, if it cannot be written; what was there
+    Raises RunError on every process, naming the folder and the cause, if it cannot be written; what was there
     before is untouched.
     """
     weights, moments = _collect(full)
@@ -29,14 +28,12 @@ def save(full: FullState, state: TrainState, recipe: Recipe, tokenizer: Tokenize
     if distributed.is_main():
         try:
             checkpoints.write(target, checkpoint, tokenizer)
-            if is_best:
-                checkpoints.mark_best(target, state.best_recall)
-            checkpoints.remove_old(recipe.output, recipe.checkpoints.keep_last)
-        except (OSError, SafetensorError) as e:
+            checkpoints.remove_old(recipe.output, recipe.checkpoints.keep_last, state.step)
+        except Exception as e:  # whatever it is, the other processes wait below
             error = f"checkpoint {target} was not written: {e}. Free space or choose another --output"
     error = distributed.broadcast_object(error)
     if error:
-        raise RuntimeError(error)
+        raise RunError(error)
     return target
 
 
@@ -57,6 +54,8 @@ def restore(full: FullState, checkpoint: Checkpoint) -> None:
     rank = distributed.rank()
     if f"cpu.{rank}" in checkpoint.rng:
         torch.set_rng_state(checkpoint.rng[f"cpu.{rank}"])
+    else:  # there are more processes now; each must draw for itself
+        torch.manual_seed(torch.initial_seed() + checkpoint.state.step * 1_000_003 + rank)
     if torch.cuda.is_available() and f"cuda.{rank}" in checkpoint.rng:
         torch.cuda.set_rng_state(checkpoint.rng[f"cuda.{rank}"])
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from modstruct.config import Recipe, refuse, require
+from modstruct.distributed import on_gpu
 
 AUTO = "auto"
 
@@ -39,10 +40,16 @@ def resolve_ds_config(config: dict, recipe: Recipe, world_size: int) -> dict:
         f"must be a multiple of the number of processes, {world_size}",
     )
     decided_elsewhere = {"optimizer": "the `optimizer` section", "scheduler": "the `optimizer` section"}
-    decided_elsewhere |= dict.fromkeys(("amp", "bfloat16", "torch_autocast"), "train.precision")
+    decided_elsewhere |= dict.fromkeys(("amp", "bfloat16", "torch_autocast", "data_types"), "train.precision")
     for section, where in decided_elsewhere.items():
         if section in config:
             refuse(f"--ds_config: {section}", "…", f"leave it out; {where} of the recipe decides")
+    zero = config.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    require(stage in (0, 1, 2, 3), "--ds_config: zero_optimization.stage", stage, "must be 0, 1, 2 or 3")
+    for part in ("offload_optimizer", "offload_param"):
+        where = zero.get(part, {}).get("device", "cpu")
+        require(where in ("cpu", "none"), f"--ds_config: zero_optimization.{part}.device", where, 'must be "cpu"')
     config = json.loads(json.dumps(config))
     decided = {
         ("train_batch_size",): train.global_batch,
@@ -89,8 +96,7 @@ def build_engine(model: nn.Module, recipe: Recipe, ds_config: dict):
     """DeepSpeed engine around the model. `ds_config`: already resolved."""
     import deepspeed
 
-    on_cpu = not torch.cuda.is_available()
-    if recipe.train.precision == "fp16" and on_cpu:
+    if recipe.train.precision == "fp16" and not on_gpu():
         refuse("train.precision", "fp16", "needs a GPU; use bf16 or fp32 on the CPU")
     optimizer = torch.optim.AdamW(
         parameter_groups(model, recipe.optimizer.weight_decay),

@@ -9,6 +9,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from modstruct.checkpoints import replace_folder
 from modstruct.config import Recipe
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.models.towers import image_size, open_clip_config, text_sizes
@@ -26,15 +27,17 @@ def export(
     that open_clip would take for its own.
     """
     weights = weights | {"logit_scale": weights["logit_scale"].clamp(0, recipe.model.logit_scale_max)}
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    tokenizer.save(folder / "tokenizer")
+    aside = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    tokenizer.save(aside / "tokenizer")
     if recipe.model.text.architecture == "bert":
-        save_file({name: value.contiguous() for name, value in weights.items()}, folder / "modstruct_model.safetensors")
+        save_file({name: value.contiguous() for name, value in weights.items()}, aside / "modstruct_model.safetensors")
         config = {"format": "modstruct.models.two_tower.TwoTower", "recipe": recipe_to_dict(recipe)}
-        (folder / "modstruct_config.json").write_text(json.dumps(config, indent=1))
+        (aside / "modstruct_config.json").write_text(json.dumps(config, indent=1))
     else:
-        _export_to_open_clip(folder, weights, names, recipe, tokenizer)
+        _export_to_open_clip(aside, weights, names, recipe, tokenizer)
+    replace_folder(aside, folder)
     return folder
 
 

@@ -71,6 +71,13 @@ class FullState:
         elif parameter._hp_mapping is not None:  # None where another process holds it
             parameter._hp_mapping.hp_fragment.data.clamp_(low, high)
 
+    @torch.no_grad()
+    def agree_on_statistics(self) -> None:
+        """Give every process the mean of all processes' BatchNorm statistics. Collective; training itself reads none."""
+        for name, buffer in self.engine.module.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                buffer.copy_(distributed.sum_over_processes(buffer) / distributed.world_size())
+
     @property
     def step(self) -> int:
         """Optimizer steps taken."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from modstruct import checkpoints, distributed
-from modstruct.config import Recipe, refuse, require
+from modstruct.config import Recipe, RunError, refuse, require
 from modstruct.data.faults import FaultLedger
 from modstruct.data.loader import train_loader, train_order
 from modstruct.data.run_data import RunData, open_run_data
@@ -21,6 +21,7 @@ from modstruct.evaluation.evaluate import evaluate
 from modstruct.evaluation.examples import retrieved_examples
 from modstruct.evaluation.report import flatten, save_metrics, table, validation_recall_at_1
 from modstruct.evaluation.structure import structure
+from modstruct.evaluation.zero_shot import load_classes
 from modstruct.losses.objective import Objective
 from modstruct.models.towers import image_size
 from modstruct.models.two_tower import TwoTower
@@ -35,6 +36,7 @@ from modstruct.training.telemetry import Telemetry, start_logging
 
 log = logging.getLogger("modstruct")
 STOPPED_BY_SIGNAL = 128 + signal.SIGTERM
+CHECK_SAMPLES_EVERY = 20  # steps
 
 
 @dataclass
@@ -87,9 +89,14 @@ def open_run(recipe: Recipe, ds_config: str, resume: str | None) -> Run:
     if saved:
         check_resumable(saved.recipe, recipe)
     data = open_run_data(recipe, image_size(recipe.model), start and checkpoints.read_tokenizer(start))
-    state = saved.state if saved else checkpoints.TrainState(data_fingerprint=data.train.fingerprint)
-    if state.data_fingerprint != data.train.fingerprint:
-        refuse("data.train", recipe.data.train, "holds other samples than when the checkpoint was made")
+    if data.zero_shot:
+        load_classes(data.zero_shot)  # what is wrong with it is said now, not at the first validation
+    fingerprint = f"{data.train.fingerprint} {data.train.weights}"
+    state = saved.state if saved else checkpoints.TrainState(data_fingerprint=fingerprint)
+    if state.data_fingerprint != fingerprint:
+        refuse(
+            "data.train", recipe.data.train, "holds other samples, or other weights, than when the checkpoint was made"
+        )
     objective = Objective(recipe.losses)
     torch.manual_seed(recipe.train.seed)
     config = replace(recipe.model, pretrained=None) if saved else recipe.model
@@ -125,6 +132,8 @@ def _starting_point(recipe: Recipe, resume: str | None) -> Path | None:
     path = checkpoints.find(resume, recipe.output) if resume else None
     if resume and path is None:
         log.info("No checkpoint in %s yet: starting from the beginning", recipe.output)
+    seen = distributed.gather_objects(str(path))
+    require(len(set(seen)) == 1, "output", recipe.output, f"hosts see different checkpoints ({seen}): share the folder")
     return path
 
 
@@ -173,6 +182,8 @@ def train(run: Run, stop: StopRequest) -> None:
         note_skip(report, state, recipe)
         ledger.add(batch.faults, batch.tried)
         run.telemetry.step(state.step, report, recipe.logging.every_steps, rate, lambda: figures(report, ledger))  # noqa: B023
+        if state.step % CHECK_SAMPLES_EVERY == 0 or state.step == run.steps:
+            check_samples(ledger)
         measure_and_save(run, report.stop)
         if report.stop:
             log.warning("Stopped by SIGTERM after step %d; `--resume latest` goes on from there", state.step)
@@ -191,39 +202,41 @@ def note_skip(report: StepReport, state: checkpoints.TrainState, recipe: Recipe)
     state.skipped_in_a_row += 1
     log.warning("Step %d skipped: %s", state.step, report.skipped)
     if state.skipped_in_a_row > recipe.train.max_skipped_steps:
-        raise RuntimeError(
+        raise RunError(
             f"train.max_skipped_steps = {recipe.train.max_skipped_steps}: {state.skipped_in_a_row} steps in a row "
             f"were skipped, the last because {report.skipped}; lower the learning rate, or resume from a checkpoint"
         )
 
 
 def figures(report: StepReport, ledger: FaultLedger) -> dict[str, float]:
-    """Further scalars of a logged step; every process calls it. Stops the run when too many samples are bad."""
-    counts = torch.tensor([ledger.bad, ledger.tried], device=report.total.device)
-    bad, tried = distributed.sum_over_processes(counts).tolist()
-    ledger.check(bad, tried)
+    """Further scalars of a logged step; every process calls it."""
     image, text = (distributed.gather(z.detach()) for z in (report.embeddings.image, report.embeddings.text))
     shape = structure(image, text) if distributed.is_main() else {}
-    return {f"structure/{name}": value for name, value in shape.items()} | {"data/bad_samples": bad}
+    return {f"structure/{name}": value for name, value in shape.items()} | {"data/bad_samples": ledger.bad}
+
+
+def check_samples(ledger: FaultLedger) -> None:
+    """Stop the run on every process when too many of all processes' samples were bad."""
+    counts = torch.tensor([ledger.bad, ledger.tried], device=distributed.device())
+    ledger.check(*distributed.sum_over_processes(counts).tolist())
 
 
 def measure_and_save(run: Run, stopping: bool) -> None:
-    """Validation and checkpoints that are due after the current step."""
+    """Checkpoints and validation that are due after the current step; saved first, so that no error loses a step."""
     recipe, state = run.recipe, run.state
     step, last = state.step, state.step == run.steps
-    due = recipe.evaluation.every_steps
-    best = False
-    if run.data.validation and not stopping and ((due and step % due == 0) or last):
-        run.telemetry.pause()
+    every, validate_every = recipe.checkpoints.every_steps, recipe.evaluation.every_steps
+    validate = run.data.validation is not None and (last or (validate_every and step % validate_every == 0))
+    if not (stopping or last or validate or (every and step % every == 0)):
+        return
+    run.telemetry.pause()
+    run.full.agree_on_statistics()
+    path = save(run.full, state, recipe, run.data.tokenizer)
+    if validate and not stopping:
         recall = validation_recall_at_1(measure(run, run.data.validation, "validation"))
-        run.telemetry.resume()
-        if best := state.best_recall is None or recall > state.best_recall:
-            state.best_recall, state.best_step = recall, step
-    every = recipe.checkpoints.every_steps
-    if stopping or last or best or (every and step % every == 0):
-        run.telemetry.pause()
-        save(run.full, state, recipe, run.data.tokenizer, best)
-        run.telemetry.resume()
+        if distributed.is_main():
+            checkpoints.note_recall(path, recall)
+    run.telemetry.resume()
 
 
 def measure(run: Run, samples, name: str) -> dict:
@@ -259,6 +272,8 @@ def finish(run: Run) -> dict:
     run.telemetry.bar.close()
     last = checkpoints.step_folder(run.output, run.state.step)
     exported = run.output / "export"
+    if not distributed.broadcast_object(last.exists()):  # a finished run, resumed into another folder
+        save(run.full, run.state, run.recipe, run.data.tokenizer)
     if distributed.is_main():
         export(exported, checkpoints.read_weights(last), run.engine.module.to_open_clip, run.recipe, run.data.tokenizer)
     metrics = measure(run, run.data.eval, "eval") if run.data.eval else {}

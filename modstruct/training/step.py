@@ -64,8 +64,11 @@ def train_step(
 def _step(engine) -> tuple[float | Tensor | None, bool]:
     """Optimizer step; the gradient's norm before clipping, and whether it was finite and the step taken."""
     if _guards_itself(engine):
+        # DeepSpeed's optimizer of stage 0 reports the norm of the scaled gradient.
+        scaling = getattr(engine.optimizer, "loss_scale_config", None)
+        scale = scaling.cur_scale if scaling is not None else 1
         engine.step()
-        return engine.get_global_grad_norm(), not engine.optimizer.overflow
+        return engine.get_global_grad_norm() / scale, not engine.optimizer.overflow
     # Stage 0 in float32 is a bare torch optimizer: DeepSpeed neither measures nor checks the gradient.
     gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)

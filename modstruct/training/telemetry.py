@@ -19,7 +19,7 @@ log = logging.getLogger("modstruct")
 
 def start_logging(output: Path) -> None:
     """Messages to the screen, above the progress bar, and to OUTPUT/log.txt; of other processes only warnings."""
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.DEBUG)
     log.propagate = False
     handler = _AboveTheBar()
     rank = "" if distributed.is_main() else f"[process {distributed.rank()}] "
@@ -50,7 +50,7 @@ class Telemetry:
         main = distributed.is_main()
         self.folder = output / "tensorboard"
         self.global_batch, self.steps = global_batch, steps
-        self.writer = SummaryWriter(str(self.folder), purge_step=first_step) if main else None
+        self.writer = SummaryWriter(str(self.folder), purge_step=first_step + 1) if main else None
         self.bar = tqdm(
             total=steps,
             initial=first_step,

@@ -97,4 +97,4 @@ def test_errors_reach_every_process(results, processes):
         assert "TooManyBadSamples: data.max_bad_share" in result["bad share"]
     main, *others = [result["main error"] for result in results[processes]]
     assert main == "True ArithmeticError: inspection failed"
-    assert set(others) == {"False RuntimeError: the main process failed first: ArithmeticError: inspection failed"}
+    assert set(others) == {"False FailedElsewhere: the main process failed first: ArithmeticError: inspection failed"}

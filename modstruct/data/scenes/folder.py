@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import sys
+import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from modstruct.files import locked, sync_folder
 GENERATOR_VERSION = 3
 SMALLEST_IMAGE = 16
 PATTERN_CHARACTERS = "{}[]*?"
+STALE_SECONDS = 24 * 3600.0
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,9 @@ def ensure_scenes(config: ScenesConfig, cache: Path | str, image_size: int) -> S
     """Paths of the built-in shards, which are drawn and written first if the cache does not hold them (about 30 s).
 
     image_size: side of the pictures in pixels. The folder is complete or not there: it is written under another name,
-    synced and renamed. Of several processes that come at once, one writes and the others wait. What an interrupted run
-    left behind is removed. Raises ValueError, naming data.cache, if the cache cannot be written or its disk is full.
+    synced and renamed. Of several processes that come at once, one writes and the others wait; on a file system without
+    locks each writes a folder of its own, and the first one counts. What a killed run left behind is removed after a
+    day. Raises ValueError, naming data.cache, if the cache cannot be written or its disk is full.
     """
     cache = Path(cache).expanduser().absolute()
     require(
@@ -72,17 +76,30 @@ def ensure_scenes(config: ScenesConfig, cache: Path | str, image_size: int) -> S
 
 
 def _write_folder(folder: Path, config: ScenesConfig, image_size: int) -> None:
-    """Write beside, sync, rename. The caller holds the lock, so a folder of that other name is a dead process's."""
-    part = folder.with_name(f"{folder.name}.part")
-    if part.exists():
-        shutil.rmtree(part)
+    """Write beside, sync, rename. The caller holds the lock, but on some network file systems that keeps nobody out."""
+    _remove_stale(folder)
+    # The process number alone may occur on two hosts that share the cache.
+    part = folder.with_name(f"{folder.name}.{os.getpid()}-{os.urandom(4).hex()}.part")
     part.mkdir()
     print(f"Built-in data: drawing the scenes once, into {folder}", file=sys.stderr, flush=True)
     try:
         write_scenes(part, config, image_size)
         sync_folder(part)
-        os.rename(part, folder)
+        try:
+            os.rename(part, folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+            shutil.rmtree(part)  # another host was quicker, and wrote the same
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)  # a full disk gets its room back
         raise
     sync_folder(folder.parent)
+
+
+def _remove_stale(folder: Path) -> None:
+    """Remove what killed processes left of this folder; a younger one may be in the making on another host."""
+    for part in folder.parent.glob(f"{folder.name}*.part"):
+        with suppress(FileNotFoundError):
+            if time.time() - part.stat().st_mtime > STALE_SECONDS:
+                shutil.rmtree(part)
