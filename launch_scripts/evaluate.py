@@ -14,9 +14,7 @@ USAGE = "deepspeed [launcher options] launch_scripts/evaluate.py --checkpoint FO
 def main() -> None:
     parser = recipe_parser(__doc__, USAGE)
     parser.add_argument("--checkpoint", required=True, help="A checkpoint folder, or a run's folder for its last one.")
-    parser.add_argument(
-        "--out", help="JSON file for the metrics (default: evaluation.json beside the checkpoints folder)."
-    )
+    parser.add_argument("--out", help="JSON file for the metrics (default: evaluation.json in the run).")
     recipe, options = parse(parser, prepare=checkpoint_arguments)
     from modstruct.evaluation.saved_model import evaluate_checkpoint  # after the parsing: --help needs no torch
 

@@ -33,8 +33,8 @@ def start_processes() -> None:
         os.environ.update(_slurm_task() or _alone())
     if on_gpu():
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())  # SLURM may show each task its own GPU only
-    # While one process indexes a large source at its first use, or searches, the others wait in a collective: DeepSpeed's
-    # ten minutes are too few for that.
+    # While one process indexes a large source at its first use, or searches, the others wait in a collective, and
+    # DeepSpeed's ten minutes are too few for that.
     timeout = timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", 240)))
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
 

@@ -73,7 +73,7 @@ class FullState:
 
     @torch.no_grad()
     def agree_on_statistics(self) -> None:
-        """Give every process the mean of all processes' BatchNorm statistics. Collective; training itself reads none."""
+        """Give every process the mean of all processes' BatchNorm statistics. Collective; training reads none."""
         for name, buffer in self.engine.module.named_buffers():
             if name.endswith(("running_mean", "running_var")):
                 buffer.copy_(distributed.sum_over_processes(buffer) / distributed.world_size())

@@ -94,9 +94,7 @@ def open_run(recipe: Recipe, ds_config: str, resume: str | None) -> Run:
     fingerprint = f"{data.train.fingerprint} {data.train.weights}"
     state = saved.state if saved else checkpoints.TrainState(data_fingerprint=fingerprint)
     if state.data_fingerprint != fingerprint:
-        refuse(
-            "data.train", recipe.data.train, "holds other samples, or other weights, than when the checkpoint was made"
-        )
+        refuse("data.train", recipe.data.train, "holds other samples, or other weights, than the checkpoint's")
     objective = Objective(recipe.losses)
     torch.manual_seed(recipe.train.seed)
     config = replace(recipe.model, pretrained=None) if saved else recipe.model
