@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
+from hypothesis import settings
+
 for folder in ("distributed", "models"):
     sys.path.insert(0, str(Path(__file__).parent / folder))
+
+# No deadlines: a busy machine is slow, not wrong. In CI the same examples every time.
+settings.register_profile("modstruct", deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("modstruct")

@@ -40,8 +40,8 @@ LARGEST_BLOCK = np.iinfo(np.uint32).max
 # No picture or caption is as large as this; reading such a member would only cost memory.
 LARGEST_BYTES = 1 << 30
 
-# What tarfile raises on damaged headers: it reads a chain of long names recursively, and numbers of any size.
-DAMAGED = (tarfile.TarError, ValueError, RecursionError, OverflowError)
+# What tarfile raises on damaged headers: it reads a chain of long names recursively, and a name of any size at once.
+DAMAGED = (tarfile.TarError, ValueError, RecursionError, OverflowError, MemoryError)
 
 # Reading headers in order with a large buffer is sequential reading, which every disk and network likes best.
 BUFFER_BYTES = 1 << 20
@@ -166,7 +166,7 @@ def _regular_members(file: BinaryIO, size_bytes: int) -> Iterator[tuple[str, int
         tar.members.clear()  # tarfile would keep an object for every member
         if member.size < 0 or tar.offset <= member.offset:  # forged: the reader would go round for ever
             raise _Cut(f"damaged header at byte {member.offset}")
-        if member.offset_data + member.size > size_bytes and member.isreg():
+        if member.offset_data + member.size > size_bytes and (member.isreg() or tar.offset > size_bytes):
             raise _Cut(f"cut off after {size_bytes} bytes", split_name(member.name)[0])
         if member.isreg() and not member.issparse():
             yield member.name, member.offset, member.offset_data, member.size

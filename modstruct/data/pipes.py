@@ -44,9 +44,9 @@ class PipeCache:
     def open(self, shard: str, size_bytes: int | None = None) -> int:
         """File descriptor of a spooled `pipe:` shard, running its command if it is not there.
 
-        size_bytes: what the shard measured when it was indexed, if it was. Raises PipeFailed if the command fails, takes
-        more than an hour or delivers another size, three times; the same shard then fails at once for the life of this object, so that an
-        unreachable store does not cost minutes a sample.
+        size_bytes: what the shard measured when it was indexed, if it was. Raises PipeFailed if the command three times
+        fails, takes more than an hour or delivers another size; the same shard then fails at once for the life of this
+        object, so that an unreachable store does not cost minutes a sample.
         """
         if shard in self._failed:
             raise PipeFailed(self._failed[shard])

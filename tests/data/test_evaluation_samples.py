@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from crafted_shards import LengthTokenizer, config, number_of, opened, picture, sample, views, write_shards, write_tar
-from hypothesis import given
-from hypothesis import strategies as st
 
 from modstruct.config import DataConfig, Source
 from modstruct.data.evaluation_samples import EvaluationSamples, evaluation_loader, train_captions
@@ -39,7 +37,7 @@ def test_a_sample_holds_picture_captions_and_metadata(mixed):
     samples, _ = mixed
     assert len(samples) == 12
     three = samples[3]
-    assert (three.key, three.captions, three.metadata["number"]) == ("000003", ["one", "two", "three"], 3)
+    assert (three.captions, three.metadata["number"]) == (["one", "two", "three"], 3)
     assert three.picture.mode == "RGB"
     assert samples[4].captions == ["thing 4"]
     with pytest.raises(BadSample, match="undecodable picture"):
@@ -53,7 +51,7 @@ def test_a_sample_holds_picture_captions_and_metadata(mixed):
 def test_good_samples_come_once_and_in_order(mixed, workers, batch):
     samples, data = mixed
     data.workers = workers if batch == 5 else 0
-    batches = list(evaluation_loader(samples, views(), batch, tokenizer=LengthTokenizer()))
+    batches = list(evaluation_loader(samples, views(), batch))
     good = [0, 1, 3, 4, 6, 7, 8, 9, 10, 11]
     assert torch.cat([b.indices for b in batches]).tolist() == good
     assert [number_of(image) for b in batches for image in b.image] == good
@@ -62,36 +60,14 @@ def test_good_samples_come_once_and_in_order(mixed, workers, batch):
     assert [cause for cause, _ in faults] == ["undecodable picture", "empty caption"]
     assert sum(b.tried for b in batches) == 12
     assert all(b.image.shape[1:] == (3, 8, 8) for b in batches)
-    for b in batches:
-        texts = [caption for captions in b.captions for caption in captions]
-        assert torch.equal(b.text, LengthTokenizer()(texts))
-        assert b.text_owner.tolist() == [row for row, captions in enumerate(b.captions) for _ in captions]
-
-
-def test_without_a_tokenizer_there_is_no_text(mixed):
-    (batch,) = evaluation_loader(mixed[0], views(), 100)
-    assert batch.text is None
-    assert batch.text_owner is None
-
-
-@given(st.integers(0, 1000), st.integers(1, 64))
-def test_parts_cover_everything_once(size, processes):
-    class Sized(EvaluationSamples):
-        def __init__(self):
-            pass
-
-        def __len__(self):
-            return size
-
-    parts = [Sized().part(process, processes) for process in range(processes)]
-    assert [n for part in parts for n in part] == list(range(size))
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    captions = [captions for b in batches for captions in b.captions]
+    assert captions == [["one", "two", "three"] if n == 3 else [f"thing {n}"] for n in good]
 
 
 def test_a_part_is_loaded_alone(mixed):
-    samples, _ = mixed
-    found = [n for p in range(3) for b in evaluation_loader(samples, views(), 2, samples.part(p, 3)) for n in b.indices]
-    assert found == [0, 1, 3, 4, 6, 7, 8, 9, 10, 11]
+    parts = (range(0, 4), range(4, 5), range(5, 12))
+    found = [[n for b in evaluation_loader(mixed[0], views(), 2, part) for n in b.indices.tolist()] for part in parts]
+    assert found == [[0, 1, 3], [4], [6, 7, 8, 9, 10, 11]]
 
 
 def test_captions_are_spread_evenly_without_bad_ones_and_pictures(tmp_path):

@@ -107,16 +107,43 @@ def test_damage_in_the_middle_keeps_the_samples_before_it(tmp_path):
     assert index.broken == f"damaged header at byte {header}"
 
 
-def test_a_forged_negative_size_ends_the_reading(tmp_path):
-    info = tarfile.TarInfo("000001.png")
-    content = bytearray(info.tobuf(tarfile.GNU_FORMAT))
-    content[124:136] = b"\xff" + (256**11 - 4096).to_bytes(11, "big")  # -4096, in base 256
-    content[148:156] = b"%06o\0 " % tarfile.calc_chksums(bytes(content[:512]))[0]
+def forged_header(size: int, kind: bytes = tarfile.REGTYPE, name: str = "000001.png") -> bytes:
+    """A tar header with a right checksum that claims any size."""
+    info = tarfile.TarInfo(name)
+    info.type = kind
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = (b"\xff" if size < 0 else b"\x80") + (size % 256**11).to_bytes(11, "big")  # in base 256
+    header[148:156] = b"%06o\0 " % tarfile.calc_chksums(bytes(header))[0]
+    return bytes(header)
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        forged_header(-100),
+        forged_header(-4096),
+        forged_header(-4096, tarfile.DIRTYPE),
+        forged_header(-4096, b"Z"),
+        forged_header(2**80),
+        forged_header(2**80, b"Z"),
+        forged_header(-4096, tarfile.GNUTYPE_LONGNAME),
+        forged_header(2**44, tarfile.GNUTYPE_LONGNAME),
+        forged_header(2**80, tarfile.GNUTYPE_LONGNAME),
+        forged_header(0, tarfile.GNUTYPE_LONGNAME) * 3000,
+    ],
+)
+def test_a_forged_header_ends_the_reading_and_keeps_the_samples_before_it(tmp_path, forged):
     whole = write_tar(tmp_path / "whole.tar", sample(0)).read_bytes()
-    (tmp_path / "x.tar").write_bytes(whole[: 6 * BLOCK] + bytes(content) + bytes(1024))
+    (tmp_path / "x.tar").write_bytes(whole[: 6 * BLOCK] + forged + bytes(1024))
     index = index_tar(tmp_path / "x.tar")
+    assert contents(tmp_path / "x.tar", index)[0][2] == b'{"number": 0}'
     assert len(index.rows) == 1
-    assert index.broken.startswith("damaged header")
+    assert re.match("damaged header at byte 3072|cut off after", index.broken)
+
+    (tmp_path / "x.tar").write_bytes(forged + bytes(1024))
+    index = index_tar(tmp_path / "x.tar")
+    assert len(index.rows) == 0
+    assert index.broken
 
 
 @pytest.mark.parametrize(

@@ -235,8 +235,8 @@ def test_weights_reach_the_order(tmp_path):
     data = config(tmp_path)
     sources = [Source(write_shards(tmp_path / name, [30]), weight=w) for name, w in (("a", 3.0), ("b", 1.0))]
     samples = open_samples(sources, data, "data.train")
-    source, _, _ = train_order(samples, data, 0).locate(torch.arange(10_000).numpy())
-    assert (source == 0).sum() == 7500
+    _, sample = train_order(samples, data, 0).locate(torch.arange(10_000).numpy())
+    assert (sample < 30).sum() == 7500
 
 
 def test_rows_that_do_not_divide_are_refused(tmp_path):
@@ -270,11 +270,24 @@ def test_pipes_that_would_be_fetched_again_and_again_are_refused(tmp_path):
 
 
 def test_batches_larger_than_the_shared_memory_are_refused(monkeypatch):
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(workers_module.shutil, "disk_usage", lambda _: type("", (), {"free": 64 * 2**20}))
     workers_module.require_shared_memory(20 * 2**20, 0)
     workers_module.require_shared_memory(9 * 2**20, 2)
-    with pytest.raises(ValueError, match=r"^data\.workers = 2: prefetched batches need 70 MiB .*--shm-size"):
+    with pytest.raises(ValueError, match=r"^data\.workers = 2: prefetched batches .*need 70 MiB .*--shm-size"):
         workers_module.require_shared_memory(10 * 2**20, 2)
+
+
+@pytest.mark.parametrize("name", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])  # torchrun's and DeepSpeed's
+def test_the_shared_memory_must_hold_the_batches_of_all_processes_of_the_host(monkeypatch, name):
+    for other in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, "8")
+    monkeypatch.setattr(workers_module.shutil, "disk_usage", lambda _: type("", (), {"free": 64 * 2**20}))
+    workers_module.require_shared_memory(2**20, 2)
+    with pytest.raises(ValueError, match=r"^data\.workers = 2: .*of 8 processes need 112 MiB"):
+        workers_module.require_shared_memory(2 * 2**20, 2)
 
 
 def test_loading_leaves_the_random_state_alone(damaged):

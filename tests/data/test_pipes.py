@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import runpy
+import select
 import sys
 from pathlib import Path
 
@@ -49,6 +50,23 @@ def test_a_failing_command_is_tried_three_times_and_leaves_nothing(tmp_path):
         with pytest.raises(PipeFailed, match="exit status 4: no such bucket"):
             cache.open(shard)
     assert (tmp_path / "log").read_text() == "ran\n" * 3
+    assert [path.suffix for path in (tmp_path / "pipes").iterdir()] == [".lock"]
+
+
+def test_a_stalled_command_is_ended_with_all_that_it_started(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipes_module, "PIPE_SECONDS", 1.0)
+    monkeypatch.setattr(pipes_module, "ATTEMPTS", 1)
+    os.mkfifo(tmp_path / "alive")
+    alive = os.open(tmp_path / "alive", os.O_RDONLY | os.O_NONBLOCK)
+    cache = PipeCache(tmp_path / "pipes", 10**9)
+    with pytest.raises(PipeFailed, match="not done after 1 seconds"):
+        cache.open(f"pipe:(echo started; exec sleep 30) > {tmp_path}/alive & wait")
+    os.set_blocking(alive, True)
+    with open(alive, "rb") as file:
+        assert select.select([file], [], [], 10)[0]
+        assert file.readline() == b"started\n"
+        assert select.select([file], [], [], 10)[0]  # no process holds the other end any more
+        assert file.read() == b""
     assert [path.suffix for path in (tmp_path / "pipes").iterdir()] == [".lock"]
 
 

@@ -6,6 +6,8 @@ import json
 import multiprocessing
 import os
 import tarfile
+import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -125,7 +127,7 @@ def test_the_first_samples_do_not_depend_on_how_many_are_written(tmp_path: Path)
 
 def test_a_second_use_reads_what_the_first_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     first = ensure_scenes(SMALL, tmp_path, 32)
-    monkeypatch.setattr("modstruct.data.scenes.write_scenes", lambda *arguments: pytest.fail("written twice"))
+    monkeypatch.setattr("modstruct.data.scenes.folder.write_scenes", lambda *arguments: pytest.fail("written twice"))
     assert ensure_scenes(SMALL, tmp_path, 32) == first
 
 
@@ -158,16 +160,38 @@ def killed_while_writing(cache: str) -> None:
     ensure_scenes(SMALL, cache, 32)
 
 
-def test_a_killed_process_leaves_only_the_part_folder_which_the_next_use_removes(tmp_path: Path):
+def test_a_killed_process_leaves_only_the_part_folder_which_is_removed_after_a_day(tmp_path: Path):
     process = multiprocessing.get_context("spawn").Process(target=killed_while_writing, args=(str(tmp_path),))
     process.start()
     process.join(60)
     assert process.exitcode == 9
-    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [
-        f"{scenes_folder(SMALL, tmp_path, 32).name}.part"
-    ]
+    folder = scenes_folder(SMALL, tmp_path, 32)
+    (left,) = [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert left.match(f"{folder.name}.*.part")
+    yesterday = time.time() - 25 * 3600
+    os.utime(left, (yesterday, yesterday))
     ensure_scenes(SMALL, tmp_path, 32)
-    assert [path for path in tmp_path.iterdir() if path.is_dir()] == [scenes_folder(SMALL, tmp_path, 32)]
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == [folder]
+
+
+def test_without_locks_two_hosts_write_side_by_side_and_the_first_folder_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("modstruct.data.scenes.folder.locked", lambda path: nullcontext())
+    folder = scenes_folder(SMALL, tmp_path, 32)
+    first = {}
+
+    def other_host_meanwhile(scene, size):
+        monkeypatch.setattr(scene_shards, "draw", draw)
+        ensure_scenes(SMALL, tmp_path, 32)
+        first["inode"] = folder.stat().st_ino
+        return draw(scene, size)
+
+    monkeypatch.setattr(scene_shards, "draw", other_host_meanwhile)
+    paths = ensure_scenes(SMALL, tmp_path, 32)
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == [folder]
+    assert folder.stat().st_ino == first["inode"]
+    assert len(members(paths.train)) == 75
 
 
 def test_two_processes_at_once_get_the_same_complete_folder(tmp_path: Path):

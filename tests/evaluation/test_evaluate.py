@@ -43,8 +43,8 @@ def test_rows_keep_the_order_of_the_source_and_equal_captions_are_one_row(tmp_pa
 
 
 def test_samples_that_cannot_be_read_are_left_out_and_counted(tmp_path):
-    source = embedded(write_source(tmp_path, list(range(40)), broken=(4, 5, 6, 7, 20)), metadata_fields=["parity"])
-    kept = [i for i in range(40) if i not in (4, 5, 6, 7, 20)]  # the second batch of four is bad as a whole
+    source = embedded(write_source(tmp_path, list(range(60)), broken=(4, 5, 6, 7, 20)), metadata_fields=["parity"])
+    kept = [i for i in range(60) if i not in (4, 5, 6, 7, 20)]  # the second batch of four is bad as a whole
     assert source.indices.tolist() == kept
     np.testing.assert_array_equal(source.image, LookUp().image_table[kept])
     assert source.captions == [f"thing {n}" for n in kept]
@@ -53,9 +53,11 @@ def test_samples_that_cannot_be_read_are_left_out_and_counted(tmp_path):
 
 
 def test_a_source_with_too_many_bad_samples_is_refused(tmp_path):
-    samples = write_source(tmp_path, list(range(40)), broken=range(30))
     with pytest.raises(TooManyBadSamples, match=r"data.max_bad_share = 0.1: 30 of 40 samples of data.eval"):
-        embedded(samples)
+        embedded(write_source(tmp_path / "many", list(range(40)), broken=range(30)))
+    with pytest.raises(TooManyBadSamples, match="3 of 20 samples"):
+        embedded(write_source(tmp_path / "small", list(range(20)), broken=range(3)))
+    assert embedded(write_source(tmp_path / "allowed", list(range(20)), broken=range(2))).skipped
 
 
 def test_texts_are_embedded_in_batches_and_keep_their_order():

@@ -164,19 +164,74 @@ def test_what_cannot_be_measured_is_refused(image, pairs, message):
         retrieval(image, np.ones((2, 2), np.float32), np.array(pairs), [1])
 
 
-def test_a_gpu_that_faiss_cannot_use_leaves_the_search_to_the_cpu(monkeypatch, caplog):
+class GpuIndex:
+    """FAISS's index on a GPU that runs out of memory at the named step."""
+
+    def __init__(self, fails_at):
+        self.fails_at = fails_at
+        self.searches = 0
+
+    def add(self, rows):
+        if self.fails_at == "add":
+            raise RuntimeError("out of memory")
+        self.rows = rows
+
+    def search(self, queries, length):
+        self.searches += 1
+        if self.fails_at == "search" or (self.fails_at == "second search" and self.searches == 2):
+            raise RuntimeError("out of memory")
+        scores = queries @ self.rows.T
+        order = np.argsort(-scores, axis=1)[:, :length]
+        return np.take_along_axis(scores, order, axis=1), order
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Pretends a GPU: gpu(capability, fails_at) -> the list of the indexes made on it."""
     import faiss
     import torch
 
-    def no_kernel(*_):
-        raise RuntimeError("no kernel image")
+    def pretend(capability, fails_at=None):
+        made = []
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
-    monkeypatch.setattr(faiss, "StandardGpuResources", lambda: None, raising=False)
-    monkeypatch.setattr(faiss, "index_cpu_to_gpu", no_kernel, raising=False)
-    rows = np.eye(5, dtype=np.float32)
-    pairs = np.stack([np.arange(5), np.arange(5)], axis=1)
-    assert retrieval(rows, rows, pairs, [1])["image_to_text"]["recall_at_1"]["value"] == 1
-    assert "no kernel image" in caplog.text
+        def to_gpu(*_):
+            made.append(GpuIndex(fails_at))
+            return made[-1]
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+        monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
+        monkeypatch.setattr(faiss, "StandardGpuResources", lambda: None, raising=False)
+        monkeypatch.setattr(faiss, "index_cpu_to_gpu", to_gpu, raising=False)
+        monkeypatch.setattr(module, "RESULTS_AT_ONCE", 12)  # several searches a query set
+        return made
+
+    return pretend
+
+
+def recall_of_ten():
+    random = np.random.default_rng(5)
+    image, text = (random.standard_normal((10, 4)).astype(np.float32) for _ in range(2))
+    return retrieval(image, text, np.stack([np.arange(10)] * 2, axis=1), [1, 3])
+
+
+@pytest.mark.parametrize("fails_at", ["add", "search", "second search"])
+def test_a_gpu_that_fails_leaves_the_search_to_the_cpu(gpu, caplog, fails_at):
+    expected = recall_of_ten()
+    made = gpu((9, 0), fails_at)
+    assert recall_of_ten() == expected
+    assert made
+    assert "searching on the CPU instead: out of memory" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("capability", "used"),
+    [((6, 1), False), ((7, 0), True), ((8, 6), True), ((9, 0), True), ((10, 0), False), ((12, 0), False)],
+)
+def test_only_cards_that_faiss_has_kernels_for_are_used(gpu, capability, used):
+    """On another one it would end the process."""
+    expected = recall_of_ten()
+    made = gpu(capability)
+    assert recall_of_ten() == expected
+    assert bool(made) == used

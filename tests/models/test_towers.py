@@ -214,3 +214,19 @@ def test_weights_trained_with_another_activation_name_the_architecture_that_has_
 def test_the_named_architecture_decides_the_size_of_the_picture(name):
     assert image_size(tiny_config(name=name)) == SIDES[name]
     assert image_size(tiny_config()) == 16
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_resnet_runs_with_weights_in_half_precision_and_statistics_in_float32(training):
+    """DeepSpeed casts parameters and leaves buffers; BatchNorm must bear both, and its statistics must not freeze."""
+    model = tiny_model(tiny_config(name="tiny-resnet"), clip_tokenizer()).train(training)
+    images = {"image": pictures(SIDES["tiny-resnet"])}
+    expected = model(images)["image"].detach()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers() if "running" in name}
+    assert_close(model(images)["image"].detach(), expected, atol=0.1, rtol=0)
+    for name, buffer in model.named_buffers():
+        if name in before:
+            assert buffer.dtype == torch.float32
+            assert torch.equal(buffer, before[name]) != training, name
