@@ -33,7 +33,7 @@ def has(text: str, phrase: str) -> bool:
 def classes_named(text: str, words: dict[str, tuple[str, ...]]) -> set[str]:
     """Classes with a word in the text; a phrase that is part of a longer one of another class counts for neither."""
     found = sorted(
-        ((phrase, name) for name, phrases in vocabulary.items() for phrase in phrases), key=lambda pair: -len(pair[0])
+        ((phrase, name) for name, phrases in words.items() for phrase in phrases), key=lambda pair: -len(pair[0])
     )
     named = set()
     for phrase, name in found:
