@@ -39,7 +39,13 @@ def start(processes: int, script: str, *arguments: str) -> subprocess.Popen:
     port = ["--master_port", str(29600 + os.getpid() % 300)]
     command = [LAUNCHER, "--num_gpus", str(processes), *port, f"launch_scripts/{script}.py", *arguments]
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command,
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # a process group of its own, to be signalled as a scheduler does
     )
 
 
@@ -63,7 +69,7 @@ def test_from_start_to_table_through_two_interruptions(tmp_path, recipe_file):
 
     killed = start(2, "pretrain", *arguments)
     wait_for_checkpoint(output, killed)
-    subprocess.run(["pkill", "-KILL", "-f", str(output)], check=False)  # every process of the run at once
+    os.killpg(killed.pid, signal.SIGKILL)  # every process of the run at once
     killed.communicate(timeout=SECONDS)
     after_kill = checkpoints.list_checkpoints(output)[-1]
     reached = checkpoints.read(after_kill).state.step
@@ -71,7 +77,7 @@ def test_from_start_to_table_through_two_interruptions(tmp_path, recipe_file):
     stopped = start(2, "pretrain", *arguments, "--resume", "latest")
     while stopped.poll() is None and checkpoints.list_checkpoints(output)[-1] == after_kill:
         time.sleep(0.05)
-    stopped.send_signal(signal.SIGTERM)
+    os.killpg(stopped.pid, signal.SIGTERM)
     text, _ = stopped.communicate(timeout=SECONDS)
     assert "Stopped by SIGTERM" in text, text[-3000:]
     state = checkpoints.read(checkpoints.list_checkpoints(output)[-1]).state
