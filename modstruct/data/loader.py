@@ -158,7 +158,7 @@ def train_loader(
     )
     image_bytes = 3 * views.image_size**2 * (1 + ("image_augmented" in augmented))
     require_shared_memory(dataset.rows * image_bytes, config.workers)
-    return WorkerLoader(dataset, range(start_step, stop_step), config.workers, pin_memory=torch.cuda.is_available())
+    return WorkerLoader(dataset, range(start_step, stop_step), config.workers, pin_memory=distributed.on_gpu())
 
 
 def _require_pipe_room(samples: Samples, config: DataConfig) -> None:

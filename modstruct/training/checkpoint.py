@@ -56,7 +56,7 @@ def restore(full: FullState, checkpoint: Checkpoint) -> None:
         torch.set_rng_state(checkpoint.rng[f"cpu.{rank}"])
     else:  # there are more processes now; each must draw for itself
         torch.manual_seed(torch.initial_seed() + checkpoint.state.step * 1_000_003 + rank)
-    if torch.cuda.is_available() and f"cuda.{rank}" in checkpoint.rng:
+    if distributed.on_gpu() and f"cuda.{rank}" in checkpoint.rng:
         torch.cuda.set_rng_state(checkpoint.rng[f"cuda.{rank}"])
 
 
@@ -90,7 +90,7 @@ def _optimizer(full: FullState) -> dict:
 def _gather_rng() -> dict[str, Tensor]:
     """Random state of torch on each process: the only generator that training itself draws from (dropout)."""
     states = {f"cpu.{distributed.rank()}": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if distributed.on_gpu():
         states[f"cuda.{distributed.rank()}"] = torch.cuda.get_rng_state()
     return {name: value for part in distributed.gather_objects(states) for name, value in part.items()}
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from modstruct import checkpoints, distributed
 from modstruct.config import Recipe, RunError, refuse, require
@@ -240,9 +239,6 @@ def measure_and_save(run: Run, stopping: bool) -> None:
 def measure(run: Run, samples, name: str) -> dict:
     """Evaluate a source with all processes; scalars and an example grid go to TensorBoard under `name`."""
 
-    def encode(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return run.engine(batch)
-
     def inspect(source) -> None:
         if run.recipe.logging.images:
             grid = retrieved_examples(source, samples, run.data.views, run.recipe.logging.images)
@@ -250,7 +246,7 @@ def measure(run: Run, samples, name: str) -> dict:
 
     run.engine.eval()
     metrics = evaluate(
-        encode,
+        run.engine,
         samples,
         run.data.views,
         run.data.tokenizer,

@@ -84,7 +84,7 @@ class Telemetry:
         }
         if report.gradient_norm is not None:
             scalars["train/gradient_norm"] = float(report.gradient_norm)
-        if torch.cuda.is_available():
+        if distributed.on_gpu():
             scalars["memory/gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self.scalars(scalars | extra, step)
 
