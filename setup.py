@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from glob import glob
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension
@@ -40,8 +41,8 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "modstruct._C",
-            sources=["csrc/bindings.cpp", "csrc/pairwise_cpu.cpp"],
-            depends=["csrc/pairwise.h", "csrc/pairwise_cpu_tiles.h"],
+            sources=sorted([*glob("csrc/*.cpp"), *glob("csrc/cpu/*.cpp")]),
+            depends=sorted(glob("csrc/**/*.h", recursive=True)),
             include_dirs=["csrc"],
             cxx_std=17,
             extra_compile_args=["-O3", "-Wall", "-Wextra"],

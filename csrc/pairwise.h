@@ -1,5 +1,9 @@
-// Terms over all pairs of two sets of vectors, tile by tile: what the kernels offer to the bindings.
-// Every array is row-major without gaps. Nothing here knows torch or Python.
+// Terms over all pairs of two sets of vectors, tile by tile: what the CPU kernels offer to the bindings.
+// Every array is row-major, float32, without gaps. Nothing here knows torch or Python.
+//
+// x: (rows, dimension), y: (columns, dimension), S_jk = scale <x_j, y_k>. The positive of row j is column first + j.
+// Memory O((rows + columns) dimension), never rows x columns. The bits of a result do not depend on the number of
+// threads. A log-sum-exp over nothing is the lowest finite number.
 #pragma once
 
 #include <cstdint>
@@ -8,22 +12,92 @@
 
 namespace modstruct {
 
-// sums[j] = sum_k exp(-t |rows[j] - columns[k]|^2)
-// pull[j] = sum_k exp(-t |rows[j] - columns[k]|^2) (columns[k] - rows[j]), so the gradient of sums[j] is 2 t pull[j]
-struct GaussianPotential {
-    const float* rows;  // (row_count, dimension)
-    int64_t row_count;
-    const float* columns;  // (column_count, dimension)
-    int64_t column_count;
+struct Pairs {
+    const float* x;
+    int64_t rows;
+    const float* y;
+    int64_t columns;
     int64_t dimension;
-    float t;      // positive
-    float* sums;  // (row_count)
-    float* pull;  // (row_count, dimension), or null where no gradient is needed
 };
 
-// Memory O((rows + columns) * dimension). The bits of the result do not depend on the number of threads.
+// row_lse[j] = log sum exp S_jk over all k but the positive; column_lse[k] = log sum exp S_jk over all j whose positive
+// it is not; positive[j] = S_jk at the positive.
+struct ContrastiveStatistics {
+    Pairs pairs;
+    const float* scale;  // one number
+    int64_t first;
+    float* row_lse;     // (rows)
+    float* column_lse;  // (columns)
+    float* positive;    // (rows)
+};
+
+// W_jk = row_weight_j exp(S_jk - row_lse_j) + column_weight_k exp(S_jk - column_lse_k), positive_weight_j at positives:
+// x_pull += W y, y_pull += W^T x.
+struct ContrastivePulls {
+    Pairs pairs;
+    const float* scale;
+    int64_t first;
+    const float* row_lse;
+    const float* column_lse;
+    const float* row_weight;
+    const float* column_weight;
+    const float* positive_weight;
+    float* x_pull;  // (rows, dimension), zeros
+    float* y_pull;  // (columns, dimension), zeros
+};
+
+// Cross entropy of each row's softmax against the target alpha P + (1 - alpha) onehot(positive), where P is the softmax
+// of scale <momentum_j, y_k>. With n_j = log sum exp S_jk and n'_j the same of the momentum rows, both without the
+// positive, and m_j, m'_j less the positive's logit:
+//   losses_j = softplus(m_j) + alpha sum P_jk (S_j,positive - S_jk)
+//   W_jk     = sigmoid(m_j) exp(S_jk - n_j) - alpha P_jk,  and at the positive minus the sum of the others, so that no
+//              1 - p is ever formed: at scale 100 it would cancel to nothing.
+// x_pull += W y, y_pull += W^T x.
+struct RowContrast {
+    Pairs pairs;
+    const float* momentum;  // (rows, dimension), or null: alpha is 0 then
+    const float* scale;
+    int64_t first;
+    float alpha;
+    float* losses;  // (rows)
+    float* x_pull;  // (rows, dimension), zeros, or null where no gradient is wanted
+    float* y_pull;  // (columns, dimension), zeros, or null; not without x_pull
+};
+
+// G_jk = exp(-t |x_j - y_k|^2): total = sum_jk G_jk, x_pull_j += sum_k G_jk (y_k - x_j), y_pull_k += sum_j G_jk (x_j - y_k).
+// symmetric: y is x. Each pair of different rows is computed once and serves both; then x_pull holds the whole.
+struct GaussianPotential {
+    Pairs pairs;
+    bool symmetric;
+    float t;        // positive
+    double* total;  // one number
+    float* x_pull;  // (rows, dimension), zeros, or null where no gradient is wanted
+    float* y_pull;  // (columns, dimension), zeros; null where symmetric
+};
+
+// For each pair (query, item): above = items that score higher than the pair's, ties = other items that score the same;
+// a score is the inner product. Its bits depend on the two vectors alone, so equal items tie. An item with a score that
+// is no number counts as above, and a pair with such a score has all items above it.
+struct NearestCounts {
+    Pairs pairs;           // x: queries, y: items
+    const int64_t* query;  // (count), ascending
+    const int64_t* item;   // (count)
+    int64_t count;
+    int64_t* above;  // (count)
+    int64_t* ties;   // (count)
+};
+
 // instruction_set: one of cpu_instruction_sets_here(). Throws std::invalid_argument on any other.
-void gaussian_potential_sums_cpu(const GaussianPotential& problem, const std::string& instruction_set, int threads);
+struct CpuChoice {
+    std::string instruction_set;
+    int threads;
+};
+
+void contrastive_statistics_cpu(const ContrastiveStatistics& problem, const CpuChoice& choice);
+void contrastive_pulls_cpu(const ContrastivePulls& problem, const CpuChoice& choice);
+void row_contrast_cpu(const RowContrast& problem, const CpuChoice& choice);
+void gaussian_potential_cpu(const GaussianPotential& problem, const CpuChoice& choice);
+void nearest_counts_cpu(const NearestCounts& problem, const CpuChoice& choice);
 
 std::vector<std::string> cpu_instruction_sets_built();
 std::vector<std::string> cpu_instruction_sets_here();  // what this machine can run of those built, the fastest last

@@ -1,0 +1,108 @@
+// One-sided cross entropy of rows against columns, with one-hot or momentum-softened targets. A row is complete within
+// its group, so the group's logits are kept and become weights in place: one pass, and no product is formed twice.
+#include <cmath>
+
+#include "log_sum_exp.h"
+#include "sweep.h"
+
+namespace modstruct {
+namespace {
+
+// What is known of each row of the group once its log-sum-exps are.
+struct RowValues {
+    explicit RowValues(int64_t rows) : positive(rows), lse(rows), weight(rows) {}
+    Buffer<float> positive;
+    Buffer<float> lse;     // of the negatives
+    Buffer<float> weight;  // sigmoid(margin), of the momentum rows times alpha
+};
+
+float sigmoid(float x) { return x < 0 ? std::exp(x) / (1 + std::exp(x)) : 1 / (1 + std::exp(-x)); }
+float softplus(float x) { return x < 0 ? std::log1p(std::exp(x)) : x + std::log1p(std::exp(-x)); }
+
+}  // namespace
+
+void row_contrast_cpu(const RowContrast& problem, const CpuChoice& choice) {
+    const Sweep sweep(problem.pairs, choice);
+    const Pairs& pairs = problem.pairs;
+    const int64_t first = problem.first;
+    const bool soft = problem.momentum != nullptr;
+    Slabs y_slabs(sweep.column_blocks, pairs.dimension);
+    y_slabs.pack(pairs.y, pairs.columns, nullptr, sweep.threads);
+    Panels panels(sweep.group_blocks, pairs.dimension);
+    Slabs x_slabs(problem.y_pull != nullptr ? sweep.group_blocks : 0, pairs.dimension);
+    GroupTiles tiles(sweep, true);
+    GroupTiles momentum_tiles(sweep, soft);
+    RowSums sums(sweep);
+    const int64_t group_rows = sweep.group_blocks * BLOCK;
+    RowValues rows(group_rows);
+    RowValues momentum(group_rows);
+    Buffer<float> soft_losses(soft ? sweep.group_blocks * sweep.column_blocks * BLOCK : 0);
+    Buffer<float> positive_weight(group_rows);
+
+    for (int64_t group = 0; group < sweep.row_blocks; group += sweep.group_blocks) {
+        const int64_t count = sweep.rows_in_group(group);
+        const auto log_sum_exps = [&](const float* vectors, GroupTiles& logits, RowValues& values) {
+            panels.pack(sweep.group_rows(vectors, group), count, nullptr, *problem.scale, sweep.threads);
+            sweep.for_tiles(group, false, [&](int64_t block, int64_t column, int) {
+                float* tile = logits.tile(block, column);
+                const int64_t columns = sweep.columns_in(column);
+                const int64_t block_rows = sweep.rows_in(group + block);
+                sweep.kernels.tile_products(panels.block(block), y_slabs.block(column), block_rows, columns,
+                                            sweep.depth, tile);
+                take_positives(tile, (group + block) * BLOCK, block_rows, column * BLOCK, columns, first,
+                               values.positive.data() + block * BLOCK);
+                sweep.kernels.statistics(tile, block_rows, columns, false, sums.maxima(block, column),
+                                         sums.sums(block, column), nullptr, nullptr);
+            });
+            sums.finish(group, values.lse.data());
+        };
+        log_sum_exps(pairs.x, tiles, rows);
+        if (soft) {
+            log_sum_exps(problem.momentum, momentum_tiles, momentum);
+        }
+        for (int64_t j = 0; j < count; ++j) {
+            const float margin = rows.lse[j] - rows.positive[j];
+            problem.losses[group * BLOCK + j] = softplus(margin);
+            rows.weight[j] = sigmoid(margin);
+            momentum.weight[j] = soft ? problem.alpha * sigmoid(momentum.lse[j] - momentum.positive[j]) : 0.0f;
+            positive_weight[j] = momentum.weight[j] - rows.weight[j];
+        }
+        if (!soft && problem.x_pull == nullptr) {
+            continue;
+        }
+
+        sweep.for_tiles(group, false, [&](int64_t block, int64_t column, int) {
+            const int64_t at = block * BLOCK;
+            const int64_t columns = sweep.columns_in(column);
+            const int64_t block_rows = sweep.rows_in(group + block);
+            float* tile = tiles.tile(block, column);
+            const SoftWeights weights = {rows.lse.data() + at,
+                                         rows.weight.data() + at,
+                                         soft ? momentum.lse.data() + at : nullptr,
+                                         momentum.weight.data() + at,
+                                         rows.positive.data() + at,
+                                         soft_losses.data() + (soft ? (block * sweep.column_blocks + column) * BLOCK : 0)};
+            const float* momentum_tile = soft ? momentum_tiles.tile(block, column) : nullptr;
+            sweep.kernels.soft_weights(tile, momentum_tile, block_rows, columns, weights);
+            put_positives(tile, group * BLOCK + at, block_rows, column * BLOCK, columns, first,
+                          positive_weight.data() + at);
+        });
+        for (int64_t j = 0; soft && j < count; ++j) {
+            double loss = problem.losses[group * BLOCK + j];
+            for (int64_t column = 0; column < sweep.column_blocks; ++column) {
+                loss += static_cast<double>(
+                    soft_losses[(j / BLOCK * sweep.column_blocks + column) * BLOCK + j % BLOCK]);
+            }
+            problem.losses[group * BLOCK + j] = static_cast<float>(loss);
+        }
+        if (problem.x_pull != nullptr) {
+            tiles.pull_rows(group, false, y_slabs, problem.x_pull);
+        }
+        if (problem.y_pull != nullptr) {
+            x_slabs.pack(sweep.group_rows(pairs.x, group), count, nullptr, sweep.threads);
+            tiles.pull_columns(group, false, x_slabs, problem.y_pull);
+        }
+    }
+}
+
+}  // namespace modstruct

@@ -1,0 +1,73 @@
+// All tiles of a problem, a group of row blocks at a time, and their products with the columns and the rows.
+#pragma once
+
+#include <algorithm>
+
+#include "../pairwise.h"
+#include "kernels.h"
+#include "packing.h"
+
+namespace modstruct {
+
+// How the tiles of a problem are gone through. The number of row blocks in a group gives every thread enough to do; it
+// changes no bit of a result, since all sums run over single blocks in their order.
+struct Sweep {
+    Sweep(const Pairs& pairs, const CpuChoice& choice);
+
+    int64_t rows_in(int64_t block) const { return std::min(BLOCK, pairs.rows - block * BLOCK); }
+    int64_t columns_in(int64_t block) const { return std::min(BLOCK, pairs.columns - block * BLOCK); }
+    int64_t rows_in_group(int64_t first_block) const {
+        return std::min(group_blocks * BLOCK, pairs.rows - first_block * BLOCK);
+    }
+    const float* group_rows(const float* rows, int64_t first_block) const {
+        return rows + first_block * BLOCK * pairs.dimension;
+    }
+
+    // body(row block within the group, column block, thread) for all tiles of the group; where symmetric, only those
+    // that are not below the diagonal.
+    template <typename Body>
+    void for_tiles(int64_t first_block, bool symmetric, const Body& body) const {
+        const int64_t blocks = block_count(rows_in_group(first_block));
+        parallel_for(blocks * column_blocks, threads, [&](int64_t task, int thread) {
+            const int64_t block = task / column_blocks;
+            const int64_t column = task % column_blocks;
+            if (!symmetric || column >= first_block + block) {
+                body(block, column, thread);
+            }
+        });
+    }
+
+    Pairs pairs;
+    const Kernels& kernels;
+    int threads;
+    int64_t depth;          // the padded dimension
+    int64_t row_blocks;
+    int64_t column_blocks;
+    int64_t group_blocks;
+};
+
+// The tiles of one group, and what is made of them.
+class GroupTiles {
+   public:
+    GroupTiles(const Sweep& sweep, bool wanted)
+        : sweep_(sweep), data_(wanted ? sweep.group_blocks * sweep.column_blocks * TILE_FLOATS : 0) {}
+
+    float* tile(int64_t block, int64_t column) { return data_.data() + (block * sweep_.column_blocks + column) * TILE_FLOATS; }
+    // x_pull += W y for the rows of the group
+    void pull_rows(int64_t first_block, bool symmetric, const Slabs& y_slabs, float* x_pull);
+    // y_pull += W^T x; where symmetric, without the tiles on the diagonal, which serve their rows alone
+    void pull_columns(int64_t first_block, bool symmetric, const Slabs& x_slabs, float* y_pull);
+
+   private:
+    const Sweep& sweep_;
+    Buffer<float> data_;
+};
+
+// Takes the positives out of a tile of logits: their values go to `positive`, (rows), and LOWEST comes in their place.
+void take_positives(float* tile, int64_t first_row, int64_t rows, int64_t first_column, int64_t columns, int64_t first,
+                    float* positive);
+// Puts the rows' values, (rows), at their positives.
+void put_positives(float* tile, int64_t first_row, int64_t rows, int64_t first_column, int64_t columns, int64_t first,
+                   const float* values);
+
+}  // namespace modstruct

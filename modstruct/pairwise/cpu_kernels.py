@@ -1,0 +1,164 @@
+"""The local pairwise terms by the compiled CPU kernels (csrc/pairwise.h has the formulas).
+
+All arrays are float32, contiguous, on the CPU; x: (B, D), y: (N, D). A CPU always multiplies in float32, the most that
+`precision` can ask for. Kernels run on torch.get_num_threads() threads, whose number changes no bit of a result, and let
+other Python threads run meanwhile. Nothing here is differentiable: modstruct.pairwise.ops is.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from modstruct.config import require
+from modstruct.pairwise.extension import check_array, load_extension
+
+CPU = torch.device("cpu")
+
+
+def contrastive_statistics(
+    x: Tensor, y: Tensor, scale: Tensor, first: int, precision: str = "float32", instruction_set: str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-sum-exps without the positives along rows (B,) and columns (N,), and the positives' logits (B,)."""
+    row_lse, column_lse, positive = x.new_empty(len(x)), y.new_empty(len(y)), x.new_empty(len(x))
+    load_extension().contrastive_statistics_cpu(
+        **_pairs(x, y, instruction_set),
+        **_positives(x, y, scale, first),
+        row_lse=row_lse.data_ptr(),
+        column_lse=column_lse.data_ptr(),
+        positive=positive.data_ptr(),
+    )
+    return row_lse, column_lse, positive
+
+
+def contrastive_pulls(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    first: int,
+    row_lse: Tensor,
+    column_lse: Tensor,
+    row_weight: Tensor,
+    column_weight: Tensor,
+    positive_weight: Tensor,
+    precision: str = "float32",
+    instruction_set: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """W y (B, D) and W^T x (N, D), where W is the gradient with respect to the logits."""
+    pairs = _pairs(x, y, instruction_set)
+    rows = {"row_lse": row_lse, "row_weight": row_weight, "positive_weight": positive_weight}
+    columns = {"column_lse": column_lse, "column_weight": column_weight}
+    for vectors, length in ((rows, len(x)), (columns, len(y))):
+        for name, vector in vectors.items():
+            check_array(name, vector, (length,), torch.float32, CPU)
+    x_pull, y_pull = torch.zeros_like(x), torch.zeros_like(y)
+    load_extension().contrastive_pulls_cpu(
+        **pairs,
+        **_positives(x, y, scale, first),
+        **{name: vector.data_ptr() for name, vector in (rows | columns).items()},
+        x_pull=x_pull.data_ptr(),
+        y_pull=y_pull.data_ptr(),
+    )
+    return x_pull, y_pull
+
+
+def row_contrast(
+    x: Tensor,
+    x_momentum: Tensor | None,
+    columns: Tensor,
+    scale: Tensor,
+    first: int,
+    alpha: float,
+    with_pull: bool,
+    with_column_pull: bool,
+    precision: str = "float32",
+    instruction_set: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each row's cross entropy (B,), its pull (B, D) and the columns' (N, D), the last two with no rows if unwanted."""
+    pairs = _pairs(x, columns, instruction_set)
+    if x_momentum is not None:
+        check_array("x_momentum", x_momentum, tuple(x.shape), torch.float32, CPU)
+    losses = x.new_empty(len(x))
+    x_pull = torch.zeros_like(x) if with_pull else x.new_zeros(0, x.shape[1])
+    column_pull = torch.zeros_like(columns) if with_column_pull else x.new_zeros(0, x.shape[1])
+    load_extension().row_contrast_cpu(
+        **pairs,
+        **_positives(x, columns, scale, first),
+        momentum=0 if x_momentum is None else x_momentum.data_ptr(),
+        alpha=alpha,
+        losses=losses.data_ptr(),
+        x_pull=x_pull.data_ptr() if with_pull else 0,
+        y_pull=column_pull.data_ptr() if with_column_pull else 0,
+    )
+    return losses, x_pull, column_pull
+
+
+def gaussian_potential(
+    x: Tensor,
+    y: Tensor | None,
+    t: float,
+    with_pull: bool,
+    precision: str = "float32",
+    instruction_set: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of potentials () in float64, and the pulls of x (B, D) and y (N, D), with no rows if unwanted or y is None."""
+    pairs = _pairs(x, x if y is None else y, instruction_set)
+    total = torch.empty((), dtype=torch.float64)
+    x_pull = torch.zeros_like(x) if with_pull else x.new_zeros(0, x.shape[1])
+    y_pull = torch.zeros_like(y) if with_pull and y is not None else x.new_zeros(0, x.shape[1])
+    load_extension().gaussian_potential_cpu(
+        **pairs,
+        symmetric=y is None,
+        t=t,
+        total=total.data_ptr(),
+        x_pull=x_pull.data_ptr() if len(x_pull) else 0,
+        y_pull=y_pull.data_ptr() if len(y_pull) else 0,
+    )
+    return total, x_pull, y_pull
+
+
+def nearest_counts(
+    queries: Tensor,
+    gallery: Tensor,
+    pair_query: Tensor,
+    pair_gallery: Tensor,
+    precision: str = "float32",
+    instruction_set: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """For each pair, the gallery items above it and the others that tie with it, both (p,) int64."""
+    pairs = _pairs(queries, gallery, instruction_set)
+    for name, indices in (("pair_query", pair_query), ("pair_gallery", pair_gallery)):
+        check_array(name, indices, (len(pair_query),), torch.int64, CPU)
+    above, ties = torch.empty_like(pair_query), torch.empty_like(pair_query)
+    load_extension().nearest_counts_cpu(
+        **pairs,
+        query=pair_query.data_ptr(),
+        item=pair_gallery.data_ptr(),
+        count=len(pair_query),
+        above=above.data_ptr(),
+        ties=ties.data_ptr(),
+    )
+    return above, ties
+
+
+def _pairs(x: Tensor, y: Tensor, instruction_set: str | None) -> dict[str, object]:
+    """The arguments that every kernel takes; the fastest instruction set unless one is named."""
+    for name, matrix in (("x", x), ("y", y)):
+        require(matrix.dim() == 2, name, tuple(matrix.shape), "must be 2-D, (rows, dimension)")
+        check_array(name, matrix, (len(matrix), x.shape[1]), torch.float32, CPU)
+    return {
+        "x": x.data_ptr(),
+        "rows": len(x),
+        "y": y.data_ptr(),
+        "columns": len(y),
+        "dimension": x.shape[1],
+        "threads": torch.get_num_threads(),
+        "instruction_set": instruction_set or load_extension().features()["cpu_here"][-1],
+    }
+
+
+def _positives(x: Tensor, y: Tensor, scale: Tensor, first: int) -> dict[str, int]:
+    check_array("scale", scale, (1,), torch.float32, CPU)
+    last = len(y) - len(x)
+    require(0 <= first <= last, "first", first, f"must be from 0 to {last}, so that each row's positive is a column")
+    return {"scale": scale.data_ptr(), "first": first}
