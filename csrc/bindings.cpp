@@ -30,6 +30,11 @@ modstruct::Pairs pairs(Address x, std::int64_t rows, Address y, std::int64_t col
     return {needed<const float>(x, "x"), rows, needed<const float>(y, "y"), columns, dimension};
 }
 
+modstruct::GeometricRows geometric_rows(Address a, Address b, std::int64_t rows, std::int64_t dimension) {
+    const auto p = pairs(a, rows, b, rows, dimension);
+    return {p.x, p.y, rows, dimension};
+}
+
 std::int64_t checked_first(std::int64_t first, const modstruct::Pairs& pairs) {
     if (first < 0 || first + pairs.rows > pairs.columns) {
         throw py::value_error("first must leave a column for each row's positive");
@@ -137,6 +142,32 @@ PYBIND11_MODULE(_C, module) {
         py::kw_only(), py::arg("x"), py::arg("rows"), py::arg("y"), py::arg("columns"), py::arg("dimension"),
         py::arg("symmetric"), py::arg("t"), py::arg("total"), py::arg("x_pull"), py::arg("y_pull"), py::arg("threads"),
         py::arg("instruction_set"));
+
+    module.def(
+        "geometric_products_cpu",
+        [](Address a, Address b, std::int64_t rows, std::int64_t dimension, Address plus, Address minus, int threads,
+           const std::string& instruction_set) {
+            run<modstruct::GeometricProducts>(
+                modstruct::geometric_products_cpu,
+                {geometric_rows(a, b, rows, dimension), needed(plus, "plus"), needed(minus, "minus")}, threads,
+                instruction_set);
+        },
+        py::kw_only(), py::arg("a"), py::arg("b"), py::arg("rows"), py::arg("dimension"), py::arg("plus"),
+        py::arg("minus"), py::arg("threads"), py::arg("instruction_set"));
+
+    module.def(
+        "geometric_pulls_cpu",
+        [](Address a, Address b, std::int64_t rows, std::int64_t dimension, Address plus_weights, Address minus_weights,
+           Address a_pull, Address b_pull, int threads, const std::string& instruction_set) {
+            run<modstruct::GeometricPulls>(
+                modstruct::geometric_pulls_cpu,
+                {geometric_rows(a, b, rows, dimension), needed<const float>(plus_weights, "plus_weights"),
+                 needed<const float>(minus_weights, "minus_weights"), needed(a_pull, "a_pull"),
+                 needed(b_pull, "b_pull")},
+                threads, instruction_set);
+        },
+        py::kw_only(), py::arg("a"), py::arg("b"), py::arg("rows"), py::arg("dimension"), py::arg("plus_weights"),
+        py::arg("minus_weights"), py::arg("a_pull"), py::arg("b_pull"), py::arg("threads"), py::arg("instruction_set"));
 
     module.def(
         "nearest_counts_cpu",

@@ -87,6 +87,29 @@ struct NearestCounts {
     int64_t* ties;   // (count)
 };
 
+// P = A + B and M = A - B, never held whole: plus = P^T P, minus = M^T M.
+struct GeometricRows {
+    const float* a;  // (rows, dimension)
+    const float* b;  // (rows, dimension)
+    int64_t rows;
+    int64_t dimension;
+};
+
+struct GeometricProducts {
+    GeometricRows rows;
+    float* plus;   // (dimension, dimension)
+    float* minus;  // (dimension, dimension)
+};
+
+// a_pull = P plus_weights + M minus_weights, b_pull = P plus_weights - M minus_weights
+struct GeometricPulls {
+    GeometricRows rows;
+    const float* plus_weights;   // (dimension, dimension)
+    const float* minus_weights;  // (dimension, dimension)
+    float* a_pull;               // (rows, dimension)
+    float* b_pull;               // (rows, dimension)
+};
+
 // instruction_set: one of cpu_instruction_sets_here(). Throws std::invalid_argument on any other.
 struct CpuChoice {
     std::string instruction_set;
@@ -97,6 +120,8 @@ void contrastive_statistics_cpu(const ContrastiveStatistics& problem, const CpuC
 void contrastive_pulls_cpu(const ContrastivePulls& problem, const CpuChoice& choice);
 void row_contrast_cpu(const RowContrast& problem, const CpuChoice& choice);
 void gaussian_potential_cpu(const GaussianPotential& problem, const CpuChoice& choice);
+void geometric_products_cpu(const GeometricProducts& problem, const CpuChoice& choice);
+void geometric_pulls_cpu(const GeometricPulls& problem, const CpuChoice& choice);
 void nearest_counts_cpu(const NearestCounts& problem, const CpuChoice& choice);
 
 std::vector<std::string> cpu_instruction_sets_built();

@@ -31,6 +31,11 @@ def _require_counts(section: str, values: object, names: tuple[str, ...]) -> Non
         require(getattr(values, name) >= 1, f"{section}.{name}", getattr(values, name), "at least 1")
 
 
+Precision = Literal["float32", "tf32", "bf16"]
+"""What the products of embeddings are formed from on a GPU: float32 numbers, or, on its tensor cores, numbers rounded
+to tf32 or bfloat16; sums are float32. The CPU always takes float32."""
+
+
 @dataclass
 class Source:
     """One training source among several."""
@@ -292,6 +297,8 @@ class LossesConfig:
     """Brownian bridge (inter-modality)."""
     geometry: GeometryConfig = field(default_factory=GeometryConfig)
     """Geometric consistency (intra- and inter-modality)."""
+    precision: Precision = "tf32"
+    """What products of embeddings over all pairs are formed from on a GPU; sums are float32. The CPU takes float32."""
 
     def __post_init__(self):
         weights = {n: getattr(self, n).weight for n in ("contrastive", "separation", "bridge", "geometry")}

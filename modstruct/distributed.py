@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from modstruct.config import RunError, refuse
+from modstruct.config import RunError, refuse, require
 
 
 def start_processes() -> None:
@@ -177,10 +177,20 @@ class _AllSum(torch.autograd.Function):
         return sum_over_processes(gradient)
 
 
+def require_equal_rows(rows: Tensor, name: str) -> None:
+    """Refuse, on every process alike, rows (B, …) that are not as many on each: a gather of them would hang."""
+    if world_size() == 1:
+        return
+    count = len(rows)
+    most, fewest = max_over_processes(torch.tensor([count, -count], device=rows.device)).tolist()
+    remedy = f"every process must bring the same number, but they range from {-fewest} to {most}"
+    require(most == -fewest, name, count, remedy)
+
+
 def gather(rows: Tensor) -> Tensor:
     """(B, …) of every process -> (W B, …) on every process, in order of rank; differentiable.
 
-    Every process must bring the same number of rows.
+    Every process must bring the same number of rows (`require_equal_rows` asks).
     """
     return _Gather.apply(rows) if world_size() > 1 else rows
 

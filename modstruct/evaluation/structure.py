@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from modstruct.pairwise.gaussian_potential import gaussian_potential_sums
+from modstruct.pairwise.gaussian import potential_sum
 
 UNIFORMITY_T = 2.0
 """t of the Gaussian potential, as Wang & Isola and L_Uni use it."""
@@ -56,6 +56,5 @@ def uniformity(z: Tensor, t: float = UNIFORMITY_T) -> Tensor | None:
         return None
     z = z.contiguous()
     # Not `gaussian_potential`, which sums over all processes: the rows of a source lie on the main process alone.
-    row_sums, _ = gaussian_potential_sums(z, z, t, False)
-    others = row_sums.double() - 1  # without each row's potential with itself
-    return torch.log(others.sum() / (n * (n - 1)))
+    total, _, _ = potential_sum(z, None, t, False, "float32")
+    return torch.log((total - n) / (n * (n - 1)))  # without each row's potential with itself

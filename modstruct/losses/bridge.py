@@ -7,7 +7,7 @@ import random
 import torch
 from torch import Tensor
 
-from modstruct.config import BridgeConfig, require
+from modstruct.config import BridgeConfig, Precision, require
 from modstruct.embeddings import Embeddings
 from modstruct.pairwise.global_batch import global_mean
 
@@ -19,7 +19,7 @@ class Bridge:
 
     needs = frozenset({"image", "text", "image_augmented"})
 
-    def __init__(self, config: BridgeConfig):
+    def __init__(self, config: BridgeConfig, precision: Precision = "float32"):
         self.t = config.t
 
     def __call__(self, embeddings: Embeddings, step: int, seed: int) -> tuple[Tensor, dict[str, Tensor]]:

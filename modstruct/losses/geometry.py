@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from modstruct.config import GeometryConfig
+from modstruct.config import GeometryConfig, Precision
 from modstruct.embeddings import Embeddings
-from modstruct.pairwise.geometric import geometric_consistency, gram_difference
+from modstruct.pairwise import geometric_consistency, gram_difference
 from modstruct.pairwise.global_batch import global_mean, global_rows
 
 
@@ -17,7 +17,8 @@ class Geometry:
     whole of it by N once more. That quotient is always among the terms, as per_pair.
     """
 
-    def __init__(self, config: GeometryConfig):
+    def __init__(self, config: GeometryConfig, precision: Precision = "float32"):
+        self.precision = precision
         self.augmented = config.augmented
         self.normalize = config.normalize
         self.needs = frozenset({"image", "text"})
@@ -28,7 +29,7 @@ class Geometry:
         """The loss of the global batch, a scalar, its terms under the same normalisation, and per_pair."""
         image, text = embeddings.image, embeddings.text
         count = global_rows(image)
-        terms = {"consistency": geometric_consistency(image, text) / count}
+        terms = {"consistency": geometric_consistency(image, text, self.precision) / count}
         if self.augmented:
             views = view_consistency(image, text, embeddings.image_augmented, embeddings.text_augmented)
             terms["view_consistency"] = views

@@ -7,6 +7,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
+from modstruct import distributed
 from modstruct.config import LossesConfig, require
 from modstruct.embeddings import Embeddings
 from modstruct.losses.bridge import Bridge
@@ -14,8 +15,9 @@ from modstruct.losses.contrastive import Contrastive
 from modstruct.losses.geometry import Geometry
 from modstruct.losses.separation import Separation
 
-# By the name of their section in the recipe. A loss is made from that section, names the embeddings it needs, and maps
-# (embeddings, step, seed) to its value and its named components. A new one is a file, a line here, a section there.
+# By the name of their section in the recipe. A loss is made from that section and losses.precision, names the
+# embeddings it needs, and maps (embeddings, step, seed) to its value and its named components. A new one is a file, a
+# line here, a section there.
 LOSSES = {
     "contrastive": Contrastive,
     "separation": Separation,
@@ -34,7 +36,7 @@ class Objective:
     def __init__(self, config: LossesConfig):
         sections = {name: getattr(config, name) for name in LOSSES}
         self.weights = {name: section.weight for name, section in sections.items() if section.weight > 0}
-        self.losses = {name: LOSSES[name](sections[name]) for name in self.weights}
+        self.losses = {name: LOSSES[name](sections[name], config.precision) for name in self.weights}
         needs = frozenset().union(*(loss.needs for loss in self.losses.values()))
         self.views = frozenset(name.split("_")[0] + "_augmented" for name in needs if name.endswith("_augmented"))
         self.independent = any("independent" in name for name in needs)
@@ -46,12 +48,14 @@ class Objective:
         step, seed: what random draws depend on, the same on every process.
         Returns the weighted sum, a scalar with a gradient, and each loss's unweighted value and components, scalars
         without one, under names such as `geometry` and `geometry/per_pair`. All are the same on every process.
-        Raises ValueError where an embedding that a loss needs is missing.
+        Raises ValueError where an embedding that a loss needs is missing, and, on every process, where the processes
+        do not bring the same number of rows.
         """
         for name, loss in self.losses.items():
             for needed in sorted(loss.needs):
                 remedy = f"losses.{name} needs it: let the model make it, or set losses.{name}.weight to 0"
                 require(getattr(embeddings, needed) is not None, f"embeddings.{needed}", None, remedy)
+        distributed.require_equal_rows(embeddings.image, "rows of embeddings.image")
         total, terms = 0, {}
         with torch.autocast(embeddings.image.device.type, enabled=False):
             embeddings = _in_float32(embeddings)

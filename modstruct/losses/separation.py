@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
+import torch
 from torch import Tensor
 
-from modstruct.config import SeparationConfig
+from modstruct.config import Precision, SeparationConfig
 from modstruct.embeddings import Embeddings
 from modstruct.losses.contrastive import in_modal_contrast
-from modstruct.pairwise.gaussian_potential import gaussian_potential_sum
-from modstruct.pairwise.global_batch import global_mean, global_rows
+from modstruct.pairwise import gaussian_potential
+from modstruct.pairwise.global_batch import global_mean
 
 
 class Separation:
@@ -31,7 +30,8 @@ class Separation:
         }
     )
 
-    def __init__(self, config: SeparationConfig):
+    def __init__(self, config: SeparationConfig, precision: Precision = "float32"):
+        self.precision = precision
         self.uniformity_t = config.uniformity_t
 
     def __call__(self, embeddings: Embeddings, step: int, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -45,8 +45,9 @@ class Separation:
                 e.text_independent,
                 e.text_independent_augmented,
                 e.logit_scale,
+                self.precision,
             ),
-            "uniformity": uniformity(e.image_independent, e.text_independent, self.uniformity_t),
+            "uniformity": uniformity(e.image_independent, e.text_independent, self.uniformity_t, self.precision),
         }
         return sum(terms.values()), terms
 
@@ -58,11 +59,13 @@ def orthogonality(image: Tensor, text: Tensor, image_independent: Tensor, text_i
     return global_mean(image_overlap.square() + text_overlap.square())
 
 
-def uniformity(image_independent: Tensor, text_independent: Tensor, t: float) -> Tensor:
+def uniformity(
+    image_independent: Tensor, text_independent: Tensor, t: float, precision: Precision = "float32"
+) -> Tensor:
     """L_Uni^i = log 1/N^2 sum_jk [ G(zV^i_j, zV^i_k) + G(zT^i_j, zT^i_k) ],  G(u, v) = exp(-t |u - v|^2).
 
     Both (B, D), unit norm. Returns a scalar, at most log 2. Pairs with j = k are in the sum, and one logarithm is taken
     of both modalities. The print divides by N: the same gradient, and a value that moves with the batch size.
     """
-    potentials = gaussian_potential_sum(image_independent, t) + gaussian_potential_sum(text_independent, t)
-    return potentials.log() - 2 * math.log(global_rows(image_independent))
+    potentials = [gaussian_potential(z, t, precision) for z in (image_independent, text_independent)]
+    return torch.logaddexp(*potentials)

@@ -1,8 +1,8 @@
 """The local pairwise terms by the compiled CPU kernels (csrc/pairwise.h has the formulas).
 
 All arrays are float32, contiguous, on the CPU; x: (B, D), y: (N, D). A CPU always multiplies in float32, the most that
-`precision` can ask for. Kernels run on torch.get_num_threads() threads, whose number changes no bit of a result, and let
-other Python threads run meanwhile. Nothing here is differentiable: modstruct.pairwise.ops is.
+`precision` can ask for. Kernels run on torch.get_num_threads() threads, whose number changes no bit of a result, and
+let other Python threads run meanwhile. Nothing here is differentiable: modstruct.pairwise.ops is.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def gaussian_potential(
     precision: str = "float32",
     instruction_set: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of potentials () in float64, and the pulls of x (B, D) and y (N, D), with no rows if unwanted or y is None."""
+    """Sum of potentials () in float64, pulls of x (B, D) and y (N, D), with no rows if unwanted or y is None."""
     pairs = _pairs(x, x if y is None else y, instruction_set)
     total = torch.empty((), dtype=torch.float64)
     x_pull = torch.zeros_like(x) if with_pull else x.new_zeros(0, x.shape[1])
@@ -115,6 +115,39 @@ def gaussian_potential(
         y_pull=y_pull.data_ptr() if len(y_pull) else 0,
     )
     return total, x_pull, y_pull
+
+
+def geometric_products(
+    a: Tensor, b: Tensor, precision: str = "float32", instruction_set: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """P^T P and M^T M, both (D, D), of P = a + b and M = a - b, (B, D), which are never held whole."""
+    plus, minus = (a.new_empty(a.shape[1], a.shape[1]) for _ in range(2))
+    load_extension().geometric_products_cpu(
+        **_combined(a, b, instruction_set), plus=plus.data_ptr(), minus=minus.data_ptr()
+    )
+    return plus, minus
+
+
+def geometric_pulls(
+    a: Tensor,
+    b: Tensor,
+    plus_weights: Tensor,
+    minus_weights: Tensor,
+    precision: str = "float32",
+    instruction_set: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """P plus_weights + M minus_weights and P plus_weights - M minus_weights, both (B, D)."""
+    for name, weights in (("plus_weights", plus_weights), ("minus_weights", minus_weights)):
+        check_array(name, weights, (a.shape[1], a.shape[1]), torch.float32, CPU)
+    a_pull, b_pull = torch.empty_like(a), torch.empty_like(b)
+    load_extension().geometric_pulls_cpu(
+        **_combined(a, b, instruction_set),
+        plus_weights=plus_weights.data_ptr(),
+        minus_weights=minus_weights.data_ptr(),
+        a_pull=a_pull.data_ptr(),
+        b_pull=b_pull.data_ptr(),
+    )
+    return a_pull, b_pull
 
 
 def nearest_counts(
@@ -142,16 +175,26 @@ def nearest_counts(
 
 
 def _pairs(x: Tensor, y: Tensor, instruction_set: str | None) -> dict[str, object]:
-    """The arguments that every kernel takes; the fastest instruction set unless one is named."""
+    """The arguments that every kernel over pairs takes."""
     for name, matrix in (("x", x), ("y", y)):
         require(matrix.dim() == 2, name, tuple(matrix.shape), "must be 2-D, (rows, dimension)")
         check_array(name, matrix, (len(matrix), x.shape[1]), torch.float32, CPU)
+    sizes = {"rows": len(x), "columns": len(y), "dimension": x.shape[1]}
+    return {"x": x.data_ptr(), "y": y.data_ptr(), **sizes, **_execution(instruction_set)}
+
+
+def _combined(a: Tensor, b: Tensor, instruction_set: str | None) -> dict[str, object]:
+    """The arguments that both geometric kernels take."""
+    require(a.dim() == 2, "a", tuple(a.shape), "must be 2-D, (rows, dimension)")
+    for name, matrix in (("a", a), ("b", b)):
+        check_array(name, matrix, tuple(a.shape), torch.float32, CPU)
+    sizes = {"rows": len(a), "dimension": a.shape[1]}
+    return {"a": a.data_ptr(), "b": b.data_ptr(), **sizes, **_execution(instruction_set)}
+
+
+def _execution(instruction_set: str | None) -> dict[str, object]:
+    """torch's number of threads, and the fastest instruction set unless one is named."""
     return {
-        "x": x.data_ptr(),
-        "rows": len(x),
-        "y": y.data_ptr(),
-        "columns": len(y),
-        "dimension": x.shape[1],
         "threads": torch.get_num_threads(),
         "instruction_set": instruction_set or load_extension().features()["cpu_here"][-1],
     }

@@ -2,7 +2,8 @@
 
 For row-embeddings A, B (N x D) put P = A + B, M = A - B, X = M^T P. Then, exactly,
   |A B^T - B A^T|^2 + |A A^T - B B^T|^2 = <P^T P, M^T M> = |P M^T|^2        (squared Frobenius norms)
-                      |A A^T - B B^T|^2 = 1/2 (<P^T P, M^T M> + tr(X X)).
+                      |A A^T - B B^T|^2 = 1/2 (<P^T P, M^T M> + tr(X X))
+                      |A B^T - B A^T|^2 = 1/2 (<P^T P, M^T M> - tr(X X)).
 The products that run over the batch are D x D: only they are summed over the processes, and no embedding is gathered.
 Where the global batch is smaller than D, the N x N matrix is the smaller and cheaper one, and takes their place.
 
@@ -15,102 +16,182 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from modstruct import distributed
+from modstruct.config import Precision
+from modstruct.pairwise import dispatch
 from modstruct.pairwise.global_batch import global_rows, paired_rows
 
-BLOCK_ROWS = 4096  # rows that are in float64 at once
+FLOAT64_ROWS = 4096  # rows that are in float64 at once
 
 
-def geometric_consistency(a: Tensor, b: Tensor) -> Tensor:
+def geometric_consistency(a: Tensor, b: Tensor, precision: Precision = "float32") -> Tensor:
     """Both geometric terms at once: sum over pairs j, k of (<a_j,b_k> - <a_k,b_j>)^2 + (<a_j,a_k> - <b_j,b_k>)^2.
 
-    N times the L_GC of Jiang et al. 2023, section 4.3. a, b: this process's (B, D) rows, the same B on every process.
-    Returns a scalar, the sum over the N^2 pairs of all processes, the same on each. Exactly 0 where a equals b.
+    N times the L_GC of Jiang et al. 2023, section 4.3. a, b: this process's (B, D) rows, the same B on every process;
+    half precision is taken to float32. precision: how products are formed on a GPU, see config.Precision. Returns a
+    scalar, the sum over the N^2 pairs of all processes, the same on each. Exactly 0 where a equals b. Raises
+    ValueError, by name, where a shape, dtype or device does not fit.
 
     Accuracy: every term of the sum is formed from a - b, so float32 is within 1e-6 of the value however small it is.
-    Cost: 8 N D^2 operations forward and backward, memory O(B D + D^2); for N < D 6 N^2 D and O(B D + B N).
+    Cost: 8 N D^2 operations forward and backward, memory O(D^2) besides the gradients; for N < D 6 N^2 D and O(B N).
     """
-    a, b = paired_rows(a, b, "a and b")
-    with torch.autocast(a.device.type, enabled=False):  # else the products would run in half precision
-        if global_rows(a) < a.shape[1]:
+    a, b = paired_rows(a=a, b=b)
+    dispatch.check_precision(precision)
+    if global_rows(a) < a.shape[1]:
+        with torch.autocast(a.device.type, enabled=False):  # else the product would run in half precision
             products = (a + b) @ distributed.gather(a - b).T  # (B, N)
-            return distributed.all_sum(products.square().sum())
-        return _GeometricConsistency.apply(a, b)
+        return distributed.all_sum(products.square().sum())
+    plus_products, minus_products = distributed.all_sum(torch.stack(geometric_products(a, b, precision)))
+    return (plus_products * minus_products).sum()
 
 
 def gram_difference(a: Tensor, b: Tensor) -> Tensor:
     """The second geometric term alone, the Gram matrices' distance: sum over pairs j, k of (<a_j,a_k> - <b_j,b_k>)^2.
 
-    Inside L_GC^a of Jiang et al. 2023, section 4.3. Arguments and result as in `geometric_consistency`, never negative.
+    Inside L_GC^a of Jiang et al. 2023, section 4.3. Arguments, result and errors as in `geometric_consistency`; never
+    negative.
 
     Accuracy: the two terms of the closed form have opposite signs. Rounding is relative to the sum of BOTH geometric
     terms, not to this one, which can be a 1e-8 part of it: where b is a rotated a, both have the same Gram matrix. In
     float32 that left a value 700 % off and negative. So all products here are in float64 (1e-16 of the sum), the value
     is cut at 0, and the gradient is that of the uncut value, which is right at 0 too.
-    Cost: 14 N D^2 operations in float64, forward and backward, memory O(B D + D^2) and blocks of rows in float64;
-    for N < D 12 N^2 D and O(B N).
+    Cost: 14 N D^2 operations in float64, forward and backward, memory O(D^2) and blocks of rows in float64; for N < D
+    12 N^2 D and O(B N).
     """
-    a, b = paired_rows(a, b, "a and b")
+    a, b = paired_rows(a=a, b=b)
     if global_rows(a) < a.shape[1]:
-        a_rows, b_rows = a.double(), b.double()
-        a_all, b_all = distributed.gather(a).double(), distributed.gather(b).double()
-        difference = a_rows @ a_all.T - b_rows @ b_all.T  # (B, N)
+        with torch.autocast(a.device.type, enabled=False):
+            difference = _float64_gram(a, a) - _float64_gram(b, b)
         return distributed.all_sum(difference.square().sum()).to(a.dtype)
-    return _GramDifference.apply(a, b)
+    return _single_term(a, b, 1)
 
 
-class _GeometricConsistency(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, a: Tensor, b: Tensor) -> Tensor:
-        plus, minus = a + b, a - b
-        products = distributed.sum_over_processes(torch.stack((plus.T @ plus, minus.T @ minus)))  # (2, D, D)
-        ctx.save_for_backward(a, b, products)
-        return (products[0] * products[1]).sum()
+def gram_asymmetry(a: Tensor, b: Tensor) -> Tensor:
+    """The first geometric term alone, the asymmetry of a b^T: sum over pairs j, k of (<a_j,b_k> - <a_k,b_j>)^2.
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        a, b, (plus_products, minus_products) = ctx.saved_tensors
-        # Every process asks for the gradient of the same global value: the adjoint of the sum in the forward.
-        factor = 2 * distributed.sum_over_processes(gradient)
-        plus_gradient = factor * ((a + b) @ minus_products)
-        minus_gradient = factor * ((a - b) @ plus_products)
-        return plus_gradient + minus_gradient, plus_gradient - minus_gradient
+    Inside L_GC of Jiang et al. 2023, section 4.3. All else as in `gram_difference`.
+    """
+    a, b = paired_rows(a=a, b=b)
+    if global_rows(a) < a.shape[1]:
+        with torch.autocast(a.device.type, enabled=False):
+            difference = _float64_gram(a, b) - _float64_gram(b, a)
+        return distributed.all_sum(difference.square().sum()).to(a.dtype)
+    return _single_term(a, b, -1)
 
 
-class _GramDifference(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, a: Tensor, b: Tensor) -> Tensor:
-        width = a.shape[1]
-        products = a.new_zeros(3, width, width, dtype=torch.float64)
+def _float64_gram(rows: Tensor, columns: Tensor) -> Tensor:
+    """Inner products of this process's rows with the columns of all processes, (B, N), in float64."""
+    return rows.double() @ distributed.gather(columns).double().T
+
+
+def _single_term(a: Tensor, b: Tensor, sign: int) -> Tensor:
+    plus_products, minus_products, mixed = distributed.all_sum(gram_products(a, b))
+    value = ((plus_products * minus_products).sum() + sign * (mixed * mixed.T).sum()) / 2
+    return (value + (value.clamp(min=0) - value).detach()).to(a.dtype)
+
+
+# P^T P and M^T M, (D, D) each, of one process's rows, by the kernels.
+
+
+@torch.library.custom_op("modstruct::geometric_products", mutates_args=())
+def geometric_products(a: Tensor, b: Tensor, precision: str) -> tuple[Tensor, Tensor]:
+    """(a + b)^T (a + b) and (a - b)^T (a - b), both (D, D). a, b: (B, D), of one dtype and device, contiguous."""
+    return dispatch.call("geometric_products", a, b, precision)
+
+
+@geometric_products.register_fake
+def _(a: Tensor, b: Tensor, precision: str) -> tuple[Tensor, Tensor]:
+    return a.new_empty(a.shape[1], a.shape[1]), a.new_empty(a.shape[1], a.shape[1])
+
+
+@torch.library.custom_op("modstruct::geometric_gradients", mutates_args=())
+def geometric_gradients(
+    plus_gradient: Tensor, minus_gradient: Tensor, a: Tensor, b: Tensor, precision: str
+) -> tuple[Tensor, Tensor]:
+    """From the gradients of both products, (D, D), to those of a and b.
+
+    An operator without a derivative, so that autograd refuses a second one instead of taking it for zero.
+    """
+    weights = [(gradient + gradient.T).contiguous() for gradient in (plus_gradient, minus_gradient)]
+    return dispatch.call("geometric_pulls", a, b, *weights, precision)
+
+
+@geometric_gradients.register_fake
+def _(plus_gradient: Tensor, minus_gradient: Tensor, a: Tensor, b: Tensor, precision: str) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(a), torch.empty_like(b)
+
+
+def _keep(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    a, b, ctx.precision = inputs
+    ctx.save_for_backward(a, b)
+
+
+def _backward(ctx, plus_gradient: Tensor, minus_gradient: Tensor) -> tuple:
+    return *geometric_gradients(plus_gradient, minus_gradient, *ctx.saved_tensors, ctx.precision), None
+
+
+geometric_products.register_autograd(_backward, setup_context=_keep)
+
+
+# P^T P, M^T M and M^T P in float64, for the single terms. Plain products of matrices: a BLAS serves them best.
+
+
+@torch.library.custom_op("modstruct::gram_products", mutates_args=())
+def gram_products(a: Tensor, b: Tensor) -> Tensor:
+    """(a + b)^T (a + b), (a - b)^T (a - b) and (a - b)^T (a + b), (3, D, D) in float64. a, b: (B, D)."""
+    products = a.new_zeros(3, a.shape[1], a.shape[1], dtype=torch.float64)
+    with torch.autocast(a.device.type, enabled=False):
         for plus, minus in _float64_blocks(a, b):
             products[0].addmm_(plus.T, plus)
             products[1].addmm_(minus.T, minus)
             products[2].addmm_(minus.T, plus)
-        products = distributed.sum_over_processes(products)
-        ctx.save_for_backward(a, b, products)
-        plus_products, minus_products, mixed = products
-        value = ((plus_products * minus_products).sum() + (mixed * mixed.T).sum()) / 2
-        return value.clamp(min=0).to(a.dtype)
+    return products
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        a, b, (plus_products, minus_products, mixed) = ctx.saved_tensors
-        factor = distributed.sum_over_processes(gradient).double()
-        a_gradient, b_gradient = [], []
+
+@gram_products.register_fake
+def _(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(3, a.shape[1], a.shape[1], dtype=torch.float64)
+
+
+@torch.library.custom_op("modstruct::gram_gradients", mutates_args=())
+def gram_gradients(gradient: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """From the gradient of the products, (3, D, D), to those of a and b.
+
+    An operator without a derivative, so that autograd refuses a second one instead of taking it for zero.
+    """
+    a_gradient, b_gradient = torch.empty_like(a), torch.empty_like(b)
+    plus_weights, minus_weights = (gradient[i] + gradient[i].T for i in range(2))
+    mixed = gradient[2]
+    start = 0
+    with torch.autocast(a.device.type, enabled=False):
         for plus, minus in _float64_blocks(a, b):
-            plus_gradient = factor * (plus @ minus_products + minus @ mixed.T)
-            minus_gradient = factor * (minus @ plus_products + plus @ mixed)
-            a_gradient.append((plus_gradient + minus_gradient).to(a.dtype))
-            b_gradient.append((plus_gradient - minus_gradient).to(a.dtype))
-        return torch.cat(a_gradient), torch.cat(b_gradient)
+            rows = slice(start, start := start + len(plus))
+            plus_pull = plus @ plus_weights + minus @ mixed
+            minus_pull = minus @ minus_weights + plus @ mixed.T
+            a_gradient[rows] = plus_pull + minus_pull
+            b_gradient[rows] = plus_pull - minus_pull
+    return a_gradient, b_gradient
+
+
+@gram_gradients.register_fake
+def _(gradient: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(a), torch.empty_like(b)
+
+
+def _keep_rows(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gram_backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    return gram_gradients(gradient, *ctx.saved_tensors)
+
+
+gram_products.register_autograd(_gram_backward, setup_context=_keep_rows)
 
 
 def _float64_blocks(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """a + b and a - b in float64, some rows at a time."""
-    for a_rows, b_rows in zip(a.split(BLOCK_ROWS), b.split(BLOCK_ROWS), strict=True):
+    for a_rows, b_rows in zip(a.split(FLOAT64_ROWS), b.split(FLOAT64_ROWS), strict=True):
         a_rows, b_rows = a_rows.double(), b_rows.double()
         yield a_rows + b_rows, a_rows - b_rows

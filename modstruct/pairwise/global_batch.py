@@ -8,18 +8,50 @@ from torch import Tensor
 from modstruct import distributed
 from modstruct.config import require
 
+PRODUCT_ROWS = 4096  # rows whose products are in memory at once
 
-def paired_rows(x: Tensor, y: Tensor, names: str) -> tuple[Tensor, Tensor]:
-    """x and y, both (B, D), row j of each belonging to pair j; half precision becomes float32, float64 stays.
 
-    names: what the caller calls them, for the error. Raises ValueError where the shapes do not fit.
+def checked_rows(**matrices: Tensor) -> list[Tensor]:
+    """What kernels take of (rows, D) matrices: contiguous, half precision taken to float32; float64 stays, for checks.
+
+    All on one device, of one dtype and one D. Raises ValueError, by the name of the argument, where one is not.
     """
-    fits = x.ndim == 2 and x.shape == y.shape and len(x) > 0
-    require(
-        fits, f"shapes of {names}", (tuple(x.shape), tuple(y.shape)), "give both the same shape (B, D), B at least 1"
-    )
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return x.to(dtype), y.to(dtype)
+    first_name, first = next(iter(matrices.items()))
+    for name, matrix in matrices.items():
+        require(matrix.dim() == 2, f"shape of {name}", tuple(matrix.shape), "must be 2-D, (rows, D)")
+        require(matrix.numel() > 0, f"shape of {name}", tuple(matrix.shape), "must hold at least one row and dimension")
+        require(matrix.is_floating_point(), f"dtype of {name}", matrix.dtype, "must be floating point")
+        for what, value, needed in (
+            ("width", matrix.shape[1], first.shape[1]),
+            ("dtype", matrix.dtype, first.dtype),
+            ("device", matrix.device, first.device),
+        ):
+            require(value == needed, f"{what} of {name}", value, f"must be {needed}, that of {first_name}")
+    return [matrix.to(torch.promote_types(matrix.dtype, torch.float32)).contiguous() for matrix in matrices.values()]
+
+
+def paired_rows(**matrices: Tensor) -> list[Tensor]:
+    """`checked_rows` of matrices that have as many rows, row j of each belonging to pair j."""
+    first_name, first = next(iter(matrices.items()))
+    for name, matrix in matrices.items():
+        remedy = f"must be {tuple(first.shape)}, that of {first_name}"
+        require(matrix.shape == first.shape, f"shape of {name}", tuple(matrix.shape), remedy)
+    return checked_rows(**matrices)
+
+
+def checked_scale(logit_scale: Tensor, x: Tensor) -> Tensor:
+    """logit_scale as (1,), of the dtype of x. Raises ValueError where it is not one number on the device of x."""
+    require(logit_scale.numel() == 1, "shape of logit_scale", tuple(logit_scale.shape), "give one number, shape (1,)")
+    require(logit_scale.is_floating_point(), "dtype of logit_scale", logit_scale.dtype, "must be floating point")
+    require(logit_scale.device == x.device, "device of logit_scale", logit_scale.device, f"must be {x.device}")
+    return logit_scale.to(x.dtype).reshape(1)
+
+
+def require_constant(**tensors: Tensor) -> None:
+    """Refuse tensors that ask for a gradient where the term has none for them."""
+    for name, tensor in tensors.items():
+        constant = not (torch.is_grad_enabled() and tensor.requires_grad)
+        require(constant, f"{name}.requires_grad", True, "no gradient reaches it: give it detached, as .detach()")
 
 
 def global_rows(rows: Tensor) -> int:
@@ -30,3 +62,9 @@ def global_rows(rows: Tensor) -> int:
 def global_mean(values: Tensor) -> Tensor:
     """Mean over the pairs of all processes, of this process's (B,); a scalar, the same on every process."""
     return distributed.all_sum(values.sum()) / global_rows(values)
+
+
+def sum_of_products(a: Tensor, b: Tensor) -> Tensor:
+    """sum_jd a_jd b_jd, as (1,), without an array of the size of a."""
+    blocks = zip(a.split(PRODUCT_ROWS), b.split(PRODUCT_ROWS), strict=True)
+    return torch.stack([(p * q).sum(dtype=torch.float64) for p, q in blocks]).sum().to(a.dtype).reshape(1)

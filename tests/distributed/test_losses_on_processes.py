@@ -14,7 +14,7 @@ from modstruct import distributed
 from modstruct.config import BridgeConfig, ContrastiveConfig, GeometryConfig, LossesConfig, SeparationConfig
 from modstruct.embeddings import Embeddings
 from modstruct.losses.objective import Objective
-from modstruct.pairwise import info_nce
+from modstruct.pairwise import torch_tiles
 
 PAIRS, FEATURES = 24, 10
 OFF = ContrastiveConfig(weight=0.0)
@@ -75,7 +75,7 @@ def losses_and_gradients(dtype_name: str, spoiled: bool = False) -> dict[str, di
     for width, tile_rows in WIDTHS.items():
         for name, config in OBJECTIVES.items():
             weights = parameters(width, dtype)
-            with mock.patch.dict(info_nce.TILE_ELEMENTS, cpu=tile_rows * PAIRS):
+            with mock.patch.dict(torch_tiles.TILE_ELEMENTS, cpu=tile_rows * PAIRS):
                 total, terms = Objective(config)(embeddings(weights, dtype, spoiled), step=7, seed=1)
                 total.backward()
             result = {f"term {term}": value for term, value in terms.items()}

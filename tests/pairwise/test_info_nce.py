@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from largest_tensor import LargestTensor
+from modstruct.pairwise.info_nce import info_nce, symmetric_info_nce
 from torch.nn.functional import normalize
 
 from modstruct.pairwise import info_nce as info_nce_module
 from modstruct.pairwise import reference
-from modstruct.pairwise.info_nce import info_nce, symmetric_info_nce
 
 
 def tiles_of(elements: int):
