@@ -297,8 +297,6 @@ class LossesConfig:
     """Brownian bridge (inter-modality)."""
     geometry: GeometryConfig = field(default_factory=GeometryConfig)
     """Geometric consistency (intra- and inter-modality)."""
-    precision: Precision = "tf32"
-    """What products of embeddings over all pairs are formed from on a GPU; sums are float32. The CPU takes float32."""
 
     def __post_init__(self):
         weights = {n: getattr(self, n).weight for n in ("contrastive", "separation", "bridge", "geometry")}
@@ -351,6 +349,8 @@ class TrainConfig:
     """Length of the run in passes over the training source; give this or train.steps."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """What the towers compute in; losses are always float32. fp16 needs a GPU."""
+    pairwise_precision: Precision = "tf32"
+    """What the losses' products of embeddings are formed from on a GPU; sums are float32. The CPU takes float32."""
     seed: int = 0
     """Seed of the weights, the order of data, the views and every draw."""
     max_skipped_steps: int = 10

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from modstruct import distributed
-from modstruct.config import LossesConfig, require
+from modstruct.config import LossesConfig, Precision, require
 from modstruct.embeddings import Embeddings
 from modstruct.losses.bridge import Bridge
 from modstruct.losses.contrastive import Contrastive
 from modstruct.losses.geometry import Geometry
 from modstruct.losses.separation import Separation
 
-# By the name of their section in the recipe. A loss is made from that section and losses.precision, names the
+# By the name of their section in the recipe. A loss is made from that section and the precision, names the
 # embeddings it needs, and maps (embeddings, step, seed) to its value and its named components. A new one is a file, a
 # line here, a section there.
 LOSSES = {
@@ -33,10 +33,10 @@ class Objective:
     independent: whether they need the independent embeddings, and so their heads.
     """
 
-    def __init__(self, config: LossesConfig):
+    def __init__(self, config: LossesConfig, precision: Precision = "float32"):
         sections = {name: getattr(config, name) for name in LOSSES}
         self.weights = {name: section.weight for name, section in sections.items() if section.weight > 0}
-        self.losses = {name: LOSSES[name](sections[name], config.precision) for name in self.weights}
+        self.losses = {name: LOSSES[name](sections[name], precision) for name in self.weights}
         needs = frozenset().union(*(loss.needs for loss in self.losses.values()))
         self.views = frozenset(name.split("_")[0] + "_augmented" for name in needs if name.endswith("_augmented"))
         self.independent = any("independent" in name for name in needs)

@@ -94,7 +94,7 @@ def open_run(recipe: Recipe, ds_config: str, resume: str | None) -> Run:
     state = saved.state if saved else checkpoints.TrainState(data_fingerprint=fingerprint)
     if state.data_fingerprint != fingerprint:
         refuse("data.train", recipe.data.train, "holds other samples, or other weights, than the checkpoint's")
-    objective = Objective(recipe.losses)
+    objective = Objective(recipe.losses, recipe.train.pairwise_precision)
     torch.manual_seed(recipe.train.seed)
     config = replace(recipe.model, pretrained=None) if saved else recipe.model
     model = TwoTower(config, recipe.views, data.tokenizer, objective.independent)
