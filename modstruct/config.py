@@ -343,6 +343,9 @@ class OptimizerConfig:
 class TrainConfig:
     global_batch: int = 256
     """Pairs a step takes, over all processes; a multiple of the number of processes."""
+    micro_batch: int | None = None
+    """Pairs that a process embeds at once, if it has more: the gradient cache makes the same step of them in the memory
+    of so many, for one more forward pass. null embeds all that a process has."""
     steps: int | None = None
     """Length of the run in steps; give this or train.epochs."""
     epochs: float | None = None
@@ -358,6 +361,8 @@ class TrainConfig:
 
     def __post_init__(self):
         require(self.global_batch >= 1, "train.global_batch", self.global_batch, "at least 1")
+        fits = self.micro_batch is None or self.micro_batch >= 1
+        require(fits, "train.micro_batch", self.micro_batch, "at least 1, or null")
         require(
             (self.steps is None) != (self.epochs is None),
             "train.steps",

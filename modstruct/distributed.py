@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import warnings
 from datetime import timedelta
 
 import torch
@@ -29,6 +30,9 @@ def start_processes() -> None:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed 0.19 calls them so at every step of stage 3, and torch 2.14 complains each time.
+    renamed = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
+    warnings.filterwarnings("ignore", renamed, FutureWarning)
     if "RANK" not in os.environ:
         os.environ.update(_slurm_task() or _alone())
     if on_gpu():
@@ -152,18 +156,23 @@ def sum_over_processes(values: Tensor) -> Tensor:
     return values
 
 
+# torch 2.14 renamed both, and warns of the old names in every process.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: Tensor) -> Tensor:
         ctx.rows = rows.shape[0]
         out = rows.new_empty((world_size() * rows.shape[0], *rows.shape[1:]))
-        dist.all_gather_into_tensor(out, rows.contiguous())
+        _all_gather(out, rows.contiguous())
         return out
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
         mine = gradient.new_empty((ctx.rows, *gradient.shape[1:]))
-        dist.reduce_scatter_tensor(mine, gradient.contiguous())
+        _reduce_scatter(mine, gradient.contiguous())
         return mine
 
 

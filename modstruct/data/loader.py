@@ -1,8 +1,9 @@
-"""Training batches: step s -> this process's rows of the global batch of step s."""
+"""Training batches: step s -> this process's rows of the global batch of step s, whole or in micro-batches."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,7 +29,7 @@ SUBSTITUTES = 200
 
 @dataclass
 class TrainBatch:
-    """One process's rows of one step, and what went wrong on the way."""
+    """One process's rows of one step, or a micro-batch of them, and what went wrong on the way."""
 
     tensors: dict[str, Tensor]
     """image uint8 (B, 3, H, W), text int64 (B, L), and image_augmented, text_augmented likewise where asked for."""
@@ -43,10 +44,11 @@ class TrainBatch:
 
 
 class LocalBatches(Dataset):
-    """Map from a step to a TrainBatch.
+    """Map from s * parts + i to the i-th part of step s, a TrainBatch of at most `micro_batch` rows.
 
     Row r of the global batch of step s is slot s * global_batch + r of `order`; process p of W has the rows
-    [p B / W, (p + 1) B / W). augmented: which of "image_augmented" and "text_augmented" to make. seed: of the views.
+    [p B / W, (p + 1) B / W), cut into equal parts but for the last. augmented: which of "image_augmented" and
+    "text_augmented" to make. seed: of the views.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class LocalBatches(Dataset):
         augmented: Collection[str],
         max_image_pixels: int,
         global_batch: int,
+        micro_batch: int | None,
         seed: int,
         process: int,
         processes: int,
@@ -73,11 +76,15 @@ class LocalBatches(Dataset):
         self.augmented = frozenset(augmented)
         self.max_image_pixels = max_image_pixels
         self.global_batch, self.rows = global_batch, global_batch // processes
+        self.part_rows = min(micro_batch or self.rows, self.rows)
+        self.parts = math.ceil(self.rows / self.part_rows)
         self.first_row = process * self.rows
         self.seed = seed
 
-    def __getitem__(self, step: int) -> TrainBatch:
-        slots = step * self.global_batch + self.first_row + np.arange(self.rows)
+    def __getitem__(self, index: int) -> TrainBatch:
+        step, part = divmod(index, self.parts)
+        rows = np.arange(part * self.part_rows, min((part + 1) * self.part_rows, self.rows))
+        slots = step * self.global_batch + self.first_row + rows
         epochs, samples = self.order.locate(slots)
         batch = TrainBatch({})
         places = zip(slots.tolist(), epochs.tolist(), samples.tolist(), strict=True)
@@ -134,11 +141,13 @@ def train_loader(
     seed: int,
     start_step: int,
     stop_step: int,
+    micro_batch: int | None = None,
     process: int | None = None,
     processes: int | None = None,
 ) -> WorkerLoader:
     """Loader of the TrainBatches of the steps start_step … stop_step - 1; any start is as quick as the first.
 
+    micro_batch: rows of a TrainBatch at most, so that a step comes in several; `steps_of` puts them together.
     augmented: the subset of {"image_augmented", "text_augmented"} that the losses need. process, processes: rank of
     this process and their number, by default those of torch.distributed. Raises ValueError if global_batch is no
     multiple of the number of processes, if pipes do not fit their cache, or if batches do not fit the shared memory.
@@ -152,13 +161,25 @@ def train_loader(
         augmented=augmented,
         max_image_pixels=config.max_image_pixels,
         global_batch=global_batch,
+        micro_batch=micro_batch,
         seed=seed,
         process=distributed.rank() if process is None else process,
         processes=distributed.world_size() if processes is None else processes,
     )
     image_bytes = 3 * views.image_size**2 * (1 + ("image_augmented" in augmented))
-    require_shared_memory(dataset.rows * image_bytes, config.workers)
-    return WorkerLoader(dataset, range(start_step, stop_step), config.workers, pin_memory=distributed.on_gpu())
+    require_shared_memory(dataset.part_rows * image_bytes, config.workers)
+    items = range(start_step * dataset.parts, stop_step * dataset.parts)
+    return WorkerLoader(dataset, items, config.workers, pin_memory=distributed.on_gpu())
+
+
+def steps_of(loader: WorkerLoader) -> Iterator[list[TrainBatch]]:
+    """The parts of one step after the other."""
+    parts = []
+    for batch in loader:
+        parts.append(batch)
+        if len(parts) == loader.dataset.parts:
+            yield parts
+            parts = []
 
 
 def _require_pipe_room(samples: Samples, config: DataConfig) -> None:

@@ -14,7 +14,7 @@ import torch
 from modstruct import checkpoints, distributed
 from modstruct.config import Recipe, RunError, refuse, require
 from modstruct.data.faults import FaultLedger
-from modstruct.data.loader import train_loader, train_order
+from modstruct.data.loader import steps_of, train_loader, train_order
 from modstruct.data.run_data import RunData, open_run_data
 from modstruct.evaluation.evaluate import evaluate
 from modstruct.evaluation.examples import retrieved_examples
@@ -164,20 +164,21 @@ def train(run: Run, stop: StopRequest) -> None:
         run.objective.views,
         global_batch=recipe.train.global_batch,
         seed=recipe.train.seed,
+        micro_batch=recipe.train.micro_batch,
         start_step=state.step,
         stop_step=run.steps,
     )
     ledger = FaultLedger("data.train", recipe.data.max_bad_share, distributed.rank())
-    device = distributed.device()
     run.engine.train()
-    for batch in loader:
-        tensors = {name: rows.to(device, non_blocking=True) for name, rows in batch.tensors.items()}
+    for batches in steps_of(loader):
+        parts = [batch.tensors for batch in batches]
         rate = learning_rate(recipe.optimizer, state.step, run.steps)
-        report = train_step(run.engine, run.objective, tensors, state.step, recipe.train.seed, rate, stop.requested)
+        report = train_step(run.engine, run.objective, parts, state.step, recipe.train.seed, rate, stop.requested)
         run.full.clamp(run.engine.module.logit_scale, 0, recipe.model.logit_scale_max)
         state.step += 1
         note_skip(report, state, recipe)
-        ledger.add(batch.faults, batch.tried)
+        for batch in batches:
+            ledger.add(batch.faults, batch.tried)
         run.telemetry.step(state.step, report, recipe.logging.every_steps, rate, lambda: figures(report, ledger))  # noqa: B023
         if state.step % CHECK_SAMPLES_EVERY == 0 or state.step == run.steps:
             check_samples(ledger)

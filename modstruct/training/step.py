@@ -10,6 +10,7 @@ from torch import Tensor
 from modstruct import distributed
 from modstruct.embeddings import Embeddings
 from modstruct.losses.objective import Objective
+from modstruct.training.gradient_cache import Batch, embed
 
 
 @dataclass
@@ -31,7 +32,7 @@ class StepReport:
 def train_step(
     engine,
     objective: Objective,
-    batch: dict[str, Tensor],
+    parts: list[Batch],
     step: int,
     seed: int,
     learning_rate: float,
@@ -39,11 +40,12 @@ def train_step(
 ) -> StepReport:
     """Forward, losses over the global batch, backward, optimizer.
 
+    parts: this process's batch, in one part or in micro-batches.
     A non-finite loss or gradient leaves the weights and moments as they are, on every process alike.
     """
-    embeddings = Embeddings(**engine(batch))
-    total, terms = objective(embeddings, step, seed)
-    report = StepReport(total.detach(), {k: v.detach() for k, v in terms.items()}, embeddings)
+    embedded = embed(engine, parts)
+    total, terms = objective(embedded.embeddings, step, seed)
+    report = StepReport(total.detach(), {k: v.detach() for k, v in terms.items()}, embedded.embeddings)
     flags = torch.stack([(~torch.isfinite(report.total)).float(), torch.full_like(report.total, float(stop_requested))])
     # One small maximum a step, so that all processes skip, and stop, together.
     non_finite, stop = distributed.max_over_processes(flags).tolist()
@@ -54,7 +56,7 @@ def train_step(
         return report
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
-    engine.backward(total)
+    embedded.backward(total)
     report.gradient_norm, finite = _step(engine)
     if not finite:
         report.skipped, report.overflow = "the gradient is not finite", True

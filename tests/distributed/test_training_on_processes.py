@@ -127,11 +127,11 @@ def skipped_steps(folder: str, cache: str) -> dict[str, bool]:
 
         before = weights()
         for where in ("gradient", "loss"):
-            report = train_step(run.engine, poison(run, where), batch, 0, 0, 1e-2)
+            report = train_step(run.engine, poison(run, where), [batch], 0, 0, 1e-2)
             unmoved = all(torch.equal(a, b) for a, b in zip(before, weights(), strict=True))
             reason = "bridge" if where == "loss" else "gradient"
             outcome[f"{stage} {precision} {where}"] = unmoved and reason in (report.skipped or "")
-        report = train_step(run.engine, run.objective, batch, 1, 0, 1e-2)
+        report = train_step(run.engine, run.objective, [batch], 1, 0, 1e-2)
         moved = any(not torch.equal(a, b) for a, b in zip(before, weights(), strict=True))
         outcome[f"{stage} {precision} recovers"] = moved and report.skipped is None and run.full.step == 1
     return outcome

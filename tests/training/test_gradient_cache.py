@@ -1,0 +1,167 @@
+"""The gradient cache: the gradient of the whole batch from micro-batches, random draws repeated, statistics moved once."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from modstruct.config import ContrastiveConfig, GeometryConfig, LossesConfig, SeparationConfig
+from modstruct.embeddings import Embeddings
+from modstruct.losses.objective import Objective
+from modstruct.training.gradient_cache import CachedBatch, WholeBatch, embed
+
+PAIRS, FEATURES, WIDTH = 23, 12, 6
+OBJECTIVE = Objective(
+    LossesConfig(
+        contrastive=ContrastiveConfig(in_modal=True),
+        separation=SeparationConfig(weight=1.0),
+        geometry=GeometryConfig(weight=0.25),
+    )
+)
+VIEWS = ("image", "image_augmented", "text", "text_augmented")
+
+
+class Towers(nn.Module):
+    """Two small towers that make what the model makes."""
+
+    def __init__(self, middle: nn.Module):
+        super().__init__()
+        torch.manual_seed(0)
+        for name in ("image", "text"):
+            for head in ("", "_independent"):
+                tower = nn.Sequential(nn.Linear(FEATURES, 16), middle, nn.Linear(16, WIDTH))
+                self.add_module(name + head, tower)
+        self.logit_scale = nn.Parameter(torch.tensor([2.0]))
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        made = {"logit_scale": self.logit_scale.float().exp()}
+        for view, rows in batch.items():
+            modality = view.split("_")[0]
+            rows = rows.to(self.logit_scale.dtype)
+            made[view] = normalize(getattr(self, modality)(rows).float(), dim=1)
+            own = normalize(getattr(self, f"{modality}_independent")(rows).float(), dim=1)
+            made[view.replace(modality, f"{modality}_independent")] = own
+        return made
+
+
+class PlainEngine:
+    """What the gradient cache asks of DeepSpeed at stage 0, over a bare module in one process."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self.reductions = 0
+
+    def __call__(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.module(batch)
+
+    def backward(self, total: Tensor) -> None:
+        total.backward()
+
+    def zero_optimization_stage(self) -> int:
+        return 0
+
+    @contextmanager
+    def no_sync(self):
+        yield
+
+    def allreduce_gradients(self) -> None:
+        self.reductions += 1
+
+
+def batch() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {view: torch.randn(PAIRS, FEATURES, generator=generator) for view in VIEWS}
+
+
+def in_parts(rows: int) -> list[dict[str, Tensor]]:
+    whole = batch()
+    return [{name: z[start : start + rows] for name, z in whole.items()} for start in range(0, PAIRS, rows)]
+
+
+def gradients(embedded: WholeBatch | CachedBatch) -> list[Tensor]:
+    total, _ = OBJECTIVE(embedded.embeddings, step=0, seed=0)
+    embedded.backward(total)
+    return [p.grad.clone() for p in embedded.engine.module.parameters()]
+
+
+class WithGraph:
+    """Every part embedded once with its graph: what the cache must give, with the memory that it must not take."""
+
+    def __init__(self, engine: PlainEngine, parts: list[dict[str, Tensor]]):
+        self.engine = engine
+        made = [engine(part) for part in parts]
+        rows = {n: torch.cat([m[n] for m in made]) for n in made[0] if n != "logit_scale"}
+        self.embeddings = Embeddings(**rows, logit_scale=made[0]["logit_scale"])
+
+    def backward(self, total: Tensor) -> None:
+        total.backward()
+
+
+def assert_equal_gradients(found: list[Tensor], right: list[Tensor], tolerance: float) -> None:
+    for f, r in zip(found, right, strict=True):
+        assert (f.double() - r.double()).norm() <= tolerance * r.double().norm()
+
+
+@pytest.mark.parametrize("rows", [1, 5, 22])
+def test_gradients_are_those_of_the_undivided_batch(rows):
+    cached = PlainEngine(Towers(nn.GELU()))
+    found = gradients(CachedBatch(cached, in_parts(rows)))
+    assert_equal_gradients(found, gradients(WholeBatch(PlainEngine(Towers(nn.GELU())), batch())), 1e-5)
+    assert cached.reductions == 1
+
+
+def test_dropout_falls_as_it_did_in_the_first_pass():
+    torch.manual_seed(7)
+    found = gradients(CachedBatch(PlainEngine(Towers(nn.Dropout(0.4))), in_parts(5)))
+    after = torch.rand(3)
+    torch.manual_seed(7)
+    right = gradients(WithGraph(PlainEngine(Towers(nn.Dropout(0.4))), in_parts(5)))
+    assert_equal_gradients(found, right, 1e-5)
+    assert torch.equal(after, torch.rand(3))  # and the next step draws what it would have drawn
+
+
+def test_batch_norm_statistics_move_once_a_step():
+    cached, graph = (PlainEngine(Towers(nn.BatchNorm1d(16))) for _ in range(2))
+    found, right = gradients(CachedBatch(cached, in_parts(8))), gradients(WithGraph(graph, in_parts(8)))
+    assert_equal_gradients(found, right, 1e-5)
+    for moved, once in zip(cached.module.buffers(), graph.module.buffers(), strict=True):
+        torch.testing.assert_close(moved, once)
+
+
+def test_bfloat16_gradients_are_summed_in_float32():
+    """Of 23 micro-batches: no worse than rounding once, where a sum in bfloat16 rounds at every one."""
+    low = PlainEngine(Towers(nn.GELU()).bfloat16())
+    summed = gradients(CachedBatch(low, in_parts(1)))
+    # The same micro-batch gradients, kept apart and added in float64.
+    single = PlainEngine(Towers(nn.GELU()).bfloat16())
+    cached = CachedBatch(single, in_parts(1))
+    OBJECTIVE(cached.embeddings, step=0, seed=0)[0].backward()
+    exact = [torch.zeros_like(p, dtype=torch.float64) for p in single.module.parameters()]
+    rounded = [torch.zeros_like(p) for p in single.module.parameters()]
+    for i, part in enumerate(in_parts(1)):
+        made = single(part)
+        names = [n for n in made if n != "logit_scale"]
+        carrier = sum((made[n] * cached.leaves[n].grad[i]).sum() for n in names)
+        if i == 0:
+            carrier = carrier + (made["logit_scale"] * cached.leaves["logit_scale"].grad).sum()
+        got = torch.autograd.grad(carrier, list(single.module.parameters()), allow_unused=True)
+        for total, low_total, g in zip(exact, rounded, got, strict=True):
+            if g is not None:
+                total += g.double()
+                low_total += g
+
+    def error(sums: list[Tensor]) -> float:
+        off = sum((s.double() - e).square().sum() for s, e in zip(sums, exact, strict=True))
+        return (off / sum(e.square().sum() for e in exact)).sqrt().item()
+
+    assert error(summed) < 2**-8  # half a unit in the last place of bfloat16, whose significand has 8 bits
+    assert error(summed) < error(rounded) / 2
+
+
+def test_one_part_is_embedded_with_its_graph():
+    assert isinstance(embed(PlainEngine(Towers(nn.GELU())), [batch()]), WholeBatch)
+    assert isinstance(embed(PlainEngine(Towers(nn.GELU())), in_parts(12)), CachedBatch)
