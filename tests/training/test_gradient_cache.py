@@ -1,4 +1,4 @@
-"""The gradient cache: the gradient of the whole batch from micro-batches, random draws repeated, statistics moved once."""
+"""The gradient cache: the whole batch's gradient from micro-batches, draws repeated, statistics moved once."""
 
 from __future__ import annotations
 
