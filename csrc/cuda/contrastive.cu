@@ -1,0 +1,178 @@
+// Contrastive terms: log-sum-exps of the logits along rows and columns, and the weights of the gradient.
+#include <device.cuh>
+
+#include "numbers.cuh"
+#include "product.cuh"
+#include "sums.cuh"
+#include "tile.cuh"
+#include "weights.cuh"
+
+namespace modstruct {
+namespace {
+
+template <class Kind>
+struct StatisticsOfTiles {
+    using Parameters = ContrastiveStatistics;
+    using Tile = WideTile;
+    using Value = LogSum<typename Kind::Base>;
+    static constexpr const char* NAME = "contrastive_statistics";
+    static constexpr int THREADS = Tile::THREADS;
+    static constexpr int SHARED_BYTES = Tile::SHARED_BYTES;
+
+    static __device__ __forceinline__ void run(const Parameters& p, unsigned char* shared) {
+        using Base = typename Kind::Base;
+        const Panel& panel = p.panel;
+        const Place<Tile> place(panel.row_count, panel.column_count);
+        Sums<Tile> sums;
+        product<Kind>(sums, {panel.rows, panel.row_count, nullptr}, {panel.columns, panel.column_count, nullptr},
+                      panel.row_bytes, place, shared);
+        scale_and_mask(sums, place, panel.first, *panel.scale * Base::PER_NAT,
+                       [&](int row, float logit) { p.positive[place.row_start + row] = logit * Base::NATS; });
+
+        Value rows[ROW_SLOTS];
+#pragma unroll
+        for (int r = 0; r < ROW_SLOTS; ++r) {
+            rows[r] = Value::none();
+#pragma unroll
+            for (int c = 0; c < Tile::COLUMN_SLOTS; ++c) {
+                rows[r].max = larger(rows[r].max, sums.at(r, c));
+            }
+#pragma unroll
+            for (int c = 0; c < Tile::COLUMN_SLOTS; ++c) {
+                rows[r].sum += Base::exponential(sums.at(r, c) - rows[r].max);
+            }
+        }
+        const int64_t row_start = place.row_tile * Tile::ROWS;
+        Value* row_partials = reinterpret_cast<Value*>(p.row_partials) + place.column_tile * panel.row_count;
+        over_columns(rows, place, shared, [&](int row, const Value& value) {
+            if (row_start + row < panel.row_count) {
+                row_partials[row_start + row] = value;
+            }
+        });
+        if (p.column_lse == nullptr) {
+            return;
+        }
+
+        Value columns[Tile::COLUMN_SLOTS];
+#pragma unroll
+        for (int c = 0; c < Tile::COLUMN_SLOTS; ++c) {
+            columns[c] = Value::none();
+#pragma unroll
+            for (int r = 0; r < ROW_SLOTS; ++r) {
+                columns[c].max = larger(columns[c].max, sums.at(r, c));
+            }
+#pragma unroll
+            for (int r = 0; r < ROW_SLOTS; ++r) {
+                columns[c].sum += Base::exponential(sums.at(r, c) - columns[c].max);
+            }
+        }
+        const int64_t column_start = place.column_tile * Tile::COLUMNS;
+        Value* column_partials = reinterpret_cast<Value*>(p.column_partials) + place.row_tile * panel.column_count;
+        over_rows(columns, place, shared, [&](int column, const Value& value) {
+            if (column_start + column < panel.column_count) {
+                column_partials[column_start + column] = value;
+            }
+        });
+    }
+};
+
+// A thread for each row and each column of the panel.
+template <class Kind>
+struct StatisticsOfPanel {
+    using Parameters = ContrastiveStatistics;
+    using Value = LogSum<typename Kind::Base>;
+    static constexpr const char* NAME = "contrastive_statistics, its sums over tiles";
+    static constexpr int THREADS = 128;
+    static constexpr int SHARED_BYTES = 0;
+
+    static __device__ __forceinline__ void run(const Parameters& p, unsigned char*) {
+        const int64_t rows = p.panel.row_count;
+        const int64_t columns = p.panel.column_count;
+        const int64_t thread = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
+        if (thread < rows) {
+            const Value* partials = reinterpret_cast<const Value*>(p.row_partials) + thread;
+            p.row_lse[thread] = combine_all(partials, tiles(columns, TILE_COLUMNS), rows).log();
+            return;
+        }
+        const int64_t column = thread - rows;
+        if (p.column_lse == nullptr || column >= columns) {
+            return;
+        }
+        const Value* partials = reinterpret_cast<const Value*>(p.column_partials) + column;
+        Value* running = reinterpret_cast<Value*>(p.column_running) + column;
+        Value total = combine_all(partials, tiles(rows, TILE_ROWS), columns);
+        if (!p.first_panel) {
+            total = Value::combine(*running, total);
+        }
+        *running = total;
+        if (p.last_panel) {
+            p.column_lse[column] = total.log();
+        }
+    }
+};
+
+template <class Kind>
+struct WeightsOfTiles {
+    using Parameters = ContrastiveWeights;
+    using Tile = WideTile;
+    static constexpr const char* NAME = "contrastive_weights";
+    static constexpr int THREADS = Tile::THREADS;
+    static constexpr int SHARED_BYTES = Tile::SHARED_BYTES;
+
+    static __device__ __forceinline__ void run(const Parameters& p, unsigned char* shared) {
+        using Base = typename Kind::Base;
+        const Panel& panel = p.panel;
+        const Place<Tile> place(panel.row_count, panel.column_count);
+        Sums<Tile> sums;
+        product<Kind>(sums, {panel.rows, panel.row_count, nullptr}, {panel.columns, panel.column_count, nullptr},
+                      panel.row_bytes, place, shared);
+        scale_and_mask(sums, place, panel.first, *panel.scale * Base::PER_NAT, [](int, float) {});
+
+        float row_lse[ROW_SLOTS];
+        float row_weight[ROW_SLOTS];
+#pragma unroll
+        for (int r = 0; r < ROW_SLOTS; ++r) {
+            const bool exists = place.row(r) < place.rows_left;
+            const int64_t row = place.row_start + place.row(r);
+            row_lse[r] = exists ? p.row_lse[row] * Base::PER_NAT : 0.0f;
+            row_weight[r] = exists ? p.row_weight[row] : 0.0f;
+        }
+#pragma unroll
+        for (int c = 0; c < Tile::COLUMN_SLOTS; ++c) {
+            const bool wanted = p.column_lse != nullptr && place.column(c) < place.columns_left;
+            const int64_t column = place.column_start + place.column(c);
+            const float column_lse = wanted ? p.column_lse[column] * Base::PER_NAT : 0.0f;
+            const float column_weight = wanted ? p.column_weight[column] : 0.0f;
+#pragma unroll
+            for (int r = 0; r < ROW_SLOTS; ++r) {
+                const float logit = sums.at(r, c);
+                float weight = row_weight[r] * Base::exponential(logit - row_lse[r]);
+                if (p.column_lse != nullptr) {
+                    weight += column_weight * Base::exponential(logit - column_lse);
+                }
+                sums.at(r, c) = weight;
+            }
+        }
+        store_weights<Kind>(sums, place, shared, p.weights, p.weights_stride);
+    }
+};
+
+}  // namespace
+
+void contrastive_statistics_cuda(const ContrastiveStatistics& problem, Precision precision, void* stream) {
+    const int64_t rows = problem.panel.row_count;
+    const int64_t columns = problem.panel.column_count;
+    with_kind(precision, [&](auto kind) {
+        using Kind = decltype(kind);
+        launch<StatisticsOfTiles<Kind>>(problem, tiles(rows, TILE_ROWS) * tiles(columns, TILE_COLUMNS), stream);
+        const int64_t threads = rows + (problem.column_lse ? columns : 0);
+        launch<StatisticsOfPanel<Kind>>(problem, tiles(threads, StatisticsOfPanel<Kind>::THREADS), stream);
+    });
+}
+
+void contrastive_weights_cuda(const ContrastiveWeights& problem, Precision precision, void* stream) {
+    const int64_t blocks = tiles(problem.panel.row_count, TILE_ROWS) * tiles(problem.panel.column_count, TILE_COLUMNS);
+    with_kind(precision, [&](auto kind) { launch<WeightsOfTiles<decltype(kind)>>(problem, blocks, stream); });
+}
+
+}  // namespace modstruct
