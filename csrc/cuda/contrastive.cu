@@ -134,14 +134,14 @@ struct WeightsOfTiles {
         for (int r = 0; r < ROW_SLOTS; ++r) {
             const bool exists = place.row(r) < place.rows_left;
             const int64_t row = place.row_start + place.row(r);
-            row_lse[r] = exists ? p.row_lse[row] * Base::PER_NAT : 0.0f;
+            row_lse[r] = exists ? Base::from_nats(p.row_lse[row]) : 0.0f;
             row_weight[r] = exists ? p.row_weight[row] : 0.0f;
         }
 #pragma unroll
         for (int c = 0; c < Tile::COLUMN_SLOTS; ++c) {
             const bool wanted = p.column_lse != nullptr && place.column(c) < place.columns_left;
             const int64_t column = place.column_start + place.column(c);
-            const float column_lse = wanted ? p.column_lse[column] * Base::PER_NAT : 0.0f;
+            const float column_lse = wanted ? Base::from_nats(p.column_lse[column]) : 0.0f;
             const float column_weight = wanted ? p.column_weight[column] : 0.0f;
 #pragma unroll
             for (int r = 0; r < ROW_SLOTS; ++r) {

@@ -8,10 +8,13 @@
 
 namespace modstruct {
 
+constexpr float LOWEST = -3.402823466e38f;  // stands for the logarithm of 0: -inf would turn differences into NaN
+
 // Tensor-core products carry logits in units of ln 2, so an exponential is one instruction.
 struct BaseTwo {
     static constexpr float PER_NAT = 1.44269504f;
     static constexpr float NATS = 0.693147181f;
+    static __device__ __forceinline__ float from_nats(float x) { return larger(LOWEST, x * PER_NAT); }
     static __device__ __forceinline__ float exponential(float x) { return power_of_two(x); }
     static __device__ __forceinline__ float logarithm(float x) { return log2f(x); }
 };
@@ -19,6 +22,7 @@ struct BaseTwo {
 struct BaseE {
     static constexpr float PER_NAT = 1.0f;
     static constexpr float NATS = 1.0f;
+    static __device__ __forceinline__ float from_nats(float x) { return x; }
     static __device__ __forceinline__ float exponential(float x) { return expf(x); }
     static __device__ __forceinline__ float logarithm(float x) { return logf(x); }
 };

@@ -121,9 +121,9 @@ struct WeightsOfTiles {
         for (int r = 0; r < ROW_SLOTS; ++r) {
             const bool exists = place.row(r) < place.rows_left;
             const int64_t row = place.row_start + place.row(r);
-            const float row_lse = exists ? p.row_lse[row] * Base::PER_NAT : 0.0f;
+            const float row_lse = exists ? Base::from_nats(p.row_lse[row]) : 0.0f;
             const float row_weight = exists ? p.row_weight[row] : 0.0f;
-            const float momentum_lse = exists ? p.momentum_lse[row] * Base::PER_NAT : 0.0f;
+            const float momentum_lse = exists ? Base::from_nats(p.momentum_lse[row]) : 0.0f;
             const float momentum_weight = exists ? p.momentum_weight[row] : 0.0f;
 #pragma unroll
             for (int c = 0; c < Tile::COLUMN_SLOTS; ++c) {

@@ -14,7 +14,6 @@ namespace modstruct {
 constexpr int WARP_ROWS = 64;
 constexpr int ROW_SLOTS = 8;  // rows a thread has a part of
 constexpr int STAGES = 4;     // slices of depth on their way, one of them in use
-constexpr float LOWEST = -3.402823466e38f;
 
 template <int WARPS_DOWN_, int WARPS_ACROSS_, int FRAGMENTS_>
 struct Tile {

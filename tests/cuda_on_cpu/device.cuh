@@ -44,7 +44,8 @@ inline uint32_t __float_as_uint(float value) {
 
 inline void __syncthreads() { cuda_on_cpu::barrier(); }
 inline void __syncwarp() {
-    cuda_on_cpu::together(0xffffffffu, nullptr, [](void* const*) {});
+    int none = 0;
+    cuda_on_cpu::together(0xffffffffu, &none, [](void* const*) {});
 }
 
 template <class Number>

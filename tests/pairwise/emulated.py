@@ -16,7 +16,7 @@ from modstruct.pairwise import cuda_panels
 
 REPOSITORY = Path(__file__).parents[2]
 # Strict aliasing is off since shared memory is read as several types; unknown pragmas are CUDA's unrolling.
-FLAGS = "-std=c++17 -O1 -fPIC -fno-strict-aliasing -Wall -Wextra -Wno-unknown-pragmas".split()
+FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 
 
 def compiler() -> str | None:
