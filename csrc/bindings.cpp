@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cuda/bindings_cuda.h"
 #include "pairwise.h"
 
 namespace py = pybind11;
@@ -16,11 +17,13 @@ PYBIND11_MODULE(_C, module) {
             features["cpu"] = modstruct::cpu_instruction_sets_built();
             features["cpu_here"] = modstruct::cpu_instruction_sets_here();
             features["openmp"] = modstruct::built_with_openmp();
-            features["cuda"] = false;
+            features["cuda"] = cuda_architectures_built();
             return features;
         },
         "What this build holds. cpu: instruction sets built, cpu_here: those this machine runs, the fastest last; "
-        "openmp, cuda: whether it has them.");
+        "openmp: whether it has it; cuda: architectures built, empty without CUDA.");
+
+    bind_cuda(module);
 
     module.def(
         "gaussian_potential_sums",

@@ -2,8 +2,9 @@
 // memory (0 where pairwise_cuda.h allows null), sizes, and the stream.
 #include "bindings_cuda.h"
 
-#include <algorithm>
 #include <cstdint>
+#include <iterator>
+#include <sstream>
 #include <string>
 
 #include <pybind11/pybind11.h>
@@ -203,16 +204,6 @@ void bind_cuda(py::module_& module) {
 }
 
 std::vector<std::string> cuda_architectures_built() {
-#if defined(MODSTRUCT_CUDA_ARCHITECTURES)
-    const std::string names = MODSTRUCT_CUDA_ARCHITECTURES;  // "sm_80 sm_90a compute_80"
-#else
-    const std::string names;
-#endif
-    std::vector<std::string> split;
-    for (std::size_t start = 0; start < names.size();) {
-        const std::size_t end = std::min(names.find(' ', start), names.size());
-        split.push_back(names.substr(start, end - start));
-        start = end + 1;
-    }
-    return split;
+    std::istringstream names(MODSTRUCT_CUDA_ARCHITECTURES);  // by setup.py, with blanks between
+    return {std::istream_iterator<std::string>(names), {}};
 }

@@ -1,9 +1,8 @@
 // The CUDA half of modstruct._C as a module of its own, its kernels run on the CPU.
-#include "thread_block.h"
-
 #include <pybind11/pybind11.h>
 
-void bind_cuda(pybind11::module_& module);
+#include "bindings_cuda.h"
+#include "thread_block.h"
 
 PYBIND11_MODULE(cuda_on_cpu, module) {
     bind_cuda(module);

@@ -1,8 +1,13 @@
-"""The CUDA kernels on a CPU: csrc/cuda built against tests/cuda_on_cpu, behind the Python that calls them on a GPU."""
+"""The CUDA kernels on a CPU: csrc/cuda built against tests/cuda_on_cpu, behind the Python that calls them on a GPU.
+
+CUDA_ON_CPU_FLAGS in the environment adds flags. To have every access to memory checked:
+  CUDA_ON_CPU_FLAGS=-fsanitize=address ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD=$(g++ -print-file-name=libasan.so) pytest …
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sysconfig
@@ -23,12 +28,14 @@ def compiler() -> str | None:
     return shutil.which("g++") or shutil.which("clang++")
 
 
-def build(folder: Path, extra_flags: tuple[str, ...] = ()) -> ModuleType:
+def build(folder: Path) -> ModuleType:
     """Compile into `folder` and import. Raises subprocess.CalledProcessError where it does not compile."""
+    extra_flags = os.environ.get("CUDA_ON_CPU_FLAGS", "").split()
     emulator, kernels = REPOSITORY / "tests/cuda_on_cpu", REPOSITORY / "csrc/cuda"
     sources = [*kernels.glob("*.cu"), *kernels.glob("*.cpp"), *emulator.glob("*.cpp")]
     paths = [emulator, kernels, pybind11.get_include(), sysconfig.get_path("include")]
-    command = [compiler(), *FLAGS, *extra_flags, *(f"-I{path}" for path in paths)]
+    definitions = ["-DMODSTRUCT_WITH_CUDA", '-DMODSTRUCT_CUDA_ARCHITECTURES=""']
+    command = [compiler(), *FLAGS, *definitions, *extra_flags, *(f"-I{path}" for path in paths)]
     objects = []
     for source in sorted(sources):
         objects.append(folder / f"{source.name}.o")
