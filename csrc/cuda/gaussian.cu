@@ -65,28 +65,26 @@ struct PotentialsOfTiles {
         product<Kind>(sums, {panel.rows, panel.row_count, nullptr}, {panel.columns, panel.column_count, nullptr},
                       panel.row_bytes, place, shared);
 
-        const bool with_pull = p.weights != nullptr;
-        const int diagonal = p.own ? place.diagonal(0) : 2 * Tile::WARP_COLUMNS;
+        // An inner product of inf is a distance of 0, one of -inf a potential of 0; NaN norms come through both.
+        mask(sums, place, p.own ? 0 : NO_POSITIVES, INFINITY, [](int, float) {});
         const float factor = -p.t * Base::PER_NAT;
         double total = 0.0;
-        float row_norms[ROW_SLOTS];
-#pragma unroll
-        for (int r = 0; r < ROW_SLOTS; ++r) {
-            row_norms[r] = place.row(r) < place.rows_left ? p.row_norms[place.row_start + place.row(r)] : 0.0f;
-        }
+        float column_norms[Tile::COLUMN_SLOTS];
 #pragma unroll
         for (int c = 0; c < Tile::COLUMN_SLOTS; ++c) {
             const int column = place.column(c);
-            const float column_norm = column < place.columns_left ? p.column_norms[place.column_start + column] : 0.0f;
+            column_norms[c] = column < place.columns_left ? p.column_norms[place.column_start + column] : 0.0f;
+        }
+#pragma unroll
+        for (int r = 0; r < ROW_SLOTS; ++r) {
+            const int row = place.row(r);
+            const float row_norm = row < place.rows_left ? p.row_norms[place.row_start + row] : 0.0f;
             float potentials = 0.0f;
 #pragma unroll
-            for (int r = 0; r < ROW_SLOTS; ++r) {
-                const float norms = row_norms[r] + column_norm;
-                float square = larger(0.0f, fmaf(-2.0f, sums.at(r, c), norms));
-                const bool self = column == place.row(r) + diagonal;
-                square = self ? square * 0.0f : square;  // NaN stays
-                const bool exists = place.has(place.row(r), column);
-                const float potential = exists ? Base::exponential(square * factor) : 0.0f;
+            for (int c = 0; c < Tile::COLUMN_SLOTS; ++c) {
+                const float norms = row_norm + column_norms[c];
+                const float square = larger(0.0f, fmaf(-2.0f, sums.at(r, c), norms));
+                const float potential = Base::exponential(square * factor);
                 potentials += potential;
                 const bool equal = square <= (Kind::TENSOR_CORES ? norms * TENSOR_CORE_ROUNDING : 0.0f);
                 sums.at(r, c) = equal ? 0.0f : Kind::rounded(potential);
@@ -94,7 +92,7 @@ struct PotentialsOfTiles {
             total += static_cast<double>(potentials);
         }
         add_total(p, place, total, shared);
-        if (with_pull) {
+        if (p.weights != nullptr) {
             add_others(p, place, sums, shared);
             store_weights<Kind>(sums, place, shared, p.weights, p.weights_stride);
         }

@@ -85,18 +85,45 @@ struct Place {
         return rows_left == WARP_ROWS && columns_left == Tile::WARP_COLUMNS;
     }
 
-    // Among the warp's columns, the positive of its row 0. Far out where none of its rows has its positive here.
-    __device__ __forceinline__ int diagonal(int64_t first) const {
-        const int64_t column = first + row_start - column_start;
-        return column > -WARP_ROWS && column < Tile::WARP_COLUMNS ? static_cast<int>(column) : 2 * Tile::WARP_COLUMNS;
-    }
+    // Whether any of the warp's rows has its positive among the warp's columns.
     __device__ __forceinline__ bool on_diagonal(int64_t first) const {
-        return diagonal(first) != 2 * Tile::WARP_COLUMNS;
+        const int64_t column = first + row_start - column_start;
+        return column > -WARP_ROWS && column < Tile::WARP_COLUMNS;
     }
 };
 
-// Multiplies the sums by `factor`, then puts -inf where there is no pair, and in place of each positive after handing
-// it to take(row, sum times factor).
+constexpr int64_t NO_POSITIVES = -(int64_t{1} << 62);  // a `first` that puts them outside
+
+// Puts -inf where there is no pair, and `instead` in place of each positive after handing it to take(row, sum).
+// Everything is compared with numbers known to the compiler: a comparison per sum would need too many registers.
+template <class Tile, class Take>
+__device__ __forceinline__ void mask(Sums<Tile>& sums, const Place<Tile>& place, int64_t first, float instead,
+                                     Take take) {
+    const bool on_diagonal = place.on_diagonal(first);
+    if (place.whole() && !on_diagonal) {
+        return;
+    }
+    const int rows = place.rows_left - place.row(0);
+    const int columns = place.columns_left - place.column(0);
+    const int64_t positive_column = first + place.row_start + place.row(0) - place.column_start - place.column(0);
+    const int diagonal = on_diagonal ? static_cast<int>(positive_column) : 4 * Tile::COLUMNS;
+#pragma unroll
+    for (int r = 0; r < ROW_SLOTS; ++r) {
+#pragma unroll
+        for (int c = 0; c < Tile::COLUMN_SLOTS; ++c) {
+            const int row = 8 * r;
+            const int column = c / 2 * 8 + c % 2;
+            const bool exists = row < rows && column < columns;
+            const bool positive = column - row == diagonal;
+            if (exists && positive) {
+                take(place.row(r), sums.at(r, c));
+            }
+            sums.at(r, c) = exists ? (positive ? instead : sums.at(r, c)) : -INFINITY;
+        }
+    }
+}
+
+// Sums to logits, and -inf for all that is no negative.
 template <class Tile, class Take>
 __device__ __forceinline__ void scale_and_mask(Sums<Tile>& sums, const Place<Tile>& place, int64_t first, float factor,
                                                Take take) {
@@ -107,26 +134,7 @@ __device__ __forceinline__ void scale_and_mask(Sums<Tile>& sums, const Place<Til
             sums.at(r, c) *= factor;
         }
     }
-    if (place.whole() && !place.on_diagonal(first)) {
-        return;
-    }
-    const int diagonal = place.diagonal(first);
-#pragma unroll
-    for (int r = 0; r < ROW_SLOTS; ++r) {
-#pragma unroll
-        for (int c = 0; c < Tile::COLUMN_SLOTS; ++c) {
-            const int row = place.row(r);
-            const int column = place.column(c);
-            const bool exists = place.has(row, column);
-            const bool positive = column == row + diagonal;
-            if (exists && positive) {
-                take(row, sums.at(r, c));
-            }
-            if (!exists || positive) {
-                sums.at(r, c) = -INFINITY;
-            }
-        }
-    }
+    mask(sums, place, first, -INFINITY, take);
 }
 
 }  // namespace modstruct

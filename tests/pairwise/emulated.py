@@ -1,7 +1,8 @@
 """The CUDA kernels on a CPU: csrc/cuda built against tests/cuda_on_cpu, behind the Python that calls them on a GPU.
 
 CUDA_ON_CPU_FLAGS in the environment adds flags. To have every access to memory checked:
-  CUDA_ON_CPU_FLAGS=-fsanitize=address ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD=$(g++ -print-file-name=libasan.so) pytest …
+  CUDA_ON_CPU_FLAGS=-fsanitize=address ASAN_OPTIONS=detect_leaks=0 \
+  LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)" pytest ...
 """
 
 from __future__ import annotations
