@@ -23,10 +23,11 @@ struct StatisticsOfTiles {
         using Base = typename Kind::Base;
         const Panel& panel = p.panel;
         const Place<Tile> place(panel.row_count, panel.column_count);
+        const float factor = *panel.scale * Base::PER_NAT;
         Sums<Tile> sums;
         product<Kind>(sums, {panel.rows, panel.row_count, nullptr}, {panel.columns, panel.column_count, nullptr},
                       panel.row_bytes, place, shared);
-        scale_and_mask(sums, place, panel.first, *panel.scale * Base::PER_NAT,
+        scale_and_mask(sums, place, panel.first, factor,
                        [&](int row, float logit) { p.positive[place.row_start + row] = logit * Base::NATS; });
 
         Value rows[ROW_SLOTS];
@@ -123,10 +124,11 @@ struct WeightsOfTiles {
         using Base = typename Kind::Base;
         const Panel& panel = p.panel;
         const Place<Tile> place(panel.row_count, panel.column_count);
+        const float factor = *panel.scale * Base::PER_NAT;
         Sums<Tile> sums;
         product<Kind>(sums, {panel.rows, panel.row_count, nullptr}, {panel.columns, panel.column_count, nullptr},
                       panel.row_bytes, place, shared);
-        scale_and_mask(sums, place, panel.first, *panel.scale * Base::PER_NAT, [](int, float) {});
+        scale_and_mask(sums, place, panel.first, factor, [](int, float) {});
 
         float row_lse[ROW_SLOTS];
         float row_weight[ROW_SLOTS];
