@@ -64,8 +64,9 @@ class Operand:
         values = _round_to_tf32(x.float()) if precision == "tf32" else x
         if values.dtype == dtype and width == x.shape[1] and values.is_contiguous() and values.data_ptr() % 16 == 0:
             return cls(values, width, precision)
-        padded = x.new_zeros((len(x), width), dtype=dtype)
+        padded = x.new_empty((len(x), width), dtype=dtype)
         padded[:, : x.shape[1]] = values
+        padded[:, x.shape[1] :] = 0
         return cls(padded, x.shape[1], precision)
 
     def __len__(self) -> int:

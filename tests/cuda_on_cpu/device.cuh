@@ -93,6 +93,14 @@ inline void load_matrices(uint32_t (&part)[4], const void* row) {
     } own = {part, static_cast<const unsigned char*>(row)};
     cuda_on_cpu::together(0xffffffffu, &own, [](void* const* of_lanes) {
         for (int matrix = 0; matrix < 4; ++matrix) {
+            unsigned banks = 0;  // in groups of 16 bytes
+            for (int line = 0; line < 8; ++line) {
+                const auto* source = static_cast<const Operands*>(of_lanes[matrix * 8 + line]);
+                banks |= 1u << reinterpret_cast<uintptr_t>(source->row) / 16 % 8;
+            }
+            if (banks != 0xff) {
+                cuda_on_cpu::fail("ldmatrix reads two rows from the same banks: right, but slow");
+            }
             for (int lane = 0; lane < cuda_on_cpu::LANES; ++lane) {
                 const auto* source = static_cast<const Operands*>(of_lanes[matrix * 8 + lane / 4]);
                 std::memcpy(static_cast<Operands*>(of_lanes[lane])->part + matrix, source->row + lane % 4 * 4, 4);

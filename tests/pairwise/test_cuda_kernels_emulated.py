@@ -26,6 +26,7 @@ SIZES = [  # rows, columns, dimension, column of the first positive
     (127, 129, 37, 2),
     (129, 300, 64, 171),
     (300, 300, 130, 0),
+    (3, 130, 2048, 7),
 ]
 
 
@@ -271,6 +272,23 @@ def test_operands_are_rounded_to_nearest(precision, emulator, monkeypatch):
     special = torch.tensor([[torch.nan, torch.inf, -torch.inf, 0.0]])
     rounded = cuda_panels.Operand.of(special, precision).values.float()
     torch.testing.assert_close(rounded, special, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32"])
+def test_a_product_leaves_the_setting_of_torch_as_it_was(precision):
+    before = torch.backends.cuda.matmul.fp32_precision
+    out = torch.ones(3, 2)
+    cuda_panels.add_product(out, torch.eye(3), torch.ones(3, 2), precision)
+    assert torch.equal(out, torch.full((3, 2), 2.0))
+    assert torch.backends.cuda.matmul.fp32_precision == before
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("dimension", [1, 37, 128, 512, 2048])
+def test_memory_of_a_panel_grows_with_the_dimension_alone(dimension, precision):
+    height = cuda_panels.panel_rows(dimension, precision)
+    assert height % cuda_panels.PANEL_STEP == 0
+    assert height * (2 if precision == "bf16" else 4) <= 8 * dimension + 2048  # bytes for each column
 
 
 def all_functions(kernels, precision):
