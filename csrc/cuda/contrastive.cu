@@ -17,7 +17,7 @@ struct StatisticsOfTiles {
     using Value = LogSum<typename Kind::Base>;
     static constexpr const char* NAME = "contrastive_statistics";
     static constexpr int THREADS = Tile::THREADS;
-    static constexpr int SHARED_BYTES = Tile::SHARED_BYTES;
+    static constexpr int SHARED_BYTES = Tile::SHARED_BYTES + Tile::ROWS * sizeof(float);
 
     static __device__ __forceinline__ void run(const Parameters& p, unsigned char* shared) {
         using Base = typename Kind::Base;
@@ -27,8 +27,9 @@ struct StatisticsOfTiles {
         Sums<Tile> sums;
         product<Kind>(sums, {panel.rows, panel.row_count, nullptr}, {panel.columns, panel.column_count, nullptr},
                       panel.row_bytes, place, shared);
+        float* positives = reinterpret_cast<float*>(shared + Tile::SHARED_BYTES);
         scale_and_mask(sums, place, panel.first, factor,
-                       [&](int row, float logit) { p.positive[place.row_start + row] = logit * Base::NATS; });
+                       [&](int row, float logit) { positives[place.warp_row() + row] = logit * Base::NATS; });
 
         Value rows[ROW_SLOTS];
 #pragma unroll
@@ -44,10 +45,15 @@ struct StatisticsOfTiles {
             }
         }
         const int64_t row_start = place.row_tile * Tile::ROWS;
+        const int64_t column_start = place.column_tile * Tile::COLUMNS;
         Value* row_partials = reinterpret_cast<Value*>(p.row_partials) + place.column_tile * panel.row_count;
         over_columns(rows, place, shared, [&](int row, const Value& value) {
             if (row_start + row < panel.row_count) {
                 row_partials[row_start + row] = value;
+                const int64_t column = panel.first + row_start + row;
+                if (column >= column_start && column < column_start + Tile::COLUMNS) {
+                    p.positive[row_start + row] = positives[row];
+                }
             }
         });
         if (p.column_lse == nullptr) {
@@ -67,7 +73,6 @@ struct StatisticsOfTiles {
                 columns[c].sum += Base::exponential(sums.at(r, c) - columns[c].max);
             }
         }
-        const int64_t column_start = place.column_tile * Tile::COLUMNS;
         Value* column_partials = reinterpret_cast<Value*>(p.column_partials) + place.row_tile * panel.column_count;
         over_rows(columns, place, shared, [&](int column, const Value& value) {
             if (column_start + column < panel.column_count) {
@@ -118,39 +123,41 @@ struct WeightsOfTiles {
     using Tile = WideTile;
     static constexpr const char* NAME = "contrastive_weights";
     static constexpr int THREADS = Tile::THREADS;
-    static constexpr int SHARED_BYTES = Tile::SHARED_BYTES;
+    static constexpr int SHARED_BYTES = Tile::SHARED_BYTES + 2 * (Tile::ROWS + Tile::COLUMNS) * sizeof(float);
 
     static __device__ __forceinline__ void run(const Parameters& p, unsigned char* shared) {
         using Base = typename Kind::Base;
         const Panel& panel = p.panel;
         const Place<Tile> place(panel.row_count, panel.column_count);
+        const bool with_columns = p.column_lse != nullptr;
+        float* row_lse = reinterpret_cast<float*>(shared + Tile::SHARED_BYTES);
+        float* row_weight = row_lse + Tile::ROWS;
+        float* column_lse = row_weight + Tile::ROWS;
+        float* column_weight = column_lse + Tile::COLUMNS;
+        share<Tile>(row_lse, Tile::ROWS, p.row_lse, place.row_tile, panel.row_count);
+        share<Tile>(row_weight, Tile::ROWS, p.row_weight, place.row_tile, panel.row_count);
+        if (with_columns) {
+            share<Tile>(column_lse, Tile::COLUMNS, p.column_lse, place.column_tile, panel.column_count);
+            share<Tile>(column_weight, Tile::COLUMNS, p.column_weight, place.column_tile, panel.column_count);
+        }
         const float factor = *panel.scale * Base::PER_NAT;
         Sums<Tile> sums;
         product<Kind>(sums, {panel.rows, panel.row_count, nullptr}, {panel.columns, panel.column_count, nullptr},
                       panel.row_bytes, place, shared);
         scale_and_mask(sums, place, panel.first, factor, [](int, float) {});
 
-        float row_lse[ROW_SLOTS];
-        float row_weight[ROW_SLOTS];
-#pragma unroll
-        for (int r = 0; r < ROW_SLOTS; ++r) {
-            const bool exists = place.row(r) < place.rows_left;
-            const int64_t row = place.row_start + place.row(r);
-            row_lse[r] = exists ? Base::from_nats(p.row_lse[row]) : 0.0f;
-            row_weight[r] = exists ? p.row_weight[row] : 0.0f;
-        }
 #pragma unroll
         for (int c = 0; c < Tile::COLUMN_SLOTS; ++c) {
-            const bool wanted = p.column_lse != nullptr && place.column(c) < place.columns_left;
-            const int64_t column = place.column_start + place.column(c);
-            const float column_lse = wanted ? Base::from_nats(p.column_lse[column]) : 0.0f;
-            const float column_weight = wanted ? p.column_weight[column] : 0.0f;
+            const int column = place.warp_column() + place.column(c);
+            const float lse_of_column = with_columns ? Base::from_nats(column_lse[column]) : 0.0f;
+            const float weight_of_column = with_columns ? column_weight[column] : 0.0f;
 #pragma unroll
             for (int r = 0; r < ROW_SLOTS; ++r) {
+                const int row = place.warp_row() + place.row(r);
                 const float logit = sums.at(r, c);
-                float weight = row_weight[r] * Base::exponential(logit - row_lse[r]);
-                if (p.column_lse != nullptr) {
-                    weight += column_weight * Base::exponential(logit - column_lse);
+                float weight = row_weight[row] * Base::exponential(logit - Base::from_nats(row_lse[row]));
+                if (with_columns) {
+                    weight += weight_of_column * Base::exponential(logit - lse_of_column);
                 }
                 sums.at(r, c) = weight;
             }

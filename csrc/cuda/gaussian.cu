@@ -56,11 +56,15 @@ struct PotentialsOfTiles {
     using Base = typename Kind::Base;
     static constexpr const char* NAME = "gaussian_potential";
     static constexpr int THREADS = Tile::THREADS;
-    static constexpr int SHARED_BYTES = Tile::SHARED_BYTES;
+    static constexpr int SHARED_BYTES = Tile::SHARED_BYTES + (Tile::ROWS + Tile::COLUMNS) * sizeof(float);
 
     static __device__ __forceinline__ void run(const Parameters& p, unsigned char* shared) {
         const Panel& panel = p.panel;
         const Place<Tile> place(panel.row_count, panel.column_count);
+        float* row_norms = reinterpret_cast<float*>(shared + Tile::SHARED_BYTES);
+        float* column_norms = row_norms + Tile::ROWS;
+        share<Tile>(row_norms, Tile::ROWS, p.row_norms, place.row_tile, panel.row_count);
+        share<Tile>(column_norms, Tile::COLUMNS, p.column_norms, place.column_tile, panel.column_count);
         Sums<Tile> sums;
         product<Kind>(sums, {panel.rows, panel.row_count, nullptr}, {panel.columns, panel.column_count, nullptr},
                       panel.row_bytes, place, shared);
@@ -68,21 +72,16 @@ struct PotentialsOfTiles {
         // An inner product of inf is a distance of 0, one of -inf a potential of 0; NaN norms come through both.
         mask(sums, place, p.own ? 0 : NO_POSITIVES, INFINITY, [](int, float) {});
         const float factor = -p.t * Base::PER_NAT;
+        row_norms += place.warp_row();
+        column_norms += place.warp_column();
         double total = 0.0;
-        float column_norms[Tile::COLUMN_SLOTS];
-#pragma unroll
-        for (int c = 0; c < Tile::COLUMN_SLOTS; ++c) {
-            const int column = place.column(c);
-            column_norms[c] = column < place.columns_left ? p.column_norms[place.column_start + column] : 0.0f;
-        }
 #pragma unroll
         for (int r = 0; r < ROW_SLOTS; ++r) {
-            const int row = place.row(r);
-            const float row_norm = row < place.rows_left ? p.row_norms[place.row_start + row] : 0.0f;
+            const float row_norm = row_norms[place.row(r)];
             float potentials = 0.0f;
 #pragma unroll
             for (int c = 0; c < Tile::COLUMN_SLOTS; ++c) {
-                const float norms = row_norm + column_norms[c];
+                const float norms = row_norm + column_norms[place.column(c)];
                 const float square = larger(0.0f, fmaf(-2.0f, sums.at(r, c), norms));
                 const float potential = Base::exponential(square * factor);
                 potentials += potential;

@@ -31,11 +31,13 @@ struct StatisticsOfTiles {
     using Base = typename Kind::Base;
     static constexpr const char* NAME = "momentum_statistics";
     static constexpr int THREADS = Tile::THREADS;
-    static constexpr int SHARED_BYTES = Tile::SHARED_BYTES;
+    static constexpr int SHARED_BYTES = Tile::SHARED_BYTES + Tile::ROWS * sizeof(float);
 
     static __device__ __forceinline__ void run(const Parameters& p, unsigned char* shared) {
         const Panel& panel = p.panel;
         const Place<Tile> place(panel.row_count, panel.column_count);
+        float* positives = reinterpret_cast<float*>(shared + Tile::SHARED_BYTES);
+        share<Tile>(positives, Tile::ROWS, p.positive, place.row_tile, panel.row_count);
         Sums<Tile> sums;
         Sums<Tile> momentum;
         two_products<Kind>(sums, momentum, panel, p.momentum_rows, place, shared);
@@ -44,8 +46,7 @@ struct StatisticsOfTiles {
         WeightedLogSum<Base> momentum_rows[ROW_SLOTS];
 #pragma unroll
         for (int r = 0; r < ROW_SLOTS; ++r) {
-            const bool exists = place.row(r) < place.rows_left;
-            const float positive = exists ? p.positive[place.row_start + place.row(r)] : 0.0f;
+            const float positive = positives[place.warp_row() + place.row(r)];
             rows[r] = LogSum<Base>::none();
             momentum_rows[r] = WeightedLogSum<Base>::none();
 #pragma unroll
@@ -109,26 +110,31 @@ struct WeightsOfTiles {
     using Base = typename Kind::Base;
     static constexpr const char* NAME = "momentum_weights";
     static constexpr int THREADS = Tile::THREADS;
-    static constexpr int SHARED_BYTES = Tile::SHARED_BYTES;
+    static constexpr int SHARED_BYTES = Tile::SHARED_BYTES + 4 * Tile::ROWS * sizeof(float);
 
     static __device__ __forceinline__ void run(const Parameters& p, unsigned char* shared) {
         const Panel& panel = p.panel;
         const Place<Tile> place(panel.row_count, panel.column_count);
+        float* row_lse = reinterpret_cast<float*>(shared + Tile::SHARED_BYTES);
+        float* row_weight = row_lse + Tile::ROWS;
+        float* momentum_lse = row_weight + Tile::ROWS;
+        float* momentum_weight = momentum_lse + Tile::ROWS;
+        share<Tile>(row_lse, Tile::ROWS, p.row_lse, place.row_tile, panel.row_count);
+        share<Tile>(row_weight, Tile::ROWS, p.row_weight, place.row_tile, panel.row_count);
+        share<Tile>(momentum_lse, Tile::ROWS, p.momentum_lse, place.row_tile, panel.row_count);
+        share<Tile>(momentum_weight, Tile::ROWS, p.momentum_weight, place.row_tile, panel.row_count);
         Sums<Tile> sums;
         Sums<Tile> momentum;
         two_products<Kind>(sums, momentum, panel, p.momentum_rows, place, shared);
 #pragma unroll
         for (int r = 0; r < ROW_SLOTS; ++r) {
-            const bool exists = place.row(r) < place.rows_left;
-            const int64_t row = place.row_start + place.row(r);
-            const float row_lse = exists ? Base::from_nats(p.row_lse[row]) : 0.0f;
-            const float row_weight = exists ? p.row_weight[row] : 0.0f;
-            const float momentum_lse = exists ? Base::from_nats(p.momentum_lse[row]) : 0.0f;
-            const float momentum_weight = exists ? p.momentum_weight[row] : 0.0f;
+            const int row = place.warp_row() + place.row(r);
+            const float lse = Base::from_nats(row_lse[row]);
+            const float lse_of_momentum = Base::from_nats(momentum_lse[row]);
 #pragma unroll
             for (int c = 0; c < Tile::COLUMN_SLOTS; ++c) {
-                sums.at(r, c) = row_weight * Base::exponential(sums.at(r, c) - row_lse) -
-                                momentum_weight * Base::exponential(momentum.at(r, c) - momentum_lse);
+                sums.at(r, c) = row_weight[row] * Base::exponential(sums.at(r, c) - lse) -
+                                momentum_weight[row] * Base::exponential(momentum.at(r, c) - lse_of_momentum);
             }
         }
         store_weights<Kind>(sums, place, shared, p.weights, p.weights_stride);

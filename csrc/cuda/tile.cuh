@@ -94,6 +94,15 @@ struct Place {
 
 constexpr int64_t NO_POSITIVES = -(int64_t{1} << 62);  // a `first` that puts them outside
 
+// A tile's part of a vector to shared memory, zeros behind the vector's end. Called before the product, whose barriers
+// then make it visible: read after it from global memory, it would cost registers that the sums need, and time.
+template <class Tile>
+__device__ __forceinline__ void share(float* to, int size, const float* vector, int64_t tile, int64_t count) {
+    for (int i = threadIdx.x; i < size; i += Tile::THREADS) {
+        to[i] = tile * size + i < count ? vector[tile * size + i] : 0.0f;
+    }
+}
+
 // Puts -inf where there is no pair, and `instead` in place of each positive after handing it to take(row, sum).
 // Everything is compared with numbers known to the compiler: a comparison per sum would need too many registers.
 template <class Tile, class Take>
