@@ -1,5 +1,5 @@
-// The CUDA kernels in modstruct._C, for modstruct/pairwise/cuda_kernels.py. All arguments by keyword: addresses of device
-// memory (0 where pairwise_cuda.h allows null), sizes, and the stream.
+// The CUDA kernels in modstruct._C, for modstruct/pairwise/cuda_kernels.py. All arguments by keyword: addresses of
+// device memory (0 where pairwise_cuda.h allows null), sizes, and the stream.
 #include "bindings_cuda.h"
 
 #include <cstdint>

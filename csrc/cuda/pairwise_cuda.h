@@ -1,9 +1,10 @@
-// Terms over all pairs on the GPU: what the kernels offer to the bindings. The caller owns all memory, workspace too, and
-// loops over panels of rows: so many rows at a time against all columns that the workspace stays small.
+// Terms over all pairs on the GPU: what the kernels offer to the bindings. The caller owns all memory, workspace too,
+// and loops over panels of rows: so many rows at a time against all columns that the workspace stays small.
 //
-// Operands are copies made for the kernels: row-major, bfloat16 or float32, each row padded with zeros to a multiple of
-// DEPTH_BYTES, its address a multiple of 16. For tf32 the caller has rounded them. Pointers are to device memory, that of
-// the current device; nothing here waits for the device. Each function throws std::runtime_error with the kernel's name.
+// Operands are copies made for the kernels: row-major, bfloat16 or float32, each row padded with zeros to a multiple
+// of DEPTH_BYTES, its address a multiple of 16. For tf32 the caller has rounded them. Pointers are to device memory,
+// that of the current device; nothing here waits for the device. Each function throws std::runtime_error with the
+// kernel's name.
 #pragma once
 
 #include <cstdint>
@@ -103,7 +104,7 @@ struct GaussianPanel {
 };
 void gaussian_potential_cuda(const GaussianPanel& problem, Precision precision, void* stream);
 
-// Scores are inner products. Pairs are ordered by query: those of row j stand from pair_offsets[j] to pair_offsets[j + 1].
+// Scores are inner products. Pairs are ordered by query: row j has those from pair_offsets[j] up to the next offset.
 struct PairScores {
     const void* queries;
     const void* gallery;

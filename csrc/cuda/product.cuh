@@ -1,7 +1,8 @@
 // The main loop: a tile of rows times columns, <row_j, column_k> summed over the whole depth.
 //
-// Slices of 64 bytes of depth come by cp.async into STAGES slots of shared memory. In a slot a row's four 16-byte chunks
-// are permuted, chunk c of row r at place c ^ (r / 2 % 4), so the eight rows an instruction reads lie in different banks.
+// Slices of 64 bytes of depth come by cp.async into STAGES slots of shared memory. In a slot a row's four 16-byte
+// chunks are permuted, chunk c of row r at place c ^ (r / 2 % 4), so the eight rows an instruction reads lie in
+// different banks.
 #pragma once
 
 #include <device.cuh>

@@ -1,5 +1,5 @@
-// Sums along the rows and columns of a tile, in an order that is fixed: over a thread's own numbers, then over the lanes
-// that share a row or column, then over the warps. A Value knows combine(a, b) and shuffle(value, lane mask).
+// Sums along the rows and columns of a tile, in an order that is fixed: over a thread's own numbers, then over the
+// lanes that share a row or column, then over the warps. A Value knows combine(a, b) and shuffle(value, lane mask).
 #pragma once
 
 #include <device.cuh>

@@ -1,8 +1,8 @@
 // A block's tile of all pairs, and who holds what of it.
 //
-// A warp computes 64 rows by 8 FRAGMENTS columns, and its threads hold the sums as mma.sync leaves them: lane l has rows
-// 8 r + l / 4 (r = 0..7) and columns 8 j + 2 (l % 4) + {0, 1}. The float32 loop keeps to the same places, so what
-// follows a product is written once.
+// A warp computes 64 rows by 8 FRAGMENTS columns, and its threads hold the sums as mma.sync leaves them: lane l has
+// rows 8 r + l / 4 (r = 0..7) and columns 8 j + 2 (l % 4) + {0, 1}. The float32 loop keeps to the same places, so
+// what follows a product is written once.
 #pragma once
 
 #include <device.cuh>

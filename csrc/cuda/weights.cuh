@@ -8,7 +8,8 @@
 
 namespace modstruct {
 
-// weights: (rows, stride), of the panel. bfloat16 goes through 16 rows of shared memory for each warp, which must be free.
+// weights: (rows, stride), of the panel. bfloat16 goes through 16 rows of shared memory for each warp, which must be
+// free.
 template <class Kind, class Tile>
 __device__ __forceinline__ void store_weights(Sums<Tile>& sums, const Place<Tile>& place, unsigned char* shared,
                                               void* weights, int64_t stride) {

@@ -1,7 +1,7 @@
 // csrc/cuda/gpu/device.cuh on a CPU. Fragment layouts are those of the PTX ISA, "Matrix multiply-accumulate operation
 // using mma instruction"; with lane l, g = l / 4 and t = l % 4:
 //   ldmatrix .x4     lane l names row l % 8 of matrix l / 8; register i gets elements 2t, 2t + 1 of row g of matrix i
-//   m16n8k16 (bf16)  a0: row g, columns 2t, 2t+1      a1: row g + 8, the same    a2, a3: rows g, g + 8, columns 2t+8, 2t+9
+//   m16n8k16 (bf16)  a0: row g, columns 2t, 2t+1   a1: row g + 8, the same   a2, a3: those rows, columns 2t+8, 2t+9
 //                    b0: rows 2t, 2t+1, column g       b1: rows 2t+8, 2t+9, column g
 //   m16n8k8 (tf32)   a0: row g, column t   a1: row g + 8, column t   a2, a3: rows g, g + 8, column t + 4
 //                    b0: row t, column g   b1: row t + 4, column g

@@ -1,5 +1,6 @@
-// A CUDA thread block on one CPU thread: every thread of the block is a fiber with a stack of its own, which runs until it
-// must wait for others. The order in which waiting threads go on is the test's to choose, so a missing barrier shows.
+// A CUDA thread block on one CPU thread: every thread of the block is a fiber with a stack of its own, which runs
+// until it must wait for others. The order in which waiting threads go on is the test's to choose, so a missing
+// barrier shows.
 #pragma once
 
 #include <cstddef>

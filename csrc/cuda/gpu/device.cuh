@@ -1,5 +1,5 @@
-// The instructions and the launch that only a GPU has. Every other file of csrc/cuda is plain C++ with CUDA's own names,
-// and finds this one as <device.cuh>: tests/cuda_on_cpu has another of the same content, which runs on a CPU.
+// The instructions and the launch that only a GPU has. Every other file of csrc/cuda is plain C++ with CUDA's own
+// names, and finds this one as <device.cuh>: tests/cuda_on_cpu has another of the same content, which runs on a CPU.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,7 +14,8 @@ namespace modstruct {
 __device__ __forceinline__ void copy_start(void* shared, const void* global, bool valid) {
     const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
     const int bytes = valid ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes)
+                 : "memory");
 }
 
 // Ends a group of copies of this thread; a group may be empty.
@@ -37,7 +38,8 @@ __device__ __forceinline__ void load_matrices(uint32_t (&part)[4], const void* r
 }
 
 // sum (16 x 8) += a (16 x 16, bfloat16) b (16 x 8)
-__device__ __forceinline__ void multiply_bf16(float (&sum)[4], const uint32_t (&a)[4], uint32_t b_low, uint32_t b_high) {
+__device__ __forceinline__ void multiply_bf16(float (&sum)[4], const uint32_t (&a)[4], uint32_t b_low,
+                                              uint32_t b_high) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
@@ -45,7 +47,8 @@ __device__ __forceinline__ void multiply_bf16(float (&sum)[4], const uint32_t (&
 }
 
 // sum (16 x 8) += a (16 x 8, tf32: the low 13 bits of a float32 are not read) b (8 x 8)
-__device__ __forceinline__ void multiply_tf32(float (&sum)[4], const uint32_t (&a)[4], uint32_t b_low, uint32_t b_high) {
+__device__ __forceinline__ void multiply_tf32(float (&sum)[4], const uint32_t (&a)[4], uint32_t b_low,
+                                              uint32_t b_high) {
     asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
@@ -87,7 +90,8 @@ inline void check(cudaError_t status, const char* kernel) {
 }
 
 template <class Kernel>
-__global__ void __launch_bounds__(Kernel::THREADS) entry(const __grid_constant__ typename Kernel::Parameters parameters) {
+__global__ void __launch_bounds__(Kernel::THREADS)
+    entry(const __grid_constant__ typename Kernel::Parameters parameters) {
     extern __shared__ __align__(128) unsigned char shared[];
     Kernel::run(parameters, shared);
 }
