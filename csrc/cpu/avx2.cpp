@@ -4,7 +4,7 @@
 
 #include <immintrin.h>
 
-namespace modstruct {
+namespace modstruct::cpu {
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
@@ -39,5 +39,5 @@ bool runs_here() { return __builtin_cpu_supports("avx2") && __builtin_cpu_suppor
 
 const Kernels avx2_kernels = MODSTRUCT_KERNELS(avx2);
 
-}  // namespace modstruct
+}  // namespace modstruct::cpu
 #endif

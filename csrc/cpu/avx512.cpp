@@ -4,7 +4,7 @@
 
 #include <immintrin.h>
 
-namespace modstruct {
+namespace modstruct::cpu {
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx2,fma"))), apply_to = function)
@@ -41,5 +41,5 @@ bool runs_here() {
 
 const Kernels avx512_kernels = MODSTRUCT_KERNELS(avx512);
 
-}  // namespace modstruct
+}  // namespace modstruct::cpu
 #endif

@@ -4,9 +4,9 @@
 #include "log_sum_exp.h"
 #include "sweep.h"
 
-namespace modstruct {
+namespace modstruct::cpu {
 
-void contrastive_statistics_cpu(const ContrastiveStatistics& problem, const CpuChoice& choice) {
+void contrastive_statistics(const ContrastiveStatistics& problem, const Choice& choice) {
     const Sweep sweep(problem.pairs, choice);
     const Pairs& pairs = problem.pairs;
     Slabs y_slabs(sweep.column_blocks, pairs.dimension);
@@ -40,7 +40,7 @@ void contrastive_statistics_cpu(const ContrastiveStatistics& problem, const CpuC
     column_sums.finish(problem.column_lse);
 }
 
-void contrastive_pulls_cpu(const ContrastivePulls& problem, const CpuChoice& choice) {
+void contrastive_pulls(const ContrastivePulls& problem, const Choice& choice) {
     const Sweep sweep(problem.pairs, choice);
     const Pairs& pairs = problem.pairs;
     Slabs y_slabs(sweep.column_blocks, pairs.dimension);
@@ -77,4 +77,4 @@ void contrastive_pulls_cpu(const ContrastivePulls& problem, const CpuChoice& cho
     }
 }
 
-}  // namespace modstruct
+}  // namespace modstruct::cpu

@@ -1,10 +1,10 @@
 // Which kernels this build holds and this machine runs.
 #include <stdexcept>
 
-#include "../pairwise.h"
+#include "pairwise_cpu.h"
 #include "kernels.h"
 
-namespace modstruct {
+namespace modstruct::cpu {
 namespace {
 
 const Kernels* const KERNELS[] = {  // the fastest last
@@ -27,7 +27,7 @@ const Kernels& kernels_named(const std::string& instruction_set) {
                                 "': this build or this machine has no such kernels");
 }
 
-std::vector<std::string> cpu_instruction_sets_built() {
+std::vector<std::string> instruction_sets_built() {
     std::vector<std::string> names;
     for (const Kernels* kernels : KERNELS) {
         names.push_back(kernels->name);
@@ -35,7 +35,7 @@ std::vector<std::string> cpu_instruction_sets_built() {
     return names;
 }
 
-std::vector<std::string> cpu_instruction_sets_here() {
+std::vector<std::string> instruction_sets_here() {
     std::vector<std::string> names;
     for (const Kernels* kernels : KERNELS) {
         if (kernels->runs_here()) {
@@ -53,4 +53,4 @@ bool built_with_openmp() {
 #endif
 }
 
-}  // namespace modstruct
+}  // namespace modstruct::cpu

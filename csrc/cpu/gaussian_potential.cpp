@@ -8,7 +8,7 @@
 
 #include "sweep.h"
 
-namespace modstruct {
+namespace modstruct::cpu {
 namespace {
 
 void mean(const float* vectors, int64_t count, int64_t dimension, int threads, float* center) {
@@ -68,7 +68,7 @@ void take_off_own(const Sweep& sweep, const float* vectors, int64_t count, const
 
 }  // namespace
 
-void gaussian_potential_cpu(const GaussianPotential& problem, const CpuChoice& choice) {
+void gaussian_potential(const GaussianPotential& problem, const Choice& choice) {
     const Sweep sweep(problem.pairs, choice);
     const Pairs& pairs = problem.pairs;
     const bool symmetric = problem.symmetric;
@@ -136,4 +136,4 @@ void gaussian_potential_cpu(const GaussianPotential& problem, const CpuChoice& c
     }
 }
 
-}  // namespace modstruct
+}  // namespace modstruct::cpu

@@ -2,15 +2,15 @@
 // ever formed. The micro-kernels are those of the tiles; what is a tile of logits there is here a block of rows, laid out
 // by groups of 192 dimensions: [dimension / 192][row in block][192].
 #include "packing.h"
-#include "../pairwise.h"
+#include "pairwise_cpu.h"
 
-namespace modstruct {
+namespace modstruct::cpu {
 namespace {
 
 constexpr int64_t BLOCKS_AT_ONCE = 8;  // row blocks that are packed at a time, and summed in float32 before float64
 constexpr int64_t PART = 4 * SLAB;     // dimensions of one task
 
-int thread_count(const CpuChoice& choice) {
+int thread_count(const Choice& choice) {
 #if defined(_OPENMP)
     return choice.threads;
 #else
@@ -40,7 +40,7 @@ void pack_combination(const GeometricRows& rows, int64_t block, float sign, floa
 
 }  // namespace
 
-void geometric_products_cpu(const GeometricProducts& problem, const CpuChoice& choice) {
+void geometric_products(const GeometricProducts& problem, const Choice& choice) {
     const Kernels& kernels = kernels_named(choice.instruction_set);
     const int threads = thread_count(choice);
     const GeometricRows& rows = problem.rows;
@@ -100,7 +100,7 @@ void geometric_products_cpu(const GeometricProducts& problem, const CpuChoice& c
     }
 }
 
-void geometric_pulls_cpu(const GeometricPulls& problem, const CpuChoice& choice) {
+void geometric_pulls(const GeometricPulls& problem, const Choice& choice) {
     const Kernels& kernels = kernels_named(choice.instruction_set);
     const int threads = thread_count(choice);
     const GeometricRows& rows = problem.rows;
@@ -135,4 +135,4 @@ void geometric_pulls_cpu(const GeometricPulls& problem, const CpuChoice& choice)
     });
 }
 
-}  // namespace modstruct
+}  // namespace modstruct::cpu

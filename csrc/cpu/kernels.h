@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <string>
 
-namespace modstruct {
+namespace modstruct::cpu {
 
 constexpr int64_t BLOCK = 192;  // a multiple of every micro-kernel's height and width
 constexpr int64_t TILE_FLOATS = BLOCK * BLOCK;
@@ -89,4 +89,4 @@ extern const Kernels avx512_kernels;
 
 const Kernels& kernels_named(const std::string& instruction_set);
 
-}  // namespace modstruct
+}  // namespace modstruct::cpu

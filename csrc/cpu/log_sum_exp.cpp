@@ -2,7 +2,7 @@
 
 #include <cmath>
 
-namespace modstruct {
+namespace modstruct::cpu {
 namespace {
 
 constexpr int64_t COLUMNS_PER_TASK = 1024;
@@ -63,4 +63,4 @@ void ColumnSums::finish(float* column_lse) const {
     }
 }
 
-}  // namespace modstruct
+}  // namespace modstruct::cpu

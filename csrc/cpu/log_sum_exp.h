@@ -3,7 +3,7 @@
 
 #include "sweep.h"
 
-namespace modstruct {
+namespace modstruct::cpu {
 
 // Of the rows of one group: a row is complete once all tiles of its block are there.
 class RowSums {
@@ -41,4 +41,4 @@ class ColumnSums {
     Buffer<double> running_sums_;
 };
 
-}  // namespace modstruct
+}  // namespace modstruct::cpu

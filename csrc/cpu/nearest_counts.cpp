@@ -4,7 +4,7 @@
 #include "packing.h"
 #include "sweep.h"
 
-namespace modstruct {
+namespace modstruct::cpu {
 namespace {
 
 constexpr int64_t ITEM_BLOCKS_AT_ONCE = 16;  // 3,072 items packed at a time: 6 MB at dimension 512
@@ -31,7 +31,7 @@ void pair_scores(const NearestCounts& problem, const Sweep& sweep, float* scores
 
 }  // namespace
 
-void nearest_counts_cpu(const NearestCounts& problem, const CpuChoice& choice) {
+void nearest_counts(const NearestCounts& problem, const Choice& choice) {
     const Sweep sweep(problem.pairs, choice);
     const Pairs& pairs = problem.pairs;
     Buffer<float> scores(problem.count);
@@ -113,4 +113,4 @@ void nearest_counts_cpu(const NearestCounts& problem, const CpuChoice& choice) {
     }
 }
 
-}  // namespace modstruct
+}  // namespace modstruct::cpu

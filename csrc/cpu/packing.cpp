@@ -1,6 +1,6 @@
 #include "packing.h"
 
-namespace modstruct {
+namespace modstruct::cpu {
 
 void Slabs::pack(const float* vectors, int64_t count, const float* center, int threads) {
     const int64_t slabs = padded(dimension_) / SLAB;
@@ -27,4 +27,4 @@ void Panels::pack(const float* vectors, int64_t count, const float* center, floa
     });
 }
 
-}  // namespace modstruct
+}  // namespace modstruct::cpu

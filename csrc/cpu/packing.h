@@ -11,7 +11,7 @@
 #include <omp.h>
 #endif
 
-namespace modstruct {
+namespace modstruct::cpu {
 
 // body(task, thread) for every task. All memory is taken before the threads start: an exception cannot leave them.
 template <typename Body>
@@ -93,4 +93,4 @@ void pack_panel(const Vector& vector, int64_t count, int64_t dimension, const fl
     }
 }
 
-}  // namespace modstruct
+}  // namespace modstruct::cpu

@@ -5,7 +5,7 @@
 #include <arm_neon.h>
 #endif
 
-namespace modstruct {
+namespace modstruct::cpu {
 namespace portable {
 namespace {
 
@@ -29,4 +29,4 @@ bool runs_here() { return true; }
 
 const Kernels portable_kernels = MODSTRUCT_KERNELS(portable);
 
-}  // namespace modstruct
+}  // namespace modstruct::cpu

@@ -5,7 +5,7 @@
 #include "log_sum_exp.h"
 #include "sweep.h"
 
-namespace modstruct {
+namespace modstruct::cpu {
 namespace {
 
 // What is known of each row of the group once its log-sum-exps are.
@@ -21,7 +21,7 @@ float softplus(float x) { return x < 0 ? std::log1p(std::exp(x)) : x + std::log1
 
 }  // namespace
 
-void row_contrast_cpu(const RowContrast& problem, const CpuChoice& choice) {
+void row_contrast(const RowContrast& problem, const Choice& choice) {
     const Sweep sweep(problem.pairs, choice);
     const Pairs& pairs = problem.pairs;
     const int64_t first = problem.first;
@@ -105,4 +105,4 @@ void row_contrast_cpu(const RowContrast& problem, const CpuChoice& choice) {
     }
 }
 
-}  // namespace modstruct
+}  // namespace modstruct::cpu

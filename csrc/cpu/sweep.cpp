@@ -1,6 +1,6 @@
 #include "sweep.h"
 
-namespace modstruct {
+namespace modstruct::cpu {
 namespace {
 
 constexpr int64_t TASKS_PER_THREAD = 32;
@@ -8,7 +8,7 @@ constexpr int64_t SLABS_AT_ONCE = 4;  // of one task: a tile stays in the second
 
 }  // namespace
 
-Sweep::Sweep(const Pairs& pairs, const CpuChoice& choice)
+Sweep::Sweep(const Pairs& pairs, const Choice& choice)
     : pairs(pairs),
       kernels(kernels_named(choice.instruction_set)),
 #if defined(_OPENMP)
@@ -75,4 +75,4 @@ void put_positives(float* tile, int64_t first_row, int64_t rows, int64_t first_c
     }
 }
 
-}  // namespace modstruct
+}  // namespace modstruct::cpu

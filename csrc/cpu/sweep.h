@@ -3,16 +3,16 @@
 
 #include <algorithm>
 
-#include "../pairwise.h"
+#include "pairwise_cpu.h"
 #include "kernels.h"
 #include "packing.h"
 
-namespace modstruct {
+namespace modstruct::cpu {
 
 // How the tiles of a problem are gone through. The number of row blocks in a group gives every thread enough to do; it
 // changes no bit of a result, since all sums run over single blocks in their order.
 struct Sweep {
-    Sweep(const Pairs& pairs, const CpuChoice& choice);
+    Sweep(const Pairs& pairs, const Choice& choice);
 
     int64_t rows_in(int64_t block) const { return std::min(BLOCK, pairs.rows - block * BLOCK); }
     int64_t columns_in(int64_t block) const { return std::min(BLOCK, pairs.columns - block * BLOCK); }
@@ -70,4 +70,4 @@ void take_positives(float* tile, int64_t first_row, int64_t rows, int64_t first_
 void put_positives(float* tile, int64_t first_row, int64_t rows, int64_t first_column, int64_t columns, int64_t first,
                    const float* values);
 
-}  // namespace modstruct
+}  // namespace modstruct::cpu

@@ -1,4 +1,4 @@
-"""The local pairwise terms by the compiled CPU kernels (csrc/pairwise.h has the formulas).
+"""The local pairwise terms by the compiled CPU kernels (csrc/cpu/pairwise_cpu.h has the formulas).
 
 All arrays are float32, contiguous, on the CPU; x: (B, D), y: (N, D). A CPU always multiplies in float32, the most that
 `precision` can ask for. Kernels run on torch.get_num_threads() threads, whose number changes no bit of a result, and
@@ -21,7 +21,7 @@ def contrastive_statistics(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-sum-exps without the positives along rows (B,) and columns (N,), and the positives' logits (B,)."""
     row_lse, column_lse, positive = x.new_empty(len(x)), y.new_empty(len(y)), x.new_empty(len(x))
-    load_extension().contrastive_statistics_cpu(
+    load_extension().cpu_contrastive_statistics(
         **_pairs(x, y, instruction_set),
         **_positives(x, y, scale, first),
         row_lse=row_lse.data_ptr(),
@@ -52,7 +52,7 @@ def contrastive_pulls(
         for name, vector in vectors.items():
             check_array(name, vector, (length,), torch.float32, CPU)
     x_pull, y_pull = torch.zeros_like(x), torch.zeros_like(y)
-    load_extension().contrastive_pulls_cpu(
+    load_extension().cpu_contrastive_pulls(
         **pairs,
         **_positives(x, y, scale, first),
         **{name: vector.data_ptr() for name, vector in (rows | columns).items()},
@@ -81,7 +81,7 @@ def row_contrast(
     losses = x.new_empty(len(x))
     x_pull = torch.zeros_like(x) if with_pull else x.new_zeros(0, x.shape[1])
     column_pull = torch.zeros_like(columns) if with_column_pull else x.new_zeros(0, x.shape[1])
-    load_extension().row_contrast_cpu(
+    load_extension().cpu_row_contrast(
         **pairs,
         **_positives(x, columns, scale, first),
         momentum=0 if x_momentum is None else x_momentum.data_ptr(),
@@ -106,7 +106,7 @@ def gaussian_potential(
     total = torch.empty((), dtype=torch.float64)
     x_pull = torch.zeros_like(x) if with_pull else x.new_zeros(0, x.shape[1])
     y_pull = torch.zeros_like(y) if with_pull and y is not None else x.new_zeros(0, x.shape[1])
-    load_extension().gaussian_potential_cpu(
+    load_extension().cpu_gaussian_potential(
         **pairs,
         symmetric=y is None,
         t=t,
@@ -122,7 +122,7 @@ def geometric_products(
 ) -> tuple[Tensor, Tensor]:
     """P^T P and M^T M, both (D, D), of P = a + b and M = a - b, (B, D), which are never held whole."""
     plus, minus = (a.new_empty(a.shape[1], a.shape[1]) for _ in range(2))
-    load_extension().geometric_products_cpu(
+    load_extension().cpu_geometric_products(
         **_combined(a, b, instruction_set), plus=plus.data_ptr(), minus=minus.data_ptr()
     )
     return plus, minus
@@ -140,7 +140,7 @@ def geometric_pulls(
     for name, weights in (("plus_weights", plus_weights), ("minus_weights", minus_weights)):
         check_array(name, weights, (a.shape[1], a.shape[1]), torch.float32, CPU)
     a_pull, b_pull = torch.empty_like(a), torch.empty_like(b)
-    load_extension().geometric_pulls_cpu(
+    load_extension().cpu_geometric_pulls(
         **_combined(a, b, instruction_set),
         plus_weights=plus_weights.data_ptr(),
         minus_weights=minus_weights.data_ptr(),
@@ -163,7 +163,7 @@ def nearest_counts(
     for name, indices in (("pair_query", pair_query), ("pair_gallery", pair_gallery)):
         check_array(name, indices, (len(pair_query),), torch.int64, CPU)
     above, ties = torch.empty_like(pair_query), torch.empty_like(pair_query)
-    load_extension().nearest_counts_cpu(
+    load_extension().cpu_nearest_counts(
         **pairs,
         query=pair_query.data_ptr(),
         item=pair_gallery.data_ptr(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 
 import pytest
@@ -16,7 +18,15 @@ def test_features_name_what_the_build_holds():
     assert features["cpu_here"][0] == features["cpu"][0] == "portable"
     assert set(features["cpu_here"]) <= set(features["cpu"])
     assert isinstance(features["openmp"], bool)
-    assert isinstance(features["cuda"], bool)
+    assert set(features["cuda"]) <= {"sm_80", "sm_90a", "compute_80"}
+
+
+@pytest.mark.skipif(
+    shutil.which("nvcc") is None or os.environ.get("MODSTRUCT_CUDA") == "0", reason="built without CUDA"
+)
+def test_cuda_kernels_are_built_where_nvcc_is():
+    assert "compute_80" in load_extension().features()["cuda"]
+    assert load_extension().cuda_sizes()["tile_rows"] == 128
 
 
 def test_the_error_of_a_missing_build_says_what_to_do(monkeypatch):

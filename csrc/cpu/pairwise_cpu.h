@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-namespace modstruct {
+namespace modstruct::cpu {
 
 struct Pairs {
     const float* x;
@@ -110,22 +110,22 @@ struct GeometricPulls {
     float* b_pull;               // (rows, dimension)
 };
 
-// instruction_set: one of cpu_instruction_sets_here(). Throws std::invalid_argument on any other.
-struct CpuChoice {
+// instruction_set: one of instruction_sets_here(). Throws std::invalid_argument on any other.
+struct Choice {
     std::string instruction_set;
     int threads;
 };
 
-void contrastive_statistics_cpu(const ContrastiveStatistics& problem, const CpuChoice& choice);
-void contrastive_pulls_cpu(const ContrastivePulls& problem, const CpuChoice& choice);
-void row_contrast_cpu(const RowContrast& problem, const CpuChoice& choice);
-void gaussian_potential_cpu(const GaussianPotential& problem, const CpuChoice& choice);
-void geometric_products_cpu(const GeometricProducts& problem, const CpuChoice& choice);
-void geometric_pulls_cpu(const GeometricPulls& problem, const CpuChoice& choice);
-void nearest_counts_cpu(const NearestCounts& problem, const CpuChoice& choice);
+void contrastive_statistics(const ContrastiveStatistics& problem, const Choice& choice);
+void contrastive_pulls(const ContrastivePulls& problem, const Choice& choice);
+void row_contrast(const RowContrast& problem, const Choice& choice);
+void gaussian_potential(const GaussianPotential& problem, const Choice& choice);
+void geometric_products(const GeometricProducts& problem, const Choice& choice);
+void geometric_pulls(const GeometricPulls& problem, const Choice& choice);
+void nearest_counts(const NearestCounts& problem, const Choice& choice);
 
-std::vector<std::string> cpu_instruction_sets_built();
-std::vector<std::string> cpu_instruction_sets_here();  // what this machine can run of those built, the fastest last
+std::vector<std::string> instruction_sets_built();
+std::vector<std::string> instruction_sets_here();  // what this machine can run of those built, the fastest last
 bool built_with_openmp();
 
-}  // namespace modstruct
+}  // namespace modstruct::cpu
