@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from modstruct.pairwise import torch_tiles
+from modstruct.pairwise import dispatch, torch_tiles
 
 # Rows and dimension: single ones; blocks (192), vectors (32) and micro-kernels not filled, filled, and one above.
 SIZES = [(1, 1), (2, 1), (1, 40), (7, 3), (192, 32), (193, 33), (145, 257), (300, 70), (450, 8), (20, 2048)]
@@ -116,10 +116,13 @@ def assert_each_input_alone_gets_its_gradient(ours: Callable, *inputs: Tensor) -
         assert all(z.grad is None for j, z in enumerate(leaves) if j != i)
 
 
-def assert_compiles(ours: Callable, *inputs: Tensor) -> None:
+def assert_compiles(ours: Callable, *inputs: Tensor, other_sizes: bool = True) -> None:
+    """As one graph, with equal value and gradients; `other_sizes`: for other numbers of rows of the matrices too."""
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
-    for f, r in zip(with_gradients(compiled, *inputs), with_gradients(ours, *inputs), strict=True):
-        torch.testing.assert_close(f, r)
+    for fewer in (0, 1, 2) if other_sizes else (0,):
+        given = [z[: len(z) - fewer] if z.dim() == 2 else z for z in inputs]
+        for f, r in zip(with_gradients(compiled, *given), with_gradients(ours, *given), strict=True):
+            torch.testing.assert_close(f, r)
 
 
 def assert_second_derivative_is_refused(ours: Callable, operator: str, *inputs: Tensor) -> None:
@@ -130,6 +133,20 @@ def assert_second_derivative_is_refused(ours: Callable, operator: str, *inputs: 
         (gradient,) = torch.autograd.grad(value, leaves[i], create_graph=True)
         with pytest.raises(RuntimeError, match=operator):
             (value + gradient.square().sum()).backward()
+
+
+@contextmanager
+def local_calls() -> Iterator[list[tuple]]:
+    """The local terms that are computed meanwhile: name and arguments of each."""
+    calls = []
+
+    def call(*arguments):
+        calls.append(arguments)
+        return original(*arguments)
+
+    original = dispatch.call
+    with mock.patch.object(dispatch, "call", call):
+        yield calls
 
 
 def without_gradient(ours: Callable, *inputs: Tensor) -> Tensor:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from comparison import integer_rows, logit_scale, random_rows, threads, unit_rows
+from comparison import integer_rows, logit_scale, random_rows, relative_error, threads, unit_rows, with_gradients
 from kernel_calls import NAMES, SHAPES, arguments, assert_agree, in_float64, results
 
-from modstruct.pairwise import cpu_kernels, torch_tiles
+from modstruct.pairwise import cpu_kernels, reference, torch_tiles
 from modstruct.pairwise.extension import load_extension
 
 INSTRUCTION_SETS = load_extension().features()["cpu_here"]
@@ -36,6 +36,23 @@ def test_every_instruction_set_agrees_with_float64_over_many_rows(name, instruct
     with threads(1):
         found = results(cpu_kernels, name, given, instruction_set=instruction_set)
     assert_agree(name, found, results(torch_tiles, name, in_float64(given)))
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize(("rows", "columns", "width"), [(1, 300, 5), (130, 1, 40), (101, 290, 130), (900, 390, 33)])
+def test_potentials_and_counts_may_have_more_rows_than_columns(instruction_set, rows, columns, width):
+    x, y = unit_rows(rows, width, 1), unit_rows(columns, width, 2)
+    found = cpu_kernels.gaussian_potential(x, y, 1.5, True, instruction_set=instruction_set)
+    total, x_gradient, y_gradient = with_gradients(
+        lambda x, y: reference.gaussian_potential_sum(x, 1.5, y), x.double(), y.double()
+    )
+    assert relative_error(found[0], total) < 1e-6
+    assert relative_error(found[1], x_gradient / 3) < 5e-6  # the pull is the gradient over 2 t
+    assert relative_error(found[2], y_gradient / 3) < 5e-6
+    queries, gallery, pairs = integer_rows(rows, width, 3), integer_rows(columns, width, 4), torch.arange(rows)
+    counts = cpu_kernels.nearest_counts(queries, gallery, pairs, pairs % columns, instruction_set=instruction_set)
+    right = reference.nearest_counts(queries.double(), gallery.double(), torch.stack((pairs, pairs % columns), 1))
+    assert all(torch.equal(f, r) for f, r in zip(counts, right, strict=True))
 
 
 @pytest.mark.parametrize("shape", [(1300, 1700, 37, 350), (193, 385, 31, 192), (40, 4000, 70, 17)])

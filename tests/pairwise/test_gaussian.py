@@ -14,6 +14,7 @@ from comparison import (
     assert_second_derivative_is_refused,
     cone_rows,
     errors,
+    local_calls,
     permutation,
     rotation,
     unit_rows,
@@ -181,7 +182,10 @@ def test_a_second_derivative_is_refused():
 
 def test_no_gradient_no_pull():
     z = unit_rows(5, 3, 0)
-    assert torch.equal(without_gradient(log_mean(2.0), z), gaussian_potential(z, 2.0))
+    with local_calls() as calls:
+        assert torch.equal(without_gradient(log_mean(2.0), z), gaussian_potential(z, 2.0))
+        gaussian_potential(z.clone().requires_grad_(), 2.0)
+    assert [call[4] for call in calls] == [False, False, True]
     for y in (None, z):
         value, x_pull, y_pull = potential_sum(z.clone().requires_grad_(), y, 2.0, False, "float32")
         assert x_pull.shape == y_pull.shape == (0, 3)

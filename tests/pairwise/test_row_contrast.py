@@ -14,6 +14,7 @@ from comparison import (
     assert_layout_is_no_matter,
     assert_second_derivative_is_refused,
     errors,
+    local_calls,
     logit_scale,
     permutation,
     rotation,
@@ -317,7 +318,7 @@ def test_operators_pass_opcheck(with_momentum, with_columns):
 def test_torch_compile_takes_the_whole_function():
     x, x_momentum, columns = drawn(20, 8, 9)
     assert_compiles(info_nce, x, columns[:20], logit_scale(9.0))
-    assert_compiles(softened(x_momentum, columns, 0.4), x, logit_scale(9.0))
+    assert_compiles(softened(x_momentum, columns, 0.4), x, logit_scale(9.0), other_sizes=False)
 
 
 def test_a_second_derivative_is_refused():
@@ -332,7 +333,10 @@ def test_no_gradient_no_pull():
     scale = logit_scale(9.0)
     softer = softened(x_momentum, columns, 0.4)
     for function, inputs in ((info_nce, (x, columns[:20], scale)), (softer, (x, scale))):
-        assert torch.equal(without_gradient(function, *inputs), function(*inputs))
+        with local_calls() as calls:
+            assert torch.equal(without_gradient(function, *inputs), function(*inputs))
+            function(inputs[0].clone().requires_grad_(), *inputs[1:])
+        assert [call[7:9] for call in calls] == [(False, False), (False, False), (True, False)]
     total, x_pull, column_pull = row_contrast(
         x.requires_grad_(), x_momentum, columns, scale, 0, 0.4, False, False, "float32"
     )

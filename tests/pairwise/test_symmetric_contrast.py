@@ -14,6 +14,7 @@ from comparison import (
     assert_layout_is_no_matter,
     assert_second_derivative_is_refused,
     errors,
+    local_calls,
     logit_scale,
     permutation,
     rotation,
@@ -218,9 +219,11 @@ def test_a_second_derivative_is_refused():
     assert_second_derivative_is_refused(both_ways_weighted, "contrastive_gradients", *inputs)
 
 
-def test_no_grad_gives_the_same_value():
+def test_no_gradient_no_pull():
     inputs = unit_rows(20, 8, 1), unit_rows(20, 8, 2), logit_scale(9.0)
-    assert torch.equal(without_gradient(both_ways_weighted, *inputs), both_ways_weighted(*inputs))
+    with local_calls() as calls:
+        assert torch.equal(without_gradient(both_ways_weighted, *inputs), both_ways_weighted(*inputs))
+    assert [name for name, *_ in calls] == ["contrastive_statistics"] * 2
 
 
 def test_the_shape_of_the_scale_is_no_matter():

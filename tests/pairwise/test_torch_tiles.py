@@ -6,7 +6,17 @@ from unittest import mock
 
 import pytest
 import torch
-from comparison import errors, logit_scale, random_rows, relative_error, tiles_of, towers, unit_rows, with_gradients
+from comparison import (
+    assert_half_precision_is_taken_to_float32,
+    errors,
+    logit_scale,
+    random_rows,
+    relative_error,
+    tiles_of,
+    towers,
+    unit_rows,
+    with_gradients,
+)
 from kernel_calls import NAMES, SHAPES, arguments, assert_agree, in_float64, results
 from largest_tensor import LargestTensor
 from torch.nn.functional import normalize
@@ -122,6 +132,19 @@ def test_the_public_functions_agree_with_their_formulas_in_float32(tile_rows):
         assert max(errors(*potential, x)) < 1e-5
         close = x, x + 1e-3 * random_rows(90, 24, 5).float()
         assert max(errors(geometric_consistency, reference.geometric_consistency, *close)) < 1e-5
+
+
+@pytest.mark.usefixtures("torch_alone")
+def test_autocast_halves_no_product():
+    x, y = towers(40, 24, 1)
+    momentum, scale = unit_rows(40, 24, 3, torch.bfloat16), logit_scale(20.0)
+    assert_half_precision_is_taken_to_float32(lambda x, y, scale: sum(contrastive(x, y, scale)), x, y, scale)
+    assert_half_precision_is_taken_to_float32(info_nce, x, y, scale)
+    assert_half_precision_is_taken_to_float32(lambda z: gaussian_potential(z, 2.0), x)
+    assert_half_precision_is_taken_to_float32(geometric_consistency, x, y)
+    assert_half_precision_is_taken_to_float32(
+        lambda x, scale: soft_contrastive(x, momentum.to(x.dtype), momentum.to(x.dtype), scale, 0.4), x, scale
+    )
 
 
 @pytest.mark.parametrize("tile_rows", [2, 5])
