@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hypothesis import settings
 
-for folder in ("distributed", "models"):
+for folder in ("distributed", "models", "pairwise"):
     sys.path.insert(0, str(Path(__file__).parent / folder))
 
 # No deadlines: a busy machine is slow, not wrong. In CI the same examples every time.

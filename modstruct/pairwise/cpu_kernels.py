@@ -2,7 +2,7 @@
 
 All arrays are float32, contiguous, on the CPU; x: (B, D), y: (N, D). A CPU always multiplies in float32, the most that
 `precision` can ask for. Kernels run on torch.get_num_threads() threads, whose number changes no bit of a result, and
-let other Python threads run meanwhile. Nothing here is differentiable: modstruct.pairwise.ops is.
+let other Python threads run meanwhile. Nothing here is differentiable: the operators are.
 """
 
 from __future__ import annotations
@@ -121,10 +121,9 @@ def geometric_products(
     a: Tensor, b: Tensor, precision: str = "float32", instruction_set: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """P^T P and M^T M, both (D, D), of P = a + b and M = a - b, (B, D), which are never held whole."""
+    rows = _combined(a, b, instruction_set)
     plus, minus = (a.new_empty(a.shape[1], a.shape[1]) for _ in range(2))
-    load_extension().cpu_geometric_products(
-        **_combined(a, b, instruction_set), plus=plus.data_ptr(), minus=minus.data_ptr()
-    )
+    load_extension().cpu_geometric_products(**rows, plus=plus.data_ptr(), minus=minus.data_ptr())
     return plus, minus
 
 
@@ -137,11 +136,12 @@ def geometric_pulls(
     instruction_set: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """P plus_weights + M minus_weights and P plus_weights - M minus_weights, both (B, D)."""
+    rows = _combined(a, b, instruction_set)
     for name, weights in (("plus_weights", plus_weights), ("minus_weights", minus_weights)):
         check_array(name, weights, (a.shape[1], a.shape[1]), torch.float32, CPU)
     a_pull, b_pull = torch.empty_like(a), torch.empty_like(b)
     load_extension().cpu_geometric_pulls(
-        **_combined(a, b, instruction_set),
+        **rows,
         plus_weights=plus_weights.data_ptr(),
         minus_weights=minus_weights.data_ptr(),
         a_pull=a_pull.data_ptr(),

@@ -20,7 +20,7 @@ from modstruct.config import Precision, require
 from modstruct.pairwise import dispatch
 from modstruct.pairwise.global_batch import checked_rows, global_rows
 
-LARGEST_FLOAT32 = 3.4e38
+SMALLEST_FLOAT32, LARGEST_FLOAT32 = 1.2e-38, 3.4e38  # normal numbers: kernels take t as one
 
 
 def gaussian_potential(z: Tensor, t: float, precision: Precision = "float32") -> Tensor:
@@ -34,13 +34,16 @@ def gaussian_potential(z: Tensor, t: float, precision: Precision = "float32") ->
     Raises ValueError where z is empty, not 2-D or not floating point, or t is not positive.
     """
     (z,) = checked_rows(z=z)
-    require(0 < t < LARGEST_FLOAT32, "t", t, "must be positive and finite")
+    require(SMALLEST_FLOAT32 < t < LARGEST_FLOAT32, "t", t, "must be positive and finite, as a float32")
     dispatch.check_precision(precision)
     with_pull = torch.is_grad_enabled() and z.requires_grad
     total = potential_sum(z, None, float(t), with_pull, precision)[0]
     if distributed.world_size() > 1:
         for rows, columns in _pairs_with_others(z):
-            total = total + 2 * potential_sum(rows, columns, float(t), with_pull, precision)[0]
+            if len(rows):
+                total = total + 2 * potential_sum(rows, columns, float(t), with_pull, precision)[0]
+            else:  # a sum of nothing, through which this process joins the backward of the gather
+                total = total + columns[:0].sum()
     return (distributed.all_sum(total).log() - 2 * math.log(global_rows(z))).to(z.dtype)
 
 
@@ -48,7 +51,8 @@ def _pairs_with_others(z: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Which rows this process pairs with which of the others, so that each pair of processes is served once.
 
     With an even number of processes the one opposite is shared: the lower rank takes the first half of its own rows
-    against all of the other's, the higher rank its own rows against the second half of the lower one's.
+    against all of the other's, the higher rank its own rows against the second half of the lower one's. Of a single row
+    the first half is empty.
     """
     processes, rank, count = distributed.world_size(), distributed.rank(), len(z)
     blocks = distributed.gather(z).split(count)
@@ -61,7 +65,7 @@ def _pairs_with_others(z: Tensor) -> list[tuple[Tensor, Tensor]]:
         opposite = blocks[(rank + processes // 2) % processes]
         half = count // 2
         pairs.append((z[:half], opposite) if rank < processes // 2 else (opposite[half:], z))
-    return [(rows, columns) for rows, columns in pairs if len(rows)]
+    return pairs
 
 
 @torch.library.custom_op("modstruct::gaussian_potential_sum", mutates_args=())

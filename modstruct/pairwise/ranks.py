@@ -35,9 +35,6 @@ def nearest_counts(
     positives = positives.long()
     if not len(positives):
         return positives[:, 0], positives[:, 0]
-    for column, name, rows in ((0, "queries", queries), (1, "gallery", gallery)):
-        low, high = (int(v) for v in positives[:, column].aminmax())
-        require(low >= 0 and high < len(rows), "positives", (low, high), f"row of {name}: from 0 to {len(rows) - 1}")
     order = positives[:, 0].argsort(stable=True)
     pair_query, pair_gallery = (column.contiguous() for column in positives[order].T)
     counts = counted(queries, gallery, pair_query, pair_gallery, precision)
@@ -48,7 +45,13 @@ def nearest_counts(
 def counted(
     queries: Tensor, gallery: Tensor, pair_query: Tensor, pair_gallery: Tensor, precision: str
 ) -> tuple[Tensor, Tensor]:
-    """`nearest_counts` of checked arguments, the pairs in two columns (p,), ascending by query."""
+    """`nearest_counts` of checked arguments, the pairs in two columns (p,), ascending by query.
+
+    It looks at the indices itself: outside, torch.compile could not trace that.
+    """
+    for indices, name, rows in ((pair_query, "queries", queries), (pair_gallery, "gallery", gallery)):
+        low, high = (int(v) for v in indices.aminmax())
+        require(low >= 0 and high < len(rows), "positives", (low, high), f"row of {name}: from 0 to {len(rows) - 1}")
     return dispatch.call("nearest_counts", queries, gallery, pair_query, pair_gallery, precision)
 
 

@@ -10,12 +10,14 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 
-def gaussian_potential_sum(z: Tensor, t: float) -> Tensor:
-    """Sum over all pairs j, k of exp(-t |z_j - z_k|^2), j = k included (inside L_Uni, Jiang et al. 2023, section 4.1).
+def gaussian_potential_sum(x: Tensor, t: float, y: Tensor | None = None) -> Tensor:
+    """Sum over all pairs j, k of exp(-t |x_j - y_k|^2), where y is x unless it is given; j = k is included.
 
-    z: (N, D). Differences are formed before they are squared, so close rows lose no digits.
+    Inside L_Uni of Jiang et al. 2023, section 4.1. x: (B, D), y: (N, D). Differences are formed before they are
+    squared, so close rows lose no digits.
     """
-    squares = torch.stack([(row - z).square().sum(1) for row in z])  # (N, N), without an (N, N, D) array
+    columns = x if y is None else y
+    squares = torch.stack([(row - columns).square().sum(1) for row in x])  # (B, N), without a (B, N, D) array
     return torch.exp(-t * squares).sum()
 
 
@@ -31,16 +33,40 @@ def contrastive(x: Tensor, y: Tensor, logit_scale: Tensor) -> Tensor:
     return (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2
 
 
+def gaussian_potential(z: Tensor, t: float) -> Tensor:
+    """log( 1/N^2 sum_jk exp(-t |z_j - z_k|^2) )."""
+    return (gaussian_potential_sum(z, t) / len(z) ** 2).log()
+
+
 def info_nce(x: Tensor, y: Tensor, logit_scale: Tensor) -> Tensor:
     """-1/N sum_j log( exp(s <x_j, y_j>) / sum_k exp(s <x_j, y_k>) ), each row of x against all rows of y, (N, D)."""
     logits = logit_scale * x @ y.T  # (N, N)
     return -logits.log_softmax(1).diagonal().mean()
 
 
+def soft_contrastive(
+    x: Tensor, x_momentum: Tensor, columns: Tensor, logit_scale: Tensor, alpha: float, first: int = 0
+) -> Tensor:
+    """ALBEF's image-text contrast, one way (Li et al. 2021, equation 6), as its code writes it: targets are constants.
+
+    x, x_momentum: (B, D), columns: (N, D), row j's pair being column first + j.
+    """
+    with torch.no_grad():
+        one_hot = torch.zeros(len(x), len(columns), dtype=x.dtype, device=x.device)
+        one_hot.diagonal(first)[: len(x)] = 1
+        targets = alpha * (logit_scale * x_momentum @ columns.T).softmax(1) + (1 - alpha) * one_hot  # (B, N)
+    return -((logit_scale * x @ columns.T).log_softmax(1) * targets).sum(1).mean()
+
+
 def geometric_consistency(a: Tensor, b: Tensor) -> Tensor:
     """Sum over all pairs of (<a_j,b_k> - <a_k,b_j>)^2 + (<a_j,a_k> - <b_j,b_k>)^2 (Jiang et al. 2023, section 4.3)."""
+    return gram_asymmetry(a, b) + gram_difference(a, b)
+
+
+def gram_asymmetry(a: Tensor, b: Tensor) -> Tensor:
+    """Sum over all pairs of (<a_j,b_k> - <a_k,b_j>)^2, how far a b^T is from symmetric."""
     cross = a @ b.T  # (N, N)
-    return (cross - cross.T).square().sum() + gram_difference(a, b)
+    return (cross - cross.T).square().sum()
 
 
 def gram_difference(a: Tensor, b: Tensor) -> Tensor:
@@ -49,7 +75,11 @@ def gram_difference(a: Tensor, b: Tensor) -> Tensor:
 
 
 def nearest_counts(queries: Tensor, gallery: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:
-    """For each (query, positive), gallery items that score above the positive, and others that score the same."""
+    """For each (query, positive), gallery items that score above the positive, and others that score the same.
+
+    A score that is no number: all items are above such a positive, and such an item is above any positive.
+    """
     scores = (queries @ gallery.T)[positives[:, 0]]  # (p, g)
     own = scores.gather(1, positives[:, 1:])
-    return (scores > own).sum(1), (scores == own).sum(1) - 1
+    others = torch.ones_like(scores, dtype=torch.bool).scatter(1, positives[:, 1:], False)
+    return (~(scores <= own)).sum(1), ((scores == own) & others).sum(1)

@@ -54,12 +54,12 @@ def soft_contrastive(
     x, x_momentum: this process's (B, D) rows, the same B on every process. columns: (M, D), the same on every process:
     the other modality's momentum rows of all processes in order of rank, so that row j of process p has its pair in
     column p B + j, then a queue of any length. x_momentum and columns get no gradient and are refused if they ask for
-    one. logit_scale: (1,), s = 1 / temperature. alpha: in [0, 1]. Returns a scalar, the mean over the N rows of all
-    processes, the same on each. Memory O((N + M) D): the targets are streamed like the logits. Raises ValueError, by
-    name, where an argument does not fit.
+    one. logit_scale: (1,), s = 1 / temperature; as in ALBEF's code its gradient takes the targets for constants.
+    alpha: in [0, 1]. Returns a scalar, the mean over the N rows of all processes, the same on each. Memory
+    O((N + M) D): the targets are streamed like the logits. Raises ValueError, by name, where an argument does not fit.
     """
-    x, x_momentum = paired_rows(x=x, x_momentum=x_momentum)
-    x, columns = checked_rows(x=x, columns=columns)
+    paired_rows(x=x, x_momentum=x_momentum)
+    x, x_momentum, columns = checked_rows(x=x, x_momentum=x_momentum, columns=columns)
     require(0 <= alpha <= 1, "alpha", alpha, "must be from 0 to 1")
     needed = global_rows(x)
     require(len(columns) >= needed, "rows of columns", len(columns), f"at least {needed}, the pairs of all processes")
@@ -113,26 +113,27 @@ def _(x, x_momentum, columns, scale, first, alpha, with_pull, with_column_pull, 
 
 @torch.library.custom_op("modstruct::row_contrast_gradients", mutates_args=())
 def row_contrast_gradients(
-    gradient: Tensor, x: Tensor, scale: Tensor, x_pull: Tensor, column_pull: Tensor
+    gradient: Tensor, x: Tensor, columns: Tensor, scale: Tensor, x_pull: Tensor, column_pull: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x (B, D), columns (N, D) or (0, D), and scale (1,), from that of the sum, ().
 
-    An operator without a derivative, so that autograd refuses a second one instead of taking it for zero.
+    An operator without a derivative, and given the columns although their pull is enough: so autograd refuses a second
+    derivative, which would otherwise come out as zero.
     """
     factor = gradient * scale
     return x_pull * factor, column_pull * factor, sum_of_products(x_pull, x) * gradient
 
 
 @row_contrast_gradients.register_fake
-def _(gradient, x, scale, x_pull, column_pull):
+def _(gradient, x, columns, scale, x_pull, column_pull):
     return torch.empty_like(x_pull), torch.empty_like(column_pull), torch.empty_like(scale)
 
 
 def _keep(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, _, _, scale, _, _, ctx.with_pull, ctx.with_column_pull, _ = inputs
+    x, _, columns, scale, _, _, ctx.with_pull, ctx.with_column_pull, _ = inputs
     _, x_pull, column_pull = output
     ctx.mark_non_differentiable(x_pull, column_pull)
-    ctx.save_for_backward(x, scale, x_pull, column_pull)
+    ctx.save_for_backward(x, columns, scale, x_pull, column_pull)
 
 
 def _backward(ctx, gradient: Tensor, *_: Tensor) -> tuple:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
+from unittest import mock
 
 import pytest
 import torch
+from kernel_calls import NAMES, arguments, results
 
-from modstruct.pairwise.extension import gaussian_potential_sums_cpu, load_extension
+from modstruct.pairwise import cpu_kernels
+from modstruct.pairwise.extension import load_extension
+
+KERNELS = sorted({name.split(", ")[0] for name in NAMES})
 
 
 def test_features_name_what_the_build_holds():
@@ -38,33 +44,103 @@ def test_the_error_of_a_missing_build_says_what_to_do(monkeypatch):
         load_extension()
 
 
-@pytest.mark.parametrize(
-    ("rows", "columns", "message"),
-    [
-        (torch.zeros(4, 3, dtype=torch.float64), torch.zeros(4, 3), r"rows = torch\.float64"),
-        (torch.zeros(4, 3), torch.zeros(4, 3, dtype=torch.bfloat16), r"columns = torch\.bfloat16"),
-        (torch.zeros(4, 3), torch.zeros(3, 4).T, r"columns = \(1, 4\): must be contiguous"),
-        (torch.zeros(4, 6)[:, ::2], torch.zeros(4, 3), r"rows = .* must be contiguous"),
-        (torch.zeros(4, 3), torch.zeros(4, 5), r"columns = \(4, 5\): must be \(N, 3\)"),
-        (torch.zeros(0, 3), torch.zeros(4, 3), r"rows = \(0, 3\)"),
-        (torch.zeros(4), torch.zeros(4, 3), r"rows = \(4,\): must be 2-D"),
-        (torch.zeros(4, 3, device="meta"), torch.zeros(4, 3), r"rows = .*meta"),
-    ],
-)
-def test_tensors_a_kernel_cannot_take_are_refused_by_name(rows, columns, message):
-    with pytest.raises(ValueError, match=message):
-        gaussian_potential_sums_cpu(rows, columns, 2.0, True)
+BAD_PAIRS = [
+    (torch.zeros(4, 3, dtype=torch.float64), torch.zeros(4, 3), r"x = torch\.float64"),
+    (torch.zeros(4, 3), torch.zeros(4, 3, dtype=torch.bfloat16), r"y = torch\.bfloat16"),
+    (torch.zeros(4, 3), torch.zeros(3, 4).T, r"y = \(1, 4\): must be contiguous"),
+    (torch.zeros(4, 6)[:, ::2], torch.zeros(4, 3), r"x = .* must be contiguous"),
+    (torch.zeros(4, 3), torch.zeros(4, 5), r"y = \(4, 5\): must have shape \(4, 3\)"),
+    (torch.zeros(0, 3), torch.zeros(4, 3), r"x = \(0, 3\)"),
+    (torch.zeros(4), torch.zeros(4, 3), r"x = \(4,\): must be 2-D"),
+    (torch.zeros(4, 3), torch.zeros(4), r"y = \(4,\): must be 2-D"),
+    (torch.zeros(4, 3, device="meta"), torch.zeros(4, 3), r"x = .*meta"),
+]
 
 
-def test_an_unknown_instruction_set_is_refused():
+@pytest.mark.parametrize(("x", "y", "message"), BAD_PAIRS)
+def test_rows_a_kernel_cannot_take_are_refused_by_name(x, y, message):
+    scale, indices = torch.ones(1), torch.zeros(1, dtype=torch.int64)
+    vector = torch.zeros(4)
+    for call in (
+        lambda: cpu_kernels.contrastive_statistics(x, y, scale, 0),
+        lambda: cpu_kernels.contrastive_pulls(x, y, scale, 0, vector, vector, vector, vector, vector),
+        lambda: cpu_kernels.row_contrast(x, None, y, scale, 0, 0.0, True, True),
+        lambda: cpu_kernels.gaussian_potential(x, y, 2.0, True),
+        lambda: cpu_kernels.nearest_counts(x, y, indices, indices),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    message = re.sub("^x", "a", re.sub("^y", "b", message)).replace(r": must be 2-D", "")
+    weights = torch.zeros(3, 3)
+    for call in (
+        lambda: cpu_kernels.geometric_products(x, y),
+        lambda: cpu_kernels.geometric_pulls(x, y, weights, weights),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+# Of each kernel the arguments behind its rows: place, name, and what it cannot be.
+BAD_ARGUMENTS = [
+    ("contrastive_statistics", 2, "scale", torch.ones(2)),
+    ("contrastive_statistics", 2, "scale", torch.ones(1, dtype=torch.float64)),
+    ("contrastive_statistics", 3, "first", -1),
+    ("contrastive_statistics", 3, "first", 7),  # of 5 rows among 9 columns: 4 is the last
+    ("contrastive_pulls", 3, "first", 5),
+    ("contrastive_pulls", 4, "row_lse", torch.zeros(9)),
+    ("contrastive_pulls", 5, "column_lse", torch.zeros(5)),
+    ("contrastive_pulls", 6, "row_weight", torch.zeros(5, dtype=torch.float64)),
+    ("contrastive_pulls", 7, "column_weight", torch.zeros(1).expand(9)),
+    ("contrastive_pulls", 8, "positive_weight", torch.zeros(5, device="meta")),
+    ("row_contrast, softened", 1, "x_momentum", torch.zeros(4, 3)),
+    ("row_contrast, softened", 4, "first", 5),
+    ("geometric_pulls", 2, "plus_weights", torch.zeros(3, 4)),
+    ("geometric_pulls", 3, "minus_weights", torch.zeros(3, 3, dtype=torch.float64)),
+    ("nearest_counts", 2, "pair_query", torch.zeros(14, dtype=torch.int32)),
+    ("nearest_counts", 3, "pair_gallery", torch.zeros(13, dtype=torch.int64)),
+    ("nearest_counts", 3, "pair_gallery", torch.zeros(28, dtype=torch.int64)[::2]),
+]
+
+
+@pytest.mark.parametrize(("name", "place", "argument", "bad"), BAD_ARGUMENTS)
+def test_other_arguments_a_kernel_cannot_take_are_refused_by_name(name, place, argument, bad):
+    given = list(arguments(name, 5, 9, 3, 2))
+    results(cpu_kernels, name, tuple(given))
+    given[place] = bad
+    with pytest.raises(ValueError, match=f"^{argument} = "):
+        results(cpu_kernels, name, tuple(given))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_an_unknown_instruction_set_is_refused(name):
     with pytest.raises(ValueError, match="instruction_set = 'abacus'"):
-        gaussian_potential_sums_cpu(torch.zeros(4, 3), torch.zeros(4, 3), 2.0, True, "abacus")
+        results(cpu_kernels, name, arguments(name, 5, 9, 3, 2), instruction_set="abacus")
 
 
-def test_addresses_and_sizes_are_checked_once_more_in_the_extension():
-    arguments = {"rows": 0, "row_count": 1, "columns": 0, "column_count": 1, "dimension": 1, "t": 1.0}
-    rest = {"sums": 0, "pull": 0, "threads": 1, "instruction_set": "portable"}
-    with pytest.raises(ValueError, match="addresses"):
-        load_extension().gaussian_potential_sums(**arguments, **rest)
-    with pytest.raises(ValueError, match="at least 1"):
-        load_extension().gaussian_potential_sums(**(arguments | {"dimension": 0}), **rest)
+def handed_over(name: str) -> dict[str, object]:
+    """What Python hands over to a kernel; the addresses of arrays that are gone, so it must not be called with them."""
+    extension = mock.Mock(features=load_extension().features)
+    with mock.patch.object(cpu_kernels, "load_extension", return_value=extension):
+        results(cpu_kernels, name, arguments(name, 5, 9, 3, 2))
+    return dict(getattr(extension, f"{name}_cpu").call_args.kwargs)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_addresses_and_sizes_are_checked_once_more_in_the_extension(name):
+    given = handed_over(name)
+    sizes = {"rows", "columns", "dimension", "count", "threads"} & given.keys()
+    options = {"first", "symmetric", "t", "alpha", "instruction_set"}
+    assert {"dimension", "rows", "threads"} <= sizes
+    for size in sizes:
+        with pytest.raises(ValueError, match="at least 1"):
+            getattr(load_extension(), f"{name}_cpu")(**(given | {size: 0}))
+    # momentum, and in some terms the pulls, may be left out, but then not one of the two alone
+    for address in given.keys() - sizes - options - {"momentum"}:
+        if (name, address) == ("row_contrast", "y_pull"):
+            continue
+        with pytest.raises(ValueError, match=r"must be an address, not 0|must (not )?be given with"):
+            getattr(load_extension(), f"{name}_cpu")(**(given | {address: 0}))
+    if "first" in given:
+        for first in (-1, 5):
+            with pytest.raises(ValueError, match="first"):
+                getattr(load_extension(), f"{name}_cpu")(**(given | {"first": first}))
