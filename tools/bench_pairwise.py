@@ -233,7 +233,7 @@ def cuda_terms(device: torch.device) -> tuple[list[Term], Term]:
 
 def in_tf32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def run(*inputs: Tensor) -> Tensor:
-        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
         return function(*inputs)
 
     return run

@@ -1,6 +1,6 @@
 """The local pairwise terms on the GPU: csrc/cuda's kernels for tiles of all pairs, torch's products for the pulls.
 
-The five functions that every backend has; csrc/cuda/pairwise_cuda.h says what the kernels compute. Rows are taken in
+The functions that every backend has; csrc/cuda/pairwise_cuda.h says what the kernels compute. Rows are taken in
 panels: a panel's weights, (panel rows, N), are in memory at once, and two plain products with them make the pulls. So
 the pulls run at the rate of torch's products, and workspace grows as (B + N) D. The host reads nothing from the device.
 
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from modstruct.pairwise.cuda_panels import Operand, Panels, add_product, address, kernels, on_device
+
+GEOMETRIC_ROWS = 65_536  # rows of a + b and a - b that are in memory at once
 
 
 def contrastive_statistics(
@@ -181,6 +183,35 @@ def gaussian_potential(
         if with_pull and not own:
             y_pull.addcmul_(column_others.float()[:, None], columns.values.float(), value=-1)
         return total, x_pull, y_pull
+
+
+def geometric_products(a: Tensor, b: Tensor, precision: str) -> tuple[Tensor, Tensor]:
+    """P^T P and M^T M, both (D, D), of P = a + b and M = a - b, (B, D); products of matrices are all there is to it."""
+    with on_device(a):
+        width = a.shape[1]
+        products = [torch.zeros(width, width, device=a.device) for _ in range(2)]
+        for a_rows, b_rows in zip(a.split(GEOMETRIC_ROWS), b.split(GEOMETRIC_ROWS), strict=True):
+            for out, combined in zip(products, (a_rows + b_rows, a_rows - b_rows), strict=True):
+                rows = Operand.of(combined, precision).values
+                add_product(out, rows.T, rows, precision)
+        return tuple(products)
+
+
+def geometric_pulls(
+    a: Tensor, b: Tensor, plus_weights: Tensor, minus_weights: Tensor, precision: str
+) -> tuple[Tensor, Tensor]:
+    """P plus_weights + M minus_weights and P plus_weights - M minus_weights, both (B, D)."""
+    with on_device(a):
+        a_pull, b_pull = torch.empty_like(a), torch.empty_like(b)
+        weights = [Operand.of(w, precision).values for w in (plus_weights, minus_weights)]
+        for start in range(0, len(a), GEOMETRIC_ROWS):
+            rows = slice(start, start + GEOMETRIC_ROWS)
+            plus_pull, minus_pull = torch.zeros_like(a[rows]), torch.zeros_like(a[rows])
+            add_product(plus_pull, Operand.of(a[rows] + b[rows], precision).values, weights[0], precision)
+            add_product(minus_pull, Operand.of(a[rows] - b[rows], precision).values, weights[1], precision)
+            torch.add(plus_pull, minus_pull, out=a_pull[rows])
+            torch.sub(plus_pull, minus_pull, out=b_pull[rows])
+        return a_pull, b_pull
 
 
 def nearest_counts(

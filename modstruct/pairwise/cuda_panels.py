@@ -6,6 +6,7 @@ rest on a CPU.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,7 +37,10 @@ def on_device(x: Tensor) -> Iterator[int]:
 def add_product(out: Tensor, a: Tensor, b: Tensor, precision: str) -> None:
     """out += a b, summed in float32. out: float32; a, b: in the dtype of the precision."""
     if precision == "bf16":
-        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+        if _adds_to_float32(out.device):
+            torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+        else:
+            out += torch.mm(a, b, out_dtype=torch.float32)
         return
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
@@ -45,6 +49,17 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, precision: str) -> None:
         out.addmm_(a, b)
     finally:
         matmul.fp32_precision = before
+
+
+@functools.cache
+def _adds_to_float32(device: torch.device) -> bool:
+    """Whether this torch adds a product of bfloat16 matrices to a float32 one; older ones want all three alike."""
+    a, out = torch.zeros(16, 16, dtype=torch.bfloat16, device=device), torch.zeros(16, 16, device=device)
+    try:
+        torch.addmm(out, a, a, out_dtype=torch.float32, out=out)
+    except RuntimeError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)

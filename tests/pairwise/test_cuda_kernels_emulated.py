@@ -1,4 +1,4 @@
-"""The five pairwise functions of the GPU against their formulas in float64, the kernels run on the CPU by an emulator.
+"""The pairwise functions of the GPU against their formulas in float64, the kernels run on the CPU by an emulator.
 
 Where there is a GPU, and kernels for it, the same tests run on it too.
 
@@ -289,6 +289,23 @@ def test_memory_of_a_panel_grows_with_the_dimension_alone(dimension, precision):
     height = cuda_panels.panel_rows(dimension, precision)
     assert height % cuda_panels.PANEL_STEP == 0
     assert height * (2 if precision == "bf16" else 4) <= 8 * dimension + 2048  # bytes for each column
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("dimension", [1, 37, 130])
+@pytest.mark.parametrize("rows", [1, 300])
+def test_geometric_products_and_pulls(rows, dimension, precision, kernels, monkeypatch):
+    monkeypatch.setattr(cuda_kernels, "GEOMETRIC_ROWS", 128)
+    a, b = vectors(rows, dimension), vectors(rows, dimension, 1)
+    plus, minus = a.double() + b.double(), a.double() - b.double()
+    tolerance = {"float32": 2e-6, "tf32": 2e-3, "bf16": 2e-2}[precision]
+    plus_products, minus_products = kernels.geometric_products(a, b, precision)
+    near(plus_products, plus.T @ plus, tolerance)
+    near(minus_products, minus.T @ minus, tolerance)
+    weights = vectors(dimension, dimension, 2), vectors(dimension, dimension, 3)
+    a_pull, b_pull = kernels.geometric_pulls(a, b, *weights, precision)
+    near(a_pull, plus @ weights[0].double() + minus @ weights[1].double(), tolerance)
+    near(b_pull, plus @ weights[0].double() - minus @ weights[1].double(), tolerance)
 
 
 def all_functions(kernels, precision):

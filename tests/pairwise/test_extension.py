@@ -122,7 +122,7 @@ def handed_over(name: str) -> dict[str, object]:
     extension = mock.Mock(features=load_extension().features)
     with mock.patch.object(cpu_kernels, "load_extension", return_value=extension):
         results(cpu_kernels, name, arguments(name, 5, 9, 3, 2))
-    return dict(getattr(extension, f"{name}_cpu").call_args.kwargs)
+    return dict(getattr(extension, f"cpu_{name}").call_args.kwargs)
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -133,14 +133,14 @@ def test_addresses_and_sizes_are_checked_once_more_in_the_extension(name):
     assert {"dimension", "rows", "threads"} <= sizes
     for size in sizes:
         with pytest.raises(ValueError, match="at least 1"):
-            getattr(load_extension(), f"{name}_cpu")(**(given | {size: 0}))
+            getattr(load_extension(), f"cpu_{name}")(**(given | {size: 0}))
     # momentum, and in some terms the pulls, may be left out, but then not one of the two alone
     for address in given.keys() - sizes - options - {"momentum"}:
         if (name, address) == ("row_contrast", "y_pull"):
             continue
         with pytest.raises(ValueError, match=r"must be an address, not 0|must (not )?be given with"):
-            getattr(load_extension(), f"{name}_cpu")(**(given | {address: 0}))
+            getattr(load_extension(), f"cpu_{name}")(**(given | {address: 0}))
     if "first" in given:
         for first in (-1, 5):
             with pytest.raises(ValueError, match="first"):
-                getattr(load_extension(), f"{name}_cpu")(**(given | {"first": first}))
+                getattr(load_extension(), f"cpu_{name}")(**(given | {"first": first}))
