@@ -14,20 +14,20 @@ export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 gpu_tests=(python3 -m pytest -q -p no:cacheprovider tests/pairwise/test_cuda_kernels_emulated.py)
 
 echo "== build"
-MODSTRUCT_CUDA=1 timeout 180 python3 setup.py -q build_ext --inplace >"$out/build.log" 2>&1 || { cat "$out/build.log"; exit 1; }
+MODSTRUCT_CUDA=1 timeout 100 python3 setup.py -q build_ext --inplace >"$out/build.log" 2>&1 || { cat "$out/build.log"; exit 1; }
 python3 -c "
 import torch
 from modstruct.pairwise.extension import load_extension
 print(torch.cuda.get_device_name(), 'torch', torch.__version__, load_extension().features())"
 
 echo "== tests on the GPU"
-timeout 150 "${gpu_tests[@]}" -k gpu 2>&1 | tee "$out/tests.log" | tail -5
+timeout 120 "${gpu_tests[@]}" -k gpu 2>&1 | tee "$out/tests.log" | tail -5
 
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do
     echo "== compute-sanitizer $tool"
     # Sizes that fill no tile: where an access out of bounds, or a missing barrier, would show.
-    timeout 100 compute-sanitizer --tool $tool --error-exitcode 9 --target-processes application-only \
+    timeout 70 compute-sanitizer --tool $tool --error-exitcode 9 --target-processes application-only \
       "${gpu_tests[@]}" -k "gpu and bf16 and (127-129 or 129-300)" >"$out/$tool.log" 2>&1 ||
       echo "$tool: failed or ran out of time, see $out/$tool.log"
     tail -3 "$out/$tool.log"
@@ -37,10 +37,10 @@ else
 fi
 
 echo "== times"
-timeout 240 python3 tools/bench_pairwise.py --device cuda --rounds 5 --out "$out" 2>&1 | tee "$out/bench.log"
+timeout 160 python3 tools/bench_pairwise.py --device cuda --rounds 5 --out "$out" 2>&1 | tee "$out/bench.log"
 
 echo "== share of a step"
 for precision in tf32 bf16; do
-  timeout 60 python3 tools/bench_loss_share.py --device cuda --precision $precision --tower_batch 256 |
+  timeout 35 python3 tools/bench_loss_share.py --device cuda --precision $precision --tower_batch 256 |
     tee -a "$out/loss_share.log"
 done
