@@ -32,9 +32,9 @@ modstruct::cpu::Pairs pairs(Address x, std::int64_t rows, Address y, std::int64_
     return {needed<const float>(x, "x"), rows, needed<const float>(y, "y"), columns, dimension};
 }
 
-modstruct::cpu::GeometricRows geometric_rows(Address a, Address b, std::int64_t rows, std::int64_t dimension) {
+modstruct::cpu::GeometricRows geometric_rows(Address a, Address b, std::int64_t rows, std::int64_t dimension, Address centers) {
     const auto p = pairs(a, rows, b, rows, dimension);
-    return {p.x, p.y, rows, dimension};
+    return {p.x, p.y, rows, dimension, needed<const float>(centers, "centers")};
 }
 
 std::int64_t checked_first(std::int64_t first, const modstruct::cpu::Pairs& pairs) {
@@ -132,28 +132,28 @@ void bind_cpu(py::module_& module) {
 
     module.def(
         "cpu_geometric_products",
-        [](Address a, Address b, std::int64_t rows, std::int64_t dimension, Address plus, Address minus, int threads,
+        [](Address a, Address b, std::int64_t rows, std::int64_t dimension, Address centers, Address plus, Address minus, int threads,
            const std::string& instruction_set) {
             run<modstruct::cpu::GeometricProducts>(
                 modstruct::cpu::geometric_products,
-                {geometric_rows(a, b, rows, dimension), needed(plus, "plus"), needed(minus, "minus")}, threads,
+                {geometric_rows(a, b, rows, dimension, centers), needed(plus, "plus"), needed(minus, "minus")}, threads,
                 instruction_set);
         },
-        py::kw_only(), py::arg("a"), py::arg("b"), py::arg("rows"), py::arg("dimension"), py::arg("plus"),
+        py::kw_only(), py::arg("a"), py::arg("b"), py::arg("rows"), py::arg("dimension"), py::arg("centers"), py::arg("plus"),
         py::arg("minus"), py::arg("threads"), py::arg("instruction_set"));
 
     module.def(
         "cpu_geometric_pulls",
-        [](Address a, Address b, std::int64_t rows, std::int64_t dimension, Address plus_weights, Address minus_weights,
+        [](Address a, Address b, std::int64_t rows, std::int64_t dimension, Address centers, Address plus_weights, Address minus_weights,
            Address a_pull, Address b_pull, int threads, const std::string& instruction_set) {
             run<modstruct::cpu::GeometricPulls>(
                 modstruct::cpu::geometric_pulls,
-                {geometric_rows(a, b, rows, dimension), needed<const float>(plus_weights, "plus_weights"),
+                {geometric_rows(a, b, rows, dimension, centers), needed<const float>(plus_weights, "plus_weights"),
                  needed<const float>(minus_weights, "minus_weights"), needed(a_pull, "a_pull"),
                  needed(b_pull, "b_pull")},
                 threads, instruction_set);
         },
-        py::kw_only(), py::arg("a"), py::arg("b"), py::arg("rows"), py::arg("dimension"), py::arg("plus_weights"),
+        py::kw_only(), py::arg("a"), py::arg("b"), py::arg("rows"), py::arg("dimension"), py::arg("centers"), py::arg("plus_weights"),
         py::arg("minus_weights"), py::arg("a_pull"), py::arg("b_pull"), py::arg("threads"), py::arg("instruction_set"));
 
     module.def(

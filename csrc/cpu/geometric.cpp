@@ -1,5 +1,5 @@
-// The closed form of geometric consistency: Gram matrices of A + B and A - B, and products with them. No pair of rows is
-// ever formed. The micro-kernels are those of the tiles; what is a tile of logits there is here a block of rows, laid out
+// The closed form of geometric consistency: Gram matrices of A + B and A - B, less centres, and products with them. No
+// pair of rows is ever formed. The micro-kernels are those of the tiles; what is a tile of logits there is here a block of rows, laid out
 // by groups of 192 dimensions: [dimension / 192][row in block][192].
 #include "packing.h"
 #include "pairwise_cpu.h"
@@ -18,9 +18,13 @@ int thread_count(const Choice& choice) {
 #endif
 }
 
-// a + sign b, by groups of dimensions and, where slabs is not null, as slabs.
-void pack_combination(const GeometricRows& rows, int64_t block, float sign, float* groups, float* slabs) {
+// A block of P or M, by groups of dimensions and, where slabs is not null, as slabs. Each is formed so that the first
+// difference is of near numbers, and exact: of a row and its centre for P, of a row and its pair for M.
+void pack_combination(const GeometricRows& rows, int64_t block, bool difference, float* groups, float* slabs) {
     const int64_t dimension = rows.dimension;
+    const float* a_center = rows.centers;
+    const float* b_center = rows.centers + dimension;
+    const float* difference_center = rows.centers + 2 * dimension;
     const int64_t count = std::min(BLOCK, rows.rows - block * BLOCK);
     for (int64_t i = 0; i < count; ++i) {
         const float* a = rows.a + (block * BLOCK + i) * dimension;
@@ -29,7 +33,9 @@ void pack_combination(const GeometricRows& rows, int64_t block, float sign, floa
             float* in_group = groups + start / BLOCK * TILE_FLOATS + i * BLOCK + start % BLOCK;
             const int64_t width = std::min(SLAB, dimension - start);
             for (int64_t d = 0; d < width; ++d) {
-                in_group[d] = a[start + d] + sign * b[start + d];
+                const int64_t at = start + d;
+                in_group[d] = difference ? (a[at] - b[at]) - difference_center[at]
+                                         : (a[at] - a_center[at]) + (b[at] - b_center[at]);
             }
             if (slabs != nullptr) {
                 std::copy(in_group, in_group + width, slabs + start * BLOCK + i * SLAB);
@@ -58,7 +64,7 @@ void geometric_products(const GeometricProducts& problem, const Choice& choice) 
     for (int64_t first = 0; first < block_count(rows.rows); first += at_once) {
         const int64_t blocks = std::min(at_once, block_count(rows.rows) - first);
         parallel_for(2 * blocks, threads, [&](int64_t task, int) {
-            pack_combination(rows, first + task / 2, task % 2 == 0 ? 1.0f : -1.0f,
+            pack_combination(rows, first + task / 2, task % 2 == 1,
                              grouped.data() + task * group_floats, slabs.data() + task * slab_floats);
         });
         // Of the symmetric products only what is not left of the group's own dimensions.
@@ -120,7 +126,7 @@ void geometric_pulls(const GeometricPulls& problem, const Choice& choice) {
         float* minus_pull = plus_pull + BLOCK * dimension;
         std::fill(plus_pull, plus_pull + 2 * BLOCK * dimension, 0.0f);
         for (const bool difference : {false, true}) {
-            pack_combination(rows, block, difference ? -1.0f : 1.0f, block_rows, nullptr);
+            pack_combination(rows, block, difference, block_rows, nullptr);
             for (int64_t group = 0; group < groups; ++group) {
                 kernels.pull_columns(block_rows + group * TILE_FLOATS, (difference ? minus : plus).block(group),
                                      std::min(BLOCK, dimension - group * BLOCK), count, dimension, dimension,

@@ -33,7 +33,7 @@ struct SoftWeights {
     const float* momentum_lse;      // likewise of the momentum rows; null without them
     const float* momentum_weight;   // alpha sigmoid(m'_j)
     const float* positive;          // S_j,positive
-    float* soft_loss;               // += alpha sum P_jk (S_j,positive - S_jk)
+    float* soft_loss;               // becomes alpha sum P_jk (S_j,positive - S_jk) of the tile
 };
 
 struct GaussianSums {  // of one tile

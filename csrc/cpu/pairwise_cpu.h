@@ -87,12 +87,13 @@ struct NearestCounts {
     int64_t* ties;   // (count)
 };
 
-// P = A + B and M = A - B, never held whole: plus = P^T P, minus = M^T M.
+// P = (A - a_center) + (B - b_center) and M = (A - B) - difference_center, never held whole: plus = P^T P, minus = M^T M.
 struct GeometricRows {
     const float* a;  // (rows, dimension)
     const float* b;  // (rows, dimension)
     int64_t rows;
     int64_t dimension;
+    const float* centers;  // (3, dimension): of a, of b, of their difference
 };
 
 struct GeometricProducts {

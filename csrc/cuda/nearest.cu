@@ -56,28 +56,6 @@ struct CountsOfTiles {
         return own ? static_cast<int>(column / 8 * 2 + column % 2) : -1;
     }
 
-    // What a comparison must not see becomes NaN: columns that do not exist, and the query's own NaN items. Other NaN
-    // scores become inf and so stand above.
-    static __device__ __forceinline__ void settle_nan(const Parameters& p, Sums<Tile>& sums, const Place<Tile>& place,
-                                                      int r, int64_t begin, int64_t end) {
-        bool any = false;
-#pragma unroll
-        for (int c = 0; c < Tile::COLUMN_SLOTS; ++c) {
-            any |= sums.at(r, c) != sums.at(r, c);
-        }
-        unsigned own = 0;
-        for (int64_t pair = begin; any && pair < end; ++pair) {
-            const int slot = slot_of(p.pair_gallery[pair], place);
-            own |= slot < 0 ? 0u : 1u << slot;
-        }
-#pragma unroll
-        for (int c = 0; c < Tile::COLUMN_SLOTS; ++c) {
-            const float score = sums.at(r, c);
-            const bool keep = place.column(c) < place.columns_left && !(own >> c & 1 && score != score);
-            sums.at(r, c) = keep ? (score != score ? INFINITY : score) : NAN;
-        }
-    }
-
     static __device__ __forceinline__ void run(const Parameters& p, unsigned char* shared) {
         const Panel& panel = p.panel;
         const Place<Tile> place(panel.row_count, panel.column_count);
@@ -91,15 +69,16 @@ struct CountsOfTiles {
             const int64_t row = place.row_start + place.row(r);
             const int64_t begin = exists ? p.pair_offsets[row] : 0;
             const int64_t end = exists ? p.pair_offsets[row + 1] : 0;
-            settle_nan(p, sums, place, r, begin, end);
             for (int64_t pair = begin; pair < end; ++pair) {
                 const float own_score = p.scores[pair];
                 const int own_slot = slot_of(p.pair_gallery[pair], place);
                 unsigned counts = 0;  // above in the low half, ties in the high: at most 64 each
 #pragma unroll
                 for (int c = 0; c < Tile::COLUMN_SLOTS; ++c) {
-                    counts += sums.at(r, c) > own_score ? 1u : 0u;
-                    counts += sums.at(r, c) == own_score && c != own_slot ? 1u << 16 : 0u;
+                    const bool column_exists = place.column(c) < place.columns_left;
+                    // A score that is no number stands above, and so does every score above one that is none.
+                    counts += column_exists && !(sums.at(r, c) <= own_score) ? 1u : 0u;
+                    counts += column_exists && sums.at(r, c) == own_score && c != own_slot ? 1u << 16 : 0u;
                 }
                 counts += __shfl_xor_sync(quad, counts, 1);
                 counts += __shfl_xor_sync(quad, counts, 2);

@@ -40,6 +40,7 @@ class Objective:
         needs = frozenset().union(*(loss.needs for loss in self.losses.values()))
         self.views = frozenset(name.split("_")[0] + "_augmented" for name in needs if name.endswith("_augmented"))
         self.independent = any("independent" in name for name in needs)
+        self.rows_agree = False
 
     def __call__(self, embeddings: Embeddings, step: int, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The objective of the global batch and its terms.
@@ -49,13 +50,15 @@ class Objective:
         Returns the weighted sum, a scalar with a gradient, and each loss's unweighted value and components, scalars
         without one, under names such as `geometry` and `geometry/per_pair`. All are the same on every process.
         Raises ValueError where an embedding that a loss needs is missing, and, on every process, where the processes
-        do not bring the same number of rows.
+        do not bring the same number of rows (asked at the first call only: it makes the processes wait for each other).
         """
         for name, loss in self.losses.items():
             for needed in sorted(loss.needs):
                 remedy = f"losses.{name} needs it: let the model make it, or set losses.{name}.weight to 0"
                 require(getattr(embeddings, needed) is not None, f"embeddings.{needed}", None, remedy)
-        distributed.require_equal_rows(embeddings.image, "rows of embeddings.image")
+        if not self.rows_agree:
+            distributed.require_equal_rows(embeddings.image, "rows of embeddings.image")
+            self.rows_agree = True
         total, terms = 0, {}
         with torch.autocast(embeddings.image.device.type, enabled=False):
             embeddings = _in_float32(embeddings)

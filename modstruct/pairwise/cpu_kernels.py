@@ -118,10 +118,13 @@ def gaussian_potential(
 
 
 def geometric_products(
-    a: Tensor, b: Tensor, precision: str = "float32", instruction_set: str | None = None
+    a: Tensor, b: Tensor, centers: Tensor, precision: str = "float32", instruction_set: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """P^T P and M^T M, both (D, D), of P = a + b and M = a - b, (B, D), which are never held whole."""
-    rows = _combined(a, b, instruction_set)
+    """P^T P and M^T M, both (D, D), of P = (a - c_a) + (b - c_b) and M = (a - b) - c_d, (B, D), never held whole.
+
+    centers: (3, D), c_a, c_b and c_d.
+    """
+    rows = _combined(a, b, centers, instruction_set)
     plus, minus = (a.new_empty(a.shape[1], a.shape[1]) for _ in range(2))
     load_extension().cpu_geometric_products(**rows, plus=plus.data_ptr(), minus=minus.data_ptr())
     return plus, minus
@@ -130,13 +133,14 @@ def geometric_products(
 def geometric_pulls(
     a: Tensor,
     b: Tensor,
+    centers: Tensor,
     plus_weights: Tensor,
     minus_weights: Tensor,
     precision: str = "float32",
     instruction_set: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """P plus_weights + M minus_weights and P plus_weights - M minus_weights, both (B, D)."""
-    rows = _combined(a, b, instruction_set)
+    """P plus_weights + M minus_weights and P plus_weights - M minus_weights, both (B, D), P and M as above."""
+    rows = _combined(a, b, centers, instruction_set)
     for name, weights in (("plus_weights", plus_weights), ("minus_weights", minus_weights)):
         check_array(name, weights, (a.shape[1], a.shape[1]), torch.float32, CPU)
     a_pull, b_pull = torch.empty_like(a), torch.empty_like(b)
@@ -183,13 +187,14 @@ def _pairs(x: Tensor, y: Tensor, instruction_set: str | None) -> dict[str, objec
     return {"x": x.data_ptr(), "y": y.data_ptr(), **sizes, **_execution(instruction_set)}
 
 
-def _combined(a: Tensor, b: Tensor, instruction_set: str | None) -> dict[str, object]:
+def _combined(a: Tensor, b: Tensor, centers: Tensor, instruction_set: str | None) -> dict[str, object]:
     """The arguments that both geometric kernels take."""
     require(a.dim() == 2, "a", tuple(a.shape), "must be 2-D, (rows, dimension)")
     for name, matrix in (("a", a), ("b", b)):
         check_array(name, matrix, tuple(a.shape), torch.float32, CPU)
-    sizes = {"rows": len(a), "dimension": a.shape[1]}
-    return {"a": a.data_ptr(), "b": b.data_ptr(), **sizes, **_execution(instruction_set)}
+    check_array("centers", centers, (3, a.shape[1]), torch.float32, CPU)
+    addresses = {"a": a.data_ptr(), "b": b.data_ptr(), "centers": centers.data_ptr()}
+    return {**addresses, "rows": len(a), "dimension": a.shape[1], **_execution(instruction_set)}
 
 
 def _execution(instruction_set: str | None) -> dict[str, object]:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from modstruct.pairwise.cuda_panels import Operand, Panels, add_product, address, kernels, on_device
+from modstruct.pairwise.global_batch import softplus
+from modstruct.pairwise.torch_tiles import combinations
 
 GEOMETRIC_ROWS = 65_536  # rows of a + b and a - b that are in memory at once
 
@@ -93,7 +95,7 @@ def row_contrast(
             positive = _positives(panels.rows, panels.columns, scale, first)
             row_lse, momentum_lse, gap = _momentum_statistics(panels, momentum, scale, first, positive)
         margin = row_lse - positive
-        losses = torch.nn.functional.softplus(margin, threshold=40)
+        losses = softplus(margin)
         row_weight = torch.sigmoid(margin)
         positive_weight = -row_weight
         if momentum is not None:
@@ -185,30 +187,34 @@ def gaussian_potential(
         return total, x_pull, y_pull
 
 
-def geometric_products(a: Tensor, b: Tensor, precision: str) -> tuple[Tensor, Tensor]:
-    """P^T P and M^T M, both (D, D), of P = a + b and M = a - b, (B, D); products of matrices are all there is to it."""
+def geometric_products(a: Tensor, b: Tensor, centers: Tensor, precision: str) -> tuple[Tensor, Tensor]:
+    """P^T P and M^T M, both (D, D), of P = (a - c_a) + (b - c_b) and M = (a - b) - c_d; centers: (3, D).
+
+    Products of matrices are all there is to it.
+    """
     with on_device(a):
         width = a.shape[1]
         products = [torch.zeros(width, width, device=a.device) for _ in range(2)]
         for a_rows, b_rows in zip(a.split(GEOMETRIC_ROWS), b.split(GEOMETRIC_ROWS), strict=True):
-            for out, combined in zip(products, (a_rows + b_rows, a_rows - b_rows), strict=True):
+            for out, combined in zip(products, combinations(a_rows, b_rows, centers), strict=True):
                 rows = Operand.of(combined, precision).values
                 add_product(out, rows.T, rows, precision)
         return tuple(products)
 
 
 def geometric_pulls(
-    a: Tensor, b: Tensor, plus_weights: Tensor, minus_weights: Tensor, precision: str
+    a: Tensor, b: Tensor, centers: Tensor, plus_weights: Tensor, minus_weights: Tensor, precision: str
 ) -> tuple[Tensor, Tensor]:
-    """P plus_weights + M minus_weights and P plus_weights - M minus_weights, both (B, D)."""
+    """P plus_weights + M minus_weights and P plus_weights - M minus_weights, both (B, D), P and M as above."""
     with on_device(a):
         a_pull, b_pull = torch.empty_like(a), torch.empty_like(b)
         weights = [Operand.of(w, precision).values for w in (plus_weights, minus_weights)]
         for start in range(0, len(a), GEOMETRIC_ROWS):
             rows = slice(start, start + GEOMETRIC_ROWS)
             plus_pull, minus_pull = torch.zeros_like(a[rows]), torch.zeros_like(a[rows])
-            add_product(plus_pull, Operand.of(a[rows] + b[rows], precision).values, weights[0], precision)
-            add_product(minus_pull, Operand.of(a[rows] - b[rows], precision).values, weights[1], precision)
+            plus, minus = combinations(a[rows], b[rows], centers)
+            add_product(plus_pull, Operand.of(plus, precision).values, weights[0], precision)
+            add_product(minus_pull, Operand.of(minus, precision).values, weights[1], precision)
             torch.add(plus_pull, minus_pull, out=a_pull[rows])
             torch.sub(plus_pull, minus_pull, out=b_pull[rows])
         return a_pull, b_pull
@@ -220,7 +226,7 @@ def nearest_counts(
     """For each pair, the gallery items that score above its own with its query, and the others that score the same.
 
     queries: (q, D), gallery: (g, D); pair_query (ascending) and pair_gallery: (p,) int64. Returns two (p,) int64.
-    A NaN pair has all g above; a NaN item that is none of its query's pairs counts as above.
+    A pair whose score is NaN has all g above; an item whose score is NaN counts as above any other pair.
     """
     with on_device(queries) as stream:
         panels = Panels(Operand.of(queries, precision), Operand.of(gallery, precision), stream)

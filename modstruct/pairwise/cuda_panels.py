@@ -29,8 +29,8 @@ def kernels() -> ModuleType:
 
 @contextmanager
 def on_device(x: Tensor) -> Iterator[int]:
-    """Kernels inside run on x's device; gives its current stream as a number. No autocast: it would round products."""
-    with torch.cuda.device(x.device), torch.no_grad(), torch.autocast("cuda", enabled=False):
+    """Kernels inside run on x's device; gives its current stream as a number."""
+    with torch.cuda.device(x.device), torch.no_grad():
         yield torch.cuda.current_stream(x.device).cuda_stream
 
 
@@ -43,8 +43,11 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, precision: str) -> None:
             out += torch.mm(a, b, out_dtype=torch.float32)
         return
     matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    before, wanted = matmul.fp32_precision, "tf32" if precision == "tf32" else "ieee"
+    if before == wanted:  # left alone, it goes on following torch's common setting
+        out.addmm_(a, b)
+        return
+    matmul.fp32_precision = wanted
     try:
         out.addmm_(a, b)
     finally:

@@ -20,6 +20,7 @@ from modstruct.pairwise import cpu_kernels, torch_tiles
 from modstruct.pairwise.extension import load_extension
 
 log = logging.getLogger(__name__)
+OLDEST_GPU = (8, 0)  # compute capability that has the kernels' instructions
 
 
 def call(function: str, x: Tensor, *args: object):
@@ -36,18 +37,28 @@ def check_precision(precision: str) -> None:
 def _kernels_for(x: Tensor) -> ModuleType:
     if x.dtype == torch.float32 and x.device.type == "cpu":
         return cpu_kernels
-    if x.dtype == torch.float32 and x.device.type == "cuda":
-        if load_extension().features()["cuda"]:
-            from modstruct.pairwise import cuda_kernels
+    if x.dtype == torch.float32 and x.device.type == "cuda" and _has_kernels_for(x.device):
+        from modstruct.pairwise import cuda_kernels
 
-            return cuda_kernels
-        _say_that_cuda_is_missing()
+        return cuda_kernels
     return torch_tiles
 
 
 @functools.cache
-def _say_that_cuda_is_missing() -> None:
+def _has_kernels_for(gpu: torch.device) -> bool:
+    """Whether this build has kernels for the GPU; says so once where it has none."""
+    capability = torch.cuda.get_device_capability(gpu)
+    if capability < OLDEST_GPU:
+        log.warning(
+            "%s has compute capability %d.%d, and modstruct's CUDA kernels need %d.%d: pairwise terms run on it as "
+            "plain torch, tile by tile",
+            *(torch.cuda.get_device_name(gpu), *capability, *OLDEST_GPU),
+        )
+        return False
+    if load_extension().features()["cuda"]:
+        return True
     log.warning(
         "this build of modstruct holds no CUDA kernels (nvcc was not found when it was installed): pairwise terms on "
         "the GPU run as plain torch, tile by tile; for kernels put nvcc on the PATH and run `pip install -e .` again"
     )
+    return False

@@ -8,7 +8,7 @@ from torch import Tensor
 from modstruct import distributed
 from modstruct.config import require
 
-PRODUCT_ROWS = 4096  # rows whose products are in memory at once
+ROWS_AT_ONCE = 4096
 
 
 def checked_rows(**matrices: Tensor) -> list[Tensor]:
@@ -32,11 +32,15 @@ def checked_rows(**matrices: Tensor) -> list[Tensor]:
 
 def paired_rows(**matrices: Tensor) -> list[Tensor]:
     """`checked_rows` of matrices that have as many rows, row j of each belonging to pair j."""
+    require_same_shape(**matrices)
+    return checked_rows(**matrices)
+
+
+def require_same_shape(**matrices: Tensor) -> None:
     first_name, first = next(iter(matrices.items()))
     for name, matrix in matrices.items():
         remedy = f"must be {tuple(first.shape)}, that of {first_name}"
         require(matrix.shape == first.shape, f"shape of {name}", tuple(matrix.shape), remedy)
-    return checked_rows(**matrices)
 
 
 def checked_scale(logit_scale: Tensor, x: Tensor) -> Tensor:
@@ -65,6 +69,16 @@ def global_mean(values: Tensor) -> Tensor:
 
 
 def sum_of_products(a: Tensor, b: Tensor) -> Tensor:
-    """sum_jd a_jd b_jd, as (1,), without an array of the size of a."""
-    blocks = zip(a.split(PRODUCT_ROWS), b.split(PRODUCT_ROWS), strict=True)
-    return torch.stack([(p * q).sum(dtype=torch.float64) for p, q in blocks]).sum().to(a.dtype).reshape(1)
+    """sum_jd a_jd b_jd, as (1,), without an array of the size of a; its bits do not depend on the number of threads."""
+    blocks = zip(a.split(ROWS_AT_ONCE), b.split(ROWS_AT_ONCE), strict=True)
+    return steady_sum(torch.cat([(p * q).sum(1) for p, q in blocks]).double()).to(a.dtype).reshape(1)
+
+
+def steady_sum(values: Tensor) -> Tensor:
+    """Sum of (n,) to a scalar whose bits do not depend on the number of threads, as torch's do from 32,768 on."""
+    return torch.stack([part.sum() for part in values.split(ROWS_AT_ONCE)]).sum()
+
+
+def softplus(margin: Tensor) -> Tensor:
+    """log(1 + exp(margin)); from 40 on it is the margin, to the last digit of float64."""
+    return torch.nn.functional.softplus(margin, threshold=40)

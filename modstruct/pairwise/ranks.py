@@ -47,10 +47,10 @@ def counted(
 ) -> tuple[Tensor, Tensor]:
     """`nearest_counts` of checked arguments, the pairs in two columns (p,), ascending by query.
 
-    It looks at the indices itself: outside, torch.compile could not trace that.
+    It looks at the indices itself: outside, torch.compile could not trace that. One read from the device.
     """
-    for indices, name, rows in ((pair_query, "queries", queries), (pair_gallery, "gallery", gallery)):
-        low, high = (int(v) for v in indices.aminmax())
+    limits = torch.stack([limit for indices in (pair_query, pair_gallery) for limit in indices.aminmax()]).tolist()
+    for (low, high), name, rows in ((limits[:2], "queries", queries), (limits[2:], "gallery", gallery)):
         require(low >= 0 and high < len(rows), "positives", (low, high), f"row of {name}: from 0 to {len(rows) - 1}")
     return dispatch.call("nearest_counts", queries, gallery, pair_query, pair_gallery, precision)
 

@@ -19,6 +19,8 @@ from modstruct.pairwise.global_batch import (
     global_rows,
     paired_rows,
     require_constant,
+    require_same_shape,
+    steady_sum,
     sum_of_products,
 )
 
@@ -58,7 +60,7 @@ def soft_contrastive(
     alpha: in [0, 1]. Returns a scalar, the mean over the N rows of all processes, the same on each. Memory
     O((N + M) D): the targets are streamed like the logits. Raises ValueError, by name, where an argument does not fit.
     """
-    paired_rows(x=x, x_momentum=x_momentum)
+    require_same_shape(x=x, x_momentum=x_momentum)
     x, x_momentum, columns = checked_rows(x=x, x_momentum=x_momentum, columns=columns)
     require(0 <= alpha <= 1, "alpha", alpha, "must be from 0 to 1")
     needed = global_rows(x)
@@ -101,7 +103,7 @@ def row_contrast(
     losses, x_pull, column_pull = dispatch.call(
         "row_contrast", x, x_momentum, columns, scale, first, alpha, with_pull, with_column_pull, precision
     )
-    return losses.sum(), x_pull, column_pull
+    return steady_sum(losses), x_pull, column_pull
 
 
 @row_contrast.register_fake

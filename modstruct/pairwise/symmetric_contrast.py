@@ -15,14 +15,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from modstruct import distributed
 from modstruct.config import Precision
 from modstruct.pairwise import dispatch
-from modstruct.pairwise.global_batch import checked_scale, global_rows, paired_rows, sum_of_products
-
-SOFTPLUS_THRESHOLD = 40.0  # from there on softplus is its argument, to the last digit of float64
+from modstruct.pairwise.global_batch import checked_scale, global_rows, paired_rows, softplus, sum_of_products
 
 
 def contrastive(x: Tensor, y: Tensor, logit_scale: Tensor, precision: Precision = "float32") -> tuple[Tensor, Tensor]:
@@ -42,7 +39,7 @@ def contrastive(x: Tensor, y: Tensor, logit_scale: Tensor, precision: Precision 
     row_lse, column_lse, positive = contrastive_statistics(x, distributed.gather(y), scale, first, precision)
     column_lse = _over_processes(column_lse)[first : first + len(x)]
     margins = torch.stack((row_lse - positive, column_lse - positive))  # (2, B)
-    losses = softplus(margins, threshold=SOFTPLUS_THRESHOLD).sum(1)
+    losses = softplus(margins).sum(1)
     return (distributed.all_sum(losses) / global_rows(x)).unbind()
 
 

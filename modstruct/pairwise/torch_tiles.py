@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+
+from modstruct.pairwise.global_batch import softplus
 
 # Logits that are in memory at once. On the CPU a tile of float32 is 16 MiB, which a last-level cache holds; on a GPU it
 # is 128 MiB, where fewer launches count for more.
@@ -81,9 +82,8 @@ def row_contrast(
             momentum_logits = (x_momentum[rows] * scale) @ columns.T
             targets = momentum_logits.softmax(1).mul_(alpha)
             _diagonal(targets, place).zero_()
-            _diagonal(logits, place).copy_(
-                positive
-            )  # not LOWEST, which times 0 is a number but not after the difference
+            # Not the lowest number: it is taken from the positive, and 0 times that must not become NaN.
+            _diagonal(logits, place).copy_(positive)
             losses[rows] += (targets * (positive[:, None] - logits)).sum(1)
             weights -= targets
         _diagonal(weights, place).zero_()
@@ -122,24 +122,34 @@ def gaussian_potential(
     return total, x_pull, y_pull.sub_(column_sums[:, None] * columns) if len(y_pull) else y_pull
 
 
-def geometric_products(a: Tensor, b: Tensor, precision: str = "float32") -> tuple[Tensor, Tensor]:
+def combinations(a: Tensor, b: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
+    """P = (a - c_a) + (b - c_b) and M = (a - b) - c_d, each difference first of near numbers, and so exact."""
+    return (a - centers[0]) + (b - centers[1]), (a - b) - centers[2]
+
+
+def geometric_products(a: Tensor, b: Tensor, centers: Tensor, precision: str = "float32") -> tuple[Tensor, Tensor]:
     """As cpu_kernels.geometric_products."""
     plus_products, minus_products = (a.new_zeros(a.shape[1], a.shape[1]) for _ in range(2))
     for rows in _tiles(a, a.T):
-        plus, minus = a[rows] + b[rows], a[rows] - b[rows]
+        plus, minus = combinations(a[rows], b[rows], centers)
         plus_products.addmm_(plus.T, plus)
         minus_products.addmm_(minus.T, minus)
     return plus_products, minus_products
 
 
 def geometric_pulls(
-    a: Tensor, b: Tensor, plus_weights: Tensor, minus_weights: Tensor, precision: str = "float32"
+    a: Tensor,
+    b: Tensor,
+    centers: Tensor,
+    plus_weights: Tensor,
+    minus_weights: Tensor,
+    precision: str = "float32",
 ) -> tuple[Tensor, Tensor]:
     """As cpu_kernels.geometric_pulls."""
     a_pull, b_pull = torch.empty_like(a), torch.empty_like(b)
     for rows in _tiles(a, a.T):
-        plus_pull = (a[rows] + b[rows]) @ plus_weights
-        minus_pull = (a[rows] - b[rows]) @ minus_weights
+        plus, minus = combinations(a[rows], b[rows], centers)
+        plus_pull, minus_pull = plus @ plus_weights, minus @ minus_weights
         torch.add(plus_pull, minus_pull, out=a_pull[rows])
         torch.sub(plus_pull, minus_pull, out=b_pull[rows])
     return a_pull, b_pull

@@ -74,9 +74,15 @@ def arguments(name: str, rows: int, columns: int, width: int, first: int) -> tup
         case ["gaussian_potential", *rest]:
             return x, None if "one side" in rest else y, 1.5, "values" not in rest
         case ["geometric_products"]:
-            return x, other
+            return x, other, random_rows(3, width, 10).float()
         case ["geometric_pulls"]:
-            return x, other, random_rows(width, width, 8).float(), random_rows(width, width, 9).float()
+            return (
+                x,
+                other,
+                random_rows(3, width, 10).float(),
+                random_rows(width, width, 8).float(),
+                random_rows(width, width, 9).float(),
+            )
         case ["nearest_counts"]:
             return queries, gallery, pair_query, pair_gallery
     raise KeyError(name)

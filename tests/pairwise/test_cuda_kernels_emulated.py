@@ -14,6 +14,7 @@ from emulated import build, compiler, replace_gpu
 
 from modstruct.pairwise import cuda_kernels, cuda_panels
 from modstruct.pairwise.extension import load_extension
+from modstruct.pairwise.torch_tiles import combinations
 
 PRECISIONS = ("float32", "tf32", "bf16")
 # Relative to the largest value. Statistics see no rounding of weights, but tensor cores cut off the sums' last digits.
@@ -230,8 +231,8 @@ def test_ranks_of_nan_scores(kernels):
     pair_query = torch.tensor([0, 0, 0, 1, 2])
     pair_gallery = torch.tensor([0, 1, 2, 0, 0])
     above, ties = kernels.nearest_counts(x, y, pair_query, pair_gallery, "float32")
-    # Query 0: item 3 is NaN and no positive, so it stands above; item 1 is NaN and its own, so it does not.
-    assert above.tolist() == [2, 4, 1, 4, 2]
+    # A NaN item stands above any other pair, and all items above a pair whose own score is NaN.
+    assert above.tolist() == [3, 4, 2, 4, 2]
     assert ties.tolist() == [0, 0, 0, 0, 0]
 
 
@@ -297,13 +298,14 @@ def test_memory_of_a_panel_grows_with_the_dimension_alone(dimension, precision):
 def test_geometric_products_and_pulls(rows, dimension, precision, kernels, monkeypatch):
     monkeypatch.setattr(cuda_kernels, "GEOMETRIC_ROWS", 128)
     a, b = vectors(rows, dimension), vectors(rows, dimension, 1)
-    plus, minus = a.double() + b.double(), a.double() - b.double()
+    centers = vectors(3, dimension, 4)
+    plus, minus = combinations(a.double(), b.double(), centers.double())
     tolerance = {"float32": 2e-6, "tf32": 2e-3, "bf16": 2e-2}[precision]
-    plus_products, minus_products = kernels.geometric_products(a, b, precision)
+    plus_products, minus_products = kernels.geometric_products(a, b, centers, precision)
     near(plus_products, plus.T @ plus, tolerance)
     near(minus_products, minus.T @ minus, tolerance)
     weights = vectors(dimension, dimension, 2), vectors(dimension, dimension, 3)
-    a_pull, b_pull = kernels.geometric_pulls(a, b, *weights, precision)
+    a_pull, b_pull = kernels.geometric_pulls(a, b, centers, *weights, precision)
     near(a_pull, plus @ weights[0].double() + minus @ weights[1].double(), tolerance)
     near(b_pull, plus @ weights[0].double() - minus @ weights[1].double(), tolerance)
 

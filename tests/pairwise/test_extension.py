@@ -31,7 +31,7 @@ def test_features_name_what_the_build_holds():
     shutil.which("nvcc") is None or os.environ.get("MODSTRUCT_CUDA") == "0", reason="built without CUDA"
 )
 def test_cuda_kernels_are_built_where_nvcc_is():
-    assert "compute_80" in load_extension().features()["cuda"]
+    assert set(load_extension().features()["cuda"]) == {"sm_80", "sm_90a", "compute_80"}
     assert load_extension().cuda_sizes()["tile_rows"] == 128
 
 
@@ -73,8 +73,8 @@ def test_rows_a_kernel_cannot_take_are_refused_by_name(x, y, message):
     message = re.sub("^x", "a", re.sub("^y", "b", message)).replace(r": must be 2-D", "")
     weights = torch.zeros(3, 3)
     for call in (
-        lambda: cpu_kernels.geometric_products(x, y),
-        lambda: cpu_kernels.geometric_pulls(x, y, weights, weights),
+        lambda: cpu_kernels.geometric_products(x, y, weights),
+        lambda: cpu_kernels.geometric_pulls(x, y, weights, weights, weights),
     ):
         with pytest.raises(ValueError, match=message):
             call()
@@ -94,8 +94,9 @@ BAD_ARGUMENTS = [
     ("contrastive_pulls", 8, "positive_weight", torch.zeros(5, device="meta")),
     ("row_contrast, softened", 1, "x_momentum", torch.zeros(4, 3)),
     ("row_contrast, softened", 4, "first", 5),
-    ("geometric_pulls", 2, "plus_weights", torch.zeros(3, 4)),
-    ("geometric_pulls", 3, "minus_weights", torch.zeros(3, 3, dtype=torch.float64)),
+    ("geometric_pulls", 2, "centers", torch.zeros(2, 3)),
+    ("geometric_pulls", 3, "plus_weights", torch.zeros(3, 4)),
+    ("geometric_pulls", 4, "minus_weights", torch.zeros(3, 3, dtype=torch.float64)),
     ("nearest_counts", 2, "pair_query", torch.zeros(14, dtype=torch.int32)),
     ("nearest_counts", 3, "pair_gallery", torch.zeros(13, dtype=torch.int64)),
     ("nearest_counts", 3, "pair_gallery", torch.zeros(28, dtype=torch.int64)[::2]),

@@ -13,11 +13,13 @@ from comparison import (
     assert_half_precision_is_taken_to_float32,
     assert_layout_is_no_matter,
     assert_second_derivative_is_refused,
+    cone_rows,
     errors,
     permutation,
     random_rows,
     relative_error,
     rotation,
+    threads,
     tiles_of,
     unit_rows,
     with_gradients,
@@ -204,11 +206,38 @@ def test_layout_and_who_asks_are_no_matter(ours, rows):
     assert torch.equal(without_gradient(ours, *inputs), ours(*inputs))
 
 
+@pytest.mark.parametrize("spread", [1.0, 0.1, 0.01])
+@pytest.mark.parametrize(("ours", "printed"), ALL)
+def test_float32_keeps_its_digits_in_narrow_cones(ours, printed, spread):
+    """Each modality around a direction of its own, as untrained towers embed: the means' large parts must not cancel."""
+    a = cone_rows(300, 64, 1, spread)
+    b = cone_rows(300, 64, 2, spread) @ rotation(64, 3).float()
+    found = with_gradients(ours, a, b)
+    right = with_gradients(printed, a.double(), b.double())
+    # The plain form in float32 rounds as much: 1e-7 of the cosines, which differ by little more than spread squared.
+    plain = with_gradients(printed, a, b)
+    for f, p, r in zip(found, plain, right, strict=True):
+        assert relative_error(f, r) < max(2e-6, 2 * relative_error(p, r))
+
+
+@pytest.mark.parametrize("ours", FUNCTIONS)
+def test_one_and_two_threads_give_the_same_bits(ours):
+    a, b = unit_rows(600, 300, 1), unit_rows(600, 300, 2)
+    found = []
+    for count in (1, 2):
+        with threads(count):
+            found.append(with_gradients(ours, a, b))
+    if ours is geometric_consistency:  # the others' products in float64 are a BLAS's
+        assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+    assert all(relative_error(one, two.double()) < 1e-6 for one, two in zip(*found, strict=True))
+
+
 def test_operators_pass_opcheck():
     a, b = unit_rows(9, 4, 1), unit_rows(9, 4, 2)
     asking = a.clone().requires_grad_(), b.clone().requires_grad_()
-    torch.library.opcheck(geometric_products, (*asking, "float32"))
-    torch.library.opcheck(geometric_gradients, (torch.randn(4, 4), torch.randn(4, 4), a, b, "float32"))
+    centers, sums = torch.randn(3, 4), torch.randn(2, 4, dtype=torch.float64)
+    torch.library.opcheck(geometric_products, (*asking, centers, sums, "float32"))
+    torch.library.opcheck(geometric_gradients, (torch.randn(4, 4), torch.randn(4, 4), sums, a, b, centers, "float32"))
     torch.library.opcheck(gram_products, asking)
     torch.library.opcheck(gram_gradients, (torch.randn(3, 4, 4, dtype=torch.float64), a, b))
 
