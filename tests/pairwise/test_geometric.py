@@ -209,15 +209,16 @@ def test_layout_and_who_asks_are_no_matter(ours, rows):
 @pytest.mark.parametrize("spread", [1.0, 0.1, 0.01])
 @pytest.mark.parametrize(("ours", "printed"), ALL)
 def test_float32_keeps_its_digits_in_narrow_cones(ours, printed, spread):
-    """Each modality around a direction of its own, as untrained towers embed: the means' large parts must not cancel."""
+    """Each modality around its own direction, as untrained towers embed: the means' large parts must not cancel."""
     a = cone_rows(300, 64, 1, spread)
     b = cone_rows(300, 64, 2, spread) @ rotation(64, 3).float()
     found = with_gradients(ours, a, b)
     right = with_gradients(printed, a.double(), b.double())
-    # The plain form in float32 rounds as much: 1e-7 of the cosines, which differ by little more than spread squared.
+    assert relative_error(found[0], right[0]) < 2e-6
+    # The plain form in float32 rounds as much: 1e-7 of cosines that differ by little more than spread squared.
     plain = with_gradients(printed, a, b)
-    for f, p, r in zip(found, plain, right, strict=True):
-        assert relative_error(f, r) < max(2e-6, 2 * relative_error(p, r))
+    for f, p, r in zip(found[1:], plain[1:], right[1:], strict=True):
+        assert relative_error(f, r) < max(1e-5, 2 * relative_error(p, r))
 
 
 @pytest.mark.parametrize("ours", FUNCTIONS)
