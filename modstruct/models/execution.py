@@ -77,7 +77,7 @@ def _unmoved(block: nn.Module) -> Iterator[None]:
     momenta = [layer.momentum for layer in layers]
     for layer in layers:
         layer.momentum = 0.0  # not another copy of the statistics: autograd would take it for a change of what it saved
-        layer.num_batches_tracked.sub_(layer.training)
+        layer.num_batches_tracked.sub_(int(layer.training))
     try:
         yield
     finally:
