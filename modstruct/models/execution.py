@@ -16,6 +16,7 @@ from modstruct.models.towers import Float32BatchNorm
 from modstruct.models.two_tower import TwoTower
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
+RECOMPUTED = "modstruct_recomputed"  # marks a block of a CLIP ResNet
 SWITCHES = ("grad_checkpointing", "gradient_checkpointing")  # open_clip's and timm's, transformers'
 
 
@@ -44,10 +45,12 @@ def compile_trunks(model: TwoTower, zero_stage: int, backend: str = "inductor") 
     """Compile both trunks at their first call; each new shape of a batch compiles again.
 
     Raises ValueError naming the field at stage 3, whose hooks fetch the weights of each layer while it runs: a compiled
-    trunk would see their empty places.
+    trunk would see their empty places; and for a CLIP ResNet whose activations are computed anew.
     """
     if zero_stage == 3:
         refuse("train.compile", True, "ZeRO stage 3 fetches weights inside the towers; use stage 2, or leave it off")
+    if any(hasattr(module, RECOMPUTED) for module in model.modules()):
+        refuse("train.compile", True, "torch cannot compile a CLIP ResNet with train.activation_checkpointing; choose")
     # Dropout falls as without compilation, so that the two passes of the gradient cache agree.
     options = {"fallback_random": True} if backend == "inductor" else None
     for tower in (model.image, model.text):
@@ -59,6 +62,7 @@ def _recompute_blocks(resnet: nn.Module) -> None:
     for layer in (resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4):
         for block in layer:
             block.forward = _recomputed(block)
+            setattr(block, RECOMPUTED, True)
 
 
 def _recomputed(block: nn.Module):

@@ -31,6 +31,12 @@ def gradients(model: TwoTower, size: int) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
+def assert_same(found: dict[str, Tensor], right: dict[str, Tensor], tolerance: float) -> None:
+    assert found.keys() == right.keys()
+    one, other = (torch.cat([gradient[key].flatten() for key in right]) for gradient in (found, right))
+    assert (one - other).norm() <= tolerance * other.norm()
+
+
 def saved_bytes(model: TwoTower, size: int) -> int:
     """Size of what autograd keeps of a forward pass."""
     kept: dict[int, int] = {}
@@ -50,9 +56,7 @@ def test_recomputation_keeps_less_and_gives_the_same(architecture, name, size):
     plain, switched = (model(architecture, name, dropout=0.1 * (architecture == "bert")) for _ in range(2))
     recompute_activations(switched)
     right, found = gradients(plain, size), gradients(switched, size)
-    assert found.keys() == right.keys()
-    for key in right:
-        torch.testing.assert_close(found[key], right[key], rtol=1e-5, atol=1e-7)
+    assert_same(found, right, 1e-6)
     for before, now in zip(plain.buffers(), switched.buffers(), strict=True):
         torch.testing.assert_close(now, before)  # BatchNorm's statistics have moved once
     assert plain.state_dict().keys() == switched.state_dict().keys()
@@ -63,8 +67,7 @@ def test_recomputation_serves_a_resnet_with_attention_pools():
     plain, switched = (model("clip", "tiny-resnet", "attention_pool") for _ in range(2))
     recompute_activations(switched)
     right, found = gradients(plain, 64), gradients(switched, 64)
-    for key in right:
-        torch.testing.assert_close(found[key], right[key], rtol=1e-5, atol=1e-7)
+    assert_same(found, right, 1e-6)
 
 
 def test_a_tower_that_cannot_recompute_is_refused_by_name():
@@ -84,17 +87,24 @@ def test_a_tower_that_cannot_recompute_is_refused_by_name():
 @pytest.mark.parametrize(("architecture", "name", "size"), TOWERS[:3])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_compilation_gives_the_same(architecture, name, size, backend, recompute):
+    if recompute and name == "tiny-resnet":
+        pytest.skip("refused, as another test shows")
     plain, compiled = (model(architecture, name, dropout=0.1 * (architecture == "bert")) for _ in range(2))
     if recompute:
         recompute_activations(compiled)
     compile_trunks(compiled, zero_stage=2, backend=backend)
     right, found = gradients(plain, size), gradients(compiled, size)
     assert compiled.state_dict().keys() == plain.state_dict().keys()
-    assert found.keys() == right.keys()
-    for key in right:
-        torch.testing.assert_close(found[key], right[key], rtol=1e-4, atol=1e-6)
+    assert_same(found, right, 1e-4)
 
 
 def test_compilation_at_stage_3_is_refused_by_name():
     with pytest.raises(ValueError, match=r"train.compile = True: ZeRO stage 3"):
         compile_trunks(model("clip", None), zero_stage=3)
+
+
+def test_compilation_of_a_recomputed_resnet_is_refused_by_name():
+    resnet = model("clip", "tiny-resnet")
+    recompute_activations(resnet)
+    with pytest.raises(ValueError, match=r"train.compile = True: torch cannot compile a CLIP ResNet"):
+        compile_trunks(resnet, zero_stage=2)
