@@ -5,10 +5,10 @@ python tools/bench_gradient_cache.py                     # two CPU cores: about 
 Time: a step of --pairs pairs in micro-batches through the cache, beside plain accumulation of the same micro-batches
 (each with a loss of its own, so another gradient) with the same one reduction and optimizer step; the two take turns.
 With a backward pass of two forward passes, 4/3 is to be expected. Memory: growth of a process's peak over one step,
-gradients included, of --memory_pairs pairs in one piece, through the cache, and of one micro-batch alone; a process each.
-Precision: gradients of 128 micro-batches of a bfloat16 model summed in bfloat16, and as the cache sums them (in float32,
-rounded once), against their sum in float64. The model has the sizes of the recipe `scenes`, the data is random, and
-DeepSpeed has one process. Writes JSON to --out.
+gradients included, of --memory_pairs pairs in one piece, through the cache, and of one micro-batch alone; a process
+each. Precision: gradients of 128 micro-batches of a bfloat16 model summed in bfloat16, and as the cache sums them (in
+float32, rounded once), against their sum in float64. The model has the sizes of the recipe `scenes`, the data is
+random, and DeepSpeed has one process. Writes JSON to --out.
 """
 
 from __future__ import annotations
