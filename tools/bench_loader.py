@@ -54,8 +54,10 @@ ROOT = Path(__file__).parents[1]
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     torch.set_num_threads(1)
-    results = {"command": " ".join(sys.argv), "loader": rates(options)}
-    print_rates(results["loader"])
+    results = {"command": " ".join(sys.argv)}
+    if options.rounds:
+        results["loader"] = rates(options)
+        print_rates(results["loader"])
     if options.train_steps:
         results["waiting"] = waiting(options)
         print_waiting(results["waiting"])
@@ -69,8 +71,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--recipe", default="emoji", help="Whose views to make (default: %(default)s).")
     parser.add_argument("--batch", type=int, default=256, help="Pairs of a step (default: %(default)s).")
     parser.add_argument("--steps", type=int, default=6, help="Steps of a round (default: %(default)s).")
-    parser.add_argument("--rounds", type=int, default=5, help="Rounds that medians are taken of (default: 5).")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="Rounds that medians are taken of; 0 leaves them out (default: 5)."
+    )
     parser.add_argument("--train_steps", type=int, default=0, help="Steps of a real run; 0 leaves it out (default).")
+    parser.add_argument("--train_batch", type=int, default=256, help="Its pairs a step (default: %(default)s).")
     parser.add_argument("--out", type=Path, help="JSON file to write.")
     return parser.parse_args(arguments)
 
@@ -220,6 +225,8 @@ def waiting(options: argparse.Namespace) -> dict:
         words = ["--recipe", options.recipe, "--data.train", options.shards, "--output", folder]
         words += ["--data.validation", "null", "--data.eval", "null", "--data.zero_shot", "null"]
         words += ["--train.steps", str(options.train_steps), "--checkpoints.every_steps", "0"]
+        words += ["--train.global_batch", str(options.train_batch)]
+        words += ["--logging.every_steps", str(max(1, options.train_steps // 4))]
         subprocess.run([sys.executable, "launch_scripts/pretrain.py", *words], cwd=ROOT, check=True)
         events = EventAccumulator(str(Path(folder, "tensorboard"))).Reload()
         found = {phase: [event.value for event in events.Scalars(f"seconds/{phase}")[1:]] for phase in PHASES}
