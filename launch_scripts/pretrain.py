@@ -15,12 +15,19 @@ def main() -> None:
     parser = recipe_parser(__doc__, USAGE)
     parser.add_argument("--ds_config", default="ds_configs/zero2.json", help="DeepSpeed's JSON file.")
     parser.add_argument("--resume", help="`latest`, `best`, or a checkpoint folder to go on from.")
+    parser.add_argument(
+        "--profile",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="Trace so many steps, after a few to warm up, into OUTPUT/profile (for ui.perfetto.dev or TensorBoard).",
+    )
     recipe, options = parse(parser)
     if is_first_process():
         print("Starting; DeepSpeed compiles a small operator at its first start (about 40 s).", flush=True)
     from modstruct.training.pretrain import pretrain  # after the parsing: --help needs no torch
 
-    run(lambda: pretrain(recipe, options.ds_config, options.resume))
+    run(lambda: pretrain(recipe, options.ds_config, options.resume, options.profile))
 
 
 if __name__ == "__main__":

@@ -352,6 +352,11 @@ class TrainConfig:
     """Length of the run in passes over the training source; give this or train.steps."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """What the towers compute in; losses are always float32. fp16 needs a GPU."""
+    activation_checkpointing: bool = False
+    """Keep the input of each layer of the towers alone, and compute what lies inside anew for the backward pass: less
+    memory for a third more work, the same gradient."""
+    compile: bool = False
+    """Compile the towers by torch.compile (inductor): minutes at the start, faster steps. ZeRO stages 0 to 2."""
     pairwise_precision: Precision = "tf32"
     """What the losses' products of embeddings are formed from on a GPU; sums are float32. The CPU takes float32."""
     seed: int = 0

@@ -17,6 +17,8 @@ CHANGEABLE = (
     "train.epochs",
     "train.max_skipped_steps",
     "train.micro_batch",
+    "train.activation_checkpointing",
+    "train.compile",
     "logging",
     "evaluation",
     "checkpoints",

@@ -7,6 +7,7 @@ same view on every process, in every loader worker, before and after a resume.
 from __future__ import annotations
 
 import hashlib
+from functools import cache
 
 from PIL.Image import Image
 from torch import Tensor
@@ -52,6 +53,11 @@ class Views:
         return self._texts(text, seed)
 
 
+@cache
+def _number(salt: str) -> int:
+    return int.from_bytes(hashlib.blake2b(salt.encode(), digest_size=8).digest())
+
+
 def sample_seed(seed: int, epoch: int, sample: int, salt: int | str) -> int:
     """The seed of one draw for one sample: an integer in [0, 2**63), the same on every machine.
 
@@ -59,7 +65,7 @@ def sample_seed(seed: int, epoch: int, sample: int, salt: int | str) -> int:
     (the finisher of splitmix64, Steele et al. 2014, in 63 bits), so two calls that differ in one integer never collide.
     """
     if isinstance(salt, str):
-        salt = int.from_bytes(hashlib.blake2b(salt.encode(), digest_size=8).digest())
+        salt = _number(salt)
     state = 0
     for part in (seed, epoch, sample, salt):
         state = (state + 0x1E3779B97F4A7C15 + part) & MASK

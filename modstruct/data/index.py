@@ -210,4 +210,6 @@ def split_name(name: str) -> tuple[str, str | None]:
 
 def printable(name: str) -> str:
     """A name from a tar, safe for a log: undecodable bytes and control characters escaped."""
+    if name.isprintable():
+        return name
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in name)

@@ -88,10 +88,19 @@ class LocalBatches(Dataset):
         epochs, samples = self.order.locate(slots)
         batch = TrainBatch({})
         places = zip(slots.tolist(), epochs.tolist(), samples.tolist(), strict=True)
-        views = [self._views(*place, batch) for place in places]
-        for name in views[0]:
-            column = [view[name] for view in views]
-            batch.tensors[name] = torch.stack(column) if name.startswith("image") else self.tokenizer(column)
+        texts: dict[str, list[str]] = {}
+        pictures: dict[str, np.ndarray] = {}
+        for row, place in enumerate(places):
+            for name, view in self._views(*place, batch).items():
+                if isinstance(view, str):
+                    texts.setdefault(name, []).append(view)
+                    continue
+                if name not in pictures:
+                    pictures[name] = np.empty((len(rows), *view.shape), dtype=np.uint8)
+                # At once: a list of pictures, stacked at the end, would ask the system for new memory every time.
+                pictures[name][row] = view.numpy()
+        batch.tensors = {name: torch.from_numpy(array) for name, array in pictures.items()}
+        batch.tensors |= {name: self.tokenizer(texts_of_view) for name, texts_of_view in texts.items()}
         return batch
 
     def _views(self, slot: int, epoch: int, sample: int, batch: TrainBatch) -> dict[str, Tensor | str]:

@@ -34,7 +34,13 @@ def decode_picture(content: bytes, max_pixels: int, where: str) -> Image.Image:
         raise BadSample("undecodable picture", f"{where} ({type(error).__name__})") from None
 
 
+# Where Pillow looks for an orientation.
+ORIENTATION = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
+
+
 def _upright(picture: Image.Image) -> Image.Image:
+    if picture.info.keys().isdisjoint(ORIENTATION):
+        return picture  # Pillow would copy it
     try:
         return ImageOps.exif_transpose(picture)
     except Exception:  # a damaged EXIF block says nothing of the orientation; the picture is sound
@@ -42,6 +48,8 @@ def _upright(picture: Image.Image) -> Image.Image:
 
 
 def _rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode == "RGB" and "transparency" not in picture.info:
+        return picture  # Pillow would copy it
     if picture.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion may clip instead of scale
         return Image.fromarray((np.asarray(picture).clip(0, 65535) // 256).astype(np.uint8)).convert("RGB")
     if picture.has_transparency_data:

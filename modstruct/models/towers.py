@@ -257,6 +257,13 @@ class BertTrunk(nn.Module):
             add_pooling_layer=False,
         )
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """As open_clip's towers have it."""
+        if enable:
+            self.bert.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            self.bert.gradient_checkpointing_disable()
+
     def forward(self, ids: Tensor) -> Tensor:
         """ids: (B, L). Returns (B, width), the last layer at the end token."""
         tokens = self.bert(input_ids=ids, attention_mask=(ids != self.padding_id).long()).last_hidden_state

@@ -10,6 +10,7 @@ from torch import nn
 
 from modstruct.config import Recipe, refuse, require
 from modstruct.distributed import on_gpu
+from modstruct.models.execution import compile_trunks, recompute_activations
 
 AUTO = "auto"
 
@@ -98,6 +99,10 @@ def build_engine(model: nn.Module, recipe: Recipe, ds_config: dict):
 
     if recipe.train.precision == "fp16" and not on_gpu():
         refuse("train.precision", "fp16", "needs a GPU; use bf16 or fp32 on the CPU")
+    if recipe.train.activation_checkpointing:
+        recompute_activations(model)
+    if recipe.train.compile:
+        compile_trunks(model, ds_config.get("zero_optimization", {}).get("stage", 0))
     optimizer = torch.optim.AdamW(
         parameter_groups(model, recipe.optimizer.weight_decay),
         lr=0.0,  # set before every step; some of DeepSpeed's optimizers take an empty step at their start

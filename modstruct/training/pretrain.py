@@ -6,6 +6,7 @@ import logging
 import math
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from modstruct.training.checkpoint import restore, save
 from modstruct.training.engine import build_engine, read_ds_config, resolve_ds_config
 from modstruct.training.export import export
 from modstruct.training.full_state import FullState
+from modstruct.training.profiler import profiled
 from modstruct.training.schedule import learning_rate
 from modstruct.training.step import StepReport, train_step
 from modstruct.training.telemetry import Telemetry, start_logging
@@ -54,17 +56,19 @@ class Run:
     telemetry: Telemetry
 
 
-def pretrain(recipe: Recipe, ds_config: str, resume: str | None = None) -> dict:
+def pretrain(recipe: Recipe, ds_config: str, resume: str | None = None, profile_steps: int = 0) -> dict:
     """Train, evaluate and export; every process calls it. Returns the final metrics.
 
     ds_config: path of the DeepSpeed JSON. resume: `latest`, `best`, a checkpoint folder, or None for a fresh run.
-    Raises ValueError naming the field for what cannot work, before the first step.
+    profile_steps: steps to trace into OUTPUT/profile. Raises ValueError naming the field for what cannot work, before
+    the first step.
     """
     distributed.start_processes()
     start_logging(Path(recipe.output))
     stop = StopRequest()
     run = open_run(recipe, ds_config, resume)
-    train(run, stop)
+    with profiled(run.output / "profile", profile_steps, run.state.step, run.steps) as after_step:
+        train(run, stop, after_step)
     return finish(run)
 
 
@@ -153,7 +157,7 @@ def _describe(recipe: Recipe, data: RunData, model: TwoTower, engine, steps: int
     )
 
 
-def train(run: Run, stop: StopRequest) -> None:
+def train(run: Run, stop: StopRequest, after_step: Callable[[], None] = lambda: None) -> None:
     """Take the steps that are left; measure and save on the way. Ends the process after a save if asked to stop."""
     recipe, state = run.recipe, run.state
     loader = train_loader(
@@ -170,10 +174,13 @@ def train(run: Run, stop: StopRequest) -> None:
     )
     ledger = FaultLedger("data.train", recipe.data.max_bad_share, distributed.rank())
     run.engine.train()
-    for batches in steps_of(loader):
+    clock = run.telemetry.clock
+    for batches in clock.waiting(steps_of(loader)):
         parts = [batch.tensors for batch in batches]
         rate = learning_rate(recipe.optimizer, state.step, run.steps)
-        report = train_step(run.engine, run.objective, parts, state.step, recipe.train.seed, rate, stop.requested)
+        report = train_step(
+            run.engine, run.objective, parts, state.step, recipe.train.seed, rate, stop.requested, clock
+        )
         run.full.clamp(run.engine.module.logit_scale, 0, recipe.model.logit_scale_max)
         state.step += 1
         note_skip(report, state, recipe)
@@ -182,6 +189,7 @@ def train(run: Run, stop: StopRequest) -> None:
         run.telemetry.step(state.step, report, recipe.logging.every_steps, rate, lambda: figures(report, ledger))  # noqa: B023
         if state.step % CHECK_SAMPLES_EVERY == 0 or state.step == run.steps:
             check_samples(ledger)
+        after_step()
         measure_and_save(run, report.stop)
         if report.stop:
             log.warning("Stopped by SIGTERM after step %d; `--resume latest` goes on from there", state.step)

@@ -11,6 +11,7 @@ from modstruct import distributed
 from modstruct.embeddings import Embeddings
 from modstruct.losses.objective import Objective
 from modstruct.training.gradient_cache import Batch, embed
+from modstruct.training.step_clock import StepClock
 
 
 @dataclass
@@ -37,30 +38,44 @@ def train_step(
     seed: int,
     learning_rate: float,
     stop_requested: bool = False,
+    clock: StepClock | None = None,
 ) -> StepReport:
     """Forward, losses over the global batch, backward, optimizer.
 
-    parts: this process's batch, in one part or in micro-batches.
+    parts: this process's batch, in one part or in micro-batches, whose second forward pass counts as backward.
+    clock: is told how long each phase takes.
     A non-finite loss or gradient leaves the weights and moments as they are, on every process alike.
     """
-    embedded = embed(engine, parts)
-    total, terms = objective(embedded.embeddings, step, seed)
-    report = StepReport(total.detach(), {k: v.detach() for k, v in terms.items()}, embedded.embeddings)
-    flags = torch.stack([(~torch.isfinite(report.total)).float(), torch.full_like(report.total, float(stop_requested))])
-    # One small maximum a step, so that all processes skip, and stop, together.
-    non_finite, stop = distributed.max_over_processes(flags).tolist()
-    report.stop = bool(stop)
+    clock = clock or StepClock()
+    with clock.phase("forward"):
+        embedded = embed(engine, parts)
+    with clock.phase("loss"):
+        total, terms = objective(embedded.embeddings, step, seed)
+        report = StepReport(total.detach(), {k: v.detach() for k, v in terms.items()}, embedded.embeddings)
+        non_finite, report.stop = _agree(report.total, stop_requested)
     if non_finite:
         names = [name for name, value in report.terms.items() if not torch.isfinite(value)]
         report.skipped = f"the loss is not finite in {', '.join(names) or 'the total'}"
         return report
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
-    embedded.backward(total)
-    report.gradient_norm, finite = _step(engine)
+    with clock.phase("backward"):
+        embedded.backward(total)
+    with clock.phase("optimizer"):
+        report.gradient_norm, finite = _step(engine)
     if not finite:
         report.skipped, report.overflow = "the gradient is not finite", True
     return report
+
+
+def _agree(total: Tensor, stop_requested: bool) -> tuple[bool, bool]:
+    """Whether any process's total is not finite, and whether any was asked to stop.
+
+    One small maximum a step, so that all processes skip, and stop, together.
+    """
+    flags = torch.stack([(~torch.isfinite(total)).float(), torch.full_like(total, float(stop_requested))])
+    non_finite, stop = distributed.max_over_processes(flags).tolist()
+    return bool(non_finite), bool(stop)
 
 
 def _step(engine) -> tuple[float | Tensor | None, bool]:

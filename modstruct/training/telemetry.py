@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from modstruct import distributed
 from modstruct.training.step import StepReport
+from modstruct.training.step_clock import StepClock
 
 log = logging.getLogger("modstruct")
 
@@ -60,6 +61,7 @@ class Telemetry:
             desc="train",
             smoothing=0.1,
         )
+        self.clock = StepClock()
         self._since = (time.perf_counter(), first_step)
 
     def step(self, step: int, report: StepReport, every: int, learning_rate: float, figures) -> None:
@@ -70,6 +72,7 @@ class Telemetry:
         now, (then, before) = time.perf_counter(), self._since
         self._since = (now, step)
         rate = self.global_batch * (step - before) / max(now - then, 1e-9)
+        seconds = self.clock.read(step - before)
         extra = figures()
         if self.writer is None:
             return
@@ -82,6 +85,7 @@ class Telemetry:
             "train/samples_per_second": rate,
             "memory/process_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         }
+        scalars |= {f"seconds/{phase}": value for phase, value in seconds.items()}
         if report.gradient_norm is not None:
             scalars["train/gradient_norm"] = float(report.gradient_norm)
         if distributed.on_gpu():

@@ -1,0 +1,89 @@
+"""How the trunks of the towers are carried out: activations computed anew for the backward pass, and compiled code.
+
+Neither changes what is computed, nor the name of a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from modstruct.config import refuse
+from modstruct.models.towers import Float32BatchNorm
+from modstruct.models.two_tower import TwoTower
+
+BatchNorm = nn.modules.batchnorm._BatchNorm
+RECOMPUTED = "modstruct_recomputed"  # marks a block of a CLIP ResNet
+SWITCHES = ("grad_checkpointing", "gradient_checkpointing")  # open_clip's and timm's, transformers'
+
+
+def recompute_activations(model: TwoTower) -> None:
+    """Keep the input of each layer only (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost").
+
+    Raises ValueError naming the field where a tower cannot do it.
+    """
+    from open_clip.modified_resnet import ModifiedResNet
+
+    for name in ("image", "text"):
+        trunk = getattr(model, name)["trunk"]
+        if isinstance(trunk, ModifiedResNet):
+            _recompute_blocks(trunk)  # open_clip's own switch does nothing here
+            continue
+        if any(isinstance(module, BatchNorm) for module in trunk.modules()):
+            remedy = f"the {name} tower's BatchNorm statistics would move twice a step; leave it off"
+            refuse("train.activation_checkpointing", True, remedy)
+        trunk.set_grad_checkpointing(True)
+        # A timm tower without the switch only writes a warning.
+        if not any(getattr(m, switch, False) for m in trunk.modules() for switch in SWITCHES):
+            refuse("train.activation_checkpointing", True, f"the {name} tower has no such switch; leave it off")
+
+
+def compile_trunks(model: TwoTower, zero_stage: int, backend: str = "inductor") -> None:
+    """Compile both trunks at their first call; each new shape of a batch compiles again.
+
+    Raises ValueError naming the field at stage 3, whose hooks fetch the weights of each layer while it runs: a compiled
+    trunk would see their empty places; and for a CLIP ResNet whose activations are computed anew.
+    """
+    if zero_stage == 3:
+        refuse("train.compile", True, "ZeRO stage 3 fetches weights inside the towers; use stage 2, or leave it off")
+    if any(hasattr(module, RECOMPUTED) for module in model.modules()):
+        refuse("train.compile", True, "torch cannot compile a CLIP ResNet with train.activation_checkpointing; choose")
+    # Dropout falls as without compilation, so that the two passes of the gradient cache agree.
+    options = {"fallback_random": True} if backend == "inductor" else None
+    for tower in (model.image, model.text):
+        tower["trunk"].compile(backend=backend, options=options)
+
+
+def _recompute_blocks(resnet: nn.Module) -> None:
+    """Checkpoint every bottleneck of a CLIP ResNet."""
+    for layer in (resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4):
+        for block in layer:
+            block.forward = _recomputed(block)
+            setattr(block, RECOMPUTED, True)
+
+
+def _recomputed(block: nn.Module):
+    forward = block.forward
+
+    def run(x: Tensor) -> Tensor:
+        return checkpoint(forward, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _unmoved(block)))
+
+    return run
+
+
+@contextmanager
+def _unmoved(block: nn.Module) -> Iterator[None]:
+    """BatchNorm keeps its running statistics: they moved when the block ran first."""
+    layers = [module for module in block.modules() if isinstance(module, Float32BatchNorm)]
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.momentum = 0.0  # not another copy of the statistics: autograd would take it for a change of what it saved
+        layer.num_batches_tracked.sub_(int(layer.training))
+    try:
+        yield
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
