@@ -120,6 +120,16 @@ def gather_objects(value: object) -> list:
     return values
 
 
+def own_store(name: str, timeout_seconds: float) -> dist.Store:
+    """Keys and values that all processes see, over a connection that the training thread does not use.
+
+    Raises RuntimeError, after the timeout, where the process or launcher that holds them does not answer.
+    """
+    store = dist.PrefixStore(name, dist.distributed_c10d._get_default_store().clone())
+    store.set_timeout(timedelta(seconds=timeout_seconds))
+    return store
+
+
 def main_first(build):
     """Run `build` on one process of each host first, then on the others, which find what the first one made.
 

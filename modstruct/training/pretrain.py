@@ -29,6 +29,7 @@ from modstruct.training.checkpoint import restore, save
 from modstruct.training.engine import build_engine, read_ds_config, resolve_ds_config
 from modstruct.training.export import export
 from modstruct.training.full_state import FullState
+from modstruct.training.heartbeat import Heartbeat
 from modstruct.training.schedule import learning_rate
 from modstruct.training.step import StepReport, train_step
 from modstruct.training.telemetry import Telemetry, start_logging
@@ -52,6 +53,7 @@ class Run:
     steps: int
     """Length of the run."""
     telemetry: Telemetry
+    heartbeat: Heartbeat
 
 
 def pretrain(recipe: Recipe, ds_config: str, resume: str | None = None) -> dict:
@@ -64,8 +66,9 @@ def pretrain(recipe: Recipe, ds_config: str, resume: str | None = None) -> dict:
     start_logging(Path(recipe.output))
     stop = StopRequest()
     run = open_run(recipe, ds_config, resume)
-    train(run, stop)
-    return finish(run)
+    with run.heartbeat:
+        train(run, stop)
+        return finish(run)
 
 
 class StopRequest:
@@ -111,7 +114,8 @@ def open_run(recipe: Recipe, ds_config: str, resume: str | None) -> Run:
     steps = run_length(recipe, train_order(data.train, recipe.data, recipe.train.seed).epoch_samples)
     _describe(recipe, data, model, engine, steps)
     telemetry = Telemetry(output, state.step, steps, recipe.train.global_batch)
-    return Run(recipe, output, data, objective, engine, full, state, steps, telemetry)
+    heartbeat = Heartbeat(recipe.train.hang_timeout_minutes)
+    return Run(recipe, output, data, objective, engine, full, state, steps, telemetry, heartbeat)
 
 
 def _starting_point(recipe: Recipe, resume: str | None) -> Path | None:
@@ -170,7 +174,7 @@ def train(run: Run, stop: StopRequest) -> None:
     )
     ledger = FaultLedger("data.train", recipe.data.max_bad_share, distributed.rank())
     run.engine.train()
-    for batches in steps_of(loader):
+    for batches in run.heartbeat.following(steps_of(loader), state.step):
         parts = [batch.tensors for batch in batches]
         rate = learning_rate(recipe.optimizer, state.step, run.steps)
         report = train_step(run.engine, run.objective, parts, state.step, recipe.train.seed, rate, stop.requested)
@@ -182,7 +186,8 @@ def train(run: Run, stop: StopRequest) -> None:
         run.telemetry.step(state.step, report, recipe.logging.every_steps, rate, lambda: figures(report, ledger))  # noqa: B023
         if state.step % CHECK_SAMPLES_EVERY == 0 or state.step == run.steps:
             check_samples(ledger)
-        measure_and_save(run, report.stop)
+        with run.heartbeat.unhurried():
+            measure_and_save(run, report.stop)
         if report.stop:
             log.warning("Stopped by SIGTERM after step %d; `--resume latest` goes on from there", state.step)
             run.telemetry.close()
