@@ -77,6 +77,23 @@ class FailedElsewhere(RunError):
     """Another process failed, and says itself why."""
 
 
+class LostProcess(RunError):
+    """Another process ended without a word, and a collective with it."""
+
+    @staticmethod
+    def if_it_is(error: RuntimeError) -> LostProcess | None:
+        """What gloo's, NCCL's or the store's error says of another process, in a user's words."""
+        lost = isinstance(error, dist.DistNetworkError) or any(sign in str(error) for sign in _LOST)
+        return LostProcess(_LOST_MEANS) if lost else None
+
+
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+_LOST_MEANS = (
+    "another process has ended; if it does not say why, it was killed, as the kernel does where memory runs out. "
+    "`--resume latest` goes on from the last checkpoint"
+)
+
+
 def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
@@ -95,6 +112,12 @@ def world_size() -> int:
 
 def is_main() -> bool:
     return rank() == 0
+
+
+def speaks_for_its_host() -> bool:
+    """Whether this process tells what all others of its host notice too; on the main process's host, two may, since
+    the main process may be what they have lost."""
+    return int(os.environ.get("RANK", 0)) <= 1 or local_rank() == 0
 
 
 def barrier() -> None:

@@ -154,7 +154,7 @@ def test_sources_with_weights_can_be_given_in_a_file_and_on_the_line(parse, reci
         (["--views.mean", "[0.5,0.5]"], ["views.mean = [0.5, 0.5]", "[a number, a number, a number]"]),
         (["--evaluation.top_k", "[one]"], ["evaluation.top_k", "a list of a whole number"]),
         (["--data.train", "[{weight: 3}]"], ["data.train: give", "a list of {shards, weight, index}"]),
-        (["--train", "5"], ["train: a section", "it has global_batch, steps"]),
+        (["--train", "5"], ["train: a section", "it has global_batch, micro_batch, steps"]),
         (["--views.crop_scale", "[0.9,0.1]"], ["views.crop_scale = (0.9, 0.1)", "0 < low <= high <= 1"]),
         (["--model.vision.patch_size", "0"], ["model.vision.patch_size = 0", "at least 1"]),
         (["--model.vision.patch_size", "7"], ["model.vision.patch_size = 7", "a divisor of"]),

@@ -188,9 +188,8 @@ class Heartbeat:
                 self._store.set("verdict", message)
             except Exception:  # the others find out by themselves
                 log.debug("no store to tell the others", exc_info=True)
-            # Without the main process all others find the same. One of each host says it, the main process's included.
-            if distributed.rank() <= 1 or distributed.local_rank() == 0:
-                print(f"error (process {distributed.rank()}): {message}", file=sys.stderr, flush=True)
+            if distributed.speaks_for_its_host():  # without the main process all others find the same
+                print(f"\nerror (process {distributed.rank()}): {message}", file=sys.stderr, flush=True)
                 log.debug(message)  # into the log file
         # Nobody leaves before all have read the verdict: a lost connection would be an error of its own.
         time.sleep(2 * self.interval)

@@ -90,7 +90,9 @@ def open_run(recipe: Recipe, ds_config: str, resume: str | None) -> Run:
     saved = start and checkpoints.read(start)
     if saved:
         check_resumable(saved.recipe, recipe)
-    data = open_run_data(recipe, image_size(recipe.model), start and checkpoints.read_tokenizer(start))
+    tokenizer = start and checkpoints.read_tokenizer(start)
+    samples = saved and saved.state.data_fingerprint.partition(" ")[0]
+    data = open_run_data(recipe, image_size(recipe.model), tokenizer, fingerprint=samples)
     if data.zero_shot:
         load_classes(data.zero_shot)  # what is wrong with it is said now, not at the first validation
     fingerprint = f"{data.train.fingerprint} {data.train.weights}"

@@ -99,7 +99,13 @@ class Telemetry:
             self.writer.add_image(name, picture, step)
 
     def pause(self) -> None:
-        """Time from here to `resume` (evaluation, checkpoint) does not count as training throughput."""
+        """Time from here to `resume` (evaluation, checkpoint) does not count as training throughput.
+
+        What was written goes to the disk: a run that is killed goes on from this checkpoint, and would leave a gap in
+        its curves before it.
+        """
+        if self.writer is not None:
+            self.writer.flush()
         self._paused = time.perf_counter()
 
     def resume(self) -> None:
