@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from modstruct import distributed
@@ -104,8 +104,11 @@ class Heartbeat:
     def __enter__(self) -> Heartbeat:
         if self.timeout_minutes > 0 and distributed.world_size() > 1:
             self._store = distributed.own_store("heartbeat", self.interval * 2)
+            self._answered = time.monotonic()
             self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
             self._thread.start()
+            # A call to a store whose host has stopped never returns, whatever its timeout.
+            threading.Thread(target=self._await_answers, name="heartbeat answers", daemon=True).start()
         return self
 
     def __exit__(self, *_) -> None:
@@ -146,7 +149,7 @@ class Heartbeat:
     def _run(self) -> None:
         rank = distributed.rank()
         watched = range(1, distributed.world_size()) if rank == 0 else (0,)
-        watch, beat, answered = Watch(self.timeout_seconds), 0, time.monotonic()
+        watch, beat = Watch(self.timeout_seconds), 0
         while not self._ended.wait(self.interval):
             beat += 1
             try:
@@ -155,19 +158,30 @@ class Heartbeat:
                 # The main process judges itself too, or it would name the one that waits for it.
                 signs |= {0: self._sign(beat)} if rank == 0 else {}
                 verdict = self._store.get("verdict").decode() if self._store.check(["verdict"]) else None
-                answered = time.monotonic()
-            except Exception as error:  # the store is in the main process, or in the launcher
-                if time.monotonic() - answered > self.timeout_seconds:
-                    self._end(f"process 0 gives no sign of life (the store does not answer: {_first_line(error)})")
+            except Exception:  # the connection is lost; `_await_answers` gives it some time
+                log.debug("the launcher's store does not answer", exc_info=beat == 1)
                 continue
+            self._answered = time.monotonic()
             if verdict:
-                self._end(None)
+                self._end()
             # Rank 0 compares everybody; the others look for its life only, since it may lie behind without being late.
             if rank != 0 and signs[0] is not None:
                 signs[0].hurried = False
-            found = watch.look(signs, time.monotonic())
+            found = watch.look(signs, self._answered)
             if found:
+                with suppress(Exception):  # without the store the others find out by themselves
+                    self._store.set("verdict", found)
                 self._end(found)
+
+    def _await_answers(self) -> None:
+        """End this process when the store, which lies in the main process or the launcher, has long been silent."""
+        looked = time.monotonic()
+        while not self._ended.wait(self.interval):
+            slept, looked = time.monotonic() - looked, time.monotonic()
+            if slept > self.timeout_seconds / 2:  # a suspended job goes on
+                self._answered = looked
+            if looked - self._answered > self.timeout_seconds + self.interval:
+                self._end("process 0 gives no sign of life (stopped, or its host is lost): the store does not answer")
 
     def _read(self, rank: int) -> Sign | None:
         key = str(rank)
@@ -177,20 +191,15 @@ class Heartbeat:
         where, in_collective = _place(sys._current_frames().get(self._training))
         return Sign(beat, self.position, self.hurried, in_collective, f"{self.doing}{where}")
 
-    def _end(self, found: str | None) -> None:
+    def _end(self, found: str | None = None) -> None:
         """End this process; the training thread cannot, it waits. found: None if another process says it."""
-        if found:
+        if found and distributed.speaks_for_its_host():  # without the main process all others find the same
             message = (
                 f"train.hang_timeout_minutes = {self.timeout_minutes:g}: {found}; every process ends here, "
                 "`--resume latest` goes on from the last checkpoint"
             )
-            try:
-                self._store.set("verdict", message)
-            except Exception:  # the others find out by themselves
-                log.debug("no store to tell the others", exc_info=True)
-            if distributed.speaks_for_its_host():  # without the main process all others find the same
-                print(f"\nerror (process {distributed.rank()}): {message}", file=sys.stderr, flush=True)
-                log.debug(message)  # into the log file
+            print(f"\nerror (process {distributed.rank()}): {message}", file=sys.stderr, flush=True)
+            log.debug(message)  # into the log file
         # Nobody leaves before all have read the verdict: a lost connection would be an error of its own.
         time.sleep(2 * self.interval)
         os._exit(1)
@@ -207,7 +216,3 @@ def _place(frame) -> tuple[str, bool]:
         return "", in_collective
     file = ours[-1].filename.rpartition(f"{os.sep}modstruct{os.sep}")[2]
     return f" (modstruct/{file}:{ours[-1].lineno}, {ours[-1].name})", in_collective
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
