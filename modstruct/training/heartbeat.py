@@ -72,8 +72,10 @@ class Watch:
         silent = [rank for rank in signs if now - self._beaten[rank] > self.timeout_seconds]
         if silent:
             return "; ".join(self._silent(rank) for rank in silent)
-        waiting = [rank for rank in signs if now - self._moved[rank] > self.timeout_seconds]
-        return self._stuck(waiting) if waiting else None
+        if all(now - self._moved[rank] <= self.timeout_seconds for rank in signs):
+            return None
+        # Signs come late by a beat or two: the one that others wait for may seem to have moved after them.
+        return self._stuck([rank for rank in signs if now - self._moved[rank] > self.timeout_seconds / 2])
 
     def _silent(self, rank: int) -> str:
         last = f", last seen as it {self.signs[rank].doing}" if rank in self.signs else ""

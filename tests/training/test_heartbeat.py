@@ -60,6 +60,12 @@ def test_of_processes_in_the_same_step_the_one_that_waits_for_nobody_is_named():
     assert found == "process 2 does not go on: it takes step 8"
 
 
+def test_signs_may_come_late():
+    """The process that watches knows its own place at once, and that of the one to name a beat later."""
+    late = [None, *living(100, 8, waits=False)]
+    assert outcome({0: living(100, 8), 1: late})[0] == "process 1 does not go on: it takes step 8"
+
+
 def test_measurements_may_take_as_long_as_they_take():
     unhurried = {rank: living(100, stops_at=8, hurried=False) for rank in range(2)}
     assert outcome(unhurried)[0] is None
