@@ -68,6 +68,7 @@ def train_small(
         pretrain.train(pretrain.open_run(recipe, ds_config(stage), resume), pretrain.StopRequest())
     if distributed.is_main():
         Path(output, "rows.json").write_text(json.dumps(taken))
+    distributed.barrier()
 
 
 def train_several(cache: str, runs: dict[str, dict]) -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 from hurt_run import HurtRun, errors_on, losses, whole_checkpoints, write_recipe
+from processes import run_on_processes
 from small_runs import weights_of
+from tiny_run import ds_config
 
 from modstruct import checkpoints
 
@@ -83,3 +85,25 @@ def kills(folder: Path, tried, count: int, steps: int, moments: list[str]) -> No
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments(tmp_path, tried):
     kills(tmp_path, tried, 20, STEPS, MOMENTS)
+
+
+def test_a_kill_during_a_checkpoint(tmp_path, tried):
+    """Compared with a run of the same two processes without the launcher."""
+    recipe = write_recipe(tmp_path, steps=12, every_steps=EVERY)
+    with tried("kill -9 of one, checkpoint"):
+        run = HurtRun(recipe, tmp_path / "hurt", "--resume", "latest")
+        kill_and_check(run, "checkpoint", "one", [], random.Random(1))
+        status, screen = HurtRun(recipe, tmp_path / "hurt", "--resume", "latest").end()
+        assert status == 0, screen[-3000:]
+        run_on_processes(unhurt_run, 2, recipe, str(tmp_path / "unhurt"))
+        assert_as_unhurt(tmp_path / "hurt", tmp_path / "unhurt")
+
+
+def unhurt_run(recipe_file: str, output: str) -> None:
+    from modstruct.cli import parse, recipe_parser
+    from modstruct.training.pretrain import StopRequest, open_run, train
+
+    recipe, _ = parse(recipe_parser("", ""), ["--recipe", recipe_file, "--output", output])
+    run = open_run(recipe, ds_config("zero2"), None)
+    train(run, StopRequest())
+    run.telemetry.close()
