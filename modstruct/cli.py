@@ -136,7 +136,10 @@ def run(command: Callable[[], object]) -> None:
         try:
             command()
         except RuntimeError as error:
-            raise LostProcess.if_it_is(error) or error from error
+            lost = LostProcess.if_it_is(error)
+            if lost is None:
+                raise
+            raise lost from error
     except (ValueError, RunError, OSError) as error:
         logging.getLogger("modstruct").debug("traceback", exc_info=True)
         quiet = not is_first_process() and isinstance(error, FailedElsewhere)

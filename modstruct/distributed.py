@@ -83,8 +83,9 @@ class LostProcess(RunError):
     @staticmethod
     def if_it_is(error: RuntimeError) -> LostProcess | None:
         """What gloo's, NCCL's or the store's error says of another process, in a user's words."""
+        ours = isinstance(error, RunError)  # it has its own words
         lost = isinstance(error, dist.DistNetworkError) or any(sign in str(error) for sign in _LOST)
-        return LostProcess(_LOST_MEANS) if lost else None
+        return LostProcess(_LOST_MEANS) if lost and not ours else None
 
 
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
