@@ -146,7 +146,8 @@ def run(command: Callable[[], object]) -> None:
         if isinstance(error, LostProcess):  # all that are left notice
             quiet = not speaks_for_its_host()
         if not quiet:
-            # Below the progress bar, if there is one, and not at its end.
-            tqdm.write(f"error (process {os.environ.get('RANK', 0)}): {error}", file=sys.stderr)
+            # On a line of its own, not at the end of the progress bar, which the main process may have left unfinished.
+            begin = "" if is_first_process() else "\n"
+            tqdm.write(f"{begin}error (process {os.environ.get('RANK', 0)}): {error}", file=sys.stderr)
             sys.stderr.flush()
         sys.exit(1)

@@ -15,7 +15,7 @@ from tiny_run import ds_config
 
 from modstruct import checkpoints
 
-STEPS, EVERY = 200, 5
+STEPS, EVERY = 100, 5
 MOMENTS = ["starting", "step", "checkpoint", "step", "checkpoint"]
 
 
