@@ -79,7 +79,7 @@ class HurtRun:
         """Until the progress bar shows so many steps."""
 
         def shown() -> bool:
-            return any(int(done) >= step for done in re.findall(r"(\d+)/\d+ \[", self.screen[-400:]))
+            return any(int(done) >= step for done in re.findall(r"train: .*\| (\d+)/\d+ \[", self.screen[-400:]))
 
         self.wait_until(shown, f"step {step} was shown")
 
