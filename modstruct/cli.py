@@ -14,6 +14,7 @@ from pathlib import Path
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
+from tqdm import tqdm
 
 from modstruct.cli_errors import SECTIONS, not_a_section, one_line
 from modstruct.config import Recipe, RunError, refuse, require
@@ -129,12 +130,24 @@ def is_first_process() -> bool:
 
 def run(command: Callable[[], object]) -> None:
     """Carry out a command; an error that the user can mend is one line, and its traceback stands in the run's log."""
-    from modstruct.distributed import FailedElsewhere  # here, so that --help needs no torch
+    from modstruct.distributed import FailedElsewhere, LostProcess, speaks_for_its_host  # --help needs no torch
 
     try:
-        command()
+        try:
+            command()
+        except RuntimeError as error:
+            lost = LostProcess.if_it_is(error)
+            if lost is None:
+                raise
+            raise lost from error
     except (ValueError, RunError, OSError) as error:
         logging.getLogger("modstruct").debug("traceback", exc_info=True)
-        if is_first_process() or not isinstance(error, FailedElsewhere):
-            print(f"error (process {os.environ.get('RANK', 0)}): {error}", file=sys.stderr, flush=True)
+        quiet = not is_first_process() and isinstance(error, FailedElsewhere)
+        if isinstance(error, LostProcess):  # all that are left notice
+            quiet = not speaks_for_its_host()
+        if not quiet:
+            # On a line of its own, not at the end of the progress bar, which the main process may have left unfinished.
+            begin = "" if is_first_process() else "\n"
+            tqdm.write(f"{begin}error (process {os.environ.get('RANK', 0)}): {error}", file=sys.stderr)
+            sys.stderr.flush()
         sys.exit(1)

@@ -363,6 +363,9 @@ class TrainConfig:
     """Seed of the weights, the order of data, the views and every draw."""
     max_skipped_steps: int = 10
     """Steps in a row that may be skipped for a non-finite loss or gradient before the run stops."""
+    hang_timeout_minutes: float = 30.0
+    """Time after which a run on several processes ends, and names those that do not arrive: without a sign of life, or
+    without a step while it trains (checkpoints and measurements may take longer). 0 waits for ever."""
 
     def __post_init__(self):
         require(self.global_batch >= 1, "train.global_batch", self.global_batch, "at least 1")
@@ -377,6 +380,8 @@ class TrainConfig:
         require(self.steps is None or self.steps >= 1, "train.steps", self.steps, "at least 1")
         require(self.epochs is None or 0 < self.epochs < inf, "train.epochs", self.epochs, "above 0 and finite")
         require(self.max_skipped_steps >= 0, "train.max_skipped_steps", self.max_skipped_steps, "0 or more")
+        patience = self.hang_timeout_minutes
+        require(0 <= patience < inf, "train.hang_timeout_minutes", patience, "0 (never) or more, and finite")
 
 
 @dataclass

@@ -77,6 +77,24 @@ class FailedElsewhere(RunError):
     """Another process failed, and says itself why."""
 
 
+class LostProcess(RunError):
+    """Another process ended without a word, and a collective with it."""
+
+    @staticmethod
+    def if_it_is(error: RuntimeError) -> LostProcess | None:
+        """What gloo's, NCCL's or the store's error says of another process, in a user's words."""
+        ours = isinstance(error, RunError)  # it has its own words
+        lost = isinstance(error, dist.DistNetworkError) or any(sign in str(error) for sign in _LOST)
+        return LostProcess(_LOST_MEANS) if lost and not ours else None
+
+
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+_LOST_MEANS = (
+    "another process has ended; if it does not say why, it was killed, as the kernel does where memory runs out. "
+    "`--resume latest` goes on from the last checkpoint"
+)
+
+
 def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
@@ -95,6 +113,12 @@ def world_size() -> int:
 
 def is_main() -> bool:
     return rank() == 0
+
+
+def speaks_for_its_host() -> bool:
+    """Whether this process tells what all others of its host notice too; on the main process's host, two may, since
+    the main process may be what they have lost."""
+    return int(os.environ.get("RANK", 0)) <= 1 or local_rank() == 0
 
 
 def barrier() -> None:
@@ -118,6 +142,16 @@ def gather_objects(value: object) -> list:
     values = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def own_store(name: str, timeout_seconds: float) -> dist.Store:
+    """Keys and values that all processes see, over a connection that the training thread does not use.
+
+    Raises RuntimeError, after the timeout, where the process or launcher that holds them does not answer.
+    """
+    store = dist.PrefixStore(name, dist.distributed_c10d._get_default_store().clone())
+    store.set_timeout(timedelta(seconds=timeout_seconds))
+    return store
 
 
 def main_first(build):

@@ -16,6 +16,7 @@ CHANGEABLE = (
     "train.steps",
     "train.epochs",
     "train.max_skipped_steps",
+    "train.hang_timeout_minutes",
     "train.micro_batch",
     "train.activation_checkpointing",
     "train.compile",

@@ -280,3 +280,29 @@ def test_a_checkpoints_recipe_is_the_base_that_overrides_change(parser, recipe_f
         assert (recipe.output, recipe.train.steps, recipe.train.seed) == ("runs/saved", 7, 5)
     with pytest.raises(ValueError, match=r"--checkpoint = 'nowhere': is no checkpoint"):
         cli.checkpoint_arguments(["--checkpoint", "nowhere"])
+
+
+@pytest.mark.parametrize(("rank", "speaks"), [(0, True), (1, True), (3, False)])
+def test_a_lost_process_is_said_in_one_line_and_not_by_all(monkeypatch, capfd, rank, speaks):
+    """gloo's words for it are about sockets. Whoever is left says it, since the main process may be what is lost."""
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+
+    def command():
+        raise RuntimeError("[…/pair.cc:561] Connection closed by peer [127.0.0.1]:54974")
+
+    with pytest.raises(SystemExit) as end:
+        cli.run(command)
+    assert end.value.code == 1
+    said = capfd.readouterr().err
+    assert len(said.strip().splitlines()) == speaks
+    assert ("another process has ended" in said) == speaks
+    assert "pair.cc" not in said
+
+
+def test_an_error_of_the_program_itself_keeps_its_traceback():
+    def command():
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.run(command)

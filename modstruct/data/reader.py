@@ -115,10 +115,16 @@ class ShardReader:
         return content
 
     def _descriptor(self, shard: int, sample: int) -> int:
-        if shard in self._open:
-            self._open.move_to_end(shard)
-            return self._open[shard]
         name = self.samples.shards[shard]
+        if shard in self._open:
+            descriptor = self._open[shard]
+            # Asked at every read: else it would depend on what a process happens to have open which samples it can read
+            # of a shard that is hurt under the run, and a resumed run would read others.
+            removed = os.fstat(descriptor).st_nlink == 0
+            if is_pipe(name) or (not removed and self._is_as_indexed(shard, descriptor)):
+                self._open.move_to_end(shard)
+                return descriptor
+            os.close(self._open.pop(shard))
         if is_pipe(name):
             try:
                 descriptor = self.pipes.open(name, int(self.samples.size_bytes[shard]))
@@ -136,13 +142,16 @@ class ShardReader:
             descriptor = os.open(self.samples.shards[shard], os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             raise BadSample("missing shard", self._place(shard, sample)) from None
-        status = os.fstat(descriptor)
-        indexed = (self.samples.size_bytes[shard], self.samples.modified_ns[shard])
-        if (status.st_size, status.st_mtime_ns) != indexed:
+        if not self._is_as_indexed(shard, descriptor):
             os.close(descriptor)
             # The positions in the index mean nothing in another file.
             raise BadSample("shard changed since it was indexed", self._place(shard, sample))
         return descriptor
+
+    def _is_as_indexed(self, shard: int, descriptor: int) -> bool:
+        status = os.fstat(descriptor)
+        indexed = (self.samples.size_bytes[shard], self.samples.modified_ns[shard])
+        return (status.st_size, status.st_mtime_ns) == indexed
 
     def _place(self, shard: int, sample: int) -> str:
         return f"{self.samples.shards[shard]}: sample {sample - int(self.samples.shard_starts[shard])}"

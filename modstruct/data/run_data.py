@@ -9,6 +9,7 @@ from modstruct.config import DataConfig, Recipe
 from modstruct.data.augment import Views
 from modstruct.data.evaluation_samples import EvaluationSamples, train_captions
 from modstruct.data.samples import Samples, open_samples
+from modstruct.data.saved_samples import open_saved_samples
 from modstruct.data.scenes.folder import ensure_scenes
 from modstruct.data.sentencepiece_training import TRAINING_CAPTIONS
 from modstruct.data.sources import as_sources
@@ -33,12 +34,17 @@ class RunData:
 
 
 def open_run_data(
-    recipe: Recipe, image_size: int, tokenizer: Tokenizer | None = None, training: bool = True
+    recipe: Recipe,
+    image_size: int,
+    tokenizer: Tokenizer | None = None,
+    training: bool = True,
+    fingerprint: str | None = None,
 ) -> RunData:
     """Open every source of the recipe; every process calls it.
 
     image_size: side in pixels that the image tower takes. tokenizer: a checkpoint's; None builds the recipe's.
-    training: False leaves out data.train and data.validation. Raises ValueError naming the field that is wrong.
+    training: False leaves out data.train and data.validation. fingerprint: of the training samples of a checkpoint,
+    which are then found again even if a few shards were lost. Raises ValueError naming the field that is wrong.
     """
 
     def build() -> RunData:
@@ -51,7 +57,7 @@ def open_run_data(
             log.warning("data.validation or data.eval is `scenes` beside your own data.train: name your own, or null")
         config = _with_scenes(wanted, image_size)
         say = is_main()
-        train = open_samples(as_sources(config.train), config, "data.train", say) if training else None
+        train = _training_samples(config, say, fingerprint) if training else None
 
         def evaluation(name: str, source: str | None) -> EvaluationSamples | None:
             return None if source is None else EvaluationSamples(as_sources(source), config, name, say)
@@ -66,6 +72,13 @@ def open_run_data(
         )
 
     return main_first(build)
+
+
+def _training_samples(config: DataConfig, say: bool, fingerprint: str | None) -> Samples:
+    sources = as_sources(config.train)
+    if fingerprint is None:
+        return open_samples(sources, config, "data.train", say)
+    return open_saved_samples(sources, config, "data.train", fingerprint, say)
 
 
 def _with_scenes(config: DataConfig, image_size: int) -> DataConfig:

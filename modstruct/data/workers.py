@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import multiprocessing
 import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing import resource_tracker
@@ -18,12 +19,15 @@ from multiprocessing.process import BaseProcess
 import torch
 from torch.utils.data import DataLoader
 
-from modstruct.config import refuse
+from modstruct.config import RunError, refuse
+
+log = logging.getLogger(__name__)
 
 # The launcher ends whole process trees on SIGTERM, and Ctrl-C reaches every process of the terminal. The training
 # process answers both by a last checkpoint, for which it may still need a batch; so its loader must live on.
 OUTLIVED_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 BATCHES_AHEAD = 2  # that each loader process prepares
+LOSSES_IN_A_ROW = 3  # of loader processes without a batch in between, that a run puts up with
 SHARED_MEMORY = "/dev/shm"
 
 
@@ -33,11 +37,12 @@ class WorkerLoader(DataLoader):
     dataset: its item is a batch. items: the keys to ask for, in order. workers: loader processes; 0 loads in this one.
     """
 
-    def __init__(self, dataset, items, workers: int, pin_memory: bool):
+    def __init__(self, dataset, items: Sequence, workers: int, pin_memory: bool):
+        self._items = _Items(items)
         super().__init__(
             dataset,
             batch_size=None,
-            sampler=items,
+            sampler=self._items,
             num_workers=workers,
             collate_fn=_as_it_is,
             pin_memory=pin_memory,
@@ -49,14 +54,51 @@ class WorkerLoader(DataLoader):
         )
 
     def __iter__(self):
-        if self.num_workers == 0:
-            return super().__iter__()
+        self._items.done = 0
+        return super().__iter__() if self.num_workers == 0 else self._in_spite_of_losses(self._from_processes())
+
+    def _in_spite_of_losses(self, batches: Iterator) -> Iterator:
+        """The batches; when a loader process is killed, others make those that are left: the same, since an item is
+        a function of its key."""
+        losses = 0
+        while True:
+            try:
+                for batch in batches:
+                    self._items.done += 1
+                    losses = 0
+                    yield batch
+                return
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader worker (pid"):
+                    raise
+                losses += 1
+                lost = f"a loader process was lost ({error}; the kernel kills one where memory runs out)"
+                if losses > LOSSES_IN_A_ROW:
+                    fewer = "give fewer, or a smaller train.micro_batch or data.shuffle_window"
+                    raise RunError(f"data.workers = {self.num_workers}: {lost}, {losses} in a row; {fewer}") from None
+            log.warning("data.workers: %s; its work is taken up anew", lost)
+            batches = self._from_processes()
+
+    def _from_processes(self) -> Iterator:
         before = set(multiprocessing.active_children())
         with _inherited_block():
             batches = super().__iter__()
         end = partial(_end, [child for child in multiprocessing.active_children() if child not in before])
         atexit.register(end)  # for an iteration that an error leaves unfinished
         return _until_the_end(batches, end)
+
+
+class _Items:
+    """Keys in order, but for the first `done`."""
+
+    def __init__(self, keys: Sequence):
+        self.keys, self.done = keys, 0
+
+    def __iter__(self) -> Iterator:
+        return iter(self.keys[self.done :])
+
+    def __len__(self) -> int:
+        return len(self.keys)
 
 
 def _until_the_end(batches: Iterator, end: Callable[[], None]) -> Iterator:

@@ -33,7 +33,7 @@ def save(full: FullState, state: TrainState, recipe: Recipe, tokenizer: Tokenize
             error = f"checkpoint {target} was not written: {e}. Free space or choose another --output"
     error = distributed.broadcast_object(error)
     if error:
-        raise RunError(error)
+        raise RunError(error) if distributed.is_main() else distributed.FailedElsewhere(error)
     return target
 
 

@@ -30,6 +30,7 @@ from modstruct.training.checkpoint import restore, save
 from modstruct.training.engine import build_engine, read_ds_config, resolve_ds_config
 from modstruct.training.export import export
 from modstruct.training.full_state import FullState
+from modstruct.training.heartbeat import Heartbeat
 from modstruct.training.profiler import profiled
 from modstruct.training.schedule import learning_rate
 from modstruct.training.step import StepReport, train_step
@@ -54,6 +55,7 @@ class Run:
     steps: int
     """Length of the run."""
     telemetry: Telemetry
+    heartbeat: Heartbeat
 
 
 def pretrain(recipe: Recipe, ds_config: str, resume: str | None = None, profile_steps: int = 0) -> dict:
@@ -67,9 +69,11 @@ def pretrain(recipe: Recipe, ds_config: str, resume: str | None = None, profile_
     start_logging(Path(recipe.output))
     stop = StopRequest()
     run = open_run(recipe, ds_config, resume)
-    with profiled(run.output / "profile", profile_steps, run.state.step, run.steps) as after_step:
-        train(run, stop, after_step)
-    return finish(run)
+    profiling = profiled(run.output / "profile", profile_steps, run.state.step, run.steps)
+    with run.heartbeat:
+        with profiling as after_step:
+            train(run, stop, after_step)
+        return finish(run)
 
 
 class StopRequest:
@@ -91,7 +95,9 @@ def open_run(recipe: Recipe, ds_config: str, resume: str | None) -> Run:
     saved = start and checkpoints.read(start)
     if saved:
         check_resumable(saved.recipe, recipe)
-    data = open_run_data(recipe, image_size(recipe.model), start and checkpoints.read_tokenizer(start))
+    tokenizer = start and checkpoints.read_tokenizer(start)
+    samples = saved and saved.state.data_fingerprint.partition(" ")[0]
+    data = open_run_data(recipe, image_size(recipe.model), tokenizer, fingerprint=samples)
     if data.zero_shot:
         load_classes(data.zero_shot)  # what is wrong with it is said now, not at the first validation
     fingerprint = f"{data.train.fingerprint} {data.train.weights}"
@@ -115,7 +121,8 @@ def open_run(recipe: Recipe, ds_config: str, resume: str | None) -> Run:
     steps = run_length(recipe, train_order(data.train, recipe.data, recipe.train.seed).epoch_samples)
     _describe(recipe, data, model, engine, steps)
     telemetry = Telemetry(output, state.step, steps, recipe.train.global_batch)
-    return Run(recipe, output, data, objective, engine, full, state, steps, telemetry)
+    heartbeat = Heartbeat(recipe.train.hang_timeout_minutes)
+    return Run(recipe, output, data, objective, engine, full, state, steps, telemetry, heartbeat)
 
 
 def _starting_point(recipe: Recipe, resume: str | None) -> Path | None:
@@ -175,7 +182,7 @@ def train(run: Run, stop: StopRequest, after_step: Callable[[], None] = lambda: 
     ledger = FaultLedger("data.train", recipe.data.max_bad_share, distributed.rank())
     run.engine.train()
     clock = run.telemetry.clock
-    for batches in clock.waiting(steps_of(loader)):
+    for batches in run.heartbeat.following(clock.waiting(steps_of(loader)), state.step):
         parts = [batch.tensors for batch in batches]
         rate = learning_rate(recipe.optimizer, state.step, run.steps)
         report = train_step(
@@ -190,7 +197,8 @@ def train(run: Run, stop: StopRequest, after_step: Callable[[], None] = lambda: 
         if state.step % CHECK_SAMPLES_EVERY == 0 or state.step == run.steps:
             check_samples(ledger)
         after_step()
-        measure_and_save(run, report.stop)
+        with run.heartbeat.unhurried():
+            measure_and_save(run, report.stop)
         if report.stop:
             log.warning("Stopped by SIGTERM after step %d; `--resume latest` goes on from there", state.step)
             run.telemetry.close()

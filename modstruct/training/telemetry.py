@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from modstruct import distributed
+from modstruct.training.curves import Curves, LogFile
 from modstruct.training.step import StepReport
 from modstruct.training.step_clock import StepClock
 
@@ -29,7 +30,7 @@ def start_logging(output: Path) -> None:
     log.handlers = [handler]
     if distributed.is_main():
         output.mkdir(parents=True, exist_ok=True)
-        to_file = logging.FileHandler(output / "log.txt")
+        to_file = LogFile(output / "log.txt")
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(to_file)
 
@@ -46,12 +47,10 @@ class Telemetry:
     """
 
     def __init__(self, output: Path, first_step: int, steps: int, global_batch: int):
-        from torch.utils.tensorboard import SummaryWriter
-
         main = distributed.is_main()
         self.folder = output / "tensorboard"
         self.global_batch, self.steps = global_batch, steps
-        self.writer = SummaryWriter(str(self.folder), purge_step=first_step + 1) if main else None
+        self.curves = Curves(self.folder, purge_step=first_step + 1) if main else None
         self.bar = tqdm(
             total=steps,
             initial=first_step,
@@ -74,7 +73,7 @@ class Telemetry:
         rate = self.global_batch * (step - before) / max(now - then, 1e-9)
         seconds = self.clock.read(step - before)
         extra = figures()
-        if self.writer is None:
+        if self.curves is None:
             return
         loss = report.total.item()
         self.bar.set_postfix({"loss": f"{loss:.4f}", "samples/s": f"{rate:.0f}"})
@@ -93,17 +92,22 @@ class Telemetry:
         self.scalars(scalars | extra, step)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        if self.writer is not None:
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, step)
+        if self.curves is not None:
+            self.curves.scalars(values, step)
 
     def image(self, name: str, picture: Tensor, step: int) -> None:
         """picture: uint8 (3, H, W)."""
-        if self.writer is not None:
-            self.writer.add_image(name, picture, step)
+        if self.curves is not None:
+            self.curves.image(name, picture, step)
 
     def pause(self) -> None:
-        """Time from here to `resume` (evaluation, checkpoint) does not count as training throughput."""
+        """Time from here to `resume` (evaluation, checkpoint) does not count as training throughput.
+
+        What was written goes to the disk: a run that is killed goes on from this checkpoint, and would leave a gap in
+        its curves before it.
+        """
+        if self.curves is not None:
+            self.curves.flush()
         self._paused = time.perf_counter()
 
     def resume(self) -> None:
@@ -112,5 +116,5 @@ class Telemetry:
 
     def close(self) -> None:
         self.bar.close()
-        if self.writer is not None:
-            self.writer.close()
+        if self.curves is not None:
+            self.curves.close()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from multiprocessing import active_children
 from pathlib import Path
 
@@ -29,9 +30,10 @@ from crafted_shards import (
 from PIL import Image
 from test_pictures import png_header
 
-from modstruct.config import Source
+from modstruct.config import RunError, Source, ViewsConfig
 from modstruct.data import loader as loader_module
 from modstruct.data import workers as workers_module
+from modstruct.data.augment import Views
 from modstruct.data.faults import TooManyBadSamples
 from modstruct.data.loader import TrainBatch, train_loader, train_order
 from modstruct.data.samples import open_samples
@@ -220,6 +222,51 @@ def test_no_worker_is_left_when_the_loop_ends_early(tmp_path):
     for _ in loader:
         break
     assert set(active_children()) == before
+
+
+def test_others_take_up_the_work_of_killed_workers(damaged, caplog):
+    samples, data = damaged
+    loader = train_loader(
+        samples,
+        replace(data, workers=2),
+        views(),
+        LengthTokenizer(),
+        BOTH,
+        global_batch=12,
+        seed=3,
+        start_step=0,
+        stop_step=12,
+    )
+    before = set(active_children())
+    batches = []
+    for batch in loader:
+        if len(batches) in (2, 7):
+            for worker in set(active_children()) - before:
+                worker.kill()
+        batches.append(batch)
+    assert_same(batches, load(samples, data, stop=12))
+    assert "a loader process was lost" in caplog.text
+    assert set(active_children()) == before
+
+
+def test_workers_that_die_again_and_again_end_the_run_with_a_clear_error(tmp_path):
+    data = config(tmp_path, workers=1)
+    samples = opened(write_shards(tmp_path, [20]), data)
+    loader = train_loader(
+        samples, data, DeadlyViews(8), LengthTokenizer(), (), global_batch=4, seed=0, start_step=0, stop_step=9
+    )
+    with pytest.raises(RunError, match=r"^data\.workers = 1: a loader process was lost .*, 4 in a row; give fewer"):
+        list(loader)
+
+
+class DeadlyViews(Views):
+    """Kills the process that makes a view."""
+
+    def __init__(self, image_size: int):
+        super().__init__(ViewsConfig(), image_size)
+
+    def plain_text(self, caption):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_worker_tells_what_went_wrong(tmp_path):

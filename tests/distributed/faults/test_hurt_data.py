@@ -1,0 +1,70 @@
+"""Shards that vanish or are cut off under a run, and loader processes that are killed."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from hurt_run import HurtRun, errors_on, losses, whole_checkpoints, write_recipe
+from small_runs import weights_of
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "data"))
+from crafted_shards import write_shards
+
+pytestmark = pytest.mark.slow
+STEPS = 40
+CAUSES = {"delete": "missing shard", "truncate": "shard changed since it was indexed"}
+
+
+def made(folder: Path) -> tuple[str, Path]:
+    """A recipe over twelve shards of its own, and one of them to hurt."""
+    pattern = write_shards(folder / "shards", [8, 9, 7] * 4)
+    more = {"max_bad_share": 0.3, "shuffle_block": 4, "shuffle_window": 6}
+    return write_recipe(folder, steps=STEPS, every_steps=5, train=pattern, **more), folder / "shards" / "shard-004.tar"
+
+
+@pytest.mark.parametrize("kind", ["delete", "truncate"])
+def test_a_shard_is_hurt_in_mid_run(tmp_path, tried, kind):
+    """Its samples are substituted from then on, and after a resume the same substitutes come."""
+    with tried(f"shard: {kind}d in mid-run"):
+        recipe, shard = made(tmp_path / "whole")
+        whole = HurtRun(recipe, tmp_path / "whole" / "run", faults=f"{kind}:9:{shard}")
+        status, screen = whole.end()
+        assert status == 0, screen[-3000:]
+        assert CAUSES[kind] in screen
+        assert str(shard) in screen
+        assert errors_on(screen) == []
+
+        recipe, shard = made(tmp_path / "stopped")
+        run = HurtRun(recipe, tmp_path / "stopped" / "run", faults=f"{kind}:9:{shard}")
+        run.wait_for_step(18)
+        run.signal_group(signal.SIGKILL)
+        run.end()
+        assert run.left_over() == []
+        assert whole_checkpoints(run.output)[-1] >= 15
+        status, screen = HurtRun(recipe, run.output, "--resume", "latest").end()
+        assert status == 0, screen[-3000:]
+        assert str(shard) in screen
+        assert losses(run.output) == losses(whole.output)
+        assert (weights_of(run.output) == weights_of(whole.output)).all()
+
+
+def test_loader_workers_are_killed(tmp_path, tried):
+    recipe, _ = made(tmp_path)
+    status, screen = HurtRun(recipe, tmp_path / "unhurt").end()
+    assert status == 0, screen[-3000:]
+    run = HurtRun(recipe, tmp_path / "run", "--data.workers", "2")
+    for step in (5, 20):
+        with tried("loader worker killed"):
+            run.wait_for_step(step)
+            workers = run.workers()
+            assert len(workers) == 4
+            workers[step % 4].kill()
+            run.wait_until(lambda: "a loader process was lost" in run.screen, "a lost loader process was noticed")
+    status, screen = run.end()
+    assert status == 0, screen[-3000:]
+    assert errors_on(screen) == []
+    assert run.left_over() == []
+    assert losses(run.output) == losses(tmp_path / "unhurt")
