@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import tarfile
 import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -18,9 +17,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from modstruct.data.tar_headers import BLOCK_BYTES, CutOff, DamagedHeader, next_member
 from modstruct.files import written_aside
-
-BLOCK_BYTES = tarfile.BLOCKSIZE
 
 # One row a sample, 28 bytes. Offsets count tar blocks of 512 bytes, so that 4 bytes reach 2 TiB into a shard.
 ROW = np.dtype(
@@ -39,9 +37,6 @@ COMPRESSIONS = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ\0": "unxz",
 LARGEST_BLOCK = np.iinfo(np.uint32).max
 # No picture or caption is as large as this; reading such a member would only cost memory.
 LARGEST_BYTES = 1 << 30
-
-# What tarfile raises on damaged headers: it reads a chain of long names recursively, and a name of any size at once.
-DAMAGED = (tarfile.TarError, ValueError, RecursionError, OverflowError, MemoryError)
 
 # Reading headers in order with a large buffer is sequential reading, which every disk and network likes best.
 BUFFER_BYTES = 1 << 20
@@ -157,36 +152,21 @@ def index_tar(path: str | os.PathLike[str] | int) -> ShardIndex:
 
 def _regular_members(file: BinaryIO, size_bytes: int) -> Iterator[tuple[str, int, int, int]]:
     """(name, offset of header, offset of data, size) of each ordinary file; raises _Cut where the tar breaks off."""
-    try:
-        tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115  the caller closes the file, there is nothing else
-    except DAMAGED:
-        raise _Cut(_what_else_it_is(file, size_bytes)) from None
-    member = tar.next()
-    while member is not None:
-        tar.members.clear()  # tarfile would keep an object for every member
-        if member.size < 0 or tar.offset <= member.offset:  # forged: the reader would go round for ever
-            raise _Cut(f"damaged header at byte {member.offset}")
-        if member.offset_data + member.size > size_bytes and (member.isreg() or tar.offset > size_bytes):
+    start = 0
+    while True:
+        try:
+            member = next_member(file, start)
+        except CutOff:
+            raise _Cut(f"cut off after {size_bytes} bytes" if start else _what_else_it_is(file, size_bytes)) from None
+        except DamagedHeader:
+            raise _Cut(f"damaged header at byte {start}" if start else _what_else_it_is(file, size_bytes)) from None
+        if member is None:
+            return
+        if member.data + member.size > size_bytes:
             raise _Cut(f"cut off after {size_bytes} bytes", split_name(member.name)[0])
-        if member.isreg() and not member.issparse():
-            yield member.name, member.offset, member.offset_data, member.size
-        file.seek(tar.offset)
-        member = _next_member(tar)
-
-
-def _next_member(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
-    """The member whose header comes next, None at the end mark.
-
-    TarFile.next takes a damaged header and a missing end mark for the end of the archive; here they are told apart.
-    """
-    try:
-        return tarfile.TarInfo.fromtarfile(tar)
-    except tarfile.EOFHeaderError:
-        return None
-    except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError):
-        raise _Cut(f"cut off after {tar.offset} bytes") from None
-    except DAMAGED:
-        raise _Cut(f"damaged header at byte {tar.offset}") from None
+        if member.ordinary:
+            yield member.name, member.header, member.data, member.size
+        start = member.end
 
 
 def _what_else_it_is(file: BinaryIO, size_bytes: int) -> str:

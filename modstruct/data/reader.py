@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import tarfile
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,11 @@ import numpy as np
 
 from modstruct.config import DataConfig
 from modstruct.data.faults import BadSample
-from modstruct.data.index import BLOCK_BYTES, DAMAGED, printable, split_name
+from modstruct.data.index import printable, split_name
 from modstruct.data.pipes import PipeCache, PipeFailed
 from modstruct.data.samples import Samples
 from modstruct.data.sources import is_pipe
+from modstruct.data.tar_headers import BLOCK_BYTES, CutOff, DamagedHeader, next_member
 
 # Shards a process keeps open; a window of shuffled blocks may reach into a thousand.
 OPEN_SHARDS = 256
@@ -156,13 +156,10 @@ def pipe_cache(config: DataConfig) -> PipeCache:
 def _member_name(header: bytes) -> str | None:
     """Name of the one member whose tar header, long-name blocks included, this is; None if it is no header."""
     try:
-        if len(header) == BLOCK_BYTES:
-            return tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
-        with tarfile.open(fileobj=io.BytesIO(header), mode="r:") as tar:
-            member = tar.next()
-            return None if member is None else member.name
-    except DAMAGED:
+        member = next_member(io.BytesIO(header), 0)
+    except (CutOff, DamagedHeader):
         return None
+    return member.name if member is not None and member.data == len(header) else None
 
 
 def _metadata(content: bytes, where: str) -> dict:
