@@ -1,10 +1,11 @@
-"""Tar headers are read as tarfile reads them where they are sound, and in bounded time and memory where they are not."""
+"""Sound tar headers are read as tarfile reads them, hostile ones in bounded time and memory."""
 
 from __future__ import annotations
 
 import io
 import tarfile
 import time
+from contextlib import suppress
 
 import pytest
 from hypothesis import given
@@ -113,10 +114,8 @@ def test_damaged_pax_records_are_refused(records):
 )
 def test_a_hostile_header_costs_no_more_than_it_is_long(content):
     start = time.process_time()
-    try:
+    with suppress(CutOff, DamagedHeader):
         members(content)
-    except (CutOff, DamagedHeader):
-        pass
     assert time.process_time() - start < 2
 
 
