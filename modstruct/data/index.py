@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from modstruct.data.tar_headers import BLOCK_BYTES, CutOff, DamagedHeader, next_member
+from modstruct.data.tar_headers import BLOCK_BYTES, LARGEST_HEADER_BYTES, CutOff, DamagedHeader, next_member
 from modstruct.files import written_aside
 
 # One row a sample, 28 bytes. Offsets count tar blocks of 512 bytes, so that 4 bytes reach 2 TiB into a shard.
@@ -35,8 +35,10 @@ ROW = np.dtype(
 KINDS = dict.fromkeys(("jpg", "jpeg", "png", "webp"), "image") | {"txt": "text", "json": "metadata"}
 COMPRESSIONS = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ\0": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 LARGEST_BLOCK = np.iinfo(np.uint32).max
-# No picture or caption is as large as this; reading such a member would only cost memory.
-LARGEST_BYTES = 1 << 30
+# No picture, caption or description is as large as this; reading such a member would only cost memory: JSON, for one,
+# twenty times its length.
+LARGEST_BYTES = {"image": 1 << 28, "text": 1 << 20, "metadata": 1 << 20}
+LARGEST_INDEX_BYTES = 1 << 28  # of one shard, unpacked: nine million samples
 
 # Reading headers in order with a large buffer is sequential reading, which every disk and network likes best.
 BUFFER_BYTES = 1 << 20
@@ -65,13 +67,35 @@ class ShardIndex:
 
     @staticmethod
     def load(path: Path) -> ShardIndex | None:
-        """The saved index; None if there is none, or it is damaged or of another version and has to be built anew."""
+        """The saved index; None if there is none, or it is damaged or of another version and has to be built anew.
+
+        What comes back points nowhere but into a shard of size_bytes, whoever made the file.
+        """
         try:
+            with zipfile.ZipFile(path) as members:
+                if any(member.file_size > LARGEST_INDEX_BYTES for member in members.infolist()):
+                    return None
             with np.load(path, allow_pickle=False) as saved:
                 index = ShardIndex(rows=saved["rows"], **json.loads(saved["report"].tobytes()))
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+            return index if index._is_sound() else None
+        except Exception:  # a damaged file raises nearly anything, from zlib.error to RecursionError
             return None
-        return index if index.rows.dtype == ROW else None
+
+    def _is_sound(self) -> bool:
+        rows = self.rows
+        if rows.dtype != ROW or rows.ndim != 1 or type(self.size_bytes) is not int:
+            return False
+        if not all(type(count) is int for count in self.faults.values()):
+            return False
+        if not all(type(word) is str for word in (*self.faults, *self.examples, *self.examples.values())):
+            return False
+        if not isinstance(self.broken, str | None) or (rows["header_blocks"] > rows["image_block"]).any():
+            return False
+        for kind, most in LARGEST_BYTES.items():
+            ends = rows[f"{kind}_block"].astype(np.int64) * BLOCK_BYTES + rows[f"{kind}_bytes"]
+            if (rows[f"{kind}_bytes"] > most).any() or (ends > self.size_bytes).any():
+                return False
+        return bool((rows["header_blocks"] <= LARGEST_HEADER_BYTES // BLOCK_BYTES + 1).all())
 
 
 class _Cut(Exception):
@@ -109,7 +133,7 @@ class _Rows:
                 cause = "no picture"
             elif "text" not in found:
                 cause = "no caption"
-            elif any(block > LARGEST_BLOCK or size > LARGEST_BYTES for block, size, _ in found.values()):
+            elif any(block > LARGEST_BLOCK or size > LARGEST_BYTES[kind] for kind, (block, size, _) in found.items()):
                 cause = "oversized member"
         if cause is not None:
             self.faults[cause] = self.faults.get(cause, 0) + 1
