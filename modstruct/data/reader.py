@@ -21,6 +21,8 @@ from modstruct.data.tar_headers import BLOCK_BYTES, CutOff, DamagedHeader, next_
 
 # Shards a process keeps open; a window of shuffled blocks may reach into a thousand.
 OPEN_SHARDS = 256
+# Levels of KEY.json. Deeper ones would pass the parser and end what sends them on to another process.
+DEEPEST_METADATA = 32
 
 
 @dataclass
@@ -167,6 +169,14 @@ def _metadata(content: bytes, where: str) -> dict:
         metadata = json.loads(content)
     except (ValueError, RecursionError):
         raise BadSample("malformed metadata", where) from None
-    if not isinstance(metadata, dict):
+    if not isinstance(metadata, dict) or not _is_shallow(metadata):
         raise BadSample("malformed metadata", where)
     return metadata
+
+
+def _is_shallow(metadata: dict) -> bool:
+    level = [metadata]
+    for _ in range(DEEPEST_METADATA):
+        values = [value for node in level for value in (node.values() if isinstance(node, dict) else node)]
+        level = [value for value in values if isinstance(value, (dict, list))]
+    return not level
