@@ -23,6 +23,7 @@ from modstruct.recipe_files import recipe_to_dict
 
 SHARD_BYTES = 40_000  # of a real shard: several samples, and short enough to be tried often
 CAPTIONS = ["a red star", "über café: 星と月", "a  b\tc &amp; <end_of_text>", "word " * 60]
+DEEP = b'{"a":' * 600 + b"{}" + b"}" * 600  # no mutation would find so many brackets that match
 METADATA = [{}, {"captions": ["a", " b "], "key": "0"}, {"label": 3, "nested": {"list": [1.5, None, True, {"a": []}]}}]
 WORDS = "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "red", "star", "##s", "a"])
 CLASSES = """label: colour
@@ -76,7 +77,11 @@ def captions(folder: Path, shards: Sequence[Path]) -> list[bytes]:
 
 
 def metadata(folder: Path, shards: Sequence[Path]) -> list[bytes]:
-    return [*(json.dumps(m).encode() for m in METADATA), *(text for path in shards for text in _members(path, ".json"))]
+    return [
+        DEEP,
+        *(json.dumps(m).encode() for m in METADATA),
+        *(text for path in shards for text in _members(path, ".json")),
+    ]
 
 
 def _members(path: Path, *extensions: str) -> list[bytes]:
