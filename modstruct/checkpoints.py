@@ -21,6 +21,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from modstruct.config import refuse
 from modstruct.data.tokenizers import Tokenizer, load_tokenizer
 from modstruct.files import sync_folder, written_aside
+from modstruct.yaml_files import read_yaml
 
 FORMAT = 1
 _COMPLETE = re.compile(r"step-(\d{8,})")
@@ -130,13 +132,26 @@ def read(path: Path) -> Checkpoint:
             rng=load_file(path / "rng.safetensors"),
             state=TrainState(**described["train"]),
             optimizer=described["optimizer"],
-            recipe=dict(yaml.safe_load((path / "recipe.yaml").read_text())),
+            recipe=dict(read_yaml(path / "recipe.yaml")),
         )
-    except (OSError, KeyError, TypeError, ValueError, SafetensorError, yaml.YAMLError) as e:
+        if checkpoint:
+            _check_state(checkpoint)
+    except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError, SafetensorError) as e:
         _damaged(path, e)
     if not checkpoint:
         refuse("checkpoint", str(path), f"has format {version}, this version reads {FORMAT}")
     return checkpoint
+
+
+def _check_state(checkpoint: Checkpoint) -> None:
+    """Refuse values of kinds that a run cannot go on from."""
+    state, steps = checkpoint.state, checkpoint.optimizer["step"]
+    if any(type(n) is not int or not 0 <= n < 1 << 62 for n in (state.step, state.skipped_in_a_row, steps)):
+        raise ValueError("state.json: steps are whole numbers of 0 or more")
+    if type(state.data_fingerprint) is not str:
+        raise ValueError("state.json: data_fingerprint is a text")
+    if any(value.dtype != torch.uint8 or value.ndim != 1 for value in checkpoint.rng.values()):
+        raise ValueError("rng.safetensors: random states are bytes")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -168,9 +183,15 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> No
 
 def read_best(output: str | Path) -> dict | None:
     """{"checkpoint": folder name, "recall_at_1": …} of the best checkpoint of a run by validation; None without one."""
-    marker = folder(output) / "best.json"
-    best = json.loads(marker.read_text()) if marker.is_file() else None
-    return best if best and (folder(output) / best["checkpoint"]).is_dir() else None
+    try:
+        best = json.loads((folder(output) / "best.json").read_bytes())
+        name, recall = best["checkpoint"], best["recall_at_1"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    # A name and no path: it must not lead out of the run.
+    if not isinstance(name, str) or not _COMPLETE.fullmatch(name) or not isinstance(recall, (int, float)):
+        return None
+    return best if (folder(output) / name).is_dir() else None
 
 
 def note_recall(path: Path, recall: float) -> bool:

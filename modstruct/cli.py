@@ -12,12 +12,12 @@ from contextlib import nullcontext, redirect_stdout
 from dataclasses import fields
 from pathlib import Path
 
-import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 from tqdm import tqdm
 
 from modstruct.cli_errors import SECTIONS, not_a_section, one_line
 from modstruct.config import Recipe, RunError, refuse, require
+from modstruct.yaml_files import read_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -37,8 +37,8 @@ def recipe_path(name: str, folder: Path = RECIPES, option: str = "--recipe") -> 
 def _check_recipe_file(path: Path) -> Path:
     """Refuse a file that is no mapping of fields, where the parser could not name the file."""
     try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = read_yaml(path)
+    except (OSError, ValueError) as error:
         refuse("--recipe", str(path), f"cannot be read as YAML: {' '.join(str(error).split())}")
     require(isinstance(content, dict), "--recipe", str(path), "must hold fields (name: value) and nothing else")
     return path
@@ -113,19 +113,23 @@ def _check_sections(options: Namespace) -> None:
 
 
 def checkpoint_arguments(arguments: Sequence[str]) -> list[str]:
-    """The command line with the recipe of its --checkpoint in front, as the base of all overrides."""
+    """The command line with the recipe of its --checkpoint in front, as the base of all overrides.
+
+    Whoever made the checkpoint wrote that recipe, so shell commands need the user's own data.allow_pipe.
+    """
     from modstruct.checkpoints import find  # here, so that --help needs no torch
 
     option = _plain_parser()
     option.add_argument("--checkpoint")
     chosen = option.parse_known_args(arguments)[0].checkpoint
     found = chosen and find(chosen, chosen, "--checkpoint")
-    return ["--recipe", str(found / "recipe.yaml"), *arguments] if found else list(arguments)
+    base = ["--recipe", str(found / "recipe.yaml"), "--data.allow_pipe", "false"] if found else []
+    return [*base, *arguments]
 
 
 def is_first_process() -> bool:
     """True on the process that speaks for all, before torch.distributed is up."""
-    return int(os.environ.get("RANK", 0)) == 0
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
 
 
 def run(command: Callable[[], object]) -> None:

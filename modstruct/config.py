@@ -92,8 +92,8 @@ class DataConfig:
     """Disk that spooled `pipe:` shards may take in the cache, in GiB."""
     max_bad_share: float = 0.1
     """Largest share of unreadable samples that a run puts up with."""
-    max_image_pixels: int = 64_000_000
-    """Pixels above which an image counts as a decompression bomb."""
+    max_image_pixels: int = 25_000_000
+    """Pixels above which an image counts as a decompression bomb; decoding takes 8 bytes of memory each, WebP 20."""
     scenes: ScenesConfig = field(default_factory=ScenesConfig)
     """The built-in pictures."""
 

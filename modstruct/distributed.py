@@ -12,6 +12,8 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
+import threading
 import warnings
 from datetime import timedelta
 
@@ -20,6 +22,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from modstruct.config import RunError, refuse, require
+
+WAIT_SECONDS = 60
+"""After which a process that waits for the others at the start says so."""
+NETWORK_REMEDY = (
+    "on several hosts MASTER_ADDR must be the first host's address in a network that all share, and on each host "
+    "GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME on GPUs) the name of its interface in that network, as `ip addr` says"
+)
 
 
 def start_processes() -> None:
@@ -37,10 +46,33 @@ def start_processes() -> None:
         os.environ.update(_slurm_task() or _alone())
     if on_gpu():
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())  # SLURM may show each task its own GPU only
+    if int(os.environ["WORLD_SIZE"]) == 1:
+        return _join(deepspeed)
+    waiting = threading.Timer(WAIT_SECONDS, _say, [f"still waits for the others {_through()} after {WAIT_SECONDS} s"])
+    waiting.daemon = True
+    waiting.start()
+    try:
+        _join(deepspeed)
+    except RuntimeError as error:
+        cause = str(error).strip().splitlines()[0][:300]
+        raise RunError(f"this process cannot join the others {_through()} ({cause}): {NETWORK_REMEDY}") from error
+    finally:
+        waiting.cancel()
+
+
+def _join(deepspeed) -> None:
     # While one process indexes a large source at its first use, or searches, the others wait in a collective, and
     # DeepSpeed's ten minutes are too few for that.
     timeout = timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", 240)))
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
+
+
+def _through() -> str:
+    return f"through {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+
+
+def _say(trouble: str) -> None:
+    print(f"process {os.environ['RANK']} {trouble}: {NETWORK_REMEDY}", file=sys.stderr, flush=True)
 
 
 def _slurm_task() -> dict[str, str]:
@@ -50,7 +82,8 @@ def _slurm_task() -> dict[str, str]:
     if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
         refuse("MASTER_ADDR, MASTER_PORT", None, "export the first host's name and a free port before `srun`")
     names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
-    return {ours: os.environ[theirs] for ours, theirs in names.items()}
+    names["LOCAL_WORLD_SIZE"] = "SLURM_NTASKS_PER_NODE"  # set where sbatch was told it
+    return {ours: os.environ[theirs] for ours, theirs in names.items() if theirs in os.environ}
 
 
 def _alone() -> dict[str, str]:

@@ -35,6 +35,9 @@ CHANGEABLE = (
     "data.max_bad_share",
 )
 
+# Paths may differ from host to host; what lies there is compared instead.
+PATHS = ("output", "data.train", "data.validation", "data.eval", "data.zero_shot", "data.cache", "tokenizer.path")
+
 
 def recipe_to_dict(recipe: Recipe) -> dict:
     """Nested plain dictionary (tuples become lists), as YAML reads it back."""
@@ -51,6 +54,7 @@ def recipe_to_yaml(recipe: Recipe) -> str:
 
 
 def _leaves(tree: dict, prefix: str = "") -> dict[str, object]:
+    """A nested dictionary's values by their dotted names."""
     flat = {}
     for key, value in tree.items():
         if isinstance(value, dict):
@@ -58,6 +62,11 @@ def _leaves(tree: dict, prefix: str = "") -> dict[str, object]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def decisive_fields(recipe: Recipe) -> dict[str, object]:
+    """The fields by their dotted names, paths left out: equal on all hosts of a run."""
+    return {name: value for name, value in _leaves(recipe_to_dict(recipe)).items() if name not in PATHS}
 
 
 def check_resumable(saved: dict, recipe: Recipe) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import tarfile
 import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -18,9 +17,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from modstruct.data.tar_headers import BLOCK_BYTES, LARGEST_HEADER_BYTES, CutOff, DamagedHeader, next_member
 from modstruct.files import written_aside
-
-BLOCK_BYTES = tarfile.BLOCKSIZE
 
 # One row a sample, 28 bytes. Offsets count tar blocks of 512 bytes, so that 4 bytes reach 2 TiB into a shard.
 ROW = np.dtype(
@@ -37,11 +35,10 @@ ROW = np.dtype(
 KINDS = dict.fromkeys(("jpg", "jpeg", "png", "webp"), "image") | {"txt": "text", "json": "metadata"}
 COMPRESSIONS = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ\0": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 LARGEST_BLOCK = np.iinfo(np.uint32).max
-# No picture or caption is as large as this; reading such a member would only cost memory.
-LARGEST_BYTES = 1 << 30
-
-# What tarfile raises on damaged headers: it reads a chain of long names recursively, and a name of any size at once.
-DAMAGED = (tarfile.TarError, ValueError, RecursionError, OverflowError, MemoryError)
+# No picture, caption or description is as large as this; reading such a member would only cost memory: JSON, for one,
+# twenty times its length.
+LARGEST_BYTES = {"image": 1 << 28, "text": 1 << 20, "metadata": 1 << 20}
+LARGEST_INDEX_BYTES = 1 << 28  # of one shard, unpacked: nine million samples
 
 # Reading headers in order with a large buffer is sequential reading, which every disk and network likes best.
 BUFFER_BYTES = 1 << 20
@@ -70,13 +67,35 @@ class ShardIndex:
 
     @staticmethod
     def load(path: Path) -> ShardIndex | None:
-        """The saved index; None if there is none, or it is damaged or of another version and has to be built anew."""
+        """The saved index; None if there is none, or it is damaged or of another version and has to be built anew.
+
+        What comes back points nowhere but into a shard of size_bytes, whoever made the file.
+        """
         try:
+            with zipfile.ZipFile(path) as members:
+                if any(member.file_size > LARGEST_INDEX_BYTES for member in members.infolist()):
+                    return None
             with np.load(path, allow_pickle=False) as saved:
                 index = ShardIndex(rows=saved["rows"], **json.loads(saved["report"].tobytes()))
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+            return index if index._is_sound() else None
+        except Exception:  # a damaged file raises nearly anything, from zlib.error to RecursionError
             return None
-        return index if index.rows.dtype == ROW else None
+
+    def _is_sound(self) -> bool:
+        rows = self.rows
+        if rows.dtype != ROW or rows.ndim != 1 or type(self.size_bytes) is not int:
+            return False
+        if not all(type(count) is int for count in self.faults.values()):
+            return False
+        if not all(type(word) is str for word in (*self.faults, *self.examples, *self.examples.values())):
+            return False
+        if not isinstance(self.broken, str | None) or (rows["header_blocks"] > rows["image_block"]).any():
+            return False
+        for kind, most in LARGEST_BYTES.items():
+            ends = rows[f"{kind}_block"].astype(np.int64) * BLOCK_BYTES + rows[f"{kind}_bytes"]
+            if (rows[f"{kind}_bytes"] > most).any() or (ends > self.size_bytes).any():
+                return False
+        return bool((rows["header_blocks"] <= LARGEST_HEADER_BYTES // BLOCK_BYTES + 1).all())
 
 
 class _Cut(Exception):
@@ -114,7 +133,7 @@ class _Rows:
                 cause = "no picture"
             elif "text" not in found:
                 cause = "no caption"
-            elif any(block > LARGEST_BLOCK or size > LARGEST_BYTES for block, size, _ in found.values()):
+            elif any(block > LARGEST_BLOCK or size > LARGEST_BYTES[kind] for kind, (block, size, _) in found.items()):
                 cause = "oversized member"
         if cause is not None:
             self.faults[cause] = self.faults.get(cause, 0) + 1
@@ -157,36 +176,21 @@ def index_tar(path: str | os.PathLike[str] | int) -> ShardIndex:
 
 def _regular_members(file: BinaryIO, size_bytes: int) -> Iterator[tuple[str, int, int, int]]:
     """(name, offset of header, offset of data, size) of each ordinary file; raises _Cut where the tar breaks off."""
-    try:
-        tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115  the caller closes the file, there is nothing else
-    except DAMAGED:
-        raise _Cut(_what_else_it_is(file, size_bytes)) from None
-    member = tar.next()
-    while member is not None:
-        tar.members.clear()  # tarfile would keep an object for every member
-        if member.size < 0 or tar.offset <= member.offset:  # forged: the reader would go round for ever
-            raise _Cut(f"damaged header at byte {member.offset}")
-        if member.offset_data + member.size > size_bytes and (member.isreg() or tar.offset > size_bytes):
+    start = 0
+    while True:
+        try:
+            member = next_member(file, start)
+        except CutOff:
+            raise _Cut(f"cut off after {size_bytes} bytes" if start else _what_else_it_is(file, size_bytes)) from None
+        except DamagedHeader:
+            raise _Cut(f"damaged header at byte {start}" if start else _what_else_it_is(file, size_bytes)) from None
+        if member is None:
+            return
+        if member.data + member.size > size_bytes:
             raise _Cut(f"cut off after {size_bytes} bytes", split_name(member.name)[0])
-        if member.isreg() and not member.issparse():
-            yield member.name, member.offset, member.offset_data, member.size
-        file.seek(tar.offset)
-        member = _next_member(tar)
-
-
-def _next_member(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
-    """The member whose header comes next, None at the end mark.
-
-    TarFile.next takes a damaged header and a missing end mark for the end of the archive; here they are told apart.
-    """
-    try:
-        return tarfile.TarInfo.fromtarfile(tar)
-    except tarfile.EOFHeaderError:
-        return None
-    except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError):
-        raise _Cut(f"cut off after {tar.offset} bytes") from None
-    except DAMAGED:
-        raise _Cut(f"damaged header at byte {tar.offset}") from None
+        if member.ordinary:
+            yield member.name, member.header, member.data, member.size
+        start = member.end
 
 
 def _what_else_it_is(file: BinaryIO, size_bytes: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from contextlib import suppress
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -11,6 +12,9 @@ from modstruct.data.faults import BadSample
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 PAPER = (255, 255, 255)  # what shows through transparent parts
+BAND_ROWS = 256  # of a transparent picture are laid on paper at once: whole, it would take four times its memory
+# A progressive JPEG has ten or so; each costs a pass over all pixels, though it may be a few bytes long.
+MOST_SCANS = 100
 
 
 def decode_picture(content: bytes, max_pixels: int, where: str) -> Image.Image:
@@ -18,12 +22,14 @@ def decode_picture(content: bytes, max_pixels: int, where: str) -> Image.Image:
 
     Transparent parts become white, 16-bit greys are scaled to 8 bits, palettes and CMYK are converted; of an animation
     the first frame counts. max_pixels: largest area that is decoded; the header is looked at first. (Pillow itself
-    refuses above 179 million.) Raises BadSample with `where`.
+    refuses above 179 million.) Meanwhile a pixel takes 8 bytes of memory, of a WebP 20. Raises BadSample with `where`.
     """
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
             if picture.width * picture.height > max_pixels:
                 raise BadSample("decompression bomb", f"{where} ({picture.width} x {picture.height} pixels)")
+            if _too_many_scans(content):
+                raise BadSample("decompression bomb", f"{where} (a JPEG of more than {MOST_SCANS} scans)")
             picture.load()
             return _rgb(_upright(picture))
     except BadSample:
@@ -34,17 +40,29 @@ def decode_picture(content: bytes, max_pixels: int, where: str) -> Image.Image:
         raise BadSample("undecodable picture", f"{where} ({type(error).__name__})") from None
 
 
-# Where Pillow looks for an orientation.
-ORIENTATION = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
+def _too_many_scans(content: bytes) -> bool:
+    if not content.startswith(b"\xff\xd8") or content.count(b"\xff\xda") <= MOST_SCANS:
+        return False
+    # The two bytes occur by chance in what cameras put beside the picture; only walking from mark to mark is sure.
+    scans, place = 0, 2
+    while 0 <= place < len(content) - 3 and scans <= MOST_SCANS:
+        mark = content[place + 1]
+        if content[place] != 0xFF or mark == 0 or 0xD0 <= mark <= 0xD7:  # coded pixels
+            place = content.find(b"\xff", place + 1)
+        elif mark == 0xFF:  # filling
+            place += 1
+        elif mark == 0xD9:
+            return False
+        else:
+            scans += mark == 0xDA
+            place += 2 + int.from_bytes(content[place + 2 : place + 4], "big")
+    return scans > MOST_SCANS
 
 
 def _upright(picture: Image.Image) -> Image.Image:
-    if picture.info.keys().isdisjoint(ORIENTATION):
-        return picture  # Pillow would copy it
-    try:
-        return ImageOps.exif_transpose(picture)
-    except Exception:  # a damaged EXIF block says nothing of the orientation; the picture is sound
-        return picture
+    with suppress(Exception):  # a damaged EXIF block says nothing of the orientation; the picture is sound
+        ImageOps.exif_transpose(picture, in_place=True)
+    return picture
 
 
 def _rgb(picture: Image.Image) -> Image.Image:
@@ -52,8 +70,12 @@ def _rgb(picture: Image.Image) -> Image.Image:
         return picture  # Pillow would copy it
     if picture.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion may clip instead of scale
         return Image.fromarray((np.asarray(picture).clip(0, 65535) // 256).astype(np.uint8)).convert("RGB")
-    if picture.has_transparency_data:
-        layer = picture.convert("RGBA")
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    rgb = Image.new("RGB", picture.size)
+    for top in range(0, picture.height, BAND_ROWS):
+        box = (0, top, picture.width, min(top + BAND_ROWS, picture.height))
+        layer = picture.crop(box).convert("RGBA")
         paper = Image.new("RGBA", layer.size, (*PAPER, 255))
-        return Image.alpha_composite(paper, layer).convert("RGB")
-    return picture.convert("RGB")
+        rgb.paste(Image.alpha_composite(paper, layer).convert("RGB"), box)
+    return rgb

@@ -18,6 +18,7 @@ ATTEMPTS = 3
 PAUSE_SECONDS = 1.0
 # A command that stalls holds the lock of its shard; none that works takes this long for one shard.
 PIPE_SECONDS = 3600.0
+LOOK_SECONDS = 0.5  # between looks at how much has come
 STALE_SECONDS = 24 * 3600.0
 
 
@@ -107,12 +108,18 @@ def _run(shard: str, path: Path, size_bytes: int | None) -> None:
         process = subprocess.Popen(
             command, shell=True, stdin=subprocess.DEVNULL, stdout=file, stderr=errors, start_new_session=True
         )
+        end = time.monotonic() + PIPE_SECONDS
         try:
-            status = process.wait(PIPE_SECONDS)
-        except subprocess.TimeoutExpired:
-            raise PipeFailed(f"the command was not done after {PIPE_SECONDS:g} seconds") from None
+            while process.poll() is None:
+                if time.monotonic() > end:
+                    raise PipeFailed(f"the command was not done after {PIPE_SECONDS:g} seconds")
+                if size_bytes is not None and os.fstat(file.fileno()).st_size > size_bytes:  # it may never end
+                    raise PipeFailed(f"more than the {size_bytes} bytes came that were there when it was indexed")
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(min(LOOK_SECONDS, PIPE_SECONDS))
+            status = process.returncode
         finally:
-            if process.returncode is None:  # too slow, or this process is interrupted
+            if process.returncode is None:  # too slow, too much, or this process is interrupted
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         written = os.fstat(file.fileno()).st_size

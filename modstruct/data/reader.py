@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import tarfile
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +13,16 @@ import numpy as np
 
 from modstruct.config import DataConfig
 from modstruct.data.faults import BadSample
-from modstruct.data.index import BLOCK_BYTES, DAMAGED, printable, split_name
+from modstruct.data.index import printable, split_name
 from modstruct.data.pipes import PipeCache, PipeFailed
 from modstruct.data.samples import Samples
 from modstruct.data.sources import is_pipe
+from modstruct.data.tar_headers import BLOCK_BYTES, CutOff, DamagedHeader, next_member
 
 # Shards a process keeps open; a window of shuffled blocks may reach into a thousand.
 OPEN_SHARDS = 256
+# Levels of KEY.json. Deeper ones would pass the parser and end what sends them on to another process.
+DEEPEST_METADATA = 32
 
 
 @dataclass
@@ -168,13 +170,10 @@ def _member_name(header: bytes) -> str | None:
     if name is not None:
         return name
     try:
-        if len(header) == BLOCK_BYTES:
-            return tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
-        with tarfile.open(fileobj=io.BytesIO(header), mode="r:") as tar:
-            member = tar.next()
-            return None if member is None else member.name
-    except DAMAGED:
+        member = next_member(io.BytesIO(header), 0)
+    except (CutOff, DamagedHeader):
         return None
+    return member.name if member is not None and member.data == len(header) else None
 
 
 def _short_name(header: bytes) -> str | None:
@@ -196,6 +195,14 @@ def _metadata(content: bytes, where: str) -> dict:
         metadata = json.loads(content)
     except (ValueError, RecursionError):
         raise BadSample("malformed metadata", where) from None
-    if not isinstance(metadata, dict):
+    if not isinstance(metadata, dict) or not _is_shallow(metadata):
         raise BadSample("malformed metadata", where)
     return metadata
+
+
+def _is_shallow(metadata: dict) -> bool:
+    level = [metadata]
+    for _ in range(DEEPEST_METADATA):
+        values = [value for node in level for value in (node.values() if isinstance(node, dict) else node)]
+        level = [value for value in values if isinstance(value, (dict, list))]
+    return not level

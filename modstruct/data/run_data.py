@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from modstruct.config import DataConfig, Recipe
 from modstruct.data.augment import Views
@@ -15,6 +17,7 @@ from modstruct.data.sentencepiece_training import TRAINING_CAPTIONS
 from modstruct.data.sources import as_sources
 from modstruct.data.tokenizers import Tokenizer, build_tokenizer
 from modstruct.distributed import is_main, main_first
+from modstruct.hosts import require_same
 
 BUILT_IN = "scenes"
 log = logging.getLogger(__name__)
@@ -31,6 +34,15 @@ class RunData:
     zero_shot: str | None
     """Class file."""
     tokenizer: Tokenizer
+
+    def identity(self) -> dict[str, str | None]:
+        """What tells these data from others, by the field that they came from."""
+        measured = {"data.validation": self.validation, "data.eval": self.eval}
+        found = {"data.train": None if self.train is None else f"{self.train.fingerprint} {self.train.weights}"}
+        found |= {name: None if source is None else source.samples.fingerprint for name, source in measured.items()}
+        classes = self.zero_shot and Path(self.zero_shot).expanduser()
+        found["data.zero_shot"] = hashlib.sha256(classes.read_bytes()).hexdigest() if classes else None
+        return found | {"tokenizer": hashlib.sha256(self.tokenizer.model).hexdigest()}
 
 
 def open_run_data(
@@ -71,7 +83,9 @@ def open_run_data(
             tokenizer=tokenizer or _tokenizer(recipe, train),
         )
 
-    return main_first(build)
+    data = main_first(build)
+    require_same(data.identity(), "hosts must see the same files: share the folder, or copy it to each of them")
+    return data
 
 
 def _training_samples(config: DataConfig, say: bool, fingerprint: str | None) -> Samples:

@@ -18,6 +18,9 @@ very was we were what when where which while who whom why will with would you yo
 """
 FUNCTION_WORDS = frozenset(_FUNCTION_WORDS_TEXT.split())
 
+# More of a caption no tokenizer takes in, and a change of each tenth word costs the square of their number.
+MOST_CHARACTERS = 20_000
+
 Operation = Callable[[list[str], random.Random], list[str]]
 
 
@@ -42,7 +45,7 @@ class EasyDataAugmentation:
 
     def __call__(self, text: str, seed: int) -> str:
         """The changed caption, never without a word. What cannot change (no words, rate 0) comes back as it is."""
-        words = text.split()
+        words = text[:MOST_CHARACTERS].split()
         if not words or self._rate == 0:
             return text
         generator = random.Random(seed)

@@ -13,6 +13,7 @@ import io
 import json
 import secrets
 import shutil
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ DESCRIPTION_FILE = "tokenizer.json"
 # Text beyond this many characters per token of context is cut before encoding: no real caption's ids change, and a
 # caption of megabytes costs no more than a long one.
 CHARACTERS_PER_TOKEN = 64
+LONGEST_CONTEXT = 1 << 16  # tokens
+LARGEST_MERGES_BYTES = 1 << 24  # unpacked; CLIP's own take a fifth
 
 
 class Tokenizer(ABC):
@@ -45,7 +48,8 @@ class Tokenizer(ABC):
 
     def __init__(self, model: bytes, context_length: int):
         """model: content of the model file. context_length: tokens of a row, start and end included; at least 3."""
-        require(context_length >= 3, "tokenizer.context_length", context_length, "at least 3")
+        fits = 3 <= context_length <= LONGEST_CONTEXT
+        require(fits, "tokenizer.context_length", context_length, f"from 3 to {LONGEST_CONTEXT:,}")
         self.model = model
         self.context_length = context_length
 
@@ -156,7 +160,13 @@ class ClipTokenizer(Tokenizer):
         from open_clip.tokenizer import SimpleTokenizer
 
         super().__init__(model, context_length)
-        self._tokenizer = SimpleTokenizer(bpe_path=io.BytesIO(model))
+        try:
+            unpacked = zlib.decompressobj(wbits=31).decompress(model, LARGEST_MERGES_BYTES)
+            if len(unpacked) == LARGEST_MERGES_BYTES:  # open_clip would unpack it whole
+                raise ValueError(f"more than {LARGEST_MERGES_BYTES >> 20} MiB unpacked")
+            self._tokenizer = SimpleTokenizer(bpe_path=io.BytesIO(model))
+        except Exception as error:  # of damage nearly anything comes, from zlib.error to IndexError
+            raise ValueError(f"not CLIP's merges ({type(error).__name__}: {error})") from error
         self.start_id = self._tokenizer.sot_token_id
         self.end_id = self._tokenizer.eot_token_id
         self.padding_id = self._tokenizer.vocab_size
@@ -239,7 +249,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         tokenizer = kind(model, description["context_length"])
     except OSError as error:
         refuse("tokenizer folder", str(folder), f"{remedy} ({error})")
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (KeyError, TypeError, RecursionError, json.JSONDecodeError, UnicodeDecodeError) as error:
         refuse("tokenizer file", str(folder / DESCRIPTION_FILE), f"{remedy} ({type(error).__name__}: {error})")
     changed = [name for name, value in tokenizer._description().items() if description.get(name) != value]
     if changed:

@@ -10,6 +10,7 @@ from typing import NoReturn
 import numpy as np
 
 from modstruct.evaluation.retrieval import items_ahead
+from modstruct.yaml_files import read_yaml
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,12 @@ def load_classes(path: str | Path) -> ZeroShotClasses:
 
     Raises FileNotFoundError or ValueError, naming the file, the key and what would be right.
     """
-    import yaml
-
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"data.zero_shot = {str(path)!r}: there is no such file; give a YAML file, or null")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = read_yaml(path)
+    except ValueError as error:
         raise ValueError(f"{path}: not a YAML file in UTF-8: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: write the three keys label, templates and classes at the top level")

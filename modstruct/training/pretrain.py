@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import signal
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from modstruct import checkpoints, distributed
+from modstruct import checkpoints, distributed, hosts
 from modstruct.config import Recipe, RunError, refuse, require
 from modstruct.data.faults import FaultLedger
 from modstruct.data.loader import steps_of, train_loader, train_order
@@ -25,7 +26,7 @@ from modstruct.evaluation.zero_shot import load_classes
 from modstruct.losses.objective import Objective
 from modstruct.models.towers import image_size
 from modstruct.models.two_tower import TwoTower
-from modstruct.recipe_files import check_resumable
+from modstruct.recipe_files import check_resumable, decisive_fields
 from modstruct.training.checkpoint import restore, save
 from modstruct.training.engine import build_engine, read_ds_config, resolve_ds_config
 from modstruct.training.export import export
@@ -91,8 +92,9 @@ def open_run(recipe: Recipe, ds_config: str, resume: str | None) -> Run:
     """Data, model, engine, and what a checkpoint says of them."""
     resolved = resolve_ds_config(read_ds_config(ds_config), recipe, distributed.world_size())
     output = Path(recipe.output)
+    hosts.require_same(_same_everywhere(recipe, resolved), "start every host with the same command and versions")
     start = _starting_point(recipe, resume)
-    saved = start and checkpoints.read(start)
+    saved = start and hosts.on_all(lambda: checkpoints.read(start))
     if saved:
         check_resumable(saved.recipe, recipe)
     tokenizer = start and checkpoints.read_tokenizer(start)
@@ -125,8 +127,15 @@ def open_run(recipe: Recipe, ds_config: str, resume: str | None) -> Run:
     return Run(recipe, output, data, objective, engine, full, state, steps, telemetry, heartbeat)
 
 
+def _same_everywhere(recipe: Recipe, ds_config: dict) -> dict[str, object]:
+    """Whatever decides the run, by name."""
+    described = json.dumps(ds_config, sort_keys=True)
+    return decisive_fields(recipe) | {"--ds_config": described, "the version of torch": torch.__version__}
+
+
 def _starting_point(recipe: Recipe, resume: str | None) -> Path | None:
     """The checkpoint to go on from; None for a fresh run."""
+    hosts.require_shared_folder(recipe.output, "output")
     if resume is None:
         require(
             not checkpoints.list_checkpoints(recipe.output),
@@ -137,11 +146,10 @@ def _starting_point(recipe: Recipe, resume: str | None) -> Path | None:
     distributed.barrier()
     if distributed.is_main():
         checkpoints.clean(recipe.output)
-    path = checkpoints.find(resume, recipe.output) if resume else None
+    path = hosts.on_all(lambda: checkpoints.find(resume, recipe.output)) if resume else None
     if resume and path is None:
         log.info("No checkpoint in %s yet: starting from the beginning", recipe.output)
-    seen = distributed.gather_objects(str(path))
-    require(len(set(seen)) == 1, "output", recipe.output, f"hosts see different checkpoints ({seen}): share the folder")
+    hosts.require_same({"--resume": path and path.name}, "hosts must see the same checkpoints: share the folder")
     return path
 
 

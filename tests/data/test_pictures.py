@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -102,6 +104,47 @@ def test_a_decompression_bomb_is_told_by_its_header(size):
         decode_picture(png_header(*size), 10_000_000, "here")
     assert bad.value.cause == "decompression bomb"
     assert bad.value.where.startswith("here")
+
+
+def jpeg_of_scans(side: int, scans: int) -> bytes:
+    """A progressive grey JPEG in which all scans but the first say "nothing changes", in a few bytes each."""
+
+    def segment(mark: int, data: bytes) -> bytes:
+        return b"\xff" + bytes([mark]) + struct.pack(">H", len(data) + 2) + data
+
+    blocks = (side // 8) ** 2
+    frame = struct.pack(">BHHBB", 8, side, side, 1, 1) + b"\x11\0"
+    tables = segment(0xDB, b"\0" + b"\1" * 64) + segment(0xC2, frame)
+    for table in (b"\0", b"\x10"):
+        tables += segment(0xC4, table + bytes([1] + [0] * 15) + b"\0")  # one code: no difference, or end of block
+    first = segment(0xDA, b"\1\1\0\0\0\0") + bytes(blocks // 8)
+    return b"\xff\xd8" + tables + first + (segment(0xDA, b"\1\1\0\1\x3f\0") + bytes(blocks // 8)) * scans + b"\xff\xd9"
+
+
+def test_a_jpeg_of_very_many_scans_is_a_bomb():
+    assert decode_picture(jpeg_of_scans(16, 50), 10_000, "here").size == (16, 16)
+    with pytest.raises(BadSample, match=r"decompression bomb: here .*scans"):
+        decode_picture(jpeg_of_scans(16, 5000), 10_000, "here")
+
+
+def test_what_cameras_put_beside_a_jpeg_counts_as_no_scan():
+    content = encoded(Image.new("RGB", (16, 16), "red"), "JPEG", comment=b"\xff\xda" * 200)
+    assert decoded(content + b"\xff\xda" * 5000).shape == (16, 16, 3)
+
+
+# Of each kind a picture of 16 million pixels in at most 80,000 bytes.
+@pytest.mark.parametrize(("kind", "mode", "most"), [("PNG", "RGB", 9), ("PNG", "RGBA", 9), ("WEBP", "RGBA", 21)])
+def test_decoding_takes_the_memory_that_the_recipe_says(kind, mode, most):
+    script = (
+        "import sys, resource; from modstruct.data.pictures import decode_picture\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        "content = sys.stdin.buffer.read(); before = peak()\n"
+        "decode_picture(content, 16_000_000, ''); print((peak() - before) / 16e6)"
+    )
+    content = encoded(Image.new(mode, (4000, 4000), (1, 2, 3, 9)[: len(mode)]), kind, lossless=True)
+    assert len(content) < 80_000
+    done = subprocess.run([sys.executable, "-c", script], input=content, capture_output=True, check=True)
+    assert float(done.stdout) < most
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,13 @@ def test_another_size_than_when_it_was_indexed_is_a_failure(tmp_path):
     assert content(PipeCache(tmp_path / "pipes", 10**9), "pipe:printf abc") == b"abc"
 
 
+def test_a_command_that_writes_too_much_is_ended_before_it_fills_the_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipes_module, "ATTEMPTS", 1)
+    with pytest.raises(PipeFailed, match="more than the 5 bytes came"):
+        PipeCache(tmp_path / "pipes", 10**9).open("pipe:printf 123456; exec sleep 600", 5)
+    assert [path.suffix for path in (tmp_path / "pipes").iterdir()] == [".lock"]
+
+
 def test_a_stale_spooled_shard_is_fetched_anew(tmp_path):
     (tmp_path / "store").write_text("old")
     cache = PipeCache(tmp_path / "pipes", 10**9)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import sys
 import tarfile
 
 import pytest
@@ -108,23 +107,15 @@ def test_a_shard_deleted_changed_or_cut_after_it_was_indexed_is_bad(tmp_path):
     assert causes == ["missing shard", "shard changed since it was indexed", "shard changed since it was indexed"]
 
 
-def test_a_header_too_deep_to_be_read_is_a_bad_sample(tmp_path):
+def test_a_long_chain_of_headers_is_read_without_recursion(tmp_path):
     long_name = tarfile.TarInfo("long")
     long_name.type, long_name.size = tarfile.GNUTYPE_LONGNAME, 11
-    chain = (
-        long_name.tobuf(tarfile.GNU_FORMAT) + b"000001.png".ljust(512, b"\0")
-    ) * 2000  # tarfile reads it recursively
+    # Each names the member anew; tarfile reads such a chain recursively, and stops at Python's limit.
+    chain = (long_name.tobuf(tarfile.GNU_FORMAT) + b"000001.png".ljust(512, b"\0")) * 1000
     path = write_tar(tmp_path / "x.tar", sample(1))
     path.write_bytes(chain + path.read_bytes())
     data = config(tmp_path)
-    limit = sys.getrecursionlimit()
-    sys.setrecursionlimit(50_000)  # of the process that indexed it
-    try:
-        samples = opened(path, data)
-    finally:
-        sys.setrecursionlimit(limit)
-    with pytest.raises(BadSample, match="shard changed since it was indexed"):
-        ShardReader(samples, data).read(0)
+    assert ShardReader(opened(path, data), data).read(0).key == "000001"
 
 
 def test_few_shards_are_open_at_once_and_all_are_read(tmp_path, monkeypatch):

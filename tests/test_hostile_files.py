@@ -1,0 +1,253 @@
+"""Files of others: nothing in them is unpickled, run, followed as a path, or unpacked without a bound."""
+
+from __future__ import annotations
+
+import ast
+import gzip
+import io
+import json
+import pickle
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import clip_tokenizer, register_architectures, tiny_config, tiny_model, word_tokenizer
+
+from modstruct import checkpoints, cli
+from modstruct.data import index as index_module
+from modstruct.data.faults import BadSample
+from modstruct.data.index import ROW, ShardIndex, index_tar
+from modstruct.data.reader import DEEPEST_METADATA, _metadata
+from modstruct.data.tokenizers import ClipTokenizer, load_tokenizer
+from modstruct.evaluation.zero_shot import load_classes
+from modstruct.yaml_files import read_yaml
+
+ROOT = Path(__file__).parents[1]
+SOURCES = [
+    path for folder in ("modstruct", "tools", "launch_scripts") for path in sorted((ROOT / folder).rglob("*.py"))
+]
+# What runs code that a file holds.
+UNSAFE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+UNSAFE_CALLS = {"torch.load", "torch.jit.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "eval", "exec"}
+
+
+def called(tree: ast.AST) -> list[ast.Call]:
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_source_calls_what_could_run_a_file(path):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        assert not UNSAFE & {name.split(".")[0] for name in names}
+    for call in called(tree):
+        assert ast.unparse(call.func) not in UNSAFE_CALLS
+        given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        assert given.get("allow_pickle", "False") == "False"
+        if ast.unparse(call.func) in ("np.load", "load_checkpoint"):
+            assert given.get("allow_pickle") == "False" or given.get("weights_only") == "True"
+
+
+class Trap:
+    """Leaves a file behind where it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.fixture
+def trap(tmp_path):
+    """Pickles of every kind that write a file when they are read: the file's place, and each pickle by its kind."""
+    sprung = tmp_path / "sprung"
+    kinds = {
+        "plain": pickle.dumps(Trap(sprung)),
+        "array": io.BytesIO(),
+        "torch": io.BytesIO(),
+        "old torch": io.BytesIO(),
+    }
+    np.save(kinds["array"], np.array([Trap(sprung)], dtype=object), allow_pickle=True)
+    torch.save({"a": Trap(sprung)}, kinds["torch"])
+    torch.save({"a": Trap(sprung)}, kinds["old torch"], _use_new_zipfile_serialization=False)
+    kinds = {name: kind if isinstance(kind, bytes) else kind.getvalue() for name, kind in kinds.items()}
+    pickle.loads(kinds["plain"])
+    assert sprung.exists(), "the trap works where it is let"
+    sprung.unlink()
+    return sprung, kinds
+
+
+@pytest.mark.parametrize("kind", ["plain", "array", "torch", "old torch"])
+def test_no_reader_unpickles(trap, kind, tmp_path, monkeypatch):
+    sprung, kinds = trap
+    content = kinds[kind]
+    for name in ("load", "loads"):
+        monkeypatch.setattr(pickle, name, lambda *_, **__: pytest.fail("something was unpickled"))
+    monkeypatch.setattr(np.lib.format, "pickle", None, raising=False)
+
+    path = checkpoints.step_folder(tmp_path / "run", 1)
+    (tmp_path / "file").write_bytes(content)
+    assert ShardIndex.load(tmp_path / "file") is None
+    with zipfile.ZipFile(tmp_path / "file.npz", "w") as archive:
+        archive.writestr("rows.npy", content)
+        archive.writestr("report.npy", content)
+    assert ShardIndex.load(tmp_path / "file.npz") is None
+    assert index_tar(tmp_path / "file").broken
+    with pytest.raises(ValueError, match=r"not a YAML|three keys"):
+        load_classes(tmp_path / "file")
+    with pytest.raises(BadSample):
+        _metadata(content, "here")
+    written = checkpoints.Checkpoint(
+        {"a": torch.ones(1)}, {}, {}, checkpoints.TrainState(), {"step": 0}, {"output": "x"}
+    )
+    checkpoints.write(path, written, word_tokenizer())
+    for file in [file for file in path.rglob("*") if file.is_file()]:
+        whole = file.read_bytes()
+        file.write_bytes(content)
+        with pytest.raises(ValueError):  # noqa: PT011  each file has its message; see test_checkpoints.py
+            checkpoints.read_tokenizer(path) if file.parent != path else checkpoints.read(path)
+        file.write_bytes(whole)
+    assert checkpoints.read(path).weights.keys() == {"a"}
+    assert not sprung.exists()
+
+
+@pytest.mark.parametrize("suffix", ["pt", "bin", "npz", "npy", "safetensors", "ckpt"])
+@pytest.mark.parametrize("kind", ["plain", "array", "torch", "old torch"])
+def test_no_weights_file_runs_code(trap, kind, suffix, tmp_path):
+    sprung, kinds = trap
+    register_architectures(tmp_path)
+    (tmp_path / f"weights.{suffix}").write_bytes(kinds[kind])
+    with pytest.raises(ValueError, match=r"model\.pretrained = .*cannot be loaded"):
+        tiny_model(tiny_config(name="tiny-vit", pretrained=str(tmp_path / f"weights.{suffix}")), clip_tokenizer())
+    assert not sprung.exists()
+
+
+def test_an_index_points_nowhere_but_into_its_shard(tmp_path):
+    def saved(size_bytes=10_000, **columns) -> ShardIndex | None:
+        row = {"image_block": 1, "image_bytes": 9, "text_block": 3, "text_bytes": 9, "header_blocks": 1} | columns
+        rows = np.zeros(2, dtype=ROW)
+        for name, value in row.items():
+            rows[name] = value
+        ShardIndex(rows, size_bytes).save(tmp_path / "x.npz")
+        return ShardIndex.load(tmp_path / "x.npz")
+
+    assert saved() is not None
+    for wrong in (
+        {"image_block": 2**32 - 1},
+        {"image_bytes": 2**32 - 1},
+        {"text_block": 19, "text_bytes": 273},
+        {"text_bytes": 2**21, "size_bytes": 2**30},
+        {"metadata_bytes": 2**21, "size_bytes": 2**30},
+        {"header_blocks": 2},
+        {"image_block": 2**20, "header_blocks": 2**20, "size_bytes": 2**40},
+        {"size_bytes": "10000"},
+    ):
+        assert saved(**wrong) is None, wrong
+
+
+def test_an_index_that_unpacks_to_gigabytes_is_not_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr(index_module, "LARGEST_INDEX_BYTES", 10_000)
+    ShardIndex(np.zeros(1000, dtype=ROW), 10**6).save(tmp_path / "x.npz")
+    assert (tmp_path / "x.npz").stat().st_size < 3000
+    monkeypatch.setattr(np, "load", lambda *_, **__: pytest.fail("it was unpacked"))
+    assert ShardIndex.load(tmp_path / "x.npz") is None
+
+
+def nested(depth: int) -> bytes:
+    return b'{"a":' * (depth - 1) + b"{}" + b"}" * (depth - 1)
+
+
+def test_metadata_deeper_than_what_travels_between_processes_is_malformed():
+    """JSON of 500 levels parses, and breaks the pickling in a loader process, whose consumer would wait for ever."""
+    assert _metadata(nested(DEEPEST_METADATA), "here")
+    for depth in (DEEPEST_METADATA + 1, 500, 100_000):
+        with pytest.raises(BadSample, match="malformed metadata"):
+            _metadata(nested(depth), "here")
+
+
+def test_a_caption_of_a_megabyte_is_augmented_in_no_time(tmp_path):
+    script = (
+        "import resource; from modstruct.data.text_views import EasyDataAugmentation\n"
+        "change, text = EasyDataAugmentation(0.1), 'ab ' * 350_000\n"
+        "assert all(change(text, seed) for seed in range(12))\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_utime)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    assert float(done.stdout) < 5
+
+
+LAUGHS = "\n".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (f"a: &a [ha, ha]\n{LAUGHS}", "aliases stand for more"),
+        ("a: &a [*a]", "aliases stand for more"),
+        ("[" * 5000, "not YAML"),
+        ("#" * (5 << 20), "larger than 4 MiB"),
+        ("!!python/object/apply:os.system [ls]", "not YAML"),
+        ("!!python/name:os.system", "not YAML"),
+        ("a: !!binary x\n  - [", "not YAML"),
+    ],
+)
+def test_yaml_that_runs_grows_or_recurses_is_refused_wherever_it_is_read(tmp_path, content, reason, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=reason):
+        read_yaml(path)
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        load_classes(path)
+    with pytest.raises(SystemExit):
+        cli.parse(cli.recipe_parser("", ""), ["--recipe", str(path)])
+    assert str(path) in capsys.readouterr().err
+
+
+def test_the_best_checkpoint_lies_in_its_run(tmp_path):
+    outside = tmp_path / "elsewhere" / "step-00000001"
+    outside.mkdir(parents=True)
+    marker = checkpoints.folder(tmp_path / "run") / "best.json"
+    marker.parent.mkdir(parents=True)
+    for name in ("../../elsewhere/step-00000001", str(outside), "..", "", 7, None, ["x"]):
+        marker.write_text(json.dumps({"checkpoint": name, "recall_at_1": 1.0}))
+        assert checkpoints.read_best(tmp_path / "run") is None
+    for damaged in ("", "[", "[]", "7", "{}", "[" * 100_000):
+        marker.write_text(damaged)
+        assert checkpoints.read_best(tmp_path / "run") is None
+
+
+def test_a_checkpoints_recipe_cannot_permit_shell_commands(tmp_path):
+    """evaluate.py takes the recipe of a checkpoint, which may come from anywhere; the permission is the user's own."""
+    path = checkpoints.step_folder(tmp_path, 1)
+    recipe = {"data": {"allow_pipe": True, "eval": f"pipe:touch {tmp_path}/ran"}}
+    written = checkpoints.Checkpoint({}, {}, {}, checkpoints.TrainState(), {"step": 0}, recipe)
+    checkpoints.write(path, written, word_tokenizer())
+    parser = cli.recipe_parser("", "")
+    parser.add_argument("--checkpoint")
+
+    def allowed(*more: str) -> bool:
+        arguments = ["--checkpoint", str(path), *more]
+        return cli.parse(parser, arguments, prepare=cli.checkpoint_arguments)[0].data.allow_pipe
+
+    assert not allowed()
+    assert allowed("--data.allow_pipe", "true")
+
+
+def test_a_tokenizer_that_unpacks_to_gigabytes_is_refused(tmp_path):
+    bomb = gzip.compress(bytes(1 << 25))
+    with pytest.raises(ValueError, match=r"not CLIP's merges .*16 MiB unpacked"):
+        ClipTokenizer(bomb, 8)
+    clip_tokenizer().save(tmp_path)
+    for length in (10**12, -1, True, "8", 2.5, None):
+        description = json.loads((tmp_path / "tokenizer.json").read_text()) | {"context_length": length}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(description))
+        with pytest.raises(ValueError, match="tokenizer"):
+            load_tokenizer(tmp_path)
