@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 from crafted_shards import write_shards
 
 from modstruct.config import Recipe
@@ -15,6 +17,11 @@ def test_a_tokenizer_learns_from_as_many_captions_as_its_trainer_wants(tmp_path,
     recipe.data.cache = str(tmp_path / "cache")
     learned = []
     monkeypatch.setattr(run_data, "TRAINING_CAPTIONS", 4)
-    monkeypatch.setattr(run_data, "build_tokenizer", lambda config, captions, *_: learned.extend(captions()))
+
+    def build(config, captions, *_):
+        learned.extend(captions())
+        return SimpleNamespace(model=b"")
+
+    monkeypatch.setattr(run_data, "build_tokenizer", build)
     run_data.open_run_data(recipe, 8)
     assert learned == ["thing 0", "thing 5", "thing 10", "thing 15"]
