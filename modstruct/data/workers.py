@@ -68,11 +68,12 @@ class WorkerLoader(DataLoader):
                     losses = 0
                     yield batch
                 return
-            except RuntimeError as error:
-                if not str(error).startswith("DataLoader worker (pid"):
+            except (RuntimeError, EOFError, ConnectionError) as error:
+                if not _tells_of_a_loss(error):
                     raise
                 losses += 1
-                lost = f"a loader process was lost ({error}; the kernel kills one where memory runs out)"
+                cause = str(error) or "it ended while it handed over a batch"
+                lost = f"a loader process was lost ({cause}; the kernel kills one where memory runs out)"
                 if losses > LOSSES_IN_A_ROW:
                     fewer = "give fewer, or a smaller train.micro_batch or data.shuffle_window"
                     raise RunError(f"data.workers = {self.num_workers}: {lost}, {losses} in a row; {fewer}") from None
@@ -86,6 +87,13 @@ class WorkerLoader(DataLoader):
         end = partial(_end, [child for child in multiprocessing.active_children() if child not in before])
         atexit.register(end)  # for an iteration that an error leaves unfinished
         return _until_the_end(batches, end)
+
+
+def _tells_of_a_loss(error: Exception) -> bool:
+    """Whether torch says, or a connection that broke off, that a worker is gone; not that a worker met an error."""
+    if isinstance(error, RuntimeError):
+        return str(error).startswith("DataLoader worker (pid")
+    return "in DataLoader worker process" not in str(error)
 
 
 class _Items:
