@@ -40,9 +40,10 @@ def geometric_consistency(a: Tensor, b: Tensor, precision: Precision = "float32"
     Returns a scalar, the sum over the N^2 pairs of all processes, the same on each. Exactly 0 where a equals b.
     Raises ValueError, by name, where a shape, dtype or device does not fit.
 
-    Accuracy: every term of the sum is formed from a - b, and the means are apart (see above), so float32 is within 1e-6
+    Accuracy: every term of the sum is formed from a - b, and the means are apart (see above), so float32 is within 2e-6
     of the value however small it is, in a narrow cone too. What is left is an error of 1e-7 |C_P| |C_M|, which would
-    show if the towers' sum and difference varied along other directions altogether.
+    show if the towers' sum and difference varied along other directions altogether. Gradients are within 1e-5 up to
+    cosines of 0.999 within a modality; at 0.9999 3e-5 was seen.
     Cost: 8 N D^2 operations forward and backward, memory O(D^2) besides the gradients; for N < D 6 N^2 D and O(B N).
     """
     a, b = paired_rows(a=a, b=b)

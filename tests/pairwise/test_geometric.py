@@ -206,7 +206,7 @@ def test_layout_and_who_asks_are_no_matter(ours, rows):
     assert torch.equal(without_gradient(ours, *inputs), ours(*inputs))
 
 
-@pytest.mark.parametrize("spread", [1.0, 0.1, 0.01])
+@pytest.mark.parametrize("spread", [1.0, 0.1, 0.03])
 @pytest.mark.parametrize(("ours", "printed"), ALL)
 def test_float32_keeps_its_digits_in_narrow_cones(ours, printed, spread):
     """Each modality around its own direction, as untrained towers embed: the means' large parts must not cancel."""
@@ -215,10 +215,7 @@ def test_float32_keeps_its_digits_in_narrow_cones(ours, printed, spread):
     found = with_gradients(ours, a, b)
     right = with_gradients(printed, a.double(), b.double())
     assert relative_error(found[0], right[0]) < 2e-6
-    # The plain form in float32 rounds as much: 1e-7 of cosines that differ by little more than spread squared.
-    plain = with_gradients(printed, a, b)
-    for f, p, r in zip(found[1:], plain[1:], right[1:], strict=True):
-        assert relative_error(f, r) < max(1e-5, 2 * relative_error(p, r))
+    assert all(relative_error(f, r) < 1e-5 for f, r in zip(found[1:], right[1:], strict=True))
 
 
 @pytest.mark.parametrize("ours", FUNCTIONS)
