@@ -63,7 +63,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--precision", default="tf32", choices=["float32", "tf32", "bf16"], help="Of the losses' products."
     )
     parser.add_argument("--rounds", type=int, default=5, help="Repetitions that the median is taken of (default: 5).")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    for name in ("local_batch", "tower_batch", "rounds"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} {getattr(options, name)}: give at least 1")
+    if options.global_batch % options.local_batch or options.global_batch < options.local_batch:
+        parser.error(f"--global_batch {options.global_batch}: give a multiple of --local_batch {options.local_batch}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here")
+    return options
 
 
 @contextlib.contextmanager

@@ -1,12 +1,13 @@
 """Time and memory of the pairwise terms beside their plain torch forms, in one run.
 
-python tools/bench_pairwise.py                     # two CPU cores: about 6 minutes
-python tools/bench_pairwise.py --device cuda       # a GPU: bf16, tf32 and float32 at N = 32,768 and 131,072
+python tools/bench_pairwise.py                     # two CPU cores: about 4 minutes
+python tools/bench_pairwise.py --device cuda       # a GPU: bf16 and tf32, N = 32,768 and 131,072, whatever --rows says
 
 Every round times each form once, one after the other, so that a busy machine slows all alike; the table has the medians
 over the rounds and their ratio. A count of operations and the machine's own rate for products of matrices, measured in
 the same rounds, give each kernel's share of that rate. Memory is measured in a process of its own, as the growth of its
-peak beyond the inputs and their gradients. Writes bench_pairwise.json and bench_pairwise.png to --out.
+peak beyond the inputs and their gradients. The last table is the error of float32 at logit scale 100, by the size of
+the loss. Writes bench_pairwise.json and bench_pairwise.png to --out.
 """
 
 from __future__ import annotations
@@ -72,6 +73,8 @@ def main(arguments: list[str] | None = None) -> None:
     print_times(terms, product)
     memory = cuda_memory(device) if device.type == "cuda" else cpu_memory(options)
     print_memory(memory)
+    accuracy = accuracy_at_scale_100(device)
+    print_accuracy(accuracy)
     options.out.mkdir(parents=True, exist_ok=True)
     results = {
         "machine": machine(device),
@@ -79,6 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
         "product_rate": product.rate(),
         "terms": [as_json(term) for term in terms],
         "memory": memory,
+        "accuracy_at_scale_100": accuracy,
     }
     Path(options.out, "bench_pairwise.json").write_text(json.dumps(results, indent=1))
     draw(terms, product, Path(options.out, "bench_pairwise.png"))
@@ -95,7 +99,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/bench"), help="Folder to write to (default: runs/bench)."
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    for name in ("rounds", "rows", "dimension", "memory_rows"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} {getattr(options, name)}: give at least 1")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here")
+    return options
 
 
 def machine(device: torch.device) -> str:
@@ -225,8 +235,22 @@ def cuda_terms(device: torch.device) -> tuple[list[Term], Term]:
                     size,
                     8 * n * d * d,
                     ours=forward_and_backward(ours_geometry(precision), x, y),
+                    plain=forward_and_backward(in_tf32(reference.geometric_consistency), x_plain, y_plain)
+                    if small
+                    else None,
                 ),
             ]
+    queries, gallery = rows(10_000, 512, 3, device=device), rows(50_000, 512, 4, device=device)
+    positives = torch.stack((torch.arange(10_000), torch.arange(10_000)), 1).to(device)
+    terms.append(
+        Term(
+            "nearest_counts",
+            "10,000 x 50,000, D = 512, float32",
+            2 * 10_000 * 50_000 * 512,
+            ours=lambda: nearest_counts(queries, gallery, positives),
+            plain=lambda: reference.nearest_counts(queries, gallery, positives),
+        )
+    )
     a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
     return terms, Term("product of matrices", "8,192^3, bf16", 2 * 8192**3, ours=lambda: a @ b)
 
@@ -316,6 +340,36 @@ def cuda_memory(device: torch.device) -> list[dict]:
     return found
 
 
+# --- accuracy ---
+
+
+def accuracy_at_scale_100(device: torch.device) -> list[dict]:
+    """Relative error of the contrastive gradient in float32, ours and the plain form's, by the size of the loss.
+
+    Exact is our form in float64: the plain one loses the smallest losses in float64 too.
+    """
+    found = []
+    scale = torch.tensor([100.0])
+    ours = ours_contrastive("float32")
+    center = rows(1, 64, 3)
+    for spread in (0.15, 0.3, 0.4, 0.5, 0.6):  # of the rows around a common direction; the wider, the smaller the loss
+        x = normalize(center + spread * rows(512, 64, 1), dim=1)
+        y = normalize(x + 0.2 * spread * rows(512, 64, 2), dim=1)
+        exact = gradients(ours, x.double(), y.double(), scale.double())
+        loss = ours(x.double(), y.double(), scale.double()).item()
+        record = {"loss": loss}
+        for name, function in (("ours", ours), ("plain", reference.contrastive)):
+            made = gradients(function, x.to(device), y.to(device), scale.to(device))
+            record[name] = ((made.cpu() - exact).norm() / exact.norm()).item()
+        found.append(record)
+    return found
+
+
+def gradients(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    leaves = [z.detach().requires_grad_() for z in inputs]
+    return torch.cat([g.flatten() for g in torch.autograd.grad(function(*leaves), leaves[:2])]).double()
+
+
 # --- results ---
 
 
@@ -342,6 +396,14 @@ def print_memory(memory: list[dict]) -> None:
     for row in memory:
         allowed = f"{row['limit_mib']:,.0f} MiB" if row["limit_mib"] is not None else "-"
         print(f"{row['term']:22}{row['size']:50}{row['extra_mib']:>10,.0f} MiB   allowed {allowed}")
+    print()
+
+
+def print_accuracy(accuracy: list[dict]) -> None:
+    print("relative error of the contrastive gradient in float32 at logit scale 100")
+    print(f"{'loss':>12}{'ours':>12}{'plain':>12}")
+    for row in accuracy:
+        print(f"{row['loss']:12.1e}{row['ours']:12.1e}{row['plain']:12.1e}")
     print()
 
 
