@@ -198,13 +198,21 @@ def main_first(build):
             result = build()
         except Exception as e:  # reported by every process below
             error = e
-    errors = gather_objects(None if error is None else f"{type(error).__name__}: {error}")
+    fail_together(error, f"{type(error).__name__}: {error}")
+    return result if local_rank() == 0 else build()
+
+
+def fail_together(error: Exception | None, told: str) -> None:
+    """Raise this process's error, if it has one, and FailedElsewhere on those that have none while another has.
+
+    told: what the others are told of the error. Collective: none is left waiting for a process that failed.
+    """
+    errors = gather_objects(None if error is None else told)
     if error is not None:
         raise error
     failed = [e for e in errors if e is not None]
     if failed:
         raise FailedElsewhere(f"another process failed first: {failed[0]}")
-    return result if local_rank() == 0 else build()
 
 
 def max_over_processes(values: Tensor) -> Tensor:

@@ -38,12 +38,7 @@ def on_all(build: Callable[[], Any]) -> Any:
         result = build()
     except (ValueError, OSError) as e:
         error = e
-    errors = distributed.gather_objects(None if error is None else f"process {distributed.rank()}: {error}")
-    if error is not None:
-        raise error
-    failed = [e for e in errors if e is not None]
-    if failed:
-        raise distributed.FailedElsewhere(f"another process failed first: {failed[0]}")
+    distributed.fail_together(error, f"process {distributed.rank()}: {error}")
     return result
 
 

@@ -254,8 +254,7 @@ def nearest_counts(
                 above=address(above),
                 ties=address(ties),
             )
-        lost = scores.isnan()
-        return above.long().masked_fill(lost, len(gallery)), ties.long().masked_fill(lost, 0)
+        return above.long(), ties.long()
 
 
 def _statistics(panels: Panels, scale: Tensor, first: int, column_lse: Tensor | None) -> tuple[Tensor, Tensor]:
