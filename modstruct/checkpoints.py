@@ -4,6 +4,7 @@
         weights.safetensors     float32 weights and buffers by name
         moments.safetensors     exp_avg.NAME and exp_avg_sq.NAME
         rng.safetensors         random state of each process
+        momentum.safetensors    momentum weights and queues of a fusion model
         state.json              step, which is the position in the data too; optimizer groups, counters
         recipe.yaml             the run's recipe
         tokenizer/              the tokenizer
@@ -18,7 +19,7 @@ import json
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ from modstruct.files import sync_folder, written_aside
 from modstruct.yaml_files import read_yaml
 
 FORMAT = 1
+MOMENTUM_FILE = "momentum.safetensors"
 _COMPLETE = re.compile(r"step-(\d{8,})")
 
 
@@ -62,6 +64,8 @@ class Checkpoint:
     """Steps taken, settings of each group, loss scaler; and, for a reader, processes and ZeRO stage."""
     recipe: dict
     """The recipe as nested dictionaries."""
+    momentum: dict[str, Tensor] = field(default_factory=dict)
+    """Momentum weights and queues; empty for two towers."""
 
 
 def folder(output: str | Path) -> Path:
@@ -111,6 +115,8 @@ def write(target: Path, checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
         save_file(checkpoint.weights, aside / "weights.safetensors")
         save_file(checkpoint.moments, aside / "moments.safetensors")
         save_file(checkpoint.rng, aside / "rng.safetensors")
+        if checkpoint.momentum:
+            save_file(checkpoint.momentum, aside / MOMENTUM_FILE)
         described = {"format": FORMAT, "train": vars(checkpoint.state), "optimizer": checkpoint.optimizer}
         (aside / "state.json").write_text(json.dumps(described, indent=1))
         (aside / "recipe.yaml").write_text(yaml.safe_dump(checkpoint.recipe, sort_keys=False))
@@ -133,6 +139,7 @@ def read(path: Path) -> Checkpoint:
             state=TrainState(**described["train"]),
             optimizer=described["optimizer"],
             recipe=dict(read_yaml(path / "recipe.yaml")),
+            momentum=load_file(path / MOMENTUM_FILE) if (path / MOMENTUM_FILE).exists() else {},
         )
         if checkpoint:
             _check_state(checkpoint)
@@ -172,13 +179,21 @@ def read_tokenizer(path: Path) -> Tokenizer:
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
     """A checkpoint's weights and buffers into the model. path: for the error if they belong to another one."""
-    expected = model.state_dict()
-    missing, extra = expected.keys() - weights.keys(), weights.keys() - expected.keys()
-    shapes = [n for n in expected.keys() & weights.keys() if expected[n].shape != weights[n].shape]
-    if missing or extra or shapes:
-        names = sorted([*missing, *extra, *shapes])
-        refuse("checkpoint", str(path), f"belongs to another model; they differ in {', '.join(names[:5])}")
+    _require_same(model.state_dict(), weights, path)
     model.load_state_dict(weights)
+
+
+def load_momentum(model: nn.Module, momentum: dict[str, Tensor], path: Path) -> None:
+    """A checkpoint's momentum weights and queues into a model that has them."""
+    _require_same(model.outside_state(), momentum, path)
+    model.load_outside_state(momentum)
+
+
+def _require_same(expected: dict[str, Tensor], given: dict[str, Tensor], path: Path) -> None:
+    names = expected.keys() ^ given.keys()
+    names |= {n for n in expected.keys() & given.keys() if expected[n].shape != given[n].shape}
+    if names:
+        refuse("checkpoint", str(path), f"belongs to another model; they differ in {', '.join(sorted(names)[:5])}")
 
 
 def read_best(output: str | Path) -> dict | None:

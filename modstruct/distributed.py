@@ -282,3 +282,46 @@ def gather(rows: Tensor) -> Tensor:
 def all_sum(values: Tensor) -> Tensor:
     """Elementwise sum over the processes, on every process; differentiable."""
     return _AllSum.apply(values) if world_size() > 1 else values
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor, sent: Tensor, sends: list[int], receives: list[int], order: Tensor) -> Tensor:
+        ctx.sends, ctx.receives, ctx.shape = sends, receives, rows.shape
+        ctx.save_for_backward(sent, order)
+        received = rows.new_empty((sum(receives), *rows.shape[1:]))
+        dist.all_to_all_single(received, rows[sent].contiguous(), receives, sends)
+        return received[order]
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple:
+        sent, order = ctx.saved_tensors
+        back = torch.empty_like(gradient)
+        back[order] = gradient
+        returned = gradient.new_empty((sum(ctx.sends), *gradient.shape[1:]))
+        dist.all_to_all_single(returned, back.contiguous(), ctx.sends, ctx.receives)
+        total = gradient.new_zeros(ctx.shape)
+        # Not index_add: on a GPU its sums depend on chance.
+        return total.index_put_((sent,), returned, accumulate=True), None, None, None, None
+
+
+def exchange_rows(rows: Tensor, wanted: Tensor) -> Tensor:
+    """Rows of the global batch, wherever they lie: row wanted[j] of all processes' rows in order of rank;
+    differentiable.
+
+    rows: this process's (B, …), the same B on every process. wanted: (B,) int64, of all W B rows. Only what is wanted
+    travels. A row may be wanted often; its gradient is the sum.
+    """
+    if world_size() == 1:
+        return rows[wanted]
+    count, me = len(rows), rank()
+    of_all = gather(wanted).view(world_size(), -1)  # (W, B)
+    owners = of_all // count
+    sends = (owners == me).sum(1).tolist()
+    sent = torch.cat([theirs[theirs // count == me] % count for theirs in of_all])
+    mine = owners[me]
+    receives = torch.bincount(mine, minlength=world_size()).tolist()
+    # Rows come in order of their owners, and of each owner's in the order wanted.
+    order = torch.empty_like(mine)
+    order[torch.argsort(mine, stable=True)] = torch.arange(len(mine), device=mine.device)
+    return _Exchange.apply(rows, sent, sends, receives, order)

@@ -11,6 +11,7 @@ from modstruct.config import Recipe, refuse
 # What a resumed run may change: how long and how fast it learns, what it writes down, and where it finds helpers.
 CHANGEABLE = (
     "optimizer.learning_rate",
+    "optimizer.initial_learning_rate",
     "optimizer.final_learning_rate",
     "optimizer.warmup_steps",
     "train.steps",

@@ -72,6 +72,16 @@ class Tokenizer(ABC):
             rows.append([self.start_id, *ids, self.end_id, *padding])
         return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.context_length)
 
+    @property
+    def mask_id(self) -> int:
+        """The blank of masked language modelling: the vocabulary's own, or the id after all others."""
+        return self.vocab_size
+
+    @property
+    def ids_with_mask(self) -> int:
+        """Ids that can occur, the blank among them."""
+        return max(self.vocab_size, self.mask_id + 1)
+
     def mask(self, ids: Tensor) -> Tensor:
         """True where ids, of any shape, are not padding."""
         return ids != self.padding_id
@@ -213,6 +223,7 @@ class WordPieceTokenizer(Tokenizer):
             raise ValueError(f"not a vocabulary of BERT's: it lacks the entries {', '.join(missing)}")
         self.vocab_size = len(entries)
         self.padding_id, self.start_id, self.end_id = (vocabulary[entry] for entry in ("[PAD]", "[CLS]", "[SEP]"))
+        self._mask_id = vocabulary.get("[MASK]", self.vocab_size)
         cased = any(
             any("A" <= letter <= "Z" for letter in entry) for entry in vocabulary if not entry.startswith(("[", "<"))
         )
@@ -220,6 +231,10 @@ class WordPieceTokenizer(Tokenizer):
         self._backend = Backend(models.WordPiece(vocabulary, unk_token="[UNK]"))
         self._backend.normalizer = normalizers.BertNormalizer(lowercase=not cased)
         self._backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+
+    @property
+    def mask_id(self) -> int:
+        return self._mask_id
 
     def _encode(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from modstruct import checkpoints, distributed
 from modstruct.config import Recipe, refuse
 from modstruct.data.run_data import open_run_data
@@ -11,8 +9,7 @@ from modstruct.evaluation.evaluate import evaluate
 from modstruct.evaluation.report import save_metrics, table
 from modstruct.evaluation.zero_shot import load_classes
 from modstruct.losses.objective import Objective
-from modstruct.models.towers import image_size
-from modstruct.models.two_tower import TwoTower
+from modstruct.models.build import build_model, image_size
 
 
 def evaluate_checkpoint(recipe: Recipe, checkpoint: str, out: str | None = None) -> dict:
@@ -29,12 +26,10 @@ def evaluate_checkpoint(recipe: Recipe, checkpoint: str, out: str | None = None)
     if recipe.data.eval is None:
         refuse("data.eval", None, "name the shards to measure")
     tokenizer = checkpoints.read_tokenizer(path)
-    data = open_run_data(recipe, image_size(recipe.model), tokenizer, training=False)
+    data = open_run_data(recipe, image_size(recipe), tokenizer, training=False)
     if data.zero_shot:
         load_classes(data.zero_shot)  # what is wrong with it is said before the work
-    model = TwoTower(
-        replace(recipe.model, pretrained=None), recipe.views, tokenizer, Objective(recipe.losses).independent
-    )
+    model = build_model(recipe, tokenizer, Objective(recipe.losses), read_weights=False)
     checkpoints.load_weights(model, checkpoints.read_weights(path), path)
     model.to(distributed.device()).eval()
     metrics = evaluate(model, data.eval, data.views, tokenizer, recipe.evaluation, data.zero_shot, distributed.device())

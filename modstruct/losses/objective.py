@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
 
 from modstruct import distributed
-from modstruct.config import LossesConfig, Precision, require
+from modstruct.config import FUSION_LOSSES, LossesConfig, Precision, require
 from modstruct.embeddings import Embeddings
 from modstruct.losses.bridge import Bridge
 from modstruct.losses.contrastive import Contrastive
 from modstruct.losses.geometry import Geometry
+from modstruct.losses.masked_language import MaskedLanguage
+from modstruct.losses.matching import Matching
+from modstruct.losses.queue_contrast import QueueContrast
 from modstruct.losses.separation import Separation
 
 # By the name of their section in the recipe. A loss is made from that section and the precision, names the
@@ -23,6 +26,9 @@ LOSSES = {
     "separation": Separation,
     "bridge": Bridge,
     "geometry": Geometry,
+    "queue_contrast": QueueContrast,
+    "matching": Matching,
+    "masked_language": MaskedLanguage,
 }
 
 
@@ -31,12 +37,14 @@ class Objective:
 
     views: the augmented views that those losses need, out of {"image_augmented", "text_augmented"}.
     independent: whether they need the independent embeddings, and so their heads.
+    epoch_steps: length of an epoch, over which the distillation of the fusion model's losses rises by default.
     """
 
-    def __init__(self, config: LossesConfig, precision: Precision = "float32"):
+    def __init__(self, config: LossesConfig, precision: Precision = "float32", epoch_steps: int = 0):
         sections = {name: getattr(config, name) for name in LOSSES}
         self.weights = {name: section.weight for name, section in sections.items() if section.weight > 0}
-        self.losses = {name: LOSSES[name](sections[name], precision) for name in self.weights}
+        more = {name: {"epoch_steps": epoch_steps} if name in FUSION_LOSSES else {} for name in self.weights}
+        self.losses = {name: LOSSES[name](sections[name], precision, **more[name]) for name in self.weights}
         needs = frozenset().union(*(loss.needs for loss in self.losses.values()))
         self.views = frozenset(name.split("_")[0] + "_augmented" for name in needs if name.endswith("_augmented"))
         self.independent = any("independent" in name for name in needs)
@@ -71,8 +79,8 @@ class Objective:
 
 
 def _in_float32(embeddings: Embeddings) -> Embeddings:
-    """The same with half precision taken to float32; float64 stays, for checks."""
+    """The same with half precision taken to float32; float64 stays, for checks, and so do labels."""
     given = {field.name: getattr(embeddings, field.name) for field in fields(embeddings)}
-    return Embeddings(
-        **{name: None if z is None else z.to(torch.promote_types(z.dtype, torch.float32)) for name, z in given.items()}
-    )
+    floating = {name: z for name, z in given.items() if z is not None and z.is_floating_point()}
+    widened = {name: z.to(torch.promote_types(z.dtype, torch.float32)) for name, z in floating.items()}
+    return replace(embeddings, **widened)

@@ -13,22 +13,20 @@ from torch.utils.checkpoint import checkpoint
 
 from modstruct.config import refuse
 from modstruct.models.towers import Float32BatchNorm
-from modstruct.models.two_tower import TwoTower
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 RECOMPUTED = "modstruct_recomputed"  # marks a block of a CLIP ResNet
 SWITCHES = ("grad_checkpointing", "gradient_checkpointing")  # open_clip's and timm's, transformers'
 
 
-def recompute_activations(model: TwoTower) -> None:
+def recompute_activations(model: nn.Module) -> None:
     """Keep the input of each layer only (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost").
 
     Raises ValueError naming the field where a tower cannot do it.
     """
     from open_clip.modified_resnet import ModifiedResNet
 
-    for name in ("image", "text"):
-        trunk = getattr(model, name)["trunk"]
+    for name, trunk in model.trunks().items():
         if isinstance(trunk, ModifiedResNet):
             _recompute_blocks(trunk)  # open_clip's own switch does nothing here
             continue
@@ -41,8 +39,8 @@ def recompute_activations(model: TwoTower) -> None:
             refuse("train.activation_checkpointing", True, f"the {name} tower has no such switch; leave it off")
 
 
-def compile_trunks(model: TwoTower, zero_stage: int, backend: str = "inductor") -> None:
-    """Compile both trunks at their first call; each new shape of a batch compiles again.
+def compile_trunks(model: nn.Module, zero_stage: int, backend: str = "inductor") -> None:
+    """Compile the trunks at their first call; each new shape of a batch compiles again.
 
     Raises ValueError naming the field at stage 3, whose hooks fetch the weights of each layer while it runs: a compiled
     trunk would see their empty places; and for a CLIP ResNet whose activations are computed anew.
@@ -53,8 +51,8 @@ def compile_trunks(model: TwoTower, zero_stage: int, backend: str = "inductor") 
         refuse("train.compile", True, "torch cannot compile a CLIP ResNet with train.activation_checkpointing; choose")
     # Dropout falls as without compilation, so that the two passes of the gradient cache agree.
     options = {"fallback_random": True} if backend == "inductor" else None
-    for tower in (model.image, model.text):
-        tower["trunk"].compile(backend=backend, options=options)
+    for trunk in model.trunks().values():
+        trunk.compile(backend=backend, options=options)
 
 
 def _recompute_blocks(resnet: nn.Module) -> None:

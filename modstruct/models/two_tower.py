@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from modstruct.config import ModelConfig, ViewsConfig
 from modstruct.data.tokenizers import Tokenizer
+from modstruct.embeddings import Embeddings
 from modstruct.models.towers import Tower, build_towers
 
 
@@ -17,6 +18,10 @@ class TwoTower(nn.Module):
     independent: build the heads of the independent embeddings (deep feature separation).
     """
 
+    outputs = Embeddings
+    batch_fields: frozenset[str] = frozenset()
+    """Augmented views that the objective needs."""
+
     def __init__(self, config: ModelConfig, views: ViewsConfig, tokenizer: Tokenizer, independent: bool):
         super().__init__()
         image, text, self.embed_dim = build_towers(config, tokenizer, independent)
@@ -25,7 +30,7 @@ class TwoTower(nn.Module):
         self.to_open_clip = image.to_open_clip | text.to_open_clip
         # Shape (1,): DeepSpeed cannot broadcast a parameter without dimensions at stages 2 and 3.
         self.logit_scale = nn.Parameter(torch.tensor([config.logit_scale_init]))
-        self.logit_scale_max = config.logit_scale_max
+        self.logit_scale_range = (0.0, config.logit_scale_max)
         self.mean, self.std = views.mean, views.std
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -35,7 +40,7 @@ class TwoTower(nn.Module):
         tensors whose gradients it must wait for in dicts and tuples only.
         """
         # DeepSpeed's working copy may lie beyond the limit by one step; its master copy is clamped after every step.
-        embeddings = {"logit_scale": _Clamp.apply(self.logit_scale.float(), 0, self.logit_scale_max).exp()}
+        embeddings = {"logit_scale": Clamp.apply(self.logit_scale.float(), *self.logit_scale_range).exp()}
         for name, tower in (("image", self.image), ("text", self.text)):
             views = {key: batch[key] for key in (name, f"{name}_augmented") if key in batch}
             if not views:
@@ -51,6 +56,10 @@ class TwoTower(nn.Module):
                 embeddings |= dict(zip(keys, own, strict=True))
         return embeddings
 
+    def trunks(self) -> dict[str, nn.Module]:
+        """The transformers or ResNets alone, by modality."""
+        return {"image": self.image["trunk"], "text": self.text["trunk"]}
+
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) -> the towers' dtype, with the recipe's mean and deviation taken out."""
         mean = torch.tensor(self.mean, device=images.device)[:, None, None]
@@ -58,7 +67,7 @@ class TwoTower(nn.Module):
         return ((images.float() / 255 - mean) / std).to(self.logit_scale.dtype)
 
 
-class _Clamp(torch.autograd.Function):
+class Clamp(torch.autograd.Function):
     """The value clamped, the gradient as it is: a hard clamp's gradient is 0 outside, and nothing would come back."""
 
     @staticmethod

@@ -22,7 +22,9 @@ def save(full: FullState, state: TrainState, recipe: Recipe, tokenizer: Tokenize
     before is untouched.
     """
     weights, moments = _collect(full)
-    checkpoint = Checkpoint(weights, moments, _gather_rng(), state, _optimizer(full), recipe_to_dict(recipe))
+    outside = getattr(full.engine.module, "outside_state", dict)()
+    momentum = {name: value.cpu().contiguous() for name, value in outside.items()} if distributed.is_main() else {}
+    checkpoint = Checkpoint(weights, moments, _gather_rng(), state, _optimizer(full), recipe_to_dict(recipe), momentum)
     target = checkpoints.step_folder(recipe.output, state.step)
     error = None
     if distributed.is_main():

@@ -12,6 +12,7 @@ from torch import Tensor
 from modstruct.checkpoints import replace_folder
 from modstruct.config import Recipe
 from modstruct.data.tokenizers import Tokenizer
+from modstruct.models.build import log_scale_range
 from modstruct.models.towers import image_size, open_clip_config, text_sizes
 from modstruct.recipe_files import recipe_to_dict
 
@@ -22,18 +23,18 @@ def export(
     """Write FOLDER/open_clip_model.safetensors, its config, and the tokenizer. An earlier export is replaced.
 
     weights: float32 by our names (a checkpoint's). names: TwoTower.to_open_clip. Independent heads, which open_clip
-    does not know, go to independent_heads.safetensors. A BERT text tower has no counterpart in open_clip either: then
-    everything goes to modstruct_model.safetensors by our names, beside modstruct_config.json, and nothing is written
-    that open_clip would take for its own.
+    does not know, go to independent_heads.safetensors. A BERT text tower and the fusion model have no counterpart in
+    open_clip either: then everything goes to modstruct_model.safetensors by our names, beside modstruct_config.json,
+    and nothing is written that open_clip would take for its own (tools/convert_albef.py makes ALBEF's file of it).
     """
-    weights = weights | {"logit_scale": weights["logit_scale"].clamp(0, recipe.model.logit_scale_max)}
+    weights = weights | {"logit_scale": weights["logit_scale"].clamp(*log_scale_range(recipe))}
     aside = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     tokenizer.save(aside / "tokenizer")
-    if recipe.model.text.architecture == "bert":
+    if recipe.framework == "fusion" or recipe.model.text.architecture == "bert":
         save_file({name: value.contiguous() for name, value in weights.items()}, aside / "modstruct_model.safetensors")
-        config = {"format": "modstruct.models.two_tower.TwoTower", "recipe": recipe_to_dict(recipe)}
+        config = {"framework": recipe.framework, "recipe": recipe_to_dict(recipe)}
         (aside / "modstruct_config.json").write_text(json.dumps(config, indent=1))
     else:
         _export_to_open_clip(aside, weights, names, recipe, tokenizer)

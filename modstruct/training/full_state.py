@@ -10,7 +10,8 @@ Reading is collective: every process calls it for the same names in the same ord
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,16 @@ from torch import Tensor, nn
 from modstruct import distributed
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@contextmanager
+def whole(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Inside, the working copies of these parameters are whole on every process, to be read. Collective."""
+    import deepspeed
+
+    spread = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    with deepspeed.zero.GatheredParameters(spread, enabled=bool(spread)):
+        yield
 
 
 class FullState:

@@ -29,8 +29,8 @@ class WholeBatch:
     """Embeddings of a batch with their graph."""
 
     def __init__(self, engine, batch: Batch):
-        self.engine = engine
-        self.embeddings = Embeddings(**engine(_on_device(batch)))
+        self.engine, self.batch = engine, _on_device(batch)
+        self.embeddings = engine.module.outputs(**engine(self.batch))
 
     def backward(self, total: Tensor) -> None:
         """Gradients of the total, reduced over the processes, to the engine."""

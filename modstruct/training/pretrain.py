@@ -8,10 +8,11 @@ import math
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from modstruct import checkpoints, distributed, hosts
 from modstruct.config import Recipe, RunError, refuse, require
@@ -24,8 +25,7 @@ from modstruct.evaluation.report import flatten, save_metrics, table, validation
 from modstruct.evaluation.structure import structure
 from modstruct.evaluation.zero_shot import load_classes
 from modstruct.losses.objective import Objective
-from modstruct.models.towers import image_size
-from modstruct.models.two_tower import TwoTower
+from modstruct.models.build import build_model, image_size
 from modstruct.recipe_files import check_resumable, decisive_fields
 from modstruct.training.checkpoint import restore, save
 from modstruct.training.engine import build_engine, read_ds_config, resolve_ds_config
@@ -90,6 +90,8 @@ class StopRequest:
 
 def open_run(recipe: Recipe, ds_config: str, resume: str | None) -> Run:
     """Data, model, engine, and what a checkpoint says of them."""
+    if recipe.framework == "fusion" and recipe.train.micro_batch is not None:
+        refuse("train.micro_batch", recipe.train.micro_batch, "the fusion model takes its batch whole: null")
     resolved = resolve_ds_config(read_ds_config(ds_config), recipe, distributed.world_size())
     output = Path(recipe.output)
     hosts.require_same(_same_everywhere(recipe, resolved), "start every host with the same command and versions")
@@ -99,19 +101,24 @@ def open_run(recipe: Recipe, ds_config: str, resume: str | None) -> Run:
         check_resumable(saved.recipe, recipe)
     tokenizer = start and checkpoints.read_tokenizer(start)
     samples = saved and saved.state.data_fingerprint.partition(" ")[0]
-    data = open_run_data(recipe, image_size(recipe.model), tokenizer, fingerprint=samples)
+    data = open_run_data(recipe, image_size(recipe), tokenizer, fingerprint=samples)
     if data.zero_shot:
         load_classes(data.zero_shot)  # what is wrong with it is said now, not at the first validation
     fingerprint = f"{data.train.fingerprint} {data.train.weights}"
     state = saved.state if saved else checkpoints.TrainState(data_fingerprint=fingerprint)
     if state.data_fingerprint != fingerprint:
         refuse("data.train", recipe.data.train, "holds other samples, or other weights, than the checkpoint's")
-    objective = Objective(recipe.losses, recipe.train.pairwise_precision)
+    epoch_samples = train_order(data.train, recipe.data, recipe.train.seed).epoch_samples
+    epoch_steps = math.ceil(epoch_samples / recipe.train.global_batch)
+    objective = Objective(recipe.losses, recipe.train.pairwise_precision, epoch_steps)
     torch.manual_seed(recipe.train.seed)
-    config = replace(recipe.model, pretrained=None) if saved else recipe.model
-    model = TwoTower(config, recipe.views, data.tokenizer, objective.independent)
+    model = build_model(recipe, data.tokenizer, objective, read_weights=not saved)
     if saved:
         checkpoints.load_weights(model, saved.weights, start)
+    if hasattr(model, "outside_state"):
+        if saved:
+            checkpoints.load_momentum(model, saved.momentum, start)
+        model.outside_to(distributed.device())
     engine = build_engine(model, recipe, resolved)
     full = FullState(engine)
     if saved:
@@ -120,7 +127,7 @@ def open_run(recipe: Recipe, ds_config: str, resume: str | None) -> Run:
     else:
         # Weights start equal on every process; what is drawn from here on (dropout) must not be.
         torch.manual_seed(recipe.train.seed * 1_000_003 + distributed.rank())
-    steps = run_length(recipe, train_order(data.train, recipe.data, recipe.train.seed).epoch_samples)
+    steps = run_length(recipe, epoch_samples)
     _describe(recipe, data, model, engine, steps)
     telemetry = Telemetry(output, state.step, steps, recipe.train.global_batch)
     heartbeat = Heartbeat(recipe.train.hang_timeout_minutes)
@@ -160,7 +167,7 @@ def run_length(recipe: Recipe, epoch_samples: int) -> int:
     return max(1, math.ceil(recipe.train.epochs * epoch_samples / recipe.train.global_batch))
 
 
-def _describe(recipe: Recipe, data: RunData, model: TwoTower, engine, steps: int) -> None:
+def _describe(recipe: Recipe, data: RunData, model: nn.Module, engine, steps: int) -> None:
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     log.info(
         "%s parameters, %s training pairs, %s steps of %s, %s, ZeRO stage %s, %s process(es) on %s",
@@ -180,12 +187,13 @@ def train(run: Run, stop: StopRequest, after_step: Callable[[], None] = lambda: 
         recipe.data,
         run.data.views,
         run.data.tokenizer,
-        run.objective.views,
+        run.engine.module.batch_fields,
         global_batch=recipe.train.global_batch,
         seed=recipe.train.seed,
         micro_batch=recipe.train.micro_batch,
         start_step=state.step,
         stop_step=run.steps,
+        masked_rate=recipe.losses.masked_language.rate,
     )
     ledger = FaultLedger("data.train", recipe.data.max_bad_share, distributed.rank())
     run.engine.train()
@@ -196,7 +204,7 @@ def train(run: Run, stop: StopRequest, after_step: Callable[[], None] = lambda: 
         report = train_step(
             run.engine, run.objective, parts, state.step, recipe.train.seed, rate, stop.requested, clock
         )
-        run.full.clamp(run.engine.module.logit_scale, 0, recipe.model.logit_scale_max)
+        run.full.clamp(run.engine.module.logit_scale, *run.engine.module.logit_scale_range)
         state.step += 1
         note_skip(report, state, recipe)
         for batch in batches:
@@ -294,7 +302,13 @@ def finish(run: Run) -> dict:
     if not distributed.broadcast_object(last.exists()):  # a finished run, resumed into another folder
         save(run.full, run.state, run.recipe, run.data.tokenizer)
     if distributed.is_main():
-        export(exported, checkpoints.read_weights(last), run.engine.module.to_open_clip, run.recipe, run.data.tokenizer)
+        export(
+            exported,
+            checkpoints.read_weights(last),
+            getattr(run.engine.module, "to_open_clip", {}),
+            run.recipe,
+            run.data.tokenizer,
+        )
     metrics = measure(run, run.data.eval, "eval") if run.data.eval else {}
     run.telemetry.close()
     if distributed.is_main():

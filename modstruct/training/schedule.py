@@ -11,7 +11,8 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     """Rate of step `step` (from 0) of a run of `steps`: linear warm-up, then half a cosine to the final rate."""
     warmup = min(config.warmup_steps, steps)
     if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
+        rise = config.learning_rate - config.initial_learning_rate
+        return config.initial_learning_rate + rise * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
     share = (1 + math.cos(math.pi * min(1.0, progress))) / 2
     return config.final_learning_rate + share * (config.learning_rate - config.final_learning_rate)

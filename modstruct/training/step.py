@@ -10,6 +10,7 @@ from torch import Tensor
 from modstruct import distributed
 from modstruct.embeddings import Embeddings
 from modstruct.losses.objective import Objective
+from modstruct.training.full_state import whole
 from modstruct.training.gradient_cache import Batch, embed
 from modstruct.training.step_clock import StepClock
 
@@ -40,7 +41,7 @@ def train_step(
     stop_requested: bool = False,
     clock: StepClock | None = None,
 ) -> StepReport:
-    """Forward, losses over the global batch, backward, optimizer.
+    """Forward, losses over the global batch, backward, optimizer, and what follows the weights (momentum copies).
 
     parts: this process's batch, in one part or in micro-batches, whose second forward pass counts as backward.
     clock: is told how long each phase takes.
@@ -65,6 +66,8 @@ def train_step(
         report.gradient_norm, finite = _step(engine)
     if not finite:
         report.skipped, report.overflow = "the gradient is not finite", True
+    elif hasattr(engine.module, "follow"):
+        engine.module.follow(report.embeddings, embedded.batch, whole)
     return report
 
 

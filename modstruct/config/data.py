@@ -1,0 +1,125 @@
+"""What is read: sources, tokenizer, views."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from modstruct.config.checks import require, require_counts
+
+
+@dataclass
+class Source:
+    """One training source among several."""
+
+    shards: str
+    """Path, glob or brace pattern of tar shards, or `pipe:COMMAND` (COMMAND writes a tar to its standard output)."""
+    weight: float | None = None
+    """Share of the samples drawn from this source, relative to the other weights."""
+    index: str | None = None
+    """Folder of indexes made by tools/index_shards.py; needed for `pipe:` sources only."""
+
+    def __post_init__(self):
+        require(self.weight is None or self.weight > 0, "data.train.weight", self.weight, "give a number above 0")
+
+
+@dataclass
+class ScenesConfig:
+    """The built-in pictures (data.train: scenes)."""
+
+    train_samples: int = 24_000
+    """Pairs in the training split."""
+    validation_samples: int = 1_000
+    """Pairs in the validation split."""
+    test_samples: int = 1_000
+    """Pairs in the test split, scenes whose factor combinations never occur in training."""
+    seed: int = 0
+    """Seed of the generator."""
+
+    def __post_init__(self):
+        require_counts("data.scenes", self, ("train_samples", "validation_samples", "test_samples"))
+
+
+@dataclass
+class DataConfig:
+    train: str | list[str] | list[Source] = "scenes"
+    """Training shards: `scenes` (built in), a path / glob / brace pattern, or a list of sources with weights."""
+    validation: str | None = "scenes"
+    """Shards measured during training (the best checkpoint is chosen on them); null for none."""
+    eval: str | None = "scenes"
+    """Shards of the final table; null for none."""
+    zero_shot: str | None = "scenes"
+    """YAML file with `label` (a field of each sample's key.json), `templates` and `classes`; null for none."""
+    cache: str = "~/.cache/modstruct"
+    """Folder for what is built once: scenes, shard indexes, trained tokenizers, spooled pipes."""
+    workers: int = 1
+    """Loader processes beside each training process; 0 loads in the training process itself."""
+    shuffle_block: int = 64
+    """Samples that lie together in a shard and are read together."""
+    shuffle_window: int = 1024
+    """Blocks mixed with each other sample by sample; more blocks shuffle better and are read less in order."""
+    allow_pipe: bool = False
+    """Permit `pipe:` sources, which run a shell command."""
+    pipe_cache_gib: float = 50.0
+    """Disk that spooled `pipe:` shards may take in the cache, in GiB."""
+    max_bad_share: float = 0.1
+    """Largest share of unreadable samples that a run puts up with."""
+    max_image_pixels: int = 25_000_000
+    """Pixels above which an image counts as a decompression bomb; decoding takes 8 bytes of memory each, WebP 20."""
+    scenes: ScenesConfig = field(default_factory=ScenesConfig)
+    """The built-in pictures."""
+
+    def __post_init__(self):
+        require(self.workers >= 0, "data.workers", self.workers, "0 or more")
+        require(self.shuffle_block >= 1, "data.shuffle_block", self.shuffle_block, "at least 1")
+        require(self.shuffle_window >= 1, "data.shuffle_window", self.shuffle_window, "at least 1")
+        require(0 <= self.max_bad_share <= 1, "data.max_bad_share", self.max_bad_share, "a share from 0 to 1")
+        require(self.max_image_pixels >= 1, "data.max_image_pixels", self.max_image_pixels, "at least 1")
+        require(self.pipe_cache_gib > 0, "data.pipe_cache_gib", self.pipe_cache_gib, "above 0")
+
+
+@dataclass
+class TokenizerConfig:
+    kind: Literal["sentencepiece", "clip_bpe", "bert_wordpiece"] = "sentencepiece"
+    """sentencepiece: a model file, or trained on the captions at first use; clip_bpe: CLIP's own; bert_wordpiece: a
+    vocabulary file."""
+    path: str | None = None
+    """sentencepiece model file (null: train one on data.train) or BERT vocabulary file (vocab.txt)."""
+    vocab_size: int = 1024
+    """Size of the vocabulary that a sentencepiece tokenizer is trained to; the other kinds have their own."""
+    context_length: int = 32
+    """Tokens a caption is cut or padded to, start and end tokens included."""
+
+    def __post_init__(self):
+        require(self.context_length >= 3, "tokenizer.context_length", self.context_length, "at least 3")
+        require(self.vocab_size >= 64, "tokenizer.vocab_size", self.vocab_size, "at least 64")
+        if self.kind == "bert_wordpiece":
+            require(self.path is not None, "tokenizer.path", self.path, "give BERT's vocab.txt for bert_wordpiece")
+
+
+@dataclass
+class ViewsConfig:
+    """The plain and the augmented view of each picture and caption."""
+
+    plain: Literal["center_crop", "crop_flip"] = "center_crop"
+    """center_crop: shorter side resized, centre cut out; crop_flip: random crop and flip."""
+    crop_scale: tuple[float, float] = (0.5, 1.0)
+    """Range of the share of the area that a random crop keeps."""
+    flip: bool = True
+    """Flip random views left to right with probability 1/2."""
+    auto_augment: bool = True
+    """AutoAugment (ImageNet policy) on the augmented view."""
+    eda_rate: float = 0.1
+    """Share of a caption's words that its augmented view changes (Wei & Zou 2019)."""
+    eda_synonyms: bool = False
+    """Let EDA replace words by synonyms; needs nltk and its WordNet data."""
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    """Mean of each colour channel, 0 to 1 (CLIP's by default)."""
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    """Standard deviation of each colour channel."""
+
+    def __post_init__(self):
+        low, high = self.crop_scale
+        require(0 < low <= high <= 1, "views.crop_scale", self.crop_scale, "two shares with 0 < low <= high <= 1")
+        require(0 <= self.eda_rate <= 1, "views.eda_rate", self.eda_rate, "a share from 0 to 1")
+        require(all(s > 0 for s in self.std), "views.std", self.std, "three numbers above 0")

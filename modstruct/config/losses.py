@@ -1,0 +1,128 @@
+"""The terms of the objective."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import inf
+from typing import Literal
+
+from modstruct.config.checks import require
+
+Precision = Literal["float32", "tf32", "bf16"]
+"""What the products of embeddings are formed from on a GPU: float32 numbers, or, on its tensor cores, numbers rounded
+to tf32 or bfloat16; sums are float32. The CPU always takes float32."""
+
+
+@dataclass
+class ContrastiveConfig:
+    weight: float = 1.0
+    """Weight of the contrastive base; 0 turns it off."""
+    in_modal: bool = False
+    """false: 1/2 (V2T + T2V), plain CLIP; true: 1/4 (V2T + T2V + V2V + T2T)."""
+
+
+@dataclass
+class SeparationConfig:
+    weight: float = 0.0
+    """Weight of deep feature separation; 0 turns it and its heads off."""
+    uniformity_t: float = 2.0
+    """t of the Gaussian potential in the uniformity term."""
+
+    def __post_init__(self):
+        require(self.uniformity_t > 0, "losses.separation.uniformity_t", self.uniformity_t, "above 0")
+
+
+@dataclass
+class BridgeConfig:
+    weight: float = 0.0
+    """Weight of the Brownian bridge; 0 turns it off."""
+    t: float | None = 0.25
+    """Weight of the image in the bridge's mean; null draws it anew, uniform in [0, 1], each step."""
+
+    def __post_init__(self):
+        require(self.t is None or 0 <= self.t <= 1, "losses.bridge.t", self.t, "from 0 to 1, or null to draw it")
+
+
+@dataclass
+class GeometryConfig:
+    weight: float = 0.0
+    """Weight of geometric consistency; 0 turns it off (CyCLIP uses 0.25)."""
+    augmented: bool = True
+    """Add the part between plain and augmented views."""
+    normalize: Literal["batch", "pairs"] = "batch"
+    """batch: divide the sum over pairs by N, as CyCLIP; pairs: by N^2, so that a weight suits any batch size."""
+
+
+@dataclass
+class QueueContrastConfig:
+    weight: float = 0.0
+    """Weight of the image-text contrast against momentum embeddings and their queue (ALBEF's ITC); 0 turns it off."""
+    alpha: float = 0.4
+    """Share of the momentum encoders' softened targets."""
+    ramp_steps: int | None = None
+    """Steps over which alpha rises from 0; null takes the first epoch, as ALBEF."""
+    positives: Literal["pair", "picture"] = "pair"
+    """pair: the caption of this very pair is right; picture: all captions of the same picture are, in equal shares, as
+    ALBEF fine-tunes retrieval."""
+
+    def __post_init__(self):
+        require(0 <= self.alpha <= 1, "losses.queue_contrast.alpha", self.alpha, "a share from 0 to 1")
+        fits = self.ramp_steps is None or self.ramp_steps >= 0
+        require(fits, "losses.queue_contrast.ramp_steps", self.ramp_steps, "0 or more, or null")
+
+
+@dataclass
+class MatchingConfig:
+    weight: float = 0.0
+    """Weight of image-text matching (ALBEF's ITM); 0 turns it off."""
+    negatives: Literal["global", "local"] = "global"
+    """Where hard negatives come from: the global batch, or the process's own rows, as in ALBEF's code."""
+
+
+@dataclass
+class MaskedLanguageConfig:
+    weight: float = 0.0
+    """Weight of masked language modelling over the picture (ALBEF's MLM); 0 turns it off."""
+    rate: float = 0.15
+    """Share of a caption's tokens that are to be found: four fifths masked, a tenth replaced, a tenth left."""
+    alpha: float = 0.4
+    """Share of the momentum model's softened targets."""
+    ramp_steps: int | None = None
+    """Steps over which alpha rises from 0; null takes the first epoch, as ALBEF."""
+
+    def __post_init__(self):
+        require(0 < self.rate < 1, "losses.masked_language.rate", self.rate, "a share between 0 and 1")
+        require(0 <= self.alpha <= 1, "losses.masked_language.alpha", self.alpha, "a share from 0 to 1")
+        fits = self.ramp_steps is None or self.ramp_steps >= 0
+        require(fits, "losses.masked_language.ramp_steps", self.ramp_steps, "0 or more, or null")
+
+
+FUSION_LOSSES = ("queue_contrast", "matching", "masked_language")
+"""Losses that only the fusion model has outputs for."""
+LOSS_NAMES = ("contrastive", "separation", "bridge", "geometry", *FUSION_LOSSES)
+
+
+@dataclass
+class LossesConfig:
+    """Final loss = sum of weight x term. A weight of 0 turns a term off, with the views and heads it alone needs."""
+
+    contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
+    """Contrastive base."""
+    separation: SeparationConfig = field(default_factory=SeparationConfig)
+    """Deep feature separation (intra-modality)."""
+    bridge: BridgeConfig = field(default_factory=BridgeConfig)
+    """Brownian bridge (inter-modality)."""
+    geometry: GeometryConfig = field(default_factory=GeometryConfig)
+    """Geometric consistency (intra- and inter-modality)."""
+    queue_contrast: QueueContrastConfig = field(default_factory=QueueContrastConfig)
+    """ALBEF's image-text contrast (framework: fusion)."""
+    matching: MatchingConfig = field(default_factory=MatchingConfig)
+    """ALBEF's image-text matching (framework: fusion)."""
+    masked_language: MaskedLanguageConfig = field(default_factory=MaskedLanguageConfig)
+    """ALBEF's masked language modelling (framework: fusion)."""
+
+    def __post_init__(self):
+        weights = {n: getattr(self, n).weight for n in LOSS_NAMES}
+        for name, weight in weights.items():
+            require(0 <= weight < inf, f"losses.{name}.weight", weight, "0 (off) or more, and finite")
+        require(any(weights.values()), "losses.*.weight", weights, "at least one weight must be above 0")

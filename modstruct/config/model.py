@@ -1,0 +1,100 @@
+"""The two towers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from modstruct.config.checks import require, require_counts
+
+
+@dataclass
+class VisionConfig:
+    """Image tower by sizes (a ViT); used when model.name is null."""
+
+    image_size: int = 64
+    """Side of the square picture, in pixels."""
+    patch_size: int = 8
+    """Side of a patch, in pixels."""
+    width: int = 192
+    """Width of the transformer."""
+    layers: int = 4
+    """Number of transformer layers."""
+    head_width: int = 32
+    """Width of one attention head."""
+
+    def __post_init__(self):
+        require_counts("model.vision", self, ("image_size", "patch_size", "width", "layers", "head_width"))
+        require(
+            self.image_size % self.patch_size == 0,
+            "model.vision.patch_size",
+            self.patch_size,
+            f"a divisor of model.vision.image_size = {self.image_size}",
+        )
+        require(
+            self.width % self.head_width == 0,
+            "model.vision.head_width",
+            self.head_width,
+            f"a divisor of model.vision.width = {self.width}",
+        )
+
+
+@dataclass
+class TextConfig:
+    """Text tower by sizes; with model.name given only `architecture: bert` uses them."""
+
+    architecture: Literal["clip", "bert"] = "clip"
+    """clip: CLIP's causal transformer; bert: transformers' BERT, bidirectional."""
+    width: int = 192
+    """Width of the transformer."""
+    layers: int = 3
+    """Number of transformer layers."""
+    heads: int = 6
+    """Number of attention heads."""
+    dropout: float = 0.0
+    """Dropout of BERT; CLIP's transformer has none."""
+
+    def __post_init__(self):
+        require_counts("model.text", self, ("width", "layers", "heads"))
+        require(0 <= self.dropout < 1, "model.text.dropout", self.dropout, "from 0 to below 1")
+        require(
+            self.width % self.heads == 0,
+            "model.text.heads",
+            self.heads,
+            f"a divisor of model.text.width = {self.width}",
+        )
+
+
+@dataclass
+class ModelConfig:
+    name: str | None = None
+    """An open_clip architecture (RN50, ViT-B-32, …); null builds the towers from the sizes below."""
+    pretrained: str | None = None
+    """open_clip tag of pretrained weights, or a local safetensors or weights file; needs model.name."""
+    embed_dim: int = 128
+    """Dimension of the shared embedding; an architecture by name has its own."""
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    """Image tower by sizes."""
+    text: TextConfig = field(default_factory=TextConfig)
+    """Text tower by sizes."""
+    independent_head: Literal["linear", "attention_pool"] = "linear"
+    """Head of the independent embedding: linear on the pooled output, or (CLIP ResNets) its own attention pooling."""
+    logit_scale_init: float = 2.6592600369327779
+    """Initial log of the logit scale, ln(1 / tau); ln(1 / 0.07) by default."""
+    logit_scale_max: float = 4.6051701859880918
+    """Largest log of the logit scale; the smallest is 0."""
+
+    def __post_init__(self):
+        require(self.embed_dim >= 1, "model.embed_dim", self.embed_dim, "at least 1")
+        require(
+            self.name is not None or self.pretrained is None,
+            "model.pretrained",
+            self.pretrained,
+            "needs model.name, the architecture the weights belong to",
+        )
+        require(
+            0 <= self.logit_scale_init <= self.logit_scale_max,
+            "model.logit_scale_init",
+            self.logit_scale_init,
+            f"from 0 to model.logit_scale_max = {self.logit_scale_max}",
+        )

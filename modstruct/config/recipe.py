@@ -1,0 +1,52 @@
+"""A whole run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from modstruct.config.checks import refuse
+from modstruct.config.data import DataConfig, TokenizerConfig, ViewsConfig
+from modstruct.config.fusion import FusionConfig
+from modstruct.config.losses import FUSION_LOSSES, LossesConfig
+from modstruct.config.model import ModelConfig
+from modstruct.config.training import CheckpointConfig, EvaluationConfig, LoggingConfig, OptimizerConfig, TrainConfig
+
+
+@dataclass
+class Recipe:
+    """A whole run."""
+
+    output: str = "runs/scenes"
+    """Folder for checkpoints, TensorBoard log, metrics and exported weights."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """What is read."""
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    """How text becomes ids."""
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+    """The views of pictures and captions."""
+    framework: Literal["two_tower", "fusion"] = "two_tower"
+    """two_tower: CLIP's, described by `model`; fusion: ALBEF's, described by `fusion`."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The two towers."""
+    fusion: FusionConfig = field(default_factory=FusionConfig)
+    """The fusion model."""
+    losses: LossesConfig = field(default_factory=LossesConfig)
+    """The objective."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW and its schedule."""
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=1000))
+    """Length, batch, precision, seed."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """What is measured."""
+    checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """What is kept."""
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    """What is written down."""
+
+    def __post_init__(self):
+        wrong = [name for name in FUSION_LOSSES if getattr(self.losses, name).weight > 0]
+        if self.framework == "two_tower":
+            remedy = "two towers have no fusion encoder, momentum encoders or queue: set it to 0, or framework: fusion"
+            for name in wrong:
+                refuse(f"losses.{name}.weight", getattr(self.losses, name).weight, remedy)

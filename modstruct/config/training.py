@@ -1,0 +1,140 @@
+"""How a run learns, what it measures, keeps and writes down."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import inf
+from typing import Literal
+
+from modstruct.config.checks import require
+from modstruct.config.losses import Precision
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW; no decay on norms, biases and the logit scale."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """Decay rates of the moments."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up."""
+    initial_learning_rate: float = 0.0
+    """Learning rate that the warm-up starts from."""
+    final_learning_rate: float = 0.0
+    """Learning rate that the cosine ends at."""
+    clip_norm: float = 0.0
+    """Largest norm of the gradient; 0 does not clip."""
+
+    def __post_init__(self):
+        require(0 < self.learning_rate < inf, "optimizer.learning_rate", self.learning_rate, "above 0 and finite")
+        require(
+            0 <= self.final_learning_rate <= self.learning_rate,
+            "optimizer.final_learning_rate",
+            self.final_learning_rate,
+            f"from 0 to optimizer.learning_rate = {self.learning_rate}",
+        )
+        require(
+            0 <= self.initial_learning_rate <= self.learning_rate,
+            "optimizer.initial_learning_rate",
+            self.initial_learning_rate,
+            f"from 0 to optimizer.learning_rate = {self.learning_rate}",
+        )
+        require(all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "two numbers in [0, 1)")
+        require(0 < self.eps < inf, "optimizer.eps", self.eps, "above 0 and finite")
+        require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "0 or more")
+        require(0 <= self.weight_decay < inf, "optimizer.weight_decay", self.weight_decay, "0 or more, and finite")
+        require(self.clip_norm >= 0, "optimizer.clip_norm", self.clip_norm, "0 (no clipping) or more")
+
+
+@dataclass
+class TrainConfig:
+    global_batch: int = 256
+    """Pairs a step takes, over all processes; a multiple of the number of processes."""
+    micro_batch: int | None = None
+    """Pairs that a process embeds at once, if it has more: the gradient cache makes the same step of them in the memory
+    of so many, for one more forward pass. null embeds all that a process has."""
+    steps: int | None = None
+    """Length of the run in steps; give this or train.epochs."""
+    epochs: float | None = None
+    """Length of the run in passes over the training source; give this or train.steps."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """What the towers compute in; losses are always float32. fp16 needs a GPU."""
+    activation_checkpointing: bool = False
+    """Keep the input of each layer of the towers alone, and compute what lies inside anew for the backward pass: less
+    memory for a third more work, the same gradient."""
+    compile: bool = False
+    """Compile the towers by torch.compile (inductor): minutes at the start, faster steps. ZeRO stages 0 to 2."""
+    pairwise_precision: Precision = "tf32"
+    """What the losses' products of embeddings are formed from on a GPU; sums are float32. The CPU takes float32."""
+    seed: int = 0
+    """Seed of the weights, the order of data, the views and every draw."""
+    max_skipped_steps: int = 10
+    """Steps in a row that may be skipped for a non-finite loss or gradient before the run stops."""
+    hang_timeout_minutes: float = 30.0
+    """Time after which a run on several processes ends, and names those that do not arrive: without a sign of life, or
+    without a step while it trains (checkpoints and measurements may take longer). 0 waits for ever."""
+
+    def __post_init__(self):
+        require(self.global_batch >= 1, "train.global_batch", self.global_batch, "at least 1")
+        fits = self.micro_batch is None or self.micro_batch >= 1
+        require(fits, "train.micro_batch", self.micro_batch, "at least 1, or null")
+        require(
+            (self.steps is None) != (self.epochs is None),
+            "train.steps",
+            self.steps,
+            f"give exactly one of train.steps and train.epochs (= {self.epochs!r}), null for the other",
+        )
+        require(self.steps is None or self.steps >= 1, "train.steps", self.steps, "at least 1")
+        require(self.epochs is None or 0 < self.epochs < inf, "train.epochs", self.epochs, "above 0 and finite")
+        require(self.max_skipped_steps >= 0, "train.max_skipped_steps", self.max_skipped_steps, "0 or more")
+        patience = self.hang_timeout_minutes
+        require(0 <= patience < inf, "train.hang_timeout_minutes", patience, "0 (never) or more, and finite")
+
+
+@dataclass
+class EvaluationConfig:
+    every_steps: int = 0
+    """Measure the validation source every so many steps; 0 at the end only."""
+    batch: int = 256
+    """Samples embedded at once by each process."""
+    recall_at: list[int] = field(default_factory=lambda: [1, 5, 10])
+    """The K of recall at K."""
+    top_k: list[int] = field(default_factory=lambda: [1, 3, 5])
+    """The k of zero-shot top-k accuracy."""
+
+    def __post_init__(self):
+        require(self.every_steps >= 0, "evaluation.every_steps", self.every_steps, "0 or more")
+        require(self.batch >= 1, "evaluation.batch", self.batch, "at least 1")
+        for name in ("recall_at", "top_k"):
+            values = getattr(self, name)
+            require(bool(values) and all(k >= 1 for k in values), f"evaluation.{name}", values, "numbers of at least 1")
+
+
+@dataclass
+class CheckpointConfig:
+    every_steps: int = 500
+    """Save every so many steps (and at the end, and on SIGTERM); 0 at the end only."""
+    keep_last: int = 2
+    """Checkpoints kept, besides the best by validation R@1."""
+
+    def __post_init__(self):
+        require(self.every_steps >= 0, "checkpoints.every_steps", self.every_steps, "0 or more")
+        require(self.keep_last >= 1, "checkpoints.keep_last", self.keep_last, "at least 1")
+
+
+@dataclass
+class LoggingConfig:
+    every_steps: int = 10
+    """Write the terms, gradient norm, throughput and memory to TensorBoard every so many steps."""
+    images: int = 16
+    """Text-image pairs in the example grids in TensorBoard; 0 for none."""
+
+    def __post_init__(self):
+        require(self.every_steps >= 1, "logging.every_steps", self.every_steps, "at least 1")
+        require(self.images >= 0, "logging.images", self.images, "0 or more")

@@ -1,0 +1,35 @@
+"""Masked language modelling of the fusion model: the blanks of a caption, found with the picture's help (ALBEF's MLM)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from modstruct.config import MaskedLanguageConfig, Precision
+from modstruct.embeddings import FusionOutputs
+from modstruct.losses.matching import mean_over_labelled
+from modstruct.losses.queue_contrast import ramped
+
+
+class MaskedLanguage:
+    """L_MLM of Li et al. 2021, equations 3 and 7, mean over all blanks of the global batch:
+
+    (1 - alpha) CE(y, p) + alpha CE(p_m, p), p being softmax of the logits and p_m the momentum model's.
+    """
+
+    needs = frozenset({"masked_logits", "masked_logits_momentum", "masked_labels"})
+
+    def __init__(self, config: MaskedLanguageConfig, precision: Precision = "float32", epoch_steps: int = 0):
+        self.alpha = config.alpha
+        self.ramp_steps = epoch_steps if config.ramp_steps is None else config.ramp_steps
+
+    def __call__(self, outputs: FusionOutputs, step: int, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, a scalar, and its terms: against the right words, and against the momentum model."""
+        alpha = ramped(self.alpha, step, self.ramp_steps)
+        labels, logits = outputs.masked_labels, outputs.masked_logits
+        targets = outputs.masked_logits_momentum.detach().softmax(dim=-1)
+        terms = {
+            "words": mean_over_labelled(F.cross_entropy(logits, labels, reduction="none"), labels),
+            "momentum": mean_over_labelled(F.cross_entropy(logits, targets, reduction="none"), labels),
+        }
+        return (1 - alpha) * terms["words"] + alpha * terms["momentum"], terms

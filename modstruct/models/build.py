@@ -1,0 +1,47 @@
+"""The model that a recipe describes, of either framework."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import nn
+
+from modstruct.config import Recipe
+from modstruct.data.tokenizers import Tokenizer
+from modstruct.losses.objective import Objective
+
+
+def build_model(recipe: Recipe, tokenizer: Tokenizer, objective: Objective, read_weights: bool = True) -> nn.Module:
+    """Two towers or the fusion model. objective: decides about independent heads and what else is made of a batch.
+
+    read_weights: False leaves the pretrained files that the recipe names unread, since a checkpoint's weights follow.
+    Every framework's model has `outputs`, the type that its results fill; `batch_fields`, the extra fields of a batch
+    (data/loader.py) that it trains on; `logit_scale` and `logit_scale_range`, the limits of its log; `trunks()`, the
+    parts that models/execution.py compiles or recomputes.
+    """
+    if recipe.framework == "fusion":
+        from modstruct.models.fusion.backbone import without_files
+        from modstruct.models.fusion.pretraining import FusionModel
+
+        described = recipe if read_weights else replace(recipe, fusion=without_files(recipe.fusion))
+        return FusionModel(described, tokenizer, objective)
+    from modstruct.models.two_tower import TwoTower
+
+    config = recipe.model if read_weights else replace(recipe.model, pretrained=None)
+    model = TwoTower(config, recipe.views, tokenizer, objective.independent)
+    model.batch_fields = objective.views
+    return model
+
+
+def image_size(recipe: Recipe) -> int:
+    """Side in pixels of the square picture that the model takes."""
+    if recipe.framework == "fusion":
+        return recipe.fusion.vision.image_size
+    from modstruct.models import towers
+
+    return towers.image_size(recipe.model)
+
+
+def log_scale_range(recipe: Recipe) -> tuple[float, float]:
+    """Limits of the log of the logit scale."""
+    return recipe.fusion.log_scale_range if recipe.framework == "fusion" else (0.0, recipe.model.logit_scale_max)

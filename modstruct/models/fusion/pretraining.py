@@ -1,0 +1,207 @@
+"""The fusion model in pre-training: encoders, heads, momentum copies and queues, and what the losses need of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from modstruct import distributed
+from modstruct.config import Recipe
+from modstruct.data.tokenizers import Tokenizer
+from modstruct.embeddings import FusionOutputs
+from modstruct.losses.objective import Objective
+from modstruct.models.fusion.backbone import Backbone
+from modstruct.models.fusion.bert import LanguageHead, initialise
+from modstruct.models.fusion.momentum import FeatureQueue, Momentum
+from modstruct.models.fusion.negatives import NONE, hard_negatives
+from modstruct.models.fusion.published import MOMENTUM, QUEUE
+from modstruct.models.two_tower import Clamp
+
+TRAINING_FIELDS = frozenset({"text_masked", "masked_labels", "image_id", "text_id", "slot"})
+AT_ONCE = 32
+"""Parameters that are made whole together at ZeRO stage 3, about two layers' worth.
+"""
+IGNORED = -100
+"""Label of what a cross entropy leaves out."""
+
+
+class FusionModel(nn.Module):
+    """ALBEF's pre-training model (Li et al. 2021, sections 3.1 to 3.3), with independent heads on request.
+
+    Called with pictures or texts it embeds them; with all TRAINING_FIELDS too, it makes everything that the objective
+    asks for. `momentum` and `queue` are no weights of it: see momentum.py.
+    """
+
+    outputs = FusionOutputs
+
+    def __init__(self, recipe: Recipe, tokenizer: Tokenizer, objective: Objective):
+        super().__init__()
+        config = recipe.fusion
+        self.backbone = Backbone(config, recipe.views, tokenizer)
+        self.embed_dim = config.embed_dim
+        widths = {"image": self.backbone.image_width, "text": self.backbone.text_width}
+        self.image_head, self.text_head = (nn.Linear(width, config.embed_dim) for width in widths.values())
+        self.matching_head = nn.Linear(widths["text"], 2)
+        self.language_head = LanguageHead(self.backbone.bert)
+        for head in (self.image_head, self.text_head, self.matching_head, self.language_head):
+            initialise(head)
+        # After all shared weights, so that they do not depend on what the losses need.
+        self.independent = objective.independent
+        if self.independent:
+            self.image_independent_head = nn.Linear(widths["image"], config.embed_dim, bias=False)
+            self.text_independent_head = nn.Linear(widths["text"], config.embed_dim, bias=False)
+        self.logit_scale_range = config.log_scale_range
+        self.logit_scale = nn.Parameter(-torch.tensor([config.temperature_init]).log())
+        self.matches = "matching" in objective.weights
+        self.fills_blanks = "masked_language" in objective.weights
+        self.negatives = recipe.losses.matching.negatives
+        self.seed = recipe.train.seed
+        self._outside = [Momentum(self, config.momentum), FeatureQueue(config.queue, config.embed_dim)]
+        self.batch_fields = TRAINING_FIELDS
+
+    @property
+    def momentum(self) -> Momentum:
+        return self._outside[0]
+
+    @property
+    def queue(self) -> FeatureQueue:
+        return self._outside[1]
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """batch: any of image (B, 3, H, W) uint8 and text (B, L) ids, and for training all TRAINING_FIELDS as well.
+
+        Returns the fields of FusionOutputs that the batch allows, float32; a plain dict, because ZeRO-3 looks for the
+        tensors whose gradients it must wait for in dicts and tuples only.
+        """
+        made = {"logit_scale": Clamp.apply(self.logit_scale.float(), *self.logit_scale_range).exp()}
+        training = batch.keys() >= TRAINING_FIELDS
+        image = text = blanked = None
+        if "image" in batch:
+            image = self.backbone.encode_image(batch["image"])
+            made |= self.embed("image", image[:, 0])
+        if "text" in batch:
+            text, blanked = self._encode_texts(self.backbone, batch, training and self.fills_blanks)
+            made |= self.embed("text", text[:, 0])
+        if not training:
+            return made
+        made |= self._momentum_outputs(batch)
+        if self.matches:
+            made |= self._matching(batch, image, text, made)
+        if self.fills_blanks:
+            logits, labels = self._fill_blanks(self, batch, image, blanked)
+            made |= {"masked_logits": logits, "masked_labels": labels}
+        return made
+
+    def trunks(self) -> dict[str, nn.Module]:
+        """The three encoders."""
+        return {name: getattr(self.backbone, name) for name in ("image", "text", "fusion")}
+
+    def embed(self, modality: str, summary: Tensor) -> dict[str, Tensor]:
+        """Shared and independent embeddings, (B, D) float32 of unit norm, of the first tokens (B, width)."""
+        heads = {modality: getattr(self, f"{modality}_head")}
+        if self.independent:
+            heads[f"{modality}_independent"] = getattr(self, f"{modality}_independent_head")
+        return {name: F.normalize(head(summary).float(), dim=-1) for name, head in heads.items()}
+
+    def match(self, text: Tensor, mask: Tensor, image: Tensor) -> Tensor:
+        """Logits (B, 2), not matching and matching, of text tokens with their mask against image tokens, row by row."""
+        return self.matching_head(self.backbone.fuse(text, mask, image)[:, 0]).float()
+
+    def _encode_texts(
+        self, backbone: Backbone, batch: dict[str, Tensor], blanked: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Tokens of the captions and, in the same pass, of the captions with blanks."""
+        if not blanked:
+            return backbone.encode_text(batch["text"]), None
+        plain, with_blanks = backbone.encode_text(torch.cat([batch["text"], batch["text_masked"]])).chunk(2)
+        return plain, with_blanks
+
+    def _fill_blanks(
+        self, model: FusionModel, batch: dict[str, Tensor], image: Tensor, blanked: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Logits (M, vocabulary) over the words and the right ids (M,), at the M blanks of these rows."""
+        hidden = model.backbone.fuse(blanked, self.backbone.mask(batch["text"]), image)
+        blanks = batch["masked_labels"] != IGNORED
+        logits = model.language_head(hidden[blanks], model.backbone.words.word_embeddings)
+        return logits.float(), batch["masked_labels"][blanks]
+
+    @torch.no_grad()
+    def _momentum_outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The momentum model's embeddings, which are the augmented views, its logits at the blanks, and the queues."""
+        copy: FusionModel = self.momentum.module
+        half = self.logit_scale.dtype
+        with torch.autocast(batch["image"].device.type, half, enabled=half != torch.float32):
+            image = copy.backbone.encode_image(batch["image"])
+            text, blanked = self._encode_texts(copy.backbone, batch, self.fills_blanks)
+            own = copy.embed("image", image[:, 0]) | copy.embed("text", text[:, 0])
+            made = {f"{name}_augmented": rows for name, rows in own.items()}
+            if self.fills_blanks:
+                made["masked_logits_momentum"], _ = self._fill_blanks(copy, batch, image, blanked)
+        filled = self.queue.filled
+        made |= {"image_queue": self.queue.image[:filled], "text_queue": self.queue.text[:filled]}
+        return made | {"pair_ids": batch["image_id"], "queue_ids": self.queue.ids[:filled]}
+
+    def _matching(
+        self, batch: dict[str, Tensor], image: Tensor, text: Tensor, made: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Logits (3 B, 2) of the pairs, of each text with a wrong picture, of each picture with a wrong text; labels."""
+        drawn_by = (batch["image_id"], batch["text_id"], batch["slot"], self.seed)
+        ids, scale = drawn_by[:2], made["logit_scale"]
+        mine = torch.arange(len(image), device=image.device) + distributed.rank() * len(image)
+
+        def negative(rows: str, candidates: str) -> tuple[Tensor, Tensor]:
+            found = hard_negatives(
+                made[rows], made[f"{candidates}_augmented"], scale, *ids, *drawn_by[2:], candidates, self.negatives
+            )
+            return torch.where(found == NONE, mine, found), found != NONE
+
+        picture_of, has_picture = negative("text", "image")
+        text_of, has_text = negative("image", "text")
+        mask = self.backbone.mask(batch["text"])
+        wrong_images = distributed.exchange_rows(image, picture_of)
+        wrong_texts = distributed.exchange_rows(text, text_of)
+        wrong_mask = distributed.exchange_rows(mask.to(torch.uint8), text_of).bool()
+        logits = self.match(
+            torch.cat([text, text, wrong_texts]),
+            torch.cat([mask, mask, wrong_mask]),
+            torch.cat([image, wrong_images, image]),
+        )
+        right = torch.ones_like(mine)
+        wrong = [torch.where(has, torch.zeros_like(mine), IGNORED) for has in (has_picture, has_text)]
+        return {"matching_logits": logits, "matching_labels": torch.cat([right, *wrong])}
+
+    def follow(
+        self, outputs: FusionOutputs, batch: dict[str, Tensor], whole: Callable[..., AbstractContextManager]
+    ) -> None:
+        """After an optimizer step: the momentum weights follow, and the queue takes the batch's momentum embeddings.
+
+        whole: context in which the parameters given to it are whole on this process (ZeRO stage 3 has spread them).
+        Collective.
+        """
+        named = [(name, weight) for name, weight in self.named_parameters() if name != "logit_scale"]
+        for first in range(0, len(named), AT_ONCE):
+            some = dict(named[first : first + AT_ONCE])
+            with whole(some.values()):
+                self.momentum.follow(some)
+        rows = (outputs.image_augmented, outputs.text_augmented, batch["image_id"].to(outputs.image.device))
+        self.queue.push(*(distributed.gather(row.detach()) for row in rows))
+
+    def outside_state(self) -> dict[str, Tensor]:
+        """Momentum weights and queues by name; the same on every process."""
+        state = {f"{MOMENTUM}{name}": value for name, value in self.momentum.state().items()}
+        return state | {f"{QUEUE}{name}": value for name, value in self.queue.state().items()}
+
+    def load_outside_state(self, state: dict[str, Tensor]) -> None:
+        def under(prefix: str) -> dict[str, Tensor]:
+            return {n.removeprefix(prefix): value for n, value in state.items() if n.startswith(prefix)}
+
+        self.momentum.load(under(MOMENTUM))
+        self.queue.load(under(QUEUE))
+
+    def outside_to(self, device: torch.device) -> None:
+        self.momentum.to(device)
+        self.queue.to(device)
