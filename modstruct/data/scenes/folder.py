@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -52,9 +53,7 @@ def ensure_scenes(config: ScenesConfig, cache: Path | str, image_size: int) -> S
     day. Raises ValueError, naming data.cache, if the cache cannot be written or its disk is full.
     """
     cache = Path(cache).expanduser().absolute()
-    require(
-        image_size >= SMALLEST_IMAGE, "model.vision.image_size", image_size, f"at least {SMALLEST_IMAGE} for scenes"
-    )
+    require_drawable(image_size)
     require(
         not set(PATTERN_CHARACTERS) & set(str(cache)),
         "data.cache",
@@ -62,28 +61,45 @@ def ensure_scenes(config: ScenesConfig, cache: Path | str, image_size: int) -> S
         f"shards are named by patterns: choose a path without the characters {PATTERN_CHARACTERS}",
     )
     folder = scenes_folder(config, cache, image_size)
-    if not folder.is_dir():
-        try:
-            with locked(cache / f"{folder.name}.lock"):
-                if not folder.is_dir():
-                    _write_folder(folder, config, image_size)
-        except OSError as error:
-            total = sum(split_size(config, split) for split in SPLITS)
-            remedy = f"{total:,} scenes cannot be written there ({error}); make room, or name a folder you may write to"
-            refuse("data.cache", str(cache), remedy)
+    total = sum(split_size(config, split) for split in SPLITS)
+    ensure_folder(folder, lambda part: write_scenes(part, config, image_size), f"{total:,} scenes")
     patterns = {split: str(folder / shard_pattern(split, split_size(config, split))) for split in SPLITS}
     return ScenesPaths(**patterns, zero_shot=str(folder / "zero_shot.yaml"))
 
 
-def _write_folder(folder: Path, config: ScenesConfig, image_size: int) -> None:
+def require_drawable(image_size: int) -> None:
+    """Refuse pictures too small to show anything."""
+    require(
+        image_size >= SMALLEST_IMAGE, "model.vision.image_size", image_size, f"at least {SMALLEST_IMAGE} for scenes"
+    )
+
+
+def ensure_folder(folder: Path, write: Callable[[Path], None], what: str) -> None:
+    """Have `write` fill the folder if it is not there; it is then complete, as `ensure_scenes` describes.
+
+    write: fills an empty folder and returns when all is on the disk. what: what it writes, for messages ("26,000
+    scenes"). Raises ValueError, naming data.cache, if the folder cannot be written.
+    """
+    if folder.is_dir():
+        return
+    try:
+        with locked(folder.parent / f"{folder.name}.lock"):
+            if not folder.is_dir():
+                _write_folder(folder, write, what)
+    except OSError as error:
+        remedy = f"{what} cannot be written there ({error}); make room, or name a folder you may write to"
+        refuse("data.cache", str(folder.parent), remedy)
+
+
+def _write_folder(folder: Path, write: Callable[[Path], None], what: str) -> None:
     """Write beside, sync, rename. The caller holds the lock, but on some network file systems that keeps nobody out."""
     _remove_stale(folder)
     # The process number alone may occur on two hosts that share the cache.
     part = folder.with_name(f"{folder.name}.{os.getpid()}-{os.urandom(4).hex()}.part")
     part.mkdir()
-    print(f"Built-in data: drawing the scenes once, into {folder}", file=sys.stderr, flush=True)
+    print(f"Built-in data: drawing {what} once, into {folder}", file=sys.stderr, flush=True)
     try:
-        write_scenes(part, config, image_size)
+        write(part)
         sync_folder(part)
         try:
             os.rename(part, folder)

@@ -53,15 +53,20 @@ def shard_pattern(split: str, samples: int) -> str:
     return f"{split}-{{000000..{last:06d}}}.tar" if last else f"{split}-000000.tar"
 
 
+def as_jpeg(scene: Scene, image_size: int) -> bytes:
+    """The picture of a scene as a JPEG file; equal arguments give equal bytes."""
+    picture = io.BytesIO()
+    draw(scene, image_size).save(picture, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    return picture.getvalue()
+
+
 def as_sample(scene: Scene, text: str, split: str, index: int, image_size: int) -> dict[str, Any]:
     """One sample as webdataset takes it; equal arguments give equal bytes."""
     key = f"{split}-{index:09d}"
-    picture = io.BytesIO()
-    draw(scene, image_size).save(picture, "JPEG", quality=JPEG_QUALITY, subsampling=0)
     about = {"key": key, "split": split, "index": index, "caption": text, "width": image_size, "height": image_size}
     return {
         "__key__": key,
-        "jpg": picture.getvalue(),
+        "jpg": as_jpeg(scene, image_size),
         "txt": text.encode(),
         "json": json.dumps(about | scene.record()).encode(),
     }

@@ -29,7 +29,7 @@ def split_of(scene: Scene) -> str:
     return SPLIT_OF_DIGIT[digit % 10]
 
 
-def scenes(seed: int, split: str) -> Iterator[tuple[Scene, str]]:
+def scenes(seed: int | str, split: str) -> Iterator[tuple[Scene, str]]:
     """Endless (scene, caption) of one split.
 
     Sample i is a function of (seed, split, i), however many samples are taken. In validation and test neither a
