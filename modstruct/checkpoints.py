@@ -197,25 +197,25 @@ def _require_same(expected: dict[str, Tensor], given: dict[str, Tensor], path: P
 
 
 def read_best(output: str | Path) -> dict | None:
-    """{"checkpoint": folder name, "recall_at_1": …} of the best checkpoint of a run by validation; None without one."""
+    """{"checkpoint": folder name, "score": …} of the best checkpoint of a run by validation; None without one."""
     try:
         best = json.loads((folder(output) / "best.json").read_bytes())
-        name, recall = best["checkpoint"], best["recall_at_1"]
+        name, score = best["checkpoint"], best["score"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     # A name and no path: it must not lead out of the run.
-    if not isinstance(name, str) or not _COMPLETE.fullmatch(name) or not isinstance(recall, (int, float)):
+    if not isinstance(name, str) or not _COMPLETE.fullmatch(name) or not isinstance(score, (int, float)):
         return None
     return best if (folder(output) / name).is_dir() else None
 
 
-def note_recall(path: Path, recall: float) -> bool:
-    """Make the checkpoint `path` the best of its run if its validation R@1 is above the best so far; say whether."""
+def note_score(path: Path, score: float) -> bool:
+    """Make the checkpoint `path` the best of its run if its validation score (R@1, or a task's accuracy) is above the best so far; say whether."""
     best = read_best(path.parents[1])
-    if best and best["recall_at_1"] >= recall:
+    if best and best["score"] >= score:
         return False
     with written_aside(path.with_name("best.json")) as file:
-        file.write(json.dumps({"checkpoint": path.name, "recall_at_1": recall}).encode())
+        file.write(json.dumps({"checkpoint": path.name, "score": score}).encode())
     return True
 
 

@@ -50,3 +50,19 @@ class FusionOutputs(Embeddings):
     """(M, vocabulary), the momentum model's."""
     masked_labels: Tensor | None = None
     """(M,) int64, the right ids."""
+
+
+@dataclass
+class TaskOutputs:
+    """What a downstream model makes of a process's entries; R rows of C classes, several of an entry where it has them."""
+
+    logits: Tensor
+    """(R, C)."""
+    labels: Tensor
+    """(R,) int64."""
+    entries: Tensor
+    """(1,) int64, this process's entries."""
+    logits_momentum: Tensor | None = None
+    """(R, C), the momentum model's, without gradient."""
+    weights: Tensor | None = None
+    """(R,) float32; None for one each."""

@@ -6,6 +6,7 @@ A value that cannot work is refused here, by the name of its field, before anyth
 
 from modstruct.config.checks import RunError, refuse, require
 from modstruct.config.data import DataConfig, ScenesConfig, Source, TokenizerConfig, ViewsConfig
+from modstruct.config.finetune import FinetuneRecipe, TaskConfig, TaskDataConfig, TaskEvaluationConfig, TaskFiles, TaskName
 from modstruct.config.fusion import FusionConfig, FusionTextConfig, FusionVisionConfig
 from modstruct.config.losses import (
     FUSION_LOSSES,
@@ -24,6 +25,12 @@ from modstruct.config.recipe import Recipe
 from modstruct.config.training import CheckpointConfig, EvaluationConfig, LoggingConfig, OptimizerConfig, TrainConfig
 
 __all__ = [
+    "FinetuneRecipe",
+    "TaskConfig",
+    "TaskDataConfig",
+    "TaskEvaluationConfig",
+    "TaskFiles",
+    "TaskName",
     "FUSION_LOSSES",
     "BridgeConfig",
     "CheckpointConfig",

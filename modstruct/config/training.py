@@ -121,7 +121,7 @@ class CheckpointConfig:
     every_steps: int = 500
     """Save every so many steps (and at the end, and on SIGTERM); 0 at the end only."""
     keep_last: int = 2
-    """Checkpoints kept, besides the best by validation R@1."""
+    """Checkpoints kept, besides the best by validation (R@1, or a task's accuracy)."""
 
     def __post_init__(self):
         require(self.every_steps >= 0, "checkpoints.every_steps", self.every_steps, "0 or more")

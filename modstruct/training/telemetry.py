@@ -80,10 +80,12 @@ class Telemetry:
         scalars = {"loss/total": loss} | {f"loss/{name}": value.item() for name, value in report.terms.items()}
         scalars |= {
             "train/learning_rate": learning_rate,
-            "train/logit_scale": report.embeddings.logit_scale.item(),
             "train/samples_per_second": rate,
             "memory/process_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         }
+        scale = getattr(report.embeddings, "logit_scale", None)
+        if scale is not None:
+            scalars["train/logit_scale"] = scale.item()
         scalars |= {f"seconds/{phase}": value for phase, value in seconds.items()}
         if report.gradient_norm is not None:
             scalars["train/gradient_norm"] = float(report.gradient_norm)

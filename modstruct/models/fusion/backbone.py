@@ -40,6 +40,10 @@ class Backbone(nn.Module):
     def text_width(self) -> int:
         return self.bert.hidden_size
 
+    def trunks(self) -> dict[str, nn.Module]:
+        """The three encoders."""
+        return {"image": self.image, "text": self.text, "fusion": self.fusion}
+
     def mask(self, ids: Tensor) -> Tensor:
         """True where ids are no padding."""
         return ids != self.padding_id

@@ -7,9 +7,17 @@ average stands still, and spread them over the processes. Every process holds th
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
+
+MOMENTUM = "momentum."
+"""Before the names of momentum weights in a checkpoint."""
+AT_ONCE = 32
+"""Parameters that are made whole together at ZeRO stage 3, about two layers' worth."""
+Whole = Callable[[Iterable[nn.Parameter]], AbstractContextManager]
 
 
 class Momentum:
@@ -38,6 +46,47 @@ class Momentum:
 
     def load(self, state: dict[str, Tensor]) -> None:
         self.module.load_state_dict(state)
+
+
+class FollowedModel(nn.Module):
+    """A model with a momentum copy of itself, made by `start_momentum` at the end of its construction."""
+
+    batch_fields: frozenset[str] = frozenset()
+    """Extra fields of a batch that it trains on."""
+
+    def start_momentum(self, share: float) -> None:
+        # In a list, so that torch does not take it for a part of this module.
+        self._outside = [Momentum(self, share)]
+
+    @property
+    def momentum(self) -> Momentum:
+        return self._outside[0]
+
+    def follow(self, outputs: object, batch: dict[str, Tensor], whole: Whole) -> None:
+        """After an optimizer step: the momentum weights follow. Collective.
+
+        whole: context in which the parameters given to it are whole on this process (ZeRO stage 3 has spread them).
+        """
+        named = list(self.named_parameters())
+        for first in range(0, len(named), AT_ONCE):
+            some = dict(named[first : first + AT_ONCE])
+            with whole(some.values()):
+                self.momentum.follow(some)
+
+    def outside_state(self) -> dict[str, Tensor]:
+        """Momentum weights (and queues) by name; the same on every process."""
+        return {f"{MOMENTUM}{name}": value for name, value in self.momentum.state().items()}
+
+    def load_outside_state(self, state: dict[str, Tensor]) -> None:
+        self.momentum.load({n.removeprefix(MOMENTUM): v for n, v in state.items() if n.startswith(MOMENTUM)})
+
+    def outside_to(self, device: torch.device) -> None:
+        self.momentum.to(device)
+
+    def autocast(self, device: torch.device) -> AbstractContextManager:
+        """In it the momentum copy, whose weights are float32, computes in what this model computes in."""
+        half = next(self.parameters()).dtype
+        return torch.autocast(device.type, half, enabled=half != torch.float32)
 
 
 class FeatureQueue:

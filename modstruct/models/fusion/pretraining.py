@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,20 +13,17 @@ from modstruct.embeddings import FusionOutputs
 from modstruct.losses.objective import Objective
 from modstruct.models.fusion.backbone import Backbone
 from modstruct.models.fusion.bert import LanguageHead, initialise
-from modstruct.models.fusion.momentum import FeatureQueue, Momentum
+from modstruct.models.fusion.momentum import FeatureQueue, FollowedModel, Whole
 from modstruct.models.fusion.negatives import NONE, hard_negatives
-from modstruct.models.fusion.published import MOMENTUM, QUEUE
+from modstruct.models.fusion.published import QUEUE
 from modstruct.models.two_tower import Clamp
 
 TRAINING_FIELDS = frozenset({"text_masked", "masked_labels", "image_id", "text_id", "slot"})
-AT_ONCE = 32
-"""Parameters that are made whole together at ZeRO stage 3, about two layers' worth.
-"""
 IGNORED = -100
 """Label of what a cross entropy leaves out."""
 
 
-class FusionModel(nn.Module):
+class FusionModel(FollowedModel):
     """ALBEF's pre-training model (Li et al. 2021, sections 3.1 to 3.3), with independent heads on request.
 
     Called with pictures or texts it embeds them; with all TRAINING_FIELDS too, it makes everything that the objective
@@ -60,12 +54,9 @@ class FusionModel(nn.Module):
         self.fills_blanks = "masked_language" in objective.weights
         self.negatives = recipe.losses.matching.negatives
         self.seed = recipe.train.seed
-        self._outside = [Momentum(self, config.momentum), FeatureQueue(config.queue, config.embed_dim)]
         self.batch_fields = TRAINING_FIELDS
-
-    @property
-    def momentum(self) -> Momentum:
-        return self._outside[0]
+        self.start_momentum(config.momentum)
+        self._outside.append(FeatureQueue(config.queue, config.embed_dim))
 
     @property
     def queue(self) -> FeatureQueue:
@@ -98,7 +89,7 @@ class FusionModel(nn.Module):
 
     def trunks(self) -> dict[str, nn.Module]:
         """The three encoders."""
-        return {name: getattr(self.backbone, name) for name in ("image", "text", "fusion")}
+        return self.backbone.trunks()
 
     def embed(self, modality: str, summary: Tensor) -> dict[str, Tensor]:
         """Shared and independent embeddings, (B, D) float32 of unit norm, of the first tokens (B, width)."""
@@ -133,8 +124,7 @@ class FusionModel(nn.Module):
     def _momentum_outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The momentum model's embeddings, which are the augmented views, its logits at the blanks, and the queues."""
         copy: FusionModel = self.momentum.module
-        half = self.logit_scale.dtype
-        with torch.autocast(batch["image"].device.type, half, enabled=half != torch.float32):
+        with self.autocast(batch["image"].device):
             image = copy.backbone.encode_image(batch["image"])
             text, blanked = self._encode_texts(copy.backbone, batch, self.fills_blanks)
             own = copy.embed("image", image[:, 0]) | copy.embed("text", text[:, 0])
@@ -174,34 +164,19 @@ class FusionModel(nn.Module):
         wrong = [torch.where(has, torch.zeros_like(mine), IGNORED) for has in (has_picture, has_text)]
         return {"matching_logits": logits, "matching_labels": torch.cat([right, *wrong])}
 
-    def follow(
-        self, outputs: FusionOutputs, batch: dict[str, Tensor], whole: Callable[..., AbstractContextManager]
-    ) -> None:
-        """After an optimizer step: the momentum weights follow, and the queue takes the batch's momentum embeddings.
-
-        whole: context in which the parameters given to it are whole on this process (ZeRO stage 3 has spread them).
-        Collective.
-        """
-        named = [(name, weight) for name, weight in self.named_parameters() if name != "logit_scale"]
-        for first in range(0, len(named), AT_ONCE):
-            some = dict(named[first : first + AT_ONCE])
-            with whole(some.values()):
-                self.momentum.follow(some)
-        rows = (outputs.image_augmented, outputs.text_augmented, batch["image_id"].to(outputs.image.device))
-        self.queue.push(*(distributed.gather(row.detach()) for row in rows))
+    def follow(self, outputs: FusionOutputs, batch: dict[str, Tensor], whole: Whole) -> None:
+        """After an optimizer step: the momentum weights follow, the queue takes the batch's momentum embeddings."""
+        super().follow(outputs, batch, whole)
+        rows = (outputs.image_augmented, outputs.text_augmented, batch["image_id"])
+        self.queue.push(*(distributed.gather(row) for row in rows))
 
     def outside_state(self) -> dict[str, Tensor]:
-        """Momentum weights and queues by name; the same on every process."""
-        state = {f"{MOMENTUM}{name}": value for name, value in self.momentum.state().items()}
-        return state | {f"{QUEUE}{name}": value for name, value in self.queue.state().items()}
+        return super().outside_state() | {f"{QUEUE}{name}": value for name, value in self.queue.state().items()}
 
     def load_outside_state(self, state: dict[str, Tensor]) -> None:
-        def under(prefix: str) -> dict[str, Tensor]:
-            return {n.removeprefix(prefix): value for n, value in state.items() if n.startswith(prefix)}
-
-        self.momentum.load(under(MOMENTUM))
-        self.queue.load(under(QUEUE))
+        super().load_outside_state(state)
+        self.queue.load({n.removeprefix(QUEUE): value for n, value in state.items() if n.startswith(QUEUE)})
 
     def outside_to(self, device: torch.device) -> None:
-        self.momentum.to(device)
+        super().outside_to(device)
         self.queue.to(device)

@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from modstruct.config import refuse, require
 from modstruct.distributed import main_first
+from modstruct.models.fusion.momentum import MOMENTUM
 from modstruct.models.fusion.vision import interpolate_positions
 from modstruct.weight_files import read_weight_file
 
-MOMENTUM = "momentum."
-"""Before the names of momentum weights."""
 QUEUE = "queue."
 
 # ALBEF's prefixes -> ours. Its momentum copies have `_m` after the first word.

@@ -1,0 +1,54 @@
+"""A class for a picture with a text: the head of SNLI-VE."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from modstruct.config import FinetuneRecipe
+from modstruct.data.tokenizers import Tokenizer
+from modstruct.embeddings import TaskOutputs
+from modstruct.models.fusion.backbone import Backbone
+from modstruct.models.fusion.bert import initialise
+from modstruct.models.fusion.momentum import FollowedModel
+
+
+def classification_head(width: int, classes: int) -> nn.Sequential:
+    """ALBEF's head of NLVR2 and SNLI-VE, on the fused [CLS]."""
+    head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, classes))
+    initialise(head)
+    return head
+
+
+class Classifier(FollowedModel):
+    """Fused [CLS] -> classes. A momentum copy softens the labels where task.alpha is above 0."""
+
+    outputs = TaskOutputs
+
+    def __init__(self, recipe: FinetuneRecipe, tokenizer: Tokenizer, classes: int):
+        super().__init__()
+        self.backbone = Backbone(recipe.fusion, recipe.views, tokenizer)
+        self.head = classification_head(self.backbone.text_width, classes)
+        self.distils = recipe.task.alpha > 0
+        self.start_momentum(recipe.task.momentum)
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """batch: image (B, 3, H, W) uint8, text (B, L) ids, and, in training, label (B,). Returns TaskOutputs' fields."""
+        made = {"logits": self.classify(batch)}
+        if "label" not in batch:
+            return made
+        made |= {"labels": batch["label"], "entries": torch.tensor([len(batch["label"])], device=batch["label"].device)}
+        if self.distils:
+            with torch.no_grad(), self.autocast(batch["text"].device):
+                made["logits_momentum"] = self.momentum.module.classify(batch)
+        return made
+
+    def classify(self, batch: dict[str, Tensor]) -> Tensor:
+        """Logits (B, classes), float32."""
+        text = self.backbone.encode_text(batch["text"])
+        image = self.backbone.encode_image(batch["image"])
+        fused = self.backbone.fuse(text, self.backbone.mask(batch["text"]), image)
+        return self.head(fused[:, 0]).float()
+
+    def trunks(self) -> dict[str, nn.Module]:
+        return self.backbone.trunks()

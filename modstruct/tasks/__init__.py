@@ -1,0 +1,14 @@
+"""Downstream tasks of the fusion model, one file each: which entries, which model, which loss, which figures."""
+
+from __future__ import annotations
+
+from modstruct.config import FinetuneRecipe
+from modstruct.data.tokenizers import Tokenizer
+from modstruct.tasks.snli_ve import SnliVe
+from modstruct.tasks.task import Task
+
+TASKS: dict[str, type[Task]] = {"snli_ve": SnliVe}
+
+
+def build_task(recipe: FinetuneRecipe, tokenizer: Tokenizer) -> Task:
+    return TASKS[recipe.task.name](recipe, tokenizer)

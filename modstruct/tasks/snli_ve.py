@@ -1,0 +1,57 @@
+"""SNLI-VE: does a picture entail a sentence, contradict it, or leave it open? (Xie et al. 2019)"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from modstruct.config import TaskFiles
+from modstruct.data.scenes.tasks.folder import SceneTaskPaths
+from modstruct.data.tasks.batches import Seed
+from modstruct.data.tasks.published_files import TaskEntries
+from modstruct.data.tasks.snli_ve import ENTAILMENT_LABELS, EntailmentPair, read_snli_ve
+from modstruct.evaluation.entailment_metrics import entailment_metrics
+from modstruct.models.fusion.classifier import Classifier
+from modstruct.tasks.task import Task
+
+
+class SnliVe(Task):
+    files = ("images", "hypotheses")
+
+    def read(self, files: TaskFiles, option: str, split: str) -> TaskEntries[EntailmentPair]:
+        leave_out = self.recipe.data.leave_out_missing
+        return read_snli_ve(files.hypotheses, files.images, option=option, leave_out_missing=leave_out)
+
+    def scene_files(self, paths: SceneTaskPaths, split: str) -> TaskFiles:
+        return TaskFiles(images=paths.snli_ve[split].images, hypotheses=paths.snli_ve[split].hypotheses)
+
+    def build_model(self) -> Classifier:
+        return Classifier(self.recipe, self.tokenizer, len(ENTAILMENT_LABELS))
+
+    def sample(
+        self, entry: EntailmentPair, picture: Callable[[Path], Image.Image], seed: Seed | None
+    ) -> dict[str, Any]:
+        made = {"image": self.picture_view(picture(entry.image), seed), "text": entry.hypothesis}
+        return made if entry.label is None else made | {"label": entry.label}
+
+    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        batch = {"image": torch.stack([s["image"] for s in samples]), "text": self.tokenizer([s["text"] for s in samples])}
+        if all("label" in sample for sample in samples):
+            batch["label"] = torch.tensor([sample["label"] for sample in samples])
+        return batch
+
+    def measure(
+        self, model: Classifier, entries: Sequence[EntailmentPair]
+    ) -> tuple[dict[str, Any], list[dict[str, str]]]:
+        said = self.predict(entries, lambda batch: model.classify(batch).argmax(dim=1).tolist(), "SNLI-VE")
+        named = [None if number is None else ENTAILMENT_LABELS[number] for number in said]
+        predictions = [{"pairID": e.pair_id, "label": label} for e, label in zip(entries, named, strict=True)]
+        return entailment_metrics(entries, said), predictions
+
+    def score(self, metrics: dict[str, Any]) -> float:
+        return metrics["accuracy"]["value"]

@@ -1,0 +1,126 @@
+"""What a downstream task is to the fine-tuning run."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from modstruct import distributed
+from modstruct.config import FinetuneRecipe, TaskFiles, refuse
+from modstruct.data.augment import Views
+from modstruct.data.faults import FaultLedger
+from modstruct.data.scenes.tasks.folder import SceneTaskPaths
+from modstruct.data.tasks.batches import EntryBatch, Seed, entry_batches
+from modstruct.data.tasks.published_files import TaskEntries
+from modstruct.data.tokenizers import Tokenizer
+from modstruct.evaluation.collect import collect_values, rounds_of
+from modstruct.losses.distillation import Distillation
+from modstruct.models.fusion.momentum import FollowedModel
+
+SPLITS = ("train", "validation", "test")
+
+
+class Task(ABC):
+    """Entries, model, objective and figures of one task. Travels to loader processes, so it holds no model."""
+
+    files: tuple[str, ...]
+    """Fields of TaskFiles that a split needs, the pictures' first."""
+
+    def __init__(self, recipe: FinetuneRecipe, tokenizer: Tokenizer):
+        self.recipe, self.tokenizer = recipe, tokenizer
+        self.views = Views(recipe.views, recipe.fusion.vision.image_size)
+
+    @abstractmethod
+    def read(self, files: TaskFiles, option: str, split: str) -> TaskEntries:
+        """The entries of a split. option: its section of the recipe, for errors. split: one of SPLITS."""
+
+    @abstractmethod
+    def scene_files(self, paths: SceneTaskPaths, split: str) -> TaskFiles:
+        """The built-in task's files of a split."""
+
+    @abstractmethod
+    def build_model(self) -> FollowedModel:
+        """The model, its weights drawn anew."""
+
+    @abstractmethod
+    def sample(self, entry: Any, picture: Callable[[Path], Image.Image], seed: Seed | None) -> dict[str, Any]:
+        """See data/tasks/batches.Composer."""
+
+    @abstractmethod
+    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """See data/tasks/batches.Composer."""
+
+    @abstractmethod
+    def measure(self, model: FollowedModel, entries: Sequence[Any]) -> tuple[dict[str, Any], Any]:
+        """Figures of a split, nested as in evaluation/report.py, and the predictions, written beside them as JSON.
+
+        Every process calls it and gets the same; ZeRO-3 needs the same number of forward passes on each.
+        """
+
+    @abstractmethod
+    def score(self, metrics: dict[str, Any]) -> float:
+        """The figure by which the best checkpoint is chosen, from 0 to 1."""
+
+    def objective(self, epoch_steps: int) -> Callable[[Any, int, int], tuple[Tensor, dict[str, Tensor]]]:
+        task = self.recipe.task
+        return Distillation(task.alpha, epoch_steps if task.ramp_steps is None else task.ramp_steps)
+
+    def entries(self, split: str, paths: SceneTaskPaths | None) -> TaskEntries | None:
+        """The entries of a split; None for one without files. paths: the built-in task, if it is wanted."""
+        files = getattr(self.recipe.data, split) if paths is None else self.scene_files(paths, split)
+        given = [name for name in self.files if getattr(files, name) is not None]
+        if not given and split != "train":
+            return None
+        for name in self.files:
+            if getattr(files, name) is None:
+                refuse(f"data.{split}.{name}", None, f"{self.recipe.task.name} needs it: give the published file")
+        return self.read(files, f"data.{split}", split)
+
+    def picture_view(self, image: Image.Image, seed: Seed | None, salt: str = "image") -> Tensor:
+        """The view of a picture that training (with a seed) or evaluation takes, (3, H, W) uint8."""
+        return self.views.evaluation_image(image) if seed is None else self.views.plain_image(image, seed(salt))
+
+    @torch.no_grad()
+    def predict(
+        self, entries: Sequence[Any], answer: Callable[[dict[str, Tensor]], list[Any]], title: str
+    ) -> list[Any]:
+        """What `answer` says of every entry, in order, on every process; None where a picture cannot be read.
+
+        answer: a batch -> one value of plain JSON kinds for each row; may be collective.
+        """
+        recipe, device = self.recipe, distributed.device()
+        batch = recipe.evaluation.batch
+        rounds = rounds_of(-(-len(entries) // batch))
+        batches = entry_batches(self, entries, recipe.data, batch)
+        ledger = FaultLedger("pictures", recipe.data.max_bad_share, distributed.rank())
+        mine: list[tuple[int, Any]] = []
+        filler: dict[str, Tensor] = {}
+        for _ in tqdm(range(rounds), desc=title, unit="batch", leave=False, disable=not distributed.is_main()):
+            some = next(batches, EntryBatch({}, []))
+            ledger.add(some.faults, len(some.numbers) + len(some.faults))
+            tensors = some.tensors or filler or self._filler(entries)
+            filler = {name: rows[:1] for name, rows in tensors.items()}
+            said = answer({name: rows.to(device) for name, rows in tensors.items()})
+            mine += zip(some.numbers, said, strict=False)
+        found = [None] * len(entries)
+        for part in collect_values({"found": mine, "bad": ledger.bad}, device):
+            for number, value in part["found"]:
+                found[number] = value
+        bad = sum(value is None for value in found)
+        ledger.check(bad, len(entries), fewest=1)
+        return found
+
+    def _filler(self, entries: Sequence[Any]) -> dict[str, Tensor]:
+        """A batch for a process that has no entry, of a grey picture."""
+
+        def grey(path: Path) -> Image.Image:
+            return Image.new("RGB", (self.views.image_size, self.views.image_size), (128, 128, 128))
+
+        return self.collate([self.sample(entries[0], grey, None)])
