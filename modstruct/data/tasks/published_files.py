@@ -21,6 +21,7 @@ LARGEST_FILE_BYTES = 2 << 30  # VQA v2's training annotations, the largest we re
 LARGEST_LINE_BYTES = 1 << 20
 LONGEST_TEXT = 10_000  # characters
 LARGEST_NUMBER = 2**63 - 1
+MEND = "download the file again, or mend the entry"
 PLAIN_NAME = re.compile(r"(?!\.)[\w.\-]{1,200}", re.ASCII)
 
 Entry = TypeVar("Entry")
@@ -89,14 +90,14 @@ class Record:
 
     def refuse(self, key: str, expected: str) -> NoReturn:
         found = f"{key} = {_shortened(self.fields[key])}" if key in self.fields else f"there is no key {key!r}"
-        raise ValueError(f"{self.where}: {found}: {expected} belongs there; download the file again, or mend the entry")
+        raise ValueError(f"{self.where}: {found}: {expected} belongs there; {MEND}")
 
     def refuse_whole(self, expected: str) -> NoReturn:
-        raise ValueError(f"{self.where}: {expected} belongs there; download the file again, or mend the entry")
+        raise ValueError(f"{self.where}: {expected} belongs there; {MEND}")
 
     def _value(self, key: str) -> Any:
         if key not in self.fields:
-            self.refuse(key, "it")
+            self.refuse(key, "one")
         return self.fields[key]
 
 
