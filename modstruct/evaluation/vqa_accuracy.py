@@ -36,11 +36,14 @@ CONTRACTED = """
     there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll
     what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's
     won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
-""".split()
+"""
 # A contraction is mended if one of its apostrophes is missing; he'll, she'd, we'd, we'll are none here, as
 # officially.
 CONTRACTIONS = {
-    word[:place] + word[place + 1 :]: word for word in CONTRACTED for place, sign in enumerate(word) if sign == "'"
+    word[:place] + word[place + 1 :]: word
+    for word in CONTRACTED.split()
+    for place, sign in enumerate(word)
+    if sign == "'"
 }
 CONTRACTIONS["somebody'd"] = "somebodyd"  # official: this one the wrong way round
 

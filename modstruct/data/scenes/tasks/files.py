@@ -6,8 +6,8 @@
     snli_ve/    snli_ve_train.jsonl, snli_ve_dev.jsonl, snli_ve_test.jsonl, flickr30k-images/1000000000.jpg
     karpathy/   dataset_coco.json, images/train2014/, images/val2014/
 
-Pictures are JPEG files, also where NLVR2 names them .png, as some of its own are. Unlike VQA's own, the test questions
-are annotated, so that they can be measured here.
+Pictures are JPEG files, also where NLVR2 names them .png, as some of its own are. Unlike VQA's own, the test
+questions are annotated, so that they can be measured here.
 """
 
 from __future__ import annotations
