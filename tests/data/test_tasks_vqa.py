@@ -99,7 +99,10 @@ def spoilt(content: dict, change) -> dict:
         (lambda c: c["questions"][1].update(image_id=-1), r"image_id = -1"),
         (lambda c: c["questions"][1].update(image_id=2**80), r"image_id = 1208925819614629174706176"),
         (lambda c: c["questions"][2].update(question=" "), r"questions\[2\]: question = ' '.*not empty"),
-        (lambda c: c["questions"][2].update(question="x" * 20_000), r"question = 'x{60}'… \(20,000 characters\): .*at most 10,000"),
+        (
+            lambda c: c["questions"][2].update(question="x" * 20_000),
+            r"question = 'x{60}'… \(20,000 characters\): .*at most 10,000",
+        ),
         (lambda c: c["questions"][2].update(question="\ud800"), r"question = '\\ud800': a text in UTF-8"),
         (lambda c: c["questions"][2].update(question_id=458752000), r"an id that no other question has"),
         (lambda c: c["questions"][2].update(question_id=5), r"question_id = 5: an id that .*annotations\.json answers"),
