@@ -1,7 +1,8 @@
 """Captions of COCO and Flickr30K in the splits of Karpathy & Fei-Fei 2015, by which retrieval is measured.
 
 Files: dataset_coco.json and dataset_flickr30k.json of https://cs.stanford.edu/people/karpathy/deepimagesent/
-(caption_datasets.zip). COCO's entries name the folder of their picture (`filepath`: train2014 or val2014), Flickr30K's do not.
+(caption_datasets.zip). COCO's entries name the folder of their picture (`filepath`: train2014 or val2014),
+Flickr30K's do not.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from modstruct.data.tasks.published_files import TaskEntries, published_file, re
 CAPTIONS_REMEDY = (
     "download caption_datasets.zip from https://cs.stanford.edu/people/karpathy/deepimagesent/ and unzip it"
 )
-IMAGES_REMEDY = "download the pictures (COCO 2014, or Flickr30K) and give the folder that holds train2014 and val2014, or the ID.jpg files"
+IMAGES_REMEDY = (
+    "download the pictures (COCO 2014, or Flickr30K) and give the folder that holds train2014 and val2014, or the "
+    "ID.jpg files"
+)
 CAPTION_KEYS = ("images", "filename", "filepath", "split", "sentences", "raw", "cocoid", "imgid")
 SPLITS = ("train", "val", "test")
 # COCO's validation pictures that are in neither val nor test. Published retrieval results, ALBEF's too, train on them
@@ -43,11 +47,11 @@ def read_karpathy(
 ) -> TaskEntries[CaptionedPicture]:
     """The pictures of a split (train, val or test) with their captions, in the order of the file; restval is train.
 
-    images: the folder that holds `filepath`/`filename`, or `filename` itself. option: the recipe's section, for errors:
-    `option`.captions and `option`.images. leave_out_missing: go without pictures that are not there.
+    images: the folder that holds `filepath`/`filename`, or `filename` itself. option: the recipe's section, for
+    errors: `option`.captions and `option`.images. leave_out_missing: go without pictures that are not there.
 
-    Raises ValueError for a file, folder or picture that is not there, a malformed entry, another split, and a split that
-    has no picture in the file.
+    Raises ValueError for a file, folder or picture that is not there, a malformed entry, another split, and a split
+    that has no picture in the file.
     """
     require(split in SPLITS, f"{option}.split", split, f"one of {', '.join(SPLITS)}")
     path = published_file(captions, f"{option}.captions", CAPTIONS_REMEDY)

@@ -1,8 +1,8 @@
 """NLVR2: is a sentence true of two photographs? (Suhr et al. 2019)
 
-Files, from https://github.com/lil-lab/nlvr (nlvr2/data): train.json, dev.json, test1.json (called test-P in papers), one
-JSON object a line. The identifier `dev-850-0-1` is split, set, pair of the set and sentence of the set; its pictures are
-`dev-850-0-img0.png` (left) and `dev-850-0-img1.png` (right), whatever format they have inside.
+Files, from https://github.com/lil-lab/nlvr (nlvr2/data): train.json, dev.json, test1.json (called test-P in papers),
+one JSON object a line. The identifier `dev-850-0-1` is split, set, pair of the set and sentence of the set; its
+pictures are `dev-850-0-img0.png` (left) and `dev-850-0-img1.png` (right), whatever format they have inside.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def read_nlvr2(
     option: the recipe's section, for errors: `option`.statements, `option`.images. leave_out_missing: go without
     statements of which a picture is not there (about 5 % of the published addresses are dead).
 
-    Raises ValueError for a file, folder or picture that is not there, a malformed entry, and an identifier that comes twice.
+    Raises ValueError for a file, folder or picture that is not there, a malformed entry, and an identifier that comes
+    twice.
     """
     path = published_file(statements, f"{option}.statements", STATEMENTS_REMEDY)
     pictures = PictureFolders(Path(images), f"{option}.images", IMAGES_REMEDY, leave_out_missing=leave_out_missing)

@@ -1,4 +1,4 @@
-"""Which of the pictures that a task names are there: each folder is listed once, no picture is looked up by itself."""
+"""Which of a task's pictures are there: each folder is listed once, no picture is looked up by itself."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ class PictureFolders:
         if len(self.missing) == len(self.asked):
             refuse(self.option, str(self.root), f"{counts}; {self.remedy}")
         if self.missing and not self.leave_out_missing:
-            refuse(self.option, str(self.root), f"{counts}; {self.remedy}, or set leave_out_missing to go without them")
+            waiver = f"{self.option.rpartition('.')[0]}.leave_out_missing"
+            refuse(self.option, str(self.root), f"{counts}; {self.remedy}, or go without them by {waiver}")
 
     def _listing(self, folder: Path) -> frozenset[str]:
         if folder not in self._listings:

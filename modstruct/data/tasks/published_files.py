@@ -21,6 +21,8 @@ LARGEST_FILE_BYTES = 2 << 30  # VQA v2's training annotations, the largest we re
 LARGEST_LINE_BYTES = 1 << 20
 LONGEST_TEXT = 10_000  # characters
 LARGEST_NUMBER = 2**63 - 1
+MEND = "download the file again, or mend the entry"
+MOST_SHOWN = 60  # characters of a value in an error
 PLAIN_NAME = re.compile(r"(?!\.)[\w.\-]{1,200}", re.ASCII)
 
 Entry = TypeVar("Entry")
@@ -89,14 +91,14 @@ class Record:
 
     def refuse(self, key: str, expected: str) -> NoReturn:
         found = f"{key} = {_shortened(self.fields[key])}" if key in self.fields else f"there is no key {key!r}"
-        raise ValueError(f"{self.where}: {found}: {expected} belongs there; download the file again, or mend the entry")
+        raise ValueError(f"{self.where}: {found}: {expected} belongs there; {MEND}")
 
     def refuse_whole(self, expected: str) -> NoReturn:
-        raise ValueError(f"{self.where}: {expected} belongs there; download the file again, or mend the entry")
+        raise ValueError(f"{self.where}: {expected} belongs there; {MEND}")
 
     def _value(self, key: str) -> Any:
         if key not in self.fields:
-            self.refuse(key, "it")
+            self.refuse(key, "one")
         return self.fields[key]
 
 
@@ -167,5 +169,7 @@ def _shortened(value: object) -> str:
     # Of a large value only the kind is shown: its repr would fill the screen, or the memory.
     if isinstance(value, (dict, list)):
         return f"a {'JSON object' if isinstance(value, dict) else 'list'} of {len(value)}"
-    text = repr(value[:60] if isinstance(value, str) else value)
-    return text if len(text) <= 70 else f"{text[:70]}…"
+    text = value if isinstance(value, str) else str(value)
+    if len(text) > MOST_SHOWN:
+        return f"{text[:MOST_SHOWN]!r}… ({len(text):,} characters)"
+    return repr(value)

@@ -1,7 +1,7 @@
 """SNLI-VE: does a picture entail a sentence, contradict it, or leave it open? (Xie et al. 2019)
 
-Files, from https://github.com/necla-ml/SNLI-VE: snli_ve_train.jsonl, snli_ve_dev.jsonl, snli_ve_test.jsonl; the pictures
-are Flickr30K's, `flickr30k-images/2407214681.jpg`.
+Files, from https://github.com/necla-ml/SNLI-VE: snli_ve_train.jsonl, snli_ve_dev.jsonl, snli_ve_test.jsonl; the
+pictures are Flickr30K's, `flickr30k-images/2407214681.jpg`.
 """
 
 from __future__ import annotations

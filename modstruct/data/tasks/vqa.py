@@ -1,7 +1,8 @@
 """VQA v2: open questions about COCO pictures, each answered by ten annotators (Goyal et al. 2017).
 
-Files, from https://visualqa.org/download.html: `v2_OpenEnded_mscoco_train2014_questions.json` and, except for the test
-splits, `v2_mscoco_train2014_annotations.json`; the pictures are COCO's, `train2014/COCO_train2014_000000000009.jpg`.
+Files, from https://visualqa.org/download.html: `v2_OpenEnded_mscoco_train2014_questions.json` and, except for the
+test splits, `v2_mscoco_train2014_annotations.json`; the pictures are COCO's,
+`train2014/COCO_train2014_000000000009.jpg`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from modstruct.data.tasks.published_files import (
 
 QUESTIONS_REMEDY = "download the questions from https://visualqa.org/download.html and unzip them"
 ANNOTATIONS_REMEDY = "download the annotations from https://visualqa.org/download.html and unzip them, or give null"
-IMAGES_REMEDY = "download the pictures from https://cocodataset.org/#download and give the folder that holds {folder}"
+IMAGES_REMEDY = (
+    "download COCO's pictures from https://cocodataset.org/#download and give the folder that holds {folder}"
+)
 ANSWERS_REMEDY = "give ALBEF's answer_list.json, or null to take the most frequent answers of the training set"
 
 QUESTION_KEYS = ("data_subtype", "questions", "question_id", "image_id", "question")
@@ -57,11 +60,11 @@ def read_vqa(
     """The questions of one split, in the order of their file.
 
     images: the folder that holds train2014, val2014 or test2015, or that folder itself; the questions file says which
-    (test-dev2015 has the pictures of test2015). option: the recipe's section, for errors: `option`.questions and so on.
-    leave_out_missing: go without questions whose picture is not there.
+    (test-dev2015 has the pictures of test2015). option: the recipe's section, for errors: `option`.questions and so
+    on. leave_out_missing: go without questions whose picture is not there.
 
-    Raises ValueError for a file, folder or picture that is not there, a malformed entry, a question id that comes twice,
-    and questions without annotation.
+    Raises ValueError for a file, folder or picture that is not there, a malformed entry, a question id that comes
+    twice, and questions without annotation.
     """
     path = published_file(questions, f"{option}.questions", QUESTIONS_REMEDY)
     content = read_json_object(path, QUESTION_KEYS)

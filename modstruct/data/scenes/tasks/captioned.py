@@ -17,8 +17,8 @@ MOST_TRIES = 50  # wordings tried for a caption that no other picture has
 def captioned_scenes(seed: int, split: str, count: int) -> list[tuple[Scene, tuple[str, ...]]]:
     """Scenes with two to five different captions; in validation and test no caption belongs to two pictures.
 
-    The scenes are like those of the shards, and like them no two of validation or test agree in all that a caption can
-    say; but they come from a stream of their own, so that fine-tuning sees other pictures than pre-training.
+    The scenes are like those of the shards, and like them no two of validation or test agree in all that a caption
+    can say; but they come from a stream of their own, so that fine-tuning sees other pictures than pre-training.
     """
     taken: set[str] = set()
     found = []

@@ -14,7 +14,7 @@ from modstruct.data.scenes.splits import split_of
 
 THING_WORDS = ("shape", "thing")
 MOST_OBJECTS = 3
-# Few objects are learned first. Of scenes with three, which are a fifth of all, half are kept, of those with four none.
+# Few objects are learned first: of scenes with three, a fifth of all, half are kept, of those with four none.
 KEPT_SHARES = {1: 1.0, 2: 1.0, 3: 0.5, 4: 0.0}
 
 Item = TypeVar("Item")
@@ -59,7 +59,7 @@ class Claim:
     number: int | None = None
 
     def holds(self, scene: Scene) -> bool:
-        """Whether a scene shows it. It shows all of its objects and its whole ground, so what is not there is denied."""
+        """Whether a scene shows it; what it does not show it denies, as its objects and ground are all in sight."""
         if self.number is not None:
             return len(scene.objects) == self.number
         if self.ground is not None:

@@ -2,12 +2,12 @@
 
     vqa/        v2_OpenEnded_mscoco_train2014_questions.json, v2_mscoco_train2014_annotations.json, answer_list.json,
                 images/train2014/COCO_train2014_000000000001.jpg; validation is val2014, test is test2015
-    nlvr2/      train.json, dev.json, test1.json, images/train/0/train-0-0-img0.png (a JPEG inside, as NLVR2 has them too),
-                dev/, test1/
+    nlvr2/      train.json, dev.json, test1.json, images/train/0/train-0-0-img0.png, dev/dev-0-0-img0.png, test1/
     snli_ve/    snli_ve_train.jsonl, snli_ve_dev.jsonl, snli_ve_test.jsonl, flickr30k-images/1000000000.jpg
     karpathy/   dataset_coco.json, images/train2014/, images/val2014/
 
-Unlike VQA's own, the test questions are annotated, so that they can be measured here.
+Pictures are JPEG files, also where NLVR2 names them .png, as some of its own are. Unlike VQA's own, the test
+questions are annotated, so that they can be measured here.
 """
 
 from __future__ import annotations

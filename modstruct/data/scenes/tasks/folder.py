@@ -13,7 +13,7 @@ from modstruct.data.scenes.splits import SPLITS
 from modstruct.data.scenes.tasks.files import nlvr2_files, snli_ve_files, vqa_files, write_scene_tasks
 from modstruct.data.scenes.tasks.sizes import SceneTaskSizes
 
-# Part of the folder's name: raise it when the same configuration would give other tasks. Other scenes count by themselves.
+# Part of the folder's name: raise it when the same scenes would give other tasks.
 TASKS_VERSION = 1
 
 
@@ -73,16 +73,15 @@ def ensure_scene_tasks(
 ) -> SceneTaskPaths:
     """Paths of the built-in tasks, which are drawn and written first if the cache does not hold them (about 40 s).
 
-    config: its seed counts, its numbers of samples are those of the shards. image_size: side of the pictures in pixels.
-    sizes: how much of each task; None for the default. The folder is complete or not there, as with `ensure_scenes`.
-    Raises ValueError, naming data.cache, if the cache cannot be written or its disk is full.
+    config: its seed counts, its numbers of samples are those of the shards. image_size: side of the pictures in
+    pixels. sizes: how much of each task; None for the default. The folder is complete or not there, as with
+    `ensure_scenes`. Raises ValueError, naming data.cache, if the cache cannot be written or its disk is full.
     """
     require_drawable(image_size)
     sizes = sizes or SceneTaskSizes()
     root = scene_tasks_folder(config, Path(cache).expanduser().absolute(), image_size, sizes)
-    ensure_folder(
-        root, lambda part: write_scene_tasks(part, config.seed, sizes, image_size), "the scenes of the downstream tasks"
-    )
+    what = "the scenes of the downstream tasks"
+    ensure_folder(root, lambda part: write_scene_tasks(part, config.seed, sizes, image_size), what)
     vqa, nlvr2, snli_ve = {}, {}, {}
     for split in SPLITS:
         questions, annotations = vqa_files(root, split)

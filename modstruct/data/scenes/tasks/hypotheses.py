@@ -1,9 +1,9 @@
 """Hypotheses about a scene: entailed, contradicted, or left open by its picture (in the manner of SNLI-VE).
 
-Each scene has one hypothesis of each label, so the majority is a third. A contradiction of one scene is the entailment
-of another, word for word: every wording occurs equally often with both labels, and only the picture tells them apart.
-What the picture cannot show, moods, opinions and stories, is neutral and, as in SNLI-VE, to be seen from the words alone;
-so a model that never looks at the picture can reach two thirds, and one has looked only above that.
+Each scene has one hypothesis of each label, so the majority is a third. A contradiction of one scene is the
+entailment of another, word for word: every wording occurs equally often with both labels, and only the picture tells
+them apart. What the picture cannot show, moods, opinions and stories, is neutral and, as in SNLI-VE, to be seen from
+the words alone; so a model that never looks at a picture can reach two thirds; what it has above them it has seen.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def scene_hypotheses(seed: int, split: str, count: int) -> list[tuple[Scene, tup
 def denied_partners(scenes: list[Scene], entailed: list[Hypothesis], draws: Draws) -> list[int]:
     """For each scene the number of another whose hypothesis it denies; each number occurs once.
 
-    A random order is mended by exchanges that help one scene and hurt none. Raises ValueError if that does not succeed,
-    as with a few scenes that are too much alike.
+    A random order is mended by exchanges that help one scene and hurt none. Raises ValueError if that does not
+    succeed, as with a few scenes that are too much alike.
     """
     partners = draws.shuffled(range(len(scenes)))
 

@@ -1,7 +1,8 @@
 """Questions about one scene, with the answers of ten simulated annotators (in the manner of VQA v2).
 
-Colours, of objects and of the ground, make up most questions, as they are learned first. The answers to a question type
-are about equally likely (one of eight colours, yes or no, …), so that guessing from the words alone gains little.
+Colours, of objects and of the ground, make up most questions, as they are learned first. The answers to a question
+type are about equally likely (one of eight colours, yes or no, …), so that guessing from the words alone gains
+little.
 """
 
 from __future__ import annotations
@@ -115,7 +116,8 @@ def _shape(scene: Scene, draws: Draws) -> SceneQuestion | None:
     item = draws.choice(scene.objects)
     if sum(other.colour == item.colour for other in scene.objects) > 1:
         return None
-    colour = [] if len(scene.objects) == 1 and draws.chance(0.4) else [say(vocabulary.COLOUR_WORDS[item.colour], draws)]
+    plain = len(scene.objects) == 1 and draws.chance(0.4)
+    colour = [] if plain else [say(vocabulary.COLOUR_WORDS[item.colour], draws)]
     question = " ".join(["what shape is the", *colour, "thing?"])
     return _question(question, "what shape is the", "other", item.shape, vocabulary.SHAPE_WORDS, draws)
 
