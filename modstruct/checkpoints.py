@@ -210,7 +210,10 @@ def read_best(output: str | Path) -> dict | None:
 
 
 def note_score(path: Path, score: float) -> bool:
-    """Make the checkpoint `path` the best of its run if its validation score (R@1, or a task's accuracy) is above the best so far; say whether."""
+    """Make the checkpoint `path` the best of its run if its score is above the best so far; say whether.
+
+    score: of the validation source, R@1 or a task's accuracy.
+    """
     best = read_best(path.parents[1])
     if best and best["score"] >= score:
         return False

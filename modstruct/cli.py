@@ -11,15 +11,20 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 from tqdm import tqdm
 
-from modstruct.cli_errors import SECTIONS, not_a_section, one_line
+from modstruct.cli_errors import not_a_section, one_line, sections_of
 from modstruct.config import Recipe, RunError, refuse, require
 from modstruct.yaml_files import read_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
+FINETUNE_RECIPES = RECIPES / "finetune"
+
+
+DEFAULT_RECIPE = {RECIPES: "scenes", FINETUNE_RECIPES: "vqa"}
 
 
 def _names(folder: Path) -> str:
@@ -44,14 +49,15 @@ def _check_recipe_file(path: Path) -> Path:
     return path
 
 
-def _expand(arguments: Sequence[str]) -> list[str]:
+def _expand(arguments: Sequence[str], recipes: Path) -> list[str]:
     """Recipe first, method second, overrides after them in the order given; names become files."""
     names = _plain_parser()
-    names.add_argument("--recipe", default="scenes")
-    names.add_argument("--method")
+    names.add_argument("--recipe", default=DEFAULT_RECIPE[recipes])
+    if recipes == RECIPES:
+        names.add_argument("--method")
     chosen, rest = names.parse_known_args(arguments)
-    files = [recipe_path(chosen.recipe)]
-    if chosen.method:
+    files = [recipe_path(chosen.recipe, recipes)]
+    if getattr(chosen, "method", None):
         files.append(recipe_path(chosen.method, RECIPES / "methods", "--method"))
     return [word for file in files for word in ("--recipe", str(_check_recipe_file(file)))] + rest
 
@@ -60,8 +66,8 @@ def _plain_parser() -> argparse.ArgumentParser:
     return argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
 
 
-def recipe_parser(description: str, usage: str) -> ArgumentParser:
-    """Parser with every field of Recipe; the caller adds its own options."""
+def recipe_parser(description: str, usage: str, recipe_type: type = Recipe, recipes: Path = RECIPES) -> ArgumentParser:
+    """Parser with every field of a recipe; the caller adds its own options. recipes: folder of those known by name."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         description=description,
@@ -73,13 +79,14 @@ def recipe_parser(description: str, usage: str) -> ArgumentParser:
     parser.add_argument(
         "--recipe",
         action=ActionConfigFile,
-        help=f"Recipe: a YAML file, or one of {_names(RECIPES)} (default: scenes).",
+        help=f"Recipe: a YAML file, or one of {_names(recipes)} (default: {DEFAULT_RECIPE[recipes]}).",
     )
-    parser.add_argument(
-        "--method", help=f"Losses that replace the recipe's: a YAML file, or one of {_names(RECIPES / 'methods')}."
-    )
+    if recipes == RECIPES:
+        methods = _names(RECIPES / "methods")
+        parser.add_argument("--method", help=f"Losses that replace the recipe's: a YAML file, or one of {methods}.")
     parser.add_argument("--local_rank", type=int, default=0, help="Set by the launcher.")
-    parser.add_class_arguments(Recipe, as_group=True)
+    parser.add_class_arguments(recipe_type, as_group=True)
+    parser.recipe_type, parser.recipes = recipe_type, recipes
     return parser
 
 
@@ -87,29 +94,31 @@ def parse(
     parser: ArgumentParser,
     arguments: Sequence[str] | None = None,
     prepare: Callable[[Sequence[str]], Sequence[str]] = list,
-) -> tuple[Recipe, Namespace]:
+) -> tuple[Any, Namespace]:
     """The checked recipe and the caller's own options.
 
     prepare: applied to the arguments first. A wrong key or value is said in one line, by one process, and all end with
     exit status 2.
     """
+    recipe_type, sections = parser.recipe_type, sections_of(parser.recipe_type)
     try:
         with nullcontext() if is_first_process() else redirect_stdout(io.StringIO()):  # --help is said once, too
-            options = parser.parse_args(_expand(prepare(sys.argv[1:] if arguments is None else arguments)))
-        _check_sections(options)
+            given = prepare(sys.argv[1:] if arguments is None else arguments)
+            options = parser.parse_args(_expand(given, parser.recipes))
+        _check_sections(options, sections)
         built = parser.instantiate(options)
-        return Recipe(**{field.name: built[field.name] for field in fields(Recipe)}), built
+        return recipe_type(**{field.name: built[field.name] for field in fields(recipe_type)}), built
     except (ValueError, argparse.ArgumentError) as error:
         if is_first_process():
-            print(f"error: {one_line(parser, error)}", file=sys.stderr)
+            print(f"error: {one_line(parser, error, sections)}", file=sys.stderr)
         sys.exit(2)
 
 
-def _check_sections(options: Namespace) -> None:
+def _check_sections(options: Namespace, sections: dict[str, list[str]]) -> None:
     """Refuse a plain value in the place of a section, which jsonargparse lets a recipe file give."""
-    for name in SECTIONS:
+    for name in sections:
         if not isinstance(options.get(name), Namespace):
-            raise ValueError(not_a_section(name))
+            raise ValueError(not_a_section(name, sections))
 
 
 def checkpoint_arguments(arguments: Sequence[str]) -> list[str]:
@@ -125,6 +134,26 @@ def checkpoint_arguments(arguments: Sequence[str]) -> list[str]:
     found = chosen and find(chosen, chosen, "--checkpoint")
     base = ["--recipe", str(found / "recipe.yaml"), "--data.allow_pipe", "false"] if found else []
     return [*base, *arguments]
+
+
+def take_initial_sizes(parser: ArgumentParser, arguments: Sequence[str]) -> Sequence[str]:
+    """Make the sizes of the --init model, where that is a run or checkpoint of ours, the defaults of the recipe's."""
+    from modstruct.models.fusion.initial_weights import recipe_of  # here, so that --help needs no torch
+
+    option = _plain_parser()
+    option.add_argument("--init")
+    chosen = option.parse_known_args(arguments)[0].init
+    sizes = recipe_of(chosen).get("fusion", {}) if chosen else {}
+    kept = {name: value for name, value in sizes.items() if name != "init"}
+    parser.set_defaults(_dotted(kept, "fusion."))
+    return arguments
+
+
+def _dotted(tree: dict, prefix: str) -> dict[str, object]:
+    flat = {}
+    for key, value in tree.items():
+        flat |= _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def is_first_process() -> bool:

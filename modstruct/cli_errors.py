@@ -11,10 +11,9 @@ import difflib
 import re
 import types
 import typing
+from functools import cache
 
 from jsonargparse import ArgumentParser
-
-from modstruct.config import Recipe
 
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 _UNKNOWN = (
@@ -24,16 +23,16 @@ _UNKNOWN = (
 )
 
 
-def one_line(parser: ArgumentParser, error: Exception) -> str:
+def one_line(parser: ArgumentParser, error: Exception, sections: dict[str, list[str]]) -> str:
     """The message of an error that parsing raised."""
     text = str(error)
     options = {option.removeprefix("--"): action for action in parser._actions for option in action.option_strings}
     for pattern in _UNKNOWN:
         if found := pattern.search(text):
-            return _unknown(".".join(found.groups()), list(options))
+            return _unknown(".".join(found.groups()), list(options), sections)
     name = (re.search(r'Parser key "([\w.]+)"', text) or [None, None])[1]
-    if name in SECTIONS:
-        return not_a_section(name)
+    if name in sections:
+        return not_a_section(name, sections)
     expected = getattr(options.get(name), "_typehint", None)
     if expected is None:
         return " ".join(text.split())
@@ -59,23 +58,23 @@ def allowed(expected: object) -> str:
     return _NAMES.get(expected, str(expected))
 
 
-def not_a_section(name: str) -> str:
+def not_a_section(name: str, sections: dict[str, list[str]]) -> str:
     """The message for a section that was given a value."""
-    return f"{name}: a section, which takes no value of its own; it has {', '.join(SECTIONS[name])}"
+    return f"{name}: a section, which takes no value of its own; it has {', '.join(sections[name])}"
 
 
-def _unknown(name: str, options: list[str]) -> str:
-    fields = [option for option in options if option not in SECTIONS]
+def _unknown(name: str, options: list[str], sections: dict[str, list[str]]) -> str:
+    fields = [option for option in options if option not in sections]
     parent, _, leaf = name.rpartition(".")
-    if parent in SECTIONS:
-        near = [f"{parent}.{field}" for field in difflib.get_close_matches(leaf, SECTIONS[parent], 1, 0.7)]
+    if parent in sections:
+        near = [f"{parent}.{field}" for field in difflib.get_close_matches(leaf, sections[parent], 1, 0.7)]
     else:
         near = difflib.get_close_matches(name, fields, 1, 0.85)
     near += [field for field in fields if field.rpartition(".")[2] == leaf]
     if near:
         return f"{name}: no such field (did you mean {near[0]}? --help lists every field)"
-    if parent in SECTIONS:
-        return f"{name}: no such field; {parent} has {', '.join(SECTIONS[parent])}"
+    if parent in sections:
+        return f"{name}: no such field; {parent} has {', '.join(sections[parent])}"
     return f"{name}: no such field; --help lists every field"
 
 
@@ -89,4 +88,7 @@ def _sections(value: object, name: str = "") -> dict[str, list[str]]:
     return found
 
 
-SECTIONS = _sections(Recipe())
+@cache
+def sections_of(recipe_type: type) -> dict[str, list[str]]:
+    """The names of the fields in each section of a recipe, by the section's dotted name."""
+    return _sections(recipe_type())

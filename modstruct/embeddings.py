@@ -54,7 +54,7 @@ class FusionOutputs(Embeddings):
 
 @dataclass
 class TaskOutputs:
-    """What a downstream model makes of a process's entries; R rows of C classes, several of an entry where it has them."""
+    """What a downstream model makes of a process's entries: R rows of C classes, one or several of an entry."""
 
     logits: Tensor
     """(R, C)."""

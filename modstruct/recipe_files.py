@@ -28,6 +28,7 @@ CHANGEABLE = (
     "data.train",  # where the samples lie; that they are the same is checked by their fingerprint
     "data.allow_pipe",
     "data.validation",
+    "data.test",
     "data.eval",
     "data.zero_shot",
     "data.cache",
@@ -37,7 +38,18 @@ CHANGEABLE = (
 )
 
 # Paths may differ from host to host; what lies there is compared instead.
-PATHS = ("output", "data.train", "data.validation", "data.eval", "data.zero_shot", "data.cache", "tokenizer.path")
+PATHS = (
+    "output",
+    "init",
+    "data.train",
+    "data.validation",
+    "data.eval",
+    "data.test",
+    "data.answers",
+    "data.zero_shot",
+    "data.cache",
+    "tokenizer.path",
+)
 
 
 def recipe_to_dict(recipe: Recipe) -> dict:
@@ -65,9 +77,13 @@ def _leaves(tree: dict, prefix: str = "") -> dict[str, object]:
     return flat
 
 
+def _is_in(name: str, sections: tuple[str, ...]) -> bool:
+    return any(name == section or name.startswith(f"{section}.") for section in sections)
+
+
 def decisive_fields(recipe: Recipe) -> dict[str, object]:
     """The fields by their dotted names, paths left out: equal on all hosts of a run."""
-    return {name: value for name, value in _leaves(recipe_to_dict(recipe)).items() if name not in PATHS}
+    return {name: value for name, value in _leaves(recipe_to_dict(recipe)).items() if not _is_in(name, PATHS)}
 
 
 def check_resumable(saved: dict, recipe: Recipe) -> None:
@@ -77,6 +93,6 @@ def check_resumable(saved: dict, recipe: Recipe) -> None:
     """
     before, now = _leaves(saved), _leaves(recipe_to_dict(recipe))
     for name in sorted(before.keys() | now.keys()):
-        if before.get(name) != now.get(name) and not any(name == c or name.startswith(f"{c}.") for c in CHANGEABLE):
+        if before.get(name) != now.get(name) and not _is_in(name, CHANGEABLE):
             made_with = f"the checkpoint was made with {before.get(name)!r}"
             refuse(name, now.get(name), f"{made_with}; a resumed run may change only {', '.join(CHANGEABLE)}")

@@ -6,7 +6,14 @@ A value that cannot work is refused here, by the name of its field, before anyth
 
 from modstruct.config.checks import RunError, refuse, require
 from modstruct.config.data import DataConfig, ScenesConfig, Source, TokenizerConfig, ViewsConfig
-from modstruct.config.finetune import FinetuneRecipe, TaskConfig, TaskDataConfig, TaskEvaluationConfig, TaskFiles, TaskName
+from modstruct.config.finetune import (
+    FinetuneRecipe,
+    TaskConfig,
+    TaskDataConfig,
+    TaskEvaluationConfig,
+    TaskFiles,
+    TaskName,
+)
 from modstruct.config.fusion import FusionConfig, FusionTextConfig, FusionVisionConfig
 from modstruct.config.losses import (
     FUSION_LOSSES,
@@ -25,18 +32,13 @@ from modstruct.config.recipe import Recipe
 from modstruct.config.training import CheckpointConfig, EvaluationConfig, LoggingConfig, OptimizerConfig, TrainConfig
 
 __all__ = [
-    "FinetuneRecipe",
-    "TaskConfig",
-    "TaskDataConfig",
-    "TaskEvaluationConfig",
-    "TaskFiles",
-    "TaskName",
     "FUSION_LOSSES",
     "BridgeConfig",
     "CheckpointConfig",
     "ContrastiveConfig",
     "DataConfig",
     "EvaluationConfig",
+    "FinetuneRecipe",
     "FusionConfig",
     "FusionTextConfig",
     "FusionVisionConfig",
@@ -54,6 +56,11 @@ __all__ = [
     "ScenesConfig",
     "SeparationConfig",
     "Source",
+    "TaskConfig",
+    "TaskDataConfig",
+    "TaskEvaluationConfig",
+    "TaskFiles",
+    "TaskName",
     "TextConfig",
     "TokenizerConfig",
     "TrainConfig",

@@ -43,8 +43,8 @@ class TaskDataConfig:
     test: TaskFiles = field(default_factory=TaskFiles)
     """Split of the final table; without files, none is."""
     answers: str | None = None
-    """vqa: JSON list of the answers that evaluation ranks (ALBEF's answer_list.json); null takes the most frequent of the
-    training split."""
+    """vqa: JSON list of the answers that evaluation ranks (ALBEF's answer_list.json); null takes the most frequent of
+    the training split."""
     leave_out_missing: bool = False
     """Go without entries whose picture is not there, instead of refusing to start."""
     cache: str = "~/.cache/modstruct"
@@ -113,7 +113,9 @@ class TaskEvaluationConfig:
 
 
 def _retrieval_losses() -> LossesConfig:
-    return LossesConfig(queue_contrast=QueueContrastConfig(weight=1.0, positives="picture"), matching=MatchingConfig(1.0))
+    return LossesConfig(
+        queue_contrast=QueueContrastConfig(weight=1.0, positives="picture"), matching=MatchingConfig(1.0)
+    )
 
 
 @dataclass

@@ -22,8 +22,10 @@ def flatten(metrics: dict) -> dict[str, float]:
     for name, value in metrics.items():
         if not isinstance(value, dict):
             flat[name] = float(value)
-        elif "chance" in value:
-            flat[name], flat[f"{name}_chance"] = value["value"], value["chance"]
+        elif "value" in value:
+            flat[name] = value["value"]
+            if "chance" in value:
+                flat[f"{name}_chance"] = value["chance"]
         else:
             flat |= {f"{name}/{inner}": figure for inner, figure in flatten(value).items()}
     return flat
@@ -51,6 +53,17 @@ def table(metrics: dict) -> str:
         notes.append("left out: " + ", ".join(f"{n:,.0f} {cause}" for cause, n in metrics["skipped"].items()))
     notes.append(f"{metrics['seconds']['total']:.1f} s")
     return "\n\n".join([_aligned(rows, text_columns=2), _aligned(figures, text_columns=1), "\n".join(notes)])
+
+
+def task_table(task: str, metrics: dict) -> str:
+    """Figures of a downstream task as plain text, each beside its prior where it has one; then the sizes."""
+    rows = [("task", "metric", "value %", "prior %")]
+    for metric, figure in metrics.items():
+        if isinstance(figure, dict) and "value" in figure:
+            prior = f"{100 * figure['chance']:.2f}" if "chance" in figure else ""
+            rows.append((task, metric.replace("_", " "), f"{100 * figure['value']:.2f}", prior))
+    notes = ", ".join(f"{number:,.0f} {name.replace('_', ' ')}" for name, number in metrics["sizes"].items())
+    return f"{_aligned(rows, text_columns=2)}\n\n{notes}"
 
 
 def _shares(figure: dict[str, float]) -> tuple[str, str, str]:

@@ -16,6 +16,7 @@ from modstruct.data.tasks.batches import Seed
 from modstruct.data.tasks.published_files import TaskEntries
 from modstruct.data.tasks.snli_ve import ENTAILMENT_LABELS, EntailmentPair, read_snli_ve
 from modstruct.evaluation.entailment_metrics import entailment_metrics
+from modstruct.evaluation.majority import majority_label
 from modstruct.models.fusion.classifier import Classifier
 from modstruct.tasks.task import Task
 
@@ -40,7 +41,10 @@ class SnliVe(Task):
         return made if entry.label is None else made | {"label": entry.label}
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        batch = {"image": torch.stack([s["image"] for s in samples]), "text": self.tokenizer([s["text"] for s in samples])}
+        batch = {
+            "image": torch.stack([s["image"] for s in samples]),
+            "text": self.tokenizer([s["text"] for s in samples]),
+        }
         if all("label" in sample for sample in samples):
             batch["label"] = torch.tensor([sample["label"] for sample in samples])
         return batch
@@ -51,7 +55,15 @@ class SnliVe(Task):
         said = self.predict(entries, lambda batch: model.classify(batch).argmax(dim=1).tolist(), "SNLI-VE")
         named = [None if number is None else ENTAILMENT_LABELS[number] for number in said]
         predictions = [{"pairID": e.pair_id, "label": label} for e, label in zip(entries, named, strict=True)]
-        return entailment_metrics(entries, said), predictions
+        judged = [(n, e) for n, e in zip(said, entries, strict=True) if n is not None and e.label is not None]
+        return self._figures(judged) if judged else {}, predictions
+
+    def _figures(self, judged: list[tuple[int, EntailmentPair]]) -> dict[str, Any]:
+        numbers, pairs = zip(*judged, strict=True)
+        shares = {name: {"value": share} for name, share in entailment_metrics(numbers, pairs).items()}
+        most = majority_label(pair.label for pair in pairs)
+        shares["accuracy"]["chance"] = sum(pair.label == most for pair in pairs) / len(pairs)
+        return shares | {"sizes": {"hypotheses": len(pairs)}}
 
     def score(self, metrics: dict[str, Any]) -> float:
         return metrics["accuracy"]["value"]

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
 
 from modstruct.checkpoints import replace_folder
-from modstruct.config import Recipe
+from modstruct.config import FinetuneRecipe, Recipe
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.models.build import log_scale_range
 from modstruct.models.towers import image_size, open_clip_config, text_sizes
 from modstruct.recipe_files import recipe_to_dict
+
+WEIGHTS_FILE, CONFIG_FILE = "modstruct_model.safetensors", "modstruct_config.json"
 
 
 def export(
@@ -28,18 +32,35 @@ def export(
     and nothing is written that open_clip would take for its own (tools/convert_albef.py makes ALBEF's file of it).
     """
     weights = weights | {"logit_scale": weights["logit_scale"].clamp(*log_scale_range(recipe))}
+    with replaced(folder) as aside:
+        tokenizer.save(aside / "tokenizer")
+        if recipe.framework == "fusion" or recipe.model.text.architecture == "bert":
+            _export_as_ours(aside, weights, recipe)
+        else:
+            _export_to_open_clip(aside, weights, names, recipe, tokenizer)
+    return folder
+
+
+def export_task(folder: Path, weights: dict[str, Tensor], recipe: FinetuneRecipe, tokenizer: Tokenizer) -> None:
+    """Write a fine-tuned model by our names, as `export` does a fusion model."""
+    with replaced(folder) as aside:
+        tokenizer.save(aside / "tokenizer")
+        _export_as_ours(aside, weights, recipe)
+
+
+@contextmanager
+def replaced(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the place of `folder` at the end."""
     aside = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    tokenizer.save(aside / "tokenizer")
-    if recipe.framework == "fusion" or recipe.model.text.architecture == "bert":
-        save_file({name: value.contiguous() for name, value in weights.items()}, aside / "modstruct_model.safetensors")
-        config = {"framework": recipe.framework, "recipe": recipe_to_dict(recipe)}
-        (aside / "modstruct_config.json").write_text(json.dumps(config, indent=1))
-    else:
-        _export_to_open_clip(aside, weights, names, recipe, tokenizer)
+    yield aside
     replace_folder(aside, folder)
-    return folder
+
+
+def _export_as_ours(folder: Path, weights: dict[str, Tensor], recipe: Recipe | FinetuneRecipe) -> None:
+    save_file({name: value.contiguous() for name, value in weights.items()}, folder / WEIGHTS_FILE)
+    (folder / CONFIG_FILE).write_text(json.dumps({"recipe": recipe_to_dict(recipe)}, indent=1))
 
 
 def _export_to_open_clip(

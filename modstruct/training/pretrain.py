@@ -28,6 +28,7 @@ from modstruct.training.run import Run, StopRequest, describe, find_start, run_l
 from modstruct.training.step import StepReport
 from modstruct.training.telemetry import Telemetry, start_logging
 
+
 @dataclass(kw_only=True)
 class PretrainingRun(Run):
     """A pre-training run that is ready to take its next step."""

@@ -88,7 +88,7 @@ class Start:
         return self.saved and self.saved.state.data_fingerprint.partition(" ")[0]
 
     def state(self, fingerprint: str, named: object) -> checkpoints.TrainState:
-        """Of the checkpoint, or of a fresh run. fingerprint: of the samples there are; named: data.train, for the error."""
+        """Of the checkpoint, or of a fresh run. fingerprint: of the samples that there are; named: for the error."""
         if self.saved is None:
             return checkpoints.TrainState(data_fingerprint=fingerprint)
         if self.saved.state.data_fingerprint != fingerprint:
@@ -244,5 +244,3 @@ def measure_and_save(run: Run, stopping: bool) -> None:
         if distributed.is_main():
             checkpoints.note_score(path, score)
     run.telemetry.resume()
-
-

@@ -32,7 +32,7 @@ class Composer(Protocol):
     """How entries of a task become tensors; travels to loader processes."""
 
     def sample(self, entry: Any, picture: Callable[[Path], Image.Image], seed: Seed | None) -> dict[str, Any]:
-        """One entry's views. picture: reads a file, or raises BadSample. seed: None in evaluation, which draws nothing."""
+        """One entry's views. picture: reads a file, or raises BadSample. seed: None in evaluation: nothing is drawn."""
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Samples -> one batch."""
@@ -118,9 +118,7 @@ def task_loader(
     stop_step: int,
 ) -> WorkerLoader:
     """Loader of the TrainBatches of the steps start_step … stop_step - 1; any start is as quick as the first."""
-    dataset = TaskBatches(
-        composer, entries, config, global_batch, seed, distributed.rank(), distributed.world_size()
-    )
+    dataset = TaskBatches(composer, entries, config, global_batch, seed, distributed.rank(), distributed.world_size())
     return WorkerLoader(dataset, range(start_step, stop_step), config.workers, pin_memory=distributed.on_gpu())
 
 
@@ -152,7 +150,9 @@ class _EntryBatches(Dataset):
         return read_picture(path, self.max_pixels)
 
 
-def entry_batches(composer: Composer, entries: Sequence[Any], config: TaskDataConfig, batch: int) -> Iterator[EntryBatch]:
+def entry_batches(
+    composer: Composer, entries: Sequence[Any], config: TaskDataConfig, batch: int
+) -> Iterator[EntryBatch]:
     """This process's share of a split, in order; see evaluation/collect.py for which batches these are."""
     chunks = [
         range(number * batch, min((number + 1) * batch, len(entries)))

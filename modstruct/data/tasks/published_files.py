@@ -7,6 +7,8 @@ published is refused by file, number of the entry and key. Nothing in a file is 
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import re
 import sys
@@ -36,6 +38,14 @@ class TaskEntries(Generic[Entry]):
     """In the order of the file."""
     left_out: dict[str, int]
     """Number of entries left out, by cause; a cause that did not occur is not named."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all entries, of their pictures by name: equal wherever the same files lie."""
+        content = hashlib.blake2b(digest_size=16)
+        for entry in self.entries:
+            content.update(json.dumps(dataclasses.astuple(entry), default=lambda path: path.name).encode())
+        return content.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ class Classifier(FollowedModel):
         self.start_momentum(recipe.task.momentum)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """batch: image (B, 3, H, W) uint8, text (B, L) ids, and, in training, label (B,). Returns TaskOutputs' fields."""
+        """batch: image (B, 3, H, W) uint8, text (B, L) ids, in training label (B,). Returns TaskOutputs' fields."""
         made = {"logits": self.classify(batch)}
         if "label" not in batch:
             return made

@@ -1,4 +1,4 @@
-"""The fusion model in pre-training: encoders, heads, momentum copies and queues, and what the losses need of a batch."""
+"""The fusion model in pre-training: encoders, heads, momentum copy and queue, and what the losses need."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ class FusionModel(FollowedModel):
     def _matching(
         self, batch: dict[str, Tensor], image: Tensor, text: Tensor, made: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Logits (3 B, 2) of the pairs, of each text with a wrong picture, of each picture with a wrong text; labels."""
+        """Logits (3 B, 2) of pairs, of texts with a wrong picture, of pictures with a wrong text; and labels."""
         drawn_by = (batch["image_id"], batch["text_id"], batch["slot"], self.seed)
         ids, scale = drawn_by[:2], made["logit_scale"]
         mine = torch.arange(len(image), device=image.device) + distributed.rank() * len(image)

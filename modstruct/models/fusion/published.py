@@ -121,7 +121,7 @@ def load_bert(backbone: nn.Module, source: str) -> None:
     expected = {name: value for name, value in expected.items() if ".crossattention." not in name}
     wrong = sorted(expected.keys() - found.keys())
     wrong += [name for name in expected.keys() & found.keys() if expected[name].shape != found[name].shape]
-    remedy = "belongs to another BERT: set fusion.text's sizes, tokenizer.kind bert_wordpiece and its vocabulary; it differs in"
+    remedy = "belongs to another BERT: check fusion.text's sizes and the tokenizer's vocabulary; it differs in"
     require(not wrong, "fusion.text.pretrained", source, f"{remedy} {wrong[:5]}")
     backbone.load_state_dict({name: found[name] for name in expected}, strict=False)
 

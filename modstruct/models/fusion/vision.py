@@ -64,7 +64,7 @@ def load_image_weights(encoder: nn.Module, weights: dict[str, Tensor], path: str
 
 
 def interpolate_positions(positions: Tensor, encoder: nn.Module) -> Tensor:
-    """Positions (1, 1 + patches, width) of a square grid, bicubic, to the grid of `encoder`; the class token's stays."""
+    """Positions (1, 1 + patches, width) of a square grid, bicubic, to the encoder's grid; the class token's stays."""
     from timm.layers import resample_abs_pos_embed
 
     grid = list(encoder.patch_embed.grid_size)

@@ -1,0 +1,36 @@
+"""Fine-tune a fusion model on a downstream task: VQA, NLVR2, SNLI-VE or retrieval.
+
+deepspeed launch_scripts/finetune.py --recipe snli_ve --init runs/albef_scenes --ds_config ds_configs/zero2.json
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from modstruct.cli import FINETUNE_RECIPES, is_first_process, parse, recipe_parser, run, take_initial_sizes
+from modstruct.config import FinetuneRecipe
+
+USAGE = "deepspeed [launcher options] launch_scripts/finetune.py --recipe NAME --init CHECKPOINT [--FIELD VALUE …]"
+
+
+def main() -> None:
+    parser = recipe_parser(__doc__, USAGE, FinetuneRecipe, FINETUNE_RECIPES)
+    parser.add_argument("--ds_config", default="ds_configs/zero2.json", help="DeepSpeed's JSON file.")
+    parser.add_argument("--resume", help="`latest`, `best`, or a checkpoint folder to go on from.")
+    parser.add_argument(
+        "--profile",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="Trace so many steps, after a few to warm up, into OUTPUT/profile (for ui.perfetto.dev or TensorBoard).",
+    )
+    recipe, options = parse(parser, prepare=partial(take_initial_sizes, parser))
+    if is_first_process():
+        print("Starting; DeepSpeed compiles a small operator at its first start (about 40 s).", flush=True)
+    from modstruct.training.finetune import finetune  # after the parsing: --help needs no torch
+
+    run(lambda: finetune(recipe, options.ds_config, options.resume, options.profile))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Where a model's first weights come from: a run, checkpoint or export of ours, or ALBEF's published file."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from modstruct import checkpoints
+from modstruct.config import TokenizerConfig, refuse
+from modstruct.data.tokenizers import Tokenizer, build_tokenizer, load_tokenizer
+from modstruct.distributed import main_first
+from modstruct.models.fusion.momentum import MOMENTUM
+from modstruct.models.fusion.published import fit_positions, from_albef
+from modstruct.weight_files import read_weight_file
+from modstruct.yaml_files import read_yaml
+
+log = logging.getLogger("modstruct")
+EXPORTED = "modstruct_model.safetensors"
+
+
+@dataclass
+class Initial:
+    """Weights to start from and the tokenizer that they know."""
+
+    tokenizer: Tokenizer
+    weights: dict[str, Tensor] | None
+    """By our names, or ALBEF's; None to start from nothing."""
+    path: Path | None = None
+
+
+def find_folder(init: str) -> Path | None:
+    """The checkpoint or export that `init` names; None if it is a file."""
+    path = Path(init).expanduser()
+    if not path.is_dir():
+        return None
+    return path if (path / EXPORTED).is_file() else checkpoints.find(str(path), path, "--init")
+
+
+def recipe_of(init: str) -> dict:
+    """The recipe that a run, checkpoint or export of ours was made with; empty for a file of weights."""
+    folder = find_folder(init)
+    if folder is None:
+        return {}
+    if (folder / EXPORTED).is_file():
+        return json.loads((folder / "modstruct_config.json").read_bytes())["recipe"]
+    return dict(read_yaml(folder / "recipe.yaml"))
+
+
+def find_initial(init: str | None, config: TokenizerConfig, cache: str, tokenizer: Tokenizer | None = None) -> Initial:
+    """Read `init`. tokenizer: of a checkpoint that the run goes on from, whose weights follow: then none are read.
+
+    Raises ValueError, naming --init, for what is neither a folder of ours nor a file of weights, and naming
+    tokenizer.path where the weights bring no tokenizer and the recipe names none.
+    """
+    if tokenizer is not None:
+        return Initial(tokenizer, None)
+    folder = init and find_folder(init)
+    if folder:
+        weights = folder / (EXPORTED if (folder / EXPORTED).is_file() else "weights.safetensors")
+        return Initial(load_tokenizer(folder / "tokenizer"), read_weight_file(weights, "--init"), folder)
+    if init is not None and not Path(init).expanduser().is_file():
+        refuse("--init", init, "no such file or folder; give a run, checkpoint or export of ours, or ALBEF's .pth")
+
+    def no_captions():
+        refuse("tokenizer.path", config.path, "name the tokenizer that the weights of --init know, or BERT's vocab.txt")
+
+    built = main_first(lambda: build_tokenizer(config, no_captions, cache, "none"))
+    return Initial(built, read_weight_file(init, "--init") if init else None, Path(init) if init else None)
+
+
+def start_from(model: nn.Module, initial: Initial) -> None:
+    """Weights of pre-training into a downstream model and its momentum copy, as far as both have them.
+
+    A model that makes more of them than their names say has `adopt(weights)`, which adds to them (an answer decoder
+    that starts from the fusion layers, say). Positions of the image encoder are interpolated. Says in the log what was
+    not there and starts anew.
+    """
+    weights = initial.weights
+    if any(name.startswith("visual_encoder.") for name in weights):
+        weights = from_albef(weights, len(model.backbone.text.layer))
+    weights = {name: value.float() for name, value in weights.items() if not name.startswith(MOMENTUM)}
+    weights = fit_positions(weights, model)
+    if hasattr(model, "adopt"):
+        weights = model.adopt(weights)
+    expected = model.state_dict()
+    wrong = sorted(n for n in expected.keys() & weights.keys() if expected[n].shape != weights[n].shape)
+    missing = sorted(n for n in expected if n.startswith("backbone.") and n not in weights)
+    if wrong or missing:
+        remedy = "belongs to another model: give the sizes and the tokenizer it was made with; they differ in"
+        refuse("--init", str(initial.path), f"{remedy} {', '.join([*wrong, *missing][:5])}")
+    with torch.no_grad():
+        model.load_state_dict({name: value for name, value in weights.items() if name in expected}, strict=False)
+    model.momentum.module.load_state_dict(model.state_dict())
+    anew = sorted({name.split(".")[0] for name in expected.keys() - weights.keys()})
+    log.info("Started from %s%s", initial.path, f"; new: {', '.join(anew)}" if anew else "")
