@@ -157,15 +157,15 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path, keep_last, kept):
     for step in range(1, 6):
         path = write(tmp_path, step)
         if step == 2:
-            checkpoints.note_recall(path, recall=0.5)
+            checkpoints.note_score(path, score=0.5)
     checkpoints.remove_old(tmp_path, keep_last, step=5)
     assert steps(tmp_path) == ["best.json", *(f"step-{step:08d}" for step in kept)]
 
 
 def test_a_better_checkpoint_takes_the_place_of_the_best(tmp_path):
     first, second = write(tmp_path, 1), write(tmp_path, 2)
-    checkpoints.note_recall(first, recall=0.5)
-    checkpoints.note_recall(second, recall=0.6)
+    checkpoints.note_score(first, score=0.5)
+    checkpoints.note_score(second, score=0.6)
     write(tmp_path, 3)
     checkpoints.remove_old(tmp_path, 1, step=3)
     assert steps(tmp_path) == ["best.json", "step-00000002", "step-00000003"]
@@ -174,23 +174,23 @@ def test_a_better_checkpoint_takes_the_place_of_the_best(tmp_path):
 
 def test_a_worse_checkpoint_does_not(tmp_path):
     first, second = write(tmp_path, 1), write(tmp_path, 2)
-    assert checkpoints.note_recall(first, recall=0.5)
-    assert not checkpoints.note_recall(second, recall=0.5)
+    assert checkpoints.note_score(first, score=0.5)
+    assert not checkpoints.note_score(second, score=0.5)
     assert checkpoints.find("best", tmp_path) == first
 
 
 def test_a_resume_from_an_earlier_step_drops_the_branch_it_left(tmp_path):
     paths = {step: write(tmp_path, step) for step in (100, 200, 300, 150)}
-    checkpoints.note_recall(paths[300], recall=0.9)
+    checkpoints.note_score(paths[300], score=0.9)
     checkpoints.remove_old(tmp_path, 2, step=150)
     assert checkpoints.list_checkpoints(tmp_path) == [paths[100], paths[150]]
     assert checkpoints.find("latest", tmp_path) == paths[150]
-    assert checkpoints.note_recall(paths[150], recall=0.1)  # what was best is gone
+    assert checkpoints.note_score(paths[150], score=0.1)  # what was best is gone
 
 
 def test_a_checkpoint_is_found_by_word_and_by_path(tmp_path):
     paths = [write(tmp_path, step) for step in (10, 20, 30)]
-    checkpoints.note_recall(paths[1], recall=0.5)
+    checkpoints.note_score(paths[1], score=0.5)
     assert checkpoints.find("latest", tmp_path) == paths[2]
     assert checkpoints.find("best", tmp_path) == paths[1]
     assert checkpoints.find(str(paths[0]), "runs/elsewhere") == paths[0]

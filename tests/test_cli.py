@@ -17,6 +17,11 @@ from modstruct.recipe_files import recipe_to_yaml
 SCRIPTS = Path(__file__).parents[1] / "launch_scripts"
 RECIPES = sorted(path.stem for path in cli.RECIPES.glob("*.yaml"))
 METHODS = sorted(path.stem for path in (cli.RECIPES / "methods").glob("*.yaml"))
+FUSION_METHODS = [name for name in METHODS if name.startswith("albef")]
+TWO_TOWER_METHODS = [name for name in METHODS if name not in FUSION_METHODS]
+
+
+ALBEF = {"queue_contrast", "matching", "masked_language"}
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +84,12 @@ def test_every_recipe_parses_by_name_and_by_path(parse, name):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_replaces_the_losses_and_nothing_else(parse, recipe_file, name):
     every_loss_on = "losses: {contrastive: {weight: 9, in_modal: true}, separation: {weight: 9}, bridge: {weight: 9}, "
-    path = recipe_file(every_loss_on + "geometry: {weight: 9, augmented: false}}\noutput: runs/mine")
+    every_loss_on += "queue_contrast: {weight: 9}, matching: {weight: 9}, masked_language: {weight: 9}, "
+    every_loss_on += "geometry: {weight: 9, augmented: false}}"
+    framework = "fusion" if name in FUSION_METHODS else "two_tower"
+    path = recipe_file(f"{every_loss_on}\noutput: runs/mine\nframework: {framework}")
     recipe = parse("--recipe", path, "--method", name)
-    assert recipe.losses == parse("--method", name).losses
+    assert recipe.losses == parse("--framework", framework, "--method", name).losses
     assert 9 not in [getattr(recipe.losses, field.name).weight for field in fields(LossesConfig)]
     assert recipe.output == "runs/mine"
 
@@ -95,7 +103,8 @@ def test_a_method_file_holds_losses_alone_and_every_weight(name):
 
 
 def test_the_methods_are_the_rows_of_the_papers_table(parse):
-    weights = {name: parse("--method", name).losses for name in METHODS}
+    weights = {name: parse("--method", name).losses for name in TWO_TOWER_METHODS}
+    weights |= {name: parse("--recipe", "albef_scenes", "--method", name).losses for name in FUSION_METHODS}
     on = {name: {f.name for f in fields(losses) if getattr(losses, f.name).weight} for name, losses in weights.items()}
     assert on == {
         "clip": {"contrastive"},
@@ -105,11 +114,23 @@ def test_the_methods_are_the_rows_of_the_papers_table(parse):
         "br": {"contrastive", "bridge"},
         "gc": {"contrastive", "geometry"},
         "all": {"contrastive", "separation", "bridge", "geometry"},
+        "albef": ALBEF,
+        "albef_sep": ALBEF | {"separation"},
+        "albef_br": ALBEF | {"bridge"},
+        "albef_gc": ALBEF | {"geometry"},
+        "albef_all": ALBEF | {"separation", "bridge", "geometry"},
     }
     assert not weights["clip"].contrastive.in_modal
     assert weights["clip_inmodal"].contrastive.in_modal
     assert not weights["cyclip"].geometry.augmented
     assert weights["gc"].geometry.augmented
+
+
+@pytest.mark.parametrize("loss", sorted(ALBEF))
+def test_two_towers_have_no_losses_of_the_fusion_model(refused, loss):
+    line = refused(f"--losses.{loss}.weight", "1")
+    assert f"losses.{loss}.weight = 1.0: two towers have no fusion encoder" in line
+    assert "framework: fusion" in line
 
 
 def test_overrides_win_over_recipe_and_method_wherever_they_stand(parse):

@@ -41,13 +41,13 @@ from modstruct.data.samples import open_samples
 BOTH = frozenset({"image_augmented", "text_augmented"})
 
 
-def load(samples, data, start=0, stop=5, process=0, processes=1, batch=12, augmented=BOTH, seed=3) -> list[TrainBatch]:
+def load(samples, data, start=0, stop=5, process=0, processes=1, batch=12, extra=BOTH, seed=3) -> list[TrainBatch]:
     loader = train_loader(
         samples,
         data,
         views(),
         LengthTokenizer(),
-        augmented,
+        extra,
         global_batch=batch,
         seed=seed,
         start_step=start,
@@ -112,7 +112,7 @@ def test_views_that_nobody_needs_are_not_made(tmp_path, monkeypatch):
         for name in BOTH - set(augmented):
             method = {"image_augmented": "augmented_image", "text_augmented": "augmented_text"}[name]
             monkeypatch.setattr(type(made), method, lambda *_: pytest.fail("made a view for nobody"))
-        (batch,) = load(samples, data, stop=1, augmented=augmented)
+        (batch,) = load(samples, data, stop=1, extra=augmented)
         assert set(batch.tensors) == {"image", "text", *augmented}
         monkeypatch.undo()
 

@@ -22,10 +22,10 @@ ROOT = Path(__file__).parents[3]
 def put_in(fault: str) -> None:
     """Wrap the product's step, where it is looked up, in one that does the harm first."""
     from modstruct import distributed
-    from modstruct.training import pretrain
+    from modstruct.training import run
 
     kind, *words = fault.split(":")
-    harmless = pretrain.train_step
+    harmless = run.train_step
 
     def nan(objective):
         def hurt(embeddings, step, seed):
@@ -49,7 +49,7 @@ def put_in(fault: str) -> None:
             distributed.barrier()
         return harmless(engine, objective, parts, step, *rest)
 
-    pretrain.train_step = train_step
+    run.train_step = train_step
 
 
 def hurt_file(kind: str, path: Path) -> None:
