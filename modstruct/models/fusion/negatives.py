@@ -1,7 +1,7 @@
 """Hard negatives of image-text matching: for each text a wrong picture, for each picture a wrong text.
 
 A candidate is drawn with probability proportional to exp(similarity / temperature), as in ALBEF (Li et al. 2021,
-section 3.2), but from the pairs of all processes, never with the same picture or the same caption, and by a random
+section 3.2), but from the pairs of all processes, never a positive (see `_positive`), and by a random
 number that depends on the seed and on the row's place in the data: neither on the process nor on their number.
 """
 
@@ -28,14 +28,14 @@ def hard_negatives(
     text_ids: Tensor,
     slots: Tensor,
     seed: int,
-    salt: str,
+    of: Literal["image", "text"],
     scope: Literal["global", "local"] = "global",
 ) -> Tensor:
     """The row of the global batch that each of this process's rows takes as its negative, (B,) int64, or NONE.
 
     rows: (B, D), unit norm, of one modality; candidates: (B, D) of the other, this process's. image_ids, text_ids:
-    (B,), equal where two pairs have the same picture or the same caption. slots: (B,), places in the data. salt: tells
-    the two directions apart. scope: `local` takes candidates of this process alone.
+    (B,), equal where two pairs have the same picture or the same caption. slots: (B,), places in the data. of: modality
+    of the candidates. scope: `local` takes candidates of this process alone.
     """
     first = distributed.rank() * len(rows)
     if scope == "global":
@@ -44,16 +44,32 @@ def hard_negatives(
     else:
         image_ids_of, text_ids_of = image_ids, text_ids
     logits = (rows.double() @ candidates.double().T) * logit_scale.double()
-    positive = (image_ids[:, None] == image_ids_of) | (text_ids[:, None] == text_ids_of)
-    logits = logits.masked_fill(positive, -torch.inf)
+    logits = logits.masked_fill(_positive(image_ids, text_ids, image_ids_of, text_ids_of, of), -torch.inf)
     best = logits.max(dim=1, keepdim=True).values
     weights = (logits - best).exp().nan_to_num(0.0)  # a row without a candidate: -inf less -inf
     sums = weights.cumsum(dim=1)
     total = sums[:, -1:]
-    draws = [sample_seed(seed, 0, slot, salt) / 2**63 for slot in slots.tolist()]
+    draws = [sample_seed(seed, 0, slot, of) / 2**63 for slot in slots.tolist()]
     aim = torch.tensor(draws, dtype=torch.float64, device=rows.device)[:, None] * total
     # The first place whose sum is above the aim; its own weight is above 0, so it is never a positive.
     chosen = torch.searchsorted(sums, aim, right=True).clamp(max=logits.shape[1] - 1).squeeze(1)
     sound = weights.gather(1, chosen[:, None]).squeeze(1) > 0
     chosen = torch.where(sound, chosen, weights.argmax(dim=1))  # rounding at the very end of the sums
     return torch.where(total.squeeze(1) > 0, chosen + first, NONE)
+
+
+def _positive(image_ids: Tensor, text_ids: Tensor, image_ids_of: Tensor, text_ids_of: Tensor, of: str) -> Tensor:
+    """Where a row and a candidate belong together, (B, N): some pair of the batch has the row's content and the
+    candidate's, be it the row's own pair, the candidate's, or a third one that shares a caption with the one and a
+    picture with the other."""
+    own, own_of, other_of = (
+        (text_ids, text_ids_of, image_ids_of)
+        if of == "image"
+        else (
+            image_ids,
+            image_ids_of,
+            text_ids_of,
+        )
+    )
+    paired = (own[:, None] == own_of).float() @ (other_of[:, None] == other_of).float()
+    return paired > 0

@@ -10,6 +10,8 @@ from modstruct.config import FusionVisionConfig, refuse, require
 from modstruct.distributed import main_first
 from modstruct.weight_files import read_weight_file
 
+REMEDY = "must be a ViT with one class token, such as deit_base_patch16_224"
+
 
 def build_image_encoder(config: FusionVisionConfig) -> nn.Module:
     """The ViT that a recipe names or sizes; it gives (B, 1 + patches, width), the class token first.
@@ -39,13 +41,12 @@ def build_image_encoder(config: FusionVisionConfig) -> nn.Module:
             return timm.create_model(config.name, pretrained=fetched, **options)
         except (OSError, RuntimeError, TypeError) as error:
             reason = " ".join(str(error).split())[:300]
-            refuse("fusion.vision.name", config.name, f"timm cannot build it so ({reason})")
+            built_so = f"timm cannot build it for pictures of {config.image_size} pixels ({reason})"
+            refuse("fusion.vision.name", config.name, f"{built_so}; {REMEDY}")
 
     encoder = main_first(build) if fetched else build()
     fits = isinstance(encoder, VisionTransformer) and encoder.num_prefix_tokens == 1 and encoder.cls_token is not None
-    require(
-        fits, "fusion.vision.name", config.name, "must be a ViT with one class token, such as deit_base_patch16_224"
-    )
+    require(fits, "fusion.vision.name", config.name, REMEDY)
     if config.pretrained is not None and not fetched:
         load_image_weights(encoder, read_weight_file(config.pretrained, "fusion.vision.pretrained"), config.pretrained)
     return encoder
