@@ -25,6 +25,7 @@ from modstruct.data.index import ROW, ShardIndex, index_tar
 from modstruct.data.reader import DEEPEST_METADATA, _metadata
 from modstruct.data.tokenizers import ClipTokenizer, load_tokenizer
 from modstruct.evaluation.zero_shot import load_classes
+from modstruct.weight_files import read_weight_file
 from modstruct.yaml_files import read_yaml
 
 ROOT = Path(__file__).parents[1]
@@ -252,3 +253,21 @@ def test_a_tokenizer_that_unpacks_to_gigabytes_is_refused(tmp_path):
         (tmp_path / "tokenizer.json").write_text(json.dumps(description))
         with pytest.raises(ValueError, match="tokenizer"):
             load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["plain", "torch", "old torch"])
+@pytest.mark.parametrize("ending", ["pth", "bin", "safetensors"])
+def test_no_weight_file_of_a_fusion_model_runs_code(trap, tmp_path, kind, ending):
+    sprung, kinds = trap
+    file = tmp_path / f"weights.{ending}"
+    file.write_bytes(kinds[kind])
+    with pytest.raises(ValueError, match=r"fusion\.init = '.*weights\.\w+': cannot be read"):
+        read_weight_file(file, "fusion.init")
+    assert not sprung.exists()
+
+
+@pytest.mark.parametrize("content", [{"a": 1}, [1, 2], {"model": {"a": torch.ones(1), "b": "text"}}])
+def test_a_weight_file_that_holds_more_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"fusion\.init = .*: holds more than tensors by name"):
+        read_weight_file(tmp_path / "weights.pth", "fusion.init")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -19,18 +20,31 @@ STAGES = ["zero0", "zero1", "zero2", "zero3"]
 OFFLOADED = ["zero2_offload", "zero3_offload"]
 
 
+def framework_of(method: str) -> str:
+    return "fusion" if method.startswith("albef") else "two_tower"
+
+
 def losses_of(method: str) -> LossesConfig:
     """The losses of a file in modstruct/recipes/methods."""
-    recipe, _ = parse(recipe_parser("", ""), ["--method", method])
+    recipe, _ = parse(recipe_parser("", ""), ["--framework", framework_of(method), "--method", method])
     return recipe.losses
 
 
 def small_recipe(
-    output: str, cache: str, steps: int, method: str, batch: int, micro: int | None, workers: int, every_steps: int
+    output: str,
+    cache: str,
+    steps: int,
+    method: str,
+    batch: int,
+    micro: int | None,
+    workers: int,
+    every_steps: int,
+    precision: str = "fp32",
 ) -> Recipe:
-    recipe = tiny_recipe(output, cache, steps, micro_batch=micro)
+    recipe = tiny_recipe(output, cache, steps, precision, micro_batch=micro)
     return replace(
         recipe,
+        framework=framework_of(method),
         losses=losses_of(method),
         data=replace(recipe.data, workers=workers),
         train=replace(recipe.train, global_batch=batch),
@@ -51,20 +65,21 @@ def train_small(
     workers: int = 0,
     every_steps: int = 0,
     resume: str | None = None,
+    precision: str = "fp32",
 ) -> None:
     """A run to its end; beside its checkpoints, rows.json says what the steps took. Every process calls it."""
-    from modstruct.training import pretrain
+    from modstruct.training import pretrain, run
 
-    recipe = small_recipe(output, cache, steps, method, batch, micro, workers, every_steps)
+    recipe = small_recipe(output, cache, steps, method, batch, micro, workers, every_steps, precision)
     taken: dict[int, list[int]] = {}
-    take = pretrain.train_step
+    take = run.train_step
 
     def noting(engine, objective, parts, step, *rest):
         mine = [zlib.crc32(row.numpy().tobytes()) for part in parts for row in part["image"]]
         taken[step] = [row for rows in distributed.gather_objects(mine) for row in rows]
         return take(engine, objective, parts, step, *rest)
 
-    with mock.patch.object(pretrain, "train_step", noting):
+    with mock.patch.object(run, "train_step", noting):
         pretrain.train(pretrain.open_run(recipe, ds_config(stage), resume), pretrain.StopRequest())
     if distributed.is_main():
         Path(output, "rows.json").write_text(json.dumps(taken))
@@ -85,6 +100,21 @@ def rows_taken(output: Path | str) -> dict[int, list[int]]:
 def weights_of(output: Path | str) -> torch.Tensor:
     weights = checkpoints.read_weights(checkpoints.list_checkpoints(output)[-1])
     return torch.cat([weights[name].flatten() for name in sorted(weights)])
+
+
+def momentum_of(output: Path | str) -> dict[str, torch.Tensor]:
+    """Momentum weights and queues of a run's last checkpoint."""
+    return checkpoints.read(checkpoints.list_checkpoints(output)[-1]).momentum
+
+
+def momentum_distance(one: Path | str, other: Path | str) -> float:
+    """Of two runs' last momentum weights and queues, relative to the first's; infinite where queues stand elsewhere."""
+    ours, theirs = momentum_of(one), momentum_of(other)
+    exact = ("queue.counts", "queue.ids")
+    if ours.keys() != theirs.keys() or any(not torch.equal(ours[name], theirs[name]) for name in exact):
+        return math.inf
+    mine, others = (torch.cat([s[n].flatten() for n in sorted(s) if n not in exact]) for s in (ours, theirs))
+    return float((mine - others).norm() / mine.norm())
 
 
 def distance(one: Path | str, other: Path | str) -> float:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 from processes import run_on_processes
-from small_runs import OFFLOADED, STAGES, distance, train_several
+from small_runs import OFFLOADED, STAGES, distance, momentum_distance, train_several
 
 from modstruct.cli import RECIPES
 
@@ -25,6 +25,35 @@ def test_two_processes_every_stage_in_micro_batches(tmp_path):
     )
     distances = {name: distance(tmp_path / "undivided", tmp_path / name) for name in runs}
     assert max(distances.values()) < TOLERANCE, distances
+
+
+def test_the_fusion_model_on_one_process_and_two(tmp_path):
+    alone, two = tmp_path / "one", {stage: tmp_path / f"two-{stage}" for stage in ("zero1", "zero3")}
+    alike = {"steps": 4, "method": "albef_all"}
+    run_on_processes(train_several, 1, str(tmp_path / "cache"), {str(alone): {"stage": "zero0", **alike}})
+    runs = {str(output): {"stage": stage, **alike} for stage, output in two.items()}
+    run_on_processes(train_several, 2, str(tmp_path / "cache"), runs)
+    for stage, output in two.items():
+        assert distance(alone, output) < TOLERANCE, stage
+        assert momentum_distance(alone, output) < TOLERANCE, stage
+
+
+@pytest.mark.slow
+def test_the_fusion_model_on_any_number_of_processes_at_any_stage(tmp_path):
+    alike = {"steps": 20, "method": "albef_all", "batch": 24}
+    cells = {}
+    for processes in (1, 2, 3, 4):
+        stages = STAGES + OFFLOADED if processes == 2 else STAGES
+        runs = {str(tmp_path / f"{processes}-{stage}"): {"stage": stage, **alike} for stage in stages}
+        run_on_processes(train_several, processes, str(tmp_path / "cache"), runs)
+        cells |= runs
+    reference = tmp_path / "1-zero0"
+    found = {
+        output.rpartition("/")[2]: (distance(reference, output), momentum_distance(reference, output))
+        for output in cells
+    }
+    print(f"\nalbef_all: {len(cells)} runs of 20 steps, largest relative distances {max(found.values())}")
+    assert {name: far for name, far in found.items() if max(far) >= TOLERANCE} == {}
 
 
 @pytest.mark.slow

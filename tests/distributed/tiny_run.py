@@ -10,6 +10,9 @@ from modstruct.config import (
     ContrastiveConfig,
     DataConfig,
     EvaluationConfig,
+    FusionConfig,
+    FusionTextConfig,
+    FusionVisionConfig,
     GeometryConfig,
     LoggingConfig,
     LossesConfig,
@@ -50,6 +53,13 @@ def tiny_recipe(output: Path | str, cache: Path | str, steps: int = 4, precision
             embed_dim=15,
             vision=VisionConfig(image_size=32, patch_size=8, width=18, layers=1, head_width=9),
             text=TextConfig(width=14, layers=1, heads=2),
+        ),
+        fusion=FusionConfig(
+            embed_dim=15,
+            vision=FusionVisionConfig(image_size=32, patch_size=8, width=18, layers=1, heads=2),
+            text=FusionTextConfig(text_layers=1, fusion_layers=1, width=14, heads=2),
+            momentum=0.8,
+            queue=17,  # no multiple of the batch; full in the second step
         ),
         losses=LossesConfig(
             contrastive=ContrastiveConfig(in_modal=True),

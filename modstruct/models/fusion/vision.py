@@ -39,7 +39,7 @@ def build_image_encoder(config: FusionVisionConfig) -> nn.Module:
     def build() -> nn.Module:
         try:
             return timm.create_model(config.name, pretrained=fetched, **options)
-        except (OSError, RuntimeError, TypeError) as error:
+        except (AssertionError, OSError, RuntimeError, TypeError) as error:
             reason = " ".join(str(error).split())[:300]
             built_so = f"timm cannot build it for pictures of {config.image_size} pixels ({reason})"
             refuse("fusion.vision.name", config.name, f"{built_so}; {REMEDY}")
