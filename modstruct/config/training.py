@@ -107,10 +107,13 @@ class EvaluationConfig:
     """The K of recall at K."""
     top_k: list[int] = field(default_factory=lambda: [1, 3, 5])
     """The k of zero-shot top-k accuracy."""
+    rerank: int = 0
+    """Fusion model: so many of the best by contrast are ranked anew by matching (ALBEF: 128, 256); 0 for none."""
 
     def __post_init__(self):
         require(self.every_steps >= 0, "evaluation.every_steps", self.every_steps, "0 or more")
         require(self.batch >= 1, "evaluation.batch", self.batch, "at least 1")
+        require(self.rerank >= 0, "evaluation.rerank", self.rerank, "0 (none) or more")
         for name in ("recall_at", "top_k"):
             values = getattr(self, name)
             require(bool(values) and all(k >= 1 for k in values), f"evaluation.{name}", values, "numbers of at least 1")

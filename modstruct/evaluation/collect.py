@@ -65,6 +65,34 @@ def collect_rows(
     return np.concatenate([rows[:n] for rows, n in in_order])
 
 
+@torch.no_grad()
+def collect_tokens(
+    encode: Callable[[Tensor], Tensor],
+    inputs: Iterator[Tensor],
+    filler: Tensor,
+    batches: int,
+    batch_size: int,
+    store: torch.device,
+    title: str,
+) -> Tensor:
+    """As `collect_rows` with rows of any shape, (n, …) in the precision that encode gives, on every process.
+
+    store: the device that keeps them.
+    """
+    rounds, mine = rounds_of(batches), []
+    collected = [[] for _ in range(world_size())]
+    for _ in tqdm(range(rounds), desc=title, unit="batch", leave=False, disable=not is_main()):
+        batch = next(inputs, filler[:0])
+        mine.append(len(batch))
+        encoded = encode(batch if len(batch) else filler)[: len(batch)]
+        padded = encoded.new_zeros((batch_size, *encoded.shape[1:]))
+        padded[: len(batch)] = encoded
+        for process, rows in enumerate(gather(padded).split(batch_size)):
+            collected[process].append(rows.to(store))
+    counts = gather(torch.tensor([mine], device=filler.device)).flatten().tolist()
+    return torch.cat([rows[:n] for rows, n in zip(chain.from_iterable(collected), counts, strict=True)])
+
+
 def collect_values(value: Any, device: torch.device) -> list[Any]:
     """A small value of plain JSON kinds from every process, on every process, in order of rank.
 

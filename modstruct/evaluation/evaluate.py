@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +13,16 @@ import torch
 
 from modstruct.config import EvaluationConfig
 from modstruct.data.augment import Views
-from modstruct.data.evaluation_samples import EvaluationSamples
+from modstruct.data.evaluation_samples import EvaluationSamples, evaluation_loader
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.distributed import FailedElsewhere, broadcast_object, is_main
+from modstruct.evaluation.collect import my_batches
 from modstruct.evaluation.embed import EmbeddedSource, Encode, embed_source, embed_texts
+from modstruct.evaluation.reranking import reranked_retrieval
 from modstruct.evaluation.retrieval import retrieval
 from modstruct.evaluation.structure import structure
 from modstruct.evaluation.zero_shot import class_embeddings, load_classes, zero_shot
+from modstruct.models.fusion.pretraining import FusionModel
 
 
 @torch.no_grad()
@@ -32,14 +36,17 @@ def evaluate(
     device: torch.device,
     field_name: str = "data.eval",
     inspect: Callable[[EmbeddedSource], None] | None = None,
+    fusion: FusionModel | None = None,
 ) -> dict[str, Any]:
     """Measure a source with all processes; every process calls this and gets the same metrics.
 
     encode: the engine in evaluation mode, called equally often on every process. zero_shot_path: a class file, or None
     for no zero-shot classification. field_name: the recipe's field of the source, for messages. inspect: called with
-    the embedded source on the main process, to draw examples for instance.
+    the embedded source on the main process, to draw examples for instance. fusion: the model whose matching ranks the
+    best evaluation.rerank anew, if that is above 0.
     Returns nested dicts of floats:
       retrieval   text_to_image and image_to_text: recall_at_K for 1 and evaluation.recall_at: value and chance
+      reranked    as retrieval, after matching; only with `fusion`
       zero_shot   top_k and mean_per_class: value and chance; only where a picture has a label
       structure   alignment, uniformity_image, uniformity_text, modality_gap
       sizes       images, texts, pairs, and for zero-shot: classes, images_with_label, images_without_label
@@ -65,11 +72,16 @@ def evaluate(
             "images_without_label": len(truth) - labelled,
         }
     embedded = time.monotonic()
+    reranked = {}
+    if fusion is not None and config.rerank:
+        reranked = _reranked(fusion, source, samples, views, tokenizer, config, device)
 
     def measure() -> dict[str, Any]:
         if inspect is not None:
             inspect(source)
         metrics = {"retrieval": retrieval(source.image, source.text, source.pairs, sorted({1, *config.recall_at}))}
+        if reranked:
+            metrics["reranked"] = reranked
         if classes is not None and labelled:
             rows = class_embeddings(prompts[places], len(classes.templates))
             kept = truth >= 0
@@ -83,6 +95,35 @@ def evaluate(
         return metrics
 
     return _on_main(measure)
+
+
+def _reranked(
+    model: FusionModel,
+    source: EmbeddedSource,
+    samples: EvaluationSamples,
+    views: Views,
+    tokenizer: Tokenizer,
+    config: EvaluationConfig,
+    device: torch.device,
+) -> dict[str, Any]:
+    """The source's pictures are read once more, for their tokens."""
+    batch, count = config.batch, len(source.indices)
+    mine = my_batches(math.ceil(count / batch))
+    numbers = source.indices[mine.start * batch : min(mine.stop * batch, count)].tolist()
+    pictures = (found.image.to(device) for found in evaluation_loader(samples, views, batch, numbers))
+    return reranked_retrieval(
+        model,
+        pictures,
+        source.captions,
+        tokenizer,
+        source.image,
+        source.text,
+        source.pairs,
+        config.rerank,
+        sorted({1, *config.recall_at}),
+        batch,
+        device,
+    )
 
 
 def _on_main(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -40,9 +40,10 @@ def validation_recall_at_1(metrics: dict) -> float:
 def table(metrics: dict) -> str:
     """Metrics as plain text: every figure beside chance; then the structure, the sizes, and what was left out."""
     rows = [("task", "metric", "value %", "chance %", "times chance")]
-    for direction, name in RETRIEVAL_NAMES.items():
-        for metric, figure in metrics["retrieval"][direction].items():
-            rows.append((name, metric.replace("recall_at_", "R@"), *_shares(figure)))
+    for stage, suffix in (("retrieval", ""), ("reranked", ", matched")):
+        for direction, name in RETRIEVAL_NAMES.items():
+            for metric, figure in metrics.get(stage, {}).get(direction, {}).items():
+                rows.append((f"{name}{suffix}", metric.replace("recall_at_", "R@"), *_shares(figure)))
     for metric, figure in metrics.get("zero_shot", {}).items():
         rows.append(("zero-shot", metric.replace("top_", "top-").replace("_", " "), *_shares(figure)))
 

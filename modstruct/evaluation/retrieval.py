@@ -43,16 +43,33 @@ def retrieval(
 def _direction(
     queries: np.ndarray, gallery: np.ndarray, pairs: np.ndarray, recall_at: Sequence[int]
 ) -> dict[str, dict[str, float]]:
-    ahead = items_ahead(queries, gallery, pairs, max(recall_at))
-    positives = np.bincount(np.unique(pairs, axis=0)[:, 0], minlength=len(queries))
+    return recalls(items_ahead(queries, gallery, pairs, max(recall_at)), pairs, len(gallery), recall_at)
+
+
+def recalls(
+    ahead: np.ndarray, pairs: np.ndarray, gallery_size: int, recall_at: Sequence[int]
+) -> dict[str, dict[str, float]]:
+    """{"recall_at_1": {"value": …, "chance": …}, …} of queries, (q,) items ahead of whose positives."""
+    positives = np.bincount(np.unique(pairs, axis=0)[:, 0], minlength=len(ahead))
     asked = positives > 0
     return {
         f"recall_at_{k}": {
             "value": float(np.mean(ahead[asked] < k)),
-            "chance": float(np.mean(chance_of_hit(positives[asked], len(gallery), k))),
+            "chance": float(np.mean(chance_of_hit(positives[asked], gallery_size, k))),
         }
         for k in recall_at
     }
+
+
+def nearest(queries: np.ndarray, gallery: np.ndarray, k: int) -> np.ndarray:
+    """Rows of the k gallery items that score highest for each query, best first, (q, min(k, g)) int64.
+
+    queries: (q, D), gallery: (g, D), float32, scored by inner product. Of a tie the order is FAISS's.
+    """
+    queries, gallery = _rows("query", queries), _rows("gallery", gallery)
+    k = min(k, len(gallery))
+    found = [rows for _, rows, _ in _search(gallery, queries, np.arange(len(queries)), k)]
+    return np.concatenate(found)
 
 
 def chance_of_hit(positives: np.ndarray, gallery_size: int, k: int) -> np.ndarray:

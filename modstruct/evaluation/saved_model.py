@@ -32,7 +32,16 @@ def evaluate_checkpoint(recipe: Recipe, checkpoint: str, out: str | None = None)
     model = build_model(recipe, tokenizer, Objective(recipe.losses), read_weights=False)
     checkpoints.load_weights(model, checkpoints.read_weights(path), path)
     model.to(distributed.device()).eval()
-    metrics = evaluate(model, data.eval, data.views, tokenizer, recipe.evaluation, data.zero_shot, distributed.device())
+    metrics = evaluate(
+        model,
+        data.eval,
+        data.views,
+        tokenizer,
+        recipe.evaluation,
+        data.zero_shot,
+        distributed.device(),
+        fusion=model if recipe.framework == "fusion" else None,
+    )
     if distributed.is_main():
         print(f"\n{path}\n\n{table(metrics)}")
         out = out or path.parents[1] / "evaluation.json"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from modstruct.config import FinetuneRecipe
 from modstruct.data.tokenizers import Tokenizer
+from modstruct.tasks.retrieval import Retrieval
 from modstruct.tasks.snli_ve import SnliVe
 from modstruct.tasks.task import Task
 
-TASKS: dict[str, type[Task]] = {"snli_ve": SnliVe}
+TASKS: dict[str, type[Task]] = {"retrieval": Retrieval, "snli_ve": SnliVe}
 
 
 def build_task(recipe: FinetuneRecipe, tokenizer: Tokenizer) -> Task:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,7 @@ class Task(ABC):
         recipe, device = self.recipe, distributed.device()
         batch = recipe.evaluation.batch
         rounds = rounds_of(-(-len(entries) // batch))
-        batches = entry_batches(self, entries, recipe.data, batch)
+        batches = self.batches_of(entries, batch)
         ledger = FaultLedger("pictures", recipe.data.max_bad_share, distributed.rank())
         mine: list[tuple[int, Any]] = []
         filler: dict[str, Tensor] = {}
@@ -116,6 +116,10 @@ class Task(ABC):
         bad = sum(value is None for value in found)
         ledger.check(bad, len(entries), fewest=1)
         return found
+
+    def batches_of(self, entries: Sequence[Any], batch: int) -> Iterator[EntryBatch]:
+        """This process's share of the entries, in order."""
+        return entry_batches(self, entries, self.recipe.data, batch)
 
     def _filler(self, entries: Sequence[Any]) -> dict[str, Tensor]:
         """A batch for a process that has no entry, of a grey picture."""

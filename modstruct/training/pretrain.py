@@ -134,6 +134,7 @@ def measure(run: PretrainingRun, samples, name: str) -> dict:
         distributed.device(),
         f"data.{name}",
         inspect,
+        run.engine.module if run.recipe.framework == "fusion" else None,
     )
     run.engine.train()
     run.telemetry.scalars({f"{name}/{key}": value for key, value in flatten(metrics).items()}, run.state.step)

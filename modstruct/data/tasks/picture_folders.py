@@ -26,6 +26,7 @@ class PictureFolders:
     """Pictures asked for."""
     missing: dict[Path, None] = field(default_factory=dict)
     """Pictures asked for that are not there, in order."""
+    _subfolders: dict[str, Path] = field(default_factory=dict)
     _listings: dict[Path, frozenset[str]] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -35,7 +36,10 @@ class PictureFolders:
 
     def subfolder(self, name: str) -> Path:
         """`root/name` if that is a folder, else root itself: pictures unpacked without their folder are found too."""
-        return self.root / name if name in self._listing(self.root) and (self.root / name).is_dir() else self.root
+        if name not in self._subfolders:
+            there = name in self._listing(self.root) and (self.root / name).is_dir()
+            self._subfolders[name] = self.root / name if there else self.root
+        return self._subfolders[name]
 
     def has(self, picture: Path) -> bool:
         """Whether a picture is there; if not, it is noted for `refuse_missing`."""

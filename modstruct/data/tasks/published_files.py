@@ -48,19 +48,31 @@ class TaskEntries(Generic[Entry]):
         return content.hexdigest()
 
 
-@dataclass(frozen=True)
 class Record:
     """One JSON object of a published file, with what an error has to say of it."""
 
-    fields: dict[str, Any]
-    where: str
-    """File and number of the entry, from 0 (in a file of lines: number of the line, from 1)."""
+    # VQA v2 has millions of them: no instance dictionary, and the place is put into words only for an error.
+    __slots__ = ("_parent", "_place", "fields")
+
+    def __init__(self, fields: dict[str, Any], place: str | tuple[str, int], parent: Record | None = None):
+        """place: the file (and line); or, in a parent record, the key of the list and the number in it, from 0."""
+        self.fields = fields
+        self._place = place
+        self._parent = parent
+
+    @property
+    def where(self) -> str:
+        """`questions.json, questions[12]` or `dev.json, line 3`."""
+        if self._parent is None:
+            return str(self._place)
+        key, number = self._place
+        return f"{self._parent.where}, {key}[{number}]"
 
     def text(self, key: str, *, empty: bool = False) -> str:
         """The text at a key, stripped; equal texts are one object. Refused: other types, empty (unless allowed)."""
         value = self._value(key)
         # A lone surrogate ("\ud800") is valid JSON, but no tokenizer, log or file takes it.
-        if not isinstance(value, str) or len(value) > LONGEST_TEXT or not _encodable(value):
+        if not isinstance(value, str) or len(value) > LONGEST_TEXT or not (value.isascii() or _encodable(value)):
             self.refuse(key, f"a text in UTF-8 of at most {LONGEST_TEXT:,} characters")
         value = value.strip()
         if not value and not empty:
@@ -94,7 +106,7 @@ class Record:
         if not isinstance(value, list):
             self.refuse(key, "a list of objects")
         for number, fields in enumerate(value):
-            record = Record(fields, f"{self.where}, {key}[{number}]")
+            record = Record(fields, (key, number), self)
             if not isinstance(fields, dict):
                 record.refuse_whole("a JSON object")
             yield record

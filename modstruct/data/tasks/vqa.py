@@ -78,7 +78,7 @@ def read_vqa(
         answered = _read_annotations(published_file(annotations, f"{option}.annotations", ANNOTATIONS_REMEDY))
 
     entries, seen = [], set()
-    paths: dict[int, Path] = {}  # several questions share a picture
+    found: dict[int, Path | None] = {}  # several questions share a picture
     left_out: Counter[str] = Counter()
     for record in content.records("questions"):
         number, image_id = record.whole("question_id"), record.whole("image_id")
@@ -90,8 +90,10 @@ def read_vqa(
             if number not in answered or answered[number].image_id != image_id:
                 record.refuse("question_id", f"an id that {annotations} answers for this image_id")
             known = answered[number]
-        image = paths.setdefault(image_id, folder / f"COCO_{subset}_{image_id:012d}.jpg")
-        if pictures.has(image):
+        if image_id not in found:
+            image = folder / f"COCO_{subset}_{image_id:012d}.jpg"
+            found[image_id] = image if pictures.has(image) else None
+        if (image := found[image_id]) is not None:
             entries.append(
                 VqaQuestion(
                     number, image, record.text("question"), known.question_type, known.answer_type, known.answers

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modstruct import distributed
-from modstruct.config import Recipe
+from modstruct.config import FinetuneRecipe, Recipe
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.embeddings import FusionOutputs
 from modstruct.losses.objective import Objective
@@ -18,7 +18,9 @@ from modstruct.models.fusion.negatives import NONE, hard_negatives
 from modstruct.models.fusion.published import QUEUE
 from modstruct.models.two_tower import Clamp
 
-TRAINING_FIELDS = frozenset({"text_masked", "masked_labels", "image_id", "text_id", "slot"})
+PAIR_FIELDS = frozenset({"image_id", "text_id", "slot"})
+BLANK_FIELDS = frozenset({"text_masked", "masked_labels"})
+TRAINING_FIELDS = PAIR_FIELDS | BLANK_FIELDS
 IGNORED = -100
 """Label of what a cross entropy leaves out."""
 
@@ -26,13 +28,13 @@ IGNORED = -100
 class FusionModel(FollowedModel):
     """ALBEF's pre-training model (Li et al. 2021, sections 3.1 to 3.3), with independent heads on request.
 
-    Called with pictures or texts it embeds them; with all TRAINING_FIELDS too, it makes everything that the objective
+    Called with pictures or texts it embeds them; with all its `batch_fields` too, it makes everything that the objective
     asks for. `momentum` and `queue` are no weights of it: see momentum.py.
     """
 
     outputs = FusionOutputs
 
-    def __init__(self, recipe: Recipe, tokenizer: Tokenizer, objective: Objective):
+    def __init__(self, recipe: Recipe | FinetuneRecipe, tokenizer: Tokenizer, objective: Objective):
         super().__init__()
         config = recipe.fusion
         self.backbone = Backbone(config, recipe.views, tokenizer)
@@ -54,7 +56,7 @@ class FusionModel(FollowedModel):
         self.fills_blanks = "masked_language" in objective.weights
         self.negatives = recipe.losses.matching.negatives
         self.seed = recipe.train.seed
-        self.batch_fields = TRAINING_FIELDS
+        self.batch_fields = TRAINING_FIELDS if self.fills_blanks else PAIR_FIELDS
         self.start_momentum(config.momentum)
         self._outside.append(FeatureQueue(config.queue, config.embed_dim))
 
@@ -63,13 +65,13 @@ class FusionModel(FollowedModel):
         return self._outside[1]
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """batch: any of image (B, 3, H, W) uint8 and text (B, L) ids, and for training all TRAINING_FIELDS as well.
+        """batch: any of image (B, 3, H, W) uint8 and text (B, L) ids, and for training all `batch_fields` as well.
 
         Returns the fields of FusionOutputs that the batch allows, float32; a plain dict, because ZeRO-3 looks for the
         tensors whose gradients it must wait for in dicts and tuples only.
         """
         made = {"logit_scale": Clamp.apply(self.logit_scale.float(), *self.logit_scale_range).exp()}
-        training = batch.keys() >= TRAINING_FIELDS
+        training = batch.keys() >= self.batch_fields
         image = text = blanked = None
         if "image" in batch:
             image = self.backbone.encode_image(batch["image"])
@@ -100,6 +102,7 @@ class FusionModel(FollowedModel):
 
     def match(self, text: Tensor, mask: Tensor, image: Tensor) -> Tensor:
         """Logits (B, 2), not matching and matching, of text tokens with their mask against image tokens, row by row."""
+        text, image = (tokens.to(self.logit_scale.dtype) for tokens in (text, image))
         return self.matching_head(self.backbone.fuse(text, mask, image)[:, 0]).float()
 
     def _encode_texts(

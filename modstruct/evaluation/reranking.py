@@ -1,0 +1,130 @@
+"""Retrieval in two stages: the contrast's best candidates are ranked anew by matching (Li et al. 2021, section 6).
+
+The first stage compares embeddings, the second lets the fusion encoder look at every candidate. Items beyond the
+candidates keep their places behind them. A tie counts against the model, as in retrieval.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modstruct.data.tokenizers import Tokenizer
+from modstruct.distributed import broadcast_object, is_main
+from modstruct.evaluation.collect import collect_rows, collect_tokens, my_batches
+from modstruct.evaluation.retrieval import items_ahead, nearest, recalls
+from modstruct.models.fusion.pretraining import FusionModel
+
+LARGEST_ON_DEVICE_BYTES = 8 << 30
+"""Tokens of a gallery beyond this are kept in the host's memory."""
+
+
+@torch.no_grad()
+def reranked_retrieval(
+    model: FusionModel,
+    pictures: Iterator[Tensor],
+    captions: Sequence[str],
+    tokenizer: Tokenizer,
+    image: np.ndarray,
+    text: np.ndarray,
+    pairs: np.ndarray,
+    candidates: int,
+    recall_at: Sequence[int],
+    batch: int,
+    device: torch.device,
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Recall at K both ways after matching has ranked each query's candidates anew; every process calls it.
+
+    pictures: this process's batches of the n pictures (see collect.my_batches), uint8 (b, 3, H, W) on the device, in
+    the order of image's rows. captions: the m texts. image: (n, D), text: (m, D), read on the main process alone.
+    pairs: (p, 2), (image row, text row). batch: pictures, texts or pairs in one forward pass. Returns the same as
+    retrieval.retrieval on the main process, and an empty dict elsewhere.
+    """
+    backbone = model.backbone
+    sizes = broadcast_object((len(image), len(text)))
+    side = model.backbone.image.patch_embed.img_size[0]
+    grey = torch.zeros((1, 3, side, side), dtype=torch.uint8, device=device)
+    image_tokens = _gathered(backbone.encode_image, pictures, grey, sizes[0], batch, device, "encoding pictures")
+    ids = tokenizer(list(captions)).to(device)
+    mine = (ids[n * batch : (n + 1) * batch] for n in my_batches(math.ceil(len(ids) / batch)))
+    text_tokens = _gathered(backbone.encode_text, mine, ids[:1], len(ids), batch, device, "encoding captions")
+    mask = backbone.mask(ids)
+
+    def score(texts: Tensor, images: Tensor) -> Tensor:
+        """Of each pair (b,), how much better it matches than not."""
+        rows, seen = text_tokens[texts.to(text_tokens.device)], image_tokens[images.to(image_tokens.device)]
+        logits = model.match(rows.to(device), mask[texts], seen.to(device))
+        return logits[:, 1] - logits[:, 0]
+
+    directions = {
+        "text_to_image": (text, image, pairs[:, ::-1], score),
+        "image_to_text": (image, text, pairs, lambda images, texts: score(texts, images)),
+    }
+    return {
+        name: part for name, d in directions.items() if (part := _direction(*d, candidates, recall_at, batch, device))
+    }
+
+
+def _direction(
+    queries: np.ndarray,
+    gallery: np.ndarray,
+    pairs: np.ndarray,
+    score: Callable[[Tensor, Tensor], Tensor],
+    candidates: int,
+    recall_at: Sequence[int],
+    batch: int,
+    device: torch.device,
+) -> dict[str, dict[str, float]]:
+    found = broadcast_object(nearest(queries, gallery, candidates) if is_main() else None)  # (q, k)
+    k = found.shape[1]
+    at_once = max(1, batch // k)  # queries
+    batches = math.ceil(len(found) / at_once)
+    rows = torch.from_numpy(found).to(device)
+    numbers = torch.arange(len(found), device=device)
+    mine = (numbers[n * at_once : (n + 1) * at_once] for n in my_batches(batches))
+
+    def scores_of(some: Tensor) -> Tensor:
+        return score(some.repeat_interleave(k), rows[some].flatten()).view(len(some), k)
+
+    scores = collect_rows(scores_of, mine, numbers[:1], batches, at_once, "ranking anew")
+    if not is_main():
+        return {}
+    ahead = ahead_after(found, scores, pairs, items_ahead(queries, gallery, pairs, max(k, *recall_at)))
+    return recalls(ahead, pairs, len(gallery), recall_at)
+
+
+def ahead_after(candidates: np.ndarray, scores: np.ndarray, pairs: np.ndarray, ahead: np.ndarray) -> np.ndarray:
+    """Non-positive items ahead of each query's best positive once its candidates are ranked by their scores, (q,).
+
+    candidates, scores: (q, k). pairs: (p, 2), (query row, gallery row). ahead: (q,), before; where no candidate is a
+    positive, all k candidates stay ahead.
+    """
+    items = int(max(candidates.max(), pairs[:, 1].max())) + 1
+    positive = np.isin(np.arange(len(candidates))[:, None] * items + candidates, pairs[:, 0] * items + pairs[:, 1])
+    best = np.where(positive, scores, -np.inf).max(axis=1, keepdims=True)
+    after = ((scores >= best) & ~positive).sum(axis=1)
+    return np.where(positive.any(axis=1), after, np.maximum(ahead, candidates.shape[1]))
+
+
+def _gathered(
+    encode: Callable[[Tensor], Tensor],
+    inputs: Iterator[Tensor],
+    filler: Tensor,
+    rows: int,
+    batch: int,
+    device: torch.device,
+    title: str,
+) -> Tensor:
+    """Tokens of all rows on every process, in half precision on a GPU."""
+    half = torch.bfloat16 if device.type == "cuda" else torch.float32
+
+    def tokens(some: Tensor) -> Tensor:
+        return encode(some).to(half)
+
+    one = tokens(filler)
+    store = device if one.nbytes * rows <= LARGEST_ON_DEVICE_BYTES else torch.device("cpu")
+    return collect_tokens(tokens, inputs, filler, math.ceil(rows / batch), batch, store, title)

@@ -1,0 +1,143 @@
+"""Retrieval on Karpathy's splits: contrast and matching learned further, recall before and after matching ranks anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from modstruct import distributed
+from modstruct.config import FinetuneRecipe, TaskFiles
+from modstruct.data.loader import identity
+from modstruct.data.masking import with_blanks
+from modstruct.data.scenes.tasks.folder import SceneTaskPaths
+from modstruct.data.tasks.batches import Seed
+from modstruct.data.tasks.karpathy import CaptionedPicture, read_karpathy
+from modstruct.data.tasks.published_files import TaskEntries
+from modstruct.data.tokenizers import Tokenizer
+from modstruct.evaluation.embed import embed_texts
+from modstruct.evaluation.reranking import reranked_retrieval
+from modstruct.evaluation.retrieval import retrieval
+from modstruct.losses.objective import Objective
+from modstruct.models.fusion.pretraining import FusionModel
+from modstruct.tasks.task import Task
+
+PUBLISHED_SPLIT = {"train": "train", "validation": "val", "test": "test"}
+
+
+@dataclass(frozen=True)
+class CaptionPair:
+    """A picture with one of its captions: what training takes."""
+
+    image: Path
+    caption: str
+    image_id: int
+
+
+class Retrieval(Task):
+    files = ("images", "captions")
+
+    def __init__(self, recipe: FinetuneRecipe, tokenizer: Tokenizer):
+        super().__init__(recipe, tokenizer)
+        self.masks = recipe.losses.masked_language.weight > 0
+
+    def read(self, files: TaskFiles, option: str, split: str) -> TaskEntries:
+        leave_out = self.recipe.data.leave_out_missing
+        published = PUBLISHED_SPLIT[split]
+        found = read_karpathy(files.captions, files.images, published, option=option, leave_out_missing=leave_out)
+        if split != "train":
+            return found
+        pairs = (CaptionPair(p.image, caption, p.image_id) for p in found.entries for caption in p.captions)
+        return TaskEntries(tuple(pairs), found.left_out)
+
+    def scene_files(self, paths: SceneTaskPaths, split: str) -> TaskFiles:
+        return TaskFiles(images=paths.karpathy.images, captions=paths.karpathy.captions)
+
+    def build_model(self) -> FusionModel:
+        return FusionModel(self.recipe, self.tokenizer, Objective(self.recipe.losses))
+
+    def objective(self, epoch_steps: int) -> Objective:
+        return Objective(self.recipe.losses, self.recipe.train.pairwise_precision, epoch_steps)
+
+    def sample(
+        self, entry: CaptionPair | CaptionedPicture, picture: Callable[[Path], Image.Image], seed: Seed | None
+    ) -> dict[str, Any]:
+        made = {"image": self.picture_view(picture(entry.image), seed)}
+        if seed is None:
+            return made
+        ids = {"image_id": entry.image_id, "text_id": identity(entry.caption.encode())}
+        return made | {"text": entry.caption, "mask_seed": seed("text_masked")} | ids
+
+    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        batch = {"image": torch.stack([sample["image"] for sample in samples])}
+        if "text" not in samples[0]:
+            return batch
+        batch["text"] = self.tokenizer([sample["text"] for sample in samples])
+        batch |= {n: torch.tensor([sample[n] for sample in samples]) for n in ("image_id", "text_id", "slot")}
+        if self.masks:
+            seeds = [sample["mask_seed"] for sample in samples]
+            rate = self.recipe.losses.masked_language.rate
+            batch["text_masked"], batch["masked_labels"] = with_blanks(batch["text"], seeds, rate, self.tokenizer)
+        return batch
+
+    def measure(self, model: FusionModel, entries: Sequence[CaptionedPicture]) -> tuple[dict[str, Any], None]:
+        device, batch = distributed.device(), self.recipe.evaluation.batch
+        image = self.predict(entries, lambda some: _listed(model, some), "embedding pictures")
+        kept = [number for number, row in enumerate(image) if row is not None]
+        image = np.array([image[number] for number in kept], dtype=np.float32)
+        entries = [entries[number] for number in kept]
+        row_of: dict[str, int] = {}
+        pairs = np.array([(n, row_of.setdefault(c, len(row_of))) for n, e in enumerate(entries) for c in e.captions])
+        captions = list(row_of)
+
+        def encode(some: dict[str, Tensor]) -> dict[str, Tensor]:
+            return model.embed("text", model.backbone.encode_text(some["text"])[:, 0])
+
+        text = embed_texts(encode, captions, self.tokenizer, batch, device, "embedding captions")
+        recall_at = sorted({1, *self.recipe.evaluation.recall_at})
+        matched = reranked_retrieval(
+            model,
+            self._pictures(entries, batch, device),
+            captions,
+            self.tokenizer,
+            image,
+            text,
+            pairs,
+            self.recipe.task.rerank,
+            recall_at,
+            batch,
+            device,
+        )
+        figures = None
+        if distributed.is_main():
+            figures = _flat("", retrieval(image, text, pairs, recall_at)) | _flat("matched ", matched)
+        figures = distributed.broadcast_object(figures)
+        return figures | {"sizes": {"pictures": len(image), "captions": len(captions)}}, None
+
+    def _pictures(self, entries: Sequence[CaptionedPicture], batch: int, device: torch.device) -> Iterator[Tensor]:
+        """This process's batches, all of whose pictures could be read a moment ago."""
+        for found in self.batches_of(entries, batch):
+            yield found.tensors["image"].to(device)
+
+    def score(self, metrics: dict[str, Any]) -> float:
+        """Mean R@1 of both directions after matching."""
+        return (metrics["matched text -> image R@1"]["value"] + metrics["matched image -> text R@1"]["value"]) / 2
+
+
+def _listed(model: FusionModel, batch: dict[str, Tensor]) -> list[list[float]]:
+    return model.embed("image", model.backbone.encode_image(batch["image"])[:, 0])["image"].tolist()
+
+
+def _flat(prefix: str, directions: dict[str, dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    names = {"text_to_image": "text -> image", "image_to_text": "image -> text"}
+    return {
+        f"{prefix}{names[direction]} {metric.replace('recall_at_', 'R@')}": figure
+        for direction, figures in directions.items()
+        for metric, figure in figures.items()
+    }
