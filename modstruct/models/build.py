@@ -21,16 +21,29 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer, objective: Objective, read
     """
     if recipe.framework == "fusion":
         from modstruct.models.fusion.backbone import without_files
+        from modstruct.models.fusion.initial_weights import start_pretraining
         from modstruct.models.fusion.pretraining import FusionModel
 
         described = recipe if read_weights else replace(recipe, fusion=without_files(recipe.fusion))
-        return FusionModel(described, tokenizer, objective)
+        model = FusionModel(described, tokenizer, objective)
+        if described.fusion.init is not None:
+            start_pretraining(model, described.fusion.init)
+        return model
     from modstruct.models.two_tower import TwoTower
 
     config = recipe.model if read_weights else replace(recipe.model, pretrained=None)
     model = TwoTower(config, recipe.views, tokenizer, objective.independent)
     model.batch_fields = objective.views
     return model
+
+
+def initial_tokenizer(recipe: Recipe) -> Tokenizer | None:
+    """The tokenizer that fusion.init brings, if it is a run, checkpoint or export of ours."""
+    if recipe.framework != "fusion" or recipe.fusion.init is None:
+        return None
+    from modstruct.models.fusion.initial_weights import tokenizer_of
+
+    return tokenizer_of(recipe.fusion.init)
 
 
 def image_size(recipe: Recipe) -> int:

@@ -19,7 +19,7 @@ from modstruct.evaluation.report import flatten, save_metrics, table, validation
 from modstruct.evaluation.structure import structure
 from modstruct.evaluation.zero_shot import load_classes
 from modstruct.losses.objective import Objective
-from modstruct.models.build import build_model, image_size
+from modstruct.models.build import build_model, image_size, initial_tokenizer
 from modstruct.training.checkpoint import save
 from modstruct.training.export import export
 from modstruct.training.heartbeat import Heartbeat
@@ -59,7 +59,8 @@ def open_run(recipe: Recipe, ds_config: str, resume: str | None) -> Run:
     if recipe.framework == "fusion" and recipe.train.micro_batch is not None:
         refuse("train.micro_batch", recipe.train.micro_batch, "the fusion model takes its batch whole: null")
     start = find_start(recipe, ds_config, resume)
-    data = open_run_data(recipe, image_size(recipe), start.tokenizer, fingerprint=start.samples)
+    tokenizer = start.tokenizer or initial_tokenizer(recipe)
+    data = open_run_data(recipe, image_size(recipe), tokenizer, fingerprint=start.samples)
     if data.zero_shot:
         load_classes(data.zero_shot)  # what is wrong with it is said now, not at the first validation
     state = start.state(f"{data.train.fingerprint} {data.train.weights}", recipe.data.train)

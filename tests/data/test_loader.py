@@ -29,24 +29,25 @@ from crafted_shards import (
 )
 from PIL import Image
 from test_pictures import png_header
+from tiny_models import word_tokenizer
 
 from modstruct.config import RunError, Source, ViewsConfig
 from modstruct.data import loader as loader_module
 from modstruct.data import workers as workers_module
 from modstruct.data.augment import Views
 from modstruct.data.faults import TooManyBadSamples
-from modstruct.data.loader import TrainBatch, train_loader, train_order
+from modstruct.data.loader import EXTRA_FIELDS, TrainBatch, train_loader, train_order
 from modstruct.data.samples import open_samples
 
 BOTH = frozenset({"image_augmented", "text_augmented"})
 
 
-def load(samples, data, start=0, stop=5, process=0, processes=1, batch=12, extra=BOTH, seed=3) -> list[TrainBatch]:
+def load(samples, data, start=0, stop=5, process=0, processes=1, batch=12, extra=BOTH, seed=3, tokenizer=None):
     loader = train_loader(
         samples,
         data,
         views(),
-        LengthTokenizer(),
+        tokenizer or LengthTokenizer(),
         extra,
         global_batch=batch,
         seed=seed,
@@ -102,6 +103,38 @@ def test_a_batch_has_the_promised_kinds_and_shapes(tmp_path):
         "text_augmented": (torch.int64, (12, 2)),
     }
     assert (batch.faults, batch.tried) == ([], 12)
+
+
+def test_what_the_fusion_model_trains_on_is_made(tmp_path):
+    same_picture = sample(3, png=picture(1))
+    same_caption = sample(4, txt=b"thing 2")
+    write_tar(tmp_path / "shard.tar", [*sample(1), *sample(2), *same_picture, *same_caption])
+    data = config(tmp_path)
+    fields = ("text_masked", "masked_labels", "image_id", "text_id", "slot")
+    samples = opened(tmp_path / "shard.tar", data)
+    batches = load(samples, data, stop=3, batch=4, extra=fields, tokenizer=word_tokenizer())
+    for step, batch in enumerate(batches):
+        rows = batch.tensors
+        assert rows.keys() == {"image", "text", *fields}
+        assert {rows[name].dtype for name in (*fields, "text")} == {torch.int64}
+        assert rows["text_masked"].shape == rows["masked_labels"].shape == rows["text"].shape == (4, 12)
+        assert rows["slot"].tolist() == [4 * step + row for row in range(4)]
+        kept = rows["masked_labels"] == -100
+        assert torch.equal(rows["text_masked"][kept], rows["text"][kept])
+        # Four samples with three different pictures and three different captions.
+        assert (len(rows["image_id"].unique()), len(rows["text_id"].unique())) == (3, 3)
+        numbers = torch.tensor([number_of(image) for image in rows["image"]])
+        assert torch.equal(rows["image_id"][:, None] == rows["image_id"], numbers[:, None] == numbers)
+    # A sample's blanks are others in each epoch.
+    assert len({str(batch.tensors["masked_labels"].sort(0).values.tolist()) for batch in batches}) == 3
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_blanks_and_identities_do_not_depend_on_the_processes(damaged, processes):
+    options = {"extra": EXTRA_FIELDS - BOTH, "tokenizer": word_tokenizer()}
+    alone = load(*damaged, **options)
+    parts = [load(*damaged, process=rank, processes=processes, **options) for rank in range(processes)]
+    assert_same(alone, joined(parts))
 
 
 def test_views_that_nobody_needs_are_not_made(tmp_path, monkeypatch):

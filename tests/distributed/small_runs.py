@@ -66,11 +66,13 @@ def train_small(
     every_steps: int = 0,
     resume: str | None = None,
     precision: str = "fp32",
+    init: str | None = None,
 ) -> None:
     """A run to its end; beside its checkpoints, rows.json says what the steps took. Every process calls it."""
     from modstruct.training import pretrain, run
 
     recipe = small_recipe(output, cache, steps, method, batch, micro, workers, every_steps, precision)
+    recipe = replace(recipe, fusion=replace(recipe.fusion, init=init))
     taken: dict[int, list[int]] = {}
     take = run.train_step
 

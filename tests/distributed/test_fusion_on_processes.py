@@ -42,6 +42,7 @@ def exchanged(wanted_seed: int) -> dict[str, torch.Tensor]:
     leaf = mine(rows).clone().requires_grad_()
     found = distributed.exchange_rows(leaf, mine(wanted))
     (found * mine(weights)).sum().backward()
+    found = found.detach()
     whole = rows.clone().requires_grad_()
     (whole[wanted] * weights).sum().backward()
     return {
@@ -134,7 +135,12 @@ def test_momentum_follows_and_a_resume_in_mid_queue_is_exact(tmp_path):
     for stage in stages:
         saved = str(checkpoints.step_folder(whole[stage], STOP))
         runs[str(resumed[stage])] = {"stage": stage, "resume": saved, **ALIKE}
+    started = tmp_path / "started"
+    runs[str(started)] = {"stage": "zero2", "method": "albef_all", "steps": 1, "init": str(whole["zero0"])}
     run_on_processes(train_several, 2, cache, runs)
+    # A run that starts from another's weights, momentum copies and queue.
+    assert momentum_of(started)["queue.counts"].tolist() == [(STEPS + 1) * 12 % 17, 17]
+    assert 0 < distance(whole["zero0"], started) < 0.1
     for stage in stages:
         assert_momentum_is_the_average(whole[stage], STEPS, share=0.8)
         queue = checkpoints.read(checkpoints.step_folder(whole[stage], STOP)).momentum["queue.counts"]

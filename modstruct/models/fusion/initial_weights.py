@@ -6,20 +6,25 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from modstruct import checkpoints
-from modstruct.config import TokenizerConfig, refuse
+from modstruct.config import TokenizerConfig, refuse, require
 from modstruct.data.tokenizers import Tokenizer, build_tokenizer, load_tokenizer
 from modstruct.distributed import main_first
 from modstruct.models.fusion.momentum import MOMENTUM
-from modstruct.models.fusion.published import fit_positions, from_albef
+from modstruct.models.fusion.published import QUEUE, fit_positions, from_albef, is_albef
 from modstruct.weight_files import read_weight_file
 from modstruct.yaml_files import read_yaml
 
+if TYPE_CHECKING:
+    from modstruct.models.fusion.pretraining import FusionModel
+
 log = logging.getLogger("modstruct")
+KINDS = "a run, checkpoint or export of ours, or a file of weights by our names or ALBEF's"
 EXPORTED = "modstruct_model.safetensors"
 
 
@@ -33,12 +38,71 @@ class Initial:
     path: Path | None = None
 
 
-def find_folder(init: str) -> Path | None:
-    """The checkpoint or export that `init` names; None if it is a file."""
+def find_folder(init: str, option: str = "--init") -> Path | None:
+    """The checkpoint or export that `init` names; None if it is a file. option: that named it, for the error."""
     path = Path(init).expanduser()
     if not path.is_dir():
         return None
-    return path if (path / EXPORTED).is_file() else checkpoints.find(str(path), path, "--init")
+    return path if (path / EXPORTED).is_file() else checkpoints.find(str(path), path, option)
+
+
+def read_everything(init: str, option: str) -> dict[str, Tensor]:
+    """All weights by our names, `momentum.` and `queue.` among them where they are there.
+
+    init: a run, checkpoint or export of ours, or a file of weights by our names or ALBEF's. option: that named it.
+    """
+    folder = find_folder(init, option)
+    if folder is None:
+        require(Path(init).expanduser().is_file(), option, init, f"no such file or folder; give {KINDS}")
+        weights = read_weight_file(init, option)
+        return from_albef(weights) if is_albef(weights) else weights
+    if (folder / EXPORTED).is_file():
+        return read_weight_file(folder / EXPORTED, option)
+    momentum = folder / checkpoints.MOMENTUM_FILE
+    outside = read_weight_file(momentum, option) if momentum.is_file() else {}
+    return read_weight_file(folder / "weights.safetensors", option) | outside
+
+
+def tokenizer_of(init: str | None, option: str = "fusion.init") -> Tokenizer | None:
+    """The tokenizer that a run, checkpoint or export of ours knows; None for a file of weights, or for nothing."""
+    folder = init and find_folder(init, option)
+    return load_tokenizer(folder / "tokenizer") if folder else None
+
+
+def start_pretraining(model: FusionModel, init: str) -> None:
+    """Weights of fusion.init into a pre-training model, its momentum copy and, if it is of the same size, its queue.
+
+    Positions are fitted to the model's. Momentum copies that are not there start from the weights. What the weights
+    lack of the heads starts anew, as the log says. Raises ValueError naming fusion.init where they belong to another
+    model.
+    """
+    given = {
+        name: value.float() if value.is_floating_point() else value
+        for name, value in read_everything(init, "fusion.init").items()
+    }
+    given = fit_positions(given, model)
+    weights = {name: value for name, value in given.items() if not name.startswith((MOMENTUM, QUEUE))}
+    expected = model.state_dict()
+    wrong = [name for name in expected.keys() & weights.keys() if expected[name].shape != weights[name].shape]
+    wrong += [name for name in expected.keys() - weights.keys() if name.startswith("backbone.")]
+    wrong += [name for name in weights.keys() - expected.keys() if "independent_head" not in name]
+    if wrong:
+        remedy = (
+            "belongs to another model: give fusion.* the sizes, and tokenizer.* the tokenizer, that it was made with"
+        )
+        refuse("fusion.init", init, f"{remedy}; they differ in {', '.join(sorted(wrong)[:5])}")
+    anew = sorted(expected.keys() - weights.keys())
+    started = expected | {name: value for name, value in weights.items() if name in expected}
+    model.load_state_dict(started)
+    copies = {f"{MOMENTUM}{name}": value for name, value in started.items()}
+    copies |= {name: value for name, value in given.items() if name in copies and value.shape == copies[name].shape}
+    queue = {name: value for name, value in given.items() if name.startswith(QUEUE)}
+    own = {name: value for name, value in model.outside_state().items() if name.startswith(QUEUE)}
+    same = queue.keys() == own.keys() and all(own[name].shape == value.shape for name, value in queue.items())
+    model.load_outside_state(copies | (queue if same else {}))
+    log.info("Started from %s%s", init, f"; new: {', '.join(anew)}" if anew else "")
+    if queue and not same:
+        log.info("The queue of %s is of another size than fusion.queue and starts empty", init)
 
 
 def recipe_of(init: str) -> dict:
@@ -81,7 +145,7 @@ def start_from(model: nn.Module, initial: Initial) -> None:
     not there and starts anew.
     """
     weights = initial.weights
-    if any(name.startswith("visual_encoder.") for name in weights):
+    if is_albef(weights):
         weights = from_albef(weights, len(model.backbone.text.layer))
     weights = {name: value.float() for name, value in weights.items() if not name.startswith(MOMENTUM)}
     weights = fit_positions(weights, model)

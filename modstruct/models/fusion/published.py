@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from modstruct.config import refuse, require
 from modstruct.distributed import main_first
@@ -28,25 +29,47 @@ PREFIXES = {
     "itm_head.": "matching_head.",
 }
 # Held twice in ALBEF's files, or no weights: tied to the word vectors and to the bias; numbers of positions.
-LEFT_OUT = ("cls.predictions.decoder.weight", "cls.predictions.decoder.bias", "embeddings.position_ids", "queue_ptr")
-_MOMENTUM_NAME = re.compile(r"^(visual_encoder|text_encoder|vision_proj|text_proj)_m\.")
+LEFT_OUT = ("cls.predictions.decoder.weight", "cls.predictions.decoder.bias", "embeddings.position_ids")
+# What its pre-training model has a momentum copy of.
+COPIED = ("visual_encoder", "text_encoder", "vision_proj", "text_proj")
+_MOMENTUM_NAME = re.compile(rf"^({'|'.join(COPIED)})_m\.")
 _LAYER = re.compile(r"backbone\.(?:text|fusion)\.layer\.")
+_CROSS_ATTENTION = re.compile(r"^text_encoder\.(?:bert\.)?encoder\.layer\.(\d+)\.crossattention\.")
+# Ours alone: heads of deep feature separation, momentum copies of what ALBEF keeps none of.
+_OURS_ALONE = ("independent_head", f"{MOMENTUM}logit_scale", f"{MOMENTUM}matching_head.")
 
 
-def from_albef(weights: dict[str, Tensor], text_layers: int) -> dict[str, Tensor]:
+def is_albef(weights: dict[str, Tensor]) -> bool:
+    """Whether weights have ALBEF's names."""
+    return any(name.startswith(("visual_encoder.", "text_encoder.")) for name in weights)
+
+
+def text_layers_of(weights: dict[str, Tensor]) -> int:
+    """Layers of ALBEF's BERT below the first one with cross attention."""
+    found = [int(match[1]) for match in map(_CROSS_ATTENTION.match, weights) if match]
+    require(bool(found), "ALBEF's weights", sorted(weights)[:3], "no layer of text_encoder has cross attention")
+    return min(found)
+
+
+def from_albef(weights: dict[str, Tensor], text_layers: int | None = None) -> dict[str, Tensor]:
     """Weights of ALBEF's pre-training model, named and shaped as ours.
 
-    text_layers: layers of BERT that read the text alone. The temperature becomes the log of the logit scale; queues
-    (D, Q) become (Q, D). Names that ours has no counterpart of raise ValueError.
+    text_layers: layers of BERT that read the text alone, by default those without cross attention. The temperature
+    becomes the log of the logit scale; queues (D, Q) become (Q, D), full, of pictures that occur nowhere else. Names
+    that ours has no counterpart of raise ValueError.
     """
+    text_layers = text_layers_of(weights) if text_layers is None else text_layers
     ours = {}
     for name, value in weights.items():
         if name.endswith(LEFT_OUT):
             continue
         if name == "temp":
             ours["logit_scale"] = -value.reshape(1).log()
+        elif name == "queue_ptr":
+            ours[f"{QUEUE}counts"] = torch.cat([value.reshape(1), torch.tensor([weights["image_queue"].shape[1]])])
         elif name in ("image_queue", "text_queue"):
             ours[QUEUE + name.removesuffix("_queue")] = value.T.contiguous()
+            ours[f"{QUEUE}ids"] = -1 - torch.arange(value.shape[1])
         else:
             momentum = _MOMENTUM_NAME.match(name)
             plain = _MOMENTUM_NAME.sub(r"\1.", name)
@@ -58,7 +81,7 @@ def _ours(name: str, text_layers: int) -> str:
     if name.startswith("text_encoder.") and not name.startswith(("text_encoder.bert.", "text_encoder.cls.")):
         name = name.replace("text_encoder.", "text_encoder.bert.", 1)  # as its fine-tuned files have it
     prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
-    require(prefix is not None, "ALBEF's weights", name, "no such weight in our model")
+    require(prefix is not None, "ALBEF's weights", name, "no such weight in our model of pre-training")
     name = PREFIXES[prefix] + name.removeprefix(prefix)
     if not name.startswith("backbone.layer."):
         return name
@@ -67,32 +90,59 @@ def _ours(name: str, text_layers: int) -> str:
 
 
 def to_albef(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `from_albef`; independent heads, which ALBEF has not, are left out."""
-    theirs = {}
+    """Weights of ours, named and shaped as ALBEF's pre-training model has them: the inverse of `from_albef`.
+
+    Independent heads, which ALBEF has not, are left out; momentum copies that are not there start from the weights; a
+    queue that is not full yet is filled as ALBEF's starts, with random vectors. Without a queue ALBEF's own are to be
+    loaded with strict=False. Names that ALBEF has no counterpart of raise ValueError.
+    """
+    theirs, queue = {}, {}
     for name, value in weights.items():
-        if "independent_head" in name or name.startswith(QUEUE + "ids") or name == MOMENTUM + "logit_scale":
+        if any(part in name for part in _OURS_ALONE):
             continue
         if name == "logit_scale":
             theirs["temp"] = (-value).exp().reshape(())
-        elif name in (f"{QUEUE}image", f"{QUEUE}text"):
-            theirs[f"{name.removeprefix(QUEUE)}_queue"] = value.T.contiguous()
-        elif not name.startswith(QUEUE) and not name.startswith(f"{MOMENTUM}matching_head."):
+        elif name.startswith(QUEUE):
+            queue[name.removeprefix(QUEUE)] = value
+        else:
             plain = _theirs(name.removeprefix(MOMENTUM))
-            copied = re.sub(r"^(\w+)\.", r"\1_m.", plain) if name.startswith(MOMENTUM) else plain
-            theirs[copied] = value
-    for suffix in ("", "_m"):
-        encoder = f"text_encoder{suffix}"
-        if f"{encoder}.cls.predictions.bias" in theirs:
-            theirs[f"{encoder}.cls.predictions.decoder.bias"] = theirs[f"{encoder}.cls.predictions.bias"]
-            words = theirs[f"{encoder}.bert.embeddings.word_embeddings.weight"]
-            theirs[f"{encoder}.cls.predictions.decoder.weight"] = words
+            theirs[_copied(plain) if name.startswith(MOMENTUM) else plain] = value
+    for name in [name for name in theirs if name.split(".")[0] in COPIED]:
+        theirs.setdefault(_copied(name), theirs[name])
+    if queue and len(queue["image"]):
+        theirs |= _queue_of_albef(queue)
+    for encoder in ("text_encoder", "text_encoder_m"):
+        embeddings, predictions = f"{encoder}.bert.embeddings", f"{encoder}.cls.predictions"
+        theirs[f"{embeddings}.position_ids"] = torch.arange(len(theirs[f"{embeddings}.position_embeddings.weight"]))[
+            None
+        ]
+        if f"{predictions}.bias" in theirs:
+            theirs[f"{predictions}.decoder.bias"] = theirs[f"{predictions}.bias"]
+            theirs[f"{predictions}.decoder.weight"] = theirs[f"{embeddings}.word_embeddings.weight"]
     return theirs
+
+
+def _copied(name: str) -> str:
+    first, _, rest = name.partition(".")
+    return f"{first}_m.{rest}"
+
+
+def _queue_of_albef(queue: dict[str, Tensor]) -> dict[str, Tensor]:
+    place, filled = queue["counts"].tolist()
+    made = {"queue_ptr": torch.tensor([place])}
+    generator = torch.Generator().manual_seed(0)
+    for modality in ("image", "text"):
+        rows = queue[modality].clone()
+        rows[filled:] = F.normalize(torch.randn(rows[filled:].shape, generator=generator), dim=1)
+        made[f"{modality}_queue"] = rows.T.contiguous()
+    return made
 
 
 def _theirs(name: str) -> str:
     name = _LAYER.sub("backbone.layer.", name)
-    theirs, ours = next((theirs, ours) for theirs, ours in PREFIXES.items() if name.startswith(ours))
-    return theirs + name.removeprefix(ours)
+    prefix = next((theirs for theirs, ours in PREFIXES.items() if name.startswith(ours)), None)
+    require(prefix is not None, "weights", name, "no such weight in ALBEF's pre-training model")
+    return prefix + name.removeprefix(PREFIXES[prefix])
 
 
 def load_bert(backbone: nn.Module, source: str) -> None:
@@ -140,10 +190,15 @@ def _hub(name: str) -> dict[str, Tensor]:
 
 
 def fit_positions(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The same weights with the positions of the image encoder, momentum's too, interpolated to the model's grid."""
-    encoder = model.backbone.image
+    """The same weights, momentum's too, with the positions of the model: those of the image encoder interpolated to its
+    grid, those of the text cut to its context length."""
+    encoder, words = model.backbone.image, model.backbone.words.position_embeddings.weight
     fitted = dict(weights)
-    for name in ("backbone.image.pos_embed", f"{MOMENTUM}backbone.image.pos_embed"):
+    for prefix in ("", MOMENTUM):
+        name = f"{prefix}backbone.image.pos_embed"
         if name in fitted and fitted[name].shape != encoder.pos_embed.shape:
             fitted[name] = interpolate_positions(fitted[name], encoder)
+        name = f"{prefix}backbone.words.position_embeddings.weight"
+        if name in fitted:
+            fitted[name] = fitted[name][: len(words)]
     return fitted

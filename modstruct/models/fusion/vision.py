@@ -69,4 +69,6 @@ def interpolate_positions(positions: Tensor, encoder: nn.Module) -> Tensor:
     from timm.layers import resample_abs_pos_embed
 
     grid = list(encoder.patch_embed.grid_size)
-    return resample_abs_pos_embed(positions, new_size=grid, num_prefix_tokens=1, interpolation="bicubic")
+    # Without antialiasing, as DeiT's and ALBEF's code do it; with it, torch takes another cubic.
+    options = {"num_prefix_tokens": 1, "interpolation": "bicubic", "antialias": False}
+    return resample_abs_pos_embed(positions, new_size=grid, **options)
