@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,9 +25,9 @@ from modstruct.models.fusion.published import from_albef, to_albef
 from modstruct.models.fusion.vision import interpolate_positions
 from modstruct.recipe_files import recipe_to_dict
 from modstruct.training.export import export
-from tools.convert_albef import main as convert
 
 SIZES = Sizes()
+convert = runpy.run_path(str(Path(__file__).parents[3] / "tools" / "convert_albef.py"))["main"]
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
