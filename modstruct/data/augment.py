@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from functools import cache
 
+import numpy as np
 from PIL.Image import Image
 from torch import Tensor
 
@@ -23,7 +24,8 @@ MASK = (1 << BITS) - 1
 class Views:
     """Makes the plain, the augmented and the evaluation view of pictures and captions; pickles to loader workers.
 
-    Pictures are PIL images of any size and mode, views are uint8 tensors (3, image_size, image_size).
+    Pictures are PIL images of any size and mode, views are uint8 tensors (3, image_size, image_size); `into` is an array
+    of that shape to write one to, such as a row of a batch.
     """
 
     def __init__(self, config: ViewsConfig, image_size: int):
@@ -32,13 +34,13 @@ class Views:
         self._images = ImageViews(config, image_size)
         self._texts = EasyDataAugmentation(config.eda_rate, synonyms=config.eda_synonyms)
 
-    def plain_image(self, image: Image, seed: int) -> Tensor:
+    def plain_image(self, image: Image, seed: int, into: np.ndarray | None = None) -> Tensor:
         """The view of `views.plain`: the centre, or a random crop and flip drawn from seed."""
-        return self._images.plain(image, seed)
+        return self._images.plain(image, seed, into)
 
-    def augmented_image(self, image: Image, seed: int) -> Tensor:
+    def augmented_image(self, image: Image, seed: int, into: np.ndarray | None = None) -> Tensor:
         """A random crop, a flip and AutoAugment, as the recipe says, drawn from seed."""
-        return self._images.augmented(image, seed)
+        return self._images.augmented(image, seed, into)
 
     def evaluation_image(self, image: Image) -> Tensor:
         """The centre of the picture, whatever `views.plain` says."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -74,6 +74,8 @@ class LocalBatches(Dataset):
         self.reader, self.order = reader, order
         self.views, self.tokenizer = views, tokenizer
         self.augmented = frozenset(augmented)
+        self.image_views = [name for name in ("image", "image_augmented") if name in self.augmented | {"image"}]
+        self.text_views = [name for name in ("text", "text_augmented") if name in self.augmented | {"text"}]
         self.max_image_pixels = max_image_pixels
         self.global_batch, self.rows = global_batch, global_batch // processes
         self.part_rows = min(micro_batch or self.rows, self.rows)
@@ -87,28 +89,28 @@ class LocalBatches(Dataset):
         slots = step * self.global_batch + self.first_row + rows
         epochs, samples = self.order.locate(slots)
         batch = TrainBatch({})
-        places = zip(slots.tolist(), epochs.tolist(), samples.tolist(), strict=True)
-        texts: dict[str, list[str]] = {}
-        pictures: dict[str, np.ndarray] = {}
-        for row, place in enumerate(places):
-            for name, view in self._views(*place, batch).items():
-                if isinstance(view, str):
-                    texts.setdefault(name, []).append(view)
-                    continue
-                if name not in pictures:
-                    pictures[name] = np.empty((len(rows), *view.shape), dtype=np.uint8)
-                # At once: a list of pictures, stacked at the end, would ask the system for new memory every time.
-                pictures[name][row] = view.numpy()
+        side = self.views.image_size
+        pictures = {name: np.empty((len(rows), 3, side, side), dtype=np.uint8) for name in self.image_views}
+        texts: dict[str, list[str]] = {name: [] for name in self.text_views}
+        for row, place in enumerate(zip(slots.tolist(), epochs.tolist(), samples.tolist(), strict=True)):
+            # Views of pictures go straight to their rows: in memory of their own, they would be copied once more.
+            for name, text in self._views(*place, batch, [array[row] for array in pictures.values()]).items():
+                texts[name].append(text)
         batch.tensors = {name: torch.from_numpy(array) for name, array in pictures.items()}
         batch.tensors |= {name: self.tokenizer(texts_of_view) for name, texts_of_view in texts.items()}
         return batch
 
-    def _views(self, slot: int, epoch: int, sample: int, batch: TrainBatch) -> dict[str, Tensor | str]:
-        """Views of a slot's sample, or of its first good substitute; the bad ones are noted in the batch."""
+    def _views(
+        self, slot: int, epoch: int, sample: int, batch: TrainBatch, into: Sequence[np.ndarray]
+    ) -> dict[str, str]:
+        """Make the views of a slot's sample, or of its first good substitute; the bad ones are noted in the batch.
+
+        into: a row for each of `image_views`, to write to. Returns the texts.
+        """
         for attempt in range(1, SUBSTITUTES + 2):
             batch.tried += 1
             try:
-                return self._sample_views(self.reader.read(sample), epoch, sample)
+                return self._sample_views(self.reader.read(sample), epoch, sample, into)
             except BadSample as bad:
                 batch.faults.append((bad.cause, bad.where))
             epoch, sample = self.order.substitute(slot, attempt)
@@ -117,21 +119,19 @@ class LocalBatches(Dataset):
             "repair the shards"
         )
 
-    def _sample_views(self, raw: RawSample, epoch: int, sample: int) -> dict[str, Tensor | str]:
+    def _sample_views(self, raw: RawSample, epoch: int, sample: int, into: Sequence[np.ndarray]) -> dict[str, str]:
         picture = decode_picture(raw.image, self.max_image_pixels, raw.where)
 
         def seed(salt: str) -> int:
             return sample_seed(self.seed, epoch, sample, salt)
 
-        views = {
-            "image": self.views.plain_image(picture, seed("image")),
-            "text": self.views.plain_text(raw.caption),
-        }
+        self.views.plain_image(picture, seed("image"), into[0])
         if "image_augmented" in self.augmented:
-            views["image_augmented"] = self.views.augmented_image(picture, seed("image_augmented"))
+            self.views.augmented_image(picture, seed("image_augmented"), into[1])
+        texts = {"text": self.views.plain_text(raw.caption)}
         if "text_augmented" in self.augmented:
-            views["text_augmented"] = self.views.augmented_text(raw.caption, seed("text_augmented"))
-        return views
+            texts["text_augmented"] = self.views.augmented_text(raw.caption, seed("text_augmented"))
+        return texts
 
 
 def train_order(samples: Samples, config: DataConfig, seed: int) -> SampleOrder:
