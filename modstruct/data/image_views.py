@@ -16,6 +16,7 @@ from torchvision.transforms import v2
 from modstruct.config import ViewsConfig, require
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)  # of a random crop, as in Inception's and torchvision's RandomResizedCrop
+LOG_ASPECT_RATIOS = tuple(math.log(ratio) for ratio in ASPECT_RATIOS)
 CROP_ATTEMPTS = 10
 
 
@@ -81,7 +82,7 @@ def random_crop_box(
     The crop's share of the area is uniform in scale, its aspect ratio log-uniform in 3/4 to 4/3. Where no such
     crop fits, it is the largest centred one whose aspect ratio lies in that range.
     """
-    low, high = (math.log(ratio) for ratio in ASPECT_RATIOS)
+    low, high = LOG_ASPECT_RATIOS
     for _ in range(CROP_ATTEMPTS):
         area = width * height * generator.uniform(*scale)
         aspect = math.exp(generator.uniform(low, high))

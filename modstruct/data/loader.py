@@ -25,6 +25,9 @@ from modstruct.data.workers import WorkerLoader, require_shared_memory
 
 # In a source of which nine tenths are bad, 200 substitutes in a row fail once in 10^9 slots.
 SUBSTITUTES = 200
+# Samples, or bytes of their pictures, that are read in one run before the first of them is decoded.
+RUN_SAMPLES, RUN_BYTES = 64, 8 << 20
+RANDOM_VIEWS = ("image", "image_augmented", "text_augmented")
 
 
 @dataclass
@@ -75,7 +78,6 @@ class LocalBatches(Dataset):
         self.views, self.tokenizer = views, tokenizer
         self.augmented = frozenset(augmented)
         self.image_views = [name for name in ("image", "image_augmented") if name in self.augmented | {"image"}]
-        self.text_views = [name for name in ("text", "text_augmented") if name in self.augmented | {"text"}]
         self.max_image_pixels = max_image_pixels
         self.global_batch, self.rows = global_batch, global_batch // processes
         self.part_rows = min(micro_batch or self.rows, self.rows)
@@ -91,47 +93,84 @@ class LocalBatches(Dataset):
         batch = TrainBatch({})
         side = self.views.image_size
         pictures = {name: np.empty((len(rows), 3, side, side), dtype=np.uint8) for name in self.image_views}
-        texts: dict[str, list[str]] = {name: [] for name in self.text_views}
-        for row, place in enumerate(zip(slots.tolist(), epochs.tolist(), samples.tolist(), strict=True)):
+        captions, text_seeds = [], []
+        places = zip(slots.tolist(), epochs.tolist(), samples.tolist(), strict=True)
+        read = self._read_in_runs(samples.tolist())
+        for row, (place, raw, seeds) in enumerate(zip(places, read, self._seeds(epochs, samples), strict=True)):
             # Views of pictures go straight to their rows: in memory of their own, they would be copied once more.
-            for name, text in self._views(*place, batch, [array[row] for array in pictures.values()]).items():
-                texts[name].append(text)
+            into = [array[row] for array in pictures.values()]
+            caption, seeds = self._pair(*place, raw, seeds, into, batch)
+            captions.append(caption)
+            text_seeds.append(seeds["text_augmented"])
         batch.tensors = {name: torch.from_numpy(array) for name, array in pictures.items()}
-        batch.tensors |= {name: self.tokenizer(texts_of_view) for name, texts_of_view in texts.items()}
+        texts = {"text": [self.views.plain_text(caption) for caption in captions]}
+        if "text_augmented" in self.augmented:
+            texts["text_augmented"] = list(map(self.views.augmented_text, captions, text_seeds))
+        ids = self.tokenizer([text for texts_of_view in texts.values() for text in texts_of_view])
+        batch.tensors |= dict(zip(texts, ids.split(len(rows)), strict=True))
         return batch
 
-    def _views(
-        self, slot: int, epoch: int, sample: int, batch: TrainBatch, into: Sequence[np.ndarray]
-    ) -> dict[str, str]:
-        """Make the views of a slot's sample, or of its first good substitute; the bad ones are noted in the batch.
+    def _read_in_runs(self, samples: Sequence[int]) -> Iterator[RawSample | BadSample]:
+        """Each sample, or what is wrong with it.
 
-        into: a row for each of `image_views`, to write to. Returns the texts.
+        Read one by one, between pictures whose pixels drive all else out of the processor's caches, they take twice as
+        long.
+        """
+        run, run_bytes = [], 0
+        for sample in samples:
+            run.append(self._read(sample))
+            run_bytes += len(run[-1].image) if isinstance(run[-1], RawSample) else 0
+            if len(run) == RUN_SAMPLES or run_bytes >= RUN_BYTES:
+                yield from run
+                run, run_bytes = [], 0
+        yield from run
+
+    def _read(self, sample: int) -> RawSample | BadSample:
+        try:
+            return self.reader.read(sample)
+        except BadSample as bad:
+            return bad
+
+    def _seeds(self, epochs: np.ndarray, samples: np.ndarray) -> list[dict[str, int]]:
+        """For each sample the seeds of its random views."""
+        columns = [sample_seed(self.seed, epochs, samples, name).tolist() for name in RANDOM_VIEWS]
+        return [dict(zip(RANDOM_VIEWS, seeds, strict=True)) for seeds in zip(*columns, strict=True)]
+
+    def _pair(
+        self,
+        slot: int,
+        epoch: int,
+        sample: int,
+        raw: RawSample | BadSample,
+        seeds: dict[str, int],
+        into: Sequence[np.ndarray],
+        batch: TrainBatch,
+    ) -> tuple[str, dict[str, int]]:
+        """Caption and seeds of a slot's sample, or of its first good substitute; its image views are written.
+
+        raw, seeds: of the slot's own sample. into: a row for each of `image_views`. Bad samples are noted in the batch.
         """
         for attempt in range(1, SUBSTITUTES + 2):
             batch.tried += 1
             try:
-                return self._sample_views(self.reader.read(sample), epoch, sample, into)
+                if isinstance(raw, BadSample):
+                    raise raw
+                self._write_views(raw, seeds, into)
+                return raw.caption, seeds
             except BadSample as bad:
                 batch.faults.append((bad.cause, bad.where))
             epoch, sample = self.order.substitute(slot, attempt)
+            raw, (seeds,) = self._read(sample), self._seeds(np.array([epoch]), np.array([sample]))
         raise TooManyBadSamples(
             f"{SUBSTITUTES + 1} samples in a row cannot be used, the last: {': '.join(batch.faults[-1])}; "
             "repair the shards"
         )
 
-    def _sample_views(self, raw: RawSample, epoch: int, sample: int, into: Sequence[np.ndarray]) -> dict[str, str]:
+    def _write_views(self, raw: RawSample, seeds: dict[str, int], into: Sequence[np.ndarray]) -> None:
         picture = decode_picture(raw.image, self.max_image_pixels, raw.where)
-
-        def seed(salt: str) -> int:
-            return sample_seed(self.seed, epoch, sample, salt)
-
-        self.views.plain_image(picture, seed("image"), into[0])
+        self.views.plain_image(picture, seeds["image"], into[0])
         if "image_augmented" in self.augmented:
-            self.views.augmented_image(picture, seed("image_augmented"), into[1])
-        texts = {"text": self.views.plain_text(raw.caption)}
-        if "text_augmented" in self.augmented:
-            texts["text_augmented"] = self.views.augmented_text(raw.caption, seed("text_augmented"))
-        return texts
+            self.views.augmented_image(picture, seeds["image_augmented"], into[1])
 
 
 def train_order(samples: Samples, config: DataConfig, seed: int) -> SampleOrder:

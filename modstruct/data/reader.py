@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from zlib import adler32
 
-import numpy as np
-
 from modstruct.config import DataConfig
 from modstruct.data.faults import BadSample
 from modstruct.data.index import printable, split_name
@@ -26,8 +24,8 @@ from modstruct.data.tar_headers import BLOCK_BYTES, CutOff, DamagedHeader, next_
 OPEN_SHARDS = 256
 # Levels of KEY.json. Deeper ones would pass the parser and end what sends them on to another process.
 DEEPEST_METADATA = 32
-# Members of one sample are fetched by one read if no more than this lies between them: as a rule one or two headers each.
-LARGEST_GAPS = 16 << 10  # bytes
+# Bytes between the members of a sample, mostly a header each, up to which one read fetches all of them.
+LARGEST_GAPS = 16 << 10
 
 
 @dataclass
