@@ -82,18 +82,28 @@ def random_crop_box(
     The crop's share of the area is uniform in scale, its aspect ratio log-uniform in 3/4 to 4/3. Where no such
     crop fits, it is the largest centred one whose aspect ratio lies in that range.
     """
-    low, high = LOG_ASPECT_RATIOS
+    (least, most), (low, high) = scale, LOG_ASPECT_RATIOS
+    # The draws of Random.uniform and Random.randint, which take several times as long to call.
     for _ in range(CROP_ATTEMPTS):
-        area = width * height * generator.uniform(*scale)
-        aspect = math.exp(generator.uniform(low, high))
+        area = width * height * (least + (most - least) * generator.random())
+        aspect = math.exp(low + (high - low) * generator.random())
         crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < crop_width <= width and 0 < crop_height <= height:
-            left = generator.randint(0, width - crop_width)
-            top = generator.randint(0, height - crop_height)
+            left = _below(width - crop_width + 1, generator)
+            top = _below(height - crop_height + 1, generator)
             return left, top, crop_width, crop_height
     crop_width = min(width, round(height * ASPECT_RATIOS[1]))
     crop_height = min(height, round(width / ASPECT_RATIOS[0]))
     return (width - crop_width) // 2, (height - crop_height) // 2, crop_width, crop_height
+
+
+def _below(end: int, generator: random.Random) -> int:
+    """A number from 0 to end - 1, each as likely as the others."""
+    bits = end.bit_length()
+    drawn = end
+    while drawn >= end:
+        drawn = generator.getrandbits(bits)
+    return drawn
 
 
 def _rgb(image: Image.Image) -> Image.Image:

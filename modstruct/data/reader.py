@@ -81,21 +81,24 @@ class ShardReader:
         shard = self.samples.shard_of(sample)
         row = self.samples.rows[sample].item()  # at once: numpy takes a microsecond for each field
         image_block, image_bytes, text_block, text_bytes, metadata_block, metadata_bytes, header_blocks = row
-        # The picture's header ends where the picture begins.
+        header_bytes = header_blocks * BLOCK_BYTES
         spans = [
-            ((image_block - header_blocks) * BLOCK_BYTES, header_blocks * BLOCK_BYTES),
-            (image_block * BLOCK_BYTES, image_bytes),
+            (
+                image_block * BLOCK_BYTES - header_bytes,
+                header_bytes + image_bytes,
+            ),  # the header lies before the picture
             (text_block * BLOCK_BYTES, text_bytes),
-            (metadata_block * BLOCK_BYTES, metadata_bytes),
         ]
-        header, image, text, *described = self._spans(shard, sample, spans if metadata_bytes else spans[:3])
-        name = _member_name(header)
+        if metadata_bytes:
+            spans.append((metadata_block * BLOCK_BYTES, metadata_bytes))
+        both, text, *described = self._spans(shard, sample, spans)
+        name = _member_name(both[:header_bytes])
         if name is None:  # a pipe: command may deliver other content of the same length
             raise BadSample("shard changed since it was indexed", self._place(shard, sample))
         where = f"{self.samples.shards[shard]}: {printable(name)}"
         caption = _caption(text, where)
         metadata = _metadata(described[0], where) if described else {}
-        return RawSample(printable(split_name(name)[0]), image, caption, metadata, where)
+        return RawSample(printable(split_name(name)[0]), both[header_bytes:], caption, metadata, where)
 
     def caption(self, sample: int) -> str:
         """The caption alone, without reading the picture. Raises BadSample."""
@@ -105,19 +108,19 @@ class ShardReader:
         return _caption(self._spans(shard, sample, [span])[0], self._place(shard, sample))
 
     def _spans(self, shard: int, sample: int, spans: Sequence[tuple[int, int]]) -> list[bytes]:
-        """Content of spans (start, size) of a shard: members of one sample, which mostly are neighbours."""
+        """Content of spans (start, length) of a shard: members of one sample, which mostly are neighbours."""
         descriptor = self._descriptor(shard, sample)
-        begin = min(start for start, _ in spans)
-        end = max(start + size for start, size in spans)
+        begin = min(spans)[0]
+        size = max([start + length for start, length in spans]) - begin
         try:
-            if end - begin <= sum(size for _, size in spans) + LARGEST_GAPS:
-                content = os.pread(descriptor, end - begin, begin)
-                found = [content[start - begin : start - begin + size] for start, size in spans]
+            if size <= sum([length for _, length in spans]) + LARGEST_GAPS:
+                content = os.pread(descriptor, size, begin)
+                found = [content[start - begin : start - begin + length] for start, length in spans]
             else:
-                found = [os.pread(descriptor, size, start) for start, size in spans]
+                found = [os.pread(descriptor, length, start) for start, length in spans]
         except OSError as error:
             raise BadSample("unreadable shard", f"{self._place(shard, sample)}: {error.strerror or error}") from None
-        if any(len(content) < size for content, (_, size) in zip(found, spans, strict=True)):
+        if [len(content) for content in found] != [length for _, length in spans]:
             raise BadSample("truncated shard", self._place(shard, sample))
         return found
 
