@@ -20,6 +20,19 @@ LOG_ASPECT_RATIOS = tuple(math.log(ratio) for ratio in ASPECT_RATIOS)
 CROP_ATTEMPTS = 10
 
 
+MILD = (
+    *("Identity", "AutoContrast", "Equalize", "Brightness", "Sharpness"),
+    *("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"),
+)
+"""Operations that ALBEF's code takes: none that changes colours, which captions name."""
+
+
+class MildRandAugment(v2.RandAugment):
+    """torchvision's RandAugment with ALBEF's choice of operations."""
+
+    _AUGMENTATION_SPACE = {name: v2.RandAugment._AUGMENTATION_SPACE[name] for name in MILD}  # noqa: RUF012
+
+
 class ImageViews:
     """The views of one picture; see `modstruct.data.augment.Views`."""
 
@@ -29,23 +42,30 @@ class ImageViews:
         self._plain_is_random = config.plain == "crop_flip"
         self._crop_scale = config.crop_scale
         self._flip = config.flip
+        self._rand_augment = (
+            MildRandAugment(num_ops=2, magnitude=7, num_magnitude_bins=11) if config.rand_augment else None
+        )
         self._auto_augment = v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET) if config.auto_augment else None
 
     def plain(self, image: Image.Image, seed: int, into: np.ndarray | None = None) -> Tensor:
         if not self._plain_is_random:
             return self.evaluation(image, into)
-        return _to_tensor(self._crop_and_flip(_rgb(image), random.Random(seed)), into)
+        return _to_tensor(self._changed(image, seed, self._rand_augment), into)
 
     def augmented(self, image: Image.Image, seed: int, into: np.ndarray | None = None) -> Tensor:
-        generator = random.Random(seed)
-        image = self._crop_and_flip(_rgb(image), generator)
-        if self._auto_augment is not None:
-            with _torch_seeded(generator.getrandbits(63)):
-                image = self._auto_augment(image)
-        return _to_tensor(image, into)
+        return _to_tensor(self._changed(image, seed, self._auto_augment), into)
 
     def evaluation(self, image: Image.Image, into: np.ndarray | None = None) -> Tensor:
         return _to_tensor(centre_crop(_rgb(image), self.size), into)
+
+    def _changed(self, image: Image.Image, seed: int, change: v2.Transform | None) -> Image.Image:
+        """Cropped and flipped, then changed by `change`, all drawn from seed."""
+        generator = random.Random(seed)
+        image = self._crop_and_flip(_rgb(image), generator)
+        if change is not None:
+            with _torch_seeded(generator.getrandbits(63)):
+                image = change(image)
+        return image
 
     def _crop_and_flip(self, image: Image.Image, generator: random.Random) -> Image.Image:
         left, top, width, height = random_crop_box(*image.size, self._crop_scale, generator)

@@ -104,20 +104,24 @@ class LocalBatches(Dataset):
         batch = TrainBatch({})
         side = self.views.image_size
         pictures = {name: np.empty((len(rows), 3, side, side), dtype=np.uint8) for name in self.image_views}
-        pairs = []
+        captions, drawn, image_ids = [], [], []
         places = zip(slots.tolist(), epochs.tolist(), samples.tolist(), strict=True)
         read = self._read_in_runs(samples.tolist())
         for row, (place, raw, seeds) in enumerate(zip(places, read, self._seeds(epochs, samples), strict=True)):
             # Views of pictures go straight to their rows: in memory of their own, they would be copied once more.
             into = [array[row] for array in pictures.values()]
-            pairs.append(self._pair(*place, raw, seeds, into, batch))
+            raw, seeds = self._pair(*place, raw, seeds, into, batch)
+            captions.append(raw.caption)
+            drawn.append(seeds)
+            if "image_id" in self.extra:
+                image_ids.append(identity(raw.image))
         batch.tensors = {name: torch.from_numpy(array) for name, array in pictures.items()}
-        batch.tensors |= self._text_views([raw.caption for raw, _ in pairs], [seeds for _, seeds in pairs])
-        if "image_id" in self.extra:
-            batch.tensors["image_id"] = torch.tensor([identity(raw.image) for raw, _ in pairs])
+        batch.tensors |= self._text_views(captions, drawn)
+        if image_ids:
+            batch.tensors["image_id"] = torch.tensor(image_ids)
         if "text_id" in self.extra:
-            captions = (raw.caption.encode(errors="surrogatepass") for raw, _ in pairs)
-            batch.tensors["text_id"] = torch.tensor([identity(caption) for caption in captions])
+            text_ids = [identity(caption.encode(errors="surrogatepass")) for caption in captions]
+            batch.tensors["text_id"] = torch.tensor(text_ids)
         if "slot" in self.extra:
             batch.tensors["slot"] = torch.from_numpy(slots)
         return batch
