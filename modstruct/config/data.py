@@ -104,7 +104,7 @@ class ViewsConfig:
     plain: Literal["center_crop", "crop_flip"] = "center_crop"
     """center_crop: shorter side resized, centre cut out; crop_flip: random crop and flip."""
     rand_augment: bool = False
-    """RandAugment on crop_flip views (Cubuk et al. 2020): two of the ten operations of ALBEF's code, magnitude 7 of 10."""
+    """RandAugment on crop_flip views (Cubuk et al. 2020): two of ALBEF's ten operations, magnitude 7 of 10."""
     crop_scale: tuple[float, float] = (0.5, 1.0)
     """Range of the share of the area that a random crop keeps."""
     flip: bool = True
