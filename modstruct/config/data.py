@@ -103,6 +103,8 @@ class ViewsConfig:
 
     plain: Literal["center_crop", "crop_flip"] = "center_crop"
     """center_crop: shorter side resized, centre cut out; crop_flip: random crop and flip."""
+    rand_augment: bool = False
+    """RandAugment on crop_flip views (Cubuk et al. 2020): two of ALBEF's ten operations, magnitude 7 of 10."""
     crop_scale: tuple[float, float] = (0.5, 1.0)
     """Range of the share of the area that a random crop keeps."""
     flip: bool = True
@@ -119,6 +121,8 @@ class ViewsConfig:
     """Standard deviation of each colour channel."""
 
     def __post_init__(self):
+        fits = not self.rand_augment or self.plain == "crop_flip"
+        require(fits, "views.rand_augment", self.rand_augment, "needs views.plain: crop_flip")
         low, high = self.crop_scale
         require(0 < low <= high <= 1, "views.crop_scale", self.crop_scale, "two shares with 0 < low <= high <= 1")
         require(0 <= self.eda_rate <= 1, "views.eda_rate", self.eda_rate, "a share from 0 to 1")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from functools import cache
 
+import numpy as np
 from PIL.Image import Image
 from torch import Tensor
 
@@ -23,7 +24,8 @@ MASK = (1 << BITS) - 1
 class Views:
     """Makes the plain, the augmented and the evaluation view of pictures and captions; pickles to loader workers.
 
-    Pictures are PIL images of any size and mode, views are uint8 tensors (3, image_size, image_size).
+    Pictures are PIL images of any size and mode, views are uint8 tensors (3, image_size, image_size). into: an array of
+    that shape to write the view to, such as a row of a batch.
     """
 
     def __init__(self, config: ViewsConfig, image_size: int):
@@ -32,13 +34,13 @@ class Views:
         self._images = ImageViews(config, image_size)
         self._texts = EasyDataAugmentation(config.eda_rate, synonyms=config.eda_synonyms)
 
-    def plain_image(self, image: Image, seed: int) -> Tensor:
+    def plain_image(self, image: Image, seed: int, into: np.ndarray | None = None) -> Tensor:
         """The view of `views.plain`: the centre, or a random crop and flip drawn from seed."""
-        return self._images.plain(image, seed)
+        return self._images.plain(image, seed, into)
 
-    def augmented_image(self, image: Image, seed: int) -> Tensor:
+    def augmented_image(self, image: Image, seed: int, into: np.ndarray | None = None) -> Tensor:
         """A random crop, a flip and AutoAugment, as the recipe says, drawn from seed."""
-        return self._images.augmented(image, seed)
+        return self._images.augmented(image, seed, into)
 
     def evaluation_image(self, image: Image) -> Tensor:
         """The centre of the picture, whatever `views.plain` says."""
@@ -58,14 +60,17 @@ def _number(salt: str) -> int:
     return int.from_bytes(hashlib.blake2b(salt.encode(), digest_size=8).digest())
 
 
-def sample_seed(seed: int, epoch: int, sample: int, salt: int | str) -> int:
+def sample_seed(seed: int, epoch: int | np.ndarray, sample: int | np.ndarray, salt: int | str) -> int | np.ndarray:
     """The seed of one draw for one sample: an integer in [0, 2**63), the same on every machine.
 
+    Arrays of epochs and samples give an array of seeds, each that of its own pair, in uint64.
     salt tells the draws of one sample apart ("image", "text"). Each step of the chain is a bijection of 63-bit integers
     (the finisher of splitmix64, Steele et al. 2014, in 63 bits), so two calls that differ in one integer never collide.
     """
     if isinstance(salt, str):
         salt = _number(salt)
+    # Products are taken modulo 2**64 in arrays, and only then modulo 2**63: the same.
+    epoch, sample = (part.astype(np.uint64) if isinstance(part, np.ndarray) else part for part in (epoch, sample))
     state = 0
     for part in (seed, epoch, sample, salt):
         state = (state + 0x1E3779B97F4A7C15 + part) & MASK

@@ -16,7 +16,21 @@ from torchvision.transforms import v2
 from modstruct.config import ViewsConfig, require
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)  # of a random crop, as in Inception's and torchvision's RandomResizedCrop
+LOG_ASPECT_RATIOS = tuple(math.log(ratio) for ratio in ASPECT_RATIOS)
 CROP_ATTEMPTS = 10
+
+
+MILD = (
+    *("Identity", "AutoContrast", "Equalize", "Brightness", "Sharpness"),
+    *("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"),
+)
+"""Operations that ALBEF's code takes: none that changes colours, which captions name."""
+
+
+class MildRandAugment(v2.RandAugment):
+    """torchvision's RandAugment with ALBEF's choice of operations."""
+
+    _AUGMENTATION_SPACE = {name: v2.RandAugment._AUGMENTATION_SPACE[name] for name in MILD}  # noqa: RUF012
 
 
 class ImageViews:
@@ -28,23 +42,30 @@ class ImageViews:
         self._plain_is_random = config.plain == "crop_flip"
         self._crop_scale = config.crop_scale
         self._flip = config.flip
+        self._rand_augment = (
+            MildRandAugment(num_ops=2, magnitude=7, num_magnitude_bins=11) if config.rand_augment else None
+        )
         self._auto_augment = v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET) if config.auto_augment else None
 
-    def plain(self, image: Image.Image, seed: int) -> Tensor:
+    def plain(self, image: Image.Image, seed: int, into: np.ndarray | None = None) -> Tensor:
         if not self._plain_is_random:
-            return self.evaluation(image)
-        return _to_tensor(self._crop_and_flip(_rgb(image), random.Random(seed)))
+            return self.evaluation(image, into)
+        return _to_tensor(self._changed(image, seed, self._rand_augment), into)
 
-    def augmented(self, image: Image.Image, seed: int) -> Tensor:
+    def augmented(self, image: Image.Image, seed: int, into: np.ndarray | None = None) -> Tensor:
+        return _to_tensor(self._changed(image, seed, self._auto_augment), into)
+
+    def evaluation(self, image: Image.Image, into: np.ndarray | None = None) -> Tensor:
+        return _to_tensor(centre_crop(_rgb(image), self.size), into)
+
+    def _changed(self, image: Image.Image, seed: int, change: v2.Transform | None) -> Image.Image:
+        """Cropped and flipped, then changed by `change`, all drawn from seed."""
         generator = random.Random(seed)
         image = self._crop_and_flip(_rgb(image), generator)
-        if self._auto_augment is not None:
+        if change is not None:
             with _torch_seeded(generator.getrandbits(63)):
-                image = self._auto_augment(image)
-        return _to_tensor(image)
-
-    def evaluation(self, image: Image.Image) -> Tensor:
-        return _to_tensor(centre_crop(_rgb(image), self.size))
+                image = change(image)
+        return image
 
     def _crop_and_flip(self, image: Image.Image, generator: random.Random) -> Image.Image:
         left, top, width, height = random_crop_box(*image.size, self._crop_scale, generator)
@@ -81,26 +102,43 @@ def random_crop_box(
     The crop's share of the area is uniform in scale, its aspect ratio log-uniform in 3/4 to 4/3. Where no such
     crop fits, it is the largest centred one whose aspect ratio lies in that range.
     """
-    low, high = (math.log(ratio) for ratio in ASPECT_RATIOS)
+    (least, most), (low, high) = scale, LOG_ASPECT_RATIOS
+    # The draws of Random.uniform and Random.randint, which take several times as long to call.
     for _ in range(CROP_ATTEMPTS):
-        area = width * height * generator.uniform(*scale)
-        aspect = math.exp(generator.uniform(low, high))
+        area = width * height * (least + (most - least) * generator.random())
+        aspect = math.exp(low + (high - low) * generator.random())
         crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < crop_width <= width and 0 < crop_height <= height:
-            left = generator.randint(0, width - crop_width)
-            top = generator.randint(0, height - crop_height)
+            left = _below(width - crop_width + 1, generator)
+            top = _below(height - crop_height + 1, generator)
             return left, top, crop_width, crop_height
     crop_width = min(width, round(height * ASPECT_RATIOS[1]))
     crop_height = min(height, round(width / ASPECT_RATIOS[0]))
     return (width - crop_width) // 2, (height - crop_height) // 2, crop_width, crop_height
 
 
+def _below(end: int, generator: random.Random) -> int:
+    """A number from 0 to end - 1, each as likely as the others."""
+    bits = end.bit_length()
+    drawn = end
+    while drawn >= end:
+        drawn = generator.getrandbits(bits)
+    return drawn
+
+
 def _rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _to_tensor(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())  # (3, H, W)
+def _to_tensor(image: Image.Image, into: np.ndarray | None) -> Tensor:
+    """The pixels (3, H, W) of a picture of mode RGB, written into `into` where it is given."""
+    width, height = image.size
+    if into is None:
+        into = np.empty((3, height, width), dtype=np.uint8)
+    # "RGB;L": of each line its reds, greens and blues; whole lines are copied faster than single bytes.
+    lines = np.frombuffer(image.tobytes("raw", "RGB;L"), dtype=np.uint8).reshape(height, 3, width)
+    into[...] = lines.transpose(1, 0, 2)
+    return torch.from_numpy(into)
 
 
 @contextmanager

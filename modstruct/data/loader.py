@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,6 +34,9 @@ text_masked (B, L): the caption with blanks, and masked_labels (B, L): the true 
 
 # In a source of which nine tenths are bad, 200 substitutes in a row fail once in 10^9 slots.
 SUBSTITUTES = 200
+# Samples, or bytes of their pictures, that are read in one run before the first of them is decoded.
+RUN_SAMPLES, RUN_BYTES = 64, 8 << 20
+RANDOM_VIEWS = ("image", "image_augmented", "text_augmented", "text_masked")
 
 
 @dataclass
@@ -85,6 +88,7 @@ class LocalBatches(Dataset):
         self.views, self.tokenizer = views, tokenizer
         self.extra = frozenset(extra)
         self.masked_rate = masked_rate
+        self.image_views = [name for name in ("image", "image_augmented") if name in self.extra | {"image"}]
         self.max_image_pixels = max_image_pixels
         self.global_batch, self.rows = global_batch, global_batch // processes
         self.part_rows = min(micro_batch or self.rows, self.rows)
@@ -98,68 +102,104 @@ class LocalBatches(Dataset):
         slots = step * self.global_batch + self.first_row + rows
         epochs, samples = self.order.locate(slots)
         batch = TrainBatch({})
+        side = self.views.image_size
+        pictures = {name: np.empty((len(rows), 3, side, side), dtype=np.uint8) for name in self.image_views}
+        captions, drawn, image_ids = [], [], []
         places = zip(slots.tolist(), epochs.tolist(), samples.tolist(), strict=True)
-        texts: dict[str, list[str]] = {}
-        pictures: dict[str, np.ndarray] = {}
-        numbers: dict[str, list[int]] = {}
-        for row, place in enumerate(places):
-            for name, view in self._views(*place, batch).items():
-                if isinstance(view, str):
-                    texts.setdefault(name, []).append(view)
-                    continue
-                if isinstance(view, int):
-                    numbers.setdefault(name, []).append(view)
-                    continue
-                if name not in pictures:
-                    pictures[name] = np.empty((len(rows), *view.shape), dtype=np.uint8)
-                # At once: a list of pictures, stacked at the end, would ask the system for new memory every time.
-                pictures[name][row] = view.numpy()
+        read = self._read_in_runs(samples.tolist())
+        for row, (place, raw, seeds) in enumerate(zip(places, read, self._seeds(epochs, samples), strict=True)):
+            # Views of pictures go straight to their rows: in memory of their own, they would be copied once more.
+            into = [array[row] for array in pictures.values()]
+            raw, seeds = self._pair(*place, raw, seeds, into, batch)
+            captions.append(raw.caption)
+            drawn.append(seeds)
+            if "image_id" in self.extra:
+                image_ids.append(identity(raw.image))
         batch.tensors = {name: torch.from_numpy(array) for name, array in pictures.items()}
-        batch.tensors |= {name: self.tokenizer(texts_of_view) for name, texts_of_view in texts.items()}
-        if "text_masked" in self.extra:
-            seeds = numbers.pop("mask_seed")
-            hidden, labels = with_blanks(batch.tensors["text"], seeds, self.masked_rate, self.tokenizer)
-            batch.tensors |= {"text_masked": hidden, "masked_labels": labels}
-        batch.tensors |= {name: torch.tensor(values) for name, values in numbers.items()}
+        batch.tensors |= self._text_views(captions, drawn)
+        if image_ids:
+            batch.tensors["image_id"] = torch.tensor(image_ids)
+        if "text_id" in self.extra:
+            text_ids = [identity(caption.encode(errors="surrogatepass")) for caption in captions]
+            batch.tensors["text_id"] = torch.tensor(text_ids)
         if "slot" in self.extra:
             batch.tensors["slot"] = torch.from_numpy(slots)
         return batch
 
-    def _views(self, slot: int, epoch: int, sample: int, batch: TrainBatch) -> dict[str, Tensor | str | int]:
-        """Views of a slot's sample, or of its first good substitute; the bad ones are noted in the batch."""
+    def _text_views(self, captions: Sequence[str], seeds: Sequence[dict[str, int]]) -> dict[str, Tensor]:
+        texts = {"text": [self.views.plain_text(caption) for caption in captions]}
+        if "text_augmented" in self.extra:
+            drawn = (seeds_of_row["text_augmented"] for seeds_of_row in seeds)
+            texts["text_augmented"] = list(map(self.views.augmented_text, captions, drawn))
+        ids = self.tokenizer([text for texts_of_view in texts.values() for text in texts_of_view])
+        views = dict(zip(texts, ids.split(len(captions)), strict=True))
+        if "text_masked" in self.extra:
+            drawn = [seeds_of_row["text_masked"] for seeds_of_row in seeds]
+            hidden, labels = with_blanks(views["text"], drawn, self.masked_rate, self.tokenizer)
+            views |= {"text_masked": hidden, "masked_labels": labels}
+        return views
+
+    def _read_in_runs(self, samples: Sequence[int]) -> Iterator[RawSample | BadSample]:
+        """Each sample, or what is wrong with it.
+
+        Read one by one, between pictures whose pixels drive all else out of the processor's caches, they take twice as
+        long.
+        """
+        run, run_bytes = [], 0
+        for sample in samples:
+            run.append(self._read(sample))
+            run_bytes += len(run[-1].image) if isinstance(run[-1], RawSample) else 0
+            if len(run) == RUN_SAMPLES or run_bytes >= RUN_BYTES:
+                yield from run
+                run, run_bytes = [], 0
+        yield from run
+
+    def _read(self, sample: int) -> RawSample | BadSample:
+        try:
+            return self.reader.read(sample)
+        except BadSample as bad:
+            return bad
+
+    def _seeds(self, epochs: np.ndarray, samples: np.ndarray) -> list[dict[str, int]]:
+        """For each sample the seeds of its random views."""
+        columns = [sample_seed(self.seed, epochs, samples, name).tolist() for name in RANDOM_VIEWS]
+        return [dict(zip(RANDOM_VIEWS, seeds, strict=True)) for seeds in zip(*columns, strict=True)]
+
+    def _pair(
+        self,
+        slot: int,
+        epoch: int,
+        sample: int,
+        raw: RawSample | BadSample,
+        seeds: dict[str, int],
+        into: Sequence[np.ndarray],
+        batch: TrainBatch,
+    ) -> tuple[RawSample, dict[str, int]]:
+        """A slot's sample and its seeds, or of its first good substitute; its image views are written.
+
+        raw, seeds: of the slot's own sample. into: a row for each of `image_views`. Bad samples are noted in the batch.
+        """
         for attempt in range(1, SUBSTITUTES + 2):
             batch.tried += 1
             try:
-                return self._sample_views(self.reader.read(sample), epoch, sample)
+                if isinstance(raw, BadSample):
+                    raise raw
+                self._write_views(raw, seeds, into)
+                return raw, seeds
             except BadSample as bad:
                 batch.faults.append((bad.cause, bad.where))
             epoch, sample = self.order.substitute(slot, attempt)
+            raw, (seeds,) = self._read(sample), self._seeds(np.array([epoch]), np.array([sample]))
         raise TooManyBadSamples(
             f"{SUBSTITUTES + 1} samples in a row cannot be used, the last: {': '.join(batch.faults[-1])}; "
             "repair the shards"
         )
 
-    def _sample_views(self, raw: RawSample, epoch: int, sample: int) -> dict[str, Tensor | str | int]:
+    def _write_views(self, raw: RawSample, seeds: dict[str, int], into: Sequence[np.ndarray]) -> None:
         picture = decode_picture(raw.image, self.max_image_pixels, raw.where)
-
-        def seed(salt: str) -> int:
-            return sample_seed(self.seed, epoch, sample, salt)
-
-        views = {
-            "image": self.views.plain_image(picture, seed("image")),
-            "text": self.views.plain_text(raw.caption),
-        }
+        self.views.plain_image(picture, seeds["image"], into[0])
         if "image_augmented" in self.extra:
-            views["image_augmented"] = self.views.augmented_image(picture, seed("image_augmented"))
-        if "text_augmented" in self.extra:
-            views["text_augmented"] = self.views.augmented_text(raw.caption, seed("text_augmented"))
-        if "text_masked" in self.extra:
-            views["mask_seed"] = seed("text_masked")
-        if "image_id" in self.extra:
-            views["image_id"] = identity(raw.image)
-        if "text_id" in self.extra:
-            views["text_id"] = identity(raw.caption.encode(errors="surrogatepass"))
-        return views
+            self.views.augmented_image(picture, seeds["image_augmented"], into[1])
 
 
 def identity(content: bytes) -> int:

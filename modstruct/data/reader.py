@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 import os
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
+from zlib import adler32
 
 from modstruct.config import DataConfig
 from modstruct.data.faults import BadSample
@@ -23,6 +24,8 @@ from modstruct.data.tar_headers import BLOCK_BYTES, CutOff, DamagedHeader, next_
 OPEN_SHARDS = 256
 # Levels of KEY.json. Deeper ones would pass the parser and end what sends them on to another process.
 DEEPEST_METADATA = 32
+# Bytes between the members of a sample, mostly a header each, up to which one read fetches all of them.
+LARGEST_GAPS = 16 << 10
 
 
 @dataclass
@@ -76,45 +79,50 @@ class ShardReader:
     def read(self, sample: int) -> RawSample:
         """The sample of this number. Raises BadSample."""
         shard = self.samples.shard_of(sample)
-        row = self.samples.rows[sample]
-        header_bytes = int(row["header_blocks"]) * BLOCK_BYTES
-        # Header and picture lie next to each other: one read fetches both.
-        start = int(row["image_block"]) * BLOCK_BYTES - header_bytes
-        both = self._bytes(shard, sample, start, header_bytes + int(row["image_bytes"]))
+        row = self.samples.rows[sample].item()  # at once: numpy takes a microsecond for each field
+        image_block, image_bytes, text_block, text_bytes, metadata_block, metadata_bytes, header_blocks = row
+        header_bytes = header_blocks * BLOCK_BYTES
+        spans = [
+            (
+                image_block * BLOCK_BYTES - header_bytes,
+                header_bytes + image_bytes,
+            ),  # the header lies before the picture
+            (text_block * BLOCK_BYTES, text_bytes),
+        ]
+        if metadata_bytes:
+            spans.append((metadata_block * BLOCK_BYTES, metadata_bytes))
+        both, text, *described = self._spans(shard, sample, spans)
         name = _member_name(both[:header_bytes])
         if name is None:  # a pipe: command may deliver other content of the same length
             raise BadSample("shard changed since it was indexed", self._place(shard, sample))
         where = f"{self.samples.shards[shard]}: {printable(name)}"
-        caption = self._text(shard, sample, row, where)
-        metadata = {}
-        if row["metadata_bytes"]:
-            content = self._bytes(shard, sample, int(row["metadata_block"]) * BLOCK_BYTES, int(row["metadata_bytes"]))
-            metadata = _metadata(content, where)
+        caption = _caption(text, where)
+        metadata = _metadata(described[0], where) if described else {}
         return RawSample(printable(split_name(name)[0]), both[header_bytes:], caption, metadata, where)
 
     def caption(self, sample: int) -> str:
         """The caption alone, without reading the picture. Raises BadSample."""
         shard = self.samples.shard_of(sample)
-        return self._text(shard, sample, self.samples.rows[sample], self._place(shard, sample))
+        row = self.samples.rows[sample]
+        span = int(row["text_block"]) * BLOCK_BYTES, int(row["text_bytes"])
+        return _caption(self._spans(shard, sample, [span])[0], self._place(shard, sample))
 
-    def _text(self, shard: int, sample: int, row: np.void, where: str) -> str:
-        content = self._bytes(shard, sample, int(row["text_block"]) * BLOCK_BYTES, int(row["text_bytes"]))
+    def _spans(self, shard: int, sample: int, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Content of spans (start, length) of a shard: members of one sample, which mostly are neighbours."""
+        descriptor = self._descriptor(shard, sample)
+        begin = min(spans)[0]
+        size = max([start + length for start, length in spans]) - begin
         try:
-            caption = content.decode("utf-8-sig").strip()
-        except UnicodeDecodeError:
-            raise BadSample("undecodable text", where) from None
-        if not caption:
-            raise BadSample("empty caption", where)
-        return caption
-
-    def _bytes(self, shard: int, sample: int, start: int, size: int) -> bytes:
-        try:
-            content = os.pread(self._descriptor(shard, sample), size, start)
+            if size <= sum([length for _, length in spans]) + LARGEST_GAPS:
+                content = os.pread(descriptor, size, begin)
+                found = [content[start - begin : start - begin + length] for start, length in spans]
+            else:
+                found = [os.pread(descriptor, length, start) for start, length in spans]
         except OSError as error:
             raise BadSample("unreadable shard", f"{self._place(shard, sample)}: {error.strerror or error}") from None
-        if len(content) < size:
+        if [len(content) for content in found] != [length for _, length in spans]:
             raise BadSample("truncated shard", self._place(shard, sample))
-        return content
+        return found
 
     def _descriptor(self, shard: int, sample: int) -> int:
         name = self.samples.shards[shard]
@@ -122,8 +130,8 @@ class ShardReader:
             descriptor = self._open[shard]
             # Asked at every read: else it would depend on what a process happens to have open which samples it can read
             # of a shard that is hurt under the run, and a resumed run would read others.
-            removed = os.fstat(descriptor).st_nlink == 0
-            if is_pipe(name) or (not removed and self._is_as_indexed(shard, descriptor)):
+            status = os.fstat(descriptor)
+            if is_pipe(name) or (status.st_nlink > 0 and self._is_as_indexed(shard, status)):
                 self._open.move_to_end(shard)
                 return descriptor
             os.close(self._open.pop(shard))
@@ -144,14 +152,13 @@ class ShardReader:
             descriptor = os.open(self.samples.shards[shard], os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             raise BadSample("missing shard", self._place(shard, sample)) from None
-        if not self._is_as_indexed(shard, descriptor):
+        if not self._is_as_indexed(shard, os.fstat(descriptor)):
             os.close(descriptor)
             # The positions in the index mean nothing in another file.
             raise BadSample("shard changed since it was indexed", self._place(shard, sample))
         return descriptor
 
-    def _is_as_indexed(self, shard: int, descriptor: int) -> bool:
-        status = os.fstat(descriptor)
+    def _is_as_indexed(self, shard: int, status: os.stat_result) -> bool:
         indexed = (self.samples.size_bytes[shard], self.samples.modified_ns[shard])
         return (status.st_size, status.st_mtime_ns) == indexed
 
@@ -184,10 +191,27 @@ def _short_name(header: bytes) -> str | None:
     if len(header) != BLOCK_BYTES or not stated.isdigit() or header[345] or header[156:157] not in (b"0", b"\0"):
         return None
     try:
-        right = int(stated, 8) == sum(header) - sum(sum_field) + 8 * ord(" ")
+        right = int(stated, 8) == _sum(header) - sum(sum_field) + 8 * ord(" ")
     except ValueError:
         return None
     return header[:100].partition(b"\0")[0].decode("utf-8", "surrogateescape") if right else None
+
+
+def _sum(header: bytes) -> int:
+    """Sum of 512 bytes, in a fifth of the time that `sum` takes."""
+    # The lower half of Adler's checksum is 1 + the sum modulo 65,521, which 256 bytes do not reach.
+    half = BLOCK_BYTES // 2
+    return (adler32(header[:half]) & 0xFFFF) + (adler32(header[half:]) & 0xFFFF) - 2
+
+
+def _caption(content: bytes, where: str) -> str:
+    try:
+        caption = content.removeprefix(codecs.BOM_UTF8).decode().strip()
+    except UnicodeDecodeError:
+        raise BadSample("undecodable text", where) from None
+    if not caption:
+        raise BadSample("empty caption", where)
+    return caption
 
 
 def _metadata(content: bytes, where: str) -> dict:
@@ -195,7 +219,9 @@ def _metadata(content: bytes, where: str) -> dict:
         metadata = json.loads(content)
     except (ValueError, RecursionError):
         raise BadSample("malformed metadata", where) from None
-    if not isinstance(metadata, dict) or not _is_shallow(metadata):
+    # Walking through the values takes longer than parsing them, and what has few brackets is not deep.
+    sure = content.count(b"{") + content.count(b"[") <= DEEPEST_METADATA
+    if not isinstance(metadata, dict) or not (sure or _is_shallow(metadata)):
         raise BadSample("malformed metadata", where)
     return metadata
 

@@ -61,7 +61,7 @@ class Samples:
 
     def shard_of(self, sample: int) -> int:
         """Number of the shard that a sample lies in."""
-        return int(np.searchsorted(self.shard_starts, sample, side="right")) - 1
+        return int(self.shard_starts.searchsorted(sample, side="right")) - 1
 
     def shard_sizes(self) -> list[np.ndarray]:
         """For each source, the number of samples in each of its shards."""

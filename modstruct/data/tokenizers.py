@@ -18,6 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,6 +58,10 @@ class Tokenizer(ABC):
     def _encode(self, text: str) -> list[int]:
         """Ids of a text that is valid Unicode, without start, end and padding."""
 
+    def _encode_all(self, texts: list[str]) -> Iterable[list[int]]:
+        """The same of several texts."""
+        return map(self._encode, texts)
+
     @abstractmethod
     def _piece(self, token_id: int) -> str:
         """The piece of text that an id of `_encode` stands for."""
@@ -66,11 +71,12 @@ class Tokenizer(ABC):
         if isinstance(texts, str):
             raise TypeError(f"a tokenizer takes a list of texts, not one text: give [{texts[:40]!r}]")
         rows = []
-        for text in texts:
-            ids = self._encode(self._clean(text))[: self.context_length - 2]
+        for ids in self._encode_all([self._clean(text) for text in texts]):
+            ids = ids[: self.context_length - 2]
             padding = [self.padding_id] * (self.context_length - 2 - len(ids))
             rows.append([self.start_id, *ids, self.end_id, *padding])
-        return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.context_length)
+        # By numpy, which takes half the time that torch.tensor takes for lists.
+        return torch.from_numpy(np.array(rows, dtype=np.int64).reshape(len(rows), self.context_length))
 
     @property
     def mask_id(self) -> int:
@@ -152,6 +158,9 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _encode(self, text: str) -> list[int]:
         return self._processor.encode(text)
+
+    def _encode_all(self, texts: list[str]) -> list[list[int]]:
+        return self._processor.encode(texts, num_threads=1)
 
     def _piece(self, token_id: int) -> str:
         return self._processor.id_to_piece(token_id)

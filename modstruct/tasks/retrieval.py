@@ -1,4 +1,4 @@
-"""Retrieval on Karpathy's splits: contrast and matching learned further, recall before and after matching ranks anew."""
+"""Retrieval on Karpathy's splits: contrast and matching learned further, recall before and after matching reranks."""
 
 from __future__ import annotations
 

@@ -28,8 +28,8 @@ IGNORED = -100
 class FusionModel(FollowedModel):
     """ALBEF's pre-training model (Li et al. 2021, sections 3.1 to 3.3), with independent heads on request.
 
-    Called with pictures or texts it embeds them; with all its `batch_fields` too, it makes everything that the objective
-    asks for. `momentum` and `queue` are no weights of it: see momentum.py.
+    Called with pictures or texts it embeds them; with all its `batch_fields` too, it makes all that the objective asks
+    for. `momentum` and `queue` are no weights of it: see momentum.py.
     """
 
     outputs = FusionOutputs
