@@ -1,4 +1,4 @@
-"""Open answers to questions about pictures: a decoder that learns them, ranks them or writes them (Li et al. 2021)."""
+"""Open answers to questions about pictures: a decoder that ranks or writes them (Li et al. 2021, section 4)."""
 
 from __future__ import annotations
 
@@ -50,11 +50,12 @@ class AnswerModel(FollowedModel):
         return self.backbone.trunks() | {"decoder": self.decoder}
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The answers' tokens, each predicted from those before it. Returns TaskOutputs' fields, a row for each token.
+        """Every token of the answers, predicted from those before it: TaskOutputs' fields, a row for each token.
 
-        batch: image (B, 3, H, W) uint8, text (B, L) ids, and A >= 1 answers: answer (A, L') ids, answer_of (A,) int64,
-        the row of the question that each belongs to, answer_weight (A,) float32. A row's weight is its answer's. With
-        the sum over rows divided by the questions, as losses/distillation.py does it, that is ALBEF's loss.
+        batch: image (B, 3, H, W) uint8, text (B, L) ids, and A >= 1 answers: answer (A, L') ids, answer_of (A,)
+        int64, the row of the question that each belongs to, answer_weight (A,) float32. A row's weight is its
+        answer's. With the sum over rows divided by the questions, as losses/distillation.py does it, that is ALBEF's
+        loss.
         """
         answer, device = batch["answer"], batch["answer"].device
         real = self._predicted(answer)
@@ -70,14 +71,16 @@ class AnswerModel(FollowedModel):
         return made
 
     def encode(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The fused question tokens (B, L, text_width) and their mask (B, L), of image (B, 3, H, W) and text (B, L)."""
+        """Fused question tokens (B, L, text_width) and their mask (B, L), of image (B, 3, H, W) and text (B, L)."""
         mask = self.backbone.mask(batch["text"])
         text, image = self.backbone.encode_text(batch["text"]), self.backbone.encode_image(batch["image"])
         return self.backbone.fuse(text, mask, image), mask
 
     def decode(self, answers: Tensor, question: Tensor, mask: Tensor) -> Tensor:
-        """Hidden states (A, L', text_width) of answers (A, L') ids, whose questions are question (A, L, text_width) and
-        mask (A, L). State t knows the answer up to token t and stands for token t + 1."""
+        """Hidden states (A, L', text_width); state t knows the answer up to token t and stands for token t + 1.
+
+        answers: (A, L') ids. question: (A, L, text_width), of each answer's question, and mask (A, L).
+        """
         return self.decoder(self.words(answers), self.backbone.mask(answers), question, mask)
 
     @torch.no_grad()
@@ -87,8 +90,9 @@ class AnswerModel(FollowedModel):
         """The best of a list of answers to each question.
 
         batch: image (B, 3, H, W) and text (B, L). answers: (N, L') ids. The `candidates` answers with the likeliest
-        first token are ranked by the likelihood of all their tokens, `at_once` of each question together, which bounds
-        memory. Ties go to the earlier answer. The number of forward passes depends on N, candidates and at_once only.
+        first token are ranked by the likelihood of all their tokens, `at_once` of each question together, which
+        bounds memory. Ties go to the earlier answer. The number of forward passes depends on N, candidates and
+        at_once only, as ZeRO-3 needs it.
         Returns numbers into the list (B, k) and log likelihoods (B, k), best first, k = min(candidates, N).
 
         ALBEF's code counts the first token's log probability twice in the likelihood; here it counts once.
@@ -151,7 +155,7 @@ class AnswerModel(FollowedModel):
         return self._token_logits(batch["answer"], question[of], mask[of])
 
     def _token_logits(self, answers: Tensor, question: Tensor, mask: Tensor) -> Tensor:
-        """Logits (T, vocabulary) of the real tokens of answers (A, L'), the first aside; question and mask row by row."""
+        """Logits (T, vocabulary) of the tokens of answers (A, L') but the first and padding; the rest as in decode."""
         return self._logits(self.decode(answers[:, :-1], question, mask)[self._predicted(answers)])
 
     def _logits(self, hidden: Tensor) -> Tensor:
