@@ -1,4 +1,4 @@
-"""Open answers to questions about pictures: a decoder that ranks or writes them (Li et al. 2021, section 4)."""
+"""Open answers to questions about pictures: a decoder that ranks or writes them (Li et al. 2021, section 5)."""
 
 from __future__ import annotations
 
