@@ -101,8 +101,13 @@ class AnswerModel(FollowedModel):
         start = answers[:1, :1].expand(len(question), 1)
         first = self._logits(self.decode(start, question, mask)[:, 0]).log_softmax(dim=-1)  # (B, vocabulary)
         kept = _descending(first[:, answers[:, 1]])[:, :candidates]
-        parts = [self._likelihoods(answers[some], question, mask) for some in kept.split(at_once, dim=1)]
-        likelihoods = torch.cat(parts, dim=1)
+        lengths = self.backbone.mask(answers).sum(dim=1)
+        kept = kept.gather(1, lengths[kept].argsort(dim=1))  # answers of like lengths go together
+        parts = []
+        for some in kept.split(at_once, dim=1):
+            parts.append(self._likelihoods(answers[some][..., : lengths[some].max()], question, mask))
+        kept, places = kept.sort(dim=1)
+        likelihoods = torch.cat(parts, dim=1).gather(1, places)
         order = _descending(likelihoods)
         return kept.gather(1, order), likelihoods.gather(1, order)
 
