@@ -7,8 +7,9 @@ from modstruct.data.tokenizers import Tokenizer
 from modstruct.tasks.retrieval import Retrieval
 from modstruct.tasks.snli_ve import SnliVe
 from modstruct.tasks.task import Task
+from modstruct.tasks.vqa import Vqa
 
-TASKS: dict[str, type[Task]] = {"retrieval": Retrieval, "snli_ve": SnliVe}
+TASKS: dict[str, type[Task]] = {"retrieval": Retrieval, "snli_ve": SnliVe, "vqa": Vqa}
 
 
 def build_task(recipe: FinetuneRecipe, tokenizer: Tokenizer) -> Task:
