@@ -72,9 +72,7 @@ class Nlvr2(Task):
     def _figures(self, found: dict[str, bool], judged: list[Nlvr2Statement]) -> dict[str, Any]:
         most = majority_label(statement.label for statement in judged)
         prior = nlvr2_metrics(dict.fromkeys(found, most), judged)
-        shares = {
-            name: {"value": share, "chance": prior[name]} for name, share in nlvr2_metrics(found, judged).items()
-        }
+        shares = {name: {"value": share, "chance": prior[name]} for name, share in nlvr2_metrics(found, judged).items()}
         return shares | {"sizes": {"statements": len(judged)}}
 
     def score(self, metrics: dict[str, Any]) -> float:
