@@ -24,7 +24,7 @@ SIDES = ("left", "right")
 
 
 class Nlvr2(Task):
-    """predictions.json: [{"identifier": "test1-0-1-0", "prediction": "True"}, …], null where a picture is unreadable.
+    """predictions.json: [{"identifier": "test1-0-1-0", "prediction": "True"}, …], null without a readable picture.
 
     lil-lab/nlvr's metrics.py takes the same as lines of CSV: jq -r '.[] | "\\(.identifier),\\(.prediction)"'.
     """
@@ -69,7 +69,8 @@ class Nlvr2(Task):
         judged = [e for e in entries if e.identifier in found and e.label is not None]
         return self._figures(found, judged) if judged else {}, predictions
 
-    def _figures(self, found: dict[str, bool], judged: list[Nlvr2Statement]) -> dict[str, Any]:
+    @staticmethod
+    def _figures(found: dict[str, bool], judged: list[Nlvr2Statement]) -> dict[str, Any]:
         most = majority_label(statement.label for statement in judged)
         prior = nlvr2_metrics(dict.fromkeys(found, most), judged)
         shares = {name: {"value": share, "chance": prior[name]} for name, share in nlvr2_metrics(found, judged).items()}

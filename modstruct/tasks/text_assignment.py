@@ -17,13 +17,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from modstruct.config import TaskFiles, require
+from modstruct.config import FinetuneRecipe, TaskFiles, require
 from modstruct.data.augment import sample_seed
 from modstruct.data.faults import BadSample
 from modstruct.data.scenes.tasks.folder import SceneTaskPaths
 from modstruct.data.tasks.batches import Seed
 from modstruct.data.tasks.karpathy import CaptionedPicture, read_karpathy
 from modstruct.data.tasks.published_files import TaskEntries
+from modstruct.data.tokenizers import Tokenizer
 from modstruct.models.fusion.two_pictures import PairClassifier
 from modstruct.tasks.nlvr2 import SIDES
 from modstruct.tasks.task import Task
@@ -57,7 +58,7 @@ class TextAssignment(Task):
 
     files = ("images", "captions")
 
-    def __init__(self, recipe, tokenizer):
+    def __init__(self, recipe: FinetuneRecipe, tokenizer: Tokenizer):
         super().__init__(recipe, tokenizer)
         self.pictures: dict[str, tuple[CaptionedPicture, ...]] = {}
         """Of each split that was read: whence the other pictures of a text come."""

@@ -74,8 +74,10 @@ class PairClassifier(FollowedModel):
         self.start_momentum(recipe.task.momentum)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """batch: image (B, 2, 3, H, W) uint8, left and right, text (B, L) ids, in training label (B,). Returns
-        TaskOutputs' fields."""
+        """batch: image (B, 2, 3, H, W) uint8, left and right, text (B, L) ids, in training label (B,).
+
+        Returns TaskOutputs' fields.
+        """
         made = {"logits": self.classify(batch)}
         if "label" not in batch:
             return made
@@ -99,8 +101,8 @@ class PairClassifier(FollowedModel):
     def adopt(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Weights by our names -> the same by this model's.
 
-        A pre-trained fusion layer becomes both blocks. A run of text assignment or of NLVR2 has them already; its head
-        stays if it has as many classes as this one, any other goes.
+        A pre-trained fusion layer becomes both blocks. A run of text assignment or of NLVR2 has them already; its
+        head stays if it has as many classes as this one, any other goes.
         """
         ours = {}
         for name, value in weights.items():

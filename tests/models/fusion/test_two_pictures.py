@@ -23,6 +23,7 @@ from modstruct.losses.objective import Objective
 from modstruct.models.execution import compile_trunks
 from modstruct.models.fusion.initial_weights import Initial, start_from
 from modstruct.models.fusion.pretraining import FusionModel
+from modstruct.models.fusion.published import to_albef
 from modstruct.models.fusion.two_pictures import PairClassifier, PairLayers
 
 HEADS, TEXT_WIDTH, IMAGE_WIDTH, SIZE = 2, 18, 16, 16
@@ -36,6 +37,7 @@ def classifier(classes: int = 2, alpha: float = 0.4, fusion: FusionConfig = FUSI
     with torch.no_grad():  # no bias 0, no norm 1: nothing may be left out unseen
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
+    model.momentum.module.load_state_dict(model.state_dict())
     return model
 
 
@@ -174,6 +176,8 @@ def test_the_momentum_model_follows_a_shared_projection_once():
     from modstruct.training.full_state import whole
 
     model = classifier()
+    with torch.no_grad():
+        model.backbone.fusion.left["2"].crossattention.self.key.weight.add_(1)
     key = model.backbone.fusion.left["2"].crossattention.self.key
     copied = model.momentum.module.backbone.fusion.right["2"].crossattention.self.key
     before = copied.weight.clone()
@@ -219,6 +223,14 @@ def test_training_gives_what_the_objective_takes(alpha):
     assert model(batch()).keys() == {"logits"}
 
 
+def test_a_half_precision_model_has_a_float32_momentum_model():
+    model = classifier().bfloat16()
+    made = model(batch(label=True))
+    assert made["logits"].dtype == torch.float32
+    assert {p.dtype for p in model.momentum.module.parameters()} == {torch.float32}
+    torch.testing.assert_close(made["logits"], made["logits_momentum"].float(), rtol=0.1, atol=0.1)
+
+
 def pretrained(fusion: FusionConfig = FUSION) -> FusionModel:
     torch.manual_seed(5)
     losses = LossesConfig(matching=MatchingConfig(1.0))
@@ -242,6 +254,13 @@ def test_a_pre_trained_layer_becomes_both_blocks(tmp_path):
             elif name.startswith("backbone."):
                 assert torch.equal(own[name], value)
         assert is_shared(which)
+
+
+def test_the_published_names_become_both_blocks(tmp_path):
+    source, by_ours, by_theirs = pretrained(), classifier(), classifier()
+    start_from(by_ours, Initial(word_tokenizer(), source.state_dict(), tmp_path))
+    start_from(by_theirs, Initial(word_tokenizer(), to_albef(source.state_dict()), tmp_path))
+    assert torch.equal(by_ours.classify(batch()), by_theirs.classify(batch()))
 
 
 def test_a_smaller_pre_trained_picture_fits(tmp_path):
