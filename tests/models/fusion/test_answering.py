@@ -23,6 +23,7 @@ from modstruct.losses.objective import Objective
 from modstruct.models.fusion.answering import AnswerModel
 from modstruct.models.fusion.initial_weights import Initial, start_from
 from modstruct.models.fusion.pretraining import FusionModel
+from modstruct.models.fusion.published import to_albef
 
 
 def log_probabilities(model: AnswerModel, batch: dict[str, Tensor], question: int, ids: list[int]) -> Tensor:
@@ -212,6 +213,16 @@ def test_the_decoder_starts_from_pre_training(layers, came_from):
         assert own is not None or name.startswith(new)
         assert torch.equal(model.momentum.module.state_dict()[name], value)
     assert len(model.decoder.layer) == (layers or 2)
+
+
+def test_albefs_published_names_start_the_same_decoder():
+    recipe = answer_recipe(width=16)
+    weights = pretrained(recipe)
+    ours, theirs = (AnswerModel(recipe, answer_tokenizer()) for _ in range(2))
+    start_from(ours, Initial(answer_tokenizer(), dict(weights)))
+    start_from(theirs, Initial(answer_tokenizer(), to_albef(weights)))
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(value, ours.state_dict()[name]), name
 
 
 def test_cross_attention_of_another_width_starts_anew():
