@@ -60,21 +60,24 @@ def _number(salt: str) -> int:
     return int.from_bytes(hashlib.blake2b(salt.encode(), digest_size=8).digest())
 
 
-def sample_seed(seed: int, epoch: int | np.ndarray, sample: int | np.ndarray, salt: int | str) -> int | np.ndarray:
+def sample_seed(
+    seed: int, epoch: int | np.ndarray, sample: int | np.ndarray | Tensor, salt: int | str
+) -> int | np.ndarray | Tensor:
     """The seed of one draw for one sample: an integer in [0, 2**63), the same on every machine.
 
-    Arrays of epochs and samples give an array of seeds, each that of its own pair, in uint64.
+    Arrays of epochs and samples give an array of seeds, each that of its own pair, in uint64; an int64 tensor of
+    samples gives an int64 tensor on its device.
     salt tells the draws of one sample apart ("image", "text"). Each step of the chain is a bijection of 63-bit integers
     (the finisher of splitmix64, Steele et al. 2014, in 63 bits), so two calls that differ in one integer never collide.
     """
     if isinstance(salt, str):
-        salt = _number(salt)
-    # Products are taken modulo 2**64 in arrays, and only then modulo 2**63: the same.
+        salt = _number(salt) & MASK
+    # Products are taken modulo 2**64 in arrays and tensors, and only then modulo 2**63: the same.
     epoch, sample = (part.astype(np.uint64) if isinstance(part, np.ndarray) else part for part in (epoch, sample))
     state = 0
     for part in (seed, epoch, sample, salt):
         state = (state + 0x1E3779B97F4A7C15 + part) & MASK
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & MASK
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & MASK
-        state ^= state >> 31
+        state = ((state ^ (state >> 30)) * 0x3F58476D1CE4E5B9) & MASK
+        state = ((state ^ (state >> 27)) * 0x14D049BB133111EB) & MASK
+        state = state ^ (state >> 31)
     return state

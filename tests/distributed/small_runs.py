@@ -40,8 +40,9 @@ def small_recipe(
     workers: int,
     every_steps: int,
     precision: str = "fp32",
+    anew: bool = False,
 ) -> Recipe:
-    recipe = tiny_recipe(output, cache, steps, precision, micro_batch=micro)
+    recipe = tiny_recipe(output, cache, steps, precision, micro_batch=micro, activation_checkpointing=anew)
     return replace(
         recipe,
         framework=framework_of(method),
@@ -67,11 +68,12 @@ def train_small(
     resume: str | None = None,
     precision: str = "fp32",
     init: str | None = None,
+    anew: bool = False,
 ) -> None:
-    """A run to its end; beside its checkpoints, rows.json says what the steps took. Every process calls it."""
+    """A run to its end, its activations computed anew or not; beside its checkpoints, rows.json says what the steps took. Every process calls it."""
     from modstruct.training import pretrain, run
 
-    recipe = small_recipe(output, cache, steps, method, batch, micro, workers, every_steps, precision)
+    recipe = small_recipe(output, cache, steps, method, batch, micro, workers, every_steps, precision, anew)
     recipe = replace(recipe, fusion=replace(recipe.fusion, init=init))
     taken: dict[int, list[int]] = {}
     take = run.train_step

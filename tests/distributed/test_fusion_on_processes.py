@@ -184,6 +184,18 @@ def test_a_run_goes_on_at_any_stage_on_any_number_of_processes(tmp_path):
     assert {name: far for name, far in found.items() if far >= 1e-4} == {}
 
 
+@pytest.mark.slow
+def test_activations_computed_anew_end_with_the_same_weights(tmp_path):
+    runs = {
+        str(tmp_path / f"{stage}-{anew}"): {"stage": stage, "anew": anew, **ALIKE}
+        for stage in STAGES
+        for anew in (False, True)
+    }
+    run_on_processes(train_several, 2, str(tmp_path / "cache"), runs)
+    for stage in STAGES:
+        assert distance(tmp_path / f"{stage}-False", tmp_path / f"{stage}-True") < 1e-6, stage
+
+
 def assert_finite(output: Path) -> None:
     assert weights_of(output).isfinite().all()
     saved = momentum_of(output)

@@ -55,9 +55,9 @@ class Backbone(nn.Module):
         std = torch.tensor(self.std, device=images.device)[:, None, None]
         return self.image(((images.float() / 255 - mean) / std).to(dtype))
 
-    def encode_text(self, ids: Tensor) -> Tensor:
-        """(B, L) token ids -> (B, L, text_width), the text alone."""
-        return self.text(self.words(ids), self.mask(ids))
+    def encode_text(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, L) token ids -> (B, L, text_width), the text alone. mask: true for real tokens; None takes the ids'."""
+        return self.text(self.words(ids), self.mask(ids) if mask is None else mask)
 
     def fuse(self, text: Tensor, mask: Tensor, image: Tensor, image_mask: Tensor | None = None) -> Tensor:
         """Text tokens (B, L, text_width) with their mask (B, L), image tokens (B, M, image_width) -> as the text's."""

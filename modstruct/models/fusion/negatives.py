@@ -49,8 +49,8 @@ def hard_negatives(
     weights = (logits - best).exp().nan_to_num(0.0)  # a row without a candidate: -inf less -inf
     sums = weights.cumsum(dim=1)
     total = sums[:, -1:]
-    draws = [sample_seed(seed, 0, slot, of) / 2**63 for slot in slots.tolist()]
-    aim = torch.tensor(draws, dtype=torch.float64, device=rows.device)[:, None] * total
+    draws = sample_seed(seed, 0, slots, of).double() / 2**63
+    aim = draws[:, None] * total
     # The first place whose sum is above the aim; its own weight is above 0, so it is never a positive.
     chosen = torch.searchsorted(sums, aim, right=True).clamp(max=logits.shape[1] - 1).squeeze(1)
     sound = weights.gather(1, chosen[:, None]).squeeze(1) > 0

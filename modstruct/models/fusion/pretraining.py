@@ -122,7 +122,9 @@ class FusionModel(FollowedModel):
         """Tokens of the captions and, in the same pass, of the captions with blanks."""
         if not blanked:
             return backbone.encode_text(batch["text"]), None
-        plain, with_blanks = backbone.encode_text(torch.cat([batch["text"], batch["text_masked"]])).chunk(2)
+        # The blanks' mask is the caption's: a word may have been replaced by any id, padding among them.
+        ids, mask = torch.cat([batch["text"], batch["text_masked"]]), backbone.mask(batch["text"]).repeat(2, 1)
+        plain, with_blanks = backbone.encode_text(ids, mask).chunk(2)
         return plain, with_blanks
 
     def _fill_blanks(

@@ -11,6 +11,7 @@ from scipy.stats import chisquare
 from torch.nn.functional import normalize
 
 from modstruct import distributed
+from modstruct.data.augment import sample_seed
 from modstruct.models.fusion.negatives import NONE, hard_negatives
 
 
@@ -83,6 +84,12 @@ def test_draws_depend_on_the_place_in_the_data_and_on_the_direction():
     assert not torch.equal(base, draw(ids, ids, 1.0, slots=torch.arange(40) + 40))
     assert not torch.equal(base, draw(ids, ids, 1.0, of="text"))
     assert not torch.equal(base, draw(ids, ids, 1.0, seed=1))
+
+
+def test_draws_are_the_seeds_of_the_places():
+    slots = torch.tensor([0, 7, 2**40, 2**62])
+    found = sample_seed(5, 0, slots, "image")
+    assert found.tolist() == [sample_seed(5, 0, slot, "image") for slot in slots.tolist()]
 
 
 def of_all_processes(scope: str) -> torch.Tensor:
