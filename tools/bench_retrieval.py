@@ -6,9 +6,9 @@ python tools/bench_retrieval.py --index ivf --storage float16                   
 
 First both ways over --dense_images pictures with five captions each, by `measure_retrieval` and by a dense matrix as
 CLIP_benchmark's retrieval metric has it (scores = texts @ images.T, top-k), written plainly below: their figures must
-be equal, else the program ends with 1. The rows are multiples of 2^-11, so that scores are exact in float32 and a tie is
-a tie for both; in general two programs round differently, and a rank may move by one where scores differ in the last
-bit. Rows are isotropic around their pairs: the hardest case for an inverted file.
+be equal, else the program ends with 1. The rows are multiples of 2^-11, so that scores are exact in float32 and a tie
+is a tie for both; in general two programs round differently, and a rank may move by one where scores differ in the
+last bit. Rows are isotropic around their pairs: the hardest case for an inverted file.
 Then --queries captions over --gallery pictures in a file, memory-mapped, and what all pairs of such a gallery would
 take. Each part runs in a process of its own; memory is the growth of its peak: `own` without the mapped pages of files.
 """

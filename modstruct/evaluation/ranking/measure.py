@@ -35,7 +35,7 @@ def measure_retrieval(
     for name, rows in (("image", image), ("text", text)):
         check_rows(name, rows)
     check_dimensions("image", image, "text", text)
-    pairs = checked_pairs(pairs, len(image), len(text))
+    pairs = checked_pairs(pairs, len(image), len(text), ("images", "texts"))
     figures = {}
     for name, queries, gallery, positives in (
         ("text_to_image", text, image, pairs[:, ::-1]),

@@ -45,18 +45,20 @@ def check_dimensions(first_name: str, first: np.ndarray, name: str, rows: np.nda
         )
 
 
-def checked_pairs(pairs: np.ndarray, queries: int, gallery: int) -> np.ndarray:
+def checked_pairs(
+    pairs: np.ndarray, queries: int, gallery: int, names: tuple[str, str] = ("queries", "gallery items")
+) -> np.ndarray:
     """Each pair once, (p, 2) int64, ascending by query row. Raises ValueError where none is, or one lies outside."""
     pairs = np.asarray(pairs)
     if pairs.size and not (pairs.ndim == 2 and pairs.shape[1] == 2 and np.issubdtype(pairs.dtype, np.integer)):
         raise ValueError(f"pairs are {pairs.dtype} of shape {pairs.shape}: give integers, (p, 2)")
     pairs = np.unique(pairs.astype(np.int64).reshape(-1, 2), axis=0)
     if not len(pairs):
-        raise ValueError("there is no image-text pair: retrieval needs at least one")
+        raise ValueError("there is no image-text pair: give at least one")
     if pairs.min() < 0 or (pairs.max(axis=0) >= (queries, gallery)).any():
         outside = pairs[((pairs < 0) | (pairs >= (queries, gallery))).any(axis=1)][0]
         raise ValueError(
-            f"the pair {tuple(outside.tolist())} names a row outside the {queries} queries and {gallery} gallery items"
+            f"the pair {tuple(outside.tolist())} names a row outside the {queries} {names[0]} and {gallery} {names[1]}"
         )
     return pairs
 
