@@ -10,7 +10,8 @@ be equal, else the program ends with 1. The rows are multiples of 2^-11, so that
 is a tie for both; in general two programs round differently, and a rank may move by one where scores differ in the
 last bit. Rows are isotropic around their pairs: the hardest case for an inverted file.
 Then --queries captions over --gallery pictures in a file, memory-mapped, and what all pairs of such a gallery would
-take. Each part runs in a process of its own; memory is the growth of its peak: `own` without the mapped pages of files.
+take. Each part runs in a process of its own; memory is the growth of its peak: `own` without the mapped pages of
+files.
 """
 
 from __future__ import annotations

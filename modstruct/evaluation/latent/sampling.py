@@ -1,4 +1,4 @@
-"""Where a figure over all pairs of rows costs too much: disjoint random batches, and the interval their means give."""
+"""Disjoint random batches for a figure over too many pairs of rows, and the interval that their means give."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def mean_interval(values: np.ndarray, confidence: float) -> tuple[float, float]:
 
 
 def t_quantile(probability: float, degrees: int) -> float:
-    """Quantile of Student's t by its expansion around the normal's (Abramowitz & Stegun 26.7.5), 1e-3 off from 9 on."""
+    """Quantile of Student's t by Abramowitz & Stegun's 26.7.5, within 1e-3 from 9 degrees of freedom on."""
     z, n = NormalDist().inv_cdf(probability), degrees
     return (
         z

@@ -12,7 +12,7 @@ FLOAT64_ROWS = 8192
 
 
 def spectra(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Singular values of Z / root n and of the centred (Z - mean) / root n, (min(n, D),) each, descending, in float64.
+    """Singular values of Z / root n and of the centred (Z - mean) / root n, (min(n, D),) each, descending, float64.
 
     rows: Z, (n, D). The centred ones are the standard deviations along the principal axes. Both are roots of
     eigenvalues of D x D products, so values below 1e-8 of the largest are rounding. Memory: O(D^2) and a block.

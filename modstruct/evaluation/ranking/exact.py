@@ -22,8 +22,9 @@ def pairs_ahead(
     queries: (q, D), gallery: (g, D), float16 or float32, in memory or memory-mapped, scored by inner product, in
     float32. pairs: (p, 2), positives as (query row, gallery row). progress: show a bar.
     Returns the pairs, each once and ascending, (p', 2), and the items ahead, (p',) int64: a tie counts against the
-    model, and other positives of the query count neither way, as in `retrieval.items_ahead`, whose number is the least
-    of a query's. Cost: 2 p' g D operations. Memory: O(p') and two blocks of rows, whatever g is.
+    model, and other positives of the query count neither way, as in `retrieval.items_ahead`, whose number is the
+    least of a query's. Cost: 2 q g D operations, q being the queries that have a positive. Memory: O(p') and two
+    blocks of rows, whatever g is.
     """
     for name, rows in (("query", queries), ("gallery", gallery)):
         check_rows(name, rows)

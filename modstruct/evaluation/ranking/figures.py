@@ -17,13 +17,13 @@ def ranking_figures(
 ) -> dict[str, dict[str, float]]:
     """Figures of one direction, each as {"value": …, "chance": …}, chance being that of a random ranking.
 
-    pairs: (p, 2), (query row, gallery row), each once, ascending by query. ahead: (p,), items ahead of each pair's that
-    are no positives of its query, as `pairs_ahead` gives them. A query's rank is that of its best positive, from 1 on.
-      recall_at_K           share of queries whose rank is at most K
+    pairs: (p, 2), (query row, gallery row), each once, ascending by query. ahead: (p,), items ahead of each pair's
+    that are no positives of its query, as `pairs_ahead` gives them. A query's rank is that of its best positive.
+      recall_at_K           share of queries whose rank is at most K, from 1 on
       median_rank           of the queries
       mean_reciprocal_rank  mean of 1 / rank
-      map_at_r              mean average precision at R (Musgrave et al. 2020, section 2.2): with R positives, the mean
-                            over the first R places of the precision there where a positive is there, else 0
+      map_at_r              mean average precision at R (Musgrave et al. 2020): with R positives, the mean over the
+                            first R places of the precision there, or 0 where no positive is
     Queries without a positive have no pair and are left out.
     """
     first = np.flatnonzero(np.append(True, pairs[1:, 0] != pairs[:-1, 0]))
@@ -90,8 +90,8 @@ def _chance_reciprocal(positives: np.ndarray, gallery_size: int) -> float:
 def _chance_precision(positives: np.ndarray, gallery_size: int) -> np.ndarray:
     """E[average precision at R] of a random ranking of G items.
 
-    Place i holds a positive with probability R/G, each place before it then with (R-1)/(G-1): the sum over i = 1..R of
-    R/G (1 + (i-1) (R-1)/(G-1)) / i, over R.
+    Place i holds a positive with probability R/G, each place before it then with (R-1)/(G-1): the sum over i = 1..R
+    of R/G (1 + (i-1) (R-1)/(G-1)) / i, over R.
     """
     distinct, place = np.unique(positives, return_inverse=True)
     expected = []

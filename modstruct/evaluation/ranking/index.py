@@ -79,7 +79,7 @@ class ApproximateIndex:
             self._index.add(as_float32(gallery[self.first[start : start + TRAINING_BLOCK]]).numpy())
 
     def search(self, queries: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """(b, D) float32 -> scores (b, length), descending, and distinct rows (b, length), -1 where none was found."""
+        """(b, D) float32 -> scores (b, length), descending, and distinct rows (b, length), -1 where none is found."""
         if self.config.kind == "hnsw":
             self._index.hnsw.efSearch = max(self.config.search_width, length)
         return self._index.search(queries, length)

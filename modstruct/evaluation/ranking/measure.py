@@ -24,12 +24,12 @@ def measure_retrieval(
 ) -> dict[str, dict[str, dict[str, float]]]:
     """All retrieval figures of texts by images and of images by texts.
 
-    image: (n, D), text: (m, D), float16 or float32, in memory or memory-mapped, scored by inner product. pairs: (p, 2),
-    (image row, text row); an image may have several texts and a text several images. index: how galleries are searched.
-    Returns {"text_to_image": {…}, "image_to_text": {…}} with the figures of `ranking_figures`; of an approximate index
-    also "index_text_to_image" and "index_image_to_text": its recall against exact search on a sample of queries.
-    Raises ValueError for embeddings that are empty, not finite or of different dimensions, pairs that name no row, and
-    K < 1. The figures of `exact` are those of `retrieval.retrieval`, whose recall is the same.
+    image: (n, D), text: (m, D), float16 or float32, in memory or memory-mapped, scored by inner product. pairs:
+    (p, 2), (image row, text row); an image may have several texts and a text several images. index: how galleries
+    are searched. Returns {"text_to_image": {…}, "image_to_text": {…}} with the figures of `ranking_figures`; of an
+    approximate index also "index_text_to_image" and "index_image_to_text", its recall against exact search on a
+    sample of queries. Raises ValueError for embeddings that are empty, not finite or of different dimensions, pairs
+    that name no row, and K < 1. The recall of `exact` is that of `retrieval.retrieval`.
     """
     check_recall_at(recall_at)
     for name, rows in (("image", image), ("text", text)):

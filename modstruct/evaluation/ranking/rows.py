@@ -19,7 +19,7 @@ def block_rows(dimension: int) -> int:
 
 
 def check_rows(name: str, rows: np.ndarray) -> None:
-    """Raise ValueError unless rows is (n, D), floating point, not empty, and finite as float32; reads it in blocks."""
+    """Raise ValueError unless rows is (n, D), floating point, not empty and finite as float32; reads it in blocks."""
     if rows.ndim != 2 or not rows.size:
         raise ValueError(f"{name} embeddings have shape {rows.shape}: give at least one row, as (rows, dimension)")
     if not np.issubdtype(rows.dtype, np.floating):

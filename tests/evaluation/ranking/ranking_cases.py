@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 
 def grid_rows(count: int, dimension: int, seed: int) -> np.ndarray:
-    """Rows of about unit norm, multiples of 2^-11: exact in float16, and their float32 scores in any order of sums."""
+    """Rows of about unit norm, multiples of 2^-11: exact in float16, as float32 scores are in any order of sums."""
     rows = np.random.default_rng(seed).standard_normal((count, dimension))
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     return (np.trunc(rows * 2048) / 2048).astype(np.float32)
