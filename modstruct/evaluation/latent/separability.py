@@ -11,6 +11,7 @@ from modstruct.evaluation.latent.sampling import SamplingConfig, bootstrap_inter
 from modstruct.evaluation.ranking.rows import as_float32
 
 FOLDS = 5
+WIDENING = (1 + FOLDS / (FOLDS - 1)) ** 0.5
 DECAY = 1e-3
 """Weight of |w|^2 / 2 beside the mean logistic loss, of features in units of their deviation."""
 STEPS = 200
@@ -25,8 +26,9 @@ def linear_separability(
 
     image: (n, D), text: (m, D). pairs: (p, 2); each image and each text is used once at most, with the other of its
     pair in the same fold: else a classifier that has seen the image would take its aligned text for one. At most
-    config.separability_pairs pairs, drawn at random. The interval is the bootstrap's over pairs, the classifiers held
-    fixed. None for fewer than FOLDS pairs.
+    config.separability_pairs pairs, drawn at random. The interval is the bootstrap's over pairs, widened for what the
+    folds' classifiers share (Nadeau & Bengio 2003: a variance of 1/K + 1/(K-1) instead of 1/K folds), without which 95 %
+    covered 89 % where nothing can be told. None for fewer than FOLDS pairs.
     """
     random = np.random.default_rng(config.seed)
     chosen = random.permutation(one_to_one(pairs))[: config.separability_pairs]
@@ -39,7 +41,9 @@ def linear_separability(
         known = torch.from_numpy(fold != held_out)
         logits = _fitted(rows[known])(rows[~known])  # (q, 2)
         right[fold == held_out] = ((logits > 0) == torch.tensor([True, False])).double().mean(1).numpy()
-    return figure(right.mean(), bootstrap_interval(right, config.confidence, config.seed), len(chosen))
+    value = right.mean()
+    widened = value + WIDENING * (np.array(bootstrap_interval(right, config.confidence, config.seed)) - value)
+    return figure(value, tuple(widened.clip(0, 1)), len(chosen))
 
 
 def one_to_one(pairs: np.ndarray) -> np.ndarray:

@@ -71,6 +71,7 @@ class ApproximateIndex:
     """
 
     def __init__(self, gallery: np.ndarray, config: IndexConfig, progress: bool = False):
+        check_rows("gallery", gallery)
         self.gallery, self.config = gallery, config
         self.first, self.row_of_item, self.occurrences = distinct_rows(gallery)
         self._index = self._made()

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
-from modstruct.evaluation.ranking.exact import pairs_ahead
+from modstruct.evaluation.ranking.exact import CPU, pairs_ahead
 from modstruct.evaluation.ranking.figures import ranking_figures
 from modstruct.evaluation.ranking.index import ApproximateIndex, IndexConfig, index_recall, listed_pairs_ahead
 from modstruct.evaluation.ranking.rows import check_dimensions, check_recall_at, check_rows, checked_pairs
@@ -20,16 +21,18 @@ def measure_retrieval(
     pairs: np.ndarray,
     recall_at: Sequence[int] = (1, 5, 10),
     index: IndexConfig = EXACT,
+    device: torch.device = CPU,
     progress: bool = False,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """All retrieval figures of texts by images and of images by texts.
 
     image: (n, D), text: (m, D), float16 or float32, in memory or memory-mapped, scored by inner product. pairs:
     (p, 2), (image row, text row); an image may have several texts and a text several images. index: how galleries
-    are searched. Returns {"text_to_image": {…}, "image_to_text": {…}} with the figures of `ranking_figures`; of an
-    approximate index also "index_text_to_image" and "index_image_to_text", its recall against exact search on a
-    sample of queries. Raises ValueError for embeddings that are empty, not finite or of different dimensions, pairs
-    that name no row, and K < 1. The recall of `exact` is that of `retrieval.retrieval`.
+    are searched. device: where exact ranks are counted.
+    Returns {"text_to_image": {…}, "image_to_text": {…}} with the figures of `ranking_figures`; of an approximate
+    index also "index_text_to_image" and "index_image_to_text", its recall against exact search on a sample of queries.
+    Raises ValueError for embeddings that are empty, not finite or of different dimensions, pairs that name no row,
+    and K < 1. The recall of `exact` is that of `retrieval.retrieval`.
     """
     check_recall_at(recall_at)
     for name, rows in (("image", image), ("text", text)):
@@ -42,7 +45,7 @@ def measure_retrieval(
         ("image_to_text", image, text, pairs),
     ):
         if index.kind == "exact":
-            positives, ahead = pairs_ahead(queries, gallery, positives, progress)
+            positives, ahead = pairs_ahead(queries, gallery, positives, device, progress)
         else:
             made = ApproximateIndex(gallery, index, progress)
             positives, ahead = listed_pairs_ahead(queries, made, positives, max(recall_at), progress)

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = 256 << 20
-"""Of float32 rows that are in memory at once."""
+BLOCK_BYTES = 32 << 20
+"""Of float32 rows that are read at once."""
 
 
 def block_rows(dimension: int) -> int:

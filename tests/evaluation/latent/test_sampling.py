@@ -16,6 +16,7 @@ from modstruct.evaluation.latent.sampling import (
     random_batches,
     t_quantile,
 )
+from modstruct.evaluation.latent.separability import linear_separability
 
 TRIALS = 300
 AT_90 = (0.90 - 4 * math.sqrt(0.09 / TRIALS), 0.90 + 4 * math.sqrt(0.09 / TRIALS))  # 4 standard deviations: 0.83, 0.97
@@ -65,6 +66,17 @@ def test_the_interval_of_geometry_covers_its_expectation():
             hits[name] += found["low"] <= 2 / 3 <= found["high"]
     for count in hits.values():
         assert AT_90[0] <= count / TRIALS <= AT_90[1]
+
+
+def test_the_interval_of_separability_covers_a_half_where_nothing_can_be_told():
+    config = SamplingConfig(confidence=0.90)
+    random = np.random.default_rng(3)
+    pairs = np.repeat(np.arange(100)[:, None], 2, axis=1)
+    hits = 0
+    for _ in range(TRIALS):
+        found = linear_separability(sphere(random, 100, 8), sphere(random, 100, 8), pairs, config)
+        hits += found["low"] <= 0.5 <= found["high"]
+    assert hits / TRIALS >= AT_90[0]  # the interval is a cautious one
 
 
 @pytest.mark.parametrize(("rows", "batch", "batches"), [(1000, 30, 20), (100, 50, 20), (105, 10, 10)])

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranking_cases import grid_rows, plain_figures, sets_with_ties
 
-from modstruct.evaluation.ranking import exact, measure_retrieval, pairs_ahead, ranking_figures, rows
+from modstruct.evaluation.ranking import exact, measure_retrieval, pairs_ahead, ranking_figures
 from modstruct.evaluation.retrieval import items_ahead, retrieval
 
 DIRECTIONS = ("image_to_text", "text_to_image")
@@ -36,7 +36,7 @@ def test_figures_agree_with_their_definitions(example, recall_at):
 def test_blocks_of_gallery_and_pairs_change_nothing(example, block, pairs_at_once):
     whole = measure_retrieval(*example)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows, "BLOCK_BYTES", 4 * example[0].shape[1] * block)
+        patch.setattr(exact, "GALLERY_BYTES", 4 * example[0].shape[1] * block)
         patch.setattr(exact, "PAIRS_AT_ONCE", pairs_at_once)
         assert measure_retrieval(*example) == whole
 
@@ -68,7 +68,7 @@ def test_rounded_scores_of_a_blocked_gallery_tie_as_in_a_whole_one(monkeypatch):
     text[random.permutation(700)[:100]] = text[7]
     pairs = np.stack([np.arange(700), np.arange(700)], axis=1)
     whole = [pairs_ahead(*arguments)[1] for arguments in both_ways(image, text, pairs)]
-    monkeypatch.setattr(rows, "BLOCK_BYTES", 4 * 300 * 64)
+    monkeypatch.setattr(exact, "GALLERY_BYTES", 4 * 300 * 64)
     monkeypatch.setattr(exact, "PAIRS_AT_ONCE", 50)
     for arguments, right in zip(both_ways(image, text, pairs), whole, strict=True):
         np.testing.assert_array_equal(pairs_ahead(*arguments)[1], right)
@@ -76,7 +76,7 @@ def test_rounded_scores_of_a_blocked_gallery_tie_as_in_a_whole_one(monkeypatch):
 
 
 def test_figures_of_larger_sets_and_of_files_agree_with_their_definitions(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "BLOCK_BYTES", 4 * 32 * 128)
+    monkeypatch.setattr(exact, "GALLERY_BYTES", 4 * 32 * 128)
     image, text = grid_rows(300, 32, 0), np.repeat(grid_rows(400, 32, 1), 2, axis=0)
     random = np.random.default_rng(2)
     pairs = np.stack([random.integers(0, 300, 900), random.integers(0, 800, 900)], axis=1)
