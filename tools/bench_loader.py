@@ -8,7 +8,7 @@ memory: decoding, crops, flips, AutoAugment, the copy to a tensor. It reads, ord
 Rounds of the loader without a worker process, with one, and of the bare loop take turns, so that a busy machine slows
 all alike. A core is one process: rates are per second of processor time of the process that does the work, and per
 second on the wall. The share that a step waits is `seconds/data` of the run's TensorBoard, without its first reading.
-Writes JSON to --out.
+Other words are fields of the recipe, such as `--model.vision.image_size 224`. Writes JSON to --out.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--train_steps", type=int, default=0, help="Steps of a real run; 0 leaves it out (default).")
     parser.add_argument("--train_batch", type=int, default=256, help="Its pairs a step (default: %(default)s).")
     parser.add_argument("--out", type=Path, help="JSON file to write.")
-    return parser.parse_args(arguments)
+    options, options.words = parser.parse_known_args(arguments)
+    return options
 
 
 # --- the loader beside the bare loop ---
@@ -117,7 +118,8 @@ def rates(options: argparse.Namespace) -> list[dict]:
 
 def recipe_of(options: argparse.Namespace) -> Recipe:
     words = ["--recipe", options.recipe, "--data.train", options.shards, "--data.validation", "null"]
-    return parse_recipe(recipe_parser("", ""), [*words, "--data.eval", "null", "--data.zero_shot", "null"])[0]
+    words += ["--data.eval", "null", "--data.zero_shot", "null", *options.words]
+    return parse_recipe(recipe_parser("", ""), words)[0]
 
 
 @dataclass
@@ -159,7 +161,7 @@ def bare(draws: list[Draw], size: int, auto_augment: bool) -> None:
     for draw in draws:
         with Image.open(io.BytesIO(draw.content)) as opened:
             opened.load()
-            picture = opened.convert("RGB")
+            picture = opened if opened.mode == "RGB" else opened.convert("RGB")
         for augmented, (box, flip) in enumerate(zip(draw.boxes, draw.flips, strict=True)):
             if box is None:
                 view = centre_crop(picture, size)

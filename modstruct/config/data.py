@@ -103,6 +103,8 @@ class ViewsConfig:
 
     plain: Literal["center_crop", "crop_flip"] = "center_crop"
     """center_crop: shorter side resized, centre cut out; crop_flip: random crop and flip."""
+    evaluation: Literal["center_crop", "squeeze"] = "center_crop"
+    """What evaluation sees: center_crop, or squeeze: the whole picture made square, as ALBEF does it."""
     rand_augment: bool = False
     """RandAugment on crop_flip views (Cubuk et al. 2020): two of ALBEF's ten operations, magnitude 7 of 10."""
     crop_scale: tuple[float, float] = (0.5, 1.0)

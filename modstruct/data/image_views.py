@@ -40,6 +40,7 @@ class ImageViews:
         require(image_size >= 1, "model.vision.image_size", image_size, "at least 1 pixel")
         self.size = image_size
         self._plain_is_random = config.plain == "crop_flip"
+        self._squeeze = config.evaluation == "squeeze"
         self._crop_scale = config.crop_scale
         self._flip = config.flip
         self._rand_augment = (
@@ -49,13 +50,15 @@ class ImageViews:
 
     def plain(self, image: Image.Image, seed: int, into: np.ndarray | None = None) -> Tensor:
         if not self._plain_is_random:
-            return self.evaluation(image, into)
+            return _to_tensor(centre_crop(_rgb(image), self.size), into)
         return _to_tensor(self._changed(image, seed, self._rand_augment), into)
 
     def augmented(self, image: Image.Image, seed: int, into: np.ndarray | None = None) -> Tensor:
         return _to_tensor(self._changed(image, seed, self._auto_augment), into)
 
     def evaluation(self, image: Image.Image, into: np.ndarray | None = None) -> Tensor:
+        if self._squeeze:
+            return _to_tensor(_rgb(image).resize((self.size, self.size), Image.Resampling.BICUBIC), into)
         return _to_tensor(centre_crop(_rgb(image), self.size), into)
 
     def _changed(self, image: Image.Image, seed: int, change: v2.Transform | None) -> Image.Image:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import secrets
 import shutil
 import zlib
@@ -31,6 +32,7 @@ DESCRIPTION_FILE = "tokenizer.json"
 # caption of megabytes costs no more than a long one.
 CHARACTERS_PER_TOKEN = 64
 LONGEST_CONTEXT = 1 << 16  # tokens
+INSIDE_A_NUMBER = re.compile(r"(?<=\d) ([.,:/]) (?=\d)")
 LARGEST_MERGES_BYTES = 1 << 24  # unpacked; CLIP's own take a fifth
 
 
@@ -66,6 +68,10 @@ class Tokenizer(ABC):
     def _piece(self, token_id: int) -> str:
         """The piece of text that an id of `_encode` stands for."""
 
+    @abstractmethod
+    def _text(self, ids: list[int]) -> str:
+        """The text of ids that `_encode` can give."""
+
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Ids (B, context_length), int64, of B texts. Any Unicode is accepted; an empty text becomes start, end."""
         if isinstance(texts, str):
@@ -77,6 +83,16 @@ class Tokenizer(ABC):
             rows.append([self.start_id, *ids, self.end_id, *padding])
         # By numpy, which takes half the time that torch.tensor takes for lists.
         return torch.from_numpy(np.array(rows, dtype=np.int64).reshape(len(rows), self.context_length))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of a row of ids up to the first end id, as a model writes it; as good as `__call__` can be undone.
+
+        ids: any in [0, ids_with_mask). Start, padding and blank leave no trace. Spaces are single.
+        """
+        ids = list(ids)
+        ids = ids[: ids.index(self.end_id)] if self.end_id in ids else ids
+        silent = {self.start_id, self.padding_id, self.mask_id}
+        return " ".join(self._text([token_id for token_id in ids if token_id not in silent]).split())
 
     @property
     def mask_id(self) -> int:
@@ -165,6 +181,9 @@ class SentencePieceTokenizer(Tokenizer):
     def _piece(self, token_id: int) -> str:
         return self._processor.id_to_piece(token_id)
 
+    def _text(self, ids: list[int]) -> str:
+        return self._processor.decode(ids)
+
 
 class ClipTokenizer(Tokenizer):
     """CLIP's byte-pair encoding (Radford et al. 2021) through open_clip, with a padding id of its own.
@@ -204,6 +223,9 @@ class ClipTokenizer(Tokenizer):
 
     def _piece(self, token_id: int) -> str:
         return self._tokenizer.decoder[token_id]
+
+    def _text(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids)
 
 
 class WordPieceTokenizer(Tokenizer):
@@ -250,6 +272,11 @@ class WordPieceTokenizer(Tokenizer):
 
     def _piece(self, token_id: int) -> str:
         return self._backend.id_to_token(token_id)
+
+    def _text(self, ids: list[int]) -> str:
+        # Its pieces do not tell "it's" from "it ' s": joined are those that answers and captions mean to be one.
+        text = " ".join(self._piece(token_id) for token_id in ids).replace(" ##", "")
+        return INSIDE_A_NUMBER.sub(r"\1", text.replace(" ' ", "'"))
 
 
 KINDS: dict[str, type[Tokenizer]] = {

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from modstruct.config import MaskedLanguageConfig, Precision
 from modstruct.embeddings import FusionOutputs
-from modstruct.losses.matching import mean_over_labelled
+from modstruct.losses.matching import mean_over_rows
 from modstruct.losses.queue_contrast import ramped
 
 
@@ -25,11 +25,13 @@ class MaskedLanguage:
 
     def __call__(self, outputs: FusionOutputs, step: int, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, a scalar, and its terms: against the right words, and against the momentum model."""
+        return mean_over_rows(*self.over_rows(outputs, step), outputs.masked_labels)
+
+    def over_rows(self, outputs: FusionOutputs, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sums over this process's blanks that the loss and its components are the means of."""
         alpha = ramped(self.alpha, step, self.ramp_steps)
-        labels, logits = outputs.masked_labels, outputs.masked_logits
+        logits = outputs.masked_logits
         targets = outputs.masked_logits_momentum.detach().softmax(dim=-1)
-        terms = {
-            "words": mean_over_labelled(F.cross_entropy(logits, labels, reduction="none"), labels),
-            "momentum": mean_over_labelled(F.cross_entropy(logits, targets, reduction="none"), labels),
-        }
-        return (1 - alpha) * terms["words"] + alpha * terms["momentum"], terms
+        words = F.cross_entropy(logits, outputs.masked_labels, reduction="sum")
+        momentum = F.cross_entropy(logits, targets, reduction="sum")
+        return (1 - alpha) * words + alpha * momentum, {"words": words, "momentum": momentum}

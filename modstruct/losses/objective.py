@@ -9,7 +9,7 @@ from torch import Tensor
 
 from modstruct import distributed
 from modstruct.config import FUSION_LOSSES, LossesConfig, Precision, require
-from modstruct.embeddings import Embeddings
+from modstruct.embeddings import Embeddings, FusionOutputs
 from modstruct.losses.bridge import Bridge
 from modstruct.losses.contrastive import Contrastive
 from modstruct.losses.geometry import Geometry
@@ -50,31 +50,53 @@ class Objective:
         self.independent = any("independent" in name for name in needs)
         self.rows_agree = False
 
-    def __call__(self, embeddings: Embeddings, step: int, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(
+        self, embeddings: Embeddings, step: int, seed: int, pairs_only: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The objective of the global batch and its terms.
 
         embeddings: this process's rows; half precision is taken to float32, whatever autocast says.
-        step, seed: what random draws depend on, the same on every process.
-        Returns the weighted sum, a scalar with a gradient, and each loss's unweighted value and components, scalars
-        without one, under names such as `geometry` and `geometry/per_pair`. All are the same on every process.
-        Raises ValueError where an embedding that a loss needs is missing, and, on every process, where the processes
-        do not bring the same number of rows (asked at the first call only: it makes the processes wait for each other).
+        step, seed: what random draws depend on, the same on every process. pairs_only: without the losses that are
+        means over rows, which `over_rows` makes. Returns the weighted sum, a scalar with a gradient, and each loss's
+        unweighted value and components, scalars without one, under names such as `geometry` and `geometry/per_pair`.
+        All are the same on every process. Raises ValueError where an embedding that a loss needs is missing, and, on
+        every process, where the processes do not bring the same number of rows (asked at the first call only: it makes
+        the processes wait for each other).
         """
-        for name, loss in self.losses.items():
+        losses = {name: loss for name, loss in self.losses.items() if not (pairs_only and hasattr(loss, "over_rows"))}
+        for name, loss in losses.items():
             for needed in sorted(loss.needs):
                 remedy = f"losses.{name} needs it: let the model make it, or set losses.{name}.weight to 0"
                 require(getattr(embeddings, needed) is not None, f"embeddings.{needed}", None, remedy)
         if not self.rows_agree:
             distributed.require_equal_rows(embeddings.image, "rows of embeddings.image")
             self.rows_agree = True
-        total, terms = 0, {}
+        total, terms = embeddings.logit_scale.sum() * 0, {}
         with torch.autocast(embeddings.image.device.type, enabled=False):
             embeddings = _in_float32(embeddings)
-            for name, loss in self.losses.items():
+            for name, loss in losses.items():
                 value, components = loss(embeddings, step, seed)
                 total = total + self.weights[name] * value
                 terms[name] = value.detach()
                 terms |= {f"{name}/{component}": term.detach() for component, term in components.items()}
+        return total, terms
+
+    def over_rows(
+        self, outputs: FusionOutputs, step: int, counts: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """This process's part of the losses that are means over rows, which adds up over micro-batches and processes.
+
+        counts: by loss, the labelled rows of the global batch. Returns the weighted sum, and each loss's unweighted
+        part and components by name.
+        """
+        total, terms = 0, {}
+        with torch.autocast(outputs.image.device.type, enabled=False):
+            outputs = _in_float32(outputs)
+            for name, count in counts.items():
+                value, components = self.losses[name].over_rows(outputs, step)
+                total = total + self.weights[name] * value / count
+                terms[name] = value.detach() / count
+                terms |= {f"{name}/{component}": term.detach() / count for component, term in components.items()}
         return total, terms
 
 

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from modstruct.config import FinetuneRecipe
 from modstruct.data.tokenizers import Tokenizer
+from modstruct.tasks.nlvr2 import Nlvr2
 from modstruct.tasks.retrieval import Retrieval
 from modstruct.tasks.snli_ve import SnliVe
 from modstruct.tasks.task import Task
+from modstruct.tasks.text_assignment import TextAssignment
+from modstruct.tasks.vqa import Vqa
 
-TASKS: dict[str, type[Task]] = {"retrieval": Retrieval, "snli_ve": SnliVe}
+TASKS: dict[str, type[Task]] = {
+    "nlvr2": Nlvr2,
+    "retrieval": Retrieval,
+    "snli_ve": SnliVe,
+    "text_assignment": TextAssignment,
+    "vqa": Vqa,
+}
 
 
 def build_task(recipe: FinetuneRecipe, tokenizer: Tokenizer) -> Task:

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from modstruct import distributed
-from modstruct.embeddings import Embeddings
 
 Batch = dict[str, Tensor]
 
@@ -29,12 +28,13 @@ class WholeBatch:
     """Embeddings of a batch with their graph."""
 
     def __init__(self, engine, batch: Batch):
-        self.engine, self.batch = engine, _on_device(batch)
+        self.engine, self.batch = engine, on_device(batch)
         self.embeddings = engine.module.outputs(**engine(self.batch))
 
-    def backward(self, total: Tensor) -> None:
-        """Gradients of the total, reduced over the processes, to the engine."""
+    def backward(self, total: Tensor) -> dict[str, Tensor]:
+        """Gradients of the total, reduced over the processes, to the engine. Returns the terms known only now: none."""
         self.engine.backward(total)
+        return {}
 
 
 class CachedBatch:
@@ -43,45 +43,71 @@ class CachedBatch:
     parts: at least one, as many on every process, or a collective would wait for ever.
     """
 
+    shared = frozenset({"logit_scale"})
+    """What the model makes once and not for each row."""
+    constants: frozenset[str] = frozenset()
+    """What it makes without a gradient."""
+
     def __init__(self, engine, parts: list[Batch]):
         self.engine, self.parts = engine, parts
         self.random_states = []
         made = []
         with torch.no_grad(), _statistics_held(engine.module):
-            for part in parts:
-                self.random_states.append(_random_state())
-                made.append(engine(_on_device(part)))
-        scale = made[0]["logit_scale"]
-        rows = {name: torch.cat([part[name] for part in made]) for name in made[0] if name != "logit_scale"}
-        self.leaves = {name: leaf.requires_grad_() for name, leaf in {**rows, "logit_scale": scale}.items()}
-        self.embeddings = Embeddings(**self.leaves)
+            for part in self.parts:
+                self.random_states.append(random_state())
+                made.append(self.embed_part(on_device(part)))
+        rows = {name: torch.cat([part[name] for part in made]) for name in made[0] if name not in self.shared}
+        once = {name: made[0][name] for name in made[0] if name in self.shared}
+        self.leaves = {
+            name: values if name in self.constants else values.requires_grad_()
+            for name, values in (rows | once).items()
+        }
+        self.embeddings = engine.module.outputs(**self.leaves)
 
-    def backward(self, total: Tensor) -> None:
+    def embed_part(self, part: Batch) -> Batch:
+        """What the losses over all pairs need of a part."""
+        return self.engine(part)
+
+    def backward(self, total: Tensor) -> dict[str, Tensor]:
         """Gradients of the total, reduced over the processes, to the engine."""
+        self.start_backward(total)
+        with self.parts_again() as parts:
+            for part, first, end in parts:
+                self.engine.backward(self.carrier(self.engine(part), first, end))
+        return {}
+
+    def start_backward(self, total: Tensor) -> None:
+        """The gradients that the losses over all pairs give the embeddings."""
         total.backward()
-        gradients = {name: leaf.grad for name, leaf in self.leaves.items() if leaf.grad is not None}
-        scale_gradient = gradients.pop("logit_scale", None)
-        after = _random_state()
+        self.gradients = {name: leaf.grad for name, leaf in self.leaves.items() if leaf.grad is not None}
+        self.scale_gradient = self.gradients.pop("logit_scale", None)
+
+    @contextmanager
+    def parts_again(self) -> Iterator[Iterator[tuple[Batch, int, int]]]:
+        """(part, its first row, the row after its last), each with its random draws repeated, to be embedded anew and
+        taken backward once; one reduction of all gradients at the end."""
+        after = random_state()
         with _one_reduction(self.engine) as sums:
-            start = 0
-            for part, state in zip(self.parts, self.random_states, strict=True):
-                _set_random_state(state)
-                made = self.engine(_on_device(part))
-                end = start + len(next(iter(part.values())))
-                # Its gradient with respect to each embedding is the one given, and nothing else of it matters.
-                carrier = sum((made[name] * gradient[start:end]).sum() for name, gradient in gradients.items())
-                if scale_gradient is not None:
-                    # The scale is one for all parts. Every part has it in its graph: ZeRO-3 waits for its gradient.
-                    carrier = carrier + (made["logit_scale"] * scale_gradient * (start == 0)).sum()
-                self.engine.backward(carrier)
-                sums.add()
-                start = end
-        _set_random_state(after)
 
+            def again() -> Iterator[tuple[Batch, int, int]]:
+                first = 0
+                for part, state in zip(self.parts, self.random_states, strict=True):
+                    set_random_state(state)
+                    end = first + len(next(iter(part.values())))
+                    yield on_device(part), first, end
+                    sums.add()
+                    first = end
 
-def embed(engine, parts: list[Batch]) -> WholeBatch | CachedBatch:
-    """Embeddings of this process's batch, which comes in parts of at most train.micro_batch pairs."""
-    return WholeBatch(engine, parts[0]) if len(parts) == 1 else CachedBatch(engine, parts)
+            yield again()
+        set_random_state(after)
+
+    def carrier(self, made: Batch, first: int, end: int) -> Tensor:
+        """A scalar whose gradient with respect to each embedding of these rows is the one that the losses gave it."""
+        carrier = sum((made[name] * gradient[first:end]).sum() for name, gradient in self.gradients.items())
+        if self.scale_gradient is not None:
+            # The scale is one for all parts. Every part has it in its graph: ZeRO-3 waits for its gradient.
+            carrier = carrier + (made["logit_scale"] * self.scale_gradient * (first == 0)).sum()
+        return carrier
 
 
 class _GradientSums:
@@ -139,17 +165,17 @@ def _statistics_held(module: nn.Module) -> Iterator[None]:
         buffer.copy_(before)
 
 
-def _on_device(batch: Batch) -> Batch:
+def on_device(batch: Batch) -> Batch:
     return {name: rows.to(distributed.device(), non_blocking=True) for name, rows in batch.items()}
 
 
-def _random_state() -> tuple[Tensor, ...]:
+def random_state() -> tuple[Tensor, ...]:
     """What dropout draws from."""
     states = (torch.get_rng_state(),)
     return (*states, torch.cuda.get_rng_state()) if distributed.on_gpu() else states
 
 
-def _set_random_state(states: tuple[Tensor, ...]) -> None:
+def set_random_state(states: tuple[Tensor, ...]) -> None:
     torch.set_rng_state(states[0])
     if len(states) > 1:
         torch.cuda.set_rng_state(states[1])

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from modstruct import checkpoints, distributed
-from modstruct.config import Recipe, refuse
+from modstruct.config import Recipe
 from modstruct.data.loader import train_loader, train_order
 from modstruct.data.run_data import RunData, open_run_data
 from modstruct.data.workers import WorkerLoader
@@ -56,8 +56,6 @@ def pretrain(recipe: Recipe, ds_config: str, resume: str | None = None, profile_
 
 def open_run(recipe: Recipe, ds_config: str, resume: str | None) -> Run:
     """Data, model, engine, and what a checkpoint says of them."""
-    if recipe.framework == "fusion" and recipe.train.micro_batch is not None:
-        refuse("train.micro_batch", recipe.train.micro_batch, "the fusion model takes its batch whole: null")
     start = find_start(recipe, ds_config, resume)
     tokenizer = start.tokenizer or initial_tokenizer(recipe)
     data = open_run_data(recipe, image_size(recipe), tokenizer, fingerprint=start.samples)

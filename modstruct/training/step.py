@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from modstruct import distributed
-from modstruct.embeddings import Embeddings
+from modstruct.embeddings import Embeddings, FusionOutputs
 from modstruct.losses.objective import Objective
 from modstruct.training.full_state import whole
-from modstruct.training.gradient_cache import Batch, embed
+from modstruct.training.fusion_cache import CachedFusionBatch
+from modstruct.training.gradient_cache import Batch, CachedBatch, WholeBatch
 from modstruct.training.step_clock import StepClock
 
 
@@ -49,9 +50,10 @@ def train_step(
     """
     clock = clock or StepClock()
     with clock.phase("forward"):
-        embedded = embed(engine, parts)
+        embedded = embed(engine, parts, objective, step)
     with clock.phase("loss"):
-        total, terms = objective(embedded.embeddings, step, seed)
+        later = {"pairs_only": True} if isinstance(embedded, CachedFusionBatch) else {}
+        total, terms = objective(embedded.embeddings, step, seed, **later)
         report = StepReport(total.detach(), {k: v.detach() for k, v in terms.items()}, embedded.embeddings)
         non_finite, report.stop = _agree(report.total, stop_requested)
     if non_finite:
@@ -61,7 +63,9 @@ def train_step(
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
     with clock.phase("backward"):
-        embedded.backward(total)
+        late = embedded.backward(total)
+    report.terms |= late
+    report.total = report.total + sum(objective.weights[name] * late[name] for name in late if "/" not in name)
     with clock.phase("optimizer"):
         report.gradient_norm, finite = _step(engine)
     if not finite:
@@ -69,6 +73,15 @@ def train_step(
     elif hasattr(engine.module, "follow"):
         engine.module.follow(report.embeddings, embedded.batch, whole)
     return report
+
+
+def embed(engine, parts: list[Batch], objective: Objective | None = None, step: int = 0) -> WholeBatch | CachedBatch:
+    """Embeddings of this process's batch, which comes in parts of at most train.micro_batch pairs."""
+    if len(parts) == 1:
+        return WholeBatch(engine, parts[0])
+    if engine.module.outputs is FusionOutputs:
+        return CachedFusionBatch(engine, parts, objective, step)
+    return CachedBatch(engine, parts)
 
 
 def _agree(total: Tensor, stop_requested: bool) -> tuple[bool, bool]:

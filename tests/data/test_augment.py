@@ -65,6 +65,23 @@ def test_seeds_that_differ_in_one_argument_never_collide(seed, epoch, sample, sa
     assert (sample_seed(*arguments) == sample_seed(*changed)) == (arguments == changed)
 
 
+@pytest.mark.parametrize("seed", [0, 7, -3, 2**63 - 1])
+def test_arrays_give_the_seeds_of_their_pairs(seed):
+    epochs, samples = np.array([0, 1, 5, 2**31]), np.array([3, 2**40, 0, 2**62])
+    expected = [sample_seed(seed, *pair, "image") for pair in zip(epochs.tolist(), samples.tolist(), strict=True)]
+    assert sample_seed(seed, epochs, samples, "image").tolist() == expected
+
+
+def test_views_are_written_where_they_are_wanted():
+    views, image = Views(ViewsConfig(), SIZE), picture(40, 30)
+    for make in (views.plain_image, views.augmented_image):
+        rows = np.zeros((2, 3, SIZE, SIZE), dtype=np.uint8)
+        made = make(image, 5, rows[1])
+        assert torch.equal(made, make(image, 5))
+        assert np.array_equal(rows[1], made.numpy())
+        assert not rows[0].any()
+
+
 def test_neighbouring_seeds_do_not_collide_or_resemble():
     seeds = [sample_seed(s, e, n, salt) for s in range(4) for e in range(4) for n in range(250) for salt in ("a", "b")]
     assert len(set(seeds)) == len(seeds)

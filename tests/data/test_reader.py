@@ -9,11 +9,13 @@ import tarfile
 
 import pytest
 from crafted_shards import config, opened, picture, sample, write_shards, write_tar
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from modstruct.config import Source
 from modstruct.data import reader as reader_module
 from modstruct.data.faults import BadSample
-from modstruct.data.reader import RawSample, ShardReader
+from modstruct.data.reader import LARGEST_GAPS, RawSample, ShardReader, _sum
 from modstruct.data.samples import open_samples
 
 
@@ -81,6 +83,22 @@ def test_bad_members_have_a_cause_and_a_place(tmp_path, member, content, cause):
     with pytest.raises(BadSample) as bad:
         ShardReader(opened(path, data), data).read(1)
     assert (bad.value.cause, bad.value.where) == (cause, f"{path}: 000001.png")
+
+
+def test_members_far_apart_are_read_as_neighbours_are(tmp_path):
+    picture_, text, described = sample(0)
+    other = ("000000.npy", bytes(3 * LARGEST_GAPS))
+    data = config(tmp_path)
+    for number, members in enumerate(([text, other, picture_, described], [described, picture_, other, text])):
+        raw = ShardReader(opened(write_tar(tmp_path / f"{number}.tar", members), data), data).read(0)
+        assert (raw.key, raw.image, raw.caption, raw.metadata) == ("000000", picture(0), "thing 0", {"number": 0})
+
+
+@settings(deadline=None)
+@given(st.binary(min_size=512, max_size=512))
+def test_the_sum_of_a_header_is_that_of_its_bytes(header):
+    assert _sum(header) == sum(header)
+    assert _sum(b"\xff" * 512) == 512 * 255
 
 
 def test_a_byte_order_mark_and_missing_metadata_do_no_harm(tmp_path):

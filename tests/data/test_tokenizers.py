@@ -138,6 +138,28 @@ def test_ids_do_not_depend_on_the_batch(tokenizer):
     assert torch.equal(tokenizer(texts), torch.cat([tokenizer([text]) for text in texts]))
 
 
+def test_decoding_undoes_encoding_up_to_case_and_spaces(tokenizer):
+    texts = ["a red square", "red", "", "abcd", "a,  b! c"]
+    found = [tokenizer.decode(row) for row in tokenizer(texts).tolist()]
+    assert [text.replace(" ", "") for text in found] == [text.replace(" ", "") for text in texts]
+    assert found[:4] == texts[:4]
+
+
+def test_decoding_stops_at_the_end_and_keeps_silent_of_what_is_no_text(tokenizer):
+    red = tokenizer(["red"])[0].tolist()
+    red = red[1 : red.index(tokenizer.end_id)]
+    silent = [tokenizer.start_id, tokenizer.padding_id, tokenizer.mask_id]
+    assert tokenizer.decode([*silent, *red, *silent, tokenizer.end_id, *red]) == "red"
+    assert tokenizer.decode([*silent, *red]) == "red"
+
+
+@pytest.mark.parametrize("text", ["it's 10:30", "2.5", "1,000", "man's hat", "1/2"])
+def test_wordpiece_decodes_answers_as_they_were_written(text):
+    words = ["it", "'", "s", "10", ":", "30", "2", ".", "5", "1", ",", "000", "man", "hat", "/"]
+    tokenizer = WordPieceTokenizer("\n".join([*SPECIAL_ENTRIES, *words]).encode(), CONTEXT)
+    assert tokenizer.decode(tokenizer([text])[0].tolist()) == text
+
+
 def test_saved_and_pickled_tokenizers_give_the_same_ids(tokenizer, tmp_path):
     texts = [*scene_captions(20), LONG, "", "naïve Ⅲ 猫"]
     tokenizer.save(tmp_path / "tokenizer")

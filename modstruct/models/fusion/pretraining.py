@@ -61,30 +61,41 @@ class FusionModel(FollowedModel):
         self._outside.append(FeatureQueue(config.queue, config.embed_dim))
 
     @property
+    def constants(self) -> frozenset[str]:
+        """Names of outputs that no gradient reaches."""
+        augmented = ("image", "text", "image_independent", "text_independent")
+        return frozenset(
+            {f"{name}_augmented" for name in augmented} | {"image_queue", "text_queue", "pair_ids", "queue_ids"}
+        )
+
+    @property
     def queue(self) -> FeatureQueue:
         return self._outside[1]
 
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, batch: dict[str, Tensor], embed_only: bool = False) -> dict[str, Tensor]:
         """batch: any of image (B, 3, H, W) uint8 and text (B, L) ids, and for training all `batch_fields` as well.
 
+        embed_only: in training, leave out what matching and masked language modelling need. A micro-batch brings its
+        negatives: wrong_image, wrong_text as image and text, has_wrong_image and has_wrong_text (B,).
         Returns the fields of FusionOutputs that the batch allows, float32; a plain dict, because ZeRO-3 looks for the
         tensors whose gradients it must wait for in dicts and tuples only.
         """
         made = {"logit_scale": Clamp.apply(self.logit_scale.float(), *self.logit_scale_range).exp()}
         training = batch.keys() >= self.batch_fields
+        fills_blanks = training and self.fills_blanks and not embed_only
         image = text = blanked = None
         if "image" in batch:
             image = self.backbone.encode_image(batch["image"])
             made |= self.embed("image", image[:, 0])
         if "text" in batch:
-            text, blanked = self._encode_texts(self.backbone, batch, training and self.fills_blanks)
+            text, blanked = self._encode_texts(self.backbone, batch, fills_blanks)
             made |= self.embed("text", text[:, 0])
         if not training:
             return made
-        made |= self._momentum_outputs(batch)
-        if self.matches:
+        made |= self._momentum_outputs(batch, fills_blanks)
+        if self.matches and not embed_only:
             made |= self._matching(batch, image, text, made)
-        if self.fills_blanks:
+        if fills_blanks:
             logits, labels = self._fill_blanks(self, batch, image, blanked)
             made |= {"masked_logits": logits, "masked_labels": labels}
         return made
@@ -126,48 +137,63 @@ class FusionModel(FollowedModel):
         return logits.float(), batch["masked_labels"][blanks]
 
     @torch.no_grad()
-    def _momentum_outputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _momentum_outputs(self, batch: dict[str, Tensor], fills_blanks: bool) -> dict[str, Tensor]:
         """The momentum model's embeddings, which are the augmented views, its logits at the blanks, and the queues."""
         copy: FusionModel = self.momentum.module
         with self.autocast(batch["image"].device):
             image = copy.backbone.encode_image(batch["image"])
-            text, blanked = self._encode_texts(copy.backbone, batch, self.fills_blanks)
+            text, blanked = self._encode_texts(copy.backbone, batch, fills_blanks)
             own = copy.embed("image", image[:, 0]) | copy.embed("text", text[:, 0])
             made = {f"{name}_augmented": rows for name, rows in own.items()}
-            if self.fills_blanks:
+            if fills_blanks:
                 made["masked_logits_momentum"], _ = self._fill_blanks(copy, batch, image, blanked)
         filled = self.queue.filled
         made |= {"image_queue": self.queue.image[:filled], "text_queue": self.queue.text[:filled]}
         return made | {"pair_ids": batch["image_id"], "queue_ids": self.queue.ids[:filled]}
 
+    def draw_negatives(
+        self, made: dict[str, Tensor], batch: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """For each row the row of the global batch with its wrong picture, and whether there is one; the same of
+        captions.
+
+        made: embeddings, shared and augmented, and the scale. All (B,); where there is none, the row's own number.
+        """
+        ids, scale = (batch["image_id"], batch["text_id"]), made["logit_scale"].detach()
+        mine = torch.arange(len(ids[0]), device=ids[0].device) + distributed.rank() * len(ids[0])
+
+        def negative(rows: str, candidates: str) -> tuple[Tensor, Tensor]:
+            given = made[rows].detach(), made[f"{candidates}_augmented"], scale, *ids, batch["slot"]
+            found = hard_negatives(*given, self.seed, candidates, self.negatives)
+            return torch.where(found == NONE, mine, found), found != NONE
+
+        return *negative("text", "image"), *negative("image", "text")
+
     def _matching(
         self, batch: dict[str, Tensor], image: Tensor, text: Tensor, made: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Logits (3 B, 2) of pairs, of texts with a wrong picture, of pictures with a wrong text; and labels."""
-        drawn_by = (batch["image_id"], batch["text_id"], batch["slot"], self.seed)
-        ids, scale = drawn_by[:2], made["logit_scale"]
-        mine = torch.arange(len(image), device=image.device) + distributed.rank() * len(image)
-
-        def negative(rows: str, candidates: str) -> tuple[Tensor, Tensor]:
-            found = hard_negatives(
-                made[rows], made[f"{candidates}_augmented"], scale, *ids, *drawn_by[2:], candidates, self.negatives
-            )
-            return torch.where(found == NONE, mine, found), found != NONE
-
-        picture_of, has_picture = negative("text", "image")
-        text_of, has_text = negative("image", "text")
         mask = self.backbone.mask(batch["text"])
-        wrong_images = distributed.exchange_rows(image, picture_of)
-        wrong_texts = distributed.exchange_rows(text, text_of)
-        wrong_mask = distributed.exchange_rows(mask.to(torch.uint8), text_of).bool()
+        if "wrong_image" in batch:  # the rows that a micro-batch was given
+            has_image, has_text = batch["has_wrong_image"], batch["has_wrong_text"]
+            wrong_image = self.backbone.encode_image(batch["wrong_image"])
+            wrong_text, wrong_mask = (
+                self.backbone.encode_text(batch["wrong_text"]),
+                self.backbone.mask(batch["wrong_text"]),
+            )
+        else:
+            image_of, has_image, text_of, has_text = self.draw_negatives(made, batch)
+            wrong_image = distributed.exchange_rows(image, image_of)
+            wrong_text = distributed.exchange_rows(text, text_of)
+            wrong_mask = distributed.exchange_rows(mask.to(torch.uint8), text_of).bool()
         logits = self.match(
-            torch.cat([text, text, wrong_texts]),
+            torch.cat([text, text, wrong_text]),
             torch.cat([mask, mask, wrong_mask]),
-            torch.cat([image, wrong_images, image]),
+            torch.cat([image, wrong_image, image]),
         )
-        right = torch.ones_like(mine)
-        wrong = [torch.where(has, torch.zeros_like(mine), IGNORED) for has in (has_picture, has_text)]
-        return {"matching_logits": logits, "matching_labels": torch.cat([right, *wrong])}
+        labels = [torch.ones_like(batch["slot"])]
+        labels += [torch.where(has, torch.zeros_like(batch["slot"]), IGNORED) for has in (has_image, has_text)]
+        return {"matching_logits": logits, "matching_labels": torch.cat(labels)}
 
     def follow(self, outputs: FusionOutputs, batch: dict[str, Tensor], whole: Whole) -> None:
         """After an optimizer step: the momentum weights follow, the queue takes the batch's momentum embeddings."""

@@ -1,0 +1,80 @@
+"""NLVR2: is a sentence true of two photographs? (Suhr et al. 2019)"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from modstruct.config import TaskFiles
+from modstruct.data.scenes.tasks.folder import SceneTaskPaths
+from modstruct.data.tasks.batches import Seed
+from modstruct.data.tasks.nlvr2 import Nlvr2Statement, read_nlvr2
+from modstruct.data.tasks.published_files import TaskEntries
+from modstruct.evaluation.majority import majority_label
+from modstruct.evaluation.nlvr2_metrics import nlvr2_metrics
+from modstruct.models.fusion.two_pictures import PairClassifier
+from modstruct.tasks.task import Task
+
+SIDES = ("left", "right")
+
+
+class Nlvr2(Task):
+    """predictions.json: [{"identifier": "test1-0-1-0", "prediction": "True"}, …], null without a readable picture.
+
+    lil-lab/nlvr's metrics.py takes the same as lines of CSV: jq -r '.[] | "\\(.identifier),\\(.prediction)"'.
+    """
+
+    files = ("images", "statements")
+
+    def read(self, files: TaskFiles, option: str, split: str) -> TaskEntries[Nlvr2Statement]:
+        leave_out = self.recipe.data.leave_out_missing
+        return read_nlvr2(files.statements, files.images, option=option, leave_out_missing=leave_out)
+
+    def scene_files(self, paths: SceneTaskPaths, split: str) -> TaskFiles:
+        return TaskFiles(images=paths.nlvr2[split].images, statements=paths.nlvr2[split].statements)
+
+    def build_model(self) -> PairClassifier:
+        return PairClassifier(self.recipe, self.tokenizer, classes=2)
+
+    def sample(
+        self, entry: Nlvr2Statement, picture: Callable[[Path], Image.Image], seed: Seed | None
+    ) -> dict[str, Any]:
+        views = [self.picture_view(picture(path), seed, side) for path, side in zip(entry.images, SIDES, strict=True)]
+        made = {"image": torch.stack(views), "text": entry.sentence}  # (2, 3, H, W)
+        return made if entry.label is None else made | {"label": int(entry.label)}
+
+    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        batch = {
+            "image": torch.stack([s["image"] for s in samples]),
+            "text": self.tokenizer([s["text"] for s in samples]),
+        }
+        if all("label" in sample for sample in samples):
+            batch["label"] = torch.tensor([sample["label"] for sample in samples])
+        return batch
+
+    def measure(
+        self, model: PairClassifier, entries: Sequence[Nlvr2Statement]
+    ) -> tuple[dict[str, Any], list[dict[str, str | None]]]:
+        said = self.predict(entries, lambda batch: model.classify(batch).argmax(dim=1).tolist(), "NLVR2")
+        found = {e.identifier: bool(n) for e, n in zip(entries, said, strict=True) if n is not None}
+        predictions = [
+            {"identifier": e.identifier, "prediction": str(found[e.identifier]) if e.identifier in found else None}
+            for e in entries
+        ]
+        judged = [e for e in entries if e.identifier in found and e.label is not None]
+        return self._figures(found, judged) if judged else {}, predictions
+
+    @staticmethod
+    def _figures(found: dict[str, bool], judged: list[Nlvr2Statement]) -> dict[str, Any]:
+        most = majority_label(statement.label for statement in judged)
+        prior = nlvr2_metrics(dict.fromkeys(found, most), judged)
+        shares = {name: {"value": share, "chance": prior[name]} for name, share in nlvr2_metrics(found, judged).items()}
+        return shares | {"sizes": {"statements": len(judged)}}
+
+    def score(self, metrics: dict[str, Any]) -> float:
+        return metrics["accuracy"]["value"]

@@ -1,0 +1,140 @@
+"""Text assignment: of two pictures, does a text belong to the first, to the second, or to neither?
+
+The stage between pre-training and NLVR2, in which the doubled fusion layers learn to tell the pictures apart (Li et
+al. 2021, section 3.5). It needs pictures with captions, no labels. The other pictures are drawn from the whole split,
+all alike; ALBEF draws them from the process's batch, similar ones more often.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from modstruct.config import FinetuneRecipe, TaskFiles, require
+from modstruct.data.augment import sample_seed
+from modstruct.data.faults import BadSample
+from modstruct.data.scenes.tasks.folder import SceneTaskPaths
+from modstruct.data.tasks.batches import Seed
+from modstruct.data.tasks.karpathy import CaptionedPicture, read_karpathy
+from modstruct.data.tasks.published_files import TaskEntries
+from modstruct.data.tokenizers import Tokenizer
+from modstruct.models.fusion.two_pictures import PairClassifier
+from modstruct.tasks.nlvr2 import SIDES
+from modstruct.tasks.task import Task
+
+ANSWERS = ("first", "second", "neither")
+KARPATHY_SPLITS = {"train": "train", "validation": "val", "test": "test"}
+FEWEST_PICTURES = 3  # a text's own and two others
+MOST_DRAWS = 100  # pictures looked at for one that does not have the text as well
+
+
+@dataclass(frozen=True)
+class SplitPicture:
+    """A picture of a split, and where it stands there."""
+
+    picture: CaptionedPicture
+    split: str
+    number: int
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A text, two pictures, and the number of the right one of ANSWERS."""
+
+    text: str
+    images: tuple[Path, Path]
+    label: int
+
+
+class TextAssignment(Task):
+    """predictions.json: [{"image_id": …, "assignment": "first" | "second" | "neither" | null}, …]."""
+
+    files = ("images", "captions")
+
+    def __init__(self, recipe: FinetuneRecipe, tokenizer: Tokenizer):
+        super().__init__(recipe, tokenizer)
+        self.pictures: dict[str, tuple[CaptionedPicture, ...]] = {}
+        """Of each split that was read: whence the other pictures of a text come."""
+
+    def read(self, files: TaskFiles, option: str, split: str) -> TaskEntries[SplitPicture]:
+        """Raises ValueError for a split of fewer than FEWEST_PICTURES too."""
+        name, leave_out = KARPATHY_SPLITS[split], self.recipe.data.leave_out_missing
+        found = read_karpathy(files.captions, files.images, name, option=option, leave_out_missing=leave_out)
+        pictures = self.pictures[split] = found.entries
+        remedy = f"has {len(pictures)} pictures in its split {name}; give at least {FEWEST_PICTURES}"
+        require(len(pictures) >= FEWEST_PICTURES, f"{option}.captions", str(files.captions), remedy)
+        entries = tuple(SplitPicture(picture, split, number) for number, picture in enumerate(pictures))
+        return TaskEntries(entries, found.left_out)
+
+    def scene_files(self, paths: SceneTaskPaths, split: str) -> TaskFiles:
+        return TaskFiles(images=paths.karpathy.images, captions=paths.karpathy.captions)
+
+    def build_model(self) -> PairClassifier:
+        return PairClassifier(self.recipe, self.tokenizer, classes=len(ANSWERS))
+
+    def assignment(self, entry: SplitPicture, seed: Seed | None) -> Assignment:
+        """What is asked about a picture: one of its captions, one or two other pictures, their order.
+
+        In training the seed draws all of it, each answer with probability 1/3; in evaluation (None) the number of the
+        picture does, and the answers take turns. The seed alone decides the others, wherever in the split they stand,
+        so that every number of processes asks the same. Raises BadSample where nearly all pictures have the text.
+        """
+        if seed is None:
+            draws, label = random.Random(sample_seed(0, 0, entry.number, "assignment")), entry.number % len(ANSWERS)
+        else:
+            draws = random.Random(seed("assignment"))
+            label = draws.randrange(len(ANSWERS))
+        text = draws.choice(entry.picture.captions)
+        one = self._other(entry, text, draws, {entry.number})
+        if ANSWERS[label] == "neither":
+            pair = (one, self._other(entry, text, draws, {entry.number, one}))
+        else:
+            pair = (entry.number, one) if ANSWERS[label] == "first" else (one, entry.number)
+        left, right = (self.pictures[entry.split][number].image for number in pair)
+        return Assignment(text, (left, right), label)
+
+    def _other(self, entry: SplitPicture, text: str, draws: random.Random, taken: set[int]) -> int:
+        """A picture of the split that is not taken and does not have the text among its captions."""
+        pictures = self.pictures[entry.split]
+        for _ in range(MOST_DRAWS):
+            number = draws.randrange(len(pictures))
+            if number not in taken and text not in pictures[number].captions:
+                return number
+        raise BadSample("caption of too many pictures", f"{entry.picture.image}: {text!r}")
+
+    def sample(self, entry: SplitPicture, picture: Callable[[Path], Image.Image], seed: Seed | None) -> dict[str, Any]:
+        asked = self.assignment(entry, seed)
+        views = [self.picture_view(picture(path), seed, side) for path, side in zip(asked.images, SIDES, strict=True)]
+        return {"image": torch.stack(views), "text": asked.text, "label": asked.label}  # image (2, 3, H, W)
+
+    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return {
+            "image": torch.stack([s["image"] for s in samples]),
+            "text": self.tokenizer([s["text"] for s in samples]),
+            "label": torch.tensor([s["label"] for s in samples]),
+        }
+
+    def measure(
+        self, model: PairClassifier, entries: Sequence[SplitPicture]
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        said = self.predict(entries, lambda batch: model.classify(batch).argmax(dim=1).tolist(), "text assignment")
+        named = [None if number is None else ANSWERS[number] for number in said]
+        predictions = [
+            {"image_id": e.picture.image_id, "assignment": name} for e, name in zip(entries, named, strict=True)
+        ]
+        judged = [(e.number % len(ANSWERS), n) for e, n in zip(entries, said, strict=True) if n is not None]
+        if not judged:
+            return {}, predictions
+        accuracy = sum(label == number for label, number in judged) / len(judged)
+        shares = {"accuracy": {"value": accuracy, "chance": 1 / len(ANSWERS)}}
+        return shares | {"sizes": {"pictures": len(judged)}}, predictions
+
+    def score(self, metrics: dict[str, Any]) -> float:
+        return metrics["accuracy"]["value"]

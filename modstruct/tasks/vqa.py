@@ -1,0 +1,140 @@
+"""VQA v2: open questions about pictures, by the official accuracy (Goyal et al. 2017)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from modstruct import distributed
+from modstruct.config import FinetuneRecipe, TaskFiles, refuse
+from modstruct.data.scenes.tasks.folder import SceneTaskPaths
+from modstruct.data.tasks.batches import Seed
+from modstruct.data.tasks.published_files import TaskEntries
+from modstruct.data.tasks.vqa import VqaQuestion, answer_weights, build_answer_list, read_answer_list, read_vqa
+from modstruct.data.tokenizers import Tokenizer
+from modstruct.evaluation.vqa_accuracy import best_answers, prior_predictions, vqa_accuracy
+from modstruct.models.fusion.answering import AnswerModel
+from modstruct.tasks.task import Task
+
+log = logging.getLogger("modstruct")
+ANSWERS_AT_ONCE = 1024
+"""Answers that a process scores together when it ranks: some of each of evaluation.batch questions."""
+
+
+class Vqa(Task):
+    """`entries("train", …)` comes before `measure`: from the training split it takes what measuring needs, which is
+    the answer list (unless data.answers names one) and the prior."""
+
+    files = ("images", "questions")
+
+    def __init__(self, recipe: FinetuneRecipe, tokenizer: Tokenizer):
+        super().__init__(recipe, tokenizer)
+        self.answer_tokenizer = type(tokenizer)(tokenizer.model, recipe.task.answer_context)
+        self.answer_list: list[str] = []
+        self.prior: dict[str | None, str] = {}
+        """The best answer to each question type, under None to any."""
+
+    def read(self, files: TaskFiles, option: str, split: str) -> TaskEntries[VqaQuestion]:
+        if files.annotations is None and split != "test":
+            purpose = "trained on" if split == "train" else "what the best checkpoint is chosen by"
+            refuse(f"{option}.annotations", None, f"the answers are {purpose}: give the published file")
+        leave_out = self.recipe.data.leave_out_missing
+        return read_vqa(files.questions, files.images, files.annotations, option=option, leave_out_missing=leave_out)
+
+    def entries(self, split: str, paths: SceneTaskPaths | None) -> TaskEntries[VqaQuestion] | None:
+        found = super().entries(split, paths)
+        if split == "train":
+            self.learn_answers(found.entries)
+        return found
+
+    def learn_answers(self, questions: Sequence[VqaQuestion]) -> None:
+        """Take the answer list and the prior from the training split."""
+        named = self.recipe.data.answers
+        self.answer_list = build_answer_list(questions) if named is None else read_answer_list(named)
+        self.prior = best_answers(questions)
+        alike = len(self.answer_list) - len(self.answer_tokenizer(self.answer_list).unique(dim=0))
+        if alike and self.recipe.task.answering == "rank":
+            log.info("%d of %d listed answers have the tokens of another one", alike, len(self.answer_list))
+
+    def scene_files(self, paths: SceneTaskPaths, split: str) -> TaskFiles:
+        found = paths.vqa[split]
+        return TaskFiles(images=found.images, questions=found.questions, annotations=found.annotations)
+
+    def build_model(self) -> AnswerModel:
+        return AnswerModel(self.recipe, self.tokenizer)
+
+    def sample(self, entry: VqaQuestion, picture: Callable[[Path], Image.Image], seed: Seed | None) -> dict[str, Any]:
+        made = {"image": self.picture_view(picture(entry.image), seed), "text": entry.question}
+        return made if seed is None else made | {"answers": answer_weights(entry.answers)}
+
+    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """image (B, 3, H, W) uint8, text (B, L) ids; in training also AnswerModel's answer, answer_of, answer_weight.
+
+        Texts are as wide as the longest of them.
+        """
+        batch = {
+            "image": torch.stack([sample["image"] for sample in samples]),
+            "text": _narrow(self.tokenizer, [sample["text"] for sample in samples]),
+        }
+        if "answers" not in samples[0]:
+            return batch
+        rows = [(answer, of, w) for of, s in enumerate(samples) for answer, w in s["answers"].items()]
+        # Annotators may all have left their answer empty. One row of no weight keeps the decoder in every graph.
+        answers, of, weights = zip(*(rows or [("", 0, 0.0)]), strict=True)
+        batch |= {"answer": _narrow(self.answer_tokenizer, answers), "answer_of": torch.tensor(of)}
+        return batch | {"answer_weight": torch.tensor(weights)}
+
+    def measure(
+        self, model: AnswerModel, entries: Sequence[VqaQuestion]
+    ) -> tuple[dict[str, Any], list[dict[str, int | str]]]:
+        """Figures, none without annotations, and what the evaluation server takes: an answer to every question.
+
+        A question whose picture cannot be read gets the prior's answer there, and no part in the figures.
+        """
+        said = self.predict(entries, self._answers_of(model), "VQA")
+        answered = {e.question_id: answer for e, answer in zip(entries, said, strict=True) if answer is not None}
+        prior = prior_predictions(self.prior, entries)
+        judged = [e for e in entries if e.answers and e.question_id in answered]
+        figures = self._figures(answered, prior, judged) if judged else {}
+        full = prior | answered
+        return figures, [{"question_id": e.question_id, "answer": full[e.question_id]} for e in entries]
+
+    def _answers_of(self, model: AnswerModel) -> Callable[[dict[str, Tensor]], list[str]]:
+        """A batch -> the answer to each of its questions."""
+        task = self.recipe.task
+        if task.answering == "generate":
+            return lambda batch: [self.answer_tokenizer.decode(row) for row in model.generate(batch).tolist()]
+        listed = _narrow(self.answer_tokenizer, self.answer_list).to(distributed.device())
+        # Not by the rows of a batch: every process must make as many passes.
+        at_once = max(1, ANSWERS_AT_ONCE // self.recipe.evaluation.batch)
+
+        def best(batch: dict[str, Tensor]) -> list[str]:
+            numbers, _ = model.rank(batch, listed, task.first_token_candidates, at_once)
+            return [self.answer_list[number] for number in numbers[:, 0].tolist()]
+
+        return best
+
+    def _figures(self, answered: dict[int, str], prior: dict[int, str], judged: list[VqaQuestion]) -> dict[str, Any]:
+        ours, chance = (
+            vqa_accuracy({e.question_id: answers[e.question_id] for e in judged}, judged)
+            for answers in (answered, prior)
+        )
+        figures = {"accuracy": {"value": ours["overall"], "chance": chance["overall"]}}
+        for kind, value in ours["answer_type"].items():
+            figures[f"accuracy {kind}"] = {"value": value, "chance": chance["answer_type"][kind]}
+        return figures | {"sizes": {"questions": len(judged), "listed answers": len(self.answer_list)}}
+
+    def score(self, metrics: dict[str, Any]) -> float:
+        return metrics["accuracy"]["value"]
+
+
+def _narrow(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
+    """Ids (B, L) of texts, without the columns that are padding in all of them."""
+    ids = tokenizer(list(texts))
+    return ids[:, : int(tokenizer.mask(ids).sum(dim=1).max())]

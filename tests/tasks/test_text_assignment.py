@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import json
+import pickle
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pair_tasks import SIZE, Knowing, Stubborn, pair_task, write_files
+from PIL import Image
+
+from modstruct.data.augment import sample_seed
+from modstruct.data.faults import BadSample
+from modstruct.data.tasks.batches import Seed, TaskBatches
+from modstruct.data.tasks.karpathy import CaptionedPicture
+from modstruct.tasks.text_assignment import ANSWERS, SplitPicture, TextAssignment
+
+FIRST, SECOND, NEITHER = range(3)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return write_files(tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.fixture(scope="module")
+def task(root) -> TextAssignment:
+    made = pair_task(root, "text_assignment")
+    for split in ("train", "validation"):
+        made.entries(split, None)
+    return made
+
+
+def entries_of(task: TextAssignment, split: str = "train") -> list[SplitPicture]:
+    return [SplitPicture(picture, split, number) for number, picture in enumerate(task.pictures[split])]
+
+
+def seeded(number: int) -> Seed:
+    return lambda salt: sample_seed(number, 0, 0, salt)
+
+
+def assert_sound(task: TextAssignment, entry: SplitPicture, seed: Seed | None) -> int:
+    asked = task.assignment(entry, seed)
+    own, (left, right) = entry.picture.image, asked.images
+    assert asked.text in entry.picture.captions
+    assert left != right
+    assert ((left == own), (right == own)) == ((asked.label == FIRST), (asked.label == SECOND))
+    captions = {picture.image: picture.captions for picture in task.pictures[entry.split]}
+    assert all(asked.text not in captions[image] for image in asked.images if image != own)
+    return asked.label
+
+
+@given(number=st.integers(0, 22), seed=st.integers(0, 2**63 - 1))
+def test_the_text_belongs_where_the_label_says_and_nowhere_else(task, number, seed):
+    assert_sound(task, entries_of(task)[number], seeded(seed))
+
+
+def test_evaluation_asks_soundly_and_always_the_same(task):
+    entries = entries_of(task, "validation")
+    labels = Counter(assert_sound(task, entry, None) for entry in entries)
+    assert max(labels.values()) - min(labels.values()) <= 1
+    assert [task.assignment(e, None) for e in entries] == [task.assignment(e, None) for e in entries]
+
+
+def test_answers_partners_places_and_captions_come_in_equal_shares(task):
+    entry = next(entry for entry in entries_of(task) if len(entry.picture.captions) == 2)
+    draws = 6_000
+    asked = [task.assignment(entry, seeded(number)) for number in range(draws)]
+    others = Counter(image for a in asked for image in a.images if image != entry.picture.image)
+    assert len(others) == len(task.pictures["train"]) - 1
+    shares = [(Counter(a.label for a in asked), 3), (Counter(a.text for a in asked), 2), (others, len(others))]
+    for counted, kinds in shares:
+        total = counted.total()
+        deviation = (total * (1 / kinds) * (1 - 1 / kinds)) ** 0.5
+        assert all(abs(n - total / kinds) < 5 * deviation for n in counted.values()), counted
+
+
+def test_of_three_pictures_neither_shows_the_two_others():
+    recipe_free = TextAssignment.__new__(TextAssignment)
+    pictures = tuple(CaptionedPicture(Path(name), (f"a {name}",), n) for n, name in enumerate("abc"))
+    recipe_free.pictures = {"train": pictures}
+    seen = Counter(assert_sound(recipe_free, SplitPicture(pictures[0], "train", 0), seeded(n)) for n in range(50))
+    assert set(seen) == {FIRST, SECOND, NEITHER}
+
+
+def test_a_caption_of_all_pictures_is_a_bad_sample():
+    recipe_free = TextAssignment.__new__(TextAssignment)
+    pictures = tuple(CaptionedPicture(Path(name), ("a picture",), n) for n, name in enumerate("abc"))
+    recipe_free.pictures = {"train": pictures}
+    with pytest.raises(BadSample, match=r"caption of too many pictures: a: 'a picture'"):
+        recipe_free.assignment(SplitPicture(pictures[0], "train", 0), seeded(0))
+
+
+def test_a_split_of_two_pictures_is_refused_by_name(root, tmp_path):
+    content = json.loads((root / "karpathy" / "dataset_coco.json").read_text())
+    content["images"] = [image for image in content["images"] if image["split"] == "val"][:2]
+    (tmp_path / "two.json").write_text(json.dumps(content))
+    task = pair_task(root, "text_assignment")
+    task.recipe.data.validation.captions = str(tmp_path / "two.json")
+    with pytest.raises(ValueError, match=r"data\.validation\.captions = .*two\.json'?: has 2 pictures .* at least 3"):
+        task.entries("validation", None)
+
+
+def test_every_number_of_processes_asks_the_same(task):
+    entries, data = entries_of(task), task.recipe.data
+    steps = range(5)  # two epochs and a bit: 23 pictures, 12 a step
+
+    def batches(processes: int) -> list[dict[str, torch.Tensor]]:
+        shares = [TaskBatches(task, entries, data, 12, 3, process, processes) for process in range(processes)]
+        parts = [[share[step].tensors for share in shares] for step in steps]
+        return [{name: torch.cat([part[name] for part in some]) for name in some[0]} for some in parts]
+
+    alone = batches(1)
+    assert alone[0]["image"].shape == (12, 2, 3, SIZE, SIZE)
+    for processes in (2, 3, 4):
+        for one, other in zip(alone, batches(processes), strict=True):
+            assert all(torch.equal(one[name], other[name]) for name in one)
+    assert not torch.equal(alone[0]["label"], alone[2]["label"])
+
+
+def test_loader_processes_ask_the_same(task):
+    entries = entries_of(task)
+    dataset = TaskBatches(task, entries, task.recipe.data, 12, 3, 0, 1)
+    sent = pickle.loads(pickle.dumps(dataset))
+    assert all(torch.equal(value, sent[1].tensors[name]) for name, value in dataset[1].tensors.items())
+    # The pictures of the split travel once, not once an entry.
+    assert sent.composer.pictures["train"][0] is sent.entries[0].picture
+
+
+def test_each_epoch_asks_anew(task):
+    entry = entries_of(task)[0]
+    asked = {task.assignment(entry, lambda salt, e=epoch: sample_seed(0, e, 0, salt)) for epoch in range(20)}
+    assert len(asked) > 15
+
+
+def test_the_fingerprint_tells_pictures_and_captions(root, task):
+    entries = task.entries("train", None)
+    assert entries.fingerprint == task.entries("train", None).fingerprint
+    first = entries.entries[0]
+    changed = replace(first, picture=replace(first.picture, captions=("another",)))
+    assert replace(entries, entries=(changed, *entries.entries[1:])).fingerprint != entries.fingerprint
+
+
+def test_accuracy_stands_beside_one_third(task):
+    entries = entries_of(task, "validation")
+    metrics, predictions = task.measure(Knowing(3), entries)
+    assert metrics["accuracy"] == {"value": 1.0, "chance": 1 / 3}
+    assert metrics["sizes"] == {"pictures": len(entries)}
+    assert task.score(metrics) == 1
+    said = [{"image_id": e.picture.image_id, "assignment": ANSWERS[e.number % 3]} for e in entries]
+    assert predictions == said
+    metrics, _ = task.measure(Stubborn(3), entries)
+    assert metrics["accuracy"]["value"] == sum(e.number % 3 == 0 for e in entries) / len(entries)
+
+
+def test_the_picture_of_each_place_is_the_one_that_is_asked_about(task):
+    entry = entries_of(task)[4]
+
+    def told(path: Path) -> Image.Image:
+        number = [picture.image for picture in task.pictures["train"]].index(path)
+        return Image.new("RGB", (40, 50), (number, 0, 0))
+
+    for number in range(10):
+        asked = task.assignment(entry, seeded(number))
+        made = task.sample(entry, told, seeded(number))
+        shown = [task.pictures["train"][int(view[0, 0, 0])].image for view in made["image"]]
+        assert (tuple(shown), made["text"], made["label"]) == (asked.images, asked.text, asked.label)
