@@ -142,7 +142,12 @@ def take_initial_sizes(parser: ArgumentParser, arguments: Sequence[str]) -> Sequ
 
     option = _plain_parser()
     option.add_argument("--init")
-    chosen = option.parse_known_args(arguments)[0].init
+    option.add_argument("--recipe", default=DEFAULT_RECIPE[parser.recipes])
+    given = option.parse_known_args(arguments)[0]
+    named_by_recipe = read_yaml(_check_recipe_file(recipe_path(given.recipe, parser.recipes))).get("init")
+    chosen = named_by_recipe if given.init is None else given.init
+    # Published files bring no sizes, and one that the recipe names need not be there when only --help is wanted.
+    chosen = None if chosen in (None, "null") or not Path(chosen).expanduser().is_dir() else chosen
     sizes = recipe_of(chosen).get("fusion", {}) if chosen else {}
     kept = {name: value for name, value in sizes.items() if name != "init"}
     parser.set_defaults(_dotted(kept, "fusion."))
