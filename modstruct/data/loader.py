@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -21,7 +20,7 @@ from modstruct.data.reader import RawSample, ShardReader
 from modstruct.data.samples import Samples
 from modstruct.data.sources import is_pipe
 from modstruct.data.tokenizers import Tokenizer
-from modstruct.data.workers import WorkerLoader, require_shared_memory
+from modstruct.data.workers import OutgoingRows, WorkerLoader, require_shared_memory
 
 # In a source of which nine tenths are bad, 200 substitutes in a row fail once in 10^9 slots.
 SUBSTITUTES = 200
@@ -84,6 +83,7 @@ class LocalBatches(Dataset):
         self.parts = math.ceil(self.rows / self.part_rows)
         self.first_row = process * self.rows
         self.seed = seed
+        self._outgoing = OutgoingRows()
 
     def __getitem__(self, index: int) -> TrainBatch:
         step, part = divmod(index, self.parts)
@@ -92,7 +92,7 @@ class LocalBatches(Dataset):
         epochs, samples = self.order.locate(slots)
         batch = TrainBatch({})
         side = self.views.image_size
-        pictures = {name: np.empty((len(rows), 3, side, side), dtype=np.uint8) for name in self.image_views}
+        pictures = {name: self._outgoing.empty(name, (len(rows), 3, side, side)) for name in self.image_views}
         captions, text_seeds = [], []
         places = zip(slots.tolist(), epochs.tolist(), samples.tolist(), strict=True)
         read = self._read_in_runs(samples.tolist())
@@ -102,7 +102,7 @@ class LocalBatches(Dataset):
             caption, seeds = self._pair(*place, raw, seeds, into, batch)
             captions.append(caption)
             text_seeds.append(seeds["text_augmented"])
-        batch.tensors = {name: torch.from_numpy(array) for name, array in pictures.items()}
+        batch.tensors = {name: self._outgoing.tensor(array) for name, array in pictures.items()}
         texts = {"text": [self.views.plain_text(caption) for caption in captions]}
         if "text_augmented" in self.augmented:
             texts["text_augmented"] = list(map(self.views.augmented_text, captions, text_seeds))
