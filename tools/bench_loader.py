@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -106,7 +106,7 @@ def rates(options: argparse.Namespace) -> list[dict]:
     draws = drawn(loader(1, 0).dataset, recipe, np.arange(options.batch, options.batch + count))
     forms = {
         BARE: lambda: measure_here(lambda: bare(draws, data.views.image_size, recipe.views.auto_augment)),
-        "loader, no worker": lambda: measure_here(lambda: list(loader(1, 0))),
+        "loader, no worker": lambda: measure_here(lambda: drop(loader(1, 0))),
         "loader, one worker": lambda: measure_worker(loader(0, 1)),
     }
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in forms}
@@ -173,6 +173,12 @@ def bare(draws: list[Draw], size: int, auto_augment: bool) -> None:
                 torch.default_generator.manual_seed(draw.augment_seed)
                 view = policy(view)
             torch.from_numpy(np.asarray(view).transpose(2, 0, 1).copy())
+
+
+def drop(batches: Iterable) -> None:
+    """Take batches as training does, one at a time: to keep them all would cost new memory for each."""
+    for _ in batches:
+        pass
 
 
 def measure_here(work: Callable[[], object]) -> tuple[float, float]:
