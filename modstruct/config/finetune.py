@@ -152,5 +152,7 @@ class FinetuneRecipe:
     """What is written down."""
 
     def __post_init__(self):
+        init = self.fusion.init
+        require(init is None, "fusion.init", init, "fine-tuning starts from --init: null")
         micro = self.train.micro_batch
         require(micro is None, "train.micro_batch", micro, "fine-tuning takes its batch whole: null")

@@ -22,7 +22,7 @@ def root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, root) -> dict[str, Path]:
-    """Text assignment, NLVR2 from its weights and resumed in the middle, SNLI-VE, retrieval and that resumed: at 1
+    """Text assignment, NLVR2 from its weights and resumed in the middle, SNLI-VE, VQA, retrieval and that resumed: at 1
     process, and at 2 under ZeRO-3."""
     made = {}
     for processes in (1, 2):
@@ -39,7 +39,7 @@ def runs(tmp_path_factory, root) -> dict[str, Path]:
                 "resume": str(checkpoints.step_folder(whole, 2)),
             },
         ]
-        listed += [{"task": task, "output": str(folder / task)} for task in ("snli_ve", "retrieval")]
+        listed += [{"task": task, "output": str(folder / task)} for task in ("snli_ve", "retrieval", "vqa")]
         listed.append(
             {
                 "task": "retrieval",
@@ -58,7 +58,7 @@ def last(run: Path) -> checkpoints.Checkpoint:
     return checkpoints.read(checkpoints.list_checkpoints(run)[-1])
 
 
-@pytest.mark.parametrize("task", ["text_assignment", "nlvr2", "snli_ve", "retrieval"])
+@pytest.mark.parametrize("task", ["text_assignment", "nlvr2", "snli_ve", "retrieval", "vqa"])
 def test_two_processes_under_zero_3_are_one_process(runs, task):
     one, two = (last(runs[number] / task) for number in ("1", "2"))
     for kind in ("weights", "momentum"):

@@ -25,7 +25,7 @@ from modstruct.config import (
     TrainConfig,
     ViewsConfig,
 )
-from modstruct.data.scenes.tasks.files import nlvr2_files, snli_ve_files, write_scene_tasks
+from modstruct.data.scenes.tasks.files import nlvr2_files, snli_ve_files, vqa_files, write_scene_tasks
 from modstruct.data.scenes.tasks.sizes import SceneTaskSizes
 from modstruct.data.tokenizers import WordPieceTokenizer
 from modstruct.tasks import Task, build_task
@@ -38,8 +38,8 @@ VOCABULARY = "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])
 def write_files(root: Path) -> Path:
     """A few entries of every built-in task; returns root."""
     sizes = SceneTaskSizes(
-        train_questions=2,
-        evaluation_questions=2,
+        train_questions=24,
+        evaluation_questions=12,
         train_statements=24,
         evaluation_statements=16,
         train_hypotheses=60,
@@ -56,6 +56,10 @@ def files_of(root: Path, task: str, split: str) -> TaskFiles:
     if task == "nlvr2":
         statements, images = nlvr2_files(root, split)
         return TaskFiles(images=str(images), statements=str(statements))
+    if task == "vqa":
+        questions, annotations = vqa_files(root, split)
+        images = root / "vqa" / "images"
+        return TaskFiles(images=str(images), questions=str(questions), annotations=str(annotations))
     if task == "snli_ve":
         hypotheses, images = snli_ve_files(root, split)
         return TaskFiles(images=str(images), hypotheses=str(hypotheses))
