@@ -9,6 +9,7 @@ import yaml
 
 from modstruct.config import (
     DataConfig,
+    FinetuneRecipe,
     GeometryConfig,
     LossesConfig,
     ModelConfig,
@@ -51,11 +52,14 @@ def test_the_same_recipe_resumes():
 
 @pytest.mark.parametrize("allowed", CHANGEABLE)
 def test_every_field_named_as_changeable_may_change(allowed):
-    saved = recipe_to_dict(Recipe())
-    names = [name for name in leaves(saved) if name == allowed or name.startswith(f"{allowed}.")]
-    assert names
-    for name in names:
-        check_resumable(with_change(saved, name, "another"), Recipe())
+    found = 0
+    for recipe in (Recipe(), FinetuneRecipe()):
+        saved = recipe_to_dict(recipe)
+        for name in leaves(saved):
+            if name == allowed or name.startswith(f"{allowed}."):
+                check_resumable(with_change(saved, name, "another"), recipe)
+                found += 1
+    assert found
 
 
 def complaint(saved: dict) -> str | None:

@@ -1,6 +1,7 @@
 """How much of its time the loader spends on pictures, and how long a training step waits for it.
 
-python tools/bench_loader.py --shards '../shared/data/emoji/train-*.tar'           # about 2 minutes on two cores
+python tools/bench_loader.py --photographs --model.vision.image_size 224 --batch 64  # 2 minutes on two cores
+python tools/bench_loader.py --shards '../shared/data/emoji/train-*.tar'
 python tools/bench_loader.py --shards '…' --recipe emoji --train_steps 60           # and a short real run
 
 The bare loop makes the same Pillow and torchvision calls on the same samples, whose bytes and random draws it has in
@@ -24,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -54,6 +55,13 @@ ROOT = Path(__file__).parents[1]
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        if options.photographs:
+            options.shards = str(write_photographs(Path(folder)))
+        measure(options)
+
+
+def measure(options: argparse.Namespace) -> None:
     results = {"command": " ".join(sys.argv)}
     if options.rounds:
         results["loader"] = rates(options)
@@ -65,9 +73,56 @@ def main(arguments: list[str] | None = None) -> None:
         options.out.write_text(json.dumps(results, indent=1))
 
 
+def write_photographs(folder: Path, count: int = 512) -> Path:
+    """A shard of JPEGs of photographs' size and texture: coloured noise whose spectrum falls as theirs do."""
+    import webdataset
+
+    random_numbers = np.random.default_rng(0)
+    height, width = 375, 500
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width))
+    frequency[0, 0] = 1
+    words = [
+        "a",
+        "man",
+        "woman",
+        "dog",
+        "standing",
+        "on",
+        "the",
+        "beach",
+        "near",
+        "red",
+        "car",
+        "with",
+        "two",
+        "children",
+        "in",
+        "park",
+        "under",
+        "blue",
+        "sky",
+    ]
+    shard = folder / "train-000000.tar"
+    with webdataset.TarWriter(str(shard)) as tar:
+        for number in range(count):
+            parts = random_numbers.standard_normal((2, 3, height, width))
+            noise = np.fft.ifft2((parts[0] + 1j * parts[1]) / frequency**1.15).real
+            noise = 0.6 * noise + 0.4 * noise.mean(axis=0)  # colours of one place are alike
+            pixels = ((noise - noise.mean()) / noise.std() * 55 + 128).clip(0, 255).astype(np.uint8)
+            content = io.BytesIO()
+            Image.fromarray(pixels.transpose(1, 2, 0)).save(content, "JPEG", quality=85)
+            caption = " ".join(random_numbers.choice(words, random_numbers.integers(6, 16)))
+            about = {"caption": caption, "width": width, "height": height}
+            key = f"{number:09d}"
+            tar.write({"__key__": key, "jpg": content.getvalue(), "txt": caption, "json": about})
+    return shard
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shards", required=True, help="Training shards: path, glob or brace pattern.")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--shards", help="Training shards: path, glob or brace pattern.")
+    source.add_argument("--photographs", action="store_true", help="Take JPEGs of 500 x 375 pixels, made for it.")
     parser.add_argument("--recipe", default="emoji", help="Whose views to make (default: %(default)s).")
     parser.add_argument("--batch", type=int, default=256, help="Pairs of a step (default: %(default)s).")
     parser.add_argument("--steps", type=int, default=6, help="Steps of a round (default: %(default)s).")
@@ -78,6 +133,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--train_batch", type=int, default=256, help="Its pairs a step (default: %(default)s).")
     parser.add_argument("--out", type=Path, help="JSON file to write.")
     options, options.words = parser.parse_known_args(arguments)
+    if options.photographs:  # their few words fill no larger vocabulary
+        options.words = ["--tokenizer.vocab_size", "100", *options.words]
     return options
 
 
@@ -106,7 +163,7 @@ def rates(options: argparse.Namespace) -> list[dict]:
     draws = drawn(loader(1, 0).dataset, recipe, np.arange(options.batch, options.batch + count))
     forms = {
         BARE: lambda: measure_here(lambda: bare(draws, data.views.image_size, recipe.views.auto_augment)),
-        "loader, no worker": lambda: measure_here(lambda: list(loader(1, 0))),
+        "loader, no worker": lambda: measure_here(lambda: drop(loader(1, 0))),
         "loader, one worker": lambda: measure_worker(loader(0, 1)),
     }
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in forms}
@@ -173,6 +230,12 @@ def bare(draws: list[Draw], size: int, auto_augment: bool) -> None:
                 torch.default_generator.manual_seed(draw.augment_seed)
                 view = policy(view)
             torch.from_numpy(np.asarray(view).transpose(2, 0, 1).copy())
+
+
+def drop(batches: Iterable) -> None:
+    """Take batches as training does, one at a time: to keep them all would cost new memory for each."""
+    for _ in batches:
+        pass
 
 
 def measure_here(work: Callable[[], object]) -> tuple[float, float]:

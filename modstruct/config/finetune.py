@@ -8,7 +8,7 @@ from typing import Literal
 from modstruct.config.checks import require, require_counts
 from modstruct.config.data import ScenesConfig, TokenizerConfig, ViewsConfig
 from modstruct.config.fusion import FusionConfig
-from modstruct.config.losses import LossesConfig, MatchingConfig, QueueContrastConfig
+from modstruct.config.losses import ContrastiveConfig, LossesConfig, MatchingConfig, QueueContrastConfig
 from modstruct.config.training import CheckpointConfig, LoggingConfig, OptimizerConfig, TrainConfig
 
 TaskName = Literal["vqa", "nlvr2", "text_assignment", "snli_ve", "retrieval"]
@@ -114,7 +114,9 @@ class TaskEvaluationConfig:
 
 def _retrieval_losses() -> LossesConfig:
     return LossesConfig(
-        queue_contrast=QueueContrastConfig(weight=1.0, positives="picture"), matching=MatchingConfig(1.0)
+        contrastive=ContrastiveConfig(weight=0.0),
+        queue_contrast=QueueContrastConfig(weight=1.0, positives="picture"),
+        matching=MatchingConfig(weight=1.0),
     )
 
 
@@ -150,5 +152,7 @@ class FinetuneRecipe:
     """What is written down."""
 
     def __post_init__(self):
+        init = self.fusion.init
+        require(init is None, "fusion.init", init, "fine-tuning starts from --init: null")
         micro = self.train.micro_batch
         require(micro is None, "train.micro_batch", micro, "fine-tuning takes its batch whole: null")

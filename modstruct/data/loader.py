@@ -23,7 +23,7 @@ from modstruct.data.reader import RawSample, ShardReader
 from modstruct.data.samples import Samples
 from modstruct.data.sources import is_pipe
 from modstruct.data.tokenizers import Tokenizer
-from modstruct.data.workers import WorkerLoader, require_shared_memory
+from modstruct.data.workers import OutgoingRows, WorkerLoader, require_shared_memory
 
 EXTRA_FIELDS = frozenset(
     {"image_augmented", "text_augmented", "text_masked", "masked_labels", "image_id", "text_id", "slot"}
@@ -95,6 +95,7 @@ class LocalBatches(Dataset):
         self.parts = math.ceil(self.rows / self.part_rows)
         self.first_row = process * self.rows
         self.seed = seed
+        self._outgoing = OutgoingRows()
 
     def __getitem__(self, index: int) -> TrainBatch:
         step, part = divmod(index, self.parts)
@@ -103,7 +104,7 @@ class LocalBatches(Dataset):
         epochs, samples = self.order.locate(slots)
         batch = TrainBatch({})
         side = self.views.image_size
-        pictures = {name: np.empty((len(rows), 3, side, side), dtype=np.uint8) for name in self.image_views}
+        pictures = {name: self._outgoing.empty(name, (len(rows), 3, side, side)) for name in self.image_views}
         captions, drawn, image_ids = [], [], []
         places = zip(slots.tolist(), epochs.tolist(), samples.tolist(), strict=True)
         read = self._read_in_runs(samples.tolist())
@@ -115,7 +116,7 @@ class LocalBatches(Dataset):
             drawn.append(seeds)
             if "image_id" in self.extra:
                 image_ids.append(identity(raw.image))
-        batch.tensors = {name: torch.from_numpy(array) for name, array in pictures.items()}
+        batch.tensors = {name: self._outgoing.tensor(array) for name, array in pictures.items()}
         batch.tensors |= self._text_views(captions, drawn)
         if image_ids:
             batch.tensors["image_id"] = torch.tensor(image_ids)

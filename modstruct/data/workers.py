@@ -16,8 +16,10 @@ from multiprocessing import resource_tracker
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, get_worker_info
 
 from modstruct.config import RunError, refuse
 
@@ -149,6 +151,37 @@ def require_shared_memory(batch_bytes: int, workers: int) -> None:
             f"of {SHARED_MEMORY}, {free / 2**20:.0f} MiB are free; "
             "give fewer workers or 0, a smaller train.global_batch, or enlarge it (docker run --shm-size)",
         )
+
+
+class OutgoingRows:
+    """Memory that the rows of a batch are written to, byte by byte, and leave as a tensor.
+
+    In a loader process what leaves is a copy in shared memory, so the next batch is written to the same place. Left to
+    torch, which shares a tensor when it is sent, every batch would cost a page fault for each 4 KiB of either memory.
+    """
+
+    def __init__(self):
+        self._kept: dict[str, np.ndarray] = {}
+
+    def empty(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """Rows uint8 to fill; in a loader process those of the last batch of this name, where they suffice."""
+        if get_worker_info() is None:
+            return np.empty(shape, dtype=np.uint8)
+        kept = self._kept.get(name)
+        if kept is None or kept.shape[1:] != shape[1:] or len(kept) < shape[0]:
+            kept = self._kept[name] = np.empty(shape, dtype=np.uint8)
+        return kept[: shape[0]]
+
+    def tensor(self, rows: np.ndarray) -> Tensor:
+        """The filled rows, which nobody may write to any more before the next `empty`."""
+        if get_worker_info() is None:
+            return torch.from_numpy(rows)
+        storage = torch.UntypedStorage._new_shared(rows.nbytes)
+        file, content = storage._share_fd_cpu_()[0], rows.reshape(-1)  # the file stays the storage's
+        written = 0
+        while written < len(content):  # one call writes 2 GiB at most
+            written += os.pwrite(file, content[written:], written)
+        return torch.empty(0, dtype=torch.uint8).set_(storage, 0, rows.shape)
 
 
 def _context() -> BaseContext:

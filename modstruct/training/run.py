@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -137,6 +138,9 @@ def start_engine(recipe: Recipe | FinetuneRecipe, model: nn.Module, start: Start
     """The model, with a checkpoint's weights if there is one, in DeepSpeed's hands."""
     if start.saved:
         checkpoints.load_weights(model, start.saved.weights, start.path)
+    else:
+        # Of momentum copies too: DeepSpeed does not broadcast them.
+        hosts.require_same({"the first weights": _checksum(model)}, "hosts must read the same weight files")
     if hasattr(model, "outside_state"):
         if start.saved:
             checkpoints.load_momentum(model, start.saved.momentum, start.path)
@@ -149,6 +153,13 @@ def start_engine(recipe: Recipe | FinetuneRecipe, model: nn.Module, start: Start
         # Weights start equal on every process; what is drawn from here on (dropout) must not be.
         torch.manual_seed(recipe.train.seed * 1_000_003 + distributed.rank())
     return full
+
+
+def _checksum(model: nn.Module) -> str:
+    content = hashlib.blake2b(digest_size=16)
+    for _, value in sorted(model.state_dict().items()):
+        content.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return content.hexdigest()
 
 
 def run_length(recipe: Recipe | FinetuneRecipe, epoch_samples: int) -> int:

@@ -42,7 +42,19 @@ from modstruct.data.samples import open_samples
 BOTH = frozenset({"image_augmented", "text_augmented"})
 
 
-def load(samples, data, start=0, stop=5, process=0, processes=1, batch=12, extra=BOTH, seed=3, tokenizer=None):
+def load(
+    samples,
+    data,
+    start=0,
+    stop=5,
+    process=0,
+    processes=1,
+    batch=12,
+    extra=BOTH,
+    seed=3,
+    tokenizer=None,
+    micro_batch=None,
+):
     loader = train_loader(
         samples,
         data,
@@ -53,10 +65,11 @@ def load(samples, data, start=0, stop=5, process=0, processes=1, batch=12, extra
         seed=seed,
         start_step=start,
         stop_step=stop,
+        micro_batch=micro_batch,
         process=process,
         processes=processes,
     )
-    assert len(loader) == stop - start
+    assert len(loader) == (stop - start) * loader.dataset.parts
     return list(loader)
 
 
@@ -179,6 +192,7 @@ def test_workers_do_not_change_the_batches(damaged):
     for workers in (1, 2):
         data.workers = workers
         assert_same(alone, load(samples, data))
+    assert_same(load(samples, replace(data, workers=0), micro_batch=5), load(samples, data, micro_batch=5))
 
 
 def test_another_seed_and_another_epoch_give_other_views(tmp_path):

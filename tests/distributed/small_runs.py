@@ -70,7 +70,10 @@ def train_small(
     init: str | None = None,
     anew: bool = False,
 ) -> None:
-    """A run to its end, its activations computed anew or not; beside its checkpoints, rows.json says what the steps took. Every process calls it."""
+    """A run to its end; beside its checkpoints, rows.json says what the steps took. Every process calls it.
+
+    anew: compute activations anew in the backward pass. init: weights that the fusion model starts from.
+    """
     from modstruct.training import pretrain, run
 
     recipe = small_recipe(output, cache, steps, method, batch, micro, workers, every_steps, precision, anew)

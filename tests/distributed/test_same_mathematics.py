@@ -28,14 +28,16 @@ def test_two_processes_every_stage_in_micro_batches(tmp_path):
 
 
 def test_the_fusion_model_on_one_process_and_two(tmp_path):
-    alone, two = tmp_path / "one", {stage: tmp_path / f"two-{stage}" for stage in ("zero1", "zero3")}
+    """Whole, and in micro-batches, whose negatives lie in other micro-batches and on the other process."""
+    cells = [("zero1", None), ("zero0", 4), ("zero3", 4)]  # of 6 rows
+    alone, two = tmp_path / "one", {cell: tmp_path / f"two-{cell[0]}-{cell[1]}" for cell in cells}
     alike = {"steps": 4, "method": "albef_all"}
     run_on_processes(train_several, 1, str(tmp_path / "cache"), {str(alone): {"stage": "zero0", **alike}})
-    runs = {str(output): {"stage": stage, **alike} for stage, output in two.items()}
+    runs = {str(output): {"stage": stage, "micro": micro, **alike} for (stage, micro), output in two.items()}
     run_on_processes(train_several, 2, str(tmp_path / "cache"), runs)
-    for stage, output in two.items():
-        assert distance(alone, output) < TOLERANCE, stage
-        assert momentum_distance(alone, output) < TOLERANCE, stage
+    for cell, output in two.items():
+        assert distance(alone, output) < TOLERANCE, cell
+        assert momentum_distance(alone, output) < TOLERANCE, cell
 
 
 @pytest.mark.slow
@@ -44,10 +46,14 @@ def test_the_fusion_model_on_any_number_of_processes_at_any_stage(tmp_path):
     cells = {}
     for processes in (1, 2, 3, 4):
         stages = STAGES + OFFLOADED if processes == 2 else STAGES
-        runs = {str(tmp_path / f"{processes}-{stage}"): {"stage": stage, **alike} for stage in stages}
+        runs = {
+            str(tmp_path / f"{processes}-{stage}-{micro}"): {"stage": stage, "micro": micro, **alike}
+            for stage in stages
+            for micro in (None, 5)  # of 24, 12, 8 and 6 rows
+        }
         run_on_processes(train_several, processes, str(tmp_path / "cache"), runs)
         cells |= runs
-    reference = tmp_path / "1-zero0"
+    reference = tmp_path / "1-zero0-None"
     found = {
         output.rpartition("/")[2]: (distance(reference, output), momentum_distance(reference, output))
         for output in cells

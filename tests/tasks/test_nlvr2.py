@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from pair_tasks import SIZE, Knowing, Stubborn, pair_task, write_files
 from PIL import Image
+from tiny_tasks import SIZE, Knowing, Stubborn, tiny_task, write_files
 
 from modstruct.data.augment import sample_seed
 from modstruct.data.tasks.nlvr2 import Nlvr2Statement
@@ -21,7 +21,7 @@ def root(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def task(root) -> Task:
-    return pair_task(root, "nlvr2")
+    return tiny_task(root, "nlvr2")
 
 
 def test_the_left_picture_comes_first(task):
@@ -90,7 +90,7 @@ def test_without_labels_there_are_predictions_alone(task):
 
 
 def test_an_unreadable_picture_is_predicted_nothing(root):
-    task = pair_task(root, "nlvr2")
+    task = tiny_task(root, "nlvr2")
     task.recipe.data.max_bad_share = 1.0
     entries = list(task.entries("test", None).entries)
     entries[2] = replace(entries[2], images=(entries[2].images[0], root / "none.png"))
@@ -101,7 +101,7 @@ def test_an_unreadable_picture_is_predicted_nothing(root):
 
 
 def test_a_training_split_without_files_is_refused_by_name(root):
-    task = pair_task(root, "nlvr2")
+    task = tiny_task(root, "nlvr2")
     task.recipe.data.train.statements = None
     with pytest.raises(ValueError, match=r"data\.train\.statements = None: nlvr2 needs it"):
         task.entries("train", None)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pair_tasks import SIZE, Knowing, Stubborn, pair_task, write_files
 from PIL import Image
+from tiny_tasks import SIZE, Knowing, Stubborn, tiny_task, write_files
 
 from modstruct.data.augment import sample_seed
 from modstruct.data.faults import BadSample
@@ -29,7 +29,7 @@ def root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def task(root) -> TextAssignment:
-    made = pair_task(root, "text_assignment")
+    made = tiny_task(root, "text_assignment")
     for split in ("train", "validation"):
         made.entries(split, None)
     return made
@@ -99,7 +99,7 @@ def test_a_split_of_two_pictures_is_refused_by_name(root, tmp_path):
     content = json.loads((root / "karpathy" / "dataset_coco.json").read_text())
     content["images"] = [image for image in content["images"] if image["split"] == "val"][:2]
     (tmp_path / "two.json").write_text(json.dumps(content))
-    task = pair_task(root, "text_assignment")
+    task = tiny_task(root, "text_assignment")
     task.recipe.data.validation.captions = str(tmp_path / "two.json")
     with pytest.raises(ValueError, match=r"data\.validation\.captions = .*two\.json'?: has 2 pictures .* at least 3"):
         task.entries("validation", None)

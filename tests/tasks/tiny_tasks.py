@@ -1,4 +1,4 @@
-"""Tiny NLVR2 and text assignment: a folder of built-in files, recipes, stand-ins for a model, whole runs."""
+"""Tiny tasks: a folder of built-in files, recipes, stand-ins for a model, whole runs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from modstruct.config import (
     TrainConfig,
     ViewsConfig,
 )
-from modstruct.data.scenes.tasks.files import nlvr2_files, write_scene_tasks
+from modstruct.data.scenes.tasks.files import nlvr2_files, snli_ve_files, vqa_files, write_scene_tasks
 from modstruct.data.scenes.tasks.sizes import SceneTaskSizes
 from modstruct.data.tokenizers import WordPieceTokenizer
 from modstruct.tasks import Task, build_task
@@ -38,8 +38,8 @@ VOCABULARY = "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])
 def write_files(root: Path) -> Path:
     """A few entries of every built-in task; returns root."""
     sizes = SceneTaskSizes(
-        train_questions=2,
-        evaluation_questions=2,
+        train_questions=24,
+        evaluation_questions=12,
         train_statements=24,
         evaluation_statements=16,
         train_hypotheses=60,
@@ -56,15 +56,22 @@ def files_of(root: Path, task: str, split: str) -> TaskFiles:
     if task == "nlvr2":
         statements, images = nlvr2_files(root, split)
         return TaskFiles(images=str(images), statements=str(statements))
+    if task == "vqa":
+        questions, annotations = vqa_files(root, split)
+        images = root / "vqa" / "images"
+        return TaskFiles(images=str(images), questions=str(questions), annotations=str(annotations))
+    if task == "snli_ve":
+        hypotheses, images = snli_ve_files(root, split)
+        return TaskFiles(images=str(images), hypotheses=str(hypotheses))
     return TaskFiles(images=str(root / "karpathy" / "images"), captions=str(root / "karpathy" / "dataset_coco.json"))
 
 
-def pair_recipe(root: Path, task: str, output: str = "runs/none", **changes) -> FinetuneRecipe:
+def tiny_task_recipe(root: Path, task: str, output: str = "runs/none", **changes) -> FinetuneRecipe:
     """Odd widths, so that parameters do not divide by the number of processes. changes: of the recipe's fields."""
     splits = {split: files_of(root, task, split) for split in ("train", "validation", "test")}
     fields = {
         "output": output,
-        "task": TaskConfig(name=task, alpha=0.4 if task == "nlvr2" else 0.0, ramp_steps=2),
+        "task": TaskConfig(name=task, alpha=0.0 if task == "text_assignment" else 0.4, ramp_steps=2, rerank=3),
         "data": TaskDataConfig(source="files", workers=0, cache=str(root / "cache"), **splits),
         "tokenizer": TokenizerConfig(kind="bert_wordpiece", path=str(root / "vocab.txt"), context_length=16),
         "views": ViewsConfig(plain="crop_flip", flip=False),
@@ -81,8 +88,8 @@ def pair_recipe(root: Path, task: str, output: str = "runs/none", **changes) -> 
     return FinetuneRecipe(**fields | changes)
 
 
-def pair_task(root: Path, task: str, **changes) -> Task:
-    return build_task(pair_recipe(root, task, **changes), WordPieceTokenizer(VOCABULARY.encode(), 16))
+def tiny_task(root: Path, task: str, **changes) -> Task:
+    return build_task(tiny_task_recipe(root, task, **changes), WordPieceTokenizer(VOCABULARY.encode(), 16))
 
 
 class Knowing:
@@ -116,7 +123,7 @@ def fine_tune(root: str, task: str, output: str, ds_config: str, resume: str | N
     from modstruct.training.finetune import finish, open_run
     from modstruct.training.run import StopRequest, train
 
-    recipe = replace(pair_recipe(Path(root), task, output), init=init)
+    recipe = replace(tiny_task_recipe(Path(root), task, output), init=init)
     run = open_run(recipe, ds_config, resume)
     with run.heartbeat:
         train(run, StopRequest())

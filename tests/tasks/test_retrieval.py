@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tiny_tasks import SIZE, tiny_task, write_files
+
+from modstruct.data.masking import IGNORED
+from modstruct.tasks import Task
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return write_files(tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.fixture
+def task(root) -> Task:
+    return tiny_task(root, "retrieval")
+
+
+def test_training_takes_every_caption_with_its_picture_and_evaluation_every_picture_once(task):
+    train, test = (task.entries(split, None).entries for split in ("train", "test"))
+    assert len({entry.image for entry in train}) == 23
+    assert len(train) == len({(entry.image, entry.caption) for entry in train}) > 23
+    assert len(test) == len({entry.image for entry in test}) == 20
+
+
+def test_a_training_batch_says_which_pairs_share_a_picture_or_a_caption(task):
+    entries = task.entries("train", None).entries
+    same = [entry for entry in entries if entry.image == entries[0].image][:2]
+    chosen = [*same, next(entry for entry in entries if entry.image != entries[0].image)]
+    made = [task.sample(entry, Image.open, lambda salt: 3) | {"slot": 40 + n} for n, entry in enumerate(chosen)]
+    batch = task.collate(made)
+    assert batch.keys() == {"image", "text", "image_id", "text_id", "slot"}
+    assert batch["image"].shape == (3, 3, SIZE, SIZE)
+    assert batch["image_id"][0] == batch["image_id"][1] != batch["image_id"][2]
+    assert batch["text_id"].unique().numel() == 3
+    assert batch["slot"].tolist() == [40, 41, 42]
+
+
+def test_masked_language_modelling_can_be_learned_on(root, task):
+    losses = task.recipe.losses
+    losses.masked_language.weight, losses.masked_language.rate = 1.0, 0.5
+    masking = tiny_task(root, "retrieval", losses=losses)
+    entries = masking.entries("train", None).entries[:8]
+    batch = masking.collate([masking.sample(e, Image.open, lambda s: 7) | {"slot": n} for n, e in enumerate(entries)])
+    assert batch.keys() >= masking.build_model().batch_fields
+    changed = batch["text_masked"] != batch["text"]
+    assert 0 < changed.sum() <= (batch["masked_labels"] != IGNORED).sum()
+
+
+def test_measures_both_stages_and_travels_to_loader_processes(task):
+    entries = pickle.loads(pickle.dumps(task)).entries("test", None).entries
+    torch.manual_seed(0)
+    figures, predictions = task.measure(task.build_model().eval(), entries)
+    captions = {caption for entry in entries for caption in entry.captions}
+    assert figures["sizes"] == {"pictures": 20, "captions": len(captions)}
+    assert predictions is None
+    for stage in ("", "matched "):
+        for direction in ("text -> image", "image -> text"):
+            shares = [figures[f"{stage}{direction} R@{k}"]["value"] for k in (1, 5, 10)]
+            assert 0 <= shares[0] <= shares[1] <= shares[2] <= 1
+    assert 0 <= task.score(figures) <= 1
+
+
+def test_a_picture_that_cannot_be_read_is_left_out(task, tmp_path):
+    entries = list(task.entries("test", None).entries)
+    task.recipe.data.max_bad_share = 0.5
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"no picture")
+    entries[3] = type(entries[3])(broken, entries[3].captions, entries[3].image_id)
+    figures, _ = task.measure(task.build_model().eval(), entries)
+    assert figures["sizes"]["pictures"] == 19

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from tiny_tasks import SIZE, Knowing, Stubborn, tiny_task, write_files
+
+from modstruct.data.tasks.snli_ve import ENTAILMENT_LABELS
+from modstruct.tasks import Task
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return write_files(tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.fixture
+def task(root) -> Task:
+    return tiny_task(root, "snli_ve")
+
+
+def test_a_batch_has_pictures_hypotheses_and_labels(task):
+    entries = task.entries("train", None).entries[:5]
+    batch = task.collate([task.sample(entry, Image.open, None) for entry in entries])
+    assert batch["image"].shape == (5, 3, SIZE, SIZE)
+    assert batch["text"].shape == (5, 16)
+    assert batch["label"].tolist() == [entry.label for entry in entries]
+
+
+def test_a_perfect_model_is_always_right_and_a_stubborn_one_as_often_as_its_label_occurs(task):
+    entries = task.entries("test", None).entries
+    right, predictions = task.measure(Knowing(3), entries)
+    assert all(right[name]["value"] == 1 for name in ("accuracy", *ENTAILMENT_LABELS))
+    assert [p["label"] for p in predictions] == [ENTAILMENT_LABELS[entry.label] for entry in entries]
+    assert [p["pairID"] for p in predictions] == [entry.pair_id for entry in entries]
+    stubborn, _ = task.measure(Stubborn(3), entries)
+    assert stubborn["accuracy"]["value"] == pytest.approx(1 / 3)
+    assert stubborn["accuracy"]["chance"] == pytest.approx(1 / 3)
+    assert (stubborn["contradiction"]["value"], stubborn["neutral"]["value"]) == (1, 0)
+    assert task.score(stubborn) == stubborn["accuracy"]["value"]
+
+
+def test_a_split_without_labels_gets_predictions_and_no_figures(task):
+    entries = [replace(entry, label=None) for entry in task.entries("test", None).entries]
+    figures, predictions = task.measure(Stubborn(3), entries)
+    assert figures == {}
+    assert {p["label"] for p in predictions} == {"contradiction"}
+
+
+def test_a_missing_file_is_named(root):
+    nameless = tiny_task(root, "snli_ve")
+    nameless.recipe.data.train.hypotheses = None
+    with pytest.raises(ValueError, match=r"data\.train\.hypotheses = None: snli_ve needs it"):
+        nameless.entries("train", None)
