@@ -30,7 +30,7 @@ def structure_figures(
     """Every figure of the latent structure that the embeddings given allow.
 
     image, image_augmented, image_independent: (n, D), text, text_independent: (m, D), float16 or float32, unit norm,
-    in memory or memory-mapped. pairs: (p, 2), (image row, text row); None pairs row j with row j.
+    in memory or memory-mapped. pairs: (p, 2), (image row, text row), a pair counts once; None pairs row j with row j.
     Returns figures {"value": …}; one that was sampled also has "low" and "high", its confidence interval, and "rows",
     how many rows or pairs it saw:
       alignment, uniformity_image, uniformity_text, modality_gap    as `structure.structure`

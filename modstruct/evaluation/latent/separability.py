@@ -27,8 +27,8 @@ def linear_separability(
     image: (n, D), text: (m, D). pairs: (p, 2); each image and each text is used once at most, with the other of its
     pair in the same fold: else a classifier that has seen the image would take its aligned text for one. At most
     config.separability_pairs pairs, drawn at random. The interval is the bootstrap's over pairs, widened for what the
-    folds' classifiers share (Nadeau & Bengio 2003: a variance of 1/K + 1/(K-1) instead of 1/K folds), without which 95 %
-    covered 89 % where nothing can be told. None for fewer than FOLDS pairs.
+    folds' classifiers share (Nadeau & Bengio 2003: a variance of 1/K + 1/(K-1) instead of 1/K folds), without which
+    95 % covered 89 % where nothing can be told. None for fewer than FOLDS pairs.
     """
     random = np.random.default_rng(config.seed)
     chosen = random.permutation(one_to_one(pairs))[: config.separability_pairs]

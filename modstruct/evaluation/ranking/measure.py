@@ -30,7 +30,7 @@ def measure_retrieval(
     (p, 2), (image row, text row); an image may have several texts and a text several images. index: how galleries
     are searched. device: where exact ranks are counted.
     Returns {"text_to_image": {…}, "image_to_text": {…}} with the figures of `ranking_figures`; of an approximate
-    index also "index_text_to_image" and "index_image_to_text", its recall against exact search on a sample of queries.
+    index also "index_text_to_image" and "index_image_to_text", its recall against exact search on some queries.
     Raises ValueError for embeddings that are empty, not finite or of different dimensions, pairs that name no row,
     and K < 1. The recall of `exact` is that of `retrieval.retrieval`.
     """
