@@ -6,9 +6,9 @@ python tools/bench_retrieval.py --index ivf --storage float16                   
 
 First both ways over --dense_images pictures with five captions each: by `measure_retrieval`, by a dense matrix as
 CLIP_benchmark's retrieval metric has it (scores = texts @ images.T, top-k), written plainly below, and recall by
-FAISS. All figures must be equal, else the program ends with 1. The rows are multiples of 2^-11, so that scores are exact in
-float32 and a tie is a tie for all; in general two programs round differently, and a rank may move by one where scores
-differ in the last bit. Rows are isotropic around their pairs: the hardest case for an inverted file.
+FAISS. All figures must be equal, else the program ends with 1. The rows are multiples of 2^-11, so that scores are
+exact in float32 and a tie is a tie for all; in general two programs round differently, and a rank may move by one
+where scores differ in the last bit. Rows are isotropic around their pairs: the hardest case for approximate indexes.
 Then --queries captions over --gallery pictures in a file, memory-mapped, and what all pairs of such a gallery would
 take. Each part runs in a process of its own; memory is the growth of its peak: `own` without the mapped pages of
 files.
@@ -252,7 +252,8 @@ def _measured(function: Callable[..., dict], threads: int, *arguments: object) -
     torch.set_num_threads(threads)
     faiss.omp_set_num_threads(threads)
     nearest_counts(torch.ones(1, 1), torch.ones(1, 1), torch.zeros(1, 2, dtype=torch.int64))
-    before, peak = _memory(), [0, 0]
+    before = _memory()
+    peak = list(before)
     ended = threading.Event()
 
     def watch() -> None:
