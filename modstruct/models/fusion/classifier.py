@@ -16,7 +16,7 @@ from modstruct.models.fusion.momentum import FollowedModel
 def classification_head(width: int, classes: int) -> nn.Sequential:
     """ALBEF's head of NLVR2 and SNLI-VE, on the fused [CLS]."""
     head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, classes))
-    initialise(head)
+    initialise(head, width)
     return head
 
 

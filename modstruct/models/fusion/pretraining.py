@@ -44,7 +44,7 @@ class FusionModel(FollowedModel):
         self.matching_head = nn.Linear(widths["text"], 2)
         self.language_head = LanguageHead(self.backbone.bert)
         for head in (self.image_head, self.text_head, self.matching_head, self.language_head):
-            initialise(head)
+            initialise(head, widths["text"])
         # After all shared weights, so that they do not depend on what the losses need.
         self.independent = objective.independent
         if self.independent:
