@@ -62,8 +62,8 @@ class FollowedModel(nn.Module):
     def momentum(self) -> Momentum:
         return self._outside[0]
 
-    def follow(self, outputs: object, batch: dict[str, Tensor], whole: Whole) -> None:
-        """After an optimizer step: the momentum weights follow. Collective.
+    def follow(self, outputs: object, batch: dict[str, Tensor], whole: Whole, step: int = 0) -> None:
+        """After optimizer step `step`, from 0: the momentum weights follow. Collective.
 
         whole: context in which the parameters given to it are whole on this process (ZeRO stage 3 has spread them).
         """

@@ -56,6 +56,7 @@ class FusionModel(FollowedModel):
         self.fills_blanks = "masked_language" in objective.weights
         self.negatives = recipe.losses.matching.negatives
         self.seed = recipe.train.seed
+        self.queue_after = config.queue_after
         self.batch_fields = TRAINING_FIELDS if self.fills_blanks else PAIR_FIELDS
         self.start_momentum(config.momentum)
         self._outside.append(FeatureQueue(config.queue, config.embed_dim))
@@ -195,9 +196,11 @@ class FusionModel(FollowedModel):
         labels += [torch.where(has, torch.zeros_like(batch["slot"]), IGNORED) for has in (has_image, has_text)]
         return {"matching_logits": logits, "matching_labels": torch.cat(labels)}
 
-    def follow(self, outputs: FusionOutputs, batch: dict[str, Tensor], whole: Whole) -> None:
+    def follow(self, outputs: FusionOutputs, batch: dict[str, Tensor], whole: Whole, step: int = 0) -> None:
         """After an optimizer step: the momentum weights follow, the queue takes the batch's momentum embeddings."""
-        super().follow(outputs, batch, whole)
+        super().follow(outputs, batch, whole, step)
+        if step < self.queue_after:
+            return
         rows = (outputs.image_augmented, outputs.text_augmented, batch["image_id"])
         self.queue.push(*(distributed.gather(row) for row in rows))
 
