@@ -113,9 +113,8 @@ class LanguageHead(nn.Module):
 def initialise(module: nn.Module, width: int) -> None:
     """BERT's start: normal weights, zero biases, norms that change nothing.
 
-    width: of the transformer. At BERT-base's 768 the deviation is BERT's 0.02; narrower ones get larger weights, so that
-    a layer says as much to the next as there. With 0.02 at width 128 a summary token hears next to nothing for hundreds
-    of steps.
+    width: of the transformer. At BERT-base's 768 the deviation is BERT's 0.02; narrower ones get larger weights, so
+    that a layer says as much to the next as there.
     """
     deviation = 0.02 * math.sqrt(768 / width)
     for part in module.modules():
