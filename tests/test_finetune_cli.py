@@ -88,3 +88,10 @@ def test_an_export_without_its_recipe_is_said_in_one_line(parse, tmp_path, capsy
 def test_nothing_to_start_from_and_no_tokenizer_is_said_by_init(tmp_path):
     with pytest.raises(ValueError, match=r"--init = None: .*tokenizer\.path"):
         find_initial(None, TokenizerConfig(), str(tmp_path))
+
+
+def test_a_run_without_a_checkpoint_is_said_to_have_none(parse, tmp_path, capsys):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(SystemExit):
+        parse("--recipe", "vqa", "--init", str(tmp_path))
+    assert "no checkpoint yet" in capsys.readouterr().err

@@ -43,7 +43,9 @@ def find_folder(init: str, option: str = "--init") -> Path | None:
     path = Path(init).expanduser()
     if not path.is_dir():
         return None
-    return path if (path / EXPORTED).is_file() else checkpoints.find(str(path), path, option)
+    found = path if (path / EXPORTED).is_file() else checkpoints.find(str(path), path, option)
+    require(found is not None, option, init, "this run has no checkpoint yet")
+    return found
 
 
 def read_everything(init: str, option: str) -> dict[str, Tensor]:
