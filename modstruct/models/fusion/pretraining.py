@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from modstruct import distributed
 from modstruct.config import FinetuneRecipe, Recipe
+from modstruct.data.masking import IGNORED
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.embeddings import FusionOutputs
 from modstruct.losses.objective import Objective
@@ -21,8 +22,6 @@ from modstruct.models.two_tower import Clamp
 PAIR_FIELDS = frozenset({"image_id", "text_id", "slot"})
 BLANK_FIELDS = frozenset({"text_masked", "masked_labels"})
 TRAINING_FIELDS = PAIR_FIELDS | BLANK_FIELDS
-IGNORED = -100
-"""Label of what a cross entropy leaves out."""
 
 
 class FusionModel(FollowedModel):
