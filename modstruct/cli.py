@@ -132,8 +132,13 @@ def checkpoint_arguments(arguments: Sequence[str]) -> list[str]:
     option.add_argument("--checkpoint")
     chosen = option.parse_known_args(arguments)[0].checkpoint
     found = chosen and find(chosen, chosen, "--checkpoint")
-    base = ["--recipe", str(found / "recipe.yaml"), "--data.allow_pipe", "false"] if found else []
-    return [*base, *arguments]
+    if not found:
+        return list(arguments)
+    recipe = _check_recipe_file(found / "recipe.yaml")
+    fine_tuned = "task" in read_yaml(recipe)
+    remedy = "a fine-tuned model, which finetune.py measures at its end; `finetune.py --resume` does it again"
+    require(not fine_tuned, "--checkpoint", chosen, remedy)
+    return ["--recipe", str(recipe), "--data.allow_pipe", "false", *arguments]
 
 
 def take_initial_sizes(parser: ArgumentParser, arguments: Sequence[str]) -> Sequence[str]:

@@ -95,3 +95,9 @@ def test_a_run_without_a_checkpoint_is_said_to_have_none(parse, tmp_path, capsys
     with pytest.raises(SystemExit):
         parse("--recipe", "vqa", "--init", str(tmp_path))
     assert "no checkpoint yet" in capsys.readouterr().err
+
+
+def test_evaluate_refuses_a_fine_tuned_model_in_its_words(tmp_path):
+    given = checkpoint(tmp_path, {"task": {"name": "vqa"}})
+    with pytest.raises(ValueError, match=r"--checkpoint = .*a fine-tuned model"):
+        cli.checkpoint_arguments(["--checkpoint", given])
