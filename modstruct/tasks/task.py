@@ -20,6 +20,7 @@ from modstruct.data.scenes.tasks.folder import SceneTaskPaths
 from modstruct.data.tasks.batches import EntryBatch, Seed, entry_batches
 from modstruct.data.tasks.published_files import TaskEntries
 from modstruct.data.tokenizers import Tokenizer
+from modstruct.data.workers import require_shared_memory
 from modstruct.evaluation.collect import collect_values, rounds_of
 from modstruct.losses.distillation import Distillation
 from modstruct.models.fusion.momentum import FollowedModel
@@ -32,6 +33,7 @@ class Task(ABC):
 
     files: tuple[str, ...]
     """Fields of TaskFiles that a split needs: the pictures', and the entries'."""
+    pictures_of_entry: int = 1
 
     def __init__(self, recipe: FinetuneRecipe, tokenizer: Tokenizer):
         self.recipe, self.tokenizer = recipe, tokenizer
@@ -94,6 +96,11 @@ class Task(ABC):
             remedy = f"{unlabelled:,} of its {len(found.entries):,} entries have no label, which {need} needs"
             require(unlabelled == 0, option, str(file), f"{remedy}; give a split with labels")
         return found
+
+    def check_shared_memory(self) -> None:
+        """Refuse batches, of training or evaluation, that loader processes could not hand over."""
+        rows = max(self.recipe.train.global_batch // distributed.world_size(), self.recipe.evaluation.batch)
+        require_shared_memory(rows * self.pictures_of_entry * 3 * self.views.image_size**2, self.recipe.data.workers)
 
     def picture_view(self, image: Image.Image, seed: Seed | None, salt: str = "image") -> Tensor:
         """The view of a picture that training (with a seed) or evaluation takes, (3, H, W) uint8."""
