@@ -123,7 +123,8 @@ class Retrieval(Task):
     def _pictures(self, entries: Sequence[CaptionedPicture], batch: int, device: torch.device) -> Iterator[Tensor]:
         """This process's batches, all of whose pictures could be read a moment ago."""
         for found in self.batches_of(entries, batch):
-            yield found.tensors["image"].to(device)
+            if found.numbers:
+                yield found.tensors["image"].to(device)
 
     def score(self, metrics: dict[str, Any]) -> float:
         """Mean R@1 of both directions after matching."""
