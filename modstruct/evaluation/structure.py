@@ -1,4 +1,4 @@
-"""Figures of the shape that embeddings have: alignment, uniformity, modality gap."""
+"""Figures of the shape that embeddings have, for curves: alignment, uniformity, modality gap. All others: latent/."""
 
 from __future__ import annotations
 

@@ -1,0 +1,96 @@
+"""Rows of embeddings that may lie in a file: checked once, then read block by block as float32."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+BLOCK_BYTES = 32 << 20
+"""Of float32 rows that are read at once."""
+
+
+def block_rows(dimension: int) -> int:
+    """How many float32 rows make a block."""
+    return max(1, BLOCK_BYTES // (4 * dimension))
+
+
+def check_rows(name: str, rows: np.ndarray) -> None:
+    """Raise ValueError unless rows is (n, D), floating point, not empty and finite as float32; reads it in blocks."""
+    if rows.ndim != 2 or not rows.size:
+        raise ValueError(f"{name} embeddings have shape {rows.shape}: give at least one row, as (rows, dimension)")
+    if not np.issubdtype(rows.dtype, np.floating):
+        raise ValueError(f"{name} embeddings are {rows.dtype}: give float16 or float32")
+    bad, first = 0, None
+    for start, block in row_blocks(rows):
+        broken = (~block.isfinite()).any(1).nonzero()[:, 0]
+        if len(broken) and first is None:
+            first = start + int(broken[0])
+        bad += len(broken)
+    if bad:
+        raise ValueError(
+            f"{bad} of {len(rows)} {name} embeddings are not finite, the first is row {first}: "
+            "the weights or the precision of the forward pass are broken"
+        )
+
+
+def check_dimensions(first_name: str, first: np.ndarray, name: str, rows: np.ndarray) -> None:
+    if first.shape[1] != rows.shape[1]:
+        raise ValueError(
+            f"{first_name} embeddings have dimension {first.shape[1]}, {name} embeddings {rows.shape[1]}: they must "
+            "agree; are both of one model?"
+        )
+
+
+def checked_pairs(
+    pairs: np.ndarray, queries: int, gallery: int, names: tuple[str, str] = ("queries", "gallery items")
+) -> np.ndarray:
+    """Each pair once, (p, 2) int64, ascending by query row. Raises ValueError where none is, or one lies outside."""
+    pairs = np.asarray(pairs)
+    if pairs.size and not (pairs.ndim == 2 and pairs.shape[1] == 2 and np.issubdtype(pairs.dtype, np.integer)):
+        raise ValueError(f"pairs are {pairs.dtype} of shape {pairs.shape}: give integers, (p, 2)")
+    pairs = np.unique(pairs.astype(np.int64).reshape(-1, 2), axis=0)
+    if not len(pairs):
+        raise ValueError("there is no image-text pair: give at least one")
+    if pairs.min() < 0 or (pairs.max(axis=0) >= (queries, gallery)).any():
+        outside = pairs[((pairs < 0) | (pairs >= (queries, gallery))).any(axis=1)][0]
+        raise ValueError(
+            f"the pair {tuple(outside.tolist())} names a row outside the {queries} {names[0]} and {gallery} {names[1]}"
+        )
+    return pairs
+
+
+def check_recall_at(recall_at: object) -> None:
+    for k in recall_at:
+        if not isinstance(k, int | np.integer) or k < 1:
+            raise ValueError(f"recall at K = {k}: K must be a whole number, at least 1")
+
+
+def as_float32(rows: np.ndarray) -> Tensor:
+    """A float32 copy of rows that are at hand; -0.0 becomes 0.0, so that equal rows have equal bytes."""
+    return torch.from_numpy(np.array(rows, order="C")).float().add_(0.0)
+
+
+def row_blocks(rows: np.ndarray, at_once: int | None = None) -> Iterator[tuple[int, Tensor]]:
+    """Yields (first row, float32 rows (b, D)) from the first to the last."""
+    at_once = at_once or block_rows(rows.shape[1])
+    for start in range(0, len(rows), at_once):
+        yield start, as_float32(rows[start : start + at_once])
+
+
+def distinct_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows that differ, by a 128-bit hash of their float32 bytes.
+
+    rows: (g, D). Returns the first row of each kind (u,), ascending, the place of each row among them (g,), and how
+    often each occurs (u,). Memory: 16 bytes a row and a block.
+    """
+    hashes = np.empty(len(rows), dtype="V16")
+    for start, block in row_blocks(rows):
+        for j, row in enumerate(block.numpy(), start):
+            hashes[j] = hashlib.blake2b(row.data, digest_size=16).digest()
+    _, first, place, occurrences = np.unique(hashes, return_index=True, return_inverse=True, return_counts=True)
+    order = np.argsort(first)
+    return first[order], np.argsort(order)[place.reshape(-1)], occurrences[order]
