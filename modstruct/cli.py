@@ -142,7 +142,7 @@ def checkpoint_arguments(arguments: Sequence[str]) -> list[str]:
 
 
 def take_initial_sizes(parser: ArgumentParser, arguments: Sequence[str]) -> Sequence[str]:
-    """Make the sizes of the --init model, where that is a run or checkpoint of ours, the defaults of the recipe's.
+    """Make sizes and colours of the --init model, where that is a run or checkpoint of ours, the recipe's defaults.
 
     Whoever made it wrote its recipe, so what that names to be read or fetched is left out: its weights are all there.
     """
@@ -156,7 +156,10 @@ def take_initial_sizes(parser: ArgumentParser, arguments: Sequence[str]) -> Sequ
     chosen = named_by_recipe if given.init is None else given.init
     # Published files bring no sizes, and one that the recipe names need not be there when only --help is wanted.
     chosen = chosen if isinstance(chosen, str) and chosen != "null" and Path(chosen).expanduser().is_dir() else None
-    sizes = _dotted(recipe_of(chosen).get("fusion", {}) if chosen else {}, "fusion")
+    made_with = recipe_of(chosen) if chosen else {}
+    colours = made_with.get("views") or {}
+    sizes = _dotted(made_with.get("fusion", {}), "fusion")
+    sizes |= {f"views.{name}": colours[name] for name in ("mean", "std") if name in colours}
     sections = sections_of(parser.recipe_type)
     for name in sizes:
         section, _, field = name.rpartition(".")

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from modstruct.config import RunError
 from modstruct.data.tokenizers import Tokenizer
-from modstruct.distributed import broadcast_object, is_main
-from modstruct.evaluation.collect import collect_rows, collect_tokens, my_batches
+from modstruct.distributed import broadcast_object
+from modstruct.evaluation.collect import collect_rows, collect_tokens, my_batches, on_main
 from modstruct.evaluation.retrieval import items_ahead, nearest, recalls
 from modstruct.models.fusion.pretraining import FusionModel
 
@@ -69,9 +69,7 @@ def reranked_retrieval(
         "text_to_image": (text, image, pairs[:, ::-1], score),
         "image_to_text": (image, text, pairs, lambda images, texts: score(texts, images)),
     }
-    return {
-        name: part for name, d in directions.items() if (part := _direction(*d, candidates, recall_at, batch, device))
-    }
+    return {name: _direction(*d, candidates, recall_at, batch, device) for name, d in directions.items()}
 
 
 def _direction(
@@ -84,7 +82,7 @@ def _direction(
     batch: int,
     device: torch.device,
 ) -> dict[str, dict[str, float]]:
-    found = broadcast_object(nearest(queries, gallery, candidates) if is_main() else None)  # (q, k)
+    found = on_main(lambda: nearest(queries, gallery, candidates))  # (q, k)
     k = found.shape[1]
     at_once = max(1, batch // k)  # queries
     batches = math.ceil(len(found) / at_once)
@@ -96,10 +94,12 @@ def _direction(
         return score(some.repeat_interleave(k), rows[some].flatten()).view(len(some), k)
 
     scores = collect_rows(scores_of, mine, numbers[:1], batches, at_once, "ranking anew")
-    if not is_main():
-        return {}
-    ahead = ahead_after(found, scores, pairs, items_ahead(queries, gallery, pairs, max(k, *recall_at)))
-    return recalls(ahead, pairs, len(gallery), recall_at)
+
+    def measure() -> dict[str, dict[str, float]]:
+        ahead = ahead_after(found, scores, pairs, items_ahead(queries, gallery, pairs, max(k, *recall_at)))
+        return recalls(ahead, pairs, len(gallery), recall_at)
+
+    return on_main(measure)
 
 
 def ahead_after(candidates: np.ndarray, scores: np.ndarray, pairs: np.ndarray, ahead: np.ndarray) -> np.ndarray:

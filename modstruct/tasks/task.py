@@ -102,6 +102,10 @@ class Task(ABC):
         rows = max(self.recipe.train.global_batch // distributed.world_size(), self.recipe.evaluation.batch)
         require_shared_memory(rows * self.pictures_of_entry * 3 * self.views.image_size**2, self.recipe.data.workers)
 
+    def identity(self) -> dict[str, str]:
+        """What else must be equal on all hosts, by the field that it comes from."""
+        return {}
+
     def picture_view(self, image: Image.Image, seed: Seed | None, salt: str = "image") -> Tensor:
         """The view of a picture that training (with a seed) or evaluation takes, (3, H, W) uint8."""
         return self.views.evaluation_image(image) if seed is None else self.views.plain_image(image, seed(salt))

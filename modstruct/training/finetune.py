@@ -117,7 +117,7 @@ def _splits(recipe: FinetuneRecipe, task: Task) -> dict[str, TaskEntries]:
     for split, entries in splits.items():
         for cause, number in entries.left_out.items():
             log.info("data.%s: %s entries left out: %s", split, f"{number:,}", cause)
-    fingerprints = {f"data.{split}": entries.fingerprint for split, entries in splits.items()}
+    fingerprints = {f"data.{split}": entries.fingerprint for split, entries in splits.items()} | task.identity()
     require_same(fingerprints, "hosts must see the same files: share the folder, or copy it to each of them")
     return splits
 

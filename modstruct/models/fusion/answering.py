@@ -43,7 +43,8 @@ class AnswerModel(FollowedModel):
         self.start_id, self.end_id, self.padding_id = tokenizer.start_id, tokenizer.end_id, tokenizer.padding_id
         self.answer_context = task.answer_context
         self.distils = task.alpha > 0
-        self.start_momentum(task.momentum)
+        if self.distils:
+            self.start_momentum(task.momentum)
 
     def trunks(self) -> dict[str, nn.Module]:
         """The three encoders and the decoder."""

@@ -30,7 +30,8 @@ class Classifier(FollowedModel):
         self.backbone = Backbone(recipe.fusion, recipe.views, tokenizer)
         self.head = classification_head(self.backbone.text_width, classes)
         self.distils = recipe.task.alpha > 0
-        self.start_momentum(recipe.task.momentum)
+        if self.distils:
+            self.start_momentum(recipe.task.momentum)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """batch: image (B, 3, H, W) uint8, text (B, L) ids, in training label (B,). Returns TaskOutputs' fields."""

@@ -171,6 +171,7 @@ def start_from(model: nn.Module, initial: Initial) -> None:
         refuse("--init", str(initial.path), f"{remedy} {', '.join([*wrong, *missing][:5])}")
     with torch.no_grad():
         model.load_state_dict({name: value for name, value in weights.items() if name in expected}, strict=False)
-    model.momentum.module.load_state_dict(model.state_dict())
+    if model.momentum:
+        model.momentum.module.load_state_dict(model.state_dict())
     anew = sorted({name.split(".")[0] for name in expected.keys() - weights.keys()})
     log.info("Started from %s%s", initial.path, f"; new: {', '.join(anew)}" if anew else "")
