@@ -179,14 +179,14 @@ def counted(image: str, text: str) -> dict:
 
 def listed(image: str, text: str) -> dict:
     """Recall by FAISS's exact lists."""
-    image, text = (np.load(path) for path in (image, text))
+    image, text = (np.load(path, allow_pickle=False) for path in (image, text))
     pairs = np.stack([np.arange(len(text)) // CAPTIONS, np.arange(len(text))], axis=1)
     return {"figures": values(retrieval(image, text, pairs, RECALL_AT))}
 
 
 def dense(image: str, text: str) -> dict:
     """As peers do it: all scores and a mask of positives as matrices; the same figures from them, by definition."""
-    image, text = (torch.from_numpy(np.load(path)) for path in (image, text))
+    image, text = (torch.from_numpy(np.load(path, allow_pickle=False)) for path in (image, text))
     scores = text @ image.T
     positive = torch.zeros_like(scores, dtype=torch.bool)
     positive[torch.arange(len(text)), torch.arange(len(text)) // CAPTIONS] = True
