@@ -132,12 +132,20 @@ def checkpoint_arguments(arguments: Sequence[str]) -> list[str]:
     option.add_argument("--checkpoint")
     chosen = option.parse_known_args(arguments)[0].checkpoint
     found = chosen and find(chosen, chosen, "--checkpoint")
-    base = ["--recipe", str(found / "recipe.yaml"), "--data.allow_pipe", "false"] if found else []
-    return [*base, *arguments]
+    if not found:
+        return list(arguments)
+    recipe = _check_recipe_file(found / "recipe.yaml")
+    fine_tuned = "task" in read_yaml(recipe)
+    remedy = "a fine-tuned model, which finetune.py measures at its end; `finetune.py --resume` does it again"
+    require(not fine_tuned, "--checkpoint", chosen, remedy)
+    return ["--recipe", str(recipe), "--data.allow_pipe", "false", *arguments]
 
 
 def take_initial_sizes(parser: ArgumentParser, arguments: Sequence[str]) -> Sequence[str]:
-    """Make the sizes of the --init model, where that is a run or checkpoint of ours, the defaults of the recipe's."""
+    """Make sizes and colours of the --init model, where that is a run or checkpoint of ours, the recipe's defaults.
+
+    Whoever made it wrote its recipe, so what that names to be read or fetched is left out: its weights are all there.
+    """
     from modstruct.models.fusion.initial_weights import recipe_of  # here, so that --help needs no torch
 
     option = _plain_parser()
@@ -147,18 +155,25 @@ def take_initial_sizes(parser: ArgumentParser, arguments: Sequence[str]) -> Sequ
     named_by_recipe = read_yaml(_check_recipe_file(recipe_path(given.recipe, parser.recipes))).get("init")
     chosen = named_by_recipe if given.init is None else given.init
     # Published files bring no sizes, and one that the recipe names need not be there when only --help is wanted.
-    chosen = None if chosen in (None, "null") or not Path(chosen).expanduser().is_dir() else chosen
-    sizes = recipe_of(chosen).get("fusion", {}) if chosen else {}
-    kept = {name: value for name, value in sizes.items() if name != "init"}
-    parser.set_defaults(_dotted(kept, "fusion."))
+    chosen = chosen if isinstance(chosen, str) and chosen != "null" and Path(chosen).expanduser().is_dir() else None
+    made_with = recipe_of(chosen) if chosen else {}
+    colours = made_with.get("views") or {}
+    sizes = _dotted(made_with.get("fusion", {}), "fusion")
+    sizes |= {f"views.{name}": colours[name] for name in ("mean", "std") if name in colours}
+    sections = sections_of(parser.recipe_type)
+    for name in sizes:
+        section, _, field = name.rpartition(".")
+        known = name not in sections and field in sections.get(section, ())
+        require(known, "--init", chosen, f"its recipe gives {name}, which is no field of a fusion model")
+    parser.set_defaults({n: value for n, value in sizes.items() if n.rpartition(".")[2] not in ("init", "pretrained")})
     return arguments
 
 
-def _dotted(tree: dict, prefix: str) -> dict[str, object]:
-    flat = {}
-    for key, value in tree.items():
-        flat |= _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+def _dotted(value: object, name: str) -> dict[str, object]:
+    """The plain values in a section by their dotted names."""
+    if not isinstance(value, dict):
+        return {name: value}
+    return {dotted: plain for key, inner in value.items() for dotted, plain in _dotted(inner, f"{name}.{key}").items()}
 
 
 def is_first_process() -> bool:

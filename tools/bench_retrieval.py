@@ -157,7 +157,7 @@ def write_rows(
     """Unit rows, cut to multiples of 2^-11; with `like`, row j is row j // each of that file plus noise."""
     file = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(count, dimension))
     generator = torch.Generator().manual_seed(seed)
-    source = None if like is None else np.load(like, mmap_mode="r")
+    source = None if like is None else np.load(like, mmap_mode="r", allow_pickle=False)
     for start in range(0, count, ROWS_AT_ONCE):
         rows = np.arange(start, min(start + ROWS_AT_ONCE, count))
         z = torch.randn(len(rows), dimension, generator=generator)
@@ -172,21 +172,21 @@ def write_rows(
 
 
 def counted(image: str, text: str) -> dict:
-    image, text = (np.load(path, mmap_mode="r") for path in (image, text))
+    image, text = (np.load(path, mmap_mode="r", allow_pickle=False) for path in (image, text))
     pairs = np.stack([np.arange(len(text)) // CAPTIONS, np.arange(len(text))], axis=1)
     return {"figures": values(measure_retrieval(image, text, pairs, RECALL_AT))}
 
 
 def listed(image: str, text: str) -> dict:
     """Recall by FAISS's exact lists."""
-    image, text = (np.load(path) for path in (image, text))
+    image, text = (np.load(path, allow_pickle=False) for path in (image, text))
     pairs = np.stack([np.arange(len(text)) // CAPTIONS, np.arange(len(text))], axis=1)
     return {"figures": values(retrieval(image, text, pairs, RECALL_AT))}
 
 
 def dense(image: str, text: str) -> dict:
     """As peers do it: all scores and a mask of positives as matrices; the same figures from them, by definition."""
-    image, text = (torch.from_numpy(np.load(path)) for path in (image, text))
+    image, text = (torch.from_numpy(np.load(path, allow_pickle=False)) for path in (image, text))
     scores = text @ image.T
     positive = torch.zeros_like(scores, dtype=torch.bool)
     positive[torch.arange(len(text)), torch.arange(len(text)) // CAPTIONS] = True
@@ -214,13 +214,13 @@ def dense_figures(scores: torch.Tensor, positive: torch.Tensor) -> dict[str, flo
 
 
 def exact(queries: str, gallery: str) -> dict:
-    queries, gallery = (np.load(path, mmap_mode="r") for path in (queries, gallery))
+    queries, gallery = (np.load(path, mmap_mode="r", allow_pickle=False) for path in (queries, gallery))
     pairs, ahead = pairs_ahead(queries, gallery, np.stack([np.arange(len(queries))] * 2, axis=1), progress=True)
     return {"figures": values(ranking_figures(pairs, ahead, len(gallery), RECALL_AT))}
 
 
 def approximate(queries: str, gallery: str, config: IndexConfig) -> dict:
-    queries, gallery = (np.load(path, mmap_mode="r") for path in (queries, gallery))
+    queries, gallery = (np.load(path, mmap_mode="r", allow_pickle=False) for path in (queries, gallery))
     start = time.perf_counter()
     index = ApproximateIndex(gallery, config, progress=True)
     built = time.perf_counter() - start

@@ -69,11 +69,11 @@ class TaskConfig:
     name: TaskName = "vqa"
     """The downstream task."""
     momentum: float = 0.995
-    """Share of itself that a momentum weight keeps at an optimizer step."""
+    """Share of itself that a momentum weight keeps at an optimizer step (retrieval: fusion.momentum)."""
     alpha: float = 0.4
-    """Share of the momentum model's softened targets; 0 makes no momentum model."""
+    """Share of the momentum model's softened targets; 0 leaves them out (retrieval: losses.queue_contrast.alpha)."""
     ramp_steps: int | None = None
-    """Steps over which alpha rises from 0; null takes the first epoch, as ALBEF."""
+    """Steps over which alpha rises from 0; null takes the first epoch, as ALBEF (retrieval: as alpha)."""
     answer_context: int = 8
     """vqa: tokens an answer is cut or padded to, start and end included."""
     decoder_layers: int | None = None

@@ -83,6 +83,9 @@ class FusionConfig:
     queue: int = 4096
     """Pairs of momentum embeddings of earlier steps that the contrast sees besides the batch's; any number, 0 for none.
     Empty at the start, where ALBEF's is random."""
+    queue_after: int = 0
+    """Steps before the queue begins to fill. At the start momentum embeddings turn so fast that all new ones can leave
+    the old ones behind by moving in one direction, and a short run collapses there (seen on the scenes)."""
     temperature_init: float = 0.07
     """Temperature of the contrast at the start; it is learned."""
     temperature_range: tuple[float, float] = (0.001, 0.5)
@@ -92,6 +95,7 @@ class FusionConfig:
         require(self.embed_dim >= 1, "fusion.embed_dim", self.embed_dim, "at least 1")
         require(0 <= self.momentum < 1, "fusion.momentum", self.momentum, "from 0 to below 1")
         require(self.queue >= 0, "fusion.queue", self.queue, "0 (none) or more")
+        require(self.queue_after >= 0, "fusion.queue_after", self.queue_after, "0 or more")
         low, high = self.temperature_range
         fits = 0 < low <= self.temperature_init <= high
         require(fits, "fusion.temperature_init", self.temperature_init, f"above 0 and from {low} to {high}")

@@ -43,7 +43,7 @@ class Views:
         return self._images.augmented(image, seed, into)
 
     def evaluation_image(self, image: Image) -> Tensor:
-        """The centre of the picture, whatever `views.plain` says."""
+        """The view of `views.evaluation`, the centre or the whole picture squeezed, whatever `views.plain` says."""
         return self._images.evaluation(image)
 
     def plain_text(self, text: str) -> str:

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from modstruct.distributed import gather, is_main, max_over_processes, rank, world_size
+from modstruct.distributed import (
+    FailedElsewhere,
+    broadcast_object,
+    gather,
+    is_main,
+    max_over_processes,
+    rank,
+    world_size,
+)
 
 
 def rounds_of(batches: int) -> int:
@@ -104,3 +112,19 @@ def collect_values(value: Any, device: torch.device) -> list[Any]:
     padded[0, : len(content)] = content
     everyone, lengths = gather(padded).cpu().numpy(), gather(length).tolist()
     return [json.loads(row[:n].tobytes()) for row, n in zip(everyone, lengths, strict=True)]
+
+
+def on_main(measure: Callable[[], Any]) -> Any:
+    """What the main process measures, on every process; its error too, so that none waits for ever."""
+    outcome, error = None, None
+    if is_main():
+        try:
+            outcome = {"measured": measure()}
+        except Exception as e:  # raised below, here as it is and elsewhere by its text
+            error, outcome = e, {"error": f"{type(e).__name__}: {e}"}
+    outcome = broadcast_object(outcome)
+    if error is not None:
+        raise error
+    if "error" in outcome:
+        raise FailedElsewhere(f"the main process failed first: {outcome['error']}")
+    return outcome["measured"]

@@ -15,8 +15,7 @@ from modstruct.config import EvaluationConfig
 from modstruct.data.augment import Views
 from modstruct.data.evaluation_samples import EvaluationSamples, evaluation_loader
 from modstruct.data.tokenizers import Tokenizer
-from modstruct.distributed import FailedElsewhere, broadcast_object, is_main
-from modstruct.evaluation.collect import my_batches
+from modstruct.evaluation.collect import my_batches, on_main
 from modstruct.evaluation.embed import EmbeddedSource, Encode, embed_source, embed_texts
 from modstruct.evaluation.reranking import reranked_retrieval
 from modstruct.evaluation.retrieval import retrieval
@@ -94,7 +93,7 @@ def evaluate(
         metrics["seconds"] = {"embedding": embedded - started, "total": ended - started}
         return metrics
 
-    return _on_main(measure)
+    return on_main(measure)
 
 
 def _reranked(
@@ -124,19 +123,3 @@ def _reranked(
         batch,
         device,
     )
-
-
-def _on_main(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What the main process measures, on every process; its error too, so that none waits for ever."""
-    outcome, error = None, None
-    if is_main():
-        try:
-            outcome = {"metrics": measure()}
-        except Exception as e:  # raised below, here as it is and elsewhere by its text
-            error, outcome = e, {"error": f"{type(e).__name__}: {e}"}
-    outcome = broadcast_object(outcome)
-    if error is not None:
-        raise error
-    if "error" in outcome:
-        raise FailedElsewhere(f"the main process failed first: {outcome['error']}")
-    return outcome["metrics"]

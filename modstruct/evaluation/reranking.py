@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from modstruct.config import RunError
 from modstruct.data.tokenizers import Tokenizer
-from modstruct.distributed import broadcast_object, is_main
-from modstruct.evaluation.collect import collect_rows, collect_tokens, my_batches
+from modstruct.distributed import broadcast_object
+from modstruct.evaluation.collect import collect_rows, collect_tokens, my_batches, on_main
 from modstruct.evaluation.retrieval import items_ahead, nearest, recalls
 from modstruct.models.fusion.pretraining import FusionModel
 
@@ -42,13 +43,17 @@ def reranked_retrieval(
     pictures: this process's batches of the n pictures (see collect.my_batches), uint8 (b, 3, H, W) on the device, in
     the order of image's rows. captions: the m texts. image: (n, D), text: (m, D), read on the main process alone.
     pairs: (p, 2), (image row, text row). batch: pictures, texts or pairs in one forward pass. Returns the same as
-    retrieval.retrieval on the main process, and an empty dict elsewhere.
+    retrieval.retrieval on the main process, and an empty dict elsewhere. Raises RunError, on every process, where
+    `pictures` brings another number than image has rows.
     """
     backbone = model.backbone
     sizes = broadcast_object((len(image), len(text)))
     side = model.backbone.image.patch_embed.img_size[0]
     grey = torch.zeros((1, 3, side, side), dtype=torch.uint8, device=device)
     image_tokens = _gathered(backbone.encode_image, pictures, grey, sizes[0], batch, device, "encoding pictures")
+    if len(image_tokens) != sizes[0]:  # pictures are read a second time; one that is lost would shift those after it
+        counts = f"{len(image_tokens):,} instead of {sizes[0]:,} could be read a second time"
+        raise RunError(f"pictures changed while they were measured: {counts}; measure again")
     ids = tokenizer(list(captions)).to(device)
     mine = (ids[n * batch : (n + 1) * batch] for n in my_batches(math.ceil(len(ids) / batch)))
     text_tokens = _gathered(backbone.encode_text, mine, ids[:1], len(ids), batch, device, "encoding captions")
@@ -64,9 +69,7 @@ def reranked_retrieval(
         "text_to_image": (text, image, pairs[:, ::-1], score),
         "image_to_text": (image, text, pairs, lambda images, texts: score(texts, images)),
     }
-    return {
-        name: part for name, d in directions.items() if (part := _direction(*d, candidates, recall_at, batch, device))
-    }
+    return {name: _direction(*d, candidates, recall_at, batch, device) for name, d in directions.items()}
 
 
 def _direction(
@@ -79,7 +82,7 @@ def _direction(
     batch: int,
     device: torch.device,
 ) -> dict[str, dict[str, float]]:
-    found = broadcast_object(nearest(queries, gallery, candidates) if is_main() else None)  # (q, k)
+    found = on_main(lambda: nearest(queries, gallery, candidates))  # (q, k)
     k = found.shape[1]
     at_once = max(1, batch // k)  # queries
     batches = math.ceil(len(found) / at_once)
@@ -91,10 +94,12 @@ def _direction(
         return score(some.repeat_interleave(k), rows[some].flatten()).view(len(some), k)
 
     scores = collect_rows(scores_of, mine, numbers[:1], batches, at_once, "ranking anew")
-    if not is_main():
-        return {}
-    ahead = ahead_after(found, scores, pairs, items_ahead(queries, gallery, pairs, max(k, *recall_at)))
-    return recalls(ahead, pairs, len(gallery), recall_at)
+
+    def measure() -> dict[str, dict[str, float]]:
+        ahead = ahead_after(found, scores, pairs, items_ahead(queries, gallery, pairs, max(k, *recall_at)))
+        return recalls(ahead, pairs, len(gallery), recall_at)
+
+    return on_main(measure)
 
 
 def ahead_after(candidates: np.ndarray, scores: np.ndarray, pairs: np.ndarray, ahead: np.ndarray) -> np.ndarray:

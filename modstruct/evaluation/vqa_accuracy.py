@@ -1,4 +1,4 @@
-"""The official accuracy of VQA v2, its server's result file, and the best answer to each question type as a prior.
+"""The official accuracy of VQA v2, and the best answer to each question type as a prior.
 
 An answer counts by how many annotators gave it: right if at least three others of the ten did (Antol et al. 2015).
 What counts as the same answer is decided by a normalisation, which here gives what GT-Vision-Lab/VQA's vqaEval.py
@@ -7,15 +7,12 @@ gives, its oddities included, since published figures have them in.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from pathlib import Path
 
 from modstruct.data.tasks.vqa import VqaQuestion
-from modstruct.files import written_aside
 
 ENOUGH_ANNOTATORS = 3
 
@@ -122,14 +119,6 @@ def best_answers(questions: Iterable[VqaQuestion]) -> dict[str | None, str]:
 def prior_predictions(best: Mapping[str | None, str], questions: Iterable[VqaQuestion]) -> dict[int, str]:
     """The best answer of each question's type; of all types for a type that `best` does not know."""
     return {question.question_id: best.get(question.question_type, best[None]) for question in questions}
-
-
-def write_results(predictions: Mapping[int, str], path: str | Path) -> None:
-    """Write the JSON that the evaluation server takes, [{"question_id": 1, "answer": "yes"}, …], in order of the
-    ids."""
-    results = [{"question_id": int(number), "answer": str(predictions[number])} for number in sorted(predictions)]
-    with written_aside(Path(path).expanduser()) as file:
-        file.write(json.dumps(results).encode())
 
 
 def _one_line(answer: str) -> str:

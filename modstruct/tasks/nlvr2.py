@@ -30,6 +30,7 @@ class Nlvr2(Task):
     """
 
     files = ("images", "statements")
+    pictures_of_entry = 2
 
     def read(self, files: TaskFiles, option: str, split: str) -> TaskEntries[Nlvr2Statement]:
         leave_out = self.recipe.data.leave_out_missing

@@ -21,6 +21,7 @@ from modstruct.data.tasks.batches import Seed
 from modstruct.data.tasks.karpathy import CaptionedPicture, read_karpathy
 from modstruct.data.tasks.published_files import TaskEntries
 from modstruct.data.tokenizers import Tokenizer
+from modstruct.evaluation.collect import on_main
 from modstruct.evaluation.embed import embed_texts
 from modstruct.evaluation.reranking import reranked_retrieval
 from modstruct.evaluation.retrieval import retrieval
@@ -114,16 +115,14 @@ class Retrieval(Task):
             batch,
             device,
         )
-        figures = None
-        if distributed.is_main():
-            figures = _flat("", retrieval(image, text, pairs, recall_at)) | _flat("matched ", matched)
-        figures = distributed.broadcast_object(figures)
+        figures = on_main(lambda: _flat("", retrieval(image, text, pairs, recall_at)) | _flat("matched ", matched))
         return figures | {"sizes": {"pictures": len(image), "captions": len(captions)}}, None
 
     def _pictures(self, entries: Sequence[CaptionedPicture], batch: int, device: torch.device) -> Iterator[Tensor]:
         """This process's batches, all of whose pictures could be read a moment ago."""
         for found in self.batches_of(entries, batch):
-            yield found.tensors["image"].to(device)
+            if found.numbers:
+                yield found.tensors["image"].to(device)
 
     def score(self, metrics: dict[str, Any]) -> float:
         """Mean R@1 of both directions after matching."""

@@ -13,13 +13,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from modstruct import distributed
-from modstruct.config import FinetuneRecipe, TaskFiles, refuse
+from modstruct.config import FinetuneRecipe, TaskFiles, refuse, require
 from modstruct.data.augment import Views
 from modstruct.data.faults import FaultLedger
 from modstruct.data.scenes.tasks.folder import SceneTaskPaths
 from modstruct.data.tasks.batches import EntryBatch, Seed, entry_batches
 from modstruct.data.tasks.published_files import TaskEntries
 from modstruct.data.tokenizers import Tokenizer
+from modstruct.data.workers import require_shared_memory
 from modstruct.evaluation.collect import collect_values, rounds_of
 from modstruct.losses.distillation import Distillation
 from modstruct.models.fusion.momentum import FollowedModel
@@ -31,7 +32,8 @@ class Task(ABC):
     """Entries, model, objective and figures of one task. Travels to loader processes, so it holds no model."""
 
     files: tuple[str, ...]
-    """Fields of TaskFiles that a split needs, the pictures' first."""
+    """Fields of TaskFiles that a split needs: the pictures', and the entries'."""
+    pictures_of_entry: int = 1
 
     def __init__(self, recipe: FinetuneRecipe, tokenizer: Tokenizer):
         self.recipe, self.tokenizer = recipe, tokenizer
@@ -73,7 +75,11 @@ class Task(ABC):
         return Distillation(task.alpha, epoch_steps if task.ramp_steps is None else task.ramp_steps)
 
     def entries(self, split: str, paths: SceneTaskPaths | None) -> TaskEntries | None:
-        """The entries of a split; None for one without files. paths: the built-in task, if it is wanted."""
+        """The entries of a split; None for one without files. paths: the built-in task, if it is wanted.
+
+        Raises ValueError, naming the field, for a file that is not given, that has no entry, or, except for the test
+        split, entries without label.
+        """
         files = getattr(self.recipe.data, split) if paths is None else self.scene_files(paths, split)
         given = [name for name in self.files if getattr(files, name) is not None]
         if not given and split != "train":
@@ -81,7 +87,24 @@ class Task(ABC):
         for name in self.files:
             if getattr(files, name) is None:
                 refuse(f"data.{split}.{name}", None, f"{self.recipe.task.name} needs it: give the published file")
-        return self.read(files, f"data.{split}", split)
+        found = self.read(files, f"data.{split}", split)
+        option, file = f"data.{split}.{self.files[1]}", getattr(files, self.files[1])
+        require(bool(found.entries), option, str(file), "it has no entry that can be used; give another file")
+        unlabelled = sum(getattr(entry, "label", 0) is None for entry in found.entries)
+        if split != "test":
+            need = "training" if split == "train" else "the choice of the best checkpoint"
+            remedy = f"{unlabelled:,} of its {len(found.entries):,} entries have no label, which {need} needs"
+            require(unlabelled == 0, option, str(file), f"{remedy}; give a split with labels")
+        return found
+
+    def check_shared_memory(self) -> None:
+        """Refuse batches, of training or evaluation, that loader processes could not hand over."""
+        rows = max(self.recipe.train.global_batch // distributed.world_size(), self.recipe.evaluation.batch)
+        require_shared_memory(rows * self.pictures_of_entry * 3 * self.views.image_size**2, self.recipe.data.workers)
+
+    def identity(self) -> dict[str, str]:
+        """What else must be equal on all hosts, by the field that it comes from."""
+        return {}
 
     def picture_view(self, image: Image.Image, seed: Seed | None, salt: str = "image") -> Tensor:
         """The view of a picture that training (with a seed) or evaluation takes, (3, H, W) uint8."""

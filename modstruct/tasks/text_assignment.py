@@ -57,6 +57,7 @@ class TextAssignment(Task):
     """predictions.json: [{"image_id": …, "assignment": "first" | "second" | "neither" | null}, …]."""
 
     files = ("images", "captions")
+    pictures_of_entry = 2
 
     def __init__(self, recipe: FinetuneRecipe, tokenizer: Tokenizer):
         super().__init__(recipe, tokenizer)

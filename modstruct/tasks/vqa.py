@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -62,6 +64,10 @@ class Vqa(Task):
         if alike and self.recipe.task.answering == "rank":
             log.info("%d of %d listed answers have the tokens of another one", alike, len(self.answer_list))
 
+    def identity(self) -> dict[str, str]:
+        content = json.dumps(self.answer_list).encode()
+        return {"data.answers": hashlib.blake2b(content, digest_size=16).hexdigest()}
+
     def scene_files(self, paths: SceneTaskPaths, split: str) -> TaskFiles:
         found = paths.vqa[split]
         return TaskFiles(images=found.images, questions=found.questions, annotations=found.annotations)
@@ -110,13 +116,17 @@ class Vqa(Task):
         task = self.recipe.task
         if task.answering == "generate":
             return lambda batch: [self.answer_tokenizer.decode(row) for row in model.generate(batch).tolist()]
-        listed = _narrow(self.answer_tokenizer, self.answer_list).to(distributed.device())
+        # Of answers with the same tokens the first stands for all: which of them came first would be rounding's choice.
+        ids = self.answer_tokenizer(self.answer_list).tolist()
+        told_apart = {tuple(row): answer for row, answer in zip(ids[::-1], self.answer_list[::-1], strict=True)}
+        answers = list(told_apart.values())[::-1]
+        listed = _narrow(self.answer_tokenizer, answers).to(distributed.device())
         # Not by the rows of a batch: every process must make as many passes.
         at_once = max(1, ANSWERS_AT_ONCE // self.recipe.evaluation.batch)
 
         def best(batch: dict[str, Tensor]) -> list[str]:
             numbers, _ = model.rank(batch, listed, task.first_token_candidates, at_once)
-            return [self.answer_list[number] for number in numbers[:, 0].tolist()]
+            return [answers[number] for number in numbers[:, 0].tolist()]
 
         return best
 

@@ -82,7 +82,7 @@ def _without_auto(section: dict) -> dict:
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Two groups: matrices, kernels and the tables of tokens and positions with decay, as in CLIP's and CyCLIP's code;
-    norms, biases, the class token and the logit scale without."""
+    norms, biases, open_clip's class token (timm's, of three dimensions, has decay) and the logit scale without."""
     decay, no_decay = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,7 +16,8 @@ from modstruct.data.tasks.batches import task_loader, task_order
 from modstruct.data.tasks.published_files import TaskEntries
 from modstruct.evaluation.report import flatten, save_metrics, task_table
 from modstruct.files import written_aside
-from modstruct.hosts import require_same
+from modstruct.hosts import on_all, require_same
+from modstruct.models.fusion.backbone import without_files
 from modstruct.models.fusion.initial_weights import Initial, find_initial, start_from
 from modstruct.tasks import Task, build_task
 from modstruct.tasks.task import SPLITS
@@ -61,7 +62,10 @@ def open_run(recipe: FinetuneRecipe, ds_config: str, resume: str | None) -> Fine
     """Task, entries, model, engine, and what a checkpoint says of them."""
     start = find_start(recipe, ds_config, resume)
     initial = find_initial(recipe.init, recipe.tokenizer, recipe.data.cache, start.tokenizer)
-    task = build_task(recipe, initial.tokenizer)
+    # Weights of a checkpoint or of --init follow: the encoders' own are not read, and need not be there any more.
+    follow = start.saved is not None or initial.weights is not None
+    task = build_task(replace(recipe, fusion=without_files(recipe.fusion)) if follow else recipe, initial.tokenizer)
+    on_all(task.check_shared_memory)
     splits = _splits(recipe, task)
     entries = splits["train"].entries
     state = start.state(splits["train"].fingerprint, "its files")
@@ -113,7 +117,7 @@ def _splits(recipe: FinetuneRecipe, task: Task) -> dict[str, TaskEntries]:
     for split, entries in splits.items():
         for cause, number in entries.left_out.items():
             log.info("data.%s: %s entries left out: %s", split, f"{number:,}", cause)
-    fingerprints = {f"data.{split}": entries.fingerprint for split, entries in splits.items()}
+    fingerprints = {f"data.{split}": entries.fingerprint for split, entries in splits.items()} | task.identity()
     require_same(fingerprints, "hosts must see the same files: share the folder, or copy it to each of them")
     return splits
 

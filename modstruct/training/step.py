@@ -71,7 +71,7 @@ def train_step(
     if not finite:
         report.skipped, report.overflow = "the gradient is not finite", True
     elif hasattr(engine.module, "follow"):
-        engine.module.follow(report.embeddings, embedded.batch, whole)
+        engine.module.follow(report.embeddings, embedded.batch, whole, step)
     return report
 
 

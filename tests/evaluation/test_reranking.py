@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from tiny_fusion import fusion_model, fusion_recipe
 from tiny_models import CAPTIONS, pictures, word_tokenizer
 
+from modstruct.config import RunError
 from modstruct.evaluation.reranking import ahead_after, reranked_retrieval
 from modstruct.evaluation.retrieval import items_ahead, nearest, recalls
 
@@ -86,3 +87,13 @@ def test_all_candidates_and_a_perfect_matching_find_everything():
     positives = np.stack([np.arange(6), np.arange(6)], axis=1)
     candidates = np.tile(np.arange(6), (6, 1))
     assert ahead_after(candidates, np.eye(6), positives, np.full(6, 5)).tolist() == [0] * 6
+
+
+@torch.no_grad()
+def test_a_picture_that_is_lost_between_the_stages_ends_the_measurement():
+    model, captions = fusion_model(fusion_recipe()).eval(), list(CAPTIONS[:4])
+    image, text = np.eye(5, 8, dtype=np.float32), np.eye(4, 8, dtype=np.float32)
+    found = iter([pictures(16, 2, 3), pictures(16, 2, 4)])
+    one, cpu = np.array([[0, 0]]), torch.device("cpu")
+    with pytest.raises(RunError, match="4 instead of 5"):
+        reranked_retrieval(model, found, captions, word_tokenizer(), image, text, one, 2, [1], 2, cpu)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from modstruct.evaluation.vqa_accuracy import (
     normalized,
     prior_predictions,
     vqa_accuracy,
-    write_results,
 )
 
 
@@ -153,9 +151,3 @@ def test_no_constant_answer_beats_the_best_one():
     for answer in ("red", "blue", "2", "two", "yes", "no"):
         constant = vqa_accuracy({item.question_id: answer for item in QUESTIONS}, QUESTIONS)
         assert all(constant["question_type"][kind] <= prior["question_type"][kind] for kind in prior["question_type"])
-
-
-def test_the_server_takes_a_list_of_question_ids_and_answers(tmp_path: Path):
-    write_results({2: "blue", 1: "café"}, tmp_path / "results" / "vqa.json")
-    content = json.loads((tmp_path / "results" / "vqa.json").read_bytes())
-    assert content == [{"question_id": 1, "answer": "café"}, {"question_id": 2, "answer": "blue"}]

@@ -38,9 +38,9 @@ def answer_model(recipe: FinetuneRecipe | None = None, seed: int = 0) -> AnswerM
     model = AnswerModel(recipe or answer_recipe(), answer_tokenizer())
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(6 if parameter.dim() > 1 else 1)
-        for parameter in model.momentum.module.parameters():
-            parameter.mul_(4 if parameter.dim() > 1 else 1)
+            parameter.mul_(1.5 if parameter.dim() > 1 else 1)
+        for parameter in model.momentum.module.parameters() if model.momentum else ():
+            parameter.mul_(0.7 if parameter.dim() > 1 else 1)
     return model.eval()
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,3 +55,29 @@ def test_a_missing_file_is_named(root):
     nameless.recipe.data.train.hypotheses = None
     with pytest.raises(ValueError, match=r"data\.train\.hypotheses = None: snli_ve needs it"):
         nameless.entries("train", None)
+
+
+def with_lines(root: Path, tmp_path: Path, split: str, lines: list[dict]) -> Task:
+    task = tiny_task(root, "snli_ve")
+    path = tmp_path / f"{split}.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    getattr(task.recipe.data, split).hypotheses = str(path)
+    return task
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_a_split_without_an_entry_is_refused_by_name(root, tmp_path, split):
+    with pytest.raises(ValueError, match=rf"data\.{split}\.hypotheses = .*no entry"):
+        with_lines(root, tmp_path, split, []).entries(split, None)
+
+
+def test_labels_may_be_missing_in_the_test_split_only(root, tmp_path):
+    path = tiny_task(root, "snli_ve").recipe.data.test.hypotheses
+    first, second = (json.loads(line) for line in Path(path).read_text().splitlines()[:2])
+    del second["gold_label"]
+    for split in ("train", "validation"):
+        task = with_lines(root, tmp_path, split, [first, second])
+        getattr(task.recipe.data, split).images = task.recipe.data.test.images
+        with pytest.raises(ValueError, match=rf"data\.{split}\.hypotheses = .*1 of its 2 entries have no label"):
+            task.entries(split, None)
+    assert len(with_lines(root, tmp_path, "test", [first, second]).entries("test", None).entries) == 2

@@ -12,7 +12,8 @@ from torch.nn.functional import normalize
 from modstruct.config import ContrastiveConfig, GeometryConfig, LossesConfig, SeparationConfig
 from modstruct.embeddings import Embeddings
 from modstruct.losses.objective import Objective
-from modstruct.training.gradient_cache import CachedBatch, WholeBatch, embed
+from modstruct.training.gradient_cache import CachedBatch, WholeBatch
+from modstruct.training.step import embed
 
 PAIRS, FEATURES, WIDTH = 23, 12, 6
 OBJECTIVE = Objective(
@@ -27,6 +28,8 @@ VIEWS = ("image", "image_augmented", "text", "text_augmented")
 
 class Towers(nn.Module):
     """Two small towers that make what the model makes."""
+
+    outputs = Embeddings
 
     def __init__(self, middle: nn.Module):
         super().__init__()

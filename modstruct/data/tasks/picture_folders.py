@@ -58,7 +58,7 @@ class PictureFolders:
         if len(self.missing) == len(self.asked):
             refuse(self.option, str(self.root), f"{counts}; {self.remedy}")
         if self.missing and not self.leave_out_missing:
-            waiver = f"{self.option.rpartition('.')[0]}.leave_out_missing"
+            waiver = f"{self.option.partition('.')[0]}.leave_out_missing"  # one field for all splits
             refuse(self.option, str(self.root), f"{counts}; {self.remedy}, or go without them by {waiver}")
 
     def _listing(self, folder: Path) -> frozenset[str]:

@@ -39,11 +39,12 @@ class AnswerModel(FollowedModel):
         self.decoder = Layers(bert, 0, layers, seen_width=width, causal=True)
         self.head = LanguageHead(bert)
         for part in (self.words, self.decoder, self.head):
-            initialise(part)
+            initialise(part, width)
         self.start_id, self.end_id, self.padding_id = tokenizer.start_id, tokenizer.end_id, tokenizer.padding_id
         self.answer_context = task.answer_context
         self.distils = task.alpha > 0
-        self.start_momentum(task.momentum)
+        if self.distils:
+            self.start_momentum(task.momentum)
 
     def trunks(self) -> dict[str, nn.Module]:
         """The three encoders and the decoder."""

@@ -32,7 +32,7 @@ class Backbone(nn.Module):
         self.text = Layers(self.bert, 0, text.text_layers)
         self.fusion = Layers(self.bert, text.text_layers, text.fusion_layers, seen_width=self.image_width)
         for part in (self.words, self.text, self.fusion):
-            initialise(part)
+            initialise(part, text.width)
         if text.pretrained is not None:
             load_bert(self, text.pretrained)
 

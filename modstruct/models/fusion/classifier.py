@@ -16,7 +16,7 @@ from modstruct.models.fusion.momentum import FollowedModel
 def classification_head(width: int, classes: int) -> nn.Sequential:
     """ALBEF's head of NLVR2 and SNLI-VE, on the fused [CLS]."""
     head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, classes))
-    initialise(head)
+    initialise(head, width)
     return head
 
 
@@ -30,7 +30,8 @@ class Classifier(FollowedModel):
         self.backbone = Backbone(recipe.fusion, recipe.views, tokenizer)
         self.head = classification_head(self.backbone.text_width, classes)
         self.distils = recipe.task.alpha > 0
-        self.start_momentum(recipe.task.momentum)
+        if self.distils:
+            self.start_momentum(recipe.task.momentum)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """batch: image (B, 3, H, W) uint8, text (B, L) ids, in training label (B,). Returns TaskOutputs' fields."""

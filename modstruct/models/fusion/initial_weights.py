@@ -43,7 +43,9 @@ def find_folder(init: str, option: str = "--init") -> Path | None:
     path = Path(init).expanduser()
     if not path.is_dir():
         return None
-    return path if (path / EXPORTED).is_file() else checkpoints.find(str(path), path, option)
+    found = path if (path / EXPORTED).is_file() else checkpoints.find(str(path), path, option)
+    require(found is not None, option, init, "this run has no checkpoint yet")
+    return found
 
 
 def read_everything(init: str, option: str) -> dict[str, Tensor]:
@@ -106,13 +108,21 @@ def start_pretraining(model: FusionModel, init: str) -> None:
 
 
 def recipe_of(init: str) -> dict:
-    """The recipe that a run, checkpoint or export of ours was made with; empty for a file of weights."""
+    """The recipe that a run, checkpoint or export of ours was made with; empty for a file of weights.
+
+    Raises ValueError, naming --init, where it cannot be read.
+    """
     folder = find_folder(init)
     if folder is None:
         return {}
-    if (folder / EXPORTED).is_file():
-        return json.loads((folder / "modstruct_config.json").read_bytes())["recipe"]
-    return dict(read_yaml(folder / "recipe.yaml"))
+    exported = (folder / EXPORTED).is_file()
+    path = folder / ("modstruct_config.json" if exported else "recipe.yaml")
+    try:
+        recipe = json.loads(path.read_bytes())["recipe"] if exported else read_yaml(path)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        refuse("--init", init, f"the recipe in {path} cannot be read ({' '.join(str(error).split())[:200]})")
+    require(isinstance(recipe, dict), "--init", init, f"the recipe in {path} must hold fields (name: value)")
+    return recipe
 
 
 def find_initial(init: str | None, config: TokenizerConfig, cache: str, tokenizer: Tokenizer | None = None) -> Initial:
@@ -131,6 +141,8 @@ def find_initial(init: str | None, config: TokenizerConfig, cache: str, tokenize
         refuse("--init", init, "no such file or folder; give a run, checkpoint or export of ours, or ALBEF's .pth")
 
     def no_captions():
+        if init is None:
+            refuse("--init", None, f"nothing to start from: give {KINDS}, or tokenizer.path to start from nothing")
         refuse("tokenizer.path", config.path, "name the tokenizer that the weights of --init know, or BERT's vocab.txt")
 
     built = main_first(lambda: build_tokenizer(config, no_captions, cache, "none"))
@@ -159,6 +171,7 @@ def start_from(model: nn.Module, initial: Initial) -> None:
         refuse("--init", str(initial.path), f"{remedy} {', '.join([*wrong, *missing][:5])}")
     with torch.no_grad():
         model.load_state_dict({name: value for name, value in weights.items() if name in expected}, strict=False)
-    model.momentum.module.load_state_dict(model.state_dict())
+    if model.momentum:
+        model.momentum.module.load_state_dict(model.state_dict())
     anew = sorted({name.split(".")[0] for name in expected.keys() - weights.keys()})
     log.info("Started from %s%s", initial.path, f"; new: {', '.join(anew)}" if anew else "")

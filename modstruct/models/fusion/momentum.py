@@ -49,25 +49,29 @@ class Momentum:
 
 
 class FollowedModel(nn.Module):
-    """A model with a momentum copy of itself, made by `start_momentum` at the end of its construction."""
+    """A model with a momentum copy of itself, if `start_momentum` makes one at the end of its construction."""
 
     batch_fields: frozenset[str] = frozenset()
     """Extra fields of a batch that it trains on."""
+
+    def __init__(self):
+        super().__init__()
+        self._outside = []
 
     def start_momentum(self, share: float) -> None:
         # In a list, so that torch does not take it for a part of this module.
         self._outside = [Momentum(self, share)]
 
     @property
-    def momentum(self) -> Momentum:
-        return self._outside[0]
+    def momentum(self) -> Momentum | None:
+        return self._outside[0] if self._outside else None
 
-    def follow(self, outputs: object, batch: dict[str, Tensor], whole: Whole) -> None:
-        """After an optimizer step: the momentum weights follow. Collective.
+    def follow(self, outputs: object, batch: dict[str, Tensor], whole: Whole, step: int = 0) -> None:
+        """After optimizer step `step`, from 0: the momentum weights follow. Collective.
 
         whole: context in which the parameters given to it are whole on this process (ZeRO stage 3 has spread them).
         """
-        named = list(self.named_parameters())
+        named = list(self.named_parameters()) if self.momentum else []
         for first in range(0, len(named), AT_ONCE):
             some = dict(named[first : first + AT_ONCE])
             with whole(some.values()):
@@ -75,13 +79,16 @@ class FollowedModel(nn.Module):
 
     def outside_state(self) -> dict[str, Tensor]:
         """Momentum weights (and queues) by name; the same on every process."""
-        return {f"{MOMENTUM}{name}": value for name, value in self.momentum.state().items()}
+        state = self.momentum.state() if self.momentum else {}
+        return {f"{MOMENTUM}{name}": value for name, value in state.items()}
 
     def load_outside_state(self, state: dict[str, Tensor]) -> None:
-        self.momentum.load({n.removeprefix(MOMENTUM): v for n, v in state.items() if n.startswith(MOMENTUM)})
+        if self.momentum:
+            self.momentum.load({n.removeprefix(MOMENTUM): v for n, v in state.items() if n.startswith(MOMENTUM)})
 
     def outside_to(self, device: torch.device) -> None:
-        self.momentum.to(device)
+        if self.momentum:
+            self.momentum.to(device)
 
     def autocast(self, device: torch.device) -> AbstractContextManager:
         """In it the momentum copy, whose weights are float32, computes in what this model computes in."""

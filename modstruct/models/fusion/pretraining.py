@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from modstruct import distributed
 from modstruct.config import FinetuneRecipe, Recipe
+from modstruct.data.masking import IGNORED
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.embeddings import FusionOutputs
 from modstruct.losses.objective import Objective
@@ -21,8 +22,6 @@ from modstruct.models.two_tower import Clamp
 PAIR_FIELDS = frozenset({"image_id", "text_id", "slot"})
 BLANK_FIELDS = frozenset({"text_masked", "masked_labels"})
 TRAINING_FIELDS = PAIR_FIELDS | BLANK_FIELDS
-IGNORED = -100
-"""Label of what a cross entropy leaves out."""
 
 
 class FusionModel(FollowedModel):
@@ -44,7 +43,7 @@ class FusionModel(FollowedModel):
         self.matching_head = nn.Linear(widths["text"], 2)
         self.language_head = LanguageHead(self.backbone.bert)
         for head in (self.image_head, self.text_head, self.matching_head, self.language_head):
-            initialise(head)
+            initialise(head, widths["text"])
         # After all shared weights, so that they do not depend on what the losses need.
         self.independent = objective.independent
         if self.independent:
@@ -56,6 +55,7 @@ class FusionModel(FollowedModel):
         self.fills_blanks = "masked_language" in objective.weights
         self.negatives = recipe.losses.matching.negatives
         self.seed = recipe.train.seed
+        self.queue_after = config.queue_after
         self.batch_fields = TRAINING_FIELDS if self.fills_blanks else PAIR_FIELDS
         self.start_momentum(config.momentum)
         self._outside.append(FeatureQueue(config.queue, config.embed_dim))
@@ -119,12 +119,16 @@ class FusionModel(FollowedModel):
     def _encode_texts(
         self, backbone: Backbone, batch: dict[str, Tensor], blanked: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Tokens of the captions and, in the same pass, of the captions with blanks."""
+        """Tokens of the captions and, mostly in the same pass, of the captions with blanks."""
         if not blanked:
             return backbone.encode_text(batch["text"]), None
         # The blanks' mask is the caption's: a word may have been replaced by any id, padding among them.
-        ids, mask = torch.cat([batch["text"], batch["text_masked"]]), backbone.mask(batch["text"]).repeat(2, 1)
-        plain, with_blanks = backbone.encode_text(ids, mask).chunk(2)
+        mask = backbone.mask(batch["text"])
+        if backbone.training and backbone.bert.hidden_dropout_prob > 0:
+            # The gradient cache embeds the captions alone first: on them, dropout must fall as it did there.
+            return tuple(backbone.encode_text(batch[name], mask) for name in ("text", "text_masked"))
+        ids = torch.cat([batch["text"], batch["text_masked"]])
+        plain, with_blanks = backbone.encode_text(ids, mask.repeat(2, 1)).chunk(2)
         return plain, with_blanks
 
     def _fill_blanks(
@@ -195,9 +199,11 @@ class FusionModel(FollowedModel):
         labels += [torch.where(has, torch.zeros_like(batch["slot"]), IGNORED) for has in (has_image, has_text)]
         return {"matching_logits": logits, "matching_labels": torch.cat(labels)}
 
-    def follow(self, outputs: FusionOutputs, batch: dict[str, Tensor], whole: Whole) -> None:
+    def follow(self, outputs: FusionOutputs, batch: dict[str, Tensor], whole: Whole, step: int = 0) -> None:
         """After an optimizer step: the momentum weights follow, the queue takes the batch's momentum embeddings."""
-        super().follow(outputs, batch, whole)
+        super().follow(outputs, batch, whole, step)
+        if step < self.queue_after:
+            return
         rows = (outputs.image_augmented, outputs.text_augmented, batch["image_id"])
         self.queue.push(*(distributed.gather(row) for row in rows))
 

@@ -66,6 +66,8 @@ def from_albef(weights: dict[str, Tensor], text_layers: int | None = None) -> di
         if name == "temp":
             ours["logit_scale"] = -value.reshape(1).log()
         elif name == "queue_ptr":
+            both = {"image_queue", "text_queue"} <= weights.keys()
+            require(both, "ALBEF's weights", name, "image_queue and text_queue belong to it; give a file that is whole")
             ours[f"{QUEUE}counts"] = torch.cat([value.reshape(1), torch.tensor([weights["image_queue"].shape[1]])])
         elif name in ("image_queue", "text_queue"):
             ours[QUEUE + name.removesuffix("_queue")] = value.T.contiguous()
@@ -78,6 +80,7 @@ def from_albef(weights: dict[str, Tensor], text_layers: int | None = None) -> di
 
 
 def _ours(name: str, text_layers: int) -> str:
+    given = name
     if name.startswith("text_encoder.") and not name.startswith(("text_encoder.bert.", "text_encoder.cls.")):
         name = name.replace("text_encoder.", "text_encoder.bert.", 1)  # as its fine-tuned files have it
     prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
@@ -85,8 +88,9 @@ def _ours(name: str, text_layers: int) -> str:
     name = PREFIXES[prefix] + name.removeprefix(prefix)
     if not name.startswith("backbone.layer."):
         return name
-    number = int(name.split(".")[2])
-    return name.replace("backbone.layer.", f"backbone.{'text' if number < text_layers else 'fusion'}.layer.", 1)
+    number = name.split(".")[2]
+    require(number.isdecimal(), "ALBEF's weights", given, "no number of a layer stands there")
+    return name.replace("backbone.layer.", f"backbone.{'text' if int(number) < text_layers else 'fusion'}.layer.", 1)
 
 
 def to_albef(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -71,7 +71,8 @@ class PairClassifier(FollowedModel):
         self.backbone.fusion = PairLayers(self.backbone.fusion)
         self.head = classification_head(self.backbone.text_width, classes)
         self.distils = recipe.task.alpha > 0
-        self.start_momentum(recipe.task.momentum)
+        if self.distils:
+            self.start_momentum(recipe.task.momentum)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """batch: image (B, 2, 3, H, W) uint8, left and right, text (B, L) ids, in training label (B,).

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from modstruct.config import FusionVisionConfig, refuse, require
 from modstruct.distributed import main_first
+from modstruct.models.fusion.bert import initialise
 from modstruct.weight_files import read_weight_file
 
 REMEDY = "must be a ViT with one class token, such as deit_base_patch16_224"
@@ -22,7 +23,7 @@ def build_image_encoder(config: FusionVisionConfig) -> nn.Module:
     from timm.models.vision_transformer import VisionTransformer
 
     if config.name is None:
-        return VisionTransformer(
+        encoder = VisionTransformer(
             img_size=config.image_size,
             patch_size=config.patch_size,
             embed_dim=config.width,
@@ -31,6 +32,8 @@ def build_image_encoder(config: FusionVisionConfig) -> nn.Module:
             num_classes=0,
             global_pool="",
         )
+        initialise(encoder, config.width)
+        return encoder
     known = timm.is_model(config.name)
     require(known, "fusion.vision.name", config.name, "not known to timm; `timm.list_models('*vit*')` lists its ViTs")
     fetched = config.pretrained == "timm"

@@ -44,7 +44,7 @@ def transcribed_loss(model: AnswerModel, batch: dict[str, Tensor], alpha: float)
     """Li et al. 2021, VQA: for each question, the weighted sum over its answers of the sum over tokens of
     (1 - alpha) times the cross entropy plus alpha times that against the momentum model; the mean over questions."""
     model = model.double()
-    copy = model.momentum.module.double()
+    copy = model.momentum.module.double() if model.momentum else model
     total = 0.0
     for question, answers in enumerate(ANSWERS):
         for answer, weight in answers.items():

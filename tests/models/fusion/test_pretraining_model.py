@@ -180,6 +180,18 @@ def test_activations_computed_anew_give_the_same_gradients():
     assert all(torch.equal(value, found[name]) for name, value in plain.items())
 
 
+def test_dropout_falls_on_embeddings_as_where_they_are_made_alone():
+    """As the gradient cache asks: the losses see the embeddings of its first pass, which makes nothing else."""
+    model, batch = fusion_model(fusion_recipe(text={"dropout": 0.3})).train(), training_batch(rows=6)
+    torch.manual_seed(1)
+    alone = model(batch, embed_only=True)
+    torch.manual_seed(1)
+    whole = model(batch)
+    for name in ("image", "text"):
+        torch.testing.assert_close(whole[name], alone[name])
+    assert not torch.equal(alone["text"], model(batch)["text"])
+
+
 def test_bfloat16_takes_a_step_without_nan():
     recipe = fusion_recipe(independent=True)
     found = gradients(fusion_model(recipe).to(torch.bfloat16), recipe)

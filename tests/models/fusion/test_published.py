@@ -298,3 +298,13 @@ def test_a_bert_starts_text_and_fusion_layers(tmp_path):
         build_model(
             fusion_recipe(text={"pretrained": str(tmp_path / "wrong.safetensors")}), tokenizer, Objective(recipe.losses)
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("queue_ptr", "image_queue and text_queue"), ("text_encoder.bert.encoder.layer.x.output.dense.bias", "number")],
+)
+def test_a_file_of_albefs_that_is_not_whole_is_refused(name, reason):
+    weights = {"visual_encoder.pos_embed": torch.zeros(1, 5, 4), name: torch.zeros(1)}
+    with pytest.raises(ValueError, match=rf"ALBEF's weights = '{name}': .*{reason}"):
+        from_albef(weights, text_layers=1)

@@ -37,7 +37,8 @@ def classifier(classes: int = 2, alpha: float = 0.4, fusion: FusionConfig = FUSI
     with torch.no_grad():  # no bias 0, no norm 1: nothing may be left out unseen
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    model.momentum.module.load_state_dict(model.state_dict())
+    if model.momentum:
+        model.momentum.module.load_state_dict(model.state_dict())
     return model
 
 
