@@ -71,7 +71,8 @@ class Objective:
         if not self.rows_agree:
             distributed.require_equal_rows(embeddings.image, "rows of embeddings.image")
             self.rows_agree = True
-        total, terms = embeddings.logit_scale.sum() * 0, {}
+        # Without any loss here, a zero that can go backward all the same.
+        total, terms = 0 if losses else embeddings.logit_scale.sum() * 0, {}
         with torch.autocast(embeddings.image.device.type, enabled=False):
             embeddings = _in_float32(embeddings)
             for name, loss in losses.items():
