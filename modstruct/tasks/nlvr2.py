@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from modstruct.config import TaskFiles
 from modstruct.data.scenes.tasks.folder import SceneTaskPaths
@@ -48,15 +47,6 @@ class Nlvr2(Task):
         views = [self.picture_view(picture(path), seed, side) for path, side in zip(entry.images, SIDES, strict=True)]
         made = {"image": torch.stack(views), "text": entry.sentence}  # (2, 3, H, W)
         return made if entry.label is None else made | {"label": int(entry.label)}
-
-    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        batch = {
-            "image": torch.stack([s["image"] for s in samples]),
-            "text": self.tokenizer([s["text"] for s in samples]),
-        }
-        if all("label" in sample for sample in samples):
-            batch["label"] = torch.tensor([sample["label"] for sample in samples])
-        return batch
 
     def measure(
         self, model: PairClassifier, entries: Sequence[Nlvr2Statement]

@@ -18,7 +18,7 @@ from modstruct.data.loader import identity
 from modstruct.data.masking import with_blanks
 from modstruct.data.scenes.tasks.folder import SceneTaskPaths
 from modstruct.data.tasks.batches import Seed
-from modstruct.data.tasks.karpathy import CaptionedPicture, read_karpathy
+from modstruct.data.tasks.karpathy import SPLIT_OF_RUN, CaptionedPicture, read_karpathy
 from modstruct.data.tasks.published_files import TaskEntries
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.evaluation.collect import on_main
@@ -28,8 +28,6 @@ from modstruct.evaluation.retrieval import retrieval
 from modstruct.losses.objective import Objective
 from modstruct.models.fusion.pretraining import FusionModel
 from modstruct.tasks.task import Task
-
-PUBLISHED_SPLIT = {"train": "train", "validation": "val", "test": "test"}
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class Retrieval(Task):
 
     def read(self, files: TaskFiles, option: str, split: str) -> TaskEntries:
         leave_out = self.recipe.data.leave_out_missing
-        published = PUBLISHED_SPLIT[split]
+        published = SPLIT_OF_RUN[split]
         found = read_karpathy(files.captions, files.images, published, option=option, leave_out_missing=leave_out)
         if split != "train":
             return found

@@ -6,9 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
-from torch import Tensor
 
 from modstruct.config import TaskFiles
 from modstruct.data.scenes.tasks.folder import SceneTaskPaths
@@ -39,15 +37,6 @@ class SnliVe(Task):
     ) -> dict[str, Any]:
         made = {"image": self.picture_view(picture(entry.image), seed), "text": entry.hypothesis}
         return made if entry.label is None else made | {"label": entry.label}
-
-    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        batch = {
-            "image": torch.stack([s["image"] for s in samples]),
-            "text": self.tokenizer([s["text"] for s in samples]),
-        }
-        if all("label" in sample for sample in samples):
-            batch["label"] = torch.tensor([sample["label"] for sample in samples])
-        return batch
 
     def measure(
         self, model: Classifier, entries: Sequence[EntailmentPair]

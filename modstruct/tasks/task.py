@@ -55,9 +55,15 @@ class Task(ABC):
     def sample(self, entry: Any, picture: Callable[[Path], Image.Image], seed: Seed | None) -> dict[str, Any]:
         """See data/tasks/batches.Composer."""
 
-    @abstractmethod
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """See data/tasks/batches.Composer."""
+        """See data/tasks/batches.Composer. Here: image, text and, where every sample has one, label."""
+        batch = {
+            "image": torch.stack([s["image"] for s in samples]),
+            "text": self.tokenizer([s["text"] for s in samples]),
+        }
+        if all("label" in sample for sample in samples):
+            batch["label"] = torch.tensor([sample["label"] for sample in samples])
+        return batch
 
     @abstractmethod
     def measure(self, model: FollowedModel, entries: Sequence[Any]) -> tuple[dict[str, Any], Any]:

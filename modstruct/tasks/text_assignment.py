@@ -22,7 +22,7 @@ from modstruct.data.augment import sample_seed
 from modstruct.data.faults import BadSample
 from modstruct.data.scenes.tasks.folder import SceneTaskPaths
 from modstruct.data.tasks.batches import Seed
-from modstruct.data.tasks.karpathy import CaptionedPicture, read_karpathy
+from modstruct.data.tasks.karpathy import SPLIT_OF_RUN, CaptionedPicture, read_karpathy
 from modstruct.data.tasks.published_files import TaskEntries
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.models.fusion.two_pictures import PairClassifier
@@ -30,7 +30,6 @@ from modstruct.tasks.nlvr2 import SIDES
 from modstruct.tasks.task import Task
 
 ANSWERS = ("first", "second", "neither")
-KARPATHY_SPLITS = {"train": "train", "validation": "val", "test": "test"}
 FEWEST_PICTURES = 3  # a text's own and two others
 MOST_DRAWS = 100  # pictures looked at for one that does not have the text as well
 
@@ -66,7 +65,7 @@ class TextAssignment(Task):
 
     def read(self, files: TaskFiles, option: str, split: str) -> TaskEntries[SplitPicture]:
         """Raises ValueError for a split of fewer than FEWEST_PICTURES too."""
-        name, leave_out = KARPATHY_SPLITS[split], self.recipe.data.leave_out_missing
+        name, leave_out = SPLIT_OF_RUN[split], self.recipe.data.leave_out_missing
         found = read_karpathy(files.captions, files.images, name, option=option, leave_out_missing=leave_out)
         pictures = self.pictures[split] = found.entries
         remedy = f"has {len(pictures)} pictures in its split {name}; give at least {FEWEST_PICTURES}"

@@ -15,10 +15,9 @@ from modstruct.checkpoints import replace_folder
 from modstruct.config import FinetuneRecipe, Recipe
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.models.build import log_scale_range
+from modstruct.models.fusion.initial_weights import EXPORTED, EXPORTED_CONFIG
 from modstruct.models.towers import image_size, open_clip_config, text_sizes
 from modstruct.recipe_files import recipe_to_dict
-
-WEIGHTS_FILE, CONFIG_FILE = "modstruct_model.safetensors", "modstruct_config.json"
 
 
 def export(
@@ -59,8 +58,8 @@ def replaced(folder: Path) -> Iterator[Path]:
 
 
 def _export_as_ours(folder: Path, weights: dict[str, Tensor], recipe: Recipe | FinetuneRecipe) -> None:
-    save_file({name: value.contiguous() for name, value in weights.items()}, folder / WEIGHTS_FILE)
-    (folder / CONFIG_FILE).write_text(json.dumps({"recipe": recipe_to_dict(recipe)}, indent=1))
+    save_file({name: value.contiguous() for name, value in weights.items()}, folder / EXPORTED)
+    (folder / EXPORTED_CONFIG).write_text(json.dumps({"recipe": recipe_to_dict(recipe)}, indent=1))
 
 
 def _export_to_open_clip(

@@ -24,6 +24,8 @@ IMAGES_REMEDY = (
 )
 CAPTION_KEYS = ("images", "filename", "filepath", "split", "sentences", "raw", "cocoid", "imgid")
 SPLITS = ("train", "val", "test")
+SPLIT_OF_RUN = {"train": "train", "validation": "val", "test": "test"}
+"""Our names of the splits -> Karpathy's."""
 # COCO's validation pictures that are in neither val nor test. Published retrieval results, ALBEF's too, train on them
 # (113,287 pictures with them, 82,783 without), so here they are training pictures.
 SPLIT_OF = {"train": "train", "restval": "train", "val": "val", "test": "test"}

@@ -27,11 +27,15 @@ class Classifier(FollowedModel):
 
     def __init__(self, recipe: FinetuneRecipe, tokenizer: Tokenizer, classes: int):
         super().__init__()
-        self.backbone = Backbone(recipe.fusion, recipe.views, tokenizer)
+        self.backbone = self.make_backbone(recipe, tokenizer)
         self.head = classification_head(self.backbone.text_width, classes)
         self.distils = recipe.task.alpha > 0
         if self.distils:
             self.start_momentum(recipe.task.momentum)
+
+    @staticmethod
+    def make_backbone(recipe: FinetuneRecipe, tokenizer: Tokenizer) -> Backbone:
+        return Backbone(recipe.fusion, recipe.views, tokenizer)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """batch: image (B, 3, H, W) uint8, text (B, L) ids, in training label (B,). Returns TaskOutputs' fields."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("modstruct")
 KINDS = "a run, checkpoint or export of ours, or a file of weights by our names or ALBEF's"
-EXPORTED = "modstruct_model.safetensors"
+EXPORTED, EXPORTED_CONFIG = "modstruct_model.safetensors", "modstruct_config.json"
 
 
 @dataclass
@@ -116,7 +116,7 @@ def recipe_of(init: str) -> dict:
     if folder is None:
         return {}
     exported = (folder / EXPORTED).is_file()
-    path = folder / ("modstruct_config.json" if exported else "recipe.yaml")
+    path = folder / (EXPORTED_CONFIG if exported else "recipe.yaml")
     try:
         recipe = json.loads(path.read_bytes())["recipe"] if exported else read_yaml(path)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

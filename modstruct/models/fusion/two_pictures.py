@@ -11,11 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 from modstruct.config import FinetuneRecipe
 from modstruct.data.tokenizers import Tokenizer
-from modstruct.embeddings import TaskOutputs
 from modstruct.models.fusion.backbone import Backbone
 from modstruct.models.fusion.bert import Layers
-from modstruct.models.fusion.classifier import classification_head
-from modstruct.models.fusion.momentum import FollowedModel
+from modstruct.models.fusion.classifier import Classifier
 
 SHARED = ("key", "value")
 """Projections of the cross attention that the two blocks of a layer have in common."""
@@ -60,33 +58,14 @@ class PairLayers(nn.Module):
         return tokens
 
 
-class PairClassifier(FollowedModel):
-    """[CLS] fused with two pictures -> classes. A momentum copy softens the labels where task.alpha is above 0."""
+class PairClassifier(Classifier):
+    """[CLS] fused with two pictures -> classes. Its batches' image is (B, 2, 3, H, W) uint8, left and right."""
 
-    outputs = TaskOutputs
-
-    def __init__(self, recipe: FinetuneRecipe, tokenizer: Tokenizer, classes: int):
-        super().__init__()
-        self.backbone = Backbone(recipe.fusion, recipe.views, tokenizer)
-        self.backbone.fusion = PairLayers(self.backbone.fusion)
-        self.head = classification_head(self.backbone.text_width, classes)
-        self.distils = recipe.task.alpha > 0
-        if self.distils:
-            self.start_momentum(recipe.task.momentum)
-
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """batch: image (B, 2, 3, H, W) uint8, left and right, text (B, L) ids, in training label (B,).
-
-        Returns TaskOutputs' fields.
-        """
-        made = {"logits": self.classify(batch)}
-        if "label" not in batch:
-            return made
-        made |= {"labels": batch["label"], "entries": torch.tensor([len(batch["label"])], device=batch["label"].device)}
-        if self.distils:
-            with torch.no_grad(), self.autocast(batch["text"].device):
-                made["logits_momentum"] = self.momentum.module.classify(batch)
-        return made
+    @staticmethod
+    def make_backbone(recipe: FinetuneRecipe, tokenizer: Tokenizer) -> Backbone:
+        backbone = Classifier.make_backbone(recipe, tokenizer)
+        backbone.fusion = PairLayers(backbone.fusion)
+        return backbone
 
     def classify(self, batch: dict[str, Tensor]) -> Tensor:
         """Logits (B, classes), float32."""
@@ -95,9 +74,6 @@ class PairClassifier(FollowedModel):
         left, right = pictures.unflatten(0, (-1, 2)).unbind(dim=1)
         fused = self.backbone.fusion(text, self.backbone.mask(batch["text"]), left, right)
         return self.head(fused[:, 0]).float()
-
-    def trunks(self) -> dict[str, nn.Module]:
-        return self.backbone.trunks()
 
     def adopt(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Weights by our names -> the same by this model's.
