@@ -29,7 +29,14 @@ from modstruct.config.losses import (
 )
 from modstruct.config.model import ModelConfig, TextConfig, VisionConfig
 from modstruct.config.recipe import Recipe
-from modstruct.config.training import CheckpointConfig, EvaluationConfig, LoggingConfig, OptimizerConfig, TrainConfig
+from modstruct.config.training import (
+    CheckpointConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    RerankBy,
+    TrainConfig,
+)
 
 __all__ = [
     "FUSION_LOSSES",
@@ -52,6 +59,7 @@ __all__ = [
     "Precision",
     "QueueContrastConfig",
     "Recipe",
+    "RerankBy",
     "RunError",
     "ScenesConfig",
     "SeparationConfig",

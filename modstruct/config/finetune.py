@@ -9,7 +9,7 @@ from modstruct.config.checks import require, require_counts
 from modstruct.config.data import ScenesConfig, TokenizerConfig, ViewsConfig
 from modstruct.config.fusion import FusionConfig
 from modstruct.config.losses import ContrastiveConfig, LossesConfig, MatchingConfig, QueueContrastConfig
-from modstruct.config.training import CheckpointConfig, LoggingConfig, OptimizerConfig, TrainConfig
+from modstruct.config.training import CheckpointConfig, LoggingConfig, OptimizerConfig, RerankBy, TrainConfig
 
 TaskName = Literal["vqa", "nlvr2", "text_assignment", "snli_ve", "retrieval"]
 
@@ -84,6 +84,8 @@ class TaskConfig:
     """vqa, rank: answers kept by their first token's probability, which are then ranked by their whole likelihood."""
     rerank: int = 16
     """retrieval: the best of the contrast that matching ranks anew (ALBEF: 128 for Flickr30K, 256 for COCO)."""
+    rerank_by: RerankBy = "both"
+    """retrieval: both: contrast and matching together; matching: its logit alone, as ALBEF."""
 
     def __post_init__(self):
         require(0 <= self.momentum < 1, "task.momentum", self.momentum, "from 0 to below 1")

@@ -9,6 +9,8 @@ from typing import Literal
 from modstruct.config.checks import require
 from modstruct.config.losses import Precision
 
+RerankBy = Literal["both", "matching"]
+
 
 @dataclass
 class OptimizerConfig:
@@ -109,6 +111,8 @@ class EvaluationConfig:
     """The k of zero-shot top-k accuracy."""
     rerank: int = 0
     """Fusion model: so many of the best by contrast are ranked anew by matching (ALBEF: 128, 256); 0 for none."""
+    rerank_by: RerankBy = "both"
+    """both: contrast and matching together; matching: its logit alone, as ALBEF."""
 
     def __post_init__(self):
         require(self.every_steps >= 0, "evaluation.every_steps", self.every_steps, "0 or more")

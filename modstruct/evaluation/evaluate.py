@@ -119,6 +119,7 @@ def _reranked(
         source.text,
         source.pairs,
         config.rerank,
+        config.rerank_by,
         sorted({1, *config.recall_at}),
         batch,
         device,

@@ -2,6 +2,11 @@
 
 The first stage compares embeddings, the second lets the fusion encoder look at every candidate. Items beyond the
 candidates keep their places behind them. A tie counts against the model, as in retrieval.py.
+
+What a candidate scores is scale <query, candidate> + matching logit; the logit alone, as in ALBEF, by choice. Matching
+learned to tell pairs from negatives that were drawn by the contrast, q ∝ exp(scale <query, candidate>), so its logit
+estimates log p / q, and the sum log p up to a constant: noise-contrastive estimation with noise q (Gutmann & Hyvärinen
+2010). The logit alone forgets what the contrast knew.
 """
 
 from __future__ import annotations
@@ -13,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modstruct.config import RunError
+from modstruct.config import RerankBy, RunError
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.distributed import broadcast_object
 from modstruct.evaluation.collect import collect_rows, collect_tokens, my_batches, on_main
@@ -34,6 +39,7 @@ def reranked_retrieval(
     text: np.ndarray,
     pairs: np.ndarray,
     candidates: int,
+    by: RerankBy,
     recall_at: Sequence[int],
     batch: int,
     device: torch.device,
@@ -42,9 +48,9 @@ def reranked_retrieval(
 
     pictures: this process's batches of the n pictures (see collect.my_batches), uint8 (b, 3, H, W) on the device, in
     the order of image's rows. captions: the m texts. image: (n, D), text: (m, D), read on the main process alone.
-    pairs: (p, 2), (image row, text row). batch: pictures, texts or pairs in one forward pass. Returns the same as
-    retrieval.retrieval on the main process, and an empty dict elsewhere. Raises RunError, on every process, where
-    `pictures` brings another number than image has rows.
+    pairs: (p, 2), (image row, text row). by: what a candidate scores, see above. batch: pictures, texts or pairs in one
+    forward pass. Returns the same as retrieval.retrieval on the main process, and an empty dict elsewhere. Raises
+    RunError, on every process, where `pictures` brings another number than image has rows.
     """
     backbone = model.backbone
     sizes = broadcast_object((len(image), len(text)))
@@ -69,7 +75,8 @@ def reranked_retrieval(
         "text_to_image": (text, image, pairs[:, ::-1], score),
         "image_to_text": (image, text, pairs, lambda images, texts: score(texts, images)),
     }
-    return {name: _direction(*d, candidates, recall_at, batch, device) for name, d in directions.items()}
+    scale = float(model.logit_scale.clamp(*model.logit_scale_range).exp()) if by == "both" else 0.0
+    return {name: _direction(*d, scale, candidates, recall_at, batch, device) for name, d in directions.items()}
 
 
 def _direction(
@@ -77,6 +84,7 @@ def _direction(
     gallery: np.ndarray,
     pairs: np.ndarray,
     score: Callable[[Tensor, Tensor], Tensor],
+    scale: float,
     candidates: int,
     recall_at: Sequence[int],
     batch: int,
@@ -96,7 +104,8 @@ def _direction(
     scores = collect_rows(scores_of, mine, numbers[:1], batches, at_once, "ranking anew")
 
     def measure() -> dict[str, dict[str, float]]:
-        ahead = ahead_after(found, scores, pairs, items_ahead(queries, gallery, pairs, max(k, *recall_at)))
+        both = scores + scale * np.einsum("qd,qkd->qk", queries, gallery[found])
+        ahead = ahead_after(found, both, pairs, items_ahead(queries, gallery, pairs, max(k, *recall_at)))
         return recalls(ahead, pairs, len(gallery), recall_at)
 
     return on_main(measure)

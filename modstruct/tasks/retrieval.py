@@ -109,6 +109,7 @@ class Retrieval(Task):
             text,
             pairs,
             self.recipe.task.rerank,
+            self.recipe.task.rerank_by,
             recall_at,
             batch,
             device,

@@ -47,9 +47,10 @@ def matched(model, picture: torch.Tensor, caption: str) -> float:
     return float(logits[0, 1] - logits[0, 0])
 
 
+@pytest.mark.parametrize("by", ["both", "matching"])
 @pytest.mark.parametrize("candidates", [1, 2, 9])
 @torch.no_grad()
-def test_both_stages_are_as_a_plain_program_has_them(candidates):
+def test_both_stages_are_as_a_plain_program_has_them(candidates, by):
     model = fusion_model(fusion_recipe()).eval()
     images, captions = pictures(16, 5, 3), list(CAPTIONS[:4])
     image = model({"image": images})["image"].numpy()
@@ -64,11 +65,14 @@ def test_both_stages_are_as_a_plain_program_has_them(candidates):
         text,
         pairs,
         candidates,
+        by,
         [1, 2],
         2,
         torch.device("cpu"),
     )
     scores = np.array([[matched(model, picture, caption) for caption in captions] for picture in images])
+    if by == "both":
+        scores += float(model.logit_scale.exp()) * image @ text.T
     for name, similarity, table, wanted, queries, gallery in (
         ("image_to_text", image @ text.T, scores, pairs, image, text),
         ("text_to_image", text @ image.T, scores.T, pairs[:, ::-1], text, image),
@@ -96,4 +100,4 @@ def test_a_picture_that_is_lost_between_the_stages_ends_the_measurement():
     found = iter([pictures(16, 2, 3), pictures(16, 2, 4)])
     one, cpu = np.array([[0, 0]]), torch.device("cpu")
     with pytest.raises(RunError, match="4 instead of 5"):
-        reranked_retrieval(model, found, captions, word_tokenizer(), image, text, one, 2, [1], 2, cpu)
+        reranked_retrieval(model, found, captions, word_tokenizer(), image, text, one, 2, "both", [1], 2, cpu)
