@@ -1,24 +1,20 @@
-"""Measure a checkpoint: retrieval, zero-shot classification, structure.
-
-deepspeed launch_scripts/evaluate.py --checkpoint runs/scenes/checkpoints/step-00000800 --data.eval 'shards/*.tar'
-deepspeed launch_scripts/evaluate.py --checkpoint runs/scenes --data.zero_shot classes.yaml --out metrics.json
-"""
+"""Measure models: quickly, or at scale with a report; modstruct/evaluation/commands has a file for each command."""
 
 from __future__ import annotations
 
-from modstruct.cli import checkpoint_arguments, parse, recipe_parser, run
+import importlib
+import sys
 
-USAGE = "deepspeed [launcher options] launch_scripts/evaluate.py --checkpoint FOLDER [--FIELD VALUE …]"
+COMMANDS = ("full", "embed", "measure", "report", "task")
+QUICK = "quick"
 
 
 def main() -> None:
-    parser = recipe_parser(__doc__, USAGE)
-    parser.add_argument("--checkpoint", required=True, help="A checkpoint folder, or a run's folder for its last one.")
-    parser.add_argument("--out", help="JSON file for the metrics (default: evaluation.json in the run).")
-    recipe, options = parse(parser, prepare=checkpoint_arguments)
-    from modstruct.evaluation.saved_model import evaluate_checkpoint  # after the parsing: --help needs no torch
-
-    run(lambda: evaluate_checkpoint(recipe, options.checkpoint, options.out))
+    words = sys.argv[1:]
+    # The launcher puts a word of its own, --local_rank=N, in front.
+    first = next((n for n, word in enumerate(words) if not word.startswith("--local_rank=")), len(words))
+    command = words.pop(first) if words[first : first + 1] and words[first] in COMMANDS else QUICK
+    importlib.import_module(f"modstruct.evaluation.commands.{command}").main(words)
 
 
 if __name__ == "__main__":

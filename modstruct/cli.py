@@ -126,6 +126,15 @@ def checkpoint_arguments(arguments: Sequence[str]) -> list[str]:
 
     Whoever made the checkpoint wrote that recipe, so shell commands need the user's own data.allow_pipe.
     """
+    return _with_recipe_of_checkpoint(arguments, fine_tuned=False, safely=["--data.allow_pipe", "false"])
+
+
+def task_checkpoint_arguments(arguments: Sequence[str]) -> list[str]:
+    """The same of a fine-tuned --checkpoint."""
+    return _with_recipe_of_checkpoint(arguments, fine_tuned=True, safely=[])
+
+
+def _with_recipe_of_checkpoint(arguments: Sequence[str], fine_tuned: bool, safely: list[str]) -> list[str]:
     from modstruct.checkpoints import find  # here, so that --help needs no torch
 
     option = _plain_parser()
@@ -135,10 +144,10 @@ def checkpoint_arguments(arguments: Sequence[str]) -> list[str]:
     if not found:
         return list(arguments)
     recipe = _check_recipe_file(found / "recipe.yaml")
-    fine_tuned = "task" in read_yaml(recipe)
-    remedy = "a fine-tuned model, which finetune.py measures at its end; `finetune.py --resume` does it again"
-    require(not fine_tuned, "--checkpoint", chosen, remedy)
-    return ["--recipe", str(recipe), "--data.allow_pipe", "false", *arguments]
+    is_fine_tuned = "task" in read_yaml(recipe)
+    remedy = "a fine-tuned model: `evaluate.py task`" if is_fine_tuned else "a pre-trained model: `evaluate.py`"
+    require(is_fine_tuned == fine_tuned, "--checkpoint", chosen, f"{remedy} measures it")
+    return ["--recipe", str(recipe), *safely, *arguments]
 
 
 def take_initial_sizes(parser: ArgumentParser, arguments: Sequence[str]) -> Sequence[str]:

@@ -75,7 +75,7 @@ def reranked_retrieval(
         "text_to_image": (text, image, pairs[:, ::-1], score),
         "image_to_text": (image, text, pairs, lambda images, texts: score(texts, images)),
     }
-    scale = float(model.logit_scale.clamp(*model.logit_scale_range).exp()) if by == "both" else 0.0
+    scale = float(model({"text": ids[:1]})["logit_scale"]) if by == "both" else 0.0  # a pass gathers it under ZeRO-3
     return {name: _direction(*d, scale, candidates, recall_at, batch, device) for name, d in directions.items()}
 
 

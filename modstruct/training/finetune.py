@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,19 +16,18 @@ from modstruct.config import FinetuneRecipe
 from modstruct.data.scenes.tasks.folder import ensure_scene_tasks
 from modstruct.data.tasks.batches import task_loader, task_order
 from modstruct.data.tasks.published_files import TaskEntries
-from modstruct.evaluation.report import flatten, save_metrics, task_table
+from modstruct.evaluation.report import flatten, task_table
 from modstruct.files import written_aside
 from modstruct.hosts import on_all, require_same
 from modstruct.models.fusion.backbone import without_files
 from modstruct.models.fusion.initial_weights import Initial, find_initial, start_from
 from modstruct.tasks import Task, build_task
 from modstruct.tasks.task import SPLITS
-from modstruct.training.checkpoint import save
+from modstruct.training.conduct import best_checkpoint, conclude, conduct, last_checkpoint
 from modstruct.training.export import export_task
 from modstruct.training.heartbeat import Heartbeat
-from modstruct.training.profiler import profiled
-from modstruct.training.run import Run, Start, StopRequest, describe, find_start, run_length, start_engine, train
-from modstruct.training.telemetry import Telemetry, start_logging
+from modstruct.training.run import Run, Start, describe, find_start, run_length, start_engine
+from modstruct.training.telemetry import Telemetry
 
 log = logging.getLogger("modstruct")
 
@@ -47,15 +48,7 @@ def finetune(recipe: FinetuneRecipe, ds_config: str, resume: str | None = None, 
     profile_steps: steps to trace into OUTPUT/profile. Raises ValueError naming the field for what cannot work, before
     the first step.
     """
-    distributed.start_processes()
-    start_logging(Path(recipe.output))
-    stop = StopRequest()
-    run = open_run(recipe, ds_config, resume)
-    profiling = profiled(run.output / "profile", profile_steps, run.state.step, run.steps)
-    with run.heartbeat:
-        with profiling as after_step:
-            train(run, stop, after_step)
-        return finish(run)
+    return conduct(recipe, lambda: open_run(recipe, ds_config, resume), finish, profile_steps)
 
 
 def open_run(recipe: FinetuneRecipe, ds_config: str, resume: str | None) -> FinetuningRun:
@@ -66,7 +59,7 @@ def open_run(recipe: FinetuneRecipe, ds_config: str, resume: str | None) -> Fine
     follow = start.saved is not None or initial.weights is not None
     task = build_task(replace(recipe, fusion=without_files(recipe.fusion)) if follow else recipe, initial.tokenizer)
     on_all(task.check_shared_memory)
-    splits = _splits(recipe, task)
+    splits = read_splits(recipe, task)
     entries = splits["train"].entries
     state = start.state(splits["train"].fingerprint, "its files")
     steps = run_length(recipe, task_order(len(entries), recipe.train.seed).epoch_samples)
@@ -103,14 +96,14 @@ def open_run(recipe: FinetuneRecipe, ds_config: str, resume: str | None) -> Fine
     )
 
 
-def _splits(recipe: FinetuneRecipe, task: Task) -> dict[str, TaskEntries]:
-    """The entries of every split that there is; every process reads them, one of each host first."""
+def read_splits(recipe: FinetuneRecipe, task: Task, wanted: Sequence[str] = SPLITS) -> dict[str, TaskEntries]:
+    """The entries of every split wanted that there is; every process reads them, one of each host first."""
 
     def read() -> dict[str, TaskEntries]:
         paths = None
         if recipe.data.source == "scenes":
             paths = ensure_scene_tasks(recipe.data.scenes, recipe.data.cache, recipe.fusion.vision.image_size)
-        found = {split: task.entries(split, paths) for split in SPLITS}
+        found = {split: task.entries(split, paths) for split in wanted}
         return {split: entries for split, entries in found.items() if entries is not None}
 
     splits = distributed.main_first(read)
@@ -132,43 +125,44 @@ def _start(recipe: FinetuneRecipe, task: Task, initial: Initial, start: Start):
 
 
 def _validate(run: FinetuningRun) -> float:
-    return run.task.score(measure(run, "validation")[0])
-
-
-def measure(run: FinetuningRun, split: str) -> tuple[dict, object]:
-    """Figures and predictions of a split, by all processes; the figures go to TensorBoard under its name."""
     run.engine.eval()
-    metrics, predictions = run.task.measure(run.engine.module, run.splits[split].entries)
+    metrics, _ = run.task.measure(run.engine.module, run.splits["validation"].entries)
     run.engine.train()
+    _log(run, "validation", metrics)
+    return run.task.score(metrics)
+
+
+def _log(run: FinetuningRun, split: str, metrics: dict) -> None:
     run.telemetry.scalars({f"{split}/{key}": value for key, value in flatten(metrics).items()}, run.state.step)
-    return metrics, predictions
 
 
 def finish(run: FinetuningRun) -> dict:
-    """Export the last weights, measure the test split with them, and print where everything lies."""
+    """Export the best weights by validation, measure the test split with them, and print where everything lies."""
     run.telemetry.bar.close()
-    last = checkpoints.step_folder(run.output, run.state.step)
-    exported, predicted = run.output / "export", run.output / "predictions.json"
-    if not distributed.broadcast_object(last.exists()):  # a finished run, resumed into another folder
-        save(run.full, run.state, run.recipe, run.tokenizer)
+    best = best_checkpoint(run, last_checkpoint(run))
     if distributed.is_main():
-        export_task(exported, checkpoints.read_weights(last), run.recipe, run.tokenizer)
-    metrics, predictions = measure(run, "test") if "test" in run.splits else ({}, None)
-    run.telemetry.close()
-    if distributed.is_main():
-        if predictions is not None:
-            with written_aside(predicted) as file:
-                file.write(json.dumps(predictions).encode())
-        if metrics:
-            save_metrics(metrics, run.output / "metrics.json")
-            print(f"\n{task_table(run.recipe.task.name, metrics)}\n")
-        places = {
-            "checkpoint": last,
-            "exported weights": exported,
-            "TensorBoard": run.telemetry.folder,
-            "metrics": run.output / "metrics.json",
-            "predictions": predicted,
-        }
-        print("\n".join(f"{name + ':':<18}{place}" for name, place in places.items() if place.exists()))
-    distributed.barrier()
+        export_task(run.output / "export", checkpoints.read_weights(best), run.recipe, run.tokenizer)
+    metrics = {}
+    if "test" in run.splits:
+        metrics, predictions = measure_checkpoint(run.task, best, run.splits["test"])
+        _log(run, "test", metrics)
+        write_predictions(predictions, run.output / "predictions.json")
+    conclude(run, best, metrics, partial(task_table, run.recipe.task.name))
     return metrics
+
+
+def measure_checkpoint(task: Task, checkpoint: Path, entries: TaskEntries) -> tuple[dict, object]:
+    """Figures and predictions of a split with a checkpoint's weights in float32; every process calls it.
+
+    Each holds the whole model, whatever the ZeRO stage of the run.
+    """
+    model = task.build_model()
+    checkpoints.load_weights(model, checkpoints.read_weights(checkpoint), checkpoint)
+    return task.measure(model.to(distributed.device()).eval(), entries.entries)
+
+
+def write_predictions(predictions: object, path: Path) -> None:
+    """Write what a task answered, where it writes anything, on the main process."""
+    if predictions is not None and distributed.is_main():
+        with written_aside(path) as file:
+            file.write(json.dumps(predictions).encode())

@@ -15,18 +15,17 @@ from modstruct.data.run_data import RunData, open_run_data
 from modstruct.data.workers import WorkerLoader
 from modstruct.evaluation.evaluate import evaluate
 from modstruct.evaluation.examples import retrieved_examples
-from modstruct.evaluation.report import flatten, save_metrics, table, validation_recall_at_1
+from modstruct.evaluation.report import flatten, table, validation_recall_at_1
 from modstruct.evaluation.structure import structure
 from modstruct.evaluation.zero_shot import load_classes
 from modstruct.losses.objective import Objective
 from modstruct.models.build import build_model, image_size, initial_tokenizer
-from modstruct.training.checkpoint import save
+from modstruct.training.conduct import conclude, conduct, last_checkpoint
 from modstruct.training.export import export
 from modstruct.training.heartbeat import Heartbeat
-from modstruct.training.profiler import profiled
-from modstruct.training.run import Run, StopRequest, describe, find_start, run_length, start_engine, train
+from modstruct.training.run import Run, describe, find_start, run_length, start_engine
 from modstruct.training.step import StepReport
-from modstruct.training.telemetry import Telemetry, start_logging
+from modstruct.training.telemetry import Telemetry
 
 
 @dataclass(kw_only=True)
@@ -43,15 +42,7 @@ def pretrain(recipe: Recipe, ds_config: str, resume: str | None = None, profile_
     profile_steps: steps to trace into OUTPUT/profile. Raises ValueError naming the field for what cannot work, before
     the first step.
     """
-    distributed.start_processes()
-    start_logging(Path(recipe.output))
-    stop = StopRequest()
-    run = open_run(recipe, ds_config, resume)
-    profiling = profiled(run.output / "profile", profile_steps, run.state.step, run.steps)
-    with run.heartbeat:
-        with profiling as after_step:
-            train(run, stop, after_step)
-        return finish(run)
+    return conduct(recipe, lambda: open_run(recipe, ds_config, resume), finish, profile_steps)
 
 
 def open_run(recipe: Recipe, ds_config: str, resume: str | None) -> Run:
@@ -143,30 +134,10 @@ def measure(run: PretrainingRun, samples, name: str) -> dict:
 def finish(run: PretrainingRun) -> dict:
     """Export the last weights, measure data.eval with them, and print where everything lies."""
     run.telemetry.bar.close()
-    last = checkpoints.step_folder(run.output, run.state.step)
-    exported = run.output / "export"
-    if not distributed.broadcast_object(last.exists()):  # a finished run, resumed into another folder
-        save(run.full, run.state, run.recipe, run.data.tokenizer)
+    last = last_checkpoint(run)
     if distributed.is_main():
-        export(
-            exported,
-            checkpoints.read_weights(last),
-            getattr(run.engine.module, "to_open_clip", {}),
-            run.recipe,
-            run.data.tokenizer,
-        )
+        renamed = getattr(run.engine.module, "to_open_clip", {})
+        export(run.output / "export", checkpoints.read_weights(last), renamed, run.recipe, run.data.tokenizer)
     metrics = measure(run, run.data.eval, "eval") if run.data.eval else {}
-    run.telemetry.close()
-    if distributed.is_main():
-        if metrics:
-            save_metrics(metrics, run.output / "metrics.json")
-            print(f"\n{table(metrics)}\n")
-        places = {
-            "checkpoint": last,
-            "exported weights": exported,
-            "TensorBoard": run.telemetry.folder,
-            "metrics": run.output / "metrics.json",
-        }
-        print("\n".join(f"{name + ':':<18}{place}" for name, place in places.items() if place.exists()))
-    distributed.barrier()
+    conclude(run, last, metrics, table)
     return metrics

@@ -87,7 +87,7 @@ def train_small(
         return take(engine, objective, parts, step, *rest)
 
     with mock.patch.object(run, "train_step", noting):
-        pretrain.train(pretrain.open_run(recipe, ds_config(stage), resume), pretrain.StopRequest())
+        run.train(pretrain.open_run(recipe, ds_config(stage), resume), run.StopRequest())
     if distributed.is_main():
         Path(output, "rows.json").write_text(json.dumps(taken))
     distributed.barrier()

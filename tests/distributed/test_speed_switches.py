@@ -32,7 +32,8 @@ def two_layers(output: str, cache: str, **train):
 
 
 def train_all(folder: str, cache: str, cases: list[tuple[str, str]]) -> None:
-    from modstruct.training.pretrain import StopRequest, open_run, train
+    from modstruct.training.pretrain import open_run
+    from modstruct.training.run import StopRequest, train
 
     for stage, name in cases:
         run = open_run(two_layers(f"{folder}/{stage}-{name}", cache, **SWITCHES[name]), ds_config(stage), None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tiny_tasks import fine_tune_several, write_files, zero3_that_spreads_all
 
 from modstruct import checkpoints
 from modstruct.models.fusion.momentum import MOMENTUM
+from modstruct.training.conduct import best_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +114,35 @@ def test_every_run_leaves_predictions_figures_and_an_export(runs):
         assert accuracy["chance"] == pytest.approx(0.5 if task == "nlvr2" else 1 / 3)
         assert checkpoints.read_best(run) is not None
         assert (run / "export" / "modstruct_model.safetensors").is_file()
+
+
+def measure_again(run: str, out: str) -> None:
+    from modstruct.cli import FINETUNE_RECIPES, parse, recipe_parser, task_checkpoint_arguments
+    from modstruct.config import FinetuneRecipe
+    from modstruct.evaluation.commands.task import measure_task
+
+    words = task_checkpoint_arguments(["--checkpoint", run])
+    parser = recipe_parser("", "", FinetuneRecipe, FINETUNE_RECIPES)
+    parser.add_argument("--checkpoint")
+    recipe, _ = parse(parser, words)
+    measure_task(recipe, run, "test", out)
+
+
+@pytest.mark.parametrize("task", ["nlvr2", "vqa"])
+def test_a_saved_run_is_measured_again_to_the_same_figures(runs, tmp_path, task):
+    run = runs["2"] / task
+    run_on_processes(measure_again, 1, str(run), str(tmp_path))
+    best = checkpoints.read_best(run)["checkpoint"]
+    assert best == checkpoints.list_checkpoints(run)[-1].name, "else the two measured other weights"
+    assert json.loads((tmp_path / "test.json").read_text()) == json.loads((run / "metrics.json").read_text())
+    said = json.loads((tmp_path / "test-predictions.json").read_text())
+    assert said == json.loads((run / "predictions.json").read_text())
+
+
+def test_the_best_checkpoint_by_validation_is_measured_and_not_the_last(tmp_path):
+    for step in (2, 4):
+        checkpoints.step_folder(tmp_path, step).mkdir(parents=True)
+    run, last = SimpleNamespace(output=tmp_path), checkpoints.step_folder(tmp_path, 4)
+    assert best_checkpoint(run, last) == last
+    checkpoints.note_score(checkpoints.step_folder(tmp_path, 2), 0.5)
+    assert best_checkpoint(run, last) == checkpoints.step_folder(tmp_path, 2)
