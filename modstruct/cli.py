@@ -66,8 +66,8 @@ def _plain_parser() -> argparse.ArgumentParser:
     return argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
 
 
-def recipe_parser(description: str, usage: str, recipe_type: type = Recipe, recipes: Path = RECIPES) -> ArgumentParser:
-    """Parser with every field of a recipe; the caller adds its own options. recipes: folder of those known by name."""
+def config_parser(description: str, usage: str, config_type: type) -> ArgumentParser:
+    """Parser with every field of a dataclass; the caller adds its own options."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         description=description,
@@ -76,6 +76,15 @@ def recipe_parser(description: str, usage: str, recipe_type: type = Recipe, reci
         exit_on_error=False,
         allow_abbrev=False,  # an abbreviated --recipe or --method would slip past _expand
     )
+    parser.add_argument("--local_rank", type=int, default=0, help="Set by the launcher.")
+    parser.add_class_arguments(config_type, as_group=True)
+    parser.config_type, parser.recipes = config_type, None
+    return parser
+
+
+def recipe_parser(description: str, usage: str, recipe_type: type = Recipe, recipes: Path = RECIPES) -> ArgumentParser:
+    """The same of a recipe, which comes first by its name or file. recipes: folder of those known by name."""
+    parser = config_parser(description, usage, recipe_type)
     parser.add_argument(
         "--recipe",
         action=ActionConfigFile,
@@ -84,9 +93,7 @@ def recipe_parser(description: str, usage: str, recipe_type: type = Recipe, reci
     if recipes == RECIPES:
         methods = _names(RECIPES / "methods")
         parser.add_argument("--method", help=f"Losses that replace the recipe's: a YAML file, or one of {methods}.")
-    parser.add_argument("--local_rank", type=int, default=0, help="Set by the launcher.")
-    parser.add_class_arguments(recipe_type, as_group=True)
-    parser.recipe_type, parser.recipes = recipe_type, recipes
+    parser.recipes = recipes
     return parser
 
 
@@ -95,23 +102,36 @@ def parse(
     arguments: Sequence[str] | None = None,
     prepare: Callable[[Sequence[str]], Sequence[str]] = list,
 ) -> tuple[Any, Namespace]:
-    """The checked recipe and the caller's own options.
+    """The checked recipe, or other dataclass of the parser, and the caller's own options.
 
     prepare: applied to the arguments first. A wrong key or value is said in one line, by one process, and all end with
     exit status 2.
     """
-    recipe_type, sections = parser.recipe_type, sections_of(parser.recipe_type)
+    sections = sections_of(parser.config_type)
     try:
         with nullcontext() if is_first_process() else redirect_stdout(io.StringIO()):  # --help is said once, too
             given = prepare(sys.argv[1:] if arguments is None else arguments)
-            options = parser.parse_args(_expand(given, parser.recipes))
+            options = parser.parse_args(_expand(given, parser.recipes) if parser.recipes else list(given))
         _check_sections(options, sections)
         built = parser.instantiate(options)
-        return recipe_type(**{field.name: built[field.name] for field in fields(recipe_type)}), built
+        return _config_of(parser, built), built
     except (ValueError, argparse.ArgumentError) as error:
         if is_first_process():
             print(f"error: {one_line(parser, error, sections)}", file=sys.stderr)
         sys.exit(2)
+
+
+def parse_recipe_text(text: str) -> Recipe:
+    """The recipe that `recipe_files.recipe_to_yaml` wrote; ValueError where it cannot be one."""
+    parser = recipe_parser("", "")
+    try:
+        return _config_of(parser, parser.instantiate(parser.parse_string(text)))
+    except (ValueError, argparse.ArgumentError) as error:
+        raise ValueError(one_line(parser, error, sections_of(Recipe))) from error
+
+
+def _config_of(parser: ArgumentParser, built: Namespace) -> Any:
+    return parser.config_type(**{field.name: built[field.name] for field in fields(parser.config_type)})
 
 
 def _check_sections(options: Namespace, sections: dict[str, list[str]]) -> None:
@@ -169,7 +189,7 @@ def take_initial_sizes(parser: ArgumentParser, arguments: Sequence[str]) -> Sequ
     colours = made_with.get("views") or {}
     sizes = _dotted(made_with.get("fusion", {}), "fusion")
     sizes |= {f"views.{name}": colours[name] for name in ("mean", "std") if name in colours}
-    sections = sections_of(parser.recipe_type)
+    sections = sections_of(parser.config_type)
     for name in sizes:
         section, _, field = name.rpartition(".")
         known = name not in sections and field in sections.get(section, ())

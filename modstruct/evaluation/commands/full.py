@@ -1,0 +1,40 @@
+"""From a checkpoint to its report in one command: embed, measure, report.
+
+deepspeed launch_scripts/evaluate.py full --checkpoint runs/scenes --out evaluations/scenes
+deepspeed launch_scripts/evaluate.py full --checkpoint runs/emoji --out evaluations/emoji --sets eval
+
+Takes all options of `evaluate.py embed`; the training splits of labelled sets are embedded too (--all_splits false
+leaves them out, and the probes). A stopped command goes on where it was. For metrics with other settings run `evaluate.py
+measure` on the same folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from modstruct.cli import checkpoint_arguments, parse, recipe_parser, run
+from modstruct.evaluation.commands.embed import add_options, embed
+
+USAGE = "deepspeed [launcher options] launch_scripts/evaluate.py full --checkpoint FOLDER --out FOLDER [--sets SET …]"
+EVERYTHING = {"all_splits": True, "embedding.arrays": ["all"]}
+
+
+def main(words: Sequence[str]) -> None:
+    parser = recipe_parser(__doc__, USAGE)
+    add_options(parser)
+    parser.set_defaults(EVERYTHING)
+    recipe, options = parse(parser, words, prepare=checkpoint_arguments)
+
+    def all_of_it() -> None:
+        from modstruct import distributed
+        from modstruct.evaluation.commands.measure import MeasureConfig, measure
+        from modstruct.evaluation.commands.report import report
+
+        out: Path = embed(recipe, options, words)
+        measure(out, MeasureConfig(), [str(out)])
+        if distributed.is_main():
+            report([out], out / "report")
+        distributed.barrier()
+
+    run(all_of_it)

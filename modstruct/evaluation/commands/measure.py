@@ -1,0 +1,181 @@
+"""All metrics of what was embedded: retrieval, zero-shot, structure, probes, information; each result is one file.
+
+python launch_scripts/evaluate.py measure evaluations/scenes
+deepspeed --num_gpus 8 launch_scripts/evaluate.py measure evaluations/laion --metrics retrieval zero_shot
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modstruct import distributed
+from modstruct.cli import config_parser, parse, parse_recipe_text, run
+from modstruct.config import require
+from modstruct.evaluation.collect import on_main
+from modstruct.evaluation.commands.embed import read_model
+from modstruct.evaluation.commands.sets import open_set
+from modstruct.evaluation.embedded_set import EmbeddedSet
+from modstruct.evaluation.information import ProbeConfig, measure_information
+from modstruct.evaluation.latent import SamplingConfig, measure_set_structure
+from modstruct.evaluation.probes import FewShotConfig, LinearProbeConfig, measure_few_shot, measure_linear_probe
+from modstruct.evaluation.ranking import RetrievalConfig, measure_set_retrieval, write_retrieved_examples
+from modstruct.evaluation.zero_shot import ZeroShotConfig, measure_zero_shot
+from modstruct.files import written_aside
+
+log = logging.getLogger("modstruct")
+USAGE = "[deepspeed [launcher options] | python] launch_scripts/evaluate.py measure EVALUATION… [--FIELD VALUE …]"
+METRICS = ("retrieval", "zero_shot", "structure", "linear_probe", "few_shot", "information")
+OTHER_SPLITS = ("train", "validation")
+Found = tuple[dict[str, Any], dict[str, np.ndarray]]
+
+
+@dataclass
+class MeasureConfig:
+    metrics: list[str] = field(default_factory=lambda: list(METRICS))
+    """Which metrics; those that a set does not allow are left out, and the reason said."""
+    again: bool = False
+    """Measure anew what has a result already."""
+    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
+    """Needs captions."""
+    zero_shot: ZeroShotConfig = field(default_factory=ZeroShotConfig)
+    """Needs classes."""
+    structure: SamplingConfig = field(default_factory=SamplingConfig)
+    """Needs captions."""
+    linear_probe: LinearProbeConfig = field(default_factory=LinearProbeConfig)
+    """Needs classes and the training split (embed --all_splits)."""
+    few_shot: FewShotConfig = field(default_factory=FewShotConfig)
+    """Needs classes and the training split."""
+    information: ProbeConfig = field(default_factory=ProbeConfig)
+    """Needs captions and classes."""
+
+    def __post_init__(self):
+        for name in self.metrics:
+            require(name in METRICS, "metrics", name, f"must be one of {', '.join(METRICS)}")
+
+
+def main(words: Sequence[str]) -> None:
+    parser = config_parser(__doc__, USAGE, MeasureConfig)
+    parser.add_argument("folders", nargs="+", help="Folders that `evaluate.py embed --out` wrote.")
+    config, options = parse(parser, words)
+
+    def measure_all() -> None:
+        distributed.start_processes()
+        for folder in options.folders:
+            measure(Path(folder).expanduser(), config, words)
+
+    run(measure_all)
+
+
+def measure(out: Path, config: MeasureConfig, words: Sequence[str]) -> None:
+    """Every metric of every set of an evaluation; every process calls it."""
+    noted = read_model(out)
+    for name, word in noted["sets"].items():
+        if any(name.endswith(f"-{split}") and name.removesuffix(f"-{split}") in noted["sets"] for split in OTHER_SPLITS):
+            continue  # probes are fitted on it
+        embedded = EmbeddedSet.open(out / "embeddings" / name)
+        parts = {s: out / "embeddings" / f"{name}-{s}" for s in OTHER_SPLITS if f"{name}-{s}" in noted["sets"]}
+        splits = {split: EmbeddedSet.open(path) for split, path in parts.items()}
+        for metric in config.metrics:
+            _measure_one(metric, out / "results" / name, embedded, splits, config, words)
+        if "retrieval" in config.metrics and len(embedded.pairs):
+            _examples(out, noted, embedded, word)
+
+
+def _measure_one(
+    metric: str,
+    results: Path,
+    embedded: EmbeddedSet,
+    splits: dict[str, EmbeddedSet],
+    config: MeasureConfig,
+    words: Sequence[str],
+) -> None:
+    title = f"{embedded.name}, {metric.replace('_', ' ')}"
+    missing = _missing(metric, embedded, splits)
+    if missing:
+        _say(f"{title}: left out, {missing}")
+        return
+    path = results / f"{metric}.json"
+    if not config.again and distributed.broadcast_object(path.is_file()):
+        _say(f"{title}: measured before ({path}); --again true measures it anew")
+        return
+    _say(f"{title} …")
+    device, progress = distributed.device(), distributed.is_main()
+    alone: dict[str, Callable[[], Found]] = {
+        "zero_shot": lambda: measure_zero_shot(embedded, config.zero_shot),
+        "structure": lambda: (measure_set_structure(embedded, config.structure), {}),
+        "linear_probe": lambda: measure_linear_probe(
+            splits["train"], embedded, splits.get("validation"), config.linear_probe, device, progress
+        ),
+        "few_shot": lambda: measure_few_shot(
+            splits["train"], embedded, splits.get("validation"), config.few_shot, device, progress
+        ),
+        "information": lambda: measure_information(embedded, config=config.information, device=device, progress=progress),
+    }
+    if metric == "retrieval":  # which all processes share
+        found = measure_set_retrieval(embedded, config.retrieval, progress=progress)
+        on_main(lambda: _save(path, *found, words))
+    else:
+        on_main(lambda: _save(path, *alone[metric](), words))
+
+
+def _missing(metric: str, embedded: EmbeddedSet, splits: dict[str, EmbeddedSet]) -> str | None:
+    """Why a set does not allow a metric."""
+    if metric in ("retrieval", "structure", "information") and not len(embedded.pairs):
+        return "it has no captions"
+    if metric in ("zero_shot", "linear_probe", "few_shot", "information") and embedded.labels is None:
+        return "it has no classes"
+    if metric in ("linear_probe", "few_shot") and "train" not in splits:
+        return "its training split is not embedded (embed --all_splits true)"
+    return None
+
+
+def _save(path: Path, result: dict[str, Any], outcomes: dict[str, np.ndarray], words: Sequence[str]) -> None:
+    """METRIC.npz first, so that a METRIC.json always has its outcomes beside it."""
+    if outcomes:
+        with written_aside(path.with_suffix(".npz")) as file:
+            np.savez_compressed(file, **outcomes)
+    result |= {"command": ["evaluate.py", "measure", *words]}
+    with written_aside(path) as file:
+        file.write((json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
+
+
+def _examples(out: Path, noted: dict[str, Any], embedded: EmbeddedSet, word: str) -> None:
+    """Retrieved pictures and captions for the report, read from the source where it still is."""
+    folder = out / "results" / embedded.name / "examples"
+    if distributed.broadcast_object((folder / "examples.json").is_file()):
+        return
+    try:
+        recipe = parse_recipe_text(noted["recipe"])
+        recipe.data.allow_pipe = False  # whoever made the folder wrote it
+        source = open_set(word, recipe, noted["image_size"])
+    except (ValueError, OSError) as error:
+        _say(f"{embedded.name}: no pictures of examples, since the set cannot be read any more: {error}")
+        return
+
+    def write() -> None:
+        with np.load(folder.parent / "retrieval.npz") as outcomes:
+            write_retrieved_examples(embedded, dict(outcomes), _Pictures(source.samples, embedded.indices), folder)
+
+    on_main(write)
+
+
+class _Pictures:
+    """Pictures of a source by row of the embedded set."""
+
+    def __init__(self, samples: Any, indices: np.ndarray):
+        self.samples, self.indices = samples, indices
+
+    def __getitem__(self, row: int):
+        return self.samples[int(self.indices[row])].picture
+
+
+def _say(line: str) -> None:
+    if distributed.is_main():
+        print(line, flush=True)
