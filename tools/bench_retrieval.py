@@ -30,9 +30,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from modstruct.evaluation.ranking import IndexConfig, measure_retrieval, pairs_ahead, ranking_figures
-from modstruct.evaluation.ranking.index import ApproximateIndex, index_recall, listed_pairs_ahead
-from modstruct.evaluation.retrieval import retrieval
+from modstruct.evaluation.ranking import (
+    IndexConfig,
+    measure_retrieval,
+    nearest,
+    pairs_ahead,
+    ranked_queries,
+    ranking_figures,
+)
+from modstruct.evaluation.ranking.index import ApproximateIndex
+from modstruct.evaluation.ranking.listed import index_recall, listed_pairs_ahead
 from modstruct.pairwise import nearest_counts
 
 RECALL_AT = [1, 5, 10]
@@ -178,10 +185,18 @@ def counted(image: str, text: str) -> dict:
 
 
 def listed(image: str, text: str) -> dict:
-    """Recall by FAISS's exact lists."""
+    """Recall by FAISS's exact lists; of a tie their order decides."""
     image, text = (np.load(path, allow_pickle=False) for path in (image, text))
-    pairs = np.stack([np.arange(len(text)) // CAPTIONS, np.arange(len(text))], axis=1)
-    return {"figures": values(retrieval(image, text, pairs, RECALL_AT))}
+    picture, longest = np.arange(len(text)) // CAPTIONS, max(RECALL_AT)
+    right = {
+        "text_to_image": nearest(text, image, longest) == picture[:, None],
+        "image_to_text": nearest(image, text, longest) // CAPTIONS == np.arange(len(image))[:, None],
+    }
+    return {
+        "figures": {
+            way: {f"recall_at_{k}": float(hit[:, :k].any(1).mean()) for k in RECALL_AT} for way, hit in right.items()
+        }
+    }
 
 
 def dense(image: str, text: str) -> dict:
@@ -216,7 +231,7 @@ def dense_figures(scores: torch.Tensor, positive: torch.Tensor) -> dict[str, flo
 def exact(queries: str, gallery: str) -> dict:
     queries, gallery = (np.load(path, mmap_mode="r", allow_pickle=False) for path in (queries, gallery))
     pairs, ahead = pairs_ahead(queries, gallery, np.stack([np.arange(len(queries))] * 2, axis=1), progress=True)
-    return {"figures": values(ranking_figures(pairs, ahead, len(gallery), RECALL_AT))}
+    return {"figures": values(ranking_figures(ranked_queries(pairs, ahead, len(gallery)), RECALL_AT))}
 
 
 def approximate(queries: str, gallery: str, config: IndexConfig) -> dict:
@@ -227,7 +242,7 @@ def approximate(queries: str, gallery: str, config: IndexConfig) -> dict:
     pairs = np.stack([np.arange(len(queries))] * 2, axis=1)
     pairs, ahead = listed_pairs_ahead(queries, index, pairs, max(RECALL_AT), progress=True)
     return {
-        "figures": values(ranking_figures(pairs, ahead, len(gallery), RECALL_AT)),
+        "figures": values(ranking_figures(ranked_queries(pairs, ahead, len(gallery)), RECALL_AT)),
         "recall": index_recall(queries, index, RECALL_AT),
         "built_seconds": built,
     }
