@@ -9,7 +9,7 @@ from tiny_fusion import fusion_model, fusion_recipe
 from tiny_models import CAPTIONS, pictures, word_tokenizer
 
 from modstruct.config import RunError
-from modstruct.evaluation.ranking import items_ahead, nearest
+from modstruct.evaluation.ranking import items_ahead, nearest, recall_figures
 from modstruct.evaluation.reranking import ahead_after, reranked_retrieval
 
 
