@@ -38,6 +38,12 @@ def usable_gpus() -> list[int]:
     return [gpu for gpu in seen if lowest <= torch.cuda.get_device_capability(gpu) < beyond]
 
 
+def own_gpu() -> list[int]:
+    """This process's GPU where FAISS can use it: of a run of several processes each has its own."""
+    gpus = usable_gpus()
+    return [gpu for gpu in gpus if gpu == torch.cuda.current_device()] if gpus else []
+
+
 def say_gpu_failed(error: RuntimeError) -> None:
     """What a GPU cannot do, mostly for want of memory, the CPU does: slower, not wrong."""
     log.warning("FAISS cannot use the GPU, searching on the CPU instead: %s", error)

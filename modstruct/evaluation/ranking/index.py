@@ -87,8 +87,9 @@ class ApproximateIndex:
         self._index = {"ivf": self._inverted_file, "hnsw": self._hnsw, "cagra": self._cagra}[config.kind]()
 
     @property
-    def all_distinct(self) -> bool:
-        return len(self.first) == len(self.gallery)
+    def distinct(self) -> np.ndarray | None:
+        """The rows of the gallery that the index holds, None for all."""
+        return None if len(self.first) == len(self.gallery) else self.first
 
     @property
     def longest_list(self) -> int:
@@ -157,13 +158,9 @@ class ApproximateIndex:
         config.intermediate_graph_degree = min(max(self.config.construction_width, config.graph_degree), len(part) - 1)
         index = faiss.GpuIndexCagra(resources, self.gallery.shape[1], faiss.METRIC_INNER_PRODUCT, config)
         kind = faiss.Float16 if self.config.storage == "float16" else faiss.Float32
-        ((_, rows),) = chosen_blocks(self.gallery, self._distinct, len(part), part)
+        ((_, rows),) = chosen_blocks(self.gallery, self.distinct, len(part), part)
         index.train(rows.astype(self.config.storage), numeric_type=kind)
         return _CagraPart(index, kind, self.config.search_width)
-
-    @property
-    def _distinct(self) -> np.ndarray | None:
-        return None if self.all_distinct else self.first
 
     def _filled(self, index: Any, part: range | None = None) -> Any:
         for _, block in self._blocks(part):
@@ -175,7 +172,7 @@ class ApproximateIndex:
         with tqdm(
             total=rows, desc=f"building {self.config.kind}", unit="row", disable=not self._progress, leave=False
         ) as bar:
-            for start, block in chosen_blocks(self.gallery, self._distinct, TRAINING_BLOCK, part):
+            for start, block in chosen_blocks(self.gallery, self.distinct, TRAINING_BLOCK, part):
                 yield start, block
                 bar.update(len(block))
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from modstruct.evaluation.ranking.gpus import usable_gpus
 from modstruct.evaluation.ranking.index import ApproximateIndex
 from modstruct.evaluation.ranking.nearest import nearest
 from modstruct.evaluation.ranking.rows import as_float32, check_dimensions, check_rows, checked_pairs
@@ -66,7 +67,7 @@ def index_recall(queries: np.ndarray, index: ApproximateIndex, recall_at: Sequen
     figures = {}
     longest = min(max(recall_at), len(index.first), index.longest_list)
     _, found = index.search(sample.numpy(), longest)
-    right = nearest(sample.numpy(), index.gallery, longest, None if index.all_distinct else index.first)
+    right = nearest(sample.numpy(), index.gallery, longest, index.distinct, gpus=usable_gpus())
     found_scores, right_scores = (_float64_scores(sample, index, rows) for rows in (found, right))
     for k in recall_at:
         k_here = min(k, longest)

@@ -1,15 +1,15 @@
-"""Exact lists of the nearest items by FAISS: on the GPUs that it can use, the gallery divided among them, else the CPU.
+"""Exact lists of the nearest items by FAISS: on GPUs, the gallery divided among them, else on the CPU.
 
 Ranks need no lists: they are counted (exact.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from modstruct.evaluation.ranking.gpus import LARGEST_GPU_LIST, ShardedIndex, merged, say_gpu_failed, usable_gpus
+from modstruct.evaluation.ranking.gpus import LARGEST_GPU_LIST, ShardedIndex, merged, own_gpu, say_gpu_failed
 from modstruct.evaluation.ranking.rows import Storage, as_float32, block_rows, check_dimensions, check_rows
 
 RESULTS_AT_ONCE = 1 << 21
@@ -24,21 +24,23 @@ def nearest(
     k: int,
     chosen: np.ndarray | None = None,
     storage: Storage = "float32",
+    gpus: Sequence[int] | None = None,
 ) -> np.ndarray:
     """The k gallery items that score highest for each query, best first, (q, min(k, g)) int64.
 
     queries: (q, D), gallery: (g, D), float16 or float32, the gallery in memory or memory-mapped, scored by inner
     product. chosen: (g',), the rows of the gallery that are searched, None for all; what is returned are places among
-    them. storage: of the rows on GPUs; float16 is exact for rows that are float16 in their file. Of a tie the order is
-    FAISS's. Memory: on GPUs the gallery, on the CPU a block of it and the lists.
+    them. storage: of the rows on GPUs; float16 is exact for rows that are float16 in their file. gpus: those that the
+    gallery is divided among, by default this process's own where FAISS can use it; gpus.usable_gpus() are all. Of a tie
+    the order is FAISS's. Memory: on GPUs the gallery, on the CPU a block of it and the lists.
     """
     for name, rows in (("query", queries), ("gallery", gallery)):
         check_rows(name, rows)
     check_dimensions("query", queries, "gallery", gallery)
     queries, size = as_float32(queries).numpy(), len(gallery) if chosen is None else len(chosen)
     k = min(k, size)
-    gpus = usable_gpus() if k <= LARGEST_GPU_LIST else []
-    if gpus:
+    gpus = own_gpu() if gpus is None else gpus
+    if gpus and k <= LARGEST_GPU_LIST:
         try:
             return _on_gpus(queries, gallery, k, chosen, storage, gpus, size)
         except RuntimeError as error:
@@ -63,7 +65,7 @@ def _on_gpus(
     k: int,
     chosen: np.ndarray | None,
     storage: Storage,
-    gpus: list[int],
+    gpus: Sequence[int],
     size: int,
 ) -> np.ndarray:
     import faiss

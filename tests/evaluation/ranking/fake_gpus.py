@@ -51,6 +51,7 @@ def pretend_gpus(monkeypatch, capabilities, fails_at=None) -> list[FakeGpuIndex]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: capabilities[gpu])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
     for name, fake in (
         ("get_num_gpus", lambda: len(capabilities)),

@@ -56,11 +56,19 @@ def test_a_gallery_is_divided_among_the_gpus(monkeypatch, gpus, storage):
     made = pretend_gpus(monkeypatch, [(9, 0)] * gpus)
     monkeypatch.setattr(module, "RESULTS_AT_ONCE", 12)  # several searches
     x, gallery = rows(10, 4), rows(20, 4, 1)
-    np.testing.assert_array_equal(nearest(x, gallery, 9, storage=storage), sorted_scores(x, gallery, 9))
+    found = nearest(x, gallery, 9, storage=storage, gpus=usable_gpus())
+    np.testing.assert_array_equal(found, sorted_scores(x, gallery, 9))
     assert sum(index.ntotal for index in made) == 20
     assert [index.config.device for index in made] == list(range(gpus))
     assert {index.config.useFloat16 for index in made} == {storage == "float16"}
     assert max(index.ntotal for index in made) - min(index.ntotal for index in made) <= 1
+
+
+def test_a_process_takes_its_own_gpu_alone_unless_it_is_given_others(monkeypatch):
+    made = pretend_gpus(monkeypatch, [(9, 0)] * 3)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    nearest(rows(10, 4), rows(20, 4, 1), 9)
+    assert [index.config.device for index in made] == [2]
 
 
 @pytest.mark.parametrize("fails_at", ["add", "search", "second search"])
