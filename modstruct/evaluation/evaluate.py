@@ -17,8 +17,8 @@ from modstruct.data.evaluation_samples import EvaluationSamples, evaluation_load
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.evaluation.collect import my_batches, on_main
 from modstruct.evaluation.embed import EmbeddedSource, Encode, embed_source, embed_texts
+from modstruct.evaluation.ranking import counting_device, measure_recall
 from modstruct.evaluation.reranking import reranked_retrieval
-from modstruct.evaluation.retrieval import retrieval
 from modstruct.evaluation.structure import structure
 from modstruct.evaluation.zero_shot import class_embeddings, load_classes, zero_shot
 from modstruct.models.fusion.pretraining import FusionModel
@@ -78,7 +78,9 @@ def evaluate(
     def measure() -> dict[str, Any]:
         if inspect is not None:
             inspect(source)
-        metrics = {"retrieval": retrieval(source.image, source.text, source.pairs, sorted({1, *config.recall_at}))}
+        recall_at = sorted({1, *config.recall_at})
+        found = measure_recall(source.image, source.text, source.pairs, recall_at, counting_device())
+        metrics: dict[str, Any] = {"retrieval": found}
         if reranked:
             metrics["reranked"] = reranked
         if classes is not None and labelled:

@@ -1,7 +1,7 @@
 """Retrieval in two stages: the contrast's best candidates are ranked anew by matching (Li et al. 2021, section 6).
 
 The first stage compares embeddings, the second lets the fusion encoder look at every candidate. Items beyond the
-candidates keep their places behind them. A tie counts against the model, as in retrieval.py.
+candidates keep their places behind them. A tie counts against the model, as everywhere.
 
 What a candidate scores is scale <query, candidate> + matching logit; the logit alone, as in ALBEF, by choice. Matching
 learned to tell pairs from negatives that were drawn by the contrast, q ∝ exp(scale <query, candidate>), so its logit
@@ -22,7 +22,7 @@ from modstruct.config import RerankBy, RunError
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.distributed import broadcast_object
 from modstruct.evaluation.collect import collect_rows, collect_tokens, my_batches, on_main
-from modstruct.evaluation.retrieval import items_ahead, nearest, recalls
+from modstruct.evaluation.ranking import counting_device, items_ahead, nearest, recall_figures
 from modstruct.models.fusion.pretraining import FusionModel
 
 LARGEST_ON_DEVICE_BYTES = 8 << 30
@@ -49,7 +49,7 @@ def reranked_retrieval(
     pictures: this process's batches of the n pictures (see collect.my_batches), uint8 (b, 3, H, W) on the device, in
     the order of image's rows. captions: the m texts. image: (n, D), text: (m, D), read on the main process alone.
     pairs: (p, 2), (image row, text row). by: what a candidate scores, see above. batch: pictures, texts or pairs in one
-    forward pass. Returns the same as retrieval.retrieval on the main process, and an empty dict elsewhere. Raises
+    forward pass. Returns the same as ranking.measure_recall on the main process, and an empty dict elsewhere. Raises
     RunError, on every process, where `pictures` brings another number than image has rows.
     """
     backbone = model.backbone
@@ -105,8 +105,9 @@ def _direction(
 
     def measure() -> dict[str, dict[str, float]]:
         both = scores + scale * np.einsum("qd,qkd->qk", queries, gallery[found])
-        ahead = ahead_after(found, both, pairs, items_ahead(queries, gallery, pairs, max(k, *recall_at)))
-        return recalls(ahead, pairs, len(gallery), recall_at)
+        ahead = ahead_after(found, both, pairs, items_ahead(queries, gallery, pairs, counting_device()))
+        asked, positives = np.unique(np.unique(pairs, axis=0)[:, 0], return_counts=True)
+        return recall_figures(ahead[asked] + 1, positives, len(gallery), recall_at)
 
     return on_main(measure)
 

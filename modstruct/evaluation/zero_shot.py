@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from modstruct.evaluation.retrieval import items_ahead
+from modstruct.evaluation.ranking import items_ahead
 from modstruct.yaml_files import read_yaml
 
 
@@ -101,7 +101,7 @@ def zero_shot(
     truth = np.asarray(truth, dtype=np.int64)
     kept = [k for k in top_k if k <= len(classes)]
     pairs = np.stack([np.arange(len(truth)), truth], axis=1)
-    ahead = items_ahead(image, classes, pairs, max([1, *kept]))
+    ahead = items_ahead(image, classes, pairs)
     figures = {f"top_{k}": {"value": float(np.mean(ahead < k)), "chance": k / len(classes)} for k in kept}
     per_class = [np.mean(ahead[truth == c] < 1) for c in np.unique(truth)]
     return figures | {"mean_per_class": {"value": float(np.mean(per_class)), "chance": 1 / len(classes)}}

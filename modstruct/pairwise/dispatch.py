@@ -37,7 +37,7 @@ def check_precision(precision: str) -> None:
 def _kernels_for(x: Tensor) -> ModuleType:
     if x.dtype == torch.float32 and x.device.type == "cpu":
         return cpu_kernels
-    if x.dtype == torch.float32 and x.device.type == "cuda" and _has_kernels_for(x.device):
+    if x.dtype == torch.float32 and x.device.type == "cuda" and has_kernels_for(x.device):
         from modstruct.pairwise import cuda_kernels
 
         return cuda_kernels
@@ -45,7 +45,7 @@ def _kernels_for(x: Tensor) -> ModuleType:
 
 
 @functools.cache
-def _has_kernels_for(gpu: torch.device) -> bool:
+def has_kernels_for(gpu: torch.device) -> bool:
     """Whether this build has kernels for the GPU; says so once where it has none."""
     capability = torch.cuda.get_device_capability(gpu)
     if capability < OLDEST_GPU:

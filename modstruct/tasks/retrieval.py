@@ -23,8 +23,8 @@ from modstruct.data.tasks.published_files import TaskEntries
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.evaluation.collect import on_main
 from modstruct.evaluation.embed import embed_texts
+from modstruct.evaluation.ranking import counting_device, measure_recall
 from modstruct.evaluation.reranking import reranked_retrieval
-from modstruct.evaluation.retrieval import retrieval
 from modstruct.losses.objective import Objective
 from modstruct.models.fusion.pretraining import FusionModel
 from modstruct.tasks.task import Task
@@ -114,7 +114,8 @@ class Retrieval(Task):
             batch,
             device,
         )
-        figures = on_main(lambda: _flat("", retrieval(image, text, pairs, recall_at)) | _flat("matched ", matched))
+        found = on_main(lambda: measure_recall(image, text, pairs, recall_at, counting_device()))
+        figures = _flat("", found) | _flat("matched ", matched)
         return figures | {"sizes": {"pictures": len(image), "captions": len(captions)}}, None
 
     def _pictures(self, entries: Sequence[CaptionedPicture], batch: int, device: torch.device) -> Iterator[Tensor]:

@@ -9,8 +9,8 @@ from tiny_fusion import fusion_model, fusion_recipe
 from tiny_models import CAPTIONS, pictures, word_tokenizer
 
 from modstruct.config import RunError
+from modstruct.evaluation.ranking import items_ahead, nearest, recall_figures
 from modstruct.evaluation.reranking import ahead_after, reranked_retrieval
-from modstruct.evaluation.retrieval import items_ahead, nearest, recalls
 
 
 def plain_ahead(candidates: list[int], scores: list[float], positives: set[int], before: int) -> int:
@@ -78,13 +78,14 @@ def test_both_stages_are_as_a_plain_program_has_them(candidates, by):
         ("text_to_image", text @ image.T, scores.T, pairs[:, ::-1], text, image),
     ):
         ahead = []
-        before = items_ahead(queries, gallery, wanted, len(gallery))
+        before = items_ahead(queries, gallery, wanted)
         for query in range(len(queries)):
             first = np.argsort(-similarity[query])[:candidates].tolist()
             assert nearest(queries, gallery, candidates)[query].tolist() == first
             positives = set(wanted[wanted[:, 0] == query, 1].tolist())
             ahead.append(plain_ahead(first, table[query, first].tolist(), positives, int(before[query])))
-        assert found[name] == recalls(np.array(ahead), wanted, len(gallery), [1, 2])
+        positives = np.bincount(wanted[:, 0])
+        assert found[name] == recall_figures(np.array(ahead) + 1, positives, len(gallery), [1, 2])
 
 
 def test_all_candidates_and_a_perfect_matching_find_everything():

@@ -2,5 +2,6 @@
 
 from modstruct.evaluation.latent.measure import structure_figures
 from modstruct.evaluation.latent.sampling import SamplingConfig
+from modstruct.evaluation.latent.set_structure import measure_set_structure
 
-__all__ = ["SamplingConfig", "structure_figures"]
+__all__ = ["SamplingConfig", "measure_set_structure", "structure_figures"]

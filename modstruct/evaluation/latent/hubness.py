@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from modstruct.evaluation.latent.sampling import SamplingConfig, figure, mean_interval, random_batches
+from modstruct.evaluation.ranking.nearest import nearest
 from modstruct.evaluation.ranking.rows import as_float32, distinct_rows
-from modstruct.evaluation.retrieval import nearest
 
 K = 10
 
@@ -44,7 +44,7 @@ def _both_ways(image: np.ndarray, text: np.ndarray, pairs: np.ndarray, k: int) -
 def occurrences(queries: np.ndarray, gallery: np.ndarray, k: int) -> np.ndarray:
     """(u,): how many queries have each distinct gallery row among their k nearest."""
     first, _, _ = distinct_rows(gallery)
-    return np.bincount(nearest(queries, gallery[first], k).reshape(-1), minlength=len(first))
+    return np.bincount(nearest(queries, gallery, k, first).reshape(-1), minlength=len(first))
 
 
 def skewness(values: np.ndarray) -> float:

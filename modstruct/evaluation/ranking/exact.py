@@ -7,14 +7,33 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from modstruct import distributed
 from modstruct.evaluation.ranking.rows import as_float32, check_dimensions, check_rows, checked_pairs, row_blocks
-from modstruct.pairwise import nearest_counts
+from modstruct.pairwise import dispatch, nearest_counts
 
 PAIRS_AT_ONCE = 4096
 """Pairs of one call of the kernel."""
 GALLERY_BYTES = 256 << 20
 """Of float32 gallery rows that are in memory at once."""
 CPU = torch.device("cpu")
+
+
+def counting_device() -> torch.device:
+    """This process's GPU where modstruct has kernels for it, else the CPU.
+
+    Plain products of matrices give equal rows scores that may differ in the last bit, by their place in the product's
+    tiles, and a tie would become a matter of luck.
+    """
+    device = distributed.device()
+    return device if device.type == "cuda" and dispatch.has_kernels_for(device) else CPU
+
+
+def items_ahead(queries: np.ndarray, gallery: np.ndarray, pairs: np.ndarray, device: torch.device = CPU) -> np.ndarray:
+    """Items ahead of each query's best positive, (q,) int64, as `pairs_ahead` counts them; g where it has none."""
+    pairs, ahead = pairs_ahead(queries, gallery, pairs, device)
+    least = np.full(len(queries), len(gallery), dtype=np.int64)
+    np.minimum.at(least, pairs[:, 0], ahead)
+    return least
 
 
 def pairs_ahead(
@@ -30,9 +49,9 @@ def pairs_ahead(
     float32. pairs: (p, 2), positives as (query row, gallery row). device: where scores are formed. progress: show a
     bar.
     Returns the pairs, each once and ascending, (p', 2), and the items ahead, (p',) int64: a tie counts against the
-    model, and other positives of the query count neither way, as in `retrieval.items_ahead`, whose number is the
-    least of a query's. Cost: 2 q g D operations, q being the queries that have a positive. Memory: O(p') and two
-    blocks of rows, whatever g is. On a GPU without modstruct's kernels rows tie as far as torch's products do.
+    model, and other positives of the query count neither way. So collapsed embeddings get the last ranks. Cost: 2 q g D
+    operations, q being the queries that have a positive. Memory: O(p') and two blocks of rows, whatever g is. On a GPU
+    without modstruct's kernels rows tie as far as torch's products do; see `counting_device`.
     """
     for name, rows in (("query", queries), ("gallery", gallery)):
         check_rows(name, rows)

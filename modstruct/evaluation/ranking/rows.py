@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+Storage = Literal["float32", "float16"]
 BLOCK_BYTES = 32 << 20
 """Of float32 rows that are read at once."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faiss
 import numpy as np
 from hypothesis import strategies as st
 
@@ -48,3 +49,18 @@ def plain_figures(queries, gallery, pairs, recall_at) -> dict[str, float]:
         "mean_reciprocal_rank": np.mean(1 / ranks),
         "map_at_r": np.mean(precisions),
     }
+
+
+def faiss_items_ahead(queries, gallery, pairs) -> np.ndarray:
+    """Items ahead of each query's best positive in FAISS's list of all items, ties counted against it; g without one.
+
+    Rows whose scores float32 holds exactly: of others FAISS may give equal ones scores that differ in the last bit.
+    """
+    index = faiss.IndexFlatIP(gallery.shape[1])
+    index.add(np.ascontiguousarray(gallery, dtype=np.float32))
+    scores, rows = index.search(np.ascontiguousarray(queries, dtype=np.float32), len(gallery))
+    ahead = np.full(len(queries), len(gallery))
+    for query in np.unique(pairs[:, 0]):
+        positive = np.isin(rows[query], pairs[pairs[:, 0] == query, 1])
+        ahead[query] = np.sum(~positive & (scores[query] >= scores[query][positive].max()))
+    return ahead

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranking_cases import grid_rows, sets_with_ties
 
-from modstruct.evaluation.ranking import IndexConfig, measure_retrieval
-from modstruct.evaluation.ranking import index as module
-from modstruct.evaluation.ranking.index import ApproximateIndex, index_recall, listed_pairs_ahead
+from modstruct.evaluation.ranking import IndexConfig, listed, measure_retrieval
+from modstruct.evaluation.ranking.index import ApproximateIndex
+from modstruct.evaluation.ranking.listed import index_recall, listed_pairs_ahead
 from modstruct.evaluation.ranking.rows import distinct_rows
 
 EVERYTHING = {"ivf": {"lists": 4, "probes": 4}, "hnsw": {"search_width": 4000, "construction_width": 400}}
@@ -64,7 +64,7 @@ def test_recall_of_a_hasty_index_is_what_counting_gives(kind, hasty):
 
 def test_an_item_that_is_not_listed_comes_last(monkeypatch):
     image, text, pairs = similar(200, 8, noise=5.0)
-    monkeypatch.setattr(module, "RESULTS_AT_ONCE", 40)  # several searches
+    monkeypatch.setattr(listed, "RESULTS_AT_ONCE", 40)  # several searches
     made = ApproximateIndex(image, IndexConfig("ivf", lists=1))
     _, ahead = listed_pairs_ahead(text, made, pairs, 4)
     scores = text @ image.T
@@ -81,7 +81,7 @@ def test_distinct_rows_are_those_that_differ():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"kind": "flat"}, "index.kind = 'flat': one of exact, ivf, hnsw"),
+        ({"kind": "flat"}, "index.kind = 'flat': one of exact, ivf, hnsw, cagra"),
         ({"storage": "int8"}, "index.storage = 'int8'"),
         ({"probes": 0}, "index.probes = 0: at least 1"),
         ({"lists": 0}, "index.lists = 0"),
