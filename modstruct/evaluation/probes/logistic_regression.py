@@ -19,8 +19,6 @@ CORRECTIONS = 10
 RELATIVE_TOLERANCE = 64 * float(np.finfo(np.float64).eps)
 """Of the objective from one step to the next: scikit-learn's."""
 LINE_SEARCH_STEPS = 50
-ENDS = {0: "converged", 1: "iterations", 2: "precision"}
-"""By scipy's status. "precision": the line search found nothing lower in the digits that the blocks leave."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +26,15 @@ class FitConfig:
     """When a fit ends, and in which precision rows are read."""
 
     max_iterations: int = 1000
-    """CLIP's and the most that a fit takes; weakly regularised ones end here."""
+    """Of a fit at most; CLIP's number."""
     gradient_tolerance: float = 1e-4
     """Largest entry of the gradient of the mean loss at which a fit has converged: scikit-learn's `tol`."""
     precision: Literal["float32", "float64"] = "float32"
     """Of rows, scores and a block's sums; sums over blocks and the weights are float64."""
+    warm_starts: bool = False
+    """Begin each fit of a search where that of the nearest strength ended, and the last fit where the chosen one did.
+    It takes fewer steps to an optimum, but a fit that the tolerance or the iterations end early (a weak penalty on
+    classes that can be separated) then depends on those before it, where CLIP's begin at zero each."""
 
     def __post_init__(self) -> None:
         require_counts("fit", self, ("max_iterations",))
@@ -46,7 +48,11 @@ class FitConfig:
 
 @dataclass(frozen=True)
 class LinearClassifier:
-    """Scores x W^T + b of each class. weight: (C, D), bias: (C,), float64. end: of the fit, one of ENDS."""
+    """Scores x W^T + b of each class. weight: (C, D), bias: (C,), float64. iterations: of the fit.
+
+    end: "converged" by the gradient's tolerance, "stalled" where the objective falls no further in the digits that the
+    blocks leave, "iterations" where they ran out, or "epochs" of the SGD protocol.
+    """
 
     weight: np.ndarray
     bias: np.ndarray
@@ -86,7 +92,10 @@ def fit_logistic_regression(
         },
     )
     weights = found.x.reshape(classes, dimension + 1)
-    return LinearClassifier(weights[:, :-1].copy(), weights[:, -1].copy(), int(found.nit), ENDS[found.status])
+    end = "iterations" if found.status == 1 else "stalled"
+    if np.abs(found.jac).max() <= config.gradient_tolerance:
+        end = "converged"
+    return LinearClassifier(weights[:, :-1].copy(), weights[:, -1].copy(), int(found.nit), end)
 
 
 def mean_objective(

@@ -174,7 +174,7 @@ def _searched(
     config: LinearProbeConfig,
     device: torch.device,
     progress: bool,
-) -> tuple[Sweep, LinearClassifier]:
+) -> tuple[Sweep, LinearClassifier | None]:
     """Apart, so that the rows that it holds are let go before the last fit."""
     split = Split(*_blocks(fitted, held_out, classes, config, device))
     return sweep_strength([split], classes, config.fit, progress)

@@ -76,11 +76,11 @@ def search_strength(score: Callable[[float], tuple[float, float]], progress: boo
 
 def sweep_strength(
     splits: Sequence[Split], classes: int, config: FitConfig, progress: bool = False
-) -> tuple[Sweep, LinearClassifier]:
+) -> tuple[Sweep, LinearClassifier | None]:
     """Search with fits on each split, scored on all rows held out together.
 
-    Fits begin at the solution of the nearest strength, which saves steps. Returns the search, and the first split's
-    classifier of the chosen strength, where the final fit may begin. Memory: 15 classifiers a split.
+    Returns the search, and with config.warm_starts the first split's classifier of the chosen strength, where the last
+    fit begins; else None. Memory: with warm starts 15 classifiers a split, else one.
     """
     fitted: list[dict[float, LinearClassifier]] = [{} for _ in splits]
 
@@ -88,12 +88,14 @@ def sweep_strength(
         right, loss = 0, 0.0
         for split, known in zip(splits, fitted, strict=True):
             near = min(known, key=lambda other: abs(np.log(other / strength)), default=None)
-            known[strength] = fit_logistic_regression(split.train, classes, strength, config, known.get(near))
-            ahead, mean_loss = classes_ahead(known[strength], split.held_out)
+            classifier = fit_logistic_regression(split.train, classes, strength, config, known.get(near))
+            if config.warm_starts:
+                known[strength] = classifier
+            ahead, mean_loss = classes_ahead(classifier, split.held_out)
             right += int((ahead == 0).sum())
             loss += mean_loss * len(split.held_out)
         rows = sum(len(split.held_out) for split in splits)
         return right / rows, loss / rows
 
     sweep = search_strength(score, progress)
-    return sweep, fitted[0][sweep.best]
+    return sweep, fitted[0].get(sweep.best)

@@ -123,6 +123,7 @@ def test_the_end_of_a_fit_is_told():
     short = fit_logistic_regression(blocks_of(rows, labels), 5, 1e-3, FitConfig(max_iterations=3, precision="float64"))
     assert (short.end, short.iterations) == ("iterations", 3)
     assert fit_logistic_regression(blocks_of(rows, labels), 5, 1.0, EXACT).end == "converged"
+    assert fit_logistic_regression(blocks_of(rows, labels, torch.float32), 5, 1.0, EXACT).end == "stalled"
 
 
 def test_a_tie_counts_against_the_classifier():

@@ -11,9 +11,10 @@ from probe_cases import clouds, features_of
 from sklearn.linear_model import LogisticRegression
 
 from modstruct.evaluation.probes.features import RowBlocks
-from modstruct.evaluation.probes.logistic_regression import FitConfig
+from modstruct.evaluation.probes.logistic_regression import FitConfig, fit_logistic_regression
 from modstruct.evaluation.probes.sweep import STRENGTHS, TRIED, Split, search_strength, sweep_strength
 
+CPU = torch.device("cpu")
 FIRST = [1e-6, 1e-4, 1e-2, 1, 1e2, 1e4, 1e6]
 
 
@@ -42,29 +43,45 @@ def test_of_equal_accuracies_the_least_loss_and_then_the_strongest_wins():
     assert search_strength(lambda s: (0.5, 0.0)).best == 1e6
 
 
-def test_the_search_lands_on_the_best_of_the_grid_for_fitted_probes():
-    """Few rows of many noisy columns: the best is neither the weakest nor the strongest, and it is scikit-learn's."""
-    (rows, labels), (others, truth) = clouds(90, 60, 3, seed=0, spread=6.0), clouds(3000, 60, 3, seed=1, spread=6.0)
-    config = FitConfig(precision="float64", gradient_tolerance=1e-7)
-    split = Split(
-        *(
-            RowBlocks(features_of(*pair), torch.device("cpu"), torch.float64)
-            for pair in ((rows, labels), (others, truth))
-        )
-    )
-    sweep, start = sweep_strength([split], 3, config)
-    by_strength = dict(zip(sweep.strengths, sweep.accuracies, strict=True))
-    for strength in (sweep.best, 1e-2, 1e4):
-        near = min(by_strength, key=lambda s: abs(np.log(s / strength)))
-        peer = LogisticRegression(C=1 / near, max_iter=1000, tol=1e-7).fit(rows, labels).score(others, truth)
-        assert by_strength[near] == pytest.approx(peer, abs=0.004)
-    assert by_strength[sweep.best] == max(sweep.accuracies) > max(sweep.accuracies[0], sweep.accuracies[-1]) + 0.01
-    assert start.weight.shape == (3, 60)
+def misled(count, seed):
+    """Three columns that tell three classes, forty of noise, and one of large noise."""
+    random, labels = np.random.default_rng(seed), np.arange(count) % 3
+    told = np.eye(3)[labels] + 0.3 * random.standard_normal((count, 3))
+    noise = random.standard_normal((count, 41)) * np.append(np.ones(40), 30)
+    return np.hstack([told, noise]).astype(np.float32), labels
+
+
+def test_the_search_lands_between_too_weak_and_too_strong_where_scikit_learn_does():
+    (rows, labels), (others, truth) = misled(120, seed=0), misled(3000, seed=1)
+    config = FitConfig(precision="float64")
+    blocks = (RowBlocks(features_of(*pair), CPU, torch.float64) for pair in ((rows, labels), (others, truth)))
+    sweep, start = sweep_strength([Split(*blocks)], 3, config)
+    assert start is None
+    peers = [
+        LogisticRegression(C=1 / strength, max_iter=1000).fit(rows.astype(np.float64), labels).score(others, truth)
+        for strength in sweep.strengths
+    ]
+    np.testing.assert_allclose(sweep.accuracies, peers, atol=0.002)
+    assert max(sweep.accuracies) == sweep.accuracies[sweep.strengths.index(sweep.best)]
+    assert max(sweep.accuracies) > max(sweep.accuracies[0], sweep.accuracies[-1]) + 0.003
+    assert 1e-3 < sweep.best < 1
+
+
+def test_warm_starts_lead_to_the_same_choice_where_fits_converge():
+    split = Split(*(RowBlocks(features_of(*misled(n, seed)), CPU, torch.float64) for n, seed in ((300, 0), (500, 1))))
+    found = []
+    for warm in (False, True):
+        config = FitConfig(precision="float64", gradient_tolerance=1e-9, max_iterations=5000, warm_starts=warm)
+        found.append(sweep_strength([split], 3, config))
+    np.testing.assert_allclose(found[1][0].losses, found[0][0].losses, rtol=1e-4)
+    assert found[1][0].best == found[0][0].best
+    alone = fit_logistic_regression(split.train, 3, found[1][0].best, config)
+    np.testing.assert_allclose(found[1][1].weight, alone.weight, atol=1e-5)
 
 
 def test_several_splits_are_scored_by_all_their_rows():
     rows, labels = clouds(60, 5, 3, seed=2, spread=2.0)
-    blocks = [RowBlocks(features_of(rows[p], labels[p]), torch.device("cpu")) for p in (slice(0, 30), slice(30, 60))]
+    blocks = [RowBlocks(features_of(rows[p], labels[p]), CPU) for p in (slice(0, 30), slice(30, 60))]
     sweep, _ = sweep_strength([Split(*blocks), Split(*blocks[::-1])], 3, FitConfig())
     assert all(round(60 * accuracy, 9) == round(60 * accuracy) for accuracy in sweep.accuracies)
     assert sweep.losses[-1] == pytest.approx(np.log(3), abs=0.01)

@@ -40,7 +40,7 @@ def test_it_is_adamw_with_a_cosine_and_no_decay_of_the_bias():
             )
             loss.backward()
             optimizer.step()
-            seen.append(float(loss) * len(batch))
+            seen.append(loss.item() * len(batch))
             step += 1
     np.testing.assert_allclose(found.weight, linear.weight.detach().numpy(), atol=1e-5)
     np.testing.assert_allclose(found.bias, linear.bias.detach().numpy(), atol=1e-5)
