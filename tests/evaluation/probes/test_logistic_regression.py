@@ -122,7 +122,7 @@ def test_the_end_of_a_fit_is_told():
     rows, labels = clouds(300, 20, 5, seed=9, spread=2.0)
     short = fit_logistic_regression(blocks_of(rows, labels), 5, 1e-3, FitConfig(max_iterations=3, precision="float64"))
     assert (short.end, short.iterations) == ("iterations", 3)
-    assert fit_logistic_regression(blocks_of(rows, labels), 5, 1.0, EXACT).end == "converged"
+    assert fit_logistic_regression(blocks_of(rows, labels), 5, 1.0, FitConfig(precision="float64")).end == "converged"
     assert fit_logistic_regression(blocks_of(rows, labels, torch.float32), 5, 1.0, EXACT).end == "stalled"
 
 
