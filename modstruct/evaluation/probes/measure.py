@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from modstruct.config.checks import require
 from modstruct.evaluation.embedded_set import EmbeddedSet
+from modstruct.evaluation.intervals import bootstrap_mean
 from modstruct.evaluation.majority import majority_label
 from modstruct.evaluation.probes.accuracy import accuracy_figures, hits
 from modstruct.evaluation.probes.draws import drawn_order, hold_out
@@ -78,7 +79,8 @@ def measure_linear_probe(
     share of the training set; the last fit has both. sgd: fitted on the training set; the validation set is not used.
     train, test, validation: of one model and the same classes. Runs in one process, without others.
     Returns the result in the form of METRIC.json (all but "command") and the outcomes "top_1" and "top_5", (rows,)
-    float32, of the test set's labelled rows in their order. Raises ValueError as `probe_inputs` does.
+    float32, of the test set's labelled rows in their order. "low" and "high" are the
+    interval over test rows. Raises ValueError as `probe_inputs` does.
     """
     config = config or LinearProbeConfig()
     begun = time.perf_counter()
@@ -88,12 +90,14 @@ def measure_linear_probe(
     else:
         made, curves, used = _by_lbfgs(inputs, config, device, progress)
     classifier, fitted_on, ahead = made
-    figures = accuracy_figures(ahead, inputs.test.labels, inputs.classes)
+    figures, outcomes = accuracy_figures(ahead, inputs.test.labels, inputs.classes), hits(ahead, inputs.classes)
+    for name, hit in outcomes.items():
+        figures[name]["low"], figures[name]["high"] = bootstrap_mean(hit, seed=config.seed)
     settings = asdict(config) | _described(inputs, train, validation)
     settings |= used | {"iterations": classifier.iterations, "end": classifier.end}
     rows = {"train": len(inputs.train), "test": len(inputs.test), "fitted": fitted_on}
     rows |= {"validation": len(inputs.validation)} if inputs.validation is not None else {}
-    return _result("linear_probe", test, figures, curves, settings, rows, begun), hits(ahead, inputs.classes)
+    return _result("linear_probe", test, figures, curves, settings, rows, begun), outcomes
 
 
 def measure_few_shot(
@@ -109,7 +113,8 @@ def measure_few_shot(
     Draws are the same for every model. Figures, by number of shots: "shots_4": {"top_1": mean over draws, …,
     "top_1_deviation": standard deviation over draws (n - 1; absent for one draw)}. Curves: over shots, and of each
     draw. Outcomes: "shots_4/top_1", (rows,) float32, the share of draws in which the row was right; rows as in
-    `measure_linear_probe`. Raises ValueError as `probe_inputs` does, and for a class with fewer pictures than shots.
+    `measure_linear_probe`. Figures have no interval: one over test rows would leave out what the draws vary.
+    Raises ValueError as `probe_inputs` does, and for a class with fewer pictures than shots.
     """
     config = config or FewShotConfig()
     begun = time.perf_counter()

@@ -46,6 +46,8 @@ def test_the_last_fit_is_scikit_learns_on_train_and_validation(sets):
     right = peer.predict(test.rows("image_features")) == truth
     np.testing.assert_array_equal(outcomes["top_1"], right)
     figures = result["figures"]
+    for name in ("top_1", "top_5"):
+        assert figures[name].pop("low") < figures[name]["value"] < figures[name].pop("high")
     assert figures["top_1"] == {"value": pytest.approx(right.mean()), "chance": 1 / 7, "rows": 140}
     assert figures["top_5"] == {
         "value": pytest.approx(outcomes["top_5"].mean(dtype=np.float64)),
@@ -135,7 +137,7 @@ def test_features_say_what_is_before_them(tmp_path):
 
 
 def test_few_shots_have_means_deviations_and_outcomes_over_draws(sets):
-    config = FewShotConfig(shots=(1, 4, 16), draws=3, strength="shots")
+    config = FewShotConfig(shots=(1, 4, 16), draws=3)
     result, outcomes = measure_few_shot(*sets[:2], config=config)
     figures, curves = result["figures"], result["curves"]
     for shots in config.shots:
