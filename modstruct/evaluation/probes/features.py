@@ -17,8 +17,8 @@ FLATTEST = 1e-6
 """Share of the largest deviation below which a column is constant and is not stretched."""
 HELD_ON_CPU = 256 << 20
 """Bytes of finished rows that stay in the main memory; beyond, the operating system's page cache serves the file."""
-HELD_SHARE_OF_DEVICE = 0.5
-"""Of an accelerator's free memory that finished rows may take."""
+HELD_SHARE_OF_DEVICE = 0.4
+"""Of an accelerator's free memory that finished rows may take; a fit has two sets of them, to fit on and held out."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class RowBlocks:
     """Features as blocks on a device, kept there where they are small enough, else read anew each time.
 
     dtype: of the blocks. width: the most numbers that a reader makes of a row (scores, say); with the dimension it
-    sets how many rows a block has. hold_bytes: what may be kept, by default 256 MiB on a CPU and half of an
+    sets how many rows a block has. hold_bytes: what may be kept, by default 256 MiB on a CPU and 40 % of an
     accelerator's free memory.
     """
 

@@ -71,8 +71,9 @@ def fit_logistic_regression(
     begin, by default at zero.
     What is minimised is that sum divided by the number of rows, with scipy's L-BFGS-B (no bounds) and the stopping
     rules of scikit-learn, whose `lbfgs` is the same routine. Its line search meets the strong Wolfe conditions.
-    Memory: 30 times the weights in float64, two blocks, and what RowBlocks holds. Raises ValueError for a strength
-    that is not above 0: without a penalty a class that can be separated has no minimum.
+    Memory:
+    40 times the C (D + 1) weights of 8 bytes, two blocks, and what RowBlocks holds. Raises ValueError for a strength
+    that is not above 0: without a penalty classes that can be separated have no minimum.
     """
     require(0 < strength < float("inf"), "strength", strength, "above 0 and finite")
     dimension = blocks.features.dimension
