@@ -27,3 +27,14 @@ def accuracy_figures(ahead: np.ndarray, labels: np.ndarray, classes: int) -> dic
 def hits(ahead: np.ndarray, classes: int) -> dict[str, np.ndarray]:
     """Whether each row's class is among the best k, (n,) float32, for the k of TOP_K below the number of classes."""
     return {f"top_{k}": (ahead < k).astype(np.float32) for k in TOP_K if k == 1 or k < classes}
+
+
+def figures_over_draws(each: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Mean of each figure over draws and, of several, its standard deviation (n - 1) as "…_deviation"."""
+    figures = {}
+    for name, one in each[0].items():
+        values = [figures_of_draw[name]["value"] for figures_of_draw in each]
+        figures[name] = one | {"value": float(np.mean(values))}
+        if len(values) > 1:
+            figures[f"{name}_deviation"] = {"value": float(np.std(values, ddof=1)), "rows": len(values)}
+    return figures

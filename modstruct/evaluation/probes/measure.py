@@ -14,7 +14,7 @@ from modstruct.config.checks import require
 from modstruct.evaluation.embedded_set import EmbeddedSet
 from modstruct.evaluation.intervals import bootstrap_mean
 from modstruct.evaluation.majority import majority_label
-from modstruct.evaluation.probes.accuracy import accuracy_figures, hits
+from modstruct.evaluation.probes.accuracy import accuracy_figures, figures_over_draws, hits
 from modstruct.evaluation.probes.draws import drawn_order, hold_out
 from modstruct.evaluation.probes.features import Features, RowBlocks, column_statistics
 from modstruct.evaluation.probes.few_shot import FewShotConfig, draw_episodes, run_episode
@@ -78,9 +78,9 @@ def measure_linear_probe(
     lbfgs: the strength of the penalty is searched with fits on the training set, scored on the validation set or on a
     share of the training set; the last fit has both. sgd: fitted on the training set; the validation set is not used.
     train, test, validation: of one model and the same classes. Runs in one process, without others.
-    Returns the result in the form of METRIC.json (all but "command") and the outcomes "top_1" and "top_5", (rows,)
-    float32, of the test set's labelled rows in their order. "low" and "high" are the
-    interval over test rows. Raises ValueError as `probe_inputs` does.
+    Returns the result in the form of METRIC.json (all but "command"), and the outcomes "top_1" and "top_5", (rows,)
+    float32, of the test set's labelled rows in their order. "low" and "high" of a
+    figure are its 95 % interval over test rows. Raises ValueError as `probe_inputs` does.
     """
     config = config or LinearProbeConfig()
     begun = time.perf_counter()
@@ -131,7 +131,7 @@ def measure_few_shot(
                 found.append(run_episode(inputs, episodes[shots], shots, config, device))
                 bar.update()
             each = [accuracy_figures(one.ahead, inputs.test.labels, inputs.classes) for one in found]
-            figures[f"shots_{shots}"] = over = _over_draws(each)
+            figures[f"shots_{shots}"] = over = figures_over_draws(each)
             for name in each[0]:
                 curves.setdefault(name, []).append(over[name]["value"])
                 curves[f"shots_{shots}/{name}"] = [one[name]["value"] for one in each]
@@ -214,17 +214,6 @@ def _curves(sweep: Sweep) -> dict[str, list[float]]:
         "held_out_accuracy": sweep.accuracies,
         "held_out_loss": sweep.losses,
     }
-
-
-def _over_draws(each: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """Mean and deviation of each figure."""
-    figures = {}
-    for name, one in each[0].items():
-        values = [figures_of_draw[name]["value"] for figures_of_draw in each]
-        figures[name] = one | {"value": float(np.mean(values))}
-        if len(values) > 1:
-            figures[f"{name}_deviation"] = {"value": float(np.std(values, ddof=1)), "rows": len(values)}
-    return figures
 
 
 def _described(inputs: ProbeInputs, train: EmbeddedSet, validation: EmbeddedSet | None) -> dict[str, Any]:
