@@ -11,15 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
 from modstruct.data.scenes import captions
 from modstruct.data.scenes.factors import (
     ASIDES,
-    COLOURS,
-    COUNT_SHARES,
     FILLS,
     GROUND_COLOURS,
     GROUND_TEXTURES,
@@ -27,15 +24,21 @@ from modstruct.data.scenes.factors import (
     MOODS,
     PLACES,
     PLAIN_SHARE,
-    SHAPES,
     SIZES,
     TEMPLATES,
     TEMPLATES_OF_SEVERAL,
 )
-from modstruct.data.scenes.splits import DIGITS, SPLIT_OF_DIGIT, SPLITS, digit_of
+from modstruct.data.scenes.splits import SPLITS
 from modstruct.evaluation.information.discrete import entropy, mutual_information
+from modstruct.evaluation.information.scene_mentions import (
+    SAID_SHARE,
+    count_shares,
+    digits_of,
+    ground_said_share,
+    object_digits,
+    templates_of,
+)
 
-SAID_SHARE = 1 - captions.LEFT_OUT_SHARE
 OBJECT_FACTORS = ("shape", "colour", "size", "fill")
 """Axes of `objects_of_a_split`; the first two are in every caption."""
 BOTH = ("shape", "colour", "size", "fill", "place", "count", "ground_colour")
@@ -91,7 +94,9 @@ def exact_information(label: str, split: str) -> ExactInformation | None:
         whole = entropy(counts)
         return ExactInformation(whole, whole, whole, whole, whole)
     if label == "template":  # a picture tells of it what the number of objects tells
-        shared = np.array([[(t in _templates(c)) / len(_templates(c)) for t in TEMPLATES_OF_SEVERAL] for c in (1, 2)])
+        shared = np.array(
+            [[(t in templates_of(c)) / len(templates_of(c)) for t in TEMPLATES_OF_SEVERAL] for c in (1, 2)]
+        )
         joint = counts[:, None] * shared[[0, 1, 1, 1]]
         whole, told = entropy(joint.sum(0)), mutual_information(joint)
         return ExactInformation(whole, whole, told, whole, told)
@@ -104,8 +109,8 @@ def exact_information(label: str, split: str) -> ExactInformation | None:
 
 def objects_of_a_split(split: str) -> np.ndarray:
     """p(shape, colour, size, fill) of the object of a scene of one object, (8, 8, 3, 4)."""
-    digits = _digits()
-    kept = np.isin(digits, _digits_of(split)).astype(float)
+    digits = object_digits()
+    kept = np.isin(digits, digits_of(split)).astype(float)
     return kept / kept.sum()
 
 
@@ -117,26 +122,6 @@ def captions_of_a_split(split: str) -> np.ndarray:
     """
     size, fill = _said("medium", SIZES), _said("solid", FILLS)  # (said, true)
     return np.einsum("az,bf,sczf->absczf", size, fill, objects_of_a_split(split))
-
-
-def count_shares(split: str) -> np.ndarray:
-    """p(number of objects), (4,): the split rule shifts the generator's shares a little."""
-    shares = np.array([sum(_contents(count, split).values()) for count in _counts()]) * COUNT_SHARES
-    return shares / shares.sum()
-
-
-def ground_said_share(split: str) -> float:
-    """How often captions of a split mention the colour of the ground."""
-    said = 0.0
-    for count, share in zip(_counts(), count_shares(split), strict=True):
-        contents = _contents(count, split)
-        whole = sum(contents.values())
-        for (of_main, of_others), weight in contents.items():
-            for template in _templates(count):
-                for aside, aside_share in ((False, PLAIN_SHARE), (True, 1 - PLAIN_SHARE)):
-                    told = _ground_said(template, aside, count, of_main, of_others)
-                    said += share * weight / whole * aside_share * told / len(_templates(count))
-    return said
 
 
 def _of_a_single_object(label: str, split: str) -> ExactInformation:
@@ -167,132 +152,3 @@ def _said(unremarkable: str, values: Sequence[str]) -> np.ndarray:
     """p(said | value), (1 + values, values)."""
     said = np.array([SAID_SHARE * (1 - captions.UNSAID_SHARE * (value == unremarkable)) for value in values])
     return np.vstack([1 - said, np.diag(said)])
-
-
-def _digits() -> np.ndarray:
-    """Digit of each object by shape, colour, size and fill, (8, 8, 3, 4)."""
-    objects = [(s, c, z, f) for s in SHAPES for c in COLOURS for z in SIZES for f in FILLS]
-    return np.array([digit_of([o]) for o in objects]).reshape(len(SHAPES), len(COLOURS), len(SIZES), len(FILLS))
-
-
-def _digits_of(split: str) -> list[int]:
-    return [digit for digit in range(DIGITS) if SPLIT_OF_DIGIT[digit] == split]
-
-
-def _counts() -> range:
-    return range(1, len(COUNT_SHARES) + 1)
-
-
-def _templates(count: int) -> Sequence[str]:
-    return TEMPLATES if count == 1 else TEMPLATES_OF_SEVERAL
-
-
-@lru_cache
-def _contents(count: int, split: str) -> dict[tuple[int, int], float]:
-    """Probability, before the split is chosen, of being in it with so many fills and sizes to mention.
-
-    By (those of the main object, those of all others).
-    """
-    kept = _digits_of(split)
-    shares: dict[tuple[int, int], float] = {}
-    main_sizes = SIZES if count == 1 else SIZES[1:]
-    for main_size in main_sizes:
-        others = np.zeros((DIGITS, 1))
-        others[0, 0] = 1.0
-        for _ in range(count - 1):
-            others = _summed(others, _details(SIZES[: SIZES.index(main_size)]))
-        main = _details([main_size])
-        for of_main in range(main.shape[1]):
-            column = _summed(main[:, of_main : of_main + 1], others)[kept].sum(0)
-            for of_others, share in enumerate(column):
-                key = (of_main, of_others)
-                shares[key] = shares.get(key, 0.0) + share / len(main_sizes)
-    return shares
-
-
-def _details(sizes: Sequence[str]) -> np.ndarray:
-    """p(digit, number of fills and sizes that could be mentioned) of an object, its size drawn from sizes; (10, 3)."""
-    table = np.zeros((DIGITS, 3))
-    digits = _digits()
-    for size in sizes:
-        for fill_number, fill in enumerate(FILLS):
-            shares = np.bincount(digits[:, :, SIZES.index(size), fill_number].ravel(), minlength=DIGITS)
-            open_share = np.array([1.0])  # of so many details to mention
-            for value, unremarkable in ((fill, "solid"), (size, "medium")):
-                left = captions.UNSAID_SHARE if value == unremarkable else 0.0
-                open_share = np.convolve(open_share, [left, 1 - left])
-            table += shares[:, None] * open_share
-    return table / table.sum()
-
-
-def _summed(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """p(digit, number) of the sum of two independent ones: digits modulo 10."""
-    result = np.zeros((DIGITS, a.shape[1] + b.shape[1] - 1))
-    for i in range(DIGITS):
-        for j in range(DIGITS):
-            result[(i + j) % DIGITS] += np.convolve(a[i], b[j])
-    return result
-
-
-@lru_cache
-def _ground_said(template: str, aside: bool, count: int, of_main: int, of_others: int) -> float:
-    """How often the ground is mentioned, given how many fills and sizes could be, of the main object and of others."""
-    if template == "ground first":
-        return 1.0
-    left = captions.WORD_BUDGET - captions.MOOD_COST - captions.NAME_COST * count
-    left -= captions.FRAME_COST.get(template, 0) + captions.ASIDE_COST * aside
-    if template not in ("places first", "related"):
-        return _after_main(1, of_main, count - 1, of_others, left)
-    if template == "places first":
-        left -= captions.DETAIL_COST["place"]
-    # The place of the object named first is no detail to choose: it is mentioned, or a relation stands for it.
-    main_first = _after_main(0, of_main, count - 1, of_others, left)
-    other_first = _after_main(1, of_main, count - 2, of_others, left) if count > 1 else 0.0
-    return main_first / count + other_first * (count - 1) / count
-
-
-@lru_cache
-def _after_main(places: int, short: int, other_places: int, other_short: int, left: int) -> float:
-    """Share of orders in which the ground is mentioned, from where the main object's details are chosen.
-
-    places, short: of the main object, still to come; short: fills and sizes. left: words of the budget.
-    """
-    if places + short == 0:
-        return _ground_among(other_places, other_short, left)
-    return _next(
-        (
-            places,
-            captions.DETAIL_COST["place"],
-            lambda now: _after_main(places - 1, short, other_places, other_short, now),
-        ),
-        (
-            short,
-            captions.DETAIL_COST["fill"],
-            lambda now: _after_main(places, short - 1, other_places, other_short, now),
-        ),
-        left,
-    ) / (places + short)
-
-
-@lru_cache
-def _ground_among(places: int, short: int, left: int) -> float:
-    """The same among the details of the other objects, with which the ground is shuffled."""
-    own = SAID_SHARE if captions.DETAIL_COST["ground"] <= left else 0.0
-    return (
-        own
-        + _next(
-            (places, captions.DETAIL_COST["place"], lambda now: _ground_among(places - 1, short, now)),
-            (short, captions.DETAIL_COST["fill"], lambda now: _ground_among(places, short - 1, now)),
-            left,
-        )
-    ) / (places + short + 1)
-
-
-def _next(places, short, left: int) -> float:
-    """Sum, over the details that may be next, of what follows whether it is mentioned or left out."""
-    total = 0.0
-    for number, cost, follows in (places, short):
-        if number:
-            said = SAID_SHARE if cost <= left else 0.0
-            total += number * ((1 - said) * follows(left) + (said * follows(left - cost) if said else 0.0))
-    return total

@@ -11,15 +11,14 @@ from modstruct.data.scenes import captions, words
 from modstruct.data.scenes.factors import FILLS, SIZES
 from modstruct.data.scenes.splits import scenes, split_of
 from modstruct.evaluation.information.discrete import entropy
+from modstruct.evaluation.information.scene_mentions import count_shares, ground_said_share
 from modstruct.evaluation.information.scenes import (
     BOTH,
     CAPTION_ONLY,
     PICTURE_ONLY,
     TARGETS,
     captions_of_a_split,
-    count_shares,
     exact_information,
-    ground_said_share,
     objects_of_a_split,
     split_of_scenes,
 )
