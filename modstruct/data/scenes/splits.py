@@ -10,23 +10,29 @@ objects, which a hash would not; and it does not depend on the seed, so scenes o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import count
 
 from modstruct.data.scenes.captions import caption
 from modstruct.data.scenes.factors import COLOURS, FILLS, SHAPES, SIZES, Draws, Scene, sample_scene
 
 SPLITS = ("train", "validation", "test")
+DIGITS = 10
 SPLIT_OF_DIGIT = ("train",) * 8 + ("validation", "test")
+
+
+def digit_of(contents: Iterable[tuple[str, str, str, str]]) -> int:
+    """The digit of objects, each (shape, colour, size, fill)."""
+    digit = sum(
+        3 * SHAPES.index(shape) + 7 * COLOURS.index(colour) + 4 * SIZES.index(size) + FILLS.index(fill)
+        for shape, colour, size, fill in contents
+    )
+    return digit % DIGITS
 
 
 def split_of(scene: Scene) -> str:
     """The one split that a scene may occur in."""
-    digit = sum(
-        3 * SHAPES.index(shape) + 7 * COLOURS.index(colour) + 4 * SIZES.index(size) + FILLS.index(fill)
-        for shape, colour, size, fill in scene.contents
-    )
-    return SPLIT_OF_DIGIT[digit % 10]
+    return SPLIT_OF_DIGIT[digit_of(scene.contents)]
 
 
 def scenes(seed: int | str, split: str) -> Iterator[tuple[Scene, str]]:

@@ -1,0 +1,154 @@
+"""The information of embedded sets, as a result."""
+
+import json
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from modstruct.data.scenes.factors import COLOURS
+from modstruct.data.scenes.splits import scenes
+from modstruct.evaluation.embedded_set import write_embedded_set
+from modstruct.evaluation.information import ProbeConfig, measure_information
+from modstruct.evaluation.information.inputs import bag_of_words, scene_pixels
+
+QUICK = ProbeConfig(folds=2, strengths=(1.0,), iterations=30, hidden=0, words=80, samples=200)
+COLOUR_WORDS, MOOD_WORDS = ("red", "green", "blue"), ("calm", "sad", "merry", "odd")
+MODEL = {"name": "toy", "fingerprint": "0"}
+
+
+def unit(rows):
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def toy_set(folder, rows=400, captions_each=1):
+    """Pictures that show colour and light, captions that name colour and mood; embeddings know the colour alone."""
+    random = np.random.default_rng(0)
+    colour, light, mood = random.integers(0, [[3], [2], [4]], (3, rows))
+    image = unit(np.eye(3)[colour] + 0.02 * random.normal(size=(rows, 3)))
+    of = np.repeat(np.arange(rows), captions_each)
+    return write_embedded_set(
+        folder,
+        "toy",
+        MODEL,
+        {
+            "image": image,
+            "text": image[of],
+            "image_features": np.column_stack([np.eye(3)[colour], light]).astype(np.float32),
+        },
+        pairs=np.column_stack([of, np.arange(len(of))]),
+        labels=np.where(np.arange(rows) < 5, -1, colour),
+        class_names=COLOUR_WORDS,
+        label="colour",
+        captions=[
+            f"a {['red', 'green', 'blue'][colour[r]]} thing, {['calm', 'sad', 'merry', 'odd'][mood[r]]}" for r in of
+        ],
+        metadata=[{"light": bool(light[r]), "mood": int(mood[r]), "size": 0.5, "one": 1} for r in range(rows)],
+        source={"name": "toy", "fingerprint": "f"},
+    )
+
+
+def test_what_each_modality_knows_is_found(tmp_path):
+    result, outcomes = measure_information(toy_set(tmp_path / "set"), ["colour", "light", "mood"], QUICK)
+    figures = result["figures"]
+    for label, entropy, text, image in (("colour", 3, True, True), ("light", 2, False, True), ("mood", 4, True, False)):
+        own = figures[label]
+        assert own["entropy"]["value"] == pytest.approx(np.log(entropy), abs=0.02)
+        for name, knows in (("text", text), ("image", image), ("joint", True)):
+            assert own[name]["value"] == pytest.approx(knows * np.log(entropy), abs=0.1)
+        assert own["gap"]["value"] == pytest.approx((text != image) * np.log(entropy), abs=0.1)
+        # The shared embeddings are aligned exactly and know the colour: the theorem's left side is its right one here.
+        assert own["excess"]["value"] == pytest.approx((label != "colour") * np.log(entropy), abs=0.1)
+        for name in ("text", "image", "joint", "shared"):
+            assert outcomes[f"{label}/{name}"].mean() == pytest.approx(own[name]["value"], abs=1e-5)
+            assert own[name]["low"] <= own[name]["value"] <= own[name]["high"]
+    assert result["rows"] == {"image": 400, "text": 400, "used": {"colour": 395, "light": 400, "mood": 400}}
+    assert result["metric"] == "information"
+    assert result["source_fingerprint"] == "f"
+    assert any("no bound of Delta_p" in note for note in result["settings"]["notes"])
+    json.dumps(result, allow_nan=False)
+
+
+def test_the_classes_of_a_set_are_its_label_by_default(tmp_path):
+    result, _ = measure_information(toy_set(tmp_path / "set"), config=QUICK)
+    assert list(result["figures"]) == ["colour"]
+
+
+def test_several_captions_of_a_picture_are_one_piece_of_evidence(tmp_path):
+    single, _ = measure_information(toy_set(tmp_path / "one"), ["mood"], QUICK)
+    several, _ = measure_information(toy_set(tmp_path / "four", captions_each=4), ["mood"], QUICK)
+    assert several["rows"]["used"] == {"mood": 1600}
+    widths = [
+        f["entropy"]["high"] - f["entropy"]["low"] for f in (single["figures"]["mood"], several["figures"]["mood"])
+    ]
+    assert widths[0] == pytest.approx(widths[1], rel=0.2)
+
+
+def test_of_many_pairs_some_are_drawn(tmp_path):
+    config = ProbeConfig(folds=2, rows=100, strengths=(10.0,), iterations=10, hidden=0, words=0, samples=100)
+    result, outcomes = measure_information(toy_set(tmp_path / "set"), ["colour"], config)
+    assert result["rows"]["used"] == {"colour": 100}
+    assert len(outcomes["colour/text"]) == 100
+
+
+def test_scenes_come_with_exact_values(tmp_path):
+    drawn = list(islice(scenes(3, "train"), 240))
+    records = [scene.record() | {"split": "train"} for scene, _ in drawn]
+    colour = np.array([COLOURS.index(record["main_colour"]) for record in records])
+    embedded = write_embedded_set(
+        tmp_path / "set",
+        "scenes",
+        MODEL,
+        {"image": unit(np.eye(8)[colour]), "text": unit(np.eye(8)[colour])},
+        pairs=np.repeat(np.arange(240)[:, None], 2, 1),
+        captions=[text for _, text in drawn],
+        metadata=records,
+    )
+    result, _ = measure_information(embedded, ["mood", "main_colour"], QUICK)
+    mood = result["figures"]["mood"]
+    assert {name for name, leaf in mood["exact"].items() if leaf["value"] == pytest.approx(np.log(8))} == {
+        *("entropy", "text", "joint", "gap", "aligned_excess")
+    }
+    assert mood["exact"]["image"] == {"value": 0.0}
+    for name in ("text", "image", "joint", "gap"):
+        assert mood["bias"][name]["value"] == pytest.approx(mood[name]["value"] - mood["exact"][name]["value"])
+    assert mood["text"]["value"] > 0.4
+    assert abs(mood["image"]["value"]) < 0.1
+    assert "exact" not in result["figures"]["main_colour"]
+
+
+def test_words_and_neighbours_are_counted_without_their_marks():
+    bags = bag_of_words(["A red star, red!", "a red star", "a blue moon"], largest=10, least=2)
+    assert bags.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]]  # a, a red, red, red star, star
+    assert bag_of_words(["a", "b"], largest=5).tolist() == [[0], [0]]
+
+
+def test_scenes_are_drawn_anew_from_their_records():
+    scene, _ = next(scenes(3, "train"))
+    pixels = scene_pixels([scene.record(), scene.record()], 8)
+    assert pixels.shape == (2, 192)
+    assert np.array_equal(pixels[0], pixels[1])
+    assert 0.2 < pixels.mean() < 1
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        ("shape", "labels = 'shape': no picture has it"),
+        ("size", "labels = 'size': has the value 0.5"),
+        ("one", "labels = 'one': all pictures have the value '1'"),
+    ],
+)
+def test_what_is_no_label_is_refused(tmp_path, label, message):
+    with pytest.raises(ValueError, match=message):
+        measure_information(toy_set(tmp_path / "set"), [label], QUICK)
+
+
+def test_sets_without_captions_or_classes_are_refused(tmp_path):
+    rows = unit(np.ones((4, 2)))
+    with pytest.raises(ValueError, match="has no captions"):
+        measure_information(write_embedded_set(tmp_path / "a", "a", MODEL, {"image": rows}))
+    pairs = np.repeat(np.arange(4)[:, None], 2, 1)
+    both = write_embedded_set(tmp_path / "b", "b", MODEL, {"image": rows, "text": rows}, pairs=pairs, captions="abcd")
+    with pytest.raises(ValueError, match="has no classes"):
+        measure_information(both)

@@ -1,0 +1,148 @@
+"""The exact values of the built-in scenes against scenes that were drawn."""
+
+from collections import Counter
+from functools import lru_cache
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from modstruct.data.scenes import captions, words
+from modstruct.data.scenes.factors import FILLS, SIZES
+from modstruct.data.scenes.splits import scenes, split_of
+from modstruct.evaluation.information.discrete import entropy
+from modstruct.evaluation.information.scene_mentions import count_shares, ground_said_share
+from modstruct.evaluation.information.scenes import (
+    BOTH,
+    CAPTION_ONLY,
+    PICTURE_ONLY,
+    TARGETS,
+    captions_of_a_split,
+    exact_information,
+    objects_of_a_split,
+    split_of_scenes,
+)
+
+DRAWN = 6_000
+
+
+@lru_cache
+def drawn():
+    return [(scene, captions.Wording(scene).mentions) for scene, _ in islice(scenes(5, "train"), DRAWN)]
+
+
+def close(count: int, of: int, share: float) -> bool:
+    """Whether a count is within 4 standard deviations of its expectation."""
+    return abs(count - of * share) <= 4 * np.sqrt(of * share * (1 - share)) + 1e-9
+
+
+def test_numbers_of_objects_occur_as_often_as_derived():
+    counts = Counter(len(scene.objects) for scene, _ in drawn())
+    for number, share in enumerate(count_shares("train"), start=1):
+        assert close(counts[number], DRAWN, share)
+
+
+def test_the_ground_is_mentioned_as_often_as_derived():
+    said = sum(("ground", None) in mentions for _, mentions in drawn())
+    assert close(said, DRAWN, ground_said_share("train"))
+
+
+def test_captions_of_one_object_mention_size_and_fill_as_often_as_derived():
+    joint = captions_of_a_split("train")
+    assert joint.sum() == pytest.approx(1)
+    single = [(scene.main, mentions) for scene, mentions in drawn() if len(scene.objects) == 1]
+    found = Counter(
+        (("size", 0) in mentions, ("fill", 0) in mentions, item.size, item.fill) for item, mentions in single
+    )
+    for z, size in enumerate(SIZES):
+        for f, fill in enumerate(FILLS):
+            for size_said in (0, z + 1):
+                for fill_said in (0, f + 1):
+                    share = joint[size_said, fill_said, :, :, z, f].sum()
+                    assert close(found[size_said > 0, fill_said > 0, size, fill], len(single), share)
+
+
+def test_what_a_caption_leaves_open_of_the_fill_is_as_much_as_derived():
+    """H(Y | X_T) as the mean of -log of the posterior of what was drawn."""
+    joint = captions_of_a_split("train").sum(4)  # size as said, fill as said, shape, colour, fill
+    surprises = []
+    for scene, mentions in drawn():
+        if len(scene.objects) == 1:
+            item = scene.main
+            seen = (
+                1 + SIZES.index(item.size) if ("size", 0) in mentions else 0,
+                1 + FILLS.index(item.fill) if ("fill", 0) in mentions else 0,
+                list(words.SHAPE_WORDS).index(item.shape),
+                list(words.COLOUR_WORDS).index(item.colour),
+            )
+            posterior = joint[seen] / joint[seen].sum()
+            surprises.append(-np.log(posterior[FILLS.index(item.fill)]))
+    exact = exact_information("fill", "train")
+    error = np.std(surprises) / np.sqrt(len(surprises))
+    assert abs(np.mean(surprises) - (exact.entropy - exact.text)) < 4 * error
+
+
+def test_places_of_one_object_are_mentioned_as_often_as_derived():
+    single = [mentions for scene, mentions in drawn() if len(scene.objects) == 1]
+    exact = exact_information("place", "train")
+    assert close(sum(("place", 0) in mentions for mentions in single), len(single), exact.text / exact.entropy)
+
+
+@pytest.mark.parametrize("label", TARGETS)
+def test_entropies_are_those_of_what_was_drawn(label):
+    values = [record[label] for record in (scene.record() for scene, _ in drawn()) if record[label] is not None]
+    shares = np.array(list(Counter(values).values())) / len(values)
+    # The plug-in entropy is low by (classes - 1) / 2n; its deviation is below log(classes) / sqrt(n).
+    expected = exact_information(label, "train").entropy - (len(shares) - 1) / (2 * len(values))
+    assert entropy(shares) == pytest.approx(expected, abs=4 * np.log(len(shares)) / np.sqrt(len(values)) / 4)
+
+
+def test_a_template_shows_in_the_picture_only_by_the_number_of_objects():
+    table = Counter((len(scene.objects) == 1, scene.template) for scene, _ in drawn())
+    shares = np.array([[table[one, t] for t in sorted({t for _, t in table})] for one in (True, False)]) / DRAWN
+    found = entropy(shares.sum(0)) + entropy(shares.sum(1)) - entropy(shares)
+    assert found == pytest.approx(exact_information("template", "train").image, abs=0.01)
+
+
+def test_the_budget_of_words_never_runs_out_on_one_object():
+    costs = captions.MOOD_COST + captions.NAME_COST + max(captions.FRAME_COST.values()) + captions.ASIDE_COST
+    assert costs + sum(captions.DETAIL_COST.values()) <= captions.WORD_BUDGET
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+@pytest.mark.parametrize("label", TARGETS)
+def test_the_values_keep_to_the_theorem_and_to_each_other(label, split):
+    exact = exact_information(label, split)
+    assert 0 <= exact.aligned <= min(exact.text, exact.image) + 1e-12
+    assert max(exact.text, exact.image) <= exact.joint + 1e-12 <= exact.entropy + 2e-12
+    assert exact.aligned_excess >= exact.gap - 1e-12
+    if label in PICTURE_ONLY:
+        assert exact.text == 0
+    if label in ("mood", "aside"):
+        assert exact.image == 0
+    assert label in (*BOTH, *PICTURE_ONLY, *CAPTION_ONLY)
+
+
+def test_objects_of_a_split_are_those_that_the_rule_lets_in():
+    scene = next(scene for scene, _ in drawn() if len(scene.objects) == 1)
+    place = tuple(
+        values.index(getattr(scene.main, name))
+        for name, values in zip(
+            ("shape", "colour", "size", "fill"),
+            (list(words.SHAPE_WORDS), list(words.COLOUR_WORDS), SIZES, FILLS),
+            strict=True,
+        )
+    )
+    assert split_of(scene) == "train"
+    tables = [objects_of_a_split(split) for split in ("train", "validation", "test")]
+    assert [bool(table[place]) for table in tables] == [True, False, False]
+    assert np.all(sum(table > 0 for table in tables) == 1)
+
+
+def test_records_of_scenes_are_recognised():
+    record = drawn()[0][0].record() | {"split": "train"}
+    assert split_of_scenes([record, record]) == "train"
+    assert split_of_scenes([record, record | {"split": "test"}]) is None
+    assert split_of_scenes([{"split": "train", "colour": "red"}]) is None
+    assert split_of_scenes([]) is None
+    assert exact_information("main_shape", "train") is None

@@ -1,0 +1,119 @@
+"""Theorem 3.1 by enumeration, on random distributions and on the built-in scenes."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modstruct.evaluation.information.discrete import common_part, entropy, mutual_information
+from modstruct.evaluation.information.scenes import captions_of_a_split, exact_information
+from modstruct.evaluation.information.theorem import exact_sides
+
+ROUNDING = 1e-9
+
+
+@st.composite
+def distributions(draw):
+    """p(t, v, y) whose pairs (t, v) fall apart into 1 to 4 parts, each of several texts and pictures."""
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    parts = draw(st.integers(1, 4))
+    text = random.integers(0, parts, draw(st.integers(1, 9)))
+    image = random.integers(0, parts, draw(st.integers(1, 9)))
+    together = text[:, None] == image[None, :]
+    together &= random.random(together.shape) < draw(st.sampled_from([0.5, 1.0]))
+    if not together.any():
+        together[0, 0] = True
+    labels = draw(st.integers(1, 5))
+    sharpness = draw(st.sampled_from([0.1, 1.0, 10.0]))  # from labels told almost for sure to almost not at all
+    joint = together[:, :, None] * random.dirichlet(np.full(labels, sharpness), together.shape)
+    joint = joint * random.random(together.shape)[:, :, None]
+    return joint / joint.sum()
+
+
+@settings(max_examples=300, deadline=None)
+@given(joint=distributions())
+def test_the_feature_that_keeps_most_costs_at_least_the_gap(joint):
+    sides = exact_sides(joint)
+    assert sides.excess >= sides.gap - ROUNDING
+
+
+@settings(max_examples=300, deadline=None)
+@given(joint=distributions(), seed=st.integers(0, 2**32 - 1), kinds=st.integers(1, 4))
+def test_every_aligned_feature_costs_at_least_the_one_that_keeps_most(joint, seed, kinds):
+    parts, _ = common_part(joint.sum(2))
+    feature = np.random.default_rng(seed).integers(0, kinds, parts.max() + 1)[parts]
+    sides = exact_sides(joint, feature)
+    assert sides.excess >= exact_sides(joint).excess - ROUNDING
+    assert sides.excess >= sides.gap - ROUNDING
+
+
+@settings(max_examples=200, deadline=None)
+@given(joint=distributions())
+def test_the_left_side_is_a_difference_of_cross_entropies(joint):
+    """Transcription: the best h has p(y | z), the best h' has p(y | x_T, x_V); E CE of both, summed term by term."""
+    parts, _ = common_part(joint.sum(2))
+    excess = 0.0
+    for t, v, y in np.argwhere(joint > 0):
+        own = joint[parts == parts[t]].sum((0, 1))
+        excess += joint[t, v, y] * (np.log(joint[t, v, y] / joint[t, v].sum()) - np.log(own[y] / own.sum()))
+    assert exact_sides(joint).excess == pytest.approx(excess, abs=1e-9)
+
+
+@settings(max_examples=200, deadline=None)
+@given(joint=distributions())
+def test_the_common_part_is_told_by_both_and_no_finer_thing_is(joint):
+    pairs = joint.sum(2)
+    text, image = common_part(pairs)
+    for t, v in np.argwhere(pairs > 0):
+        assert text[t] == image[v] >= 0
+    # Reachability by powers of the matrix of neighbours: texts of one part are those that pictures lead to.
+    steps = np.linalg.matrix_power(((pairs > 0).astype(float) @ (pairs > 0).T > 0).astype(float), len(pairs)) > 0
+    known = pairs.any(1)
+    assert np.array_equal(steps[known][:, known], text[known][:, None] == text[known][None, :])
+
+
+def test_a_bijection_between_features_loses_what_one_modality_alone_knows():
+    """x_T = (shared, own), x_V = shared, y = (shared, own): exactly H(own) is lost, and the gap is as large."""
+    joint = np.zeros((6, 2, 6))
+    for x in range(6):
+        joint[x, x // 3, x] = 1 / 6
+    sides = exact_sides(joint)
+    assert sides.excess == pytest.approx(np.log(3))
+    assert sides.gap == pytest.approx(np.log(3))
+
+
+def test_a_feature_that_one_modality_does_not_tell_is_refused():
+    joint = np.full((2, 2, 2), 1 / 8)
+    with pytest.raises(ValueError, match="text_features"):
+        exact_sides(joint, np.array([0, 1]))
+    with pytest.raises(ValueError, match="joint"):
+        exact_sides(np.ones((2, 2, 2)))
+
+
+@pytest.mark.parametrize("label", ["size", "fill"])
+def test_the_theorem_on_scenes_with_aligned_features(label):
+    """Every caption and picture of one object of the training split, up to places and ground, and the best feature."""
+    axes = captions_of_a_split("train")  # size as said, fill as said, shape, colour, size, fill
+    said_size, said_fill, shapes, colours, sizes, fills = axes.shape
+    pairs = np.zeros((said_size * said_fill, shapes, colours, sizes * fills))
+    pairs += axes.reshape(said_size * said_fill, shapes, colours, sizes * fills)
+    texts, images = said_size * said_fill * shapes * colours, shapes * colours * sizes * fills
+    joint = np.zeros((said_size * said_fill, shapes * colours, shapes * colours, sizes * fills))
+    each = np.arange(shapes * colours)
+    joint[:, each, each] = pairs.reshape(said_size * said_fill, shapes * colours, sizes * fills)
+    joint = joint.reshape(texts, images)
+    values = np.arange(images) % (sizes * fills)
+    values = values // fills if label == "size" else values % fills
+    labelled = joint[:, :, None] * (values[:, None] == np.arange(values.max() + 1))
+    sides, exact = exact_sides(labelled), exact_information(label, "train")
+    assert sides.excess == pytest.approx(exact.aligned_excess)
+    assert sides.gap == pytest.approx(exact.gap)
+    assert sides.excess > sides.gap > 0.1
+
+
+def test_entropy_and_information_of_known_tables():
+    assert entropy(np.array([0.5, 0.25, 0.25, 0])) == pytest.approx(1.5 * np.log(2))
+    assert mutual_information(np.eye(4) / 4) == pytest.approx(np.log(4))
+    assert mutual_information(np.full((3, 5), 1 / 15)) == pytest.approx(0)
+    flip = np.array([[0.45, 0.05], [0.05, 0.45]])
+    assert mutual_information(flip) == pytest.approx(np.log(2) + 0.9 * np.log(0.9) + 0.1 * np.log(0.1))
