@@ -1,0 +1,254 @@
+"""Pictures of an evaluation set that are near duplicates of training pictures, by hash and by embedding."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from modstruct.config import require
+from modstruct.evaluation.leakage.best_pairs import Pairs
+from modstruct.evaluation.leakage.cosine import cosines, near_embeddings
+from modstruct.evaluation.leakage.hamming import least_distances, near_hashes
+from modstruct.evaluation.leakage.perceptual_hash import BITS, mirrored, picture_hashes
+from modstruct.evaluation.leakage.picture_difference import colour_difference, flat, picture_differences
+from modstruct.evaluation.leakage.prints import Prints
+from modstruct.evaluation.ranking.exact import CPU
+
+ROWS_AT_ONCE = 4096
+CANDIDATES_AT_ONCE = 2048
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What counts as a near duplicate; tools/bench_leakage.py measures what the defaults find and miss."""
+
+    hamming: int = 8
+    """Bits that hashes may differ in for a second look."""
+    difference: float = 0.2
+    """Of the second look (see picture_difference): 0 for equal pictures, about 1 for unrelated ones."""
+    cosine: float = 0.95
+    """Of embeddings; what it means depends on the model."""
+    mirrored: bool = False
+    """Whether a picture with left and right exchanged counts too."""
+    listed: int = 5
+    """Training pictures that are listed at most for each picture, by each of the two ways."""
+
+    def __post_init__(self):
+        require(0 <= self.hamming <= BITS, "hamming", self.hamming, f"give a distance of hashes, from 0 to {BITS}")
+        require(0 < self.difference <= 1, "difference", self.difference, "give a number above 0, up to 1")
+        require(-1 < self.cosine <= 1, "cosine", self.cosine, "give a number above -1, up to 1")
+        require(self.listed >= 1, "listed", self.listed, "at least 1")
+
+
+@dataclass
+class Duplicates:
+    """The pairs found, ascending by evaluation row, the nearest hashes first; each array (p,)."""
+
+    evaluation: np.ndarray
+    """Row of the evaluation set's prints."""
+    train: np.ndarray
+    """Row of the training source's prints."""
+    hamming: np.ndarray
+    difference: np.ndarray
+    """inf where only one of the two pictures is of one colour."""
+    cosine: np.ndarray
+    """nan where there are no embeddings of both."""
+    mirrored: np.ndarray
+    """Whether the evaluation picture was mirrored for hamming and difference."""
+    by_hash: np.ndarray
+    by_embedding: np.ndarray
+
+
+def find_duplicates(
+    evaluation: Prints,
+    train: Prints,
+    thresholds: Thresholds | None = None,
+    embeddings: tuple[np.ndarray, np.ndarray] | None = None,
+    device: torch.device = CPU,
+    progress: bool = False,
+) -> Duplicates:
+    """All evaluation pictures that have a near duplicate in the training source, with the nearest few of each.
+
+    By hash: some views within thresholds.hamming and the pictures within thresholds.difference. By embedding: cosine
+    of at least thresholds.cosine. embeddings: (n, D) and (N, D), a row for each print (see `rows_by_key`); a row of
+    zeros is one that is not there. Exact but for `listed`. Memory: the listed pairs and blocks of candidates.
+    """
+    thresholds = thresholds or Thresholds()
+    pairs = _by_hash(evaluation, train, thresholds, progress)
+    if embeddings is not None:
+        shapes = tuple(len(rows) for rows in embeddings)
+        require(shapes == (len(evaluation), len(train)), "embeddings", shapes, "give a row for each print")
+        near = near_embeddings(*embeddings, thresholds.cosine, thresholds.listed, device, progress)
+        pairs = np.concatenate((pairs, np.stack(near[:2], axis=1)))
+    pairs = np.unique(pairs, axis=0)
+    return _scored(evaluation, train, pairs, thresholds, embeddings)
+
+
+def rows_by_key(prints: Prints, keys: list[str], rows: np.ndarray) -> np.ndarray:
+    """Rows (n, D) of an embedded set in the order of prints, zeros where a picture is not in the set.
+
+    keys: of the rows. Where a key occurs several times, the first is the first on both sides. All of `rows` are
+    returned as they are where the keys agree. Raises ValueError if no key does.
+    """
+    if keys == prints.keys:
+        return rows
+    place = {key: row for row, key in enumerate(_numbered(keys))}
+    found = np.array([place.get(key, -1) for key in _numbered(prints.keys)], dtype=np.int64)
+    if (found < 0).all():
+        raise ValueError(
+            f"no picture of the source is in the embedded set (the keys are like {prints.keys[0]!r} and "
+            f"{keys[0] if keys else None!r}): embed the same source"
+        )
+    ordered = np.zeros((len(found), rows.shape[1]), dtype=rows.dtype)
+    ordered[found >= 0] = rows[found[found >= 0]]
+    return ordered
+
+
+def _numbered(keys: list[str]) -> list[tuple[str, int]]:
+    seen: Counter[str] = Counter()
+    numbered = []
+    for key in keys:
+        numbered.append((key, seen[key]))
+        seen[key] += 1
+    return numbered
+
+
+def _by_hash(evaluation: Prints, train: Prints, thresholds: Thresholds, progress: bool) -> np.ndarray:
+    """(p, 2): the nearest pairs that also withstand the second look, `listed` for each picture."""
+    train_flat, train_colours = _flat_rows(train)
+    solid = np.flatnonzero(~train_flat)
+    hashes = train.hashes[solid] if len(solid) < len(train) else train.hashes
+    flat_numbers = np.flatnonzero(train_flat)
+    pairs = []
+    starts = range(0, len(evaluation), ROWS_AT_ONCE)
+    for start in tqdm(starts, desc="comparing hashes", disable=not progress, leave=False):
+        thumbnails = np.asarray(evaluation.thumbnails[start : start + ROWS_AT_ONCE])
+        one_colour = flat(thumbnails)
+        best = Pairs.none()
+        for number in np.flatnonzero(one_colour):
+            means = thumbnails[number].reshape(3, -1).mean(axis=1)
+            differences = colour_difference(means[None], train_colours)[0]
+            near = np.flatnonzero(differences <= thresholds.difference)
+            found = Pairs(np.full(len(near), number), flat_numbers[near], differences[near])
+            best = best.and_best(found, thresholds.listed)
+        numbers = np.flatnonzero(~one_colour)
+        for picture in (thumbnails, mirrored(thumbnails)) if thresholds.mirrored else (thumbnails,):
+            queries = picture_hashes(picture[numbers])
+            for query, item, near, view in near_hashes(queries, hashes, thresholds.hamming):
+                found = _verified(picture, train, numbers[query], solid[item], near, view, thresholds)
+                best = _distinct(best.and_best(found, 2 * thresholds.listed)).and_best(Pairs.none(), thresholds.listed)
+        pairs.append(np.stack((best.query + start, best.item), axis=1))
+    return np.concatenate(pairs)
+
+
+def _distinct(pairs: Pairs) -> Pairs:
+    """Each pair once, by its better score: a symmetric picture is found as it is and mirrored."""
+    order = np.lexsort((pairs.score, pairs.item, pairs.query))
+    query, item, score = (values[order] for values in pairs)
+    first = np.append(True, (query[1:] != query[:-1]) | (item[1:] != item[:-1]))[: len(query)]
+    return Pairs(query[first], item[first], score[first])
+
+
+def _flat_rows(prints: Prints) -> tuple[np.ndarray, np.ndarray]:
+    """Which prints are of one colour, (n,), and the colours of those, (f, 3)."""
+    flags, colours = [], [np.empty((0, 3))]
+    for start in range(0, len(prints), ROWS_AT_ONCE):
+        thumbnails = np.asarray(prints.thumbnails[start : start + ROWS_AT_ONCE])
+        flags.append(flat(thumbnails))
+        colours.append(thumbnails[flags[-1]].reshape(-1, 3, thumbnails[0, 0].size).mean(axis=2))
+    return np.concatenate(flags), np.concatenate(colours)
+
+
+def _verified(
+    thumbnails: np.ndarray,
+    train: Prints,
+    query: np.ndarray,
+    item: np.ndarray,
+    near: np.ndarray,
+    view: np.ndarray,
+    thresholds: Thresholds,
+) -> Pairs:
+    """Candidates of a block that withstand the second look, nearest hashes first.
+
+    A picture that has its `listed` pairs is not looked at further: a placeholder that stands for a hundred thousand
+    missing pictures costs no more than another.
+    """
+    order = np.lexsort((item, near, query))
+    query, item, near, view = (values[order] for values in (query, item, near, view))
+    rank = np.arange(len(query)) - np.searchsorted(query, query)
+    found, have, low = Pairs.none(), np.zeros(len(thumbnails), dtype=np.int64), 0
+    while low <= rank.max(initial=-1):
+        high = low + max(thresholds.listed, CANDIDATES_AT_ONCE // max(1, len(np.unique(query))))
+        turn = np.flatnonzero((rank >= low) & (rank < high) & (have[query] < thresholds.listed))
+        low = high
+        if not len(turn):
+            continue
+        differences = picture_differences(
+            thumbnails[query[turn]], _taken(train.thumbnails, item[turn]), view[turn], thresholds.difference
+        )
+        good = turn[differences <= thresholds.difference]
+        have += np.bincount(query[good], minlength=len(have))
+        found = found.and_best(Pairs(query[good], item[good], near[good].astype(np.float64)), thresholds.listed)
+    return found
+
+
+def _taken(rows: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """Rows by number, read from the file in ascending order."""
+    distinct, place = np.unique(numbers, return_inverse=True)
+    return np.asarray(rows[distinct])[place.reshape(-1)]
+
+
+def _scored(
+    evaluation: Prints,
+    train: Prints,
+    pairs: np.ndarray,
+    thresholds: Thresholds,
+    embeddings: tuple[np.ndarray, np.ndarray] | None,
+) -> Duplicates:
+    """Every score of every pair, whichever way it was found."""
+    first, second = _taken(evaluation.thumbnails, pairs[:, 0]), _taken(train.thumbnails, pairs[:, 1])
+    hamming, difference = _scores(first, second, train.hashes[pairs[:, 1]], thresholds)
+    turned = np.zeros(len(pairs), dtype=bool)
+    if thresholds.mirrored:
+        again = _scores(mirrored(first), second, train.hashes[pairs[:, 1]], thresholds)
+        limits = (thresholds.hamming, thresholds.difference)
+        turned = _within(again, limits) & ~_within((hamming, difference), limits)
+        hamming, difference = np.where(turned, again[0], hamming), np.where(turned, again[1], difference)
+    cosine = np.full(len(pairs), np.nan)
+    if embeddings is not None:
+        cosine = cosines(*embeddings, *pairs.T)
+    order = np.lexsort((pairs[:, 1], -np.nan_to_num(cosine), hamming, pairs[:, 0]))
+    scored = Duplicates(
+        evaluation=pairs[:, 0],
+        train=pairs[:, 1],
+        hamming=hamming,
+        difference=difference,
+        cosine=cosine,
+        mirrored=turned,
+        by_hash=_within((hamming, difference), (thresholds.hamming, thresholds.difference)),
+        by_embedding=np.nan_to_num(cosine, nan=-1) >= thresholds.cosine,
+    )
+    return Duplicates(**{name: values[order] for name, values in vars(scored).items()})
+
+
+def _within(scores: tuple[np.ndarray, np.ndarray], limits: tuple[float, float]) -> np.ndarray:
+    return (scores[0] <= limits[0]) & (scores[1] <= limits[1])
+
+
+def _scores(
+    first: np.ndarray, second: np.ndarray, hashes: np.ndarray, thresholds: Thresholds
+) -> tuple[np.ndarray, np.ndarray]:
+    """Distance of the nearest views and difference of each pair, two arrays (p,)."""
+    hamming, views = least_distances(picture_hashes(first), hashes)
+    one, other = flat(first), flat(second)
+    difference = np.full(len(first), np.inf)
+    solid = ~one & ~other
+    difference[solid] = picture_differences(first[solid], second[solid], views[solid], thresholds.difference)
+    for pair in np.flatnonzero(one & other):
+        means = (picture[pair].reshape(3, -1).mean(axis=1)[None] for picture in (first, second))
+        hamming[pair], difference[pair] = 0, colour_difference(*means)[0, 0]  # their hashes are noise
+    return hamming, difference
