@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from dataclasses import dataclass
 
@@ -119,10 +120,8 @@ def _numbered(keys: list[str]) -> list[tuple[str, int]]:
 
 def _by_hash(evaluation: Prints, train: Prints, thresholds: Thresholds, progress: bool) -> np.ndarray:
     """(p, 2): the nearest pairs that also withstand the second look, `listed` for each picture."""
-    train_flat, train_colours = _flat_rows(train)
-    solid = np.flatnonzero(~train_flat)
+    solid, flat_rows, flat_colours = _kinds(train, thresholds.listed)
     hashes = train.hashes[solid] if len(solid) < len(train) else train.hashes
-    flat_numbers = np.flatnonzero(train_flat)
     pairs = []
     starts = range(0, len(evaluation), ROWS_AT_ONCE)
     for start in tqdm(starts, desc="comparing hashes", disable=not progress, leave=False):
@@ -131,9 +130,9 @@ def _by_hash(evaluation: Prints, train: Prints, thresholds: Thresholds, progress
         best = Pairs.none()
         for number in np.flatnonzero(one_colour):
             means = thumbnails[number].reshape(3, -1).mean(axis=1)
-            differences = colour_difference(means[None], train_colours)[0]
+            differences = colour_difference(means[None], flat_colours)[0]
             near = np.flatnonzero(differences <= thresholds.difference)
-            found = Pairs(np.full(len(near), number), flat_numbers[near], differences[near])
+            found = Pairs(np.full(len(near), number), flat_rows[near], differences[near])
             best = best.and_best(found, thresholds.listed)
         numbers = np.flatnonzero(~one_colour)
         for picture in (thumbnails, mirrored(thumbnails)) if thresholds.mirrored else (thumbnails,):
@@ -153,14 +152,26 @@ def _distinct(pairs: Pairs) -> Pairs:
     return Pairs(query[first], item[first], score[first])
 
 
-def _flat_rows(prints: Prints) -> tuple[np.ndarray, np.ndarray]:
-    """Which prints are of one colour, (n,), and the colours of those, (f, 3)."""
-    flags, colours = [], [np.empty((0, 3))]
+def _kinds(prints: Prints, repeats: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows that are not of one colour, rows that are, and the colours of those (f, 3).
+
+    Of equal thumbnails only the first `repeats` are taken. More are never listed, since all of them score alike; and
+    one placeholder that stands for a hundred thousand missing pictures would be near to itself ten thousand million
+    times.
+    """
+    digests = np.empty(len(prints), dtype="V16")
+    one_colour, colours = np.empty(len(prints), dtype=bool), np.empty((len(prints), 3), dtype=np.float32)
     for start in range(0, len(prints), ROWS_AT_ONCE):
-        thumbnails = np.asarray(prints.thumbnails[start : start + ROWS_AT_ONCE])
-        flags.append(flat(thumbnails))
-        colours.append(thumbnails[flags[-1]].reshape(-1, 3, thumbnails[0, 0].size).mean(axis=2))
-    return np.concatenate(flags), np.concatenate(colours)
+        thumbnails = np.ascontiguousarray(prints.thumbnails[start : start + ROWS_AT_ONCE])
+        part = slice(start, start + len(thumbnails))
+        one_colour[part], colours[part] = flat(thumbnails), thumbnails.mean(axis=(2, 3))
+        for row, picture in enumerate(thumbnails, start):
+            digests[row] = hashlib.blake2b(picture.data, digest_size=16).digest()
+    order = np.argsort(digests, kind="stable")
+    new = np.append(True, digests[order][1:] != digests[order][:-1])[: len(order)]
+    place = np.arange(len(order)) - np.maximum.accumulate(np.where(new, np.arange(len(order)), 0))
+    taken = np.sort(order[place < repeats])
+    return taken[~one_colour[taken]], taken[one_colour[taken]], colours[taken[one_colour[taken]]]
 
 
 def _verified(
@@ -174,8 +185,7 @@ def _verified(
 ) -> Pairs:
     """Candidates of a block that withstand the second look, nearest hashes first.
 
-    A picture that has its `listed` pairs is not looked at further: a placeholder that stands for a hundred thousand
-    missing pictures costs no more than another.
+    A picture that has its `listed` pairs is not looked at further.
     """
     order = np.lexsort((item, near, query))
     query, item, near, view = (values[order] for values in (query, item, near, view))

@@ -28,7 +28,7 @@ LOOSE = 3.0
 
 def flat(thumbnails: np.ndarray) -> np.ndarray:
     """Which pictures are of one colour, (n,) bool. thumbnails: (n, 3, SIDE, SIDE) uint8."""
-    values = thumbnails.reshape(len(thumbnails), 3, -1)
+    values = thumbnails.reshape(len(thumbnails), 3, SIDE * SIDE)
     return (values.max(axis=2).astype(np.int64) - values.min(axis=2)).max(axis=1, initial=0) <= FLAT_RANGE
 
 
