@@ -29,8 +29,7 @@ from modstruct.config import DataConfig, RunError, Source
 from modstruct.data.evaluation_samples import EvaluationSamples
 from modstruct.evaluation.embedded_set import EmbeddedSet
 from modstruct.evaluation.leakage import Prints, Thresholds, find_duplicates, make_prints, write_result
-from modstruct.evaluation.leakage.duplicates import rows_by_key
-from modstruct.evaluation.leakage.prints import source_fingerprint
+from modstruct.evaluation.leakage.prints import rows_by_key, source_fingerprint
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,8 +74,8 @@ def find_duplicates(
     """All evaluation pictures that have a near duplicate in the training source, with the nearest few of each.
 
     By hash: some views within thresholds.hamming and the pictures within thresholds.difference. By embedding: cosine
-    of at least thresholds.cosine. embeddings: (n, D) and (N, D), a row for each print (see `rows_by_key`); a row of
-    zeros is one that is not there. Exact but for `listed`. Memory: the listed pairs and blocks of candidates.
+    of at least thresholds.cosine. embeddings: (n, D) and (N, D), a row for each print (see prints.rows_by_key); a
+    row of zeros is one that is not there. Exact but for `listed`. Memory: the listed pairs and blocks of candidates.
     """
     thresholds = thresholds or Thresholds()
     pairs = _by_hash(evaluation, train, thresholds, progress)
@@ -87,35 +86,6 @@ def find_duplicates(
         pairs = np.concatenate((pairs, np.stack(near[:2], axis=1)))
     pairs = np.unique(pairs, axis=0)
     return _scored(evaluation, train, pairs, thresholds, embeddings)
-
-
-def rows_by_key(prints: Prints, keys: list[str], rows: np.ndarray) -> np.ndarray:
-    """Rows (n, D) of an embedded set in the order of prints, zeros where a picture is not in the set.
-
-    keys: of the rows. Where a key occurs several times, the first is the first on both sides. All of `rows` are
-    returned as they are where the keys agree. Raises ValueError if no key does.
-    """
-    if keys == prints.keys:
-        return rows
-    place = {key: row for row, key in enumerate(_numbered(keys))}
-    found = np.array([place.get(key, -1) for key in _numbered(prints.keys)], dtype=np.int64)
-    if (found < 0).all():
-        raise ValueError(
-            f"no picture of the source is in the embedded set (the keys are like {prints.keys[0]!r} and "
-            f"{keys[0] if keys else None!r}): embed the same source"
-        )
-    ordered = np.zeros((len(found), rows.shape[1]), dtype=rows.dtype)
-    ordered[found >= 0] = rows[found[found >= 0]]
-    return ordered
-
-
-def _numbered(keys: list[str]) -> list[tuple[str, int]]:
-    seen: Counter[str] = Counter()
-    numbered = []
-    for key in keys:
-        numbered.append((key, seen[key]))
-        seen[key] += 1
-    return numbered
 
 
 def _by_hash(evaluation: Prints, train: Prints, thresholds: Thresholds, progress: bool) -> np.ndarray:
@@ -159,16 +129,16 @@ def _kinds(prints: Prints, repeats: int) -> tuple[np.ndarray, np.ndarray, np.nda
     one placeholder that stands for a hundred thousand missing pictures would be near to itself ten thousand million
     times.
     """
-    digests = np.empty(len(prints), dtype="V16")
+    digests = np.empty((len(prints), 2), dtype=np.uint64)
     one_colour, colours = np.empty(len(prints), dtype=bool), np.empty((len(prints), 3), dtype=np.float32)
     for start in range(0, len(prints), ROWS_AT_ONCE):
         thumbnails = np.ascontiguousarray(prints.thumbnails[start : start + ROWS_AT_ONCE])
         part = slice(start, start + len(thumbnails))
         one_colour[part], colours[part] = flat(thumbnails), thumbnails.mean(axis=(2, 3))
         for row, picture in enumerate(thumbnails, start):
-            digests[row] = hashlib.blake2b(picture.data, digest_size=16).digest()
-    order = np.argsort(digests, kind="stable")
-    new = np.append(True, digests[order][1:] != digests[order][:-1])[: len(order)]
+            digests[row] = np.frombuffer(hashlib.blake2b(picture.data, digest_size=16).digest(), dtype=np.uint64)
+    order = np.lexsort(digests.T)
+    new = np.append(True, (np.diff(digests[order], axis=0) != 0).any(axis=1))[: len(order)]
     place = np.arange(len(order)) - np.maximum.accumulate(np.where(new, np.arange(len(order)), 0))
     taken = np.sort(order[place < repeats])
     return taken[~one_colour[taken]], taken[one_colour[taken]], colours[taken[one_colour[taken]]]

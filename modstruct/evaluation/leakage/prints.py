@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +102,35 @@ def make_prints(
     if prints.source_fingerprint != fingerprint:
         raise ValueError(f"{folder}: holds the hashes of another source than {field}; name another folder")
     return prints
+
+
+def rows_by_key(prints: Prints, keys: list[str], rows: np.ndarray) -> np.ndarray:
+    """Rows (n, D) of an embedded set in the order of prints, zeros where a picture is not in the set.
+
+    keys: of the rows. Where a key occurs several times, the first is the first on both sides. All of `rows` are
+    returned as they are where the keys agree. Raises ValueError if no key does.
+    """
+    if keys == prints.keys:
+        return rows
+    place = {key: row for row, key in enumerate(_numbered(keys))}
+    found = np.array([place.get(key, -1) for key in _numbered(prints.keys)], dtype=np.int64)
+    if (found < 0).all():
+        raise ValueError(
+            f"no picture of the source is in the embedded set (the keys are like {prints.keys[0]!r} and "
+            f"{keys[0] if keys else None!r}): embed the same source"
+        )
+    ordered = np.zeros((len(found), rows.shape[1]), dtype=rows.dtype)
+    ordered[found >= 0] = rows[found[found >= 0]]
+    return ordered
+
+
+def _numbered(keys: list[str]) -> list[tuple[str, int]]:
+    seen: Counter[str] = Counter()
+    numbered = []
+    for key in keys:
+        numbered.append((key, seen[key]))
+        seen[key] += 1
+    return numbered
 
 
 class _Making:

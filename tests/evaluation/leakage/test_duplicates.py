@@ -9,8 +9,8 @@ from PIL import Image, ImageDraw
 
 from modstruct.evaluation.leakage import Prints, Thresholds, find_duplicates
 from modstruct.evaluation.leakage import duplicates as duplicates_module
-from modstruct.evaluation.leakage.duplicates import rows_by_key
 from modstruct.evaluation.leakage.picture_difference import picture_differences
+from modstruct.evaluation.leakage.prints import rows_by_key
 
 PICTURES = 60
 
@@ -89,7 +89,7 @@ def test_a_placeholder_that_occurs_thousands_of_times_is_listed_a_few_times(monk
 
     monkeypatch.setattr(duplicates_module, "picture_differences", counted)
     placeholder = thumbnails([drawn(0)])
-    many = Prints.of_thumbnails(np.repeat(placeholder, 20_000, axis=0), [str(n) for n in range(20_000)])
+    many = Prints.of_thumbnails(np.repeat(placeholder, 3_000, axis=0), [str(n) for n in range(3_000)])
     found = find_duplicates(many_queries(placeholder, 30), many, Thresholds(listed=3))
     assert found_pairs(found) == {(query, item) for query in range(30) for item in range(3)}
     assert sum(looked_at) < 500
