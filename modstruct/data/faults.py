@@ -54,14 +54,16 @@ class FaultLedger:
         """Bad samples met so far by this process."""
         return self.counts.total()
 
-    def add(self, faults: Iterable[tuple[str, str]], tried: int) -> None:
-        """Count a batch: its (cause, where) and the number of samples tried, substitutes included."""
+    def add(self, faults: Iterable[tuple[str, str]], tried: int, say: bool = True) -> None:
+        """Count a batch: its (cause, where) and the number of samples tried, substitutes included. say: in the log."""
         self.tried += tried
         for cause, where in faults:
             self.counts[cause] += 1
             named = self._named.setdefault(cause, set())
             if len(named) < NAMED and where not in named:
                 named.add(where)
+                if not say:
+                    continue
                 more = "; more of these are only counted" if len(named) == NAMED else ""
                 log.warning("%s, process %d: sample left out: %s: %s%s", self.field, self.process, cause, where, more)
 

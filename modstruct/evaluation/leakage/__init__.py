@@ -1,0 +1,18 @@
+"""Leakage: pictures of an evaluation set that also lie, wholly or nearly, in a training source."""
+
+from modstruct.evaluation.leakage.duplicates import Duplicates, Thresholds, find_duplicates
+from modstruct.evaluation.leakage.leave_out import leave_out, read_keys, rows_kept
+from modstruct.evaluation.leakage.prints import Prints, make_prints
+from modstruct.evaluation.leakage.result import write_result
+
+__all__ = [
+    "Duplicates",
+    "Prints",
+    "Thresholds",
+    "find_duplicates",
+    "leave_out",
+    "make_prints",
+    "read_keys",
+    "rows_kept",
+    "write_result",
+]

@@ -1,0 +1,58 @@
+"""Pictures that are as different as pictures are, and what befalls a picture on its way into another collection."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+
+from modstruct.evaluation.leakage.perceptual_hash import thumbnail
+
+
+def drawn(number: int, side: int = 128) -> Image.Image:
+    """A smooth random picture; equal numbers give equal pictures."""
+    random = np.random.default_rng(number)
+    rough = Image.fromarray(random.integers(0, 256, (7, 7, 3), dtype=np.uint8))
+    return rough.resize((side, side), Image.Resampling.BICUBIC)
+
+
+def coded(picture: Image.Image, quality: int) -> Image.Image:
+    """Through a JPEG file and back."""
+    content = io.BytesIO()
+    picture.save(content, "JPEG", quality=quality)
+    return Image.open(content).convert("RGB")
+
+
+def cropped(picture: Image.Image, share: float, left: float = 0.5, top: float = 0.5) -> Image.Image:
+    """Without so large a share of its width and height, of which `left` and `top` at the left and at the top."""
+    width, height = (round(side * (1 - share)) for side in picture.size)
+    x, y = round((picture.width - width) * left), round((picture.height - height) * top)
+    return picture.crop((x, y, x + width, y + height))
+
+
+def brighter(picture: Image.Image, factor: float) -> Image.Image:
+    return ImageEnhance.Brightness(picture).enhance(factor)
+
+
+COPIES = {
+    "the same": lambda picture: picture,
+    "JPEG 50": lambda picture: coded(picture, 50),
+    "JPEG 20": lambda picture: coded(picture, 20),
+    "half the size": lambda picture: coded(picture.resize((64, 64), Image.Resampling.BICUBIC), 90),
+    "larger": lambda picture: coded(picture.resize((200, 200), Image.Resampling.BICUBIC), 90),
+    "other proportions": lambda picture: picture.resize((120, 90), Image.Resampling.BICUBIC),
+    "a crop of 5 % from the middle": lambda picture: cropped(picture, 0.05),
+    "a crop of 5 % from a corner": lambda picture: cropped(picture, 0.05, 1, 0),
+    "a crop of 4 % at the left": lambda picture: cropped(picture, 0.04, 1, 0.3),
+    "brighter": lambda picture: brighter(picture, 1.1),
+    "darker": lambda picture: brighter(picture, 0.9),
+}
+
+
+def thumbnails(pictures) -> np.ndarray:
+    return np.stack([thumbnail(picture) for picture in pictures])
+
+
+def mirror(picture: Image.Image) -> Image.Image:
+    return ImageOps.mirror(picture)

@@ -1,0 +1,128 @@
+"""A set without some pictures gives the figures of a set that never had them, and bad lists are refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from modstruct.evaluation.embedded_set import EmbeddedSet, write_embedded_set
+from modstruct.evaluation.leakage import leave_out, read_keys, rows_kept
+from modstruct.evaluation.ranking import measure_retrieval
+
+MODEL = {"name": "m", "fingerprint": "f"}
+PICTURES, DIMENSION = 30, 8
+
+
+def unit(random, *shape) -> np.ndarray:
+    rows = random.standard_normal((*shape, DIMENSION))
+    return (rows / np.linalg.norm(rows, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def written(folder, numbers, name="pictures", source=None) -> EmbeddedSet:
+    """The pictures of these numbers, each with a caption of its own and one that it shares with two neighbours."""
+    image, own, shared, prompts = (unit(np.random.default_rng(s), n) for s, n in enumerate([30, 30, 10, 6]))
+    captions: dict[str, np.ndarray] = {}
+    pairs = []
+    for row, number in enumerate(numbers):
+        for caption, embedding in ((f"own {number}", own[number]), (f"shared {number // 3}", shared[number // 3])):
+            captions.setdefault(caption, embedding)
+            pairs.append((row, list(captions).index(caption)))
+    numbers = list(numbers)
+    return write_embedded_set(
+        folder,
+        name,
+        MODEL,
+        {
+            "image": image[numbers].astype(np.float16),
+            "text": np.stack(list(captions.values())),
+            "image_features": 3 * image[numbers],
+            "text_features": 2 * np.stack(list(captions.values())),
+        },
+        pairs=np.array(pairs),
+        labels=np.array(numbers) % 4 - 1,
+        class_prompts=prompts.reshape(3, 2, DIMENSION),
+        class_names=["a", "b", "c"],
+        templates=["{}", "a {}"],
+        label="colour",
+        keys=[f"k{n}" for n in numbers],
+        captions=list(captions),
+        metadata=[{"n": n} for n in numbers],
+        source=source,
+    )
+
+
+@pytest.fixture
+def whole(tmp_path):
+    return written(tmp_path / "whole", range(PICTURES), source={"name": "s", "fingerprint": "x"})
+
+
+LEFT_OUT = [0, 1, 2, 7, 29]
+
+
+def test_figures_are_those_of_a_set_without_the_pictures(whole, tmp_path):
+    left = leave_out(whole, [f"k{n}" for n in LEFT_OUT], tmp_path / "left")
+    never = written(tmp_path / "never", [n for n in range(PICTURES) if n not in LEFT_OUT])
+    assert left.keys == never.keys
+    assert left.metadata == never.metadata
+    assert set(left.captions) == set(never.captions)
+    assert "shared 0" not in left.captions
+    assert "shared 2" in left.captions
+    for array in ("image", "image_features"):
+        assert np.array_equal(left.rows(array), never.rows(array))
+        assert left.rows(array).dtype == whole.rows(array).dtype
+    assert np.array_equal(left.labels, never.labels)
+    assert np.array_equal(left.class_prompts, never.class_prompts)
+    assert (left.class_names, left.templates) == (never.class_names, never.templates)
+    order = [left.captions.index(caption) for caption in never.captions]
+    for array in ("text", "text_features"):
+        assert np.array_equal(left.rows(array)[order], never.rows(array))
+    figures = [measure_retrieval(s.rows("image"), s.rows("text"), s.pairs) for s in (left, never, whole)]
+    assert figures[0] == figures[1]
+    assert figures[0] != figures[2]
+
+
+def test_the_set_has_a_name_and_fingerprint_of_its_own_and_is_made_once(whole, tmp_path):
+    left = leave_out(whole, ["k3"], tmp_path / "left")
+    assert left.name == "pictures-without-leaked"
+    assert left.source["fingerprint"] != whole.source["fingerprint"]
+    assert (left.source["of"], left.source["left_out"]) == ("x", 1)
+    before = (tmp_path / "left" / "image.npy").stat().st_ino
+    assert leave_out(whole, ["k3", "k3"], tmp_path / "left").keys == left.keys
+    assert (tmp_path / "left" / "image.npy").stat().st_ino == before
+    assert "k4" not in leave_out(whole, ["k3", "k4"], tmp_path / "left").keys
+
+
+def test_leaving_out_nothing_leaves_all(whole, tmp_path):
+    images, texts = rows_kept(whole, [])
+    assert (len(images), len(texts)) == (PICTURES, len(whole.captions))
+    assert leave_out(whole, [], tmp_path / "left").captions == whole.captions
+
+
+def test_a_set_of_pictures_alone(tmp_path):
+    plain = write_embedded_set(
+        tmp_path / "a", "a", MODEL, {"image": unit(np.random.default_rng(0), 4)}, keys=list("wxyx")
+    )
+    left = leave_out(plain, ["x"], tmp_path / "b")
+    assert left.keys == ["w", "y"]
+    assert left.labels is None
+    assert left.pairs.shape == (0, 2)
+
+
+def test_lists_that_do_not_fit_the_set_are_refused(whole, tmp_path):
+    with pytest.raises(ValueError, match=r"'other'.*1 of 2 are not in"):
+        leave_out(whole, ["k1", "other"], tmp_path / "left")
+    with pytest.raises(ValueError, match="no picture"):
+        leave_out(whole, whole.keys, tmp_path / "left")
+    with pytest.raises(ValueError, match="is the set itself"):
+        leave_out(whole, ["k1"], whole.folder)
+    assert not (tmp_path / "left").exists()
+    assert EmbeddedSet.open(whole.folder).keys == whole.keys
+
+
+def test_keys_are_read_one_a_line(tmp_path):
+    path = tmp_path / "leaked_keys.jsonl"
+    path.write_text('"a"\n"b \\u00fc"\n')
+    assert read_keys(path) == ["a", "b ü"]
+    path.write_text('"a"\nplain\n')
+    with pytest.raises(ValueError, match="line 2: 'plain'"):
+        read_keys(path)

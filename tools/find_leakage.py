@@ -1,0 +1,134 @@
+#!/usr/bin/env python
+"""Find the pictures of an evaluation set that also lie, wholly or nearly, in the training source.
+
+    python tools/find_leakage.py --train 'shards/train-*.tar' --evaluation 'shards/test.tar' --out EVAL/results/SET
+
+By perceptual hash, then a second look at thumbnails; with the embeddings of both sources also by cosine:
+
+    … --train_embeddings EVAL/embeddings/TRAIN --evaluation_embeddings EVAL/embeddings/SET
+
+Into --out go leakage.json (shares and pairs), leakage.npz, examples/ with the pictures side by side, and
+leaked_keys.jsonl, the keys that evaluation can leave out (modstruct.evaluation.leakage.leave_out). Thumbnails and
+hashes are made once a source, in --cache; stopped, the program goes on where it was when it is called again.
+
+--hamming and --difference: tools/bench_leakage.py measures what they find and miss on your pictures. A pair counts when
+both hold. --cosine: what counts as near depends on the model; look at the pictures before you trust a figure by it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from modstruct.config import DataConfig, RunError, Source
+from modstruct.data.evaluation_samples import EvaluationSamples
+from modstruct.evaluation.embedded_set import EmbeddedSet
+from modstruct.evaluation.leakage import Prints, Thresholds, find_duplicates, make_prints, write_result
+from modstruct.evaluation.leakage.prints import rows_by_key, source_fingerprint
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser, options = parse(arguments)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        find(options)
+    except (ValueError, RunError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    return 0
+
+
+def parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    data, defaults = DataConfig(), Thresholds()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, what in (("train", "training source"), ("evaluation", "evaluation set")):
+        parser.add_argument(f"--{name}", required=True, nargs="+", help=f"shards of the {what}, patterns in quotes")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results, such as EVAL/results/SET")
+    parser.add_argument("--name", help="of the set, in the results (default: the name of --out)")
+    parser.add_argument("--train_embeddings", type=Path, help="embedded set of --train, an image for each picture")
+    parser.add_argument("--evaluation_embeddings", type=Path, help="embedded set of --evaluation, by the same model")
+    parser.add_argument("--hamming", type=int, default=defaults.hamming, help="bits of 63 (default: %(default)s)")
+    parser.add_argument("--difference", type=float, default=defaults.difference, help="default: %(default)s")
+    parser.add_argument("--cosine", type=float, default=defaults.cosine, help="default: %(default)s")
+    parser.add_argument("--mirrored", action="store_true", help="count pictures that are mirrored left to right too")
+    parser.add_argument("--listed", type=int, default=defaults.listed, help="pairs a picture (default: %(default)s)")
+    parser.add_argument("--examples", type=int, default=24, help="pictures that are drawn (default: %(default)s)")
+    parser.add_argument("--cache", default=data.cache, help="as data.cache of the recipe (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=data.workers, help="loader processes (default: %(default)s)")
+    parser.add_argument("--max_bad_share", type=float, default=data.max_bad_share, help="default: %(default)s")
+    parser.add_argument("--max_image_pixels", type=int, default=data.max_image_pixels, help="default: %(default)s")
+    parser.add_argument("--allow_pipe", action="store_true", help="permit pipe: sources, which run a shell command")
+    parser.add_argument("--device", default="cpu", help="where embeddings are compared (default: %(default)s)")
+    return parser, parser.parse_args(arguments)
+
+
+def find(options: argparse.Namespace) -> dict:
+    """Make the hashes that are missing, compare, and write the results. Raises ValueError, RunError and OSError."""
+    start = time.monotonic()
+    thresholds = Thresholds(options.hamming, options.difference, options.cosine, options.mirrored, options.listed)
+    embedded = _embedded(options)
+    config = DataConfig(
+        cache=options.cache,
+        workers=options.workers,
+        max_bad_share=options.max_bad_share,
+        max_image_pixels=options.max_image_pixels,
+        allow_pipe=options.allow_pipe,
+    )
+    samples, prints = {}, {}
+    for name in ("evaluation", "train"):  # the smaller first: what is wrong with the command shows soon
+        sources = [Source(pattern) for pattern in getattr(options, name)]
+        samples[name] = EvaluationSamples(sources, config, name, progress=True)
+    for name, source in samples.items():
+        folder = Path(options.cache).expanduser() / "prints" / source_fingerprint(source)
+        prints[name] = make_prints(source, folder, name, progress=True)
+        print(f"{name}: {len(prints[name]):,} pictures, {prints[name].skipped:,} left out; hashes in {folder}")
+    embeddings = None
+    if embedded is not None:
+        embeddings = tuple(_rows(prints[name], embedded[name]) for name in ("evaluation", "train"))
+    found = find_duplicates(
+        prints["evaluation"], prints["train"], thresholds, embeddings, torch.device(options.device), progress=True
+    )
+    result = write_result(
+        options.out,
+        options.name or options.out.resolve().name,
+        found,
+        prints["evaluation"],
+        prints["train"],
+        thresholds,
+        with_embeddings=embedded is not None,
+        pictures=(samples["evaluation"], samples["train"]),
+        examples=options.examples,
+        command=sys.argv,
+        seconds=round(time.monotonic() - start, 3),
+    )
+    for way, figure in result["figures"].items():
+        count = round(figure["value"] * figure["rows"])
+        print(f"{way:13} {figure['value']:8.2%}   {count:,} of {figure['rows']:,} evaluation pictures")
+    print(f"written to {options.out}")
+    return result
+
+
+def _embedded(options: argparse.Namespace) -> dict[str, EmbeddedSet] | None:
+    folders = {name: getattr(options, f"{name}_embeddings") for name in ("evaluation", "train")}
+    if all(folder is None for folder in folders.values()):
+        return None
+    for name, folder in folders.items():
+        if folder is None:
+            raise ValueError(f"{name}_embeddings: missing; give the embedded sets of both sources, or of none")
+    sets = {name: EmbeddedSet.open(folder) for name, folder in folders.items()}
+    models = {name: embedded.model.get("fingerprint") for name, embedded in sets.items()}
+    if len(set(models.values())) > 1:
+        raise ValueError(f"train_embeddings, evaluation_embeddings: of two models, {models}; embed both with one")
+    return sets
+
+
+def _rows(prints: Prints, embedded: EmbeddedSet):
+    return rows_by_key(prints, embedded.keys, embedded.rows("image"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
