@@ -40,7 +40,8 @@ def exchanged(wanted_seed: int) -> dict[str, torch.Tensor]:
         wanted = torch.zeros_like(wanted)  # all want one row: nothing comes from the others
     weights = torch.randn(ROWS, 3, 2, dtype=torch.float64, generator=generator)
     leaf = mine(rows).clone().requires_grad_()
-    found = distributed.exchange_rows(leaf, mine(wanted))
+    exchange = distributed.RowExchange(mine(wanted))
+    found = exchange(leaf)
     (found * mine(weights)).sum().backward()
     found = found.detach()
     whole = rows.clone().requires_grad_()
@@ -48,7 +49,7 @@ def exchanged(wanted_seed: int) -> dict[str, torch.Tensor]:
     return {
         "rows": (found - mine(rows[wanted])).abs().max(),
         "gradient": (leaf.grad - mine(whole.grad)).abs().max(),
-        "integers": (distributed.exchange_rows(mine(torch.arange(ROWS)), mine(wanted)) != mine(wanted)).sum(),
+        "integers": (exchange(mine(torch.arange(ROWS))) != mine(wanted)).sum(),
     }
 
 
