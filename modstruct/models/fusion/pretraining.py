@@ -58,6 +58,7 @@ class FusionModel(FollowedModel):
         self.seed = recipe.train.seed
         self.queue_after = config.queue_after
         self.batch_fields = TRAINING_FIELDS if self.fills_blanks else PAIR_FIELDS
+        self._freeze_unused()
         self.start_momentum(config.momentum)
         self._outside.append(FeatureQueue(config.queue, config.embed_dim))
 
@@ -105,6 +106,16 @@ class FusionModel(FollowedModel):
         if matches:
             made |= self._matching(batch, image, text, drawn)
         return made
+
+    def _freeze_unused(self) -> None:
+        """What no loss reaches is not trained: weight decay would wear it away, as ZeRO gives it a gradient of 0."""
+        used = {
+            "matching_head": self.matches,
+            "language_head": self.fills_blanks,
+            "backbone.fusion": self.matches or self.fills_blanks,
+        }
+        for name, reached in used.items():
+            self.get_submodule(name).requires_grad_(reached)
 
     def trunks(self) -> dict[str, nn.Module]:
         """The three encoders."""
