@@ -305,23 +305,61 @@ class _Exchange(torch.autograd.Function):
         return total.index_put_((sent,), returned, accumulate=True), None, None, None, None
 
 
-def exchange_rows(rows: Tensor, wanted: Tensor) -> Tensor:
-    """Rows of the global batch, wherever they lie: row wanted[j] of all processes' rows in order of rank;
-    differentiable.
+class HostCopy:
+    """Small numbers of a device on their way to the host: asked for early and read late, so that meanwhile the device
+    has other work to do."""
 
-    rows: this process's (B, …), the same B on every process. wanted: (B,) int64, of all W B rows. Only what is wanted
-    travels. A row may be wanted often; its gradient is the sum.
+    def __init__(self, values: Tensor):
+        self._arrived = None
+        self._values = values
+        if values.is_cuda:
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> list:
+        """The numbers; the host waits for what the device was given before the copy, not for what came after."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._values.tolist()
+
+
+class RowExchange:
+    """Rows of the global batch, wherever they lie, by the numbers that each process wants. Only what is wanted travels.
+
+    wanted: (B,) int64, of all W B rows in order of rank, the same B on every process. Collective.
+    How many rows go where is known to the device alone, and the host has to know it: the one place of a fusion step
+    where it waits for the device. Make the exchange as soon as `wanted` is known, and take rows as late as there is
+    other work. A process alone waits for nothing.
     """
-    if world_size() == 1:
-        return rows[wanted]
-    count, me = len(rows), rank()
-    of_all = gather(wanted).view(world_size(), -1)  # (W, B)
-    owners = of_all // count
-    sends = (owners == me).sum(1).tolist()
-    sent = torch.cat([theirs[theirs // count == me] % count for theirs in of_all])
-    mine = owners[me]
-    receives = torch.bincount(mine, minlength=world_size()).tolist()
-    # Rows come in order of their owners, and of each owner's in the order wanted.
-    order = torch.empty_like(mine)
-    order[torch.argsort(mine, stable=True)] = torch.arange(len(mine), device=mine.device)
-    return _Exchange.apply(rows, sent, sends, receives, order)
+
+    def __init__(self, wanted: Tensor):
+        self.wanted = wanted
+        self._splits: list[list[int]] | None = None
+        if world_size() == 1:
+            return
+        count, me = len(wanted), rank()
+        of_all = gather(wanted)  # (W B,)
+        owners = of_all // count
+        mine = owners.view(world_size(), -1)[me]
+        # No row is picked by whether it is wanted: how many these are, the host would have to wait for.
+        self._sent = (of_all % count)[torch.argsort((owners != me).to(torch.uint8), stable=True)]
+        # Rows come in order of their owners, and of each owner's in the order wanted.
+        self._order = torch.empty_like(mine)
+        self._order[torch.argsort(mine, stable=True)] = torch.arange(count, device=mine.device)
+        sends = (owners.view(world_size(), -1) == me).sum(1)
+        receives = (mine == torch.arange(world_size(), device=mine.device)[:, None]).sum(1)
+        self._copy = HostCopy(torch.stack([sends, receives]))
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Row wanted[j] of all processes' rows, (B, …), of this process's (B, …); differentiable.
+
+        A row may be wanted often; its gradient is the sum.
+        """
+        if world_size() == 1:
+            return rows[self.wanted]
+        if self._splits is None:
+            self._splits = self._copy.read()
+            self._sent = self._sent[: sum(self._splits[0])]
+        return _Exchange.apply(rows, self._sent, *self._splits, self._order)

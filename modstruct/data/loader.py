@@ -16,7 +16,7 @@ from modstruct import distributed
 from modstruct.config import DataConfig, refuse, require
 from modstruct.data.augment import Views, sample_seed
 from modstruct.data.faults import BadSample, TooManyBadSamples
-from modstruct.data.masking import with_blanks
+from modstruct.data.masking import blank_places, with_blanks
 from modstruct.data.order import SampleOrder
 from modstruct.data.pictures import decode_picture
 from modstruct.data.reader import RawSample, ShardReader
@@ -29,8 +29,9 @@ EXTRA_FIELDS = frozenset(
     {"image_augmented", "text_augmented", "text_masked", "masked_labels", "image_id", "text_id", "slot"}
 )
 """What a batch may hold beside image and text. image_augmented, text_augmented: as these, of the augmented view.
-text_masked (B, L): the caption with blanks, and masked_labels (B, L): the true ids there, else -100. image_id, text_id
-(B,): equal where two pairs have the same picture, or the same caption. slot (B,): place in the order of the data."""
+text_masked (B, L): the caption with blanks, and masked_labels (B, L): the true ids there, else -100; with it comes
+blanks (M, 2): where these are, so that no GPU has to be asked how many. image_id, text_id (B,): equal where two pairs
+have the same picture, or the same caption. slot (B,): place in the order of the data."""
 
 # In a source of which nine tenths are bad, 200 substitutes in a row fail once in 10^9 slots.
 SUBSTITUTES = 200
@@ -137,7 +138,7 @@ class LocalBatches(Dataset):
         if "text_masked" in self.extra:
             drawn = [seeds_of_row["text_masked"] for seeds_of_row in seeds]
             hidden, labels = with_blanks(views["text"], drawn, self.masked_rate, self.tokenizer)
-            views |= {"text_masked": hidden, "masked_labels": labels}
+            views |= {"text_masked": hidden, "masked_labels": labels, "blanks": blank_places(labels)}
         return views
 
     def _read_in_runs(self, samples: Sequence[int]) -> Iterator[RawSample | BadSample]:

@@ -33,6 +33,11 @@ def with_blanks(ids: Tensor, seeds: Sequence[int], rate: float, tokenizer: Token
     return torch.from_numpy(hidden), torch.from_numpy(np.where(chosen, tokens, IGNORED))
 
 
+def blank_places(labels: Tensor) -> Tensor:
+    """Row and column of every blank, (M, 2), row by row, of labels (B, L). A GPU has to be waited for."""
+    return (labels != IGNORED).nonzero()
+
+
 def _uniform(seeds: np.ndarray, count: int) -> np.ndarray:
     """(B, count) numbers in [0, 1) that depend on the seeds (B, 1) alone: splitmix64 (Steele et al. 2014)."""
     state = seeds + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)

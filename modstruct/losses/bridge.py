@@ -26,7 +26,7 @@ class Bridge:
         """The loss of the global batch, a scalar, and the t it was taken at."""
         t = drawn_t(seed, step) if self.t is None else self.t
         loss = brownian_bridge(embeddings.image, embeddings.text, embeddings.image_augmented, t)
-        return loss, {"t": loss.new_tensor(t)}
+        return loss, {"t": loss.new_full((), t)}
 
 
 def brownian_bridge(image: Tensor, text: Tensor, image_augmented: Tensor, t: float) -> Tensor:

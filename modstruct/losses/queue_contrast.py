@@ -61,7 +61,11 @@ class QueueContrast:
 
 def mean_of_same(columns: Tensor, ids: Tensor, wanted: Tensor) -> Tensor:
     """Mean of the columns (M, D) whose id is wanted[j], for each j, (B, D). ids: (M,). Every wanted id occurs."""
-    distinct, places = torch.unique(ids, return_inverse=True)
-    sums = columns.new_zeros(len(distinct), columns.shape[1]).index_put_((places,), columns, accumulate=True)
-    means = sums / torch.bincount(places, minlength=len(distinct))[:, None]
-    return means[torch.searchsorted(distinct, wanted)]
+    ids, order = ids.sort(stable=True)
+    # Equal ids stand together and have one number. As many places as columns, whatever the ids: how many distinct ones
+    # there are, a GPU would have to be waited for.
+    numbers = torch.cat([ids.new_zeros(1), (ids[1:] != ids[:-1]).cumsum(0)])
+    sums = torch.zeros_like(columns).index_put_((numbers,), columns[order], accumulate=True)
+    counts = columns.new_zeros(len(columns)).index_put_((numbers,), columns.new_ones(len(columns)), accumulate=True)
+    found = numbers[torch.searchsorted(ids, wanted)]
+    return sums[found] / counts[found][:, None]

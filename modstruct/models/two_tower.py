@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from modstruct.config import ModelConfig, ViewsConfig
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.embeddings import Embeddings
+from modstruct.models.pixels import standardised
 from modstruct.models.towers import Tower, build_towers
 
 
@@ -68,9 +69,7 @@ class TwoTower(nn.Module):
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) -> the towers' dtype, with the recipe's mean and deviation taken out."""
-        mean = torch.tensor(self.mean, device=images.device)[:, None, None]
-        std = torch.tensor(self.std, device=images.device)[:, None, None]
-        return ((images.float() / 255 - mean) / std).to(self.logit_scale.dtype)
+        return standardised(images, self.mean, self.std).to(self.logit_scale.dtype)
 
 
 class Clamp(torch.autograd.Function):

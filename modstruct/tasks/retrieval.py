@@ -15,7 +15,7 @@ from torch import Tensor
 from modstruct import distributed
 from modstruct.config import FinetuneRecipe, TaskFiles
 from modstruct.data.loader import identity
-from modstruct.data.masking import with_blanks
+from modstruct.data.masking import blank_places, with_blanks
 from modstruct.data.scenes.tasks.folder import SceneTaskPaths
 from modstruct.data.tasks.batches import Seed
 from modstruct.data.tasks.karpathy import SPLIT_OF_RUN, CaptionedPicture, read_karpathy
@@ -83,6 +83,7 @@ class Retrieval(Task):
             seeds = [sample["mask_seed"] for sample in samples]
             rate = self.recipe.losses.masked_language.rate
             batch["text_masked"], batch["masked_labels"] = with_blanks(batch["text"], seeds, rate, self.tokenizer)
+            batch["blanks"] = blank_places(batch["masked_labels"])
         return batch
 
     def measure(self, model: FusionModel, entries: Sequence[CaptionedPicture]) -> tuple[dict[str, Any], None]:

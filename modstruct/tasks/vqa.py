@@ -21,7 +21,7 @@ from modstruct.data.tasks.published_files import TaskEntries
 from modstruct.data.tasks.vqa import VqaQuestion, answer_weights, build_answer_list, read_answer_list, read_vqa
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.evaluation.vqa_accuracy import best_answers, prior_predictions, vqa_accuracy
-from modstruct.models.fusion.answering import AnswerModel
+from modstruct.models.fusion.answering import AnswerModel, answer_tokens
 from modstruct.tasks.task import Task
 
 log = logging.getLogger("modstruct")
@@ -80,7 +80,8 @@ class Vqa(Task):
         return made if seed is None else made | {"answers": answer_weights(entry.answers)}
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """image (B, 3, H, W) uint8, text (B, L) ids; in training also AnswerModel's answer, answer_of, answer_weight.
+        """image (B, 3, H, W) uint8, text (B, L) ids; in training also AnswerModel's answer, answer_of, answer_weight
+        and answer_tokens.
 
         Texts are as wide as the longest of them.
         """
@@ -93,8 +94,9 @@ class Vqa(Task):
         rows = [(answer, of, w) for of, s in enumerate(samples) for answer, w in s["answers"].items()]
         # Annotators may all have left their answer empty. One row of no weight keeps the decoder in every graph.
         answers, of, weights = zip(*(rows or [("", 0, 0.0)]), strict=True)
-        batch |= {"answer": _narrow(self.answer_tokenizer, answers), "answer_of": torch.tensor(of)}
-        return batch | {"answer_weight": torch.tensor(weights)}
+        answer = _narrow(self.answer_tokenizer, answers)
+        batch |= {"answer": answer, "answer_of": torch.tensor(of), "answer_weight": torch.tensor(weights)}
+        return batch | {"answer_tokens": answer_tokens(answer, self.answer_tokenizer.padding_id)}
 
     def measure(
         self, model: AnswerModel, entries: Sequence[VqaQuestion]

@@ -10,8 +10,7 @@ Reading is collective: every process calls it for the same names in the same ord
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +20,14 @@ from modstruct import distributed
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-@contextmanager
-def whole(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Inside, the working copies of these parameters are whole on every process, to be read. Collective."""
-    import deepspeed
+def own_part(parameter: nn.Parameter) -> Tensor:
+    """This process's part of a parameter at stage 3: of its float32 master, or, where it is frozen, of itself.
 
-    spread = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
-    with deepspeed.zero.GatheredParameters(spread, enabled=bool(spread)):
-        yield
+    1-D, ceil(elements / processes) long; what lies beyond the parameter's end is anything.
+    """
+    from deepspeed import utils
+
+    return utils.safe_get_local_fp32_param(parameter) if parameter.requires_grad else parameter.ds_tensor
 
 
 class FullState:

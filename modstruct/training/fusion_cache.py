@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from modstruct import distributed
+from modstruct.distributed import RowExchange
 from modstruct.losses.objective import Objective
 from modstruct.training.gradient_cache import Batch, CachedBatch, on_device
 
@@ -26,15 +27,17 @@ class CachedFusionBatch(CachedBatch):
         self.objective, self.step = objective, step
         self.constants = engine.module.constants
         super().__init__(engine, parts)
-        self.batch = on_device({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+        by_row = [name for name in parts[0] if name != "blanks"]  # blanks are places in a part
+        self.batch = on_device({name: torch.cat([part[name] for part in parts]) for name in by_row})
 
     def embed_part(self, part: Batch) -> Batch:
         return self.engine(part, embed_only=True)
 
     def backward(self, total: Tensor) -> dict[str, Tensor]:
         """Gradients to the engine. Returns the losses over rows by name, unweighted, with their components."""
-        self.start_backward(total)
-        negatives = self._negatives()
+        drawn = self._draw_negatives()
+        self.start_backward(total)  # meanwhile the exchange's splits come to the host
+        negatives = self._exchange(*drawn) if drawn else {}
         counts = self._counts(negatives)
         sums: dict[str, Tensor] = {}
         with self.parts_again() as parts:
@@ -48,15 +51,17 @@ class CachedFusionBatch(CachedBatch):
                     sums[name] = sums.get(name, 0) + value.detach()
         return {name: distributed.sum_over_processes(value) for name, value in sums.items()}
 
-    def _negatives(self) -> Batch:
-        """For every row a wrong picture and a wrong caption, and whether there is one."""
+    def _draw_negatives(self) -> tuple[RowExchange, Tensor, RowExchange, Tensor] | None:
         model = self.engine.module
-        if not model.matches:
-            return {}
-        pictures, has_picture, captions, has_caption = model.draw_negatives(self.leaves, self.batch)
+        return model.draw_negatives(self.leaves, self.batch) if model.matches else None
+
+    def _exchange(
+        self, pictures: RowExchange, has_picture: Tensor, captions: RowExchange, has_caption: Tensor
+    ) -> Batch:
+        """For every row a wrong picture and a wrong caption, and whether there is one."""
         return {
-            "wrong_image": distributed.exchange_rows(self.batch["image"], pictures),
-            "wrong_text": distributed.exchange_rows(self.batch["text"], captions),
+            "wrong_image": pictures(self.batch["image"]),
+            "wrong_text": captions(self.batch["text"]),
             "has_wrong_image": has_picture,
             "has_wrong_text": has_caption,
         }

@@ -25,7 +25,7 @@ from modstruct.data.workers import WorkerLoader
 from modstruct.recipe_files import check_resumable, decisive_fields
 from modstruct.training.checkpoint import restore, save
 from modstruct.training.engine import build_engine, read_ds_config, resolve_ds_config
-from modstruct.training.full_state import FullState
+from modstruct.training.full_state import FullState, own_part
 from modstruct.training.heartbeat import Heartbeat
 from modstruct.training.schedule import learning_rate
 from modstruct.training.step import StepReport, train_step
@@ -146,6 +146,8 @@ def start_engine(recipe: Recipe | FinetuneRecipe, model: nn.Module, start: Start
             checkpoints.load_momentum(model, start.saved.momentum, start.path)
         model.outside_to(distributed.device())
     full = FullState(build_engine(model, recipe, start.ds_config))
+    if full.engine.zero_optimization_stage() == 3 and hasattr(model, "spread_momentum"):
+        model.spread_momentum(own_part)
     if start.saved:
         restore(full, start.saved)
         log.info("Resumed from %s", start.path)

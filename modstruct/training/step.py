@@ -10,7 +10,6 @@ from torch import Tensor
 from modstruct import distributed
 from modstruct.embeddings import Embeddings, FusionOutputs
 from modstruct.losses.objective import Objective
-from modstruct.training.full_state import whole
 from modstruct.training.fusion_cache import CachedFusionBatch
 from modstruct.training.gradient_cache import Batch, CachedBatch, WholeBatch
 from modstruct.training.step_clock import StepClock
@@ -71,7 +70,7 @@ def train_step(
     if not finite:
         report.skipped, report.overflow = "the gradient is not finite", True
     elif hasattr(engine.module, "follow"):
-        engine.module.follow(report.embeddings, embedded.batch, whole, step)
+        engine.module.follow(report.embeddings, embedded.batch, step)
     return report
 
 

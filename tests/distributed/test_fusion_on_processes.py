@@ -4,6 +4,7 @@ process, momentum and queue that follow at every ZeRO stage and go on exactly af
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from modstruct import checkpoints, distributed
 from modstruct.config import BridgeConfig, GeometryConfig, SeparationConfig
 from modstruct.embeddings import FusionOutputs
 from modstruct.losses.objective import Objective
+from modstruct.models.fusion.momentum import Momentum
 
 ROWS = 12
 
@@ -40,7 +42,8 @@ def exchanged(wanted_seed: int) -> dict[str, torch.Tensor]:
         wanted = torch.zeros_like(wanted)  # all want one row: nothing comes from the others
     weights = torch.randn(ROWS, 3, 2, dtype=torch.float64, generator=generator)
     leaf = mine(rows).clone().requires_grad_()
-    found = distributed.exchange_rows(leaf, mine(wanted))
+    exchange = distributed.RowExchange(mine(wanted))
+    found = exchange(leaf)
     (found * mine(weights)).sum().backward()
     found = found.detach()
     whole = rows.clone().requires_grad_()
@@ -48,7 +51,7 @@ def exchanged(wanted_seed: int) -> dict[str, torch.Tensor]:
     return {
         "rows": (found - mine(rows[wanted])).abs().max(),
         "gradient": (leaf.grad - mine(whole.grad)).abs().max(),
-        "integers": (distributed.exchange_rows(mine(torch.arange(ROWS)), mine(wanted)) != mine(wanted)).sum(),
+        "integers": (exchange(mine(torch.arange(ROWS))) != mine(wanted)).sum(),
     }
 
 
@@ -126,8 +129,23 @@ STEPS, STOP = 4, 3
 ALIKE = {"method": "albef_all", "steps": STEPS}
 
 
+def train_and_weigh(cache: str, runs: dict[str, dict]) -> list[float]:
+    """Of each run whose momentum weights are spread: the share of them that is on this process at the end."""
+    spread, partitions = Momentum.spread, []
+
+    def noted(momentum: Momentum, part) -> None:
+        elements = sum(weight.numel() for weight in momentum.module.parameters())
+        spread(momentum, part)
+        partitions.append((momentum.partition, elements))
+
+    with mock.patch.object(Momentum, "spread", noted):
+        train_several(cache, runs)
+    return [partition.kept_elements / elements for partition, elements in partitions]
+
+
 def test_momentum_follows_and_a_resume_in_mid_queue_is_exact(tmp_path):
-    """The queue of 17 takes batches of 12: at step 3 it is full, and its next place is in its middle."""
+    """The queue of 17 takes batches of 12: at step 3 it is full, and its next place is in its middle. At stage 3 the
+    momentum weights are spread; what they come to is the same, there and in a resume elsewhere."""
     cache, stages = str(tmp_path / "cache"), ["zero0", "zero3"]
     whole = {stage: tmp_path / stage for stage in stages}
     resumed = {stage: tmp_path / f"{stage}-resumed" for stage in stages}
@@ -137,7 +155,15 @@ def test_momentum_follows_and_a_resume_in_mid_queue_is_exact(tmp_path):
         runs[str(resumed[stage])] = {"stage": stage, "resume": saved, **ALIKE}
     started = tmp_path / "started"
     runs[str(started)] = {"stage": "zero2", "method": "albef_all", "steps": 1, "init": str(whole["zero0"])}
-    run_on_processes(train_several, 2, cache, runs)
+    shares = run_on_processes(train_and_weigh, 2, cache, runs)
+    assert len(shares[0]) == len(shares[1]) == 2  # of the two runs at stage 3
+    assert all(0.5 <= share < 0.51 for of_process in shares for share in of_process), shares
+    assert distance(whole["zero0"], whole["zero3"]) < 1e-5
+    assert momentum_distance(whole["zero0"], whole["zero3"]) < 1e-5
+    alone, saved = tmp_path / "alone", str(checkpoints.step_folder(whole["zero3"], STOP))
+    run_on_processes(train_several, 1, cache, {str(alone): {"stage": "zero0", "resume": saved, **ALIKE}})
+    assert distance(whole["zero3"], alone) < 1e-5
+    assert momentum_distance(whole["zero3"], alone) < 1e-5
     # A run that starts from another's weights, momentum copies and queue.
     assert momentum_of(started)["queue.counts"].tolist() == [(STEPS + 1) * 12 % 17, 17]
     assert 0 < distance(whole["zero0"], started) < 0.1

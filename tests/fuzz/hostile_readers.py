@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+from published_samples import VQA_QUESTIONS, as_json, touched
 from sound_inputs import write_checkpoint
 
 from modstruct import checkpoints
@@ -22,6 +23,10 @@ from modstruct.data.faults import BadSample
 from modstruct.data.index import ShardIndex, index_tar
 from modstruct.data.pictures import decode_picture
 from modstruct.data.reader import RawSample, ShardReader, _metadata
+from modstruct.data.tasks.karpathy import read_karpathy
+from modstruct.data.tasks.nlvr2 import read_nlvr2
+from modstruct.data.tasks.snli_ve import read_snli_ve
+from modstruct.data.tasks.vqa import read_answer_list, read_vqa
 from modstruct.data.tokenizers import ClipTokenizer, SentencePieceTokenizer, WordPieceTokenizer
 from modstruct.evaluation.zero_shot import load_classes
 from modstruct.yaml_files import read_yaml
@@ -151,6 +156,29 @@ def tokenizer(folder: Path) -> Reader:
     return read, (ValueError,)
 
 
+def task(folder: Path) -> Reader:
+    """The published files of the downstream tasks, whose pictures need not be there."""
+    path, questions = folder / "x.json", as_json(folder / "questions.json", VQA_QUESTIONS)
+    for images in ("train2014", "val2014", "test2015"):
+        touched(folder / images / "COCO_train2014_000000458752.jpg")
+    options = {"leave_out_missing": True}
+    readers = (
+        lambda: read_vqa(path, folder, **options).fingerprint,
+        lambda: read_vqa(questions, folder, path, **options).fingerprint,
+        lambda: json.dumps(read_answer_list(path)).encode(),
+        lambda: read_nlvr2(path, folder, **options).fingerprint,
+        lambda: read_snli_ve(path, folder, **options).fingerprint,
+        lambda: [read_karpathy(path, folder, split, **options).fingerprint for split in ("train", "val", "test")],
+    )
+
+    def read(content: bytes) -> None:
+        """content: a byte that chooses the reader, and what its file holds."""
+        path.write_bytes(content[1:])
+        readers[content[0] % len(readers) if content else 0]()
+
+    return read, (ValueError,)
+
+
 READERS: dict[str, Callable[[Path], Reader]] = {
-    make.__name__: make for make in (tar, picture, caption, metadata, index, yaml, checkpoint, tokenizer)
+    make.__name__: make for make in (tar, picture, caption, metadata, index, yaml, checkpoint, tokenizer, task)
 }

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from crafted_shards import sample, write_tar
 from PIL import Image
+from published_samples import KARPATHY_COCO, KARPATHY_FLICKR, NLVR2_DEV, SNLI_VE, VQA_ANNOTATIONS, VQA_QUESTIONS
 
 from modstruct import checkpoints
 from modstruct.config import Recipe
@@ -114,7 +115,7 @@ def write_checkpoint(output: Path) -> Path:
     )
     path = checkpoints.step_folder(output, 1)
     checkpoints.write(path, written, SentencePieceTokenizer(_sentencepiece(), 8))
-    checkpoints.note_recall(path, 0.5)
+    checkpoints.note_score(path, 0.5)
     return path
 
 
@@ -131,6 +132,16 @@ def _sentencepiece() -> bytes:
     return train_sentencepiece(CAPTIONS, 64)
 
 
+def task_files(folder: Path, shards: Sequence[Path]) -> list[bytes]:
+    """A byte that chooses the reader, in the order of hostile_readers.task, and what its file holds."""
+    published = [VQA_QUESTIONS, VQA_ANNOTATIONS, ["yes", "no", "2"]]
+    lines = ["\n".join(map(json.dumps, records)) for records in (NLVR2_DEV, SNLI_VE)]
+    texts = [*map(json.dumps, published), *lines, json.dumps(KARPATHY_COCO)]
+    sound = [bytes([number]) + text.encode() for number, text in enumerate(texts)]
+    flickr = bytes([len(texts) - 1]) + json.dumps(KARPATHY_FLICKR).encode()
+    return [*sound, flickr, *(bytes([number]) + DEEP for number in range(len(texts)))]
+
+
 MAKERS = {
     "tar": tars,
     "picture": pictures,
@@ -140,4 +151,5 @@ MAKERS = {
     "yaml": yamls,
     "checkpoint": checkpoint_files,
     "tokenizer": tokenizers,
+    "task": task_files,
 }

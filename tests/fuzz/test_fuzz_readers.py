@@ -21,6 +21,10 @@ def fuzz(folder: Path, *options: str) -> str:
     return done.stdout
 
 
+def test_five_seconds_of_hostile_task_files_find_nothing(tmp_path):
+    assert fuzz(tmp_path, "--minutes", str(5 / 60), "--readers", "task").count(" 0 findings") == 1
+
+
 def test_ten_seconds_of_hostile_shards_and_pictures_find_nothing(tmp_path):
     assert fuzz(tmp_path, "--minutes", str(10 / 60), "--readers", "tar", "picture").count(" 0 findings") == 2
 
@@ -30,4 +34,4 @@ def test_ten_seconds_of_hostile_shards_and_pictures_find_nothing(tmp_path):
 def test_minutes_of_hostile_files_of_every_kind_find_nothing(tmp_path, engine):
     if engine == "atheris":
         pytest.importorskip("atheris", reason="pip install 'modstruct[fuzz]'")
-    assert fuzz(tmp_path, "--minutes", "10", "--engine", engine).count(" 0 findings") == 8
+    assert fuzz(tmp_path, "--minutes", "10", "--engine", engine).count(" 0 findings") == 9

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from modstruct.config import FinetuneRecipe, FusionConfig, FusionTextConfig, FusionVisionConfig, TaskConfig, TrainConfig
 from modstruct.data.tokenizers import Tokenizer, WordPieceTokenizer
-from modstruct.models.fusion.answering import AnswerModel
+from modstruct.models.fusion.answering import AnswerModel, answer_tokens
 
 WORDS = ["what", "colour", "is", "there", "a", "red", "blue", "dark", "light", "green", "star", "yes", "no", "two"]
 WORDS += ["?", "'", "1", "2", ".", "##ish"]
@@ -55,4 +55,5 @@ def with_answers(batch: dict[str, Tensor], answers: list[dict[str, float]], cont
     rows = [(text, of, weight) for of, some in enumerate(answers) for text, weight in some.items()] or [("", 0, 0.0)]
     texts, of, weights = zip(*rows, strict=True)
     answer = answer_tokenizer(context)(texts)
-    return batch | {"answer": answer, "answer_of": torch.tensor(of), "answer_weight": torch.tensor(weights)}
+    batch = batch | {"answer": answer, "answer_of": torch.tensor(of), "answer_weight": torch.tensor(weights)}
+    return batch | {"answer_tokens": answer_tokens(answer, padding_id=0)}

@@ -54,17 +54,18 @@ class AnswerModel(FollowedModel):
         """Every token of the answers, predicted from those before it: TaskOutputs' fields, a row for each token.
 
         batch: image (B, 3, H, W) uint8, text (B, L) ids, and A >= 1 answers: answer (A, L') ids, answer_of (A,)
-        int64, the row of the question that each belongs to, answer_weight (A,) float32. A row's weight is its
-        answer's. With the sum over rows divided by the questions, as losses/distillation.py does it, that is ALBEF's
-        loss.
+        int64, the row of the question that each belongs to, answer_weight (A,) float32, answer_tokens (T, 2), as
+        `answer_tokens` makes them. A row's weight is its answer's. With the sum over rows divided by the questions, as
+        losses/distillation.py does it, that is ALBEF's loss.
         """
         answer, device = batch["answer"], batch["answer"].device
-        real = self._predicted(answer)
+        row, place = batch["answer_tokens"].unbind(dim=1)
         made = {
             "logits": self._answer_logits(batch),
-            "labels": answer[:, 1:][real],
-            "weights": batch["answer_weight"][:, None].expand(real.shape)[real],
-            "entries": torch.tensor([len(batch["text"])], device=device),
+            "labels": answer[row, place],
+            "weights": batch["answer_weight"][row],
+            # Filled on the device: for a number of the host's a GPU would have to be waited for.
+            "entries": answer.new_full((1,), len(batch["text"])),
         }
         if self.distils:
             with torch.no_grad(), self.autocast(device):
@@ -158,27 +159,36 @@ class AnswerModel(FollowedModel):
         """Logits (T, vocabulary) of all the answers' tokens, padding left out."""
         question, mask = self.encode(batch)
         of = batch["answer_of"]
-        return self._token_logits(batch["answer"], question[of], mask[of])
+        return self._token_logits(batch["answer"], batch["answer_tokens"], question[of], mask[of])
 
-    def _token_logits(self, answers: Tensor, question: Tensor, mask: Tensor) -> Tensor:
-        """Logits (T, vocabulary) of the tokens of answers (A, L') but the first and padding; the rest as in decode."""
-        return self._logits(self.decode(answers[:, :-1], question, mask)[self._predicted(answers)])
+    def _token_logits(self, answers: Tensor, tokens: Tensor, question: Tensor, mask: Tensor) -> Tensor:
+        """Logits (T, vocabulary) of those tokens (T, 2) of answers (A, L'), none the first; the rest as in decode."""
+        row, place = tokens.unbind(dim=1)
+        return self._logits(self.decode(answers[:, :-1], question, mask)[row, place - 1])
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return self.head(hidden, self.words.word_embeddings).float()
 
-    def _predicted(self, answers: Tensor) -> Tensor:
-        """Where answers (A, L') have tokens to be predicted: (A, L' - 1), of all tokens but the first."""
-        return self.backbone.mask(answers[:, 1:])
-
     def _likelihoods(self, answers: Tensor, question: Tensor, mask: Tensor) -> Tensor:
         """Log likelihoods (B, c) of c answers to each question: answers (B, c, L') ids."""
         rows, count = answers.flatten(0, 1), answers.shape[1]
-        real = self._predicted(rows)
-        logits = self._token_logits(rows, *(each.repeat_interleave(count, dim=0) for each in (question, mask)))
-        tokens = logits.new_zeros(real.shape)
-        tokens[real] = -F.cross_entropy(logits, rows[:, 1:][real], reduction="none")
+        predicted = answer_tokens(rows, self.padding_id)
+        row, place = predicted.unbind(dim=1)
+        seen = (each.repeat_interleave(count, dim=0) for each in (question, mask))
+        logits = self._token_logits(rows, predicted, *seen)
+        tokens = logits.new_zeros(rows.shape)
+        tokens[row, place] = -F.cross_entropy(logits, rows[row, place], reduction="none")
         return tokens.sum(dim=1).view(-1, count)
+
+
+def answer_tokens(answers: Tensor, padding_id: int) -> Tensor:
+    """Row and place of all tokens but the first and padding, (T, 2), row by row, of answers (A, L') ids.
+
+    A GPU has to be waited for: training takes them from the host.
+    """
+    real = answers != padding_id
+    real[:, 0] = False
+    return real.nonzero()
 
 
 def _descending(values: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
 from modstruct.config import FusionConfig, ViewsConfig
@@ -12,6 +11,7 @@ from modstruct.data.tokenizers import Tokenizer
 from modstruct.models.fusion.bert import Layers, Words, bert_config, initialise
 from modstruct.models.fusion.published import load_bert
 from modstruct.models.fusion.vision import build_image_encoder
+from modstruct.models.pixels import standardised
 
 
 class Backbone(nn.Module):
@@ -51,9 +51,7 @@ class Backbone(nn.Module):
     def encode_image(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 -> (B, 1 + patches, image_width)."""
         dtype = self.words.LayerNorm.weight.dtype
-        mean = torch.tensor(self.mean, device=images.device)[:, None, None]
-        std = torch.tensor(self.std, device=images.device)[:, None, None]
-        return self.image(((images.float() / 255 - mean) / std).to(dtype))
+        return self.image(standardised(images, self.mean, self.std).to(dtype))
 
     def encode_text(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, L) token ids -> (B, L, text_width), the text alone. mask: true for real tokens; None takes the ids'."""

@@ -42,7 +42,9 @@ class Classifier(FollowedModel):
         made = {"logits": self.classify(batch)}
         if "label" not in batch:
             return made
-        made |= {"labels": batch["label"], "entries": torch.tensor([len(batch["label"])], device=batch["label"].device)}
+        labels = batch["label"]
+        # Filled on the device: for a number of the host's a GPU would have to be waited for.
+        made |= {"labels": labels, "entries": labels.new_full((1,), len(labels))}
         if self.distils:
             with torch.no_grad(), self.autocast(batch["text"].device):
                 made["logits_momentum"] = self.momentum.module.classify(batch)

@@ -1,23 +1,23 @@
 """Momentum copies of a model and the queues of their embeddings: float32, seen by neither autograd nor DeepSpeed.
 
 They are no part of the module's parameters and buffers: DeepSpeed would cast them to half precision, in which an
-average stands still, and spread them over the processes. Every process holds them whole, and all hold the same.
+average stands still. Below ZeRO stage 3 every process holds them whole, and all hold the same. At stage 3 the copy's
+weights are spread over the processes (partition.py), and follow the float32 masters, where otherwise they follow the
+working copies, which half precision has rounded. The queue is whole everywhere.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
+from modstruct.models.fusion.partition import Part, PartitionedWeights
+
 MOMENTUM = "momentum."
 """Before the names of momentum weights in a checkpoint."""
-AT_ONCE = 32
-"""Parameters that are made whole together at ZeRO stage 3, about two layers' worth."""
-Whole = Callable[[Iterable[nn.Parameter]], AbstractContextManager]
 
 
 class Momentum:
@@ -29,10 +29,22 @@ class Momentum:
     def __init__(self, module: nn.Module, share: float):
         self.share = share
         self.module = copy.deepcopy(module).float().requires_grad_(False).eval()
+        self.partition: PartitionedWeights | None = None
+        self._part: Part | None = None
+
+    def spread(self, part: Part) -> None:
+        """Keep this process's part of the weights alone from now on.
+
+        part: this process's part of a parameter of the module that is followed, as partition.py has it.
+        """
+        self.partition, self._part = PartitionedWeights(self.module), part
 
     @torch.no_grad()
-    def follow(self, weights: dict[str, Tensor]) -> None:
-        """weights: whole weights of the module, by name, some of them or all."""
+    def follow(self, weights: dict[str, nn.Parameter]) -> None:
+        """weights: of the module that is followed, by name."""
+        if self.partition:
+            self.partition.follow(weights, self.share, self._part)
+            return
         own = dict(self.module.named_parameters())
         mine = [own[name] for name in weights]
         theirs = [weight.detach().to(own[name]) for name, weight in weights.items()]
@@ -42,9 +54,11 @@ class Momentum:
         self.module.to(device)
 
     def state(self) -> dict[str, Tensor]:
-        return dict(self.module.state_dict())
+        """Whole weights by name; once spread, on the main process alone, and collective."""
+        return self.partition.state() if self.partition else dict(self.module.state_dict())
 
     def load(self, state: dict[str, Tensor]) -> None:
+        """Before they are spread."""
         self.module.load_state_dict(state)
 
 
@@ -66,19 +80,18 @@ class FollowedModel(nn.Module):
     def momentum(self) -> Momentum | None:
         return self._outside[0] if self._outside else None
 
-    def follow(self, outputs: object, batch: dict[str, Tensor], whole: Whole, step: int = 0) -> None:
-        """After optimizer step `step`, from 0: the momentum weights follow. Collective.
+    def spread_momentum(self, part: Part) -> None:
+        """At ZeRO stage 3, once DeepSpeed has spread the weights: spread the copy's like them. part: see Momentum."""
+        if self.momentum:
+            self.momentum.spread(part)
 
-        whole: context in which the parameters given to it are whole on this process (ZeRO stage 3 has spread them).
-        """
-        named = list(self.named_parameters()) if self.momentum else []
-        for first in range(0, len(named), AT_ONCE):
-            some = dict(named[first : first + AT_ONCE])
-            with whole(some.values()):
-                self.momentum.follow(some)
+    def follow(self, outputs: object, batch: dict[str, Tensor], step: int = 0) -> None:
+        """After optimizer step `step`, from 0: the momentum weights follow. Collective."""
+        if self.momentum:
+            self.momentum.follow(dict(self.named_parameters()))
 
     def outside_state(self) -> dict[str, Tensor]:
-        """Momentum weights (and queues) by name; the same on every process."""
+        """Momentum weights (and queues) by name; whole on the main process, and collective once they are spread."""
         state = self.momentum.state() if self.momentum else {}
         return {f"{MOMENTUM}{name}": value for name, value in state.items()}
 
@@ -106,11 +119,10 @@ class FeatureQueue:
         self.image = torch.zeros(size, dimension)
         self.text = torch.zeros(size, dimension)
         self.ids = torch.zeros(size, dtype=torch.int64)
-        self.counts = torch.zeros(2, dtype=torch.int64)  # where the next pair goes; how many pairs there are
-
-    @property
-    def filled(self) -> int:
-        return int(self.counts[1])
+        self.place = 0
+        """Where the next pair goes. Plain numbers, which no GPU waits to be asked for."""
+        self.filled = 0
+        """How many pairs there are."""
 
     @torch.no_grad()
     def push(self, image: Tensor, text: Tensor, ids: Tensor) -> None:
@@ -119,18 +131,23 @@ class FeatureQueue:
         if size == 0:
             return
         image, text, ids = image[-size:], text[-size:], ids[-size:]
-        start, filled = self.counts.tolist()
-        places = (torch.arange(len(image), device=self.image.device) + start) % size
+        places = (torch.arange(len(image), device=self.image.device) + self.place) % size
         self.image[places], self.text[places], self.ids[places] = image.to(self.image), text.to(self.text), ids
-        self.counts[0] = (start + len(image)) % size
-        self.counts[1] = min(filled + len(image), size)
+        self.place = (self.place + len(image)) % size
+        self.filled = min(self.filled + len(image), size)
 
     def to(self, device: torch.device) -> None:
         self.image, self.text, self.ids = (rows.to(device) for rows in (self.image, self.text, self.ids))
 
     def state(self) -> dict[str, Tensor]:
-        return {"image": self.image, "text": self.text, "ids": self.ids, "counts": self.counts}
+        """counts: the next pair's place, and how many pairs there are."""
+        counts = torch.tensor([self.place, self.filled])
+        return {"image": self.image, "text": self.text, "ids": self.ids, "counts": counts}
 
     def load(self, state: dict[str, Tensor]) -> None:
+        """state: all of `state()`, or nothing."""
+        state = dict(state)
+        if "counts" in state:
+            self.place, self.filled = state.pop("counts").tolist()
         for name, value in state.items():
             getattr(self, name).copy_(value)

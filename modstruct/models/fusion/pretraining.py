@@ -8,13 +8,14 @@ from torch.nn import functional as F
 
 from modstruct import distributed
 from modstruct.config import FinetuneRecipe, Recipe
-from modstruct.data.masking import IGNORED
+from modstruct.data.masking import IGNORED, blank_places
 from modstruct.data.tokenizers import Tokenizer
+from modstruct.distributed import RowExchange
 from modstruct.embeddings import FusionOutputs
 from modstruct.losses.objective import Objective
 from modstruct.models.fusion.backbone import Backbone
 from modstruct.models.fusion.bert import LanguageHead, initialise
-from modstruct.models.fusion.momentum import FeatureQueue, FollowedModel, Whole
+from modstruct.models.fusion.momentum import FeatureQueue, FollowedModel
 from modstruct.models.fusion.negatives import NONE, hard_negatives
 from modstruct.models.fusion.published import QUEUE
 from modstruct.models.two_tower import Clamp
@@ -57,6 +58,7 @@ class FusionModel(FollowedModel):
         self.seed = recipe.train.seed
         self.queue_after = config.queue_after
         self.batch_fields = TRAINING_FIELDS if self.fills_blanks else PAIR_FIELDS
+        self._freeze_unused()
         self.start_momentum(config.momentum)
         self._outside.append(FeatureQueue(config.queue, config.embed_dim))
 
@@ -78,6 +80,7 @@ class FusionModel(FollowedModel):
         embed_only: in training, leave out what matching and masked language modelling need. A micro-batch brings its
         negatives: wrong_image, wrong_text as image and text, has_wrong_image and has_wrong_text (B,).
         features: add image_features (B, F) and text_features (B, F'), the first tokens before the shared projection.
+        blanks (M, 2): where masked_labels has labels; without it the model looks there, for which a GPU is waited for.
         Returns the fields of FusionOutputs that the batch allows, float32; a plain dict, because ZeRO-3 looks for the
         tensors whose gradients it must wait for in dicts and tuples only.
         """
@@ -93,13 +96,27 @@ class FusionModel(FollowedModel):
             made |= self.embed("text", text[:, 0], features)
         if not training:
             return made
+        if fills_blanks and "blanks" not in batch:
+            batch = batch | {"blanks": blank_places(batch["masked_labels"])}
         made |= self._momentum_outputs(batch, fills_blanks)
-        if self.matches and not embed_only:
-            made |= self._matching(batch, image, text, made)
-        if fills_blanks:
+        matches = self.matches and not embed_only
+        drawn = self.draw_negatives(made, batch) if matches and "wrong_image" not in batch else None
+        if fills_blanks:  # before the wrong rows are exchanged: RowExchange says why
             logits, labels = self._fill_blanks(self, batch, image, blanked)
             made |= {"masked_logits": logits, "masked_labels": labels}
+        if matches:
+            made |= self._matching(batch, image, text, drawn)
         return made
+
+    def _freeze_unused(self) -> None:
+        """What no loss reaches is not trained: weight decay would wear it away, as ZeRO gives it a gradient of 0."""
+        used = {
+            "matching_head": self.matches,
+            "language_head": self.fills_blanks,
+            "backbone.fusion": self.matches or self.fills_blanks,
+        }
+        for name, reached in used.items():
+            self.get_submodule(name).requires_grad_(reached)
 
     def trunks(self) -> dict[str, nn.Module]:
         """The three encoders."""
@@ -141,9 +158,9 @@ class FusionModel(FollowedModel):
     ) -> tuple[Tensor, Tensor]:
         """Logits (M, vocabulary) over the words and the right ids (M,), at the M blanks of these rows."""
         hidden = model.backbone.fuse(blanked, self.backbone.mask(batch["text"]), image)
-        blanks = batch["masked_labels"] != IGNORED
-        logits = model.language_head(hidden[blanks], model.backbone.words.word_embeddings)
-        return logits.float(), batch["masked_labels"][blanks]
+        row, column = batch["blanks"].unbind(dim=1)
+        logits = model.language_head(hidden[row, column], model.backbone.words.word_embeddings)
+        return logits.float(), batch["masked_labels"][row, column]
 
     @torch.no_grad()
     def _momentum_outputs(self, batch: dict[str, Tensor], fills_blanks: bool) -> dict[str, Tensor]:
@@ -162,28 +179,34 @@ class FusionModel(FollowedModel):
 
     def draw_negatives(
         self, made: dict[str, Tensor], batch: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """For each row the row of the global batch with its wrong picture, and whether there is one; the same of
-        captions.
+    ) -> tuple[RowExchange, Tensor, RowExchange, Tensor]:
+        """The exchange that brings each row its wrong picture, and whether there is one, (B,); the same of captions.
 
-        made: embeddings, shared and augmented, and the scale. All (B,); where there is none, the row's own number.
+        made: embeddings, shared and augmented, and the scale. Where there is none, a row gets its own.
         """
         ids, scale = (batch["image_id"], batch["text_id"]), made["logit_scale"].detach()
         mine = torch.arange(len(ids[0]), device=ids[0].device) + distributed.rank() * len(ids[0])
 
-        def negative(rows: str, candidates: str) -> tuple[Tensor, Tensor]:
+        def negative(rows: str, candidates: str) -> tuple[RowExchange, Tensor]:
             given = made[rows].detach(), made[f"{candidates}_augmented"], scale, *ids, batch["slot"]
             found = hard_negatives(*given, self.seed, candidates, self.negatives)
-            return torch.where(found == NONE, mine, found), found != NONE
+            return RowExchange(torch.where(found == NONE, mine, found)), found != NONE
 
         return *negative("text", "image"), *negative("image", "text")
 
     def _matching(
-        self, batch: dict[str, Tensor], image: Tensor, text: Tensor, made: dict[str, Tensor]
+        self,
+        batch: dict[str, Tensor],
+        image: Tensor,
+        text: Tensor,
+        drawn: tuple[RowExchange, Tensor, RowExchange, Tensor] | None,
     ) -> dict[str, Tensor]:
-        """Logits (3 B, 2) of pairs, of texts with a wrong picture, of pictures with a wrong text; and labels."""
+        """Logits (3 B, 2) of pairs, of texts with a wrong picture, of pictures with a wrong text; and labels.
+
+        drawn: the wrong ones; None for a micro-batch, which brings them.
+        """
         mask = self.backbone.mask(batch["text"])
-        if "wrong_image" in batch:  # the rows that a micro-batch was given
+        if drawn is None:
             has_image, has_text = batch["has_wrong_image"], batch["has_wrong_text"]
             wrong_image = self.backbone.encode_image(batch["wrong_image"])
             wrong_text, wrong_mask = (
@@ -191,10 +214,9 @@ class FusionModel(FollowedModel):
                 self.backbone.mask(batch["wrong_text"]),
             )
         else:
-            image_of, has_image, text_of, has_text = self.draw_negatives(made, batch)
-            wrong_image = distributed.exchange_rows(image, image_of)
-            wrong_text = distributed.exchange_rows(text, text_of)
-            wrong_mask = distributed.exchange_rows(mask.to(torch.uint8), text_of).bool()
+            image_of, has_image, text_of, has_text = drawn
+            wrong_image, wrong_text = image_of(image), text_of(text)
+            wrong_mask = text_of(mask.to(torch.uint8)).bool()
         logits = self.match(
             torch.cat([text, text, wrong_text]),
             torch.cat([mask, mask, wrong_mask]),
@@ -204,9 +226,9 @@ class FusionModel(FollowedModel):
         labels += [torch.where(has, torch.zeros_like(batch["slot"]), IGNORED) for has in (has_image, has_text)]
         return {"matching_logits": logits, "matching_labels": torch.cat(labels)}
 
-    def follow(self, outputs: FusionOutputs, batch: dict[str, Tensor], whole: Whole, step: int = 0) -> None:
+    def follow(self, outputs: FusionOutputs, batch: dict[str, Tensor], step: int = 0) -> None:
         """After an optimizer step: the momentum weights follow, the queue takes the batch's momentum embeddings."""
-        super().follow(outputs, batch, whole, step)
+        super().follow(outputs, batch, step)
         if step < self.queue_after:
             return
         rows = (outputs.image_augmented, outputs.text_augmented, batch["image_id"])

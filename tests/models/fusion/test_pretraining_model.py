@@ -157,6 +157,20 @@ def test_every_parameter_gets_a_gradient():
     assert all(p.grad is None for p in model.momentum.module.parameters())
 
 
+@pytest.mark.parametrize("more", ["nothing", "matching", "masked_language"])
+def test_what_no_loss_reaches_is_not_trained(more):
+    """At ZeRO stages 1 and above its gradient would be 0, and weight decay would wear it away."""
+    losses = replace(albef_losses(), contrastive=ContrastiveConfig(weight=1.0))
+    for name in {"matching", "masked_language"} - {more}:
+        getattr(losses, name).weight = 0.0
+    model = fusion_model(fusion_recipe(losses=losses))
+    total, _ = Objective(losses)(FusionOutputs(**model(training_batch())), 0, 0)
+    total.backward()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {name for name, p in model.named_parameters() if p.grad is not None}
+    assert any(name.startswith("backbone.fusion") for name in trained) == (more != "nothing")
+
+
 def test_what_no_loss_asks_for_is_not_made():
     off = LossesConfig(contrastive=ContrastiveConfig(weight=1.0))
     model = fusion_model(fusion_recipe(losses=off))

@@ -174,15 +174,13 @@ def test_copies_and_the_momentum_model_share_among_themselves_and_with_nobody_el
 
 
 def test_the_momentum_model_follows_a_shared_projection_once():
-    from modstruct.training.full_state import whole
-
     model = classifier()
     with torch.no_grad():
         model.backbone.fusion.left["2"].crossattention.self.key.weight.add_(1)
     key = model.backbone.fusion.left["2"].crossattention.self.key
     copied = model.momentum.module.backbone.fusion.right["2"].crossattention.self.key
     before = copied.weight.clone()
-    model.follow(None, {}, whole)
+    model.follow(None, {})
     expected = torch.lerp(before, key.weight.detach(), 1 - 0.995)
     assert torch.equal(copied.weight, expected)
     assert not torch.equal(copied.weight, before)

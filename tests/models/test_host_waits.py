@@ -1,0 +1,197 @@
+"""A step of either framework and of every task asks the GPU for nothing: the host never waits for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from unittest import mock
+
+import pytest
+import torch
+from host_waits import no_host_waits, unwatched
+from processes import run_on_processes
+from tiny_answers import ANSWERS, answer_model, answer_recipe, answer_tokenizer, question_batch, with_answers
+from tiny_fusion import albef_losses, fusion_model, fusion_recipe, training_batch
+from tiny_models import batch_of_both_views, tiny_config, tiny_model, word_tokenizer
+from torch import Tensor, nn
+
+from modstruct import distributed
+from modstruct.config import (
+    BridgeConfig,
+    ContrastiveConfig,
+    GeometryConfig,
+    LossesConfig,
+    QueueContrastConfig,
+    SeparationConfig,
+)
+from modstruct.data.masking import blank_places
+from modstruct.losses.distillation import Distillation
+from modstruct.losses.objective import Objective
+from modstruct.models.fusion.classifier import Classifier
+from modstruct.models.fusion.two_pictures import PairClassifier
+from modstruct.training.fusion_cache import CachedFusionBatch
+from modstruct.training.gradient_cache import WholeBatch
+
+STRUCTURE = {
+    "separation": SeparationConfig(weight=1.0),
+    "bridge": BridgeConfig(weight=1.0, t=None),
+    "geometry": GeometryConfig(weight=0.25),
+}
+Step = tuple[nn.Module, Callable, dict[str, Tensor]]
+
+
+def two_tower() -> Step:
+    losses = LossesConfig(contrastive=ContrastiveConfig(in_modal=True), **STRUCTURE)
+    tokenizer = word_tokenizer()
+    return tiny_model(tiny_config(), tokenizer, independent=True), Objective(losses), batch_of_both_views(tokenizer)
+
+
+def pretraining(**contrast) -> Step:
+    losses = albef_losses(**STRUCTURE)
+    losses.queue_contrast = QueueContrastConfig(weight=1.0, ramp_steps=0, **contrast)
+    recipe = fusion_recipe(losses=losses)
+    batch = training_batch()
+    return fusion_model(recipe), Objective(losses), batch | {"blanks": blank_places(batch["masked_labels"])}
+
+
+def retrieval() -> Step:
+    return pretraining(positives="picture")
+
+
+def vqa() -> Step:
+    return answer_model(), Distillation(0.4, 0), with_answers(question_batch(), ANSWERS)
+
+
+def snli_ve() -> Step:
+    batch = question_batch() | {"label": torch.tensor([0, 2, 1, 0])}
+    return Classifier(answer_recipe(), answer_tokenizer(), 3), Distillation(0.4, 0), batch
+
+
+def nlvr2() -> Step:
+    batch = question_batch() | {"label": torch.tensor([0, 1, 1, 0])}
+    batch["image"] = torch.stack([batch["image"], batch["image"].flip(0)], dim=1)
+    return PairClassifier(answer_recipe(), answer_tokenizer(), 2), Distillation(0.4, 0), batch
+
+
+STEPS = {make.__name__: make for make in (two_tower, pretraining, retrieval, vqa, snli_ve, nlvr2)}
+
+
+class PlainEngine:
+    """What WholeBatch and the gradient cache ask of DeepSpeed at stage 0, over a bare module."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def __call__(self, batch: dict[str, Tensor], **options) -> dict[str, Tensor]:
+        return self.module(batch, **options)
+
+    def backward(self, total: Tensor) -> None:
+        total.backward()
+
+    def zero_optimization_stage(self) -> int:
+        return 0
+
+    @contextmanager
+    def no_sync(self):
+        yield
+
+    def allreduce_gradients(self) -> None:
+        pass
+
+
+def take_steps(name: str, parts: int) -> None:
+    """Two micro-steps as training takes them; the first fills what there is of queues. Only the second is watched."""
+    model, objective, batch = STEPS[name]()
+    engine = PlainEngine(model.to(distributed.device()))
+    if hasattr(model, "outside_to"):
+        model.outside_to(distributed.device())
+    step(engine, objective, batch, parts, 0)
+    with watched():
+        step(engine, objective, batch, parts, 1)
+
+
+@contextmanager
+def watched():
+    if not distributed.on_gpu():
+        with no_host_waits():
+            yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def step(engine: PlainEngine, objective: Callable, batch: dict[str, Tensor], parts: int, number: int) -> None:
+    if parts == 1:
+        embedded, options = WholeBatch(engine, batch), {}
+    else:
+        with unwatched():  # the loader's work
+            divided = [{n: rows.chunk(parts)[p] for n, rows in batch.items() if n != "blanks"} for p in range(parts)]
+            divided = [part | {"blanks": blank_places(part["masked_labels"])} for part in divided]
+        embedded, options = CachedFusionBatch(engine, divided, objective, number), {"pairs_only": True}
+    total, _ = objective(embedded.embeddings, number, 0, **options)
+    embedded.backward(total)
+    if hasattr(engine.module, "follow"):
+        engine.module.follow(embedded.embeddings, embedded.batch, number)
+
+
+CASES = [(name, 1) for name in STEPS] + [("pretraining", 3), ("retrieval", 2)]
+
+
+@pytest.mark.parametrize(("name", "parts"), CASES)
+def test_a_step_waits_for_nothing(name, parts):
+    take_steps(name, parts)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("name", "parts"), CASES)
+def test_a_step_on_a_gpu_waits_for_nothing(name, parts):
+    assert distributed.on_gpu()
+    take_steps(name, parts)
+
+
+def waits_of_a_step(parts: int) -> int:
+    reads = []
+    read = distributed.HostCopy.read
+
+    def noted(copy: distributed.HostCopy) -> list:
+        reads.append(1)
+        with unwatched():
+            return read(copy)
+
+    with mock.patch.object(distributed.HostCopy, "read", noted):
+        take_steps("pretraining", parts)
+    return len(reads)
+
+
+def waits() -> list[int]:
+    return [waits_of_a_step(parts) for parts in (1, 2)]
+
+
+def test_processes_wait_for_the_splits_of_the_two_exchanges_alone():
+    assert run_on_processes(waits, 2) == [[4, 4]] * 2  # of two steps
+
+
+def test_what_makes_the_host_wait_is_found():
+    values = torch.arange(6.0)
+    for wait in (
+        lambda: values.sum().item(),
+        lambda: values.tolist(),
+        lambda: values.numpy(),
+        lambda: values.cpu(),
+        lambda: float(values[0]),
+        lambda: bool((values > 1).any()),
+        lambda: values[values > 2],
+        lambda: values.masked_fill(values > 2, 0).nonzero(),
+        lambda: values.unique(),
+        lambda: torch.bincount(values.long()),
+        lambda: torch.masked_select(values, values > 2),
+        lambda: values.repeat_interleave(values.long()),
+        lambda: torch.tensor([1.0], device=values.device),
+        lambda: values.clone().index_put_((values > 2,), values[0]),
+        lambda: torch.equal(values, values + 1),
+    ):
+        with no_host_waits(), pytest.raises(AssertionError, match="makes the host wait"):
+            wait()
