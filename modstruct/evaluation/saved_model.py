@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from modstruct import checkpoints, distributed
 from modstruct.config import Recipe, refuse
+from modstruct.data.labelled.class_files import load_classes
 from modstruct.data.run_data import open_run_data
 from modstruct.evaluation.evaluate import evaluate
 from modstruct.evaluation.report import save_metrics, table
-from modstruct.evaluation.zero_shot import load_classes
 from modstruct.losses.objective import Objective
 from modstruct.models.build import build_model, image_size
 

@@ -20,10 +20,10 @@ from modstruct.config import DataConfig, ViewsConfig
 from modstruct.data.augment import Views
 from modstruct.data.faults import BadSample
 from modstruct.data.index import ShardIndex, index_tar
+from modstruct.data.labelled.class_files import load_classes
 from modstruct.data.pictures import decode_picture
 from modstruct.data.reader import RawSample, ShardReader, _metadata
 from modstruct.data.tokenizers import ClipTokenizer, SentencePieceTokenizer, WordPieceTokenizer
-from modstruct.evaluation.zero_shot import load_classes
 from modstruct.yaml_files import read_yaml
 
 Reader = tuple[Callable[[bytes], None], tuple[type[Exception], ...]]
