@@ -93,17 +93,18 @@ class _Machine:
         elif name == "LIST":
             self.since_mark().append(stack)
         elif name == "DICT":
-            self.since_mark().append(dict(zip(stack[::2], stack[1::2], strict=True)))
+            self.since_mark().append(_entries(stack))
         elif name == "APPEND":
             value = stack.pop()
             _of_kind(stack[-1], list).append(value)
         elif name == "APPENDS":
             _of_kind(self.since_mark()[-1], list).extend(stack)
         elif name == "SETITEM":
-            value, key = stack.pop(), stack.pop()
-            _of_kind(stack[-1], dict)[key] = value
+            entry = _entries(stack[-2:])
+            del stack[-2:]
+            _of_kind(stack[-1], dict).update(entry)
         elif name == "SETITEMS":
-            _of_kind(self.since_mark()[-1], dict).update(zip(stack[::2], stack[1::2], strict=True))
+            _of_kind(self.since_mark()[-1], dict).update(_entries(stack))
         elif name == "GLOBAL":
             stack.append(_maker(*argument.split(" ")))
         elif name == "STACK_GLOBAL":
@@ -145,6 +146,13 @@ def _maker(module: str, name: str) -> _Maker:
     if module.partition(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype"):
         return _Maker(encodes=False)
     raise ValueError(f"it asks for {module}.{name}")
+
+
+def _entries(values: list[Any]) -> dict[Any, Any]:
+    """Keys and values in turn. Keys are plain: a few tuples of tuples would take for ever to hash."""
+    if any(type(key) not in (str, bytes, int) for key in values[::2]):
+        raise ValueError("a key is neither text nor number")
+    return dict(zip(values[::2], values[1::2], strict=True))
 
 
 def _of_kind(value: Any, kind: type) -> Any:

@@ -130,6 +130,8 @@ def _with_persistent_id() -> bytes:
         (b"", "no pickle"),
         (_with_persistent_id(), "it has the instruction BINPERSID"),
         (pickle.dumps([1, 2]), "holds no dictionary"),
+        # 100 pairs of pairs of …, whose hash would take 2^100 steps
+        (b"\x80\x02})" + b"q\x01h\x01\x86" * 100 + b"K\x01s.", "a key is neither text nor number"),
         (layouts.python2_batch({"data": [1, 2], "labels": [1, 2]}), r"no array of bytes \(pictures, 3072\)"),
         (layouts.python2_batch({"data": np.zeros((1, 3), np.uint8), "labels": [1]}), r"no array of bytes"),
         (layouts.python2_batch({"data": layouts.cifar_rows(2, 0), "labels": [1]}), "no list of 2 labels"),
