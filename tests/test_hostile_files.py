@@ -22,9 +22,9 @@ from modstruct import checkpoints, cli
 from modstruct.data import index as index_module
 from modstruct.data.faults import BadSample
 from modstruct.data.index import ROW, ShardIndex, index_tar
+from modstruct.data.labelled.class_files import load_classes
 from modstruct.data.reader import DEEPEST_METADATA, _metadata
 from modstruct.data.tokenizers import ClipTokenizer, load_tokenizer
-from modstruct.evaluation.zero_shot import load_classes
 from modstruct.weight_files import read_weight_file
 from modstruct.yaml_files import read_yaml
 

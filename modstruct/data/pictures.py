@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from itertools import islice
 
@@ -22,15 +23,16 @@ MOST_SCANS = 100
 SCAN_MARK = re.compile(b"\xff\xda")
 
 
-def decode_picture(content: bytes, max_pixels: int, where: str) -> Image.Image:
+def decode_picture(content: bytes, max_pixels: int, where: str, formats: Sequence[str] = FORMATS) -> Image.Image:
     """Decode a picture to mode RGB, turned upright by its EXIF orientation.
 
     Transparent parts become white, 16-bit greys are scaled to 8 bits, palettes and CMYK are converted; of an animation
     the first frame counts. max_pixels: largest area that is decoded; the header is looked at first. (Pillow itself
-    refuses above 179 million.) Meanwhile a pixel takes 8 bytes of memory, of a WebP 20. Raises BadSample with `where`.
+    refuses above 179 million.) Meanwhile a pixel takes 8 bytes of memory, of a WebP 20. formats: what is read, by
+    Pillow's names. Raises BadSample with `where`.
     """
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
+        with Image.open(io.BytesIO(content), formats=formats) as picture:
             if picture.width * picture.height > max_pixels:
                 raise BadSample("decompression bomb", f"{where} ({picture.width} x {picture.height} pixels)")
             if _too_many_scans(content):

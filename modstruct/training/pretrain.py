@@ -10,6 +10,7 @@ import torch
 
 from modstruct import checkpoints, distributed
 from modstruct.config import Recipe
+from modstruct.data.labelled.class_files import load_classes
 from modstruct.data.loader import train_loader, train_order
 from modstruct.data.run_data import RunData, open_run_data
 from modstruct.data.workers import WorkerLoader
@@ -17,7 +18,6 @@ from modstruct.evaluation.evaluate import evaluate
 from modstruct.evaluation.examples import retrieved_examples
 from modstruct.evaluation.report import flatten, table, validation_recall_at_1
 from modstruct.evaluation.structure import structure
-from modstruct.evaluation.zero_shot import load_classes
 from modstruct.losses.objective import Objective
 from modstruct.models.build import build_model, image_size, initial_tokenizer
 from modstruct.training.conduct import conclude, conduct, last_checkpoint

@@ -21,6 +21,7 @@ from modstruct.config import DataConfig, ViewsConfig
 from modstruct.data.augment import Views
 from modstruct.data.faults import BadSample
 from modstruct.data.index import ShardIndex, index_tar
+from modstruct.data.labelled.class_files import load_classes
 from modstruct.data.pictures import decode_picture
 from modstruct.data.reader import RawSample, ShardReader, _metadata
 from modstruct.data.tasks.karpathy import read_karpathy
@@ -28,7 +29,6 @@ from modstruct.data.tasks.nlvr2 import read_nlvr2
 from modstruct.data.tasks.snli_ve import read_snli_ve
 from modstruct.data.tasks.vqa import read_answer_list, read_vqa
 from modstruct.data.tokenizers import ClipTokenizer, SentencePieceTokenizer, WordPieceTokenizer
-from modstruct.evaluation.zero_shot import load_classes
 from modstruct.yaml_files import read_yaml
 
 Reader = tuple[Callable[[bytes], None], tuple[type[Exception], ...]]
