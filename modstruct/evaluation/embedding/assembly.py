@@ -33,10 +33,10 @@ class Assembly:
         Raises TooManyBadSamples above config.max_bad_share, ValueError where no picture could be read.
         """
         ledger, captions = self._source.ledger(config), DistinctCaptions()
-        for notes in self._pictures.notes():
-            ledger.add(notes["faults"], len(notes["keys"]), say=False)  # who met them has said so
-            captions.add(notes["captions"])
         total = len(self._source.samples)
+        ledger.add(self._noted("faults"), total, say=False)  # who met them has said so
+        for of_part in self._pictures.notes("captions"):
+            captions.add(of_part)
         # The whole source was tried, so its share is exact, however small it is.
         ledger.check(ledger.bad, total, fewest=1)
         if ledger.bad == total:
@@ -94,7 +94,7 @@ class Assembly:
 
     def _noted(self, name: str) -> Iterator[Any]:
         """The notes of this name, of all pictures."""
-        return chain.from_iterable(notes[name] for notes in self._pictures.notes())
+        return chain.from_iterable(self._pictures.notes(name))
 
     def _column(self, name: str) -> np.ndarray:
         return np.concatenate(list(self._pictures.pieces(name)))

@@ -173,3 +173,10 @@ def test_an_array_that_the_model_lacks_is_refused(tmp_path, source):
 def test_a_set_is_named_as_a_folder_can_be(name):
     with pytest.raises(ValueError, match="a folder is called by it"):
         EmbeddingSource(name, LabelledNumbers(3), "fingerprint")
+
+
+def test_loader_workers_change_nothing(tmp_path, samples):
+    source = EmbeddingSource.of_samples("things", samples)
+    for workers in (0, 1):
+        embed_set(numbered_model(), source, tmp_path / str(workers), config(workers=workers))
+    assert content(tmp_path / "0") == content(tmp_path / "1")
