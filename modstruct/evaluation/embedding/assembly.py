@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from modstruct.config import refuse
-from modstruct.data.faults import FaultLedger
+from modstruct.config.embedding import EmbeddingConfig
 from modstruct.evaluation.distinct_captions import DistinctCaptions, at_places
 from modstruct.evaluation.embedded_files import IMAGE_ARRAYS, TEXT_ARRAYS
 from modstruct.evaluation.embedded_set import write_embedded_set
@@ -27,16 +27,16 @@ class Assembly:
     def __init__(self, source: EmbeddingSource, pictures: Parts, captions_file: Path):
         self._source, self._pictures, self._captions_file = source, pictures, captions_file
 
-    def gather(self, max_bad_share: float) -> int:
+    def gather(self, config: EmbeddingConfig) -> int:
         """Count what was read, and write the distinct captions to their file. Returns how many they are.
 
-        Raises TooManyBadSamples above max_bad_share, ValueError where no picture could be read.
+        Raises TooManyBadSamples above config.max_bad_share, ValueError where no picture could be read.
         """
-        ledger, captions = FaultLedger(f"set {self._source.name}", max_bad_share), DistinctCaptions()
-        for notes in self._pictures.notes():
-            ledger.add(notes["faults"], len(notes["keys"]), say=False)  # who met them has said so
-            captions.add(notes["captions"])
+        ledger, captions = self._source.ledger(config), DistinctCaptions()
         total = len(self._source.samples)
+        ledger.add(self._noted("faults"), total, say=False)  # who met them has said so
+        for of_part in self._pictures.notes("captions"):
+            captions.add(of_part)
         # The whole source was tried, so its share is exact, however small it is.
         ledger.check(ledger.bad, total, fewest=1)
         if ledger.bad == total:
@@ -94,7 +94,7 @@ class Assembly:
 
     def _noted(self, name: str) -> Iterator[Any]:
         """The notes of this name, of all pictures."""
-        return chain.from_iterable(notes[name] for notes in self._pictures.notes())
+        return chain.from_iterable(self._pictures.notes(name))
 
     def _column(self, name: str) -> np.ndarray:
         return np.concatenate(list(self._pictures.pieces(name)))

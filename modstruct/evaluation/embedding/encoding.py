@@ -14,7 +14,6 @@ from modstruct import distributed
 from modstruct.config import require
 from modstruct.config.embedding import EmbeddingConfig
 from modstruct.data.evaluation_samples import EvaluationBatch, evaluation_loader
-from modstruct.data.faults import FaultLedger
 from modstruct.evaluation.embedding.model import EmbeddingModel
 from modstruct.evaluation.embedding.parts import Parts
 from modstruct.evaluation.embedding.source import EmbeddingSource
@@ -39,7 +38,7 @@ def embed_pictures(
     beside the embeddings: indices, numbers of the pictures in the source; labels, where it has classes.
     """
     mine = _share(missing)
-    ledger = FaultLedger(f"set {source.name}", config.max_bad_share, distributed.rank())
+    ledger = source.ledger(config, distributed.rank())
     encoder = _Encoder(model, config, arrays)
 
     def work(progress: Progress) -> None:

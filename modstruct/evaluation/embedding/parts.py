@@ -16,7 +16,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -26,8 +25,8 @@ from modstruct.evaluation.array_files import RowStream
 from modstruct.files import written_aside
 
 FOLDER = "parts"
-NOTES = "notes"
-"""Member of a part that holds JSON beside the arrays."""
+NOTES = "{}.json"
+"""Members of a part that hold lists in JSON beside the arrays, each of its own, to be read alone."""
 
 
 @dataclass(frozen=True)
@@ -57,16 +56,17 @@ class Parts:
         numbers = self.numbers(part)
         return [numbers[first : first + self.batch] for first in range(0, len(numbers), self.batch)]
 
-    def write(self, part: int, arrays: dict[str, np.ndarray], notes: dict[str, Any] | None = None) -> None:
-        """Write a part, whole or not at all. notes: plain JSON kinds, numbers of numpy among them."""
-        content = json.dumps(notes or {}, default=_plain).encode()
+    def write(self, part: int, arrays: dict[str, np.ndarray], notes: dict[str, list] | None = None) -> None:
+        """Write a part, whole or not at all. notes: lists of plain JSON kinds, numbers of numpy among them."""
+        encoded = {name: json.dumps(values, default=_plain).encode() for name, values in (notes or {}).items()}
+        members = {NOTES.format(name): np.frombuffer(content, dtype=np.uint8) for name, content in encoded.items()}
         with written_aside(self._path(part)) as file:
-            np.savez(file, **arrays, **{NOTES: np.frombuffer(content, dtype=np.uint8)})
+            np.savez(file, **arrays, **members)
 
-    def notes(self) -> Iterator[dict[str, Any]]:
-        """The notes of one part after the other."""
+    def notes(self, name: str) -> Iterator[list]:
+        """The notes of this name, of one part after the other."""
         for part in range(len(self)):
-            yield json.loads(self._member(part, NOTES).tobytes())
+            yield json.loads(self._member(part, NOTES.format(name)).tobytes())
 
     def pieces(self, array: str) -> Iterator[np.ndarray]:
         """The rows of one part after the other; a part of which nothing could be read has none."""

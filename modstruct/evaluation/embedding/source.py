@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from modstruct.config import refuse, require
+from modstruct.config.embedding import EmbeddingConfig
 from modstruct.data.evaluation_samples import EvaluationSamples
+from modstruct.data.faults import FaultLedger
 from modstruct.evaluation.embed import left_out_when_indexed
 from modstruct.evaluation.zero_shot import ZeroShotClasses
 
@@ -79,6 +81,10 @@ class EmbeddingSource:
             if label is not None and not -1 <= label < len(self.class_names):
                 refuse(f"label of set {self.name}", label, f"must be one of the {len(self.class_names)} classes, or -1")
         return np.array([-1 if label is None else int(label) for label in labels], dtype=np.int64)
+
+    def ledger(self, config: EmbeddingConfig, process: int = 0) -> FaultLedger:
+        """For counting its unreadable pictures."""
+        return FaultLedger(f"set {self.name}", config.max_bad_share, process, "embedding.max_bad_share")
 
     def left_out_before(self) -> Counter[str]:
         """Samples, by cause, that indexing found unusable; they are not among `samples`."""

@@ -74,7 +74,7 @@ def embed_set(
 
     lines = TextLines(folder / FOLDER / CAPTIONS)
     assembly = Assembly(source, pictures, lines.path)
-    captions, missing = parts("text", on_main(lambda: assembly.gather(config.max_bad_share)))
+    captions, missing = parts("text", on_main(lambda: assembly.gather(config)))
     if of_texts and captions.items:
         embed_texts(model, lines, captions, missing, config, of_texts, f"captions of {source.name}")
     prompts, missing = parts("prompts", len(source.prompts))
