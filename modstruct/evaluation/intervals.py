@@ -1,0 +1,262 @@
+"""Confidence intervals of figures over a set's rows, and tests of the difference of two models on the same rows.
+
+All are seeded, hold a bounded amount of memory at any number of rows, and take `groups`: rows that are no independent
+evidence (captions of one picture, questions about one scene) are then drawn together, and the groups are what counts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+DRAWS_AT_ONCE = 1 << 21
+"""Row numbers drawn at once: 8 MB of them, and 16 MB of the values they stand for."""
+FEW_VALUES = 4_096
+"""Up to this many distinct rows are counted rather than drawn one by one, which has the same distribution."""
+NORMAL = NormalDist()
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean of a minus mean of b over the same rows, its interval, and the p-value of there being none."""
+
+    difference: float
+    low: float
+    high: float
+    p: float
+
+
+def bootstrap_mean(
+    outcomes: np.ndarray,
+    samples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+    groups: np.ndarray | None = None,
+) -> tuple[float, float]:
+    """Confidence interval (low, high) of the mean of outcomes over rows like these.
+
+    outcomes: (n,), bool, whole or floating. samples: resamples. level: coverage, between 0 and 1. groups: (n,), rows of
+    one value belong together; the groups are drawn, with all their rows.
+    The interval is BCa (Efron 1987): a plain percentile interval of a skewed outcome leaves out too much on one side.
+    Its levels are widened as by Student's t for a mean of few rows (Hesterberg 2015), which the percentiles of a
+    resample, too narrow by sqrt((n - 1) / n), do not do. At 95 %, exponential outcomes are covered 92.4 % of the time
+    by 20 rows and 94.6 % by 50, normal ones 94.5 % by 10 (3,000 simulations each).
+    Outcomes of 0 and 1 alone, without groups, are not resampled: near 0 or 1 a bootstrap's interval shrinks to nothing
+    and covers far less than it says. They get Wilson's interval (1927), as do grouped ones that are all equal, with as
+    many rows as there are groups. Raises ValueError for no outcomes, or one group of outcomes other than 0 and 1.
+    """
+    outcomes = _checked("outcomes", outcomes)
+    _check_level(samples, level)
+    numbers = _group_numbers(groups, len(outcomes))
+    binary = bool(np.all((outcomes == 0) | (outcomes == 1)))
+    if binary and (numbers is None or outcomes.min() == outcomes.max()):
+        return wilson(outcomes.mean(), len(outcomes) if numbers is None else int(numbers.max()) + 1, level)
+    return mean_interval(outcomes[:, None], lambda means: means[:, 0], samples, level, seed, numbers)
+
+
+def paired_difference(
+    a: np.ndarray,
+    b: np.ndarray,
+    samples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+    groups: np.ndarray | None = None,
+) -> Difference:
+    """Mean of a minus mean of b, outcomes of two models on the same rows, with interval and p-value.
+
+    a, b: (n,), row for row. groups: as in `bootstrap_mean`, whose interval this has, of a - b. Where a and b are equal
+    on all rows and 0 or 1, the interval is Tango's (1998) for a table without discordant pairs.
+    p: of the null hypothesis that a and b could be exchanged in any row (in any group, all its rows at once), by flipping
+    signs at random, two-sided; what was observed counts among the flips, so that p is at least 1 / (samples + 1), and
+    below any x at most x of the time. For 0 and 1 this is McNemar's test. Raises ValueError where sizes differ.
+    """
+    a, b = _checked("a", a), _checked("b", b)
+    if len(a) != len(b):
+        raise ValueError(f"a has {len(a)} rows and b {len(b)}: outcomes of the same rows are compared, give both alike")
+    _check_level(samples, level)
+    numbers = _group_numbers(groups, len(a))
+    differences = a - b
+    observed = float(differences.mean())
+    binary = bool(np.all(((a == 0) | (a == 1)) & ((b == 0) | (b == 1))))
+    if binary and not differences.any():
+        high = wilson(0.0, len(a) if numbers is None else int(numbers.max()) + 1, level)[1]
+        low = -high
+    else:
+        low, high = mean_interval(differences[:, None], lambda means: means[:, 0], samples, level, seed, numbers)
+    totals, _ = _units(differences[:, None], numbers)
+    flipped = np.abs(_flipped_sums(totals[:, 0], samples, np.random.default_rng([seed, 1])))
+    total = abs(float(totals.sum()))
+    reached = int((flipped >= total - 1e-9 * np.abs(totals).sum()).sum())  # sums of one set differ by rounding
+    return Difference(observed, low, high, (1 + reached) / (1 + samples))
+
+
+def mean_interval(
+    outcomes: np.ndarray,
+    function: Callable[[np.ndarray], np.ndarray],
+    samples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+    groups: np.ndarray | None = None,
+) -> tuple[float, float]:
+    """BCa interval of a smooth function of the means of several outcomes of the same rows.
+
+    outcomes: (n, k). function: (s, k) means -> (s,). The rest is as in `bootstrap_mean`; a function of means that are
+    all equal over rows gets an interval of no width. Acceleration: by the jackknife over rows or groups.
+    """
+    _check_level(samples, level)
+    totals, sizes = _units(outcomes, _group_numbers(groups, len(outcomes)))
+    count = len(totals)
+    if count < 2:
+        raise ValueError(f"outcomes: {count} independent rows; an interval takes two: leave it out of so small a set")
+    found = function(_resampled_means(totals, sizes, samples, np.random.default_rng(seed)))
+    value = float(function(totals.sum(0, keepdims=True) / sizes.sum())[0])
+    left_out = function((totals.sum(0) - totals) / (sizes.sum() - sizes)[:, None])
+    influence = left_out.mean() - left_out
+    power = float((influence**2).sum())
+    acceleration = float((influence**3).sum()) / (6 * power**1.5) if power > 0 else 0.0
+    return _bca(found, value, acceleration, level, count)
+
+
+def bootstrap_statistic(
+    function: Callable[[np.ndarray], float],
+    rows: np.ndarray,
+    samples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+    groups: np.ndarray | None = None,
+) -> tuple[float, float]:
+    """Confidence interval (low, high) of any figure of rows; for means `bootstrap_mean` is faster and covers better.
+
+    function: (n', …) rows drawn with replacement -> a number. rows: (n, …). It is called samples + 1 times. groups: as
+    in `bootstrap_mean`; n' then varies. Bias-corrected percentiles without acceleration, which would take a call for
+    each row. Raises ValueError for fewer than two rows or groups.
+    """
+    _check_level(samples, level)
+    random = np.random.default_rng(seed)
+    numbers = _group_numbers(groups, len(rows))
+    count = len(rows) if numbers is None else int(numbers.max()) + 1
+    if count < 2:
+        raise ValueError(f"rows: {count} independent ones; an interval takes two: leave it out of so small a set")
+    members = np.arange(count) if numbers is None else np.argsort(numbers, kind="stable")
+    sizes = np.ones(count, dtype=np.int64) if numbers is None else np.bincount(numbers)
+    starts = np.cumsum(sizes) - sizes
+    found = np.empty(samples)
+    for s in range(samples):
+        drawn = random.integers(0, count, count)
+        within = np.arange(sizes[drawn].sum()) - np.repeat(np.cumsum(sizes[drawn]) - sizes[drawn], sizes[drawn])
+        found[s] = function(rows[members[np.repeat(starts[drawn], sizes[drawn]) + within]])
+    return _bca(found, float(function(rows)), 0.0, level, count)
+
+
+def wilson(share: float, rows: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's interval (1927) of a probability of which `share` was seen in so many rows; never of no width."""
+    z2 = NORMAL.inv_cdf((1 + level) / 2) ** 2
+    centre, spread = share + z2 / (2 * rows), math.sqrt(z2 * (share * (1 - share) / rows + z2 / (4 * rows**2)))
+    scale = 1 + z2 / rows
+    return float(max(0.0, (centre - spread) / scale)), float(min(1.0, (centre + spread) / scale))
+
+
+def _bca(found: np.ndarray, value: float, acceleration: float, level: float, count: int) -> tuple[float, float]:
+    """Percentiles of the resampled values at levels corrected for bias, skewness and few rows."""
+    below = ((found < value).mean() + (found <= value).mean()) / 2
+    edge = 0.5 / len(found)
+    bias = NORMAL.inv_cdf(min(max(float(below), edge), 1 - edge))
+    reach = student_quantile((1 + level) / 2, count - 1) * math.sqrt(count / (count - 1))
+    levels = []
+    for z in (bias - reach, bias + reach):
+        # Where the correction has no finite value the extreme resample is all there is.
+        scale = 1 - acceleration * z
+        levels.append(NORMAL.cdf(bias + z / scale) if scale > 0 else float(z > 0))
+    low, high = np.quantile(found, levels)
+    return float(low), float(high)
+
+
+def student_quantile(level: float, freedom: int) -> float:
+    """Quantile of Student's t by its expansion in the normal's (Abramowitz & Stegun 26.7.5); within 1 % from 5 on."""
+    z = NORMAL.inv_cdf(level)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + sum(term / freedom ** (k + 1) for k, term in enumerate(terms))
+
+
+def _resampled_means(totals: np.ndarray, sizes: np.ndarray, samples: int, random: np.random.Generator) -> np.ndarray:
+    """(samples, k) means of units drawn with replacement. totals: (u, k) sums over each unit's rows; sizes: (u,)."""
+    units = np.column_stack([totals, sizes])
+    count = len(units)
+    if units.shape[1] == 2:
+        distinct, times = np.unique(units, axis=0, return_counts=True)
+        if len(distinct) <= min(FEW_VALUES, count // 2):
+            sums = np.empty((samples, 2))
+            step = max(1, DRAWS_AT_ONCE // len(distinct))
+            for start in range(0, samples, step):
+                stop = min(start + step, samples)
+                sums[start:stop] = random.multinomial(count, times / count, stop - start) @ distinct
+            return sums[:, :1] / sums[:, 1:]
+    sums = np.zeros((samples, units.shape[1]))
+    at_once = max(1, DRAWS_AT_ONCE // count)
+    for start in range(0, samples, at_once):
+        stop = min(start + at_once, samples)
+        for first in range(0, count, DRAWS_AT_ONCE):
+            drawn = random.integers(0, count, (stop - start, min(DRAWS_AT_ONCE, count - first)))
+            for column in range(units.shape[1]):
+                sums[start:stop, column] += units[:, column][drawn].sum(1)
+    return sums[:, :-1] / sums[:, -1:]
+
+
+def _flipped_sums(totals: np.ndarray, samples: int, random: np.random.Generator) -> np.ndarray:
+    """(samples,) sums of totals (u,) with random signs."""
+    values, times = np.unique(np.abs(totals), return_counts=True)
+    if len(values) <= min(FEW_VALUES, len(totals) // 2):
+        return (2.0 * random.binomial(times, 0.5, (samples, len(values))) - times) @ values
+    sums = np.zeros(samples)
+    for first in range(0, len(totals), DRAWS_AT_ONCE):
+        part = totals[first : first + DRAWS_AT_ONCE]
+        at_once = max(1, DRAWS_AT_ONCE // len(part))
+        for start in range(0, samples, at_once):
+            shape = (min(at_once, samples - start), len(part))
+            sums[start : start + at_once] += np.where(random.random(shape, dtype=np.float32) < 0.5, part, -part).sum(1)
+    return sums
+
+
+def _units(outcomes: np.ndarray, numbers: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of outcomes (n, k) over each group (u, k), and rows of each group (u,); without groups, rows themselves."""
+    outcomes = np.asarray(outcomes, dtype=np.float64)
+    if numbers is None:
+        return outcomes, np.ones(len(outcomes))
+    sizes = np.bincount(numbers)
+    return np.column_stack([np.bincount(numbers, column) for column in outcomes.T]), sizes.astype(np.float64)
+
+
+def _group_numbers(groups: np.ndarray | None, rows: int) -> np.ndarray | None:
+    """Groups numbered 0, 1, … without gaps."""
+    if groups is None:
+        return None
+    groups = np.asarray(groups)
+    if groups.shape != (rows,):
+        raise ValueError(f"groups: shape {groups.shape} for {rows} rows; give one group for each row")
+    return np.unique(groups, return_inverse=True)[1].reshape(-1)
+
+
+def _checked(name: str, values: np.ndarray) -> np.ndarray:
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 1 or not len(values):
+        raise ValueError(f"{name}: shape {values.shape}; give one outcome for each row, and at least one row")
+    if not np.isfinite(values).all():
+        row = int(np.flatnonzero(~np.isfinite(values))[0])
+        raise ValueError(f"{name}: {values[row]} in row {row}; leave out rows without an outcome")
+    return values
+
+
+def _check_level(samples: int, level: float) -> None:
+    if samples < 100:
+        raise ValueError(f"samples: {samples}; percentiles take at least 100 resamples")
+    if not 0 < level < 1:
+        raise ValueError(f"level: {level}; give the coverage as a share between 0 and 1, such as 0.95")
