@@ -70,8 +70,8 @@ def paired_difference(
 
     a, b: (n,), row for row. groups: as in `bootstrap_mean`, whose interval this has, of a - b. Where a and b are equal
     on all rows and 0 or 1, the interval is Tango's (1998) for a table without discordant pairs.
-    p: of the null hypothesis that a and b could be exchanged in any row (in any group, all its rows at once), by flipping
-    signs at random, two-sided; what was observed counts among the flips, so that p is at least 1 / (samples + 1), and
+    p: of the null hypothesis that a and b could be exchanged in any row (in any group, all its rows at once), two-sided,
+    by flipping signs at random; what was observed counts among the flips, so that p is at least 1 / (samples + 1), and
     below any x at most x of the time. For 0 and 1 this is McNemar's test. Raises ValueError where sizes differ.
     """
     a, b = _checked("a", a), _checked("b", b)
@@ -171,7 +171,7 @@ def _bca(found: np.ndarray, value: float, acceleration: float, level: float, cou
         # Where the correction has no finite value the extreme resample is all there is.
         scale = 1 - acceleration * z
         levels.append(NORMAL.cdf(bias + z / scale) if scale > 0 else float(z > 0))
-    low, high = np.quantile(found, levels)
+    low, high = np.quantile(found, levels, method="weibull")  # the k-th of s leaves k / (s + 1) below on average
     return float(low), float(high)
 
 

@@ -34,7 +34,7 @@ def clustered(random, share, clusters):
 
 # Each gives (outcomes, groups, true mean) of one trial.
 OUTCOMES = {
-    "normal, 10 rows": lambda r: (r.normal(3, 2, 10), None, 3.0),
+    "normal, 20 rows": lambda r: (r.normal(3, 2, 20), None, 3.0),
     "normal, 300 rows": lambda r: (r.normal(3, 2, 300), None, 3.0),
     "skewed, 200 rows": lambda r: (r.exponential(size=200), None, 1.0),
     "whole numbers, 300 rows": lambda r: (r.poisson(2, 300), None, 2.0),
