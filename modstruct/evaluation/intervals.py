@@ -70,7 +70,7 @@ def paired_difference(
 
     a, b: (n,), row for row. groups: as in `bootstrap_mean`, whose interval this has, of a - b. Where a and b are equal
     on all rows and 0 or 1, the interval is Tango's (1998) for a table without discordant pairs.
-    p: of the null hypothesis that a and b could be exchanged in any row (in any group, all its rows at once), two-sided,
+    p: of the null hypothesis that a and b could be exchanged in any row (in all rows of any group at once), two-sided,
     by flipping signs at random; what was observed counts among the flips, so that p is at least 1 / (samples + 1), and
     below any x at most x of the time. For 0 and 1 this is McNemar's test. Raises ValueError where sizes differ.
     """

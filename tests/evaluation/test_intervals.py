@@ -16,7 +16,7 @@ from modstruct.evaluation.intervals import (
     wilson,
 )
 
-TRIALS = 1000
+TRIALS = 600
 SAMPLES = 600
 
 
