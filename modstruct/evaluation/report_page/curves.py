@@ -11,7 +11,7 @@ from markupsafe import Markup
 from modstruct.evaluation.report_page.comparison import Row, Section
 from modstruct.evaluation.report_page.line_chart import Scale, Series, line_chart
 from modstruct.evaluation.report_page.loading import Evaluation
-from modstruct.evaluation.report_page.vocabulary import humanised, is_share, label
+from modstruct.evaluation.report_page.vocabulary import humanised, is_share, label, lowered
 
 FEWEST_POINTS = 3
 LONGEST_FAMILY_GROUP = 24
@@ -116,7 +116,7 @@ def _family_words(family: str) -> tuple[str, str, str]:
         bare = humanised(re.sub(r"_*\{\}_*", " ", place).strip() or "number")
         y = bare if last == place else humanised(last)
         words = (f"{y} by {bare.lower()}" if last != place else bare, bare.lower(), y.lower())
-    return (": ".join([", ".join(around), words[0].lower()] if around else [words[0]]), *words[1:])
+    return (": ".join([", ".join(around), lowered(words[0])] if around else [words[0]]), *words[1:])
 
 
 def _saved(metric: str, set_name: str, runs: Sequence[Evaluation]) -> Iterator[Chart]:
@@ -150,7 +150,7 @@ def _saved(metric: str, set_name: str, runs: Sequence[Evaluation]) -> Iterator[C
 def _curve_words(name: str, x_name: str | None) -> CurveWords:
     """Words for a curve by its name and that of its axis."""
     *start, last = name.split("/")
-    title = f"{label(tuple(start))}: {humanised(last).lower()}" if start else humanised(last)
+    title = f"{label(tuple(start))}: {lowered(humanised(last))}" if start else humanised(last)
     if last == "recall" and x_name == "k":
         return CurveWords(f"{title} at K", "K", "recall", "log")
     axis = humanised(x_name) if x_name else "step"

@@ -1,8 +1,9 @@
 """Retrieved examples: queries with what each run placed first, pictures small enough to lie inside the page.
 
-results/SET/examples/examples.json is {"examples": [EXAMPLE, …]} with
+Every JSON file in results/SET/examples/ (examples.json, leakage.json) is {"examples": [EXAMPLE, …]} with
 EXAMPLE = {"direction": "text_to_image", "query": ITEM, "rank": of the best right item, "results": [ITEM, …]}
 ITEM = {"key": …, "picture": file name beside it, or "text": …, "right": whether it belongs to the query, "score": …}
+where all but the query and the results may be missing.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from PIL import Image
 
 from modstruct.evaluation.report_page.loading import Evaluation, read_json
 
-FILE = "examples.json"
 SIDE_PIXELS = 192
 """Of an embedded picture's longer side, at most: sharp at the 96 pixels it is shown with on a fine screen."""
 QUALITY = 82
@@ -78,7 +78,7 @@ class Pictures:
         """
         if path not in self._made:
             if not path.is_file():
-                raise FileNotFoundError(f"{path}: {FILE} beside it names this picture: measure this set anew")
+                raise FileNotFoundError(f"{path}: the examples beside it name this picture: measure this set anew")
             uri = _jpeg_uri(path)
             self._made[path] = uri if len(uri) <= self._left else None
             self._left -= len(uri) if self._made[path] else 0
@@ -91,13 +91,12 @@ def galleries(runs: Sequence[Evaluation], pictures: Pictures | None = None) -> l
     Raises ValueError or FileNotFoundError naming a file that is broken or missing.
     """
     pictures = pictures or Pictures()
-    sets = sorted({path.parent.parent.name for run in runs for path in run.folder.glob(f"results/*/examples/{FILE}")})
+    sets = sorted({path.parents[1].name for run in runs for path in run.folder.glob("results/*/examples/*.json")})
     made = []
     for set_name in sets:
         by_query: dict[str, dict[str, list]] = {}
         for style, run in enumerate(runs):
-            path = run.examples_folder(set_name) / FILE
-            if path.is_file():
+            for path in sorted(run.examples_folder(set_name).glob("*.json")):
                 for direction, key, query, found in _read(path):
                     of_query = by_query.setdefault(direction, {}).setdefault(key, [(path.parent, query)])
                     of_query.append((path.parent, run.name, style, found))
@@ -119,7 +118,9 @@ def _read(path: Path) -> Iterator[tuple[str, str, dict, dict]]:
         if not right:
             raise ValueError(f"{path}: example {number} lacks a query or its results: measure this set anew")
         direction = str(example.get("direction", "retrieved"))
-        yield direction, f"{query.get('key')}\n{query.get('text')}\n{query.get('picture')}", query, example
+        # The key tells a picture; its file may have another name in each run.
+        told_by = ("key", "text") if query.get("key") else ("text", "picture")
+        yield direction, "\n".join(str(query.get(name)) for name in told_by), query, example
 
 
 def _query(entry: list, pictures: Pictures) -> Query:
@@ -142,7 +143,7 @@ def _item(item: dict, folder: Path, pictures: Pictures) -> Item:
     if file is not None:
         # A name only: a file of results must not make the page read other files of the machine.
         if not isinstance(file, str) or Path(file).name != file:
-            raise ValueError(f'{folder / FILE}: "picture" = {file!r}: give the name of a file beside it')
+            raise ValueError(f'{folder}: an example has "picture" = {file!r}: it must name a file of this folder')
         picture = pictures.uri(folder / file)
     return Item(
         name=str(item.get("key") or file or ""),

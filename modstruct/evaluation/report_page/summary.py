@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from modstruct.evaluation.report_page.comparison import Row, Section
 from modstruct.evaluation.report_page.loading import Evaluation
-from modstruct.evaluation.report_page.vocabulary import Task, label, shown
+from modstruct.evaluation.report_page.vocabulary import Task, humanised, label, lowered, shown
 
 SHOWN_FINDINGS = 8
 
@@ -25,7 +25,9 @@ class Headline:
 
     @property
     def name(self) -> str:
-        return f"{self.task.title}, {self.figure} on {self.row.set}"
+        """In a sentence."""
+        first, *others = [part for part in (self.task.short, *map(humanised, self.row.names)) if part]
+        return f"{', '.join([first, *map(lowered, others)])} on {self.row.set}"
 
 
 def headlines(sections: Sequence[Section]) -> list[Headline]:
@@ -67,24 +69,20 @@ def _finding(headline: Headline, runs: Sequence[Evaluation]) -> str | None:
     if not ahead:
         return None
     behind = [i for i in measured if i not in ahead]
-    nearest = max(behind, key=lambda i: row.better * row.cells[i].figure.value)
-    names = _listed([runs[i].name for i in sorted(ahead, key=lambda i: i != row.best)])
+    others = _listed([runs[i].name for i in behind])
     value = f"{shown(row.cells[row.best].figure.value, row.share)}{unit}"
-    others = "every other run" if len(ahead) == 1 and len(behind) > 1 else _listed([runs[i].name for i in behind])
-    if len(ahead) == 1:
-        return f"{headline.name}: {names}, {value}, is ahead of {others}{_by(row, nearest, runs, behind)}."
-    return f"{headline.name}: {names} (up to {value}) are not told apart and ahead of {others}."
-
-
-def _by(row: Row, nearest: int, runs: Sequence[Evaluation], behind: list[int]) -> str:
-    """By how much, over the next run."""
+    if len(ahead) > 1:
+        names = _listed([runs[i].name for i in sorted(ahead, key=lambda i: i != row.best)])
+        return f"{headline.name}: {names} (up to {value}) are not told apart, and ahead of {others}."
+    nearest = max(behind, key=lambda i: row.better * row.cells[i].figure.value)
+    start = f"{headline.name}: {runs[row.best].name} reaches {value}"
     lead = row.cells[nearest].lead
     if lead is None:
-        return ", by intervals that do not overlap"
-    numbers = [shown(number, row.share) for number in (lead.difference, lead.low, lead.high)]
-    unit = "\u00a0points" if row.share else ""
-    over = f" over {runs[nearest].name}" if len(behind) > 1 else ""
-    return f", by {numbers[0]}{unit} [{numbers[1]},\u00a0{numbers[2]}]{over}"
+        return f"{start}, ahead of {others} by intervals that do not overlap."
+    difference, low, high = (shown(number, row.share) for number in (lead.difference, lead.low, lead.high))
+    points = "\u00a0points" if row.share else ""
+    next_best = ", the next best" if len(behind) > 1 else ""
+    return f"{start}, {difference}{points} [{low},\u00a0{high}] ahead of {runs[nearest].name}{next_best}."
 
 
 def _measured(row: Row) -> list[int]:
@@ -101,8 +99,10 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def notes(sections: Sequence[Section], runs: Sequence[Evaluation]) -> Iterator[str]:
-    """What a reader must know before comparing: other data, and results that only some runs have."""
+    """What a reader must know before comparing: other data, leaks, and results that only some runs have."""
     for section in sections:
+        if section.metric == "leakage":
+            yield from _leaks(section, runs)
         said = dict.fromkeys((group.set, group.note) for group in section.groups if group.note)
         for set_name, note in said:
             yield f"{section.task.title}, {set_name}. {note}"
@@ -110,3 +110,17 @@ def notes(sections: Sequence[Section], runs: Sequence[Evaluation]) -> Iterator[s
             lacking = [run.name for run in runs if (set_name, section.metric) not in run.results]
             if lacking:
                 yield f"{section.task.title} on {set_name} was not measured for {_listed(lacking)}."
+
+
+def _leaks(section: Section, runs: Sequence[Evaluation]) -> Iterator[str]:
+    """Of each set the largest share that was found in what a run was trained on."""
+    for set_name in dict.fromkeys(group.set for group in section.groups):
+        rows = [row for row in section.rows if row.set == set_name and row.share]
+        by_share: dict[str, list[str]] = {}
+        for i, run in enumerate(runs):
+            found = max((row.cells[i].figure.value for row in rows if row.cells[i]), default=0)
+            if found > 0:
+                by_share.setdefault(shown(found, True), []).append(run.name)
+        for share, names in by_share.items():
+            trained = f"{_listed(names)} {'was' if len(names) == 1 else 'were'} trained on"
+            yield f"Leakage: {share}\u00a0% of {set_name} also occur in what {trained}."

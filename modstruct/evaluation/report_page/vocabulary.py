@@ -18,6 +18,8 @@ class Task:
     """None where the figures describe, and no direction is better: nothing is marked."""
     headlines: tuple[str, ...] = ()
     """Names joined with "/", the wanted ones first."""
+    short: str = ""
+    """What stands before a figure in a sentence, where its own name would not tell the task."""
     shares: bool = True
     """Whether figures between 0 and 1 are shares, and shown in percent."""
 
@@ -33,16 +35,18 @@ TASKS = {
     ),
     "zero_shot": Task(
         "Zero-shot classification",
-        "A picture goes to the class whose name, averaged over the prompt templates, lies nearest to it; no picture of "
-        f"the set was used for training. {TIES}",
+        "A picture goes to the class whose name lies nearest to it: the name in the first template alone, or the mean "
+        f"over the templates (the ensemble). {TIES}",
         True,
         ("top_1", "first/top_1", "ensemble/top_1"),
+        "Zero-shot",
     ),
     "linear_probe": Task(
         "Linear probe",
         "Accuracy of a linear classifier trained on frozen image features and tested on held-out pictures.",
         True,
         ("top_1",),
+        "Linear probe",
     ),
     "few_shot": Task(
         "Few-shot classification",
@@ -50,6 +54,7 @@ TASKS = {
         "the mean over several draws of them, which are the same for every run. The deviation is that over the draws.",
         True,
         ("shots_1/top_1", "shots_4/top_1", "shots_16/top_1"),
+        "Few-shot",
     ),
     "structure": Task(
         "Structure of the latent space",
@@ -72,12 +77,16 @@ TASKS = {
     ),
 }
 WORDS = {
+    "evaluation_to_training": "Copies found in the training data",
     "text_to_image": "Text → image",
     "image_to_text": "Image → text",
     "index_text_to_image": "Approximate index, text → image",
     "index_image_to_text": "Approximate index, image → text",
     "first": "First template",
     "ensemble": "Ensemble of templates",
+    "any": "Found in any way",
+    "both": "Found in both ways",
+    "by_hash": "By perceptual hash",
     "map_at_r": "mAP@R",
     "mean_per_class": "Mean over classes",
     "bridge_best_t": "Bridge, best t",
@@ -144,6 +153,11 @@ def direction(metric: str, names: tuple[str, ...]) -> int:
 
 def percent(share: float) -> str:
     return f"{100 * share:.1f}"
+
+
+def lowered(text: str) -> str:
+    """Text as it goes on inside a sentence: "Top-K accuracy" -> "top-K accuracy", but "R@1" as it is."""
+    return text[:1].lower() + text[1:] if text[1:2].islower() else text
 
 
 def number(value: float) -> str:
