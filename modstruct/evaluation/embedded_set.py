@@ -40,6 +40,7 @@ from modstruct.evaluation.embedded_files import (
 )
 from modstruct.files import sync_folder, written_aside
 
+
 class EmbeddedSet:
     """A finished set, opened by `EmbeddedSet.open`; arrays stay on the disk until their rows are used.
 
