@@ -28,6 +28,9 @@ class Views:
     that shape to write the view to, such as a row of a batch.
     """
 
+    value_bytes = 1
+    """Memory of one colour of one pixel of a view."""
+
     def __init__(self, config: ViewsConfig, image_size: int):
         """image_size: side of the square view, in pixels. Raises ValueError if WordNet is asked for and missing."""
         self.image_size = image_size

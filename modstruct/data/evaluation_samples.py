@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from modstruct.config import DataConfig, Source
-from modstruct.data.augment import Views
+from modstruct.data.augment import Views, sample_seed
 from modstruct.data.faults import BadSample
 from modstruct.data.pictures import decode_picture
 from modstruct.data.reader import ShardReader
@@ -32,6 +32,8 @@ class EvaluationSample:
     """Mode RGB, upright."""
     captions: list[str]
     metadata: dict
+    key: str = ""
+    """Its name in the source; where this is empty, `key` of the metadata."""
 
 
 @dataclass
@@ -48,6 +50,10 @@ class EvaluationBatch:
     """Content of each picture's KEY.json."""
     faults: list[tuple[str, str]] = field(default_factory=list)
     """(cause, where) of each sample left out."""
+    keys: list[str] = field(default_factory=list)
+    """Key of each picture."""
+    image_augmented: Tensor | None = None
+    """As image, Views.augmented_image of each picture, where it was asked for."""
 
     @property
     def tried(self) -> int:
@@ -75,17 +81,17 @@ class EvaluationSamples:
             raise IndexError(f"sample {index} of {len(self)}")
         raw = self._reader.read(index)
         picture = decode_picture(raw.image, self.config.max_image_pixels, raw.where)
-        return EvaluationSample(picture, raw.captions, raw.metadata)
+        return EvaluationSample(picture, raw.captions, raw.metadata, raw.key)
 
 
 class _EvaluationBatches(Dataset):
     """Map from a range of sample numbers to an EvaluationBatch."""
 
-    def __init__(self, samples: EvaluationSamples, views: Views):
-        self.samples, self.views = samples, views
+    def __init__(self, samples: EvaluationSamples, views: Views, augmented_seed: int | None):
+        self.samples, self.views, self.augmented_seed = samples, views, augmented_seed
 
     def __getitem__(self, indices: Sequence[int]) -> EvaluationBatch:
-        kept, images, captions, metadata, faults = [], [], [], [], []
+        kept, images, captions, metadata, faults, keys, augmented = [], [], [], [], [], [], []
         for index in indices:
             try:
                 sample = self.samples[index]
@@ -94,8 +100,12 @@ class _EvaluationBatches(Dataset):
                 continue
             kept.append(index)
             images.append(self.views.evaluation_image(sample.picture))
+            if self.augmented_seed is not None:
+                seed = sample_seed(self.augmented_seed, 0, index, "image_augmented")
+                augmented.append(self.views.augmented_image(sample.picture, seed))
             captions.append(sample.captions)
             metadata.append(sample.metadata)
+            keys.append(sample.key or str(sample.metadata.get("key", index)))
         side = self.views.image_size
         return EvaluationBatch(
             indices=torch.tensor(kept, dtype=torch.int64),
@@ -103,22 +113,32 @@ class _EvaluationBatches(Dataset):
             captions=captions,
             metadata=metadata,
             faults=faults,
+            keys=keys,
+            image_augmented=torch.stack(augmented) if augmented else None,
         )
 
 
 def evaluation_loader(
-    samples: EvaluationSamples, views: Views, batch: int, indices: Sequence[int] | None = None
+    samples: EvaluationSamples,
+    views: Views,
+    batch: int,
+    indices: Sequence[int] | None = None,
+    augmented_seed: int | None = None,
+    workers: int | None = None,
 ) -> WorkerLoader:
     """Loader of EvaluationBatches of `batch` samples each (fewer where some are bad, and in the last).
 
-    indices: numbers of the samples wanted, such as one process's share; None for all. Raises ValueError if the batches
-    do not fit the shared memory.
+    views: ours, or another model's with the same methods. indices: numbers of the samples wanted, such as one process's
+    share; None for all. augmented_seed: makes an augmented view of each picture too, drawn from this seed and its
+    number. workers: loader processes; None for the samples' data.workers. Raises ValueError if the batches do not fit
+    the shared memory.
     """
     indices = range(len(samples)) if indices is None else indices
     chunks = [indices[first : first + batch] for first in range(0, len(indices), batch)]
-    workers = min(samples.config.workers, len(chunks))
-    require_shared_memory(min(batch, len(indices)) * 3 * views.image_size**2, workers)
-    dataset = _EvaluationBatches(samples, views)
+    workers = min(samples.config.workers if workers is None else workers, len(chunks))
+    values = min(batch, len(indices)) * 3 * views.image_size**2 * (1 if augmented_seed is None else 2)
+    require_shared_memory(values * views.value_bytes, workers)
+    dataset = _EvaluationBatches(samples, views, augmented_seed)
     return WorkerLoader(dataset, chunks, workers, pin_memory=False)
 
 

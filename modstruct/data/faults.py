@@ -37,12 +37,13 @@ class TooManyBadSamples(RunError):
 class FaultLedger:
     """Counts bad samples by cause and stops the run when their share is too large.
 
-    field: the recipe's field that the samples came from. max_bad_share: data.max_bad_share. process: rank of this
-    process, named in the log; each process logs the first three samples of each cause that it meets itself.
+    field: the recipe's field that the samples came from. max_bad_share: the share that is put up with, and share_field
+    its name. process: rank of this process, named in the log; each process logs the first three samples of each cause
+    that it meets itself.
     """
 
-    def __init__(self, field: str, max_bad_share: float, process: int = 0):
-        self.field = field
+    def __init__(self, field: str, max_bad_share: float, process: int = 0, share_field: str = "data.max_bad_share"):
+        self.field, self.share_field = field, share_field
         self.max_bad_share = max_bad_share
         self.process = process
         self.counts: Counter[str] = Counter()
@@ -54,14 +55,16 @@ class FaultLedger:
         """Bad samples met so far by this process."""
         return self.counts.total()
 
-    def add(self, faults: Iterable[tuple[str, str]], tried: int) -> None:
-        """Count a batch: its (cause, where) and the number of samples tried, substitutes included."""
+    def add(self, faults: Iterable[tuple[str, str]], tried: int, say: bool = True) -> None:
+        """Count a batch: its (cause, where) and the number of samples tried, substitutes included. say: in the log."""
         self.tried += tried
         for cause, where in faults:
             self.counts[cause] += 1
             named = self._named.setdefault(cause, set())
             if len(named) < NAMED and where not in named:
                 named.add(where)
+                if not say:
+                    continue
                 more = "; more of these are only counted" if len(named) == NAMED else ""
                 log.warning("%s, process %d: sample left out: %s: %s%s", self.field, self.process, cause, where, more)
 
@@ -72,7 +75,7 @@ class FaultLedger:
         """
         if bad > self.max_bad_share * max(tried, fewest):
             raise TooManyBadSamples(
-                f"data.max_bad_share = {self.max_bad_share}: {bad} of {tried} samples of {self.field} cannot be used "
+                f"{self.share_field} = {self.max_bad_share}: {bad} of {tried} samples of {self.field} cannot be used "
                 f"(this process: {self.summary()}); repair the shards or raise the share"
             )
 

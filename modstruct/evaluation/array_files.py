@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,7 @@ def write_array(path: Path, stream: RowStream, unit: bool = False) -> None:
 
 
 def _check_rows(piece: np.ndarray, name: str, first: int, unit: bool) -> None:
-    rows = piece.reshape(len(piece), -1)
+    rows = piece.reshape(len(piece), math.prod(piece.shape[1:]))
     for start, some in _in_blocks(rows):
         finite = np.isfinite(some).all(axis=1)
         if not finite.all():

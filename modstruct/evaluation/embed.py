@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from modstruct.data.faults import FaultLedger
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.distributed import rank
 from modstruct.evaluation.collect import collect_rows, collect_values, my_batches
+from modstruct.evaluation.distinct_captions import DistinctCaptions, at_places
 
 Encode = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 """A batch that holds "image" or "text" -> the fields of Embeddings that it allows: the engine in evaluation mode."""
@@ -75,24 +77,21 @@ def embed_source(
         "embedding pictures",
     )
     everyone = _Read.joined(collect_values(read.values(), device))
-    skipped = _left_out_when_indexed(samples) + Counter(everyone["skipped"])
+    skipped = left_out_when_indexed(samples) + Counter(everyone["skipped"])
     # The whole source was tried, so its share is exact, however small it is.
     read.ledger.check(sum(everyone["skipped"].values()), len(samples), fewest=1)
     if not everyone["indices"]:
         raise ValueError(f"{field_name}: none of its {len(samples)} samples could be used: {dict(skipped)}")
 
-    # Equal captions are one text with several pictures, so that none of them counts as a wrong answer for another.
-    text_row: dict[str, int] = {}
-    pairs = [
-        (picture, text_row.setdefault(views.plain_text(caption), len(text_row)))
-        for picture, captions in enumerate(everyone["captions"])
-        for caption in captions
-    ]
-    captions = list(text_row)
+    texts = [[views.plain_text(caption) for caption in captions] for captions in everyone["captions"]]
+    distinct = DistinctCaptions()
+    distinct.add(texts)
+    places, pairs = distinct.rows()
+    captions = list(at_places(chain.from_iterable(texts), places))
     return EmbeddedSource(
         image=image,
         text=embed_texts(encode, captions, tokenizer, batch, device, "embedding captions"),
-        pairs=np.unique(np.array(pairs, dtype=np.int64), axis=0),
+        pairs=pairs,
         indices=np.array(everyone["indices"], dtype=np.int64),
         captions=captions,
         metadata=everyone["metadata"],
@@ -155,5 +154,6 @@ class _Read:
         return whole | {"skipped": sum((Counter(part["skipped"]) for part in parts), Counter())}
 
 
-def _left_out_when_indexed(samples: EvaluationSamples) -> Counter[str]:
+def left_out_when_indexed(samples: EvaluationSamples) -> Counter[str]:
+    """Samples, by cause, that indexing found unusable: they are not among `samples`."""
     return sum((Counter(shard["faults"]) for shard in samples.samples.shard_faults), Counter())

@@ -13,7 +13,7 @@ MANIFEST = "manifest.json"
 IMAGE_ARRAYS = ("image", "image_features", "image_independent", "image_augmented")
 TEXT_ARRAYS = ("text", "text_features", "text_independent")
 FEATURE_ARRAYS = frozenset({"image_features", "text_features"})
-TABLES = ("pairs", "labels", "class_prompts")
+TABLES = ("pairs", "indices", "labels", "class_prompts")
 LISTS = {"keys": "image", "metadata": "image", "captions": "text"}
 """Files of one JSON value a line, and whose rows they follow."""
 CLASSES_FILE = "classes.json"

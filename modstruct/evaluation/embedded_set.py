@@ -40,6 +40,7 @@ from modstruct.evaluation.embedded_files import (
 )
 from modstruct.files import sync_folder, written_aside
 
+
 class EmbeddedSet:
     """A finished set, opened by `EmbeddedSet.open`; arrays stay on the disk until their rows are used.
 
@@ -90,6 +91,11 @@ class EmbeddedSet:
     def pairs(self) -> np.ndarray:
         """(p, 2) int64, (image row, text row); (0, 2) without captions."""
         return self._open["pairs"] if "pairs" in self._open else np.empty((0, 2), dtype=np.int64)
+
+    @cached_property
+    def indices(self) -> np.ndarray:
+        """(n,) int64, number of each picture in its source."""
+        return self._open["indices"] if "indices" in self._open else np.arange(self.manifest["rows"]["image"])
 
     @property
     def labels(self) -> np.ndarray | None:
@@ -160,6 +166,7 @@ def write_embedded_set(
     arrays: dict[str, np.ndarray | RowStream],
     *,
     pairs: np.ndarray | None = None,
+    indices: np.ndarray | None = None,
     labels: np.ndarray | None = None,
     class_prompts: np.ndarray | None = None,
     class_names: Sequence[str] = (),
@@ -170,16 +177,19 @@ def write_embedded_set(
     metadata: Iterable[dict] = (),
     source: dict[str, Any] | None = None,
     skipped: dict[str, int] | None = None,
+    left_out: Iterable[dict[str, str]] = (),
+    settings: dict[str, Any] | None = None,
     command: Sequence[str] = (),
     seconds: float = 0.0,
 ) -> EmbeddedSet:
     """Write a set into a folder, over one that is there, and open it; row by row where arrays or lists are streams.
 
     model: {"name", "fingerprint", …}. arrays: by name, of IMAGE_ARRAYS and TEXT_ARRAYS, "image" at least; float16 and
-    float32 are kept, other kinds become float32. labels: with class_names; class_prompts (c, t, D). label: field of the
-    metadata that the labels came from. keys: of the pictures, by default their numbers. metadata: of the pictures, by
-    default empty. Raises ValueError where sizes do not fit each other, or rows are not finite or not of unit norm; the
-    folder is unfinished then.
+    float32 are kept, other kinds become float32. pairs (p, 2), indices (n,), labels (n,), class_prompts (c, t, D): as
+    above. label: field of the metadata that the labels came from. keys: of the pictures, by default their numbers.
+    metadata: of the pictures, by default empty. skipped: samples left out, by cause; left_out: which. settings: how
+    the set was made. Raises ValueError where sizes do not fit each other, or rows are not finite or not of unit norm;
+    the folder is unfinished then.
     """
     folder = Path(folder).expanduser()
     streams = {array: as_stream(rows) for array, rows in arrays.items()}
@@ -187,6 +197,9 @@ def write_embedded_set(
     tables: dict[str, np.ndarray] = {}
     if pairs is not None:
         tables["pairs"] = _within(np.asarray(pairs, dtype=np.int64).reshape(-1, 2), rows)
+    if indices is not None:
+        tables["indices"] = np.asarray(indices, dtype=np.int64)
+        require(tables["indices"].shape == (rows["image"],), "indices", tables["indices"].shape, "one for each picture")
     if labels is not None:
         labels = np.asarray(labels, dtype=np.int64)
         fits = labels.shape == (rows["image"],) and np.all((labels >= -1) & (labels < len(class_names)))
@@ -210,6 +223,7 @@ def write_embedded_set(
     count = rows["image"]
     _write_lines(folder, "keys", map(str, range(count)) if keys is None else keys, count)
     _write_lines(folder, "metadata", metadata or ({} for _ in range(count)), count)
+    _write_lines(folder, "left_out", left_out)
     if rows["text"]:
         _write_lines(folder, "captions", captions, rows["text"])
     manifest = {
@@ -222,6 +236,7 @@ def write_embedded_set(
         "tables": {table: list(values.shape) for table, values in tables.items()},
         "dtype": streams["image"].dtype.name,
         "skipped": skipped or {},
+        "settings": settings or {},
         "command": list(command),
         "seconds": seconds,
     }
@@ -233,7 +248,7 @@ def write_embedded_set(
 def clear(folder: Path) -> None:
     """Remove the files of a set, its manifest first; others in the folder stay."""
     names = [MANIFEST, CLASSES_FILE, *(f"{name}.npy" for name in (*IMAGE_ARRAYS, *TEXT_ARRAYS, *TABLES))]
-    for name in [*names, *(f"{name}.jsonl" for name in LISTS)]:
+    for name in [*names, *(f"{name}.jsonl" for name in (*LISTS, "left_out"))]:
         (folder / name).unlink(missing_ok=True)
 
 
@@ -268,10 +283,12 @@ def _write_json(path: Path, value: object) -> None:
         file.write((json.dumps(value, indent=1) + "\n").encode())
 
 
-def _write_lines(folder: Path, name: str, values: Iterable, expected: int) -> None:
+def _write_lines(folder: Path, name: str, values: Iterable, expected: int | None = None) -> None:
+    """expected: how many there must be; None for any number."""
     count = 0
     with written_aside(folder / f"{name}.jsonl") as file:
         for value in values:
             file.write((json.dumps(value) + "\n").encode())
             count += 1
-        require(count == expected, name, f"{count} of them", f"give {expected}, one for each row of {LISTS[name]}.npy")
+        fits = expected is None or count == expected
+        require(fits, name, f"{count} of them", f"give {expected}, one for each {LISTS.get(name)}")

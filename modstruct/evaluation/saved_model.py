@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from torch import nn
+
 from modstruct import checkpoints, distributed
 from modstruct.config import Recipe, refuse
 from modstruct.data.run_data import open_run_data
+from modstruct.data.tokenizers import Tokenizer
 from modstruct.evaluation.evaluate import evaluate
 from modstruct.evaluation.report import save_metrics, table
 from modstruct.evaluation.zero_shot import load_classes
 from modstruct.losses.objective import Objective
 from modstruct.models.build import build_model, image_size
+
+
+def saved_model(recipe: Recipe, path: Path, tokenizer: Tokenizer) -> nn.Module:
+    """The model of a checkpoint's folder, whole and in evaluation mode, where this process computes."""
+    model = build_model(recipe, tokenizer, Objective(recipe.losses), read_weights=False)
+    checkpoints.load_weights(model, checkpoints.read_weights(path), path)
+    return model.to(distributed.device()).eval()
 
 
 def evaluate_checkpoint(recipe: Recipe, checkpoint: str, out: str | None = None) -> dict:
@@ -29,9 +41,7 @@ def evaluate_checkpoint(recipe: Recipe, checkpoint: str, out: str | None = None)
     data = open_run_data(recipe, image_size(recipe), tokenizer, training=False)
     if data.zero_shot:
         load_classes(data.zero_shot)  # what is wrong with it is said before the work
-    model = build_model(recipe, tokenizer, Objective(recipe.losses), read_weights=False)
-    checkpoints.load_weights(model, checkpoints.read_weights(path), path)
-    model.to(distributed.device()).eval()
+    model = saved_model(recipe, path, tokenizer)
     metrics = evaluate(
         model,
         data.eval,

@@ -33,9 +33,11 @@ class TwoTower(nn.Module):
         self.logit_scale_range = (0.0, config.logit_scale_max)
         self.mean, self.std = views.mean, views.std
 
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, batch: dict[str, Tensor], features: bool = False) -> dict[str, Tensor]:
         """batch: any of image, image_augmented (B, 3, H, W) uint8 and text, text_augmented (B, L) token ids.
 
+        features: add image_features (B, F) and text_features (B, F'), the plain views before the shared projection, not
+        normalised; of a tower that projects inside its pooling, the pooled output.
         Returns the fields of Embeddings that the batch allows, float32; a plain dict, because ZeRO-3 looks for the
         tensors whose gradients it must wait for in dicts and tuples only.
         """
@@ -46,12 +48,16 @@ class TwoTower(nn.Module):
             if not views:
                 continue
             inputs = torch.cat(list(views.values()))  # one pass for both views
-            features = tower["trunk"](self.normalize(inputs) if name == "image" else inputs)
+            trunk = tower["trunk"](self.normalize(inputs) if name == "image" else inputs)
             sizes = [len(view) for view in views.values()]
-            shared = F.normalize(tower["head"](features).float(), dim=-1).split(sizes)
+            projected = tower["head"](trunk).float()
+            shared = F.normalize(projected, dim=-1).split(sizes)
             embeddings |= dict(zip(views, shared, strict=True))
+            if features and name in batch:
+                pooled = trunk.float() if trunk.ndim == 2 else projected  # a map of places is pooled in the head
+                embeddings[f"{name}_features"] = pooled[: len(batch[name])]
             if "independent_head" in tower:
-                own = F.normalize(tower["independent_head"](features).float(), dim=-1).split(sizes)
+                own = F.normalize(tower["independent_head"](trunk).float(), dim=-1).split(sizes)
                 keys = [key.replace(name, f"{name}_independent") for key in views]
                 embeddings |= dict(zip(keys, own, strict=True))
         return embeddings

@@ -6,7 +6,16 @@ import math
 
 import pytest
 import torch
-from tiny_models import CAPTIONS, batch_of_both_views, pictures, tiny_config, tiny_model, word_tokenizer
+from tiny_models import (
+    CAPTIONS,
+    batch_of_both_views,
+    pictures,
+    register_architectures,
+    tiny_config,
+    tiny_model,
+    word_tokenizer,
+)
+from torch.nn import functional as F
 from torch.testing import assert_close
 from torchvision.transforms import v2
 
@@ -177,3 +186,27 @@ def test_pixels_are_normalised_as_torchvision_does():
     expected = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(views.mean, views.std)])
     assert_close(model.normalize(pictures()), expected(pictures()))
     assert model.bfloat16().normalize(pictures()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_features_are_what_the_shared_head_takes(architecture, dtype):
+    tokenizer = word_tokenizer()
+    model = tiny_model(tiny_config(architecture), tokenizer, independent=True).to(dtype).eval()
+    batch = batch_of_both_views(tokenizer)
+    made, plain = model(batch, features=True), model(batch)
+    assert made.keys() - plain.keys() == {"image_features", "text_features"}
+    assert all(torch.equal(made[name], plain[name]) for name in plain)
+    for name, tower in (("image", model.image), ("text", model.text)):
+        features = made[f"{name}_features"]
+        assert features.dtype == torch.float32
+        assert_close(F.normalize(tower["head"](features.to(dtype)).float(), dim=-1), plain[name])
+
+
+def test_features_of_a_tower_that_projects_inside_its_pooling_are_the_pooled_output(tmp_path):
+    register_architectures(tmp_path)
+    for independent_head in ("attention_pool", "linear"):
+        config = tiny_config(name="tiny-resnet", independent_head=independent_head)
+        model = tiny_model(config, word_tokenizer(), independent=True).eval()
+        made = model({"image": pictures(64)}, features=True)
+        assert made["image_features"].shape == (len(CAPTIONS), 8)
+        assert_close(F.normalize(made["image_features"], dim=-1), made["image"])

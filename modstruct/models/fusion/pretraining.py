@@ -72,11 +72,12 @@ class FusionModel(FollowedModel):
     def queue(self) -> FeatureQueue:
         return self._outside[1]
 
-    def forward(self, batch: dict[str, Tensor], embed_only: bool = False) -> dict[str, Tensor]:
+    def forward(self, batch: dict[str, Tensor], embed_only: bool = False, features: bool = False) -> dict[str, Tensor]:
         """batch: any of image (B, 3, H, W) uint8 and text (B, L) ids, and for training all `batch_fields` as well.
 
         embed_only: in training, leave out what matching and masked language modelling need. A micro-batch brings its
         negatives: wrong_image, wrong_text as image and text, has_wrong_image and has_wrong_text (B,).
+        features: add image_features (B, F) and text_features (B, F'), the first tokens before the shared projection.
         Returns the fields of FusionOutputs that the batch allows, float32; a plain dict, because ZeRO-3 looks for the
         tensors whose gradients it must wait for in dicts and tuples only.
         """
@@ -86,10 +87,10 @@ class FusionModel(FollowedModel):
         image = text = blanked = None
         if "image" in batch:
             image = self.backbone.encode_image(batch["image"])
-            made |= self.embed("image", image[:, 0])
+            made |= self.embed("image", image[:, 0], features)
         if "text" in batch:
             text, blanked = self._encode_texts(self.backbone, batch, fills_blanks)
-            made |= self.embed("text", text[:, 0])
+            made |= self.embed("text", text[:, 0], features)
         if not training:
             return made
         made |= self._momentum_outputs(batch, fills_blanks)
@@ -104,12 +105,16 @@ class FusionModel(FollowedModel):
         """The three encoders."""
         return self.backbone.trunks()
 
-    def embed(self, modality: str, summary: Tensor) -> dict[str, Tensor]:
-        """Shared and independent embeddings, (B, D) float32 of unit norm, of the first tokens (B, width)."""
+    def embed(self, modality: str, summary: Tensor, features: bool = False) -> dict[str, Tensor]:
+        """Shared and independent embeddings, (B, D) float32 of unit norm, of the first tokens (B, width).
+
+        features: the first tokens too, as `modality`_features in float32.
+        """
         heads = {modality: getattr(self, f"{modality}_head")}
         if self.independent:
             heads[f"{modality}_independent"] = getattr(self, f"{modality}_independent_head")
-        return {name: F.normalize(head(summary).float(), dim=-1) for name, head in heads.items()}
+        made = {name: F.normalize(head(summary).float(), dim=-1) for name, head in heads.items()}
+        return made | {f"{modality}_features": summary.float()} if features else made
 
     def match(self, text: Tensor, mask: Tensor, image: Tensor) -> Tensor:
         """Logits (B, 2), not matching and matching, of text tokens with their mask against image tokens, row by row."""

@@ -227,3 +227,15 @@ def test_wrong_settings_are_refused_by_name(tmp_path):
     missing.write_bytes(b"no weights")
     with refusal(r"fusion\.text\.pretrained = '.*bert\.safetensors': cannot be read"):
         fusion_model(fusion_recipe(text={"pretrained": str(missing)}))
+
+
+def test_features_are_what_the_shared_heads_take():
+    model = fusion_model().eval()
+    whole = training_batch()
+    batch = {name: whole[name] for name in ("image", "text")}
+    made, plain = model(batch, features=True), model(batch)
+    assert made.keys() - plain.keys() == {"image_features", "text_features"}
+    assert all(torch.equal(made[name], plain[name]) for name in plain)
+    for name, head in (("image", model.image_head), ("text", model.text_head)):
+        embedded = torch.nn.functional.normalize(head(made[f"{name}_features"]), dim=-1)
+        torch.testing.assert_close(embedded, plain[name])

@@ -1,0 +1,65 @@
+"""Embedded sets are the same to the byte on any number of processes, also when another number goes on with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from numbered_pictures import open_source, write_source
+from numbered_sets import Encode, LabelledNumbers, config, content, numbered_model
+from processes import run_on_processes
+
+from modstruct.distributed import rank
+from modstruct.evaluation.embedding import EmbeddingSource, embed_sets
+
+NUMBERS = [i % 37 for i in range(43)]
+BROKEN = (8, 9, 10, 11)
+
+
+def sources(folder: str) -> list[EmbeddingSource]:
+    captioned = EmbeddingSource.of_samples("things", open_source(Path(folder)))
+    return [captioned, EmbeddingSource.of_labelled(LabelledNumbers(5))]  # of one part: some processes have none
+
+
+def embed(folder: str, out: str, stop_after: int | None = None) -> dict:
+    """What one process sees; stop_after: batches after which process 1 fails."""
+    encode = Encode(stop_after if rank() == 1 else None)
+    try:
+        sets = embed_sets(numbered_model(encode), sources(folder), out, config())
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}", "calls": len(encode.calls)}
+    return {"rows": [embedded.manifest["rows"] for embedded in sets], "calls": len(encode.calls)}
+
+
+@pytest.fixture(scope="module")
+def shard(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source")
+    write_source(folder, NUMBERS, lambda n: [f"thing {n}", f"object {n % 20}"], broken=BROKEN)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def alone(shard, tmp_path_factory):
+    out = tmp_path_factory.mktemp("alone")
+    embed(shard, str(out))
+    return out
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_write_what_one_writes(shard, alone, tmp_path, processes):
+    seen = run_on_processes(embed, processes, shard, str(tmp_path))
+    for name in ("things", "numbers"):
+        assert content(tmp_path / name) == content(alone / name)
+    rows = [{"image": 39, "text": 53}, {"image": 5, "text": 0}]
+    assert all(result["rows"] == rows for result in seen)
+    assert all(result["calls"] > 0 for result in seen)
+
+
+def test_a_failure_reaches_all_and_another_number_of_processes_goes_on(shard, alone, tmp_path):
+    first, second = run_on_processes(embed, 2, shard, str(tmp_path), 5)
+    assert second["error"] == "ArithmeticError: stopped in the middle"
+    assert first["error"] == "FailedElsewhere: another process failed first: ArithmeticError: stopped in the middle"
+    assert list((tmp_path / "things/parts").glob("image-*.npz"))
+    embed(shard, str(tmp_path))
+    for name in ("things", "numbers"):
+        assert content(tmp_path / name) == content(alone / name)
