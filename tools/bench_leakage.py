@@ -7,6 +7,11 @@ Some training pictures are coded, scaled, cropped, brightened and mirrored, and 
 copy whose original is listed; false is a pair of a copy and another picture, unless the original itself is as near to
 that one. --distinct: shards that hold no training picture; what is found of theirs is listed for you to look at, with
 find_leakage.py. A table for each limit of the hashes (--hamming) and of the second look (--difference).
+
+Emoji (96 x 96, 300 of 8,006 copied, --hamming 8 --difference 0.2): found 1.000 of JPEG 90 and 50, half and 1.7 times
+the size and 10 % darker, 0.993 of JPEG 20, 0.967 of 10 % brighter, 0.903 of crops of 0 to 5 %, 0.890 of 5 % from the
+middle, 0.853 from anywhere, 0.400 of 10 %; 0 to 3 false pairs a kind. At 0.16 crops lose 0.08 to 0.14, at 0.22 there
+are up to 6 false pairs. The same concept by another designer is not found; of 280 others, five were: alike by eye too.
 """
 
 from __future__ import annotations
