@@ -8,7 +8,6 @@ deepspeed --num_gpus 8 launch_scripts/evaluate.py embed --open_clip ViT-B-32:lai
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +42,8 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--name", help="What tables call the model.")
     parser.add_argument("--out", required=True, help="Folder of the evaluation.")
     parser.add_argument("--sets", nargs="+", default=[], help=SETS_HELP)
-    parser.add_argument("--all_splits", type=bool, default=False, help="Training and validation splits of labelled sets too, which probes need.")
+    splits = "Training and validation splits of labelled sets too, which probes need."
+    parser.add_argument("--all_splits", type=bool, default=False, help=splits)
     parser.add_class_arguments(EmbeddingConfig, "embedding", as_group=True)
 
 
@@ -87,7 +87,9 @@ def _require_same_model(out: Path, model: EmbeddingModel) -> None:
         return
     before = read_model(out)
     if before["fingerprint"] != model.fingerprint:
-        refuse("--out", str(out), f"holds the evaluation of {before['name']}, with other weights: choose another folder")
+        refuse(
+            "--out", str(out), f"holds the evaluation of {before['name']}, with other weights: choose another folder"
+        )
 
 
 def read_model(out: Path) -> dict[str, Any]:

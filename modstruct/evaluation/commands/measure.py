@@ -26,7 +26,7 @@ from modstruct.evaluation.information import ProbeConfig, measure_information
 from modstruct.evaluation.latent import SamplingConfig, measure_set_structure
 from modstruct.evaluation.probes import FewShotConfig, LinearProbeConfig, measure_few_shot, measure_linear_probe
 from modstruct.evaluation.ranking import RetrievalConfig, measure_set_retrieval, write_retrieved_examples
-from modstruct.evaluation.zero_shot import ZeroShotConfig, measure_zero_shot
+from modstruct.evaluation.zero_shot import measure_zero_shot
 from modstruct.files import written_aside
 
 log = logging.getLogger("modstruct")
@@ -44,8 +44,8 @@ class MeasureConfig:
     """Measure anew what has a result already."""
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
     """Needs captions."""
-    zero_shot: ZeroShotConfig = field(default_factory=ZeroShotConfig)
-    """Needs classes."""
+    top_k: list[int] = field(default_factory=lambda: [1, 3, 5])
+    """Of zero-shot classification, which needs classes."""
     structure: SamplingConfig = field(default_factory=SamplingConfig)
     """Needs captions."""
     linear_probe: LinearProbeConfig = field(default_factory=LinearProbeConfig)
@@ -77,7 +77,9 @@ def measure(out: Path, config: MeasureConfig, words: Sequence[str]) -> None:
     """Every metric of every set of an evaluation; every process calls it."""
     noted = read_model(out)
     for name, word in noted["sets"].items():
-        if any(name.endswith(f"-{split}") and name.removesuffix(f"-{split}") in noted["sets"] for split in OTHER_SPLITS):
+        if any(
+            name.endswith(f"-{split}") and name.removesuffix(f"-{split}") in noted["sets"] for split in OTHER_SPLITS
+        ):
             continue  # probes are fitted on it
         embedded = EmbeddedSet.open(out / "embeddings" / name)
         parts = {s: out / "embeddings" / f"{name}-{s}" for s in OTHER_SPLITS if f"{name}-{s}" in noted["sets"]}
@@ -108,7 +110,7 @@ def _measure_one(
     _say(f"{title} …")
     device, progress = distributed.device(), distributed.is_main()
     alone: dict[str, Callable[[], Found]] = {
-        "zero_shot": lambda: measure_zero_shot(embedded, config.zero_shot),
+        "zero_shot": lambda: measure_zero_shot(embedded, config.top_k, device),
         "structure": lambda: (measure_set_structure(embedded, config.structure), {}),
         "linear_probe": lambda: measure_linear_probe(
             splits["train"], embedded, splits.get("validation"), config.linear_probe, device, progress
@@ -116,7 +118,7 @@ def _measure_one(
         "few_shot": lambda: measure_few_shot(
             splits["train"], embedded, splits.get("validation"), config.few_shot, device, progress
         ),
-        "information": lambda: measure_information(embedded, config=config.information, device=device, progress=progress),
+        "information": lambda: measure_information(embedded, (), config.information, device, progress),
     }
     if metric == "retrieval":  # which all processes share
         found = measure_set_retrieval(embedded, config.retrieval, progress=progress)

@@ -15,9 +15,6 @@ from modstruct.data.scenes.folder import ensure_scenes
 from modstruct.data.sources import as_sources
 from modstruct.evaluation.embedding import EmbeddingSource
 
-HELP = """Sets: `eval` (the recipe's data.eval, with the classes of data.zero_shot), NAME=SHARDS for image-text shards,
-NAME@FOLDER for a published set of labelled pictures (cifar10@/data/cifar10), FILE.yaml for your own, scenes_colour and
-scenes_shape for the built-in pictures."""
 RECIPES_OWN = "eval"
 
 
