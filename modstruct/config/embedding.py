@@ -17,7 +17,7 @@ class EmbeddingConfig:
     augmented view a picture). `all`: what the model has."""
     dtype: Literal["float16", "float32"] = "float16"
     """Kind of number written. float16 takes half the disk and the time to read it; of a unit vector of 512 numbers it
-    moves an inner product by 2e-5 (measured), which changes the order of near ties alone."""
+    moves an inner product by 1.5e-5 (root mean square, measured), which changes the order of near ties alone."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """What the model computes in, by autocast. fp16 needs a GPU."""
     batch: int = 256

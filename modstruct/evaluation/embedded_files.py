@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from modstruct.config import refuse
+import numpy as np
+
+from modstruct.config import refuse, require
+from modstruct.evaluation.array_files import RowStream
+from modstruct.files import written_aside
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -49,3 +54,47 @@ def damaged(path: Path, cause: str) -> NoReturn:
     refuse(
         "embedded set", str(path), f"is damaged ({' '.join(cause.split())[:200]}): embed the set anew with --overwrite"
     )
+
+
+def counted(streams: dict[str, RowStream]) -> dict[str, int]:
+    """Pictures and texts of arrays that fit each other."""
+    require("image" in streams, "arrays", sorted(streams), "must have image")
+    unknown = sorted(streams.keys() - {*IMAGE_ARRAYS, *TEXT_ARRAYS})
+    require(not unknown, "arrays", unknown, f"may be {', '.join((*IMAGE_ARRAYS, *TEXT_ARRAYS))}")
+    counts = {"image": streams["image"].shape[0], "text": streams["text"].shape[0] if "text" in streams else 0}
+    for array, stream in streams.items():
+        modality = "image" if array in IMAGE_ARRAYS else "text"
+        fits = len(stream.shape) == 2 and stream.shape[0] == counts[modality]
+        require(
+            fits, array, stream.shape, f"must be of shape ({counts[modality]}, dimension), one row for each {modality}"
+        )
+    dimensions = {a: s.shape[1] for a, s in streams.items() if a in ("image", "text", "image_augmented")}
+    require(len(set(dimensions.values())) == 1, "arrays", dimensions, "must have one dimension")
+    return counts
+
+
+def within(pairs: np.ndarray, rows: dict[str, int]) -> np.ndarray:
+    """Pairs (p, 2) that lie among the rows there are."""
+    limits = np.array([rows["image"], rows["text"]])
+    fits = bool(np.all((pairs >= 0) & (pairs < limits)))
+    require(
+        fits, "pairs", pairs.max(axis=0, initial=0).tolist(), f"must be below {limits.tolist()}, the rows there are"
+    )
+    return pairs
+
+
+def write_json(path: Path, value: object) -> None:
+    """A value as a JSON file, whole or not at all."""
+    with written_aside(path) as file:
+        file.write((json.dumps(value, indent=1) + "\n").encode())
+
+
+def write_lines(folder: Path, name: str, values: Iterable, expected: int | None = None) -> None:
+    """Values, one a line, whole or not at all. expected: how many there must be; None for any number."""
+    count = 0
+    with written_aside(folder / f"{name}.jsonl") as file:
+        for value in values:
+            file.write((json.dumps(value) + "\n").encode())
+            count += 1
+        fits = expected is None or count == expected
+        require(fits, name, f"{count} of them", f"give {expected}, one for each {LISTS.get(name)}")

@@ -36,9 +36,13 @@ from modstruct.evaluation.embedded_files import (
     TABLES,
     TEXT_ARRAYS,
     check_manifest,
+    counted,
     damaged,
+    within,
+    write_json,
+    write_lines,
 )
-from modstruct.files import sync_folder, written_aside
+from modstruct.files import sync_folder
 
 
 class EmbeddedSet:
@@ -193,10 +197,10 @@ def write_embedded_set(
     """
     folder = Path(folder).expanduser()
     streams = {array: as_stream(rows) for array, rows in arrays.items()}
-    rows = _counted(streams)
+    rows = counted(streams)
     tables: dict[str, np.ndarray] = {}
     if pairs is not None:
-        tables["pairs"] = _within(np.asarray(pairs, dtype=np.int64).reshape(-1, 2), rows)
+        tables["pairs"] = within(np.asarray(pairs, dtype=np.int64).reshape(-1, 2), rows)
     if indices is not None:
         tables["indices"] = np.asarray(indices, dtype=np.int64)
         require(tables["indices"].shape == (rows["image"],), "indices", tables["indices"].shape, "one for each picture")
@@ -219,13 +223,13 @@ def write_embedded_set(
         write_array(folder / f"{table}.npy", as_stream(values))
     if class_names:
         classes = {"names": list(class_names), "templates": list(templates), "label": label}
-        _write_json(folder / CLASSES_FILE, classes)
+        write_json(folder / CLASSES_FILE, classes)
     count = rows["image"]
-    _write_lines(folder, "keys", map(str, range(count)) if keys is None else keys, count)
-    _write_lines(folder, "metadata", metadata or ({} for _ in range(count)), count)
-    _write_lines(folder, "left_out", left_out)
+    write_lines(folder, "keys", map(str, range(count)) if keys is None else keys, count)
+    write_lines(folder, "metadata", metadata or ({} for _ in range(count)), count)
+    write_lines(folder, "left_out", left_out)
     if rows["text"]:
-        _write_lines(folder, "captions", captions, rows["text"])
+        write_lines(folder, "captions", captions, rows["text"])
     manifest = {
         "format": FORMAT,
         "name": name,
@@ -240,7 +244,7 @@ def write_embedded_set(
         "command": list(command),
         "seconds": seconds,
     }
-    _write_json(folder / MANIFEST, manifest)
+    write_json(folder / MANIFEST, manifest)
     sync_folder(folder)
     return EmbeddedSet.open(folder)
 
@@ -250,45 +254,3 @@ def clear(folder: Path) -> None:
     names = [MANIFEST, CLASSES_FILE, *(f"{name}.npy" for name in (*IMAGE_ARRAYS, *TEXT_ARRAYS, *TABLES))]
     for name in [*names, *(f"{name}.jsonl" for name in (*LISTS, "left_out"))]:
         (folder / name).unlink(missing_ok=True)
-
-
-def _counted(streams: dict[str, RowStream]) -> dict[str, int]:
-    """Pictures and texts of arrays that fit each other."""
-    require("image" in streams, "arrays", sorted(streams), "must have image")
-    unknown = sorted(streams.keys() - {*IMAGE_ARRAYS, *TEXT_ARRAYS})
-    require(not unknown, "arrays", unknown, f"may be {', '.join((*IMAGE_ARRAYS, *TEXT_ARRAYS))}")
-    counts = {"image": streams["image"].shape[0], "text": streams["text"].shape[0] if "text" in streams else 0}
-    for array, stream in streams.items():
-        modality = "image" if array in IMAGE_ARRAYS else "text"
-        fits = len(stream.shape) == 2 and stream.shape[0] == counts[modality]
-        require(
-            fits, array, stream.shape, f"must be of shape ({counts[modality]}, dimension), one row for each {modality}"
-        )
-    dimensions = {a: s.shape[1] for a, s in streams.items() if a in ("image", "text", "image_augmented")}
-    require(len(set(dimensions.values())) == 1, "arrays", dimensions, "must have one dimension")
-    return counts
-
-
-def _within(pairs: np.ndarray, rows: dict[str, int]) -> np.ndarray:
-    limits = np.array([rows["image"], rows["text"]])
-    fits = bool(np.all((pairs >= 0) & (pairs < limits)))
-    require(
-        fits, "pairs", pairs.max(axis=0, initial=0).tolist(), f"must be below {limits.tolist()}, the rows there are"
-    )
-    return pairs
-
-
-def _write_json(path: Path, value: object) -> None:
-    with written_aside(path) as file:
-        file.write((json.dumps(value, indent=1) + "\n").encode())
-
-
-def _write_lines(folder: Path, name: str, values: Iterable, expected: int | None = None) -> None:
-    """expected: how many there must be; None for any number."""
-    count = 0
-    with written_aside(folder / f"{name}.jsonl") as file:
-        for value in values:
-            file.write((json.dumps(value) + "\n").encode())
-            count += 1
-        fits = expected is None or count == expected
-        require(fits, name, f"{count} of them", f"give {expected}, one for each {LISTS.get(name)}")
