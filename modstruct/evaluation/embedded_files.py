@@ -52,7 +52,9 @@ def check_manifest(manifest: dict, path: Path) -> None:
 def damaged(path: Path, cause: str) -> NoReturn:
     """Refuse a file of a set that cannot be what its writer wrote."""
     refuse(
-        "embedded set", str(path), f"is damaged ({' '.join(cause.split())[:200]}): embed the set anew with --overwrite"
+        "embedded set",
+        str(path),
+        f"is damaged ({' '.join(cause.split())[:200]}): embed the set anew with --embedding.overwrite true",
     )
 
 

@@ -82,13 +82,20 @@ class EmbeddedSet:
         check_manifest(manifest, path)
         opened = cls(folder, manifest)
         for name, shape in (manifest["arrays"] | manifest["tables"]).items():
-            opened._open[name] = open_array(folder / f"{name}.npy", shape, "embed the set anew with --overwrite")
+            opened._open[name] = open_array(
+                folder / f"{name}.npy", shape, "embed the set anew with --embedding.overwrite true"
+            )
         return opened
 
     def rows(self, array: str) -> np.ndarray:
         """The rows of an embedding, a read-only memory map; ValueError where the set was embedded without it."""
         has = ", ".join(sorted(self.arrays))
-        require(array in self.arrays, "array", array, f"{self.folder} has {has}: embed it with --arrays {has}, {array}")
+        require(
+            array in self.arrays,
+            "array",
+            array,
+            f"{self.folder} has {has}: embed it with --embedding.arrays '[…, {array}]'",
+        )
         return self._open[array]
 
     @property

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 USAGE = "deepspeed [launcher options] launch_scripts/evaluate.py embed --checkpoint FOLDER --out FOLDER [--sets SET …]"
 MODEL_FILE = "model.json"
 SETS_HELP = """What to embed: `eval` (the recipe's data.eval, with the classes of data.zero_shot), NAME=SHARDS for
-image-text shards, NAME@FOLDER for a published set of labelled pictures (such as cifar10@/data/cifar10; NAME:SPLIT@FOLDER
-for another split), FILE.yaml for your own, scenes_colour and scenes_shape for the built-in pictures."""
+image-text shards, NAME@FOLDER for a published set of labelled pictures (cifar10@/data/cifar10; NAME:SPLIT@FOLDER for
+another split), FILE.yaml for your own, scenes_colour and scenes_shape for the built-in pictures."""
 
 
 def main(words: Sequence[str]) -> None:

@@ -15,8 +15,8 @@ from modstruct.config import refuse, require
 from modstruct.config.embedding import EmbeddingConfig
 from modstruct.data.evaluation_samples import EvaluationSamples
 from modstruct.data.faults import FaultLedger
+from modstruct.data.labelled.class_files import ZeroShotClasses
 from modstruct.evaluation.embed import left_out_when_indexed
-from modstruct.evaluation.zero_shot import ZeroShotClasses
 
 LABEL = "label"
 """Field of a labelled set's metadata that holds the number of the class."""

@@ -9,10 +9,10 @@ from numbered_pictures import CLASS_FILE, LastNumberTokenizer, LookUp, views, wr
 from numbered_sets import ARRAYS, Encode, LabelledNumbers, config, content, numbered_model, rows_of
 
 from modstruct.data.faults import TooManyBadSamples
+from modstruct.data.labelled.class_files import load_classes
 from modstruct.evaluation.embed import embed_source
 from modstruct.evaluation.embedded_set import EmbeddedSet
 from modstruct.evaluation.embedding import EmbeddingSource, embed_set, embed_sets
-from modstruct.evaluation.zero_shot import load_classes
 
 NUMBERS = [i % 37 for i in range(43)]
 BROKEN = (8, 9, 10, 11)  # the third batch of four is bad as a whole

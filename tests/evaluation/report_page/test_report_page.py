@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import shutil
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import pytest
 from evaluation_folders import save_result
@@ -75,7 +75,6 @@ def test_it_has_every_run_section_chart_and_command(page, report):
 
 def test_only_what_is_shown_to_be_best_is_bold(page):
     row = next(i for i, text in enumerate(page.text) if text.startswith("R@1"))
-    assert {"86.2", "84.5"} & set(page.strong) or page.strong
     following = [text.strip() for text in page.text[row : row + 30] if re.fullmatch(r"\d+\.\d", text.strip())]
     chance, first, second, third = following[:4]
     assert third in page.strong
@@ -103,7 +102,7 @@ def test_tables_have_captions_and_scopes_pictures_have_texts_and_headings_descen
     levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1
     assert levels.count(1) == 1
-    assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
+    assert all(after - before <= 1 for before, after in pairwise(levels))
 
 
 def test_hostile_texts_stay_texts(run_folders, tmp_path):
@@ -123,9 +122,7 @@ def test_hostile_texts_stay_texts(run_folders, tmp_path):
     files = write_report([folder], tmp_path / "report")
     hostile = Page(files.html.read_text())
     assert hostile.all("script") == []
-    assert (
-        len(hostile.all("style")) == len(hostile.all("title")) - len(re.findall("<title>", files.html.read_text())) + 1
-    )
+    assert len(hostile.all("style")) == 1
     assert all(attrs["src"].startswith("data:") for attrs in hostile.all("img"))
     assert "\x00" not in files.html.read_text()
     assert "<script>alert(1)</script>" in " ".join(hostile.text)
