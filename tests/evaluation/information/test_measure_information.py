@@ -6,7 +6,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from modstruct.data.scenes.factors import COLOURS
+from modstruct.data.scenes.factors import COLOURS, MOODS
 from modstruct.data.scenes.splits import scenes
 from modstruct.evaluation.embedded_set import write_embedded_set
 from modstruct.evaluation.information import ProbeConfig, measure_information
@@ -95,11 +95,12 @@ def test_scenes_come_with_exact_values(tmp_path):
     drawn = list(islice(scenes(3, "train"), 240))
     records = [scene.record() | {"split": "train"} for scene, _ in drawn]
     colour = np.array([COLOURS.index(record["main_colour"]) for record in records])
+    mood = np.array([MOODS.index(record["mood"]) for record in records])
     embedded = write_embedded_set(
         tmp_path / "set",
         "scenes",
         MODEL,
-        {"image": unit(np.eye(8)[colour]), "text": unit(np.eye(8)[colour])},
+        {"image": unit(np.eye(8)[colour]), "text": unit(np.eye(8)[mood])},
         pairs=np.repeat(np.arange(240)[:, None], 2, 1),
         captions=[text for _, text in drawn],
         metadata=records,
@@ -112,7 +113,7 @@ def test_scenes_come_with_exact_values(tmp_path):
     assert mood["exact"]["image"] == {"value": 0.0}
     for name in ("text", "image", "joint", "gap"):
         assert mood["bias"][name]["value"] == pytest.approx(mood[name]["value"] - mood["exact"][name]["value"])
-    assert mood["text"]["value"] > 0.4
+    assert mood["text"]["value"] > 1.8
     assert abs(mood["image"]["value"]) < 0.1
     assert "exact" not in result["figures"]["main_colour"]
 
