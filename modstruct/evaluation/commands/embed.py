@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 USAGE = "deepspeed [launcher options] launch_scripts/evaluate.py embed --checkpoint FOLDER --out FOLDER [--sets SET …]"
 MODEL_FILE = "model.json"
+FOR_PROBES = ("image", "image_features", "image_independent")
+"""What is embedded of a split that only probes read."""
 SETS_HELP = """What to embed: `eval` (the recipe's data.eval, with the classes of data.zero_shot), NAME=SHARDS for
 image-text shards, NAME@FOLDER for a published set of labelled pictures (cifar10@/data/cifar10; NAME:SPLIT@FOLDER for
 another split), FILE.yaml for your own, scenes_colour and scenes_shape for the built-in pictures."""
@@ -50,7 +53,7 @@ def add_options(parser: ArgumentParser) -> None:
 def embed(recipe: Recipe, options: Namespace, words: Sequence[str]) -> Path:
     """Embed every set that is asked for and note the model and the sets; every process calls it. Returns --out."""
     from modstruct import distributed
-    from modstruct.evaluation.commands.sets import open_set, set_words
+    from modstruct.evaluation.commands.sets import open_set, set_words, splits_beside
     from modstruct.evaluation.embedding import embed_sets
     from modstruct.hosts import on_all
 
@@ -61,7 +64,12 @@ def embed(recipe: Recipe, options: Namespace, words: Sequence[str]) -> Path:
     sources = {word: open_set(word, recipe, model.views.image_size) for word in spelt}
     on_all(lambda: _require_same_model(out, model))
     command = ["evaluate.py", "embed", *words]
-    made = embed_sets(model, list(sources.values()), out / "embeddings", options.embedding, command)
+    of_pictures = [name for name in model.chosen_arrays(options.embedding.arrays) if name in FOR_PROBES]
+    for_probes = replace(options.embedding, arrays=of_pictures)
+    other_splits, made = splits_beside([source.name for source in sources.values()]), []
+    for source in sources.values():
+        wanted = for_probes if source.name in other_splits else options.embedding
+        made += embed_sets(model, [source], out / "embeddings", wanted, command)
     if distributed.is_main():
         _note(out, recipe, options, model, {source.name: word for word, source in sources.items()}, command)
         for one in made:

@@ -28,11 +28,11 @@ def main(words: Sequence[str]) -> None:
 
     def all_of_it() -> None:
         from modstruct import distributed
-        from modstruct.evaluation.commands.measure import MeasureConfig, measure
+        from modstruct.evaluation.commands.measure import METRICS, MeasureConfig, measure
         from modstruct.evaluation.commands.report import report
 
         out: Path = embed(recipe, options, words)
-        measure(out, MeasureConfig(), [str(out)])
+        measure(out, MeasureConfig(), METRICS, [str(out)])
         if distributed.is_main():
             report([out], out / "report")
         distributed.barrier()

@@ -9,18 +9,17 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from modstruct import distributed
 from modstruct.cli import config_parser, parse, parse_recipe_text, run
-from modstruct.config import require
 from modstruct.evaluation.collect import on_main
 from modstruct.evaluation.commands.embed import read_model
-from modstruct.evaluation.commands.sets import open_set
+from modstruct.evaluation.commands.sets import open_set, splits_beside
 from modstruct.evaluation.embedded_set import EmbeddedSet
 from modstruct.evaluation.information import ProbeConfig, measure_information
 from modstruct.evaluation.latent import SamplingConfig, measure_set_structure
@@ -32,14 +31,14 @@ from modstruct.files import written_aside
 log = logging.getLogger("modstruct")
 USAGE = "[deepspeed [launcher options] | python] launch_scripts/evaluate.py measure EVALUATION… [--FIELD VALUE …]"
 METRICS = ("retrieval", "zero_shot", "structure", "linear_probe", "few_shot", "information")
-OTHER_SPLITS = ("train", "validation")
+Probe = TypeVar("Probe", LinearProbeConfig, FewShotConfig)
 Found = tuple[dict[str, Any], dict[str, np.ndarray]]
 
 
 @dataclass
 class MeasureConfig:
-    metrics: list[str] = field(default_factory=lambda: list(METRICS))
-    """Which metrics; those that a set does not allow are left out, and the reason said."""
+    """How each metric measures."""
+
     again: bool = False
     """Measure anew what has a result already."""
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
@@ -55,38 +54,35 @@ class MeasureConfig:
     information: ProbeConfig = field(default_factory=ProbeConfig)
     """Needs captions and classes."""
 
-    def __post_init__(self):
-        for name in self.metrics:
-            require(name in METRICS, "metrics", name, f"must be one of {', '.join(METRICS)}")
-
 
 def main(words: Sequence[str]) -> None:
     parser = config_parser(__doc__, USAGE, MeasureConfig)
     parser.add_argument("folders", nargs="+", help="Folders that `evaluate.py embed --out` wrote.")
+    which = "Metrics; those that a set does not allow are left out, and the reason said."
+    parser.add_argument("--metrics", nargs="+", choices=METRICS, default=METRICS, help=which)
     config, options = parse(parser, words)
 
     def measure_all() -> None:
         distributed.start_processes()
         for folder in options.folders:
-            measure(Path(folder).expanduser(), config, words)
+            measure(Path(folder).expanduser(), config, options.metrics, words)
 
     run(measure_all)
 
 
-def measure(out: Path, config: MeasureConfig, words: Sequence[str]) -> None:
-    """Every metric of every set of an evaluation; every process calls it."""
+def measure(out: Path, config: MeasureConfig, metrics: Sequence[str], words: Sequence[str]) -> None:
+    """Metrics of every set of an evaluation; every process calls it."""
     noted = read_model(out)
+    beside = splits_beside(list(noted["sets"]))
+    opened = {name: EmbeddedSet.open(out / "embeddings" / name) for name in noted["sets"]}
     for name, word in noted["sets"].items():
-        if any(
-            name.endswith(f"-{split}") and name.removesuffix(f"-{split}") in noted["sets"] for split in OTHER_SPLITS
-        ):
-            continue  # probes are fitted on it
-        embedded = EmbeddedSet.open(out / "embeddings" / name)
-        parts = {s: out / "embeddings" / f"{name}-{s}" for s in OTHER_SPLITS if f"{name}-{s}" in noted["sets"]}
-        splits = {split: EmbeddedSet.open(path) for split, path in parts.items()}
-        for metric in config.metrics:
+        if name in beside:
+            continue
+        embedded = opened[name]
+        splits = {split: opened[other] for other, (of, split) in beside.items() if of == name}
+        for metric in metrics:
             _measure_one(metric, out / "results" / name, embedded, splits, config, words)
-        if "retrieval" in config.metrics and len(embedded.pairs):
+        if "retrieval" in metrics and len(embedded.pairs):
             _examples(out, noted, embedded, word)
 
 
@@ -109,15 +105,14 @@ def _measure_one(
         return
     _say(f"{title} …")
     device, progress = distributed.device(), distributed.is_main()
+    three = (splits.get("train"), embedded, splits.get("validation"))
     alone: dict[str, Callable[[], Found]] = {
         "zero_shot": lambda: measure_zero_shot(embedded, config.top_k, device),
         "structure": lambda: (measure_set_structure(embedded, config.structure), {}),
         "linear_probe": lambda: measure_linear_probe(
-            splits["train"], embedded, splits.get("validation"), config.linear_probe, device, progress
+            *three, _with_features(config.linear_probe, splits), device, progress
         ),
-        "few_shot": lambda: measure_few_shot(
-            splits["train"], embedded, splits.get("validation"), config.few_shot, device, progress
-        ),
+        "few_shot": lambda: measure_few_shot(*three, _with_features(config.few_shot, splits), device, progress),
         "information": lambda: measure_information(embedded, (), config.information, device, progress),
     }
     if metric == "retrieval":  # which all processes share
@@ -125,6 +120,12 @@ def _measure_one(
         on_main(lambda: _save(path, *found, words))
     else:
         on_main(lambda: _save(path, *alone[metric](), words))
+
+
+def _with_features(probe: Probe, splits: dict[str, EmbeddedSet]) -> Probe:
+    """The probe on the shared embeddings, where its own default was not embedded."""
+    missing = probe.features == type(probe)().features and probe.features not in splits["train"].arrays
+    return replace(probe, features="image") if missing else probe
 
 
 def _missing(metric: str, embedded: EmbeddedSet, splits: dict[str, EmbeddedSet]) -> str | None:

@@ -32,6 +32,12 @@ def open_set(word: str, recipe: Recipe, image_size: int) -> EmbeddingSource:
     return distributed.main_first(lambda: _open(word, recipe.data, image_size))
 
 
+def splits_beside(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Sets that are the training or validation split of another one: its name -> (the other one, split)."""
+    beside = {f"{name}-{split}": (name, split) for name in names for split in ("train", "validation")}
+    return {name: beside[name] for name in names if name in beside}
+
+
 def _with_splits(word: str, recipe: Recipe, all_splits: bool) -> list[str]:
     if word == RECIPES_OWN or _is_captioned(word) or not all_splits:
         return [word]
