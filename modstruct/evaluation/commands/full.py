@@ -28,13 +28,14 @@ def main(words: Sequence[str]) -> None:
 
     def all_of_it() -> None:
         from modstruct import distributed
-        from modstruct.evaluation.commands.measure import METRICS, MeasureConfig, measure
+        from modstruct.evaluation.commands.measure import METRICS, MeasureConfig, measure, require_all
         from modstruct.evaluation.commands.report import report
 
         out: Path = embed(recipe, options, words)
-        measure(out, MeasureConfig(), METRICS, [str(out)])
+        problems = measure(out, MeasureConfig(), METRICS, [str(out)])
         if distributed.is_main():
             report([out], out / "report")
         distributed.barrier()
+        require_all(problems)
 
     run(all_of_it)

@@ -17,12 +17,15 @@ import numpy as np
 
 from modstruct import distributed
 from modstruct.cli import config_parser, parse, parse_recipe_text, run
+from modstruct.config import RunError
+from modstruct.distributed import FailedElsewhere
 from modstruct.evaluation.collect import on_main
 from modstruct.evaluation.commands.embed import read_model
 from modstruct.evaluation.commands.sets import open_set, splits_beside
 from modstruct.evaluation.embedded_set import EmbeddedSet
 from modstruct.evaluation.information import ProbeConfig, measure_information
 from modstruct.evaluation.latent import SamplingConfig, measure_set_structure
+from modstruct.evaluation.leakage import LEAKED_KEYS, leave_out, read_keys
 from modstruct.evaluation.probes import FewShotConfig, LinearProbeConfig, measure_few_shot, measure_linear_probe
 from modstruct.evaluation.ranking import RetrievalConfig, measure_set_retrieval, write_retrieved_examples
 from modstruct.evaluation.zero_shot import measure_zero_shot
@@ -53,6 +56,8 @@ class MeasureConfig:
     """Needs classes and the training split."""
     information: ProbeConfig = field(default_factory=ProbeConfig)
     """Needs captions and classes."""
+    information_labels: list[str] = field(default_factory=list)
+    """Fields of the metadata whose information is measured; by default the set's classes, of scenes all factors."""
 
 
 def main(words: Sequence[str]) -> None:
@@ -64,26 +69,53 @@ def main(words: Sequence[str]) -> None:
 
     def measure_all() -> None:
         distributed.start_processes()
+        problems = []
         for folder in options.folders:
-            measure(Path(folder).expanduser(), config, options.metrics, words)
+            problems += measure(Path(folder).expanduser(), config, options.metrics, words)
+        require_all(problems)
 
     run(measure_all)
 
 
-def measure(out: Path, config: MeasureConfig, metrics: Sequence[str], words: Sequence[str]) -> None:
-    """Metrics of every set of an evaluation; every process calls it."""
+def measure(out: Path, config: MeasureConfig, metrics: Sequence[str], words: Sequence[str]) -> list[str]:
+    """Metrics of every set of an evaluation; every process calls it. Returns what could not be measured, and why.
+
+    A metric that a set cannot have, such as 16 shots of a class of 5 pictures, does not stop the others.
+    """
+    problems: list[str] = []
     noted = read_model(out)
     beside = splits_beside(list(noted["sets"]))
     opened = {name: EmbeddedSet.open(out / "embeddings" / name) for name in noted["sets"]}
     for name, word in noted["sets"].items():
         if name in beside:
             continue
-        embedded = opened[name]
         splits = {split: opened[other] for other, (of, split) in beside.items() if of == name}
-        for metric in metrics:
-            _measure_one(metric, out / "results" / name, embedded, splits, config, words)
-        if "retrieval" in metrics and len(embedded.pairs):
-            _examples(out, noted, embedded, word)
+        for embedded in (opened[name], *_without_leaked(opened[name], out)):
+            for metric in metrics:
+                try:
+                    _measure_one(metric, out / "results" / embedded.name, embedded, splits, config, words)
+                except (ValueError, FailedElsewhere) as error:
+                    problems.append(f"{embedded.name}, {metric}: {error}")
+            if "retrieval" in metrics and len(embedded.pairs):
+                _examples(out, noted, embedded, word)
+    return problems
+
+
+def require_all(problems: list[str]) -> None:
+    """Raise RunError if something could not be measured."""
+    if problems:
+        raise RunError("all else was measured, but not\n  " + "\n  ".join(problems))
+
+
+def _without_leaked(embedded: EmbeddedSet, out: Path) -> list[EmbeddedSet]:
+    """The set without the pictures that tools/find_leakage.py found in the training source, if it looked and did."""
+    found = out / "results" / embedded.name / LEAKED_KEYS
+    keys = distributed.broadcast_object(read_keys(found) if distributed.is_main() and found.is_file() else [])
+    if not keys:
+        return []
+    folder = out / "embeddings" / f"{embedded.name}-without-leaked"
+    on_main(lambda: str(leave_out(embedded, keys, folder).folder))
+    return [EmbeddedSet.open(folder)]
 
 
 def _measure_one(
@@ -113,7 +145,9 @@ def _measure_one(
             *three, _with_features(config.linear_probe, splits), device, progress
         ),
         "few_shot": lambda: measure_few_shot(*three, _with_features(config.few_shot, splits), device, progress),
-        "information": lambda: measure_information(embedded, (), config.information, device, progress),
+        "information": lambda: measure_information(
+            embedded, config.information_labels, config.information, device, progress
+        ),
     }
     if metric == "retrieval":  # which all processes share
         found = measure_set_retrieval(embedded, config.retrieval, progress=progress)

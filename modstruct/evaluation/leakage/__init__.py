@@ -3,9 +3,10 @@
 from modstruct.evaluation.leakage.duplicates import Duplicates, Thresholds, find_duplicates
 from modstruct.evaluation.leakage.leave_out import leave_out, read_keys, rows_kept
 from modstruct.evaluation.leakage.prints import Prints, make_prints
-from modstruct.evaluation.leakage.result import write_result
+from modstruct.evaluation.leakage.result import LEAKED_KEYS, write_result
 
 __all__ = [
+    "LEAKED_KEYS",
     "Duplicates",
     "Prints",
     "Thresholds",

@@ -95,6 +95,7 @@ def leave_out(embedded: EmbeddedSet, keys: Iterable[str], folder: str | Path) ->
         embedded.model,
         arrays,
         pairs=renumbered if "text" in embedded.arrays else None,
+        indices=np.asarray(embedded.indices)[images],
         labels=None if labels is None else np.asarray(labels)[images],
         class_prompts=embedded.class_prompts,
         class_names=embedded.class_names,

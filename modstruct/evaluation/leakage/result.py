@@ -28,6 +28,7 @@ from modstruct.files import written_aside
 
 LARGEST_PICTURE = 384
 QUALITY = 90
+LEAKED_KEYS = "leaked_keys.jsonl"
 MOST_PAIRS = 10_000
 """In the JSON file; leaked_keys.jsonl has them all."""
 
@@ -82,7 +83,7 @@ def write_result(
     }
     if pictures is not None:
         _write_examples(folder / "examples", found, evaluation, train, pictures, examples)
-    with written_aside(folder / "leaked_keys.jsonl") as file:
+    with written_aside(folder / LEAKED_KEYS) as file:
         for row in np.flatnonzero(leaked["any"]):
             file.write((json.dumps(evaluation.keys[row]) + "\n").encode())
     with written_aside(folder / "leakage.npz") as file:
