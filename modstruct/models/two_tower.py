@@ -57,6 +57,7 @@ class TwoTower(nn.Module):
             if features and name in batch:
                 pooled = trunk.float() if trunk.ndim == 2 else projected  # a map of places is pooled in the head
                 embeddings[f"{name}_features"] = pooled[: len(batch[name])]
+                embeddings[f"{name}_projected"] = projected[: len(batch[name])]
             if "independent_head" in tower:
                 own = F.normalize(tower["independent_head"](trunk).float(), dim=-1).split(sizes)
                 keys = [key.replace(name, f"{name}_independent") for key in views]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 USAGE = "deepspeed [launcher options] launch_scripts/evaluate.py embed --checkpoint FOLDER --out FOLDER [--sets SET …]"
 MODEL_FILE = "model.json"
-FOR_PROBES = ("image", "image_features", "image_independent")
+FOR_PROBES = ("image", "image_features", "image_projected", "image_independent")
 """What is embedded of a split that only probes read."""
 SETS_HELP = """What to embed: `eval` (the recipe's data.eval, with the classes of data.zero_shot), NAME=SHARDS for
 image-text shards, NAME@FOLDER for a published set of labelled pictures (cifar10@/data/cifar10; NAME:SPLIT@FOLDER for

@@ -33,7 +33,9 @@ from modstruct.files import written_aside
 
 log = logging.getLogger("modstruct")
 USAGE = "[deepspeed [launcher options] | python] launch_scripts/evaluate.py measure EVALUATION… [--FIELD VALUE …]"
-METRICS = ("retrieval", "zero_shot", "structure", "linear_probe", "few_shot", "information")
+METRICS = ("retrieval", "zero_shot", "structure", "linear_probe", "linear_probe_sgd", "few_shot", "information")
+PROBES = ("linear_probe", "linear_probe_sgd", "few_shot")
+DEFAULT_FEATURES = ("image_features", "image_projected")
 Probe = TypeVar("Probe", LinearProbeConfig, FewShotConfig)
 Found = tuple[dict[str, Any], dict[str, np.ndarray]]
 
@@ -51,7 +53,8 @@ class MeasureConfig:
     structure: SamplingConfig = field(default_factory=SamplingConfig)
     """Needs captions."""
     linear_probe: LinearProbeConfig = field(default_factory=LinearProbeConfig)
-    """Needs classes and the training split (embed --all_splits)."""
+    """Needs classes and the training split (embed --all_splits). linear_probe_sgd is the same by CyCLIP's protocol, on
+    image_projected."""
     few_shot: FewShotConfig = field(default_factory=FewShotConfig)
     """Needs classes and the training split."""
     information: ProbeConfig = field(default_factory=ProbeConfig)
@@ -64,7 +67,7 @@ def main(words: Sequence[str]) -> None:
     parser = config_parser(__doc__, USAGE, MeasureConfig)
     parser.add_argument("folders", nargs="+", help="Folders that `evaluate.py embed --out` wrote.")
     which = "Metrics; those that a set does not allow are left out, and the reason said."
-    parser.add_argument("--metrics", nargs="+", choices=METRICS, default=METRICS, help=which)
+    parser.add_argument("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help=which)
     config, options = parse(parser, words)
 
     def measure_all() -> None:
@@ -144,6 +147,9 @@ def _measure_one(
         "linear_probe": lambda: measure_linear_probe(
             *three, _with_features(config.linear_probe, splits), device, progress
         ),
+        "linear_probe_sgd": lambda: measure_linear_probe(
+            *three, _with_features(_by_sgd(config.linear_probe), splits), device, progress
+        ),
         "few_shot": lambda: measure_few_shot(*three, _with_features(config.few_shot, splits), device, progress),
         "information": lambda: measure_information(
             embedded, config.information_labels, config.information, device, progress
@@ -156,9 +162,14 @@ def _measure_one(
         on_main(lambda: _save(path, *alone[metric](), words))
 
 
+def _by_sgd(probe: LinearProbeConfig) -> LinearProbeConfig:
+    features = "image_projected" if probe.features == LinearProbeConfig().features else probe.features
+    return replace(probe, method="sgd", features=features)
+
+
 def _with_features(probe: Probe, splits: dict[str, EmbeddedSet]) -> Probe:
     """The probe on the shared embeddings, where its own default was not embedded."""
-    missing = probe.features == type(probe)().features and probe.features not in splits["train"].arrays
+    missing = probe.features in DEFAULT_FEATURES and probe.features not in splits["train"].arrays
     return replace(probe, features="image") if missing else probe
 
 
@@ -166,9 +177,9 @@ def _missing(metric: str, embedded: EmbeddedSet, splits: dict[str, EmbeddedSet])
     """Why a set does not allow a metric."""
     if metric in ("retrieval", "structure", "information") and not len(embedded.pairs):
         return "it has no captions"
-    if metric in ("zero_shot", "linear_probe", "few_shot", "information") and embedded.labels is None:
+    if metric in ("zero_shot", *PROBES, "information") and embedded.labels is None:
         return "it has no classes"
-    if metric in ("linear_probe", "few_shot") and "train" not in splits:
+    if metric in PROBES and "train" not in splits:
         return "its training split is not embedded (embed --all_splits true)"
     return None
 
@@ -178,7 +189,7 @@ def _save(path: Path, result: dict[str, Any], outcomes: dict[str, np.ndarray], w
     if outcomes:
         with written_aside(path.with_suffix(".npz")) as file:
             np.savez_compressed(file, **outcomes)
-    result |= {"command": ["evaluate.py", "measure", *words]}
+    result |= {"metric": path.stem, "command": ["evaluate.py", "measure", *words]}
     with written_aside(path) as file:
         file.write((json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
 

@@ -13,7 +13,7 @@ from modstruct.evaluation.saved_model import saved_model
 from modstruct.losses.objective import Objective
 from modstruct.models.build import image_size
 
-SHARED = ("image", "text", "image_features", "text_features", "image_augmented")
+SHARED = ("image", "text", "image_features", "image_projected", "text_features", "image_augmented")
 INDEPENDENT = ("image_independent", "text_independent")
 
 

@@ -48,6 +48,13 @@ TASKS = {
         ("top_1",),
         "Linear probe",
     ),
+    "linear_probe_sgd": Task(
+        "Linear probe by AdamW",
+        "The same by CyCLIP's protocol: 32 epochs of AdamW on the projected features before normalisation.",
+        True,
+        ("top_1",),
+        "Linear probe, AdamW",
+    ),
     "few_shot": Task(
         "Few-shot classification",
         "Accuracy of a classifier trained on frozen image features with only a few labelled pictures of each class, "

@@ -125,13 +125,16 @@ class FusionModel(FollowedModel):
     def embed(self, modality: str, summary: Tensor, features: bool = False) -> dict[str, Tensor]:
         """Shared and independent embeddings, (B, D) float32 of unit norm, of the first tokens (B, width).
 
-        features: the first tokens too, as `modality`_features in float32.
+        features: the first tokens too, as `modality`_features, and what normalisation takes, as `modality`_projected.
         """
         heads = {modality: getattr(self, f"{modality}_head")}
         if self.independent:
             heads[f"{modality}_independent"] = getattr(self, f"{modality}_independent_head")
-        made = {name: F.normalize(head(summary).float(), dim=-1) for name, head in heads.items()}
-        return made | {f"{modality}_features": summary.float()} if features else made
+        projected = {name: head(summary).float() for name, head in heads.items()}
+        made = {name: F.normalize(rows, dim=-1) for name, rows in projected.items()}
+        if features:
+            made |= {f"{modality}_features": summary.float(), f"{modality}_projected": projected[modality]}
+        return made
 
     def match(self, text: Tensor, mask: Tensor, image: Tensor) -> Tensor:
         """Logits (B, 2), not matching and matching, of text tokens with their mask against image tokens, row by row."""

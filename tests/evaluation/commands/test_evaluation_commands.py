@@ -17,7 +17,7 @@ from tiny_run import ds_config, tiny_recipe
 from modstruct.evaluation.embedded_set import EmbeddedSet
 
 SCRIPT = Path(__file__).parents[3] / "launch_scripts" / "evaluate.py"
-METRICS = ("retrieval", "zero_shot", "structure", "linear_probe", "few_shot", "information")
+METRICS = ("retrieval", "zero_shot", "structure", "linear_probe", "linear_probe_sgd", "few_shot", "information")
 QUICKLY = [
     *("--few_shot.shots", "[1,2]", "--few_shot.draws", "2", "--few_shot.strength", "1.0"),
     *("--linear_probe.strength", "1.0"),
@@ -42,7 +42,7 @@ def train(output: str, cache: str) -> None:
     from modstruct.training.run import StopRequest
     from modstruct.training.run import train as take_steps
 
-    run = open_run(tiny_recipe(output, cache, steps=2), ds_config("zero0"), None)
+    run = open_run(tiny_recipe(output, cache, steps=4), ds_config("zero0"), None)
     with run.heartbeat:
         take_steps(run, StopRequest())
 
@@ -84,11 +84,8 @@ def test_two_processes_embed_and_measure_what_one_does(made):
 
 def test_splits_for_probes_hold_what_probes_read(made):
     embeddings = made / "on1" / "embeddings"
-    assert EmbeddedSet.open(embeddings / "scenes_colour-train").arrays == {
-        "image",
-        "image_features",
-        "image_independent",
-    }
+    for_probes = {"image", "image_features", "image_projected", "image_independent"}
+    assert EmbeddedSet.open(embeddings / "scenes_colour-train").arrays == for_probes
     assert "text_independent" in EmbeddedSet.open(embeddings / "scenes_colour").arrays
     assert not (made / "on1" / "results" / "scenes_colour-train").exists()
 
@@ -116,13 +113,24 @@ def test_what_is_measured_stays_and_other_weights_are_refused(made, tmp_path, ca
     assert evaluate("measure", str(out), "--metrics", "structure") == 0
     assert "measured before" in capsys.readouterr().out
     assert (out / "results" / "scenes_colour" / "structure.json").stat().st_mtime_ns == before
-    words = ("--open_clip", "RN50", "--random_weights", "true", "--sets", "scenes_colour")
-    assert evaluate("embed", *words, "--out", str(out), "--data.cache", str(made / "cache")) == 1
+    earlier = made / "run" / "checkpoints" / "step-00000002"
+    words = ("--sets", "scenes_colour", "--data.cache", str(made / "cache"), "--embedding.workers", "0")
+    assert evaluate("embed", "--checkpoint", str(earlier), "--out", str(out), *words) == 1
     assert "choose another folder" in capsys.readouterr().err
 
 
 def test_a_metric_that_a_set_cannot_have_is_named_and_the_others_are_measured(made, capsys):
-    words = ("--metrics", "few_shot", "zero_shot", "--again", "true", "--few_shot.shots", "[64]")
+    words = (
+        "--metrics",
+        "few_shot",
+        "zero_shot",
+        "--again",
+        "true",
+        "--few_shot.shots",
+        "[64]",
+        "--few_shot.strength",
+        "1.0",
+    )
     assert evaluate("measure", str(made / "on2"), *words) == 1
     error = capsys.readouterr().err
     assert "scenes_colour, few_shot: " in error
