@@ -10,10 +10,9 @@ QUICK = "quick"
 
 
 def main() -> None:
-    words = sys.argv[1:]
-    # The launcher puts a word of its own, --local_rank=N, in front.
-    first = next((n for n, word in enumerate(words) if not word.startswith("--local_rank=")), len(words))
-    command = words.pop(first) if words[first : first + 1] and words[first] in COMMANDS else QUICK
+    # The launcher puts a word of its own in front, which torch.distributed has from the environment too.
+    words = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]
+    command = words.pop(0) if words and words[0] in COMMANDS else QUICK
     importlib.import_module(f"modstruct.evaluation.commands.{command}").main(words)
 
 

@@ -35,7 +35,7 @@ def main(words: Sequence[str]) -> None:
     parser = recipe_parser(__doc__, USAGE)
     add_options(parser)
     recipe, options = parse(parser, words, prepare=checkpoint_arguments)
-    run(lambda: embed(recipe, options, words))
+    run(lambda: embed(recipe, options, ["evaluate.py", "embed", *words]))
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -50,8 +50,8 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_class_arguments(EmbeddingConfig, "embedding", as_group=True)
 
 
-def embed(recipe: Recipe, options: Namespace, words: Sequence[str]) -> Path:
-    """Embed every set that is asked for and note the model and the sets; every process calls it. Returns --out."""
+def embed(recipe: Recipe, options: Namespace, command: list[str]) -> Path:
+    """Embed every set that is asked for and note model, sets and command; every process calls it. Returns --out."""
     from modstruct import distributed
     from modstruct.evaluation.commands.sets import open_set, set_words, splits_beside
     from modstruct.evaluation.embedding import embed_sets
@@ -63,7 +63,6 @@ def embed(recipe: Recipe, options: Namespace, words: Sequence[str]) -> Path:
     spelt = set_words(options.sets, recipe, options.all_splits)
     sources = {word: open_set(word, recipe, model.views.image_size) for word in spelt}
     on_all(lambda: _require_same_model(out, model))
-    command = ["evaluate.py", "embed", *words]
     of_pictures = [name for name in model.chosen_arrays(options.embedding.arrays) if name in FOR_PROBES]
     for_probes = replace(options.embedding, arrays=of_pictures)
     other_splits, made = splits_beside([source.name for source in sources.values()]), []

@@ -31,7 +31,7 @@ def main(words: Sequence[str]) -> None:
         from modstruct.evaluation.commands.measure import METRICS, MeasureConfig, measure, require_all
         from modstruct.evaluation.commands.report import report
 
-        out: Path = embed(recipe, options, words)
+        out: Path = embed(recipe, options, ["evaluate.py", "full", *words])
         problems = measure(out, MeasureConfig(), METRICS, [str(out)])
         if distributed.is_main():
             report([out], out / "report")

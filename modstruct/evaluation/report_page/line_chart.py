@@ -16,6 +16,7 @@ WIDTH, HEIGHT = 340, 250
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 40
 MARKED_POINTS = 24
 """Up to so many points of a line are marked each."""
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 STYLES = 8
 """Colours, marks and dashes that the style sheet has; a ninth run begins anew."""
 
@@ -51,7 +52,10 @@ class Axis:
 
     def named(self, value: float) -> str:
         if self.share:
-            return f"{100 * value:.3g}".replace("-", "\u2212")
+            return f"{100 * value:.4g}".replace("-", "\u2212")
+        exponent = math.log10(value) if self.scale == "log" else 0.0
+        if abs(exponent - round(exponent)) < 1e-9 and not -3 < exponent < 5:
+            return f"10{str(round(exponent)).translate(SUPERSCRIPTS)}"
         return f"{value:.4g}".replace("-", "\u2212")
 
 

@@ -74,7 +74,9 @@ TASKS = {
     "information": Task(
         "Information",
         "How much caption and picture tell of a label, in nats, and the gap between the two. By theorem 3.1 of Jiang "
-        "et al. (2023) exact alignment costs at least this gap. The figures describe, so none is marked.",
+        "et al. (2023) exact alignment costs at least this gap. Probes estimate each information from below, so that a "
+        "gap of two estimates is no bound; where the exact values are known they stand beside it, with the bias. The "
+        "figures describe, so none is marked.",
         shares=False,
     ),
     "leakage": Task(
