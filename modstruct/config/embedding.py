@@ -13,8 +13,9 @@ from modstruct.config.checks import require
 class EmbeddingConfig:
     arrays: list[str] = field(default_factory=lambda: ["image", "text"])
     """What is written of each picture and text: image and text (the shared embeddings); image_features, text_features
-    (before the projection); image_projected (after it, before normalisation); image_independent, text_independent (of
-    the independent heads); image_augmented (of one augmented view a picture). `all`: what the model has."""
+    (before the projection); image_projected, text_projected (after it, before normalisation); image_independent,
+    text_independent (of the independent heads); image_augmented (of one augmented view a picture). `all`: what the
+    model has."""
     dtype: Literal["float16", "float32"] = "float16"
     """Kind of number written. float16 takes half the disk and the time to read it; of a unit vector of 512 numbers it
     moves an inner product by 1.5e-5 (root mean square, measured), which changes the order of near ties alone."""

@@ -16,8 +16,8 @@ from modstruct.files import written_aside
 FORMAT = 1
 MANIFEST = "manifest.json"
 IMAGE_ARRAYS = ("image", "image_features", "image_projected", "image_independent", "image_augmented")
-TEXT_ARRAYS = ("text", "text_features", "text_independent")
-FEATURE_ARRAYS = frozenset({"image_features", "image_projected", "text_features"})
+TEXT_ARRAYS = ("text", "text_features", "text_projected", "text_independent")
+FEATURE_ARRAYS = frozenset({"image_features", "image_projected", "text_features", "text_projected"})
 TABLES = ("pairs", "indices", "labels", "class_prompts")
 LISTS = {"keys": "image", "metadata": "image", "captions": "text"}
 """Files of one JSON value a line, and whose rows they follow."""

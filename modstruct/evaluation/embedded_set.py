@@ -4,7 +4,7 @@ FOLDER/
     manifest.json           written last: a folder without it is unfinished
     image.npy, text.npy     (n, D), (m, D) float16 or float32, unit norm: the shared embeddings
     image_features.npy, text_features.npy           (n, F), (m, F') before the projection, not normalised
-    image_projected.npy     (n, D) after it, before normalisation
+    image_projected.npy, text_projected.npy         (n, D), (m, D) after it, before normalisation
     image_independent.npy, text_independent.npy     unit norm: of the independent heads
     image_augmented.npy     (n, D) unit norm: of one augmented view of each picture
     pairs.npy               (p, 2) int64, (image row, text row), only with captions

@@ -38,7 +38,8 @@ class TwoTower(nn.Module):
         """batch: any of image, image_augmented (B, 3, H, W) uint8 and text, text_augmented (B, L) token ids.
 
         features: add image_features (B, F) and text_features (B, F'), the plain views before the shared projection, not
-        normalised; of a tower that projects inside its pooling, the pooled output.
+        normalised; of a tower that projects inside its pooling, the pooled output. Also image_projected and
+        text_projected (B, D), what normalisation takes.
         Returns the fields of Embeddings that the batch allows, float32; a plain dict, because ZeRO-3 looks for the
         tensors whose gradients it must wait for in dicts and tuples only.
         """

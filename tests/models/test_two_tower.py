@@ -194,12 +194,14 @@ def test_features_are_what_the_shared_head_takes(architecture, dtype):
     model = tiny_model(tiny_config(architecture), tokenizer, independent=True).to(dtype).eval()
     batch = batch_of_both_views(tokenizer)
     made, plain = model(batch, features=True), model(batch)
-    assert made.keys() - plain.keys() == {"image_features", "text_features"}
+    added = {f"{name}_{kind}" for name in ("image", "text") for kind in ("features", "projected")}
+    assert made.keys() - plain.keys() == added
     assert all(torch.equal(made[name], plain[name]) for name in plain)
     for name, tower in (("image", model.image), ("text", model.text)):
         features = made[f"{name}_features"]
         assert features.dtype == torch.float32
         assert_close(F.normalize(tower["head"](features.to(dtype)).float(), dim=-1), plain[name])
+        assert torch.equal(F.normalize(made[f"{name}_projected"], dim=-1), plain[name])
 
 
 def test_features_of_a_tower_that_projects_inside_its_pooling_are_the_pooled_output(tmp_path):

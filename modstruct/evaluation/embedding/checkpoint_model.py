@@ -13,7 +13,8 @@ from modstruct.evaluation.saved_model import saved_model
 from modstruct.losses.objective import Objective
 from modstruct.models.build import image_size
 
-SHARED = ("image", "text", "image_features", "image_projected", "text_features", "image_augmented")
+OF_BOTH = ("", "_features", "_projected")
+SHARED = (*(f"{modality}{kind}" for modality in ("image", "text") for kind in OF_BOTH), "image_augmented")
 INDEPENDENT = ("image_independent", "text_independent")
 
 

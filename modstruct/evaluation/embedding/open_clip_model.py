@@ -125,7 +125,7 @@ def _check_weights(spec: str, architecture: str, weights: str | None, random_wei
 def _encoder(model: nn.Module, size: int) -> tuple[Callable, frozenset[str], int]:
     """encode of EmbeddingModel, what it can make, and the dimension; the model's projections are taken out of it."""
     project = {"image": _take_image_projection(model.visual), "text": _take_text_projection(model)}
-    arrays = {"image", "text", "image_projected", "image_augmented"} | {
+    arrays = {"image", "text", "image_projected", "text_projected", "image_augmented"} | {
         f"{name}_features" for name in project if project[name]
     }
     encoders = {"image": model.encode_image, "text": model.encode_text}

@@ -79,7 +79,8 @@ class FusionModel(FollowedModel):
 
         embed_only: in training, leave out what matching and masked language modelling need. A micro-batch brings its
         negatives: wrong_image, wrong_text as image and text, has_wrong_image and has_wrong_text (B,).
-        features: add image_features (B, F) and text_features (B, F'), the first tokens before the shared projection.
+        features: add image_features (B, F) and text_features (B, F'), the first tokens before the shared projection,
+        and image_projected and text_projected (B, D), what normalisation takes.
         blanks (M, 2): where masked_labels has labels; without it the model looks there, for which a GPU is waited for.
         Returns the fields of FusionOutputs that the batch allows, float32; a plain dict, because ZeRO-3 looks for the
         tensors whose gradients it must wait for in dicts and tuples only.

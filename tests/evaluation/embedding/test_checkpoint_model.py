@@ -41,7 +41,7 @@ def test_a_checkpoint_embeds_as_its_model(made):
     recipe, model, run = made
     embedding = checkpoint_model(recipe, str(run))
     independent = Objective(recipe.losses).independent
-    names = {"image", "image_features", "text", "text_features"}
+    names = {f"{name}{kind}" for name in ("image", "text") for kind in ("", "_features", "_projected")}
     names |= {"image_independent", "text_independent"} if independent else set()
     assert embedding.arrays == names | {"image_augmented"}
     assert (embedding.name, embedding.dimension) == ("run/step-00000004", 15)

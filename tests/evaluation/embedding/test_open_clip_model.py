@@ -52,7 +52,9 @@ def test_a_model_embeds_as_open_clip_does(tmp_path, architecture):
     assert {name: made[f"{name}_features"].shape[1] for name in widths} == widths
     assert not torch.equal(image[0], image[1])
     assert ours.dimension == 8
-    assert ours.arrays == {"image", "text", "image_features", "text_features", "image_augmented"}
+    assert ours.arrays == {f"{n}{kind}" for n in ("image", "text") for kind in ("", "_features", "_projected")} | {
+        "image_augmented"
+    }
 
 
 def test_features_are_what_the_projection_takes(tmp_path):

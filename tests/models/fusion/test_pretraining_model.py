@@ -248,8 +248,10 @@ def test_features_are_what_the_shared_heads_take():
     whole = training_batch()
     batch = {name: whole[name] for name in ("image", "text")}
     made, plain = model(batch, features=True), model(batch)
-    assert made.keys() - plain.keys() == {"image_features", "text_features"}
+    added = {f"{name}_{kind}" for name in ("image", "text") for kind in ("features", "projected")}
+    assert made.keys() - plain.keys() == added
     assert all(torch.equal(made[name], plain[name]) for name in plain)
     for name, head in (("image", model.image_head), ("text", model.text_head)):
         embedded = torch.nn.functional.normalize(head(made[f"{name}_features"]), dim=-1)
         torch.testing.assert_close(embedded, plain[name])
+        assert torch.equal(torch.nn.functional.normalize(made[f"{name}_projected"], dim=-1), plain[name])
