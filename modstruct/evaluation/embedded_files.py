@@ -24,6 +24,15 @@ LISTS = {"keys": "image", "metadata": "image", "captions": "text"}
 CLASSES_FILE = "classes.json"
 
 
+def is_set_name(name: object) -> bool:
+    """Whether folders may be called by it: letters, digits, - _ . and +, and no way out of the evaluation's folder."""
+    return (
+        isinstance(name, str)
+        and name not in ("", ".", "..")
+        and all(letter.isalnum() or letter in "-_.+" for letter in name)
+    )
+
+
 def check_manifest(manifest: dict, path: Path) -> None:
     """Refuse a manifest that `write_embedded_set` cannot have written."""
 
@@ -36,7 +45,7 @@ def check_manifest(manifest: dict, path: Path) -> None:
 
     rows = manifest.get("rows")
     sound = (
-        isinstance(manifest.get("name"), str)
+        is_set_name(manifest.get("name"))
         and isinstance(manifest.get("model"), dict)
         and isinstance(manifest.get("source"), (dict, type(None)))
         and isinstance(rows, dict)

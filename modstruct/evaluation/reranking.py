@@ -49,7 +49,7 @@ def reranked_retrieval(
     pictures: this process's batches of the n pictures (see collect.my_batches), uint8 (b, 3, H, W) on the device, in
     the order of image's rows. captions: the m texts. image: (n, D), text: (m, D), read on the main process alone.
     pairs: (p, 2), (image row, text row). by: what a candidate scores, see above. batch: pictures, texts or pairs in one
-    forward pass. Returns the same as ranking.measure_recall on the main process, and an empty dict elsewhere. Raises
+    forward pass. Returns the same as ranking.measure_recall, on every process. Raises
     RunError, on every process, where `pictures` brings another number than image has rows.
     """
     backbone = model.backbone

@@ -54,7 +54,7 @@ def evaluate_checkpoint(recipe: Recipe, checkpoint: str, out: str | None = None)
     )
     if distributed.is_main():
         print(f"\n{path}\n\n{table(metrics)}")
-        out = out or path.parents[1] / "evaluation.json"
+        out = out or path.resolve().parents[1] / "evaluation.json"
         save_metrics(metrics, out)
         print(f"\nmetrics: {out}")
     return metrics

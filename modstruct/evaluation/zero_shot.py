@@ -193,13 +193,16 @@ def _interval(outcomes: np.ndarray) -> tuple[float, float]:
 def _mean_per_class_interval(right: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     """Interval over pictures drawn with their classes, each weighted so that every class counts alike.
 
-    The weighted mean is a quotient of two random sums; what is resampled is its linear part, value + w (right - value).
+    What is resampled is the linear part of the mean of the classes' means, value + w (right - accuracy of the class).
+    A class of one picture shows nothing of how its pictures vary: with one, they are taken to vary as all pictures do.
     """
     there, accuracy, pictures = _by_class(right, truth)
     value = float(accuracy.mean())
     weight = len(right) / (len(there) * pictures[np.searchsorted(there, truth)])
-    alike = right.all() or not right.any() or len(set(pictures.tolist())) == 1
-    low, high = _interval(right if alike else value + weight * (right - value))
+    one_each, single = pictures.max() == 1, pictures.min() == 1
+    centre = value if single else accuracy[np.searchsorted(there, truth)]
+    alike = right.all() or not right.any() or one_each
+    low, high = _interval(right if alike else value + weight * (right - centre))
     return {"low": max(0.0, low), "high": min(1.0, high)}
 
 

@@ -16,6 +16,7 @@ from modstruct.config import FinetuneRecipe
 from modstruct.data.scenes.tasks.folder import ensure_scene_tasks
 from modstruct.data.tasks.batches import task_loader, task_order
 from modstruct.data.tasks.published_files import TaskEntries
+from modstruct.evaluation.collect import on_main
 from modstruct.evaluation.report import flatten, task_table
 from modstruct.files import written_aside
 from modstruct.hosts import on_all, require_same
@@ -140,8 +141,7 @@ def finish(run: FinetuningRun) -> dict:
     """Export the best weights by validation, measure the test split with them, and print where everything lies."""
     run.telemetry.bar.close()
     best = best_checkpoint(run, last_checkpoint(run))
-    if distributed.is_main():
-        export_task(run.output / "export", checkpoints.read_weights(best), run.recipe, run.tokenizer)
+    on_main(lambda: export_task(run.output / "export", checkpoints.read_weights(best), run.recipe, run.tokenizer))
     metrics = {}
     if "test" in run.splits:
         metrics, predictions = measure_checkpoint(run.task, best, run.splits["test"])

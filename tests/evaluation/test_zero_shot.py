@@ -236,3 +236,9 @@ def test_rows_that_cannot_be_scored_are_refused():
     image[1, 1] = np.nan
     with pytest.raises(ValueError, match=r"1 of 3 image embeddings are not finite, the first is row 1"):
         classes_ahead(image, classes, np.arange(3))
+
+
+def test_the_interval_of_the_mean_per_class_holds_the_classes_fixed():
+    truth = np.repeat([0, 1], [300, 100])
+    interval = module._mean_per_class_interval(truth == 0, truth)
+    assert interval == pytest.approx({"low": 0.5, "high": 0.5})

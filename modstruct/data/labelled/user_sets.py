@@ -79,9 +79,12 @@ def load_user_set(path: Path) -> UserSet:
 
 
 def open_user_set(path: Path, split: str | None, config: DataConfig) -> LabelledPictures:
-    """A split of the user's set; split: None for test, or the only one. Raises ValueError, naming file and remedy."""
+    """A split of the user's set; split: None for the first there is of test, validation, train.
+
+    Raises ValueError, naming file and remedy.
+    """
     described = load_user_set(path)
-    usual = "test" if "test" in described.pictures else next(iter(described.pictures))
+    usual = next(split for split in ("test", "validation", "train") if split in described.pictures)
     split = split or usual
     if split not in described.pictures:
         refuse_key(path, "pictures", described.pictures, f"a place for the split {split}")

@@ -18,6 +18,7 @@ from jsonargparse import ArgumentParser, Namespace
 from modstruct.cli import checkpoint_arguments, parse, recipe_parser, run
 from modstruct.config import Recipe, refuse, require
 from modstruct.config.embedding import EmbeddingConfig
+from modstruct.evaluation.embedded_files import is_set_name
 
 if TYPE_CHECKING:
     from modstruct.evaluation.embedding import EmbeddingModel
@@ -53,15 +54,15 @@ def add_options(parser: ArgumentParser) -> None:
 def embed(recipe: Recipe, options: Namespace, command: list[str]) -> Path:
     """Embed every set that is asked for and note model, sets and command; every process calls it. Returns --out."""
     from modstruct import distributed
-    from modstruct.evaluation.commands.sets import open_set, set_words, splits_beside
+    from modstruct.evaluation.collect import on_main
+    from modstruct.evaluation.commands.sets import open_sets, splits_beside
     from modstruct.evaluation.embedding import embed_sets
     from modstruct.hosts import on_all
 
     distributed.start_processes()
     out = Path(options.out).expanduser()
     model = _model(recipe, options)
-    spelt = set_words(options.sets, recipe, options.all_splits)
-    sources = {word: open_set(word, recipe, model.views.image_size) for word in spelt}
+    sources = open_sets(options.sets, recipe, model.views.image_size, options.all_splits)
     on_all(lambda: _require_same_model(out, model))
     of_pictures = [name for name in model.chosen_arrays(options.embedding.arrays) if name in FOR_PROBES]
     for_probes = replace(options.embedding, arrays=of_pictures)
@@ -69,12 +70,11 @@ def embed(recipe: Recipe, options: Namespace, command: list[str]) -> Path:
     for source in sources.values():
         wanted = for_probes if source.name in other_splits else options.embedding
         made += embed_sets(model, [source], out / "embeddings", wanted, command)
-    if distributed.is_main():
-        _note(out, recipe, options, model, {source.name: word for word, source in sources.items()}, command)
-        for one in made:
-            rows = one.manifest["rows"]
-            print(f"{one.folder}: {rows['image']:,} pictures, {rows.get('text', 0):,} captions")
-    distributed.barrier()
+    sets = {source.name: word for word, source in sources.items()}
+    on_main(lambda: _note(out, recipe, options, model, sets, command))
+    for one in made if distributed.is_main() else ():
+        rows = one.manifest["rows"]
+        print(f"{one.folder}: {rows['image']:,} pictures, {rows.get('text', 0):,} captions")
     return out
 
 
@@ -106,9 +106,10 @@ def read_model(out: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: missing; `evaluate.py embed --out {out}` comes first")
     try:
         noted = json.loads(path.read_bytes())
-        if isinstance(noted, dict) and {"name", "fingerprint", "sets", "image_size"} <= noted.keys():
+        known = isinstance(noted, dict) and {"name", "fingerprint", "sets", "image_size", "commands"} <= noted.keys()
+        if known and all(is_set_name(name) and {"word", "recipe"} <= of.keys() for name, of in noted["sets"].items()):
             return noted
-    except ValueError:
+    except (ValueError, AttributeError):
         pass
     raise ValueError(f"{path}: damaged; remove it and run `evaluate.py embed` again, which keeps what is embedded")
 
@@ -120,14 +121,15 @@ def _note(
     from modstruct.recipe_files import recipe_to_yaml
 
     noted = read_model(out) if (out / MODEL_FILE).is_file() else {"sets": {}, "commands": []}
+    made_with = recipe_to_yaml(recipe)
     noted |= {
         "name": model.name,
         "fingerprint": model.fingerprint,
         "checkpoint": options.checkpoint,
         "open_clip": options.open_clip,
         "image_size": model.views.image_size,
-        "recipe": recipe_to_yaml(recipe),
-        "sets": noted["sets"] | sets,
+        "recipe": made_with,
+        "sets": noted["sets"] | {name: {"word": word, "recipe": made_with} for name, word in sets.items()},
         "commands": [*noted["commands"], *([command] if command not in noted["commands"] else [])],
     }
     with written_aside(out / MODEL_FILE) as file:

@@ -27,15 +27,13 @@ def main(words: Sequence[str]) -> None:
     recipe, options = parse(parser, words, prepare=checkpoint_arguments)
 
     def all_of_it() -> None:
-        from modstruct import distributed
+        from modstruct.evaluation.collect import on_main
         from modstruct.evaluation.commands.measure import METRICS, MeasureConfig, measure, require_all
         from modstruct.evaluation.commands.report import report
 
         out: Path = embed(recipe, options, ["evaluate.py", "full", *words])
         problems = measure(out, MeasureConfig(), METRICS, [str(out)])
-        if distributed.is_main():
-            report([out], out / "report")
-        distributed.barrier()
+        on_main(lambda: report([out], out / "report"))
         require_all(problems)
 
     run(all_of_it)

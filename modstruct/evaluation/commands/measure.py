@@ -6,32 +6,33 @@ deepspeed --num_gpus 8 launch_scripts/evaluate.py measure evaluations/laion --me
 
 from __future__ import annotations
 
+import hashlib
 import json
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from modstruct import distributed
-from modstruct.cli import config_parser, parse, parse_recipe_text, run
+from modstruct.cli import config_parser, parse, run
 from modstruct.config import RunError
-from modstruct.distributed import FailedElsewhere
+from modstruct.distributed import FailedElsewhere, LostProcess
 from modstruct.evaluation.collect import on_main
 from modstruct.evaluation.commands.embed import read_model
-from modstruct.evaluation.commands.sets import open_set, splits_beside
+from modstruct.evaluation.commands.examples import write_examples
+from modstruct.evaluation.commands.sets import splits_beside
 from modstruct.evaluation.embedded_set import EmbeddedSet
 from modstruct.evaluation.information import ProbeConfig, measure_information
 from modstruct.evaluation.latent import SamplingConfig, measure_set_structure
 from modstruct.evaluation.leakage import LEAKED_KEYS, leave_out, read_keys
 from modstruct.evaluation.probes import FewShotConfig, LinearProbeConfig, measure_few_shot, measure_linear_probe
-from modstruct.evaluation.ranking import RetrievalConfig, measure_set_retrieval, write_retrieved_examples
+from modstruct.evaluation.ranking import RetrievalConfig, measure_set_retrieval
 from modstruct.evaluation.zero_shot import measure_zero_shot
 from modstruct.files import written_aside
 
-log = logging.getLogger("modstruct")
 USAGE = "[deepspeed [launcher options] | python] launch_scripts/evaluate.py measure EVALUATION… [--FIELD VALUE …]"
 METRICS = ("retrieval", "zero_shot", "structure", "linear_probe", "linear_probe_sgd", "few_shot", "information")
 PROBES = ("linear_probe", "linear_probe_sgd", "few_shot")
@@ -58,7 +59,7 @@ class MeasureConfig:
     few_shot: FewShotConfig = field(default_factory=FewShotConfig)
     """Needs classes and the training split."""
     information: ProbeConfig = field(default_factory=ProbeConfig)
-    """Needs captions and classes."""
+    """Needs captions, and classes or information_labels."""
     information_labels: list[str] = field(default_factory=list)
     """Fields of the metadata whose information is measured; by default the set's classes, of scenes all factors."""
 
@@ -86,39 +87,52 @@ def measure(out: Path, config: MeasureConfig, metrics: Sequence[str], words: Seq
     A metric that a set cannot have, such as 16 shots of a class of 5 pictures, does not stop the others.
     """
     problems: list[str] = []
-    noted = read_model(out)
+
+    def attempt(title: str, step: Callable[[], None]) -> None:
+        try:
+            step()
+        except (ValueError, RuntimeError, OSError) as error:  # raised on all: `on_main` and the like tell everyone
+            if LostProcess.if_it_is(error):
+                raise
+            problems.append(f"{title}: {error}")
+
+    noted = on_main(lambda: read_model(out))
     beside = splits_beside(list(noted["sets"]))
     opened = {name: EmbeddedSet.open(out / "embeddings" / name) for name in noted["sets"]}
-    for name, word in noted["sets"].items():
+    for name in noted["sets"]:
         if name in beside:
             continue
         splits = {split: opened[other] for other, (of, split) in beside.items() if of == name}
-        for embedded in (opened[name], *_without_leaked(opened[name], out)):
+        sets = [opened[name]]
+        attempt(f"{name}, without what leaked", lambda sets=sets: sets.extend(_without_leaked(sets[0], out)))
+        for embedded in sets:
+            results = out / "results" / embedded.name
             for metric in metrics:
-                try:
-                    _measure_one(metric, out / "results" / embedded.name, embedded, splits, config, words)
-                except (ValueError, FailedElsewhere) as error:
-                    problems.append(f"{embedded.name}, {metric}: {error}")
+                step = partial(_measure_one, metric, results, embedded, splits, config, words)
+                attempt(f"{embedded.name}, {metric}", step)
             if "retrieval" in metrics and len(embedded.pairs):
-                _examples(out, noted, embedded, word)
+                step = partial(on_main, partial(write_examples, results, noted, embedded, noted["sets"][name]))
+                attempt(f"{embedded.name}, retrieved examples", step)
     return problems
 
 
 def require_all(problems: list[str]) -> None:
-    """Raise RunError if something could not be measured."""
+    """Raise RunError if something could not be measured; the main process says it."""
     if problems:
-        raise RunError("all else was measured, but not\n  " + "\n  ".join(problems))
+        kind = RunError if distributed.is_main() else FailedElsewhere
+        raise kind("all else was measured, but not\n  " + "\n  ".join(problems))
 
 
 def _without_leaked(embedded: EmbeddedSet, out: Path) -> list[EmbeddedSet]:
     """The set without the pictures that tools/find_leakage.py found in the training source, if it looked and did."""
     found = out / "results" / embedded.name / LEAKED_KEYS
-    keys = distributed.broadcast_object(read_keys(found) if distributed.is_main() and found.is_file() else [])
-    if not keys:
-        return []
     folder = out / "embeddings" / f"{embedded.name}-without-leaked"
-    on_main(lambda: str(leave_out(embedded, keys, folder).folder))
-    return [EmbeddedSet.open(folder)]
+
+    def write() -> bool:
+        keys = read_keys(found) if found.is_file() else []
+        return bool(keys and leave_out(embedded, keys, folder))
+
+    return [EmbeddedSet.open(folder)] if on_main(write) else []
 
 
 def _measure_one(
@@ -130,12 +144,12 @@ def _measure_one(
     words: Sequence[str],
 ) -> None:
     title = f"{embedded.name}, {metric.replace('_', ' ')}"
-    missing = _missing(metric, embedded, splits)
+    missing = _missing(metric, embedded, splits, config)
     if missing:
         _say(f"{title}: left out, {missing}")
         return
     path = results / f"{metric}.json"
-    if not config.again and distributed.broadcast_object(path.is_file()):
+    if not config.again and on_main(lambda: _measured(path) == identity(embedded)):
         _say(f"{title}: measured before ({path}); --again true measures it anew")
         return
     _say(f"{title} …")
@@ -157,9 +171,9 @@ def _measure_one(
     }
     if metric == "retrieval":  # which all processes share
         found = measure_set_retrieval(embedded, config.retrieval, progress=progress)
-        on_main(lambda: _save(path, *found, words))
+        on_main(lambda: _save(path, *found, embedded, words))
     else:
-        on_main(lambda: _save(path, *alone[metric](), words))
+        on_main(lambda: _save(path, *alone[metric](), embedded, words))
 
 
 def _by_sgd(probe: LinearProbeConfig) -> LinearProbeConfig:
@@ -169,59 +183,60 @@ def _by_sgd(probe: LinearProbeConfig) -> LinearProbeConfig:
 
 def _with_features(probe: Probe, splits: dict[str, EmbeddedSet]) -> Probe:
     """The probe on the shared embeddings, where its own default was not embedded."""
-    missing = probe.features in DEFAULT_FEATURES and probe.features not in splits["train"].arrays
-    return replace(probe, features="image") if missing else probe
+    if probe.features not in DEFAULT_FEATURES or probe.features in splits["train"].arrays:
+        return probe
+    _say(f"  on image, since {probe.features} is not embedded (embed --embedding.arrays '[all]')")
+    return replace(probe, features="image")
 
 
-def _missing(metric: str, embedded: EmbeddedSet, splits: dict[str, EmbeddedSet]) -> str | None:
+def _missing(metric: str, embedded: EmbeddedSet, splits: dict[str, EmbeddedSet], config: MeasureConfig) -> str | None:
     """Why a set does not allow a metric."""
     if metric in ("retrieval", "structure", "information") and not len(embedded.pairs):
         return "it has no captions"
-    if metric in ("zero_shot", *PROBES, "information") and embedded.labels is None:
+    by_label = metric == "information" and not config.information_labels
+    if (metric in ("zero_shot", *PROBES) or by_label) and embedded.labels is None:
         return "it has no classes"
     if metric in PROBES and "train" not in splits:
         return "its training split is not embedded (embed --all_splits true)"
     return None
 
 
-def _save(path: Path, result: dict[str, Any], outcomes: dict[str, np.ndarray], words: Sequence[str]) -> None:
-    """METRIC.npz first, so that a METRIC.json always has its outcomes beside it."""
+def _measured(path: Path) -> str | None:
+    """Identity of the embeddings that a result is of; None where there is no result."""
+    try:
+        return json.loads(path.read_bytes()).get("embeddings")
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def identity(embedded: EmbeddedSet) -> str:
+    """What tells a set's embeddings from others of its name."""
+    about = [
+        embedded.model["fingerprint"],
+        embedded.source,
+        embedded.manifest.get("settings"),
+        embedded.manifest["dtype"],
+    ]
+    return hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _save(
+    path: Path,
+    result: dict[str, Any],
+    outcomes: dict[str, np.ndarray],
+    embedded: EmbeddedSet,
+    words: Sequence[str],
+) -> None:
+    """The result, and METRIC.npz first, so that a METRIC.json always has its own outcomes beside it."""
+    command = ["evaluate.py", "measure", *words]
+    result |= {"metric": path.stem, "command": command, "embeddings": identity(embedded)}
+    content = (json.dumps(result, indent=1, allow_nan=False) + "\n").encode()
+    path.unlink(missing_ok=True)
     if outcomes:
         with written_aside(path.with_suffix(".npz")) as file:
             np.savez_compressed(file, **outcomes)
-    result |= {"metric": path.stem, "command": ["evaluate.py", "measure", *words]}
     with written_aside(path) as file:
-        file.write((json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
-
-
-def _examples(out: Path, noted: dict[str, Any], embedded: EmbeddedSet, word: str) -> None:
-    """Retrieved pictures and captions for the report, read from the source where it still is."""
-    folder = out / "results" / embedded.name / "examples"
-    if distributed.broadcast_object((folder / "examples.json").is_file()):
-        return
-    try:
-        recipe = parse_recipe_text(noted["recipe"])
-        recipe.data.allow_pipe = False  # whoever made the folder wrote it
-        source = open_set(word, recipe, noted["image_size"])
-    except (ValueError, OSError) as error:
-        _say(f"{embedded.name}: no pictures of examples, since the set cannot be read any more: {error}")
-        return
-
-    def write() -> None:
-        with np.load(folder.parent / "retrieval.npz") as outcomes:
-            write_retrieved_examples(embedded, dict(outcomes), _Pictures(source.samples, embedded.indices), folder)
-
-    on_main(write)
-
-
-class _Pictures:
-    """Pictures of a source by row of the embedded set."""
-
-    def __init__(self, samples: Any, indices: np.ndarray):
-        self.samples, self.indices = samples, indices
-
-    def __getitem__(self, row: int):
-        return self.samples[int(self.indices[row])].picture
+        file.write(content)
 
 
 def _say(line: str) -> None:

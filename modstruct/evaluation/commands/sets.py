@@ -18,18 +18,33 @@ from modstruct.evaluation.embedding import EmbeddingSource
 RECIPES_OWN = "eval"
 
 
-def set_words(words: Sequence[str], recipe: Recipe, all_splits: bool) -> list[str]:
-    """The sets wanted, spelt so that `open_set` finds each again; labelled ones with all their splits, on request."""
-    words = list(words) or ["scenes_colour" if recipe.data.eval == BUILT_IN else RECIPES_OWN]
-    return [spelt for word in words for spelt in _with_splits(word, recipe, all_splits)]
+def open_sets(words: Sequence[str], recipe: Recipe, image_size: int, all_splits: bool) -> dict[str, EmbeddingSource]:
+    """The sets that are wanted, by words that `read_set` finds each by again; every process calls it.
 
-
-def open_set(word: str, recipe: Recipe, image_size: int) -> EmbeddingSource:
-    """The set that a word names; every process calls it. image_size: of the scenes, where they are drawn.
-
-    Raises ValueError, naming the set, for one that is not known or whose files are missing or wrong.
+    image_size: of the scenes, where they are drawn. all_splits: training and validation splits of labelled sets too,
+    those that are there. Raises ValueError or FileNotFoundError, naming the set, for one that is not known or whose
+    files are missing or wrong, and for two of one name.
     """
-    return distributed.main_first(lambda: _open(word, recipe.data, image_size))
+    words = list(words) or ["scenes_colour" if recipe.data.eval == BUILT_IN else RECIPES_OWN]
+    sources = {}
+    for word in words:
+        sources[word] = distributed.main_first(lambda word=word: read_set(word, recipe, image_size))
+        for other in _other_splits(word) if all_splits else ():
+            try:
+                sources[other] = distributed.main_first(lambda other=other: read_set(other, recipe, image_size))
+            except (ValueError, OSError, distributed.FailedElsewhere) as error:
+                if distributed.is_main():
+                    print(f"{other}: left out: {error}", flush=True)
+    names = [source.name for source in sources.values()]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        refuse("--sets", twice[0], "two sets have this name: give each one of its own")
+    return sources
+
+
+def read_set(word: str, recipe: Recipe, image_size: int) -> EmbeddingSource:
+    """The set that a word names, opened by this process."""
+    return _open(word, recipe.data, image_size)
 
 
 def splits_beside(names: Sequence[str]) -> dict[str, tuple[str, str]]:
@@ -38,17 +53,15 @@ def splits_beside(names: Sequence[str]) -> dict[str, tuple[str, str]]:
     return {name: beside[name] for name in names if name in beside}
 
 
-def _with_splits(word: str, recipe: Recipe, all_splits: bool) -> list[str]:
-    if word == RECIPES_OWN or _is_captioned(word) or not all_splits:
-        return [word]
-    whole = f"{word}@." if word in SCENES else word  # the scenes' folder is known
-    parsed = parse_set(whole)
-    if parsed.split is not None:
-        return [word]
-    *others, usual = set_splits(whole)
-    head, _, place = word.partition("@")
-    behind = f"@{place}" if place else ""
-    return [f"{head}:{split}{behind}" for split in others] + [f"{head}:{usual}{behind}"] if others else [word]
+def _other_splits(word: str) -> list[str]:
+    """Words of the splits that a labelled set can have beside its usual one, unless the word names a split."""
+    if word == RECIPES_OWN or _is_captioned(word):
+        return []
+    whole = word if word.partition(":")[0] not in SCENES or "@" in word else f"{word}@."  # the scenes' folder is known
+    if parse_set(whole).split is not None:
+        return []
+    head, at, place = word.partition("@")
+    return [f"{head}:{split}{at}{place}" for split in set_splits(whole)[:-1]]
 
 
 def _open(word: str, data: DataConfig, image_size: int) -> EmbeddingSource:

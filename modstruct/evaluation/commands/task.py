@@ -43,11 +43,12 @@ def measure_task(recipe: FinetuneRecipe, checkpoint: str, split: str, out: str |
         refuse("--checkpoint", checkpoint, "this run has no checkpoint yet")
     task = build_task(recipe, checkpoints.read_tokenizer(path))
     # VQA ranks the most frequent answers of the training split.
-    entries = read_splits(recipe, task, ("train", split)).get(split)
+    needed = dict.fromkeys(["train", split] if recipe.task.name == "vqa" else [split])
+    entries = read_splits(recipe, task, tuple(needed)).get(split)
     if entries is None:
         refuse("--split", split, f"data.{split} names no files")
     metrics, predictions = measure_checkpoint(task, path, entries)
-    folder = Path(out or path.parents[1]).expanduser()
+    folder = Path(out or path.resolve().parents[1]).expanduser()
     write_predictions(predictions, folder / f"{split}-predictions.json")
     if distributed.is_main():
         save_metrics(metrics, folder / f"{split}.json")

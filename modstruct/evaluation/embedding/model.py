@@ -66,7 +66,9 @@ class EmbeddingModel:
             has = name == "all" or name in self.arrays
             remedy = f"{self.name} does not make it; it makes {', '.join(sorted(self.arrays))}"
             require(has, "embedding.arrays", name, remedy)
-        chosen = self.arrays if "all" in wanted else {"image", *wanted}
+        chosen = (
+            self.arrays if "all" in wanted else {"image", *wanted, *(["text"] if {*wanted} & {*TEXT_ARRAYS} else [])}
+        )
         return [name for name in known if name in chosen]
 
 

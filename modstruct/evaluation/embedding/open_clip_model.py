@@ -68,6 +68,8 @@ def open_clip_model(spec: str, random_weights: bool = False, name: str | None = 
     try:
         # The first process of a host may download what the others then find.
         model, preprocess, tokenizer = distributed.main_first(build)
+    except distributed.FailedElsewhere:
+        raise
     except Exception as error:  # the libraries behind it have a type of error each
         tags = open_clip.list_pretrained_tags_by_model(architecture)
         cause = " ".join(str(error).split())[:300]

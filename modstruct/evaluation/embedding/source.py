@@ -17,6 +17,7 @@ from modstruct.data.evaluation_samples import EvaluationSamples
 from modstruct.data.faults import FaultLedger
 from modstruct.data.labelled.class_files import ZeroShotClasses
 from modstruct.evaluation.embed import left_out_when_indexed
+from modstruct.evaluation.embedded_files import is_set_name
 
 LABEL = "label"
 """Field of a labelled set's metadata that holds the number of the class."""
@@ -35,8 +36,12 @@ class EmbeddingSource:
     """Of captioned samples, whose metadata hold labels of their own."""
 
     def __post_init__(self):
-        sound = self.name not in ("", ".", "..") and all(c.isalnum() or c in "-_.+" for c in self.name)
-        require(sound, "set", self.name, "a name of letters, digits, - _ . and +, since a folder is called by it")
+        require(
+            is_set_name(self.name),
+            "set",
+            self.name,
+            "a name of letters, digits, - _ . and +, since a folder is called by it",
+        )
         require(len(self.samples) > 0, "set", self.name, "holds no samples")
 
     @classmethod

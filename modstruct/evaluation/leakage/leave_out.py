@@ -64,7 +64,8 @@ def leave_out(embedded: EmbeddedSet, keys: Iterable[str], folder: str | Path) ->
     """
     keys = sorted(set(keys))
     images, texts = rows_kept(embedded, keys)
-    fingerprint = hashlib.blake2b(json.dumps([embedded.source, embedded.model, keys]).encode(), digest_size=16)
+    made = [embedded.source, embedded.model, embedded.manifest.get("settings"), embedded.manifest["dtype"], keys]
+    fingerprint = hashlib.blake2b(json.dumps(made).encode(), digest_size=16)
     source = embedded.source | {
         "name": f"{embedded.source.get('name', embedded.name)}-without-leaked",
         "fingerprint": fingerprint.hexdigest(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 from unittest import mock
@@ -146,6 +147,39 @@ def test_leaked_pictures_are_left_out_of_a_second_measurement(made):
     assert without.keys == [key for key in keys if key != keys[3]]
     found = json.loads((out / "results" / without.name / "retrieval.json").read_text())
     assert found["rows"]["image"] == len(keys) - 1
+
+
+def test_what_was_measured_of_other_embeddings_is_measured_anew(made, capsys):
+    out, words = made / "on1", ("--sets", "scenes_colour", "--data.cache", str(made / "cache"))
+    again = ("--embedding.overwrite", "true", "--embedding.dtype", "float32", "--embedding.workers", "0")
+    assert evaluate("embed", "--checkpoint", str(made / "run"), "--out", str(out), *words, *again) == 0
+    assert evaluate("measure", str(out), "--metrics", "structure") == 0
+    assert "measured before" not in capsys.readouterr().out
+    assert evaluate("measure", str(out), "--metrics", "structure") == 0
+    assert "measured before" in capsys.readouterr().out
+
+
+def lose_the_source(out: str) -> int:
+    noted = json.loads(Path(out, "model.json").read_text())
+    noted["sets"]["scenes_colour"]["word"] = "scenes_colour@/nowhere"
+    Path(out, "model.json").write_text(json.dumps(noted))
+    return evaluate("measure", out, "--metrics", "retrieval", "zero_shot", "--again", "true")
+
+
+def test_a_source_that_is_gone_costs_the_examples_alone(made, tmp_path):
+    shutil.copytree(made / "on2", tmp_path / "out")
+    assert run_on_processes(lose_the_source, 2, str(tmp_path / "out")) == [1, 1]
+    assert figures(tmp_path / "out", "zero_shot") == figures(made / "on2", "zero_shot")
+
+
+def test_two_sets_of_one_name_are_refused(made, tmp_path, capsys):
+    words = ("--sets", "a=x-{0..1}.tar", "a=y.tar", "--data.cache", str(made / "cache"))
+    for shard in ("x-0", "x-1", "y"):
+        shutil.copy(next((made / "cache").rglob("test-*.tar")), tmp_path / f"{shard}.tar")
+    words = [word.replace("=", f"={tmp_path}/") for word in words]
+    assert evaluate("embed", "--checkpoint", str(made / "run"), "--out", str(tmp_path / "out"), *words) == 1
+    assert "two sets have this name" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

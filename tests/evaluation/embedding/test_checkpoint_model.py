@@ -45,6 +45,8 @@ def test_a_checkpoint_embeds_as_its_model(made):
     names |= {"image_independent", "text_independent"} if independent else set()
     assert embedding.arrays == names | {"image_augmented"}
     assert (embedding.name, embedding.dimension) == ("run/step-00000004", 15)
+    # Features of texts bring the texts along, which the set counts its texts by.
+    assert embedding.chosen_arrays(["text_features"]) == ["image", "text", "text_features"]
     images, texts = pictures(32), word_tokenizer()(CAPTIONS)
     with torch.no_grad():
         rows = embedding.encode({"image": images}) | embedding.encode({"text": embedding.tokenize(CAPTIONS)})
