@@ -28,7 +28,7 @@ def write_examples(results: Path, noted: dict[str, Any], embedded: EmbeddedSet, 
     embedded_of = embedded.source.get("of", embedded.source.get("fingerprint"))
     if source.fingerprint != embedded_of:
         raise ValueError(f"{noted_set['word']} holds other samples now than those embedded: embed it anew")
-    with np.load(retrieval) as outcomes:
+    with np.load(retrieval, allow_pickle=False) as outcomes:
         write_retrieved_examples(embedded, dict(outcomes), _Pictures(source.samples, embedded.indices), listed.parent)
 
 

@@ -66,8 +66,8 @@ class Prints:
             raise FileNotFoundError(f"{path}: there are no finished hashes; make them anew")
         try:
             manifest = json.loads(path.read_bytes())
-            rows = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("thumbnails", "hashes")}
-            rows["indices"] = np.load(folder / "indices.npy")
+            rows = {name: np.load(folder / f"{name}.npy", "r", allow_pickle=False) for name in ("thumbnails", "hashes")}
+            rows["indices"] = np.load(folder / "indices.npy", allow_pickle=False)
             with open(folder / "keys.jsonl", encoding="utf-8") as file:
                 keys = [json.loads(line) for line in file]
             found = (manifest["format"], rows["thumbnails"].shape, rows["hashes"].shape, len(keys))

@@ -71,7 +71,7 @@ def test_estimates_of_labels_that_features_do_not_tell_are_near_nothing():
     y = random.integers(0, 3, ROWS)
     found = held_out({"noise": features_of(y, random.normal(size=(ROWS, 8)))}, {"noise": ["noise"]})
     estimate = (label_surprise(y, 3) - found["noise"].rows).mean()
-    assert -0.01 < estimate < 0.01
+    assert -0.03 < estimate < 0.01  # above 0 would be information out of nothing; below it is what fitting noise costs
 
 
 def test_the_perceptron_finds_what_no_linear_probe_does():
@@ -79,7 +79,7 @@ def test_the_perceptron_finds_what_no_linear_probe_does():
     x = random.normal(size=(ROWS, 2))
     y = (x[:, 0] * x[:, 1] > 0).astype(np.int64)
     features = {"x": features_of(y, x)}
-    curved = held_out(features, {"y": ["x"]})["y"]
+    curved = held_out(features, {"y": ["x"]}, replace(QUICK, hidden=32, epochs=40))["y"]
     straight = held_out(features, {"y": ["x"]}, replace(QUICK, hidden=0))["y"]
     assert np.log(2) - curved.rows.mean() > 0.3
     assert abs(np.log(2) - straight.rows.mean()) < 0.02
