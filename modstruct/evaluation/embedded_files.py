@@ -22,6 +22,7 @@ TABLES = ("pairs", "indices", "labels", "class_prompts")
 LISTS = {"keys": "image", "metadata": "image", "captions": "text"}
 """Files of one JSON value a line, and whose rows they follow."""
 CLASSES_FILE = "classes.json"
+MODEL_FILE = "model.json"  # beside the sets of an evaluation: of what model they are
 
 
 def is_set_name(name: object) -> bool:

@@ -127,6 +127,11 @@ class EmbeddedSet:
     def templates(self) -> list[str]:
         return self._classes["templates"]
 
+    @property
+    def label_field(self) -> str | None:
+        """Field of the metadata that the labels came from; None where they came otherwise."""
+        return self._classes["label"]
+
     @cached_property
     def keys(self) -> list[str]:
         """Key of each picture."""
@@ -149,7 +154,7 @@ class EmbeddedSet:
             return {"names": [], "templates": [], "label": None}
         try:
             classes = json.loads(path.read_bytes())
-            names, templates = classes["names"], classes["templates"]
+            names, templates, _ = (classes[key] for key in ("names", "templates", "label"))
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             damaged(path, str(error))
         if not all(isinstance(text, str) for text in (*names, *templates)):

@@ -18,13 +18,12 @@ from jsonargparse import ArgumentParser, Namespace
 from modstruct.cli import checkpoint_arguments, parse, recipe_parser, run
 from modstruct.config import Recipe, refuse, require
 from modstruct.config.embedding import EmbeddingConfig
-from modstruct.evaluation.embedded_files import is_set_name
+from modstruct.evaluation.embedded_files import MODEL_FILE, is_set_name
 
 if TYPE_CHECKING:
     from modstruct.evaluation.embedding import EmbeddingModel
 
 USAGE = "deepspeed [launcher options] launch_scripts/evaluate.py embed --checkpoint FOLDER --out FOLDER [--sets SET …]"
-MODEL_FILE = "model.json"
 FOR_PROBES = ("image", "image_features", "image_projected", "image_independent")
 """What is embedded of a split that only probes read."""
 SETS_HELP = """What to embed: `eval` (the recipe's data.eval, with the classes of data.zero_shot), NAME=SHARDS for

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from modstruct import distributed
-from modstruct.config import DataConfig, Recipe, Source, refuse
+from modstruct.config import Recipe, Source, refuse
 from modstruct.data.evaluation_samples import EvaluationSamples
 from modstruct.data.labelled.class_files import load_classes
 from modstruct.data.labelled.registry import SCENES, open_labelled, parse_set, set_splits
@@ -44,27 +44,7 @@ def open_sets(words: Sequence[str], recipe: Recipe, image_size: int, all_splits:
 
 def read_set(word: str, recipe: Recipe, image_size: int) -> EmbeddingSource:
     """The set that a word names, opened by this process."""
-    return _open(word, recipe.data, image_size)
-
-
-def splits_beside(names: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Sets that are the training or validation split of another one: its name -> (the other one, split)."""
-    beside = {f"{name}-{split}": (name, split) for name in names for split in ("train", "validation")}
-    return {name: beside[name] for name in names if name in beside}
-
-
-def _other_splits(word: str) -> list[str]:
-    """Words of the splits that a labelled set can have beside its usual one, unless the word names a split."""
-    if word == RECIPES_OWN or _is_captioned(word):
-        return []
-    whole = word if word.partition(":")[0] not in SCENES or "@" in word else f"{word}@."  # the scenes' folder is known
-    if parse_set(whole).split is not None:
-        return []
-    head, at, place = word.partition("@")
-    return [f"{head}:{split}{at}{place}" for split in set_splits(whole)[:-1]]
-
-
-def _open(word: str, data: DataConfig, image_size: int) -> EmbeddingSource:
+    data = recipe.data
     if word == RECIPES_OWN:
         if data.eval is None:
             refuse("data.eval", None, "name the shards of the set `eval`, or other --sets")
@@ -84,6 +64,23 @@ def _open(word: str, data: DataConfig, image_size: int) -> EmbeddingSource:
         folder = Path(ensure_scenes(data.scenes, data.cache, image_size).zero_shot).parent
         word = f"{word}@{folder}"
     return EmbeddingSource.of_labelled(open_labelled(word, data))
+
+
+def splits_beside(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Sets that are the training or validation split of another one: its name -> (the other one, split)."""
+    beside = {f"{name}-{split}": (name, split) for name in names for split in ("train", "validation")}
+    return {name: beside[name] for name in names if name in beside}
+
+
+def _other_splits(word: str) -> list[str]:
+    """Words of the splits that a labelled set can have beside its usual one, unless the word names a split."""
+    if word == RECIPES_OWN or _is_captioned(word):
+        return []
+    whole = word if word.partition(":")[0] not in SCENES or "@" in word else f"{word}@."  # the scenes' folder is known
+    if parse_set(whole).split is not None:
+        return []
+    head, at, place = word.partition("@")
+    return [f"{head}:{split}{at}{place}" for split in set_splits(whole)[:-1]]
 
 
 def _is_captioned(word: str) -> bool:

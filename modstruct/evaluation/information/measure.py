@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,7 +12,6 @@ import torch
 from tqdm import tqdm
 
 from modstruct.config.checks import refuse, require
-from modstruct.evaluation.embedded_files import CLASSES_FILE
 from modstruct.evaluation.embedded_set import EmbeddedSet
 from modstruct.evaluation.information.gap import information_figures, label_surprise
 from modstruct.evaluation.information.inputs import PairedRows, bag_of_words, scene_pixels
@@ -123,7 +121,7 @@ def label_numbers(embedded: EmbeddedSet, label: str) -> tuple[np.ndarray, list[s
 
 
 def _set_label(embedded: EmbeddedSet) -> str:
-    return json.loads((embedded.folder / CLASSES_FILE).read_bytes())["label"] or SET_LABEL
+    return embedded.label_field or SET_LABEL
 
 
 def _known_labels(embedded: EmbeddedSet, split: str | None) -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from modstruct.config import require
 from modstruct.evaluation.array_files import ROWS_AT_ONCE, RowStream
-from modstruct.evaluation.embedded_files import CLASSES_FILE, IMAGE_ARRAYS
+from modstruct.evaluation.embedded_files import IMAGE_ARRAYS
 from modstruct.evaluation.embedded_set import EmbeddedSet, write_embedded_set
 
 
@@ -101,7 +101,7 @@ def leave_out(embedded: EmbeddedSet, keys: Iterable[str], folder: str | Path) ->
         class_prompts=embedded.class_prompts,
         class_names=embedded.class_names,
         templates=embedded.templates,
-        label=None if labels is None else json.loads((embedded.folder / CLASSES_FILE).read_bytes())["label"],
+        label=embedded.label_field,
         keys=(embedded.keys[row] for row in images),
         captions=(embedded.captions[row] for row in texts),
         metadata=(embedded.metadata[row] for row in images),

@@ -180,3 +180,14 @@ def column_statistics(features: Features, device: torch.device) -> tuple[np.ndar
         count += added
         mean = mean + apart * (added / count)
     return mean.cpu().numpy(), (squares / count).sqrt().cpu().numpy()
+
+
+def paired_blocks(
+    fitted: Features, others: Features, standardize: bool, width: int, device: torch.device, dtype: torch.dtype
+) -> tuple[RowBlocks, RowBlocks]:
+    """Blocks of rows to fit on and of others, both standardised by the first where that is wanted."""
+    pair = fitted, others
+    if standardize:
+        statistics = column_statistics(fitted, device)
+        pair = tuple(features.standardised_by(statistics) for features in pair)
+    return tuple(RowBlocks(features, device, dtype, width) for features in pair)

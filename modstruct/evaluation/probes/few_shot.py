@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 
 from modstruct.config.checks import refuse, require, require_counts
 from modstruct.evaluation.probes.draws import drawn_order
-from modstruct.evaluation.probes.features import Features, RowBlocks, column_statistics
+from modstruct.evaluation.probes.features import paired_blocks
 from modstruct.evaluation.probes.inputs import ProbeInputs
 from modstruct.evaluation.probes.logistic_regression import (
     FitConfig,
@@ -103,6 +104,8 @@ def run_episode(
     inputs: ProbeInputs, episode: Episode, shots: int, config: FewShotConfig, device: torch.device
 ) -> Outcome:
     """Choose the strength, fit on the shots alone, and classify the test set."""
+    standardize, classes = config.standardize, inputs.classes
+    blocks = partial(paired_blocks, standardize=standardize, width=classes, device=device, dtype=config.fit.dtype)
     chosen = inputs.train.take(episode.shots)
     strength, start = config.strength, None
     if strength == "held_out":
@@ -116,22 +119,12 @@ def run_episode(
         if shots == 1:
             strength = STRENGTH_OF_ONE_SHOT
     if isinstance(strength, str):
-        made = [Split(*_blocks(pair, inputs.classes, config, device)) for pair in splits]
-        sweep, start = sweep_strength(made, inputs.classes, config.fit)
+        made = [Split(*blocks(*pair)) for pair in splits]
+        sweep, start = sweep_strength(made, classes, config.fit)
         strength = sweep.best
-    fitted, test = _blocks((chosen, inputs.test), inputs.classes, config, device)
-    classifier: LinearClassifier = fit_logistic_regression(fitted, inputs.classes, strength, config.fit, start)
+    fitted, test = blocks(chosen, inputs.test)
+    classifier: LinearClassifier = fit_logistic_regression(fitted, classes, strength, config.fit, start)
     return Outcome(classes_ahead(classifier, test)[0], float(strength))
-
-
-def _blocks(
-    pair: tuple[Features, Features], classes: int, config: FewShotConfig, device: torch.device
-) -> tuple[RowBlocks, RowBlocks]:
-    """Blocks of rows to fit on and of others, both standardised by the first where that is wanted."""
-    if config.standardize:
-        statistics = column_statistics(pair[0], device)
-        pair = tuple(features.standardised_by(statistics) for features in pair)
-    return tuple(RowBlocks(features, device, config.fit.dtype, classes) for features in pair)
 
 
 def _folds(labels: np.ndarray, folds: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from modstruct.evaluation.intervals import bootstrap_mean
 from modstruct.evaluation.majority import majority_label
 from modstruct.evaluation.probes.accuracy import accuracy_figures, figures_over_draws, hits
 from modstruct.evaluation.probes.draws import drawn_order, hold_out
-from modstruct.evaluation.probes.features import Features, RowBlocks, column_statistics
+from modstruct.evaluation.probes.features import Features, RowBlocks, column_statistics, paired_blocks
 from modstruct.evaluation.probes.few_shot import FewShotConfig, draw_episodes, run_episode
 from modstruct.evaluation.probes.inputs import ProbeInputs, probe_inputs
 from modstruct.evaluation.probes.logistic_regression import (
@@ -166,7 +166,7 @@ def _by_lbfgs(
         sweep, start = _searched(fitted, held_out, inputs.classes, config, device, progress)
         strength, curves = sweep.best, _curves(sweep)
         used = {"fitted_in_search": len(fitted), "held_out_in_search": len(held_out)}
-    fitted, test = _blocks(whole, inputs.test, inputs.classes, config, device)
+    fitted, test = paired_blocks(whole, inputs.test, config.standardize, inputs.classes, device, config.fit.dtype)
     classifier = fit_logistic_regression(fitted, inputs.classes, strength, config.fit, start)
     ahead, _ = classes_ahead(classifier, test)
     return (classifier, len(whole), ahead), curves, used | {"strength": strength, "c": 1 / strength}
@@ -181,7 +181,7 @@ def _searched(
     progress: bool,
 ) -> tuple[Sweep, LinearClassifier | None]:
     """Apart, so that the rows that it holds are let go before the last fit."""
-    split = Split(*_blocks(fitted, held_out, classes, config, device))
+    split = Split(*paired_blocks(fitted, held_out, config.standardize, classes, device, config.fit.dtype))
     return sweep_strength([split], classes, config.fit, progress)
 
 
@@ -195,17 +195,6 @@ def _by_sgd(
     classifier, losses = fit_by_sgd(train, inputs.classes, config.sgd, config.seed, device, progress)
     ahead, _ = classes_ahead(classifier, RowBlocks(test, device, width=inputs.classes))
     return (classifier, len(train), ahead), {"train_loss": losses}, {}
-
-
-def _blocks(
-    fitted: Features, others: Features, classes: int, config: LinearProbeConfig, device: torch.device
-) -> tuple[RowBlocks, RowBlocks]:
-    """Blocks of rows to fit on and of others, both standardised by the first where that is wanted."""
-    pair = fitted, others
-    if config.standardize:
-        statistics = column_statistics(fitted, device)
-        pair = tuple(features.standardised_by(statistics) for features in pair)
-    return tuple(RowBlocks(features, device, config.fit.dtype, classes) for features in pair)
 
 
 def _curves(sweep: Sweep) -> dict[str, list[float]]:

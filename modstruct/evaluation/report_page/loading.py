@@ -13,9 +13,9 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from modstruct.evaluation.embedded_files import MODEL_FILE
 from modstruct.evaluation.embedded_set import EmbeddedSet
 
-MODEL_FILE = "model.json"
 FIGURE_NUMBERS = ("value", "chance", "low", "high")
 
 
