@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import torch
 from host_waits import no_host_waits, unwatched
+from plain_engine import PlainEngine
 from processes import run_on_processes
 from tiny_answers import ANSWERS, answer_model, answer_recipe, answer_tokenizer, question_batch, with_answers
 from tiny_fusion import albef_losses, fusion_model, fusion_recipe, training_batch
@@ -74,29 +75,6 @@ def nlvr2() -> Step:
 
 
 STEPS = {make.__name__: make for make in (two_tower, pretraining, retrieval, vqa, snli_ve, nlvr2)}
-
-
-class PlainEngine:
-    """What WholeBatch and the gradient cache ask of DeepSpeed at stage 0, over a bare module."""
-
-    def __init__(self, module: nn.Module):
-        self.module = module
-
-    def __call__(self, batch: dict[str, Tensor], **options) -> dict[str, Tensor]:
-        return self.module(batch, **options)
-
-    def backward(self, total: Tensor) -> None:
-        total.backward()
-
-    def zero_optimization_stage(self) -> int:
-        return 0
-
-    @contextmanager
-    def no_sync(self):
-        yield
-
-    def allreduce_gradients(self) -> None:
-        pass
 
 
 def take_steps(name: str, parts: int) -> None:

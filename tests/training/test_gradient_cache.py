@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import pytest
 import torch
+from plain_engine import PlainEngine
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -49,30 +48,6 @@ class Towers(nn.Module):
             own = normalize(getattr(self, f"{modality}_independent")(rows).float(), dim=1)
             made[view.replace(modality, f"{modality}_independent")] = own
         return made
-
-
-class PlainEngine:
-    """What the gradient cache asks of DeepSpeed at stage 0, over a bare module in one process."""
-
-    def __init__(self, module: nn.Module):
-        self.module = module
-        self.reductions = 0
-
-    def __call__(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return self.module(batch)
-
-    def backward(self, total: Tensor) -> None:
-        total.backward()
-
-    def zero_optimization_stage(self) -> int:
-        return 0
-
-    @contextmanager
-    def no_sync(self):
-        yield
-
-    def allreduce_gradients(self) -> None:
-        self.reductions += 1
 
 
 def batch() -> dict[str, Tensor]:
