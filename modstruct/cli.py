@@ -17,10 +17,11 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsin
 from tqdm import tqdm
 
 from modstruct.cli_errors import not_a_section, one_line, sections_of
-from modstruct.config import Recipe, RunError, refuse, require
-from modstruct.yaml_files import read_yaml
+from modstruct.config import Recipe
+from modstruct.errors import FailedElsewhere, LostProcess, RunError, refuse, require
+from modstruct.files import read_yaml
 
-RECIPES = Path(__file__).parent / "recipes"
+RECIPES = Path(__file__).parent / "config" / "recipes"
 FINETUNE_RECIPES = RECIPES / "finetune"
 
 
@@ -32,7 +33,7 @@ def _names(folder: Path) -> str:
 
 
 def recipe_path(name: str, folder: Path = RECIPES, option: str = "--recipe") -> Path:
-    """The file of a recipe (or method) by its name in modstruct/recipes, or the file itself if `name` is a path."""
+    """The file of a recipe (or method) by its name in modstruct/config/recipes, or the file itself if it is a path."""
     for path in (folder / f"{name}.yaml", Path(name)):
         if path.is_file():
             return path
@@ -212,7 +213,7 @@ def is_first_process() -> bool:
 
 def run(command: Callable[[], object]) -> None:
     """Carry out a command; an error that the user can mend is one line, and its traceback stands in the run's log."""
-    from modstruct.distributed import FailedElsewhere, LostProcess, speaks_for_its_host  # --help needs no torch
+    from modstruct.distributed import speaks_for_its_host  # --help needs no torch
 
     try:
         try:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from hypothesis import settings
 
-for folder in ("distributed", "models", "pairwise"):
-    sys.path.insert(0, str(Path(__file__).parent / folder))
+for folder in sorted(path for path in Path(__file__).parent.rglob("*") if path.is_dir() and path.name != "__pycache__"):
+    sys.path.insert(0, str(folder))
 
 # No deadlines: a busy machine is slow, not wrong. In CI the same examples every time.
 settings.register_profile("modstruct", deadline=None, derandomize="CI" in os.environ)

@@ -12,7 +12,7 @@ import yaml
 
 from modstruct import cli
 from modstruct.config import LossesConfig, Recipe, Source
-from modstruct.recipe_files import recipe_to_yaml
+from modstruct.config.recipe_files import recipe_to_yaml
 
 SCRIPTS = Path(__file__).parents[1] / "launch_scripts"
 RECIPES = sorted(path.stem for path in cli.RECIPES.glob("*.yaml"))

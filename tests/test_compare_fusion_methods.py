@@ -1,4 +1,4 @@
-"""tools/compare_fusion_methods.py with a launcher that only notes what it was asked for."""
+"""tools/experiments/compare_fusion_methods.py with a launcher that only notes what it was asked for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-TOOL = Path(__file__).parents[1] / "tools" / "compare_fusion_methods.py"
+TOOL = Path(__file__).parents[1] / "tools" / "experiments" / "compare_fusion_methods.py"
 LAUNCHER = """
 import json, sys
 from pathlib import Path

@@ -19,14 +19,14 @@ import torch
 from tiny_models import clip_tokenizer, register_architectures, tiny_config, tiny_model, word_tokenizer
 
 from modstruct import checkpoints, cli
-from modstruct.data import index as index_module
-from modstruct.data.faults import BadSample
-from modstruct.data.index import ROW, ShardIndex, index_tar
-from modstruct.data.labelled.class_files import load_classes
-from modstruct.data.reader import DEEPEST_METADATA, _metadata
+from modstruct.checkpoints.weight_files import read_weight_file
+from modstruct.data.classification.class_files import load_classes
+from modstruct.data.shards import index as index_module
+from modstruct.data.shards.faults import BadSample
+from modstruct.data.shards.index import ROW, ShardIndex, index_tar
+from modstruct.data.shards.reader import DEEPEST_METADATA, _metadata
 from modstruct.data.tokenizers import ClipTokenizer, load_tokenizer
-from modstruct.weight_files import read_weight_file
-from modstruct.yaml_files import read_yaml
+from modstruct.files import read_yaml
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [
@@ -177,7 +177,7 @@ def test_metadata_deeper_than_what_travels_between_processes_is_malformed():
 
 def test_a_caption_of_a_megabyte_is_augmented_in_no_time(tmp_path):
     script = (
-        "import resource; from modstruct.data.text_views import EasyDataAugmentation\n"
+        "import resource; from modstruct.data.transforms.text_views import EasyDataAugmentation\n"
         "change, text = EasyDataAugmentation(0.1), 'ab ' * 350_000\n"
         "assert all(change(text, seed) for seed in range(12))\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_utime)"

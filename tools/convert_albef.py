@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from modstruct.config import require
+from modstruct.errors import require
 from modstruct.files import written_aside
 from modstruct.models.fusion.initial_weights import read_everything
 from modstruct.models.fusion.published import to_albef

@@ -11,7 +11,7 @@ Into --out go leakage.json (shares and pairs), leakage.npz, examples/ with the p
 leaked_keys.jsonl, the keys that evaluation can leave out (modstruct.evaluation.leakage.leave_out). Thumbnails and
 hashes are made once a source, in --cache; stopped, the program goes on where it was when it is called again.
 
---hamming and --difference: tools/bench_leakage.py measures what they find and miss on your pictures. A pair counts when
+--hamming and --difference: tools/benchmarks/leakage.py measures what they find and miss on your data. A pair counts if
 both hold. --cosine: what counts as near depends on the model; look at the pictures before you trust a figure by it.
 """
 
@@ -25,9 +25,10 @@ from pathlib import Path
 
 import torch
 
-from modstruct.config import DataConfig, RunError, Source
-from modstruct.data.evaluation_samples import EvaluationSamples
-from modstruct.evaluation.embedded_set import EmbeddedSet
+from modstruct.config import DataConfig, Source
+from modstruct.data.shards.evaluation_samples import EvaluationSamples
+from modstruct.errors import RunError
+from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.leakage import Prints, Thresholds, find_duplicates, make_prints, write_result
 from modstruct.evaluation.leakage.prints import rows_by_key, source_fingerprint
 

@@ -39,11 +39,11 @@ else
 fi
 
 echo "== times"
-timeout 160 python3 tools/bench_pairwise.py --device cuda --rounds 5 --out "$out" 2>&1 | tee "$out/bench.log"
+timeout 160 python3 tools/benchmarks/pairwise.py --device cuda --rounds 5 --out "$out" 2>&1 | tee "$out/bench.log"
 
 echo "== share of a step"
 for precision in tf32 bf16; do
-  timeout 35 python3 tools/bench_loss_share.py --device cuda --precision $precision --tower_batch 256 |
+  timeout 35 python3 tools/benchmarks/loss_share.py --device cuda --precision $precision --tower_batch 256 |
     tee -a "$out/loss_share.log"
 done
 exit $status

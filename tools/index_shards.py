@@ -27,11 +27,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from modstruct.config import DataConfig
-from modstruct.data.index import ShardIndex, index_tar
-from modstruct.data.index_files import UnreadableShard, index_file_name, index_shards
-from modstruct.data.pipes import PipeCache, PipeFailed
-from modstruct.data.reader import pipe_cache
-from modstruct.data.sources import expand_pattern, is_pipe
+from modstruct.data.shards.index import ShardIndex, index_tar
+from modstruct.data.shards.index_files import UnreadableShard, index_file_name, index_shards
+from modstruct.data.shards.pipes import PipeCache, PipeFailed
+from modstruct.data.shards.reader import pipe_cache
+from modstruct.data.shards.sources import expand_pattern, is_pipe
 
 
 def main() -> int:

@@ -30,8 +30,8 @@ import webdataset
 from tqdm import tqdm
 
 from modstruct.config import DataConfig
-from modstruct.data.faults import BadSample
-from modstruct.data.pictures import decode_picture
+from modstruct.data.shards.faults import BadSample
+from modstruct.data.transforms.decoding import decode_picture
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 NAMED = 10  # bad samples that are named

@@ -4,7 +4,6 @@
 A value that cannot work is refused here, by the name of its field, before anything is computed.
 """
 
-from modstruct.config.checks import RunError, refuse, require
 from modstruct.config.data import DataConfig, ScenesConfig, Source, TokenizerConfig, ViewsConfig
 from modstruct.config.finetune import (
     FinetuneRecipe,
@@ -60,7 +59,6 @@ __all__ = [
     "QueueContrastConfig",
     "Recipe",
     "RerankBy",
-    "RunError",
     "ScenesConfig",
     "SeparationConfig",
     "Source",
@@ -74,6 +72,4 @@ __all__ = [
     "TrainConfig",
     "ViewsConfig",
     "VisionConfig",
-    "refuse",
-    "require",
 ]

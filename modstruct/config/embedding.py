@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Literal
 
-from modstruct.config.checks import require
+from modstruct.errors import require
 
 
 @dataclass

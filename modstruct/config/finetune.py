@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from modstruct.config.checks import require, require_counts
 from modstruct.config.data import ScenesConfig, TokenizerConfig, ViewsConfig
 from modstruct.config.fusion import FusionConfig
 from modstruct.config.losses import ContrastiveConfig, LossesConfig, MatchingConfig, QueueContrastConfig
 from modstruct.config.training import CheckpointConfig, LoggingConfig, OptimizerConfig, RerankBy, TrainConfig
+from modstruct.errors import require, require_counts
 
 TaskName = Literal["vqa", "nlvr2", "text_assignment", "snli_ve", "retrieval"]
 

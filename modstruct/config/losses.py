@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Literal
 
-from modstruct.config.checks import require
+from modstruct.errors import require
 
 Precision = Literal["float32", "tf32", "bf16"]
 """What the products of embeddings are formed from on a GPU: float32 numbers, or, on its tensor cores, numbers rounded

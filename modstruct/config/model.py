@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from modstruct.config.checks import require, require_counts
+from modstruct.errors import require, require_counts
 
 
 @dataclass

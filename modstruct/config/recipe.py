@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from modstruct.config.checks import refuse
 from modstruct.config.data import DataConfig, TokenizerConfig, ViewsConfig
 from modstruct.config.fusion import FusionConfig
 from modstruct.config.losses import FUSION_LOSSES, LossesConfig
 from modstruct.config.model import ModelConfig
 from modstruct.config.training import CheckpointConfig, EvaluationConfig, LoggingConfig, OptimizerConfig, TrainConfig
+from modstruct.errors import refuse
 
 
 @dataclass

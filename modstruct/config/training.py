@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Literal
 
-from modstruct.config.checks import require
 from modstruct.config.losses import Precision
+from modstruct.errors import require
 
 RerankBy = Literal["both", "matching"]
 

@@ -8,16 +8,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from modstruct.config import DataConfig, Recipe
-from modstruct.data.augment import Views
-from modstruct.data.evaluation_samples import EvaluationSamples, train_captions
-from modstruct.data.samples import Samples, open_samples
-from modstruct.data.saved_samples import open_saved_samples
-from modstruct.data.scenes.folder import ensure_scenes
-from modstruct.data.sentencepiece_training import TRAINING_CAPTIONS
-from modstruct.data.sources import as_sources
+from modstruct.data.shards.evaluation_samples import EvaluationSamples, train_captions
+from modstruct.data.shards.samples import Samples, open_samples
+from modstruct.data.shards.saved_samples import open_saved_samples
+from modstruct.data.shards.sources import as_sources
+from modstruct.data.synthetic.folder import ensure_scenes
 from modstruct.data.tokenizers import Tokenizer, build_tokenizer
+from modstruct.data.tokenizers.sentencepiece_training import TRAINING_CAPTIONS
+from modstruct.data.transforms.augment import Views
 from modstruct.distributed import is_main, main_first
-from modstruct.hosts import require_same
+from modstruct.distributed.hosts import require_same
 
 BUILT_IN = "scenes"
 log = logging.getLogger(__name__)

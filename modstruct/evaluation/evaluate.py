@@ -12,16 +12,16 @@ import numpy as np
 import torch
 
 from modstruct.config import EvaluationConfig
-from modstruct.data.augment import Views
-from modstruct.data.evaluation_samples import EvaluationSamples, evaluation_loader
-from modstruct.data.labelled.class_files import load_classes
+from modstruct.data.classification.class_files import load_classes
+from modstruct.data.shards.evaluation_samples import EvaluationSamples, evaluation_loader
 from modstruct.data.tokenizers import Tokenizer
-from modstruct.evaluation.collect import my_batches, on_main
-from modstruct.evaluation.embed import EmbeddedSource, Encode, embed_source, embed_texts
-from modstruct.evaluation.ranking import counting_device, measure_recall
-from modstruct.evaluation.reranking import reranked_retrieval
-from modstruct.evaluation.structure import structure
-from modstruct.evaluation.zero_shot import class_embeddings, zero_shot
+from modstruct.data.transforms.augment import Views
+from modstruct.distributed.collect import my_batches, on_main
+from modstruct.evaluation.classification.zero_shot import class_embeddings, zero_shot
+from modstruct.evaluation.embeddings.in_memory import EmbeddedSource, Encode, embed_source, embed_texts
+from modstruct.evaluation.retrieval import counting_device, measure_recall
+from modstruct.evaluation.retrieval.reranking import reranked_retrieval
+from modstruct.evaluation.structure.basic import structure
 from modstruct.models.fusion.pretraining import FusionModel
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modstruct.data.augment import Views
-from modstruct.data.evaluation_samples import EvaluationSamples
-from modstruct.evaluation.embed import EmbeddedSource
+from modstruct.data.shards.evaluation_samples import EvaluationSamples
+from modstruct.data.transforms.augment import Views
+from modstruct.evaluation.embeddings.in_memory import EmbeddedSource
 from modstruct.evaluation.example_grid import example_grid
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 from torch import nn
 
 from modstruct import checkpoints, distributed
-from modstruct.config import Recipe, refuse
-from modstruct.data.labelled.class_files import load_classes
+from modstruct.config import Recipe
+from modstruct.data.classification.class_files import load_classes
 from modstruct.data.run_data import open_run_data
 from modstruct.data.tokenizers import Tokenizer
+from modstruct.errors import refuse
 from modstruct.evaluation.evaluate import evaluate
-from modstruct.evaluation.report import save_metrics, table
+from modstruct.evaluation.tables import save_metrics, table
 from modstruct.losses.objective import Objective
 from modstruct.models.build import build_model, image_size
 

@@ -7,8 +7,9 @@ import random
 import torch
 from torch import Tensor
 
-from modstruct.config import BridgeConfig, Precision, require
+from modstruct.config import BridgeConfig, Precision
 from modstruct.embeddings import Embeddings
+from modstruct.errors import require
 from modstruct.pairwise.global_batch import global_mean
 
 SHORTEST_MEAN = 1e-3  # a shorter one, of near-opposite image and text at t near 1/2, has no direction worth following

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from modstruct import distributed
-from modstruct.config import FUSION_LOSSES, LossesConfig, Precision, require
+from modstruct.config import FUSION_LOSSES, LossesConfig, Precision
 from modstruct.embeddings import Embeddings, FusionOutputs
+from modstruct.errors import require
 from modstruct.losses.bridge import Bridge
 from modstruct.losses.contrastive import Contrastive
 from modstruct.losses.geometry import Geometry

@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from modstruct.config import refuse
+from modstruct.errors import refuse
 from modstruct.models.towers import Float32BatchNorm
 
 BatchNorm = nn.modules.batchnorm._BatchNorm

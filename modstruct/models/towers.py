@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modstruct.config import ModelConfig, refuse, require
+from modstruct.config import ModelConfig
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.distributed import main_first
+from modstruct.errors import refuse, require
 
 
 @dataclass

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from modstruct.config import require
+from modstruct.errors import require
 from modstruct.pairwise.extension import check_array, load_extension
 
 CPU = torch.device("cpu")

@@ -15,7 +15,8 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from modstruct.config import Precision, require
+from modstruct.config import Precision
+from modstruct.errors import require
 from modstruct.pairwise import cpu_kernels, torch_tiles
 from modstruct.pairwise.extension import load_extension
 

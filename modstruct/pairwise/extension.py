@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from modstruct.config import require
+from modstruct.errors import require
 
 
 def load_extension() -> ModuleType:

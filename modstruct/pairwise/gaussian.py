@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from modstruct import distributed
-from modstruct.config import Precision, require
+from modstruct.config import Precision
+from modstruct.errors import require
 from modstruct.pairwise import dispatch
 from modstruct.pairwise.global_batch import checked_rows, global_rows
 

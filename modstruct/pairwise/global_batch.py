@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from modstruct import distributed
-from modstruct.config import require
+from modstruct.errors import require
 
 ROWS_AT_ONCE = 4096
 

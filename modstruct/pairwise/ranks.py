@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from modstruct.config import Precision, require
+from modstruct.config import Precision
+from modstruct.errors import require
 from modstruct.pairwise import dispatch
 from modstruct.pairwise.global_batch import checked_rows
 

@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 
 from modstruct.config import TaskFiles
-from modstruct.data.scenes.tasks.folder import SceneTaskPaths
-from modstruct.data.tasks.batches import Seed
-from modstruct.data.tasks.nlvr2 import Nlvr2Statement, read_nlvr2
-from modstruct.data.tasks.published_files import TaskEntries
-from modstruct.evaluation.majority import majority_label
-from modstruct.evaluation.nlvr2_metrics import nlvr2_metrics
-from modstruct.models.fusion.two_pictures import PairClassifier
+from modstruct.data.downstream.batches import Seed
+from modstruct.data.downstream.nlvr2 import Nlvr2Statement, read_nlvr2
+from modstruct.data.downstream.published_files import TaskEntries
+from modstruct.data.synthetic.tasks.folder import SceneTaskPaths
+from modstruct.models.fusion.two_images import PairClassifier
+from modstruct.tasks.majority import majority_label
+from modstruct.tasks.nlvr2_metrics import nlvr2_metrics
 from modstruct.tasks.task import Task
 
 SIDES = ("left", "right")

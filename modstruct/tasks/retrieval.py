@@ -14,17 +14,17 @@ from torch import Tensor
 
 from modstruct import distributed
 from modstruct.config import FinetuneRecipe, TaskFiles
-from modstruct.data.loader import identity
-from modstruct.data.masking import blank_places, with_blanks
-from modstruct.data.scenes.tasks.folder import SceneTaskPaths
-from modstruct.data.tasks.batches import Seed
-from modstruct.data.tasks.karpathy import SPLIT_OF_RUN, CaptionedPicture, read_karpathy
-from modstruct.data.tasks.published_files import TaskEntries
+from modstruct.data.downstream.batches import Seed
+from modstruct.data.downstream.karpathy import SPLIT_OF_RUN, CaptionedPicture, read_karpathy
+from modstruct.data.downstream.published_files import TaskEntries
+from modstruct.data.shards.loader import identity
+from modstruct.data.synthetic.tasks.folder import SceneTaskPaths
 from modstruct.data.tokenizers import Tokenizer
-from modstruct.evaluation.collect import on_main
-from modstruct.evaluation.embed import embed_texts
-from modstruct.evaluation.ranking import counting_device, measure_recall
-from modstruct.evaluation.reranking import reranked_retrieval
+from modstruct.data.transforms.masking import blank_places, with_blanks
+from modstruct.distributed.collect import on_main
+from modstruct.evaluation.embeddings.in_memory import embed_texts
+from modstruct.evaluation.retrieval import counting_device, measure_recall
+from modstruct.evaluation.retrieval.reranking import reranked_retrieval
 from modstruct.losses.objective import Objective
 from modstruct.models.fusion.pretraining import FusionModel
 from modstruct.tasks.task import Task

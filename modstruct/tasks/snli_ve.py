@@ -9,13 +9,13 @@ from typing import Any
 from PIL import Image
 
 from modstruct.config import TaskFiles
-from modstruct.data.scenes.tasks.folder import SceneTaskPaths
-from modstruct.data.tasks.batches import Seed
-from modstruct.data.tasks.published_files import TaskEntries
-from modstruct.data.tasks.snli_ve import ENTAILMENT_LABELS, EntailmentPair, read_snli_ve
-from modstruct.evaluation.entailment_metrics import entailment_metrics
-from modstruct.evaluation.majority import majority_label
+from modstruct.data.downstream.batches import Seed
+from modstruct.data.downstream.published_files import TaskEntries
+from modstruct.data.downstream.snli_ve import ENTAILMENT_LABELS, EntailmentPair, read_snli_ve
+from modstruct.data.synthetic.tasks.folder import SceneTaskPaths
 from modstruct.models.fusion.classifier import Classifier
+from modstruct.tasks.entailment_metrics import entailment_metrics
+from modstruct.tasks.majority import majority_label
 from modstruct.tasks.task import Task
 
 

@@ -13,15 +13,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from modstruct import distributed
-from modstruct.config import FinetuneRecipe, TaskFiles, refuse, require
-from modstruct.data.augment import Views
-from modstruct.data.faults import FaultLedger
-from modstruct.data.scenes.tasks.folder import SceneTaskPaths
-from modstruct.data.tasks.batches import EntryBatch, Seed, entry_batches
-from modstruct.data.tasks.published_files import TaskEntries
+from modstruct.config import FinetuneRecipe, TaskFiles
+from modstruct.data.downstream.batches import EntryBatch, Seed, entry_batches
+from modstruct.data.downstream.published_files import TaskEntries
+from modstruct.data.shards.faults import FaultLedger
+from modstruct.data.shards.workers import require_shared_memory
+from modstruct.data.synthetic.tasks.folder import SceneTaskPaths
 from modstruct.data.tokenizers import Tokenizer
-from modstruct.data.workers import require_shared_memory
-from modstruct.evaluation.collect import collect_values, rounds_of
+from modstruct.data.transforms.augment import Views
+from modstruct.distributed.collect import collect_values, rounds_of
+from modstruct.errors import refuse, require
 from modstruct.losses.distillation import Distillation
 from modstruct.models.fusion.momentum import FollowedModel
 

@@ -17,15 +17,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from modstruct.config import FinetuneRecipe, TaskFiles, require
-from modstruct.data.augment import sample_seed
-from modstruct.data.faults import BadSample
-from modstruct.data.scenes.tasks.folder import SceneTaskPaths
-from modstruct.data.tasks.batches import Seed
-from modstruct.data.tasks.karpathy import SPLIT_OF_RUN, CaptionedPicture, read_karpathy
-from modstruct.data.tasks.published_files import TaskEntries
+from modstruct.config import FinetuneRecipe, TaskFiles
+from modstruct.data.downstream.batches import Seed
+from modstruct.data.downstream.karpathy import SPLIT_OF_RUN, CaptionedPicture, read_karpathy
+from modstruct.data.downstream.published_files import TaskEntries
+from modstruct.data.shards.faults import BadSample
+from modstruct.data.synthetic.tasks.folder import SceneTaskPaths
 from modstruct.data.tokenizers import Tokenizer
-from modstruct.models.fusion.two_pictures import PairClassifier
+from modstruct.data.transforms.augment import sample_seed
+from modstruct.errors import require
+from modstruct.models.fusion.two_images import PairClassifier
 from modstruct.tasks.nlvr2 import SIDES
 from modstruct.tasks.task import Task
 

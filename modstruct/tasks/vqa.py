@@ -14,15 +14,16 @@ from PIL import Image
 from torch import Tensor
 
 from modstruct import distributed
-from modstruct.config import FinetuneRecipe, TaskFiles, refuse
-from modstruct.data.scenes.tasks.folder import SceneTaskPaths
-from modstruct.data.tasks.batches import Seed
-from modstruct.data.tasks.published_files import TaskEntries
-from modstruct.data.tasks.vqa import VqaQuestion, answer_weights, build_answer_list, read_answer_list, read_vqa
+from modstruct.config import FinetuneRecipe, TaskFiles
+from modstruct.data.downstream.batches import Seed
+from modstruct.data.downstream.published_files import TaskEntries
+from modstruct.data.downstream.vqa import VqaQuestion, answer_weights, build_answer_list, read_answer_list, read_vqa
+from modstruct.data.synthetic.tasks.folder import SceneTaskPaths
 from modstruct.data.tokenizers import Tokenizer
-from modstruct.evaluation.vqa_accuracy import best_answers, prior_predictions, vqa_accuracy
+from modstruct.errors import refuse
 from modstruct.models.fusion.answering import AnswerModel, answer_tokens
 from modstruct.tasks.task import Task
+from modstruct.tasks.vqa_accuracy import best_answers, prior_predictions, vqa_accuracy
 
 log = logging.getLogger("modstruct")
 ANSWERS_AT_ONCE = 1024

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from modstruct import checkpoints, distributed
 from modstruct.checkpoints import Checkpoint, TrainState
-from modstruct.config import Recipe, RunError
+from modstruct.config import Recipe
+from modstruct.config.recipe_files import recipe_to_dict
 from modstruct.data.tokenizers import Tokenizer
-from modstruct.recipe_files import recipe_to_dict
+from modstruct.errors import RunError
 from modstruct.training.full_state import MOMENTS, FullState
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from modstruct import checkpoints, distributed
 from modstruct.config import FinetuneRecipe, Recipe
-from modstruct.evaluation.report import save_metrics
+from modstruct.evaluation.tables import save_metrics
 from modstruct.training.checkpoint import save
 from modstruct.training.profiler import profiled
 from modstruct.training.run import Run, StopRequest, train

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from modstruct.config import Recipe, refuse, require
+from modstruct.config import Recipe
 from modstruct.distributed import on_gpu
+from modstruct.errors import refuse, require
 from modstruct.models.execution import compile_trunks, recompute_activations
 
 AUTO = "auto"

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from modstruct.checkpoints import replace_folder
 from modstruct.config import FinetuneRecipe, Recipe
+from modstruct.config.recipe_files import recipe_to_dict
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.models.build import log_scale_range
 from modstruct.models.fusion.initial_weights import EXPORTED, EXPORTED_CONFIG
 from modstruct.models.towers import image_size, open_clip_config, text_sizes
-from modstruct.recipe_files import recipe_to_dict
 
 
 def export(

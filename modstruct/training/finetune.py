@@ -13,20 +13,20 @@ import torch
 
 from modstruct import checkpoints, distributed
 from modstruct.config import FinetuneRecipe
-from modstruct.data.scenes.tasks.folder import ensure_scene_tasks
-from modstruct.data.tasks.batches import task_loader, task_order
-from modstruct.data.tasks.published_files import TaskEntries
-from modstruct.evaluation.collect import on_main
-from modstruct.evaluation.report import flatten, task_table
+from modstruct.data.downstream.batches import task_loader, task_order
+from modstruct.data.downstream.published_files import TaskEntries
+from modstruct.data.synthetic.tasks.folder import ensure_scene_tasks
+from modstruct.distributed.collect import on_main
+from modstruct.distributed.heartbeat import Heartbeat
+from modstruct.distributed.hosts import on_all, require_same
+from modstruct.evaluation.tables import flatten, task_table
 from modstruct.files import written_aside
-from modstruct.hosts import on_all, require_same
 from modstruct.models.fusion.backbone import without_files
 from modstruct.models.fusion.initial_weights import Initial, find_initial, start_from
 from modstruct.tasks import Task, build_task
 from modstruct.tasks.task import SPLITS
 from modstruct.training.conduct import best_checkpoint, conclude, conduct, last_checkpoint
 from modstruct.training.export import export_task
-from modstruct.training.heartbeat import Heartbeat
 from modstruct.training.run import Run, Start, describe, find_start, run_length, start_engine
 from modstruct.training.telemetry import Telemetry
 

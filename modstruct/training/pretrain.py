@@ -10,19 +10,19 @@ import torch
 
 from modstruct import checkpoints, distributed
 from modstruct.config import Recipe
-from modstruct.data.labelled.class_files import load_classes
-from modstruct.data.loader import train_loader, train_order
+from modstruct.data.classification.class_files import load_classes
 from modstruct.data.run_data import RunData, open_run_data
-from modstruct.data.workers import WorkerLoader
+from modstruct.data.shards.loader import train_loader, train_order
+from modstruct.data.shards.workers import WorkerLoader
+from modstruct.distributed.heartbeat import Heartbeat
 from modstruct.evaluation.evaluate import evaluate
 from modstruct.evaluation.examples import retrieved_examples
-from modstruct.evaluation.report import flatten, table, validation_recall_at_1
-from modstruct.evaluation.structure import structure
+from modstruct.evaluation.structure.basic import structure
+from modstruct.evaluation.tables import flatten, table, validation_recall_at_1
 from modstruct.losses.objective import Objective
 from modstruct.models.build import build_model, image_size, initial_tokenizer
 from modstruct.training.conduct import conclude, conduct, last_checkpoint
 from modstruct.training.export import export
-from modstruct.training.heartbeat import Heartbeat
 from modstruct.training.run import Run, describe, find_start, run_length, start_engine
 from modstruct.training.step import StepReport
 from modstruct.training.telemetry import Telemetry

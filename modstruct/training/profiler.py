@@ -10,7 +10,7 @@ from pathlib import Path
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from modstruct import distributed
-from modstruct.config import require
+from modstruct.errors import require
 
 WARMUP_STEPS = 3  # left out: the first steps compile, allocate and fill the loader
 log = logging.getLogger("modstruct")

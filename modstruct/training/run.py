@@ -16,17 +16,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from modstruct import checkpoints, distributed, hosts
-from modstruct.config import FinetuneRecipe, Recipe, RunError, refuse, require
-from modstruct.data.faults import FaultLedger
-from modstruct.data.loader import steps_of
+from modstruct import checkpoints, distributed
+from modstruct.config import FinetuneRecipe, Recipe
+from modstruct.config.recipe_files import check_resumable, decisive_fields
+from modstruct.data.shards.faults import FaultLedger
+from modstruct.data.shards.loader import steps_of
+from modstruct.data.shards.workers import WorkerLoader
 from modstruct.data.tokenizers import Tokenizer
-from modstruct.data.workers import WorkerLoader
-from modstruct.recipe_files import check_resumable, decisive_fields
+from modstruct.distributed import hosts
+from modstruct.distributed.heartbeat import Heartbeat
+from modstruct.errors import RunError, refuse, require
 from modstruct.training.checkpoint import restore, save
 from modstruct.training.engine import build_engine, read_ds_config, resolve_ds_config
 from modstruct.training.full_state import FullState, own_part
-from modstruct.training.heartbeat import Heartbeat
 from modstruct.training.schedule import learning_rate
 from modstruct.training.step import StepReport, train_step
 from modstruct.training.telemetry import Telemetry

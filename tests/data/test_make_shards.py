@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from crafted_shards import config, opened, picture
 
-from modstruct.data.reader import ShardReader
+from modstruct.data.shards.reader import ShardReader
 
 TOOL = Path(__file__).parents[2] / "tools" / "make_shards.py"
 

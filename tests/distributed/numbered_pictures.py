@@ -16,8 +16,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 from modstruct.config import DataConfig, Source, ViewsConfig
-from modstruct.data.augment import Views
-from modstruct.data.evaluation_samples import EvaluationSamples
+from modstruct.data.shards.evaluation_samples import EvaluationSamples
+from modstruct.data.transforms.augment import Views
 
 CLASS_FILE = """
 label: parity

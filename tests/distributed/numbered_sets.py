@@ -10,9 +10,9 @@ from numbered_pictures import LastNumberTokenizer, LookUp, views
 from PIL import Image
 
 from modstruct.config.embedding import EmbeddingConfig
-from modstruct.data.evaluation_samples import EvaluationSample
-from modstruct.data.faults import BadSample
-from modstruct.evaluation.embedding import EmbeddingModel
+from modstruct.data.shards.evaluation_samples import EvaluationSample
+from modstruct.data.shards.faults import BadSample
+from modstruct.evaluation.embeddings import EmbeddingModel
 
 ARRAYS = ("image", "text", "image_features", "text_features", "image_augmented")
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from processes import run_on_processes
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "data" / "shards"))
 from crafted_shards import LengthTokenizer, config, opened, views, write_shards
 
-from modstruct.data.loader import train_loader
+from modstruct.data.shards.loader import train_loader
 
 STEPS = 3
 

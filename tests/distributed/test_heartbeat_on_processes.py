@@ -20,7 +20,7 @@ import sys, time
 import torch
 import torch.distributed as dist
 from modstruct import distributed
-from modstruct.training.heartbeat import Heartbeat
+from modstruct.distributed.heartbeat import Heartbeat
 
 hangs_at = int(sys.argv[1])
 dist.init_process_group("gloo")

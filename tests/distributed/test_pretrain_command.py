@@ -16,7 +16,7 @@ import yaml
 from tiny_run import ROOT, ds_config, tiny_recipe
 
 from modstruct import checkpoints
-from modstruct.recipe_files import recipe_to_dict
+from modstruct.config.recipe_files import recipe_to_dict
 
 LAUNCHER = str(Path(sys.executable).with_name("deepspeed"))
 SECONDS = 240

@@ -12,7 +12,7 @@ from tiny_run import ROOT, ds_config, tiny_recipe
 from two_hosts import INTERFACE, run_on_hosts, two_hosts, why_not
 
 from modstruct import checkpoints
-from modstruct.recipe_files import recipe_to_dict
+from modstruct.config.recipe_files import recipe_to_dict
 
 pytestmark = pytest.mark.slow
 STEPS = 3

@@ -18,11 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from processes import run_on_processes
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "data" / "shards"))
 from crafted_shards import LengthTokenizer, config, number_of, opened, views, write_shards
 
-from modstruct.data.loader import train_loader
-from modstruct.data.order import SampleOrder
+from modstruct.data.shards.loader import train_loader
+from modstruct.data.shards.order import SampleOrder
 
 PROCESSES = (1, 2, 3, 4)
 

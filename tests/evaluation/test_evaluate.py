@@ -11,11 +11,11 @@ from numbered_pictures import CLASS_FILE, LastNumberTokenizer, LookUp, views, wr
 from torch.nn import functional as F
 
 from modstruct.config import EvaluationConfig
-from modstruct.data.faults import TooManyBadSamples
-from modstruct.evaluation.embed import embed_source, embed_texts
+from modstruct.data.shards.faults import TooManyBadSamples
+from modstruct.evaluation.embeddings.in_memory import embed_source, embed_texts
 from modstruct.evaluation.evaluate import evaluate
 from modstruct.evaluation.examples import retrieved_examples
-from modstruct.evaluation.report import flatten, save_metrics, table, validation_recall_at_1
+from modstruct.evaluation.tables import flatten, save_metrics, table, validation_recall_at_1
 
 CPU = torch.device("cpu")
 

@@ -18,18 +18,18 @@ from sound_inputs import write_checkpoint
 
 from modstruct import checkpoints
 from modstruct.config import DataConfig, ViewsConfig
-from modstruct.data.augment import Views
-from modstruct.data.faults import BadSample
-from modstruct.data.index import ShardIndex, index_tar
-from modstruct.data.labelled.class_files import load_classes
-from modstruct.data.pictures import decode_picture
-from modstruct.data.reader import RawSample, ShardReader, _metadata
-from modstruct.data.tasks.karpathy import read_karpathy
-from modstruct.data.tasks.nlvr2 import read_nlvr2
-from modstruct.data.tasks.snli_ve import read_snli_ve
-from modstruct.data.tasks.vqa import read_answer_list, read_vqa
+from modstruct.data.classification.class_files import load_classes
+from modstruct.data.downstream.karpathy import read_karpathy
+from modstruct.data.downstream.nlvr2 import read_nlvr2
+from modstruct.data.downstream.snli_ve import read_snli_ve
+from modstruct.data.downstream.vqa import read_answer_list, read_vqa
+from modstruct.data.shards.faults import BadSample
+from modstruct.data.shards.index import ShardIndex, index_tar
+from modstruct.data.shards.reader import RawSample, ShardReader, _metadata
 from modstruct.data.tokenizers import ClipTokenizer, SentencePieceTokenizer, WordPieceTokenizer
-from modstruct.yaml_files import read_yaml
+from modstruct.data.transforms.augment import Views
+from modstruct.data.transforms.decoding import decode_picture
+from modstruct.files import read_yaml
 
 Reader = tuple[Callable[[bytes], None], tuple[type[Exception], ...]]
 

@@ -25,11 +25,11 @@ from modstruct.config import (
     QueueContrastConfig,
     SeparationConfig,
 )
-from modstruct.data.masking import blank_places
+from modstruct.data.transforms.masking import blank_places
 from modstruct.losses.distillation import Distillation
 from modstruct.losses.objective import Objective
 from modstruct.models.fusion.classifier import Classifier
-from modstruct.models.fusion.two_pictures import PairClassifier
+from modstruct.models.fusion.two_images import PairClassifier
 from modstruct.training.fusion_cache import CachedFusionBatch
 from modstruct.training.gradient_cache import WholeBatch
 

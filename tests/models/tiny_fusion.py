@@ -19,8 +19,8 @@ from modstruct.config import (
     SeparationConfig,
     TrainConfig,
 )
-from modstruct.data.masking import with_blanks
 from modstruct.data.tokenizers import Tokenizer
+from modstruct.data.transforms.masking import with_blanks
 from modstruct.losses.objective import Objective
 from modstruct.models.fusion.pretraining import FusionModel
 

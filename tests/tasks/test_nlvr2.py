@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from tiny_tasks import SIZE, Knowing, Stubborn, tiny_task, write_files
 
-from modstruct.data.augment import sample_seed
-from modstruct.data.tasks.nlvr2 import Nlvr2Statement
+from modstruct.data.downstream.nlvr2 import Nlvr2Statement
+from modstruct.data.transforms.augment import sample_seed
 from modstruct.tasks import Task
 
 

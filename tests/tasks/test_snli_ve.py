@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from tiny_tasks import SIZE, Knowing, Stubborn, tiny_task, write_files
 
-from modstruct.data.tasks.snli_ve import ENTAILMENT_LABELS
+from modstruct.data.downstream.snli_ve import ENTAILMENT_LABELS
 from modstruct.tasks import Task
 
 

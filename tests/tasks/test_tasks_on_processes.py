@@ -118,8 +118,8 @@ def test_every_run_leaves_predictions_figures_and_an_export(runs):
 
 def measure_again(run: str, out: str) -> None:
     from modstruct.cli import FINETUNE_RECIPES, parse, recipe_parser, task_checkpoint_arguments
+    from modstruct.commands.task import measure_task
     from modstruct.config import FinetuneRecipe
-    from modstruct.evaluation.commands.task import measure_task
 
     words = task_checkpoint_arguments(["--checkpoint", run])
     parser = recipe_parser("", "", FinetuneRecipe, FINETUNE_RECIPES)

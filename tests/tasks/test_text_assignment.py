@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny_tasks import SIZE, Knowing, Stubborn, tiny_task, write_files
 
-from modstruct.data.augment import sample_seed
-from modstruct.data.faults import BadSample
-from modstruct.data.tasks.batches import Seed, TaskBatches
-from modstruct.data.tasks.karpathy import CaptionedPicture
+from modstruct.data.downstream.batches import Seed, TaskBatches
+from modstruct.data.downstream.karpathy import CaptionedPicture
+from modstruct.data.shards.faults import BadSample
+from modstruct.data.transforms.augment import sample_seed
 from modstruct.tasks.text_assignment import ANSWERS, SplitPicture, TextAssignment
 
 FIRST, SECOND, NEITHER = range(3)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from modstruct.evaluation.information.scenes import ExactInformation
-from modstruct.evaluation.intervals import bootstrap_mean, mean_interval
+from modstruct.evaluation.statistics import bootstrap_mean, mean_interval
 
 Figure = dict[str, float]
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from modstruct.data.scenes.drawing import draw
-from modstruct.data.scenes.factors import Scene
+from modstruct.data.synthetic.drawing import draw
+from modstruct.data.synthetic.factors import Scene
 
 DRAWN_SIDE = 64
 """Pixels a side at which a scene is drawn, before it is averaged down."""

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from modstruct.config.checks import refuse, require
-from modstruct.evaluation.embedded_set import EmbeddedSet
+from modstruct.errors import refuse, require
+from modstruct.evaluation.classification.features import Features, Piece
+from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.information.gap import information_figures, label_surprise
 from modstruct.evaluation.information.inputs import PairedRows, bag_of_words, scene_pixels
 from modstruct.evaluation.information.probes import ProbeConfig, held_out_losses
 from modstruct.evaluation.information.scenes import TARGETS, exact_information, split_of_scenes
-from modstruct.evaluation.probes.features import Features, Piece
-from modstruct.evaluation.ranking.rows import check_rows
+from modstruct.evaluation.retrieval.rows import check_rows
 
 CPU = torch.device("cpu")
 SET_LABEL = "label"

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from modstruct.config.checks import require, require_counts
-from modstruct.evaluation.probes.features import Features, RowBlocks, column_statistics
-from modstruct.evaluation.probes.logistic_regression import FitConfig, LinearClassifier, fit_logistic_regression
+from modstruct.errors import require, require_counts
+from modstruct.evaluation.classification.features import Features, RowBlocks, column_statistics
+from modstruct.evaluation.classification.logistic_regression import FitConfig, LinearClassifier, fit_logistic_regression
 
 LogProbabilities = Callable[[Tensor], Tensor]
 """Rows (b, D) -> log probabilities (b, C), float32."""

@@ -11,8 +11,8 @@ from functools import lru_cache, partial
 
 import numpy as np
 
-from modstruct.data.scenes import captions
-from modstruct.data.scenes.factors import (
+from modstruct.data.synthetic import captions
+from modstruct.data.synthetic.factors import (
     COLOURS,
     COUNT_SHARES,
     FILLS,
@@ -22,7 +22,7 @@ from modstruct.data.scenes.factors import (
     TEMPLATES,
     TEMPLATES_OF_SEVERAL,
 )
-from modstruct.data.scenes.splits import DIGITS, SPLIT_OF_DIGIT, digit_of
+from modstruct.data.synthetic.splits import DIGITS, SPLIT_OF_DIGIT, digit_of
 
 SAID_SHARE = 1 - captions.LEFT_OUT_SHARE
 PLACE_COST = captions.DETAIL_COST["place"]

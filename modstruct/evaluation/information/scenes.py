@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from modstruct.data.scenes import captions
-from modstruct.data.scenes.factors import (
+from modstruct.data.synthetic import captions
+from modstruct.data.synthetic.factors import (
     ASIDES,
     FILLS,
     GROUND_COLOURS,
@@ -28,7 +28,7 @@ from modstruct.data.scenes.factors import (
     TEMPLATES,
     TEMPLATES_OF_SEVERAL,
 )
-from modstruct.data.scenes.splits import SPLITS
+from modstruct.data.synthetic.splits import SPLITS
 from modstruct.evaluation.information.discrete import entropy, mutual_information
 from modstruct.evaluation.information.scene_mentions import (
     SAID_SHARE,

@@ -7,8 +7,8 @@ import torch
 from tqdm import tqdm
 
 from modstruct.evaluation.leakage.best_pairs import Pairs
-from modstruct.evaluation.ranking.exact import CPU
-from modstruct.evaluation.ranking.rows import as_float32, check_dimensions, check_rows, row_blocks
+from modstruct.evaluation.retrieval.exact import CPU
+from modstruct.evaluation.retrieval.rows import as_float32, check_dimensions, check_rows, row_blocks
 
 QUERIES_AT_ONCE = 2048
 MARGIN = 0.005

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from modstruct.config import require
+from modstruct.errors import require
 from modstruct.evaluation.leakage.best_pairs import Pairs
 from modstruct.evaluation.leakage.cosine import cosines, near_embeddings
 from modstruct.evaluation.leakage.hamming import least_distances, near_hashes
+from modstruct.evaluation.leakage.image_difference import colour_difference, flat, picture_differences
 from modstruct.evaluation.leakage.perceptual_hash import BITS, mirrored, picture_hashes
-from modstruct.evaluation.leakage.picture_difference import colour_difference, flat, picture_differences
 from modstruct.evaluation.leakage.prints import Prints
-from modstruct.evaluation.ranking.exact import CPU
+from modstruct.evaluation.retrieval.exact import CPU
 
 ROWS_AT_ONCE = 4096
 CANDIDATES_AT_ONCE = 2048
@@ -24,7 +24,7 @@ CANDIDATES_AT_ONCE = 2048
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What counts as a near duplicate; tools/bench_leakage.py measures what the defaults find and miss."""
+    """What counts as a near duplicate; tools/benchmarks/leakage.py measures what the defaults find and miss."""
 
     hamming: int = 8
     """Bits that hashes may differ in for a second look."""

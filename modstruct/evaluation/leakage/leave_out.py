@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from modstruct.config import require
-from modstruct.evaluation.array_files import ROWS_AT_ONCE, RowStream
-from modstruct.evaluation.embedded_files import IMAGE_ARRAYS
-from modstruct.evaluation.embedded_set import EmbeddedSet, write_embedded_set
+from modstruct.errors import require
+from modstruct.evaluation.embeddings.array_files import ROWS_AT_ONCE, RowStream
+from modstruct.evaluation.embeddings.embedded_files import IMAGE_ARRAYS
+from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet, write_embedded_set
 
 
 def read_keys(path: str | Path) -> list[str]:

@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from modstruct.data.evaluation_samples import EvaluationSamples, evaluation_loader
-from modstruct.data.faults import FaultLedger
-from modstruct.evaluation.array_files import RowStream, write_array
+from modstruct.data.shards.evaluation_samples import EvaluationSamples, evaluation_loader
+from modstruct.data.shards.faults import FaultLedger
+from modstruct.evaluation.embeddings.array_files import RowStream, write_array
 from modstruct.evaluation.leakage.perceptual_hash import SIDE, VIEWS, ThumbnailViews, picture_hashes
 from modstruct.files import locked, sync_folder, written_aside
 

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from modstruct.data.evaluation_samples import EvaluationSamples
-from modstruct.data.faults import BadSample
+from modstruct.data.shards.evaluation_samples import EvaluationSamples
+from modstruct.data.shards.faults import BadSample
 from modstruct.evaluation.leakage.duplicates import Duplicates, Thresholds
 from modstruct.evaluation.leakage.prints import Prints
 from modstruct.files import written_aside

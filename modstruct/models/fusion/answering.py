@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modstruct.config import FinetuneRecipe, require
+from modstruct.config import FinetuneRecipe
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.embeddings import TaskOutputs
+from modstruct.errors import require
 from modstruct.models.fusion.backbone import Backbone
 from modstruct.models.fusion.bert import LanguageHead, Layers, Words, initialise
 from modstruct.models.fusion.momentum import FollowedModel

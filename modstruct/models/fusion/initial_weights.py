@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from modstruct import checkpoints
-from modstruct.config import TokenizerConfig, refuse, require
+from modstruct.checkpoints.weight_files import read_weight_file
+from modstruct.config import TokenizerConfig
 from modstruct.data.tokenizers import Tokenizer, build_tokenizer, load_tokenizer
 from modstruct.distributed import main_first
+from modstruct.errors import refuse, require
+from modstruct.files import read_yaml
 from modstruct.models.fusion.momentum import MOMENTUM
 from modstruct.models.fusion.published import QUEUE, fit_positions, from_albef, is_albef
-from modstruct.weight_files import read_weight_file
-from modstruct.yaml_files import read_yaml
 
 if TYPE_CHECKING:
     from modstruct.models.fusion.pretraining import FusionModel

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from modstruct import distributed
-from modstruct.data.augment import sample_seed
+from modstruct.data.transforms.augment import sample_seed
 
 NONE = -1
 """In place of a negative where every candidate is a positive."""

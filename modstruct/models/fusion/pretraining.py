@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from modstruct import distributed
 from modstruct.config import FinetuneRecipe, Recipe
-from modstruct.data.masking import IGNORED, blank_places
 from modstruct.data.tokenizers import Tokenizer
+from modstruct.data.transforms.masking import IGNORED, blank_places
 from modstruct.distributed import RowExchange
 from modstruct.embeddings import FusionOutputs
 from modstruct.losses.objective import Objective

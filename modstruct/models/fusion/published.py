@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modstruct.config import refuse, require
+from modstruct.checkpoints.weight_files import read_weight_file
 from modstruct.distributed import main_first
+from modstruct.errors import refuse, require
 from modstruct.models.fusion.momentum import MOMENTUM
 from modstruct.models.fusion.vision import interpolate_positions
-from modstruct.weight_files import read_weight_file
 
 QUEUE = "queue."
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from modstruct.config import FusionVisionConfig, refuse, require
+from modstruct.checkpoints.weight_files import read_weight_file
+from modstruct.config import FusionVisionConfig
 from modstruct.distributed import main_first
+from modstruct.errors import refuse, require
 from modstruct.models.fusion.bert import initialise
-from modstruct.weight_files import read_weight_file
 
 REMEDY = "must be a ViT with one class token, such as deit_base_patch16_224"
 

@@ -10,7 +10,7 @@ import pytest
 from hurt_run import HurtRun, errors_on, losses, whole_checkpoints, write_recipe
 from small_runs import weights_of
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "data"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "data" / "shards"))
 from crafted_shards import write_shards
 
 pytestmark = pytest.mark.slow

@@ -6,9 +6,9 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from modstruct.data.scenes.factors import COLOURS, MOODS
-from modstruct.data.scenes.splits import scenes
-from modstruct.evaluation.embedded_set import write_embedded_set
+from modstruct.data.synthetic.factors import COLOURS, MOODS
+from modstruct.data.synthetic.splits import scenes
+from modstruct.evaluation.embeddings.embedded_set import write_embedded_set
 from modstruct.evaluation.information import ProbeConfig, measure_information
 from modstruct.evaluation.information.inputs import bag_of_words, scene_pixels
 

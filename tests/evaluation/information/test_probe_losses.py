@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from modstruct.evaluation.classification.features import Features, Piece
 from modstruct.evaluation.information.discrete import entropy, mutual_information
 from modstruct.evaluation.information.gap import information_figures, label_surprise
 from modstruct.evaluation.information.probes import ProbeConfig, held_out_losses
 from modstruct.evaluation.information.scenes import ExactInformation
-from modstruct.evaluation.probes.features import Features, Piece
 
 CPU = torch.device("cpu")
 QUICK = ProbeConfig(

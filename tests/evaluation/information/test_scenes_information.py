@@ -7,9 +7,9 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from modstruct.data.scenes import captions, words
-from modstruct.data.scenes.factors import FILLS, SIZES
-from modstruct.data.scenes.splits import scenes, split_of
+from modstruct.data.synthetic import captions, words
+from modstruct.data.synthetic.factors import FILLS, SIZES
+from modstruct.data.synthetic.splits import scenes, split_of
 from modstruct.evaluation.information.discrete import entropy
 from modstruct.evaluation.information.scene_mentions import count_shares, ground_said_share
 from modstruct.evaluation.information.scenes import (

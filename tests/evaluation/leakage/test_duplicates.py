@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 
 from modstruct.evaluation.leakage import Prints, Thresholds, find_duplicates
 from modstruct.evaluation.leakage import duplicates as duplicates_module
-from modstruct.evaluation.leakage.picture_difference import picture_differences
+from modstruct.evaluation.leakage.image_difference import picture_differences
 from modstruct.evaluation.leakage.prints import rows_by_key
 
 PICTURES = 60

@@ -13,13 +13,13 @@ from drawn_pictures import COPIES, drawn
 from PIL import Image
 
 from modstruct.config import DataConfig, Source
-from modstruct.data.evaluation_samples import EvaluationSamples
-from modstruct.data.faults import TooManyBadSamples
-from modstruct.evaluation.embedded_set import write_embedded_set
+from modstruct.data.shards.evaluation_samples import EvaluationSamples
+from modstruct.data.shards.faults import TooManyBadSamples
+from modstruct.evaluation.embeddings.embedded_set import write_embedded_set
 from modstruct.evaluation.leakage import Prints, make_prints, prints, read_keys
 from modstruct.evaluation.leakage.perceptual_hash import picture_hashes, thumbnail
 
-sys.path += [str(Path(__file__).parents[3] / "tools"), str(Path(__file__).parents[2] / "data")]
+sys.path.append(str(Path(__file__).parents[3] / "tools"))
 import find_leakage
 from crafted_shards import write_tar
 

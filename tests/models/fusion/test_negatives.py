@@ -11,7 +11,7 @@ from scipy.stats import chisquare
 from torch.nn.functional import normalize
 
 from modstruct import distributed
-from modstruct.data.augment import sample_seed
+from modstruct.data.transforms.augment import sample_seed
 from modstruct.models.fusion.negatives import NONE, hard_negatives
 
 

@@ -17,13 +17,13 @@ from transformers import BertConfig, BertForMaskedLM
 
 from modstruct import checkpoints
 from modstruct.config import SeparationConfig
+from modstruct.config.recipe_files import recipe_to_dict
 from modstruct.embeddings import FusionOutputs
 from modstruct.losses.objective import Objective
 from modstruct.models.build import build_model, initial_tokenizer
 from modstruct.models.fusion.initial_weights import read_everything
 from modstruct.models.fusion.published import from_albef, to_albef
 from modstruct.models.fusion.vision import interpolate_positions
-from modstruct.recipe_files import recipe_to_dict
 from modstruct.training.export import export
 
 SIZES = Sizes()

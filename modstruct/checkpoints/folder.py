@@ -1,0 +1,273 @@
+"""The folder format of a checkpoint: everything a run needs to go on, complete or not there.
+
+    OUTPUT/checkpoints/step-00000500/
+        weights.safetensors     float32 weights and buffers by name
+        moments.safetensors     exp_avg.NAME and exp_avg_sq.NAME
+        rng.safetensors         random state of each process
+        momentum.safetensors    momentum weights and queues of a fusion model
+        state.json              step, which is the position in the data too; optimizer groups, counters
+        recipe.yaml             the run's recipe
+        tokenizer/              the tokenizer
+
+Keys are names, not processes, so any number of processes and any ZeRO stage reads it. Nothing is pickled. The folder
+is written aside, synced to disk and renamed, so that a name step-… is always a whole checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from modstruct.data.tokenizers import Tokenizer, load_tokenizer
+from modstruct.errors import refuse
+from modstruct.files import read_yaml, sync_folder, written_aside
+
+FORMAT = 1
+MOMENTUM_FILE = "momentum.safetensors"
+_COMPLETE = re.compile(r"step-(\d{8,})")
+
+
+@dataclass
+class TrainState:
+    """Where a run stands. The position in the data is `step` alone: see data/order.py."""
+
+    step: int = 0
+    """Steps done, skipped ones included."""
+    skipped_in_a_row: int = 0
+    data_fingerprint: str = ""
+    """Of the training samples and their weights, to notice that they are others at a resume."""
+
+
+@dataclass
+class Checkpoint:
+    """What a checkpoint holds, in the CPU's memory."""
+
+    weights: dict[str, Tensor]
+    """float32, by parameter and buffer name."""
+    moments: dict[str, Tensor]
+    """exp_avg.NAME and exp_avg_sq.NAME, float32."""
+    rng: dict[str, Tensor]
+    """cpu.RANK and cuda.RANK, uint8."""
+    state: TrainState
+    optimizer: dict
+    """Steps taken, settings of each group, loss scaler; and, for a reader, processes and ZeRO stage."""
+    recipe: dict
+    """The recipe as nested dictionaries."""
+    momentum: dict[str, Tensor] = field(default_factory=dict)
+    """Momentum weights and queues; empty for two towers."""
+
+
+def folder(output: str | Path) -> Path:
+    return Path(output) / "checkpoints"
+
+
+def step_folder(output: str | Path, step: int) -> Path:
+    return folder(output) / f"step-{step:08d}"
+
+
+def list_checkpoints(output: str | Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    found = [p for p in folder(output).glob("step-*") if _COMPLETE.fullmatch(p.name)]
+    return sorted(found, key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(_COMPLETE.fullmatch(path.name)[1])
+
+
+def find(which: str, output: str | Path, option: str = "--resume") -> Path | None:
+    """The folder that `latest`, `best`, a checkpoint's or a run's path names; None for a run without one.
+
+    output: the run's folder, for `latest` and `best`. option: where `which` came from, for the error.
+    """
+    if which == "best":
+        best = read_best(output)
+        if best is None:
+            refuse(option, which, f"{output} has no best checkpoint; it needs data.validation")
+        return folder(output) / best["checkpoint"]
+    if which == "latest" or folder(which).is_dir():
+        found = list_checkpoints(output if which == "latest" else which)
+        return found[-1] if found else None
+    if not (Path(which) / "state.json").is_file():
+        refuse(
+            option, which, "is no checkpoint; give a folder …/checkpoints/step-…, a run's folder, `latest` or `best`"
+        )
+    return Path(which)
+
+
+def write(target: Path, checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
+    """Write the folder `target`, whole or not at all. Raises OSError or SafetensorError; nothing is left behind."""
+    aside = target.with_name(f"{target.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        save_file(checkpoint.weights, aside / "weights.safetensors")
+        save_file(checkpoint.moments, aside / "moments.safetensors")
+        save_file(checkpoint.rng, aside / "rng.safetensors")
+        if checkpoint.momentum:
+            save_file(checkpoint.momentum, aside / MOMENTUM_FILE)
+        described = {"format": FORMAT, "train": vars(checkpoint.state), "optimizer": checkpoint.optimizer}
+        (aside / "state.json").write_text(json.dumps(described, indent=1))
+        (aside / "recipe.yaml").write_text(yaml.safe_dump(checkpoint.recipe, sort_keys=False))
+        tokenizer.save(aside / "tokenizer")
+        replace_folder(aside, target)  # the same step may be there, from before a resume
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def read(path: Path) -> Checkpoint:
+    """Read a checkpoint. Raises ValueError that names the folder if it is damaged."""
+    try:
+        described = json.loads((path / "state.json").read_text())
+        version = described["format"]
+        checkpoint = version == FORMAT and Checkpoint(
+            weights=load_file(path / "weights.safetensors"),
+            moments=load_file(path / "moments.safetensors"),
+            rng=load_file(path / "rng.safetensors"),
+            state=TrainState(**described["train"]),
+            optimizer=described["optimizer"],
+            recipe=dict(read_yaml(path / "recipe.yaml")),
+            momentum=load_file(path / MOMENTUM_FILE) if (path / MOMENTUM_FILE).exists() else {},
+        )
+        if checkpoint:
+            _check_state(checkpoint)
+    except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError, SafetensorError) as e:
+        _damaged(path, e)
+    if not checkpoint:
+        refuse("checkpoint", str(path), f"has format {version}, this version reads {FORMAT}")
+    return checkpoint
+
+
+def _check_state(checkpoint: Checkpoint) -> None:
+    """Refuse values of kinds that a run cannot go on from."""
+    state, steps = checkpoint.state, checkpoint.optimizer["step"]
+    if any(type(n) is not int or not 0 <= n < 1 << 62 for n in (state.step, state.skipped_in_a_row, steps)):
+        raise ValueError("state.json: steps are whole numbers of 0 or more")
+    if type(state.data_fingerprint) is not str:
+        raise ValueError("state.json: data_fingerprint is a text")
+    if any(value.dtype != torch.uint8 or value.ndim != 1 for value in checkpoint.rng.values()):
+        raise ValueError("rng.safetensors: random states are bytes")
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The weights alone."""
+    try:
+        return load_file(path / "weights.safetensors")
+    except (OSError, SafetensorError) as e:
+        _damaged(path, e)
+
+
+def _damaged(path: Path, error: Exception) -> None:
+    refuse("checkpoint", str(path), f"is damaged ({error}); use another folder of {path.parent}")
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    return load_tokenizer(path / "tokenizer")
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    """A checkpoint's weights and buffers into the model. path: for the error if they belong to another one."""
+    _require_same(model.state_dict(), weights, path)
+    model.load_state_dict(weights)
+
+
+def load_momentum(model: nn.Module, momentum: dict[str, Tensor], path: Path) -> None:
+    """A checkpoint's momentum weights and queues into a model that has them."""
+    _require_same(model.outside_state(), momentum, path)
+    model.load_outside_state(momentum)
+
+
+def _require_same(expected: dict[str, Tensor], given: dict[str, Tensor], path: Path) -> None:
+    names = expected.keys() ^ given.keys()
+    names |= {n for n in expected.keys() & given.keys() if expected[n].shape != given[n].shape}
+    if names:
+        refuse("checkpoint", str(path), f"belongs to another model; they differ in {', '.join(sorted(names)[:5])}")
+
+
+def read_best(output: str | Path) -> dict | None:
+    """{"checkpoint": folder name, "score": …} of the best checkpoint of a run by validation; None without one."""
+    try:
+        best = json.loads((folder(output) / "best.json").read_bytes())
+        name, score = best["checkpoint"], best["score"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    # A name and no path: it must not lead out of the run.
+    if not isinstance(name, str) or not _COMPLETE.fullmatch(name) or not isinstance(score, (int, float)):
+        return None
+    return best if (folder(output) / name).is_dir() else None
+
+
+def note_score(path: Path, score: float) -> bool:
+    """Make the checkpoint `path` the best of its run if its score is above the best so far; say whether.
+
+    score: of the validation source, R@1 or a task's accuracy.
+    """
+    best = read_best(path.parents[1])
+    if best and best["score"] >= score:
+        return False
+    with written_aside(path.with_name("best.json")) as file:
+        file.write(json.dumps({"checkpoint": path.name, "score": score}).encode())
+    return True
+
+
+def remove_old(output: str | Path, keep_last: int, step: int) -> None:
+    """Keep the last `keep_last` checkpoints and the best.
+
+    step: of the checkpoint just written; later ones belong to a branch that a resume from an earlier step has left.
+    """
+    best = read_best(output)
+    found = list_checkpoints(output)
+    ours = [path for path in found if _step(path) <= step]
+    for path in [*found[len(ours) :], *ours[:-keep_last]]:
+        if _step(path) > step or best is None or path.name != best["checkpoint"]:
+            discard(path)
+
+
+def clean(output: str | Path) -> None:
+    """Remove what a killed run left half written or half removed."""
+    for suffix in ("*.part", "*.old"):
+        for path in folder(output).glob(suffix):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def replace_folder(aside: Path, target: Path) -> None:
+    """Put a folder on the disk and give it the name `target`, whose earlier content goes."""
+    sync_tree(aside)
+    if target.exists():
+        discard(target)
+    os.rename(aside, target)
+    sync_folder(target.parent)
+
+
+def discard(path: Path) -> None:
+    """Remove a folder."""
+    # Renamed first: a kill in the middle must not leave a damaged folder under a whole one's name.
+    old = path.with_name(f"{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    os.rename(path, old)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sync_tree(path: Path) -> None:
+    """Put a folder with all that it holds on the disk."""
+    for file in path.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as f:
+                os.fsync(f.fileno())
+        else:
+            sync_folder(file)
+    sync_folder(path)

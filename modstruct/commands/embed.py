@@ -1,0 +1,136 @@
+"""Embed sets once, with all processes, into a folder that every metric reads; a stopped command goes on where it was.
+
+deepspeed launch_scripts/evaluate.py embed --checkpoint runs/scenes --out evaluations/scenes
+deepspeed --num_gpus 8 launch_scripts/evaluate.py embed --open_clip ViT-B-32:laion2b_s34b_b79k --out evaluations/laion \
+    --sets cifar10@/data/cifar10 imagenet_v2@/data/imagenetv2 coco='/data/coco_val/*.tar'
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from modstruct.cli import checkpoint_arguments, parse, recipe_parser, run
+from modstruct.config import Recipe
+from modstruct.config.embedding import EmbeddingConfig
+from modstruct.errors import refuse, require
+from modstruct.evaluation.embeddings.embedded_files import MODEL_FILE, is_set_name
+
+if TYPE_CHECKING:
+    from modstruct.evaluation.embeddings import EmbeddingModel
+
+USAGE = "deepspeed [launcher options] launch_scripts/evaluate.py embed --checkpoint FOLDER --out FOLDER [--sets SET …]"
+FOR_PROBES = ("image", "image_features", "image_projected", "image_independent")
+"""What is embedded of a split that only probes read."""
+SETS_HELP = """What to embed: `eval` (the recipe's data.eval, with the classes of data.zero_shot), NAME=SHARDS for
+image-text shards, NAME@FOLDER for a published set of labelled pictures (cifar10@/data/cifar10; NAME:SPLIT@FOLDER for
+another split), FILE.yaml for your own, scenes_colour and scenes_shape for the built-in pictures."""
+
+
+def main(words: Sequence[str]) -> None:
+    parser = recipe_parser(__doc__, USAGE)
+    add_options(parser)
+    recipe, options = parse(parser, words, prepare=checkpoint_arguments)
+    run(lambda: embed(recipe, options, ["evaluate.py", "embed", *words]))
+
+
+def add_options(parser: ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", help="A checkpoint folder, or a run's folder for its last one.")
+    parser.add_argument("--open_clip", help="Instead of it a model of open_clip: NAME:TAG, NAME:FILE or hf-hub:….")
+    parser.add_argument("--random_weights", type=bool, default=False, help="With --open_clip NAME: draw its weights.")
+    parser.add_argument("--name", help="What tables call the model.")
+    parser.add_argument("--out", required=True, help="Folder of the evaluation.")
+    parser.add_argument("--sets", nargs="+", default=[], help=SETS_HELP)
+    splits = "Training and validation splits of labelled sets too, which probes need."
+    parser.add_argument("--all_splits", type=bool, default=False, help=splits)
+    parser.add_class_arguments(EmbeddingConfig, "embedding", as_group=True)
+
+
+def embed(recipe: Recipe, options: Namespace, command: list[str]) -> Path:
+    """Embed every set that is asked for and note model, sets and command; every process calls it. Returns --out."""
+    from modstruct import distributed
+    from modstruct.commands.sets import open_sets, splits_beside
+    from modstruct.distributed.collect import on_main
+    from modstruct.distributed.hosts import on_all
+    from modstruct.evaluation.embeddings import embed_sets
+
+    distributed.start_processes()
+    out = Path(options.out).expanduser()
+    model = _model(recipe, options)
+    sources = open_sets(options.sets, recipe, model.views.image_size, options.all_splits)
+    on_all(lambda: _require_same_model(out, model))
+    of_pictures = [name for name in model.chosen_arrays(options.embedding.arrays) if name in FOR_PROBES]
+    for_probes = replace(options.embedding, arrays=of_pictures)
+    other_splits, made = splits_beside([source.name for source in sources.values()]), []
+    for source in sources.values():
+        wanted = for_probes if source.name in other_splits else options.embedding
+        made += embed_sets(model, [source], out / "embeddings", wanted, command)
+    sets = {source.name: word for word, source in sources.items()}
+    on_main(lambda: _note(out, recipe, options, model, sets, command))
+    for one in made if distributed.is_main() else ():
+        rows = one.manifest["rows"]
+        print(f"{one.folder}: {rows['image']:,} pictures, {rows.get('text', 0):,} captions")
+    return out
+
+
+def _model(recipe: Recipe, options: Namespace) -> EmbeddingModel:
+    from modstruct.evaluation.embeddings import checkpoint_model, open_clip_model
+
+    chosen = [name for name in ("checkpoint", "open_clip") if getattr(options, name)]
+    require(len(chosen) == 1, "--checkpoint", options.checkpoint, "give it or --open_clip, and not both")
+    if options.open_clip:
+        return open_clip_model(options.open_clip, options.random_weights, options.name)
+    return checkpoint_model(recipe, options.checkpoint, options.name)
+
+
+def _require_same_model(out: Path, model: EmbeddingModel) -> None:
+    """A folder is of one model, or its results would stand in one column of a report."""
+    if not (out / MODEL_FILE).is_file():
+        return
+    before = read_model(out)
+    if before["fingerprint"] != model.fingerprint:
+        refuse(
+            "--out", str(out), f"holds the evaluation of {before['name']}, with other weights: choose another folder"
+        )
+
+
+def read_model(out: Path) -> dict[str, Any]:
+    """What `embed` noted of the model and its sets. Raises FileNotFoundError or ValueError naming the file."""
+    path = out / MODEL_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: missing; `evaluate.py embed --out {out}` comes first")
+    try:
+        noted = json.loads(path.read_bytes())
+        known = isinstance(noted, dict) and {"name", "fingerprint", "sets", "image_size", "commands"} <= noted.keys()
+        if known and all(is_set_name(name) and {"word", "recipe"} <= of.keys() for name, of in noted["sets"].items()):
+            return noted
+    except (ValueError, AttributeError):
+        pass
+    raise ValueError(f"{path}: damaged; remove it and run `evaluate.py embed` again, which keeps what is embedded")
+
+
+def _note(
+    out: Path, recipe: Recipe, options: Namespace, model: EmbeddingModel, sets: dict[str, str], command: list[str]
+) -> None:
+    from modstruct.config.recipe_files import recipe_to_yaml
+    from modstruct.files import written_aside
+
+    noted = read_model(out) if (out / MODEL_FILE).is_file() else {"sets": {}, "commands": []}
+    made_with = recipe_to_yaml(recipe)
+    noted |= {
+        "name": model.name,
+        "fingerprint": model.fingerprint,
+        "checkpoint": options.checkpoint,
+        "open_clip": options.open_clip,
+        "image_size": model.views.image_size,
+        "recipe": made_with,
+        "sets": noted["sets"] | {name: {"word": word, "recipe": made_with} for name, word in sets.items()},
+        "commands": [*noted["commands"], *([command] if command not in noted["commands"] else [])],
+    }
+    with written_aside(out / MODEL_FILE) as file:
+        file.write((json.dumps(noted, indent=1) + "\n").encode())

@@ -1,0 +1,244 @@
+"""All metrics of what was embedded: retrieval, zero-shot, structure, probes, information; each result is one file.
+
+python launch_scripts/evaluate.py measure evaluations/scenes
+deepspeed --num_gpus 8 launch_scripts/evaluate.py measure evaluations/laion --metrics retrieval zero_shot
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from modstruct import distributed
+from modstruct.cli import config_parser, parse, run
+from modstruct.commands.embed import read_model
+from modstruct.commands.examples import write_examples
+from modstruct.commands.sets import splits_beside
+from modstruct.distributed import FailedElsewhere, LostProcess
+from modstruct.distributed.collect import on_main
+from modstruct.errors import RunError
+from modstruct.evaluation.classification import FewShotConfig, LinearProbeConfig, measure_few_shot, measure_linear_probe
+from modstruct.evaluation.classification.zero_shot import measure_zero_shot
+from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
+from modstruct.evaluation.information import ProbeConfig, measure_information
+from modstruct.evaluation.leakage import LEAKED_KEYS, leave_out, read_keys
+from modstruct.evaluation.retrieval import RetrievalConfig, measure_set_retrieval
+from modstruct.evaluation.structure import SamplingConfig, measure_set_structure
+from modstruct.files import written_aside
+
+USAGE = "[deepspeed [launcher options] | python] launch_scripts/evaluate.py measure EVALUATION… [--FIELD VALUE …]"
+METRICS = ("retrieval", "zero_shot", "structure", "linear_probe", "linear_probe_sgd", "few_shot", "information")
+PROBES = ("linear_probe", "linear_probe_sgd", "few_shot")
+DEFAULT_FEATURES = ("image_features", "image_projected")
+Probe = TypeVar("Probe", LinearProbeConfig, FewShotConfig)
+Found = tuple[dict[str, Any], dict[str, np.ndarray]]
+
+
+@dataclass
+class MeasureConfig:
+    """How each metric measures."""
+
+    again: bool = False
+    """Measure anew what has a result already."""
+    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
+    """Needs captions."""
+    top_k: list[int] = field(default_factory=lambda: [1, 3, 5])
+    """Of zero-shot classification, which needs classes."""
+    structure: SamplingConfig = field(default_factory=SamplingConfig)
+    """Needs captions."""
+    linear_probe: LinearProbeConfig = field(default_factory=LinearProbeConfig)
+    """Needs classes and the training split (embed --all_splits). linear_probe_sgd is the same by CyCLIP's protocol, on
+    image_projected."""
+    few_shot: FewShotConfig = field(default_factory=FewShotConfig)
+    """Needs classes and the training split."""
+    information: ProbeConfig = field(default_factory=ProbeConfig)
+    """Needs captions, and classes or information_labels."""
+    information_labels: list[str] = field(default_factory=list)
+    """Fields of the metadata whose information is measured; by default the set's classes, of scenes all factors."""
+
+
+def main(words: Sequence[str]) -> None:
+    parser = config_parser(__doc__, USAGE, MeasureConfig)
+    parser.add_argument("folders", nargs="+", help="Folders that `evaluate.py embed --out` wrote.")
+    which = "Metrics; those that a set does not allow are left out, and the reason said."
+    parser.add_argument("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help=which)
+    config, options = parse(parser, words)
+
+    def measure_all() -> None:
+        distributed.start_processes()
+        problems = []
+        for folder in options.folders:
+            problems += measure(Path(folder).expanduser(), config, options.metrics, words)
+        require_all(problems)
+
+    run(measure_all)
+
+
+def measure(out: Path, config: MeasureConfig, metrics: Sequence[str], words: Sequence[str]) -> list[str]:
+    """Metrics of every set of an evaluation; every process calls it. Returns what could not be measured, and why.
+
+    A metric that a set cannot have, such as 16 shots of a class of 5 pictures, does not stop the others.
+    """
+    problems: list[str] = []
+
+    def attempt(title: str, step: Callable[[], None]) -> None:
+        try:
+            step()
+        except (ValueError, RuntimeError, OSError) as error:  # raised on all: `on_main` and the like tell everyone
+            if LostProcess.if_it_is(error):
+                raise
+            problems.append(f"{title}: {error}")
+
+    noted = on_main(lambda: read_model(out))
+    beside = splits_beside(list(noted["sets"]))
+    opened = {name: EmbeddedSet.open(out / "embeddings" / name) for name in noted["sets"]}
+    for name in noted["sets"]:
+        if name in beside:
+            continue
+        splits = {split: opened[other] for other, (of, split) in beside.items() if of == name}
+        sets = [opened[name]]
+        attempt(f"{name}, without what leaked", lambda sets=sets: sets.extend(_without_leaked(sets[0], out)))
+        for embedded in sets:
+            results = out / "results" / embedded.name
+            for metric in metrics:
+                step = partial(_measure_one, metric, results, embedded, splits, config, words)
+                attempt(f"{embedded.name}, {metric}", step)
+            if "retrieval" in metrics and len(embedded.pairs):
+                step = partial(on_main, partial(write_examples, results, noted, embedded, noted["sets"][name]))
+                attempt(f"{embedded.name}, retrieved examples", step)
+    return problems
+
+
+def require_all(problems: list[str]) -> None:
+    """Raise RunError if something could not be measured; the main process says it."""
+    if problems:
+        kind = RunError if distributed.is_main() else FailedElsewhere
+        raise kind("all else was measured, but not\n  " + "\n  ".join(problems))
+
+
+def _without_leaked(embedded: EmbeddedSet, out: Path) -> list[EmbeddedSet]:
+    """The set without the pictures that tools/find_leakage.py found in the training source, if it looked and did."""
+    found = out / "results" / embedded.name / LEAKED_KEYS
+    folder = out / "embeddings" / f"{embedded.name}-without-leaked"
+
+    def write() -> bool:
+        keys = read_keys(found) if found.is_file() else []
+        return bool(keys and leave_out(embedded, keys, folder))
+
+    return [EmbeddedSet.open(folder)] if on_main(write) else []
+
+
+def _measure_one(
+    metric: str,
+    results: Path,
+    embedded: EmbeddedSet,
+    splits: dict[str, EmbeddedSet],
+    config: MeasureConfig,
+    words: Sequence[str],
+) -> None:
+    title = f"{embedded.name}, {metric.replace('_', ' ')}"
+    missing = _missing(metric, embedded, splits, config)
+    if missing:
+        _say(f"{title}: left out, {missing}")
+        return
+    path = results / f"{metric}.json"
+    if not config.again and on_main(lambda: _measured(path) == identity(embedded)):
+        _say(f"{title}: measured before ({path}); --again true measures it anew")
+        return
+    _say(f"{title} …")
+    device, progress = distributed.device(), distributed.is_main()
+    three = (splits.get("train"), embedded, splits.get("validation"))
+    alone: dict[str, Callable[[], Found]] = {
+        "zero_shot": lambda: measure_zero_shot(embedded, config.top_k, device),
+        "structure": lambda: (measure_set_structure(embedded, config.structure), {}),
+        "linear_probe": lambda: measure_linear_probe(
+            *three, _with_features(config.linear_probe, splits), device, progress
+        ),
+        "linear_probe_sgd": lambda: measure_linear_probe(
+            *three, _with_features(_by_sgd(config.linear_probe), splits), device, progress
+        ),
+        "few_shot": lambda: measure_few_shot(*three, _with_features(config.few_shot, splits), device, progress),
+        "information": lambda: measure_information(
+            embedded, config.information_labels, config.information, device, progress
+        ),
+    }
+    if metric == "retrieval":  # which all processes share
+        found = measure_set_retrieval(embedded, config.retrieval, progress=progress)
+        on_main(lambda: _save(path, *found, embedded, words))
+    else:
+        on_main(lambda: _save(path, *alone[metric](), embedded, words))
+
+
+def _by_sgd(probe: LinearProbeConfig) -> LinearProbeConfig:
+    features = "image_projected" if probe.features == LinearProbeConfig().features else probe.features
+    return replace(probe, method="sgd", features=features)
+
+
+def _with_features(probe: Probe, splits: dict[str, EmbeddedSet]) -> Probe:
+    """The probe on the shared embeddings, where its own default was not embedded."""
+    if probe.features not in DEFAULT_FEATURES or probe.features in splits["train"].arrays:
+        return probe
+    _say(f"  on image, since {probe.features} is not embedded (embed --embedding.arrays '[all]')")
+    return replace(probe, features="image")
+
+
+def _missing(metric: str, embedded: EmbeddedSet, splits: dict[str, EmbeddedSet], config: MeasureConfig) -> str | None:
+    """Why a set does not allow a metric."""
+    if metric in ("retrieval", "structure", "information") and not len(embedded.pairs):
+        return "it has no captions"
+    by_label = metric == "information" and not config.information_labels
+    if (metric in ("zero_shot", *PROBES) or by_label) and embedded.labels is None:
+        return "it has no classes"
+    if metric in PROBES and "train" not in splits:
+        return "its training split is not embedded (embed --all_splits true)"
+    return None
+
+
+def _measured(path: Path) -> str | None:
+    """Identity of the embeddings that a result is of; None where there is no result."""
+    try:
+        return json.loads(path.read_bytes()).get("embeddings")
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def identity(embedded: EmbeddedSet) -> str:
+    """What tells a set's embeddings from others of its name."""
+    about = [
+        embedded.model["fingerprint"],
+        embedded.source,
+        embedded.manifest.get("settings"),
+        embedded.manifest["dtype"],
+    ]
+    return hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _save(
+    path: Path,
+    result: dict[str, Any],
+    outcomes: dict[str, np.ndarray],
+    embedded: EmbeddedSet,
+    words: Sequence[str],
+) -> None:
+    """The result, and METRIC.npz first, so that a METRIC.json always has its own outcomes beside it."""
+    command = ["evaluate.py", "measure", *words]
+    result |= {"metric": path.stem, "command": command, "embeddings": identity(embedded)}
+    content = (json.dumps(result, indent=1, allow_nan=False) + "\n").encode()
+    path.unlink(missing_ok=True)
+    if outcomes:
+        with written_aside(path.with_suffix(".npz")) as file:
+            np.savez_compressed(file, **outcomes)
+    with written_aside(path) as file:
+        file.write(content)
+
+
+def _say(line: str) -> None:
+    if distributed.is_main():
+        print(line, flush=True)

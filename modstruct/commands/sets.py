@@ -1,0 +1,89 @@
+"""Sets as the command line names them: captioned shards, labelled sets, the recipe's own data, the built-in scenes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from modstruct import distributed
+from modstruct.config import Recipe, Source
+from modstruct.data.classification.class_files import load_classes
+from modstruct.data.classification.registry import SCENES, open_labelled, parse_set, set_splits
+from modstruct.data.run_data import BUILT_IN
+from modstruct.data.shards.evaluation_samples import EvaluationSamples
+from modstruct.data.shards.sources import as_sources
+from modstruct.data.synthetic.folder import ensure_scenes
+from modstruct.errors import refuse
+from modstruct.evaluation.embeddings import EmbeddingSource
+
+RECIPES_OWN = "eval"
+
+
+def open_sets(words: Sequence[str], recipe: Recipe, image_size: int, all_splits: bool) -> dict[str, EmbeddingSource]:
+    """The sets that are wanted, by words that `read_set` finds each by again; every process calls it.
+
+    image_size: of the scenes, where they are drawn. all_splits: training and validation splits of labelled sets too,
+    those that are there. Raises ValueError or FileNotFoundError, naming the set, for one that is not known or whose
+    files are missing or wrong, and for two of one name.
+    """
+    words = list(words) or ["scenes_colour" if recipe.data.eval == BUILT_IN else RECIPES_OWN]
+    sources = {}
+    for word in words:
+        sources[word] = distributed.main_first(lambda word=word: read_set(word, recipe, image_size))
+        for other in _other_splits(word) if all_splits else ():
+            try:
+                sources[other] = distributed.main_first(lambda other=other: read_set(other, recipe, image_size))
+            except (ValueError, OSError, distributed.FailedElsewhere) as error:
+                if distributed.is_main():
+                    print(f"{other}: left out: {error}", flush=True)
+    names = [source.name for source in sources.values()]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        refuse("--sets", twice[0], "two sets have this name: give each one of its own")
+    return sources
+
+
+def read_set(word: str, recipe: Recipe, image_size: int) -> EmbeddingSource:
+    """The set that a word names, opened by this process."""
+    data = recipe.data
+    if word == RECIPES_OWN:
+        if data.eval is None:
+            refuse("data.eval", None, "name the shards of the set `eval`, or other --sets")
+        shards, classes = data.eval, data.zero_shot
+        if BUILT_IN in (shards, classes):
+            scenes = ensure_scenes(data.scenes, data.cache, image_size)
+            shards = scenes.test if shards == BUILT_IN else shards
+            classes = None if classes == BUILT_IN and shards != scenes.test else classes
+            classes = scenes.zero_shot if classes == BUILT_IN else classes
+        samples = EvaluationSamples(as_sources(shards), data, "data.eval", distributed.is_main())
+        return EmbeddingSource.of_samples(RECIPES_OWN, samples, classes and load_classes(classes))
+    if _is_captioned(word):
+        name, _, shards = word.partition("=")
+        samples = EvaluationSamples([Source(shards)], data, f"--sets {name}", distributed.is_main())
+        return EmbeddingSource.of_samples(name, samples)
+    if word.partition(":")[0] in SCENES and "@" not in word:
+        folder = Path(ensure_scenes(data.scenes, data.cache, image_size).zero_shot).parent
+        word = f"{word}@{folder}"
+    return EmbeddingSource.of_labelled(open_labelled(word, data))
+
+
+def splits_beside(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Sets that are the training or validation split of another one: its name -> (the other one, split)."""
+    beside = {f"{name}-{split}": (name, split) for name in names for split in ("train", "validation")}
+    return {name: beside[name] for name in names if name in beside}
+
+
+def _other_splits(word: str) -> list[str]:
+    """Words of the splits that a labelled set can have beside its usual one, unless the word names a split."""
+    if word == RECIPES_OWN or _is_captioned(word):
+        return []
+    whole = word if word.partition(":")[0] not in SCENES or "@" in word else f"{word}@."  # the scenes' folder is known
+    if parse_set(whole).split is not None:
+        return []
+    head, at, place = word.partition("@")
+    return [f"{head}:{split}{at}{place}" for split in set_splits(whole)[:-1]]
+
+
+def _is_captioned(word: str) -> bool:
+    name, equals, _ = word.partition("=")
+    return bool(equals) and "@" not in name and "/" not in name

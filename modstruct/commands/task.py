@@ -1,0 +1,57 @@
+"""A fine-tuned model on its task: the figures and predictions of its test split, or of another.
+
+deepspeed launch_scripts/evaluate.py task --checkpoint runs/vqa
+deepspeed launch_scripts/evaluate.py task --checkpoint runs/retrieval --split validation --task.rerank 32
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from modstruct.cli import FINETUNE_RECIPES, parse, recipe_parser, run, task_checkpoint_arguments
+from modstruct.config import FinetuneRecipe
+from modstruct.errors import refuse
+
+USAGE = "deepspeed [launcher options] launch_scripts/evaluate.py task --checkpoint FOLDER [--FIELD VALUE …]"
+
+
+def main(words: Sequence[str]) -> None:
+    parser = recipe_parser(__doc__, USAGE, FinetuneRecipe, FINETUNE_RECIPES)
+    parser.add_argument("--checkpoint", required=True, help="A checkpoint folder, or a run's folder for its last one.")
+    parser.add_argument("--split", default="test", help="train, validation or test (default: %(default)s).")
+    parser.add_argument("--out", help="Folder for SPLIT.json and SPLIT-predictions.json (default: the run's).")
+    recipe, options = parse(parser, words, prepare=task_checkpoint_arguments)
+    run(lambda: measure_task(recipe, options.checkpoint, options.split, options.out))
+
+
+def measure_task(recipe: FinetuneRecipe, checkpoint: str, split: str, out: str | None) -> dict:
+    """Figures of a split with a checkpoint's weights; every process calls it.
+
+    recipe: the checkpoint's, with overrides. Raises ValueError naming the option or field that is wrong.
+    """
+    from modstruct import checkpoints, distributed
+    from modstruct.evaluation.tables import save_metrics, task_table
+    from modstruct.tasks import build_task
+    from modstruct.tasks.task import SPLITS
+    from modstruct.training.finetune import measure_checkpoint, read_splits, write_predictions
+
+    if split not in SPLITS:
+        refuse("--split", split, f"is none of {', '.join(SPLITS)}")
+    distributed.start_processes()
+    path = distributed.broadcast_object(checkpoints.find(checkpoint, checkpoint, "--checkpoint"))
+    if path is None:
+        refuse("--checkpoint", checkpoint, "this run has no checkpoint yet")
+    task = build_task(recipe, checkpoints.read_tokenizer(path))
+    # VQA ranks the most frequent answers of the training split.
+    needed = dict.fromkeys(["train", split] if recipe.task.name == "vqa" else [split])
+    entries = read_splits(recipe, task, tuple(needed)).get(split)
+    if entries is None:
+        refuse("--split", split, f"data.{split} names no files")
+    metrics, predictions = measure_checkpoint(task, path, entries)
+    folder = Path(out or path.resolve().parents[1]).expanduser()
+    write_predictions(predictions, folder / f"{split}-predictions.json")
+    if distributed.is_main():
+        save_metrics(metrics, folder / f"{split}.json")
+        print(f"\n{path}\n\n{task_table(recipe.task.name, metrics)}\n\nmetrics: {folder / f'{split}.json'}")
+    return metrics

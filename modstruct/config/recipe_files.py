@@ -1,0 +1,99 @@
+"""Recipes as text and as nested dictionaries, and what may differ when a run is resumed."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import yaml
+
+from modstruct.config import Recipe
+from modstruct.errors import refuse
+
+# What a resumed run may change: how long and how fast it learns, what it writes down, and where it finds helpers.
+CHANGEABLE = (
+    "optimizer.learning_rate",
+    "optimizer.initial_learning_rate",
+    "optimizer.final_learning_rate",
+    "optimizer.warmup_steps",
+    "train.steps",
+    "train.epochs",
+    "train.max_skipped_steps",
+    "train.hang_timeout_minutes",
+    "train.micro_batch",
+    "train.activation_checkpointing",
+    "train.compile",
+    "logging",
+    "evaluation",
+    "checkpoints",
+    "output",
+    "data.train",  # where the samples lie; that they are the same is checked by their fingerprint
+    "data.allow_pipe",
+    "data.validation",
+    "data.test",
+    "data.eval",
+    "data.zero_shot",
+    "data.cache",
+    "data.workers",
+    "data.pipe_cache_gib",
+    "data.max_bad_share",
+)
+
+# Paths may differ from host to host; what lies there is compared instead.
+PATHS = (
+    "output",
+    "init",
+    "data.train",
+    "data.validation",
+    "data.eval",
+    "data.test",
+    "data.answers",
+    "data.zero_shot",
+    "data.cache",
+    "tokenizer.path",
+)
+
+
+def recipe_to_dict(recipe: Recipe) -> dict:
+    """Nested plain dictionary (tuples become lists), as YAML reads it back."""
+    return yaml.safe_load(recipe_to_yaml(recipe))
+
+
+def recipe_to_yaml(recipe: Recipe) -> str:
+    def plain(value):
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+    return yaml.safe_dump(plain(asdict(recipe)), sort_keys=False)
+
+
+def _leaves(tree: dict, prefix: str = "") -> dict[str, object]:
+    """A nested dictionary's values by their dotted names."""
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _leaves(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _is_in(name: str, sections: tuple[str, ...]) -> bool:
+    return any(name == section or name.startswith(f"{section}.") for section in sections)
+
+
+def decisive_fields(recipe: Recipe) -> dict[str, object]:
+    """The fields by their dotted names, paths left out: equal on all hosts of a run."""
+    return {name: value for name, value in _leaves(recipe_to_dict(recipe)).items() if not _is_in(name, PATHS)}
+
+
+def check_resumable(saved: dict, recipe: Recipe) -> None:
+    """Refuse, by name, a recipe that differs from a checkpoint's in more than CHANGEABLE.
+
+    saved: the checkpoint's recipe as a nested dictionary.
+    """
+    before, now = _leaves(saved), _leaves(recipe_to_dict(recipe))
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name) and not _is_in(name, CHANGEABLE):
+            made_with = f"the checkpoint was made with {before.get(name)!r}"
+            refuse(name, now.get(name), f"{made_with}; a resumed run may change only {', '.join(CHANGEABLE)}")

@@ -1,0 +1,116 @@
+"""Class files: the field of a sample's metadata that holds its label, the names of the labels, and prompt templates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+
+from modstruct.files import read_yaml
+
+KEYS = ("label", "templates", "classes")
+
+
+@dataclass(frozen=True)
+class ZeroShotClasses:
+    """A class file: the field of a sample's metadata that holds its label, templates, and the name of each label."""
+
+    label: str
+    templates: tuple[str, ...]
+    classes: dict[str, str]
+
+    @property
+    def prompts(self) -> list[str]:
+        """Every name in every template, class by class: (classes x templates)."""
+        return [template.replace("{}", name) for name in self.classes.values() for template in self.templates]
+
+    def row_of(self, fields: dict) -> int:
+        """Class row of a sample by its metadata; -1 where that has no label, or null.
+
+        Raises ValueError for a label that is not among the classes.
+        """
+        value = fields.get(self.label)
+        if value is None:
+            return -1
+        if str(value) not in self._rows:
+            raise ValueError(
+                f"the label {self.label} = {value!r} of a sample is not among the classes {_some(self.classes)}: "
+                "add it to `classes` of the zero-shot file, or make it null in the sample's json"
+            )
+        return self._rows[str(value)]
+
+    def rows_of(self, metadata: Iterable[dict]) -> np.ndarray:
+        """Class row of each sample, (n,) int64, as `row_of`."""
+        return np.array([self.row_of(fields) for fields in metadata], dtype=np.int64)
+
+    @cached_property
+    def _rows(self) -> dict[str, int]:
+        return {label: number for number, label in enumerate(self.classes)}
+
+
+def load_classes(path: str | Path) -> ZeroShotClasses:
+    """Read and check a zero-shot class file: YAML with `label`, `templates` and `classes`.
+
+    Raises FileNotFoundError or ValueError, naming the file, the key and what would be right.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"data.zero_shot = {str(path)!r}: there is no such file; give a YAML file, or null")
+    content = read_keys(path, KEYS)
+    label, templates, classes = (content.get(key) for key in KEYS)
+    if not isinstance(label, str) or not label:
+        refuse_key(path, "label", label, "the name of a field of each sample's json, as text")
+    return ZeroShotClasses(label, check_templates(path, templates), check_classes(path, classes))
+
+
+def read_keys(path: Path, keys: Sequence[str]) -> dict:
+    """The content of a YAML file that may have these keys at its top level. Raises ValueError that names the file."""
+    listed = f"{', '.join(keys[:-1])} and {keys[-1]}"
+    try:
+        content = read_yaml(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: not a YAML file in UTF-8: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: write the keys {listed} at the top level")
+    unknown = sorted(str(key) for key in content.keys() - set(keys))
+    if unknown:
+        raise ValueError(f"{path}: unknown key {unknown[0]!r}; the keys are {listed}")
+    return content
+
+
+def check_templates(path: Path, templates: object) -> tuple[str, ...]:
+    """The templates of a file, each of which must have one {}."""
+    if not isinstance(templates, list) or not templates:
+        refuse_key(path, "templates", templates, 'a list of at least one text, such as "a picture of a {}"')
+    for template in templates:
+        if not isinstance(template, str) or template.count("{}") != 1:
+            refuse_key(path, "templates", template, "a text with exactly one {}, where the name of the class goes")
+    return tuple(templates)
+
+
+def check_classes(path: Path, classes: object) -> dict[str, str]:
+    """Name of each label. Labels are compared as text, so that 3 in YAML and "3" in a sample's json are one class."""
+    if not isinstance(classes, dict) or len(classes) < 2:
+        refuse_key(path, "classes", classes, "a mapping of at least two labels to readable names")
+    for value, name in classes.items():
+        if not isinstance(name, str) or not name.strip():
+            refuse_key(
+                path, f"classes.{value}", name, "a readable name, as text (in quotes if YAML reads it otherwise)"
+            )
+    named = {str(value): name for value, name in classes.items()}
+    if len(named) < len(classes):
+        refuse_key(path, "classes", list(classes), "labels that differ as text")
+    return named
+
+
+def refuse_key(path: Path, key: str, value: object, remedy: str) -> NoReturn:
+    raise ValueError(f"{path}: {key} = {value!r}: give {remedy}")
+
+
+def _some(classes: dict[str, str], shown: int = 10) -> str:
+    labels = list(classes)
+    return ", ".join(labels[:shown]) + (f", … ({len(labels)} in all)" if len(labels) > shown else "")

@@ -1,0 +1,75 @@
+"""NLVR2: is a sentence true of two photographs? (Suhr et al. 2019)
+
+Files, from https://github.com/lil-lab/nlvr (nlvr2/data): train.json, dev.json, test1.json (called test-P in papers),
+one JSON object a line. The identifier `dev-850-0-1` is split, set, pair of the set and sentence of the set; its
+pictures are `dev-850-0-img0.png` (left) and `dev-850-0-img1.png` (right), whatever format they have inside.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from re import ASCII, fullmatch
+
+from modstruct.data.downstream.image_folders import PictureFolders
+from modstruct.data.downstream.published_files import Record, TaskEntries, published_file, read_json_lines
+
+STATEMENTS_REMEDY = "download it from https://github.com/lil-lab/nlvr (nlvr2/data)"
+IMAGES_REMEDY = (
+    "ask for the pictures by the form in https://github.com/lil-lab/nlvr (nlvr2/README.md) and give the split's own "
+    "folder: images/train, dev or test1"
+)
+LABELS = {"True": True, "False": False}
+
+
+@dataclass(frozen=True)
+class Nlvr2Statement:
+    identifier: str
+    images: tuple[Path, Path]
+    """Left, right."""
+    sentence: str
+    label: bool | None
+    """None where the file has no label (the hidden test set)."""
+
+
+def read_nlvr2(
+    statements: Path | str, images: Path | str, *, option: str = "data.train", leave_out_missing: bool = False
+) -> TaskEntries[Nlvr2Statement]:
+    """The statements of one split, in the order of their file.
+
+    images: the folder of this split's pictures. Training pictures lie in its subfolders 0 to 99, which each entry's
+    `directory` tells; as the download script leaves them, without subfolders, they are found too.
+    option: the recipe's section, for errors: `option`.statements, `option`.images. leave_out_missing: go without
+    statements of which a picture is not there (about 5 % of the published addresses are dead).
+
+    Raises ValueError for a file, folder or picture that is not there, a malformed entry, and an identifier that comes
+    twice.
+    """
+    path = published_file(statements, f"{option}.statements", STATEMENTS_REMEDY)
+    pictures = PictureFolders(Path(images), f"{option}.images", IMAGES_REMEDY, leave_out_missing=leave_out_missing)
+    entries, seen = [], set()
+    left_out: Counter[str] = Counter()
+    for record in read_json_lines(path):
+        identifier = record.text("identifier")
+        if not fullmatch(r"\w+-\d+-\d+-\d+", identifier, ASCII):
+            record.refuse("identifier", "split-set-pair-sentence, such as dev-850-0-1,")
+        if identifier in seen:
+            record.refuse("identifier", "an identifier that no other statement has")
+        seen.add(identifier)
+        pair = identifier.rpartition("-")[0]
+        folder = pictures.root
+        if "directory" in record.fields:
+            folder = pictures.subfolder(str(record.whole("directory")))
+        left, right = (folder / f"{pair}-img{side}.png" for side in (0, 1))
+        # Both are asked for, so that both count as missing.
+        if all([pictures.has(left), pictures.has(right)]):
+            entries.append(Nlvr2Statement(identifier, (left, right), record.text("sentence"), _label(record)))
+        else:
+            left_out["picture missing"] += 1
+    pictures.refuse_missing()
+    return TaskEntries(tuple(entries), dict(left_out))
+
+
+def _label(record: Record) -> bool | None:
+    return LABELS[record.choice("label", LABELS)] if "label" in record.fields else None

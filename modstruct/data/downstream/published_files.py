@@ -1,0 +1,197 @@
+"""JSON that others published: read within bounds, its entries checked key by key.
+
+A file that is not there is refused by the option that named it, with where to download it. An entry that is not as
+published is refused by file, number of the entry and key. Nothing in a file is used as a path, except names that
+`Record.file_name` has found to be plain.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, NoReturn, TypeVar
+
+from modstruct.errors import refuse
+
+LARGEST_FILE_BYTES = 2 << 30  # VQA v2's training annotations, the largest we read, take 0.4 GiB
+LARGEST_LINE_BYTES = 1 << 20
+LONGEST_TEXT = 10_000  # characters
+LARGEST_NUMBER = 2**63 - 1
+MEND = "download the file again, or mend the entry"
+MOST_SHOWN = 60  # characters of a value in an error
+PLAIN_NAME = re.compile(r"(?!\.)[\w.\-]{1,200}", re.ASCII)
+
+Entry = TypeVar("Entry")
+
+
+@dataclass(frozen=True)
+class TaskEntries(Generic[Entry]):
+    """What a reader found."""
+
+    entries: tuple[Entry, ...]
+    """In the order of the file."""
+    left_out: dict[str, int]
+    """Number of entries left out, by cause; a cause that did not occur is not named."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all entries, of their pictures by name: equal wherever the same files lie."""
+        content = hashlib.blake2b(digest_size=16)
+        for entry in self.entries:
+            content.update(json.dumps(dataclasses.astuple(entry), default=lambda path: path.name).encode())
+        return content.hexdigest()
+
+
+class Record:
+    """One JSON object of a published file, with what an error has to say of it."""
+
+    # VQA v2 has millions of them: no instance dictionary, and the place is put into words only for an error.
+    __slots__ = ("_parent", "_place", "fields")
+
+    def __init__(self, fields: dict[str, Any], place: str | tuple[str, int], parent: Record | None = None):
+        """place: the file (and line); or, in a parent record, the key of the list and the number in it, from 0."""
+        self.fields = fields
+        self._place = place
+        self._parent = parent
+
+    @property
+    def where(self) -> str:
+        """`questions.json, questions[12]` or `dev.json, line 3`."""
+        if self._parent is None:
+            return str(self._place)
+        key, number = self._place
+        return f"{self._parent.where}, {key}[{number}]"
+
+    def text(self, key: str, *, empty: bool = False) -> str:
+        """The text at a key, stripped; equal texts are one object. Refused: other types, empty (unless allowed)."""
+        value = self._value(key)
+        # A lone surrogate ("\ud800") is valid JSON, but no tokenizer, log or file takes it.
+        if not isinstance(value, str) or len(value) > LONGEST_TEXT or not (value.isascii() or _encodable(value)):
+            self.refuse(key, f"a text in UTF-8 of at most {LONGEST_TEXT:,} characters")
+        value = value.strip()
+        if not value and not empty:
+            self.refuse(key, "a text that is not empty")
+        return sys.intern(value)
+
+    def whole(self, key: str) -> int:
+        """The whole number of 0 or more at a key."""
+        value = self._value(key)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= LARGEST_NUMBER:
+            self.refuse(key, "a whole number of 0 or more")
+        return value
+
+    def file_name(self, key: str) -> str:
+        """A name of one file or folder: letters, digits, `.`, `_` and `-`, the first no dot; so never a path."""
+        value = self._value(key)
+        if not isinstance(value, str) or not PLAIN_NAME.fullmatch(value):
+            self.refuse(key, "a plain file name: letters, digits, '.', '_' and '-', without a folder")
+        return value
+
+    def choice(self, key: str, choices: Collection[str]) -> str:
+        """One of several texts."""
+        value = self._value(key)
+        if not isinstance(value, str) or value not in choices:
+            self.refuse(key, f"one of {', '.join(choices)}")
+        return value
+
+    def records(self, key: str) -> Iterator[Record]:
+        """The objects of the list at a key."""
+        value = self._value(key)
+        if not isinstance(value, list):
+            self.refuse(key, "a list of objects")
+        for number, fields in enumerate(value):
+            record = Record(fields, (key, number), self)
+            if not isinstance(fields, dict):
+                record.refuse_whole("a JSON object")
+            yield record
+
+    def refuse(self, key: str, expected: str) -> NoReturn:
+        found = f"{key} = {_shortened(self.fields[key])}" if key in self.fields else f"there is no key {key!r}"
+        raise ValueError(f"{self.where}: {found}: {expected} belongs there; {MEND}")
+
+    def refuse_whole(self, expected: str) -> NoReturn:
+        raise ValueError(f"{self.where}: {expected} belongs there; {MEND}")
+
+    def _value(self, key: str) -> Any:
+        if key not in self.fields:
+            self.refuse(key, "one")
+        return self.fields[key]
+
+
+def published_file(path: Path | str, option: str, remedy: str) -> Path:
+    """The path of a file that is there. option: the recipe's field, for the error; remedy: where to get the file."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        refuse(option, str(path), f"there is no such file; {remedy}")
+    if path.stat().st_size > LARGEST_FILE_BYTES:
+        refuse(option, str(path), f"larger than {LARGEST_FILE_BYTES >> 30} GiB, as no published file is; {remedy}")
+    return path
+
+
+def read_json(path: Path, keys: Collection[str] | None = None) -> Any:
+    """The content of a JSON file. keys: of every object keep these alone, which saves most of the memory.
+
+    Raises ValueError that names the file and what is wrong with it.
+    """
+    kept = None if keys is None else lambda fields: {key: fields[key] for key in keys if key in fields}
+    return _parsed(path.read_bytes(), str(path), kept)
+
+
+def read_json_object(path: Path, keys: Collection[str] | None = None) -> Record:
+    """The content of a JSON file that holds one object."""
+    record = Record(read_json(path, keys), str(path))
+    if not isinstance(record.fields, dict):
+        record.refuse_whole("a JSON object")
+    return record
+
+
+def read_json_lines(path: Path) -> Iterator[Record]:
+    """The objects of a file with one JSON object a line; empty lines are passed over.
+
+    Raises ValueError that names file and line.
+    """
+    with path.open("rb") as file:
+        for number in range(1, sys.maxsize):
+            line = file.readline(LARGEST_LINE_BYTES + 1)
+            if not line:
+                return
+            where = f"{path}, line {number}"
+            if len(line) > LARGEST_LINE_BYTES:
+                Record({}, where).refuse_whole(f"a line of at most {LARGEST_LINE_BYTES >> 20} MiB")
+            if line.strip():
+                record = Record(_parsed(line, where), where)
+                if not isinstance(record.fields, dict):
+                    record.refuse_whole("a JSON object")
+                yield record
+
+
+def _parsed(content: bytes, where: str, object_hook: Any = None) -> Any:
+    try:
+        return json.loads(content.decode("utf-8-sig"), object_hook=object_hook)
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number of thousands of digits, too deep
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{where}: not JSON in UTF-8 ({reason}); download the file again") from None
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _shortened(value: object) -> str:
+    # Of a large value only the kind is shown: its repr would fill the screen, or the memory.
+    if isinstance(value, (dict, list)):
+        return f"a {'JSON object' if isinstance(value, dict) else 'list'} of {len(value)}"
+    text = value if isinstance(value, str) else str(value)
+    if len(text) > MOST_SHOWN:
+        return f"{text[:MOST_SHOWN]!r}… ({len(text):,} characters)"
+    return repr(value)

@@ -1,0 +1,65 @@
+"""SNLI-VE: does a picture entail a sentence, contradict it, or leave it open? (Xie et al. 2019)
+
+Files, from https://github.com/necla-ml/SNLI-VE: snli_ve_train.jsonl, snli_ve_dev.jsonl, snli_ve_test.jsonl; the
+pictures are Flickr30K's, `flickr30k-images/2407214681.jpg`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from modstruct.data.downstream.image_folders import PictureFolders
+from modstruct.data.downstream.published_files import TaskEntries, published_file, read_json_lines
+
+HYPOTHESES_REMEDY = "download it by the links in https://github.com/necla-ml/SNLI-VE"
+IMAGES_REMEDY = (
+    "ask for Flickr30K at https://shannon.cs.illinois.edu/DenotationGraph and give the folder of ID.jpg files"
+)
+
+ENTAILMENT_LABELS = ("contradiction", "neutral", "entailment")
+"""The name of each label number: ALBEF's numbering, so that its fine-tuned heads fit."""
+NO_LABEL = "-"  # the annotators did not agree
+IMAGE_KEYS = ("Flickr30K_ID", "Flikr30kID")  # the second is how the first release spelt it
+
+
+@dataclass(frozen=True)
+class EntailmentPair:
+    pair_id: str
+    image: Path
+    hypothesis: str
+    label: int | None
+    """Place in ENTAILMENT_LABELS; None where the file has none."""
+
+
+def read_snli_ve(
+    hypotheses: Path | str, images: Path | str, *, option: str = "data.train", leave_out_missing: bool = False
+) -> TaskEntries[EntailmentPair]:
+    """The hypotheses of one split, in the order of their file; those labelled "-" are left out and counted.
+
+    images: the folder of the pictures ID.jpg. option: the recipe's section, for errors: `option`.hypotheses and
+    `option`.images. leave_out_missing: go without hypotheses whose picture is not there.
+
+    Raises ValueError for a file, folder or picture that is not there, and for a malformed entry.
+    """
+    path = published_file(hypotheses, f"{option}.hypotheses", HYPOTHESES_REMEDY)
+    pictures = PictureFolders(Path(images), f"{option}.images", IMAGES_REMEDY, leave_out_missing=leave_out_missing)
+    entries = []
+    left_out: Counter[str] = Counter()
+    for record in read_json_lines(path):
+        label = None
+        if "gold_label" in record.fields:
+            name = record.choice("gold_label", (*ENTAILMENT_LABELS, NO_LABEL))
+            if name == NO_LABEL:
+                left_out["no label agreed on"] += 1
+                continue
+            label = ENTAILMENT_LABELS.index(name)
+        image_key = next((key for key in IMAGE_KEYS if key in record.fields), IMAGE_KEYS[0])
+        image = pictures.root / f"{record.file_name(image_key)}.jpg"
+        if pictures.has(image):
+            entries.append(EntailmentPair(record.text("pairID"), image, record.text("sentence2"), label))
+        else:
+            left_out["picture missing"] += 1
+    pictures.refuse_missing()
+    return TaskEntries(tuple(entries), dict(left_out))

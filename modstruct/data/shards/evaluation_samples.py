@@ -1,0 +1,164 @@
+"""Every sample of a source once and in order, for evaluation; and captions alone, for training a tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from modstruct.config import DataConfig, Source
+from modstruct.data.shards.faults import BadSample
+from modstruct.data.shards.reader import ShardReader
+from modstruct.data.shards.samples import Samples, open_samples
+from modstruct.data.shards.sources import is_pipe
+from modstruct.data.shards.workers import WorkerLoader, require_shared_memory
+from modstruct.data.transforms.augment import Views, sample_seed
+from modstruct.data.transforms.decoding import decode_picture
+
+# Captions are taken from so many pipe: shards at most, because each has to be fetched whole.
+PIPES_FOR_CAPTIONS = 8
+
+
+@dataclass
+class EvaluationSample:
+    """One picture with all its captions."""
+
+    picture: Image.Image
+    """Mode RGB, upright."""
+    captions: list[str]
+    metadata: dict
+    key: str = ""
+    """Its name in the source; where this is empty, `key` of the metadata."""
+
+
+@dataclass
+class EvaluationBatch:
+    """Some samples, those that could not be read left out."""
+
+    indices: Tensor
+    """(B,) int64, number of each sample in its EvaluationSamples."""
+    image: Tensor
+    """(B, 3, H, W) uint8, Views.evaluation_image of each picture."""
+    captions: list[list[str]]
+    """Captions of each picture."""
+    metadata: list[dict]
+    """Content of each picture's KEY.json."""
+    faults: list[tuple[str, str]] = field(default_factory=list)
+    """(cause, where) of each sample left out."""
+    keys: list[str] = field(default_factory=list)
+    """Key of each picture."""
+    image_augmented: Tensor | None = None
+    """As image, Views.augmented_image of each picture, where it was asked for."""
+
+    @property
+    def tried(self) -> int:
+        """Samples read, those left out included."""
+        return len(self.indices) + len(self.faults)
+
+
+class EvaluationSamples:
+    """The samples of evaluation sources by number, in order of source, shard and place.
+
+    field: the recipe's field that the sources came from. progress: as in open_samples, which says what is refused.
+    """
+
+    def __init__(self, sources: Sequence[Source], config: DataConfig, field: str = "data.eval", progress: bool = False):
+        self.samples: Samples = open_samples(sources, config, field, progress)
+        self.config = config
+        self._reader = ShardReader(self.samples, config)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> EvaluationSample:
+        """The sample of this number. Raises BadSample if it cannot be used, IndexError beyond the end."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        raw = self._reader.read(index)
+        picture = decode_picture(raw.image, self.config.max_image_pixels, raw.where)
+        return EvaluationSample(picture, raw.captions, raw.metadata, raw.key)
+
+
+class _EvaluationBatches(Dataset):
+    """Map from a range of sample numbers to an EvaluationBatch."""
+
+    def __init__(self, samples: EvaluationSamples, views: Views, augmented_seed: int | None):
+        self.samples, self.views, self.augmented_seed = samples, views, augmented_seed
+
+    def __getitem__(self, indices: Sequence[int]) -> EvaluationBatch:
+        kept, images, captions, metadata, faults, keys, augmented = [], [], [], [], [], [], []
+        for index in indices:
+            try:
+                sample = self.samples[index]
+            except BadSample as bad:
+                faults.append((bad.cause, bad.where))
+                continue
+            kept.append(index)
+            images.append(self.views.evaluation_image(sample.picture))
+            if self.augmented_seed is not None:
+                seed = sample_seed(self.augmented_seed, 0, index, "image_augmented")
+                augmented.append(self.views.augmented_image(sample.picture, seed))
+            captions.append(sample.captions)
+            metadata.append(sample.metadata)
+            keys.append(sample.key or str(sample.metadata.get("key", index)))
+        side = self.views.image_size
+        return EvaluationBatch(
+            indices=torch.tensor(kept, dtype=torch.int64),
+            image=torch.stack(images) if images else torch.empty((0, 3, side, side), dtype=torch.uint8),
+            captions=captions,
+            metadata=metadata,
+            faults=faults,
+            keys=keys,
+            image_augmented=torch.stack(augmented) if augmented else None,
+        )
+
+
+def evaluation_loader(
+    samples: EvaluationSamples,
+    views: Views,
+    batch: int,
+    indices: Sequence[int] | None = None,
+    augmented_seed: int | None = None,
+    workers: int | None = None,
+) -> WorkerLoader:
+    """Loader of EvaluationBatches of `batch` samples each (fewer where some are bad, and in the last).
+
+    views: ours, or another model's with the same methods. indices: numbers of the samples wanted, such as one process's
+    share; None for all. augmented_seed: makes an augmented view of each picture too, drawn from this seed and its
+    number. workers: loader processes; None for the samples' data.workers. Raises ValueError if the batches do not fit
+    the shared memory.
+    """
+    indices = range(len(samples)) if indices is None else indices
+    chunks = [indices[first : first + batch] for first in range(0, len(indices), batch)]
+    workers = min(samples.config.workers if workers is None else workers, len(chunks))
+    values = min(batch, len(indices)) * 3 * views.image_size**2 * (1 if augmented_seed is None else 2)
+    require_shared_memory(values * views.value_bytes, workers)
+    dataset = _EvaluationBatches(samples, views, augmented_seed)
+    return WorkerLoader(dataset, chunks, workers, pin_memory=False)
+
+
+def train_captions(samples: Samples, config: DataConfig, limit: int) -> Iterator[str]:
+    """Up to `limit` captions, spread evenly over the samples, always the same ones; bad ones are left out.
+
+    Of `pipe:` shards eight, spread evenly, give captions, because each has to be fetched whole.
+    """
+    counts = np.diff(samples.shard_starts)
+    pipes = np.flatnonzero([is_pipe(shard) for shard in samples.shards])
+    if len(pipes) > PIPES_FOR_CAPTIONS:
+        chosen = pipes[np.arange(PIPES_FOR_CAPTIONS) * len(pipes) // PIPES_FOR_CAPTIONS]
+        counts[np.setdiff1d(pipes, chosen)] = 0
+    ends = np.cumsum(counts)
+    total = int(ends[-1])
+    taken = min(limit, total)
+    reader = ShardReader(samples, config)
+    for place in (np.arange(taken) * total // max(taken, 1)).tolist():
+        shard = int(np.searchsorted(ends, place, side="right"))
+        try:
+            yield reader.caption(int(samples.shard_starts[shard] + place - (ends[shard] - counts[shard])))
+        except BadSample:
+            continue

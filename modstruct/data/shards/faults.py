@@ -1,0 +1,124 @@
+"""Bad samples: counted by cause, named in the log, and the run stopped when there are too many."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from modstruct.errors import RunError, refuse
+
+if TYPE_CHECKING:
+    from modstruct.data.shards.samples import Samples
+
+log = logging.getLogger(__name__)
+
+NAMED = 3
+# A share of fewer samples than this says too little: until then the bad ones are compared with this number.
+FEWEST_SAMPLES = 256
+
+
+class BadSample(Exception):
+    """A sample that cannot be used. cause: a short, stable string; where: shard and member."""
+
+    def __init__(self, cause: str, where: str):
+        super().__init__(cause, where)
+        self.cause, self.where = cause, where
+
+    def __str__(self) -> str:
+        return f"{self.cause}: {self.where}"
+
+
+class TooManyBadSamples(RunError):
+    """More than data.max_bad_share of the samples could not be used."""
+
+
+class FaultLedger:
+    """Counts bad samples by cause and stops the run when their share is too large.
+
+    field: the recipe's field that the samples came from. max_bad_share: the share that is put up with, and share_field
+    its name. process: rank of this process, named in the log; each process logs the first three samples of each cause
+    that it meets itself.
+    """
+
+    def __init__(self, field: str, max_bad_share: float, process: int = 0, share_field: str = "data.max_bad_share"):
+        self.field, self.share_field = field, share_field
+        self.max_bad_share = max_bad_share
+        self.process = process
+        self.counts: Counter[str] = Counter()
+        self.tried = 0
+        self._named: dict[str, set[str]] = {}
+
+    @property
+    def bad(self) -> int:
+        """Bad samples met so far by this process."""
+        return self.counts.total()
+
+    def add(self, faults: Iterable[tuple[str, str]], tried: int, say: bool = True) -> None:
+        """Count a batch: its (cause, where) and the number of samples tried, substitutes included. say: in the log."""
+        self.tried += tried
+        for cause, where in faults:
+            self.counts[cause] += 1
+            named = self._named.setdefault(cause, set())
+            if len(named) < NAMED and where not in named:
+                named.add(where)
+                if not say:
+                    continue
+                more = "; more of these are only counted" if len(named) == NAMED else ""
+                log.warning("%s, process %d: sample left out: %s: %s%s", self.field, self.process, cause, where, more)
+
+    def check(self, bad: int, tried: int, fewest: int = FEWEST_SAMPLES) -> None:
+        """Raise TooManyBadSamples if `bad` of `tried` samples, each summed over the processes, are too many.
+
+        As long as fewer than `fewest` samples were tried, the share is taken of `fewest`.
+        """
+        if bad > self.max_bad_share * max(tried, fewest):
+            raise TooManyBadSamples(
+                f"{self.share_field} = {self.max_bad_share}: {bad} of {tried} samples of {self.field} cannot be used "
+                f"(this process: {self.summary()}); repair the shards or raise the share"
+            )
+
+    def summary(self) -> str:
+        """Counts of this process in words, the most frequent cause first, with an example of each."""
+        if not self.counts:
+            return "no bad sample"
+        return ", ".join(f"{n} {cause} (as {min(self._named[cause])})" for cause, n in self.counts.most_common())
+
+
+def judge_sources(samples: Samples, patterns: Sequence[str], max_bad_share: float, field: str, say: bool) -> None:
+    """Log what indexing found wrong with each source; refuse a source that is empty or too bad.
+
+    patterns: what the user wrote for each source. say: write to the log. Raises ValueError.
+    """
+    for number, pattern in enumerate(patterns):
+        shards = range(*samples.source_starts[number : number + 2])
+        usable = int(samples.shard_starts[shards.stop] - samples.shard_starts[shards.start])
+        left_out: Counter[str] = Counter()
+        examples: dict[str, str] = {}
+        broken = []
+        empty = 0
+        for shard in shards:
+            faults, name = samples.shard_faults[shard], samples.shards[shard]
+            left_out.update(faults["faults"])
+            for cause, key in faults["examples"].items():
+                examples.setdefault(cause, f"{name}: {key}")
+            if faults["broken"]:
+                broken.append(f"bad shard {name}: {faults['broken']}")
+                empty += samples.shard_starts[shard] == samples.shard_starts[shard + 1]
+        found = [f"{count} samples left out: {cause} (first {examples[cause]})" for cause, count in left_out.items()]
+        found += broken[:NAMED]
+        if len(broken) > NAMED:
+            found.append(f"{len(broken) - NAMED} more bad shards")
+        if usable == 0:
+            layout = "a sample is KEY.jpg (or png, webp) and KEY.txt, one after the other in the tar"
+            refuse(field, pattern, "; ".join(["holds no usable sample", *found, layout]))
+        # A shard without any sample hides an unknown number of them, so shards are weighed too.
+        bad_share = max(left_out.total() / (usable + left_out.total()), empty / len(shards))
+        if bad_share > max_bad_share:
+            remedy = "repair the shards or raise the share"
+            share = f"{bad_share:.1%} of {field} = {pattern!r} cannot be used"
+            refuse("data.max_bad_share", max_bad_share, "; ".join([share, *found, remedy]))
+        if say:
+            for line in found:
+                log.warning("%s: %s", field, line)

@@ -1,0 +1,288 @@
+"""Training batches: step s -> this process's rows of the global batch of step s, whole or in micro-batches."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from modstruct import distributed
+from modstruct.config import DataConfig
+from modstruct.data.shards.faults import BadSample, TooManyBadSamples
+from modstruct.data.shards.order import SampleOrder
+from modstruct.data.shards.reader import RawSample, ShardReader
+from modstruct.data.shards.samples import Samples
+from modstruct.data.shards.sources import is_pipe
+from modstruct.data.shards.workers import OutgoingRows, WorkerLoader, require_shared_memory
+from modstruct.data.tokenizers import Tokenizer
+from modstruct.data.transforms.augment import Views, sample_seed
+from modstruct.data.transforms.decoding import decode_picture
+from modstruct.data.transforms.masking import blank_places, with_blanks
+from modstruct.errors import refuse, require
+
+EXTRA_FIELDS = frozenset(
+    {"image_augmented", "text_augmented", "text_masked", "masked_labels", "image_id", "text_id", "slot"}
+)
+"""What a batch may hold beside image and text. image_augmented, text_augmented: as these, of the augmented view.
+text_masked (B, L): the caption with blanks, and masked_labels (B, L): the true ids there, else -100; with it comes
+blanks (M, 2): where these are, so that no GPU has to be asked how many. image_id, text_id (B,): equal where two pairs
+have the same picture, or the same caption. slot (B,): place in the order of the data."""
+
+# In a source of which nine tenths are bad, 200 substitutes in a row fail once in 10^9 slots.
+SUBSTITUTES = 200
+# Samples, or bytes of their pictures, that are read in one run before the first of them is decoded.
+RUN_SAMPLES, RUN_BYTES = 64, 8 << 20
+RANDOM_VIEWS = ("image", "image_augmented", "text_augmented", "text_masked")
+
+
+@dataclass
+class TrainBatch:
+    """One process's rows of one step, or a micro-batch of them, and what went wrong on the way."""
+
+    tensors: dict[str, Tensor]
+    """image uint8 (B, 3, H, W), text int64 (B, L), and, where asked for, others of EXTRA_FIELDS."""
+    faults: list[tuple[str, str]] = field(default_factory=list)
+    """(cause, where) of each bad sample that a substitute stands for."""
+    tried: int = 0
+    """Samples read, substitutes included."""
+
+    def pin_memory(self) -> TrainBatch:
+        """Called by the DataLoader for a copy that travels to the GPU on its own."""
+        return TrainBatch({name: rows.pin_memory() for name, rows in self.tensors.items()}, self.faults, self.tried)
+
+
+class LocalBatches(Dataset):
+    """Map from s * parts + i to the i-th part of step s, a TrainBatch of at most `micro_batch` rows.
+
+    Row r of the global batch of step s is slot s * global_batch + r of `order`; process p of W has the rows
+    [p B / W, (p + 1) B / W), cut into equal parts but for the last. extra: which of EXTRA_FIELDS to make. seed: of the
+    views. masked_rate: share of a caption's tokens that text_masked hides.
+    """
+
+    def __init__(
+        self,
+        reader: ShardReader,
+        order: SampleOrder,
+        views: Views,
+        tokenizer: Tokenizer,
+        extra: Collection[str],
+        max_image_pixels: int,
+        global_batch: int,
+        micro_batch: int | None,
+        seed: int,
+        process: int,
+        processes: int,
+        masked_rate: float = 0.15,
+    ):
+        require(
+            global_batch % processes == 0,
+            "train.global_batch",
+            global_batch,
+            f"must be a multiple of the {processes} processes, such as {max(global_batch // processes, 1) * processes}",
+        )
+        self.reader, self.order = reader, order
+        self.views, self.tokenizer = views, tokenizer
+        self.extra = frozenset(extra)
+        self.masked_rate = masked_rate
+        self.image_views = [name for name in ("image", "image_augmented") if name in self.extra | {"image"}]
+        self.max_image_pixels = max_image_pixels
+        self.global_batch, self.rows = global_batch, global_batch // processes
+        self.part_rows = min(micro_batch or self.rows, self.rows)
+        self.parts = math.ceil(self.rows / self.part_rows)
+        self.first_row = process * self.rows
+        self.seed = seed
+        self._outgoing = OutgoingRows()
+
+    def __getitem__(self, index: int) -> TrainBatch:
+        step, part = divmod(index, self.parts)
+        rows = np.arange(part * self.part_rows, min((part + 1) * self.part_rows, self.rows))
+        slots = step * self.global_batch + self.first_row + rows
+        epochs, samples = self.order.locate(slots)
+        batch = TrainBatch({})
+        side = self.views.image_size
+        pictures = {name: self._outgoing.empty(name, (len(rows), 3, side, side)) for name in self.image_views}
+        captions, drawn, image_ids = [], [], []
+        places = zip(slots.tolist(), epochs.tolist(), samples.tolist(), strict=True)
+        read = self._read_in_runs(samples.tolist())
+        for row, (place, raw, seeds) in enumerate(zip(places, read, self._seeds(epochs, samples), strict=True)):
+            # Views of pictures go straight to their rows: in memory of their own, they would be copied once more.
+            into = [array[row] for array in pictures.values()]
+            raw, seeds = self._pair(*place, raw, seeds, into, batch)
+            captions.append(raw.caption)
+            drawn.append(seeds)
+            if "image_id" in self.extra:
+                image_ids.append(identity(raw.image))
+        batch.tensors = {name: self._outgoing.tensor(array) for name, array in pictures.items()}
+        batch.tensors |= self._text_views(captions, drawn)
+        if image_ids:
+            batch.tensors["image_id"] = torch.tensor(image_ids)
+        if "text_id" in self.extra:
+            text_ids = [identity(caption.encode(errors="surrogatepass")) for caption in captions]
+            batch.tensors["text_id"] = torch.tensor(text_ids)
+        if "slot" in self.extra:
+            batch.tensors["slot"] = torch.from_numpy(slots)
+        return batch
+
+    def _text_views(self, captions: Sequence[str], seeds: Sequence[dict[str, int]]) -> dict[str, Tensor]:
+        texts = {"text": [self.views.plain_text(caption) for caption in captions]}
+        if "text_augmented" in self.extra:
+            drawn = (seeds_of_row["text_augmented"] for seeds_of_row in seeds)
+            texts["text_augmented"] = list(map(self.views.augmented_text, captions, drawn))
+        ids = self.tokenizer([text for texts_of_view in texts.values() for text in texts_of_view])
+        views = dict(zip(texts, ids.split(len(captions)), strict=True))
+        if "text_masked" in self.extra:
+            drawn = [seeds_of_row["text_masked"] for seeds_of_row in seeds]
+            hidden, labels = with_blanks(views["text"], drawn, self.masked_rate, self.tokenizer)
+            views |= {"text_masked": hidden, "masked_labels": labels, "blanks": blank_places(labels)}
+        return views
+
+    def _read_in_runs(self, samples: Sequence[int]) -> Iterator[RawSample | BadSample]:
+        """Each sample, or what is wrong with it.
+
+        Read one by one, between pictures whose pixels drive all else out of the processor's caches, they take twice as
+        long.
+        """
+        run, run_bytes = [], 0
+        for sample in samples:
+            run.append(self._read(sample))
+            run_bytes += len(run[-1].image) if isinstance(run[-1], RawSample) else 0
+            if len(run) == RUN_SAMPLES or run_bytes >= RUN_BYTES:
+                yield from run
+                run, run_bytes = [], 0
+        yield from run
+
+    def _read(self, sample: int) -> RawSample | BadSample:
+        try:
+            return self.reader.read(sample)
+        except BadSample as bad:
+            return bad
+
+    def _seeds(self, epochs: np.ndarray, samples: np.ndarray) -> list[dict[str, int]]:
+        """For each sample the seeds of its random views."""
+        columns = [sample_seed(self.seed, epochs, samples, name).tolist() for name in RANDOM_VIEWS]
+        return [dict(zip(RANDOM_VIEWS, seeds, strict=True)) for seeds in zip(*columns, strict=True)]
+
+    def _pair(
+        self,
+        slot: int,
+        epoch: int,
+        sample: int,
+        raw: RawSample | BadSample,
+        seeds: dict[str, int],
+        into: Sequence[np.ndarray],
+        batch: TrainBatch,
+    ) -> tuple[RawSample, dict[str, int]]:
+        """A slot's sample and its seeds, or of its first good substitute; its image views are written.
+
+        raw, seeds: of the slot's own sample. into: a row for each of `image_views`. Bad samples are noted in the batch.
+        """
+        for attempt in range(1, SUBSTITUTES + 2):
+            batch.tried += 1
+            try:
+                if isinstance(raw, BadSample):
+                    raise raw
+                self._write_views(raw, seeds, into)
+                return raw, seeds
+            except BadSample as bad:
+                batch.faults.append((bad.cause, bad.where))
+            epoch, sample = self.order.substitute(slot, attempt)
+            raw, (seeds,) = self._read(sample), self._seeds(np.array([epoch]), np.array([sample]))
+        raise TooManyBadSamples(
+            f"{SUBSTITUTES + 1} samples in a row cannot be used, the last: {': '.join(batch.faults[-1])}; "
+            "repair the shards"
+        )
+
+    def _write_views(self, raw: RawSample, seeds: dict[str, int], into: Sequence[np.ndarray]) -> None:
+        picture = decode_picture(raw.image, self.max_image_pixels, raw.where)
+        self.views.plain_image(picture, seeds["image"], into[0])
+        if "image_augmented" in self.extra:
+            self.views.augmented_image(picture, seeds["image_augmented"], into[1])
+
+
+def identity(content: bytes) -> int:
+    """A number of 63 bits, equal for equal bytes; others share it once in 10^9 pictures."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest()) >> 1
+
+
+def train_order(samples: Samples, config: DataConfig, seed: int) -> SampleOrder:
+    """The order that data.shuffle_block, data.shuffle_window, the sources' weights and train.seed make."""
+    return SampleOrder(samples.shard_sizes(), seed, config.shuffle_block, config.shuffle_window, samples.weights)
+
+
+def train_loader(
+    samples: Samples,
+    config: DataConfig,
+    views: Views,
+    tokenizer: Tokenizer,
+    extra: Collection[str],
+    *,
+    global_batch: int,
+    seed: int,
+    start_step: int,
+    stop_step: int,
+    micro_batch: int | None = None,
+    process: int | None = None,
+    processes: int | None = None,
+    masked_rate: float = 0.15,
+) -> WorkerLoader:
+    """Loader of the TrainBatches of the steps start_step … stop_step - 1; any start is as quick as the first.
+
+    micro_batch: rows of a TrainBatch at most, so that a step comes in several; `steps_of` puts them together.
+    extra: the subset of EXTRA_FIELDS that the model needs. process, processes: rank of this process and their number,
+    by default those of torch.distributed. masked_rate: share of a caption's tokens that text_masked hides. Raises
+    ValueError if global_batch is no multiple of the number of processes, if pipes do not fit their cache, or if batches
+    do not fit the shared memory.
+    """
+    _require_pipe_room(samples, config)
+    dataset = LocalBatches(
+        reader=ShardReader(samples, config),
+        order=train_order(samples, config, seed),
+        views=views,
+        tokenizer=tokenizer,
+        extra=extra,
+        masked_rate=masked_rate,
+        max_image_pixels=config.max_image_pixels,
+        global_batch=global_batch,
+        micro_batch=micro_batch,
+        seed=seed,
+        process=distributed.rank() if process is None else process,
+        processes=distributed.world_size() if processes is None else processes,
+    )
+    image_bytes = 3 * views.image_size**2 * (1 + ("image_augmented" in extra))
+    require_shared_memory(dataset.part_rows * image_bytes, config.workers)
+    items = range(start_step * dataset.parts, stop_step * dataset.parts)
+    return WorkerLoader(dataset, items, config.workers, pin_memory=distributed.on_gpu())
+
+
+def steps_of(loader: WorkerLoader) -> Iterator[list[TrainBatch]]:
+    """The parts of one step after the other."""
+    parts = []
+    for batch in loader:
+        parts.append(batch)
+        if len(parts) == loader.dataset.parts:
+            yield parts
+            parts = []
+
+
+def _require_pipe_room(samples: Samples, config: DataConfig) -> None:
+    """Refuse a pipe cache that shuffled reading would empty and fill again all the time."""
+    piped = np.array([is_pipe(shard) for shard in samples.shards])
+    counts = np.diff(samples.shard_starts)
+    sizes = samples.size_bytes[piped]
+    if len(sizes) and config.shuffle_block >= counts[piped].max():
+        # Blocks are whole shards: one window of them is read at a time, and the next one begun.
+        sizes = np.sort(sizes)[-2 * config.shuffle_window :]
+    needed_gib = float(sizes.sum()) / 2**30
+    if needed_gib > config.pipe_cache_gib:
+        refuse(
+            "data.pipe_cache_gib",
+            config.pipe_cache_gib,
+            f"the pipe: shards that shuffling reads side by side take {needed_gib:.3g} GiB; give as much, or have "
+            f"whole shards read in turn: data.shuffle_block: {counts[piped].max()} and a small data.shuffle_window",
+        )

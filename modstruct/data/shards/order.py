@@ -1,0 +1,183 @@
+"""The order of training data as a function: slot -> (epoch, sample), without state and without replay.
+
+Step s of a run takes the slots [s B, (s + 1) B), B being the global batch. Which samples those are depends on the seed
+and on the sizes of the shards alone, so any number of processes and loader workers reads the same batches, and a
+position in the data is one integer.
+
+An epoch of a source is a permutation of its samples. The samples of each shard are cut into blocks of `block`
+neighbours; the blocks are permuted; groups of `window` permuted blocks are then permuted sample by sample. Reads thus
+stay near each other in at most `window` places, while a batch mixes samples of many shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from modstruct.errors import require
+
+# Slots after which the pattern of weighted sources repeats; shares are exact to 1 / PERIOD.
+PERIOD = 10_000
+
+_BLOCKS, _WINDOW, _PATTERN, _SUBSTITUTE = range(4)  # what a stream of random numbers is for
+
+
+class SampleOrder:
+    """Order of one or several sources.
+
+    shard_sizes: for each source, the samples in each of its shards. weights: share of each source; None lets the
+    sources count as one, of which each sample comes once in an epoch. With weights a seeded pattern of 10,000 slots
+    decides the source of each slot, with exact shares, and every source has epochs of its own. block: neighbours kept
+    together. window: blocks mixed with each other. Raises ValueError for a weight too small for the pattern.
+    """
+
+    def __init__(
+        self,
+        shard_sizes: Sequence[np.ndarray],
+        seed: int,
+        block: int,
+        window: int,
+        weights: Sequence[float] | None = None,
+    ):
+        self.seed = seed
+        source_sizes = np.array([int(np.sum(sizes)) for sizes in shard_sizes], dtype=np.int64)
+        source_starts = np.concatenate([[0], np.cumsum(source_sizes)])  # (sources + 1,)
+        self.epoch_samples = int(source_starts[-1])
+        """Slots of one epoch of the whole: as many as there are samples."""
+        if weights is None:
+            pools = [np.concatenate(list(shard_sizes))]
+            self._pool_starts = np.zeros(1, dtype=np.int64)
+            counts = np.array([1])
+        else:
+            pools = list(shard_sizes)
+            self._pool_starts = source_starts[:-1]
+            counts = _largest_remainder(weights, PERIOD)
+            require(
+                bool((counts > 0).all()),
+                "data.train.weight",
+                list(weights),
+                f"every weight must be at least 1/{PERIOD} of their sum",
+            )
+        self._pools = [_Epochs(sizes, seed, pool, block, window) for pool, sizes in enumerate(pools)]
+        pattern = np.repeat(np.arange(len(counts)), counts)
+        self._pattern = pattern[_permutation(len(pattern), seed, _PATTERN)]  # (period,) pool of each slot
+        self._counts = counts
+        # How many earlier slots of the pattern went to the same pool.
+        self._earlier = np.empty_like(self._pattern)
+        for pool, count in enumerate(counts):
+            self._earlier[self._pattern == pool] = np.arange(count)
+
+    def locate(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Slots (n,), in any order -> epoch of the source that the slot draws from, and sample, each (n,) int64.
+
+        Samples are numbered through all sources, as in modstruct.data.shards.samples.Samples.
+        """
+        slots = np.asarray(slots, dtype=np.int64)
+        round_, place = np.divmod(slots, len(self._pattern))
+        pools = self._pattern[place]
+        turns = round_ * self._counts[pools] + self._earlier[place]  # slots that went to the same pool before
+        epochs = np.empty_like(slots)
+        samples = np.empty_like(slots)
+        for pool in np.unique(pools):
+            mine = pools == pool
+            epochs[mine], within = self._pools[pool].locate(turns[mine])
+            samples[mine] = self._pool_starts[pool] + within
+        return epochs, samples
+
+    def substitute(self, slot: int, attempt: int) -> tuple[int, int]:
+        """(epoch, sample) that takes the place of a bad sample: a function of (seed, slot, attempt).
+
+        attempt: 1 for the first substitute of the slot, 2 for the next. It comes from the pool that the slot draws from
+        and never is the slot's own sample, unless that is the only one.
+        """
+        epoch, sample = (int(value[0]) for value in self.locate(np.array([slot])))
+        pool = self._pattern[slot % len(self._pattern)]
+        start, size = int(self._pool_starts[pool]), self._pools[pool].size
+        step = 1 + int(_random(1, self.seed, _SUBSTITUTE, slot, attempt)[0] % np.uint64(max(size - 1, 1)))
+        other = start + (sample - start + step) % size
+        return epoch, other
+
+
+class _Epochs:
+    """The epochs of one pool of shards: turn t -> epoch t // size and a sample of the pool."""
+
+    def __init__(self, shard_sizes: np.ndarray, seed: int, pool: int, block: int, window: int):
+        self.size = int(np.sum(shard_sizes))
+        self.seed, self.pool, self.window = seed, pool, window
+        shard_starts = np.concatenate([[0], np.cumsum(shard_sizes)])[:-1]
+        blocks = -(-np.asarray(shard_sizes) // block)  # in each shard; its last block may be short
+        number = np.arange(int(blocks.sum())) - np.repeat(np.cumsum(blocks) - blocks, blocks)
+        self._starts = np.repeat(shard_starts, blocks) + number * block
+        self._sizes = np.minimum(block, np.repeat(shard_starts + shard_sizes, blocks) - self._starts)
+        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._groups: dict[tuple[int, int], np.ndarray] = {}
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_epochs": {}, "_groups": {}}  # quicker made anew than sent
+
+    def locate(self, turns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Turns (n,) -> epochs (n,) and samples (n,), numbered within the pool."""
+        epochs, places = np.divmod(turns, self.size)
+        samples = np.empty_like(turns)
+        for epoch in np.unique(epochs).tolist():
+            _, starts = self._epoch(epoch)
+            group_starts = starts[: -1 : self.window]
+            in_epoch = np.flatnonzero(epochs == epoch)
+            groups = np.searchsorted(group_starts, places[in_epoch], side="right") - 1
+            for group in np.unique(groups).tolist():
+                mine = in_epoch[groups == group]
+                samples[mine] = self._group(epoch, group)[places[mine] - group_starts[group]]
+        return epochs, samples
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The permuted blocks (blocks,) of an epoch and the place (blocks + 1,) in the epoch where each begins."""
+
+        def make() -> tuple[np.ndarray, np.ndarray]:
+            blocks = _permutation(len(self._sizes), self.seed, _BLOCKS, self.pool, epoch)
+            return blocks, np.concatenate([[0], np.cumsum(self._sizes[blocks])])
+
+        return _remember(self._epochs, epoch, make, limit=2)
+
+    def _group(self, epoch: int, group: int) -> np.ndarray:
+        """The samples of `window` permuted blocks, mixed."""
+
+        def make() -> np.ndarray:
+            blocks = self._epoch(epoch)[0][group * self.window : (group + 1) * self.window]
+            sizes = self._sizes[blocks]
+            begins = np.cumsum(sizes) - sizes
+            samples = np.arange(int(sizes.sum())) + np.repeat(self._starts[blocks] - begins, sizes)
+            return samples[_permutation(len(samples), self.seed, _WINDOW, self.pool, epoch, group)]
+
+        return _remember(self._groups, (epoch, group), make, limit=4)
+
+
+def _remember(cache: dict, key: object, make: Callable[[], object], limit: int) -> object:
+    """A loader asks for step after step, so the last few epochs and groups are worth keeping."""
+    if key not in cache:
+        while len(cache) >= limit:
+            cache.pop(next(iter(cache)))
+        cache[key] = make()
+    return cache[key]
+
+
+def _random(count: int, *words: int) -> np.ndarray:
+    """(count,) uint64, a function of the words.
+
+    The raw bits of a bit generator: numpy promises to keep them from version to version, which it does not for
+    Generator.permutation and its like.
+    """
+    return np.random.PCG64(np.random.SeedSequence([word % 2**64 for word in words])).random_raw(count)
+
+
+def _permutation(count: int, *words: int) -> np.ndarray:
+    return np.argsort(_random(count, *words), kind="stable")
+
+
+def _largest_remainder(weights: Sequence[float], total: int) -> np.ndarray:
+    """Whole numbers in proportion to the weights that sum to `total`; what is left goes to the largest remainders."""
+    exact = np.array(weights, dtype=np.float64) / np.sum(weights) * total
+    counts = np.floor(exact + 1e-9).astype(np.int64)
+    left = total - counts.sum()
+    counts[np.argsort(counts - exact, kind="stable")[:left]] += 1
+    return counts

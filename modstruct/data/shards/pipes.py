@@ -1,0 +1,131 @@
+"""Shards of `pipe:` sources: the command's output is spooled once per host, then read like any file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from modstruct.data.shards.sources import PIPE
+from modstruct.files import locked, written_aside
+
+ATTEMPTS = 3
+PAUSE_SECONDS = 1.0
+# A command that stalls holds the lock of its shard; none that works takes this long for one shard.
+PIPE_SECONDS = 3600.0
+LOOK_SECONDS = 0.5  # between looks at how much has come
+STALE_SECONDS = 24 * 3600.0
+
+
+class PipeFailed(OSError):
+    """The command of a pipe: shard did not deliver the shard.
+
+    In training the shard's samples are then replaced by substitutes. Whether a store fails is no function of the seed:
+    a run during which one failed does not have the exact order of data, and cannot be repeated sample by sample.
+    """
+
+
+class PipeCache:
+    """Spooled shards in one folder, shared by the processes of a host.
+
+    folder: where they lie. limit_bytes: what they may take together; beyond it those unused for longest go first (the
+    newest always stays, however large). A file that is open stays readable after its removal.
+    """
+
+    def __init__(self, folder: Path, limit_bytes: float):
+        self.folder = folder
+        self.limit_bytes = limit_bytes
+        self._failed: dict[str, str] = {}
+
+    def open(self, shard: str, size_bytes: int | None = None) -> int:
+        """File descriptor of a spooled `pipe:` shard, running its command if it is not there.
+
+        size_bytes: what the shard measured when it was indexed, if it was. Raises PipeFailed if the command three times
+        fails, takes more than an hour or delivers another size; the same shard then fails at once for the life of this
+        object, so that an unreachable store does not cost minutes a sample.
+        """
+        if shard in self._failed:
+            raise PipeFailed(self._failed[shard])
+        path = self.path(shard)
+        while True:
+            try:
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                self._spool(shard, path, size_bytes)  # and open again: another process may have made room meanwhile
+                continue
+            if size_bytes not in (None, os.fstat(descriptor).st_size):  # spooled before it was indexed anew
+                os.close(descriptor)
+                path.unlink(missing_ok=True)
+                continue
+            with suppress(OSError):
+                os.utime(path)  # last use, by which room is made
+            return descriptor
+
+    def path(self, shard: str) -> Path:
+        return self.folder / f"{hashlib.blake2b(shard.encode(), digest_size=16).hexdigest()}.tar"
+
+    def _spool(self, shard: str, path: Path, size_bytes: int | None) -> None:
+        with locked(path.with_suffix(".lock")):
+            if path.exists():
+                return
+            for attempt in range(ATTEMPTS):
+                time.sleep(PAUSE_SECONDS * (4**attempt - 1) / 3)  # 0, 1 and 5 seconds
+                try:
+                    _run(shard, path, size_bytes)
+                    break
+                except PipeFailed as error:
+                    if attempt == ATTEMPTS - 1:
+                        self._failed[shard] = str(error)
+                        raise
+            self._make_room(keep=path)
+
+    def _make_room(self, keep: Path) -> None:
+        for path in self.folder.glob("*.part"):  # of processes that were killed
+            with suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > STALE_SECONDS:
+                    path.unlink()
+        spooled = []
+        for path in self.folder.glob("*.tar"):
+            with suppress(FileNotFoundError):
+                status = path.stat()
+                spooled.append((path != keep, -status.st_mtime_ns, status.st_size, path))
+        taken = 0
+        for removable, _, size, path in sorted(spooled):  # the one to keep, then from the newest to the oldest
+            taken += size
+            if removable and taken > self.limit_bytes:
+                path.unlink(missing_ok=True)
+
+
+def _run(shard: str, path: Path, size_bytes: int | None) -> None:
+    command = shard[len(PIPE) :]
+    with written_aside(path) as file, tempfile.TemporaryFile() as errors:
+        # In a session of its own, so that all that the shell started can be ended with it.
+        process = subprocess.Popen(
+            command, shell=True, stdin=subprocess.DEVNULL, stdout=file, stderr=errors, start_new_session=True
+        )
+        end = time.monotonic() + PIPE_SECONDS
+        try:
+            while process.poll() is None:
+                if time.monotonic() > end:
+                    raise PipeFailed(f"the command was not done after {PIPE_SECONDS:g} seconds")
+                if size_bytes is not None and os.fstat(file.fileno()).st_size > size_bytes:  # it may never end
+                    raise PipeFailed(f"more than the {size_bytes} bytes came that were there when it was indexed")
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(min(LOOK_SECONDS, PIPE_SECONDS))
+            status = process.returncode
+        finally:
+            if process.returncode is None:  # too slow, too much, or this process is interrupted
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        written = os.fstat(file.fileno()).st_size
+        if status != 0:
+            errors.seek(0)
+            said = errors.read(65536).decode("utf-8", "replace").strip().splitlines()
+            raise PipeFailed(f"exit status {status}" + (f": {said[-1][:200]}" if said else ""))
+        if size_bytes is not None and written != size_bytes:
+            raise PipeFailed(f"{written} bytes came, {size_bytes} were there when it was indexed")

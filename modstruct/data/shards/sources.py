@@ -1,0 +1,126 @@
+"""Which shards a source names: paths, globs, brace patterns and `pipe:` commands, checked before anything is read."""
+
+from __future__ import annotations
+
+import glob
+import math
+import os
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from modstruct.config import DataConfig, Source
+from modstruct.errors import refuse, require
+
+PIPE = "pipe:"
+
+
+@dataclass(frozen=True)
+class SourceShards:
+    """A source with its pattern expanded."""
+
+    shards: tuple[str, ...]
+    """Absolute paths, or `pipe:` and a shell command, in order."""
+    weight: float | None
+    """Share of the samples drawn, relative to the other sources; None on all sources or on none."""
+    index: Path | None
+    """Folder of indexes made by tools/index_shards.py."""
+    pattern: str
+    """What the user wrote."""
+
+
+def is_pipe(shard: str) -> bool:
+    return shard.startswith(PIPE)
+
+
+def as_sources(value: str | Sequence[str] | Sequence[Source]) -> list[Source]:
+    """The one form of data.train, data.validation and data.eval: a list of sources."""
+    entries = [value] if isinstance(value, str) else value
+    return [Source(shards=entry) if isinstance(entry, str) else entry for entry in entries]
+
+
+def expand_sources(sources: Sequence[Source], config: DataConfig, field: str) -> list[SourceShards]:
+    """Expand the pattern of every source and check that each shard can be read.
+
+    field: the recipe's field that the sources came from ("data.train", …), for the errors.
+    Raises ValueError, naming field, value and remedy, for a pattern that matches nothing, a file that is missing or
+    unreadable, a pipe that is not allowed, or weights on some of the sources only.
+    """
+    require(len(sources) > 0, field, list(sources), "name at least one shard")
+    weights = [source.weight for source in sources]
+    require(
+        all(w is None for w in weights) or all(w is not None and math.isfinite(w) for w in weights),
+        f"{field}.weight",
+        weights,
+        "give every source a finite weight, or none of them",
+    )
+    return [
+        SourceShards(
+            shards=tuple(expand_pattern(source.shards, config.allow_pipe, field)),
+            weight=source.weight,
+            index=None if source.index is None else _index_folder(source.index, field),
+            pattern=source.shards,
+        )
+        for source in sources
+    ]
+
+
+def expand_pattern(pattern: str, allow_pipe: bool, field: str) -> list[str]:
+    """Shards of one pattern: braces first, then globs (sorted), in the order written. Errors as expand_sources."""
+    if is_pipe(pattern):
+        require(allow_pipe, field, pattern, "pipe: runs a shell command; set data.allow_pipe: true to permit it")
+        require(pattern[len(PIPE) :].strip() != "", field, pattern, "give a shell command after pipe:")
+        return _braces(pattern, field)
+    if "://" in pattern:
+        refuse(field, pattern, "only local files are opened; use a command (data.allow_pipe): 'pipe:curl -sfL URL'")
+    path = os.path.expanduser(pattern)
+    # A file whose own name holds braces or brackets is meant literally.
+    literal = os.path.exists(path)
+    paths = [path] if literal else _braces(path, field)
+    found = [match for path in paths for match in ([path] if literal else _glob(path))]
+    require(len(found) > 0, field, pattern, f"no file matches in {_existing_parent(path)}; correct the pattern")
+    missing = [path for path in found if not os.path.exists(path)]
+    if missing:
+        refuse(
+            field,
+            pattern,
+            f"{len(missing)} of {len(found)} files do not exist, the first is {missing[0]}; correct the pattern",
+        )
+    for path in found:
+        _check_readable(path, pattern, field)
+    return [os.path.abspath(path) for path in found]
+
+
+def _braces(pattern: str, field: str) -> list[str]:
+    from braceexpand import UnbalancedBracesError, braceexpand  # comes with webdataset, and is its pattern language
+
+    try:
+        return list(braceexpand(pattern))
+    except UnbalancedBracesError:
+        refuse(field, pattern, "close the braces, as in shard-{00000..00331}.tar")
+
+
+def _glob(path: str) -> list[str]:
+    return sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) else [path]
+
+
+def _check_readable(path: str, pattern: str, field: str) -> None:
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        refuse(field, pattern, f"{path} is a folder; name its shards, as in '{os.path.join(path, '*.tar')}'")
+    require(stat.S_ISREG(mode), field, pattern, f"{path} is not an ordinary file; use pipe: to read from a program")
+    require(os.access(path, os.R_OK), field, pattern, f"{path} may not be read; change its permissions")
+
+
+def _existing_parent(path: str) -> str:
+    folder = os.path.dirname(os.path.abspath(path))
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    return folder
+
+
+def _index_folder(folder: str, field: str) -> Path:
+    path = Path(folder).expanduser()
+    require(path.is_dir(), f"{field}.index", folder, "no such folder; make it with tools/index_shards.py")
+    return path

@@ -1,0 +1,225 @@
+"""Loader processes: how they start, and which signals reach them."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing import resource_tracker
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, get_worker_info
+
+from modstruct.errors import RunError, refuse
+
+log = logging.getLogger(__name__)
+
+# The launcher ends whole process trees on SIGTERM, and Ctrl-C reaches every process of the terminal. The training
+# process answers both by a last checkpoint, for which it may still need a batch; so its loader must live on.
+OUTLIVED_SIGNALS = {signal.SIGTERM, signal.SIGINT}
+BATCHES_AHEAD = 2  # that each loader process prepares
+LOSSES_IN_A_ROW = 3  # of loader processes without a batch in between, that a run puts up with
+SHARED_MEMORY = "/dev/shm"
+
+
+class WorkerLoader(DataLoader):
+    """A DataLoader whose items are whole batches and whose processes outlive SIGTERM and SIGINT.
+
+    dataset: its item is a batch. items: the keys to ask for, in order. workers: loader processes; 0 loads in this one.
+    """
+
+    def __init__(self, dataset, items: Sequence, workers: int, pin_memory: bool):
+        self._items = _Items(items)
+        super().__init__(
+            dataset,
+            batch_size=None,
+            sampler=self._items,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            pin_memory=pin_memory,
+            prefetch_factor=BATCHES_AHEAD if workers else None,
+            multiprocessing_context=_context() if workers else None,
+            worker_init_fn=_start_worker if workers else None,
+            # Of its own, or else starting a loader would move the random state that a resumed run must find.
+            generator=torch.Generator(),
+        )
+
+    def __iter__(self):
+        self._items.done = 0
+        return super().__iter__() if self.num_workers == 0 else self._in_spite_of_losses(self._from_processes())
+
+    def _in_spite_of_losses(self, batches: Iterator) -> Iterator:
+        """The batches; when a loader process is killed, others make those that are left: the same, since an item is
+        a function of its key."""
+        losses = 0
+        while True:
+            try:
+                for batch in batches:
+                    self._items.done += 1
+                    losses = 0
+                    yield batch
+                return
+            except (RuntimeError, EOFError, ConnectionError) as error:
+                if not _tells_of_a_loss(error):
+                    raise
+                losses += 1
+                cause = str(error) or "it ended while it handed over a batch"
+                lost = f"a loader process was lost ({cause}; the kernel kills one where memory runs out)"
+                if losses > LOSSES_IN_A_ROW:
+                    fewer = "give fewer, or a smaller train.micro_batch or data.shuffle_window"
+                    raise RunError(f"data.workers = {self.num_workers}: {lost}, {losses} in a row; {fewer}") from None
+            log.warning("data.workers: %s; its work is taken up anew", lost)
+            batches = self._from_processes()
+
+    def _from_processes(self) -> Iterator:
+        before = set(multiprocessing.active_children())
+        with _inherited_block():
+            batches = super().__iter__()
+        end = partial(_end, [child for child in multiprocessing.active_children() if child not in before])
+        atexit.register(end)  # for an iteration that an error leaves unfinished
+        return _until_the_end(batches, end)
+
+
+def _tells_of_a_loss(error: Exception) -> bool:
+    """Whether torch says, or a connection that broke off, that a worker is gone; not that a worker met an error."""
+    if isinstance(error, RuntimeError):
+        return str(error).startswith("DataLoader worker (pid")
+    return "in DataLoader worker process" not in str(error)
+
+
+class _Items:
+    """Keys in order, but for the first `done`."""
+
+    def __init__(self, keys: Sequence):
+        self.keys, self.done = keys, 0
+
+    def __iter__(self) -> Iterator:
+        return iter(self.keys[self.done :])
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+def _until_the_end(batches: Iterator, end: Callable[[], None]) -> Iterator:
+    """The batches; afterwards, on an error, or when nobody wants more, no loader process is left."""
+    try:
+        yield from batches
+    finally:
+        end()
+        atexit.unregister(end)
+
+
+def _end(workers: list[BaseProcess]) -> None:
+    """End the loader processes that run.
+
+    torch and multiprocessing would send SIGTERM to what does not end by itself, and wait for ever for what outlives it.
+    torch takes a killed worker for an accident if it is a child of this process; ours are children of the server.
+    """
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()
+
+
+def require_shared_memory(batch_bytes: int, workers: int) -> None:
+    """Refuse a loader whose batches do not fit the shared memory they travel through (containers often have 64 MiB).
+
+    batch_bytes, workers: of this process. All processes of the host share that memory and need as much each; the
+    launcher names their number: torchrun in LOCAL_WORLD_SIZE, DeepSpeed in LOCAL_SIZE.
+    """
+    if workers == 0 or not os.path.isdir(SHARED_MEMORY):
+        return
+    # A batch in the making, those ready, and the one the training process holds.
+    of_each = batch_bytes * (workers * (BATCHES_AHEAD + 1) + 1)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    needed, free = of_each * processes, shutil.disk_usage(SHARED_MEMORY).free
+    if needed > free:
+        refuse(
+            "data.workers",
+            workers,
+            f"prefetched batches of {processes} process{'es' if processes > 1 else ''} need {needed / 2**20:.0f} MiB "
+            f"of {SHARED_MEMORY}, {free / 2**20:.0f} MiB are free; "
+            "give fewer workers or 0, a smaller train.global_batch, or enlarge it (docker run --shm-size)",
+        )
+
+
+class OutgoingRows:
+    """Memory that the rows of a batch are written to, byte by byte, and leave as a tensor.
+
+    In a loader process what leaves is a copy in shared memory, so the next batch is written to the same place. Left to
+    torch, which shares a tensor when it is sent, every batch would cost a page fault for each 4 KiB of either memory.
+    """
+
+    def __init__(self):
+        self._kept: dict[str, np.ndarray] = {}
+
+    def empty(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """Rows uint8 to fill; in a loader process those of the last batch of this name, where they suffice."""
+        if get_worker_info() is None:
+            return np.empty(shape, dtype=np.uint8)
+        kept = self._kept.get(name)
+        if kept is None or kept.shape[1:] != shape[1:] or len(kept) < shape[0]:
+            kept = self._kept[name] = np.empty(shape, dtype=np.uint8)
+        return kept[: shape[0]]
+
+    def tensor(self, rows: np.ndarray) -> Tensor:
+        """The filled rows, which nobody may write to any more before the next `empty`."""
+        if get_worker_info() is None:
+            return torch.from_numpy(rows)
+        storage = torch.UntypedStorage._new_shared(rows.nbytes)
+        file, content = storage._share_fd_cpu_()[0], rows.reshape(-1)  # the file stays the storage's
+        written = 0
+        while written < len(content):  # one call writes 2 GiB at most
+            written += os.pwrite(file, content[written:], written)
+        return torch.empty(0, dtype=torch.uint8).set_(storage, 0, rows.shape)
+
+
+def _context() -> BaseContext:
+    """A server process imports the loader once and forks a worker from its clean state whenever one is needed.
+
+    A fork of the training process itself would hang: torch and OpenMP have threads there.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["modstruct.data.shards.loader", "modstruct.data.shards.evaluation_samples"])
+    return context
+
+
+def _as_it_is(batch: object) -> object:
+    return batch
+
+
+def _start_worker(_: int) -> None:
+    for number in OUTLIVED_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, OUTLIVED_SIGNALS)
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+
+
+def _end_with_the_parent() -> None:
+    """End this worker when the training process is gone, however it went.
+
+    torch's workers watch their parent in the process tree, which is the server, and that lives as long as they do.
+    """
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+@contextmanager
+def _inherited_block() -> Iterator[None]:
+    """Hold the signals back while processes start: these inherit the block, and what arrives meanwhile is not lost."""
+    resource_tracker.ensure_running()  # starting it later would lift the block
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, OUTLIVED_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,0 +1,1 @@
+"""The plain and the augmented view of each image and text."""

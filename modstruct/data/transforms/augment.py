@@ -1,0 +1,86 @@
+"""The two views of a pair: the plain one that embeddings are made of, and the augmented one.
+
+Everything random about a view comes from one integer seed, which `sample_seed` makes from (seed, epoch, sample): the
+same view on every process, in every loader worker, before and after a resume.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cache
+
+import numpy as np
+from PIL.Image import Image
+from torch import Tensor
+
+from modstruct.config import ViewsConfig
+from modstruct.data.transforms.image_views import ImageViews
+from modstruct.data.transforms.text_views import EasyDataAugmentation
+
+BITS = 63  # a seed must fit the signed 64-bit integers of torch and numpy
+MASK = (1 << BITS) - 1
+
+
+class Views:
+    """Makes the plain, the augmented and the evaluation view of pictures and captions; pickles to loader workers.
+
+    Pictures are PIL images of any size and mode, views are uint8 tensors (3, image_size, image_size). into: an array of
+    that shape to write the view to, such as a row of a batch.
+    """
+
+    value_bytes = 1
+    """Memory of one colour of one pixel of a view."""
+
+    def __init__(self, config: ViewsConfig, image_size: int):
+        """image_size: side of the square view, in pixels. Raises ValueError if WordNet is asked for and missing."""
+        self.image_size = image_size
+        self._images = ImageViews(config, image_size)
+        self._texts = EasyDataAugmentation(config.eda_rate, synonyms=config.eda_synonyms)
+
+    def plain_image(self, image: Image, seed: int, into: np.ndarray | None = None) -> Tensor:
+        """The view of `views.plain`: the centre, or a random crop and flip drawn from seed."""
+        return self._images.plain(image, seed, into)
+
+    def augmented_image(self, image: Image, seed: int, into: np.ndarray | None = None) -> Tensor:
+        """A random crop, a flip and AutoAugment, as the recipe says, drawn from seed."""
+        return self._images.augmented(image, seed, into)
+
+    def evaluation_image(self, image: Image) -> Tensor:
+        """The view of `views.evaluation`, the centre or the whole picture squeezed, whatever `views.plain` says."""
+        return self._images.evaluation(image)
+
+    def plain_text(self, text: str) -> str:
+        """The caption as it is."""
+        return text
+
+    def augmented_text(self, text: str, seed: int) -> str:
+        """The caption after one operation of EDA, drawn from seed."""
+        return self._texts(text, seed)
+
+
+@cache
+def _number(salt: str) -> int:
+    return int.from_bytes(hashlib.blake2b(salt.encode(), digest_size=8).digest())
+
+
+def sample_seed(
+    seed: int, epoch: int | np.ndarray, sample: int | np.ndarray | Tensor, salt: int | str
+) -> int | np.ndarray | Tensor:
+    """The seed of one draw for one sample: an integer in [0, 2**63), the same on every machine.
+
+    Arrays of epochs and samples give an array of seeds, each that of its own pair, in uint64; an int64 tensor of
+    samples gives an int64 tensor on its device.
+    salt tells the draws of one sample apart ("image", "text"). Each step of the chain is a bijection of 63-bit integers
+    (the finisher of splitmix64, Steele et al. 2014, in 63 bits), so two calls that differ in one integer never collide.
+    """
+    if isinstance(salt, str):
+        salt = _number(salt) & MASK
+    # Products are taken modulo 2**64 in arrays and tensors, and only then modulo 2**63: the same.
+    epoch, sample = (part.astype(np.uint64) if isinstance(part, np.ndarray) else part for part in (epoch, sample))
+    state = 0
+    for part in (seed, epoch, sample, salt):
+        state = (state + 0x1E3779B97F4A7C15 + part) & MASK
+        state = ((state ^ (state >> 30)) * 0x3F58476D1CE4E5B9) & MASK
+        state = ((state ^ (state >> 27)) * 0x14D049BB133111EB) & MASK
+        state = state ^ (state >> 31)
+    return state

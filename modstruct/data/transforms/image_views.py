@@ -1,0 +1,161 @@
+"""Views of pictures: centre crop, random crop and flip, AutoAugment; PIL images in, uint8 tensors out."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
+
+from modstruct.config import ViewsConfig
+from modstruct.errors import require
+
+ASPECT_RATIOS = (3 / 4, 4 / 3)  # of a random crop, as in Inception's and torchvision's RandomResizedCrop
+LOG_ASPECT_RATIOS = tuple(math.log(ratio) for ratio in ASPECT_RATIOS)
+CROP_ATTEMPTS = 10
+
+
+MILD = (
+    *("Identity", "AutoContrast", "Equalize", "Brightness", "Sharpness"),
+    *("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"),
+)
+"""Operations that ALBEF's code takes: none that changes colours, which captions name."""
+
+
+class MildRandAugment(v2.RandAugment):
+    """torchvision's RandAugment with ALBEF's choice of operations."""
+
+    _AUGMENTATION_SPACE = {name: v2.RandAugment._AUGMENTATION_SPACE[name] for name in MILD}  # noqa: RUF012
+
+
+class ImageViews:
+    """The views of one picture; see `modstruct.data.transforms.augment.Views`."""
+
+    def __init__(self, config: ViewsConfig, image_size: int):
+        require(image_size >= 1, "model.vision.image_size", image_size, "at least 1 pixel")
+        self.size = image_size
+        self._plain_is_random = config.plain == "crop_flip"
+        self._squeeze = config.evaluation == "squeeze"
+        self._crop_scale = config.crop_scale
+        self._flip = config.flip
+        self._rand_augment = (
+            MildRandAugment(num_ops=2, magnitude=7, num_magnitude_bins=11) if config.rand_augment else None
+        )
+        self._auto_augment = v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET) if config.auto_augment else None
+
+    def plain(self, image: Image.Image, seed: int, into: np.ndarray | None = None) -> Tensor:
+        if not self._plain_is_random:
+            return _to_tensor(centre_crop(_rgb(image), self.size), into)
+        return _to_tensor(self._changed(image, seed, self._rand_augment), into)
+
+    def augmented(self, image: Image.Image, seed: int, into: np.ndarray | None = None) -> Tensor:
+        return _to_tensor(self._changed(image, seed, self._auto_augment), into)
+
+    def evaluation(self, image: Image.Image, into: np.ndarray | None = None) -> Tensor:
+        if self._squeeze:
+            return _to_tensor(_rgb(image).resize((self.size, self.size), Image.Resampling.BICUBIC), into)
+        return _to_tensor(centre_crop(_rgb(image), self.size), into)
+
+    def _changed(self, image: Image.Image, seed: int, change: v2.Transform | None) -> Image.Image:
+        """Cropped and flipped, then changed by `change`, all drawn from seed."""
+        generator = random.Random(seed)
+        image = self._crop_and_flip(_rgb(image), generator)
+        if change is not None:
+            with _torch_seeded(generator.getrandbits(63)):
+                image = change(image)
+        return image
+
+    def _crop_and_flip(self, image: Image.Image, generator: random.Random) -> Image.Image:
+        left, top, width, height = random_crop_box(*image.size, self._crop_scale, generator)
+        box = (left, top, left + width, top + height)
+        image = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box)
+        if self._flip and generator.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return image
+
+
+def centre_crop(image: Image.Image, size: int) -> Image.Image:
+    """The picture with its shorter side resized to size (bicubic, antialiased), its centre (size, size) cut out.
+
+    The same as torchvision's Resize and CenterCrop but for rounding, and only the pixels that are kept are computed: a
+    picture of 1 x 100,000 pixels is never blown up.
+    """
+    if image.size == (size, size):
+        return image
+    shorter = min(image.size)
+    box: list[float] = []
+    for side in image.size:
+        resized = size * side // shorter
+        start = round((resized - size) / 2) * side / resized
+        box.append((start, min(start + size * side / resized, side)))
+    (left, right), (top, bottom) = box
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
+
+
+def random_crop_box(
+    width: int, height: int, scale: tuple[float, float], generator: random.Random
+) -> tuple[int, int, int, int]:
+    """Left, top, width and height, in pixels, of a random crop of a picture (Szegedy et al. 2015).
+
+    The crop's share of the area is uniform in scale, its aspect ratio log-uniform in 3/4 to 4/3. Where no such
+    crop fits, it is the largest centred one whose aspect ratio lies in that range.
+    """
+    (least, most), (low, high) = scale, LOG_ASPECT_RATIOS
+    # The draws of Random.uniform and Random.randint, which take several times as long to call.
+    for _ in range(CROP_ATTEMPTS):
+        area = width * height * (least + (most - least) * generator.random())
+        aspect = math.exp(low + (high - low) * generator.random())
+        crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            left = _below(width - crop_width + 1, generator)
+            top = _below(height - crop_height + 1, generator)
+            return left, top, crop_width, crop_height
+    crop_width = min(width, round(height * ASPECT_RATIOS[1]))
+    crop_height = min(height, round(width / ASPECT_RATIOS[0]))
+    return (width - crop_width) // 2, (height - crop_height) // 2, crop_width, crop_height
+
+
+def _below(end: int, generator: random.Random) -> int:
+    """A number from 0 to end - 1, each as likely as the others."""
+    bits = end.bit_length()
+    drawn = end
+    while drawn >= end:
+        drawn = generator.getrandbits(bits)
+    return drawn
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _to_tensor(image: Image.Image, into: np.ndarray | None) -> Tensor:
+    """The pixels (3, H, W) of a picture of mode RGB, written into `into` where it is given."""
+    width, height = image.size
+    if into is None:
+        into = np.empty((3, height, width), dtype=np.uint8)
+    # "RGB;L": of each line its reds, greens and blues; whole lines are copied faster than single bytes.
+    lines = np.frombuffer(image.tobytes("raw", "RGB;L"), dtype=np.uint8).reshape(height, 3, width)
+    into[...] = lines.transpose(1, 0, 2)
+    return torch.from_numpy(into)
+
+
+@contextmanager
+def _torch_seeded(seed: int) -> Iterator[None]:
+    """Seed torch's generator of the CPU, which AutoAugment draws from, and put it back afterwards.
+
+    Not torch.random.fork_rng: that takes 50 times as long, and torch.manual_seed reseeds the GPUs as well. No other
+    thread of this process may draw meanwhile.
+    """
+    generator = torch.default_generator
+    state = generator.get_state()
+    generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        generator.set_state(state)

@@ -1,0 +1,46 @@
+"""The kinds of error that a user meets: a wrong value by field, value and remedy; a run that cannot go on."""
+
+from __future__ import annotations
+
+
+def refuse(field_name: str, value: object, remedy: str) -> None:
+    """Raise the one kind of error that a wrong recipe gets: field, value, remedy."""
+    raise ValueError(f"{field_name} = {value!r}: {remedy}")
+
+
+def require(condition: bool, field_name: str, value: object, remedy: str) -> None:
+    if not condition:
+        refuse(field_name, value, remedy)
+
+
+class RunError(RuntimeError):
+    """Ends a run for a reason that its message explains."""
+
+
+def require_counts(section: str, values: object, names: tuple[str, ...]) -> None:
+    """Refuse a count below 1."""
+    for name in names:
+        require(getattr(values, name) >= 1, f"{section}.{name}", getattr(values, name), "at least 1")
+
+
+class FailedElsewhere(RunError):
+    """Another process failed, and says itself why."""
+
+
+class LostProcess(RunError):
+    """Another process ended without a word, and a collective with it."""
+
+    @staticmethod
+    def if_it_is(error: RuntimeError) -> LostProcess | None:
+        """What gloo's, NCCL's or the store's error says of another process, in a user's words."""
+        ours = isinstance(error, RunError)  # it has its own words
+        # By name, since torch is not imported here.
+        lost = type(error).__name__ == "DistNetworkError" or any(sign in str(error) for sign in _LOST)
+        return LostProcess(_LOST_MEANS) if lost and not ours else None
+
+
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+_LOST_MEANS = (
+    "another process has ended; if it does not say why, it was killed, as the kernel does where memory runs out. "
+    "`--resume latest` goes on from the last checkpoint"
+)

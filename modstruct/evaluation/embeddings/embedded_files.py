@@ -1,0 +1,112 @@
+"""What files an embedded set consists of (see embedded_set.py), and what its manifest must say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+
+from modstruct.errors import refuse, require
+from modstruct.evaluation.embeddings.array_files import RowStream
+from modstruct.files import written_aside
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+IMAGE_ARRAYS = ("image", "image_features", "image_projected", "image_independent", "image_augmented")
+TEXT_ARRAYS = ("text", "text_features", "text_projected", "text_independent")
+FEATURE_ARRAYS = frozenset({"image_features", "image_projected", "text_features", "text_projected"})
+TABLES = ("pairs", "indices", "labels", "class_prompts")
+LISTS = {"keys": "image", "metadata": "image", "captions": "text"}
+"""Files of one JSON value a line, and whose rows they follow."""
+CLASSES_FILE = "classes.json"
+MODEL_FILE = "model.json"  # beside the sets of an evaluation: of what model they are
+
+
+def is_set_name(name: object) -> bool:
+    """Whether folders may be called by it: letters, digits, - _ . and +, and no way out of the evaluation's folder."""
+    return (
+        isinstance(name, str)
+        and name not in ("", ".", "..")
+        and all(letter.isalnum() or letter in "-_.+" for letter in name)
+    )
+
+
+def check_manifest(manifest: dict, path: Path) -> None:
+    """Refuse a manifest that `write_embedded_set` cannot have written."""
+
+    def shapes(of: str, known: Sequence[str]) -> bool:
+        found = manifest.get(of)
+        return isinstance(found, dict) and all(
+            name in known and isinstance(shape, list) and all(type(side) is int and side >= 0 for side in shape)
+            for name, shape in found.items()
+        )
+
+    rows = manifest.get("rows")
+    sound = (
+        is_set_name(manifest.get("name"))
+        and isinstance(manifest.get("model"), dict)
+        and isinstance(manifest.get("source"), (dict, type(None)))
+        and isinstance(rows, dict)
+        and all(type(rows.get(modality)) is int for modality in ("image", "text"))
+        and shapes("arrays", (*IMAGE_ARRAYS, *TEXT_ARRAYS))
+        and shapes("tables", TABLES)
+        and "image" in manifest["arrays"]
+    )
+    if not sound:
+        damaged(path, "name, model, rows, arrays or tables are missing or of another kind")
+
+
+def damaged(path: Path, cause: str) -> NoReturn:
+    """Refuse a file of a set that cannot be what its writer wrote."""
+    refuse(
+        "embedded set",
+        str(path),
+        f"is damaged ({' '.join(cause.split())[:200]}): embed the set anew with --embedding.overwrite true",
+    )
+
+
+def counted(streams: dict[str, RowStream]) -> dict[str, int]:
+    """Pictures and texts of arrays that fit each other."""
+    require("image" in streams, "arrays", sorted(streams), "must have image")
+    unknown = sorted(streams.keys() - {*IMAGE_ARRAYS, *TEXT_ARRAYS})
+    require(not unknown, "arrays", unknown, f"may be {', '.join((*IMAGE_ARRAYS, *TEXT_ARRAYS))}")
+    counts = {"image": streams["image"].shape[0], "text": streams["text"].shape[0] if "text" in streams else 0}
+    for array, stream in streams.items():
+        modality = "image" if array in IMAGE_ARRAYS else "text"
+        fits = len(stream.shape) == 2 and stream.shape[0] == counts[modality]
+        require(
+            fits, array, stream.shape, f"must be of shape ({counts[modality]}, dimension), one row for each {modality}"
+        )
+    dimensions = {a: s.shape[1] for a, s in streams.items() if a in ("image", "text", "image_augmented")}
+    require(len(set(dimensions.values())) == 1, "arrays", dimensions, "must have one dimension")
+    return counts
+
+
+def within(pairs: np.ndarray, rows: dict[str, int]) -> np.ndarray:
+    """Pairs (p, 2) that lie among the rows there are."""
+    limits = np.array([rows["image"], rows["text"]])
+    fits = bool(np.all((pairs >= 0) & (pairs < limits)))
+    require(
+        fits, "pairs", pairs.max(axis=0, initial=0).tolist(), f"must be below {limits.tolist()}, the rows there are"
+    )
+    return pairs
+
+
+def write_json(path: Path, value: object) -> None:
+    """A value as a JSON file, whole or not at all."""
+    with written_aside(path) as file:
+        file.write((json.dumps(value, indent=1) + "\n").encode())
+
+
+def write_lines(folder: Path, name: str, values: Iterable, expected: int | None = None) -> None:
+    """Values, one a line, whole or not at all. expected: how many there must be; None for any number."""
+    count = 0
+    with written_aside(folder / f"{name}.jsonl") as file:
+        for value in values:
+            file.write((json.dumps(value) + "\n").encode())
+            count += 1
+        fits = expected is None or count == expected
+        require(fits, name, f"{count} of them", f"give {expected}, one for each {LISTS.get(name)}")

@@ -1,0 +1,269 @@
+"""An embedded set: one folder of memory-mapped arrays, written once and read by every metric.
+
+FOLDER/
+    manifest.json           written last: a folder without it is unfinished
+    image.npy, text.npy     (n, D), (m, D) float16 or float32, unit norm: the shared embeddings
+    image_features.npy, text_features.npy           (n, F), (m, F') before the projection, not normalised
+    image_projected.npy, text_projected.npy         (n, D), (m, D) after it, before normalisation
+    image_independent.npy, text_independent.npy     unit norm: of the independent heads
+    image_augmented.npy     (n, D) unit norm: of one augmented view of each picture
+    pairs.npy               (p, 2) int64, (image row, text row), only with captions
+    labels.npy              (n,) int64, -1 where there is none, only with classes
+    class_prompts.npy       (c, t, D) float32, unit norm: class c's name in template t
+    classes.json            {"names": […], "templates": […], "label": field of the metadata or null}
+    keys.jsonl, metadata.jsonl      one JSON text, one JSON object a picture, in the order of rows
+    captions.jsonl          one JSON text a text row
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modstruct.errors import require
+from modstruct.evaluation.embeddings.array_files import RowStream, as_stream, open_array, write_array
+from modstruct.evaluation.embeddings.embedded_files import (
+    CLASSES_FILE,
+    FEATURE_ARRAYS,
+    FORMAT,
+    IMAGE_ARRAYS,
+    LISTS,
+    MANIFEST,
+    TABLES,
+    TEXT_ARRAYS,
+    check_manifest,
+    counted,
+    damaged,
+    within,
+    write_json,
+    write_lines,
+)
+from modstruct.files import sync_folder
+
+
+class EmbeddedSet:
+    """A finished set, opened by `EmbeddedSet.open`; arrays stay on the disk until their rows are used.
+
+    folder: where it lies. manifest: what its writer noted. model: {"name", "fingerprint", …}. source: {"name",
+    "fingerprint"}, or empty. arrays: names of the embeddings there are.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]):
+        self.folder, self.manifest = folder, manifest
+        self.name: str = manifest["name"]
+        self.model: dict = manifest["model"]
+        self.source: dict = manifest.get("source") or {}
+        self.arrays: frozenset[str] = frozenset(manifest["arrays"])
+        self._open: dict[str, np.ndarray] = {}
+
+    @classmethod
+    def open(cls, folder: str | Path) -> EmbeddedSet:
+        """Open a finished set; sizes and kinds of all arrays are checked, their contents not read.
+
+        Raises FileNotFoundError where there is none or an unfinished one, ValueError where it is damaged or of another
+        format; both name the file and the remedy.
+        """
+        folder = Path(folder).expanduser()
+        path = folder / MANIFEST
+        if not path.is_file():
+            begun = "an unfinished embedded set: `evaluate.py embed` goes on with it" if folder.is_dir() else "missing"
+            raise FileNotFoundError(f"{path}: {begun}; embed the set first")
+        try:
+            manifest = json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            damaged(path, str(error))
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            found = manifest.get("format") if isinstance(manifest, dict) else None
+            raise ValueError(f"{path}: format {found!r}, this version reads {FORMAT}: embed the set anew")
+        check_manifest(manifest, path)
+        opened = cls(folder, manifest)
+        for name, shape in (manifest["arrays"] | manifest["tables"]).items():
+            opened._open[name] = open_array(
+                folder / f"{name}.npy", shape, "embed the set anew with --embedding.overwrite true"
+            )
+        return opened
+
+    def rows(self, array: str) -> np.ndarray:
+        """The rows of an embedding, a read-only memory map; ValueError where the set was embedded without it."""
+        has = ", ".join(sorted(self.arrays))
+        require(
+            array in self.arrays,
+            "array",
+            array,
+            f"{self.folder} has {has}: embed it with --embedding.arrays '[…, {array}]'",
+        )
+        return self._open[array]
+
+    @property
+    def pairs(self) -> np.ndarray:
+        """(p, 2) int64, (image row, text row); (0, 2) without captions."""
+        return self._open["pairs"] if "pairs" in self._open else np.empty((0, 2), dtype=np.int64)
+
+    @cached_property
+    def indices(self) -> np.ndarray:
+        """(n,) int64, number of each picture in its source."""
+        return self._open["indices"] if "indices" in self._open else np.arange(self.manifest["rows"]["image"])
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """(n,) int64, class row of each picture or -1; None without classes."""
+        return self._open.get("labels")
+
+    @property
+    def class_prompts(self) -> np.ndarray | None:
+        """(c, t, D) float32, unit norm; None without classes."""
+        return self._open.get("class_prompts")
+
+    @property
+    def class_names(self) -> list[str]:
+        return self._classes["names"]
+
+    @property
+    def templates(self) -> list[str]:
+        return self._classes["templates"]
+
+    @property
+    def label_field(self) -> str | None:
+        """Field of the metadata that the labels came from; None where they came otherwise."""
+        return self._classes["label"]
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """Key of each picture."""
+        return self._lines("keys", str)
+
+    @cached_property
+    def captions(self) -> list[str]:
+        """Caption of each text row."""
+        return self._lines("captions", str)
+
+    @cached_property
+    def metadata(self) -> list[dict]:
+        """Metadata of each picture."""
+        return self._lines("metadata", dict)
+
+    @cached_property
+    def _classes(self) -> dict:
+        path = self.folder / CLASSES_FILE
+        if "labels" not in self._open:
+            return {"names": [], "templates": [], "label": None}
+        try:
+            classes = json.loads(path.read_bytes())
+            names, templates, _ = (classes[key] for key in ("names", "templates", "label"))
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            damaged(path, str(error))
+        if not all(isinstance(text, str) for text in (*names, *templates)):
+            damaged(path, "names and templates are lists of texts")
+        return classes
+
+    def _lines(self, name: str, kind: type) -> list:
+        path = self.folder / f"{name}.jsonl"
+        expected = self.manifest["rows"].get(LISTS[name], 0)
+        if expected == 0 and not path.exists():
+            return []
+        try:
+            with open(path, encoding="utf-8") as file:
+                values = [json.loads(line) for line in file]
+        except (OSError, ValueError, RecursionError) as error:
+            damaged(path, str(error))
+        if len(values) != expected or not all(isinstance(value, kind) for value in values):
+            damaged(path, f"{len(values)} lines where there are {expected} rows, each of kind {kind.__name__}")
+        return values
+
+
+def write_embedded_set(
+    folder: str | Path,
+    name: str,
+    model: dict[str, Any],
+    arrays: dict[str, np.ndarray | RowStream],
+    *,
+    pairs: np.ndarray | None = None,
+    indices: np.ndarray | None = None,
+    labels: np.ndarray | None = None,
+    class_prompts: np.ndarray | None = None,
+    class_names: Sequence[str] = (),
+    templates: Sequence[str] = (),
+    label: str | None = None,
+    keys: Iterable[str] | None = None,
+    captions: Iterable[str] = (),
+    metadata: Iterable[dict] = (),
+    source: dict[str, Any] | None = None,
+    skipped: dict[str, int] | None = None,
+    left_out: Iterable[dict[str, str]] = (),
+    settings: dict[str, Any] | None = None,
+    command: Sequence[str] = (),
+    seconds: float = 0.0,
+) -> EmbeddedSet:
+    """Write a set into a folder, over one that is there, and open it; row by row where arrays or lists are streams.
+
+    model: {"name", "fingerprint", …}. arrays: by name, of IMAGE_ARRAYS and TEXT_ARRAYS, "image" at least; float16 and
+    float32 are kept, other kinds become float32. pairs (p, 2), indices (n,), labels (n,), class_prompts (c, t, D): as
+    above. label: field of the metadata that the labels came from. keys: of the pictures, by default their numbers.
+    metadata: of the pictures, by default empty. skipped: samples left out, by cause; left_out: which. settings: how
+    the set was made. Raises ValueError where sizes do not fit each other, or rows are not finite or not of unit norm;
+    the folder is unfinished then.
+    """
+    folder = Path(folder).expanduser()
+    streams = {array: as_stream(rows) for array, rows in arrays.items()}
+    rows = counted(streams)
+    tables: dict[str, np.ndarray] = {}
+    if pairs is not None:
+        tables["pairs"] = within(np.asarray(pairs, dtype=np.int64).reshape(-1, 2), rows)
+    if indices is not None:
+        tables["indices"] = np.asarray(indices, dtype=np.int64)
+        require(tables["indices"].shape == (rows["image"],), "indices", tables["indices"].shape, "one for each picture")
+    if labels is not None:
+        labels = np.asarray(labels, dtype=np.int64)
+        fits = labels.shape == (rows["image"],) and np.all((labels >= -1) & (labels < len(class_names)))
+        require(
+            fits, "labels", labels.shape, f"one of -1 … {len(class_names) - 1} for each of {rows['image']} pictures"
+        )
+        tables["labels"] = labels
+    if class_prompts is not None:
+        expected = (len(class_names), len(templates), streams["image"].shape[1])
+        require(class_prompts.shape == expected, "class_prompts", class_prompts.shape, f"of shape {expected}")
+        tables["class_prompts"] = np.asarray(class_prompts, dtype=np.float32)
+
+    clear(folder)
+    for array, stream in streams.items():
+        write_array(folder / f"{array}.npy", stream, unit=array not in FEATURE_ARRAYS)
+    for table, values in tables.items():
+        write_array(folder / f"{table}.npy", as_stream(values))
+    if class_names:
+        classes = {"names": list(class_names), "templates": list(templates), "label": label}
+        write_json(folder / CLASSES_FILE, classes)
+    count = rows["image"]
+    write_lines(folder, "keys", map(str, range(count)) if keys is None else keys, count)
+    write_lines(folder, "metadata", metadata or ({} for _ in range(count)), count)
+    write_lines(folder, "left_out", left_out)
+    if rows["text"]:
+        write_lines(folder, "captions", captions, rows["text"])
+    manifest = {
+        "format": FORMAT,
+        "name": name,
+        "model": model,
+        "source": source,
+        "rows": rows,
+        "arrays": {array: list(stream.shape) for array, stream in streams.items()},
+        "tables": {table: list(values.shape) for table, values in tables.items()},
+        "dtype": streams["image"].dtype.name,
+        "skipped": skipped or {},
+        "settings": settings or {},
+        "command": list(command),
+        "seconds": seconds,
+    }
+    write_json(folder / MANIFEST, manifest)
+    sync_folder(folder)
+    return EmbeddedSet.open(folder)
+
+
+def clear(folder: Path) -> None:
+    """Remove the files of a set, its manifest first; others in the folder stay."""
+    names = [MANIFEST, CLASSES_FILE, *(f"{name}.npy" for name in (*IMAGE_ARRAYS, *TEXT_ARRAYS, *TABLES))]
+    for name in [*names, *(f"{name}.jsonl" for name in (*LISTS, "left_out"))]:
+        (folder / name).unlink(missing_ok=True)

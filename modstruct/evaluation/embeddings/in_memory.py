@@ -1,0 +1,159 @@
+"""A whole source embedded by all processes: pictures, captions, and which belong together."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modstruct.data.shards.evaluation_samples import EvaluationSamples, evaluation_loader
+from modstruct.data.shards.faults import FaultLedger
+from modstruct.data.tokenizers import Tokenizer
+from modstruct.data.transforms.augment import Views
+from modstruct.distributed import rank
+from modstruct.distributed.collect import collect_rows, collect_values, my_batches
+from modstruct.evaluation.retrieval.distinct_captions import DistinctCaptions, at_places
+
+Encode = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+"""A batch that holds "image" or "text" -> the fields of Embeddings that it allows: the engine in evaluation mode."""
+
+
+@dataclass
+class EmbeddedSource:
+    """Every readable picture of a source and every distinct caption, in order of first appearance.
+
+    image and text hold their rows on the main process only, and no rows elsewhere; the rest is the same everywhere.
+    """
+
+    image: np.ndarray
+    """(n, D) float32."""
+    text: np.ndarray
+    """(m, D) float32; equal captions are one row."""
+    pairs: np.ndarray
+    """(p, 2) int64, (image row, text row) of each picture and each of its captions, without repetition."""
+    indices: np.ndarray
+    """(n,) int64, number of each picture in its EvaluationSamples."""
+    captions: list[str]
+    """Caption of each text row."""
+    metadata: list[dict]
+    """Of each picture, the fields asked for that its metadata has."""
+    skipped: dict[str, int] = field(default_factory=dict)
+    """Samples left out, by cause."""
+
+
+@torch.no_grad()
+def embed_source(
+    encode: Encode,
+    samples: EvaluationSamples,
+    views: Views,
+    tokenizer: Tokenizer,
+    batch: int,
+    device: torch.device,
+    metadata_fields: Sequence[str] = (),
+    field_name: str = "data.eval",
+) -> EmbeddedSource:
+    """Embed a source with all processes; every process calls this, and it returns on every process.
+
+    batch: samples embedded at once by each process. device: where encode wants its batches; collectives run there too.
+    metadata_fields: what to keep of each sample's metadata. field_name: the recipe's field of the source, for messages.
+    Raises TooManyBadSamples, on all processes, above data.max_bad_share.
+    """
+    batches = math.ceil(len(samples) / batch)
+    mine = my_batches(batches)
+    read = _Read(FaultLedger(field_name, samples.config.max_bad_share, rank()), metadata_fields)
+    numbers = range(mine.start * batch, min(mine.stop * batch, len(samples)))
+    image = collect_rows(
+        lambda pictures: encode({"image": pictures})["image"],
+        read.images(evaluation_loader(samples, views, batch, numbers), device),
+        torch.zeros((1, 3, views.image_size, views.image_size), dtype=torch.uint8, device=device),
+        batches,
+        batch,
+        "embedding pictures",
+    )
+    everyone = _Read.joined(collect_values(read.values(), device))
+    skipped = left_out_when_indexed(samples) + Counter(everyone["skipped"])
+    # The whole source was tried, so its share is exact, however small it is.
+    read.ledger.check(sum(everyone["skipped"].values()), len(samples), fewest=1)
+    if not everyone["indices"]:
+        raise ValueError(f"{field_name}: none of its {len(samples)} samples could be used: {dict(skipped)}")
+
+    texts = [[views.plain_text(caption) for caption in captions] for captions in everyone["captions"]]
+    distinct = DistinctCaptions()
+    distinct.add(texts)
+    places, pairs = distinct.rows()
+    captions = list(at_places(chain.from_iterable(texts), places))
+    return EmbeddedSource(
+        image=image,
+        text=embed_texts(encode, captions, tokenizer, batch, device, "embedding captions"),
+        pairs=pairs,
+        indices=np.array(everyone["indices"], dtype=np.int64),
+        captions=captions,
+        metadata=everyone["metadata"],
+        skipped=dict(skipped),
+    )
+
+
+@torch.no_grad()
+def embed_texts(
+    encode: Encode, texts: Sequence[str], tokenizer: Tokenizer, batch: int, device: torch.device, title: str
+) -> np.ndarray:
+    """Embed texts, the same list on every process, with all processes.
+
+    Returns (len(texts), D) float32 on the main process, in order; (0, D) elsewhere. title: of the progress bar.
+    """
+    batches = math.ceil(len(texts) / batch)
+    starts = (number * batch for number in my_batches(batches))
+    return collect_rows(
+        lambda ids: encode({"text": ids})["text"],
+        (tokenizer(texts[start : start + batch]).to(device) for start in starts),
+        tokenizer([""]).to(device),
+        batches,
+        batch,
+        title,
+    )
+
+
+class _Read:
+    """What one process reads of the samples besides the pictures' embeddings."""
+
+    def __init__(self, ledger: FaultLedger, metadata_fields: Sequence[str]):
+        self.ledger, self.metadata_fields = ledger, metadata_fields
+        self.indices: list[int] = []
+        self.captions: list[list[str]] = []
+        self.metadata: list[dict] = []
+
+    def images(self, batches, device: torch.device) -> Iterator[Tensor]:
+        """The pictures of each EvaluationBatch, the rest of it noted down."""
+        for batch in batches:
+            self.ledger.add(batch.faults, batch.tried)
+            self.indices += batch.indices.tolist()
+            self.captions += batch.captions
+            for metadata in batch.metadata:
+                self.metadata.append({name: metadata[name] for name in self.metadata_fields if name in metadata})
+            yield batch.image.to(device)
+
+    def values(self) -> dict:
+        """All of it in plain JSON kinds."""
+        return {
+            "indices": self.indices,
+            "captions": self.captions,
+            "metadata": self.metadata,
+            "skipped": dict(self.ledger.counts),
+        }
+
+    @staticmethod
+    def joined(parts: Sequence[dict]) -> dict:
+        """The values of all processes, in order of rank, as one."""
+        whole = {name: [item for part in parts for item in part[name]] for name in ("indices", "captions", "metadata")}
+        return whole | {"skipped": sum((Counter(part["skipped"]) for part in parts), Counter())}
+
+
+def left_out_when_indexed(samples: EvaluationSamples) -> Counter[str]:
+    """Samples, by cause, that indexing found unusable: they are not among `samples`."""
+    return sum((Counter(shard["faults"]) for shard in samples.samples.shard_faults), Counter())

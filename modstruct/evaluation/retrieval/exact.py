@@ -1,0 +1,123 @@
+"""Exact ranks of every positive, by counting the scores above it: no list of results, no matrix of scores."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from modstruct import distributed
+from modstruct.evaluation.retrieval.rows import as_float32, check_dimensions, check_rows, checked_pairs, row_blocks
+from modstruct.pairwise import dispatch, nearest_counts
+
+PAIRS_AT_ONCE = 4096
+"""Pairs of one call of the kernel."""
+GALLERY_BYTES = 256 << 20
+"""Of float32 gallery rows that are in memory at once."""
+CPU = torch.device("cpu")
+
+
+def counting_device() -> torch.device:
+    """This process's GPU where modstruct has kernels for it, else the CPU.
+
+    Plain products of matrices give equal rows scores that may differ in the last bit, by their place in the product's
+    tiles, and a tie would become a matter of luck.
+    """
+    device = distributed.device()
+    return device if device.type == "cuda" and dispatch.has_kernels_for(device) else CPU
+
+
+def items_ahead(queries: np.ndarray, gallery: np.ndarray, pairs: np.ndarray, device: torch.device = CPU) -> np.ndarray:
+    """Items ahead of each query's best positive, (q,) int64, as `pairs_ahead` counts them; g where it has none."""
+    pairs, ahead = pairs_ahead(queries, gallery, pairs, device)
+    least = np.full(len(queries), len(gallery), dtype=np.int64)
+    np.minimum.at(least, pairs[:, 0], ahead)
+    return least
+
+
+def pairs_ahead(
+    queries: np.ndarray,
+    gallery: np.ndarray,
+    pairs: np.ndarray,
+    device: torch.device = CPU,
+    progress: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+    """For each pair, how many items that are no positive of its query score at least as high as its item.
+
+    queries: (q, D), gallery: (g, D), float16 or float32, in memory or memory-mapped, scored by inner product, in
+    float32. pairs: (p, 2), positives as (query row, gallery row). device: where scores are formed. progress: show a
+    bar.
+    Returns the pairs, each once and ascending, (p', 2), and the items ahead, (p',) int64: a tie counts against the
+    model, and other positives of the query count neither way. So collapsed embeddings get the last ranks. Cost: 2 q g D
+    operations, q being the queries that have a positive. Memory: O(p') and two blocks of rows, whatever g is. On a GPU
+    without modstruct's kernels rows tie as far as torch's products do; see `counting_device`.
+    """
+    for name, rows in (("query", queries), ("gallery", gallery)):
+        check_rows(name, rows)
+    check_dimensions("query", queries, "gallery", gallery)
+    pairs = checked_pairs(pairs, len(queries), len(gallery))
+    above, ties = _counts(queries, gallery, pairs, device, progress)
+    return pairs, above + ties + 1 - _positives_as_high(pairs[:, 0], above)
+
+
+def _positives_as_high(query: np.ndarray, above: np.ndarray) -> np.ndarray:
+    """For each pair, the positives of its query that score as high or higher, itself among them, (p,).
+
+    query: (p,), ascending. The more items are above an item, the lower it scores; equal counts are equal scores.
+    """
+    order = np.lexsort((above, query))
+    query, above = query[order], above[order]
+    first = np.flatnonzero(np.append(True, query[1:] != query[:-1]))  # of each query
+    last_of_tie = np.append((query[1:] != query[:-1]) | (above[1:] != above[:-1]), True)
+    ends = np.flatnonzero(last_of_tie) + 1
+    end = np.repeat(ends, np.diff(ends, prepend=0))
+    start = np.repeat(first, np.diff(first, append=len(query)))
+    counts = np.empty_like(above)
+    counts[order] = end - start
+    return counts
+
+
+def _counts(
+    queries: np.ndarray, gallery: np.ndarray, pairs: np.ndarray, device: torch.device, progress: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """`nearest_counts` of all pairs, over a gallery that is read in blocks.
+
+    Each block is followed by the items of the pairs at hand, so that the kernel can look up their scores: equal rows
+    have equal scores wherever they lie. What those copies add is counted apart and taken off.
+    """
+    dimension = gallery.shape[1]
+    at_once = max(1, GALLERY_BYTES // (4 * dimension))
+    starts = range(0, len(gallery), at_once)
+    slices = [slice(first, first + PAIRS_AT_ONCE) for first in range(0, len(pairs), PAIRS_AT_ONCE)]
+    above, ties = np.zeros(len(pairs), dtype=np.int64), np.zeros(len(pairs), dtype=np.int64)
+    whole = len(starts) == 1
+    room = 0 if whole else min(PAIRS_AT_ONCE, len(pairs))
+    buffer = torch.empty(min(at_once, len(gallery)) + room, dimension, device=device)
+    with tqdm(total=len(starts) * len(slices), desc="counting scores", disable=not progress, leave=False) as bar:
+        for start in starts:
+            rows = min(at_once, len(gallery) - start)
+            for offset, block in row_blocks(gallery[start : start + rows]):
+                buffer[offset : offset + len(block)] = block
+            for part in slices:
+                asked, query = np.unique(pairs[part, 0], return_inverse=True)
+                some = as_float32(queries[asked]).to(device)
+                if whole:
+                    above[part], ties[part] = _call(some, buffer, query, pairs[part, 1])
+                else:
+                    items, item = np.unique(pairs[part, 1], return_inverse=True)
+                    copies = buffer[rows : rows + len(items)]
+                    copies[:] = as_float32(gallery[items])
+                    found = _call(some, buffer[: rows + len(items)], query, rows + item)
+                    added = _call(some, copies, query, item)
+                    above[part] += found[0] - added[0]
+                    ties[part] += found[1] - added[1]
+                bar.update()
+    # In its own block each item ties with its copy.
+    return above, ties - (0 if whole else 1)
+
+
+def _call(queries: Tensor, gallery: Tensor, query: np.ndarray, item: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    positives = torch.from_numpy(np.stack([query.reshape(-1), item.reshape(-1)], axis=1)).to(queries.device)
+    above, ties = nearest_counts(queries, gallery, positives)
+    return above.cpu().numpy(), ties.cpu().numpy()

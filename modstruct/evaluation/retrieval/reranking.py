@@ -1,0 +1,146 @@
+"""Retrieval in two stages: the contrast's best candidates are ranked anew by matching (Li et al. 2021, section 6).
+
+The first stage compares embeddings, the second lets the fusion encoder look at every candidate. Items beyond the
+candidates keep their places behind them. A tie counts against the model, as everywhere.
+
+What a candidate scores is scale <query, candidate> + matching logit; the logit alone, as in ALBEF, by choice. Matching
+learned to tell pairs from negatives that were drawn by the contrast, q ∝ exp(scale <query, candidate>), so its logit
+estimates log p / q, and the sum log p up to a constant: noise-contrastive estimation with noise q (Gutmann & Hyvärinen
+2010). The logit alone forgets what the contrast knew.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modstruct.config import RerankBy
+from modstruct.data.tokenizers import Tokenizer
+from modstruct.distributed import broadcast_object
+from modstruct.distributed.collect import collect_rows, collect_tokens, my_batches, on_main
+from modstruct.errors import RunError
+from modstruct.evaluation.retrieval import counting_device, items_ahead, nearest, recall_figures
+from modstruct.models.fusion.pretraining import FusionModel
+
+LARGEST_ON_DEVICE_BYTES = 8 << 30
+"""Tokens of a gallery beyond this are kept in the host's memory."""
+
+
+@torch.no_grad()
+def reranked_retrieval(
+    model: FusionModel,
+    pictures: Iterator[Tensor],
+    captions: Sequence[str],
+    tokenizer: Tokenizer,
+    image: np.ndarray,
+    text: np.ndarray,
+    pairs: np.ndarray,
+    candidates: int,
+    by: RerankBy,
+    recall_at: Sequence[int],
+    batch: int,
+    device: torch.device,
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Recall at K both ways after matching has ranked each query's candidates anew; every process calls it.
+
+    pictures: this process's batches of the n pictures (see collect.my_batches), uint8 (b, 3, H, W) on the device, in
+    the order of image's rows. captions: the m texts. image: (n, D), text: (m, D), read on the main process alone.
+    pairs: (p, 2), (image row, text row). by: what a candidate scores, see above. batch: pictures, texts or pairs in one
+    forward pass. Returns the same as ranking.measure_recall, on every process. Raises
+    RunError, on every process, where `pictures` brings another number than image has rows.
+    """
+    backbone = model.backbone
+    sizes = broadcast_object((len(image), len(text)))
+    side = model.backbone.image.patch_embed.img_size[0]
+    grey = torch.zeros((1, 3, side, side), dtype=torch.uint8, device=device)
+    image_tokens = _gathered(backbone.encode_image, pictures, grey, sizes[0], batch, device, "encoding pictures")
+    if len(image_tokens) != sizes[0]:  # pictures are read a second time; one that is lost would shift those after it
+        counts = f"{len(image_tokens):,} instead of {sizes[0]:,} could be read a second time"
+        raise RunError(f"pictures changed while they were measured: {counts}; measure again")
+    ids = tokenizer(list(captions)).to(device)
+    mine = (ids[n * batch : (n + 1) * batch] for n in my_batches(math.ceil(len(ids) / batch)))
+    text_tokens = _gathered(backbone.encode_text, mine, ids[:1], len(ids), batch, device, "encoding captions")
+    mask = backbone.mask(ids)
+
+    def score(texts: Tensor, images: Tensor) -> Tensor:
+        """Of each pair (b,), how much better it matches than not."""
+        rows, seen = text_tokens[texts.to(text_tokens.device)], image_tokens[images.to(image_tokens.device)]
+        logits = model.match(rows.to(device), mask[texts], seen.to(device))
+        return logits[:, 1] - logits[:, 0]
+
+    directions = {
+        "text_to_image": (text, image, pairs[:, ::-1], score),
+        "image_to_text": (image, text, pairs, lambda images, texts: score(texts, images)),
+    }
+    scale = float(model({"text": ids[:1]})["logit_scale"]) if by == "both" else 0.0  # a pass gathers it under ZeRO-3
+    return {name: _direction(*d, scale, candidates, recall_at, batch, device) for name, d in directions.items()}
+
+
+def _direction(
+    queries: np.ndarray,
+    gallery: np.ndarray,
+    pairs: np.ndarray,
+    score: Callable[[Tensor, Tensor], Tensor],
+    scale: float,
+    candidates: int,
+    recall_at: Sequence[int],
+    batch: int,
+    device: torch.device,
+) -> dict[str, dict[str, float]]:
+    found = on_main(lambda: nearest(queries, gallery, candidates))  # (q, k)
+    k = found.shape[1]
+    at_once = max(1, batch // k)  # queries
+    batches = math.ceil(len(found) / at_once)
+    rows = torch.from_numpy(found).to(device)
+    numbers = torch.arange(len(found), device=device)
+    mine = (numbers[n * at_once : (n + 1) * at_once] for n in my_batches(batches))
+
+    def scores_of(some: Tensor) -> Tensor:
+        return score(some.repeat_interleave(k), rows[some].flatten()).view(len(some), k)
+
+    scores = collect_rows(scores_of, mine, numbers[:1], batches, at_once, "ranking anew")
+
+    def measure() -> dict[str, dict[str, float]]:
+        both = scores + scale * np.einsum("qd,qkd->qk", queries, gallery[found])
+        ahead = ahead_after(found, both, pairs, items_ahead(queries, gallery, pairs, counting_device()))
+        asked, positives = np.unique(np.unique(pairs, axis=0)[:, 0], return_counts=True)
+        return recall_figures(ahead[asked] + 1, positives, len(gallery), recall_at)
+
+    return on_main(measure)
+
+
+def ahead_after(candidates: np.ndarray, scores: np.ndarray, pairs: np.ndarray, ahead: np.ndarray) -> np.ndarray:
+    """Non-positive items ahead of each query's best positive once its candidates are ranked by their scores, (q,).
+
+    candidates, scores: (q, k). pairs: (p, 2), (query row, gallery row). ahead: (q,), before; where no candidate is a
+    positive, all k candidates stay ahead.
+    """
+    items = int(max(candidates.max(), pairs[:, 1].max())) + 1
+    positive = np.isin(np.arange(len(candidates))[:, None] * items + candidates, pairs[:, 0] * items + pairs[:, 1])
+    best = np.where(positive, scores, -np.inf).max(axis=1, keepdims=True)
+    after = ((scores >= best) & ~positive).sum(axis=1)
+    return np.where(positive.any(axis=1), after, np.maximum(ahead, candidates.shape[1]))
+
+
+def _gathered(
+    encode: Callable[[Tensor], Tensor],
+    inputs: Iterator[Tensor],
+    filler: Tensor,
+    rows: int,
+    batch: int,
+    device: torch.device,
+    title: str,
+) -> Tensor:
+    """Tokens of all rows on every process, in half precision on a GPU."""
+    half = torch.bfloat16 if device.type == "cuda" else torch.float32
+
+    def tokens(some: Tensor) -> Tensor:
+        return encode(some).to(half)
+
+    one = tokens(filler)
+    store = device if one.nbytes * rows <= LARGEST_ON_DEVICE_BYTES else torch.device("cpu")
+    return collect_tokens(tokens, inputs, filler, math.ceil(rows / batch), batch, store, title)

@@ -1,0 +1,108 @@
+"""Retrieved examples of an embedded set: queries spread over it, each with what the model places first."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from modstruct.data.shards.faults import BadSample
+from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
+from modstruct.evaluation.retrieval.measure import DIRECTIONS
+from modstruct.evaluation.retrieval.nearest import nearest
+from modstruct.files import written_aside
+
+FILE = "examples.json"
+QUERIES = 6
+"""Of each direction."""
+RESULTS = 5
+"""Of each query."""
+SIDE_PIXELS = 256
+"""Of a picture's longer side, at most."""
+QUALITY = 85
+
+
+class Pictures(Protocol):
+    """The pictures of a set by their image rows; BadSample for one that can no longer be read."""
+
+    def __getitem__(self, row: int) -> Image.Image: ...
+
+
+def write_retrieved_examples(
+    embedded: EmbeddedSet, outcomes: dict[str, np.ndarray], pictures: Pictures, folder: Path, queries: int = QUERIES
+) -> None:
+    """Write examples of both directions into a folder: examples.json and the pictures it names; by one process.
+
+    outcomes: those of `measure_set_retrieval`. pictures: by image row of the set. queries: of each direction at most,
+    spread evenly over those that have a positive: the same ones for every model. examples.json, written last, is
+      {"examples": [{"direction": "text_to_image", "query": ITEM, "rank": …, "results": [ITEM, …]}, …]}
+      ITEM = {"key": key, "picture": file name} or {"key": text row, "text": …}; of results also "right" and "score"
+    rank: of the best right item. Results are the RESULTS exact nearest; "right": one of the query's pairs. A picture
+    that can no longer be read has no "picture". Pictures of earlier examples are removed at the end.
+    """
+    image, text, pairs = embedded.rows("image"), embedded.rows("text"), np.asarray(embedded.pairs)
+    examples: list[dict[str, Any]] = []
+    shown: set[int] = set()
+    for direction in DIRECTIONS:
+        by_text = direction == "text_to_image"
+        asked, ranks = outcomes[f"{direction}/query"], outcomes[f"{direction}/rank"]
+        places = spread(len(asked), queries)
+        rows = asked[places]
+        query_rows, gallery = (text, image) if by_text else (image, text)
+        found = nearest(query_rows[rows], gallery, RESULTS)
+        right_of = {int(row): set(pairs[pairs[:, int(by_text)] == row, 1 - int(by_text)].tolist()) for row in rows}
+        for row, rank, results in zip(rows.tolist(), ranks[places].tolist(), found.tolist(), strict=True):
+            scores = gallery[results].astype(np.float64) @ query_rows[row].astype(np.float64)
+            shown |= set(results) if by_text else {row}
+            told = [
+                _item(embedded, item, picture=by_text) | {"right": item in right_of[row], "score": float(score)}
+                for item, score in zip(results, scores, strict=True)
+            ]
+            query = _item(embedded, row, picture=not by_text)
+            examples.append({"direction": direction, "query": query, "rank": rank, "results": told})
+    written = _write_pictures(pictures, sorted(shown), folder)
+    for item in (item for example in examples for item in (example["query"], *example["results"])):
+        if item.get("picture") not in written:
+            item.pop("picture", None)
+    with written_aside(folder / FILE) as file:
+        file.write((json.dumps({"examples": examples}, indent=1) + "\n").encode())
+    for old in folder.glob("retrieved-*.jpg"):
+        if old.name not in written:
+            old.unlink()
+
+
+def spread(count: int, most: int) -> np.ndarray:
+    """At most `most` places of `count`, evenly spaced from the first to the last."""
+    return np.unique(np.linspace(0, count - 1, min(most, count)).round().astype(np.int64))
+
+
+def _item(embedded: EmbeddedSet, row: int, picture: bool) -> dict[str, Any]:
+    if picture:
+        return {"key": embedded.keys[row], "picture": _file_name(row)}
+    return {"key": str(row), "text": embedded.captions[row]}
+
+
+def _file_name(row: int) -> str:
+    return f"retrieved-{row}.jpg"
+
+
+def _write_pictures(pictures: Pictures, rows: Iterable[int], folder: Path) -> set[str]:
+    """The names of the files written."""
+    written = set()
+    for row in rows:
+        try:
+            picture = pictures[row].convert("RGB")
+        except BadSample:
+            continue
+        picture.thumbnail((SIDE_PIXELS, SIDE_PIXELS))
+        data = io.BytesIO()
+        picture.save(data, "JPEG", quality=QUALITY)
+        with written_aside(folder / _file_name(row)) as file:
+            file.write(data.getvalue())
+        written.add(_file_name(row))
+    return written

@@ -1,0 +1,164 @@
+"""Which charts a metric's results give: saved curves, and families of figures that differ in one number."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from modstruct.reporting.comparison import Row, Section
+from modstruct.reporting.line_chart import Scale, Series, line_chart
+from modstruct.reporting.loading import Evaluation
+from modstruct.reporting.vocabulary import humanised, is_share, label, lowered
+
+FEWEST_POINTS = 3
+LONGEST_FAMILY_GROUP = 24
+"""Rows of a group in which families are looked for: numbers in the names of many classes are no axis."""
+X_NAMES = {"k": "log", "shots": "log", "strength": "log", "x": "linear", "t": "linear"}
+"""Curves that hold an axis, and its scale."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A drawn chart of all runs, with its caption."""
+
+    set: str
+    caption: str
+    svg: Markup
+
+
+@dataclass(frozen=True)
+class CurveWords:
+    title: str
+    x: str
+    y: str
+    x_scale: Scale = "linear"
+    y_scale: Scale = "linear"
+
+
+KNOWN_CURVES = {
+    "spectrum_image": CurveWords("Spectrum of images", "principal axis", "standard deviation", "log", "log"),
+    "spectrum_text": CurveWords("Spectrum of texts", "principal axis", "standard deviation", "log", "log"),
+    "bridge_deviation": CurveWords(
+        "Deviation of the augmented picture from the bridge", "t (1 = picture, 0 = caption)", "mean squared distance"
+    ),
+}
+
+
+def charts(section: Section, runs: Sequence[Evaluation]) -> list[Chart]:
+    """Every chart of a metric, set by set: families of figures first, then the saved curves."""
+    sets = dict.fromkeys(group.set for group in section.groups)
+    return [
+        chart
+        for set_name in sets
+        for chart in (*_families(section, set_name, runs), *_saved(section.metric, set_name, runs))
+    ]
+
+
+def _families(section: Section, set_name: str, runs: Sequence[Evaluation]) -> Iterator[Chart]:
+    """Figures of one set whose names differ in one whole number alone, such as recall_at_1, …_5 and …_10."""
+    families: dict[str, dict[int, int]] = {}
+    groups = [group for group in section.groups if group.set == set_name and len(group.rows) <= LONGEST_FAMILY_GROUP]
+    rows = [row for group in groups for row in group.rows if row.better]
+    by_name = {row.names: row for group in groups for row in group.rows}
+    saved = {name for run in runs if (result := run.results.get((set_name, section.metric))) for name in result.curves}
+    for i, row in enumerate(rows):
+        path = "/".join(row.names)
+        for found in re.finditer(r"(?<![\d.])\d+(?![\d.])", path):
+            family = f"{path[: found.start()]}{{}}{path[found.end() :]}"
+            families.setdefault(family, {})[int(found[0])] = i
+    for family, members in families.items():
+        # Recall that was saved at more K than the figures have is drawn from there.
+        if len(members) < FEWEST_POINTS or family.replace("recall_at_{}", "recall") in saved - {family}:
+            continue
+        numbers = sorted(members)
+        chosen = [rows[members[number]] for number in numbers]
+        series = []
+        for style, run in enumerate(runs):
+            at = [(n, row.cells[style].figure) for n, row in zip(numbers, chosen, strict=True) if row.cells[style]]
+            if at:
+                x, figures = zip(*at, strict=True)
+                bounds = [_bounds(row, style, by_name) for row in chosen if row.cells[style]]
+                low, high = zip(*bounds, strict=True)
+                series.append(Series(run.name, style, x, [figure.value for figure in figures], low, high))
+        share = all(row.share for row in chosen)
+        scale: Scale = "log" if numbers[0] > 0 and numbers[-1] >= 8 * numbers[0] else "linear"
+        caption, x_label, y_label = _family_words(family)
+        svg = line_chart(caption, x_label, y_label, series, scale, share=share, x_ticks=numbers[:8])
+        yield Chart(set_name, caption, svg)
+
+
+def _bounds(row: Row, style: int, by_name: dict[tuple[str, ...], Row]) -> tuple[float | None, float | None]:
+    """A figure's interval, or one deviation over draws to both sides where it has that instead."""
+    figure = row.cells[style].figure
+    deviation = by_name.get((*row.names[:-1], f"{row.names[-1]}_deviation"))
+    if figure.low is None and deviation and deviation.cells[style]:
+        one = deviation.cells[style].figure.value
+        return figure.value - one, figure.value + one
+    return figure.low, figure.high
+
+
+def _family_words(family: str) -> tuple[str, str, str]:
+    """Caption, x label and y label of a family, from its path with {} where the number stands."""
+    *start, last = family.split("/")
+    place = next(part for part in family.split("/") if "{}" in part)
+    around = [humanised(part) for part in start if "{}" not in part]
+    if place.startswith("recall_at_"):
+        words = ("Recall at K", "K", "recall")
+    elif place.startswith("top_"):
+        words = ("Top-K accuracy", "K", "accuracy")
+    elif "shot" in place:
+        y = "accuracy" if last == place else humanised(last).lower()
+        words = (f"{y.capitalize()} by number of shots", "labelled pictures a class", y)
+    else:
+        bare = humanised(re.sub(r"_*\{\}_*", " ", place).strip() or "number")
+        y = bare if last == place else humanised(last)
+        words = (f"{y} by {bare.lower()}" if last != place else bare, bare.lower(), y.lower())
+    return (": ".join([", ".join(around), lowered(words[0])] if around else [words[0]]), *words[1:])
+
+
+def _saved(metric: str, set_name: str, runs: Sequence[Evaluation]) -> Iterator[Chart]:
+    results = [run.results.get((set_name, metric)) for run in runs]
+    names = dict.fromkeys(name for result in results if result for name in result.curves)
+    abscissas = {x for result in results if result for name in result.curves if (x := _x_of(name, result.curves))}
+    for name in names:
+        # What single draws gave (shots_4/top_1) is kept for other programs; a chart of each would hide the others.
+        if name in abscissas or name in X_NAMES or metric == "few_shot":
+            continue
+        series = []
+        x_name = None
+        for style, (run, result) in enumerate(zip(runs, results, strict=True)):
+            values = result.curves.get(name) if result else None
+            if values:
+                x_name = _x_of(name, result.curves)
+                x = result.curves[x_name] if x_name else range(1, len(values) + 1)
+                ordered = sorted(zip(x, values, strict=True))
+                series.append(Series(run.name, style, *zip(*ordered, strict=True)))
+        words = KNOWN_CURVES.get(name) or _curve_words(name, x_name)
+        if not series:
+            continue
+        # A curve without a positive value has no place on a logarithmic axis.
+        x_scale = words.x_scale if any(value > 0 for one in series for value in one.x) else "linear"
+        y_scale = words.y_scale if any(value > 0 for one in series for value in one.y) else "linear"
+        share = is_share(metric, (name,), [value for one in series for value in one.y])
+        svg = line_chart(words.title, words.x, words.y, series, x_scale, y_scale, share=share)
+        yield Chart(set_name, words.title, svg)
+
+
+def _curve_words(name: str, x_name: str | None) -> CurveWords:
+    """Words for a curve by its name and that of its axis."""
+    *start, last = name.split("/")
+    title = f"{label(tuple(start))}: {lowered(humanised(last))}" if start else humanised(last)
+    if last == "recall" and x_name == "k":
+        return CurveWords(f"{title} at K", "K", "recall", "log")
+    axis = humanised(x_name) if x_name else "step"
+    return CurveWords(title, axis.lower(), humanised(last).lower(), X_NAMES.get(x_name, "linear"))
+
+
+def _x_of(name: str, curves: dict[str, list[float]]) -> str | None:
+    """The curve that holds the x of another: of the same length, and named for it."""
+    start = name.rpartition("_")[0]
+    candidates = [f"{name}_x", *(f"{start}_{x}" for x in X_NAMES), *X_NAMES]
+    return next((c for c in candidates if c != name and len(curves.get(c, ())) == len(curves[name])), None)

@@ -1,0 +1,167 @@
+"""Retrieved examples: queries with what each run placed first, pictures small enough to lie inside the page.
+
+Every JSON file in results/SET/examples/ (examples.json, leakage.json) is {"examples": [EXAMPLE, …]} with
+EXAMPLE = {"direction": "text_to_image", "query": ITEM, "rank": of the best right item, "results": [ITEM, …]}
+ITEM = {"key": …, "picture": file name beside it, or "text": …, "right": whether it belongs to the query, "score": …}
+where all but the query and the results may be missing.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from modstruct.reporting.loading import Evaluation, read_json
+
+SIDE_PIXELS = 192
+"""Of an embedded picture's longer side, at most: sharp at the 96 pixels it is shown with on a fine screen."""
+QUALITY = 82
+SHOWN_QUERIES = 6
+"""Of each set and direction."""
+SHOWN_RESULTS = 5
+LARGEST_PAGE_BYTES = 6 << 20
+"""Of all pictures as they stand in the page; later ones are named instead of shown."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """A picture or a text. picture: data URI, None for a text or a picture that found no room. name: its key."""
+
+    name: str
+    text: str | None
+    picture: str | None
+    right: bool | None
+    score: float | None
+
+
+@dataclass(frozen=True)
+class Retrieved:
+    """What one run found. style: number of the run. rank: of the best right item, from 1 on."""
+
+    run: str
+    style: int
+    rank: int | None
+    results: tuple[Item, ...]
+
+
+@dataclass(frozen=True)
+class Query:
+    item: Item
+    found: tuple[Retrieved, ...]
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Queries of one set in one direction, each with what the runs found."""
+
+    set: str
+    direction: str
+    queries: tuple[Query, ...]
+
+
+class Pictures:
+    """Embeds pictures until the page's limit is reached; the same file is read once."""
+
+    def __init__(self, limit: int = LARGEST_PAGE_BYTES):
+        self._left = limit
+        self._made: dict[Path, str | None] = {}
+
+    def uri(self, path: Path) -> str | None:
+        """A picture as a small JPEG in a data URI, or None where it would pass the limit.
+
+        Raises ValueError naming a file that is no picture, FileNotFoundError one that is missing.
+        """
+        if path not in self._made:
+            if not path.is_file():
+                raise FileNotFoundError(f"{path}: the examples beside it name this picture: measure this set anew")
+            uri = _jpeg_uri(path)
+            self._made[path] = uri if len(uri) <= self._left else None
+            self._left -= len(uri) if self._made[path] else 0
+        return self._made[path]
+
+
+def galleries(runs: Sequence[Evaluation], pictures: Pictures | None = None) -> list[Gallery]:
+    """The examples of all runs by set and direction; a query that several runs have stands once, theirs beneath it.
+
+    Raises ValueError or FileNotFoundError naming a file that is broken or missing.
+    """
+    pictures = pictures or Pictures()
+    sets = sorted({path.parents[1].name for run in runs for path in run.folder.glob("results/*/examples/*.json")})
+    made = []
+    for set_name in sets:
+        by_query: dict[str, dict[str, list]] = {}
+        for style, run in enumerate(runs):
+            for path in sorted(run.examples_folder(set_name).glob("*.json")):
+                for direction, key, query, found in _read(path):
+                    of_query = by_query.setdefault(direction, {}).setdefault(key, [(path.parent, query)])
+                    of_query.append((path.parent, run.name, style, found))
+        for direction, queries in by_query.items():
+            # Queries that most runs have come first: they are what can be compared.
+            chosen = sorted(queries.values(), key=lambda entry: -len(entry))[:SHOWN_QUERIES]
+            made.append(Gallery(set_name, direction, tuple(_query(entry, pictures) for entry in chosen)))
+    return made
+
+
+def _read(path: Path) -> Iterator[tuple[str, str, dict, dict]]:
+    """Yields (direction, what tells the query, query, example) of a file."""
+    examples = read_json(path).get("examples")
+    if not isinstance(examples, list):
+        raise ValueError(f'{path}: "examples" must be a list: measure this set anew')
+    for number, example in enumerate(examples):
+        query, results = (example.get(k) if isinstance(example, dict) else None for k in ("query", "results"))
+        right = isinstance(query, dict) and isinstance(results, list) and all(isinstance(r, dict) for r in results)
+        if not right:
+            raise ValueError(f"{path}: example {number} lacks a query or its results: measure this set anew")
+        direction = str(example.get("direction", "retrieved"))
+        # The key tells a picture; its file may have another name in each run.
+        told_by = ("key", "text") if query.get("key") else ("text", "picture")
+        yield direction, "\n".join(str(query.get(name)) for name in told_by), query, example
+
+
+def _query(entry: list, pictures: Pictures) -> Query:
+    (folder, query), *of_runs = entry
+    found = tuple(
+        Retrieved(
+            name,
+            style,
+            example.get("rank") if isinstance(example.get("rank"), int) else None,
+            tuple(_item(result, beside, pictures) for result in example["results"][:SHOWN_RESULTS]),
+        )
+        for beside, name, style, example in of_runs
+    )
+    return Query(_item(query, folder, pictures), found)
+
+
+def _item(item: dict, folder: Path, pictures: Pictures) -> Item:
+    file, text, right, score = (item.get(key) for key in ("picture", "text", "right", "score"))
+    picture = None
+    if file is not None:
+        # A name only: a file of results must not make the page read other files of the machine.
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ValueError(f'{folder}: an example has "picture" = {file!r}: it must name a file of this folder')
+        picture = pictures.uri(folder / file)
+    return Item(
+        name=str(item.get("key") or file or ""),
+        text=None if text is None else str(text),
+        picture=picture,
+        right=right if isinstance(right, bool) else None,
+        score=float(score) if isinstance(score, int | float) and not isinstance(score, bool) else None,
+    )
+
+
+def _jpeg_uri(path: Path) -> str:
+    try:
+        with Image.open(path) as opened:
+            opened.draft("RGB", (SIDE_PIXELS, SIDE_PIXELS))
+            picture = opened.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: not a picture that can be read ({error}): measure this set anew") from error
+    picture.thumbnail((SIDE_PIXELS, SIDE_PIXELS))
+    data = io.BytesIO()
+    picture.save(data, "JPEG", quality=QUALITY, optimize=True)
+    return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"

@@ -1,0 +1,147 @@
+"""The figures of a report for other programs: one CSV for all, and LaTeX tables with booktabs."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterator, Sequence
+
+from modstruct.reporting.comparison import Cell, Group, Row, Section
+from modstruct.reporting.loading import Evaluation
+from modstruct.reporting.vocabulary import shown
+
+COLUMNS = (
+    "run",
+    "set",
+    "metric",
+    "figure",
+    "value",
+    "low",
+    "high",
+    "chance",
+    "rows",
+    "best",
+    "marked",
+    "test",
+    "best_minus_this",
+    "best_minus_this_low",
+    "best_minus_this_high",
+    "p_corrected",
+    "source_fingerprint",
+)
+LONGEST_LATEX_GROUP = 24
+"""Rows of a group that a LaTeX table holds; longer ones (one row for each class) are left to the CSV."""
+SPECIAL = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "→": r"$\to$",
+    "\u2212": "$-$",
+    "\u2013": "--",
+    "·": r"$\cdot$",
+    "…": r"\dots{}",
+    "<": "$<$",
+    ">": "$>$",
+    "|": "$|$",
+} | {c: f"\\{c}" for c in "&%$#_{}"}
+
+
+def csv_table(sections: Sequence[Section], runs: Sequence[Evaluation]) -> str:
+    """One line for each figure of each run, values in full precision, shares from 0 to 1; empty where there is none."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for section in sections:
+        for row in section.rows:
+            for run, cell in zip(runs, row.cells, strict=True):
+                if cell:
+                    writer.writerow(_csv_row(run, row, cell))
+    return text.getvalue()
+
+
+def _csv_row(run: Evaluation, row: Row, cell: Cell) -> list:
+    figure, lead = cell.figure, cell.lead
+    sign = row.better or 1
+    # In the figure's own sign, so that adding it to the value gives the best run's value.
+    ahead = [None] * 4
+    if lead:
+        ahead = [sign * lead.difference, *sorted((sign * lead.low, sign * lead.high)), lead.p]
+    return [
+        run.name,
+        row.set,
+        row.metric,
+        "/".join(row.names),
+        *(None if number is None else repr(number) for number in (figure.value, figure.low, figure.high)),
+        None if figure.chance is None else repr(figure.chance),
+        figure.rows,
+        int(cell.best),
+        int(cell.marked),
+        row.test,
+        *ahead,
+        run.results[row.set, row.metric].source_fingerprint,
+    ]
+
+
+def latex_tables(sections: Sequence[Section], runs: Sequence[Evaluation]) -> str:
+    """A table for each metric, for \\usepackage{booktabs}; marked figures are bold, intervals small."""
+    parts = ["% Tables of a modstruct report. The preamble needs \\usepackage{booktabs}.\n"]
+    parts += [_latex_table(section, runs) for section in sections]
+    return "\n".join(parts)
+
+
+def _latex_table(section: Section, runs: Sequence[Evaluation]) -> str:
+    with_chance = any(row.chance is not None for row in section.rows)
+    columns = 1 + with_chance + len(runs)
+    head = ["", *(["chance"] if with_chance else []), *(run.name for run in runs)]
+    lines = [
+        r"\begin{table}",
+        r"  \centering",
+        f"  \\caption{{{escaped(section.task.title)}. {_legend(section)}}}",
+        f"  \\label{{tab:{re.sub('[^a-z0-9]+', '-', section.metric.lower())}}}",
+        f"  \\begin{{tabular}}{{l{'r' * (columns - 1)}}}",
+        r"    \toprule",
+        f"    {' & '.join(escaped(name) for name in head)} \\\\",
+    ]
+    for group in section.groups:
+        lines += [f"    {line}" for line in _latex_group(group, columns, with_chance)]
+    return "\n".join([*lines, r"    \bottomrule", r"  \end{tabular}", r"\end{table}", ""])
+
+
+def _legend(section: Section) -> str:
+    shares = any(row.share for row in section.rows)
+    parts = [r"Shares in percent, 95\,\% intervals in brackets." if shares else r"95\,\% intervals in brackets."]
+    if any(cell and cell.marked for row in section.rows for cell in row.cells):
+        parts.append("Bold: the best, and what is not shown to be worse than it.")
+    return " ".join(parts)
+
+
+def _latex_group(group: Group, columns: int, with_chance: bool) -> Iterator[str]:
+    yield r"\midrule"
+    yield f"\\multicolumn{{{columns}}}{{l}}{{\\emph{{{escaped(group.title)}}}}} \\\\"
+    if group.note:
+        yield f"\\multicolumn{{{columns}}}{{l}}{{\\scriptsize {escaped(group.note)}}} \\\\"
+    if len(group.rows) > LONGEST_LATEX_GROUP:
+        yield f"\\multicolumn{{{columns}}}{{l}}{{{len(group.rows)} figures: see the CSV file}} \\\\"
+        return
+    for row in group.rows:
+        chance = [] if not with_chance else ["" if row.chance is None else escaped(shown(row.chance, row.share))]
+        yield " & ".join([escaped(group.label(row)), *chance, *(_latex_cell(row, cell) for cell in row.cells)]) + r" \\"
+
+
+def _latex_cell(row: Row, cell: Cell | None) -> str:
+    if cell is None:
+        return "--"
+    figure = cell.figure
+    value = escaped(shown(figure.value, row.share))
+    if cell.marked:
+        value = f"\\textbf{{{value}}}"
+    if figure.low is None or figure.high is None:
+        return value
+    low, high = (escaped(shown(bound, row.share)) for bound in (figure.low, figure.high))
+    return f"{value} {{\\scriptsize [{low}, {high}]}}"
+
+
+def escaped(text: str) -> str:
+    """Text as LaTeX prints it, on one line."""
+    return "".join(SPECIAL.get(c, c) for c in " ".join(text.split()))

@@ -1,0 +1,202 @@
+"""`evaluate.py` from a checkpoint to a report, each command as a user types it; on one process and on two."""
+
+from __future__ import annotations
+
+import csv
+import json
+import runpy
+import shutil
+import sys
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+from processes import run_on_processes
+from tiny_run import ds_config, tiny_recipe
+
+from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
+
+SCRIPT = Path(__file__).parents[2] / "launch_scripts" / "evaluate.py"
+METRICS = ("retrieval", "zero_shot", "structure", "linear_probe", "linear_probe_sgd", "few_shot", "information")
+QUICKLY = [
+    *("--few_shot.shots", "[1,2]", "--few_shot.draws", "2", "--few_shot.strength", "1.0"),
+    *("--linear_probe.strength", "1.0"),
+    *("--information.folds", "2", "--information.hidden", "0", "--information.words", "20"),
+    *("--information.strengths", "[10]", "--information.samples", "100", "--information.iterations", "20"),
+    *("--information_labels", "[colour,mood]"),
+]
+
+
+def evaluate(*words: str) -> int:
+    """The exit status of a command."""
+    with mock.patch.object(sys, "argv", ["evaluate.py", "--local_rank=0", *words]):
+        try:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        except SystemExit as end:
+            return end.code or 0
+    return 0
+
+
+def train(output: str, cache: str) -> None:
+    from modstruct.training.pretrain import open_run
+    from modstruct.training.run import StopRequest
+    from modstruct.training.run import train as take_steps
+
+    run = open_run(tiny_recipe(output, cache, steps=4), ds_config("zero0"), None)
+    with run.heartbeat:
+        take_steps(run, StopRequest())
+
+
+def embed_and_measure(run: str, cache: str, out: str) -> list[int]:
+    embedded = ["--embedding.arrays", "[all]", "--embedding.batch", "16", "--embedding.workers", "0"]
+    sets = ["--sets", "scenes_colour", "--all_splits", "true", "--data.eval", "scenes"]
+    first = evaluate("embed", "--checkpoint", run, "--out", out, "--data.cache", cache, *embedded, *sets)
+    return [first, evaluate("measure", out, "--metrics", *METRICS, *QUICKLY)]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A run, and its evaluation by one process and by two."""
+    root = tmp_path_factory.mktemp("commands")
+    run_on_processes(train, 1, str(root / "run"), str(root / "cache"))
+    for processes in (1, 2):
+        ended = run_on_processes(
+            embed_and_measure, processes, str(root / "run"), str(root / "cache"), str(root / f"on{processes}")
+        )
+        assert ended == [[0, 0]] * processes
+    return root
+
+
+def figures(evaluation: Path, metric: str) -> dict:
+    return json.loads((evaluation / "results" / "scenes_colour" / f"{metric}.json").read_text())["figures"]
+
+
+def test_two_processes_embed_and_measure_what_one_does(made):
+    for name in ("scenes_colour", "scenes_colour-train", "scenes_colour-validation"):
+        one, two = (EmbeddedSet.open(made / f"on{processes}" / "embeddings" / name) for processes in (1, 2))
+        assert one.keys == two.keys
+        assert one.arrays == two.arrays
+        for array in one.arrays:
+            assert np.array_equal(one.rows(array), two.rows(array))
+    for metric in METRICS:
+        assert figures(made / "on1", metric) == figures(made / "on2", metric)
+
+
+def test_splits_for_probes_hold_what_probes_read(made):
+    embeddings = made / "on1" / "embeddings"
+    for_probes = {"image", "image_features", "image_projected", "image_independent"}
+    assert EmbeddedSet.open(embeddings / "scenes_colour-train").arrays == for_probes
+    assert "text_independent" in EmbeddedSet.open(embeddings / "scenes_colour").arrays
+    assert not (made / "on1" / "results" / "scenes_colour-train").exists()
+
+
+def test_the_report_shows_both_runs_and_every_metric(made, tmp_path):
+    assert evaluate("report", str(made / "on1"), str(made / "on2"), "--out", str(tmp_path / "page")) == 0
+    page = (tmp_path / "page.html").read_text()
+    for shown in (
+        "Image-text retrieval",
+        "Zero-shot",
+        "Linear probe",
+        "Few-shot",
+        "Information",
+        "data:image/jpeg;base64",
+    ):
+        assert shown in page
+    with open(tmp_path / "page.csv", newline="") as file:
+        assert len(list(csv.reader(file))) > 40
+    assert "\\toprule" in (tmp_path / "page.tex").read_text()
+
+
+def test_what_is_measured_stays_and_other_weights_are_refused(made, tmp_path, capsys):
+    out = made / "on1"
+    before = (out / "results" / "scenes_colour" / "structure.json").stat().st_mtime_ns
+    assert evaluate("measure", str(out), "--metrics", "structure") == 0
+    assert "measured before" in capsys.readouterr().out
+    assert (out / "results" / "scenes_colour" / "structure.json").stat().st_mtime_ns == before
+    earlier = made / "run" / "checkpoints" / "step-00000002"
+    words = ("--sets", "scenes_colour", "--data.cache", str(made / "cache"), "--embedding.workers", "0")
+    assert evaluate("embed", "--checkpoint", str(earlier), "--out", str(out), *words) == 1
+    assert "choose another folder" in capsys.readouterr().err
+
+
+def test_a_metric_that_a_set_cannot_have_is_named_and_the_others_are_measured(made, capsys):
+    words = (
+        "--metrics",
+        "few_shot",
+        "zero_shot",
+        "--again",
+        "true",
+        "--few_shot.shots",
+        "[64]",
+        "--few_shot.strength",
+        "1.0",
+    )
+    assert evaluate("measure", str(made / "on2"), *words) == 1
+    error = capsys.readouterr().err
+    assert "scenes_colour, few_shot: " in error
+    assert "64" in error
+
+
+def test_leaked_pictures_are_left_out_of_a_second_measurement(made):
+    out = made / "on2"
+    keys = EmbeddedSet.open(out / "embeddings" / "scenes_colour").keys
+    (out / "results" / "scenes_colour" / "leaked_keys.jsonl").write_text(json.dumps(keys[3]) + "\n")
+    assert evaluate("measure", str(out), "--metrics", "retrieval") == 0
+    without = EmbeddedSet.open(out / "embeddings" / "scenes_colour-without-leaked")
+    assert without.keys == [key for key in keys if key != keys[3]]
+    found = json.loads((out / "results" / without.name / "retrieval.json").read_text())
+    assert found["rows"]["image"] == len(keys) - 1
+
+
+def test_what_was_measured_of_other_embeddings_is_measured_anew(made, capsys):
+    out, words = made / "on1", ("--sets", "scenes_colour", "--data.cache", str(made / "cache"))
+    again = ("--embedding.overwrite", "true", "--embedding.dtype", "float32", "--embedding.workers", "0")
+    assert evaluate("embed", "--checkpoint", str(made / "run"), "--out", str(out), *words, *again) == 0
+    assert evaluate("measure", str(out), "--metrics", "structure") == 0
+    assert "measured before" not in capsys.readouterr().out
+    assert evaluate("measure", str(out), "--metrics", "structure") == 0
+    assert "measured before" in capsys.readouterr().out
+
+
+def lose_the_source(out: str) -> int:
+    noted = json.loads(Path(out, "model.json").read_text())
+    noted["sets"]["scenes_colour"]["word"] = "scenes_colour@/nowhere"
+    Path(out, "model.json").write_text(json.dumps(noted))
+    return evaluate("measure", out, "--metrics", "retrieval", "zero_shot", "--again", "true")
+
+
+def test_a_source_that_is_gone_costs_the_examples_alone(made, tmp_path):
+    shutil.copytree(made / "on2", tmp_path / "out")
+    assert run_on_processes(lose_the_source, 2, str(tmp_path / "out")) == [1, 1]
+    assert figures(tmp_path / "out", "zero_shot") == figures(made / "on2", "zero_shot")
+
+
+def test_two_sets_of_one_name_are_refused(made, tmp_path, capsys):
+    words = ("--sets", "a=x-{0..1}.tar", "a=y.tar", "--data.cache", str(made / "cache"))
+    for shard in ("x-0", "x-1", "y"):
+        shutil.copy(next((made / "cache").rglob("test-*.tar")), tmp_path / f"{shard}.tar")
+    words = [word.replace("=", f"={tmp_path}/") for word in words]
+    assert evaluate("embed", "--checkpoint", str(made / "run"), "--out", str(tmp_path / "out"), *words) == 1
+    assert "two sets have this name" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["embed", "--out", "x"], "--checkpoint"),
+        (["embed", "--checkpoint", "nowhere", "--out", "x"], "nowhere"),
+        (["embed", "--open_clip", "ViT-Z", "--out", "x"], "ViT-Z"),
+        (["measure", "nowhere"], "model.json"),
+        (["measure", "nowhere", "--metrics", "beauty"], "beauty"),
+        (["report", "nowhere", "--out", "x"], "nowhere"),
+    ],
+)
+def test_a_wrong_command_is_one_line_that_names_it(words, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert evaluate(*words) in (1, 2)
+    error = capsys.readouterr().err
+    assert said in error
+    assert "Traceback" not in error
+    assert not list(tmp_path.iterdir())

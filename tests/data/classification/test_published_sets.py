@@ -1,0 +1,204 @@
+"""Each published set is read as torchvision reads the same files: pictures, labels and their order."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import published_layouts as layouts
+import pytest
+import torchvision.datasets as peers
+
+from modstruct.config import DataConfig
+from modstruct.data.classification.registry import SETS, open_labelled
+from modstruct.data.classification.templates import ENSEMBLES, PAPER_TEMPLATE
+from modstruct.data.shards.faults import BadSample
+
+CONFIG = DataConfig(workers=0)
+# Our name, our split, and torchvision's reader of the same split.
+PEERS: list[tuple[str, str, Callable[[Path], object]]] = [
+    *(("dtd", ours, lambda root, s=theirs: peers.DTD(root, s)) for ours, theirs in
+      (("train", "train"), ("validation", "val"), ("test", "test"))),
+    *(("fgvc_aircraft", ours, lambda root, s=theirs: peers.FGVCAircraft(root, s)) for ours, theirs in
+      (("train", "train"), ("validation", "val"), ("test", "test"))),
+    *(("oxford_pets", ours, lambda root, s=theirs: peers.OxfordIIITPet(root, s)) for ours, theirs in
+      (("train", "trainval"), ("test", "test"))),
+    *(("rendered_sst2", ours, lambda root, s=theirs: peers.RenderedSST2(root, s)) for ours, theirs in
+      (("train", "train"), ("validation", "val"), ("test", "test"))),
+    *(("food101", split, lambda root, s=split: peers.Food101(root, s)) for split in ("train", "test")),
+    *(("gtsrb", split, lambda root, s=split: peers.GTSRB(root, s)) for split in ("train", "test")),
+    *(("stanford_cars", split, lambda root, s=split: peers.StanfordCars(root, s)) for split in ("train", "test")),
+    *(("flowers102", ours, lambda root, s=theirs: peers.Flowers102(root, s)) for ours, theirs in
+      (("train", "train"), ("validation", "val"), ("test", "test"))),
+    *(("svhn", split, lambda root, s=split: peers.SVHN(root, s)) for split in ("train", "test")),
+    *(("stl10", split, lambda root, s=split: peers.STL10(root, s)) for split in ("train", "test")),
+]  # fmt: skip
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """torchvision without its checksums, which no tiny set has."""
+    for module in ("flowers102", "svhn", "stl10"):
+        monkeypatch.setattr(f"torchvision.datasets.{module}.check_integrity", lambda *_: True)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(("name", "split", "peer"), PEERS, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_set_agrees_with_torchvision(tmp_path, name, split, peer):
+    root = getattr(layouts, name)(tmp_path)
+    ours, theirs = open_labelled(f"{name}:{split}@{root}", CONFIG), peer(root)
+    assert len(ours) == len(theirs) > 0
+    for number in range(len(ours)):
+        sample, (image, label) = ours[number], theirs[number]
+        assert sample.picture.mode == "RGB"
+        assert np.array_equal(np.asarray(sample.picture), np.asarray(image.convert("RGB")))
+        assert sample.metadata["label"] == label
+        assert sample.captions == []
+    assert len({ours[number].metadata["key"] for number in range(len(ours))}) == len(ours)
+
+
+@pytest.mark.parametrize(
+    ("name", "classes"),
+    [
+        ("dtd", ("banded", "polka-dotted")),
+        ("fgvc_aircraft", ("707-320", "A300B4", "F/A-18")),
+        ("oxford_pets", ("Abyssinian", "american bulldog", "wheaten terrier")),
+        ("rendered_sst2", ("negative", "positive")),
+        ("food101", ("apple pie", "waffles")),
+        ("stanford_cars", ("AM General Hummer SUV 2000", "Acura RL Sedan 2012", "smart fortwo Convertible 2012")),
+        ("svhn", tuple("0123456789")),
+        ("stl10", ("airplane", "bird", "car")),
+        ("caltech101", ("centered face", "head of a crocodile", "wrench")),
+    ],
+)
+def test_class_names_are_readable(tmp_path, name, classes):
+    assert open_labelled(f"{name}@{getattr(layouts, name)(tmp_path)}", CONFIG).classes == classes
+
+
+def test_numbered_classes_have_names(tmp_path):
+    signs = open_labelled(f"gtsrb@{layouts.gtsrb(tmp_path / 'signs')}", CONFIG)
+    assert len(set(signs.classes)) == 43
+    assert [signs.classes[signs[n].metadata["label"]] for n in range(3)] == [
+        "no trucks",
+        "speed limit 30 km/h",
+        "end of no passing for trucks",
+    ]
+    flowers = open_labelled(f"flowers102@{layouts.flowers102(tmp_path / 'flowers')}", CONFIG)
+    assert len(set(flowers.classes)) == 102
+    assert flowers.classes[flowers[0].metadata["label"]] == "pink primrose"
+
+
+def test_caltech101_draws_30_of_each_class_for_training_and_tests_on_the_others(tmp_path):
+    root = layouts.caltech101(tmp_path)
+    train, test = (open_labelled(f"caltech101:{split}@{root}", CONFIG) for split in ("train", "test"))
+    assert np.bincount(train.labels).tolist() == [30, 30, 30]
+    assert np.bincount(test.labels).tolist() == [2, 1, 3]
+    keys = [{s[n].metadata["key"] for n in range(len(s))} for s in (train, test)]
+    assert not keys[0] & keys[1]
+    assert len(keys[0] | keys[1]) == 96
+    assert not any("BACKGROUND" in key for key in keys[0] | keys[1])
+    again = open_labelled(f"caltech101:train@{layouts.caltech101(tmp_path / 'other')}", CONFIG)
+    assert again.fingerprint == train.fingerprint
+
+
+@pytest.mark.parametrize("name", ["dtd", "svhn", "stl10", "oxford_pets"])
+def test_a_set_survives_the_way_to_a_loader_process(tmp_path, name):
+    pictures = open_labelled(f"{name}@{getattr(layouts, name)(tmp_path)}", CONFIG)
+    sent = pickle.dumps(pictures)
+    assert len(sent) < 20_000  # pixels stay behind
+    copy = pickle.loads(sent)
+    assert np.array_equal(np.asarray(copy[1].picture), np.asarray(pictures[1].picture))
+    assert copy[1].metadata == pictures[1].metadata
+    assert copy.fingerprint == pictures.fingerprint
+
+
+def test_the_archives_own_folder_is_found_too(tmp_path):
+    root = layouts.food101(tmp_path)
+    inner, outer = open_labelled(f"food101@{root}/food-101", CONFIG), open_labelled(f"food101@{root}", CONFIG)
+    assert inner.fingerprint == outer.fingerprint
+    textures = layouts.dtd(tmp_path)
+    assert len(open_labelled(f"dtd@{textures}/dtd/dtd", CONFIG)) == len(open_labelled(f"dtd@{textures}", CONFIG)) == 2
+
+
+def test_every_published_set_has_the_papers_template_first_and_an_ensemble_behind_it(tmp_path):
+    for name in set(SETS) - {"folder", "shards"}:
+        assert name.startswith("imagenet") or len(ENSEMBLES[name]) == len(set(ENSEMBLES[name])) >= 1
+    sizes = {"cifar10": 18, "caltech101": 34, "dtd": 8, "stanford_cars": 8, "gtsrb": 3, "fgvc_aircraft": 2, "stl10": 2}
+    assert {name: len(ENSEMBLES[name]) for name in sizes} == sizes  # as many as CLIP was released with
+    pictures = open_labelled(f"stl10@{layouts.stl10(tmp_path)}", CONFIG)
+    assert pictures.templates == (PAPER_TEMPLATE, "a photo of a {}.", "a photo of the {}.")
+    assert all(template.count("{}") == 1 for listed in ENSEMBLES.values() for template in listed)
+
+
+@pytest.mark.parametrize(
+    ("name", "gone", "message"),
+    [
+        ("dtd", "dtd/dtd/labels/test1.txt", r"dtd@.*there is no file .*test1\.txt; download dtd-r1\.0\.1"),
+        ("dtd", "dtd/dtd/images/banded/banded_0004.jpg", r"1 of 2 pictures are not in .*first banded/banded_0004\.jpg"),
+        ("fgvc_aircraft", "fgvc-aircraft-2013b/data/variants.txt", "there is no variants.txt in it, nor in fgvc-air"),
+        ("oxford_pets", "oxford-iiit-pet/annotations/test.txt", "no file .*annotations/test.txt; download images.tar"),
+        ("food101", "food-101/meta/test.json", "food101@.*no file .*test.json; download food-101"),
+        ("gtsrb", "gtsrb/GT-final_test.csv", "there is no GT-final_test.csv in it, nor in gtsrb; download GTSRB"),
+        ("stanford_cars", "stanford_cars/devkit/cars_meta.mat", "no file .*cars_meta.mat; put cars_train"),
+        ("flowers102", "flowers-102/imagelabels.mat", "no file .*imagelabels.mat; download 102flowers"),
+        ("svhn", "test_32x32.mat", "svhn@.*there is no test_32x32.mat in it, nor in svhn; download"),
+        ("stl10", "stl10_binary/test_y.bin", "test_y.bin is not there; download stl10_binary.tar.gz"),
+    ],
+)
+def test_a_missing_file_is_named_with_the_set_and_what_to_download(tmp_path, name, gone, message):
+    root = getattr(layouts, name)(tmp_path)
+    (root / gone).unlink()
+    with pytest.raises(ValueError, match=message):
+        open_labelled(f"{name}@{root}", CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "content", "message"),
+    [
+        ("dtd", "dtd/dtd/labels/test1.txt", "banded/banded_0004.jpg\nblue/x.jpg\n", "'blue' is none of the 2 classes"),
+        ("dtd", "dtd/dtd/labels/test1.txt", "banded/../../../../passwd", "points out of"),
+        ("dtd", "dtd/dtd/labels/test1.txt", b"\xff\xfe\xff", "cannot be read"),
+        ("fgvc_aircraft", "fgvc-aircraft-2013b/data/images_variant_test.txt", "1 Zeppelin\n", "'Zeppelin' is none of"),
+        ("oxford_pets", "oxford-iiit-pet/annotations/test.txt", "a_1 1 1\n", "'a_1 1 1' is no picture, class"),
+        ("oxford_pets", "oxford-iiit-pet/annotations/test.txt", "a_1 1 1 1\nb_1 1 1 1\n", "class 1 is a and b"),
+        ("oxford_pets", "oxford-iiit-pet/annotations/test.txt", "a_1 1 1 1\nb_1 3 1 1\n", "have no picture each"),
+        ("food101", "food-101/meta/test.json", '{"waffles": "waffles/5"}', "no object of lists"),
+        ("gtsrb", "gtsrb/GT-final_test.csv", "Filename;Class\n1.ppm;2\n", "no column 'ClassId'"),
+        ("gtsrb", "gtsrb/GT-final_test.csv", "Filename;ClassId\n00000.ppm;43\n", "class 43, above the last"),
+        ("gtsrb", "gtsrb/GT-final_test.csv", "Filename;ClassId\n00000.ppm\n", "line 2: a value is missing"),
+        ("stanford_cars", "stanford_cars/devkit/cars_meta.mat", b"no mat", "is no MATLAB file"),
+        ("svhn", "test_32x32.mat", b"", "is no MATLAB file"),
+        ("stl10", "stl10_binary/test_X.bin", b"123", "has 3 bytes, no multiple of the 27648 of a picture"),
+        ("stl10", "stl10_binary/test_y.bin", b"\x01\x02\x04", "label outside 1 to 3"),
+        ("stl10", "stl10_binary/test_y.bin", b"\x01", "3 pictures and 1 labels"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, name, file, content, message):
+    root = getattr(layouts, name)(tmp_path)
+    layouts.put(root / file, content)
+    with pytest.raises(ValueError, match=message) as refusal:
+        open_labelled(f"{name}@{root}", CONFIG)
+    assert str(refusal.value).startswith(f"{name}@{root}: ")
+
+
+def test_a_picture_that_cannot_be_decoded_is_a_bad_sample(tmp_path):
+    root = layouts.dtd(tmp_path)
+    layouts.put(root / "dtd/dtd/images/polka-dotted/polka-dotted_0003.jpg", b"no picture")
+    pictures = open_labelled(f"dtd@{root}", CONFIG)
+    with pytest.raises(BadSample, match=r"undecodable picture: .*polka-dotted_0003"):
+        pictures[0]
+    assert layouts.number_of(pictures[1].picture) == 4
+    (root / "dtd/dtd/images/banded/banded_0004.jpg").unlink()
+    with pytest.raises(BadSample, match=r"unreadable picture: .*banded_0004"):
+        pictures[1]
+    with pytest.raises(IndexError, match="picture 2 of 2 of dtd"):
+        pictures[2]
+
+
+def test_the_largest_picture_allowed_holds_for_arrays_and_files(tmp_path):
+    small = DataConfig(workers=0, max_image_pixels=15)
+    for name in ("svhn", "dtd"):
+        with pytest.raises(BadSample, match="decompression bomb"):
+            open_labelled(f"{name}@{getattr(layouts, name)(tmp_path)}", small)[0]

@@ -1,0 +1,105 @@
+"""JSON of others: bounded, and nothing but ValueError for what is not as published."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from published_samples import KARPATHY_COCO, NLVR2_DEV, SNLI_VE, VQA_ANNOTATIONS, VQA_QUESTIONS, as_json
+
+from modstruct.data.downstream import published_files
+from modstruct.data.downstream.karpathy import read_karpathy
+from modstruct.data.downstream.nlvr2 import read_nlvr2
+from modstruct.data.downstream.published_files import published_file, read_json, read_json_lines
+from modstruct.data.downstream.snli_ve import read_snli_ve
+from modstruct.data.downstream.vqa import read_answer_list, read_vqa
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"\xff\xfe", b"[" * 200_000, b"1" * 10_000, b'{"a": 1}{"b": 2}'],
+    ids=["empty", "cut off", "not UTF-8", "too deep", "a long number", "two values"],
+)
+def test_what_is_not_json_is_refused_by_name(tmp_path: Path, content: bytes):
+    path = tmp_path / "file.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"file\.json: not JSON in UTF-8 .*download the file again"):
+        read_json(path)
+
+
+def test_a_byte_order_mark_does_no_harm(tmp_path: Path):
+    path = tmp_path / "file.json"
+    path.write_bytes(b"\xef\xbb\xbf[1]")
+    assert read_json(path) == [1]
+
+
+def test_keys_that_nobody_asked_for_are_not_kept(tmp_path: Path):
+    content = {"a": [{"a": 1, "b": 2}], "b": {"a": 3}}
+    assert read_json(as_json(tmp_path / "file.json", content), keys=("a",)) == {"a": [{"a": 1}]}
+
+
+def test_files_and_lines_beyond_all_published_ones_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "file.jsonl"
+    path.write_text('{"a": 1}\n\n' + '{"a": "' + "x" * published_files.LARGEST_LINE_BYTES + '"}\n')
+    with pytest.raises(ValueError, match=r"file\.jsonl, line 3: a line of at most 1 MiB"):
+        list(read_json_lines(path))
+    monkeypatch.setattr(published_files, "LARGEST_FILE_BYTES", 1000)
+    with pytest.raises(ValueError, match=r"data\.train\.x = '.*file\.jsonl': larger than"):
+        published_file(path, "data.train.x", "get it")
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def places(value: object, path: tuple = ()) -> list[tuple]:
+    """Paths to every value inside a JSON value."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(place for key, item in inner for place in places(item, (*path, key)))]
+
+
+@st.composite
+def spoilt(draw, content: object) -> object:
+    """The content with one value replaced, wherever."""
+    content = json.loads(json.dumps(content))
+    place = draw(st.sampled_from(places(content)[1:]))
+    target = content
+    for key in place[:-1]:
+        target = target[key]
+    target[place[-1]] = draw(json_values)
+    return content
+
+
+READERS = {
+    "questions": (VQA_QUESTIONS, lambda path, folder: read_vqa(path, folder)),
+    "annotations": (
+        VQA_ANNOTATIONS,
+        lambda path, folder: read_vqa(as_json(folder / "questions.json", VQA_QUESTIONS), folder, path),
+    ),
+    "karpathy": (KARPATHY_COCO, lambda path, folder: read_karpathy(path, folder, "train")),
+    "answers": (["a", "b"], lambda path, folder: read_answer_list(path)),
+    "nlvr2": (NLVR2_DEV, lambda path, folder: read_nlvr2(path, folder)),
+    "snli_ve": (SNLI_VE, lambda path, folder: read_snli_ve(path, folder)),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@given(data=st.data())
+def test_a_spoilt_file_gives_value_error_or_is_read(reader: str, data, tmp_path_factory: pytest.TempPathFactory):
+    content, read = READERS[reader]
+    folder = tmp_path_factory.mktemp("spoilt")
+    content = data.draw(spoilt(content))
+    path = folder / "file.json"
+    if reader in ("nlvr2", "snli_ve"):
+        path.write_text("".join(json.dumps(record) + "\n" for record in content))
+    else:
+        as_json(path, content)
+    with suppress(ValueError):  # without pictures every reader ends in one, if not before
+        read(path, folder)

@@ -1,0 +1,236 @@
+"""An index finds every whole sample of a tar, whatever else is in it, and says what it left out."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import re
+import tarfile
+
+import numpy as np
+import pytest
+from crafted_shards import config, opened, sample, write_shards, write_tar
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modstruct.data.shards import index_files
+from modstruct.data.shards.index import ROW, ShardIndex, index_tar, printable, split_name
+from modstruct.data.shards.reader import ShardReader
+
+BLOCK = 512
+
+
+def contents(path, index):
+    """What the index points at: (picture, text, metadata) of each sample."""
+    whole = path.read_bytes()
+
+    def cut(row, kind):
+        start = int(row[f"{kind}_block"]) * BLOCK
+        return whole[start : start + int(row[f"{kind}_bytes"])]
+
+    return [tuple(cut(row, kind) for kind in ("image", "text", "metadata")) for row in index.rows]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.tuples(st.binary(min_size=1, max_size=1500), st.binary(max_size=600), st.booleans()), max_size=12),
+    st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
+    st.sampled_from(["", "a.folder/", "long/" * 40, "ünï/"]),
+)
+def test_the_index_points_at_every_member(tmp_path_factory, samples, form, folder):
+    if form == tarfile.USTAR_FORMAT and len(folder) > 100:
+        folder = ""
+    path = tmp_path_factory.mktemp("tar") / "x.tar"
+    members = []
+    for number, (image, text, has_metadata) in enumerate(samples):
+        members += [(f"{folder}{number}.JPG", image), (f"{folder}{number}.txt", text)]
+        members += [(f"{folder}{number}.json", b"{}")] if has_metadata else []
+    index = index_tar(write_tar(path, members, form))
+    assert contents(path, index) == [(i, t, b"{}" if m else b"") for i, t, m in samples]
+    assert (index.faults, index.broken, index.size_bytes) == ({}, None, path.stat().st_size)
+
+
+def test_what_is_no_sample_is_left_out_and_counted(tmp_path):
+    link = tarfile.TarInfo("000007.png")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    members = [
+        ("readme", b"x"),
+        (".hidden.png", b"x"),
+        ("._000001.png", b"x"),
+        *sample(1, png=None),
+        *sample(2, txt=None),
+        *sample(3),
+        *sample(4, png=None, txt=None),
+        ("000005.seg.png", b"no picture of the sample"),
+        ("000005.txt", b"words"),
+        link,
+        *sample(7, png=None),
+        *sample(8, jpg=b"another picture, which does not count"),
+    ]
+    path = write_tar(tmp_path / "x.tar", members)
+    index = index_tar(path)
+    assert [metadata for _, _, metadata in contents(path, index)] == [b'{"number": 3}', b'{"number": 8}']
+    assert contents(path, index)[1][0].startswith(b"\x89PNG")
+    assert index.faults == {"no picture": 4, "no caption": 1}
+    assert index.examples == {"no picture": "000001", "no caption": "000002"}
+    assert index.broken is None
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_a_tar_cut_anywhere_keeps_the_samples_before_the_cut(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("tar")
+    path = write_tar(folder / "whole.tar", [member for n in range(5) for member in sample(n)])
+    index = index_tar(path)
+    whole = contents(path, index)
+    ends = [int(row["metadata_block"]) * BLOCK + int(row["metadata_bytes"]) for row in index.rows]
+    length = data.draw(st.integers(ends[0], ends[-1] + BLOCK - 1))
+    cut = folder / "cut.tar"
+    cut.write_bytes(path.read_bytes()[:length])
+    index = index_tar(cut)
+    kept = sum(end <= length for end in ends)
+    assert contents(cut, index) == whole[:kept]
+    assert index.broken.startswith("cut off after")
+    assert sum(index.faults.values()) <= 1
+    assert index.faults.keys() <= {"truncated shard"}
+
+
+def test_damage_in_the_middle_keeps_the_samples_before_it(tmp_path):
+    path = write_tar(tmp_path / "x.tar", [member for n in range(5) for member in sample(n)])
+    content = bytearray(path.read_bytes())
+    header = int(index_tar(path).rows[3]["text_block"]) * BLOCK - BLOCK
+    content[header : header + 100] = b"\xff" * 100
+    path.write_bytes(content)
+    index = index_tar(path)
+    assert len(index.rows) == 3
+    assert index.faults == {"truncated shard": 1}
+    assert index.broken == f"damaged header at byte {header}"
+
+
+def forged_header(size: int, kind: bytes = tarfile.REGTYPE, name: str = "000001.png") -> bytes:
+    """A tar header with a right checksum that claims any size."""
+    info = tarfile.TarInfo(name)
+    info.type = kind
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = (b"\xff" if size < 0 else b"\x80") + (size % 256**11).to_bytes(11, "big")  # in base 256
+    header[148:156] = b"%06o\0 " % tarfile.calc_chksums(bytes(header))[0]
+    return bytes(header)
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        forged_header(-100),
+        forged_header(-4096),
+        forged_header(-4096, tarfile.DIRTYPE),
+        forged_header(-4096, b"Z"),
+        forged_header(2**80),
+        forged_header(2**80, b"Z"),
+        forged_header(-4096, tarfile.GNUTYPE_LONGNAME),
+        forged_header(2**44, tarfile.GNUTYPE_LONGNAME),
+        forged_header(2**80, tarfile.GNUTYPE_LONGNAME),
+        forged_header(0, tarfile.GNUTYPE_LONGNAME) * 3000,
+    ],
+)
+def test_a_forged_header_ends_the_reading_and_keeps_the_samples_before_it(tmp_path, forged):
+    whole = write_tar(tmp_path / "whole.tar", sample(0)).read_bytes()
+    (tmp_path / "x.tar").write_bytes(whole[: 6 * BLOCK] + forged + bytes(1024))
+    index = index_tar(tmp_path / "x.tar")
+    assert contents(tmp_path / "x.tar", index)[0][2] == b'{"number": 0}'
+    assert len(index.rows) == 1
+    assert re.match("damaged header at byte 3072|cut off after", index.broken)
+
+    (tmp_path / "x.tar").write_bytes(forged + bytes(1024))
+    index = index_tar(tmp_path / "x.tar")
+    assert len(index.rows) == 0
+    assert index.broken
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "an empty file"),
+        (b"<html>no such key</html>" * 100, "not a tar"),
+        (gzip.compress(b"x" * 2000), "a compressed tar.*gunzip"),
+        (os.urandom(5000), "not a tar"),
+    ],
+)
+def test_a_file_that_is_no_tar_is_told_by_what_it_is(tmp_path, content, reason):
+    (tmp_path / "x.tar").write_bytes(content)
+    index = index_tar(tmp_path / "x.tar")
+    assert len(index.rows) == 0
+    assert re.match(reason, index.broken)
+
+
+def test_a_saved_index_comes_back_and_a_damaged_one_does_not(tmp_path):
+    index = index_tar(write_tar(tmp_path / "x.tar", [*sample(0), *sample(1, png=None)]))
+    index.save(tmp_path / "x.npz")
+    back = ShardIndex.load(tmp_path / "x.npz")
+    np.testing.assert_array_equal(back.rows, index.rows)
+    assert back.rows.dtype == ROW
+    assert (back.faults, back.examples, back.broken) == (index.faults, index.examples, index.broken)
+    (tmp_path / "x.npz").write_bytes((tmp_path / "x.npz").read_bytes()[:100])
+    assert ShardIndex.load(tmp_path / "x.npz") is None
+    assert ShardIndex.load(tmp_path / "none.npz") is None
+
+
+def test_an_index_is_made_once_and_anew_when_its_shard_changes(tmp_path, monkeypatch):
+    indexed = []
+
+    def counting(path):
+        indexed.append(os.path.basename(path))
+        return index_tar(path)
+
+    monkeypatch.setattr(index_files, "index_tar", counting)
+    pattern = write_shards(tmp_path, [3, 4])
+    data = config(tmp_path)
+    first = opened(pattern, data)
+    again = opened(pattern, data)
+    assert indexed == ["shard-000.tar", "shard-001.tar"]
+    assert len(first) == len(again) == 7
+    assert first.fingerprint == again.fingerprint
+
+    write_shards(tmp_path, [3, 6])
+    changed = opened(pattern, data)
+    assert indexed[2:] == ["shard-000.tar", "shard-001.tar"]  # both were written anew
+    assert len(changed) == 9
+    assert changed.fingerprint != first.fingerprint
+    assert [ShardReader(changed, data).read(n).metadata["number"] for n in range(9)] == list(range(9))
+
+    opened(tmp_path / "shard-001.tar", data)  # another choice of shards needs no new index
+    assert len(indexed) == 4
+
+
+def test_the_same_shards_elsewhere_have_the_same_fingerprint(tmp_path):
+    one = opened(write_shards(tmp_path / "a", [3, 4]), config(tmp_path))
+    other = opened(write_shards(tmp_path / "b", [3, 4]), config(tmp_path / "b"))
+    split = opened(write_shards(tmp_path / "c", [4, 3]), config(tmp_path))
+    assert one.fingerprint == other.fingerprint != split.fingerprint
+
+
+def test_many_shards_are_indexed_by_several_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr(index_files, "SHARDS_WORTH_A_POOL", 2)
+    samples = opened(write_shards(tmp_path, [2, 3, 1]), config(tmp_path))
+    np.testing.assert_array_equal(samples.shard_starts, [0, 2, 5, 6])
+
+
+def test_a_damaged_index_in_the_cache_is_made_anew(tmp_path):
+    pattern = write_shards(tmp_path, [3])
+    data = config(tmp_path)
+    opened(pattern, data)
+    for file in (tmp_path / "cache" / "indexes").rglob("*.npz"):
+        file.write_bytes(b"damaged")
+    for file in (tmp_path / "cache" / "indexes" / "sets").iterdir():
+        file.unlink()
+    assert len(opened(pattern, data)) == 3
+
+
+def test_names_are_split_by_webdatasets_rule():
+    assert split_name("a.b/00.JPG") == ("a.b/00", "image")
+    assert split_name("00.seg.png") == ("00", None)
+    assert split_name("00") == ("00", None)
+    assert split_name("../../00.txt") == ("../../00", "text")
+
+
+def test_names_in_the_log_hold_no_control_characters():
+    assert printable("ok ü\n\x1b[31m\udcff") == "ok ü\\n\\x1b[31m\\udcff"

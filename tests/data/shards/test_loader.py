@@ -1,0 +1,471 @@
+"""The batches of a step are the same on any number of processes and workers, after any start; faults are replaced."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import replace
+from multiprocessing import active_children
+from pathlib import Path
+
+import pytest
+import torch
+from crafted_shards import (
+    LengthTokenizer,
+    config,
+    number_of,
+    opened,
+    picture,
+    sample,
+    views,
+    write_shards,
+    write_tar,
+)
+from PIL import Image
+from test_pictures import png_header
+from tiny_models import word_tokenizer
+
+from modstruct.config import Source, ViewsConfig
+from modstruct.data.shards import loader as loader_module
+from modstruct.data.shards import workers as workers_module
+from modstruct.data.shards.faults import TooManyBadSamples
+from modstruct.data.shards.loader import EXTRA_FIELDS, TrainBatch, train_loader, train_order
+from modstruct.data.shards.samples import open_samples
+from modstruct.data.transforms.augment import Views
+from modstruct.errors import RunError
+
+BOTH = frozenset({"image_augmented", "text_augmented"})
+
+
+def load(
+    samples,
+    data,
+    start=0,
+    stop=5,
+    process=0,
+    processes=1,
+    batch=12,
+    extra=BOTH,
+    seed=3,
+    tokenizer=None,
+    micro_batch=None,
+):
+    loader = train_loader(
+        samples,
+        data,
+        views(),
+        tokenizer or LengthTokenizer(),
+        extra,
+        global_batch=batch,
+        seed=seed,
+        start_step=start,
+        stop_step=stop,
+        micro_batch=micro_batch,
+        process=process,
+        processes=processes,
+    )
+    assert len(loader) == (stop - start) * loader.dataset.parts
+    return list(loader)
+
+
+def assert_same(ones: list[TrainBatch], others: list[TrainBatch]) -> None:
+    assert len(ones) == len(others)
+    for one, other in zip(ones, others, strict=True):
+        assert one.tensors.keys() == other.tensors.keys()
+        assert all(torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors)
+        assert one.faults == other.faults
+
+
+def joined(parts: list[list[TrainBatch]]) -> list[TrainBatch]:
+    """The global batches of processes given in order of rank."""
+    return [
+        TrainBatch(
+            {name: torch.cat([part.tensors[name] for part in step]) for name in step[0].tensors},
+            [fault for part in step for fault in part.faults],
+        )
+        for step in zip(*parts, strict=True)
+    ]
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """Three shards with bad samples among the good: fewer shards than processes, no multiple of the batch."""
+    for shard in range(3):
+        members = []
+        for number in range(shard * 10, shard * 10 + 10):
+            other = {"png": b"bad"} if number % 10 == 4 else {"txt": b" "} if number % 10 == 7 else {}
+            members += sample(number, **other)
+        write_tar(tmp_path / f"shard-{shard}.tar", members)
+    data = config(tmp_path, max_bad_share=0.5)
+    return opened(tmp_path / "shard-*.tar", data), data
+
+
+def test_a_batch_has_the_promised_kinds_and_shapes(tmp_path):
+    data = config(tmp_path)
+    samples = opened(write_shards(tmp_path, [20]), data)
+    (batch,) = load(samples, data, stop=1)
+    assert {name: (value.dtype, tuple(value.shape)) for name, value in batch.tensors.items()} == {
+        "image": (torch.uint8, (12, 3, 8, 8)),
+        "text": (torch.int64, (12, 2)),
+        "image_augmented": (torch.uint8, (12, 3, 8, 8)),
+        "text_augmented": (torch.int64, (12, 2)),
+    }
+    assert (batch.faults, batch.tried) == ([], 12)
+
+
+def test_what_the_fusion_model_trains_on_is_made(tmp_path):
+    same_picture = sample(3, png=picture(1))
+    same_caption = sample(4, txt=b"thing 2")
+    write_tar(tmp_path / "shard.tar", [*sample(1), *sample(2), *same_picture, *same_caption])
+    data = config(tmp_path)
+    fields = ("text_masked", "masked_labels", "image_id", "text_id", "slot")
+    samples = opened(tmp_path / "shard.tar", data)
+    batches = load(samples, data, stop=3, batch=4, extra=fields, tokenizer=word_tokenizer())
+    for step, batch in enumerate(batches):
+        rows = batch.tensors
+        assert rows.keys() == {"image", "text", "blanks", *fields}
+        assert {rows[name].dtype for name in (*fields, "text")} == {torch.int64}
+        assert rows["text_masked"].shape == rows["masked_labels"].shape == rows["text"].shape == (4, 12)
+        assert rows["slot"].tolist() == [4 * step + row for row in range(4)]
+        kept = rows["masked_labels"] == -100
+        assert torch.equal(rows["blanks"], (~kept).nonzero())
+        assert torch.equal(rows["text_masked"][kept], rows["text"][kept])
+        # Four samples with three different pictures and three different captions.
+        assert (len(rows["image_id"].unique()), len(rows["text_id"].unique())) == (3, 3)
+        numbers = torch.tensor([number_of(image) for image in rows["image"]])
+        assert torch.equal(rows["image_id"][:, None] == rows["image_id"], numbers[:, None] == numbers)
+    # A sample's blanks are others in each epoch.
+    assert len({str(batch.tensors["masked_labels"].sort(0).values.tolist()) for batch in batches}) == 3
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_blanks_and_identities_do_not_depend_on_the_processes(damaged, processes):
+    options = {"extra": EXTRA_FIELDS - BOTH, "tokenizer": word_tokenizer()}
+    alone = load(*damaged, **options)
+    parts = [load(*damaged, process=rank, processes=processes, **options) for rank in range(processes)]
+    for batch in [*alone, *(batch for part in parts for batch in part)]:
+        del batch.tensors["blanks"]  # places in the process's own labels
+    assert_same(alone, joined(parts))
+
+
+def test_views_that_nobody_needs_are_not_made(tmp_path, monkeypatch):
+    data = config(tmp_path)
+    samples = opened(write_shards(tmp_path, [20]), data)
+    for augmented in (frozenset(), {"image_augmented"}, {"text_augmented"}):
+        made = views()
+        for name in BOTH - set(augmented):
+            method = {"image_augmented": "augmented_image", "text_augmented": "augmented_text"}[name]
+            monkeypatch.setattr(type(made), method, lambda *_: pytest.fail("made a view for nobody"))
+        (batch,) = load(samples, data, stop=1, extra=augmented)
+        assert set(batch.tensors) == {"image", "text", *augmented}
+        monkeypatch.undo()
+
+
+def test_each_sample_comes_once_an_epoch_across_batches(tmp_path):
+    data = config(tmp_path)
+    samples = opened(write_shards(tmp_path, [7, 13, 1]), data)
+    batches = load(samples, data, stop=7)  # 84 rows are four epochs of 21
+    numbers = [number_of(image) for batch in batches for image in batch.tensors["image"]]
+    for epoch in range(4):
+        assert sorted(numbers[epoch * 21 : epoch * 21 + 21]) == list(range(21))
+
+
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_processes_together_read_the_batch_of_one(damaged, processes):
+    alone = load(*damaged)
+    together = joined([load(*damaged, process=rank, processes=processes) for rank in range(processes)])
+    assert_same(alone, together)
+    assert any(batch.faults for batch in alone)
+
+
+def test_a_resumed_run_sees_the_same_batches(damaged):
+    whole = load(*damaged, stop=9)
+    assert_same(whole[4:], load(*damaged, start=4, stop=9))
+    assert load(*damaged, start=4, stop=4) == []
+
+
+def test_workers_do_not_change_the_batches(damaged):
+    samples, data = damaged
+    alone = load(samples, data)
+    for workers in (1, 2):
+        data.workers = workers
+        assert_same(alone, load(samples, data))
+    assert_same(load(samples, replace(data, workers=0), micro_batch=5), load(samples, data, micro_batch=5))
+
+
+def test_another_seed_and_another_epoch_give_other_views(tmp_path):
+    data = config(tmp_path)
+    content = Image.effect_noise((40, 40), 90)
+    content.save(tmp_path / "noise.png")
+    write_tar(tmp_path / "x.tar", sample(0, png=(tmp_path / "noise.png").read_bytes()))
+    samples = opened(tmp_path / "x.tar", data)
+
+    def images(seed, step):
+        (batch,) = load(samples, data, start=step, stop=step + 1, batch=1, seed=seed)
+        return batch.tensors["image_augmented"], batch.tensors["image"]
+
+    (one, plain), (other_epoch, plain_again), (other_seed, _) = images(0, 0), images(0, 1), images(1, 0)
+    assert torch.equal(plain, plain_again)
+    assert not torch.equal(one, other_epoch)
+    assert not torch.equal(one, other_seed)
+
+
+def test_every_kind_of_fault_is_replaced_counted_and_named(tmp_path):
+    faults = {
+        3: ({"png": b"bad"}, "undecodable picture"),
+        9: ({"png": picture(9)[:-30]}, "undecodable picture"),
+        12: ({"png": png_header(20_000, 20_000)}, "decompression bomb"),
+        15: ({"txt": b"\xff\xfe"}, "undecodable text"),
+        18: ({"txt": b""}, "empty caption"),
+        21: ({"json": b"{"}, "malformed metadata"),
+    }
+    members = [m for n in range(40) for m in sample(n, **faults.get(n, ({}, ""))[0])]
+    write_tar(tmp_path / "a.tar", [*members, *sample(50, png=None), *sample(51, txt=None)])
+    write_tar(tmp_path / "b.tar", [m for n in range(60, 70) for m in sample(n)])
+    os.truncate(tmp_path / "b.tar", 29 * 1024)  # in the last sample
+    write_tar(tmp_path / "c.tar", [m for n in range(70, 80) for m in sample(n)])
+    (tmp_path / "d.tar").write_bytes(b"no tar" * 100)
+    data = config(tmp_path, max_bad_share=0.5)
+    samples = opened(tmp_path / "?.tar", data)
+    assert len(samples) == 59
+    (tmp_path / "c.tar").unlink()
+    good = {n for n in range(40) if n not in faults} | set(range(60, 69))
+
+    batches = load(samples, data, stop=5, batch=59)  # five epochs
+    for batch in batches:
+        numbers = [number_of(image) for image in batch.tensors["image"]]
+        assert set(numbers) == good
+        assert batch.tried == 59 + len(batch.faults)
+        seen = {tuple(fault) for fault in batch.faults}
+        expected = {(cause, f"{tmp_path / 'a.tar'}: {number:06d}.png") for number, (_, cause) in faults.items()}
+        found = {(cause, re.sub(r" \(.*\)$", "", where)) for cause, where in seen if "c.tar" not in where}
+        assert found == expected
+        assert {cause for cause, where in seen if "c.tar" in where} == {"missing shard"}
+    broken = [entry["broken"] for entry in samples.shard_faults]
+    assert [None if b is None else b.split(" after")[0] for b in broken] == [None, "cut off", None, "not a tar"]
+    left_out = [entry["faults"] for entry in samples.shard_faults]
+    assert left_out == [{"no picture": 1, "no caption": 1}, {"truncated shard": 1}, {}, {}]
+
+
+def test_nothing_but_bad_samples_ends_with_a_clear_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(loader_module, "SUBSTITUTES", 5)
+    write_tar(tmp_path / "x.tar", [m for n in range(4) for m in sample(n, png=b"bad")])
+    data = config(tmp_path, max_bad_share=1.0)
+    with pytest.raises(
+        TooManyBadSamples, match=r"6 samples in a row cannot be used, the last: undecodable picture: .*x.tar"
+    ):
+        load(opened(tmp_path / "x.tar", data), data)
+
+
+def test_no_worker_is_left_when_the_loop_ends_early(tmp_path):
+    data = config(tmp_path, workers=1)
+    samples = opened(write_shards(tmp_path, [20]), data)
+    before = set(active_children())
+    loader = train_loader(
+        samples, data, views(), LengthTokenizer(), BOTH, global_batch=4, seed=0, start_step=0, stop_step=10_000
+    )
+    for _ in loader:
+        break
+    assert set(active_children()) == before
+
+
+def test_others_take_up_the_work_of_killed_workers(damaged, caplog):
+    samples, data = damaged
+    loader = train_loader(
+        samples,
+        replace(data, workers=2),
+        views(),
+        LengthTokenizer(),
+        BOTH,
+        global_batch=12,
+        seed=3,
+        start_step=0,
+        stop_step=12,
+    )
+    before = set(active_children())
+    batches = []
+    for batch in loader:
+        if len(batches) in (2, 7):
+            for worker in set(active_children()) - before:
+                worker.kill()
+        batches.append(batch)
+    assert_same(batches, load(samples, data, stop=12))
+    assert "a loader process was lost" in caplog.text
+    assert set(active_children()) == before
+
+
+def test_workers_that_die_again_and_again_end_the_run_with_a_clear_error(tmp_path):
+    data = config(tmp_path, workers=1)
+    samples = opened(write_shards(tmp_path, [20]), data)
+    loader = train_loader(
+        samples, data, DeadlyViews(8), LengthTokenizer(), (), global_batch=4, seed=0, start_step=0, stop_step=9
+    )
+    with pytest.raises(RunError, match=r"^data\.workers = 1: a loader process was lost .*, 4 in a row; give fewer"):
+        list(loader)
+
+
+class DeadlyViews(Views):
+    """Kills the process that makes a view."""
+
+    def __init__(self, image_size: int):
+        super().__init__(ViewsConfig(), image_size)
+
+    def plain_text(self, caption):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_tells_what_went_wrong(tmp_path):
+    write_tar(tmp_path / "x.tar", [m for n in range(4) for m in sample(n, png=b"bad")])
+    data = config(tmp_path, max_bad_share=1.0, workers=1)
+    with pytest.raises(
+        TooManyBadSamples, match=r"201 samples in a row cannot be used, the last: undecodable picture: .*x\.tar"
+    ):
+        load(opened(tmp_path / "x.tar", data), data)
+
+
+def test_weights_reach_the_order(tmp_path):
+    data = config(tmp_path)
+    sources = [Source(write_shards(tmp_path / name, [30]), weight=w) for name, w in (("a", 3.0), ("b", 1.0))]
+    samples = open_samples(sources, data, "data.train")
+    _, sample = train_order(samples, data, 0).locate(torch.arange(10_000).numpy())
+    assert (sample < 30).sum() == 7500
+
+
+def test_rows_that_do_not_divide_are_refused(tmp_path):
+    data = config(tmp_path)
+    samples = opened(write_shards(tmp_path, [20]), data)
+    with pytest.raises(
+        ValueError, match=r"^train\.global_batch = 10: must be a multiple of the 4 processes, such as 8"
+    ):
+        load(samples, data, batch=10, processes=4)
+    with pytest.raises(ValueError, match=r"^train\.global_batch = 2: must be a multiple of the 4 processes, such as 4"):
+        load(samples, data, batch=2, processes=4)
+
+
+def test_pipes_that_would_be_fetched_again_and_again_are_refused(tmp_path):
+    from modstruct.data.shards.index import index_tar
+    from modstruct.data.shards.index_files import index_file_name
+
+    write_shards(tmp_path, [8] * 6)
+    for shard in range(6):
+        name = f"pipe:cat {tmp_path}/shard-00{shard}.tar"
+        index_tar(tmp_path / f"shard-00{shard}.tar").save(tmp_path / "cache" / "indexes" / index_file_name(name))
+    shard_gib = (tmp_path / "shard-000.tar").stat().st_size / 2**30
+    room = config(tmp_path, allow_pipe=True, pipe_cache_gib=4.5 * shard_gib)
+    pattern = f"pipe:cat {tmp_path}/shard-{{000..005}}.tar"
+    samples = opened(pattern, room)
+    with pytest.raises(ValueError, match=r"^data\.pipe_cache_gib = .*data\.shuffle_block: 8 and a small"):
+        load(samples, room)
+    room.shuffle_block, room.shuffle_window = 8, 2
+    numbers = sorted(number_of(i) for b in load(samples, room, stop=4) for i in b.tensors["image"])
+    assert numbers == list(range(48))
+
+
+def test_batches_larger_than_the_shared_memory_are_refused(monkeypatch):
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(workers_module.shutil, "disk_usage", lambda _: type("", (), {"free": 64 * 2**20}))
+    workers_module.require_shared_memory(20 * 2**20, 0)
+    workers_module.require_shared_memory(9 * 2**20, 2)
+    with pytest.raises(ValueError, match=r"^data\.workers = 2: prefetched batches .*need 70 MiB .*--shm-size"):
+        workers_module.require_shared_memory(10 * 2**20, 2)
+
+
+@pytest.mark.parametrize("name", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])  # torchrun's and DeepSpeed's
+def test_the_shared_memory_must_hold_the_batches_of_all_processes_of_the_host(monkeypatch, name):
+    for other in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, "8")
+    monkeypatch.setattr(workers_module.shutil, "disk_usage", lambda _: type("", (), {"free": 64 * 2**20}))
+    workers_module.require_shared_memory(2**20, 2)
+    with pytest.raises(ValueError, match=r"^data\.workers = 2: .*of 8 processes need 112 MiB"):
+        workers_module.require_shared_memory(2 * 2**20, 2)
+
+
+def test_loading_leaves_the_random_state_alone(damaged):
+    state = torch.random.get_rng_state()
+    load(*damaged)
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_workers_outlive_the_signals_that_end_a_run(damaged):
+    samples, data = damaged
+    alone = load(samples, data, stop=12)
+    data.workers = 2
+    before = set(active_children())
+    loader = train_loader(
+        samples, data, views(), LengthTokenizer(), BOTH, global_batch=12, seed=3, start_step=0, stop_step=12
+    )
+    batches = iter(loader)
+    workers = set(active_children()) - before
+    assert len(workers) == 2
+
+    def signal_all():
+        for worker in workers:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                os.kill(worker.pid, number)
+
+    signal_all()  # while they start
+    found = [next(batches)]
+    signal_all()
+    assert_same(alone, found + list(batches))
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
+
+
+def runs(pid: str) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"  # ended, and waiting for its parent to notice
+
+
+@pytest.mark.parametrize(
+    ("last_act", "status"), [("raise RuntimeError('as planned')", 1), ("os.kill(os.getpid(), signal.SIGKILL)", -9)]
+)
+def test_workers_end_with_the_process_however_it_ends(tmp_path, last_act, status):
+    write_shards(tmp_path, [50])
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import multiprocessing, os, signal
+        from pathlib import Path
+        from crafted_shards import LengthTokenizer, config, opened, views
+        from modstruct.data.shards.loader import train_loader
+
+        if __name__ == "__main__":
+            data = config(Path({str(tmp_path)!r}), workers=1)
+            samples = opened({str(tmp_path / "shard-*.tar")!r}, data)
+            loader = train_loader(samples, data, views(), LengthTokenizer(), (), global_batch=8, seed=0,
+                                  start_step=0, stop_step=100_000)
+            unstarted, batches = iter(loader), iter(loader)
+            next(batches)
+            print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
+            {last_act}
+        """)
+    )
+    here = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": f"{here.parents[2]}:{here}"}
+    with open(tmp_path / "said", "w") as said, open(tmp_path / "errors", "w") as errors:
+        done = subprocess.run([sys.executable, script], env=environment, stdout=said, stderr=errors, timeout=240)
+    assert done.returncode == status, (tmp_path / "errors").read_text()
+    workers = (tmp_path / "said").read_text().split()
+    assert len(workers) == 2
+    deadline = time.monotonic() + 60
+    while any(map(runs, workers)):
+        assert time.monotonic() < deadline, "a worker outlives the process it works for"
+        time.sleep(0.1)
+
+
+def test_a_loader_can_be_sent_to_a_worker(damaged):
+    samples, data = damaged
+    loader = train_loader(
+        samples, data, views(), LengthTokenizer(), BOTH, global_batch=12, seed=3, start_step=0, stop_step=1
+    )
+    assert len(pickle.dumps(loader.dataset)) < 20_000

@@ -1,0 +1,90 @@
+"""Data that is hurt under a run, or between two: the order stays, and the lost samples are bad ones like others."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from crafted_shards import config, opened, write_shards
+
+from modstruct.config import Source
+from modstruct.data.shards.faults import BadSample
+from modstruct.data.shards.reader import ShardReader
+from modstruct.data.shards.saved_samples import open_saved_samples
+
+
+def cut(path: str) -> None:
+    os.truncate(path, os.path.getsize(path) // 2)
+
+
+HURTS = {"delete": (os.unlink, "missing shard"), "cut": (cut, "shard changed since it was indexed")}
+
+
+@pytest.fixture
+def ten_shards(tmp_path):
+    data = config(tmp_path, max_bad_share=0.25)
+    pattern = write_shards(tmp_path / "shards", [3] * 10)
+    return pattern, data, opened(pattern, data)
+
+
+def again(pattern: str, data, fingerprint: str):
+    return open_saved_samples([Source(pattern)], data, "data.train", fingerprint)
+
+
+@pytest.mark.parametrize("hurt", HURTS)
+def test_a_shard_hurt_under_an_open_reader_is_bad_at_once_as_it_is_for_a_new_one(ten_shards, hurt):
+    _, data, samples = ten_shards
+    harm, cause = HURTS[hurt]
+    old = ShardReader(samples, data)
+    before = [old.read(sample).key for sample in range(30)]
+    harm(samples.shards[4])
+    for reader in (old, ShardReader(samples, data)):
+        for sample in range(30):
+            if 12 <= sample < 15:
+                with pytest.raises(BadSample) as bad:
+                    reader.read(sample)
+                assert bad.value.cause == cause
+            else:
+                assert reader.read(sample).key == before[sample]
+
+
+def test_a_shard_replaced_by_the_same_file_is_read_on(ten_shards):
+    _, data, samples = ten_shards
+    reader = ShardReader(samples, data)
+    key = reader.read(13).key
+    path, status = samples.shards[4], os.stat(samples.shards[4])
+    content = Path(path).read_bytes()
+    os.unlink(path)
+    Path(path).write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert reader.read(13).key == key
+
+
+@pytest.mark.parametrize("hurt", HURTS)
+@pytest.mark.parametrize("braces", [False, True])
+def test_a_resumed_run_numbers_its_samples_as_before(ten_shards, hurt, braces):
+    pattern, data, samples = ten_shards
+    if braces:
+        pattern = pattern.replace("*", "{000..009}")
+    for shard in (4, 7):
+        HURTS[hurt][0](samples.shards[shard])
+    found = again(pattern, data, samples.fingerprint)
+    assert found.fingerprint == samples.fingerprint
+    assert found.shards == samples.shards
+    assert ShardReader(found, data).read(29).key == "000029"
+
+
+def test_too_much_lost_is_left_to_the_caller_to_refuse(ten_shards):
+    pattern, data, samples = ten_shards
+    for shard in range(3):
+        os.unlink(samples.shards[shard])
+    assert again(pattern, data, samples.fingerprint).fingerprint != samples.fingerprint
+    with pytest.raises(ValueError, match=r"3 of 10 files do not exist"):
+        again(pattern.replace("*", "{000..009}"), data, samples.fingerprint)
+
+
+def test_other_shards_are_no_hurt_ones(ten_shards, tmp_path):
+    pattern, data, samples = ten_shards
+    write_shards(tmp_path / "shards", [3], name="shard-more")
+    assert again(pattern, data, samples.fingerprint).fingerprint != samples.fingerprint

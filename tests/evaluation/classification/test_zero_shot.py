@@ -1,0 +1,250 @@
+"""Zero-shot classification agrees with a plain transcription in float64, ties and missing classes included."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from modstruct.data.classification.templates import PAPER_TEMPLATE
+from modstruct.evaluation.classification import zero_shot as module
+from modstruct.evaluation.classification.zero_shot import (
+    class_embeddings,
+    classes_ahead,
+    measure_zero_shot,
+    same_names,
+    zero_shot,
+)
+from modstruct.evaluation.embeddings.embedded_set import write_embedded_set
+
+
+def unit(rows):
+    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+
+
+def grid(random, *shape):
+    """Rows of few small whole numbers, whose products are exact and often equal."""
+    return random.integers(-2, 3, shape).astype(np.float32)
+
+
+def plainly_ahead(image, classes, truth, names=None):
+    """Classes that score as high as the picture's own, by two loops in float64."""
+    ahead = []
+    for picture, label in zip(image.astype(np.float64), truth, strict=True):
+        scores = classes.astype(np.float64) @ picture
+        count = 0
+        for other in range(len(classes)):
+            same = names is not None and names[other] == names[label] and np.array_equal(classes[other], classes[label])
+            later = same and other > label  # of one name and embedding the first goes ahead
+            count += other != label and scores[other] >= scores[label] and not later
+        ahead.append(count)
+    return np.array(ahead)
+
+
+def embedded(folder, image, prompts, labels, names=None, templates=None, **other):
+    """prompts: (c, t, D)."""
+    names = names or [f"class {number}" for number in range(prompts.shape[0])]
+    templates = templates or [f"template {number} of {{}}" for number in range(prompts.shape[1])]
+    return write_embedded_set(
+        folder,
+        "things",
+        {"name": "m", "fingerprint": "f"},
+        {"image": image},
+        labels=labels,
+        class_prompts=prompts,
+        class_names=names,
+        templates=templates,
+        source={"name": "things", "fingerprint": "abc"},
+        **other,
+    )
+
+
+def test_class_embeddings_average_directions_not_lengths():
+    random = np.random.default_rng(0)
+    prompts = random.normal(size=(4 * 3, 8)).astype(np.float32)
+    embedded = class_embeddings(prompts, templates=3)
+    np.testing.assert_allclose(np.linalg.norm(embedded, axis=1), 1, atol=1e-6)
+    stretched = prompts * random.uniform(0.1, 10, (12, 1)).astype(np.float32)
+    np.testing.assert_allclose(class_embeddings(stretched, templates=3), embedded, atol=1e-6)
+    expected = np.stack([unit(unit(prompts[3 * c : 3 * c + 3]).mean(0)) for c in range(4)])
+    np.testing.assert_allclose(embedded, expected, atol=1e-6)
+
+
+def test_accuracy_agrees_with_sorting():
+    random = np.random.default_rng(1)
+    image, classes = unit(random.normal(size=(500, 6))), unit(random.normal(size=(7, 6)))
+    truth = random.integers(0, 6, 500)  # class 6 has no picture
+    truth[:300] = 0  # uneven classes: the two averages differ
+    order = np.argsort(-(image @ classes.T), axis=1)
+    figures = zero_shot(image.astype(np.float32), classes.astype(np.float32), truth, [1, 3, 7, 8])
+    for k in (1, 3, 7):
+        assert figures[f"top_{k}"]["value"] == np.mean((order[:, :k] == truth[:, None]).any(axis=1))
+        assert figures[f"top_{k}"]["chance"] == pytest.approx(k / 7)
+    assert "top_8" not in figures
+    per_class = [np.mean(order[truth == c, 0] == c) for c in range(6)]
+    assert figures["mean_per_class"]["value"] == pytest.approx(np.mean(per_class))
+    assert figures["mean_per_class"]["chance"] == pytest.approx(1 / 7)
+
+
+def test_collapsed_class_embeddings_are_never_right():
+    image = np.random.default_rng(2).normal(size=(100, 64)).astype(np.float32)
+    classes = np.repeat(image[:1], 5, axis=0)
+    assert zero_shot(image, classes, np.arange(100) % 5, [1, 4, 5])["top_4"]["value"] == 0
+    assert zero_shot(image, classes, np.arange(100) % 5, [1, 4, 5])["top_5"]["value"] == 1
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_ties_and_equal_classes_agree_with_a_plain_transcription(monkeypatch, blocks):
+    random = np.random.default_rng(3)
+    if blocks:
+        monkeypatch.setattr(module, "SCORES_AT_ONCE", 16)
+    for _ in range(20):
+        image, classes = grid(random, 37, 5), grid(random, 9, 5)
+        classes[[3, 7]] = classes[1]
+        truth = random.integers(0, 9, 37)
+        assert classes_ahead(image, classes, truth).tolist() == plainly_ahead(image, classes, truth).tolist()
+        names = ["a", "b", "c", "b", "d", "e", "a", "f", "g"]  # 0 and 6 have other embeddings, 7 another name
+        found = classes_ahead(image, classes, truth, same=same_names(names))
+        assert found.tolist() == plainly_ahead(image, classes, truth, names).tolist()
+
+
+def test_rows_choose_pictures_whatever_the_blocks(monkeypatch):
+    random = np.random.default_rng(4)
+    image, classes = unit(random.normal(size=(101, 8))).astype(np.float16), unit(random.normal(size=(6, 8)))
+    rows = np.flatnonzero(random.random(101) < 0.5)
+    truth = random.integers(0, 6, len(rows))
+    whole = classes_ahead(image[rows], classes.astype(np.float32), truth)
+    monkeypatch.setattr(module, "SCORES_AT_ONCE", 30)
+    assert classes_ahead(image, classes.astype(np.float32), truth, rows).tolist() == whole.tolist()
+
+
+def test_the_metric_is_that_of_plain_counting(tmp_path):
+    random = np.random.default_rng(5)
+    prompts = unit(random.normal(size=(7, 4, 6)))
+    labels = random.integers(-1, 6, 300)  # class 6 has no picture, and some pictures have no class
+    labels[:120] = 0  # uneven classes
+    labels[labels == 5] = -1
+    labels[7] = 5  # a class of one picture
+    image = unit(random.normal(size=(300, 6))).astype(np.float32)
+    image[labels >= 0] = unit(image[labels >= 0] + 0.5 * prompts[labels[labels >= 0]].mean(1)).astype(np.float32)
+    metric, outcomes = measure_zero_shot(embedded(tmp_path, image, prompts, labels), top_k=(1, 3, 7, 8))
+
+    rows = np.flatnonzero(labels >= 0)
+    truth = labels[rows]
+    assert metric["metric"] == "zero_shot"
+    assert metric["set"] == "things"
+    assert metric["source_fingerprint"] == "abc"
+    assert metric["rows"] == {"image": 300, "labelled": len(rows), "classes": 7}
+    assert outcomes["row"].tolist() == rows.tolist()
+    assert outcomes["label"].tolist() == truth.tolist()
+    for group, chosen in (("first", [0]), ("ensemble", [0, 1, 2, 3])):
+        classes = unit(unit(prompts[:, chosen].astype(np.float32).astype(np.float64)).mean(1))
+        ahead = plainly_ahead(image[rows], classes.astype(np.float32), truth)
+        figures = metric["figures"][group]
+        assert outcomes[f"{group}/classes_ahead"].tolist() == ahead.tolist()
+        for k in (1, 3, 7):
+            figure = figures[f"top_{k}"]
+            assert outcomes[f"{group}/top_{k}"].tolist() == (ahead < k).tolist()
+            assert figure["value"] == pytest.approx(np.mean(ahead < k))
+            assert figure["chance"] == k / 7
+            assert figure["rows"] == len(rows)
+            assert 0 <= figure["low"] <= figure["value"] <= figure["high"] <= 1
+        assert "top_8" not in figures
+        each = {c: np.mean(ahead[truth == c] < 1) for c in range(6)}
+        mean = figures["mean_per_class"]
+        assert mean["value"] == pytest.approx(np.mean(list(each.values())))
+        assert mean["chance"] == 1 / 7
+        assert mean["rows"] == 6
+        assert 0 <= mean["low"] < mean["value"] < mean["high"] <= 1
+        table = {f"class {c}": (each[c], int(np.sum(truth == c))) for c in range(6)}
+        assert {n: (f["value"], f["rows"]) for n, f in figures["per_class"].items()} == table
+        plain = zero_shot(image[rows], class_embeddings(prompts[:, chosen].reshape(-1, 6), len(chosen)), truth, [1, 3])
+        assert plain["top_3"] == pytest.approx({"value": figures["top_3"]["value"], "chance": 3 / 7})
+        assert plain["mean_per_class"]["value"] == pytest.approx(mean["value"])
+
+
+def test_the_papers_template_stays_out_of_the_ensemble(tmp_path):
+    random = np.random.default_rng(6)
+    prompts, image = unit(random.normal(size=(3, 3, 4))), unit(random.normal(size=(20, 4)))
+    labels = np.arange(20) % 3
+    templates = [PAPER_TEMPLATE, "a photo of a {}.", "art of a {}."]
+    metric, outcomes = measure_zero_shot(embedded(tmp_path / "both", image, prompts, labels, templates=templates))
+    assert metric["settings"]["templates"] == {"first": templates[:1], "ensemble": templates[1:]}
+    behind, alone = measure_zero_shot(embedded(tmp_path / "behind", image, prompts[:, 1:], labels))
+    assert outcomes["ensemble/classes_ahead"].tolist() == alone["ensemble/classes_ahead"].tolist()
+    one, _ = measure_zero_shot(embedded(tmp_path / "one", image, prompts[:, :1], labels, templates=templates[:1]))
+    assert one["figures"].keys() == {"first"}
+    assert one["figures"]["first"] == metric["figures"]["first"]
+    assert behind["settings"]["templates"]["ensemble"] == ["template 0 of {}", "template 1 of {}"]
+
+
+def test_classes_of_one_name_are_decided_as_an_argmax_would(tmp_path):
+    prompts = np.eye(4)[[0, 1, 1, 2]][:, None]
+    image, labels = np.eye(4, dtype=np.float32)[[0, 1, 1, 2]], np.array([0, 1, 2, 3])
+    names = ["crane", "missile", "missile", "tench"]
+    metric, outcomes = measure_zero_shot(embedded(tmp_path / "one", image, prompts, labels, names), top_k=(1, 2))
+    assert outcomes["first/top_1"].tolist() == [True, True, False, True]
+    assert outcomes["first/top_2"].all()
+    assert metric["settings"]["classes_of_one_name"] == ["missile"]
+    assert metric["figures"]["first"]["per_class"].keys() == {"crane", "missile (1)", "missile (2)", "tench"}
+    _, outcomes = measure_zero_shot(embedded(tmp_path / "other", image, prompts, labels), top_k=(1, 2))
+    assert outcomes["first/top_1"].tolist() == [True, False, False, True]  # collapsed, not of one name
+
+
+def test_one_picture_a_class_gives_the_interval_of_top_1(tmp_path):
+    random = np.random.default_rng(8)
+    prompts = unit(random.normal(size=(40, 1, 16)))
+    image = unit(prompts[:, 0] + 0.4 * random.normal(size=(40, 16)))
+    figures = measure_zero_shot(embedded(tmp_path, image, prompts, np.arange(40)))[0]["figures"]["first"]
+    assert 0 < figures["top_1"]["value"] < 1
+    ends = ("value", "low", "high")
+    assert [figures["mean_per_class"][e] for e in ends] == pytest.approx([figures["top_1"][e] for e in ends])
+    right = measure_zero_shot(embedded(tmp_path / "r", prompts[:, 0], prompts, np.arange(40)))[0]["figures"]["first"]
+    assert right["mean_per_class"]["value"] == 1
+    assert right["mean_per_class"]["high"] == pytest.approx(1)
+    assert right["mean_per_class"]["low"] < 1
+
+
+def test_the_interval_of_uneven_classes_covers_the_true_mean():
+    random = np.random.default_rng(9)
+    sizes, accuracy = np.array([400, 60, 20]), np.array([0.9, 0.5, 0.2])
+    covered = 0
+    for _ in range(200):
+        truth = random.choice(3, 480, p=sizes / 480)
+        interval = module._mean_per_class_interval(random.random(480) < accuracy[truth], truth)
+        covered += interval["low"] <= accuracy.mean() <= interval["high"]
+    assert covered >= 180  # 95 % is 190; 180 or fewer happens once in 700 draws of a true 95 % interval
+
+
+@pytest.mark.parametrize(
+    ("labels", "top_k", "message"),
+    [
+        (None, (1,), "the set has no classes; embed a set of labelled pictures"),
+        (np.full(4, -1), (1,), "none of the 4 pictures has a label"),
+        (np.zeros(4), (0, 1), "top_k = 0: give whole numbers of at least 1"),
+    ],
+)
+def test_a_set_that_cannot_be_classified_is_refused(tmp_path, labels, top_k, message):
+    image, prompts = np.eye(4, dtype=np.float32), np.eye(4)[:, None]
+    if labels is None:
+        opened = write_embedded_set(tmp_path, "things", {"name": "m", "fingerprint": "f"}, {"image": image})
+    else:
+        opened = embedded(tmp_path, image, prompts, labels)
+    with pytest.raises(ValueError, match=message):
+        measure_zero_shot(opened, top_k)
+
+
+def test_rows_that_cannot_be_scored_are_refused():
+    image, classes = np.eye(3, dtype=np.float32), np.eye(3, dtype=np.float32)
+    with pytest.raises(ValueError, match=r"truth: give one of 0 … 2 for each of 3 pictures"):
+        classes_ahead(image, classes, np.array([0, 1, 3]))
+    with pytest.raises(ValueError, match=r"image embeddings have dimension 3, class embeddings 2"):
+        classes_ahead(image, classes[:, :2], np.arange(3))
+    image[1, 1] = np.nan
+    with pytest.raises(ValueError, match=r"1 of 3 image embeddings are not finite, the first is row 1"):
+        classes_ahead(image, classes, np.arange(3))
+
+
+def test_the_interval_of_the_mean_per_class_holds_the_classes_fixed():
+    truth = np.repeat([0, 1], [300, 100])
+    interval = module._mean_per_class_interval(truth == 0, truth)
+    assert interval == pytest.approx({"low": 0.5, "high": 0.5})

@@ -1,0 +1,182 @@
+"""Sets embedded in parts: as the in-training evaluation sees them, and the same after any stop."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from numbered_pictures import CLASS_FILE, LastNumberTokenizer, LookUp, views, write_source
+from numbered_sets import ARRAYS, Encode, LabelledNumbers, config, content, numbered_model, rows_of
+
+from modstruct.data.classification.class_files import load_classes
+from modstruct.data.shards.faults import TooManyBadSamples
+from modstruct.evaluation.embeddings import EmbeddingSource, embed_set, embed_sets
+from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
+from modstruct.evaluation.embeddings.in_memory import embed_source
+
+NUMBERS = [i % 37 for i in range(43)]
+BROKEN = (8, 9, 10, 11)  # the third batch of four is bad as a whole
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source")
+    return write_source(folder, NUMBERS, lambda n: [f"thing {n}", f"object {n % 20}"], broken=BROKEN)
+
+
+@pytest.fixture(scope="module")
+def source(samples):
+    folder = samples.samples.shards[0].rsplit("/", 1)[0]
+    with open(f"{folder}/classes.yaml", "w") as file:
+        file.write(CLASS_FILE)
+    return EmbeddingSource.of_samples("things", samples, load_classes(f"{folder}/classes.yaml"))
+
+
+def test_a_set_holds_what_the_evaluation_in_training_embeds(tmp_path, samples, source):
+    embedded = embed_set(numbered_model(), source, tmp_path, config(dtype="float32"))
+    expected = embed_source(
+        LookUp(noise=0.5), samples, views(), LastNumberTokenizer(), 4, torch.device("cpu"), ["parity"]
+    )
+    np.testing.assert_array_equal(embedded.rows("image"), expected.image)
+    np.testing.assert_array_equal(embedded.rows("text"), expected.text)
+    np.testing.assert_array_equal(embedded.pairs, expected.pairs)
+    np.testing.assert_array_equal(embedded.indices, expected.indices)
+    assert embedded.captions == expected.captions
+    assert [fields["parity"] for fields in embedded.metadata] == [fields["parity"] for fields in expected.metadata]
+    assert embedded.keys == [f"{place:05d}" for place in range(43) if place not in BROKEN]
+    assert embedded.arrays == set(ARRAYS)
+    np.testing.assert_array_equal(embedded.rows("image_features"), 30 * expected.image[:, :5])
+    assert embedded.manifest["skipped"] == expected.skipped == {"undecodable picture": 4}
+    assert (tmp_path / "left_out.jsonl").read_text().count("00008.png") == 1
+    assert embedded.manifest["source"]["fingerprint"] == samples.samples.fingerprint
+
+
+def test_labels_and_class_prompts_are_embedded_with_the_pictures(tmp_path, source):
+    embedded = embed_set(numbered_model(), source, tmp_path, config())
+    assert embedded.labels.tolist() == [n % 2 for place, n in enumerate(NUMBERS) if place not in BROKEN]
+    assert (embedded.class_names, embedded.templates) == (["even", "odd"], ["an {} number", "one {}"])
+    words = [
+        len(word) + 197 for word in ("number", "even", "number", "odd")
+    ]  # the tokenizer knows a word by its length
+    expected = rows_of(words, LookUp(noise=0.5).text_table).reshape(2, 2, 8)
+    np.testing.assert_array_equal(embedded.class_prompts, expected)
+    assert embedded.class_prompts.dtype == np.float32
+
+
+def test_labelled_pictures_have_no_texts(tmp_path):
+    pictures = LabelledNumbers(30, broken=(4,))
+    (embedded,) = embed_sets(numbered_model(), [EmbeddingSource.of_labelled(pictures)], tmp_path, config())
+    kept = [i for i in range(30) if i != 4]
+    assert embedded.folder == tmp_path / "numbers"
+    assert embedded.labels.tolist() == [i % 3 for i in kept]
+    assert embedded.keys == [f"key {i}" for i in kept]
+    np.testing.assert_array_equal(embedded.rows("image"), rows_of(kept, LookUp().image_table).astype(np.float16))
+    np.testing.assert_array_equal(
+        embedded.class_prompts, rows_of([7, 7, 8, 8, 9, 9], LookUp(noise=0.5).text_table).reshape(3, 2, 8)
+    )
+    assert embedded.arrays == {"image", "image_features", "image_augmented"}
+    assert embedded.captions == []
+    assert len(embedded.pairs) == 0
+
+
+@pytest.mark.parametrize("batches", [0, 3, 8, 20, 27, 40])
+def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, source, batches):
+    """Stopped among the pictures, the captions and the class prompts, or never."""
+    choice = config()
+    embed_set(numbered_model(), source, tmp_path / "whole", choice)
+    stopped = Encode(stop_after=batches)
+    if batches < 35:
+        with pytest.raises(ArithmeticError, match="stopped in the middle"):
+            embed_set(numbered_model(stopped), source, tmp_path / "stopped", choice)
+        with pytest.raises(FileNotFoundError, match="unfinished"):
+            EmbeddedSet.open(tmp_path / "stopped")
+    rest = Encode()
+    embed_set(numbered_model(rest), source, tmp_path / "stopped", choice)
+    assert content(tmp_path / "stopped") == content(tmp_path / "whole")
+    whole = Encode()
+    embed_set(numbered_model(whole), source, tmp_path / "again", choice)
+    if batches < 35:  # at most what one part and its augmented pictures take is done twice
+        assert len(whole.calls) <= batches + len(rest.calls) <= len(whole.calls) + 4
+
+
+def test_a_set_that_is_there_is_left_as_it_is(tmp_path, source):
+    choice = config()
+    embed_set(numbered_model(), source, tmp_path, choice)
+    (tmp_path / "parts").mkdir()  # as a run that was killed at its very end leaves them
+    encode = Encode()
+    assert embed_set(numbered_model(encode), source, tmp_path, choice).name == "things"
+    assert encode.calls == []
+    assert not (tmp_path / "parts").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"dtype": "float32"},
+            "embedding.dtype = 'float32': .* was embedded with 'float16'; give that, another folder",
+        ),
+        ({"batch": 5}, "embedding.batch = 5"),
+        ({"arrays": ["image"]}, r"embedding.arrays = \['image'\]"),
+        ({"seed": 1}, "embedding.seed = 1"),
+    ],
+)
+@pytest.mark.parametrize("stop_after", [3, None])
+def test_a_restart_with_another_setting_is_refused_by_its_name(tmp_path, source, changes, message, stop_after):
+    try:
+        embed_set(numbered_model(Encode(stop_after)), source, tmp_path, config())
+    except ArithmeticError:
+        assert stop_after
+    with pytest.raises(ValueError, match=message):
+        embed_set(numbered_model(), source, tmp_path, config(**changes))
+    anew = embed_set(numbered_model(), source, tmp_path, config(overwrite=True, **changes))
+    assert anew.manifest["settings"].items() >= {f"embedding.{name}": value for name, value in changes.items()}.items()
+
+
+def test_another_model_or_source_is_refused(tmp_path, source):
+    embed_set(numbered_model(), EmbeddingSource.of_labelled(LabelledNumbers(9)), tmp_path, config())
+    other = numbered_model(fingerprint="weights 1")
+    with pytest.raises(ValueError, match="model fingerprint = 'weights 1'"):
+        embed_set(other, EmbeddingSource.of_labelled(LabelledNumbers(9)), tmp_path, config())
+    with pytest.raises(ValueError, match="source fingerprint"):
+        embed_set(numbered_model(), source, tmp_path, config())
+
+
+def test_too_many_unreadable_pictures_stop_it_and_a_larger_share_goes_on(tmp_path, source):
+    with pytest.raises(TooManyBadSamples, match=r"embedding.max_bad_share = 0.05: 4 of 43 samples of set things"):
+        embed_set(numbered_model(), source, tmp_path, config(max_bad_share=0.05))
+    assert embed_set(numbered_model(), source, tmp_path, config()).manifest["rows"]["image"] == 39
+    nothing = EmbeddingSource.of_labelled(LabelledNumbers(6, broken=tuple(range(6))))
+    with pytest.raises(ValueError, match="set = 'numbers': none of its 6 samples could be used"):
+        embed_set(numbered_model(), nothing, tmp_path / "none", config(max_bad_share=1.0))
+
+
+def test_augmented_views_belong_to_pictures_not_to_batches(tmp_path, source):
+    few, many = (
+        embed_set(numbered_model(), source, tmp_path / str(batch), config(batch=batch, **more))
+        for batch, more in ((4, {}), (9, {"part_batches": 1}))
+    )
+    np.testing.assert_array_equal(few.rows("image_augmented"), many.rows("image_augmented"))
+    other = embed_set(numbered_model(), source, tmp_path / "seed", config(seed=1))
+    assert (few.rows("image_augmented") != other.rows("image_augmented")).any()
+    np.testing.assert_array_equal(few.rows("image"), other.rows("image"))
+
+
+def test_an_array_that_the_model_lacks_is_refused(tmp_path, source):
+    with pytest.raises(ValueError, match=r"embedding.arrays = 'image_independent': look up does not make it; it makes"):
+        embed_set(numbered_model(), source, tmp_path, config(arrays=["image_independent"]))
+    with pytest.raises(ValueError, match=r"embedding.arrays = 'pixels': may be image, image_features"):
+        embed_set(numbered_model(), source, tmp_path, config(arrays=["pixels"]))
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "a b"])
+def test_a_set_is_named_as_a_folder_can_be(name):
+    with pytest.raises(ValueError, match="a folder is called by it"):
+        EmbeddingSource(name, LabelledNumbers(3), "fingerprint")
+
+
+def test_loader_workers_change_nothing(tmp_path, samples):
+    source = EmbeddingSource.of_samples("things", samples)
+    for workers in (0, 1):
+        embed_set(numbered_model(), source, tmp_path / str(workers), config(workers=workers))
+    assert content(tmp_path / "0") == content(tmp_path / "1")

@@ -1,0 +1,43 @@
+"""Chance is the exact hypergeometric figure, and what random rows and random rankings reach."""
+
+from __future__ import annotations
+
+from math import comb
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modstruct.evaluation.retrieval import measure_recall, ranked_queries, ranking_figures
+from modstruct.evaluation.retrieval.chance import chance_of_hit
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_chance_is_the_exact_hypergeometric_figure(data):
+    size = data.draw(st.integers(1, 300))
+    positives = np.array(data.draw(st.lists(st.integers(1, size), min_size=1, max_size=20)))
+    k = data.draw(st.integers(1, size + 20))
+    exact = [1 - comb(size - int(p), min(k, size)) / comb(size, min(k, size)) for p in positives]
+    np.testing.assert_allclose(chance_of_hit(positives, size, k), exact, atol=1e-12)
+
+
+def test_random_embeddings_score_near_chance():
+    random = np.random.default_rng(3)
+    image, text = (random.normal(size=(2000, 16)).astype(np.float32) for _ in range(2))
+    pairs = np.stack([np.arange(2000), np.arange(2000)], axis=1)
+    for direction in measure_recall(image, text, pairs, [100]).values():
+        assert direction["recall_at_100"]["value"] == pytest.approx(0.05, abs=0.025)  # 5 standard deviations
+
+
+@pytest.mark.parametrize("positives", [1, 3, 40])
+def test_chance_is_what_random_rankings_give(positives):
+    random = np.random.default_rng(positives)
+    ahead, queries, size = [], 4000, 40
+    for _ in range(queries):
+        place = np.sort(random.permutation(size)[:positives])
+        ahead.append(place - np.arange(positives))
+    pairs = np.stack([np.repeat(np.arange(queries), positives), np.arange(queries * positives)], axis=1)
+    for name, figure in ranking_figures(ranked_queries(pairs, np.concatenate(ahead), size), [1, 5]).items():
+        assert figure["value"] == pytest.approx(figure["chance"], abs=1 if name == "median_rank" else 0.025), name

@@ -1,0 +1,84 @@
+"""The projection is PCA of both modalities together, the same for the same rows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from evaluation_folders import Embeddings, unit
+
+from modstruct.evaluation.embeddings.embedded_set import write_embedded_set
+from modstruct.reporting.projection import SHOWN_PAIRS, project, projection_chart, widest
+
+
+def embedded(folder, made: Embeddings, **more):
+    arrays = {"image": made.image, "text": made.text}
+    return write_embedded_set(
+        folder, "scenes", {"name": "m", "fingerprint": "f"}, arrays, pairs=made.pairs, captions=made.captions, **more
+    )
+
+
+def test_it_agrees_with_the_singular_vectors_of_the_joint_cloud(tmp_path):
+    made = Embeddings(100, 0.3, 0.8, 0)
+    found = project(embedded(tmp_path, made))
+    cloud = np.concatenate([made.image, made.text]).astype(np.float64)
+    cloud -= cloud.mean(0)
+    u, s, _ = np.linalg.svd(cloud, full_matrices=False)
+    expected = u[:, :2] * s[:2]
+    mine = np.concatenate([found.image, found.text])
+    np.testing.assert_allclose(np.abs(mine), np.abs(expected), atol=1e-9)
+    assert found.explained == pytest.approx(s[:2] ** 2 / (s**2).sum())
+
+
+def test_distances_do_not_change_under_rotation_of_the_embeddings(tmp_path):
+    made = Embeddings(60, 0.3, 0.8, 0)
+    first = project(embedded(tmp_path / "a", made))
+    rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(16, 16)))[0]
+    made.image, made.text = unit(made.image @ rotation), unit(made.text @ rotation)
+    second = project(embedded(tmp_path / "b", made))
+    joins = [np.linalg.norm(one.image - one.text, axis=1) for one in (first, second)]
+    np.testing.assert_allclose(*joins, atol=1e-5)
+
+
+def test_of_many_pairs_evenly_spread_ones_are_shown_always_the_same(tmp_path):
+    source = embedded(tmp_path, Embeddings(1000, 0.3, 0.8, 0))
+    first, second = project(source), project(source)
+    assert len(first.image) == len(first.text) == len(first.names) == SHOWN_PAIRS
+    assert first.total == 1000
+    np.testing.assert_array_equal(first.image, second.image)
+    svg = projection_chart(first, "run", widest([first]))
+    assert svg.count("<circle") == svg.count("<title>image of") == SHOWN_PAIRS
+
+
+def test_pictures_without_captions_are_paired_with_their_classes(tmp_path):
+    made = Embeddings(40, 0.3, 0.8, 0)
+    labels = np.arange(40) % 4
+    labels[:3] = -1
+    prompts = unit(np.random.default_rng(0).normal(size=(4 * 2, 16))).reshape(4, 2, 16)
+    source = write_embedded_set(
+        tmp_path,
+        "shapes",
+        {"name": "m", "fingerprint": "f"},
+        {"image": made.image},
+        labels=labels,
+        class_prompts=prompts,
+        class_names=["<a>", "b", "c", "d"],
+        templates=["a {}", "the {}"],
+    )
+    found = project(source)
+    assert found.total == 37
+    assert len(np.unique(found.text.round(6), axis=0)) == 4
+    assert "&lt;a&gt;" in projection_chart(found, "run", widest([found]))
+
+
+def test_a_set_without_two_pairs_has_none(tmp_path):
+    made = Embeddings(3, 0.3, 0.8, 0)
+    made.pairs = made.pairs[:1]
+    assert project(embedded(tmp_path, made)) is None
+
+
+def test_collapsed_embeddings_are_drawn_as_one_point(tmp_path):
+    made = Embeddings(5, 0.3, 0.8, 0)
+    made.image[:] = made.text[:] = made.image[0]
+    found = project(embedded(tmp_path, made))
+    assert np.abs(found.image).max() < 1e-6
+    assert "nan" not in projection_chart(found, "run", widest([found]))

@@ -1,0 +1,175 @@
+"""The page is whole, well formed, safe, needs nothing from outside, and says what was measured."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from itertools import pairwise
+
+import pytest
+from evaluation_folders import save_result
+
+from modstruct.reporting import write_report
+from modstruct.reporting.examples import Pictures, galleries
+from modstruct.reporting.loading import load_evaluations
+
+VOID = {"meta", "img", "br", "hr", "link", "input", "circle", "rect", "path", "polygon"}
+HOSTILE = "</style></title><script>alert(1)</script><img src=x onerror=alert(1)>\"'&\u202e\x00"
+
+
+class Page(HTMLParser):
+    """Checks that elements nest, and collects what the tests ask for."""
+
+    def __init__(self, text: str):
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict]] = []
+        self.text: list[str] = []
+        self.strong: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID or (tag in ("circle", "path") and not self.get_starttag_text().endswith("/>")):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+        if "strong" in self.open:
+            self.strong.append(data)
+
+    def all(self, tag: str) -> list[dict]:
+        return [attrs for name, attrs in self.elements if name == tag]
+
+
+@pytest.fixture(scope="module")
+def page(report) -> Page:
+    return Page(report.html.read_text())
+
+
+def test_it_has_every_run_section_chart_and_command(page, report):
+    text = " ".join(page.text)
+    for name in ("clip", "clip_sep", "clip_gc"):
+        assert name in text
+        assert f"deepspeed launch_scripts/pretrain.py --recipe scenes --method {name}" in text
+        assert f"runs/{name}/checkpoints/step-00000220" in text
+    assert "geometry: {weight: 0.25}" in text
+    metrics = {"retrieval", "zero_shot", "linear_probe", "few_shot", "structure", "information", "leakage"}
+    ids = {attrs["id"] for attrs in page.all("section")}
+    assert ids == metrics | {"summary", "planes", "examples", "runs", "reading"}
+    assert {attrs["href"].removeprefix("#") for attrs in page.all("a")} == ids
+    labels = " ".join(attrs["aria-label"] for attrs in page.all("svg") if "aria-label" in attrs)
+    for chart in ("recall at K", "Spectrum of images", "from the bridge", "by number of shots", "two principal axes"):
+        assert chart in labels
+
+
+def test_only_what_is_shown_to_be_best_is_bold(page):
+    row = next(i for i, text in enumerate(page.text) if text.startswith("R@1"))
+    following = [text.strip() for text in page.text[row : row + 30] if re.fullmatch(r"\d+\.\d", text.strip())]
+    chance, first, second, third = following[:4]
+    assert third in page.strong
+    assert first not in page.strong
+    assert second not in page.strong
+    assert float(chance) < float(first) < float(third)
+
+
+def test_it_asks_nothing_of_the_network_and_runs_no_script(page, report):
+    text = report.html.read_text()
+    assert not re.search(r"(src|href|action)\s*=\s*[\"']?\s*(https?:|//|file:|javascript:)", text)
+    assert "@import" not in text
+    assert "url(" not in text
+    assert page.all("script") == page.all("link") == page.all("iframe") == []
+    assert all(attrs["src"].startswith("data:image/jpeg;base64,") for attrs in page.all("img"))
+    assert not any(name.startswith("on") or name == "style" for _, attrs in page.elements for name in attrs)
+    policy = next(attrs["content"] for attrs in page.all("meta") if "http-equiv" in attrs)
+    assert policy.startswith("default-src 'none'; img-src data:; style-src 'sha256-")
+
+
+def test_tables_have_captions_and_scopes_pictures_have_texts_and_headings_descend(page):
+    assert len(page.all("caption")) == len(page.all("table"))
+    assert all(attrs.get("scope") in ("col", "row", "rowgroup") for attrs in page.all("th"))
+    assert all(attrs["alt"] for attrs in page.all("img"))
+    levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after - before <= 1 for before, after in pairwise(levels))
+
+
+def test_hostile_texts_stay_texts(run_folders, tmp_path):
+    folder = shutil.copytree(run_folders[0], tmp_path / "run")
+    model = json.loads((folder / "model.json").read_text())
+    model |= {"name": HOSTILE, "recipe": HOSTILE, "commands": [["run", HOSTILE]], "checkpoint": HOSTILE}
+    (folder / "model.json").write_text(json.dumps(model))
+    captions = folder / "embeddings/scenes/captions.jsonl"
+    captions.write_text("".join(json.dumps(HOSTILE) + "\n" for _ in captions.read_text().splitlines()))
+    examples = json.loads((folder / "results/scenes/examples/examples.json").read_text())
+    for example in examples["examples"]:
+        for item in (example["query"], *example["results"]):
+            item |= {"key": HOSTILE} | ({"text": HOSTILE + "\ud800"} if "text" in item else {})
+    (folder / "results/scenes/examples/examples.json").write_text(json.dumps(examples))
+    named = {HOSTILE: {"value": 0.5}, "group": {HOSTILE: {"value": 1.5}}}
+    save_result(folder, "scenes", "new_metric", named, settings={HOSTILE: HOSTILE}, curves={HOSTILE: [1.0, 2.0]})
+    files = write_report([folder], tmp_path / "report")
+    hostile = Page(files.html.read_text())
+    assert hostile.all("script") == []
+    assert len(hostile.all("style")) == 1
+    assert all(attrs["src"].startswith("data:") for attrs in hostile.all("img"))
+    assert "\x00" not in files.html.read_text()
+    assert "<script>alert(1)</script>" in " ".join(hostile.text)
+
+
+def test_other_data_are_said_on_the_page(run_folders, tmp_path):
+    folder = shutil.copytree(run_folders[1], tmp_path / "other")
+    path = folder / "results/scenes/retrieval.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"source_fingerprint": "another"}))
+    (folder / "results/shapes/few_shot.json").unlink()
+    text = write_report([run_folders[0], folder], tmp_path / "report").html.read_text()
+    assert "Not the same data" in text
+    assert "Few-shot classification on shapes was not measured for clip_sep." in text
+
+
+def test_one_run_alone_makes_a_page_without_comparison(run_folders, tmp_path):
+    alone = Page(write_report(run_folders[:1], tmp_path / "alone.html").html.read_text())
+    assert "Text → image, R@1 on scenes: clip reaches" in " ".join(alone.text)
+    assert not any(re.fullmatch(r"\d+\.\d", text) for text in alone.strong)
+
+
+def test_queries_of_several_runs_stand_together(run_folders):
+    found = galleries(load_evaluations(run_folders))
+    assert {(gallery.set, gallery.direction) for gallery in found} == {
+        ("scenes", "text_to_image"),
+        ("scenes", "image_to_text"),
+    }
+    for gallery in found:
+        assert len(gallery.queries) == 3
+        for query in gallery.queries:
+            assert [one.run for one in query.found] == ["clip", "clip_sep", "clip_gc"]
+
+
+def test_pictures_beyond_the_limit_are_named_instead(run_folders):
+    found = galleries(load_evaluations(run_folders), Pictures(limit=3000))
+    items = [item for g in found for q in g.queries for one in q.found for item in one.results if item.text is None]
+    shown = [item for item in items if item.picture]
+    assert 0 < sum(len(uri) for uri in {item.picture for item in shown}) <= 3000
+    assert len(shown) < len(items)
+    assert all(item.name for item in items)
+
+
+def test_examples_may_name_no_file_of_another_folder(run_folders, tmp_path):
+    folder = shutil.copytree(run_folders[0], tmp_path / "run")
+    path = folder / "results/scenes/examples/examples.json"
+    for name in ("../../../model.json", "/etc/hostname"):
+        example = {"query": {"key": "a", "picture": name}, "results": []}
+        path.write_text(json.dumps({"examples": [example]}))
+        with pytest.raises(ValueError, match="of this folder"):
+            galleries(load_evaluations([folder]))

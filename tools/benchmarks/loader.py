@@ -1,0 +1,310 @@
+"""How much of its time the loader spends on pictures, and how long a training step waits for it.
+
+python tools/benchmarks/loader.py --photographs --model.vision.image_size 224 --batch 64  # 2 minutes on two cores
+python tools/benchmarks/loader.py --shards '../shared/data/emoji/train-*.tar'
+python tools/benchmarks/loader.py --shards '…' --recipe emoji --train_steps 60           # and a short real run
+
+The bare loop makes the same Pillow and torchvision calls on the same samples, whose bytes and random draws it has in
+memory: decoding, crops, flips, AutoAugment, the copy to a tensor. It reads, orders, tokenizes and collates nothing.
+Rounds of the loader without a worker process, with one, and of the bare loop take turns, so that a busy machine slows
+all alike. A core is one process: rates are per second of processor time of the process that does the work, and per
+second on the wall. The share that a step waits is `seconds/data` of the run's TensorBoard, without its first reading.
+Other words are fields of the recipe, such as `--model.vision.image_size 224`. Writes JSON to --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import multiprocessing
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from modstruct.cli import parse as parse_recipe
+from modstruct.cli import recipe_parser
+from modstruct.config import Recipe
+from modstruct.data.run_data import open_run_data
+from modstruct.data.shards.loader import LocalBatches, train_loader
+from modstruct.data.shards.workers import WorkerLoader
+from modstruct.data.transforms.augment import sample_seed
+from modstruct.data.transforms.image_views import centre_crop, random_crop_box
+from modstruct.models.towers import image_size
+from modstruct.training.step_clock import PHASES
+
+BARE = "bare loop"
+AUGMENTED = ("image_augmented", "text_augmented")
+ROOT = Path(__file__).parents[2]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        if options.photographs:
+            options.shards = str(write_photographs(Path(folder)))
+        measure(options)
+
+
+def measure(options: argparse.Namespace) -> None:
+    results = {"command": " ".join(sys.argv)}
+    if options.rounds:
+        results["loader"] = rates(options)
+        print_rates(results["loader"])
+    if options.train_steps:
+        results["waiting"] = waiting(options)
+        print_waiting(results["waiting"])
+    if options.out:
+        options.out.write_text(json.dumps(results, indent=1))
+
+
+def write_photographs(folder: Path, count: int = 512) -> Path:
+    """A shard of JPEGs of photographs' size and texture: coloured noise whose spectrum falls as theirs do."""
+    import webdataset
+
+    random_numbers = np.random.default_rng(0)
+    height, width = 375, 500
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width))
+    frequency[0, 0] = 1
+    words = [
+        "a",
+        "man",
+        "woman",
+        "dog",
+        "standing",
+        "on",
+        "the",
+        "beach",
+        "near",
+        "red",
+        "car",
+        "with",
+        "two",
+        "children",
+        "in",
+        "park",
+        "under",
+        "blue",
+        "sky",
+    ]
+    shard = folder / "train-000000.tar"
+    with webdataset.TarWriter(str(shard)) as tar:
+        for number in range(count):
+            parts = random_numbers.standard_normal((2, 3, height, width))
+            noise = np.fft.ifft2((parts[0] + 1j * parts[1]) / frequency**1.15).real
+            noise = 0.6 * noise + 0.4 * noise.mean(axis=0)  # colours of one place are alike
+            pixels = ((noise - noise.mean()) / noise.std() * 55 + 128).clip(0, 255).astype(np.uint8)
+            content = io.BytesIO()
+            Image.fromarray(pixels.transpose(1, 2, 0)).save(content, "JPEG", quality=85)
+            caption = " ".join(random_numbers.choice(words, random_numbers.integers(6, 16)))
+            about = {"caption": caption, "width": width, "height": height}
+            key = f"{number:09d}"
+            tar.write({"__key__": key, "jpg": content.getvalue(), "txt": caption, "json": about})
+    return shard
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--shards", help="Training shards: path, glob or brace pattern.")
+    source.add_argument("--photographs", action="store_true", help="Take JPEGs of 500 x 375 pixels, made for it.")
+    parser.add_argument("--recipe", default="emoji", help="Whose views to make (default: %(default)s).")
+    parser.add_argument("--batch", type=int, default=256, help="Pairs of a step (default: %(default)s).")
+    parser.add_argument("--steps", type=int, default=6, help="Steps of a round (default: %(default)s).")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="Rounds that medians are taken of; 0 leaves them out (default: 5)."
+    )
+    parser.add_argument("--train_steps", type=int, default=0, help="Steps of a real run; 0 leaves it out (default).")
+    parser.add_argument("--train_batch", type=int, default=256, help="Its pairs a step (default: %(default)s).")
+    parser.add_argument("--out", type=Path, help="JSON file to write.")
+    options, options.words = parser.parse_known_args(arguments)
+    if options.photographs:  # their few words fill no larger vocabulary
+        options.words = ["--tokenizer.vocab_size", "100", *options.words]
+    return options
+
+
+# --- the loader beside the bare loop ---
+
+
+def rates(options: argparse.Namespace) -> list[dict]:
+    recipe = recipe_of(options)
+    data = open_run_data(recipe, image_size(recipe.model))
+    count = options.batch * options.steps
+
+    def loader(first_step: int, workers: int) -> WorkerLoader:
+        return train_loader(
+            data.train,
+            replace(recipe.data, workers=workers),
+            data.views,
+            data.tokenizer,
+            AUGMENTED,
+            global_batch=options.batch,
+            seed=recipe.train.seed,
+            start_step=first_step,
+            stop_step=1 + options.steps,
+        )
+
+    # A worker's step 0 comes with its start and is not timed, so all forms take the steps from 1 on.
+    draws = drawn(loader(1, 0).dataset, recipe, np.arange(options.batch, options.batch + count))
+    forms = {
+        BARE: lambda: measure_here(lambda: bare(draws, data.views.image_size, recipe.views.auto_augment)),
+        "loader, no worker": lambda: measure_here(lambda: drop(loader(1, 0))),
+        "loader, one worker": lambda: measure_worker(loader(0, 1)),
+    }
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in forms}
+    for _ in tqdm(range(options.rounds), desc="rounds", leave=False):
+        for name, form in forms.items():
+            seconds[name].append(form())
+    return [row(name, count, found, seconds[BARE]) for name, found in seconds.items()]
+
+
+def recipe_of(options: argparse.Namespace) -> Recipe:
+    words = ["--recipe", options.recipe, "--data.train", options.shards, "--data.validation", "null"]
+    words += ["--data.eval", "null", "--data.zero_shot", "null", *options.words]
+    return parse_recipe(recipe_parser("", ""), words)[0]
+
+
+@dataclass
+class Draw:
+    """One sample's picture and what was drawn for its two views."""
+
+    content: bytes
+    boxes: list[tuple[int, int, int, int] | None]
+    """Crop of the plain and of the augmented view: left, top, right, bottom."""
+    flips: list[bool]
+    augment_seed: int
+
+
+def drawn(dataset: LocalBatches, recipe: Recipe, slots: np.ndarray) -> list[Draw]:
+    """What the loader draws for these slots, ahead of the bare loop."""
+    views, found = recipe.views, []
+    epochs, numbers = dataset.order.locate(slots)
+    for epoch, sample in zip(epochs.tolist(), numbers.tolist(), strict=True):
+        content = dataset.reader.read(sample).image
+        with Image.open(io.BytesIO(content)) as picture:
+            size = picture.size
+        boxes, flips = [], []
+        for name in ("image", "image_augmented"):
+            generator = random.Random(sample_seed(recipe.train.seed, epoch, sample, name))
+            if name == "image" and views.plain == "center_crop":
+                boxes.append(None)
+                flips.append(False)
+                continue
+            left, top, width, height = random_crop_box(*size, views.crop_scale, generator)
+            boxes.append((left, top, left + width, top + height))
+            flips.append(views.flip and generator.random() < 0.5)
+        found.append(Draw(content, boxes, flips, generator.getrandbits(63)))
+    return found
+
+
+def bare(draws: list[Draw], size: int, auto_augment: bool) -> None:
+    """The calls of Pillow and torchvision, and nothing else."""
+    policy = v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET)
+    for draw in draws:
+        with Image.open(io.BytesIO(draw.content)) as opened:
+            opened.load()
+            picture = opened if opened.mode == "RGB" else opened.convert("RGB")
+        for augmented, (box, flip) in enumerate(zip(draw.boxes, draw.flips, strict=True)):
+            if box is None:
+                view = centre_crop(picture, size)
+            else:
+                view = picture.resize((size, size), Image.Resampling.BICUBIC, box=box)
+            if flip:
+                view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            if augmented and auto_augment:
+                torch.default_generator.manual_seed(draw.augment_seed)
+                view = policy(view)
+            torch.from_numpy(np.asarray(view).transpose(2, 0, 1).copy())
+
+
+def drop(batches: Iterable) -> None:
+    """Take batches as training does, one at a time: to keep them all would cost new memory for each."""
+    for _ in batches:
+        pass
+
+
+def measure_here(work: Callable[[], object]) -> tuple[float, float]:
+    """Seconds of this process's processor time, and on the wall."""
+    processor, wall = time.process_time(), time.perf_counter()
+    work()
+    return time.process_time() - processor, time.perf_counter() - wall
+
+
+def measure_worker(loader: WorkerLoader) -> tuple[float, float]:
+    """The same of the loader's process, from its first batch to its last: meanwhile this one only takes them."""
+    before = set(multiprocessing.active_children())
+    batches = iter(loader)
+    next(batches)
+    (worker,) = set(multiprocessing.active_children()) - before
+    processor, wall = processor_seconds(worker.pid), time.perf_counter()
+    for _ in range(len(loader) - 1):
+        next(batches)
+    seconds = processor_seconds(worker.pid) - processor, time.perf_counter() - wall
+    batches.close()
+    return seconds
+
+
+def processor_seconds(process: int) -> float:
+    user, system = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+def row(name: str, count: int, seconds: list[tuple[float, float]], bare_seconds: list[tuple[float, float]]) -> dict:
+    result = {"name": name, "samples": count}
+    for place, kind in enumerate(("processor", "wall")):
+        result[f"samples_per_{kind}_second"] = count / statistics.median(s[place] for s in seconds)
+        ratios = [b[place] / s[place] for s, b in zip(seconds, bare_seconds, strict=True)]
+        result[f"{kind}_share_of_bare"] = statistics.median(ratios)
+    return result
+
+
+def print_rates(rows: list[dict]) -> None:
+    print(f"\nsamples (both views) a second and core{'processor':>14}{'of bare':>9}{'wall':>9}{'of bare':>9}")
+    for found in rows:
+        processor = f"{found['samples_per_processor_second']:>14,.0f}{found['processor_share_of_bare']:>9.1%}"
+        wall = f"{found['samples_per_wall_second']:>9,.0f}{found['wall_share_of_bare']:>9.1%}"
+        print(f"{found['name']:37}{processor}{wall}")
+
+
+# --- the share of a step ---
+
+
+def waiting(options: argparse.Namespace) -> dict:
+    """Mean seconds of each phase of a short real run, its first reading left out."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["--recipe", options.recipe, "--data.train", options.shards, "--output", folder]
+        words += ["--data.validation", "null", "--data.eval", "null", "--data.zero_shot", "null"]
+        words += ["--train.steps", str(options.train_steps), "--checkpoints.every_steps", "0"]
+        words += ["--train.global_batch", str(options.train_batch)]
+        words += ["--logging.every_steps", str(max(1, options.train_steps // 4))]
+        subprocess.run([sys.executable, "launch_scripts/pretrain.py", *words], cwd=ROOT, check=True)
+        events = EventAccumulator(str(Path(folder, "tensorboard"))).Reload()
+        found = {phase: [event.value for event in events.Scalars(f"seconds/{phase}")[1:]] for phase in PHASES}
+    seconds = {phase: statistics.mean(values) for phase, values in found.items()}
+    return {"seconds": seconds, "share_waited": seconds["data"] / sum(seconds.values())}
+
+
+def print_waiting(found: dict) -> None:
+    total = sum(found["seconds"].values())
+    print(f"\n{'phase of a step':16}{'seconds':>10}{'share':>9}")
+    for phase, value in found["seconds"].items():
+        print(f"{phase:16}{value:>10.4f}{value / total:>9.2%}")
+
+
+if __name__ == "__main__":
+    main()
