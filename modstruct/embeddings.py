@@ -37,7 +37,7 @@ class FusionOutputs(Embeddings):
     """(Q, D), momentum embeddings of earlier steps; the same on every process."""
     text_queue: Tensor | None = None
     pair_ids: Tensor | None = None
-    """(B,) int64, equal where two pairs have the same picture."""
+    """(B,) int64, equal where two pairs have the same image."""
     queue_ids: Tensor | None = None
     """(Q,) int64, of the queues."""
     matching_logits: Tensor | None = None

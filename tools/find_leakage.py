@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Find the pictures of an evaluation set that also lie, wholly or nearly, in the training source.
+"""Find the images of an evaluation set that also lie, wholly or nearly, in the training source.
 
     python tools/find_leakage.py --train 'shards/train-*.tar' --evaluation 'shards/test.tar' --out EVAL/results/SET
 
@@ -7,12 +7,12 @@ By perceptual hash, then a second look at thumbnails; with the embeddings of bot
 
     … --train_embeddings EVAL/embeddings/TRAIN --evaluation_embeddings EVAL/embeddings/SET
 
-Into --out go leakage.json (shares and pairs), leakage.npz, examples/ with the pictures side by side, and
+Into --out go leakage.json (shares and pairs), leakage.npz, examples/ with the images side by side, and
 leaked_keys.jsonl, the keys that evaluation can leave out (modstruct.evaluation.leakage.leave_out). Thumbnails and
 hashes are made once a source, in --cache; stopped, the program goes on where it was when it is called again.
 
 --hamming and --difference: tools/benchmarks/leakage.py measures what they find and miss on your data. A pair counts if
-both hold. --cosine: what counts as near depends on the model; look at the pictures before you trust a figure by it.
+both hold. --cosine: what counts as near depends on the model; look at the images before you trust a figure by it.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ def parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
         parser.add_argument(f"--{name}", required=True, nargs="+", help=f"shards of the {what}, patterns in quotes")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results, such as EVAL/results/SET")
     parser.add_argument("--name", help="of the set, in the results (default: the name of --out)")
-    parser.add_argument("--train_embeddings", type=Path, help="embedded set of --train, an image for each picture")
+    parser.add_argument("--train_embeddings", type=Path, help="embedded set of --train, an image for each image")
     parser.add_argument("--evaluation_embeddings", type=Path, help="embedded set of --evaluation, by the same model")
     parser.add_argument("--hamming", type=int, default=defaults.hamming, help="bits of 63 (default: %(default)s)")
     parser.add_argument("--difference", type=float, default=defaults.difference, help="default: %(default)s")
     parser.add_argument("--cosine", type=float, default=defaults.cosine, help="default: %(default)s")
-    parser.add_argument("--mirrored", action="store_true", help="count pictures that are mirrored left to right too")
-    parser.add_argument("--listed", type=int, default=defaults.listed, help="pairs a picture (default: %(default)s)")
-    parser.add_argument("--examples", type=int, default=24, help="pictures that are drawn (default: %(default)s)")
+    parser.add_argument("--mirrored", action="store_true", help="count images that are mirrored left to right too")
+    parser.add_argument("--listed", type=int, default=defaults.listed, help="pairs an image (default: %(default)s)")
+    parser.add_argument("--examples", type=int, default=24, help="images that are drawn (default: %(default)s)")
     parser.add_argument("--cache", default=data.cache, help="as data.cache of the recipe (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=data.workers, help="loader processes (default: %(default)s)")
     parser.add_argument("--max_bad_share", type=float, default=data.max_bad_share, help="default: %(default)s")
@@ -86,7 +86,7 @@ def find(options: argparse.Namespace) -> dict:
     for name, source in samples.items():
         folder = Path(options.cache).expanduser() / "prints" / source_fingerprint(source)
         prints[name] = make_prints(source, folder, name, progress=True)
-        print(f"{name}: {len(prints[name]):,} pictures, {prints[name].skipped:,} left out; hashes in {folder}")
+        print(f"{name}: {len(prints[name]):,} images, {prints[name].skipped:,} left out; hashes in {folder}")
     embeddings = None
     if embedded is not None:
         embeddings = tuple(_rows(prints[name], embedded[name]) for name in ("evaluation", "train"))
@@ -108,7 +108,7 @@ def find(options: argparse.Namespace) -> dict:
     )
     for way, figure in result["figures"].items():
         count = round(figure["value"] * figure["rows"])
-        print(f"{way:13} {figure['value']:8.2%}   {count:,} of {figure['rows']:,} evaluation pictures")
+        print(f"{way:13} {figure['value']:8.2%}   {count:,} of {figure['rows']:,} evaluation images")
     print(f"written to {options.out}")
     return result
 

@@ -1,16 +1,16 @@
 #!/usr/bin/env python
-"""Pack pictures and captions into tar shards in img2dataset's layout: KEY.jpg (png, webp), KEY.txt, KEY.json.
+"""Pack images and captions into tar shards in img2dataset's layout: KEY.jpg (png, webp), KEY.txt, KEY.json.
 
 From a folder, searched with its subfolders, in which NAME.jpg goes with NAME.txt (and NAME.json, if there is one):
 
-    python tools/make_shards.py pictures/ --output shards/
+    python tools/make_shards.py images/ --output shards/
 
-From a table (CSV, or TSV by its ending) with a column of picture files, relative to the table's folder, and one of
+From a table (CSV, or TSV by its ending) with a column of image files, relative to the table's folder, and one of
 captions; every other column goes into KEY.json:
 
     python tools/make_shards.py captions.tsv --image_column file --caption_column title --output shards/
 
-A picture or caption that no run could use is left out, counted and named. The shards are read with
+An image or caption that no run could use is left out, counted and named. The shards are read with
 --data.train 'shards/*.tar'.
 """
 
@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from modstruct.config import DataConfig
 from modstruct.data.shards.faults import BadSample
-from modstruct.data.transforms.decoding import decode_picture
+from modstruct.data.transforms.decoding import decode_image
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 NAMED = 10  # bad samples that are named
@@ -47,7 +47,7 @@ def main() -> int:
     parser.add_argument(
         "--join_captions",
         action="store_true",
-        help="rows of one picture become one sample with several captions, for evaluation; the first is the caption",
+        help="rows of one image become one sample with several captions, for evaluation; the first is the caption",
     )
     options = parser.parse_args()
     if options.samples_per_shard < 1:
@@ -60,7 +60,7 @@ def main() -> int:
     except (OSError, ValueError, csv.Error) as error:
         parser.error(str(error))
     if not found:
-        parser.error(f"{options.input}: no picture ({', '.join(EXTENSIONS)}) in it")
+        parser.error(f"{options.input}: no image ({', '.join(EXTENSIONS)}) in it")
     if options.join_captions:
         found = joined(found)
     options.output.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,7 @@ def main() -> int:
 
 
 def from_folder(folder: Path) -> Iterator[tuple[Path, str | None, dict]]:
-    """(picture, caption, metadata) of each picture in the folder, in order of path; caption None without a text."""
+    """(image, caption, metadata) of each image in the folder, in order of path; caption None without a text."""
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in EXTENSIONS and path.is_file():
             text, about = path.with_suffix(".txt"), path.with_suffix(".json")
@@ -96,7 +96,7 @@ def from_folder(folder: Path) -> Iterator[tuple[Path, str | None, dict]]:
 
 
 def from_table(table: Path, image_column: str, caption_column: str) -> Iterator[tuple[Path, str | None, dict]]:
-    """(picture, caption, other columns) of each row."""
+    """(image, caption, other columns) of each row."""
     with open(table, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         rows = csv.DictReader(file, delimiter="\t" if table.suffix.lower() in (".tsv", ".tab") else ",")
         for option, column in (("--image_column", image_column), ("--caption_column", caption_column)):
@@ -110,7 +110,7 @@ def from_table(table: Path, image_column: str, caption_column: str) -> Iterator[
 
 
 def joined(found: list[tuple[Path, str | None, dict]]) -> list[tuple[Path, str | None, dict]]:
-    """One entry a picture, with all its captions under "captions" in the metadata of its first row."""
+    """One entry an image, with all its captions under "captions" in the metadata of its first row."""
     captions: dict[Path, list[str]] = {}
     first: dict[Path, dict] = {}
     for picture, caption, metadata in found:
@@ -123,10 +123,10 @@ def joined(found: list[tuple[Path, str | None, dict]]) -> list[tuple[Path, str |
 
 
 def checked(picture: Path, caption: str | None, metadata: dict) -> tuple[str, bytes, bytes, dict]:
-    """Extension, picture, caption and metadata, all of which a run can read. Raises BadSample."""
+    """Extension, image, caption and metadata, all of which a run can read. Raises BadSample."""
     where = str(picture)
     if picture.suffix.lower() not in EXTENSIONS:
-        raise BadSample(f"a picture must be one of {', '.join(EXTENSIONS)}", where)
+        raise BadSample(f"an image must be one of {', '.join(EXTENSIONS)}", where)
     if caption is None:
         raise BadSample("no caption", where)
     try:
@@ -139,7 +139,7 @@ def checked(picture: Path, caption: str | None, metadata: dict) -> tuple[str, by
         content = picture.read_bytes()
     except OSError as error:
         raise BadSample("unreadable file", f"{where}: {error.strerror}") from None
-    decode_picture(content, DataConfig().max_image_pixels, where)
+    decode_image(content, DataConfig().max_image_pixels, where)
     return picture.suffix.lower().lstrip("."), content, text, {**metadata, "file": where, "caption": text.decode()}
 
 

@@ -28,8 +28,8 @@ USAGE = "deepspeed [launcher options] launch_scripts/evaluate.py embed --checkpo
 FOR_PROBES = ("image", "image_features", "image_projected", "image_independent")
 """What is embedded of a split that only probes read."""
 SETS_HELP = """What to embed: `eval` (the recipe's data.eval, with the classes of data.zero_shot), NAME=SHARDS for
-image-text shards, NAME@FOLDER for a published set of labelled pictures (cifar10@/data/cifar10; NAME:SPLIT@FOLDER for
-another split), FILE.yaml for your own, scenes_colour and scenes_shape for the built-in pictures."""
+image-text shards, NAME@FOLDER for a published set of labelled images (cifar10@/data/cifar10; NAME:SPLIT@FOLDER for
+another split), FILE.yaml for your own, scenes_colour and scenes_shape for the built-in images."""
 
 
 def main(words: Sequence[str]) -> None:
@@ -64,8 +64,8 @@ def embed(recipe: Recipe, options: Namespace, command: list[str]) -> Path:
     model = _model(recipe, options)
     sources = open_sets(options.sets, recipe, model.views.image_size, options.all_splits)
     on_all(lambda: _require_same_model(out, model))
-    of_pictures = [name for name in model.chosen_arrays(options.embedding.arrays) if name in FOR_PROBES]
-    for_probes = replace(options.embedding, arrays=of_pictures)
+    of_images = [name for name in model.chosen_arrays(options.embedding.arrays) if name in FOR_PROBES]
+    for_probes = replace(options.embedding, arrays=of_images)
     other_splits, made = splits_beside([source.name for source in sources.values()]), []
     for source in sources.values():
         wanted = for_probes if source.name in other_splits else options.embedding
@@ -74,7 +74,7 @@ def embed(recipe: Recipe, options: Namespace, command: list[str]) -> Path:
     on_main(lambda: _note(out, recipe, options, model, sets, command))
     for one in made if distributed.is_main() else ():
         rows = one.manifest["rows"]
-        print(f"{one.folder}: {rows['image']:,} pictures, {rows.get('text', 0):,} captions")
+        print(f"{one.folder}: {rows['image']:,} images, {rows.get('text', 0):,} captions")
     return out
 
 

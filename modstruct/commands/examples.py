@@ -1,4 +1,4 @@
-"""Retrieved pictures and captions for the report, read from the source where it still is."""
+"""Retrieved images and captions for the report, read from the source where it still is."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def write_examples(results: Path, noted: dict[str, Any], embedded: EmbeddedSet, 
     if source.fingerprint != embedded_of:
         raise ValueError(f"{noted_set['word']} holds other samples now than those embedded: embed it anew")
     with np.load(retrieval, allow_pickle=False) as outcomes:
-        write_retrieved_examples(embedded, dict(outcomes), _Pictures(source.samples, embedded.indices), listed.parent)
+        write_retrieved_examples(embedded, dict(outcomes), _Images(source.samples, embedded.indices), listed.parent)
 
 
-class _Pictures:
-    """Pictures of a source by row of the embedded set."""
+class _Images:
+    """Images of a source by row of the embedded set."""
 
     def __init__(self, samples: Any, indices: np.ndarray):
         self.samples, self.indices = samples, indices

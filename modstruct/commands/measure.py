@@ -21,9 +21,9 @@ from modstruct.cli import config_parser, parse, run
 from modstruct.commands.embed import read_model
 from modstruct.commands.examples import write_examples
 from modstruct.commands.sets import splits_beside
-from modstruct.distributed import FailedElsewhere, LostProcess
+from modstruct.distributed import FailedElsewhere
 from modstruct.distributed.collect import on_main
-from modstruct.errors import RunError
+from modstruct.errors import LostProcess, RunError
 from modstruct.evaluation.classification import FewShotConfig, LinearProbeConfig, measure_few_shot, measure_linear_probe
 from modstruct.evaluation.classification.zero_shot import measure_zero_shot
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
@@ -84,7 +84,7 @@ def main(words: Sequence[str]) -> None:
 def measure(out: Path, config: MeasureConfig, metrics: Sequence[str], words: Sequence[str]) -> list[str]:
     """Metrics of every set of an evaluation; every process calls it. Returns what could not be measured, and why.
 
-    A metric that a set cannot have, such as 16 shots of a class of 5 pictures, does not stop the others.
+    A metric that a set cannot have, such as 16 shots of a class of 5 images, does not stop the others.
     """
     problems: list[str] = []
 
@@ -124,7 +124,7 @@ def require_all(problems: list[str]) -> None:
 
 
 def _without_leaked(embedded: EmbeddedSet, out: Path) -> list[EmbeddedSet]:
-    """The set without the pictures that tools/find_leakage.py found in the training source, if it looked and did."""
+    """The set without the images that tools/find_leakage.py found in the training source, if it looked and did."""
     found = out / "results" / embedded.name / LEAKED_KEYS
     folder = out / "embeddings" / f"{embedded.name}-without-leaked"
 

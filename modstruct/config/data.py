@@ -25,7 +25,7 @@ class Source:
 
 @dataclass
 class ScenesConfig:
-    """The built-in pictures (data.train: scenes)."""
+    """The built-in images (data.train: scenes)."""
 
     train_samples: int = 24_000
     """Pairs in the training split."""
@@ -67,7 +67,7 @@ class DataConfig:
     max_image_pixels: int = 25_000_000
     """Pixels above which an image counts as a decompression bomb; decoding takes 8 bytes of memory each, WebP 20."""
     scenes: ScenesConfig = field(default_factory=ScenesConfig)
-    """The built-in pictures."""
+    """The built-in images."""
 
     def __post_init__(self):
         require(self.workers >= 0, "data.workers", self.workers, "0 or more")
@@ -99,12 +99,12 @@ class TokenizerConfig:
 
 @dataclass
 class ViewsConfig:
-    """The plain and the augmented view of each picture and caption."""
+    """The plain and the augmented view of each image and caption."""
 
     plain: Literal["center_crop", "crop_flip"] = "center_crop"
     """center_crop: shorter side resized, centre cut out; crop_flip: random crop and flip."""
     evaluation: Literal["center_crop", "squeeze"] = "center_crop"
-    """What evaluation sees: center_crop, or squeeze: the whole picture made square, as ALBEF does it."""
+    """What evaluation sees: center_crop, or squeeze: the whole image made square, as ALBEF does it."""
     rand_augment: bool = False
     """RandAugment on crop_flip views (Cubuk et al. 2020): two of ALBEF's ten operations, magnitude 7 of 10."""
     crop_scale: tuple[float, float] = (0.5, 1.0)

@@ -19,7 +19,7 @@ class TaskFiles:
     """Files of one split as they are published; a task reads those of its format."""
 
     images: str | None = None
-    """Folder of the pictures."""
+    """Folder of the images."""
     questions: str | None = None
     """vqa: v2_OpenEnded_mscoco_…_questions.json."""
     annotations: str | None = None
@@ -46,13 +46,13 @@ class TaskDataConfig:
     """vqa: JSON list of the answers that evaluation ranks (ALBEF's answer_list.json); null takes the most frequent of
     the training split."""
     leave_out_missing: bool = False
-    """Go without entries whose picture is not there, instead of refusing to start."""
+    """Go without entries whose image is not there, instead of refusing to start."""
     cache: str = "~/.cache/modstruct"
     """Folder for what is built once."""
     workers: int = 1
     """Loader processes beside each training process; 0 loads in the training process itself."""
     max_bad_share: float = 0.1
-    """Largest share of unreadable pictures that a run puts up with."""
+    """Largest share of unreadable images that a run puts up with."""
     max_image_pixels: int = 25_000_000
     """Pixels above which an image counts as a decompression bomb; decoding takes 8 bytes of memory each, WebP 20."""
     scenes: ScenesConfig = field(default_factory=ScenesConfig)
@@ -137,7 +137,7 @@ class FinetuneRecipe:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """How text becomes ids, where init is no checkpoint of ours, which has its own."""
     views: ViewsConfig = field(default_factory=ViewsConfig)
-    """The views of pictures."""
+    """The views of images."""
     fusion: FusionConfig = field(default_factory=FusionConfig)
     """The model; sizes come from init where that is a checkpoint of ours."""
     losses: LossesConfig = field(default_factory=_retrieval_losses)

@@ -17,7 +17,7 @@ class FusionVisionConfig:
     pretrained: str | None = None
     """File of the named ViT's weights (safetensors, or DeiT's published .pth), or `timm` to fetch timm's own."""
     image_size: int = 64
-    """Side of the square picture, in pixels; pretrained positions are interpolated to it."""
+    """Side of the square image, in pixels; pretrained positions are interpolated to it."""
     patch_size: int = 8
     """Side of a patch, in pixels; a ViT by name has its own."""
     width: int = 128

@@ -62,7 +62,7 @@ class QueueContrastConfig:
     ramp_steps: int | None = None
     """Steps over which alpha rises from 0; null takes the first epoch, as ALBEF."""
     positives: Literal["pair", "picture"] = "pair"
-    """pair: the caption of this very pair is right; picture: all captions of the same picture are, in equal shares, as
+    """pair: the caption of this very pair is right; image: all captions of the same image are, in equal shares, as
     ALBEF fine-tunes retrieval."""
 
     def __post_init__(self):
@@ -82,7 +82,7 @@ class MatchingConfig:
 @dataclass
 class MaskedLanguageConfig:
     weight: float = 0.0
-    """Weight of masked language modelling over the picture (ALBEF's MLM); 0 turns it off."""
+    """Weight of masked language modelling over the image (ALBEF's MLM); 0 turns it off."""
     rate: float = 0.15
     """Share of a caption's tokens that are to be found: four fifths masked, a tenth replaced, a tenth left."""
     alpha: float = 0.4

@@ -13,7 +13,7 @@ class VisionConfig:
     """Image tower by sizes (a ViT); used when model.name is null."""
 
     image_size: int = 64
-    """Side of the square picture, in pixels."""
+    """Side of the square image, in pixels."""
     patch_size: int = 8
     """Side of a patch, in pixels."""
     width: int = 192

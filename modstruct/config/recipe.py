@@ -24,7 +24,7 @@ class Recipe:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """How text becomes ids."""
     views: ViewsConfig = field(default_factory=ViewsConfig)
-    """The views of pictures and captions."""
+    """The views of images and captions."""
     framework: Literal["two_tower", "fusion"] = "two_tower"
     """two_tower: CLIP's, described by `model`; fusion: ALBEF's, described by `fusion`."""
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -47,7 +47,7 @@ def evaluate(
     Returns nested dicts of floats:
       retrieval   text_to_image and image_to_text: recall_at_K for 1 and evaluation.recall_at: value and chance
       reranked    as retrieval, after matching; only with `fusion`
-      zero_shot   top_k and mean_per_class: value and chance; only where a picture has a label
+      zero_shot   top_k and mean_per_class: value and chance; only where an image has a label
       structure   alignment, uniformity_image, uniformity_text, modality_gap
       sizes       images, texts, pairs, and for zero-shot: classes, images_with_label, images_without_label
       skipped     samples left out, by cause
@@ -108,7 +108,7 @@ def _reranked(
     config: EvaluationConfig,
     device: torch.device,
 ) -> dict[str, Any]:
-    """The source's pictures are read once more, for their tokens."""
+    """The source's images are read once more, for their tokens."""
     batch, count = config.batch, len(source.indices)
     mine = my_batches(math.ceil(count / batch))
     numbers = source.indices[mine.start * batch : min(mine.stop * batch, count)].tolist()

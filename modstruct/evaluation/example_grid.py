@@ -1,4 +1,4 @@
-"""Pictures with their captions, drawn as one picture for TensorBoard."""
+"""Images with their captions, drawn as one image for TensorBoard."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 CELL = 224
-"""Side of a drawn picture, in pixels."""
+"""Side of a drawn image, in pixels."""
 MARGIN = 10
 FONT_SIZE = 14
 LINES = 4
@@ -22,10 +22,10 @@ INK, RIGHT, WRONG, GROUND = (30, 30, 30), (0, 110, 50), (180, 30, 30), (255, 255
 def example_grid(
     images: Tensor, captions: Sequence[str], retrieved: Sequence[str] | None = None, columns: int = 4
 ) -> Tensor:
-    """Each picture with its caption beneath and, where given, the caption that was retrieved for it.
+    """Each image with its caption beneath and, where given, the caption that was retrieved for it.
 
     images: (n, 3, H, W) uint8, n >= 1. captions, retrieved: n texts. A retrieved caption is green where it
-    equals the picture's own and red where not. Returns (3, H', W') uint8, as SummaryWriter.add_image takes it.
+    equals the image's own and red where not. Returns (3, H', W') uint8, as SummaryWriter.add_image takes it.
     """
     if len(images) == 0 or len(captions) != len(images) or (retrieved is not None and len(retrieved) != len(images)):
         counts = f"{len(images)} images, {len(captions)} captions, {len(retrieved or [])} retrieved captions"
@@ -47,7 +47,7 @@ def example_grid(
         for column, i in enumerate(row):
             left = MARGIN + column * (CELL + MARGIN)
             picture = Image.fromarray(images[i].permute(1, 2, 0).cpu().numpy())
-            # Small pictures keep their pixels as they are seen by the model; large ones are averaged down.
+            # Small images keep their pixels as they are seen by the model; large ones are averaged down.
             kind = Image.Resampling.NEAREST if max(picture.size) <= CELL else Image.Resampling.LANCZOS
             canvas.paste(picture.resize((CELL, CELL), kind), (left, top))
             for number, (line, ink) in enumerate(blocks[i]):

@@ -1,4 +1,4 @@
-"""Examples of a source for TensorBoard: pictures, their captions, and the captions retrieved for them."""
+"""Examples of a source for TensorBoard: images, their captions, and the captions retrieved for them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from modstruct.evaluation.example_grid import example_grid
 
 
 def retrieved_examples(source: EmbeddedSource, samples: EvaluationSamples, views: Views, count: int) -> Tensor:
-    """Draw `count` pictures spread evenly over the source, always the same ones, each with the caption nearest to it.
+    """Draw `count` images spread evenly over the source, always the same ones, each with the caption nearest to it.
 
     For the main process, which holds the rows of `source`; `samples` and `views` are those that it was embedded with.
     Returns (3, H, W) uint8, as `example_grid` draws it.

@@ -1,7 +1,7 @@
 """Confidence intervals of figures over a set's rows, and tests of the difference of two models on the same rows.
 
 All are seeded, hold a bounded amount of memory at any number of rows, and take `groups`: rows that are no independent
-evidence (captions of one picture, questions about one scene) are then drawn together, and the groups are what counts.
+evidence (captions of one image, questions about one scene) are then drawn together, and the groups are what counts.
 """
 
 from __future__ import annotations

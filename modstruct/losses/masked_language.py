@@ -1,4 +1,4 @@
-"""Masked language modelling of the fusion model: the blanks of a caption, found with the picture's help."""
+"""Masked language modelling of the fusion model: the blanks of a caption, found with the image's help."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Image-text matching of the fusion model: is this the caption of this picture? (ALBEF's ITM)"""
+"""Image-text matching of the fusion model: is this the caption of this image? (ALBEF's ITM)"""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from modstruct.embeddings import FusionOutputs
 class Matching:
     """L_ITM of Li et al. 2021, equation 4: cross entropy of two classes, mean over the rows of the global batch.
 
-    Each pair brings itself, a wrong picture and a wrong caption; the model draws them (fusion/negatives.py).
+    Each pair brings itself, a wrong image and a wrong caption; the model draws them (fusion/negatives.py).
     """
 
     needs = frozenset({"matching_logits", "matching_labels"})

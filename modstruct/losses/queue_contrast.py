@@ -23,8 +23,8 @@ class QueueContrast:
       image to text:  -1/N sum_j sum_k T_jk log softmax_k(s <zV_j, c_k>),  c = [zT_m of the global batch; text queue]
       T_j = alpha softmax_k(s <zV_m_j, c_k>) + (1 - alpha) U_j
 
-    and the other way round. U_j is one at pair j, or, with `positives: picture`, spread evenly over all columns of the
-    same picture (as ALBEF's retrieval fine-tuning has it). epoch_steps: steps over which alpha rises by default.
+    and the other way round. U_j is one at pair j, or, with `positives: image`, spread evenly over all columns of the
+    same image (as ALBEF's retrieval fine-tuning has it). epoch_steps: steps over which alpha rises by default.
     """
 
     needs = frozenset({"image", "text", "image_augmented", "text_augmented", "image_queue", "text_queue"})
@@ -33,7 +33,7 @@ class QueueContrast:
         self.precision = precision
         self.alpha = config.alpha
         self.ramp_steps = epoch_steps if config.ramp_steps is None else config.ramp_steps
-        self.by_picture = config.positives == "picture"
+        self.by_image = config.positives == "picture"
 
     def __call__(self, outputs: FusionOutputs, step: int, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of the global batch, a scalar, and its two terms."""
@@ -43,7 +43,7 @@ class QueueContrast:
         def one_way(x: Tensor, x_momentum: Tensor, pairs: Tensor, queue: Tensor) -> Tensor:
             columns = torch.cat([distributed.gather(pairs.detach()), queue])
             loss = soft_contrastive(x, x_momentum.detach(), columns, scale, alpha, self.precision)
-            if not self.by_picture:
+            if not self.by_image:
                 return loss
             # Of the cross entropy, U enters through <z_j, sum_k U_jk c_k> alone: move it from the pair to the mean.
             ids = torch.cat([distributed.gather(o.pair_ids), o.queue_ids])

@@ -1,1 +1,1 @@
-"""The towers: pictures and text to Embeddings."""
+"""The towers: images and text to Embeddings."""

@@ -47,7 +47,7 @@ def initial_tokenizer(recipe: Recipe) -> Tokenizer | None:
 
 
 def image_size(recipe: Recipe) -> int:
-    """Side in pixels of the square picture that the model takes."""
+    """Side in pixels of the square image that the model takes."""
     if recipe.framework == "fusion":
         return recipe.fusion.vision.image_size
     from modstruct.models import towers

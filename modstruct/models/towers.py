@@ -72,7 +72,7 @@ def text_sizes(tokenizer: Tokenizer) -> dict:
 
 
 def image_size(config: ModelConfig) -> int:
-    """Side in pixels of the square picture that the image tower takes."""
+    """Side in pixels of the square image that the image tower takes."""
     size = open_clip_config(config)["vision_cfg"]["image_size"]
     return size[0] if isinstance(size, (list, tuple)) else size
 

@@ -1,4 +1,4 @@
-"""Two towers, one shared space: what a batch of pictures and captions becomes."""
+"""Two towers, one shared space: what a batch of images and captions becomes."""
 
 from __future__ import annotations
 

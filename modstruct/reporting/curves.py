@@ -42,7 +42,7 @@ KNOWN_CURVES = {
     "spectrum_image": CurveWords("Spectrum of images", "principal axis", "standard deviation", "log", "log"),
     "spectrum_text": CurveWords("Spectrum of texts", "principal axis", "standard deviation", "log", "log"),
     "bridge_deviation": CurveWords(
-        "Deviation of the augmented picture from the bridge", "t (1 = picture, 0 = caption)", "mean squared distance"
+        "Deviation of the augmented image from the bridge", "t (1 = image, 0 = caption)", "mean squared distance"
     ),
 }
 
@@ -111,7 +111,7 @@ def _family_words(family: str) -> tuple[str, str, str]:
         words = ("Top-K accuracy", "K", "accuracy")
     elif "shot" in place:
         y = "accuracy" if last == place else humanised(last).lower()
-        words = (f"{y.capitalize()} by number of shots", "labelled pictures a class", y)
+        words = (f"{y.capitalize()} by number of shots", "labelled images a class", y)
     else:
         bare = humanised(re.sub(r"_*\{\}_*", " ", place).strip() or "number")
         y = bare if last == place else humanised(last)

@@ -1,8 +1,8 @@
-"""Retrieved examples: queries with what each run placed first, pictures small enough to lie inside the page.
+"""Retrieved examples: queries with what each run placed first, images small enough to lie inside the page.
 
 Every JSON file in results/SET/examples/ (examples.json, leakage.json) is {"examples": [EXAMPLE, …]} with
 EXAMPLE = {"direction": "text_to_image", "query": ITEM, "rank": of the best right item, "results": [ITEM, …]}
-ITEM = {"key": …, "picture": file name beside it, or "text": …, "right": whether it belongs to the query, "score": …}
+ITEM = {"key": …, "image": file name beside it, or "text": …, "right": whether it belongs to the query, "score": …}
 where all but the query and the results may be missing.
 """
 
@@ -19,18 +19,18 @@ from PIL import Image
 from modstruct.reporting.loading import Evaluation, read_json
 
 SIDE_PIXELS = 192
-"""Of an embedded picture's longer side, at most: sharp at the 96 pixels it is shown with on a fine screen."""
+"""Of an embedded image's longer side, at most: sharp at the 96 pixels it is shown with on a fine screen."""
 QUALITY = 82
 SHOWN_QUERIES = 6
 """Of each set and direction."""
 SHOWN_RESULTS = 5
 LARGEST_PAGE_BYTES = 6 << 20
-"""Of all pictures as they stand in the page; later ones are named instead of shown."""
+"""Of all images as they stand in the page; later ones are named instead of shown."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """A picture or a text. picture: data URI, None for a text or a picture that found no room. name: its key."""
+    """An image or a text. image: data URI, None for a text or an image that found no room. name: its key."""
 
     name: str
     text: str | None
@@ -64,33 +64,33 @@ class Gallery:
     queries: tuple[Query, ...]
 
 
-class Pictures:
-    """Embeds pictures until the page's limit is reached; the same file is read once."""
+class Images:
+    """Embeds images until the page's limit is reached; the same file is read once."""
 
     def __init__(self, limit: int = LARGEST_PAGE_BYTES):
         self._left = limit
         self._made: dict[Path, str | None] = {}
 
     def uri(self, path: Path) -> str | None:
-        """A picture as a small JPEG in a data URI, or None where it would pass the limit.
+        """An image as a small JPEG in a data URI, or None where it would pass the limit.
 
-        Raises ValueError naming a file that is no picture, FileNotFoundError one that is missing.
+        Raises ValueError naming a file that is no image, FileNotFoundError one that is missing.
         """
         if path not in self._made:
             if not path.is_file():
-                raise FileNotFoundError(f"{path}: the examples beside it name this picture: measure this set anew")
+                raise FileNotFoundError(f"{path}: the examples beside it name this image: measure this set anew")
             uri = _jpeg_uri(path)
             self._made[path] = uri if len(uri) <= self._left else None
             self._left -= len(uri) if self._made[path] else 0
         return self._made[path]
 
 
-def galleries(runs: Sequence[Evaluation], pictures: Pictures | None = None) -> list[Gallery]:
+def galleries(runs: Sequence[Evaluation], pictures: Images | None = None) -> list[Gallery]:
     """The examples of all runs by set and direction; a query that several runs have stands once, theirs beneath it.
 
     Raises ValueError or FileNotFoundError naming a file that is broken or missing.
     """
-    pictures = pictures or Pictures()
+    pictures = pictures or Images()
     sets = sorted({path.parents[1].name for run in runs for path in run.folder.glob("results/*/examples/*.json")})
     made = []
     for set_name in sets:
@@ -118,12 +118,12 @@ def _read(path: Path) -> Iterator[tuple[str, str, dict, dict]]:
         if not right:
             raise ValueError(f"{path}: example {number} lacks a query or its results: measure this set anew")
         direction = str(example.get("direction", "retrieved"))
-        # The key tells a picture; its file may have another name in each run.
+        # The key tells an image; its file may have another name in each run.
         told_by = ("key", "text") if query.get("key") else ("text", "picture")
         yield direction, "\n".join(str(query.get(name)) for name in told_by), query, example
 
 
-def _query(entry: list, pictures: Pictures) -> Query:
+def _query(entry: list, pictures: Images) -> Query:
     (folder, query), *of_runs = entry
     found = tuple(
         Retrieved(
@@ -137,13 +137,13 @@ def _query(entry: list, pictures: Pictures) -> Query:
     return Query(_item(query, folder, pictures), found)
 
 
-def _item(item: dict, folder: Path, pictures: Pictures) -> Item:
+def _item(item: dict, folder: Path, pictures: Images) -> Item:
     file, text, right, score = (item.get(key) for key in ("picture", "text", "right", "score"))
     picture = None
     if file is not None:
         # A name only: a file of results must not make the page read other files of the machine.
         if not isinstance(file, str) or Path(file).name != file:
-            raise ValueError(f'{folder}: an example has "picture" = {file!r}: it must name a file of this folder')
+            raise ValueError(f'{folder}: an example has "image" = {file!r}: it must name a file of this folder')
         picture = pictures.uri(folder / file)
     return Item(
         name=str(item.get("key") or file or ""),
@@ -160,7 +160,7 @@ def _jpeg_uri(path: Path) -> str:
             opened.draft("RGB", (SIDE_PIXELS, SIDE_PIXELS))
             picture = opened.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: not a picture that can be read ({error}): measure this set anew") from error
+        raise ValueError(f"{path}: not an image that can be read ({error}): measure this set anew") from error
     picture.thumbnail((SIDE_PIXELS, SIDE_PIXELS))
     data = io.BytesIO()
     picture.save(data, "JPEG", quality=QUALITY, optimize=True)

@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing else: style, charts and pictures lie inside it, and no script."""
+"""The report as one HTML page that needs nothing else: style, charts and images lie inside it, and no script."""
 
 from __future__ import annotations
 

@@ -37,8 +37,8 @@ class Projection:
 def project(source: EmbeddedSet) -> Projection | None:
     """Up to SHOWN_PAIRS evenly spaced pairs of a set on the first two principal axes of images and texts together.
 
-    A set without captions but with classes pairs each picture with its class's prompt (unit mean over templates).
-    None where the set has neither, or fewer than two pairs. The same rows give the same picture: signs are chosen so
+    A set without captions but with classes pairs each image with its class's prompt (unit mean over templates).
+    None where the set has neither, or fewer than two pairs. The same rows give the same image: signs are chosen so
     that the largest component of each axis is positive.
     """
     pairs, text = _pairs_and_texts(source)

@@ -27,7 +27,7 @@ class Task:
 TASKS = {
     "retrieval": Task(
         "Image-text retrieval",
-        "Each caption ranks all pictures, and each picture all captions, by the inner product of their embeddings. "
+        "Each caption ranks all images, and each image all captions, by the inner product of their embeddings. "
         "R@K is the share of queries with a right item among the first K; a query's rank is that of its best right "
         f"item. {TIES} Chance is that of a random order of the same gallery.",
         True,
@@ -35,7 +35,7 @@ TASKS = {
     ),
     "zero_shot": Task(
         "Zero-shot classification",
-        "A picture goes to the class whose name lies nearest to it: the name in the first template alone, or the mean "
+        "An image goes to the class whose name lies nearest to it: the name in the first template alone, or the mean "
         f"over the templates (the ensemble). {TIES}",
         True,
         ("top_1", "first/top_1", "ensemble/top_1"),
@@ -43,7 +43,7 @@ TASKS = {
     ),
     "linear_probe": Task(
         "Linear probe",
-        "Accuracy of a linear classifier trained on frozen image features and tested on held-out pictures.",
+        "Accuracy of a linear classifier trained on frozen image features and tested on held-out images.",
         True,
         ("top_1",),
         "Linear probe",
@@ -57,7 +57,7 @@ TASKS = {
     ),
     "few_shot": Task(
         "Few-shot classification",
-        "Accuracy of a classifier trained on frozen image features with only a few labelled pictures of each class, "
+        "Accuracy of a classifier trained on frozen image features with only a few labelled images of each class, "
         "the mean over several draws of them, which are the same for every run. The deviation is that over the draws.",
         True,
         ("shots_1/top_1", "shots_4/top_1", "shots_16/top_1"),
@@ -67,13 +67,13 @@ TASKS = {
         "Structure of the latent space",
         "Shape of the two clouds of embeddings: how near pairs lie (alignment), how evenly each modality fills the "
         "sphere (uniformity), how far apart the modalities lie (gap, linear separability), along how many directions "
-        "they spread (effective rank), and where the augmented picture lies on the bridge between picture and caption. "
+        "they spread (effective rank), and where the augmented image lies on the bridge between image and caption. "
         "These figures describe; no direction is better by itself, so none is marked.",
         shares=False,
     ),
     "information": Task(
         "Information",
-        "How much caption and picture tell of a label, in nats, and the gap between the two. By theorem 3.1 of Jiang "
+        "How much caption and image tell of a label, in nats, and the gap between the two. By theorem 3.1 of Jiang "
         "et al. (2023) exact alignment costs at least this gap. Probes estimate each information from below, so that a "
         "gap of two estimates is no bound; where the exact values are known they stand beside it, with the bias. The "
         "figures describe, so none is marked.",

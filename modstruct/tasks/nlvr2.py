@@ -23,13 +23,13 @@ SIDES = ("left", "right")
 
 
 class Nlvr2(Task):
-    """predictions.json: [{"identifier": "test1-0-1-0", "prediction": "True"}, …], null without a readable picture.
+    """predictions.json: [{"identifier": "test1-0-1-0", "prediction": "True"}, …], null without a readable image.
 
     lil-lab/nlvr's metrics.py takes the same as lines of CSV: jq -r '.[] | "\\(.identifier),\\(.prediction)"'.
     """
 
     files = ("images", "statements")
-    pictures_of_entry = 2
+    images_of_entry = 2
 
     def read(self, files: TaskFiles, option: str, split: str) -> TaskEntries[Nlvr2Statement]:
         leave_out = self.recipe.data.leave_out_missing
@@ -44,7 +44,7 @@ class Nlvr2(Task):
     def sample(
         self, entry: Nlvr2Statement, picture: Callable[[Path], Image.Image], seed: Seed | None
     ) -> dict[str, Any]:
-        views = [self.picture_view(picture(path), seed, side) for path, side in zip(entry.images, SIDES, strict=True)]
+        views = [self.image_view(picture(path), seed, side) for path, side in zip(entry.images, SIDES, strict=True)]
         made = {"image": torch.stack(views), "text": entry.sentence}  # (2, 3, H, W)
         return made if entry.label is None else made | {"label": int(entry.label)}
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from modstruct import distributed
 from modstruct.config import FinetuneRecipe, TaskFiles
 from modstruct.data.downstream.batches import Seed
-from modstruct.data.downstream.karpathy import SPLIT_OF_RUN, CaptionedPicture, read_karpathy
+from modstruct.data.downstream.karpathy import SPLIT_OF_RUN, CaptionedImage, read_karpathy
 from modstruct.data.downstream.published_files import TaskEntries
 from modstruct.data.shards.loader import identity
 from modstruct.data.synthetic.tasks.folder import SceneTaskPaths
@@ -32,7 +32,7 @@ from modstruct.tasks.task import Task
 
 @dataclass(frozen=True)
 class CaptionPair:
-    """A picture with one of its captions: what training takes."""
+    """An image with one of its captions: what training takes."""
 
     image: Path
     caption: str
@@ -65,9 +65,9 @@ class Retrieval(Task):
         return Objective(self.recipe.losses, self.recipe.train.pairwise_precision, epoch_steps)
 
     def sample(
-        self, entry: CaptionPair | CaptionedPicture, picture: Callable[[Path], Image.Image], seed: Seed | None
+        self, entry: CaptionPair | CaptionedImage, picture: Callable[[Path], Image.Image], seed: Seed | None
     ) -> dict[str, Any]:
-        made = {"image": self.picture_view(picture(entry.image), seed)}
+        made = {"image": self.image_view(picture(entry.image), seed)}
         if seed is None:
             return made
         ids = {"image_id": entry.image_id, "text_id": identity(entry.caption.encode())}
@@ -86,9 +86,9 @@ class Retrieval(Task):
             batch["blanks"] = blank_places(batch["masked_labels"])
         return batch
 
-    def measure(self, model: FusionModel, entries: Sequence[CaptionedPicture]) -> tuple[dict[str, Any], None]:
+    def measure(self, model: FusionModel, entries: Sequence[CaptionedImage]) -> tuple[dict[str, Any], None]:
         device, batch = distributed.device(), self.recipe.evaluation.batch
-        image = self.predict(entries, lambda some: _listed(model, some), "embedding pictures")
+        image = self.predict(entries, lambda some: _listed(model, some), "embedding images")
         kept = [number for number, row in enumerate(image) if row is not None]
         image = np.array([image[number] for number in kept], dtype=np.float32)
         entries = [entries[number] for number in kept]
@@ -103,7 +103,7 @@ class Retrieval(Task):
         recall_at = sorted({1, *self.recipe.evaluation.recall_at})
         matched = reranked_retrieval(
             model,
-            self._pictures(entries, batch, device),
+            self._images(entries, batch, device),
             captions,
             self.tokenizer,
             image,
@@ -119,8 +119,8 @@ class Retrieval(Task):
         figures = _flat("", found) | _flat("matched ", matched)
         return figures | {"sizes": {"pictures": len(image), "captions": len(captions)}}, None
 
-    def _pictures(self, entries: Sequence[CaptionedPicture], batch: int, device: torch.device) -> Iterator[Tensor]:
-        """This process's batches, all of whose pictures could be read a moment ago."""
+    def _images(self, entries: Sequence[CaptionedImage], batch: int, device: torch.device) -> Iterator[Tensor]:
+        """This process's batches, all of whose images could be read a moment ago."""
         for found in self.batches_of(entries, batch):
             if found.numbers:
                 yield found.tensors["image"].to(device)

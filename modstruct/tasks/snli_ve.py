@@ -1,4 +1,4 @@
-"""SNLI-VE: does a picture entail a sentence, contradict it, or leave it open? (Xie et al. 2019)"""
+"""SNLI-VE: does an image entail a sentence, contradict it, or leave it open? (Xie et al. 2019)"""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class SnliVe(Task):
     def sample(
         self, entry: EntailmentPair, picture: Callable[[Path], Image.Image], seed: Seed | None
     ) -> dict[str, Any]:
-        made = {"image": self.picture_view(picture(entry.image), seed), "text": entry.hypothesis}
+        made = {"image": self.image_view(picture(entry.image), seed), "text": entry.hypothesis}
         return made if entry.label is None else made | {"label": entry.label}
 
     def measure(

@@ -33,8 +33,8 @@ class Task(ABC):
     """Entries, model, objective and figures of one task. Travels to loader processes, so it holds no model."""
 
     files: tuple[str, ...]
-    """Fields of TaskFiles that a split needs: the pictures', and the entries'."""
-    pictures_of_entry: int = 1
+    """Fields of TaskFiles that a split needs: the images', and the entries'."""
+    images_of_entry: int = 1
 
     def __init__(self, recipe: FinetuneRecipe, tokenizer: Tokenizer):
         self.recipe, self.tokenizer = recipe, tokenizer
@@ -107,21 +107,21 @@ class Task(ABC):
     def check_shared_memory(self) -> None:
         """Refuse batches, of training or evaluation, that loader processes could not hand over."""
         rows = max(self.recipe.train.global_batch // distributed.world_size(), self.recipe.evaluation.batch)
-        require_shared_memory(rows * self.pictures_of_entry * 3 * self.views.image_size**2, self.recipe.data.workers)
+        require_shared_memory(rows * self.images_of_entry * 3 * self.views.image_size**2, self.recipe.data.workers)
 
     def identity(self) -> dict[str, str]:
         """What else must be equal on all hosts, by the field that it comes from."""
         return {}
 
-    def picture_view(self, image: Image.Image, seed: Seed | None, salt: str = "image") -> Tensor:
-        """The view of a picture that training (with a seed) or evaluation takes, (3, H, W) uint8."""
+    def image_view(self, image: Image.Image, seed: Seed | None, salt: str = "image") -> Tensor:
+        """The view of an image that training (with a seed) or evaluation takes, (3, H, W) uint8."""
         return self.views.evaluation_image(image) if seed is None else self.views.plain_image(image, seed(salt))
 
     @torch.no_grad()
     def predict(
         self, entries: Sequence[Any], answer: Callable[[dict[str, Tensor]], list[Any]], title: str
     ) -> list[Any]:
-        """What `answer` says of every entry, in order, on every process; None where a picture cannot be read.
+        """What `answer` says of every entry, in order, on every process; None where an image cannot be read.
 
         answer: a batch -> one value of plain JSON kinds for each row; may be collective.
         """
@@ -152,7 +152,7 @@ class Task(ABC):
         return entry_batches(self, entries, self.recipe.data, batch)
 
     def _filler(self, entries: Sequence[Any]) -> dict[str, Tensor]:
-        """A batch for a process that has no entry, of a grey picture."""
+        """A batch for a process that has no entry, of a grey image."""
 
         def grey(path: Path) -> Image.Image:
             return Image.new("RGB", (self.views.image_size, self.views.image_size), (128, 128, 128))

@@ -1,7 +1,7 @@
-"""Text assignment: of two pictures, does a text belong to the first, to the second, or to neither?
+"""Text assignment: of two images, does a text belong to the first, to the second, or to neither?
 
-The stage between pre-training and NLVR2, in which the doubled fusion layers learn to tell the pictures apart (Li et
-al. 2021, section 3.5). It needs pictures with captions, no labels. The other pictures are drawn from the whole split,
+The stage between pre-training and NLVR2, in which the doubled fusion layers learn to tell the images apart (Li et
+al. 2021, section 3.5). It needs images with captions, no labels. The other images are drawn from the whole split,
 all alike; ALBEF draws them from the process's batch, similar ones more often.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from modstruct.config import FinetuneRecipe, TaskFiles
 from modstruct.data.downstream.batches import Seed
-from modstruct.data.downstream.karpathy import SPLIT_OF_RUN, CaptionedPicture, read_karpathy
+from modstruct.data.downstream.karpathy import SPLIT_OF_RUN, CaptionedImage, read_karpathy
 from modstruct.data.downstream.published_files import TaskEntries
 from modstruct.data.shards.faults import BadSample
 from modstruct.data.synthetic.tasks.folder import SceneTaskPaths
@@ -32,21 +32,21 @@ from modstruct.tasks.task import Task
 
 ANSWERS = ("first", "second", "neither")
 FEWEST_PICTURES = 3  # a text's own and two others
-MOST_DRAWS = 100  # pictures looked at for one that does not have the text as well
+MOST_DRAWS = 100  # images looked at for one that does not have the text as well
 
 
 @dataclass(frozen=True)
-class SplitPicture:
-    """A picture of a split, and where it stands there."""
+class SplitImage:
+    """An image of a split, and where it stands there."""
 
-    picture: CaptionedPicture
+    picture: CaptionedImage
     split: str
     number: int
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """A text, two pictures, and the number of the right one of ANSWERS."""
+    """A text, two images, and the number of the right one of ANSWERS."""
 
     text: str
     images: tuple[Path, Path]
@@ -57,21 +57,21 @@ class TextAssignment(Task):
     """predictions.json: [{"image_id": …, "assignment": "first" | "second" | "neither" | null}, …]."""
 
     files = ("images", "captions")
-    pictures_of_entry = 2
+    images_of_entry = 2
 
     def __init__(self, recipe: FinetuneRecipe, tokenizer: Tokenizer):
         super().__init__(recipe, tokenizer)
-        self.pictures: dict[str, tuple[CaptionedPicture, ...]] = {}
-        """Of each split that was read: whence the other pictures of a text come."""
+        self.pictures: dict[str, tuple[CaptionedImage, ...]] = {}
+        """Of each split that was read: whence the other images of a text come."""
 
-    def read(self, files: TaskFiles, option: str, split: str) -> TaskEntries[SplitPicture]:
+    def read(self, files: TaskFiles, option: str, split: str) -> TaskEntries[SplitImage]:
         """Raises ValueError for a split of fewer than FEWEST_PICTURES too."""
         name, leave_out = SPLIT_OF_RUN[split], self.recipe.data.leave_out_missing
         found = read_karpathy(files.captions, files.images, name, option=option, leave_out_missing=leave_out)
         pictures = self.pictures[split] = found.entries
-        remedy = f"has {len(pictures)} pictures in its split {name}; give at least {FEWEST_PICTURES}"
+        remedy = f"has {len(pictures)} images in its split {name}; give at least {FEWEST_PICTURES}"
         require(len(pictures) >= FEWEST_PICTURES, f"{option}.captions", str(files.captions), remedy)
-        entries = tuple(SplitPicture(picture, split, number) for number, picture in enumerate(pictures))
+        entries = tuple(SplitImage(picture, split, number) for number, picture in enumerate(pictures))
         return TaskEntries(entries, found.left_out)
 
     def scene_files(self, paths: SceneTaskPaths, split: str) -> TaskFiles:
@@ -80,12 +80,12 @@ class TextAssignment(Task):
     def build_model(self) -> PairClassifier:
         return PairClassifier(self.recipe, self.tokenizer, classes=len(ANSWERS))
 
-    def assignment(self, entry: SplitPicture, seed: Seed | None) -> Assignment:
-        """What is asked about a picture: one of its captions, one or two other pictures, their order.
+    def assignment(self, entry: SplitImage, seed: Seed | None) -> Assignment:
+        """What is asked about an image: one of its captions, one or two other images, their order.
 
         In training the seed draws all of it, each answer with probability 1/3; in evaluation (None) the number of the
-        picture does, and the answers take turns. The seed alone decides the others, wherever in the split they stand,
-        so that every number of processes asks the same. Raises BadSample where nearly all pictures have the text.
+        image does, and the answers take turns. The seed alone decides the others, wherever in the split they stand,
+        so that every number of processes asks the same. Raises BadSample where nearly all images have the text.
         """
         if seed is None:
             draws, label = random.Random(sample_seed(0, 0, entry.number, "assignment")), entry.number % len(ANSWERS)
@@ -101,18 +101,18 @@ class TextAssignment(Task):
         left, right = (self.pictures[entry.split][number].image for number in pair)
         return Assignment(text, (left, right), label)
 
-    def _other(self, entry: SplitPicture, text: str, draws: random.Random, taken: set[int]) -> int:
-        """A picture of the split that is not taken and does not have the text among its captions."""
+    def _other(self, entry: SplitImage, text: str, draws: random.Random, taken: set[int]) -> int:
+        """An image of the split that is not taken and does not have the text among its captions."""
         pictures = self.pictures[entry.split]
         for _ in range(MOST_DRAWS):
             number = draws.randrange(len(pictures))
             if number not in taken and text not in pictures[number].captions:
                 return number
-        raise BadSample("caption of too many pictures", f"{entry.picture.image}: {text!r}")
+        raise BadSample("caption of too many images", f"{entry.picture.image}: {text!r}")
 
-    def sample(self, entry: SplitPicture, picture: Callable[[Path], Image.Image], seed: Seed | None) -> dict[str, Any]:
+    def sample(self, entry: SplitImage, picture: Callable[[Path], Image.Image], seed: Seed | None) -> dict[str, Any]:
         asked = self.assignment(entry, seed)
-        views = [self.picture_view(picture(path), seed, side) for path, side in zip(asked.images, SIDES, strict=True)]
+        views = [self.image_view(picture(path), seed, side) for path, side in zip(asked.images, SIDES, strict=True)]
         return {"image": torch.stack(views), "text": asked.text, "label": asked.label}  # image (2, 3, H, W)
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -123,7 +123,7 @@ class TextAssignment(Task):
         }
 
     def measure(
-        self, model: PairClassifier, entries: Sequence[SplitPicture]
+        self, model: PairClassifier, entries: Sequence[SplitImage]
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         said = self.predict(entries, lambda batch: model.classify(batch).argmax(dim=1).tolist(), "text assignment")
         named = [None if number is None else ANSWERS[number] for number in said]

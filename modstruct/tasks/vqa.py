@@ -1,4 +1,4 @@
-"""VQA v2: open questions about pictures, by the official accuracy (Goyal et al. 2017)."""
+"""VQA v2: open questions about images, by the official accuracy (Goyal et al. 2017)."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Vqa(Task):
         return AnswerModel(self.recipe, self.tokenizer)
 
     def sample(self, entry: VqaQuestion, picture: Callable[[Path], Image.Image], seed: Seed | None) -> dict[str, Any]:
-        made = {"image": self.picture_view(picture(entry.image), seed), "text": entry.question}
+        made = {"image": self.image_view(picture(entry.image), seed), "text": entry.question}
         return made if seed is None else made | {"answers": answer_weights(entry.answers)}
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -104,7 +104,7 @@ class Vqa(Task):
     ) -> tuple[dict[str, Any], list[dict[str, int | str]]]:
         """Figures, none without annotations, and what the evaluation server takes: an answer to every question.
 
-        A question whose picture cannot be read gets the prior's answer there, and no part in the figures.
+        A question whose image cannot be read gets the prior's answer there, and no part in the figures.
         """
         said = self.predict(entries, self._answers_of(model), "VQA")
         answered = {e.question_id: answer for e, answer in zip(entries, said, strict=True) if answer is not None}

@@ -101,7 +101,7 @@ def vqa_accuracy(predictions: Mapping[int, str], questions: Sequence[VqaQuestion
 def best_answers(questions: Iterable[VqaQuestion]) -> dict[str | None, str]:
     """The answer to each question type that gets the highest accuracy over its questions; under None, over all.
 
-    What can be had without the pictures: to be found on the training set and measured on another by
+    What can be had without the images: to be found on the training set and measured on another by
     `vqa_accuracy(prior_predictions(best, others), others)`. A tie goes to the first text. Raises ValueError if no
     question has annotators.
     """

@@ -30,7 +30,7 @@ class Curves:
             self._try(lambda writer, name=name, value=value: writer.add_scalar(name, value, step))
 
     def image(self, name: str, picture: Tensor, step: int) -> None:
-        """picture: uint8 (3, H, W)."""
+        """image: uint8 (3, H, W)."""
         self._try(lambda writer: writer.add_image(name, picture, step))
 
     def flush(self) -> None:

@@ -2,8 +2,8 @@
 
 Embeddings go the way of gradient_cache.py. Matching and masked language modelling are means over rows, so each
 micro-batch brings its part of them in the second pass. A hard negative may lie in another micro-batch or on another
-process; its tokens would have to be kept with their graph, so its picture or caption travels instead and is encoded
-anew beside the rows that want it. The gradient is the same, a sum over all places where a picture's tokens are used;
+process; its tokens would have to be kept with their graph, so its image or caption travels instead and is encoded
+anew beside the rows that want it. The gradient is the same, a sum over all places where an image's tokens are used;
 but for dropout, which is drawn twice for a negative.
 """
 
@@ -55,14 +55,12 @@ class CachedFusionBatch(CachedBatch):
         model = self.engine.module
         return model.draw_negatives(self.leaves, self.batch) if model.matches else None
 
-    def _exchange(
-        self, pictures: RowExchange, has_picture: Tensor, captions: RowExchange, has_caption: Tensor
-    ) -> Batch:
-        """For every row a wrong picture and a wrong caption, and whether there is one."""
+    def _exchange(self, pictures: RowExchange, has_image: Tensor, captions: RowExchange, has_caption: Tensor) -> Batch:
+        """For every row a wrong image and a wrong caption, and whether there is one."""
         return {
             "wrong_image": pictures(self.batch["image"]),
             "wrong_text": captions(self.batch["text"]),
-            "has_wrong_image": has_picture,
+            "has_wrong_image": has_image,
             "has_wrong_text": has_caption,
         }
 

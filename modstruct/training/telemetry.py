@@ -98,7 +98,7 @@ class Telemetry:
             self.curves.scalars(values, step)
 
     def image(self, name: str, picture: Tensor, step: int) -> None:
-        """picture: uint8 (3, H, W)."""
+        """image: uint8 (3, H, W)."""
         if self.curves is not None:
             self.curves.image(name, picture, step)
 

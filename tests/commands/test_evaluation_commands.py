@@ -138,7 +138,7 @@ def test_a_metric_that_a_set_cannot_have_is_named_and_the_others_are_measured(ma
     assert "64" in error
 
 
-def test_leaked_pictures_are_left_out_of_a_second_measurement(made):
+def test_leaked_images_are_left_out_of_a_second_measurement(made):
     out = made / "on2"
     keys = EmbeddedSet.open(out / "embeddings" / "scenes_colour").keys
     (out / "results" / "scenes_colour" / "leaked_keys.jsonl").write_text(json.dumps(keys[3]) + "\n")

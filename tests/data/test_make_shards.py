@@ -42,14 +42,14 @@ def test_a_folder_becomes_shards(tmp_path, make, capsys):
         (source / name).with_suffix(".txt").write_text(f"caption {number} ü\n")
     (source / "b.json").write_text('{"label": "x", "captions": ["p", "q"]}')
     (source / "lonely.png").write_bytes(picture())
-    (source / "broken.png").write_bytes(b"no picture")
+    (source / "broken.png").write_bytes(b"no image")
     (source / "broken.txt").write_text("words")
-    (source / "notes.md").write_text("no picture")
+    (source / "notes.md").write_text("no image")
     assert make(source, "--samples_per_shard", "2") == 0
     said = capsys.readouterr()
     assert "3 samples in" in said.out
     assert "1 left out: no caption" in said.out
-    assert f"undecodable picture: {source / 'broken.png'}" in said.err
+    assert f"undecodable image: {source / 'broken.png'}" in said.err
     samples, raws = read_all(tmp_path)
     assert [Path(shard).name for shard in samples.shards] == ["00000.tar", "00001.tar"]
     assert [raw.key for raw in raws] == ["00000000000", "00000000001", "00001000000"]
@@ -72,7 +72,7 @@ def test_a_table_becomes_shards(tmp_path, make, name, separator):
     assert [raw.metadata["label"] for raw in raws] == ["0", "1", "1", "2"]
 
 
-def test_rows_of_one_picture_may_be_joined(tmp_path, make):
+def test_rows_of_one_image_may_be_joined(tmp_path, make):
     for number in range(2):
         (tmp_path / f"{number}.png").write_bytes(picture(number))
     (tmp_path / "t.csv").write_text("image,caption\n0.png,p\n1.png,q\n0.png,r\n")

@@ -1,6 +1,6 @@
-"""A tiny source whose pictures and captions tell their number, and an encoder that looks their embeddings up.
+"""A tiny source whose images and captions tell their number, and an encoder that looks their embeddings up.
 
-The colour of picture i is (number, 0, 0) and its captions end in that number, so the right answer is known; looking up
+The colour of image i is (number, 0, 0) and its captions end in that number, so the right answer is known; looking up
 embeds a row the same way whatever else is in its batch.
 """
 
@@ -55,7 +55,7 @@ class LookUp:
 
 
 def write_source(folder: Path, numbers: list[int], captions_of=None, label_of=None, broken=()) -> EvaluationSamples:
-    """Write a shard with one picture for each number, and open it. broken: places whose picture is no picture."""
+    """Write a shard with one image for each number, and open it. broken: places whose image is no image."""
     captions_of = captions_of or (lambda number: [f"thing {number}"])
     label_of = label_of or (lambda number: {"parity": "odd" if number % 2 else "even"})
     folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ def write_source(folder: Path, numbers: list[int], captions_of=None, label_of=No
             Image.new("RGB", (12, 9), (number, 0, 0)).save(picture, "PNG")
             captions = captions_of(number)
             members = {
-                "png": b"no picture" if place in broken else picture.getvalue(),
+                "png": b"no image" if place in broken else picture.getvalue(),
                 "txt": captions[0].encode(),
                 "json": json.dumps({"captions": captions, **label_of(number)}).encode(),
             }

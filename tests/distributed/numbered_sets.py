@@ -1,4 +1,4 @@
-"""Numbered pictures as sets to embed, a model that looks embeddings up, and what an embedded folder holds."""
+"""Numbered images as sets to embed, a model that looks embeddings up, and what an embedded folder holds."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from numbered_pictures import LastNumberTokenizer, LookUp, views
+from numbered_images import LastNumberTokenizer, LookUp, views
 from PIL import Image
 
 from modstruct.config.embedding import EmbeddingConfig
@@ -50,7 +50,7 @@ def config(**changes) -> EmbeddingConfig:
 
 
 class LabelledNumbers:
-    """A set of labelled pictures; number i is of class i % 3, but those of `broken` cannot be read."""
+    """A set of labelled images; number i is of class i % 3, but those of `broken` cannot be read."""
 
     name, fingerprint = "numbers", "labelled 0"
     classes, templates = ("number 7", "number 8", "number 9"), ("a {}", "one {}")
@@ -63,7 +63,7 @@ class LabelledNumbers:
 
     def __getitem__(self, i: int) -> EvaluationSample:
         if i in self._broken:
-            raise BadSample("undecodable picture", f"number {i}")
+            raise BadSample("undecodable image", f"number {i}")
         return EvaluationSample(Image.new("RGB", (12, 9), (i, 0, 0)), [], {"label": i % 3, "key": f"key {i}"})
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from numbered_pictures import open_source, write_source
+from numbered_images import open_source, write_source
 from numbered_sets import Encode, LabelledNumbers, config, content, numbered_model
 from processes import run_on_processes
 

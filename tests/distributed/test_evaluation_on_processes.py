@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from numbered_pictures import CLASS_FILE, LastNumberTokenizer, LookUp, open_source, views, write_source
+from numbered_images import CLASS_FILE, LastNumberTokenizer, LookUp, open_source, views, write_source
 from processes import run_on_processes
 
 from modstruct.config import EvaluationConfig
@@ -54,7 +54,7 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sources")
     (folder / "classes.yaml").write_text(CLASS_FILE)
     for name, size in SIZES.items():
-        # Several captions a picture, and several pictures a caption.
+        # Several captions an image, and several images a caption.
         numbers = [i % (size - 2) for i in range(size)]
         broken = (8, 20) if name == "many" else ()
         write_source(folder / name, numbers, lambda n: [f"thing {n}", f"object {n}"], broken=broken)
@@ -70,7 +70,7 @@ def test_metrics_are_equal_on_any_number_of_processes_and_on_each(results, name)
     for processes in (2, 3):
         for result in results[processes]:
             assert result[name]["metrics"] == alone[name]["metrics"]
-    assert alone["many"]["metrics"]["skipped"] == {"undecodable picture": 2}
+    assert alone["many"]["metrics"]["skipped"] == {"undecodable image": 2}
 
 
 @pytest.mark.parametrize("name", SIZES)

@@ -50,8 +50,8 @@ def test_the_processes_together_take_every_sample_once_an_epoch(sizes, rows, blo
 
 @pytest.mark.parametrize("processes", PROCESSES)
 @pytest.mark.parametrize("sizes", [[25], [23, 2], [1, 17, 1, 6]], ids=str)
-def test_the_loaders_together_read_every_picture_once_an_epoch(tmp_path, processes, sizes):
-    """25 pictures in batches of 12: epochs begin in the middle of a batch, and of a process's rows."""
+def test_the_loaders_together_read_every_image_once_an_epoch(tmp_path, processes, sizes):
+    """25 images in batches of 12: epochs begin in the middle of a batch, and of a process's rows."""
     data = config(tmp_path)
     samples = opened(write_shards(tmp_path, sizes), data)
     batch, epochs = 12, 12
@@ -98,7 +98,7 @@ def test_a_real_run_on_three_processes_over_two_uneven_shards(tmp_path):
     pattern = write_shards(tmp_path / "shards", [23, 2])
     taken = run_on_processes(run_over, 3, pattern, str(tmp_path))[0]
     assert len(taken) == 6 * 12  # 62.5 samples, in whole batches
-    # The plain view of a picture is a function of its sample here (one colour), so a row tells its sample.
+    # The plain view of an image is a function of its sample here (one colour), so a row tells its sample.
     assert len(set(taken)) == 25
     for epoch in range(2):
         assert len(set(taken[epoch * 25 : (epoch + 1) * 25])) == 25

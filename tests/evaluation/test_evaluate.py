@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from numbered_pictures import CLASS_FILE, LastNumberTokenizer, LookUp, views, write_source
+from numbered_images import CLASS_FILE, LastNumberTokenizer, LookUp, views, write_source
 from torch.nn import functional as F
 
 from modstruct.config import EvaluationConfig
@@ -49,7 +49,7 @@ def test_samples_that_cannot_be_read_are_left_out_and_counted(tmp_path):
     np.testing.assert_array_equal(source.image, LookUp().image_table[kept])
     assert source.captions == [f"thing {n}" for n in kept]
     assert source.metadata == [{"parity": "odd" if n % 2 else "even"} for n in kept]
-    assert source.skipped == {"undecodable picture": 5}
+    assert source.skipped == {"undecodable image": 5}
 
 
 def test_a_source_with_too_many_bad_samples_is_refused(tmp_path):
@@ -80,7 +80,7 @@ def test_a_perfect_model_scores_everything(tmp_path):
     assert "zero_shot" not in metrics
 
 
-def test_zero_shot_uses_the_pictures_that_have_a_label(tmp_path):
+def test_zero_shot_uses_the_images_that_have_a_label(tmp_path):
     class_file = tmp_path / "classes.yaml"
     class_file.write_text(CLASS_FILE)
     samples = write_source(
@@ -113,7 +113,7 @@ def test_what_is_measured_can_be_shown_and_saved(tmp_path):
     metrics = measured(write_source(tmp_path, list(range(30)), broken=[3]), LookUp(noise=0.5))
     save_metrics(metrics, tmp_path / "metrics.json")
     assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
-    assert "undecodable picture" in table(metrics)
+    assert "undecodable image" in table(metrics)
     assert all(isinstance(value, float) for value in flatten(metrics).values())
 
 
@@ -122,7 +122,7 @@ def test_examples_show_the_caption_that_was_retrieved(tmp_path, monkeypatch):
     grids, drawn = [], []
     monkeypatch.setattr("modstruct.evaluation.examples.example_grid", lambda *arguments: drawn.append(arguments))
     encode = LookUp()
-    encode.text_table[4] = encode.image_table[5]  # "thing 4" comes before "object 5", and is now nearest to picture 5
+    encode.text_table[4] = encode.image_table[5]  # "thing 4" comes before "object 5", and is now nearest to image 5
     measured(samples, encode, inspect=lambda source: grids.append(retrieved_examples(source, samples, views(), 20)))
     ((images, own, found),) = drawn
     assert images[:, 0, 4, 4].tolist() == [*range(10), 0]

@@ -1,4 +1,4 @@
-"""The grid holds each picture and its captions, whatever their number and length."""
+"""The grid holds each image and its captions, whatever their number and length."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def has_colour(grid, colour):
     return bool((grid == torch.tensor(colour, dtype=torch.uint8)[:, None, None]).all(dim=0).any())
 
 
-def test_every_picture_is_drawn_in_order():
+def test_every_image_is_drawn_in_order():
     colours = torch.tensor([[255, 0, 0], [0, 0, 255], [255, 255, 0], [0, 255, 255], [255, 0, 255]], dtype=torch.uint8)
     images = colours[:, :, None, None].expand(-1, -1, 16, 16)
     grid = example_grid(images, ["one"] * 5, columns=4)
@@ -46,7 +46,7 @@ def test_text_stays_inside_its_cell(text):
     example_grid(torch.zeros(1, 3, 300, 200, dtype=torch.uint8), [text])
 
 
-def test_texts_and_pictures_must_be_as_many():
+def test_texts_and_images_must_be_as_many():
     with pytest.raises(ValueError, match="2 images, 1 captions"):
         example_grid(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), ["one"])
     with pytest.raises(ValueError, match="0 images"):

@@ -28,7 +28,7 @@ from modstruct.data.shards.index import ShardIndex, index_tar
 from modstruct.data.shards.reader import RawSample, ShardReader, _metadata
 from modstruct.data.tokenizers import ClipTokenizer, SentencePieceTokenizer, WordPieceTokenizer
 from modstruct.data.transforms.augment import Views
-from modstruct.data.transforms.decoding import decode_picture
+from modstruct.data.transforms.decoding import decode_image
 from modstruct.files import read_yaml
 
 Reader = tuple[Callable[[bytes], None], tuple[type[Exception], ...]]
@@ -49,7 +49,7 @@ def tar(folder: Path) -> Reader:
                 assert raw.caption == reader.caption(number) != ""
                 assert all(raw.captions)
                 assert raw.where.isprintable(), "a name in the log holds no control characters"
-                decode_picture(raw.image, 4_000_000, raw.where)
+                decode_image(raw.image, 4_000_000, raw.where)
             except BadSample:
                 continue
         reader.close()
@@ -74,7 +74,7 @@ def picture(folder: Path) -> Reader:
     views = Views(ViewsConfig(), 32)
 
     def read(content: bytes) -> None:
-        found = decode_picture(content, 20_000_000, "here")
+        found = decode_image(content, 20_000_000, "here")
         assert found.mode == "RGB"
         assert views.evaluation_image(found).shape == views.augmented_image(found, len(content)).shape == (3, 32, 32)
 
@@ -157,7 +157,7 @@ def tokenizer(folder: Path) -> Reader:
 
 
 def task(folder: Path) -> Reader:
-    """The published files of the downstream tasks, whose pictures need not be there."""
+    """The published files of the downstream tasks, whose images need not be there."""
     path, questions = folder / "x.json", as_json(folder / "questions.json", VQA_QUESTIONS)
     for images in ("train2014", "val2014", "test2015"):
         touched(folder / images / "COCO_train2014_000000458752.jpg")

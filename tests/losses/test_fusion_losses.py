@@ -73,10 +73,10 @@ def cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
     return -(targets * logs).sum(1)
 
 
-def plain_contrast(alpha: float, by_picture: bool):
+def plain_contrast(alpha: float, by_image: bool):
     def one_way(x, x_m, c_m, queue, o):
         columns = torch.cat([c_m, queue])
-        if by_picture:
+        if by_image:
             same = (o.pair_ids[:, None] == torch.cat([o.pair_ids, o.queue_ids])).double()
             right = same / same.sum(1, keepdim=True)
         else:
@@ -100,7 +100,7 @@ def test_contrast_with_queue(queue, alpha, positives):
     assert_same(QueueContrast(config), plain_contrast(alpha, positives == "picture"), outputs(queue))
 
 
-def test_with_no_picture_twice_positives_are_the_pairs():
+def test_with_no_image_twice_positives_are_the_pairs():
     made = outputs()
     made.pair_ids, made.queue_ids = torch.arange(PAIRS), torch.arange(7) + 50
     values = [

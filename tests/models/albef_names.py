@@ -104,7 +104,7 @@ class PlainAlbef:
         self.sizes, self.copy = sizes, copy
 
     def image(self, pixels: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W), normalised -> tokens: a pre-norm ViT."""
+        """Images (B, 3, H, W), normalised -> tokens: a pre-norm ViT."""
         s, name = self.sizes, f"visual_encoder{self.copy}"
         side = s.image // s.patch
         patches = pixels.double().reshape(len(pixels), 3, side, s.patch, side, s.patch).permute(0, 2, 4, 1, 3, 5)

@@ -211,7 +211,7 @@ def test_weights_trained_with_another_activation_name_the_architecture_that_has_
 
 
 @by_name
-def test_the_named_architecture_decides_the_size_of_the_picture(name):
+def test_the_named_architecture_decides_the_size_of_the_image(name):
     assert image_size(tiny_config(name=name)) == SIDES[name]
     assert image_size(tiny_config()) == 16
 

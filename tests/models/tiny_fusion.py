@@ -37,7 +37,7 @@ def albef_losses(**others) -> LossesConfig:
 
 
 def fusion_recipe(independent: bool = False, losses: LossesConfig | None = None, seed: int = 0, **fusion) -> Recipe:
-    """Widths of picture and text differ. fusion: fields of FusionConfig, and `text` and `vision` sections."""
+    """Widths of image and text differ. fusion: fields of FusionConfig, and `text` and `vision` sections."""
     vision = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 2, "heads": 2} | fusion.pop("vision", {})
     text = {"text_layers": 1, "fusion_layers": 2, "width": 12, "heads": 2} | fusion.pop("text", {})
     more = {"separation": SeparationConfig(weight=1.0)} if independent else {}
@@ -67,7 +67,7 @@ def fusion_model(recipe: Recipe | None = None, tokenizer: Tokenizer | None = Non
 
 
 def training_batch(rows: int = 6, seed: int = 0, size: int = 16, rate: float = 0.5) -> dict[str, Tensor]:
-    """Rows 0 and 4 have the same caption, and so on through the four CAPTIONS; every picture is another."""
+    """Rows 0 and 4 have the same caption, and so on through the four CAPTIONS; every image is another."""
     tokenizer = word_tokenizer()
     text = tokenizer([CAPTIONS[row % len(CAPTIONS)] for row in range(rows)])
     seeds = [seed * 1000 + row for row in range(rows)]

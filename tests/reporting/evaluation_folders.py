@@ -23,7 +23,7 @@ def unit(rows: np.ndarray) -> np.ndarray:
 
 
 class Embeddings:
-    """Pictures and captions of `rows` pairs: a common part, noise of each modality, and a gap between the two."""
+    """Images and captions of `rows` pairs: a common part, noise of each modality, and a gap between the two."""
 
     def __init__(self, rows: int, noise: float, gap: float, seed: int, dimension: int = 16):
         common = np.random.default_rng(0).normal(size=(rows, dimension)) * np.linspace(1.5, 0.3, dimension)
@@ -122,7 +122,7 @@ def write_run(
     save_result(folder, "scenes", "structure", structure, curves=curves, rows={"image": rows, "text": rows})
 
     random = np.random.default_rng(seed)
-    difficulty = np.random.default_rng(7).random(rows)  # of each picture: the same for all runs
+    difficulty = np.random.default_rng(7).random(rows)  # of each image: the same for all runs
     scores = difficulty + 0.15 * random.normal(size=rows)
     top = {f"top_{k}": scores < skill + 0.08 * (k - 1) for k in (1, 3, 5)}
     figures = {key: measured_mean(right, k / 18) for (key, right), k in zip(top.items(), (1, 3, 5), strict=True)}
@@ -169,7 +169,7 @@ def write_run(
 
 
 def write_examples(folder: Path, made: Embeddings, queries: int = 3, shown: int = 4) -> None:
-    """What the embeddings retrieve, both ways, with pictures that are drawn from the captions."""
+    """What the embeddings retrieve, both ways, with images that are drawn from the captions."""
     folder.mkdir(parents=True, exist_ok=True)
     scores = made.text @ made.image.T
     examples = []

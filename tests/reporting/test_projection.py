@@ -49,7 +49,7 @@ def test_of_many_pairs_evenly_spread_ones_are_shown_always_the_same(tmp_path):
     assert svg.count("<circle") == svg.count("<title>image of") == SHOWN_PAIRS
 
 
-def test_pictures_without_captions_are_paired_with_their_classes(tmp_path):
+def test_images_without_captions_are_paired_with_their_classes(tmp_path):
     made = Embeddings(40, 0.3, 0.8, 0)
     labels = np.arange(40) % 4
     labels[:3] = -1

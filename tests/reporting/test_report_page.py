@@ -12,7 +12,7 @@ import pytest
 from evaluation_folders import save_result
 
 from modstruct.reporting import write_report
-from modstruct.reporting.examples import Pictures, galleries
+from modstruct.reporting.examples import Images, galleries
 from modstruct.reporting.loading import load_evaluations
 
 VOID = {"meta", "img", "br", "hr", "link", "input", "circle", "rect", "path", "polygon"}
@@ -95,7 +95,7 @@ def test_it_asks_nothing_of_the_network_and_runs_no_script(page, report):
     assert policy.startswith("default-src 'none'; img-src data:; style-src 'sha256-")
 
 
-def test_tables_have_captions_and_scopes_pictures_have_texts_and_headings_descend(page):
+def test_tables_have_captions_and_scopes_images_have_texts_and_headings_descend(page):
     assert len(page.all("caption")) == len(page.all("table"))
     assert all(attrs.get("scope") in ("col", "row", "rowgroup") for attrs in page.all("th"))
     assert all(attrs["alt"] for attrs in page.all("img"))
@@ -156,8 +156,8 @@ def test_queries_of_several_runs_stand_together(run_folders):
             assert [one.run for one in query.found] == ["clip", "clip_sep", "clip_gc"]
 
 
-def test_pictures_beyond_the_limit_are_named_instead(run_folders):
-    found = galleries(load_evaluations(run_folders), Pictures(limit=3000))
+def test_images_beyond_the_limit_are_named_instead(run_folders):
+    found = galleries(load_evaluations(run_folders), Images(limit=3000))
     items = [item for g in found for q in g.queries for one in q.found for item in one.results if item.text is None]
     shown = [item for item in items if item.picture]
     assert 0 < sum(len(uri) for uri in {item.picture for item in shown}) <= 3000

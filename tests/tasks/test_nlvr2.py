@@ -26,7 +26,7 @@ def task(root) -> Task:
     return tiny_task(root, "nlvr2")
 
 
-def test_the_left_picture_comes_first(task):
+def test_the_left_image_comes_first(task):
     def plain(path: Path) -> Image.Image:
         return Image.new("RGB", (50, 40), (int(path.stem), 0, 0))
 
@@ -39,7 +39,7 @@ def test_the_left_picture_comes_first(task):
         assert (made["text"], made["label"]) == ("a star", 1)
 
 
-def test_the_two_pictures_are_cropped_each_for_itself(task):
+def test_the_two_images_are_cropped_each_for_itself(task):
     stripes = Image.linear_gradient("L").convert("RGB")
     entry = Nlvr2Statement("dev-1-0-0", (Path("a"), Path("b")), "a star", True)
     salts = []
@@ -48,7 +48,7 @@ def test_the_two_pictures_are_cropped_each_for_itself(task):
     assert not torch.equal(*made["image"])
 
 
-def test_a_batch_has_both_pictures_the_text_and_the_label(task):
+def test_a_batch_has_both_images_the_text_and_the_label(task):
     entries = task.entries("train", None).entries
     batch = task.collate([task.sample(entry, Image.open, None) for entry in entries[:4]])
     assert batch["image"].shape == (4, 2, 3, SIZE, SIZE)
@@ -91,7 +91,7 @@ def test_without_labels_there_are_predictions_alone(task):
     assert len(predictions) == len(entries)
 
 
-def test_an_unreadable_picture_is_predicted_nothing(root):
+def test_an_unreadable_image_is_predicted_nothing(root):
     task = tiny_task(root, "nlvr2")
     task.recipe.data.max_bad_share = 1.0
     entries = list(task.entries("test", None).entries)
@@ -110,7 +110,7 @@ def test_a_training_split_without_files_is_refused_by_name(root):
 
 
 def test_batches_that_do_not_fit_the_shared_memory_are_refused(root, monkeypatch):
-    """Twelve rows of two pictures in training: one being made, two ready, one in use."""
+    """Twelve rows of two images in training: one being made, two ready, one in use."""
     task = tiny_task(root, "nlvr2")
     task.recipe.data.workers = 1
     needed = 12 * 2 * 3 * SIZE**2 * 4

@@ -22,14 +22,14 @@ def task(root) -> Task:
     return tiny_task(root, "retrieval")
 
 
-def test_training_takes_every_caption_with_its_picture_and_evaluation_every_picture_once(task):
+def test_training_takes_every_caption_with_its_image_and_evaluation_every_image_once(task):
     train, test = (task.entries(split, None).entries for split in ("train", "test"))
     assert len({entry.image for entry in train}) == 23
     assert len(train) == len({(entry.image, entry.caption) for entry in train}) > 23
     assert len(test) == len({entry.image for entry in test}) == 20
 
 
-def test_a_training_batch_says_which_pairs_share_a_picture_or_a_caption(task):
+def test_a_training_batch_says_which_pairs_share_a_image_or_a_caption(task):
     entries = task.entries("train", None).entries
     same = [entry for entry in entries if entry.image == entries[0].image][:2]
     chosen = [*same, next(entry for entry in entries if entry.image != entries[0].image)]
@@ -67,11 +67,11 @@ def test_measures_both_stages_and_travels_to_loader_processes(task):
     assert 0 <= task.score(figures) <= 1
 
 
-def test_a_picture_that_cannot_be_read_is_left_out(task, tmp_path):
+def test_a_image_that_cannot_be_read_is_left_out(task, tmp_path):
     entries = list(task.entries("test", None).entries)
     task.recipe.data.max_bad_share = 0.5
     broken = tmp_path / "broken.jpg"
-    broken.write_bytes(b"no picture")
+    broken.write_bytes(b"no image")
     entries[3] = type(entries[3])(broken, entries[3].captions, entries[3].image_id)
     figures, _ = task.measure(task.build_model().eval(), entries)
     assert figures["sizes"]["pictures"] == 19

@@ -22,7 +22,7 @@ def task(root) -> Task:
     return tiny_task(root, "snli_ve")
 
 
-def test_a_batch_has_pictures_hypotheses_and_labels(task):
+def test_a_batch_has_images_hypotheses_and_labels(task):
     entries = task.entries("train", None).entries[:5]
     batch = task.collate([task.sample(entry, Image.open, None) for entry in entries])
     assert batch["image"].shape == (5, 3, SIZE, SIZE)

@@ -14,10 +14,10 @@ from PIL import Image
 from tiny_tasks import SIZE, Knowing, Stubborn, tiny_task, write_files
 
 from modstruct.data.downstream.batches import Seed, TaskBatches
-from modstruct.data.downstream.karpathy import CaptionedPicture
+from modstruct.data.downstream.karpathy import CaptionedImage
 from modstruct.data.shards.faults import BadSample
 from modstruct.data.transforms.augment import sample_seed
-from modstruct.tasks.text_assignment import ANSWERS, SplitPicture, TextAssignment
+from modstruct.tasks.text_assignment import ANSWERS, SplitImage, TextAssignment
 
 FIRST, SECOND, NEITHER = range(3)
 
@@ -35,15 +35,15 @@ def task(root) -> TextAssignment:
     return made
 
 
-def entries_of(task: TextAssignment, split: str = "train") -> list[SplitPicture]:
-    return [SplitPicture(picture, split, number) for number, picture in enumerate(task.pictures[split])]
+def entries_of(task: TextAssignment, split: str = "train") -> list[SplitImage]:
+    return [SplitImage(picture, split, number) for number, picture in enumerate(task.pictures[split])]
 
 
 def seeded(number: int) -> Seed:
     return lambda salt: sample_seed(number, 0, 0, salt)
 
 
-def assert_sound(task: TextAssignment, entry: SplitPicture, seed: Seed | None) -> int:
+def assert_sound(task: TextAssignment, entry: SplitImage, seed: Seed | None) -> int:
     asked = task.assignment(entry, seed)
     own, (left, right) = entry.picture.image, asked.images
     assert asked.text in entry.picture.captions
@@ -79,35 +79,35 @@ def test_answers_partners_places_and_captions_come_in_equal_shares(task):
         assert all(abs(n - total / kinds) < 5 * deviation for n in counted.values()), counted
 
 
-def test_of_three_pictures_neither_shows_the_two_others():
+def test_of_three_images_neither_shows_the_two_others():
     recipe_free = TextAssignment.__new__(TextAssignment)
-    pictures = tuple(CaptionedPicture(Path(name), (f"a {name}",), n) for n, name in enumerate("abc"))
+    pictures = tuple(CaptionedImage(Path(name), (f"a {name}",), n) for n, name in enumerate("abc"))
     recipe_free.pictures = {"train": pictures}
-    seen = Counter(assert_sound(recipe_free, SplitPicture(pictures[0], "train", 0), seeded(n)) for n in range(50))
+    seen = Counter(assert_sound(recipe_free, SplitImage(pictures[0], "train", 0), seeded(n)) for n in range(50))
     assert set(seen) == {FIRST, SECOND, NEITHER}
 
 
-def test_a_caption_of_all_pictures_is_a_bad_sample():
+def test_a_caption_of_all_images_is_a_bad_sample():
     recipe_free = TextAssignment.__new__(TextAssignment)
-    pictures = tuple(CaptionedPicture(Path(name), ("a picture",), n) for n, name in enumerate("abc"))
+    pictures = tuple(CaptionedImage(Path(name), ("an image",), n) for n, name in enumerate("abc"))
     recipe_free.pictures = {"train": pictures}
-    with pytest.raises(BadSample, match=r"caption of too many pictures: a: 'a picture'"):
-        recipe_free.assignment(SplitPicture(pictures[0], "train", 0), seeded(0))
+    with pytest.raises(BadSample, match=r"caption of too many images: a: 'an image'"):
+        recipe_free.assignment(SplitImage(pictures[0], "train", 0), seeded(0))
 
 
-def test_a_split_of_two_pictures_is_refused_by_name(root, tmp_path):
+def test_a_split_of_two_images_is_refused_by_name(root, tmp_path):
     content = json.loads((root / "karpathy" / "dataset_coco.json").read_text())
     content["images"] = [image for image in content["images"] if image["split"] == "val"][:2]
     (tmp_path / "two.json").write_text(json.dumps(content))
     task = tiny_task(root, "text_assignment")
     task.recipe.data.validation.captions = str(tmp_path / "two.json")
-    with pytest.raises(ValueError, match=r"data\.validation\.captions = .*two\.json'?: has 2 pictures .* at least 3"):
+    with pytest.raises(ValueError, match=r"data\.validation\.captions = .*two\.json'?: has 2 images .* at least 3"):
         task.entries("validation", None)
 
 
 def test_every_number_of_processes_asks_the_same(task):
     entries, data = entries_of(task), task.recipe.data
-    steps = range(5)  # two epochs and a bit: 23 pictures, 12 a step
+    steps = range(5)  # two epochs and a bit: 23 images, 12 a step
 
     def batches(processes: int) -> list[dict[str, torch.Tensor]]:
         shares = [TaskBatches(task, entries, data, 12, 3, process, processes) for process in range(processes)]
@@ -127,7 +127,7 @@ def test_loader_processes_ask_the_same(task):
     dataset = TaskBatches(task, entries, task.recipe.data, 12, 3, 0, 1)
     sent = pickle.loads(pickle.dumps(dataset))
     assert all(torch.equal(value, sent[1].tensors[name]) for name, value in dataset[1].tensors.items())
-    # The pictures of the split travel once, not once an entry.
+    # The images of the split travel once, not once an entry.
     assert sent.composer.pictures["train"][0] is sent.entries[0].picture
 
 
@@ -137,7 +137,7 @@ def test_each_epoch_asks_anew(task):
     assert len(asked) > 15
 
 
-def test_the_fingerprint_tells_pictures_and_captions(root, task):
+def test_the_fingerprint_tells_images_and_captions(root, task):
     entries = task.entries("train", None)
     assert entries.fingerprint == task.entries("train", None).fingerprint
     first = entries.entries[0]
@@ -157,7 +157,7 @@ def test_accuracy_stands_beside_one_third(task):
     assert metrics["accuracy"]["value"] == sum(e.number % 3 == 0 for e in entries) / len(entries)
 
 
-def test_the_picture_of_each_place_is_the_one_that_is_asked_about(task):
+def test_the_image_of_each_place_is_the_one_that_is_asked_about(task):
     entry = entries_of(task)[4]
 
     def told(path: Path) -> Image.Image:

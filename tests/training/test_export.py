@@ -149,10 +149,10 @@ def test_a_bert_text_tower_is_exported_under_our_names_and_not_for_open_clip(tmp
 
 
 @pytest.mark.parametrize("picture_size", [(16, 16), (37, 61), (90, 40)])
-def test_open_clips_preprocessing_gives_our_pixels_but_for_rounding(tmp_path, picture_size):
+def test_open_clips_preprocessing_gives_our_pixels_but_for_rounding(tmp_path, image_size):
     model, folder = exported(tmp_path, tiny_config(), word_tokenizer())
     _, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
-    noise = pictures(max(picture_size), count=1)[0, :, : picture_size[1], : picture_size[0]]
+    noise = pictures(max(image_size), count=1)[0, :, : image_size[1], : image_size[0]]
     picture = Image.fromarray(noise.permute(1, 2, 0).numpy())
     views = ViewsConfig(mean=MEAN, std=STD)
     model.mean, model.std = views.mean, views.std

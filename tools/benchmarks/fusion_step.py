@@ -60,7 +60,7 @@ def measure(recipe: Recipe, pairs: int, rounds: int) -> dict[str, float]:
 
 
 def batch_of(recipe: Recipe, tokenizer: ClipTokenizer, pairs: int) -> dict[str, Tensor]:
-    """Noise for pictures, captions of twenty words, every pair another."""
+    """Noise for images, captions of twenty words, every pair another."""
     generator = torch.Generator().manual_seed(0)
     side = recipe.fusion.vision.image_size
     text = tokenizer(["a " * 20 + str(number) for number in range(pairs)])

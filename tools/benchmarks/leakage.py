@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""What leakage search finds and misses on your pictures: copies of some of them as they occur, and pictures apart.
+"""What leakage search finds and misses on your images: copies of some of them as they occur, and images apart.
 
     python tools/benchmarks/leakage.py --train '/data/emoji/train-*.tar' --distinct /data/emoji/unseen.tar
 
-Some training pictures are coded, scaled, cropped, brightened and mirrored, and looked for among all of them. Found is a
-copy whose original is listed; false is a pair of a copy and another picture, unless the original itself is as near to
-that one. --distinct: shards that hold no training picture; what is found of theirs is listed for you to look at, with
+Some training images are coded, scaled, cropped, brightened and mirrored, and looked for among all of them. Found is a
+copy whose original is listed; false is a pair of a copy and another image, unless the original itself is as near to
+that one. --distinct: shards that hold no training image; what is found of theirs is listed for you to look at, with
 find_leakage.py. A table for each limit of the hashes (--hamming) and of the second look (--difference).
 
 Emoji (96 x 96, 300 of 8,006 copied, --hamming 8 --difference 0.2): found 1.000 of JPEG 90 and 50, half and 1.7 times
@@ -15,7 +15,7 @@ are up to 6 false pairs. The same concept by another designer is not found; of 2
 
 Scenes (64 x 64, small objects on a noisy ground, 80 of 2,000 copied, --hamming 8 --difference 0.2): found 1.00 of
 JPEG 90, 10 % darker and mirrored, 0.95 of 1.7 times the size, 0.75 of 10 % brighter, 0.74 of JPEG 50, 0.30 to 0.45 of
-crops, 0.18 of JPEG 20, 0.04 of half the size; no false pair, and none of 1,000 test scenes. On pictures whose content
+crops, 0.18 of JPEG 20, 0.04 of half the size; no false pair, and none of 1,000 test scenes. On images whose content
 is a few pixels wide the limits are strict: a share found there is a lower bound.
 """
 
@@ -86,7 +86,7 @@ def main() -> None:
     random = np.random.default_rng(options.seed)
     rows = np.sort(random.choice(len(train), min(options.pictures, len(train)), replace=False))
     pictures = [train_samples[int(train.indices[row])].picture for row in rows]
-    print(f"{len(rows)} of {len(train):,} pictures; share of copies found / false pairs")
+    print(f"{len(rows)} of {len(train):,} images; share of copies found / false pairs")
     originals = search(pictures, train, options, mirrored=False)
     limits = list(itertools.product(options.hamming, options.difference))
     print(f"{'':26}" + "".join(f"{f'h {h} d {d:g}':>16}" for h, d in limits))
@@ -128,7 +128,7 @@ def within(found: Duplicates, hamming: int, difference: float) -> np.ndarray:
 def judged(
     copies: Duplicates, originals: Duplicates, rows: np.ndarray, hamming: int, difference: float
 ) -> tuple[float, int]:
-    """Share of the copies whose original is listed, and pairs with pictures that the original is not near to."""
+    """Share of the copies whose original is listed, and pairs with images that the original is not near to."""
     near = within(copies, hamming, difference)
     own = near & (copies.train == rows[copies.evaluation])
     known = set(zip(originals.evaluation.tolist(), originals.train.tolist(), strict=True))
@@ -140,7 +140,7 @@ def parse() -> argparse.Namespace:
     defaults = Thresholds()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", nargs="+", required=True, help="shards, patterns in quotes")
-    parser.add_argument("--distinct", nargs="+", help="shards without any training picture")
+    parser.add_argument("--distinct", nargs="+", help="shards without any training image")
     parser.add_argument("--pictures", type=int, default=400, help="that are copied (default: %(default)s)")
     parser.add_argument("--hamming", type=int, nargs="+", default=[6, defaults.hamming, 10])
     parser.add_argument("--difference", type=float, nargs="+", default=[0.15, defaults.difference, 0.25])

@@ -1,4 +1,4 @@
-"""How much of its time the loader spends on pictures, and how long a training step waits for it.
+"""How much of its time the loader spends on images, and how long a training step waits for it.
 
 python tools/benchmarks/loader.py --photographs --model.vision.image_size 224 --batch 64  # 2 minutes on two cores
 python tools/benchmarks/loader.py --shards '../shared/data/emoji/train-*.tar'
@@ -181,7 +181,7 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
 
 @dataclass
 class Draw:
-    """One sample's picture and what was drawn for its two views."""
+    """One sample's image and what was drawn for its two views."""
 
     content: bytes
     boxes: list[tuple[int, int, int, int] | None]

@@ -3,7 +3,7 @@
 python tools/benchmarks/resume.py                       # 10 million samples: under a minute
 python tools/benchmarks/resume.py --samples 400000000
 
-A synthetic table of samples (counts a shard and, in a file without content, 28 bytes a sample; no pictures) stands for
+A synthetic table of samples (counts a shard and, in a file without content, 28 bytes a sample; no images) stands for
 a source that is indexed already. Every position gets a fresh process: it opens the table, makes the order, locates the
 slots of the step and reads their rows. Seconds are without Python's own start; memory is what the process grows by.
 Writes JSON to --out.

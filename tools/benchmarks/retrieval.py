@@ -4,12 +4,12 @@ python tools/benchmarks/retrieval.py                                            
 python tools/benchmarks/retrieval.py --gallery 1000000 --queries 10000 --dimension 512  # 1M items: about 4 minutes
 python tools/benchmarks/retrieval.py --index ivf --storage float16                      # and an approximate index
 
-First both ways over --dense_images pictures with five captions each: by `measure_retrieval`, by a dense matrix as
+First both ways over --dense_images images with five captions each: by `measure_retrieval`, by a dense matrix as
 CLIP_benchmark's retrieval metric has it (scores = texts @ images.T, top-k), written plainly below, and recall by
 FAISS. All figures must be equal, else the program ends with 1. The rows are multiples of 2^-11, so that scores are
 exact in float32 and a tie is a tie for all; in general two programs round differently, and a rank may move by one
 where scores differ in the last bit. Rows are isotropic around their pairs: the hardest case for approximate indexes.
-Then --queries captions over --gallery pictures in a file, memory-mapped, and what all pairs of such a gallery would
+Then --queries captions over --gallery images in a file, memory-mapped, and what all pairs of such a gallery would
 take. Each part runs in a process of its own; memory is the growth of its peak: `own` without the mapped pages of
 files.
 """
@@ -65,9 +65,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default, text in (
         ("queries", 5_000, "Captions of the large part"),
-        ("gallery", 100_000, "Pictures of the large part"),
+        ("gallery", 100_000, "Images of the large part"),
         ("dimension", 512, "Of all embeddings"),
-        ("dense_images", 5_000, f"Pictures beside the dense matrix, with {CAPTIONS} captions each"),
+        ("dense_images", 5_000, f"Images beside the dense matrix, with {CAPTIONS} captions each"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: %(default)s).")
     parser.add_argument(
@@ -76,7 +76,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--index", default="exact", choices=["exact", "ivf", "hnsw"], help="Beside exact ranks.")
     parser.add_argument("--probes", type=int, default=32, help="Of an inverted file (default: %(default)s).")
     parser.add_argument("--search_width", type=int, default=128, help="Of a graph (default: %(default)s).")
-    parser.add_argument("--noise", type=float, default=6.0, help="Between caption and picture (default: %(default)s).")
+    parser.add_argument("--noise", type=float, default=6.0, help="Between caption and image (default: %(default)s).")
     parser.add_argument("--scratch", type=Path, help="Folder for the embeddings (default: the system's).")
     parser.add_argument("--out", type=Path, help="JSON file to write.")
     options = parser.parse_args(arguments)
@@ -84,7 +84,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         if getattr(options, name) < 1:
             parser.error(f"--{name} {getattr(options, name)}: give at least 1")
     if options.queries > options.gallery:
-        parser.error(f"--queries {options.queries}: give at most --gallery {options.gallery}, each has one picture")
+        parser.error(f"--queries {options.queries}: give at most --gallery {options.gallery}, each has one image")
     return options
 
 
@@ -94,7 +94,7 @@ def against_dense(options: argparse.Namespace, folder: str) -> dict:
     image, text = Path(folder, "image.npy"), Path(folder, "text.npy")
     write_rows(image, images, options.dimension, "float32", seed=1)
     write_rows(text, texts, options.dimension, "float32", seed=2, like=image, each=CAPTIONS, noise=options.noise)
-    print(f"\nboth ways, {images:,} pictures, {texts:,} captions, D = {options.dimension}")
+    print(f"\nboth ways, {images:,} images, {texts:,} captions, D = {options.dimension}")
     results = {}
     for name, function in (("ours", counted), ("dense", dense), ("faiss", listed)):
         results[name] = apart(function, str(image), str(text))
@@ -118,7 +118,7 @@ def large(options: argparse.Namespace, folder: str) -> dict:
     write_rows(gallery, options.gallery, options.dimension, options.storage, seed=3)
     write_rows(queries, options.queries, options.dimension, options.storage, seed=4, like=gallery, noise=options.noise)
     print(
-        f"\n{options.queries:,} captions over {options.gallery:,} pictures, D = {options.dimension}, "
+        f"\n{options.queries:,} captions over {options.gallery:,} images, D = {options.dimension}, "
         f"{options.storage}: {gallery.stat().st_size / GIB:.2f} GiB, made in {time.perf_counter() - start:.0f} s"
     )
     results = {"exact": apart(exact, str(queries), str(gallery))}

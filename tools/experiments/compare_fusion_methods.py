@@ -94,7 +94,7 @@ def task_of(options: argparse.Namespace, method: str, task: str, start: Future, 
     start.result()
     folder = options.out / method
     init, runs = folder / "pretraining", {}
-    if task == "nlvr2":  # whose two pictures are learned about first
+    if task == "nlvr2":  # whose two images are learned about first
         words = ["--recipe", "text_assignment", "--init", str(init)]
         init = folder / "text_assignment"
         runs["text_assignment"] = run(options, "finetune", init, words, lanes)

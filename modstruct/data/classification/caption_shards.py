@@ -13,13 +13,13 @@ from modstruct.data.shards.evaluation_samples import EvaluationSample
 from modstruct.data.shards.reader import ShardReader
 from modstruct.data.shards.samples import open_samples
 from modstruct.data.synthetic.splits import SPLITS
-from modstruct.data.transforms.decoding import decode_picture
+from modstruct.data.transforms.decoding import decode_image
 
 SCENES_LABELS = {"colour": "zero_shot.yaml", "shape": "zero_shot_shape.yaml"}
 
 
 class LabelledSamples:
-    """The LabelledPictures of image-text shards: the label stands in each sample's KEY.json, and the captions stay.
+    """The LabelledImages of image-text shards: the label stands in each sample's KEY.json, and the captions stay.
 
     metadata has all that KEY.json has, "label" (class row, -1 where the file has none or null) and "key" beside it.
     """
@@ -43,12 +43,12 @@ class LabelledSamples:
         raw = self._reader.read(index)
         metadata = raw.metadata | {"label": self._named.row_of(raw.metadata), "key": raw.key}
         return EvaluationSample(
-            decode_picture(raw.image, self.config.max_image_pixels, raw.where), raw.captions, metadata
+            decode_image(raw.image, self.config.max_image_pixels, raw.where), raw.captions, metadata
         )
 
 
 def open_scenes(name: str, place: SetFolder, split: str, label: str, config: DataConfig) -> LabelledSamples:
-    """A split of the built-in pictures, in the folder that `ensure_scenes` fills, by colour or by shape."""
+    """A split of the built-in images, in the folder that `ensure_scenes` fills, by colour or by shape."""
     file = place.root / SCENES_LABELS[label]
     if not file.is_file():
         place.refuse(f"there is no {file.name} in it")

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from modstruct.data.classification.class_names import readable
-from modstruct.data.classification.image_stores import PictureArray
-from modstruct.data.classification.labelled_images import FoundPictures
+from modstruct.data.classification.image_stores import ImageArray
+from modstruct.data.classification.labelled_images import FoundImages
 from modstruct.data.classification.pickled_values import PickledArray, read_pickled
 from modstruct.data.classification.set_folder import SetFolder
 
@@ -38,7 +38,7 @@ class _Version:
     names: tuple[str, str, str]
     """Pickle with the names of the classes, the key of them in it, and the binary version's file of names."""
     label_bytes: int
-    """Before the pixels of a picture in the binary version; the last of them is the label."""
+    """Before the pixels of an image in the binary version; the last of them is the label."""
 
 
 _CIFAR10 = _Version(
@@ -59,17 +59,17 @@ _CIFAR100 = _Version(
 )
 
 
-def read_cifar10(place: SetFolder, split: str) -> FoundPictures:
-    """50,000 pictures for training and 10,000 for test, 32 x 32, of ten classes."""
+def read_cifar10(place: SetFolder, split: str) -> FoundImages:
+    """50,000 images for training and 10,000 for test, 32 x 32, of ten classes."""
     return _read(place, split, _CIFAR10)
 
 
-def read_cifar100(place: SetFolder, split: str) -> FoundPictures:
-    """50,000 pictures for training and 10,000 for test, 32 x 32, of a hundred ("fine") classes."""
+def read_cifar100(place: SetFolder, split: str) -> FoundImages:
+    """50,000 images for training and 10,000 for test, 32 x 32, of a hundred ("fine") classes."""
     return _read(place, split, _CIFAR100)
 
 
-def _read(place: SetFolder, split: str, version: _Version) -> FoundPictures:
+def _read(place: SetFolder, split: str, version: _Version) -> FoundImages:
     pickled = any((place.root / folder / version.names[0]).exists() for folder in (version.pickles, "."))
     if pickled:
         folder = place.folder_with(version.names[0], version.pickles)
@@ -89,18 +89,18 @@ def _read(place: SetFolder, split: str, version: _Version) -> FoundPictures:
         load = partial(_binary_pixels, place, version, files)
     if labels.max() >= len(classes) or labels.min() < 0:
         place.refuse(f"a label of {files[0].name} is outside the {len(classes)} classes of {folder}")
-    return FoundPictures(PictureArray(load, f"{split}/"), labels, [readable(name) for name in classes])
+    return FoundImages(ImageArray(load, f"{split}/"), labels, [readable(name) for name in classes])
 
 
 def _binary_pixels(place: SetFolder, version: _Version, files: tuple[Path, ...]) -> np.ndarray:
-    return _as_pictures(np.concatenate([_rows(place, version, file)[:, version.label_bytes :] for file in files]))
+    return _as_images(np.concatenate([_rows(place, version, file)[:, version.label_bytes :] for file in files]))
 
 
 def _pickled_pixels(place: SetFolder, version: _Version, files: tuple[Path, ...]) -> np.ndarray:
-    return _as_pictures(np.concatenate([_pickled_batch(place, version, file)[0] for file in files]))
+    return _as_images(np.concatenate([_pickled_batch(place, version, file)[0] for file in files]))
 
 
-def _as_pictures(rows: np.ndarray) -> np.ndarray:
+def _as_images(rows: np.ndarray) -> np.ndarray:
     """(n, 3072), channel by channel -> (n, 32, 32, 3)."""
     return rows.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)
 
@@ -112,7 +112,7 @@ def _rows(place: SetFolder, version: _Version, file: Path) -> np.ndarray:
         place.refuse(f"there is no file {file}")
     size = file.stat().st_size
     if size == 0 or size % width:
-        place.refuse(f"{file} has {size} bytes, no multiple of the {width} of a picture: it is damaged or cut off")
+        place.refuse(f"{file} has {size} bytes, no multiple of the {width} of an image: it is damaged or cut off")
     return np.memmap(file, np.uint8, "r").reshape(-1, width)
 
 
@@ -122,7 +122,7 @@ def _pickled_batch(place: SetFolder, version: _Version, file: Path) -> tuple[np.
     pixels, labels = content.get("data"), content.get(version.label_key)
     array = pixels.as_bytes() if isinstance(pixels, PickledArray) else None
     if array is None or array.ndim != 2 or array.shape[1] != PIXELS or not len(array):
-        place.refuse(f"{file} has no array of bytes (pictures, {PIXELS}) by the key 'data'")
+        place.refuse(f"{file} has no array of bytes (images, {PIXELS}) by the key 'data'")
     numbers = isinstance(labels, list) and all(type(label) is int and 0 <= label < 1 << 16 for label in labels)
     if not numbers or len(labels) != len(array):
         place.refuse(f"{file} has no list of {len(array)} labels by the key {version.label_key!r}")

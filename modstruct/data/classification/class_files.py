@@ -85,7 +85,7 @@ def read_keys(path: Path, keys: Sequence[str]) -> dict:
 def check_templates(path: Path, templates: object) -> tuple[str, ...]:
     """The templates of a file, each of which must have one {}."""
     if not isinstance(templates, list) or not templates:
-        refuse_key(path, "templates", templates, 'a list of at least one text, such as "a picture of a {}"')
+        refuse_key(path, "templates", templates, 'a list of at least one text, such as "an image of a {}"')
     for template in templates:
         if not isinstance(template, str) or template.count("{}") != 1:
             refuse_key(path, "templates", template, "a text with exactly one {}, where the name of the class goes")

@@ -10,7 +10,7 @@ FLOWERS_MENDED = {
     "pink-yellow dahlia?": "pink and yellow dahlia",
     "ball moss": "air plant",
 }
-# Folders of Caltech101 whose names do not say what their pictures show.
+# Folders of Caltech101 whose names do not say what their images show.
 CALTECH101_MENDED = {
     "Faces": "off-center face",
     "Faces_easy": "centered face",

@@ -1,4 +1,4 @@
-"""Tar shards with a picture and a label a sample: KEY.webp (or png, jpg) and KEY.cls, as CLIP_benchmark converts sets.
+"""Tar shards with an image and a label a sample: KEY.webp (or png, jpg) and KEY.cls, as CLIP_benchmark converts sets.
 
 FOLDER/
   classnames.txt                          one a line, by label
@@ -18,23 +18,23 @@ import numpy as np
 from PIL import Image
 
 from modstruct.data.classification.folder_sets import split_folder
-from modstruct.data.classification.labelled_images import FoundPictures, hashed
+from modstruct.data.classification.labelled_images import FoundImages, hashed
 from modstruct.data.classification.set_folder import SetFolder
 from modstruct.data.shards.faults import BadSample
 from modstruct.data.shards.index import KINDS, LARGEST_BYTES, printable
 from modstruct.data.shards.tar_headers import CutOff, DamagedHeader, next_member
-from modstruct.data.transforms.decoding import decode_picture
+from modstruct.data.transforms.decoding import decode_image
 
 NAMES, TEMPLATES, COUNT = "classnames.txt", "zeroshot_classification_templates.txt", "nshards.txt"
 LONGEST_LABEL = 32  # bytes of a .cls
 BUFFER_BYTES = 1 << 20
 
 
-class ShardPictures:
-    """Pictures inside tars, by place; one tar is open at a time, since sets are read in order."""
+class ShardImages:
+    """Images inside tars, by place; one tar is open at a time, since sets are read in order."""
 
     def __init__(self, shards: Sequence[Path], places: np.ndarray, keys: Sequence[str]):
-        """places: (n, 3) int64: number of the shard, first byte and bytes of each picture."""
+        """places: (n, 3) int64: number of the shard, first byte and bytes of each image."""
         self.shards, self._places = tuple(shards), places
         self._keys = np.array([os.fsencode(key) for key in keys])
         self._open: tuple[int, int] | None = None  # number of a shard and its file descriptor
@@ -70,7 +70,7 @@ class ShardPictures:
             raise BadSample("unreadable shard", f"{where}: {error.strerror or error}") from None
         if len(content) < size:
             raise BadSample("truncated shard", where)
-        return decode_picture(content, max_pixels, where)
+        return decode_image(content, max_pixels, where)
 
 
 def has_class_shards(root: Path) -> bool:
@@ -78,8 +78,8 @@ def has_class_shards(root: Path) -> bool:
     return (root / NAMES).is_file()
 
 
-def read_class_shards(place: SetFolder, split: str) -> FoundPictures:
-    """A split of a converted set. Samples without picture or label are left out; a damaged shard is refused."""
+def read_class_shards(place: SetFolder, split: str) -> FoundImages:
+    """A split of a converted set. Samples without image or label are left out; a damaged shard is refused."""
     if not (place.root / NAMES).is_file():
         place.refuse(f"there is no {NAMES} in it")
     classes = place.lines(place.root / NAMES)
@@ -102,8 +102,8 @@ def read_class_shards(place: SetFolder, split: str) -> FoundPictures:
 
 def labelled_shards(
     place: SetFolder, shards: Sequence[Path], classes: Sequence[str], templates: Sequence[str] | None = None
-) -> FoundPictures:
-    """The pictures of tars with a label beside each, from 0 to the number of classes less one."""
+) -> FoundImages:
+    """The images of tars with a label beside each, from 0 to the number of classes less one."""
     places, labels, keys = [], [], []
     left_out: Counter[str] = Counter()
     for number, shard in enumerate(shards):
@@ -119,15 +119,15 @@ def labelled_shards(
             labels.append(label)
             keys.append(key)
     if not places:
-        place.refuse(f"no sample of {len(shards)} shards has picture and label ({dict(left_out)})")
-    store = ShardPictures(shards, np.array(places, dtype=np.int64), keys)
-    return FoundPictures(store, np.array(labels, dtype=np.int64), classes, templates, dict(left_out))
+        place.refuse(f"no sample of {len(shards)} shards has image and label ({dict(left_out)})")
+    store = ShardImages(shards, np.array(places, dtype=np.int64), keys)
+    return FoundImages(store, np.array(labels, dtype=np.int64), classes, templates, dict(left_out))
 
 
 def _cause(found: dict) -> str | None:
     """Why a sample cannot be used."""
     if "picture" not in found:
-        return "no picture"
+        return "no image"
     if "label" not in found:
         return "no label"
     if not found["label"].isdigit():
@@ -136,7 +136,7 @@ def _cause(found: dict) -> str | None:
 
 
 def _samples(place: SetFolder, shard: Path):
-    """Yields (key, {"picture": (first byte, bytes), "label": its text}) of each run of members with one key."""
+    """Yields (key, {"image": (first byte, bytes), "label": its text}) of each run of members with one key."""
     key, found = None, {}
     for member_key, extension, start, size, content in _members(place, shard):
         if member_key != key:

@@ -8,20 +8,20 @@ from pathlib import Path
 import numpy as np
 
 from modstruct.data.classification.class_names import CALTECH101_MENDED, GTSRB, readable
-from modstruct.data.classification.labelled_images import FoundPictures
+from modstruct.data.classification.labelled_images import FoundImages
 from modstruct.data.classification.set_folder import SetFolder
 
 CALTECH101_TRAINING = 30
-"""Pictures of each class for training, as most work on it has (and Radford et al. 2021)."""
+"""Images of each class for training, as most work on it has (and Radford et al. 2021)."""
 SST2_SPLITS = {"train": "train", "validation": "valid", "test": "test"}
 SST2_CLASSES = ("negative", "positive")
 SPLIT_FOLDERS = {"train": ("train",), "validation": ("validation", "val", "valid"), "test": ("test",)}
 
 
-def read_caltech101(place: SetFolder, split: str) -> FoundPictures:
+def read_caltech101(place: SetFolder, split: str) -> FoundImages:
     """Objects (Fei-Fei et al. 2004), 101 classes without the background class.
 
-    No split is published. Here 30 pictures of each class, those with the smallest hash of their name, are for training
+    No split is published. Here 30 images of each class, those with the smallest hash of their name, are for training
     and all others for test: a draw that is the same everywhere.
     """
     base = place.folder_with("101_ObjectCategories", "caltech101", "caltech-101") / "101_ObjectCategories"
@@ -35,20 +35,20 @@ def read_caltech101(place: SetFolder, split: str) -> FoundPictures:
         chosen[sorted(rows, key=hashes.__getitem__)[:CALTECH101_TRAINING]] = True
     kept = np.flatnonzero(chosen if split == "train" else ~chosen)
     classes = [CALTECH101_MENDED.get(name, readable(name)).lower() for name in names]
-    return FoundPictures(place.pictures(base, [keys[row] for row in kept]), labels[kept], classes)
+    return FoundImages(place.pictures(base, [keys[row] for row in kept]), labels[kept], classes)
 
 
-def read_rendered_sst2(place: SetFolder, split: str) -> FoundPictures:
-    """Sentences of film reviews drawn as pictures (Radford et al. 2021), negative or positive."""
+def read_rendered_sst2(place: SetFolder, split: str) -> FoundImages:
+    """Sentences of film reviews drawn as images (Radford et al. 2021), negative or positive."""
     base = place.folder_with(SST2_SPLITS[split], "rendered-sst2") / SST2_SPLITS[split]
     absent = [name for name in SST2_CLASSES if not (base / name).is_dir()]
     if absent:
         place.refuse(f"there is no folder {base / absent[0]}")
     store, labels = place.class_folders(base, {name: label for label, name in enumerate(SST2_CLASSES)})
-    return FoundPictures(store, labels, SST2_CLASSES)
+    return FoundImages(store, labels, SST2_CLASSES)
 
 
-def read_gtsrb(place: SetFolder, split: str) -> FoundPictures:
+def read_gtsrb(place: SetFolder, split: str) -> FoundImages:
     """German traffic signs (Stallkamp et al. 2012), 43 classes."""
     if split == "train":
         found = [name for name in ("Training", "Final_Training/Images") if (_signs(place) / name).is_dir()]
@@ -58,16 +58,14 @@ def read_gtsrb(place: SetFolder, split: str) -> FoundPictures:
         labels = {name: int(name) for name in place.subfolders(base) if name.isdecimal()}
         _require_signs(place, base, list(labels.values()))
         store, numbers = place.class_folders(base, labels)
-        return FoundPictures(store, numbers, GTSRB)
+        return FoundImages(store, numbers, GTSRB)
     file = place.folder_with("GT-final_test.csv", "gtsrb") / "GT-final_test.csv"
     rows = list(place.table(file, ("Filename", "ClassId"), delimiter=";"))
     if not all(label.isdecimal() for _, label in rows):
         place.refuse(f"{file} has a ClassId that is no number")
     numbers = np.array([int(label) for _, label in rows], dtype=np.int64)
     _require_signs(place, file, numbers.tolist())
-    return FoundPictures(
-        place.pictures(_signs(place) / "Final_Test/Images", [name for name, _ in rows]), numbers, GTSRB
-    )
+    return FoundImages(place.pictures(_signs(place) / "Final_Test/Images", [name for name, _ in rows]), numbers, GTSRB)
 
 
 def _signs(place: SetFolder) -> Path:
@@ -79,7 +77,7 @@ def _require_signs(place: SetFolder, where: Path, labels: list[int]) -> None:
         place.refuse(f"{where} has the class {max(labels)}, above the last of the {len(GTSRB)} signs")
 
 
-def read_folder(place: SetFolder, split: str) -> FoundPictures:
+def read_folder(place: SetFolder, split: str) -> FoundImages:
     """Class folders of any names, in the split's folder (train; validation, val or valid; test) or in the root itself.
 
     Without a folder of any split, the root is taken for the split test.
@@ -87,8 +85,8 @@ def read_folder(place: SetFolder, split: str) -> FoundPictures:
     return class_folders(place, split_folder(place, split))
 
 
-def class_folders(place: SetFolder, base: Path, names: dict[str, str] | None = None) -> FoundPictures:
-    """Pictures in class folders. names: readable name of each class by its folder; without it, the folders' names."""
+def class_folders(place: SetFolder, base: Path, names: dict[str, str] | None = None) -> FoundImages:
+    """Images in class folders. names: readable name of each class by its folder; without it, the folders' names."""
     folders = place.subfolders(base)
     if names is None:
         names = {name: readable(name) for name in folders}
@@ -99,7 +97,7 @@ def class_folders(place: SetFolder, base: Path, names: dict[str, str] | None = N
         place.refuse(f"{base} has {len(names)} class folders, where there must be at least two")
     label = {name: number for number, name in enumerate(names)}
     store, labels = place.class_folders(base, {name: label[name] for name in folders})
-    return FoundPictures(store, labels, list(names.values()))
+    return FoundImages(store, labels, list(names.values()))
 
 
 def split_folder(place: SetFolder, split: str) -> Path:

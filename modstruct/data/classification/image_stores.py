@@ -1,4 +1,4 @@
-"""Where labelled pictures lie: in files of their own, or as rows of one array of pixels."""
+"""Where labelled images lie: in files of their own, or as rows of one array of pixels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 
 from modstruct.data.classification.labelled_images import hashed
 from modstruct.data.shards.faults import BadSample
-from modstruct.data.transforms.decoding import FORMATS, decode_picture
+from modstruct.data.transforms.decoding import FORMATS, decode_image
 
 # GTSRB is published as PPM, and some files of Oxford Pets that are called .jpg are GIF or BMP.
 FILE_FORMATS = (*FORMATS, "PPM", "GIF", "BMP")
@@ -19,8 +19,8 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".ppm", ".gif", ".bmp")
 LARGEST_FILE_BYTES = 1 << 28
 
 
-class PictureFiles:
-    """Picture files by their paths in a folder, which are their keys."""
+class ImageFiles:
+    """Image files by their paths in a folder, which are their keys."""
 
     def __init__(self, folder: Path, paths: Sequence[str]):
         """paths: relative to the folder, at least one."""
@@ -40,16 +40,16 @@ class PictureFiles:
             with open(path, "rb") as file:
                 content = file.read(LARGEST_FILE_BYTES + 1)
         except OSError as error:
-            raise BadSample("unreadable picture", f"{path}: {error.strerror or error}") from None
+            raise BadSample("unreadable image", f"{path}: {error.strerror or error}") from None
         if len(content) > LARGEST_FILE_BYTES:
-            raise BadSample("oversized picture", str(path))
-        return decode_picture(content, max_pixels, str(path), FILE_FORMATS)
+            raise BadSample("oversized image", str(path))
+        return decode_image(content, max_pixels, str(path), FILE_FORMATS)
 
 
-class PictureArray:
-    """Pictures as rows of an array (n, H, W, 3) uint8, which each process loads at first use.
+class ImageArray:
+    """Images as rows of an array (n, H, W, 3) uint8, which each process loads at first use.
 
-    load: returns the array; can be sent to another process. key: what stands before the number in a picture's key.
+    load: returns the array; can be sent to another process. key: what stands before the number in an image's key.
     """
 
     def __init__(self, load: Callable[[], np.ndarray], key: str):

@@ -1,10 +1,10 @@
-"""The sets of labelled pictures by name, and how a command line names one.
+"""The sets of labelled images by name, and how a command line names one.
 
 cifar10@/data/cifar10              a published set's usual split: test, or validation where test has no labels
 cifar10:train@/data/cifar10        another split
 imagenet_a@/data/wds_imagenet-a    the same set as converted shards (KEY.webp, KEY.cls, classnames.txt)
 folder@/data/birds                 class folders of any names;  shards@/data/wds_birds  converted shards
-scenes_shape:train@FOLDER          the built-in pictures, in the folder that holds their shards
+scenes_shape:train@FOLDER          the built-in images, in the folder that holds their shards
 birds.yaml, birds.yaml:train       the user's own set (see user_sets)
 classes.yaml@/data/pairs-*.tar     image-text shards and a class file (label, templates, classes)
 """
@@ -28,7 +28,7 @@ from modstruct.data.classification.imagenet_sets import (
     read_imagenet_sketch,
     read_imagenet_v2,
 )
-from modstruct.data.classification.labelled_images import FoundPictures, LabelledPictures, LabelledSet
+from modstruct.data.classification.labelled_images import FoundImages, LabelledImages, LabelledSet
 from modstruct.data.classification.listed_sets import (
     read_dtd,
     read_fgvc_aircraft,
@@ -50,7 +50,7 @@ TWO, THREE, TEST = ("train", "test"), SPLITS, ("test",)
 class PublishedSet:
     """One set: who reads it, in what splits, and where its files come from."""
 
-    read: Callable[[SetFolder, str], FoundPictures]
+    read: Callable[[SetFolder, str], FoundImages]
     splits: tuple[str, ...]
     """Those whose labels are public; the last is the one that results are published on."""
     download: str
@@ -115,7 +115,7 @@ SETS: dict[str, PublishedSet] = {
     ),
     "stl10": PublishedSet(read_stl10, TWO, "download stl10_binary.tar.gz from Stanford's STL-10 page and unpack it"),
     "svhn": PublishedSet(read_svhn, TWO, "download train_32x32.mat and test_32x32.mat from Stanford's SVHN page"),
-    "folder": PublishedSet(read_folder, SPLITS, "give a folder with a folder of pictures for each class"),
+    "folder": PublishedSet(read_folder, SPLITS, "give a folder with a folder of images for each class"),
     "shards": PublishedSet(
         read_class_shards, SPLITS, "give a set's folder as CLIP_benchmark converts it: classnames.txt and test/0.tar, …"
     ),
@@ -173,10 +173,10 @@ def set_splits(text: str) -> tuple[str, ...]:
     return _splits(parsed)
 
 
-def open_labelled(text: str, config: DataConfig) -> LabelledPictures:
+def open_labelled(text: str, config: DataConfig) -> LabelledImages:
     """The set that a command line names (see the module), its files checked and its labels read.
 
-    config: workers, cache, largest pictures and the share of bad ones. The name of the set is that of the registry, of
+    config: workers, cache, largest images and the share of bad ones. The name of the set is that of the registry, of
     the folder for `folder` and `shards`, or the YAML file's; -SPLIT stands behind it for another than the usual split.
     Raises ValueError or FileNotFoundError that names the set, what is missing or wrong, and what to download.
     """

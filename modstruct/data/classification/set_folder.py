@@ -11,9 +11,9 @@ from typing import NoReturn
 
 import numpy as np
 
-from modstruct.data.classification.image_stores import EXTENSIONS, PictureFiles
+from modstruct.data.classification.image_stores import EXTENSIONS, ImageFiles
 
-LARGEST_TEXT_BYTES = 256 << 20  # a list of two million pictures
+LARGEST_TEXT_BYTES = 256 << 20  # a list of two million images
 LARGEST_MAT_BYTES = 4 << 30  # SVHN's extra set takes 1.3 GB
 NAMES_SHOWN = 3
 
@@ -75,24 +75,24 @@ class SetFolder:
             self.refuse(f"{path} holds no variable {absent[0]!r}")
         return [np.atleast_1d(content[name]) for name in variables]
 
-    def pictures(self, folder: Path, paths: Sequence[str]) -> PictureFiles:
+    def pictures(self, folder: Path, paths: Sequence[str]) -> ImageFiles:
         """The files at paths in a folder, all of which must be there; each subfolder is listed once."""
         if not paths:
-            self.refuse(f"no picture of this split is named for {folder}")
+            self.refuse(f"no image of this split is named for {folder}")
         listings: dict[str, frozenset[str]] = {}
         missing = []
         for path in paths:
             parent, _, file = path.rpartition("/")
             if parent not in listings:
                 if ".." in PurePosixPath(parent).parts or parent.startswith("/"):
-                    self.refuse(f"a picture is called {path!r}, which points out of {folder}")
+                    self.refuse(f"an image is called {path!r}, which points out of {folder}")
                 listings[parent] = _files(folder / parent)
             if file not in listings[parent]:
                 missing.append(path)
         if missing:
             first = ", ".join(missing[:NAMES_SHOWN])
-            self.refuse(f"{len(missing):,} of {len(paths):,} pictures are not in {folder}, the first {first}")
-        return PictureFiles(folder, paths)
+            self.refuse(f"{len(missing):,} of {len(paths):,} images are not in {folder}, the first {first}")
+        return ImageFiles(folder, paths)
 
     def subfolders(self, folder: Path) -> list[str]:
         """Names of the folders in a folder, sorted as texts; hidden ones are passed over."""
@@ -101,10 +101,10 @@ class SetFolder:
         with os.scandir(folder) as entries:
             return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
 
-    def class_folders(self, folder: Path, labels: dict[str, int]) -> tuple[PictureFiles, np.ndarray]:
-        """The pictures in class folders, in order of label and file name, and their labels (n,).
+    def class_folders(self, folder: Path, labels: dict[str, int]) -> tuple[ImageFiles, np.ndarray]:
+        """The images in class folders, in order of label and file name, and their labels (n,).
 
-        labels: class of each subfolder that is read. Files that are not called like pictures are passed over.
+        labels: class of each subfolder that is read. Files that are not called like images are passed over.
         """
         paths, found = [], []
         for name, label in sorted(labels.items(), key=lambda item: item[1]):
@@ -112,8 +112,8 @@ class SetFolder:
             paths += [f"{name}/{file}" for file in files]
             found += [label] * len(files)
         if not paths:
-            self.refuse(f"there is no picture ({', '.join(EXTENSIONS)}) in the folders of {folder}")
-        return PictureFiles(folder, paths), np.array(found, dtype=np.int64)
+            self.refuse(f"there is no image ({', '.join(EXTENSIONS)}) in the folders of {folder}")
+        return ImageFiles(folder, paths), np.array(found, dtype=np.int64)
 
     def _check_file(self, path: Path, largest_bytes: int) -> None:
         if not path.is_file():

@@ -1,8 +1,8 @@
-"""The user's own set of labelled pictures, described by a small YAML file.
+"""The user's own set of labelled images, described by a small YAML file.
 
 name: my_birds                        # a plain file name
-pictures: {train: train, test: test}  # or one place, which is then the split test; from the YAML file's folder on:
-                                      #   a folder with a folder a class; a CSV file with the columns `picture` (a
+images: {train: train, test: test}  # or one place, which is then the split test; from the YAML file's folder on:
+                                      #   a folder with a folder a class; a CSV file with the columns `image` (a
                                       #   path from the CSV file's folder on) and `label`; or tar shards (path, glob
                                       #   or brace pattern) with KEY.cls or, if `label` is given, with KEY.json
 label: species                        # CSV column, or field of KEY.json; left out: `label`, or KEY.cls
@@ -29,7 +29,7 @@ from modstruct.data.classification.class_files import (
 )
 from modstruct.data.classification.class_shards import labelled_shards
 from modstruct.data.classification.folder_sets import SPLIT_FOLDERS, class_folders
-from modstruct.data.classification.labelled_images import FoundPictures, LabelledPictures, LabelledSet
+from modstruct.data.classification.labelled_images import FoundImages, LabelledImages, LabelledSet
 from modstruct.data.classification.set_folder import SetFolder
 from modstruct.data.classification.templates import PAPER_TEMPLATE
 from modstruct.data.downstream.published_files import PLAIN_NAME
@@ -84,7 +84,7 @@ def load_user_set(path: Path) -> UserSet:
     )
 
 
-def open_user_set(path: Path, split: str | None, config: DataConfig) -> LabelledPictures:
+def open_user_set(path: Path, split: str | None, config: DataConfig) -> LabelledImages:
     """A split of the user's set; split: None for the first there is of test, validation, train.
 
     Raises ValueError, naming file and remedy.
@@ -95,7 +95,7 @@ def open_user_set(path: Path, split: str | None, config: DataConfig) -> Labelled
     if split not in described.pictures:
         refuse_key(path, "pictures", described.pictures, f"a place for the split {split}")
     name = described.name if split == usual else f"{described.name}-{split}"
-    place = SetFolder(name, path.parent, f"correct `pictures` or `classes` in {path}")
+    place = SetFolder(name, path.parent, f"correct `images` or `classes` in {path}")
     pictures = str(path.parent / Path(described.pictures[split]).expanduser())
     if Path(pictures).is_dir():
         found = class_folders(place, Path(pictures), described.classes)
@@ -107,18 +107,18 @@ def open_user_set(path: Path, split: str | None, config: DataConfig) -> Labelled
         named = ZeroShotClasses(described.label, described.templates, described.classes)
         return LabelledSamples(name, split, pictures, named, config)
     else:
-        shards = [Path(shard) for shard in expand_pattern(pictures, False, f"{path}: pictures")]
+        shards = [Path(shard) for shard in expand_pattern(pictures, False, f"{path}: images")]
         found = labelled_shards(place, shards, list(described.classes.values()))
     return LabelledSet(name, split, found, described.templates, config)
 
 
-def _from_table(place: SetFolder, file: Path, described: UserSet) -> FoundPictures:
+def _from_table(place: SetFolder, file: Path, described: UserSet) -> FoundImages:
     rows = list(place.table(file, ("picture", described.label or "label")))
     row_of = {label: row for row, label in enumerate(described.classes)}
     unknown = next((label for _, label in rows if label not in row_of), None)
     if unknown is not None:
         place.refuse(f"{file}: the label {unknown!r} is none of the {len(row_of)} classes")
     labels = np.array([row_of[label] for _, label in rows], dtype=np.int64)
-    return FoundPictures(
+    return FoundImages(
         place.pictures(file.parent, [path for path, _ in rows]), labels, list(described.classes.values())
     )

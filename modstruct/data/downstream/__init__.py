@@ -2,5 +2,5 @@
 
 Every reader returns `TaskEntries`: frozen records in the order of the file, and what was left out, by cause. A
 missing file or folder is refused by the option that named it, a malformed entry by file, number and key
-(published_files.py); pictures are looked up in listings of their folders (picture_folders.py).
+(published_files.py); images are looked up in listings of their folders (image_folders.py).
 """

@@ -1,4 +1,4 @@
-"""Batches of a downstream task: step s -> this process's entries of the global batch of step s, pictures decoded."""
+"""Batches of a downstream task: step s -> this process's entries of the global batch of step s, images decoded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from modstruct.data.shards.loader import SUBSTITUTES, TrainBatch
 from modstruct.data.shards.order import SampleOrder
 from modstruct.data.shards.workers import WorkerLoader
 from modstruct.data.transforms.augment import sample_seed
-from modstruct.data.transforms.decoding import decode_picture
+from modstruct.data.transforms.decoding import decode_image
 from modstruct.distributed.collect import my_batches
 
 LARGEST_PICTURE_BYTES = 256 << 20
@@ -32,27 +32,27 @@ class Composer(Protocol):
     """How entries of a task become tensors; travels to loader processes."""
 
     def sample(self, entry: Any, picture: Callable[[Path], Image.Image], seed: Seed | None) -> dict[str, Any]:
-        """One entry's views. picture: reads a file, or raises BadSample. seed: None in evaluation: nothing is drawn."""
+        """One entry's views. image: reads a file, or raises BadSample. seed: None in evaluation: nothing is drawn."""
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Samples -> one batch."""
 
 
-def read_picture(path: Path, max_pixels: int) -> Image.Image:
-    """A picture file, decoded. Raises BadSample."""
+def read_image(path: Path, max_pixels: int) -> Image.Image:
+    """An image file, decoded. Raises BadSample."""
     try:
         if path.stat().st_size > LARGEST_PICTURE_BYTES:
             raise BadSample("decompression bomb", f"{path} (more than {LARGEST_PICTURE_BYTES >> 20} MiB)")
         content = path.read_bytes()
     except OSError as error:
-        raise BadSample("unreadable picture", f"{path}: {error.strerror or error}") from None
-    return decode_picture(content, max_pixels, str(path))
+        raise BadSample("unreadable image", f"{path}: {error.strerror or error}") from None
+    return decode_image(content, max_pixels, str(path))
 
 
 class TaskBatches(Dataset):
     """Map from a step to a TrainBatch of this process's rows: those of every global batch that fall to it.
 
-    The entries of a step depend on the seed and the step alone, as in data/loader.py; an entry whose picture cannot be
+    The entries of a step depend on the seed and the step alone, as in data/loader.py; an entry whose image cannot be
     read is replaced by another one, always the same.
     """
 
@@ -89,17 +89,17 @@ class TaskBatches(Dataset):
                 return sample_seed(self.seed, epoch, number, salt)
 
             try:
-                made = self.composer.sample(self.entries[number], self._picture, seed)
+                made = self.composer.sample(self.entries[number], self._image, seed)
                 return made | {"slot": slot}
             except BadSample as bad:
                 batch.faults.append((bad.cause, bad.where))
             epoch, number = self.order.substitute(slot, attempt)
         raise TooManyBadSamples(
-            f"{SUBSTITUTES + 1} pictures in a row cannot be used, the last: {': '.join(batch.faults[-1])}"
+            f"{SUBSTITUTES + 1} images in a row cannot be used, the last: {': '.join(batch.faults[-1])}"
         )
 
-    def _picture(self, path: Path) -> Image.Image:
-        return read_picture(path, self.max_pixels)
+    def _image(self, path: Path) -> Image.Image:
+        return read_image(path, self.max_pixels)
 
 
 def task_order(entries: int, seed: int) -> SampleOrder:
@@ -124,7 +124,7 @@ def task_loader(
 
 @dataclass
 class EntryBatch:
-    """Some entries of a split, those whose picture cannot be read left out."""
+    """Some entries of a split, those whose image cannot be read left out."""
 
     tensors: dict[str, Tensor]
     numbers: list[int]
@@ -140,14 +140,14 @@ class _EntryBatches(Dataset):
         samples, kept, faults = [], [], []
         for number in numbers:
             try:
-                samples.append(self.composer.sample(self.entries[number], self._picture, None))
+                samples.append(self.composer.sample(self.entries[number], self._image, None))
                 kept.append(number)
             except BadSample as bad:
                 faults.append((bad.cause, bad.where))
         return EntryBatch(self.composer.collate(samples) if samples else {}, kept, faults)
 
-    def _picture(self, path: Path) -> Image.Image:
-        return read_picture(path, self.max_pixels)
+    def _image(self, path: Path) -> Image.Image:
+        return read_image(path, self.max_pixels)
 
 
 def entry_batches(

@@ -1,7 +1,7 @@
 """Captions of COCO and Flickr30K in the splits of Karpathy & Fei-Fei 2015, by which retrieval is measured.
 
 Files: dataset_coco.json and dataset_flickr30k.json of https://cs.stanford.edu/people/karpathy/deepimagesent/
-(caption_datasets.zip). COCO's entries name the folder of their picture (`filepath`: train2014 or val2014),
+(caption_datasets.zip). COCO's entries name the folder of their image (`filepath`: train2014 or val2014),
 Flickr30K's do not.
 """
 
@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from modstruct.data.downstream.image_folders import PictureFolders
+from modstruct.data.downstream.image_folders import ImageFolders
 from modstruct.data.downstream.published_files import TaskEntries, published_file, read_json_object
 from modstruct.errors import require
 
@@ -19,20 +19,20 @@ CAPTIONS_REMEDY = (
     "download caption_datasets.zip from https://cs.stanford.edu/people/karpathy/deepimagesent/ and unzip it"
 )
 IMAGES_REMEDY = (
-    "download the pictures (COCO 2014, or Flickr30K) and give the folder that holds train2014 and val2014, or the "
+    "download the images (COCO 2014, or Flickr30K) and give the folder that holds train2014 and val2014, or the "
     "ID.jpg files"
 )
 CAPTION_KEYS = ("images", "filename", "filepath", "split", "sentences", "raw", "cocoid", "imgid")
 SPLITS = ("train", "val", "test")
 SPLIT_OF_RUN = {"train": "train", "validation": "val", "test": "test"}
 """Our names of the splits -> Karpathy's."""
-# COCO's validation pictures that are in neither val nor test. Published retrieval results, ALBEF's too, train on them
-# (113,287 pictures with them, 82,783 without), so here they are training pictures.
+# COCO's validation images that are in neither val nor test. Published retrieval results, ALBEF's too, train on them
+# (113,287 images with them, 82,783 without), so here they are training images.
 SPLIT_OF = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 
 
 @dataclass(frozen=True)
-class CaptionedPicture:
+class CaptionedImage:
     image: Path
     captions: tuple[str, ...]
     image_id: int
@@ -46,18 +46,18 @@ def read_karpathy(
     *,
     option: str = "data.train",
     leave_out_missing: bool = False,
-) -> TaskEntries[CaptionedPicture]:
-    """The pictures of a split (train, val or test) with their captions, in the order of the file; restval is train.
+) -> TaskEntries[CaptionedImage]:
+    """The images of a split (train, val or test) with their captions, in the order of the file; restval is train.
 
     images: the folder that holds `filepath`/`filename`, or `filename` itself. option: the recipe's section, for
-    errors: `option`.captions and `option`.images. leave_out_missing: go without pictures that are not there.
+    errors: `option`.captions and `option`.images. leave_out_missing: go without images that are not there.
 
-    Raises ValueError for a file, folder or picture that is not there, a malformed entry, another split, and a split
-    that has no picture in the file.
+    Raises ValueError for a file, folder or image that is not there, a malformed entry, another split, and a split
+    that has no image in the file.
     """
     require(split in SPLITS, f"{option}.split", split, f"one of {', '.join(SPLITS)}")
     path = published_file(captions, f"{option}.captions", CAPTIONS_REMEDY)
-    pictures = PictureFolders(Path(images), f"{option}.images", IMAGES_REMEDY, leave_out_missing=leave_out_missing)
+    pictures = ImageFolders(Path(images), f"{option}.images", IMAGES_REMEDY, leave_out_missing=leave_out_missing)
     entries, seen = [], set()
     left_out: Counter[str] = Counter()
     for record in read_json_object(path, CAPTION_KEYS).records("images"):
@@ -66,16 +66,16 @@ def read_karpathy(
         folder = pictures.subfolder(record.file_name("filepath")) if "filepath" in record.fields else pictures.root
         image = folder / record.file_name("filename")
         if image in seen:
-            record.refuse("filename", "a picture that no other entry has")
+            record.refuse("filename", "an image that no other entry has")
         seen.add(image)
         texts = tuple(sentence.text("raw") for sentence in record.records("sentences"))
         if not texts:
             record.refuse("sentences", "at least one caption")
         if pictures.has(image):
             image_id = record.whole("cocoid" if "cocoid" in record.fields else "imgid")
-            entries.append(CaptionedPicture(image, texts, image_id))
+            entries.append(CaptionedImage(image, texts, image_id))
         else:
-            left_out["picture missing"] += 1
-    require(bool(seen), f"{option}.split", split, f"no picture of {path} belongs to it; give another split or file")
+            left_out["image missing"] += 1
+    require(bool(seen), f"{option}.split", split, f"no image of {path} belongs to it; give another split or file")
     pictures.refuse_missing()
     return TaskEntries(tuple(entries), dict(left_out))

@@ -2,7 +2,7 @@
 
 Files, from https://github.com/lil-lab/nlvr (nlvr2/data): train.json, dev.json, test1.json (called test-P in papers),
 one JSON object a line. The identifier `dev-850-0-1` is split, set, pair of the set and sentence of the set; its
-pictures are `dev-850-0-img0.png` (left) and `dev-850-0-img1.png` (right), whatever format they have inside.
+images are `dev-850-0-img0.png` (left) and `dev-850-0-img1.png` (right), whatever format they have inside.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from re import ASCII, fullmatch
 
-from modstruct.data.downstream.image_folders import PictureFolders
+from modstruct.data.downstream.image_folders import ImageFolders
 from modstruct.data.downstream.published_files import Record, TaskEntries, published_file, read_json_lines
 
 STATEMENTS_REMEDY = "download it from https://github.com/lil-lab/nlvr (nlvr2/data)"
 IMAGES_REMEDY = (
-    "ask for the pictures by the form in https://github.com/lil-lab/nlvr (nlvr2/README.md) and give the split's own "
+    "ask for the images by the form in https://github.com/lil-lab/nlvr (nlvr2/README.md) and give the split's own "
     "folder: images/train, dev or test1"
 )
 LABELS = {"True": True, "False": False}
@@ -38,16 +38,16 @@ def read_nlvr2(
 ) -> TaskEntries[Nlvr2Statement]:
     """The statements of one split, in the order of their file.
 
-    images: the folder of this split's pictures. Training pictures lie in its subfolders 0 to 99, which each entry's
+    images: the folder of this split's images. Training images lie in its subfolders 0 to 99, which each entry's
     `directory` tells; as the download script leaves them, without subfolders, they are found too.
     option: the recipe's section, for errors: `option`.statements, `option`.images. leave_out_missing: go without
-    statements of which a picture is not there (about 5 % of the published addresses are dead).
+    statements of which an image is not there (about 5 % of the published addresses are dead).
 
-    Raises ValueError for a file, folder or picture that is not there, a malformed entry, and an identifier that comes
+    Raises ValueError for a file, folder or image that is not there, a malformed entry, and an identifier that comes
     twice.
     """
     path = published_file(statements, f"{option}.statements", STATEMENTS_REMEDY)
-    pictures = PictureFolders(Path(images), f"{option}.images", IMAGES_REMEDY, leave_out_missing=leave_out_missing)
+    pictures = ImageFolders(Path(images), f"{option}.images", IMAGES_REMEDY, leave_out_missing=leave_out_missing)
     entries, seen = [], set()
     left_out: Counter[str] = Counter()
     for record in read_json_lines(path):
@@ -66,7 +66,7 @@ def read_nlvr2(
         if all([pictures.has(left), pictures.has(right)]):
             entries.append(Nlvr2Statement(identifier, (left, right), record.text("sentence"), _label(record)))
         else:
-            left_out["picture missing"] += 1
+            left_out["image missing"] += 1
     pictures.refuse_missing()
     return TaskEntries(tuple(entries), dict(left_out))
 

@@ -41,7 +41,7 @@ class TaskEntries(Generic[Entry]):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all entries, of their pictures by name: equal wherever the same files lie."""
+        """Hash of all entries, of their images by name: equal wherever the same files lie."""
         content = hashlib.blake2b(digest_size=16)
         for entry in self.entries:
             content.update(json.dumps(dataclasses.astuple(entry), default=lambda path: path.name).encode())

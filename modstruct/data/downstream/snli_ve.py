@@ -1,7 +1,7 @@
-"""SNLI-VE: does a picture entail a sentence, contradict it, or leave it open? (Xie et al. 2019)
+"""SNLI-VE: does an image entail a sentence, contradict it, or leave it open? (Xie et al. 2019)
 
 Files, from https://github.com/necla-ml/SNLI-VE: snli_ve_train.jsonl, snli_ve_dev.jsonl, snli_ve_test.jsonl; the
-pictures are Flickr30K's, `flickr30k-images/2407214681.jpg`.
+images are Flickr30K's, `flickr30k-images/2407214681.jpg`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from modstruct.data.downstream.image_folders import PictureFolders
+from modstruct.data.downstream.image_folders import ImageFolders
 from modstruct.data.downstream.published_files import TaskEntries, published_file, read_json_lines
 
 HYPOTHESES_REMEDY = "download it by the links in https://github.com/necla-ml/SNLI-VE"
@@ -38,13 +38,13 @@ def read_snli_ve(
 ) -> TaskEntries[EntailmentPair]:
     """The hypotheses of one split, in the order of their file; those labelled "-" are left out and counted.
 
-    images: the folder of the pictures ID.jpg. option: the recipe's section, for errors: `option`.hypotheses and
-    `option`.images. leave_out_missing: go without hypotheses whose picture is not there.
+    images: the folder of the images ID.jpg. option: the recipe's section, for errors: `option`.hypotheses and
+    `option`.images. leave_out_missing: go without hypotheses whose image is not there.
 
-    Raises ValueError for a file, folder or picture that is not there, and for a malformed entry.
+    Raises ValueError for a file, folder or image that is not there, and for a malformed entry.
     """
     path = published_file(hypotheses, f"{option}.hypotheses", HYPOTHESES_REMEDY)
-    pictures = PictureFolders(Path(images), f"{option}.images", IMAGES_REMEDY, leave_out_missing=leave_out_missing)
+    pictures = ImageFolders(Path(images), f"{option}.images", IMAGES_REMEDY, leave_out_missing=leave_out_missing)
     entries = []
     left_out: Counter[str] = Counter()
     for record in read_json_lines(path):
@@ -60,6 +60,6 @@ def read_snli_ve(
         if pictures.has(image):
             entries.append(EntailmentPair(record.text("pairID"), image, record.text("sentence2"), label))
         else:
-            left_out["picture missing"] += 1
+            left_out["image missing"] += 1
     pictures.refuse_missing()
     return TaskEntries(tuple(entries), dict(left_out))

@@ -1,7 +1,7 @@
-"""VQA v2: open questions about COCO pictures, each answered by ten annotators (Goyal et al. 2017).
+"""VQA v2: open questions about COCO images, each answered by ten annotators (Goyal et al. 2017).
 
 Files, from https://visualqa.org/download.html: `v2_OpenEnded_mscoco_train2014_questions.json` and, except for the
-test splits, `v2_mscoco_train2014_annotations.json`; the pictures are COCO's,
+test splits, `v2_mscoco_train2014_annotations.json`; the images are COCO's,
 `train2014/COCO_train2014_000000000009.jpg`.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from re import fullmatch
 
-from modstruct.data.downstream.image_folders import PictureFolders
+from modstruct.data.downstream.image_folders import ImageFolders
 from modstruct.data.downstream.published_files import (
     Record,
     TaskEntries,
@@ -25,9 +25,7 @@ from modstruct.errors import require
 
 QUESTIONS_REMEDY = "download the questions from https://visualqa.org/download.html and unzip them"
 ANNOTATIONS_REMEDY = "download the annotations from https://visualqa.org/download.html and unzip them, or give null"
-IMAGES_REMEDY = (
-    "download COCO's pictures from https://cocodataset.org/#download and give the folder that holds {folder}"
-)
+IMAGES_REMEDY = "download COCO's images from https://cocodataset.org/#download and give the folder that holds {folder}"
 ANSWERS_REMEDY = "give ALBEF's answer_list.json, or null to take the most frequent answers of the training set"
 
 QUESTION_KEYS = ("data_subtype", "questions", "question_id", "image_id", "question")
@@ -60,16 +58,16 @@ def read_vqa(
     """The questions of one split, in the order of their file.
 
     images: the folder that holds train2014, val2014 or test2015, or that folder itself; the questions file says which
-    (test-dev2015 has the pictures of test2015). option: the recipe's section, for errors: `option`.questions and so
-    on. leave_out_missing: go without questions whose picture is not there.
+    (test-dev2015 has the images of test2015). option: the recipe's section, for errors: `option`.questions and so
+    on. leave_out_missing: go without questions whose image is not there.
 
-    Raises ValueError for a file, folder or picture that is not there, a malformed entry, a question id that comes
+    Raises ValueError for a file, folder or image that is not there, a malformed entry, a question id that comes
     twice, and questions without annotation.
     """
     path = published_file(questions, f"{option}.questions", QUESTIONS_REMEDY)
     content = read_json_object(path, QUESTION_KEYS)
-    subset = _picture_subset(content)
-    pictures = PictureFolders(
+    subset = _image_subset(content)
+    pictures = ImageFolders(
         Path(images), f"{option}.images", IMAGES_REMEDY.format(folder=subset), leave_out_missing=leave_out_missing
     )
     folder = pictures.subfolder(subset)
@@ -78,7 +76,7 @@ def read_vqa(
         answered = _read_annotations(published_file(annotations, f"{option}.annotations", ANNOTATIONS_REMEDY))
 
     entries, seen = [], set()
-    found: dict[int, Path | None] = {}  # several questions share a picture
+    found: dict[int, Path | None] = {}  # several questions share an image
     left_out: Counter[str] = Counter()
     for record in content.records("questions"):
         number, image_id = record.whole("question_id"), record.whole("image_id")
@@ -100,7 +98,7 @@ def read_vqa(
                 )
             )
         else:
-            left_out["picture missing"] += 1
+            left_out["image missing"] += 1
     pictures.refuse_missing()
     return TaskEntries(tuple(entries), dict(left_out))
 
@@ -113,8 +111,8 @@ class _Answered:
     answers: tuple[str, ...] = ()
 
 
-def _picture_subset(content: Record) -> str:
-    """`train2014` of the questions' data_subtype: the name of the folder, and a part of each picture's name."""
+def _image_subset(content: Record) -> str:
+    """`train2014` of the questions' data_subtype: the name of the folder, and a part of each image's name."""
     parts = fullmatch(r"(train|val|test)(?:-\w+)?(\d{4})", content.text("data_subtype"))
     if parts is None:
         content.refuse("data_subtype", "train2014, val2014, test2015 or test-dev2015")

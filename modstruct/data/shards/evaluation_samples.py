@@ -18,7 +18,7 @@ from modstruct.data.shards.samples import Samples, open_samples
 from modstruct.data.shards.sources import is_pipe
 from modstruct.data.shards.workers import WorkerLoader, require_shared_memory
 from modstruct.data.transforms.augment import Views, sample_seed
-from modstruct.data.transforms.decoding import decode_picture
+from modstruct.data.transforms.decoding import decode_image
 
 # Captions are taken from so many pipe: shards at most, because each has to be fetched whole.
 PIPES_FOR_CAPTIONS = 8
@@ -26,7 +26,7 @@ PIPES_FOR_CAPTIONS = 8
 
 @dataclass
 class EvaluationSample:
-    """One picture with all its captions."""
+    """One image with all its captions."""
 
     picture: Image.Image
     """Mode RGB, upright."""
@@ -43,17 +43,17 @@ class EvaluationBatch:
     indices: Tensor
     """(B,) int64, number of each sample in its EvaluationSamples."""
     image: Tensor
-    """(B, 3, H, W) uint8, Views.evaluation_image of each picture."""
+    """(B, 3, H, W) uint8, Views.evaluation_image of each image."""
     captions: list[list[str]]
-    """Captions of each picture."""
+    """Captions of each image."""
     metadata: list[dict]
-    """Content of each picture's KEY.json."""
+    """Content of each image's KEY.json."""
     faults: list[tuple[str, str]] = field(default_factory=list)
     """(cause, where) of each sample left out."""
     keys: list[str] = field(default_factory=list)
-    """Key of each picture."""
+    """Key of each image."""
     image_augmented: Tensor | None = None
-    """As image, Views.augmented_image of each picture, where it was asked for."""
+    """As image, Views.augmented_image of each image, where it was asked for."""
 
     @property
     def tried(self) -> int:
@@ -80,7 +80,7 @@ class EvaluationSamples:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         raw = self._reader.read(index)
-        picture = decode_picture(raw.image, self.config.max_image_pixels, raw.where)
+        picture = decode_image(raw.image, self.config.max_image_pixels, raw.where)
         return EvaluationSample(picture, raw.captions, raw.metadata, raw.key)
 
 
@@ -129,7 +129,7 @@ def evaluation_loader(
     """Loader of EvaluationBatches of `batch` samples each (fewer where some are bad, and in the last).
 
     views: ours, or another model's with the same methods. indices: numbers of the samples wanted, such as one process's
-    share; None for all. augmented_seed: makes an augmented view of each picture too, drawn from this seed and its
+    share; None for all. augmented_seed: makes an augmented view of each image too, drawn from this seed and its
     number. workers: loader processes; None for the samples' data.workers. Raises ValueError if the batches do not fit
     the shared memory.
     """

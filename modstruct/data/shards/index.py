@@ -29,13 +29,13 @@ ROW = np.dtype(
         ("text_bytes", "<u4"),
         ("metadata_block", "<u4"),
         ("metadata_bytes", "<u4"),  # 0: the sample has no metadata
-        ("header_blocks", "<u4"),  # length of the picture's tar header, which ends where the picture begins
+        ("header_blocks", "<u4"),  # length of the image's tar header, which ends where the image begins
     ]
 )
 KINDS = dict.fromkeys(("jpg", "jpeg", "png", "webp"), "image") | {"txt": "text", "json": "metadata"}
 COMPRESSIONS = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ\0": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 LARGEST_BLOCK = np.iinfo(np.uint32).max
-# No picture, caption or description is as large as this; reading such a member would only cost memory: JSON, for one,
+# No image, caption or description is as large as this; reading such a member would only cost memory: JSON, for one,
 # twenty times its length.
 LARGEST_BYTES = {"image": 1 << 28, "text": 1 << 20, "metadata": 1 << 20}
 LARGEST_INDEX_BYTES = 1 << 28  # of one shard, unpacked: nine million samples
@@ -120,7 +120,7 @@ class _Rows:
         if key != self.key:
             self.close_sample()
             self.key = key
-        self.found.setdefault(kind, (block, size, header_blocks))  # of two pictures in a sample the first counts
+        self.found.setdefault(kind, (block, size, header_blocks))  # of two images in a sample the first counts
 
     def close_sample(self, cause: str | None = None) -> None:
         """End the current sample; `cause` says why it cannot be used, if that is known already."""
@@ -130,7 +130,7 @@ class _Rows:
             return
         if cause is None:
             if "image" not in found:
-                cause = "no picture"
+                cause = "no image"
             elif "text" not in found:
                 cause = "no caption"
             elif any(block > LARGEST_BLOCK or size > LARGEST_BYTES[kind] for kind, (block, size, _) in found.items()):

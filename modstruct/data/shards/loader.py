@@ -22,7 +22,7 @@ from modstruct.data.shards.sources import is_pipe
 from modstruct.data.shards.workers import OutgoingRows, WorkerLoader, require_shared_memory
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.data.transforms.augment import Views, sample_seed
-from modstruct.data.transforms.decoding import decode_picture
+from modstruct.data.transforms.decoding import decode_image
 from modstruct.data.transforms.masking import blank_places, with_blanks
 from modstruct.errors import refuse, require
 
@@ -32,11 +32,11 @@ EXTRA_FIELDS = frozenset(
 """What a batch may hold beside image and text. image_augmented, text_augmented: as these, of the augmented view.
 text_masked (B, L): the caption with blanks, and masked_labels (B, L): the true ids there, else -100; with it comes
 blanks (M, 2): where these are, so that no GPU has to be asked how many. image_id, text_id (B,): equal where two pairs
-have the same picture, or the same caption. slot (B,): place in the order of the data."""
+have the same image, or the same caption. slot (B,): place in the order of the data."""
 
 # In a source of which nine tenths are bad, 200 substitutes in a row fail once in 10^9 slots.
 SUBSTITUTES = 200
-# Samples, or bytes of their pictures, that are read in one run before the first of them is decoded.
+# Samples, or bytes of their images, that are read in one run before the first of them is decoded.
 RUN_SAMPLES, RUN_BYTES = 64, 8 << 20
 RANDOM_VIEWS = ("image", "image_augmented", "text_augmented", "text_masked")
 
@@ -111,7 +111,7 @@ class LocalBatches(Dataset):
         places = zip(slots.tolist(), epochs.tolist(), samples.tolist(), strict=True)
         read = self._read_in_runs(samples.tolist())
         for row, (place, raw, seeds) in enumerate(zip(places, read, self._seeds(epochs, samples), strict=True)):
-            # Views of pictures go straight to their rows: in memory of their own, they would be copied once more.
+            # Views of images go straight to their rows: in memory of their own, they would be copied once more.
             into = [array[row] for array in pictures.values()]
             raw, seeds = self._pair(*place, raw, seeds, into, batch)
             captions.append(raw.caption)
@@ -145,7 +145,7 @@ class LocalBatches(Dataset):
     def _read_in_runs(self, samples: Sequence[int]) -> Iterator[RawSample | BadSample]:
         """Each sample, or what is wrong with it.
 
-        Read one by one, between pictures whose pixels drive all else out of the processor's caches, they take twice as
+        Read one by one, between images whose pixels drive all else out of the processor's caches, they take twice as
         long.
         """
         run, run_bytes = [], 0
@@ -199,14 +199,14 @@ class LocalBatches(Dataset):
         )
 
     def _write_views(self, raw: RawSample, seeds: dict[str, int], into: Sequence[np.ndarray]) -> None:
-        picture = decode_picture(raw.image, self.max_image_pixels, raw.where)
+        picture = decode_image(raw.image, self.max_image_pixels, raw.where)
         self.views.plain_image(picture, seeds["image"], into[0])
         if "image_augmented" in self.extra:
             self.views.augmented_image(picture, seeds["image_augmented"], into[1])
 
 
 def identity(content: bytes) -> int:
-    """A number of 63 bits, equal for equal bytes; others share it once in 10^9 pictures."""
+    """A number of 63 bits, equal for equal bytes; others share it once in 10^9 images."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest()) >> 1
 
 

@@ -1,4 +1,4 @@
-"""Samples out of shards: bytes by position, never by name, and nothing but text, JSON and pictures."""
+"""Samples out of shards: bytes by position, never by name, and nothing but text, JSON and images."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LARGEST_GAPS = 16 << 10
 
 @dataclass
 class RawSample:
-    """One sample as it lies in the shard, its texts decoded and its picture not."""
+    """One sample as it lies in the shard, its texts decoded and its image not."""
 
     key: str
     """Name of its members without the extension."""
@@ -45,7 +45,7 @@ class RawSample:
 
     @property
     def captions(self) -> list[str]:
-        """All captions of the picture: "captions" of the metadata where it is a list of texts, else the one caption."""
+        """All captions of the image: "captions" of the metadata where it is a list of texts, else the one caption."""
         several = self.metadata.get("captions")
         if isinstance(several, list):
             stripped = [caption.strip() for caption in several if isinstance(caption, str) and caption.strip()]
@@ -86,7 +86,7 @@ class ShardReader:
             (
                 image_block * BLOCK_BYTES - header_bytes,
                 header_bytes + image_bytes,
-            ),  # the header lies before the picture
+            ),  # the header lies before the image
             (text_block * BLOCK_BYTES, text_bytes),
         ]
         if metadata_bytes:
@@ -101,7 +101,7 @@ class ShardReader:
         return RawSample(printable(split_name(name)[0]), both[header_bytes:], caption, metadata, where)
 
     def caption(self, sample: int) -> str:
-        """The caption alone, without reading the picture. Raises BadSample."""
+        """The caption alone, without reading the image. Raises BadSample."""
         shard = self.samples.shard_of(sample)
         row = self.samples.rows[sample]
         span = int(row["text_block"]) * BLOCK_BYTES, int(row["text_bytes"])

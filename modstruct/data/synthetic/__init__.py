@@ -1,4 +1,4 @@
-"""The built-in data: pictures of scenes with captions, written once as ordinary shards.
+"""The built-in data: images of scenes with captions, written once as ordinary shards.
 
 A scene's factors are drawn in factors.py, split in splits.py, worded in captions.py with the words of words.py,
 drawn in drawing.py, written in shards.py; folder.py keeps what was written. tasks/ makes questions,

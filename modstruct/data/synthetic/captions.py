@@ -1,4 +1,4 @@
-"""The caption of a scene: `caption(scene)`. It looks at the factors of the words, never at those of the picture only.
+"""The caption of a scene: `caption(scene)`. It looks at the factors of the words, never at those of the image only.
 
 Like a person, it says less about each thing when there are many: a budget of words is spent on the places, fills and
 sizes of the objects and on the ground, the shape and colour of every object being always named.

@@ -1,6 +1,6 @@
-"""The picture of a scene: `draw(scene, size)`. It looks at the factors of the picture, never at those of the words.
+"""The image of a scene: `draw(scene, size)`. It looks at the factors of the image, never at those of the words.
 
-The ground is computed at the size of the picture; every object is drawn as a mask four times as fine and averaged down,
+The ground is computed at the size of the image; every object is drawn as a mask four times as fine and averaged down,
 so that its edge is smooth. An object has a darker rim and a soft shadow, so that each colour stands out on each ground.
 """
 
@@ -14,7 +14,7 @@ from PIL import Image, ImageChops, ImageDraw
 
 from modstruct.data.synthetic.factors import Scene, SceneObject
 
-FINE = 4  # mask pixels per picture pixel, each way
+FINE = 4  # mask pixels per image pixel, each way
 
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 SHADOW_RGB = (30, 28, 40)
@@ -36,10 +36,10 @@ GROUND_RGB = {
     "mint": (172, 226, 188),
     "lavender": (206, 188, 234),
 }
-# The side the light comes from, as a unit vector in the picture: x to the right, y down.
+# The side the light comes from, as a unit vector in the image: x to the right, y down.
 LIGHT_FROM = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
 
-# Lengths as shares of the picture's side.
+# Lengths as shares of the image's side.
 RIM = 0.014
 STRIPE_PERIOD = 0.085
 DOT_PERIOD = 0.085
@@ -137,7 +137,7 @@ def texture(name: str, size: int, seed: int) -> np.ndarray:
 
 
 def draw_ground(scene: Scene, size: int) -> Image.Image:
-    """The picture before there is anything on it: a textured colour, brighter where the light comes from."""
+    """The image before there is anything on it: a textured colour, brighter where the light comes from."""
     pattern = texture(scene.ground_texture, size, scene.texture_seed) * TEXTURE_STRENGTH
     ramp = np.linspace(-LIGHT_STRENGTH, LIGHT_STRENGTH, size, dtype=np.float32)
     light_x, light_y = LIGHT_FROM[scene.light]
@@ -148,7 +148,7 @@ def draw_ground(scene: Scene, size: int) -> Image.Image:
 
 
 def fill_pattern(fill: str, side: int, unit: int) -> Image.Image:
-    """Where the second colour of a fill goes: a mask of (side, side); unit: the picture's side in mask pixels."""
+    """Where the second colour of a fill goes: a mask of (side, side); unit: the image's side in mask pixels."""
     mask = Image.new("L", (side, side))
     pen = ImageDraw.Draw(mask)
     centre = side / 2
@@ -176,7 +176,7 @@ def mixed(colour: tuple[int, ...], other: tuple[int, ...], share: float) -> tupl
 
 
 def object_masks(item: SceneObject, size: int, left: int, top: int, side: int) -> tuple[Image.Image, Image.Image]:
-    """Body and rim of an object in a square of `side` mask pixels whose corner is the picture's pixel (left, top)."""
+    """Body and rim of an object in a square of `side` mask pixels whose corner is the image's pixel (left, top)."""
     unit = size * FINE
     centre_x, centre_y = item.x * unit - left * FINE, item.y * unit - top * FINE
     radians = math.radians(item.angle)
@@ -194,7 +194,7 @@ def object_masks(item: SceneObject, size: int, left: int, top: int, side: int) -
 
 
 def draw_object(picture: Image.Image, item: SceneObject, light: str) -> None:
-    """Draw one object onto the picture, with its shadow on the side away from the light."""
+    """Draw one object onto the image, with its shadow on the side away from the light."""
     size = picture.width
     half = math.ceil((1.25 * item.radius + RIM) * size) + 1
     left, top = round(item.x * size) - half, round(item.y * size) - half
@@ -217,7 +217,7 @@ def draw_object(picture: Image.Image, item: SceneObject, light: str) -> None:
 
 
 def draw(scene: Scene, size: int) -> Image.Image:
-    """The picture of a scene: RGB, size x size pixels."""
+    """The image of a scene: RGB, size x size pixels."""
     picture = draw_ground(scene, size)
     for item in scene.objects:
         draw_object(picture, item, scene.light)

@@ -1,10 +1,10 @@
-"""What a scene is: the factors of one built-in picture and its caption, and how they are drawn at random.
+"""What a scene is: the factors of one built-in image and its caption, and how they are drawn at random.
 
 A scene is a frozen record. Drawing it (drawing.py) and wording it (captions.py) are functions of that
 record, so questions, statements and hypotheses about the same scenes can be made from it too. Three kinds of factors:
 
 both modalities    the objects (shape, colour, size, fill, place, number of them) and the colour of the ground
-picture only       texture of the ground, direction of the light, exact position, radius, angle and shade of each object
+image only       texture of the ground, direction of the light, exact position, radius, angle and shade of each object
 caption only       mood, aside of the speaker, template and wording
 """
 
@@ -34,7 +34,7 @@ COUNT_SHARES = (0.35, 0.35, 0.2, 0.1)
 # Share of captions without an aside.
 PLAIN_SHARE = 0.6
 
-# As shares of the picture's side. Neighbouring cells lie 0.305 apart and only the main object may be the largest,
+# As shares of the image's side. Neighbouring cells lie 0.305 apart and only the main object may be the largest,
 # so two objects meet at most at their tips.
 RADIUS = {"small": 0.105, "medium": 0.14, "large": 0.178}
 CELL_CENTRES = (0.195, 0.5, 0.805)
@@ -80,7 +80,7 @@ class Draws:
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object. The first five are class names; the rest is exact and in the picture only."""
+    """One object. The first five are class names; the rest is exact and in the image only."""
 
     shape: str
     colour: str
@@ -92,7 +92,7 @@ class SceneObject:
     y: float
     """Centre, from 0 (top) to 1 (bottom)."""
     radius: float
-    """As a share of the picture's side."""
+    """As a share of the image's side."""
     angle: float
     """Degrees, clockwise."""
     shade: float
@@ -134,7 +134,7 @@ class Scene:
 
     @property
     def combination(self) -> tuple:
-        """Everything that picture and caption share: the objects with their places, and the colour of the ground."""
+        """Everything that image and caption share: the objects with their places, and the colour of the ground."""
         placed = sorted((o.shape, o.colour, o.size, o.fill, o.place) for o in self.objects)
         return (tuple(placed), self.ground_colour)
 
@@ -142,7 +142,7 @@ class Scene:
         """The factors as plain JSON: `Scene.from_record` makes the scene again from it.
 
         `shape`, `colour`, `size`, `fill` and `place` are set for scenes of one object and null for others, so that they
-        can serve as labels of the whole picture; `main_shape` and so on belong to the main object of every scene.
+        can serve as labels of the whole image; `main_shape` and so on belong to the main object of every scene.
         """
         record: dict[str, Any] = {"count": len(self.objects)}
         for name in ("shape", "colour", "size", "fill", "place"):

@@ -19,7 +19,7 @@ from modstruct.data.synthetic.splits import SPLITS
 from modstruct.errors import refuse, require
 from modstruct.files import locked, sync_folder
 
-# Part of the folder's name: raise it when the same configuration would give other pictures, captions or factors.
+# Part of the folder's name: raise it when the same configuration would give other images, captions or factors.
 GENERATOR_VERSION = 3
 SMALLEST_IMAGE = 16
 PATTERN_CHARACTERS = "{}[]*?"
@@ -48,7 +48,7 @@ def scenes_folder(config: ScenesConfig, cache: Path, image_size: int) -> Path:
 def ensure_scenes(config: ScenesConfig, cache: Path | str, image_size: int) -> ScenesPaths:
     """Paths of the built-in shards, which are drawn and written first if the cache does not hold them (about 30 s).
 
-    image_size: side of the pictures in pixels. The folder is complete or not there: it is written under another name,
+    image_size: side of the images in pixels. The folder is complete or not there: it is written under another name,
     synced and renamed. Of several processes that come at once, one writes and the others wait; on a file system without
     locks each writes a folder of its own, and the first one counts. What a killed run left behind is removed after a
     day. Raises ValueError, naming data.cache, if the cache cannot be written or its disk is full.
@@ -69,7 +69,7 @@ def ensure_scenes(config: ScenesConfig, cache: Path | str, image_size: int) -> S
 
 
 def require_drawable(image_size: int) -> None:
-    """Refuse pictures too small to show anything."""
+    """Refuse images too small to show anything."""
     require(
         image_size >= SMALLEST_IMAGE, "model.vision.image_size", image_size, f"at least {SMALLEST_IMAGE} for scenes"
     )

@@ -54,7 +54,7 @@ def shard_pattern(split: str, samples: int) -> str:
 
 
 def as_jpeg(scene: Scene, image_size: int) -> bytes:
-    """The picture of a scene as a JPEG file; equal arguments give equal bytes."""
+    """The image of a scene as a JPEG file; equal arguments give equal bytes."""
     picture = io.BytesIO()
     draw(scene, image_size).save(picture, "JPEG", quality=JPEG_QUALITY, subsampling=0)
     return picture.getvalue()

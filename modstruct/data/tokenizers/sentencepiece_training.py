@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from modstruct.errors import refuse
 
-# Lower-cased and NFKC-normalised, as CLIP's own text is: case tells next to nothing about a picture.
+# Lower-cased and NFKC-normalised, as CLIP's own text is: case tells next to nothing about an image.
 NORMALIZATION = "nmt_nfkc_cf"
 # Not unigram: it takes its pieces from what different words share, so the 200 words of the built-in scenes fell apart
 # into letters (35 tokens a caption, where byte-pair encoding makes 21).

@@ -22,9 +22,9 @@ MASK = (1 << BITS) - 1
 
 
 class Views:
-    """Makes the plain, the augmented and the evaluation view of pictures and captions; pickles to loader workers.
+    """Makes the plain, the augmented and the evaluation view of images and captions; pickles to loader workers.
 
-    Pictures are PIL images of any size and mode, views are uint8 tensors (3, image_size, image_size). into: an array of
+    Images are PIL images of any size and mode, views are uint8 tensors (3, image_size, image_size). into: an array of
     that shape to write the view to, such as a row of a batch.
     """
 
@@ -46,7 +46,7 @@ class Views:
         return self._images.augmented(image, seed, into)
 
     def evaluation_image(self, image: Image) -> Tensor:
-        """The view of `views.evaluation`, the centre or the whole picture squeezed, whatever `views.plain` says."""
+        """The view of `views.evaluation`, the centre or the whole image squeezed, whatever `views.plain` says."""
         return self._images.evaluation(image)
 
     def plain_text(self, text: str) -> str:

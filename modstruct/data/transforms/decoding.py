@@ -1,4 +1,4 @@
-"""Bytes of a JPEG, PNG or WebP -> an upright RGB picture."""
+"""Bytes of a JPEG, PNG or WebP -> an upright RGB image."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from PIL import Image, ImageOps
 from modstruct.data.shards.faults import BadSample
 
 FORMATS = ("JPEG", "PNG", "WEBP")
-# Keys of a picture's `info` that Pillow looks for an orientation in.
+# Keys of an image's `info` that Pillow looks for an orientation in.
 ORIENTATION_IN = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 PAPER = (255, 255, 255)  # what shows through transparent parts
-BAND_ROWS = 256  # of a transparent picture are laid on paper at once: whole, it would take four times its memory
+BAND_ROWS = 256  # of a transparent image are laid on paper at once: whole, it would take four times its memory
 # A progressive JPEG has ten or so; each costs a pass over all pixels, though it may be a few bytes long.
 MOST_SCANS = 100
 SCAN_MARK = re.compile(b"\xff\xda")
 
 
-def decode_picture(content: bytes, max_pixels: int, where: str, formats: Sequence[str] = FORMATS) -> Image.Image:
-    """Decode a picture to mode RGB, turned upright by its EXIF orientation.
+def decode_image(content: bytes, max_pixels: int, where: str, formats: Sequence[str] = FORMATS) -> Image.Image:
+    """Decode an image to mode RGB, turned upright by its EXIF orientation.
 
     Transparent parts become white, 16-bit greys are scaled to 8 bits, palettes and CMYK are converted; of an animation
     the first frame counts. max_pixels: largest area that is decoded; the header is looked at first. (Pillow itself
@@ -43,15 +43,15 @@ def decode_picture(content: bytes, max_pixels: int, where: str, formats: Sequenc
         raise
     except Image.DecompressionBombError:
         raise BadSample("decompression bomb", where) from None
-    except Exception as error:  # a damaged picture raises nearly anything, from SyntaxError to struct.error
-        raise BadSample("undecodable picture", f"{where} ({type(error).__name__})") from None
+    except Exception as error:  # a damaged image raises nearly anything, from SyntaxError to struct.error
+        raise BadSample("undecodable image", f"{where} ({type(error).__name__})") from None
 
 
 def _too_many_scans(content: bytes) -> bool:
     # re finds the mark in half the time of bytes.count.
     if not content.startswith(b"\xff\xd8") or next(islice(SCAN_MARK.finditer(content), MOST_SCANS, None), None) is None:
         return False
-    # The two bytes occur by chance in what cameras put beside the picture; only walking from mark to mark is sure.
+    # The two bytes occur by chance in what cameras put beside the image; only walking from mark to mark is sure.
     scans, place = 0, 2
     while 0 <= place < len(content) - 3 and scans <= MOST_SCANS:
         mark = content[place + 1]
@@ -70,7 +70,7 @@ def _too_many_scans(content: bytes) -> bool:
 def _upright(picture: Image.Image) -> Image.Image:
     if picture.info.keys().isdisjoint(ORIENTATION_IN):
         return picture  # Pillow would build an empty EXIF block first
-    with suppress(Exception):  # a damaged EXIF block says nothing of the orientation; the picture is sound
+    with suppress(Exception):  # a damaged EXIF block says nothing of the orientation; the image is sound
         ImageOps.exif_transpose(picture, in_place=True)
     return picture
 

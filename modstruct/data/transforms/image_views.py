@@ -1,4 +1,4 @@
-"""Views of pictures: centre crop, random crop and flip, AutoAugment; PIL images in, uint8 tensors out."""
+"""Views of images: centre crop, random crop and flip, AutoAugment; PIL images in, uint8 tensors out."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class MildRandAugment(v2.RandAugment):
 
 
 class ImageViews:
-    """The views of one picture; see `modstruct.data.transforms.augment.Views`."""
+    """The views of one image; see `modstruct.data.transforms.augment.Views`."""
 
     def __init__(self, config: ViewsConfig, image_size: int):
         require(image_size >= 1, "model.vision.image_size", image_size, "at least 1 pixel")
@@ -81,10 +81,10 @@ class ImageViews:
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """The picture with its shorter side resized to size (bicubic, antialiased), its centre (size, size) cut out.
+    """The image with its shorter side resized to size (bicubic, antialiased), its centre (size, size) cut out.
 
     The same as torchvision's Resize and CenterCrop but for rounding, and only the pixels that are kept are computed: a
-    picture of 1 x 100,000 pixels is never blown up.
+    image of 1 x 100,000 pixels is never blown up.
     """
     if image.size == (size, size):
         return image
@@ -101,7 +101,7 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
 def random_crop_box(
     width: int, height: int, scale: tuple[float, float], generator: random.Random
 ) -> tuple[int, int, int, int]:
-    """Left, top, width and height, in pixels, of a random crop of a picture (Szegedy et al. 2015).
+    """Left, top, width and height, in pixels, of a random crop of an image (Szegedy et al. 2015).
 
     The crop's share of the area is uniform in scale, its aspect ratio log-uniform in 3/4 to 4/3. Where no such
     crop fits, it is the largest centred one whose aspect ratio lies in that range.
@@ -135,7 +135,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_tensor(image: Image.Image, into: np.ndarray | None) -> Tensor:
-    """The pixels (3, H, W) of a picture of mode RGB, written into `into` where it is given."""
+    """The pixels (3, H, W) of an image of mode RGB, written into `into` where it is given."""
     width, height = image.size
     if into is None:
         into = np.empty((3, height, width), dtype=np.uint8)

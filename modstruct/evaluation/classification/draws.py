@@ -1,4 +1,4 @@
-"""Rows drawn class by class, by a hash of their keys: the same pictures for every model."""
+"""Rows drawn class by class, by a hash of their keys: the same images for every model."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ def select_features(embedded: EmbeddedSet, arrays: str, labels: np.ndarray, unit
             len(rows) == len(labels),
             "features",
             arrays,
-            f"{embedded.name} has {len(rows)} rows of {name} and {len(labels)} labels: name embeddings of pictures",
+            f"{embedded.name} has {len(rows)} rows of {name} and {len(labels)} labels: name embeddings of images",
         )
         check_rows(f"{embedded.name}'s {name}", rows)
     rows = np.flatnonzero(labels >= 0)

@@ -1,4 +1,4 @@
-"""Classification from a few pictures a class: several draws of them, and a probe fitted on each."""
+"""Classification from a few images a class: several draws of them, and a probe fitted on each."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from modstruct.evaluation.classification.logistic_regression import (
 from modstruct.evaluation.classification.sweep import Split, sweep_strength
 
 HELD_OUT_SHOTS = 4
-"""Pictures a class, at most, on which the strength is chosen; CoOp's linear probe (Zhou et al. 2022) has as many."""
+"""Images a class, at most, on which the strength is chosen; CoOp's linear probe (Zhou et al. 2022) has as many."""
 FOLDS = 4
 STRENGTH_OF_ONE_SHOT = 1.0
 """Where it is to be chosen within the shots and there is one: scikit-learn's default."""
@@ -31,7 +31,7 @@ STRENGTH_OF_ONE_SHOT = 1.0
 
 @dataclass(frozen=True)
 class FewShotConfig:
-    """Which pictures are drawn, and how the strength of the penalty is chosen. The test set takes no part in either."""
+    """Which images are drawn, and how the strength of the penalty is chosen. The test set takes no part in either."""
 
     features: str = "image_features"
     """Embeddings of the set, several joined by "+"."""
@@ -42,7 +42,7 @@ class FewShotConfig:
     shots: tuple[int, ...] = (1, 2, 4, 8, 16)
     draws: int = 5
     strength: Literal["held_out", "shots"] | float = "held_out"
-    """held_out: CLIP's search on min(shots, 4) more pictures a class, of the validation set where there is one, else of
+    """held_out: CLIP's search on min(shots, 4) more images a class, of the validation set where there is one, else of
     the training set, which are not learnt from. shots: the same search by 4-fold cross-validation within the shots
     (2-fold for 2 shots), and 1 for one shot. Or a number, the same for all."""
     seed: int = 0
@@ -73,10 +73,10 @@ class Outcome:
 
 
 def draw_episodes(inputs: ProbeInputs, config: FewShotConfig, draw: int) -> dict[int, Episode]:
-    """One draw's episodes by number of shots: the first pictures of each class in the draw's order.
+    """One draw's episodes by number of shots: the first images of each class in the draw's order.
 
-    The pictures of fewer shots are among those of more. Those held out follow the shots in the same order, or are the
-    first of the validation set's. Raises ValueError for a class with fewer pictures.
+    The images of fewer shots are among those of more. Those held out follow the shots in the same order, or are the
+    first of the validation set's. Raises ValueError for a class with fewer images.
     """
     order = drawn_order(inputs.train.labels, inputs.train_keys, config.seed, draw)
     other = None
@@ -84,9 +84,7 @@ def draw_episodes(inputs: ProbeInputs, config: FewShotConfig, draw: int) -> dict
         other = drawn_order(inputs.validation.labels, inputs.validation_keys, config.seed, draw)
         missing = np.setdiff1d(np.arange(inputs.classes), inputs.validation.labels)
         if len(missing):
-            refuse(
-                "validation", inputs.names[missing[0]], "has no picture in the validation set: add some, or give none"
-            )
+            refuse("validation", inputs.names[missing[0]], "has no image in the validation set: add some, or give none")
     episodes = {}
     for shots in config.shots:
         held_out = min(shots, HELD_OUT_SHOTS) if config.strength == "held_out" else 0
@@ -143,7 +141,7 @@ def _first_of_each(order: Sequence[np.ndarray], count: int, names: list[str], wh
             refuse(
                 "few_shot.shots",
                 shots,
-                f"class {name!r} has {len(places)} pictures in the {which} set and {count} are needed (those on which "
+                f"class {name!r} has {len(places)} images in the {which} set and {count} are needed (those on which "
                 'the strength is chosen included): take fewer shots, or few_shot.strength = "shots" or a number',
             )
     return np.stack([places[:count] for places in order])

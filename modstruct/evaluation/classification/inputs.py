@@ -42,7 +42,7 @@ def probe_inputs(
     labels = {role: np.asarray(embedded.labels) for role, embedded in sets.items()}
     known = np.unique(labels["train"][labels["train"] >= 0])
     if len(known) < 2:
-        refuse("train", train.name, f"has pictures of {len(known)} of its classes: give pictures of at least two")
+        refuse("train", train.name, f"has images of {len(known)} of its classes: give images of at least two")
     place = np.full(len(train.class_names) + 1, -1, dtype=np.int64)  # the last entry is for label -1
     place[known] = np.arange(len(known))
     selected = {}
@@ -52,7 +52,7 @@ def probe_inputs(
             refuse(
                 role,
                 embedded.name,
-                f"has pictures of {train.class_names[lost[0]]!r}, of which {train.name} has none to learn from "
+                f"has images of {train.class_names[lost[0]]!r}, of which {train.name} has none to learn from "
                 f"({len(lost)} such classes): add some, or take the class out of {embedded.name}",
             )
         selected[role] = select_features(embedded, features, place[labels[role]], unit)
@@ -76,7 +76,7 @@ def probe_inputs(
 
 def _check_against(train: EmbeddedSet, embedded: EmbeddedSet, role: str) -> None:
     if embedded.labels is None or not np.any(embedded.labels >= 0):
-        refuse(role, embedded.name, "has no labelled picture: probes take sets with classes")
+        refuse(role, embedded.name, "has no labelled image: probes take sets with classes")
     if embedded.model.get("fingerprint") != train.model.get("fingerprint"):
         refuse(
             role,

@@ -108,13 +108,13 @@ def measure_few_shot(
     device: torch.device = CPU,
     progress: bool = False,
 ) -> Result:
-    """Classify the test set from a few training pictures a class, for each number of shots and each draw.
+    """Classify the test set from a few training images a class, for each number of shots and each draw.
 
     Draws are the same for every model. Figures, by number of shots: "shots_4": {"top_1": mean over draws, …,
     "top_1_deviation": standard deviation over draws (n - 1; absent for one draw)}. Curves: over shots, and of each
     draw. Outcomes: "shots_4/top_1", (rows,) float32, the share of draws in which the row was right; rows as in
     `measure_linear_probe`. Figures have no interval: one over test rows would leave out what the draws vary.
-    Raises ValueError as `probe_inputs` does, and for a class with fewer pictures than shots.
+    Raises ValueError as `probe_inputs` does, and for a class with fewer images than shots.
     """
     config = config or FewShotConfig()
     begun = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Zero-shot classification: pictures sorted by the embeddings of class names in templates (Radford et al. 2021)."""
+"""Zero-shot classification: images sorted by the embeddings of class names in templates (Radford et al. 2021)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 
 SCORES_AT_ONCE = 1 << 24
-"""Scores of one block of pictures: 64 MB of them."""
+"""Scores of one block of images: 64 MB of them."""
 PROMPT_BYTES = 64 << 20
 """Of float64 prompts that are averaged at once."""
 TOP_K = (1, 3, 5)
@@ -29,21 +29,21 @@ def measure_zero_shot(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Top-k accuracy, accuracy averaged over classes and accuracy of each class, beside chance and with intervals.
 
-    embedded: a set with labels and class prompts; pictures without label (-1) are left out. The figures stand under
+    embedded: a set with labels and class prompts; images without label (-1) are left out. The figures stand under
     `first`, by the first template alone, and `ensemble`, by the mean over the templates, where there are several: over
     all of them, or over those behind the paper's own where that is the first, so that CLIP's ensembles stay as
-    published. device: where scores are formed. Memory: a block of pictures and its scores, whatever their number.
-    Returns the metric (figures, settings, rows, source_fingerprint, seconds) and outcomes of each labelled picture:
+    published. device: where scores are formed. Memory: a block of images and its scores, whatever their number.
+    Returns the metric (figures, settings, rows, source_fingerprint, seconds) and outcomes of each labelled image:
     row (of the set), label, and by templates `…/classes_ahead` and `…/top_K`. Ties count as in `classes_ahead`.
-    Raises ValueError where the set has no labels, no prompts or no labelled picture, and for a K below 1.
+    Raises ValueError where the set has no labels, no prompts or no labelled image, and for a K below 1.
     """
     started = time.monotonic()
     image, prompts, labels = embedded.rows("image"), embedded.class_prompts, embedded.labels
     if labels is None or prompts is None:
-        raise ValueError(f"{embedded.folder}: the set has no classes; embed a set of labelled pictures")
+        raise ValueError(f"{embedded.folder}: the set has no classes; embed a set of labelled images")
     rows = np.flatnonzero(labels >= 0)
     if not len(rows):
-        raise ValueError(f"{embedded.folder}: none of the {len(labels)} pictures has a label")
+        raise ValueError(f"{embedded.folder}: none of the {len(labels)} images has a label")
     bad = next((k for k in top_k if k < 1), None)
     if bad is not None:
         raise ValueError(f"top_k = {bad}: give whole numbers of at least 1")
@@ -93,11 +93,11 @@ def class_embeddings(prompts: np.ndarray, templates: int) -> np.ndarray:
 def zero_shot(
     image: np.ndarray, classes: np.ndarray, truth: np.ndarray, top_k: Sequence[int]
 ) -> dict[str, dict[str, float]]:
-    """Top-k accuracy of pictures among the classes, and top-1 accuracy averaged over classes, each beside chance.
+    """Top-k accuracy of images among the classes, and top-1 accuracy averaged over classes, each beside chance.
 
-    image: (n, D), classes: (c, D), float32. truth: (n,), the class row of each picture.
+    image: (n, D), classes: (c, D), float32. truth: (n,), the class row of each image.
     Returns {"top_1": {"value": …, "chance": …}, …, "mean_per_class": {…}}, shares from 0 to 1. A k above the number of
-    classes is left out; classes without a picture do not enter the average; a tie counts against the model.
+    classes is left out; classes without an image do not enter the average; a tie counts against the model.
     """
     truth = np.asarray(truth, dtype=np.int64)
     ahead = classes_ahead(image, classes, truth)
@@ -117,10 +117,10 @@ def classes_ahead(
     same: np.ndarray | None = None,
     device: torch.device = CPU,
 ) -> np.ndarray:
-    """Number of classes that score at least as high as each picture's own, (n,) int64: below k is "right in the top k".
+    """Number of classes that score at least as high as each image's own, (n,) int64: below k is "right in the top k".
 
     image: (N, D), float16 or float32, in memory or memory-mapped, read in blocks. classes: (c, D). truth: (n,), the
-    class row of each picture. rows: (n,), the pictures' rows of image, ascending; None for all. A tie counts against
+    class row of each image. rows: (n,), the images' rows of image, ascending; None for all. A tie counts against
     the model, with one exception. same: (c,), equal for classes of one name, which no model can tell apart: of those
     the first goes ahead, as in an argmax. Scores are float32 products; equal rows have equal scores.
     """
@@ -128,7 +128,7 @@ def classes_ahead(
     check_dimensions("image", image, "class", classes)
     rows = np.arange(len(image)) if rows is None else rows
     if len(rows) != len(truth) or not len(truth) or truth.min() < 0 or truth.max() >= len(classes):
-        raise ValueError(f"truth: give one of 0 … {len(classes) - 1} for each of {len(rows)} pictures, at least one")
+        raise ValueError(f"truth: give one of 0 … {len(classes) - 1} for each of {len(rows)} images, at least one")
     # Equal rows can get scores that differ in the last bit by their place in a matrix product, so each is scored once.
     first, place, occurrences = distinct_rows(classes)
     distinct = next(row_blocks(classes[first], len(first)))[1].to(device).T
@@ -191,10 +191,10 @@ def _interval(outcomes: np.ndarray) -> tuple[float, float]:
 
 
 def _mean_per_class_interval(right: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Interval over pictures drawn with their classes, each weighted so that every class counts alike.
+    """Interval over images drawn with their classes, each weighted so that every class counts alike.
 
     What is resampled is the linear part of the mean of the classes' means, value + w (right - accuracy of the class).
-    A class of one picture shows nothing of how its pictures vary: with one, they are taken to vary as all pictures do.
+    A class of one image shows nothing of how its images vary: with one, they are taken to vary as all images do.
     """
     there, accuracy, pictures = _by_class(right, truth)
     value = float(accuracy.mean())
@@ -207,7 +207,7 @@ def _mean_per_class_interval(right: np.ndarray, truth: np.ndarray) -> dict[str, 
 
 
 def _by_class(right: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The classes that have a picture, ascending, and of each the share that is right and the number of pictures."""
+    """The classes that have an image, ascending, and of each the share that is right and the number of images."""
     there, place, pictures = np.unique(truth, return_inverse=True, return_counts=True)
     return there, np.bincount(place.reshape(-1), weights=right) / pictures, pictures
 

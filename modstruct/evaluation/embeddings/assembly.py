@@ -22,20 +22,20 @@ from modstruct.files import written_aside
 
 
 class Assembly:
-    """Puts the parts of one set together: `gather` when all pictures are embedded, `finish` when all texts are too."""
+    """Puts the parts of one set together: `gather` when all images are embedded, `finish` when all texts are too."""
 
     def __init__(self, source: EmbeddingSource, pictures: Parts, captions_file: Path):
-        self._source, self._pictures, self._captions_file = source, pictures, captions_file
+        self._source, self._images, self._captions_file = source, pictures, captions_file
 
     def gather(self, config: EmbeddingConfig) -> int:
         """Count what was read, and write the distinct captions to their file. Returns how many they are.
 
-        Raises TooManyBadSamples above config.max_bad_share, ValueError where no picture could be read.
+        Raises TooManyBadSamples above config.max_bad_share, ValueError where no image could be read.
         """
         ledger, captions = self._source.ledger(config), DistinctCaptions()
         total = len(self._source.samples)
         ledger.add(self._noted("faults"), total, say=False)  # who met them has said so
-        for of_part in self._pictures.notes("captions"):
+        for of_part in self._images.notes("captions"):
             captions.add(of_part)
         # The whole source was tried, so its share is exact, however small it is.
         ledger.check(ledger.bad, total, fewest=1)
@@ -59,7 +59,7 @@ class Assembly:
     ) -> None:
         """Write the set of these arrays. captions: None where no texts are wanted. manifest: what else
         `write_embedded_set` takes."""
-        source, pictures, kind = self._source, self._pictures, np.dtype(dtype)
+        source, pictures, kind = self._source, self._images, np.dtype(dtype)
         indices = self._column("indices")
         streams = {a: pictures.stream(a, len(indices), kind) for a in arrays if a in IMAGE_ARRAYS}
         texts: dict[str, Any] = {}
@@ -93,8 +93,8 @@ class Assembly:
         )
 
     def _noted(self, name: str) -> Iterator[Any]:
-        """The notes of this name, of all pictures."""
-        return chain.from_iterable(self._pictures.notes(name))
+        """The notes of this name, of all images."""
+        return chain.from_iterable(self._images.notes(name))
 
     def _column(self, name: str) -> np.ndarray:
-        return np.concatenate(list(self._pictures.pieces(name)))
+        return np.concatenate(list(self._images.pieces(name)))

@@ -69,7 +69,7 @@ def damaged(path: Path, cause: str) -> NoReturn:
 
 
 def counted(streams: dict[str, RowStream]) -> dict[str, int]:
-    """Pictures and texts of arrays that fit each other."""
+    """Images and texts of arrays that fit each other."""
     require("image" in streams, "arrays", sorted(streams), "must have image")
     unknown = sorted(streams.keys() - {*IMAGE_ARRAYS, *TEXT_ARRAYS})
     require(not unknown, "arrays", unknown, f"may be {', '.join((*IMAGE_ARRAYS, *TEXT_ARRAYS))}")

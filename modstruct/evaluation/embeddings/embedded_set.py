@@ -6,12 +6,12 @@ FOLDER/
     image_features.npy, text_features.npy           (n, F), (m, F') before the projection, not normalised
     image_projected.npy, text_projected.npy         (n, D), (m, D) after it, before normalisation
     image_independent.npy, text_independent.npy     unit norm: of the independent heads
-    image_augmented.npy     (n, D) unit norm: of one augmented view of each picture
+    image_augmented.npy     (n, D) unit norm: of one augmented view of each image
     pairs.npy               (p, 2) int64, (image row, text row), only with captions
     labels.npy              (n,) int64, -1 where there is none, only with classes
     class_prompts.npy       (c, t, D) float32, unit norm: class c's name in template t
     classes.json            {"names": […], "templates": […], "label": field of the metadata or null}
-    keys.jsonl, metadata.jsonl      one JSON text, one JSON object a picture, in the order of rows
+    keys.jsonl, metadata.jsonl      one JSON text, one JSON object an image, in the order of rows
     captions.jsonl          one JSON text a text row
 """
 
@@ -106,12 +106,12 @@ class EmbeddedSet:
 
     @cached_property
     def indices(self) -> np.ndarray:
-        """(n,) int64, number of each picture in its source."""
+        """(n,) int64, number of each image in its source."""
         return self._open["indices"] if "indices" in self._open else np.arange(self.manifest["rows"]["image"])
 
     @property
     def labels(self) -> np.ndarray | None:
-        """(n,) int64, class row of each picture or -1; None without classes."""
+        """(n,) int64, class row of each image or -1; None without classes."""
         return self._open.get("labels")
 
     @property
@@ -134,7 +134,7 @@ class EmbeddedSet:
 
     @cached_property
     def keys(self) -> list[str]:
-        """Key of each picture."""
+        """Key of each image."""
         return self._lines("keys", str)
 
     @cached_property
@@ -144,7 +144,7 @@ class EmbeddedSet:
 
     @cached_property
     def metadata(self) -> list[dict]:
-        """Metadata of each picture."""
+        """Metadata of each image."""
         return self._lines("metadata", dict)
 
     @cached_property
@@ -203,8 +203,8 @@ def write_embedded_set(
 
     model: {"name", "fingerprint", …}. arrays: by name, of IMAGE_ARRAYS and TEXT_ARRAYS, "image" at least; float16 and
     float32 are kept, other kinds become float32. pairs (p, 2), indices (n,), labels (n,), class_prompts (c, t, D): as
-    above. label: field of the metadata that the labels came from. keys: of the pictures, by default their numbers.
-    metadata: of the pictures, by default empty. skipped: samples left out, by cause; left_out: which. settings: how
+    above. label: field of the metadata that the labels came from. keys: of the images, by default their numbers.
+    metadata: of the images, by default empty. skipped: samples left out, by cause; left_out: which. settings: how
     the set was made. Raises ValueError where sizes do not fit each other, or rows are not finite or not of unit norm;
     the folder is unfinished then.
     """
@@ -216,13 +216,11 @@ def write_embedded_set(
         tables["pairs"] = within(np.asarray(pairs, dtype=np.int64).reshape(-1, 2), rows)
     if indices is not None:
         tables["indices"] = np.asarray(indices, dtype=np.int64)
-        require(tables["indices"].shape == (rows["image"],), "indices", tables["indices"].shape, "one for each picture")
+        require(tables["indices"].shape == (rows["image"],), "indices", tables["indices"].shape, "one for each image")
     if labels is not None:
         labels = np.asarray(labels, dtype=np.int64)
         fits = labels.shape == (rows["image"],) and np.all((labels >= -1) & (labels < len(class_names)))
-        require(
-            fits, "labels", labels.shape, f"one of -1 … {len(class_names) - 1} for each of {rows['image']} pictures"
-        )
+        require(fits, "labels", labels.shape, f"one of -1 … {len(class_names) - 1} for each of {rows['image']} images")
         tables["labels"] = labels
     if class_prompts is not None:
         expected = (len(class_names), len(templates), streams["image"].shape[1])

@@ -24,7 +24,7 @@ AUGMENTED = "image_augmented"
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def embed_pictures(
+def embed_images(
     model: EmbeddingModel,
     source: EmbeddingSource,
     parts: Parts,
@@ -32,10 +32,10 @@ def embed_pictures(
     config: EmbeddingConfig,
     arrays: Sequence[str],
 ) -> None:
-    """Make the missing parts of a source's pictures, with all that is read beside them.
+    """Make the missing parts of a source's images, with all that is read beside them.
 
-    Notes of a part: keys, captions, metadata of the pictures; faults, the [cause, where] of those left out. Its arrays
-    beside the embeddings: indices, numbers of the pictures in the source; labels, where it has classes.
+    Notes of a part: keys, captions, metadata of the images; faults, the [cause, where] of those left out. Its arrays
+    beside the embeddings: indices, numbers of the images in the source; labels, where it has classes.
     """
     mine = _share(missing)
     ledger = source.ledger(config, distributed.rank())
@@ -64,7 +64,7 @@ def embed_pictures(
             parts.write(part, _joined(made), notes)
 
     total = sum(len(parts.numbers(part)) for part in missing)
-    apart(work, f"pictures of {source.name}", total, "picture")
+    apart(work, f"images of {source.name}", total, "picture")
 
 
 def embed_texts(
@@ -106,13 +106,13 @@ class _Encoder:
 
     @torch.no_grad()
     def encoded(self, batch: dict[str, Tensor]) -> dict[str, np.ndarray]:
-        """The arrays asked for of a batch of pictures or texts, (B, …) each."""
+        """The arrays asked for of a batch of images or texts, (B, …) each."""
         with self._autocast():
             made = self._encode({name: inputs.to(self._device) for name, inputs in batch.items()})
         return {name: made[name].to(self._dtype).cpu().numpy() for name in made.keys() & self._arrays}
 
     def pictures(self, batch: EvaluationBatch) -> dict[str, np.ndarray]:
-        """The same, augmented pictures included; nothing of a batch of which no picture could be read."""
+        """The same, augmented images included; nothing of a batch of which no image could be read."""
         if len(batch.indices) == 0:
             return {}
         made = self.encoded({"image": batch.image})

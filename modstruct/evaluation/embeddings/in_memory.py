@@ -1,4 +1,4 @@
-"""A whole source embedded by all processes: pictures, captions, and which belong together."""
+"""A whole source embedded by all processes: images, captions, and which belong together."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Encode = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 @dataclass
 class EmbeddedSource:
-    """Every readable picture of a source and every distinct caption, in order of first appearance.
+    """Every readable image of a source and every distinct caption, in order of first appearance.
 
     image and text hold their rows on the main process only, and no rows elsewhere; the rest is the same everywhere.
     """
@@ -36,13 +36,13 @@ class EmbeddedSource:
     text: np.ndarray
     """(m, D) float32; equal captions are one row."""
     pairs: np.ndarray
-    """(p, 2) int64, (image row, text row) of each picture and each of its captions, without repetition."""
+    """(p, 2) int64, (image row, text row) of each image and each of its captions, without repetition."""
     indices: np.ndarray
-    """(n,) int64, number of each picture in its EvaluationSamples."""
+    """(n,) int64, number of each image in its EvaluationSamples."""
     captions: list[str]
     """Caption of each text row."""
     metadata: list[dict]
-    """Of each picture, the fields asked for that its metadata has."""
+    """Of each image, the fields asked for that its metadata has."""
     skipped: dict[str, int] = field(default_factory=dict)
     """Samples left out, by cause."""
 
@@ -74,7 +74,7 @@ def embed_source(
         torch.zeros((1, 3, views.image_size, views.image_size), dtype=torch.uint8, device=device),
         batches,
         batch,
-        "embedding pictures",
+        "embedding images",
     )
     everyone = _Read.joined(collect_values(read.values(), device))
     skipped = left_out_when_indexed(samples) + Counter(everyone["skipped"])
@@ -120,7 +120,7 @@ def embed_texts(
 
 
 class _Read:
-    """What one process reads of the samples besides the pictures' embeddings."""
+    """What one process reads of the samples besides the images' embeddings."""
 
     def __init__(self, ledger: FaultLedger, metadata_fields: Sequence[str]):
         self.ledger, self.metadata_fields = ledger, metadata_fields
@@ -129,7 +129,7 @@ class _Read:
         self.metadata: list[dict] = []
 
     def images(self, batches, device: torch.device) -> Iterator[Tensor]:
-        """The pictures of each EvaluationBatch, the rest of it noted down."""
+        """The images of each EvaluationBatch, the rest of it noted down."""
         for batch in batches:
             self.ledger.add(batch.faults, batch.tried)
             self.indices += batch.indices.tolist()

@@ -16,8 +16,8 @@ from modstruct.evaluation.embeddings.embedded_files import IMAGE_ARRAYS, TEXT_AR
 from modstruct.evaluation.embeddings.in_memory import Encode
 
 
-class PictureViews(Protocol):
-    """From PIL pictures to what the image tower takes; pickles to loader workers. `data.augment.Views` is one."""
+class ImageViews(Protocol):
+    """From PIL images to what the image tower takes; pickles to loader workers. `data.augment.Views` is one."""
 
     image_size: int
     """Side in pixels."""
@@ -43,7 +43,7 @@ class EmbeddingModel:
     """D of the shared embeddings."""
     arrays: frozenset[str]
     """What it can make, of IMAGE_ARRAYS and TEXT_ARRAYS."""
-    views: PictureViews
+    views: ImageViews
     tokenize: Callable[[Sequence[str]], Tensor]
     """Texts -> ids (B, L); pickles to loader workers."""
     encode: Encode

@@ -4,7 +4,7 @@
         begun.json          what is embedded, of what, and how: a restart with anything else is refused
         image-00003.npz     rows of the batches of part 3, and what else was read with them
         text-…, prompts-…   alike, of captions and class prompts
-        captions.jsonl      the distinct captions, once all pictures are there
+        captions.jsonl      the distinct captions, once all images are there
 
 A part holds the same samples in the same batches whichever process makes it, and of however many.
 """
@@ -31,7 +31,7 @@ NOTES = "{}.json"
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of one kind, of `items` pictures or texts in batches of `batch`."""
+    """The parts of one kind, of `items` images or texts in batches of `batch`."""
 
     folder: Path
     kind: str

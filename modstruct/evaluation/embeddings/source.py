@@ -1,4 +1,4 @@
-"""What is embedded: pictures with captions, pictures with classes, or both."""
+"""What is embedded: images with captions, images with classes, or both."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LABEL = "label"
 
 @dataclass(frozen=True)
 class EmbeddingSource:
-    """A set by name. samples: EvaluationSamples, or any `LabelledPictures`; classes: of either, or None."""
+    """A set by name. samples: EvaluationSamples, or any `LabelledImages`; classes: of either, or None."""
 
     name: str
     samples: Any
@@ -48,7 +48,7 @@ class EmbeddingSource:
     def of_samples(
         cls, name: str, samples: EvaluationSamples, classes: ZeroShotClasses | None = None
     ) -> EmbeddingSource:
-        """Captioned pictures; classes: of a zero-shot file, for the samples whose metadata have its label."""
+        """Captioned images; classes: of a zero-shot file, for the samples whose metadata have its label."""
         if classes is None:
             return cls(name, samples, samples.samples.fingerprint)
         names = tuple(classes.classes.values())
@@ -56,7 +56,7 @@ class EmbeddingSource:
 
     @classmethod
     def of_labelled(cls, pictures: Any) -> EmbeddingSource:
-        """A set of labelled pictures (modstruct.data.classification)."""
+        """A set of labelled images (modstruct.data.classification)."""
         return cls(pictures.name, pictures, pictures.fingerprint, tuple(pictures.classes), tuple(pictures.templates))
 
     @property
@@ -78,7 +78,7 @@ class EmbeddingSource:
         return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
     def labels_of(self, metadata: Sequence[dict]) -> np.ndarray:
-        """Class row of each picture, (n,) int64, -1 for none. Raises ValueError for one that is no class."""
+        """Class row of each image, (n,) int64, -1 for none. Raises ValueError for one that is no class."""
         if self.classes is not None:
             return self.classes.rows_of(metadata)
         labels = [fields.get(LABEL) for fields in metadata]
@@ -88,7 +88,7 @@ class EmbeddingSource:
         return np.array([-1 if label is None else int(label) for label in labels], dtype=np.int64)
 
     def ledger(self, config: EmbeddingConfig, process: int = 0) -> FaultLedger:
-        """For counting its unreadable pictures."""
+        """For counting its unreadable images."""
         return FaultLedger(f"set {self.name}", config.max_bad_share, process, "embedding.max_bad_share")
 
     def left_out_before(self) -> Counter[str]:

@@ -17,7 +17,7 @@ from modstruct.errors import refuse, require
 from modstruct.evaluation.embeddings.assembly import Assembly
 from modstruct.evaluation.embeddings.embedded_files import IMAGE_ARRAYS, MANIFEST, TEXT_ARRAYS
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet, clear
-from modstruct.evaluation.embeddings.encoding import embed_pictures, embed_texts
+from modstruct.evaluation.embeddings.encoding import embed_images, embed_texts
 from modstruct.evaluation.embeddings.model import EmbeddingModel
 from modstruct.evaluation.embeddings.parts import FOLDER, Parts
 from modstruct.evaluation.embeddings.source import EmbeddingSource
@@ -70,7 +70,7 @@ def embed_set(
 
     of_images, of_texts = ([a for a in arrays if a in known] for known in (IMAGE_ARRAYS, TEXT_ARRAYS))
     pictures, missing = parts("image", len(source.samples))
-    embed_pictures(model, source, pictures, missing, config, of_images)
+    embed_images(model, source, pictures, missing, config, of_images)
 
     lines = TextLines(folder / FOLDER / CAPTIONS)
     assembly = Assembly(source, pictures, lines.path)

@@ -1,4 +1,4 @@
-"""What captions and pictures know about a label, and what exact alignment costs: section 3 of Jiang et al. 2023."""
+"""What captions and images know about a label, and what exact alignment costs: section 3 of Jiang et al. 2023."""
 
 from modstruct.evaluation.information.measure import measure_information
 from modstruct.evaluation.information.probes import ProbeConfig

@@ -1,4 +1,4 @@
-"""What probes see of caption and picture: embeddings row by row of the pairs, and the words of the captions."""
+"""What probes see of caption and image: embeddings row by row of the pairs, and the words of the captions."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _terms(caption: str) -> set[str]:
 
 
 def scene_pixels(records: Sequence[Mapping[str, Any]], side: int) -> np.ndarray:
-    """Pictures of built-in scenes drawn anew from their records, averaged down: (n, 3 side^2) float16, 0 … 1."""
+    """Images of built-in scenes drawn anew from their records, averaged down: (n, 3 side^2) float16, 0 … 1."""
     pixels = np.empty((len(records), 3 * side**2), dtype=np.float16)
     for row, record in enumerate(records):
         picture = draw(Scene.from_record(record), DRAWN_SIDE).resize((side, side), Image.Resampling.BOX)

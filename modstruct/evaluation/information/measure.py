@@ -1,4 +1,4 @@
-"""Information of caption and picture about labels, of an embedded set, as a result with outcomes."""
+"""Information of caption and image about labels, of an embedded set, as a result with outcomes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NOTES = (
     "gap is the difference of two bounds from below, and no bound of Delta_p, neither from below nor from above: it is "
     "too large where the probe of the poorer modality misses more, too small where that of the richer one does.",
     "excess, the left side of Theorem 3.1, is a difference of two bounds as well.",
-    "The probes see features of frozen encoders, words and pixels, not caption and picture themselves: what those "
+    "The probes see features of frozen encoders, words and pixels, not caption and image themselves: what those "
     "leave out is lost to them (data processing), so that the information of the modalities may be larger still.",
     "Intervals are over rows with the fitted probes held fixed, and know nothing of a probe's bias.",
     "The theorem is of exactly aligned features. Those of a model are not: excess may then be smaller than the gap.",
@@ -51,10 +51,10 @@ def measure_information(
     """I(X_T; Y), I(X_V; Y), I(X_T, X_V; Y), Delta_p and both sides of Theorem 3.1 (Jiang et al. 2023), estimated.
 
     embedded: with captions. labels: fields of its metadata, numbers or texts, or the field its classes came from; by
-    default those classes, and for built-in scenes all factors whose exact values are known. Pairs whose picture has no
+    default those classes, and for built-in scenes all factors whose exact values are known. Pairs whose image has no
     value are left out. Of more pairs than config.rows, that many are drawn. Features: "image_features" and
     "text_features" where the set has them, else the shared embeddings; the words of the captions; for built-in scenes
-    small pictures drawn anew. Runs in one process, without others.
+    small images drawn anew. Runs in one process, without others.
     Returns the result in the form of METRIC.json (all but "command"), whose figures are by label and as
     `information_figures` has them, and the outcomes "LABEL/text", … (rows,) float32: the information that the probes
     found in each row, H(Y) less loss. Raises ValueError for a set without captions, a label that is missing, whose
@@ -63,7 +63,7 @@ def measure_information(
     config = config or ProbeConfig()
     begun = time.perf_counter()
     if not len(embedded.pairs):
-        refuse("set", embedded.name, "has no captions: the information gap is between captions and pictures")
+        refuse("set", embedded.name, "has no captions: the information gap is between captions and images")
     for array in sorted(embedded.arrays & {"image", "text", "image_features", "text_features"}):
         check_rows(f"{embedded.name}'s {array}", embedded.rows(array))
     split = split_of_scenes(embedded.metadata)
@@ -97,7 +97,7 @@ def measure_information(
 
 
 def label_numbers(embedded: EmbeddedSet, label: str) -> tuple[np.ndarray, list[str]]:
-    """Class of each picture, (n,) int64, -1 for none, and the classes that occur, in alphabetical order or the set's.
+    """Class of each image, (n,) int64, -1 for none, and the classes that occur, in alphabetical order or the set's.
 
     label: a field of the metadata, or of no field: the classes that the set was embedded with.
     """
@@ -109,14 +109,14 @@ def label_numbers(embedded: EmbeddedSet, label: str) -> tuple[np.ndarray, list[s
     else:
         values = [record.get(label) for record in embedded.metadata]
         fields = sorted({field for record in embedded.metadata[:100] for field in record})
-        require(any(v is not None for v in values), "labels", label, f"no picture has it: name one of {fields}")
+        require(any(v is not None for v in values), "labels", label, f"no image has it: name one of {fields}")
         broken = next((v for v in values if not isinstance(v, str | int | bool | None)), None)
         require(broken is None, "labels", label, f"has the value {broken!r}: name a field of texts or whole numbers")
         known = sorted({v for v in values if v is not None}, key=lambda v: (isinstance(v, str), v))
         place = {value: number for number, value in enumerate(known)}
         names = [str(value) for value in known]
         numbers = np.array([-1 if v is None else place[v] for v in values], dtype=np.int64)
-    require(len(names) > 1, "labels", label, f"all pictures have the value {names[0] if names else None!r}: give two")
+    require(len(names) > 1, "labels", label, f"all images have the value {names[0] if names else None!r}: give two")
     return numbers, names
 
 
@@ -133,7 +133,7 @@ def _known_labels(embedded: EmbeddedSet, split: str | None) -> list[str]:
 
 
 def _drawn_pairs(pairs: np.ndarray, numbers: np.ndarray, config: ProbeConfig) -> np.ndarray:
-    """Pairs whose picture has a class, at most config.rows of them, ascending by picture."""
+    """Pairs whose image has a class, at most config.rows of them, ascending by image."""
     pairs = pairs[numbers[pairs[:, 0]] >= 0]
     if config.rows and len(pairs) > config.rows:
         drawn = np.random.default_rng([config.seed, 3]).choice(len(pairs), config.rows, replace=False)

@@ -107,7 +107,7 @@ def _folds(groups: np.ndarray, config: ProbeConfig) -> list[tuple[np.ndarray, np
     """(training rows, held-out rows) of each fold, ascending."""
     known, numbers = np.unique(groups, return_inverse=True)
     require(
-        len(known) >= config.folds, "information.folds", config.folds, f"at most {len(known)}, the pictures there are"
+        len(known) >= config.folds, "information.folds", config.folds, f"at most {len(known)}, the images there are"
     )
     fold_of = np.random.default_rng([config.seed, 0]).permutation(len(known)) % config.folds
     fold = fold_of[numbers]

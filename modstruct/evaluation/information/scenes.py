@@ -1,6 +1,6 @@
-"""What caption and picture of a built-in scene know about its factors, exactly, from the generator's probabilities.
+"""What caption and image of a built-in scene know about its factors, exactly, from the generator's probabilities.
 
-The factors a picture shows are read from it without doubt (no two of their values are drawn alike), and so are those
+The factors an image shows are read from it without doubt (no two of their values are drawn alike), and so are those
 that a caption words; what remains is how often captions mention a thing, and what the split rule (splits.py) lets one
 factor tell of another. All of that is summed here over the generator's choices; nothing is sampled.
 The samples of the training split are independent draws of exactly this distribution. In validation and test a scene or
@@ -93,7 +93,7 @@ def exact_information(label: str, split: str) -> ExactInformation | None:
     if label == "count":
         whole = entropy(counts)
         return ExactInformation(whole, whole, whole, whole, whole)
-    if label == "template":  # a picture tells of it what the number of objects tells
+    if label == "template":  # an image tells of it what the number of objects tells
         shared = np.array(
             [[(t in templates_of(c)) / len(templates_of(c)) for t in TEMPLATES_OF_SEVERAL] for c in (1, 2)]
         )

@@ -38,7 +38,7 @@ def exact_sides(joint: np.ndarray, text_features: np.ndarray | None = None) -> S
         kinds = np.unique(text_features[parts == part])
         if len(kinds) > 1:
             raise ValueError(
-                f"text_features: {kinds[:2].tolist()} occur beside pictures that cannot tell them apart; "
+                f"text_features: {kinds[:2].tolist()} occur beside images that cannot tell them apart; "
                 "give a function of the common part"
             )
     occurring = parts >= 0

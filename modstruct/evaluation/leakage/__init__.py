@@ -1,4 +1,4 @@
-"""Leakage: pictures of an evaluation set that also lie, wholly or nearly, in a training source."""
+"""Leakage: images of an evaluation set that also lie, wholly or nearly, in a training source."""
 
 from modstruct.evaluation.leakage.duplicates import Duplicates, Thresholds, find_duplicates
 from modstruct.evaluation.leakage.leave_out import leave_out, read_keys, rows_kept

@@ -1,4 +1,4 @@
-"""Pictures of an evaluation set that are near duplicates of training pictures, by hash and by embedding."""
+"""Images of an evaluation set that are near duplicates of training images, by hash and by embedding."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from modstruct.errors import require
 from modstruct.evaluation.leakage.best_pairs import Pairs
 from modstruct.evaluation.leakage.cosine import cosines, near_embeddings
 from modstruct.evaluation.leakage.hamming import least_distances, near_hashes
-from modstruct.evaluation.leakage.image_difference import colour_difference, flat, picture_differences
-from modstruct.evaluation.leakage.perceptual_hash import BITS, mirrored, picture_hashes
+from modstruct.evaluation.leakage.image_difference import colour_difference, flat, image_differences
+from modstruct.evaluation.leakage.perceptual_hash import BITS, image_hashes, mirrored
 from modstruct.evaluation.leakage.prints import Prints
 from modstruct.evaluation.retrieval.exact import CPU
 
@@ -29,13 +29,13 @@ class Thresholds:
     hamming: int = 8
     """Bits that hashes may differ in for a second look."""
     difference: float = 0.2
-    """Of the second look (see picture_difference): 0 for equal pictures, about 1 for unrelated ones."""
+    """Of the second look (see image_difference): 0 for equal images, about 1 for unrelated ones."""
     cosine: float = 0.95
     """Of embeddings; what it means depends on the model."""
     mirrored: bool = False
-    """Whether a picture with left and right exchanged counts too."""
+    """Whether an image with left and right exchanged counts too."""
     listed: int = 5
-    """Training pictures that are listed at most for each picture, by each of the two ways."""
+    """Training images that are listed at most for each image, by each of the two ways."""
 
     def __post_init__(self):
         require(0 <= self.hamming <= BITS, "hamming", self.hamming, f"give a distance of hashes, from 0 to {BITS}")
@@ -54,11 +54,11 @@ class Duplicates:
     """Row of the training source's prints."""
     hamming: np.ndarray
     difference: np.ndarray
-    """inf where only one of the two pictures is of one colour."""
+    """inf where only one of the two images is of one colour."""
     cosine: np.ndarray
     """nan where there are no embeddings of both."""
     mirrored: np.ndarray
-    """Whether the evaluation picture was mirrored for hamming and difference."""
+    """Whether the evaluation image was mirrored for hamming and difference."""
     by_hash: np.ndarray
     by_embedding: np.ndarray
 
@@ -71,9 +71,9 @@ def find_duplicates(
     device: torch.device = CPU,
     progress: bool = False,
 ) -> Duplicates:
-    """All evaluation pictures that have a near duplicate in the training source, with the nearest few of each.
+    """All evaluation images that have a near duplicate in the training source, with the nearest few of each.
 
-    By hash: some views within thresholds.hamming and the pictures within thresholds.difference. By embedding: cosine
+    By hash: some views within thresholds.hamming and the images within thresholds.difference. By embedding: cosine
     of at least thresholds.cosine. embeddings: (n, D) and (N, D), a row for each print (see prints.rows_by_key); a
     row of zeros is one that is not there. Exact but for `listed`. Memory: the listed pairs and blocks of candidates.
     """
@@ -89,7 +89,7 @@ def find_duplicates(
 
 
 def _by_hash(evaluation: Prints, train: Prints, thresholds: Thresholds, progress: bool) -> np.ndarray:
-    """(p, 2): the nearest pairs that also withstand the second look, `listed` for each picture."""
+    """(p, 2): the nearest pairs that also withstand the second look, `listed` for each image."""
     solid, flat_rows, flat_colours = _kinds(train, thresholds.listed)
     hashes = train.hashes[solid] if len(solid) < len(train) else train.hashes
     pairs = []
@@ -106,7 +106,7 @@ def _by_hash(evaluation: Prints, train: Prints, thresholds: Thresholds, progress
             best = best.and_best(found, thresholds.listed)
         numbers = np.flatnonzero(~one_colour)
         for picture in (thumbnails, mirrored(thumbnails)) if thresholds.mirrored else (thumbnails,):
-            queries = picture_hashes(picture[numbers])
+            queries = image_hashes(picture[numbers])
             for query, item, near, view in near_hashes(queries, hashes, thresholds.hamming):
                 found = _verified(picture, train, numbers[query], solid[item], near, view, thresholds)
                 best = _distinct(best.and_best(found, 2 * thresholds.listed)).and_best(Pairs.none(), thresholds.listed)
@@ -115,7 +115,7 @@ def _by_hash(evaluation: Prints, train: Prints, thresholds: Thresholds, progress
 
 
 def _distinct(pairs: Pairs) -> Pairs:
-    """Each pair once, by its better score: a symmetric picture is found as it is and mirrored."""
+    """Each pair once, by its better score: a symmetric image is found as it is and mirrored."""
     order = np.lexsort((pairs.score, pairs.item, pairs.query))
     query, item, score = (values[order] for values in pairs)
     first = np.append(True, (query[1:] != query[:-1]) | (item[1:] != item[:-1]))[: len(query)]
@@ -126,7 +126,7 @@ def _kinds(prints: Prints, repeats: int) -> tuple[np.ndarray, np.ndarray, np.nda
     """Rows that are not of one colour, rows that are, and the colours of those (f, 3).
 
     Of equal thumbnails only the first `repeats` are taken. More are never listed, since all of them score alike; and
-    one placeholder that stands for a hundred thousand missing pictures would be near to itself ten thousand million
+    one placeholder that stands for a hundred thousand missing images would be near to itself ten thousand million
     times.
     """
     digests = np.empty((len(prints), 2), dtype=np.uint64)
@@ -155,7 +155,7 @@ def _verified(
 ) -> Pairs:
     """Candidates of a block that withstand the second look, nearest hashes first.
 
-    A picture that has its `listed` pairs is not looked at further.
+    An image that has its `listed` pairs is not looked at further.
     """
     order = np.lexsort((item, near, query))
     query, item, near, view = (values[order] for values in (query, item, near, view))
@@ -167,7 +167,7 @@ def _verified(
         low = high
         if not len(turn):
             continue
-        differences = picture_differences(
+        differences = image_differences(
             thumbnails[query[turn]], _taken(train.thumbnails, item[turn]), view[turn], thresholds.difference
         )
         good = turn[differences <= thresholds.difference]
@@ -223,11 +223,11 @@ def _scores(
     first: np.ndarray, second: np.ndarray, hashes: np.ndarray, thresholds: Thresholds
 ) -> tuple[np.ndarray, np.ndarray]:
     """Distance of the nearest views and difference of each pair, two arrays (p,)."""
-    hamming, views = least_distances(picture_hashes(first), hashes)
+    hamming, views = least_distances(image_hashes(first), hashes)
     one, other = flat(first), flat(second)
     difference = np.full(len(first), np.inf)
     solid = ~one & ~other
-    difference[solid] = picture_differences(first[solid], second[solid], views[solid], thresholds.difference)
+    difference[solid] = image_differences(first[solid], second[solid], views[solid], thresholds.difference)
     for pair in np.flatnonzero(one & other):
         means = (picture[pair].reshape(3, -1).mean(axis=1)[None] for picture in (first, second))
         hamming[pair], difference[pair] = 0, colour_difference(*means)[0, 0]  # their hashes are noise

@@ -1,6 +1,6 @@
 """Exact search of hashes within a Hamming distance, in bounded memory.
 
-256 pictures against a million, six views each, on one core: 1.2 s (2.8e9 comparisons), 0.9 GiB at the peak.
+256 images against a million, six views each, on one core: 1.2 s (2.8e9 comparisons), 0.9 GiB at the peak.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ GALLERY_AT_ONCE = 1 << 18
 def near_hashes(
     queries: np.ndarray, gallery: np.ndarray, distance: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-    """All pairs of pictures of which two views, one of them the whole, have hashes within a distance.
+    """All pairs of images of which two views, one of them the whole, have hashes within a distance.
 
-    queries: (q, V), gallery: (g, V), uint64, a hash of each view, the whole picture first; may be memory-mapped.
+    queries: (q, V), gallery: (g, V), uint64, a hash of each view, the whole image first; may be memory-mapped.
     Yields (query rows, gallery rows, distances, views) of each block, each pair once, by its nearest views; views is
     query view * V + gallery view. Raises ValueError for a distance outside 0 … 64.
     """
@@ -50,7 +50,7 @@ def near_hashes(
 
 
 def least_distances(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Distance of each pair of pictures by their nearest views, and those views, as `near_hashes` has them.
+    """Distance of each pair of images by their nearest views, and those views, as `near_hashes` has them.
 
     first, second: (p, V) uint64. Returns two arrays (p,) int64.
     """

@@ -1,4 +1,4 @@
-"""The second look at two pictures with near hashes: how much of one is left when the other is fitted to it."""
+"""The second look at two images with near hashes: how much of one is left when the other is fitted to it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ CELLS = 4
 """A side of the grid in which the worst place is looked for: two faces may differ by their eyes alone."""
 CLIPPED_LOW, CLIPPED_HIGH = 3, 252
 CLIPPED_WEIGHT = 0.05
-"""Of a pixel at either end of the scale in the fit: what a brightened picture has lost there, no fit brings back."""
+"""Of a pixel at either end of the scale in the fit: what a brightened image has lost there, no fit brings back."""
 RIDGE = 0.01
 LEAST_CONTRAST = 4.0
-"""In grey levels: a fainter picture is not judged by its noise."""
+"""In grey levels: a fainter image is not judged by its noise."""
 FLAT_RANGE = 12
-"""Of the values of each channel: a picture with less is of one colour."""
+"""Of the values of each channel: an image with less is of one colour."""
 FLAT_CONTRAST = 20.0
 """What the difference of two colours is divided by: at a limit of 0.2 four levels are as good as none."""
 PAIRS_AT_ONCE = 512
@@ -27,23 +27,23 @@ LOOSE = 3.0
 
 
 def flat(thumbnails: np.ndarray) -> np.ndarray:
-    """Which pictures are of one colour, (n,) bool. thumbnails: (n, 3, SIDE, SIDE) uint8."""
+    """Which images are of one colour, (n,) bool. thumbnails: (n, 3, SIDE, SIDE) uint8."""
     values = thumbnails.reshape(len(thumbnails), 3, SIDE * SIDE)
     return (values.max(axis=2).astype(np.int64) - values.min(axis=2)).max(axis=1, initial=0) <= FLAT_RANGE
 
 
 def colour_difference(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Difference of pictures of one colour, by their means: (n, 3), (m, 3) -> (n, m), in units of `FLAT_CONTRAST`."""
+    """Difference of images of one colour, by their means: (n, 3), (m, 3) -> (n, m), in units of `FLAT_CONTRAST`."""
     return np.abs(first[:, None] - second[None]).max(axis=2) / FLAT_CONTRAST
 
 
-def picture_differences(first: np.ndarray, second: np.ndarray, views: np.ndarray, limit: float) -> np.ndarray:
-    """How far each pair is from being one picture: 0 where they are equal, about 1 where they have nothing in common.
+def image_differences(first: np.ndarray, second: np.ndarray, views: np.ndarray, limit: float) -> np.ndarray:
+    """How far each pair is from being one image: 0 where they are equal, about 1 where they have nothing in common.
 
     first, second: (p, 3, SIDE, SIDE) uint8, not flat. views: (p,), the views that agreed (see `near_hashes`).
-    One picture is fitted to the other by gain, offset, small shifts and scalings, alike for all channels, so that
+    One image is fitted to the other by gain, offset, small shifts and scalings, alike for all channels, so that
     another colour is a difference; what remains is taken in the worst of 4 x 4 cells, as root mean square, relative to
-    the standard deviation of the fainter picture. The least over both directions and all pairs of views counts. Where
+    the standard deviation of the fainter image. The least over both directions and all pairs of views counts. Where
     the views given are worse than LOOSE * limit, theirs is returned. Returns (p,) float64.
     """
     count = len(VIEWS)
@@ -84,9 +84,9 @@ def _resampling(first: float, last: float) -> np.ndarray:
 
 
 def _remainder(fitted: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """What of target (p, 3, S, S) the fitted picture does not explain, in its worst cell, (p,).
+    """What of target (p, 3, S, S) the fitted image does not explain, in its worst cell, (p,).
 
-    Shift and scaling enter by the picture's gradients, to first order.
+    Shift and scaling enter by the image's gradients, to first order.
     """
     pairs, place = len(fitted), np.linspace(-1, 1, COMPARED_SIDE, dtype=np.float32)
     down, right = np.gradient(fitted, axis=2), np.gradient(fitted, axis=3)

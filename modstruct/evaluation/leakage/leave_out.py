@@ -1,4 +1,4 @@
-"""An embedded set without some of its pictures, for every metric to measure as it measures any other."""
+"""An embedded set without some of its images, for every metric to measure as it measures any other."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def read_keys(path: str | Path) -> list[str]:
 
 
 def rows_kept(embedded: EmbeddedSet, keys: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the pictures, and of the texts, that stay when the pictures of these keys are left out.
+    """Rows of the images, and of the texts, that stay when the images of these keys are left out.
 
-    A text stays if it belongs to a picture that stays, or belonged to none before. Every picture of a key goes.
-    Returns two ascending arrays int64. Raises ValueError for a key that the set has not, and if no picture stays.
+    A text stays if it belongs to an image that stays, or belonged to none before. Every image of a key goes.
+    Returns two ascending arrays int64. Raises ValueError for a key that the set has not, and if no image stays.
     """
     gone = set(keys)
     own = embedded.keys
@@ -46,7 +46,7 @@ def rows_kept(embedded: EmbeddedSet, keys: Iterable[str]) -> tuple[np.ndarray, n
         f"{len(unknown)} of {len(gone)} are not in {embedded.folder}: find the leakage of this very set",
     )
     stays = np.array([key not in gone for key in own], dtype=bool)
-    require(bool(stays.any()), "keys to leave out", len(gone), f"no picture of {embedded.folder} would be left")
+    require(bool(stays.any()), "keys to leave out", len(gone), f"no image of {embedded.folder} would be left")
     texts = embedded.manifest["rows"]["text"]
     pairs = np.asarray(embedded.pairs)
     text_stays = np.ones(texts, dtype=bool)
@@ -56,10 +56,10 @@ def rows_kept(embedded: EmbeddedSet, keys: Iterable[str]) -> tuple[np.ndarray, n
 
 
 def leave_out(embedded: EmbeddedSet, keys: Iterable[str], folder: str | Path) -> EmbeddedSet:
-    """The set without the pictures of these keys, written into a folder; what lies there already is taken as it is.
+    """The set without the images of these keys, written into a folder; what lies there already is taken as it is.
 
     Its name, and thus the folder of its results, is that of the set with "-without-leaked" behind it. Classes stay as
-    they are, also those without a picture left, so that chance stays the same. Memory: blocks of rows, and the lists
+    they are, also those without an image left, so that chance stays the same. Memory: blocks of rows, and the lists
     of keys, captions and metadata. Raises ValueError as `rows_kept`.
     """
     keys = sorted(set(keys))

@@ -1,8 +1,8 @@
-"""Perceptual hashes: 63 signs of a picture's lowest spatial frequencies, of the whole and of slight crops of it.
+"""Perceptual hashes: 63 signs of an image's lowest spatial frequencies, of the whole and of slight crops of it.
 
 As pHash (Zauner 2010, "Implementation and Benchmarking of Perceptual Image Hash Functions", section 3.2.1), a bit says
-whether a coefficient of the grey picture's 8 x 8 lowest discrete cosines is above a threshold. pHash's threshold is
-their median. Ours is a tenth of their root mean square: of a picture that is symmetric, or mostly blank, many
+whether a coefficient of the grey image's 8 x 8 lowest discrete cosines is above a threshold. pHash's threshold is
+their median. Ours is a tenth of their root mean square: of an image that is symmetric, or mostly blank, many
 coefficients are nearly 0, beside the median, and their bits would follow the noise of the coding.
 """
 
@@ -27,7 +27,7 @@ VIEWS: tuple[tuple[tuple[float, float], tuple[float, float]], ...] = (
     ((CROP / 2, 1 - CROP / 2), (CROP / 2, 1 - CROP / 2)),
     *(((top, top + 1 - CROP), (left, left + 1 - CROP)) for top in (0.0, CROP) for left in (0.0, CROP)),
 )
-"""Parts of a picture that are hashed: ((top, bottom), (left, right)) as shares; the first is the whole."""
+"""Parts of an image that are hashed: ((top, bottom), (left, right)) as shares; the first is the whole."""
 GREY = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 RELATIVE_THRESHOLD = 0.1
 LEAST_THRESHOLD = 0.25
@@ -36,23 +36,23 @@ PICTURES_AT_ONCE = 4096
 
 
 class ThumbnailViews:
-    """What `evaluation_loader` wants of a model's views: each picture's thumbnail."""
+    """What `evaluation_loader` wants of a model's views: each image's thumbnail."""
 
     image_size = SIDE
     value_bytes = 1
 
     def evaluation_image(self, picture: Image.Image) -> Tensor:
-        """(3, SIDE, SIDE) uint8 of a picture in mode RGB."""
+        """(3, SIDE, SIDE) uint8 of an image in mode RGB."""
         return torch.from_numpy(thumbnail(picture))
 
 
 def thumbnail(picture: Image.Image) -> np.ndarray:
-    """A picture in mode RGB, averaged down and made square: (3, SIDE, SIDE) uint8."""
+    """An image in mode RGB, averaged down and made square: (3, SIDE, SIDE) uint8."""
     small = picture.resize((SIDE, SIDE), Image.Resampling.BOX, reducing_gap=4)
     return np.ascontiguousarray(np.asarray(small).transpose(2, 0, 1))
 
 
-def picture_hashes(thumbnails: np.ndarray) -> np.ndarray:
+def image_hashes(thumbnails: np.ndarray) -> np.ndarray:
     """(n, 3, SIDE, SIDE) uint8 -> (n, len(VIEWS)) uint64, a hash of each view."""
     hashes = np.empty((len(thumbnails), len(VIEWS)), dtype=np.uint64)
     for start in range(0, len(thumbnails), PICTURES_AT_ONCE):

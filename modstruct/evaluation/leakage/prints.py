@@ -2,10 +2,10 @@
 
 FOLDER/
     manifest.json       written last: a folder without it is unfinished
-    thumbnails.npy      (n, 3, 24, 24) uint8, 1,728 bytes a picture
+    thumbnails.npy      (n, 3, 24, 24) uint8, 1,728 bytes an image
     hashes.npy          (n, 6) uint64, a hash of each view (see perceptual_hash)
-    indices.npy         (n,) int64, number of each picture in its source
-    keys.jsonl          one JSON text a picture
+    indices.npy         (n,) int64, number of each image in its source
+    keys.jsonl          one JSON text an image
     part-000000.npz, …  while it is being made
 """
 
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from modstruct.data.shards.evaluation_samples import EvaluationSamples, evaluation_loader
 from modstruct.data.shards.faults import FaultLedger
 from modstruct.evaluation.embeddings.array_files import RowStream, write_array
-from modstruct.evaluation.leakage.perceptual_hash import SIDE, VIEWS, ThumbnailViews, picture_hashes
+from modstruct.evaluation.leakage.perceptual_hash import SIDE, VIEWS, ThumbnailViews, image_hashes
 from modstruct.files import locked, sync_folder, written_aside
 
 FORMAT = 1
@@ -37,7 +37,7 @@ PART_SAMPLES = 8192
 
 @dataclass
 class Prints:
-    """Every readable picture of a source, in the order of the source; the rows stay on the disk until they are used."""
+    """Every readable image of a source, in the order of the source; the rows stay on the disk until they are used."""
 
     thumbnails: np.ndarray
     """(n, 3, SIDE, SIDE) uint8."""
@@ -45,7 +45,7 @@ class Prints:
     """(n, V) uint64."""
     keys: list[str]
     indices: np.ndarray
-    """(n,) int64, number of each picture in its source."""
+    """(n,) int64, number of each image in its source."""
     source_fingerprint: str = ""
     skipped: int = 0
     """Samples that could not be read."""
@@ -55,8 +55,8 @@ class Prints:
 
     @classmethod
     def of_thumbnails(cls, thumbnails: np.ndarray, keys: list[str]) -> Prints:
-        """Prints of pictures in memory."""
-        return cls(thumbnails, picture_hashes(thumbnails), keys, np.arange(len(keys)))
+        """Prints of images in memory."""
+        return cls(thumbnails, image_hashes(thumbnails), keys, np.arange(len(keys)))
 
     @classmethod
     def open(cls, folder: Path) -> Prints:
@@ -81,18 +81,18 @@ class Prints:
 
 
 def source_fingerprint(samples: EvaluationSamples) -> str:
-    """Fingerprint of an EvaluationSamples or of a set of labelled pictures."""
+    """Fingerprint of an EvaluationSamples or of a set of labelled images."""
     return samples.samples.fingerprint if hasattr(samples, "samples") else samples.fingerprint
 
 
 def make_prints(
     samples: EvaluationSamples, folder: Path, field: str, workers: int | None = None, progress: bool = False
 ) -> Prints:
-    """Thumbnails and hashes of all pictures of a source, from `folder` as far as they lie there.
+    """Thumbnails and hashes of all images of a source, from `folder` as far as they lie there.
 
-    samples: an EvaluationSamples, or a set of labelled pictures. field: what the source is called in messages.
+    samples: an EvaluationSamples, or a set of labelled images. field: what the source is called in messages.
     workers: loader processes, by default the samples' data.workers. Raises TooManyBadSamples above data.max_bad_share,
-    and ValueError where the folder holds the hashes of another source, damaged ones, or the source no usable picture.
+    and ValueError where the folder holds the hashes of another source, damaged ones, or the source no usable image.
     """
     fingerprint = source_fingerprint(samples)
     with locked(folder / "lock"):
@@ -105,7 +105,7 @@ def make_prints(
 
 
 def rows_by_key(prints: Prints, keys: list[str], rows: np.ndarray) -> np.ndarray:
-    """Rows (n, D) of an embedded set in the order of prints, zeros where a picture is not in the set.
+    """Rows (n, D) of an embedded set in the order of prints, zeros where an image is not in the set.
 
     keys: of the rows. Where a key occurs several times, the first is the first on both sides. All of `rows` are
     returned as they are where the keys agree. Raises ValueError if no key does.
@@ -116,7 +116,7 @@ def rows_by_key(prints: Prints, keys: list[str], rows: np.ndarray) -> np.ndarray
     found = np.array([place.get(key, -1) for key in _numbered(prints.keys)], dtype=np.int64)
     if (found < 0).all():
         raise ValueError(
-            f"no picture of the source is in the embedded set (the keys are like {prints.keys[0]!r} and "
+            f"no image of the source is in the embedded set (the keys are like {prints.keys[0]!r} and "
             f"{keys[0] if keys else None!r}): embed the same source"
         )
     ordered = np.zeros((len(found), rows.shape[1]), dtype=rows.dtype)
@@ -193,7 +193,7 @@ class _Making:
             np.savez(
                 file,
                 thumbnails=thumbnails,
-                hashes=picture_hashes(thumbnails),
+                hashes=image_hashes(thumbnails),
                 indices=np.concatenate([batch.indices.numpy() for batch in batches]),
                 keys=np.frombuffer(keys, dtype=np.uint8),
                 source=np.frombuffer(self._source, dtype=np.uint8),

@@ -2,9 +2,9 @@
 
 FOLDER/
     leakage.json            figures, pairs, settings; written last
-    leakage.npz             (n,) bool a way, a value for each evaluation picture in order of rows
-    leaked_keys.jsonl       key of each evaluation picture with a near duplicate, one JSON text a line (see leave_out)
-    examples/leakage.json   pictures side by side, as the report's examples, with "direction": "evaluation_to_training"
+    leakage.npz             (n,) bool a way, a value for each evaluation image in order of rows
+    leaked_keys.jsonl       key of each evaluation image with a near duplicate, one JSON text a line (see leave_out)
+    examples/leakage.json   images side by side, as the report's examples, with "direction": "evaluation_to_training"
     examples/leakage-000-evaluation.jpg, leakage-000-training-0.jpg, …
 """
 
@@ -34,7 +34,7 @@ MOST_PAIRS = 10_000
 
 
 def outcomes(found: Duplicates, rows: int) -> dict[str, np.ndarray]:
-    """Which evaluation pictures have a near duplicate, (rows,) bool: "by_hash", "by_embedding", "both" ways, "any"."""
+    """Which evaluation images have a near duplicate, (rows,) bool: "by_hash", "by_embedding", "both" ways, "any"."""
     ways = {}
     for way in ("by_hash", "by_embedding"):
         ways[way] = np.zeros(rows, dtype=bool)
@@ -59,8 +59,8 @@ def write_result(
 ) -> dict:
     """Write everything; returns what leakage.json holds.
 
-    pictures: evaluation set and training source, from which the first `examples` leaked pictures are drawn beside their
-    training pictures, spread evenly. with_embeddings: whether embeddings were compared; without, the figures by
+    images: evaluation set and training source, from which the first `examples` leaked images are drawn beside their
+    training images, spread evenly. with_embeddings: whether embeddings were compared; without, the figures by
     embedding are left out.
     """
     leaked = outcomes(found, len(evaluation))
@@ -134,7 +134,7 @@ def _write_examples(
 
 
 def _saved(path: Path, samples: EvaluationSamples, number: int) -> dict[str, str]:
-    """Save a sample's picture, at most LARGEST_PICTURE wide and high; {} where it cannot be read any more."""
+    """Save a sample's image, at most LARGEST_PICTURE wide and high; {} where it cannot be read any more."""
     try:
         picture = samples[number].picture
     except BadSample:

@@ -1,4 +1,4 @@
-"""Equal captions as one text with several pictures, so that none of them counts as a wrong answer for another."""
+"""Equal captions as one text with several images, so that none of them counts as a wrong answer for another."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DIGEST = np.dtype([("high", np.uint64), ("low", np.uint64)])
 
 
 class DistinctCaptions:
-    """Text rows and pairs of captions that come picture by picture; keeps 24 bytes a caption, not the texts.
+    """Text rows and pairs of captions that come image by image; keeps 24 bytes a caption, not the texts.
 
     Texts are told apart by 128 bits of BLAKE2b: of 10^9 texts, two would share them once in 10^20 sets.
     """
@@ -21,18 +21,18 @@ class DistinctCaptions:
         self._counts: list[np.ndarray] = []
 
     def add(self, captions: Iterable[Sequence[str]]) -> None:
-        """The captions of each of the next pictures."""
+        """The captions of each of the next images."""
         captions = list(captions)
-        texts = (text.encode(errors="surrogatepass") for of_picture in captions for text in of_picture)
+        texts = (text.encode(errors="surrogatepass") for of_image in captions for text in of_image)
         digests = b"".join(hashlib.blake2b(text, digest_size=DIGEST.itemsize).digest() for text in texts)
         self._digests.append(np.frombuffer(digests, dtype=DIGEST))
-        self._counts.append(np.array([len(of_picture) for of_picture in captions], dtype=np.int64))
+        self._counts.append(np.array([len(of_image) for of_image in captions], dtype=np.int64))
 
     def rows(self) -> tuple[np.ndarray, np.ndarray]:
         """Places and pairs.
 
         places: (m,) int64, the place, among all captions added, at which each distinct one came first, in this order.
-        pairs: (p, 2) int64, (picture, text row) of each picture and each of its captions, sorted, without repetition.
+        pairs: (p, 2) int64, (image, text row) of each image and each of its captions, sorted, without repetition.
         """
         digests = np.concatenate([np.empty(0, dtype=DIGEST), *self._digests])
         counts = np.concatenate([np.empty(0, dtype=np.int64), *self._counts])

@@ -47,20 +47,20 @@ def reranked_retrieval(
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Recall at K both ways after matching has ranked each query's candidates anew; every process calls it.
 
-    pictures: this process's batches of the n pictures (see collect.my_batches), uint8 (b, 3, H, W) on the device, in
+    images: this process's batches of the n images (see collect.my_batches), uint8 (b, 3, H, W) on the device, in
     the order of image's rows. captions: the m texts. image: (n, D), text: (m, D), read on the main process alone.
-    pairs: (p, 2), (image row, text row). by: what a candidate scores, see above. batch: pictures, texts or pairs in one
+    pairs: (p, 2), (image row, text row). by: what a candidate scores, see above. batch: images, texts or pairs in one
     forward pass. Returns the same as ranking.measure_recall, on every process. Raises
-    RunError, on every process, where `pictures` brings another number than image has rows.
+    RunError, on every process, where `images` brings another number than image has rows.
     """
     backbone = model.backbone
     sizes = broadcast_object((len(image), len(text)))
     side = model.backbone.image.patch_embed.img_size[0]
     grey = torch.zeros((1, 3, side, side), dtype=torch.uint8, device=device)
-    image_tokens = _gathered(backbone.encode_image, pictures, grey, sizes[0], batch, device, "encoding pictures")
-    if len(image_tokens) != sizes[0]:  # pictures are read a second time; one that is lost would shift those after it
+    image_tokens = _gathered(backbone.encode_image, pictures, grey, sizes[0], batch, device, "encoding images")
+    if len(image_tokens) != sizes[0]:  # images are read a second time; one that is lost would shift those after it
         counts = f"{len(image_tokens):,} instead of {sizes[0]:,} could be read a second time"
-        raise RunError(f"pictures changed while they were measured: {counts}; measure again")
+        raise RunError(f"images changed while they were measured: {counts}; measure again")
     ids = tokenizer(list(captions)).to(device)
     mine = (ids[n * batch : (n + 1) * batch] for n in my_batches(math.ceil(len(ids) / batch)))
     text_tokens = _gathered(backbone.encode_text, mine, ids[:1], len(ids), batch, device, "encoding captions")

@@ -23,27 +23,27 @@ QUERIES = 6
 RESULTS = 5
 """Of each query."""
 SIDE_PIXELS = 256
-"""Of a picture's longer side, at most."""
+"""Of an image's longer side, at most."""
 QUALITY = 85
 
 
-class Pictures(Protocol):
-    """The pictures of a set by their image rows; BadSample for one that can no longer be read."""
+class Images(Protocol):
+    """The images of a set by their image rows; BadSample for one that can no longer be read."""
 
     def __getitem__(self, row: int) -> Image.Image: ...
 
 
 def write_retrieved_examples(
-    embedded: EmbeddedSet, outcomes: dict[str, np.ndarray], pictures: Pictures, folder: Path, queries: int = QUERIES
+    embedded: EmbeddedSet, outcomes: dict[str, np.ndarray], pictures: Images, folder: Path, queries: int = QUERIES
 ) -> None:
-    """Write examples of both directions into a folder: examples.json and the pictures it names; by one process.
+    """Write examples of both directions into a folder: examples.json and the images it names; by one process.
 
-    outcomes: those of `measure_set_retrieval`. pictures: by image row of the set. queries: of each direction at most,
+    outcomes: those of `measure_set_retrieval`. images: by image row of the set. queries: of each direction at most,
     spread evenly over those that have a positive: the same ones for every model. examples.json, written last, is
       {"examples": [{"direction": "text_to_image", "query": ITEM, "rank": …, "results": [ITEM, …]}, …]}
-      ITEM = {"key": key, "picture": file name} or {"key": text row, "text": …}; of results also "right" and "score"
-    rank: of the best right item. Results are the RESULTS exact nearest; "right": one of the query's pairs. A picture
-    that can no longer be read has no "picture". Pictures of earlier examples are removed at the end.
+      ITEM = {"key": key, "image": file name} or {"key": text row, "text": …}; of results also "right" and "score"
+    rank: of the best right item. Results are the RESULTS exact nearest; "right": one of the query's pairs. An image
+    that can no longer be read has no "image". Images of earlier examples are removed at the end.
     """
     image, text, pairs = embedded.rows("image"), embedded.rows("text"), np.asarray(embedded.pairs)
     examples: list[dict[str, Any]] = []
@@ -65,7 +65,7 @@ def write_retrieved_examples(
             ]
             query = _item(embedded, row, picture=not by_text)
             examples.append({"direction": direction, "query": query, "rank": rank, "results": told})
-    written = _write_pictures(pictures, sorted(shown), folder)
+    written = _write_images(pictures, sorted(shown), folder)
     for item in (item for example in examples for item in (example["query"], *example["results"])):
         if item.get("picture") not in written:
             item.pop("picture", None)
@@ -91,7 +91,7 @@ def _file_name(row: int) -> str:
     return f"retrieved-{row}.jpg"
 
 
-def _write_pictures(pictures: Pictures, rows: Iterable[int], folder: Path) -> set[str]:
+def _write_images(pictures: Images, rows: Iterable[int], folder: Path) -> set[str]:
     """The names of the files written."""
     written = set()
     for row in rows:

@@ -66,14 +66,14 @@ def measure_set_retrieval(
       outcomes  of each direction's queries that have a positive, under DIRECTION/…: recall_at_K (0 or 1),
                 mean_reciprocal_rank and map_at_r (whose means over the queries are the figures of these names), rank
                 (from 1 on), query (row of the set) and group
-    Queries of one group are no independent evidence and are resampled together: the captions of one picture, a caption
-    of several pictures with the first of them. Each picture is a group of its own.
+    Queries of one group are no independent evidence and are resampled together: the captions of one image, a caption
+    of several images with the first of them. Each image is a group of its own.
     Raises ValueError where the set has no texts or pairs, or this machine cannot have the index.
     """
     started = time.monotonic()
     require_searchable(config.index)
     image, text, pairs = embedded.rows("image"), embedded.rows("text"), np.asarray(embedded.pairs)
-    require(len(pairs) > 0, "pairs", str(embedded.folder), "this set has none: embed one whose pictures have captions")
+    require(len(pairs) > 0, "pairs", str(embedded.folder), "this set has none: embed one whose images have captions")
     sizes = {"image": len(image), "text": len(text), "pairs": len(pairs)}
     most = min(len(image), len(text))
     curve_at = sorted(k for k in set(config.curve_at) if k <= most)
@@ -83,7 +83,7 @@ def measure_set_retrieval(
     outcomes: dict[str, np.ndarray] = {}
     asked_at = sorted({*config.recall_at, *curve_at})
     for name, ranked, told in rankings(image, text, pairs, asked_at, config.index, device, progress, shared=True):
-        group = _first_picture(pairs, ranked.query) if name == "text_to_image" else ranked.query
+        group = _first_image(pairs, ranked.query) if name == "text_to_image" else ranked.query
         found = _outcomes(ranked, config.recall_at) | {"query": ranked.query, "group": group}
         figures[name] = on_main(lambda ranked=ranked, found=found: _with_intervals(ranked, found, config))
         if told is not None:
@@ -132,7 +132,7 @@ def _with_intervals(
     return figures
 
 
-def _first_picture(pairs: np.ndarray, texts: np.ndarray) -> np.ndarray:
+def _first_image(pairs: np.ndarray, texts: np.ndarray) -> np.ndarray:
     """(q,): the lowest image row that each text row is paired with. texts: (q,), ascending, each in a pair."""
     pairs = pairs[np.lexsort((pairs[:, 0], pairs[:, 1]))]
     return pairs[np.searchsorted(pairs[:, 1], texts), 0]

@@ -1,4 +1,4 @@
-"""How far the augmented picture lies from the bridge between picture and caption, and where on it it is nearest."""
+"""How far the augmented image lies from the bridge between image and caption, and where on it it is nearest."""
 
 from __future__ import annotations
 

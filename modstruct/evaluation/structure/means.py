@@ -31,7 +31,7 @@ def modality_gap(image: np.ndarray, text: np.ndarray) -> float:
 def orthogonality(shared: np.ndarray, independent: np.ndarray) -> float:
     """Mean <z_j, z^i_j>^2, from 0 to 1: one modality's half of L_Ortho (Jiang et al. 2023, section 4.1).
 
-    shared, independent: (n, D), unit norm, row j of both from the same picture or text.
+    shared, independent: (n, D), unit norm, row j of both from the same image or text.
     """
     rows = np.repeat(np.arange(len(shared))[:, None], 2, axis=1)
     blocks = paired_blocks(rows, (shared, 0), (independent, 1))

@@ -26,7 +26,7 @@ def measure_set_structure(embedded: EmbeddedSet, config: SamplingConfig = DEFAUL
     """
     started = time.monotonic()
     image, text, pairs = embedded.rows("image"), embedded.rows("text"), np.asarray(embedded.pairs)
-    require(len(pairs) > 0, "pairs", str(embedded.folder), "this set has none: embed one whose pictures have captions")
+    require(len(pairs) > 0, "pairs", str(embedded.folder), "this set has none: embed one whose images have captions")
     more = {name: embedded.rows(name) for name in OPTIONAL if name in embedded.arrays}
     figures = structure_figures(image, text, pairs, config=config, **more)
     return {

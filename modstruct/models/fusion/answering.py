@@ -1,4 +1,4 @@
-"""Open answers to questions about pictures: a decoder that ranks or writes them (Li et al. 2021, section 5)."""
+"""Open answers to questions about images: a decoder that ranks or writes them (Li et al. 2021, section 5)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CROSS_ATTENTION_INPUTS = (".crossattention.self.key.weight", ".crossattention.se
 
 
 class AnswerModel(FollowedModel):
-    """Question and picture, fused -> answer, by causal layers that look at the fused question (VQA's model).
+    """Question and image, fused -> answer, by causal layers that look at the fused question (VQA's model).
 
     Answers are ids as a tokenizer makes them: start, tokens, end, padding. A momentum copy softens the tokens' labels
     where task.alpha is above 0.

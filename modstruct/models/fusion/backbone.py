@@ -15,7 +15,7 @@ from modstruct.models.pixels import standardised
 
 
 class Backbone(nn.Module):
-    """Pictures and texts -> tokens; text tokens and image tokens -> fused tokens.
+    """Images and texts -> tokens; text tokens and image tokens -> fused tokens.
 
     The first token of each is the summary: the ViT's class token, BERT's [CLS] (our tokenizers' start id).
     """

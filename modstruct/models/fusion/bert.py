@@ -1,4 +1,4 @@
-"""BERT (Devlin et al. 2019) cut in two: its first layers read the text, the others look from text to picture as well.
+"""BERT (Devlin et al. 2019) cut in two: its first layers read the text, the others look from text to image as well.
 
 The layers are transformers' own. Weights are named as in its BertModel (`embeddings.…`, `layer.N.…`), so that
 published files fit.

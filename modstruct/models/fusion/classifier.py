@@ -1,4 +1,4 @@
-"""A class for a picture with a text: the head of SNLI-VE."""
+"""A class for an image with a text: the head of SNLI-VE."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ class FeatureQueue:
 
     @torch.no_grad()
     def push(self, image: Tensor, text: Tensor, ids: Tensor) -> None:
-        """image, text: (N, D) of the global batch in its order; ids: (N,) that tell the pictures."""
+        """image, text: (N, D) of the global batch in its order; ids: (N,) that tell the images."""
         size = len(self.image)
         if size == 0:
             return

@@ -1,4 +1,4 @@
-"""Hard negatives of image-text matching: for each text a wrong picture, for each picture a wrong text.
+"""Hard negatives of image-text matching: for each text a wrong image, for each image a wrong text.
 
 A candidate is drawn with probability proportional to exp(similarity / temperature), as in ALBEF (Li et al. 2021,
 section 3.2), but from the pairs of all processes, never a positive (see `_Pairs`), and by a random
@@ -36,7 +36,7 @@ def hard_negatives(
     """The row of the global batch that each of this process's rows takes as its negative, (B,) int64, or NONE.
 
     rows: (B, D), unit norm, of one modality; candidates: (B, D) of the other, this process's. image_ids, text_ids:
-    (B,), equal where two pairs have the same picture or the same caption. slots: (B,), places in the data. of: modality
+    (B,), equal where two pairs have the same image or the same caption. slots: (B,), places in the data. of: modality
     of the candidates. scope: `local` takes candidates of this process alone.
     """
     first = distributed.rank() * len(rows)
@@ -88,7 +88,7 @@ class _Pairs:
         """Where a row, by its own id (b,), and a candidate belong together, (b, N).
 
         Some pair of the batch has the row's content and the candidate's, be it the row's own pair, the candidate's, or
-        a third one that shares a caption with the one and a picture with the other. Every own id occurs among the
+        a third one that shares a caption with the one and an image with the other. Every own id occurs among the
         pairs'.
         """
         wanted = self._number(own[:, None], self.other)

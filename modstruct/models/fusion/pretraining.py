@@ -28,7 +28,7 @@ TRAINING_FIELDS = PAIR_FIELDS | BLANK_FIELDS
 class FusionModel(FollowedModel):
     """ALBEF's pre-training model (Li et al. 2021, sections 3.1 to 3.3), with independent heads on request.
 
-    Called with pictures or texts it embeds them; with all its `batch_fields` too, it makes all that the objective asks
+    Called with images or texts it embeds them; with all its `batch_fields` too, it makes all that the objective asks
     for. `momentum` and `queue` are no weights of it: see momentum.py.
     """
 
@@ -184,7 +184,7 @@ class FusionModel(FollowedModel):
     def draw_negatives(
         self, made: dict[str, Tensor], batch: dict[str, Tensor]
     ) -> tuple[RowExchange, Tensor, RowExchange, Tensor]:
-        """The exchange that brings each row its wrong picture, and whether there is one, (B,); the same of captions.
+        """The exchange that brings each row its wrong image, and whether there is one, (B,); the same of captions.
 
         made: embeddings, shared and augmented, and the scale. Where there is none, a row gets its own.
         """
@@ -205,7 +205,7 @@ class FusionModel(FollowedModel):
         text: Tensor,
         drawn: tuple[RowExchange, Tensor, RowExchange, Tensor] | None,
     ) -> dict[str, Tensor]:
-        """Logits (3 B, 2) of pairs, of texts with a wrong picture, of pictures with a wrong text; and labels.
+        """Logits (3 B, 2) of pairs, of texts with a wrong image, of images with a wrong text; and labels.
 
         drawn: the wrong ones; None for a micro-batch, which brings them.
         """

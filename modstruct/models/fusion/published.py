@@ -55,7 +55,7 @@ def from_albef(weights: dict[str, Tensor], text_layers: int | None = None) -> di
     """Weights of ALBEF's pre-training model, named and shaped as ours.
 
     text_layers: layers of BERT that read the text alone, by default those without cross attention. The temperature
-    becomes the log of the logit scale; queues (D, Q) become (Q, D), full, of pictures that occur nowhere else. Names
+    becomes the log of the logit scale; queues (D, Q) become (Q, D), full, of images that occur nowhere else. Names
     that ours has no counterpart of raise ValueError.
     """
     text_layers = text_layers_of(weights) if text_layers is None else text_layers

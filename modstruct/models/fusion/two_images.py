@@ -1,4 +1,4 @@
-"""A class for two pictures with a text: the model of NLVR2 and of its text assignment."""
+"""A class for two images with a text: the model of NLVR2 and of its text assignment."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _DOUBLED = "backbone.fusion.left."
 
 
 class PairLayers(nn.Module):
-    """Fusion layers, each made two blocks: the first looks at the left picture, the second at the right.
+    """Fusion layers, each made two blocks: the first looks at the left image, the second at the right.
 
     Both start from the layer's weights, and both use its key and value projections of the cross attention, which are
     the first's; the rest is each block's own (Li et al. 2021, section 3.5).
@@ -47,7 +47,7 @@ class PairLayers(nn.Module):
 
     def forward(self, tokens: Tensor, mask: Tensor, left: Tensor, right: Tensor) -> Tensor:
         """Text tokens (B, L, width), their mask (B, L), true for real ones; tokens of the left and of the right
-        picture (B, M, image_width) each. Returns (B, L, width)."""
+        image (B, M, image_width) each. Returns (B, L, width)."""
         visible = mask[:, None, None, :]
         for pair in zip(self.left.values(), self.right.values(), strict=True):
             for block, picture in zip(pair, (left, right), strict=True):
@@ -59,7 +59,7 @@ class PairLayers(nn.Module):
 
 
 class PairClassifier(Classifier):
-    """[CLS] fused with two pictures -> classes. Its batches' image is (B, 2, 3, H, W) uint8, left and right."""
+    """[CLS] fused with two images -> classes. Its batches' image is (B, 2, 3, H, W) uint8, left and right."""
 
     @staticmethod
     def make_backbone(recipe: FinetuneRecipe, tokenizer: Tokenizer) -> Backbone:

@@ -45,7 +45,7 @@ def build_image_encoder(config: FusionVisionConfig) -> nn.Module:
             return timm.create_model(config.name, pretrained=fetched, **options)
         except (AssertionError, OSError, RuntimeError, TypeError) as error:
             reason = " ".join(str(error).split())[:300]
-            built_so = f"timm cannot build it for pictures of {config.image_size} pixels ({reason})"
+            built_so = f"timm cannot build it for images of {config.image_size} pixels ({reason})"
             refuse("fusion.vision.name", config.name, f"{built_so}; {REMEDY}")
 
     encoder = main_first(build) if fetched else build()

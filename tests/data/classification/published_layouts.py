@@ -1,4 +1,4 @@
-"""Tiny sets in the layouts that their authors publish: the same files, fewer and smaller pictures."""
+"""Tiny sets in the layouts that their authors publish: the same files, fewer and smaller images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from scipy.io import savemat
 
 
 def picture(number: int, kind: str = "PNG", side: int = 4) -> bytes:
-    """A picture of one colour, which tells its number exactly unless the kind is JPEG."""
+    """An image of one colour, which tells its number exactly unless the kind is JPEG."""
     content = io.BytesIO()
     Image.new("RGB", (side, side), (number % 256, number // 256, 77)).save(content, kind)
     return content.getvalue()
@@ -219,7 +219,7 @@ def tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
 
 
 def converted(folder: Path, labels: list[int], classes: list[str], per_shard: int = 2, kind: str = "webp") -> Path:
-    """A set as CLIP_benchmark converts it; its pictures are numbered in order, without loss."""
+    """A set as CLIP_benchmark converts it; its images are numbered in order, without loss."""
     put(folder / "classnames.txt", "\n".join(classes) + "\n")
     put(folder / "zeroshot_classification_templates.txt", "a photo of a {c}.\nart of the {c}.\n")
     starts = range(0, len(labels), per_shard)

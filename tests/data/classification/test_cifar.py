@@ -132,7 +132,7 @@ def _with_persistent_id() -> bytes:
         (pickle.dumps([1, 2]), "holds no dictionary"),
         # 100 pairs of pairs of …, whose hash would take 2^100 steps
         (b"\x80\x02})" + b"q\x01h\x01\x86" * 100 + b"K\x01s.", "a key is neither text nor number"),
-        (layouts.python2_batch({"data": [1, 2], "labels": [1, 2]}), r"no array of bytes \(pictures, 3072\)"),
+        (layouts.python2_batch({"data": [1, 2], "labels": [1, 2]}), r"no array of bytes \(images, 3072\)"),
         (layouts.python2_batch({"data": np.zeros((1, 3), np.uint8), "labels": [1]}), r"no array of bytes"),
         (layouts.python2_batch({"data": layouts.cifar_rows(2, 0), "labels": [1]}), "no list of 2 labels"),
         (layouts.python2_batch({"data": layouts.cifar_rows(1, 0), "labels": [-1]}), "no list of 1 labels"),
@@ -157,7 +157,7 @@ def test_a_cut_or_missing_binary_file_is_named(tmp_path):
     root = cifar10_binary(tmp_path)
     file = root / "cifar-10-batches-bin/test_batch.bin"
     layouts.put(file, file.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"test_batch.bin has 9218 bytes, no multiple of the 3073 of a picture"):
+    with pytest.raises(ValueError, match=r"test_batch.bin has 9218 bytes, no multiple of the 3073 of an image"):
         open_labelled(f"cifar10@{root}", CONFIG)
     file.unlink()
     with pytest.raises(ValueError, match=r"there is no file .*test_batch.bin"):

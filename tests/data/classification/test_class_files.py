@@ -8,7 +8,7 @@ from modstruct.data.classification.class_files import load_classes
 
 GOOD = """
 label: shape
-templates: ["a picture of a {}", "one {}"]
+templates: ["an image of a {}", "one {}"]
 classes: {circle: round thing, square: box, 3: "three"}
 """
 
@@ -26,9 +26,9 @@ def class_file(tmp_path):
 def test_prompts_put_every_name_into_every_template(class_file):
     classes = load_classes(class_file(GOOD))
     assert classes.prompts == [
-        *("a picture of a round thing", "one round thing"),
-        *("a picture of a box", "one box"),
-        *("a picture of a three", "one three"),
+        *("an image of a round thing", "one round thing"),
+        *("an image of a box", "one box"),
+        *("an image of a three", "one three"),
     ]
 
 
@@ -50,7 +50,7 @@ def test_a_label_that_is_no_class_is_refused_by_name(class_file):
         ("label: shape", "label: 3", r"label = 3"),
         ("one {}", "one", r"templates = 'one': give a text with exactly one \{\}"),
         ("one {}", "{} and {}", "exactly one"),
-        ('["a picture of a {}", "one {}"]', "[]", r"templates = \[\]"),
+        ('["an image of a {}", "one {}"]', "[]", r"templates = \[\]"),
         ("square: box", "square: 7", r"classes.square = 7.*readable name"),
         ("square: box", "'3': box", "differ as text"),
         ('{circle: round thing, square: box, 3: "three"}', "[circle, square]", "a mapping"),

@@ -1,4 +1,4 @@
-"""Converted sets: shards in order of number, a picture and a label a sample."""
+"""Converted sets: shards in order of number, an image and a label a sample."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_published_set_is_read_from_shards_too(tmp_path, kind):
         open_labelled(f"cifar10:train@{root}", CONFIG)
 
 
-def test_samples_without_picture_or_label_are_left_out_and_counted(tmp_path):
+def test_samples_without_image_or_label_are_left_out_and_counted(tmp_path):
     root = layouts.converted(tmp_path, [0, 1], CLASSES)
     good = layouts.picture(9)
     layouts.tar(
@@ -52,16 +52,14 @@ def test_samples_without_picture_or_label_are_left_out_and_counted(tmp_path):
     )
     pictures = open_labelled(f"shards@{root}", CONFIG)
     assert pictures.labels.tolist() == [2]
-    assert pictures.left_out == {"no label": 1, "no picture": 1, "malformed label": 1}
+    assert pictures.left_out == {"no label": 1, "no image": 1, "malformed label": 1}
 
 
-def test_an_undecodable_picture_is_a_bad_sample_and_a_shard_that_shrinks_too(tmp_path):
+def test_an_undecodable_image_is_a_bad_sample_and_a_shard_that_shrinks_too(tmp_path):
     root = layouts.converted(tmp_path, [0, 1], CLASSES)
-    layouts.tar(
-        root / "test/0.tar", [("a.png", b"no picture"), ("a.cls", b"1"), ("b.png", b"x" * 999), ("b.cls", b"0")]
-    )
+    layouts.tar(root / "test/0.tar", [("a.png", b"no image"), ("a.cls", b"1"), ("b.png", b"x" * 999), ("b.cls", b"0")])
     pictures = open_labelled(f"shards@{root}", CONFIG)
-    with pytest.raises(BadSample, match=r"undecodable picture: .*0\.tar: a"):
+    with pytest.raises(BadSample, match=r"undecodable image: .*0\.tar: a"):
         pictures[0]
     os.truncate(root / "test/0.tar", 2000)
     with pytest.raises(BadSample, match=r"truncated shard: .*0\.tar: b"):
@@ -92,5 +90,5 @@ def test_an_incomplete_or_damaged_set_is_refused(tmp_path, change, message):
 def test_a_set_without_a_usable_sample_is_refused(tmp_path):
     root = layouts.converted(tmp_path, [0], CLASSES)
     layouts.tar(root / "test/0.tar", [("a.png", layouts.picture(1))])
-    with pytest.raises(ValueError, match=r"no sample of 1 shards has picture and label \(\{'no label': 1\}\)"):
+    with pytest.raises(ValueError, match=r"no sample of 1 shards has image and label \(\{'no label': 1\}\)"):
         open_labelled(f"shards@{root}", CONFIG)

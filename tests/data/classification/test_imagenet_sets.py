@@ -30,7 +30,7 @@ def lines_of_timm(file):
 
 @pytest.fixture(scope="module")
 def by_wnid(tmp_path_factory):
-    """A picture in each of the 1,000 folders; it tells the label."""
+    """An image in each of the 1,000 folders; it tells the label."""
     root = tmp_path_factory.mktemp("wnids")
     for label, wnid in enumerate(WNIDS):
         layouts.put(root / f"val/{wnid}/ILSVRC2012_val_{label + 1:08d}.JPEG", PICTURES[label])
@@ -70,7 +70,7 @@ def test_a_missing_or_unknown_class_folder_is_named(by_wnid, tmp_path):
 
 @pytest.fixture(scope="module")
 def validation(tmp_path_factory):
-    """The published validation pictures in one folder, their labels in no order, and the development kit's numbers."""
+    """The published validation images in one folder, their labels in no order, and the development kit's numbers."""
     root = tmp_path_factory.mktemp("flat")
     labels = np.random.default_rng(0).integers(0, 1000, 30)
     for number, label in enumerate(labels.tolist(), 1):
@@ -143,7 +143,7 @@ def test_the_200_classes_of_a_and_r_are_those_of_their_folders(tmp_path, variant
     pictures = open_labelled(f"imagenet_{variant}@{tmp_path}", CONFIG)
     assert len(pictures) == len(pictures.classes) == 200
     assert pictures.labels.tolist() == list(range(200))
-    # timm's list of the subset's rows among the 1,000: the picture tells its own.
+    # timm's list of the subset's rows among the 1,000: the image tells its own.
     assert [layouts.number_of(pictures[n].picture) for n in range(200)] == sorted(rows)
     assert pictures.classes == tuple(imagenet()[row] for row in sorted(rows))
     shutil.rmtree(tmp_path / f"imagenet-{variant}" / subset[0])

@@ -106,12 +106,12 @@ def test_scenes_are_a_labelled_set_with_splits(scenes, label, values):
 
 def test_a_set_goes_through_the_loader_that_evaluation_reads_with(tmp_path):
     root = layouts.oxford_pets(tmp_path)
-    layouts.put(root / "oxford-iiit-pet/images/wheaten_terrier_5.jpg", b"no picture")
+    layouts.put(root / "oxford-iiit-pet/images/wheaten_terrier_5.jpg", b"no image")
     pictures = open_labelled(f"oxford_pets@{root}", DataConfig(workers=0))
     views = Views(ViewsConfig(), 8)
     batches = list(evaluation_loader(pictures, views, 2))
     assert [batch.indices.tolist() for batch in batches] == [[1], [2]]
-    assert [cause for batch in batches for cause, _ in batch.faults] == ["undecodable picture"]
+    assert [cause for batch in batches for cause, _ in batch.faults] == ["undecodable image"]
     assert [fields["label"] for batch in batches for fields in batch.metadata] == [0, 1]
     assert all(torch.equal(b.image[0], views.evaluation_image(pictures[int(b.indices)].picture)) for b in batches)
     json.dumps([batch.metadata for batch in batches])

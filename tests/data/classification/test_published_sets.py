@@ -1,4 +1,4 @@
-"""Each published set is read as torchvision reads the same files: pictures, labels and their order."""
+"""Each published set is read as torchvision reads the same files: images, labels and their order."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_every_published_set_has_the_papers_template_first_and_an_ensemble_behin
     ("name", "gone", "message"),
     [
         ("dtd", "dtd/dtd/labels/test1.txt", r"dtd@.*there is no file .*test1\.txt; download dtd-r1\.0\.1"),
-        ("dtd", "dtd/dtd/images/banded/banded_0004.jpg", r"1 of 2 pictures are not in .*first banded/banded_0004\.jpg"),
+        ("dtd", "dtd/dtd/images/banded/banded_0004.jpg", r"1 of 2 images are not in .*first banded/banded_0004\.jpg"),
         ("fgvc_aircraft", "fgvc-aircraft-2013b/data/variants.txt", "there is no variants.txt in it, nor in fgvc-air"),
         ("oxford_pets", "oxford-iiit-pet/annotations/test.txt", "no file .*annotations/test.txt; download images.tar"),
         ("food101", "food-101/meta/test.json", "food101@.*no file .*test.json; download food-101"),
@@ -161,18 +161,18 @@ def test_a_missing_file_is_named_with_the_set_and_what_to_download(tmp_path, nam
         ("dtd", "dtd/dtd/labels/test1.txt", "banded/../../../../passwd", "points out of"),
         ("dtd", "dtd/dtd/labels/test1.txt", b"\xff\xfe\xff", "cannot be read"),
         ("fgvc_aircraft", "fgvc-aircraft-2013b/data/images_variant_test.txt", "1 Zeppelin\n", "'Zeppelin' is none of"),
-        ("oxford_pets", "oxford-iiit-pet/annotations/test.txt", "a_1 1 1\n", "'a_1 1 1' is no picture, class"),
+        ("oxford_pets", "oxford-iiit-pet/annotations/test.txt", "a_1 1 1\n", "'a_1 1 1' is no image, class"),
         ("oxford_pets", "oxford-iiit-pet/annotations/test.txt", "a_1 1 1 1\nb_1 1 1 1\n", "class 1 is a and b"),
-        ("oxford_pets", "oxford-iiit-pet/annotations/test.txt", "a_1 1 1 1\nb_1 3 1 1\n", "have no picture each"),
+        ("oxford_pets", "oxford-iiit-pet/annotations/test.txt", "a_1 1 1 1\nb_1 3 1 1\n", "have no image each"),
         ("food101", "food-101/meta/test.json", '{"waffles": "waffles/5"}', "no object of lists"),
         ("gtsrb", "gtsrb/GT-final_test.csv", "Filename;Class\n1.ppm;2\n", "no column 'ClassId'"),
         ("gtsrb", "gtsrb/GT-final_test.csv", "Filename;ClassId\n00000.ppm;43\n", "class 43, above the last"),
         ("gtsrb", "gtsrb/GT-final_test.csv", "Filename;ClassId\n00000.ppm\n", "line 2: a value is missing"),
         ("stanford_cars", "stanford_cars/devkit/cars_meta.mat", b"no mat", "is no MATLAB file"),
         ("svhn", "test_32x32.mat", b"", "is no MATLAB file"),
-        ("stl10", "stl10_binary/test_X.bin", b"123", "has 3 bytes, no multiple of the 27648 of a picture"),
+        ("stl10", "stl10_binary/test_X.bin", b"123", "has 3 bytes, no multiple of the 27648 of an image"),
         ("stl10", "stl10_binary/test_y.bin", b"\x01\x02\x04", "label outside 1 to 3"),
-        ("stl10", "stl10_binary/test_y.bin", b"\x01", "3 pictures and 1 labels"),
+        ("stl10", "stl10_binary/test_y.bin", b"\x01", "3 images and 1 labels"),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path, name, file, content, message):
@@ -183,21 +183,21 @@ def test_a_damaged_file_is_named(tmp_path, name, file, content, message):
     assert str(refusal.value).startswith(f"{name}@{root}: ")
 
 
-def test_a_picture_that_cannot_be_decoded_is_a_bad_sample(tmp_path):
+def test_a_image_that_cannot_be_decoded_is_a_bad_sample(tmp_path):
     root = layouts.dtd(tmp_path)
-    layouts.put(root / "dtd/dtd/images/polka-dotted/polka-dotted_0003.jpg", b"no picture")
+    layouts.put(root / "dtd/dtd/images/polka-dotted/polka-dotted_0003.jpg", b"no image")
     pictures = open_labelled(f"dtd@{root}", CONFIG)
-    with pytest.raises(BadSample, match=r"undecodable picture: .*polka-dotted_0003"):
+    with pytest.raises(BadSample, match=r"undecodable image: .*polka-dotted_0003"):
         pictures[0]
     assert layouts.number_of(pictures[1].picture) == 4
     (root / "dtd/dtd/images/banded/banded_0004.jpg").unlink()
-    with pytest.raises(BadSample, match=r"unreadable picture: .*banded_0004"):
+    with pytest.raises(BadSample, match=r"unreadable image: .*banded_0004"):
         pictures[1]
-    with pytest.raises(IndexError, match="picture 2 of 2 of dtd"):
+    with pytest.raises(IndexError, match="image 2 of 2 of dtd"):
         pictures[2]
 
 
-def test_the_largest_picture_allowed_holds_for_arrays_and_files(tmp_path):
+def test_the_largest_image_allowed_holds_for_arrays_and_files(tmp_path):
     small = DataConfig(workers=0, max_image_pixels=15)
     for name in ("svhn", "dtd"):
         with pytest.raises(BadSample, match="decompression bomb"):

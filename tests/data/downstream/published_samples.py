@@ -1,4 +1,4 @@
-"""Small files in the published formats, as the data sets' authors write them, with pictures that are empty files."""
+"""Small files in the published formats, as the data sets' authors write them, with images that are empty files."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def test_flickr30k_names_no_folders(tmp_path: Path):
     (picture,) = read_karpathy(captions, tmp_path / "flickr30k-images", "train").entries
     assert picture.image.is_file()
     assert picture.image_id == 7
-    with pytest.raises(ValueError, match=r"data\.train\.split = 'test': no picture of .*dataset_flickr30k\.json"):
+    with pytest.raises(ValueError, match=r"data\.train\.split = 'test': no image of .*dataset_flickr30k\.json"):
         read_karpathy(captions, tmp_path / "flickr30k-images", "test")
 
 
@@ -52,7 +52,7 @@ def test_restval_is_no_split_to_ask_for(coco):
         ({"cocoid": "7"}, r"cocoid = '7'"),
     ],
 )
-def test_a_malformed_picture_is_named_by_file_number_and_key(coco, change: dict, message: str):
+def test_a_malformed_image_is_named_by_file_number_and_key(coco, change: dict, message: str):
     content = copy.deepcopy(KARPATHY_COCO)
     content["images"][1] |= change
     as_json(coco[0], content)
@@ -60,7 +60,7 @@ def test_a_malformed_picture_is_named_by_file_number_and_key(coco, change: dict,
         read_karpathy(*coco, "train")
 
 
-def test_a_picture_that_comes_twice_is_refused(coco):
+def test_a_image_that_comes_twice_is_refused(coco):
     as_json(coco[0], {"images": KARPATHY_COCO["images"] + KARPATHY_COCO["images"][:1]})
     with pytest.raises(ValueError, match=r"images\[4\]: filename = .*no other entry"):
         read_karpathy(*coco, "test")
@@ -72,6 +72,6 @@ def test_missing_files_are_named(coco):
     with pytest.raises(ValueError, match=r"data\.train\.images = .*there is no such folder"):
         read_karpathy(coco[0], coco[1] / "none", "train")
     (coco[1] / "train2014" / "COCO_train2014_000000000001.jpg").unlink()
-    with pytest.raises(ValueError, match=r"1 of 2 pictures are not there, the first train2014/COCO_train2014_0+1\.jpg"):
+    with pytest.raises(ValueError, match=r"1 of 2 images are not there, the first train2014/COCO_train2014_0+1\.jpg"):
         read_karpathy(*coco, "train")
-    assert read_karpathy(*coco, "train", leave_out_missing=True).left_out == {"picture missing": 1}
+    assert read_karpathy(*coco, "train", leave_out_missing=True).left_out == {"image missing": 1}

@@ -15,7 +15,7 @@ def dev(tmp_path: Path) -> tuple[Path, Path]:
     return as_lines(tmp_path / "dev.json", NLVR2_DEV), tmp_path / "dev"
 
 
-def test_the_published_file_gives_statements_about_two_pictures(dev):
+def test_the_published_file_gives_statements_about_two_images(dev):
     first, second = read_nlvr2(*dev).entries
     assert first.identifier == "dev-850-0-0"
     assert first.images == (dev[1] / "dev-850-0-img0.png", dev[1] / "dev-850-0-img1.png")
@@ -24,7 +24,7 @@ def test_the_published_file_gives_statements_about_two_pictures(dev):
     assert second.label is True
 
 
-def test_training_pictures_lie_in_numbered_folders_or_together(tmp_path: Path):
+def test_training_images_lie_in_numbered_folders_or_together(tmp_path: Path):
     lines = [{"sentence": "So.", "label": "True", "identifier": "train-10171-0-0", "directory": 17}]
     statements = as_lines(tmp_path / "train.json", lines)
     for folder in ("images/train/17", "flat"):
@@ -39,13 +39,13 @@ def test_the_hidden_test_set_has_no_labels(dev):
     assert read_nlvr2(*dev).entries[0].label is None
 
 
-def test_statements_without_their_pictures_are_named_or_left_out(dev):
+def test_statements_without_their_images_are_named_or_left_out(dev):
     (dev[1] / "dev-896-0-img1.png").unlink()
-    with pytest.raises(ValueError, match=r"1 of 4 pictures.*dev-896-0-img1\.png.* data\.leave_out_missing"):
+    with pytest.raises(ValueError, match=r"1 of 4 images.*dev-896-0-img1\.png.* data\.leave_out_missing"):
         read_nlvr2(*dev, option="data.eval")
     found = read_nlvr2(*dev, leave_out_missing=True)
     assert [statement.identifier for statement in found.entries] == ["dev-850-0-0"]
-    assert found.left_out == {"picture missing": 1}
+    assert found.left_out == {"image missing": 1}
 
 
 def test_a_missing_file_or_folder_is_refused_by_its_option(dev):

@@ -101,5 +101,5 @@ def test_a_spoilt_file_gives_value_error_or_is_read(reader: str, data, tmp_path_
         path.write_text("".join(json.dumps(record) + "\n" for record in content))
     else:
         as_json(path, content)
-    with suppress(ValueError):  # without pictures every reader ends in one, if not before
+    with suppress(ValueError):  # without images every reader ends in one, if not before
         read(path, folder)

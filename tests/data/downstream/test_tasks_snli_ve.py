@@ -46,7 +46,7 @@ def test_a_malformed_hypothesis_is_named_by_file_line_and_key(dev, change: dict,
         read_snli_ve(*dev)
 
 
-def test_a_missing_key_file_folder_or_picture_is_named(dev):
+def test_a_missing_key_file_folder_or_image_is_named(dev):
     line = {key: value for key, value in SNLI_VE[0].items() if key != "Flickr30K_ID"}
     with pytest.raises(ValueError, match=r"there is no key 'Flickr30K_ID'"):
         read_snli_ve(as_lines(dev[0].with_name("other.jsonl"), [line]), dev[1])
@@ -55,5 +55,5 @@ def test_a_missing_key_file_folder_or_picture_is_named(dev):
     with pytest.raises(ValueError, match=r"data\.train\.images = .*Flickr30K"):
         read_snli_ve(dev[0], dev[1] / "none")
     (dev[1] / "2407214681.jpg").unlink()
-    with pytest.raises(ValueError, match=r"data\.train\.images = .*1 of 1 pictures.*2407214681\.jpg"):
+    with pytest.raises(ValueError, match=r"data\.train\.images = .*1 of 1 images.*2407214681\.jpg"):
         read_snli_ve(*dev)

@@ -19,7 +19,7 @@ def files(tmp_path: Path) -> dict[str, Path]:
     }
 
 
-def test_the_published_files_give_questions_with_pictures_and_ten_answers(files):
+def test_the_published_files_give_questions_with_images_and_ten_answers(files):
     found = read_vqa(**files)
     assert [question.question_id for question in found.entries] == list(VQA_ANSWERS)
     first = found.entries[0]
@@ -30,7 +30,7 @@ def test_the_published_files_give_questions_with_pictures_and_ten_answers(files)
     assert found.left_out == {}
 
 
-def test_a_test_split_has_questions_only_and_test_dev_has_the_pictures_of_the_test_split(files):
+def test_a_test_split_has_questions_only_and_test_dev_has_the_images_of_the_test_split(files):
     content = VQA_QUESTIONS | {"data_subtype": "test-dev2015", "questions": VQA_QUESTIONS["questions"][:1]}
     touched(files["images"] / "test2015" / "COCO_test2015_000000458752.jpg")
     found = read_vqa(as_json(files["questions"], content), files["images"])
@@ -48,19 +48,19 @@ def test_the_folder_of_the_split_itself_may_be_given(files):
     assert found.entries[0].image.is_file()
 
 
-def test_missing_pictures_are_counted_named_and_may_be_left_out(files):
+def test_missing_images_are_counted_named_and_may_be_left_out(files):
     (files["images"] / "train2014" / "COCO_train2014_000000458752.jpg").unlink()
-    with pytest.raises(ValueError, match=r"data\.train\.images = .*1 of 2 pictures are not there.*000000458752\.jpg"):
+    with pytest.raises(ValueError, match=r"data\.train\.images = .*1 of 2 images are not there.*000000458752\.jpg"):
         read_vqa(**files)
     found = read_vqa(**files, leave_out_missing=True)
     assert [question.question_id for question in found.entries] == [262146000]
-    assert found.left_out == {"picture missing": 2}
+    assert found.left_out == {"image missing": 2}
 
 
-def test_a_folder_without_any_of_the_pictures_is_the_wrong_folder(files):
+def test_a_folder_without_any_of_the_images_is_the_wrong_folder(files):
     files["images"] = files["images"] / "empty"
     files["images"].mkdir()
-    with pytest.raises(ValueError, match=r"2 of 2 pictures.*cocodataset\.org"):
+    with pytest.raises(ValueError, match=r"2 of 2 images.*cocodataset\.org"):
         read_vqa(**files, leave_out_missing=True)
 
 
@@ -73,7 +73,7 @@ def test_a_missing_file_is_refused_by_its_option_with_where_to_get_it(files, nam
         read_vqa(**files, option="task.validation")
 
 
-def test_a_missing_picture_folder_is_refused_by_its_option(files):
+def test_a_missing_image_folder_is_refused_by_its_option(files):
     with pytest.raises(ValueError, match=r"data\.train\.images = '.*none': there is no such folder.*train2014"):
         read_vqa(files["questions"], files["images"] / "none")
 

@@ -18,14 +18,14 @@ PICTURE_SIDE = 12
 
 
 def picture(number: int = 0, side: int = PICTURE_SIDE, kind: str = "PNG") -> bytes:
-    """A picture of one colour, which tells its number up to 65,535."""
+    """An image of one colour, which tells its number up to 65,535."""
     content = io.BytesIO()
     Image.new("RGB", (side, side), (number % 256, number // 256, 77)).save(content, kind)
     return content.getvalue()
 
 
 def number_of(image: torch.Tensor) -> int:
-    """The number that a (3, H, W) view of a picture tells."""
+    """The number that a (3, H, W) view of an image tells."""
     return int(image[0, 0, 0]) + 256 * int(image[1, 0, 0])
 
 

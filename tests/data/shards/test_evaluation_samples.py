@@ -33,14 +33,14 @@ def mixed(tmp_path):
     return evaluation(tmp_path / "x.tar", data), data
 
 
-def test_a_sample_holds_picture_captions_and_metadata(mixed):
+def test_a_sample_holds_image_captions_and_metadata(mixed):
     samples, _ = mixed
     assert len(samples) == 12
     three = samples[3]
     assert (three.captions, three.metadata["number"]) == (["one", "two", "three"], 3)
     assert three.picture.mode == "RGB"
     assert samples[4].captions == ["thing 4"]
-    with pytest.raises(BadSample, match="undecodable picture"):
+    with pytest.raises(BadSample, match="undecodable image"):
         samples[2]
     with pytest.raises(IndexError):
         samples[12]
@@ -57,7 +57,7 @@ def test_good_samples_come_once_and_in_order(mixed, workers, batch):
     assert [number_of(image) for b in batches for image in b.image] == good
     assert [meta["number"] for b in batches for meta in b.metadata] == good
     faults = [fault for b in batches for fault in b.faults]
-    assert [cause for cause, _ in faults] == ["undecodable picture", "empty caption"]
+    assert [cause for cause, _ in faults] == ["undecodable image", "empty caption"]
     assert sum(b.tried for b in batches) == 12
     assert all(b.image.shape[1:] == (3, 8, 8) for b in batches)
     captions = [captions for b in batches for captions in b.captions]
@@ -70,7 +70,7 @@ def test_a_part_is_loaded_alone(mixed):
     assert found == [[0, 1, 3], [4], [6, 7, 8, 9, 10, 11]]
 
 
-def test_captions_are_spread_evenly_without_bad_ones_and_pictures(tmp_path):
+def test_captions_are_spread_evenly_without_bad_ones_and_images(tmp_path):
     write_tar(
         tmp_path / "x.tar", [m for n in range(100) for m in sample(n, png=b"bad", **({"txt": b" "} if n == 50 else {}))]
     )
@@ -114,7 +114,7 @@ def test_real_shards_are_read_whole(tmp_path):
         assert batch.faults == []
 
 
-def test_one_picture_format_is_as_good_as_another(tmp_path):
+def test_one_image_format_is_as_good_as_another(tmp_path):
     kinds = {"jpg": "JPEG", "jpeg": "JPEG", "PNG": "PNG", "webp": "WEBP"}
     members = []
     for number, (extension, kind) in enumerate(kinds.items()):

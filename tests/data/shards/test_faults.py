@@ -16,12 +16,12 @@ def test_a_ledger_counts_by_cause_and_names_the_first(caplog):
     ledger = FaultLedger("data.train", 0.1, process=3)
     with caplog.at_level(logging.WARNING):
         ledger.add([("empty caption", f"x.tar: {n}") for n in range(10)], tried=50)
-        ledger.add([("empty caption", "x.tar: 0"), ("undecodable picture", "y.tar: 1")], tried=50)
-    assert (ledger.counts, ledger.bad, ledger.tried) == ({"empty caption": 11, "undecodable picture": 1}, 12, 100)
+        ledger.add([("empty caption", "x.tar: 0"), ("undecodable image", "y.tar: 1")], tried=50)
+    assert (ledger.counts, ledger.bad, ledger.tried) == ({"empty caption": 11, "undecodable image": 1}, 12, 100)
     lines = [record.getMessage() for record in caplog.records]
     assert [line.count("empty caption") for line in lines] == [1, 1, 1, 0]
-    assert "data.train, process 3: sample left out: undecodable picture: y.tar: 1" in lines[-1]
-    assert "11 empty caption (as x.tar: 0), 1 undecodable picture (as y.tar: 1)" in ledger.summary()
+    assert "data.train, process 3: sample left out: undecodable image: y.tar: 1" in lines[-1]
+    assert "11 empty caption (as x.tar: 0), 1 undecodable image (as y.tar: 1)" in ledger.summary()
 
 
 @pytest.mark.parametrize(
@@ -61,12 +61,12 @@ def test_a_source_too_bad_to_train_on_is_refused_at_start(tmp_path, share, refus
     path = write_tar(tmp_path / "x.tar", members)
     data = config(tmp_path, max_bad_share=share)
     if refused:
-        with pytest.raises(ValueError, match=r"^data\.max_bad_share = 0\.19: 20\.0% of data\.train = .*no picture"):
+        with pytest.raises(ValueError, match=r"^data\.max_bad_share = 0\.19: 20\.0% of data\.train = .*no image"):
             opened(path, data)
     else:
         with caplog.at_level(logging.WARNING):
             assert len(open_samples([Source(str(path))], data, "data.train", progress=True)) == 8
-        assert f"data.train: 2 samples left out: no picture (first {path}: 000000)" in caplog.text
+        assert f"data.train: 2 samples left out: no image (first {path}: 000000)" in caplog.text
 
 
 @pytest.mark.parametrize(("share", "refused"), [(0.3, True), (0.4, False)])

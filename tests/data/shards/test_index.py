@@ -21,7 +21,7 @@ BLOCK = 512
 
 
 def contents(path, index):
-    """What the index points at: (picture, text, metadata) of each sample."""
+    """What the index points at: (image, text, metadata) of each sample."""
     whole = path.read_bytes()
 
     def cut(row, kind):
@@ -61,18 +61,18 @@ def test_what_is_no_sample_is_left_out_and_counted(tmp_path):
         *sample(2, txt=None),
         *sample(3),
         *sample(4, png=None, txt=None),
-        ("000005.seg.png", b"no picture of the sample"),
+        ("000005.seg.png", b"no image of the sample"),
         ("000005.txt", b"words"),
         link,
         *sample(7, png=None),
-        *sample(8, jpg=b"another picture, which does not count"),
+        *sample(8, jpg=b"another image, which does not count"),
     ]
     path = write_tar(tmp_path / "x.tar", members)
     index = index_tar(path)
     assert [metadata for _, _, metadata in contents(path, index)] == [b'{"number": 3}', b'{"number": 8}']
     assert contents(path, index)[1][0].startswith(b"\x89PNG")
-    assert index.faults == {"no picture": 4, "no caption": 1}
-    assert index.examples == {"no picture": "000001", "no caption": "000002"}
+    assert index.faults == {"no image": 4, "no caption": 1}
+    assert index.examples == {"no image": "000001", "no caption": "000002"}
     assert index.broken is None
 
 

@@ -28,7 +28,7 @@ from crafted_shards import (
     write_tar,
 )
 from PIL import Image
-from test_pictures import png_header
+from test_images import png_header
 from tiny_models import word_tokenizer
 
 from modstruct.config import Source, ViewsConfig
@@ -120,9 +120,9 @@ def test_a_batch_has_the_promised_kinds_and_shapes(tmp_path):
 
 
 def test_what_the_fusion_model_trains_on_is_made(tmp_path):
-    same_picture = sample(3, png=picture(1))
+    same_image = sample(3, png=picture(1))
     same_caption = sample(4, txt=b"thing 2")
-    write_tar(tmp_path / "shard.tar", [*sample(1), *sample(2), *same_picture, *same_caption])
+    write_tar(tmp_path / "shard.tar", [*sample(1), *sample(2), *same_image, *same_caption])
     data = config(tmp_path)
     fields = ("text_masked", "masked_labels", "image_id", "text_id", "slot")
     samples = opened(tmp_path / "shard.tar", data)
@@ -136,7 +136,7 @@ def test_what_the_fusion_model_trains_on_is_made(tmp_path):
         kept = rows["masked_labels"] == -100
         assert torch.equal(rows["blanks"], (~kept).nonzero())
         assert torch.equal(rows["text_masked"][kept], rows["text"][kept])
-        # Four samples with three different pictures and three different captions.
+        # Four samples with three different images and three different captions.
         assert (len(rows["image_id"].unique()), len(rows["text_id"].unique())) == (3, 3)
         numbers = torch.tensor([number_of(image) for image in rows["image"]])
         assert torch.equal(rows["image_id"][:, None] == rows["image_id"], numbers[:, None] == numbers)
@@ -218,8 +218,8 @@ def test_another_seed_and_another_epoch_give_other_views(tmp_path):
 
 def test_every_kind_of_fault_is_replaced_counted_and_named(tmp_path):
     faults = {
-        3: ({"png": b"bad"}, "undecodable picture"),
-        9: ({"png": picture(9)[:-30]}, "undecodable picture"),
+        3: ({"png": b"bad"}, "undecodable image"),
+        9: ({"png": picture(9)[:-30]}, "undecodable image"),
         12: ({"png": png_header(20_000, 20_000)}, "decompression bomb"),
         15: ({"txt": b"\xff\xfe"}, "undecodable text"),
         18: ({"txt": b""}, "empty caption"),
@@ -250,7 +250,7 @@ def test_every_kind_of_fault_is_replaced_counted_and_named(tmp_path):
     broken = [entry["broken"] for entry in samples.shard_faults]
     assert [None if b is None else b.split(" after")[0] for b in broken] == [None, "cut off", None, "not a tar"]
     left_out = [entry["faults"] for entry in samples.shard_faults]
-    assert left_out == [{"no picture": 1, "no caption": 1}, {"truncated shard": 1}, {}, {}]
+    assert left_out == [{"no image": 1, "no caption": 1}, {"truncated shard": 1}, {}, {}]
 
 
 def test_nothing_but_bad_samples_ends_with_a_clear_error(tmp_path, monkeypatch):
@@ -258,7 +258,7 @@ def test_nothing_but_bad_samples_ends_with_a_clear_error(tmp_path, monkeypatch):
     write_tar(tmp_path / "x.tar", [m for n in range(4) for m in sample(n, png=b"bad")])
     data = config(tmp_path, max_bad_share=1.0)
     with pytest.raises(
-        TooManyBadSamples, match=r"6 samples in a row cannot be used, the last: undecodable picture: .*x.tar"
+        TooManyBadSamples, match=r"6 samples in a row cannot be used, the last: undecodable image: .*x.tar"
     ):
         load(opened(tmp_path / "x.tar", data), data)
 
@@ -324,7 +324,7 @@ def test_a_worker_tells_what_went_wrong(tmp_path):
     write_tar(tmp_path / "x.tar", [m for n in range(4) for m in sample(n, png=b"bad")])
     data = config(tmp_path, max_bad_share=1.0, workers=1)
     with pytest.raises(
-        TooManyBadSamples, match=r"201 samples in a row cannot be used, the last: undecodable picture: .*x\.tar"
+        TooManyBadSamples, match=r"201 samples in a row cannot be used, the last: undecodable image: .*x\.tar"
     ):
         load(opened(tmp_path / "x.tar", data), data)
 

@@ -86,10 +86,10 @@ def test_bad_members_have_a_cause_and_a_place(tmp_path, member, content, cause):
 
 
 def test_members_far_apart_are_read_as_neighbours_are(tmp_path):
-    picture_, text, described = sample(0)
+    image_, text, described = sample(0)
     other = ("000000.npy", bytes(3 * LARGEST_GAPS))
     data = config(tmp_path)
-    for number, members in enumerate(([text, other, picture_, described], [described, picture_, other, text])):
+    for number, members in enumerate(([text, other, image_, described], [described, image_, other, text])):
         raw = ShardReader(opened(write_tar(tmp_path / f"{number}.tar", members), data), data).read(0)
         assert (raw.key, raw.image, raw.caption, raw.metadata) == ("000000", picture(0), "thing 0", {"number": 0})
 

@@ -144,7 +144,7 @@ def test_the_place_in_a_set_does_not_tell_the_label(statements):
         ("both", (True, False, False, False)),
     ],
 )
-def test_a_claim_about_two_pictures_is_asked_of_the_right_ones(kind: str, truths: tuple[bool, ...]):
+def test_a_claim_about_two_images_is_asked_of_the_right_ones(kind: str, truths: tuple[bool, ...]):
     stream = list(islice(task_scenes(0, "test", "train"), 50))
     red = Claim(colour="red")
     yes = next(scene for scene in stream if red.holds(scene))
@@ -247,7 +247,7 @@ def test_all_tasks_keep_to_the_scenes_of_their_split(split: str):
     assert {split_of(scene) for scene in found} == {split}
 
 
-def test_held_out_pictures_share_no_caption_and_have_two_to_five_each():
+def test_held_out_images_share_no_caption_and_have_two_to_five_each():
     found = captioned_scenes(0, "test", CAPTIONED)
     texts = [text for _, captions in found for text in captions]
     assert len(texts) == len(set(texts))
@@ -255,7 +255,7 @@ def test_held_out_pictures_share_no_caption_and_have_two_to_five_each():
     assert len({scene.combination for scene, _ in found}) == CAPTIONED
 
 
-def test_captioned_pictures_are_not_those_of_pretraining():
+def test_captioned_images_are_not_those_of_pretraining():
     shards = {scene for scene, _ in islice(scenes(0, "train"), CAPTIONED)}
     assert not shards & {scene for scene, _ in captioned_scenes(0, "train", CAPTIONED)}
 
@@ -279,7 +279,7 @@ def test_the_same_seed_gives_the_same_items_and_another_seed_others(make, fewer:
     "change",
     [{"train_questions": 7}, {"train_statements": 12}, {"evaluation_hypotheses": 1000}, {"train_captioned": 0}],
 )
-def test_sizes_that_would_cut_a_picture_or_a_set_in_two_are_refused(change: dict):
+def test_sizes_that_would_cut_a_image_or_a_set_in_two_are_refused(change: dict):
     (name,) = change
     with pytest.raises(ValueError, match=rf"scene_tasks\.{name} = \d+: a multiple of"):
         SceneTaskSizes(**change)

@@ -141,7 +141,7 @@ def test_an_interrupted_write_leaves_no_folder(tmp_path: Path, monkeypatch: pyte
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
-def test_a_cache_that_cannot_be_written_and_too_small_pictures_are_refused_by_name(tmp_path: Path):
+def test_a_cache_that_cannot_be_written_and_too_small_images_are_refused_by_name(tmp_path: Path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"data\.cache = '.*file/cache': the scenes of the downstream tasks cannot"):
         ensure_scene_tasks(ScenesConfig(), tmp_path / "file" / "cache", 32, SMALL)

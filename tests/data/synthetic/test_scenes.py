@@ -53,7 +53,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> ScenesPaths:
     return ensure_scenes(SMALL, tmp_path_factory.mktemp("cache"), 64)
 
 
-def test_every_sample_is_a_picture_a_caption_and_its_factors(paths: ScenesPaths):
+def test_every_sample_is_a_image_a_caption_and_its_factors(paths: ScenesPaths):
     keys = set()
     for split in ("train", "validation", "test"):
         found = members(getattr(paths, split))
@@ -230,6 +230,6 @@ def test_a_cache_path_that_would_read_as_a_pattern_is_refused(tmp_path: Path, na
         ensure_scenes(SMALL, tmp_path / name, 32)
 
 
-def test_pictures_too_small_to_show_anything_are_refused(tmp_path: Path):
+def test_images_too_small_to_show_anything_are_refused(tmp_path: Path):
     with pytest.raises(ValueError, match=r"model\.vision\.image_size = 8"):
         ensure_scenes(SMALL, tmp_path, 8)

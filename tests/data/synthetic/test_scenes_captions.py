@@ -48,7 +48,7 @@ def test_a_scene_has_one_caption():
         assert caption(scene) == caption(scene)
 
 
-def test_what_only_the_picture_shows_does_not_change_the_caption():
+def test_what_only_the_image_shows_does_not_change_the_caption():
     for scene in some_scenes(100):
         other = replace(
             scene,

@@ -31,21 +31,21 @@ def one_object(**changes: object) -> Scene:
     return replace(scene, objects=(replace(item, **changes),))
 
 
-def test_a_scene_has_one_picture_of_the_size_asked_for():
+def test_a_scene_has_one_image_of_the_size_asked_for():
     for index, size in enumerate((32, 64, 100)):
         scene = sample_scene(Draws("picture", index))
         assert pixels(scene, size).shape == (size, size, 3)
         assert np.array_equal(pixels(scene, size), pixels(scene, size))
 
 
-def test_words_do_not_change_the_picture():
+def test_words_do_not_change_the_image():
     scene = sample_scene(Draws("words"))
     other = replace(scene, mood="lonely", aside="doubt", template="counted", wording_seed=scene.wording_seed + 1)
     assert np.array_equal(pixels(scene), pixels(other))
 
 
 @pytest.mark.parametrize(("factor", "values"), [("ground_texture", GROUND_TEXTURES), ("light", LIGHTS)])
-def test_every_value_of_a_picture_only_factor_changes_the_picture(factor: str, values: tuple[str, ...]):
+def test_every_value_of_a_image_only_factor_changes_the_image(factor: str, values: tuple[str, ...]):
     drawn = [pixels(replace(one_object(), **{factor: value})) for value in values]
     for number, picture in enumerate(drawn):
         for other in drawn[:number]:

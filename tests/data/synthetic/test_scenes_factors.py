@@ -61,7 +61,7 @@ def test_a_record_that_lacks_a_factor_is_refused():
         Scene.from_record(record)
 
 
-def test_objects_lie_in_the_picture_in_cells_of_their_own_and_the_main_one_is_the_largest():
+def test_objects_lie_in_the_image_in_cells_of_their_own_and_the_main_one_is_the_largest():
     for scene in some_scenes():
         assert len({item.place for item in scene.objects}) == len(scene.objects)
         for item in scene.objects:

@@ -1,4 +1,4 @@
-"""Views: seeded, of one shape for any picture, and without a trace in the generators that the training draws from."""
+"""Views: seeded, of one shape for any image, and without a trace in the generators that the training draws from."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CONFIGS = [
 
 
 def picture(width: int = 48, height: int = 40, mode: str = "RGB") -> Image.Image:
-    """A smooth picture without symmetries."""
+    """A smooth image without symmetries."""
     rows, columns = np.mgrid[0:height, 0:width]
     channels = [np.sin(0.09 * rows + 0.02 * columns), np.cos(0.05 * columns), np.sin(0.003 * rows * columns)]
     return Image.fromarray(np.uint8(127 + 120 * np.stack(channels, axis=-1))).convert(mode)
@@ -90,7 +90,7 @@ def test_neighbouring_seeds_do_not_collide_or_resemble():
     assert abs((bits[1:] != bits[:-1]).sum(axis=1).mean() - 31.5) < 1
 
 
-# Pictures
+# Images
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -110,7 +110,7 @@ def test_any_mode_gives_three_channels(mode):
         assert view.shape == (3, SIZE, SIZE)
 
 
-def test_a_picture_of_the_right_size_comes_back_as_it_is():
+def test_a_image_of_the_right_size_comes_back_as_it_is():
     image = picture(SIZE, SIZE)
     expected = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     assert torch.equal(Views(ViewsConfig(), SIZE).evaluation_image(image), expected)
@@ -122,7 +122,7 @@ def test_centre_crop_agrees_with_torchvision(size):
     resize = v2.Resize(SIZE, interpolation=v2.InterpolationMode.BICUBIC)
     expected = v2.functional.pil_to_tensor(v2.CenterCrop(SIZE)(resize(image)))
     difference = (Views(ViewsConfig(), SIZE).evaluation_image(image).int() - expected.int()).abs()
-    assert difference.max() <= 3  # of 255: torchvision rounds the whole resized picture, not the crop alone
+    assert difference.max() <= 3  # of 255: torchvision rounds the whole resized image, not the crop alone
 
 
 def test_evaluation_is_the_centre_whatever_the_plain_view():

@@ -1,4 +1,4 @@
-"""Every sound picture becomes upright RGB; every unsound one is a bad sample with its cause."""
+"""Every sound image becomes upright RGB; every unsound one is a bad sample with its cause."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from modstruct.data.shards.faults import BadSample
-from modstruct.data.transforms.decoding import decode_picture
+from modstruct.data.transforms.decoding import decode_image
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -25,7 +25,7 @@ def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
 
 
 def decoded(content: bytes) -> np.ndarray:
-    image = decode_picture(content, 10_000_000, "here")
+    image = decode_image(content, 10_000_000, "here")
     assert image.mode == "RGB"
     return np.asarray(image)
 
@@ -83,7 +83,7 @@ def test_exif_orientation_is_applied():
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-def test_a_damaged_exif_block_does_not_cost_the_picture():
+def test_a_damaged_exif_block_does_not_cost_the_image():
     content = encoded(Image.new("RGB", (8, 8), "red"), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\xffgarbage")
     assert decoded(content).shape == (8, 8, 3)
 
@@ -101,7 +101,7 @@ def png_header(width: int, height: int) -> bytes:
 @pytest.mark.parametrize("size", [(5000, 5000), (30_000, 30_000), (100, 200_000)])
 def test_a_decompression_bomb_is_told_by_its_header(size):
     with pytest.raises(BadSample) as bad:
-        decode_picture(png_header(*size), 10_000_000, "here")
+        decode_image(png_header(*size), 10_000_000, "here")
     assert bad.value.cause == "decompression bomb"
     assert bad.value.where.startswith("here")
 
@@ -122,9 +122,9 @@ def jpeg_of_scans(side: int, scans: int) -> bytes:
 
 
 def test_a_jpeg_of_very_many_scans_is_a_bomb():
-    assert decode_picture(jpeg_of_scans(16, 50), 10_000, "here").size == (16, 16)
+    assert decode_image(jpeg_of_scans(16, 50), 10_000, "here").size == (16, 16)
     with pytest.raises(BadSample, match=r"decompression bomb: here .*scans"):
-        decode_picture(jpeg_of_scans(16, 5000), 10_000, "here")
+        decode_image(jpeg_of_scans(16, 5000), 10_000, "here")
 
 
 def test_what_cameras_put_beside_a_jpeg_counts_as_no_scan():
@@ -132,14 +132,14 @@ def test_what_cameras_put_beside_a_jpeg_counts_as_no_scan():
     assert decoded(content + b"\xff\xda" * 5000).shape == (16, 16, 3)
 
 
-# Of each kind a picture of 16 million pixels in at most 80,000 bytes.
+# Of each kind an image of 16 million pixels in at most 80,000 bytes.
 @pytest.mark.parametrize(("kind", "mode", "most"), [("PNG", "RGB", 9), ("PNG", "RGBA", 9), ("WEBP", "RGBA", 21)])
 def test_decoding_takes_the_memory_that_the_recipe_says(kind, mode, most):
     script = (
-        "import sys, resource; from modstruct.data.transforms.decoding import decode_picture\n"
+        "import sys, resource; from modstruct.data.transforms.decoding import decode_image\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
         "content = sys.stdin.buffer.read(); before = peak()\n"
-        "decode_picture(content, 16_000_000, ''); print((peak() - before) / 16e6)"
+        "decode_image(content, 16_000_000, ''); print((peak() - before) / 16e6)"
     )
     content = encoded(Image.new(mode, (4000, 4000), (1, 2, 3, 9)[: len(mode)]), kind, lossless=True)
     assert len(content) < 80_000
@@ -151,7 +151,7 @@ def test_decoding_takes_the_memory_that_the_recipe_says(kind, mode, most):
     "content",
     [
         b"",
-        b"no picture",
+        b"no image",
         encoded(Image.effect_noise((64, 64), 50))[:900],
         encoded(Image.effect_noise((64, 64), 50), "JPEG")[:900],
         png_header(10, 10),
@@ -159,22 +159,22 @@ def test_decoding_takes_the_memory_that_the_recipe_says(kind, mode, most):
         encoded(Image.new("RGB", (4, 4)), "EPS"),
     ],
 )
-def test_what_is_no_picture_is_undecodable(content):
+def test_what_is_no_image_is_undecodable(content):
     with pytest.raises(BadSample) as bad:
-        decode_picture(content, 10_000_000, "here")
-    assert bad.value.cause == "undecodable picture"
+        decode_image(content, 10_000_000, "here")
+    assert bad.value.cause == "undecodable image"
     assert bad.value.where.startswith("here")
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(["JPEG", "PNG", "WEBP"]), st.integers(0, 10**6), st.binary(min_size=1, max_size=8))
-def test_damage_anywhere_gives_a_picture_or_a_bad_sample(kind, place, damage):
+def test_damage_anywhere_gives_a_image_or_a_bad_sample(kind, place, damage):
     content = bytearray(encoded(Image.effect_noise((24, 24), 60).convert("RGB"), kind))
     place %= len(content)
     content[place : place + len(damage)] = damage
     cause = None
     try:
-        assert decode_picture(bytes(content), 10_000_000, "here").mode == "RGB"
+        assert decode_image(bytes(content), 10_000_000, "here").mode == "RGB"
     except BadSample as bad:
         cause = bad.cause
-    assert cause in (None, "undecodable picture", "decompression bomb")
+    assert cause in (None, "undecodable image", "decompression bomb")

@@ -1,4 +1,4 @@
-"""Draws are balanced, seeded, nested, paired over models, and see no picture of the test set."""
+"""Draws are balanced, seeded, nested, paired over models, and see no image of the test set."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 def inputs_of(train, test, validation=None, keys=None):
     (rows, labels), classes = train, int(train[1].max()) + 1
     names = [f"class {c}" for c in range(classes)]
-    keys = [f"picture {i}" for i in range(len(rows))] if keys is None else keys
+    keys = [f"image {i}" for i in range(len(rows))] if keys is None else keys
     held = features_of(*validation) if validation is not None else None
     held_keys = [f"held {i}" for i in range(len(validation[0]))] if validation is not None else []
     return ProbeInputs(names, features_of(rows, labels), features_of(*test), held, keys, held_keys)
@@ -55,7 +55,7 @@ def test_draws_differ_and_are_the_same_again():
     assert drawn[0] != tuple(draw_episodes(inputs, other, 0)[4].shots)
 
 
-def test_another_order_of_rows_or_a_lost_picture_draws_the_same_pictures():
+def test_another_order_of_rows_or_a_lost_image_draws_the_same_images():
     rows, labels = clouds(60, 3, 3, seed=0)
     config = FewShotConfig(shots=(4,), strength=1.0)
     one = inputs_of((rows, labels), (rows, labels))
@@ -68,9 +68,9 @@ def test_another_order_of_rows_or_a_lost_picture_draws_the_same_pictures():
     assert pictures(two, draw_episodes(two, config, 0)[4].shots) == drawn
 
 
-def test_every_picture_is_drawn_as_often_as_another():
+def test_every_image_is_drawn_as_often_as_another():
     labels = np.zeros(20, dtype=np.int64)
-    keys = [f"picture {i}" for i in range(20)]
+    keys = [f"image {i}" for i in range(20)]
     first = [drawn_order(labels, keys, seed=0, draw=draw)[0][:5] for draw in range(2000)]
     counts = np.bincount(np.concatenate(first), minlength=20)
     assert np.abs(counts - 500).max() < 5 * np.sqrt(2000 * 0.25 * 0.75)
@@ -97,7 +97,7 @@ def test_the_strength_is_chosen_in_the_validation_set_where_there_is_one():
     assert np.bincount(validation[1][episodes[10].held_out]).tolist() == [4] * 3
     short = validation[0][validation[1] < 2], validation[1][validation[1] < 2]
     inputs = inputs_of(data, data, short)
-    with pytest.raises(ValueError, match="validation = 'class 2': has no picture"):
+    with pytest.raises(ValueError, match="validation = 'class 2': has no image"):
         draw_episodes(inputs, FewShotConfig(shots=(1,)), 0)
 
 
@@ -124,12 +124,12 @@ def test_one_shot_within_the_shots_has_the_fixed_strength():
     assert run_episode(inputs, episodes[2], 2, config, CPU).ahead.shape == (20,)
 
 
-def test_a_class_with_too_few_pictures_is_named():
+def test_a_class_with_too_few_images_is_named():
     rows, labels = clouds(40, 3, 4, seed=0)
     labels[labels == 2] = 1
     labels[[2, 6, 10]] = 2
     inputs = inputs_of((rows, labels), (rows, labels))
-    with pytest.raises(ValueError, match=r"few_shot.shots = 2: class 'class 2' has 3 pictures .* 4 are needed"):
+    with pytest.raises(ValueError, match=r"few_shot.shots = 2: class 'class 2' has 3 images .* 4 are needed"):
         draw_episodes(inputs, FewShotConfig(shots=(1, 2)), 0)
     assert len(draw_episodes(inputs, FewShotConfig(shots=(3,), strength=1.0), 0)[3].shots) == 12
 

@@ -101,13 +101,13 @@ def test_cyclips_protocol_is_measured_too(sets):
     assert len(result["curves"]["train_loss"]) == 60
 
 
-def test_pictures_without_a_label_and_classes_without_a_picture_are_left_out(tmp_path):
+def test_images_without_a_label_and_classes_without_a_image_are_left_out(tmp_path):
     rows, labels = clouds(80, 8, 4, seed=0)
     names = ["a", "never seen", "b", "c", "d"]
     labels = np.array([0, 2, 3, 4])[labels]
     others, truth = clouds(40, 8, 4, seed=1)
     truth = np.array([0, 2, 3, 4])[truth]
-    truth[truth == 4] = -1  # the test set has no picture of d
+    truth[truth == 4] = -1  # the test set has no image of d
     made = [embedded(tmp_path / n, r, t, names) for n, r, t in (("train", rows, labels), ("test", others, truth))]
     result, outcomes = measure_linear_probe(*made, config=LinearProbeConfig(strength=1.0))
     assert result["settings"]["classes"] == 4
@@ -168,7 +168,7 @@ def test_one_draw_has_no_deviation(sets):
         ({"names": [f"class {c}" for c in range(6)] + ["renamed"]}, "has 7 classes and train 7, .* class 6 on"),
         ({"names": [f"class {c}" for c in range(9)]}, "has 9 classes and train 7, .* class 7 on"),
         ({"rows": clouds(70, 5, CLASSES, 0)[0]}, "has 5 columns of image_features, train has 12"),
-        ({"labels": np.full(70, -1)}, "test = 'bad': has no labelled picture"),
+        ({"labels": np.full(70, -1)}, "test = 'bad': has no labelled image"),
     ],
 )
 def test_a_test_set_that_does_not_fit_is_refused(tmp_path, sets, change, message):
@@ -185,8 +185,8 @@ def test_classes_that_only_the_test_set_has_and_single_classes_are_refused(tmp_p
     names = list("abcd")
     test = embedded(tmp_path / "test", rows, labels, names)
     three = embedded(tmp_path / "three", rows, np.where(labels == 3, 0, labels), names)
-    with pytest.raises(ValueError, match="test = 'test': has pictures of 'd', of which three has none"):
+    with pytest.raises(ValueError, match="test = 'test': has images of 'd', of which three has none"):
         measure_linear_probe(three, test)
     one = embedded(tmp_path / "one", rows, np.zeros(40, dtype=np.int64), names)
-    with pytest.raises(ValueError, match="train = 'one': has pictures of 1 of its classes"):
+    with pytest.raises(ValueError, match="train = 'one': has images of 1 of its classes"):
         measure_linear_probe(one, test)

@@ -27,7 +27,7 @@ def grid(random, *shape):
 
 
 def plainly_ahead(image, classes, truth, names=None):
-    """Classes that score as high as the picture's own, by two loops in float64."""
+    """Classes that score as high as the image's own, by two loops in float64."""
     ahead = []
     for picture, label in zip(image.astype(np.float64), truth, strict=True):
         scores = classes.astype(np.float64) @ picture
@@ -72,7 +72,7 @@ def test_class_embeddings_average_directions_not_lengths():
 def test_accuracy_agrees_with_sorting():
     random = np.random.default_rng(1)
     image, classes = unit(random.normal(size=(500, 6))), unit(random.normal(size=(7, 6)))
-    truth = random.integers(0, 6, 500)  # class 6 has no picture
+    truth = random.integers(0, 6, 500)  # class 6 has no image
     truth[:300] = 0  # uneven classes: the two averages differ
     order = np.argsort(-(image @ classes.T), axis=1)
     figures = zero_shot(image.astype(np.float32), classes.astype(np.float32), truth, [1, 3, 7, 8])
@@ -107,7 +107,7 @@ def test_ties_and_equal_classes_agree_with_a_plain_transcription(monkeypatch, bl
         assert found.tolist() == plainly_ahead(image, classes, truth, names).tolist()
 
 
-def test_rows_choose_pictures_whatever_the_blocks(monkeypatch):
+def test_rows_choose_images_whatever_the_blocks(monkeypatch):
     random = np.random.default_rng(4)
     image, classes = unit(random.normal(size=(101, 8))).astype(np.float16), unit(random.normal(size=(6, 8)))
     rows = np.flatnonzero(random.random(101) < 0.5)
@@ -120,10 +120,10 @@ def test_rows_choose_pictures_whatever_the_blocks(monkeypatch):
 def test_the_metric_is_that_of_plain_counting(tmp_path):
     random = np.random.default_rng(5)
     prompts = unit(random.normal(size=(7, 4, 6)))
-    labels = random.integers(-1, 6, 300)  # class 6 has no picture, and some pictures have no class
+    labels = random.integers(-1, 6, 300)  # class 6 has no image, and some images have no class
     labels[:120] = 0  # uneven classes
     labels[labels == 5] = -1
-    labels[7] = 5  # a class of one picture
+    labels[7] = 5  # a class of one image
     image = unit(random.normal(size=(300, 6))).astype(np.float32)
     image[labels >= 0] = unit(image[labels >= 0] + 0.5 * prompts[labels[labels >= 0]].mean(1)).astype(np.float32)
     metric, outcomes = measure_zero_shot(embedded(tmp_path, image, prompts, labels), top_k=(1, 3, 7, 8))
@@ -190,7 +190,7 @@ def test_classes_of_one_name_are_decided_as_an_argmax_would(tmp_path):
     assert outcomes["first/top_1"].tolist() == [True, False, False, True]  # collapsed, not of one name
 
 
-def test_one_picture_a_class_gives_the_interval_of_top_1(tmp_path):
+def test_one_image_a_class_gives_the_interval_of_top_1(tmp_path):
     random = np.random.default_rng(8)
     prompts = unit(random.normal(size=(40, 1, 16)))
     image = unit(prompts[:, 0] + 0.4 * random.normal(size=(40, 16)))
@@ -218,8 +218,8 @@ def test_the_interval_of_uneven_classes_covers_the_true_mean():
 @pytest.mark.parametrize(
     ("labels", "top_k", "message"),
     [
-        (None, (1,), "the set has no classes; embed a set of labelled pictures"),
-        (np.full(4, -1), (1,), "none of the 4 pictures has a label"),
+        (None, (1,), "the set has no classes; embed a set of labelled images"),
+        (np.full(4, -1), (1,), "none of the 4 images has a label"),
         (np.zeros(4), (0, 1), "top_k = 0: give whole numbers of at least 1"),
     ],
 )
@@ -235,7 +235,7 @@ def test_a_set_that_cannot_be_classified_is_refused(tmp_path, labels, top_k, mes
 
 def test_rows_that_cannot_be_scored_are_refused():
     image, classes = np.eye(3, dtype=np.float32), np.eye(3, dtype=np.float32)
-    with pytest.raises(ValueError, match=r"truth: give one of 0 … 2 for each of 3 pictures"):
+    with pytest.raises(ValueError, match=r"truth: give one of 0 … 2 for each of 3 images"):
         classes_ahead(image, classes, np.array([0, 1, 3]))
     with pytest.raises(ValueError, match=r"image embeddings have dimension 3, class embeddings 2"):
         classes_ahead(image, classes[:, :2], np.arange(3))

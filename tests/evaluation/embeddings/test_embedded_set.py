@@ -64,7 +64,7 @@ def test_rows_are_read_only_maps_of_the_file(tmp_path):
         rows[0] = 0
 
 
-def test_a_set_of_pictures_alone_has_no_texts_and_numbers_for_keys(tmp_path):
+def test_a_set_of_images_alone_has_no_texts_and_numbers_for_keys(tmp_path):
     opened = write_embedded_set(tmp_path, "bare", MODEL, {"image": unit(4)})
     assert opened.pairs.shape == (0, 2)
     assert opened.labels is None
@@ -145,7 +145,7 @@ def test_lists_of_another_length_are_refused_when_they_are_read(tmp_path):
     ("changes", "message"),
     [
         ({"arrays": {"text": unit(3)}}, "must have image"),
-        ({"arrays": {"image": unit(5), "picture": unit(5)}}, r"arrays = \['picture'\]"),
+        ({"arrays": {"image": unit(5), "picture": unit(5)}}, r"arrays = \['image'\]"),
         ({"arrays": {"image": unit(5), "text": unit(3, 9)}}, "must have one dimension"),
         ({"arrays": {"image": unit(5), "image_features": unit(4)}}, r"image_features = \(4, 8\)"),
         ({"arrays": {"image": 2 * unit(5), "text": unit(3)}}, "row 0 has norm 2; it must have unit norm"),

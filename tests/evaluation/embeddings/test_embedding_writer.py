@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from numbered_pictures import CLASS_FILE, LastNumberTokenizer, LookUp, views, write_source
+from numbered_images import CLASS_FILE, LastNumberTokenizer, LookUp, views, write_source
 from numbered_sets import ARRAYS, Encode, LabelledNumbers, config, content, numbered_model, rows_of
 
 from modstruct.data.classification.class_files import load_classes
@@ -46,12 +46,12 @@ def test_a_set_holds_what_the_evaluation_in_training_embeds(tmp_path, samples, s
     assert embedded.keys == [f"{place:05d}" for place in range(43) if place not in BROKEN]
     assert embedded.arrays == set(ARRAYS)
     np.testing.assert_array_equal(embedded.rows("image_features"), 30 * expected.image[:, :5])
-    assert embedded.manifest["skipped"] == expected.skipped == {"undecodable picture": 4}
+    assert embedded.manifest["skipped"] == expected.skipped == {"undecodable image": 4}
     assert (tmp_path / "left_out.jsonl").read_text().count("00008.png") == 1
     assert embedded.manifest["source"]["fingerprint"] == samples.samples.fingerprint
 
 
-def test_labels_and_class_prompts_are_embedded_with_the_pictures(tmp_path, source):
+def test_labels_and_class_prompts_are_embedded_with_the_images(tmp_path, source):
     embedded = embed_set(numbered_model(), source, tmp_path, config())
     assert embedded.labels.tolist() == [n % 2 for place, n in enumerate(NUMBERS) if place not in BROKEN]
     assert (embedded.class_names, embedded.templates) == (["even", "odd"], ["an {} number", "one {}"])
@@ -63,7 +63,7 @@ def test_labels_and_class_prompts_are_embedded_with_the_pictures(tmp_path, sourc
     assert embedded.class_prompts.dtype == np.float32
 
 
-def test_labelled_pictures_have_no_texts(tmp_path):
+def test_labelled_images_have_no_texts(tmp_path):
     pictures = LabelledNumbers(30, broken=(4,))
     (embedded,) = embed_sets(numbered_model(), [EmbeddingSource.of_labelled(pictures)], tmp_path, config())
     kept = [i for i in range(30) if i != 4]
@@ -81,7 +81,7 @@ def test_labelled_pictures_have_no_texts(tmp_path):
 
 @pytest.mark.parametrize("batches", [0, 3, 8, 20, 27, 40])
 def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, source, batches):
-    """Stopped among the pictures, the captions and the class prompts, or never."""
+    """Stopped among the images, the captions and the class prompts, or never."""
     choice = config()
     embed_set(numbered_model(), source, tmp_path / "whole", choice)
     stopped = Encode(stop_after=batches)
@@ -95,7 +95,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, source, batches):
     assert content(tmp_path / "stopped") == content(tmp_path / "whole")
     whole = Encode()
     embed_set(numbered_model(whole), source, tmp_path / "again", choice)
-    if batches < 35:  # at most what one part and its augmented pictures take is done twice
+    if batches < 35:  # at most what one part and its augmented images take is done twice
         assert len(whole.calls) <= batches + len(rest.calls) <= len(whole.calls) + 4
 
 
@@ -142,7 +142,7 @@ def test_another_model_or_source_is_refused(tmp_path, source):
         embed_set(numbered_model(), source, tmp_path, config())
 
 
-def test_too_many_unreadable_pictures_stop_it_and_a_larger_share_goes_on(tmp_path, source):
+def test_too_many_unreadable_images_stop_it_and_a_larger_share_goes_on(tmp_path, source):
     with pytest.raises(TooManyBadSamples, match=r"embedding.max_bad_share = 0.05: 4 of 43 samples of set things"):
         embed_set(numbered_model(), source, tmp_path, config(max_bad_share=0.05))
     assert embed_set(numbered_model(), source, tmp_path, config()).manifest["rows"]["image"] == 39
@@ -151,7 +151,7 @@ def test_too_many_unreadable_pictures_stop_it_and_a_larger_share_goes_on(tmp_pat
         embed_set(numbered_model(), nothing, tmp_path / "none", config(max_bad_share=1.0))
 
 
-def test_augmented_views_belong_to_pictures_not_to_batches(tmp_path, source):
+def test_augmented_views_belong_to_images_not_to_batches(tmp_path, source):
     few, many = (
         embed_set(numbered_model(), source, tmp_path / str(batch), config(batch=batch, **more))
         for batch, more in ((4, {}), (9, {"part_batches": 1}))

@@ -22,7 +22,7 @@ def unit(rows):
 
 
 def toy_set(folder, rows=400, captions_each=1):
-    """Pictures that show colour and light, captions that name colour and mood; embeddings know the colour alone."""
+    """Images that show colour and light, captions that name colour and mood; embeddings know the colour alone."""
     random = np.random.default_rng(0)
     colour, light, mood = random.integers(0, [[3], [2], [4]], (3, rows))
     image = unit(np.eye(3)[colour] + 0.02 * random.normal(size=(rows, 3)))
@@ -74,7 +74,7 @@ def test_the_classes_of_a_set_are_its_label_by_default(tmp_path):
     assert list(result["figures"]) == ["colour"]
 
 
-def test_several_captions_of_a_picture_are_one_piece_of_evidence(tmp_path):
+def test_several_captions_of_a_image_are_one_piece_of_evidence(tmp_path):
     single, _ = measure_information(toy_set(tmp_path / "one"), ["mood"], QUICK)
     several, _ = measure_information(toy_set(tmp_path / "four", captions_each=4), ["mood"], QUICK)
     assert several["rows"]["used"] == {"mood": 1600}
@@ -135,9 +135,9 @@ def test_scenes_are_drawn_anew_from_their_records():
 @pytest.mark.parametrize(
     ("label", "message"),
     [
-        ("shape", "labels = 'shape': no picture has it"),
+        ("shape", "labels = 'shape': no image has it"),
         ("size", "labels = 'size': has the value 0.5"),
-        ("one", "labels = 'one': all pictures have the value '1'"),
+        ("one", "labels = 'one': all images have the value '1'"),
     ],
 )
 def test_what_is_no_label_is_refused(tmp_path, label, message):

@@ -97,7 +97,7 @@ def test_entropies_are_those_of_what_was_drawn(label):
     assert entropy(shares) == pytest.approx(expected, abs=4 * np.log(len(shares)) / np.sqrt(len(values)) / 4)
 
 
-def test_a_template_shows_in_the_picture_only_by_the_number_of_objects():
+def test_a_template_shows_in_the_image_only_by_the_number_of_objects():
     table = Counter((len(scene.objects) == 1, scene.template) for scene, _ in drawn())
     shares = np.array([[table[one, t] for t in sorted({t for _, t in table})] for one in (True, False)]) / DRAWN
     found = entropy(shares.sum(0)) + entropy(shares.sum(1)) - entropy(shares)

@@ -14,7 +14,7 @@ ROUNDING = 1e-9
 
 @st.composite
 def distributions(draw):
-    """p(t, v, y) whose pairs (t, v) fall apart into 1 to 4 parts, each of several texts and pictures."""
+    """p(t, v, y) whose pairs (t, v) fall apart into 1 to 4 parts, each of several texts and images."""
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     parts = draw(st.integers(1, 4))
     text = random.integers(0, parts, draw(st.integers(1, 9)))
@@ -66,7 +66,7 @@ def test_the_common_part_is_told_by_both_and_no_finer_thing_is(joint):
     text, image = common_part(pairs)
     for t, v in np.argwhere(pairs > 0):
         assert text[t] == image[v] >= 0
-    # Reachability by powers of the matrix of neighbours: texts of one part are those that pictures lead to.
+    # Reachability by powers of the matrix of neighbours: texts of one part are those that images lead to.
     steps = np.linalg.matrix_power(((pairs > 0).astype(float) @ (pairs > 0).T > 0).astype(float), len(pairs)) > 0
     known = pairs.any(1)
     assert np.array_equal(steps[known][:, known], text[known][:, None] == text[known][None, :])
@@ -92,7 +92,7 @@ def test_a_feature_that_one_modality_does_not_tell_is_refused():
 
 @pytest.mark.parametrize("label", ["size", "fill"])
 def test_the_theorem_on_scenes_with_aligned_features(label):
-    """Every caption and picture of one object of the training split, up to places and ground, and the best feature."""
+    """Every caption and image of one object of the training split, up to places and ground, and the best feature."""
     axes = captions_of_a_split("train")  # size as said, fill as said, shape, colour, size, fill
     said_size, said_fill, shapes, colours, sizes, fills = axes.shape
     pairs = np.zeros((said_size * said_fill, shapes, colours, sizes * fills))

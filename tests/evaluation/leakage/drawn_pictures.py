@@ -1,4 +1,4 @@
-"""Pictures that are as different as pictures are, and what befalls a picture on its way into another collection."""
+"""Images that are as different as images are, and what befalls an image on its way into another collection."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from modstruct.evaluation.leakage.perceptual_hash import thumbnail
 
 
 def drawn(number: int, side: int = 128) -> Image.Image:
-    """A smooth random picture; equal numbers give equal pictures."""
+    """A smooth random image; equal numbers give equal images."""
     random = np.random.default_rng(number)
     rough = Image.fromarray(random.integers(0, 256, (7, 7, 3), dtype=np.uint8))
     return rough.resize((side, side), Image.Resampling.BICUBIC)

@@ -1,15 +1,15 @@
-"""Planted copies are found and nothing else is, by hash and by embedding; pictures of one colour do not all match."""
+"""Planted copies are found and nothing else is, by hash and by embedding; images of one colour do not all match."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from drawn_pictures import COPIES, coded, drawn, mirror, thumbnails
+from drawn_images import COPIES, coded, drawn, mirror, thumbnails
 from PIL import Image, ImageDraw
 
 from modstruct.evaluation.leakage import Prints, Thresholds, find_duplicates
 from modstruct.evaluation.leakage import duplicates as duplicates_module
-from modstruct.evaluation.leakage.image_difference import picture_differences
+from modstruct.evaluation.leakage.image_difference import image_differences
 from modstruct.evaluation.leakage.prints import rows_by_key
 
 PICTURES = 60
@@ -31,7 +31,7 @@ def train():
 
 @pytest.mark.parametrize("kind", COPIES)
 def test_planted_copies_are_found_and_others_not(train, kind):
-    """Even rows are copies, each of its own picture; odd ones are of no picture of the training source."""
+    """Even rows are copies, each of its own image; odd ones are of no image of the training source."""
     pictures = [COPIES[kind](drawn(n if n % 2 == 0 else 1000 + n)) for n in range(20)]
     found = find_duplicates(prints(pictures), train)
     assert found_pairs(found) == {(n, n) for n in range(0, 20, 2)}
@@ -60,15 +60,15 @@ def disc(colour, mark=None) -> Image.Image:
     return picture
 
 
-def test_another_colour_or_detail_is_another_picture():
-    """Their grey pictures are nearly the same, and so are their hashes: the second look tells them apart."""
+def test_another_colour_or_detail_is_another_image():
+    """Their grey images are nearly the same, and so are their hashes: the second look tells them apart."""
     eyes, mouth = (30, 30, 42, 42), (30, 60, 66, 66)
     faces = [disc((240, 120, 40)), disc((240, 60, 180)), disc((240, 120, 40), eyes), disc((240, 120, 40), mouth)]
     found = find_duplicates(prints([coded(face, 85) for face in faces]), prints(faces))
     assert found_pairs(found) == {(n, n) for n in range(4)}
 
 
-def test_pictures_of_one_colour_match_those_of_their_colour_only(train):
+def test_images_of_one_colour_match_those_of_their_colour_only(train):
     colours = [(255, 255, 255), (0, 0, 0), (200, 30, 30), (200, 40, 60), (128, 128, 128)]
     flat = [Image.new("RGB", (64, 64), colour) for colour in colours]
     noisy = [coded(Image.fromarray(np.asarray(p) ^ (np.arange(64)[:, None] % 2).astype(np.uint8)), 80) for p in flat]
@@ -85,7 +85,7 @@ def test_a_placeholder_that_occurs_thousands_of_times_is_listed_a_few_times(monk
 
     def counted(first, *rest):
         looked_at.append(len(first))
-        return picture_differences(first, *rest)
+        return image_differences(first, *rest)
 
     monkeypatch.setattr(duplicates_module, "picture_differences", counted)
     placeholder = thumbnails([drawn(0)])
@@ -114,7 +114,7 @@ def test_what_is_found_does_not_depend_on_blocks(train, monkeypatch, mirrored):
 
 
 def test_pairs_by_embedding_join_those_by_hash(train):
-    """Picture 0 is near by both, 1 by hash alone, 2 by its embedding alone, 3 by neither."""
+    """Image 0 is near by both, 1 by hash alone, 2 by its embedding alone, 3 by neither."""
     evaluation = prints([drawn(0), drawn(1), drawn(1002), drawn(1003)])
     train_rows = np.eye(PICTURES, dtype=np.float32)
     rows = np.zeros((4, PICTURES), dtype=np.float32)

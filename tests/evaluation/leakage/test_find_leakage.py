@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from drawn_pictures import COPIES, drawn
+from drawn_images import COPIES, drawn
 from PIL import Image
 
 from modstruct.config import DataConfig, Source
@@ -17,14 +17,14 @@ from modstruct.data.shards.evaluation_samples import EvaluationSamples
 from modstruct.data.shards.faults import TooManyBadSamples
 from modstruct.evaluation.embeddings.embedded_set import write_embedded_set
 from modstruct.evaluation.leakage import Prints, make_prints, prints, read_keys
-from modstruct.evaluation.leakage.perceptual_hash import picture_hashes, thumbnail
+from modstruct.evaluation.leakage.perceptual_hash import image_hashes, thumbnail
 
 sys.path.append(str(Path(__file__).parents[3] / "tools"))
 import find_leakage
 from crafted_shards import write_tar
 
 
-def write_pictures(path: Path, pictures: dict[str, Image.Image | bytes]) -> None:
+def write_images(path: Path, pictures: dict[str, Image.Image | bytes]) -> None:
     members = []
     for key, picture in pictures.items():
         content = picture
@@ -38,11 +38,11 @@ def write_pictures(path: Path, pictures: dict[str, Image.Image | bytes]) -> None
 
 @pytest.fixture
 def shards(tmp_path):
-    """Of six evaluation pictures e1 and e4 lie in the training source, one of whose twelve is damaged."""
+    """Of six evaluation images e1 and e4 lie in the training source, one of whose twelve is damaged."""
     train = {f"t{n}": drawn(n) for n in range(12)}
-    write_pictures(tmp_path / "train-0.tar", {**train, "t5": b"no picture"})
+    write_images(tmp_path / "train-0.tar", {**train, "t5": b"no image"})
     copies = {1: COPIES["JPEG 50"](drawn(1)), 4: COPIES["a crop of 5 % from the middle"](drawn(4))}
-    write_pictures(tmp_path / "test.tar", {f"e{n}": copies.get(n, drawn(100 + n)) for n in range(6)})
+    write_images(tmp_path / "test.tar", {f"e{n}": copies.get(n, drawn(100 + n)) for n in range(6)})
     return tmp_path
 
 
@@ -123,7 +123,7 @@ def test_hashes_are_made_once_and_go_on_where_they_stopped(shards, monkeypatch):
     assert made.skipped == 1
     expected = np.stack([thumbnail(drawn(n)) for n in made.indices])
     assert np.array_equal(made.thumbnails, expected)
-    assert np.array_equal(made.hashes, picture_hashes(expected))
+    assert np.array_equal(made.hashes, image_hashes(expected))
     make_prints(Counted(), folder, "train")
     assert len(read) == 28
     assert sorted(path.name for path in folder.iterdir()) == sorted(
@@ -146,7 +146,7 @@ def test_prints_of_another_source_and_damaged_ones_are_refused(shards):
         Prints.open(shards / "nowhere")
 
 
-def test_too_many_bad_pictures_end_it(shards):
+def test_too_many_bad_images_end_it(shards):
     with pytest.raises(TooManyBadSamples, match="1 of 12"):
         make_prints(samples_of(shards, max_bad_share=0.05), shards / "prints", "train")
     assert not (shards / "prints" / "manifest.json").exists()

@@ -1,4 +1,4 @@
-"""A set without some pictures gives the figures of a set that never had them, and bad lists are refused."""
+"""A set without some images gives the figures of a set that never had them, and bad lists are refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def unit(random, *shape) -> np.ndarray:
 
 
 def written(folder, numbers, name="pictures", source=None) -> EmbeddedSet:
-    """The pictures of these numbers, each with a caption of its own and one that it shares with two neighbours."""
+    """The images of these numbers, each with a caption of its own and one that it shares with two neighbours."""
     image, own, shared, prompts = (unit(np.random.default_rng(s), n) for s, n in enumerate([30, 30, 10, 6]))
     captions: dict[str, np.ndarray] = {}
     pairs = []
@@ -59,7 +59,7 @@ def whole(tmp_path):
 LEFT_OUT = [0, 1, 2, 7, 29]
 
 
-def test_figures_are_those_of_a_set_without_the_pictures(whole, tmp_path):
+def test_figures_are_those_of_a_set_without_the_images(whole, tmp_path):
     left = leave_out(whole, [f"k{n}" for n in LEFT_OUT], tmp_path / "left")
     never = written(tmp_path / "never", [n for n in range(PICTURES) if n not in LEFT_OUT])
     assert left.keys == never.keys
@@ -98,7 +98,7 @@ def test_leaving_out_nothing_leaves_all(whole, tmp_path):
     assert leave_out(whole, [], tmp_path / "left").captions == whole.captions
 
 
-def test_a_set_of_pictures_alone(tmp_path):
+def test_a_set_of_images_alone(tmp_path):
     plain = write_embedded_set(
         tmp_path / "a", "a", MODEL, {"image": unit(np.random.default_rng(0), 4)}, keys=list("wxyx")
     )
@@ -111,7 +111,7 @@ def test_a_set_of_pictures_alone(tmp_path):
 def test_lists_that_do_not_fit_the_set_are_refused(whole, tmp_path):
     with pytest.raises(ValueError, match=r"'other'.*1 of 2 are not in"):
         leave_out(whole, ["k1", "other"], tmp_path / "left")
-    with pytest.raises(ValueError, match="no picture"):
+    with pytest.raises(ValueError, match="no image"):
         leave_out(whole, whole.keys, tmp_path / "left")
     with pytest.raises(ValueError, match="is the set itself"):
         leave_out(whole, ["k1"], whole.folder)

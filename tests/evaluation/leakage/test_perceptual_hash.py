@@ -1,38 +1,38 @@
-"""A hash stays nearly as it is when a picture is coded, scaled, cropped or brightened, and tells pictures apart."""
+"""A hash stays nearly as it is when an image is coded, scaled, cropped or brightened, and tells images apart."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from drawn_pictures import COPIES, drawn, mirror, thumbnails
+from drawn_images import COPIES, drawn, mirror, thumbnails
 from PIL import Image
 from scipy.fft import dctn
 
 from modstruct.evaluation.leakage.hamming import least_distances
-from modstruct.evaluation.leakage.perceptual_hash import GREY, SIDE, VIEWS, mirrored, picture_hashes
+from modstruct.evaluation.leakage.perceptual_hash import GREY, SIDE, VIEWS, image_hashes, mirrored
 
 PICTURES = 40
 
 
 @pytest.fixture(scope="module")
 def originals():
-    return picture_hashes(thumbnails(drawn(n) for n in range(PICTURES)))
+    return image_hashes(thumbnails(drawn(n) for n in range(PICTURES)))
 
 
 @pytest.mark.parametrize("kind", COPIES)
 def test_a_copy_has_nearly_the_same_hash(originals, kind):
-    copies = picture_hashes(thumbnails(COPIES[kind](drawn(n)) for n in range(PICTURES)))
+    copies = image_hashes(thumbnails(COPIES[kind](drawn(n)) for n in range(PICTURES)))
     assert least_distances(copies, originals)[0].max() <= 8
 
 
-def test_other_pictures_have_other_hashes(originals):
+def test_other_images_have_other_hashes(originals):
     first, second = np.triu_indices(PICTURES, 1)
     assert least_distances(originals[first], originals[second])[0].min() > 12
 
 
 def test_bits_are_signs_of_the_lowest_cosines():
     pictures = thumbnails(drawn(n) for n in range(5))
-    for picture, code in zip(pictures, picture_hashes(pictures)[:, 0], strict=True):
+    for picture, code in zip(pictures, image_hashes(pictures)[:, 0], strict=True):
         grey = np.einsum("chw,c->hw", picture.astype(np.float64), GREY)
         lowest = dctn(grey, norm="ortho")[:8, :8].ravel() / SIDE
         lowest[0] = 0
@@ -48,23 +48,23 @@ def test_each_view_is_the_hash_of_a_crop(originals):
     side = 1200
     box = tuple(round(side * share) for share in (left, top, right, bottom))
     crops = thumbnails(drawn(n, side).crop(box) for n in range(10))
-    views = picture_hashes(thumbnails(drawn(n, side) for n in range(10)))[:, 3]
-    assert np.bitwise_count(picture_hashes(crops)[:, 0] ^ views).max() <= 4
+    views = image_hashes(thumbnails(drawn(n, side) for n in range(10)))[:, 3]
+    assert np.bitwise_count(image_hashes(crops)[:, 0] ^ views).max() <= 4
 
 
-def test_a_mirrored_thumbnail_is_that_of_the_mirrored_picture():
+def test_a_mirrored_thumbnail_is_that_of_the_mirrored_image():
     picture = drawn(3)
     assert np.array_equal(mirrored(thumbnails([picture])), thumbnails([mirror(picture)]))
 
 
 def test_noise_on_one_colour_sets_no_bit():
     noisy = Image.fromarray(np.random.default_rng(0).integers(126, 130, (256, 256, 3), dtype=np.uint8))
-    assert not picture_hashes(thumbnails([noisy, Image.new("RGB", (20, 20), (255, 255, 255))])).any()
+    assert not image_hashes(thumbnails([noisy, Image.new("RGB", (20, 20), (255, 255, 255))])).any()
 
 
-def test_the_noise_of_coding_changes_few_bits_of_a_symmetric_picture():
+def test_the_noise_of_coding_changes_few_bits_of_a_symmetric_image():
     """Half of its cosines are 0: as signs, or against their median, they would follow the noise."""
     half = np.asarray(drawn(1))[:, :64]
     symmetric = Image.fromarray(np.concatenate((half, half[:, ::-1]), axis=1))
-    codes = picture_hashes(thumbnails([symmetric, COPIES["JPEG 20"](symmetric)]))
+    codes = image_hashes(thumbnails([symmetric, COPIES["JPEG 20"](symmetric)]))
     assert np.bitwise_count(codes[0, 0] ^ codes[1, 0]) <= 2

@@ -19,7 +19,7 @@ RECALL_AT = (1, 5, 10)
 
 
 def clip_benchmark(image, text, picture, batch=7):
-    """picture: (m,), the image row of each text."""
+    """image: (m,), the image row of each text."""
     scores = text.astype(np.float64) @ image.astype(np.float64).T
     positive = np.zeros(scores.shape, dtype=bool)
     positive[np.arange(len(text)), picture] = True
@@ -84,7 +84,7 @@ def peers(image, text, picture):
 
 
 def pairs_of(images, captions, noise, seed):
-    """Rows whose float32 scores are exact. Returns image, text, picture."""
+    """Rows whose float32 scores are exact. Returns image, text, image."""
     image, picture = grid_rows(images, 16, seed), np.repeat(np.arange(images), captions)
     moved = image[picture] + noise * np.random.default_rng(seed + 100).standard_normal((len(picture), 16)) / 4
     text = moved / np.linalg.norm(moved, axis=1, keepdims=True)
@@ -111,7 +111,7 @@ def with_equal_scores(kind):
         image, text = (np.round(rows * 2) for rows in (image, text))
     elif kind == "duplicate captions":
         text[random.permutation(80)[:30]] = text[3]
-    elif kind == "duplicate pictures":
+    elif kind == "duplicate images":
         image[random.permutation(40)[:15]] = image[5]
     elif kind == "collapsed":
         image[:], text[:] = image[0], text[0]
@@ -121,16 +121,14 @@ def with_equal_scores(kind):
 
 
 def moved(image, text, picture, random):
-    """The same set in another order of its rows; a picture's captions may be apart."""
+    """The same set in another order of its rows; an image's captions may be apart."""
     images, texts = random.permutation(len(image)), random.permutation(len(text))
     if np.array_equal(picture, np.arange(len(image))):  # open_clip's rows belong together
         texts = images
     return image[images], text[texts], np.argsort(images)[picture[texts]]
 
 
-@pytest.mark.parametrize(
-    "kind", ["coarse", "duplicate captions", "duplicate pictures", "collapsed", "one caption each"]
-)
+@pytest.mark.parametrize("kind", ["coarse", "duplicate captions", "duplicate images", "collapsed", "one caption each"])
 def test_with_equal_scores_ours_is_the_worst_of_peers_over_the_orders_of_rows(kind):
     case = with_equal_scores(kind)
     right, random = ours(*case), np.random.default_rng(9)

@@ -95,7 +95,7 @@ def test_all_candidates_and_a_perfect_matching_find_everything():
 
 
 @torch.no_grad()
-def test_a_picture_that_is_lost_between_the_stages_ends_the_measurement():
+def test_a_image_that_is_lost_between_the_stages_ends_the_measurement():
     model, captions = fusion_model(fusion_recipe()).eval(), list(CAPTIONS[:4])
     image, text = np.eye(5, 8, dtype=np.float32), np.eye(4, 8, dtype=np.float32)
     found = iter([pictures(16, 2, 3), pictures(16, 2, 4)])

@@ -49,7 +49,7 @@ def write_set(folder, images=50, captions=3, dtype=np.float16, **more) -> Embedd
 
 @pytest.fixture(scope="module")
 def embedded(tmp_path_factory):
-    # Caption 4, of picture 1, is one of picture 7 too; picture 49 has no caption of its own.
+    # Caption 4, of image 1, is one of image 7 too; image 49 has no caption of its own.
     pairs = np.stack([np.arange(147) // 3, np.arange(147)], axis=1)
     return write_set(tmp_path_factory.mktemp("set"), pairs=np.concatenate([pairs, [[7, 4]]]))
 
@@ -85,10 +85,10 @@ def test_figures_are_those_of_the_arrays_and_the_means_of_their_outcomes(embedde
     json.dumps(result, allow_nan=False)
 
 
-def test_captions_of_one_picture_are_resampled_together(measured):
+def test_captions_of_one_image_are_resampled_together(measured):
     result, outcomes = measured
     group = outcomes["text_to_image/group"]
-    assert group.tolist() == (np.arange(147) // 3).tolist()  # caption 4 with picture 1, the first of its two
+    assert group.tolist() == (np.arange(147) // 3).tolist()  # caption 4 with image 1, the first of its two
     hits, figure = outcomes["text_to_image/recall_at_1"], result["figures"]["text_to_image"]["recall_at_1"]
     assert (figure["low"], figure["high"]) == bootstrap_mean(hits, samples=200, groups=group)
     assert outcomes["image_to_text/group"].tolist() == outcomes["image_to_text/query"].tolist() == list(range(49))
@@ -112,7 +112,7 @@ def test_one_pair_has_figures_and_no_interval(tmp_path):
     ("change", "message"),
     [
         (lambda f: write_embedded_set(f, "x", {}, {"image": np.eye(3)}), "array = 'text'.*embed it with"),
-        (lambda f: write_set(f, pairs=np.empty((0, 2), np.int64)), "pairs = .*has none: embed one whose pictures"),
+        (lambda f: write_set(f, pairs=np.empty((0, 2), np.int64)), "pairs = .*has none: embed one whose images"),
     ],
 )
 def test_a_set_without_texts_or_pairs_is_refused(tmp_path, change, message):
@@ -193,11 +193,11 @@ def test_shares_hold_every_pair_once_and_divide_no_query(processes):
 
 
 class Numbered:
-    """Row n is a grey picture of n; row 3 is lost."""
+    """Row n is a grey image of n; row 3 is lost."""
 
     def __getitem__(self, row):
         if row == 3:
-            raise BadSample("undecodable picture", "somewhere")
+            raise BadSample("undecodable image", "somewhere")
         return Image.new("RGB", (600, 300), (row, row, row))
 
 

@@ -151,7 +151,7 @@ def test_extremes():
         assert same[name]["value"] == pytest.approx(value, abs=1e-7), name
     opposite = structure_figures(z, -z, image_augmented=-z, image_independent=np.roll(np.eye(8), 1, 0)[[0] * 200])
     assert opposite["alignment"]["value"] == pytest.approx(4)
-    assert opposite["bridge_best_t"]["value"] < 0.5  # anywhere nearer to the text than to the picture
+    assert opposite["bridge_best_t"]["value"] < 0.5  # anywhere nearer to the text than to the image
     assert opposite["bridge_deviation"]["value"] == pytest.approx(0, abs=1e-9)
     assert opposite["geometry_intra"]["value"] == pytest.approx(0, abs=1e-9)
     north = np.repeat(np.eye(4)[:1], 30, axis=0)

@@ -103,7 +103,7 @@ def test_no_token_sees_the_ones_after_it():
         assert (moved[changed:] > 1e-4).all()
 
 
-def test_answers_depend_on_picture_and_question():
+def test_answers_depend_on_image_and_question():
     model, batch = answer_model(), question_batch()
     answers = answer_tokenizer(6)(ANSWER_LIST)
     before = model.rank(batch, answers, 10)[1]

@@ -51,13 +51,13 @@ def test_no_pair_of_the_batch_is_ever_a_negative(pairs, scale, seed, of):
         assert other in possible if possible else other == NONE
 
 
-def test_every_row_of_one_picture_has_no_negative():
+def test_every_row_of_one_image_has_no_negative():
     assert draw([7, 7, 7], [1, 2, 3]).tolist() == [NONE] * 3
     assert draw([1], [1], scale=1000.0).tolist() == [NONE]
 
 
-def test_a_picture_that_has_the_caption_in_a_third_pair_is_no_negative():
-    # Picture 2 has caption 1 as well (third pair), so the first text's only wrong picture is 3.
+def test_a_image_that_has_the_caption_in_a_third_pair_is_no_negative():
+    # Image 2 has caption 1 as well (third pair), so the first text's only wrong image is 3.
     images, texts = [1, 2, 2, 3], [1, 2, 1, 3]
     assert {int(draw(images, texts, seed=seed)[0]) for seed in range(50)} == {3}
 
@@ -69,7 +69,7 @@ def test_frequencies_are_the_softmax_over_the_wrong_ones(scale):
     found = torch.stack([draw(image_ids, text_ids, scale, seed) for seed in range(draws)])
     logits = scale * unit(6).double() @ unit(6, seed=1).double().T
     for row in range(6):
-        # 3 has picture 1 too; 5 has the caption of 1.
+        # 3 has image 1 too; 5 has the caption of 1.
         wrong = [k for k in range(6) if image_ids[k] != image_ids[row] and text_ids[k] != text_ids[row]]
         right = logits[row, wrong].softmax(0) * draws
         counts = torch.tensor([(found[:, row] == k).sum() for k in wrong])

@@ -36,7 +36,7 @@ def answering():
 
 
 def pair_classifier():
-    from test_two_pictures import batch, classifier
+    from test_two_images import batch, classifier
 
     return classifier(), batch(label=True)
 

@@ -117,14 +117,14 @@ def build(independent: bool):
     return build_model(recipe, word_tokenizer(), Objective(recipe.losses))
 
 
-def test_matching_rows_are_pairs_then_wrong_pictures_then_wrong_texts():
+def test_matching_rows_are_pairs_then_wrong_images_then_wrong_texts():
     model = fusion_model()
     batch = training_batch()
     with torch.no_grad():
         made = model(batch)
         text, image = model.backbone.encode_text(batch["text"]), model.backbone.encode_image(batch["image"])
         mask = model.backbone.mask(batch["text"])
-        # Logits of every text with every picture; each row of the outputs must be one of them.
+        # Logits of every text with every image; each row of the outputs must be one of them.
         every = torch.stack([model.match(text, mask, image[[k]].expand_as(image)) for k in range(6)], dim=1)
     assert made["matching_labels"].tolist() == [1] * 6 + [0] * 12
     for row in range(6):

@@ -106,7 +106,7 @@ def test_the_forward_pass_is_that_of_the_paper(in_float64):
     torch.testing.assert_close(layers(*given), doubled_blocks(weights, *given), rtol=0, atol=1e-12)
 
 
-def test_the_gradient_of_a_shared_projection_comes_from_both_pictures(in_float64):
+def test_the_gradient_of_a_shared_projection_comes_from_both_images(in_float64):
     layers, weights, given = in_float64
     direction = torch.randn(3, 7, TEXT_WIDTH, dtype=torch.float64)
     (layers(*given) * direction).sum().backward()
@@ -127,7 +127,7 @@ def test_the_logits_are_the_head_s_of_the_first_token():
     torch.testing.assert_close(model.classify(given), (hidden @ head["2.weight"].T + head["2.bias"]).float())
 
 
-def test_of_one_picture_twice_each_pre_trained_block_runs_twice():
+def test_of_one_image_twice_each_pre_trained_block_runs_twice():
     layers = pretrained().backbone.fusion
     pair = PairLayers(copy.deepcopy(layers))
     text, picture = torch.randn(2, 5, TEXT_WIDTH), torch.randn(2, 4, IMAGE_WIDTH)
@@ -139,7 +139,7 @@ def test_of_one_picture_twice_each_pre_trained_block_runs_twice():
     assert torch.equal(pair(text, mask, picture, picture), expected)
 
 
-def test_swapping_the_pictures_changes_the_answer():
+def test_swapping_the_images_changes_the_answer():
     model, given = classifier(), batch()
     swapped = given | {"image": given["image"].flip(1)}
     assert (model.classify(given) - model.classify(swapped)).abs().min() > 1e-4
@@ -262,7 +262,7 @@ def test_the_published_names_become_both_blocks(tmp_path):
     assert torch.equal(by_ours.classify(batch()), by_theirs.classify(batch()))
 
 
-def test_a_smaller_pre_trained_picture_fits(tmp_path):
+def test_a_smaller_pre_trained_image_fits(tmp_path):
     larger = replace(FUSION, vision=replace(VISION, image_size=24))
     model = classifier(fusion=larger)
     start_from(model, Initial(word_tokenizer(), pretrained().state_dict(), tmp_path))

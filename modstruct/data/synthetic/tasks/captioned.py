@@ -1,4 +1,4 @@
-"""Scenes with several captions each, as if several people had described the picture (in the manner of COCO)."""
+"""Scenes with several captions each, as if several people had described the image (in the manner of COCO)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from modstruct.data.synthetic.factors import ASIDES, MOODS, PLAIN_SHARE, TEMPLAT
 from modstruct.data.synthetic.splits import scenes
 
 FEWEST_CAPTIONS, MOST_CAPTIONS = 2, 5
-MOST_TRIES = 50  # wordings tried for a caption that no other picture has
+MOST_TRIES = 50  # wordings tried for a caption that no other image has
 
 
 def captioned_scenes(seed: int, split: str, count: int) -> list[tuple[Scene, tuple[str, ...]]]:
-    """Scenes with two to five different captions; in validation and test no caption belongs to two pictures.
+    """Scenes with two to five different captions; in validation and test no caption belongs to two images.
 
     The scenes are like those of the shards, and like them no two of validation or test agree in all that a caption
-    can say; but they come from a stream of their own, so that fine-tuning sees other pictures than pre-training.
+    can say; but they come from a stream of their own, so that fine-tuning sees other images than pre-training.
     """
     taken: set[str] = set()
     found = []
@@ -39,7 +39,7 @@ def captioned_scenes(seed: int, split: str, count: int) -> list[tuple[Scene, tup
 
 
 def _described_anew(scene: Scene, draws: Draws) -> Scene:
-    """The same picture in the words of another speaker, who has a mood of their own."""
+    """The same image in the words of another speaker, who has a mood of their own."""
     return replace(
         scene,
         mood=draws.choice(MOODS),

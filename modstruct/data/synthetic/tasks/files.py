@@ -6,7 +6,7 @@
     snli_ve/    snli_ve_train.jsonl, snli_ve_dev.jsonl, snli_ve_test.jsonl, flickr30k-images/1000000000.jpg
     karpathy/   dataset_coco.json, images/train2014/, images/val2014/
 
-Pictures are JPEG files, also where NLVR2 names them .png, as some of its own are. Unlike VQA's own, the test
+Images are JPEG files, also where NLVR2 names them .png, as some of its own are. Unlike VQA's own, the test
 questions are annotated, so that they can be measured here.
 """
 
@@ -34,10 +34,10 @@ NLVR2_NAMES = {"train": "train", "validation": "dev", "test": "test1"}
 SNLI_VE_NAMES = {"train": "train", "validation": "dev", "test": "test"}
 KARPATHY_NAMES = {"train": "train", "validation": "val", "test": "test"}
 NLVR2_DIRECTORIES = 100
-RESTVAL_EVERY = 4  # of COCO's training pictures in these splits, about a quarter are "restval"
+RESTVAL_EVERY = 4  # of COCO's training images in these splits, about a quarter are "restval"
 FIRST_FLICKR_ID = 1_000_000_000
 
-DrawPicture = Callable[[Path, Scene], None]
+DrawImage = Callable[[Path, Scene], None]
 
 
 def vqa_files(root: Path, split: str) -> tuple[Path, Path]:
@@ -48,13 +48,13 @@ def vqa_files(root: Path, split: str) -> tuple[Path, Path]:
 
 
 def nlvr2_files(root: Path, split: str) -> tuple[Path, Path]:
-    """Statements and folder of pictures of a split."""
+    """Statements and folder of images of a split."""
     name = NLVR2_NAMES[split]
     return root / "nlvr2" / f"{name}.json", root / "nlvr2" / ("images/train" if split == "train" else name)
 
 
 def snli_ve_files(root: Path, split: str) -> tuple[Path, Path]:
-    """Hypotheses and folder of pictures of a split."""
+    """Hypotheses and folder of images of a split."""
     return root / "snli_ve" / f"snli_ve_{SNLI_VE_NAMES[split]}.jsonl", root / "snli_ve" / "flickr30k-images"
 
 
@@ -67,7 +67,7 @@ def write_scene_tasks(root: Path, seed: int, sizes: SceneTaskSizes, image_size: 
 
     with tqdm(unit=" pictures", dynamic_ncols=True) as progress:
 
-        def draw_picture(path: Path, scene: Scene) -> None:
+        def draw_image(path: Path, scene: Scene) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(as_jpeg(scene, image_size))
             progress.update()
@@ -79,19 +79,19 @@ def write_scene_tasks(root: Path, seed: int, sizes: SceneTaskSizes, image_size: 
             "captions": _write_karpathy,
         }.items():
             progress.set_description(f"drawing scenes, {task}")
-            write(root, seed, sizes, draw_picture)
+            write(root, seed, sizes, draw_image)
     os.sync()  # one for all: to wait for each of 30,000 small files would take minutes
 
 
-def _write_vqa(root: Path, seed: int, sizes: SceneTaskSizes, draw_picture: DrawPicture) -> None:
+def _write_vqa(root: Path, seed: int, sizes: SceneTaskSizes, draw_image: DrawImage) -> None:
     image_id = 0
     for split, subset in VQA_SUBSETS.items():
         questions, annotations = [], []
         for scene, asked in scene_questions(seed, split, sizes.of("questions", split)):
             image_id += 1
-            draw_picture(root / "vqa" / "images" / subset / f"COCO_{subset}_{image_id:012d}.jpg", scene)
+            draw_image(root / "vqa" / "images" / subset / f"COCO_{subset}_{image_id:012d}.jpg", scene)
             for number, question in enumerate(asked):
-                # As in VQA v2, a question's id is its picture's with three digits more.
+                # As in VQA v2, a question's id is its image's with three digits more.
                 ids = {"image_id": image_id, "question_id": image_id * 1000 + number}
                 questions.append(ids | {"question": question.question})
                 annotations.append(ids | _annotation(question))
@@ -121,7 +121,7 @@ def _annotation(question: SceneQuestion) -> dict[str, Any]:
     }
 
 
-def _write_nlvr2(root: Path, seed: int, sizes: SceneTaskSizes, draw_picture: DrawPicture) -> None:
+def _write_nlvr2(root: Path, seed: int, sizes: SceneTaskSizes, draw_image: DrawImage) -> None:
     for split, name in NLVR2_NAMES.items():
         statements, images = nlvr2_files(root, split)
         lines = []
@@ -132,7 +132,7 @@ def _write_nlvr2(root: Path, seed: int, sizes: SceneTaskSizes, draw_picture: Dra
                 folder = images / str(directory["directory"])
             for pair, sides in enumerate(group.pairs):
                 for side, scene in enumerate(sides):
-                    draw_picture(folder / f"{name}-{number}-{pair}-img{side}.png", scene)
+                    draw_image(folder / f"{name}-{number}-{pair}-img{side}.png", scene)
                 for sentence, text in enumerate(group.sentences):
                     identifier = f"{name}-{number}-{pair}-{sentence}"
                     label = str(group.label(pair, sentence))
@@ -140,13 +140,13 @@ def _write_nlvr2(root: Path, seed: int, sizes: SceneTaskSizes, draw_picture: Dra
         _write_lines(statements, lines)
 
 
-def _write_snli_ve(root: Path, seed: int, sizes: SceneTaskSizes, draw_picture: DrawPicture) -> None:
+def _write_snli_ve(root: Path, seed: int, sizes: SceneTaskSizes, draw_image: DrawImage) -> None:
     image_id = FIRST_FLICKR_ID
     for split in SPLITS:
         hypotheses, images = snli_ve_files(root, split)
         lines = []
         for scene, said in scene_hypotheses(seed, split, sizes.of("hypotheses", split)):
-            draw_picture(images / f"{image_id}.jpg", scene)
+            draw_image(images / f"{image_id}.jpg", scene)
             premise = caption(scene)
             for hypothesis in said:
                 lines.append(
@@ -165,7 +165,7 @@ def _write_snli_ve(root: Path, seed: int, sizes: SceneTaskSizes, draw_picture: D
         _write_lines(hypotheses, lines)
 
 
-def _write_karpathy(root: Path, seed: int, sizes: SceneTaskSizes, draw_picture: DrawPicture) -> None:
+def _write_karpathy(root: Path, seed: int, sizes: SceneTaskSizes, draw_image: DrawImage) -> None:
     pictures, sentence_id = [], 0
     for split, name in KARPATHY_NAMES.items():
         for number, (scene, texts) in enumerate(captioned_scenes(seed, split, sizes.of("captioned", split))):
@@ -173,7 +173,7 @@ def _write_karpathy(root: Path, seed: int, sizes: SceneTaskSizes, draw_picture: 
             rest = split == "train" and number % RESTVAL_EVERY == RESTVAL_EVERY - 1
             folder = "train2014" if split == "train" and not rest else "val2014"
             filename = f"COCO_{folder}_{image_id:012d}.jpg"
-            draw_picture(root / "karpathy" / "images" / folder / filename, scene)
+            draw_image(root / "karpathy" / "images" / folder / filename, scene)
             sentence_ids = list(range(sentence_id, sentence_id + len(texts)))
             sentence_id += len(texts)
             pictures.append(

@@ -73,7 +73,7 @@ def ensure_scene_tasks(
 ) -> SceneTaskPaths:
     """Paths of the built-in tasks, which are drawn and written first if the cache does not hold them (about 40 s).
 
-    config: its seed counts, its numbers of samples are those of the shards. image_size: side of the pictures in
+    config: its seed counts, its numbers of samples are those of the shards. image_size: side of the images in
     pixels. sizes: how much of each task; None for the default. The folder is complete or not there, as with
     `ensure_scenes`. Raises ValueError, naming data.cache, if the cache cannot be written or its disk is full.
     """

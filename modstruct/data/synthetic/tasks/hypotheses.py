@@ -1,9 +1,9 @@
-"""Hypotheses about a scene: entailed, contradicted, or left open by its picture (in the manner of SNLI-VE).
+"""Hypotheses about a scene: entailed, contradicted, or left open by its image (in the manner of SNLI-VE).
 
 Each scene has one hypothesis of each label, so the majority is a third. A contradiction of one scene is the
-entailment of another, word for word: every wording occurs equally often with both labels, and only the picture tells
-them apart. What the picture cannot show, moods, opinions and stories, is neutral and, as in SNLI-VE, to be seen from
-the words alone; so a model that never looks at a picture can reach two thirds; what it has above them it has seen.
+entailment of another, word for word: every wording occurs equally often with both labels, and only the image tells
+them apart. What the image cannot show, moods, opinions and stories, is neutral and, as in SNLI-VE, to be seen from
+the words alone; so a model that never looks at an image can reach two thirds; what it has above them it has seen.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Hypothesis:
     label: str
     """entailment, contradiction or neutral."""
     claim: Claim | None = None
-    """What it says of the picture; None if neutral."""
+    """What it says of the image; None if neutral."""
 
 
 def scene_hypotheses(seed: int, split: str, count: int) -> list[tuple[Scene, tuple[Hypothesis, ...]]]:
@@ -90,7 +90,7 @@ def _entailed(scene: Scene, draws: Draws) -> Hypothesis:
 def _neutral(scene: Scene, draws: Draws) -> str:
     kind = drawn({"mood": 0.5, "story": 0.35, "opinion": 0.15}, draws)
     if kind == "mood":
-        # Half of the time the mood that the caption speaks of, half of the time any other: the picture shows neither.
+        # Half of the time the mood that the caption speaks of, half of the time any other: the image shows neither.
         mood = scene.mood if draws.chance(0.5) else draws.choice(tuple(vocabulary.MOOD_WORDS))
         return f"the {draws.choice(vocabulary.PICTURE_WORDS)} is {say(vocabulary.MOOD_WORDS[mood], draws)}"
     if kind == "opinion":

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from modstruct.errors import require
 
 QUESTIONS_PER_PICTURE = 2
-STATEMENTS_PER_SET = 8  # two sentences about four pairs of pictures
+STATEMENTS_PER_SET = 8  # two sentences about four pairs of images
 HYPOTHESES_PER_PICTURE = 3  # one of each label
 
 
@@ -23,7 +23,7 @@ class SceneTaskSizes:
     train_hypotheses: int = 9_000
     evaluation_hypotheses: int = 999
     train_captioned: int = 6_000
-    """Pictures with two to five captions."""
+    """Images with two to five captions."""
     evaluation_captioned: int = 1_000
 
     def __post_init__(self):

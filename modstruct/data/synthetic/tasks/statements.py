@@ -18,7 +18,7 @@ from modstruct.data.synthetic.tasks.sizes import STATEMENTS_PER_SET
 SENTENCES_PER_SET = 2
 PAIRS_PER_SET = 4
 MOST_TRIES = 4_000  # pairs looked at before a set gets other sentences
-# Pictures of a split are used about once each; below this number there would be too few pairs to choose from.
+# Images of a split are used about once each; below this number there would be too few pairs to choose from.
 SMALLEST_POOL = 400
 
 KIND_SHARES = {
