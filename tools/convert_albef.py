@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save
 
 from modstruct.errors import require
-from modstruct.files import written_aside
+from modstruct.files import atomic_write
 from modstruct.models.fusion.initial_weights import read_everything
 from modstruct.models.fusion.published import to_albef
 
@@ -52,7 +52,7 @@ def convert(options: argparse.Namespace) -> None:
     if options.to == "albef":
         weights = to_albef(weights)
     weights = {name: value.contiguous() for name, value in weights.items()}
-    with written_aside(options.out) as file:
+    with atomic_write(options.out) as file:
         if options.to == "albef":
             torch.save({"model": weights}, file)
         else:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from modstruct.data.tokenizers import Tokenizer, load_tokenizer
 from modstruct.errors import refuse
-from modstruct.files import read_yaml, sync_folder, written_aside
+from modstruct.files import atomic_write, read_yaml, sync_folder
 
 FORMAT = 1
 MOMENTUM_FILE = "momentum.safetensors"
@@ -216,7 +216,7 @@ def note_score(path: Path, score: float) -> bool:
     best = read_best(path.parents[1])
     if best and best["score"] >= score:
         return False
-    with written_aside(path.with_name("best.json")) as file:
+    with atomic_write(path.with_name("best.json")) as file:
         file.write(json.dumps({"checkpoint": path.name, "score": score}).encode())
     return True
 

@@ -118,7 +118,7 @@ def _note(
     out: Path, recipe: Recipe, options: Namespace, model: EmbeddingModel, sets: dict[str, str], command: list[str]
 ) -> None:
     from modstruct.config.recipe_files import recipe_to_yaml
-    from modstruct.files import written_aside
+    from modstruct.files import atomic_write
 
     noted = read_model(out) if (out / MODEL_FILE).is_file() else {"sets": {}, "commands": []}
     made_with = recipe_to_yaml(recipe)
@@ -132,5 +132,5 @@ def _note(
         "sets": noted["sets"] | {name: {"word": word, "recipe": made_with} for name, word in sets.items()},
         "commands": [*noted["commands"], *([command] if command not in noted["commands"] else [])],
     }
-    with written_aside(out / MODEL_FILE) as file:
+    with atomic_write(out / MODEL_FILE) as file:
         file.write((json.dumps(noted, indent=1) + "\n").encode())

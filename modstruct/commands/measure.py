@@ -31,7 +31,7 @@ from modstruct.evaluation.information import ProbeConfig, measure_information
 from modstruct.evaluation.leakage import LEAKED_KEYS, leave_out, read_keys
 from modstruct.evaluation.retrieval import RetrievalConfig, measure_set_retrieval
 from modstruct.evaluation.structure import SamplingConfig, measure_set_structure
-from modstruct.files import written_aside
+from modstruct.files import atomic_write
 
 USAGE = "[deepspeed [launcher options] | python] launch_scripts/evaluate.py measure EVALUATION… [--FIELD VALUE …]"
 METRICS = ("retrieval", "zero_shot", "structure", "linear_probe", "linear_probe_sgd", "few_shot", "information")
@@ -233,9 +233,9 @@ def _save(
     content = (json.dumps(result, indent=1, allow_nan=False) + "\n").encode()
     path.unlink(missing_ok=True)
     if outcomes:
-        with written_aside(path.with_suffix(".npz")) as file:
+        with atomic_write(path.with_suffix(".npz")) as file:
             np.savez_compressed(file, **outcomes)
-    with written_aside(path) as file:
+    with atomic_write(path) as file:
         file.write(content)
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from modstruct.files import written_aside
+from modstruct.files import atomic_write
 
 RETRIEVAL_NAMES = {"text_to_image": "text -> image", "image_to_text": "image -> text"}
 
 
 def save_metrics(metrics: dict, path: str | Path) -> None:
     """Write the metrics as JSON; the file is either complete or what it was before."""
-    with written_aside(Path(path).expanduser()) as file:
+    with atomic_write(Path(path).expanduser()) as file:
         file.write((json.dumps(metrics, indent=2, allow_nan=False) + "\n").encode())
 
 

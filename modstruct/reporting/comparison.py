@@ -129,7 +129,7 @@ def _groups(runs: Sequence[Evaluation], metric: str) -> Iterator[Group]:
         names = dict.fromkeys(names for result in results if result for names in result.figures)
         grouped: dict[tuple[str, ...], list[Row]] = {}
         for path in names:
-            grouped.setdefault(path[:-1], []).append(compare_figure(results, path, comparable=note is None))
+            grouped.setdefault(path[:-1], []).append(compare_metric(results, path, comparable=note is None))
         alone = [rows[0] for rows in grouped.values() if len(rows) == 1]
         if alone:
             yield Group(set_name, (), tuple(alone), note)
@@ -152,7 +152,7 @@ def _short(fingerprint: str | None) -> str:
     return "no fingerprint" if fingerprint is None else fingerprint[:12]
 
 
-def compare_figure(results: Sequence[Result | None], names: tuple[str, ...], comparable: bool = True) -> Row:
+def compare_metric(results: Sequence[Result | None], names: tuple[str, ...], comparable: bool = True) -> Row:
     """One figure of all runs as a row. results: one a run, all of one metric and set, None where there is none.
 
     comparable: False leaves all unmarked, for results that come from different data.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from modstruct.files import written_aside
+from modstruct.files import atomic_write
 from modstruct.reporting.comparison import compare
 from modstruct.reporting.loading import load_evaluations
 from modstruct.reporting.page import html_page
@@ -37,6 +37,6 @@ def write_report(folders: Sequence[str | Path], out: str | Path) -> ReportFiles:
     }
     files = ReportFiles(**{kind: stem.with_name(f"{stem.name}.{kind}") for kind in contents})
     for kind, text in contents.items():
-        with written_aside(getattr(files, kind)) as file:
+        with atomic_write(getattr(files, kind)) as file:
             file.write(text.encode("utf-8", errors="replace"))
     return files

@@ -16,7 +16,7 @@ from modstruct import distributed
 from modstruct.config import FinetuneRecipe, TaskFiles
 from modstruct.data.downstream.batches import EntryBatch, Seed, entry_batches
 from modstruct.data.downstream.published_files import TaskEntries
-from modstruct.data.shards.faults import FaultLedger
+from modstruct.data.shards.faults import BadSampleCounter
 from modstruct.data.shards.workers import require_shared_memory
 from modstruct.data.synthetic.tasks.folder import SceneTaskPaths
 from modstruct.data.tokenizers import Tokenizer
@@ -129,7 +129,7 @@ class Task(ABC):
         batch = recipe.evaluation.batch
         rounds = rounds_of(-(-len(entries) // batch))
         batches = self.batches_of(entries, batch)
-        ledger = FaultLedger("pictures", recipe.data.max_bad_share, distributed.rank())
+        ledger = BadSampleCounter("pictures", recipe.data.max_bad_share, distributed.rank())
         mine: list[tuple[int, Any]] = []
         filler: dict[str, Tensor] = {}
         for _ in tqdm(range(rounds), desc=title, unit="batch", leave=False, disable=not distributed.is_main()):

@@ -20,7 +20,7 @@ from modstruct.distributed.collect import on_main
 from modstruct.distributed.heartbeat import Heartbeat
 from modstruct.distributed.hosts import on_all, require_same
 from modstruct.evaluation.tables import flatten, task_table
-from modstruct.files import written_aside
+from modstruct.files import atomic_write
 from modstruct.models.fusion.backbone import without_files
 from modstruct.models.fusion.initial_weights import Initial, find_initial, start_from
 from modstruct.tasks import Task, build_task
@@ -164,5 +164,5 @@ def measure_checkpoint(task: Task, checkpoint: Path, entries: TaskEntries) -> tu
 def write_predictions(predictions: object, path: Path) -> None:
     """Write what a task answered, where it writes anything, on the main process."""
     if predictions is not None and distributed.is_main():
-        with written_aside(path) as file:
+        with atomic_write(path) as file:
             file.write(json.dumps(predictions).encode())

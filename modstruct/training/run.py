@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from modstruct import checkpoints, distributed
 from modstruct.config import FinetuneRecipe, Recipe
 from modstruct.config.recipe_files import check_resumable, decisive_fields
-from modstruct.data.shards.faults import FaultLedger
+from modstruct.data.shards.faults import BadSampleCounter
 from modstruct.data.shards.loader import steps_of
 from modstruct.data.shards.workers import WorkerLoader
 from modstruct.data.tokenizers import Tokenizer
@@ -188,7 +188,7 @@ def describe(recipe: Recipe | FinetuneRecipe, samples: int, engine, steps: int) 
 def train(run: Run, stop: StopRequest, after_step: Callable[[], None] = lambda: None) -> None:
     """Take the steps that are left; measure and save on the way. Ends the process after a save if asked to stop."""
     recipe, state = run.recipe, run.state
-    ledger = FaultLedger("data.train", recipe.data.max_bad_share, distributed.rank())
+    ledger = BadSampleCounter("data.train", recipe.data.max_bad_share, distributed.rank())
     run.engine.train()
     clock = run.telemetry.clock
     for batches in run.heartbeat.following(clock.waiting(steps_of(run.loader(state.step))), state.step):
@@ -233,11 +233,11 @@ def note_skip(report: StepReport, state: checkpoints.TrainState, recipe: Recipe 
         )
 
 
-def _figures(run: Run, report: StepReport, ledger: FaultLedger) -> dict[str, float]:
+def _figures(run: Run, report: StepReport, ledger: BadSampleCounter) -> dict[str, float]:
     return run.figures(report) | {"data/bad_samples": ledger.bad}
 
 
-def check_samples(ledger: FaultLedger) -> None:
+def check_samples(ledger: BadSampleCounter) -> None:
     """Stop the run on every process when too many of all processes' samples were bad."""
     counts = torch.tensor([ledger.bad, ledger.tried], device=distributed.device())
     ledger.check(*distributed.sum_over_processes(counts).tolist())

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from modstruct.evaluation.embeddings.embedded_set import write_embedded_set
 from modstruct.evaluation.retrieval import measure_retrieval, pairs_ahead
 from modstruct.evaluation.statistics import bootstrap_mean
-from modstruct.evaluation.structure import structure_figures
+from modstruct.evaluation.structure import structure_metrics
 
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange")
 SHAPES = ("circle", "square", "triangle")
@@ -117,7 +117,7 @@ def write_run(
     retrieval_result(folder, "scenes", made)
     if not whole:
         return folder
-    structure = structure_figures(made.image, made.text, made.pairs, made.augmented)
+    structure = structure_metrics(made.image, made.text, made.pairs, made.augmented)
     curves = structure.pop("curves")
     save_result(folder, "scenes", "structure", structure, curves=curves, rows={"image": rows, "text": rows})
 

@@ -36,7 +36,7 @@ from modstruct.evaluation.retrieval import (
     measure_retrieval,
     pairs_ahead,
     ranked_queries,
-    ranking_figures,
+    ranking_metrics,
 )
 from modstruct.evaluation.retrieval.index import ApproximateIndex
 from modstruct.evaluation.retrieval.listed import index_recall, listed_pairs_ahead
@@ -235,7 +235,7 @@ def dense_figures(scores: torch.Tensor, positive: torch.Tensor) -> dict[str, flo
 def exact(queries: str, gallery: str) -> dict:
     queries, gallery = (np.load(path, mmap_mode="r", allow_pickle=False) for path in (queries, gallery))
     pairs, ahead = pairs_ahead(queries, gallery, np.stack([np.arange(len(queries))] * 2, axis=1), progress=True)
-    return {"figures": values(ranking_figures(ranked_queries(pairs, ahead, len(gallery)), RECALL_AT))}
+    return {"figures": values(ranking_metrics(ranked_queries(pairs, ahead, len(gallery)), RECALL_AT))}
 
 
 def approximate(queries: str, gallery: str, config: IndexConfig) -> dict:
@@ -246,7 +246,7 @@ def approximate(queries: str, gallery: str, config: IndexConfig) -> dict:
     pairs = np.stack([np.arange(len(queries))] * 2, axis=1)
     pairs, ahead = listed_pairs_ahead(queries, index, pairs, max(RECALL_AT), progress=True)
     return {
-        "figures": values(ranking_figures(ranked_queries(pairs, ahead, len(gallery)), RECALL_AT)),
+        "figures": values(ranking_metrics(ranked_queries(pairs, ahead, len(gallery)), RECALL_AT)),
         "recall": index_recall(queries, index, RECALL_AT),
         "built_seconds": built,
     }

@@ -34,7 +34,7 @@ class TooManyBadSamples(RunError):
     """More than data.max_bad_share of the samples could not be used."""
 
 
-class FaultLedger:
+class BadSampleCounter:
     """Counts bad samples by cause and stops the run when their share is too large.
 
     field: the recipe's field that the samples came from. max_bad_share: the share that is put up with, and share_field

@@ -18,7 +18,7 @@ from typing import BinaryIO
 import numpy as np
 
 from modstruct.data.shards.tar_headers import BLOCK_BYTES, LARGEST_HEADER_BYTES, CutOff, DamagedHeader, next_member
-from modstruct.files import written_aside
+from modstruct.files import atomic_write
 
 # One row a sample, 28 bytes. Offsets count tar blocks of 512 bytes, so that 4 bytes reach 2 TiB into a shard.
 ROW = np.dtype(
@@ -61,7 +61,7 @@ class ShardIndex:
 
     def save(self, path: Path) -> None:
         report = {name: value for name, value in asdict(self).items() if name != "rows"}
-        with written_aside(path) as file:
+        with atomic_write(path) as file:
             encoded = np.frombuffer(json.dumps(report).encode(), dtype=np.uint8)
             np.savez_compressed(file, rows=self.rows, report=encoded)
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from modstruct.data.shards.sources import PIPE
-from modstruct.files import locked, written_aside
+from modstruct.files import atomic_write, locked
 
 ATTEMPTS = 3
 PAUSE_SECONDS = 1.0
@@ -103,7 +103,7 @@ class PipeCache:
 
 def _run(shard: str, path: Path, size_bytes: int | None) -> None:
     command = shard[len(PIPE) :]
-    with written_aside(path) as file, tempfile.TemporaryFile() as errors:
+    with atomic_write(path) as file, tempfile.TemporaryFile() as errors:
         # In a session of its own, so that all that the shell started can be ended with it.
         process = subprocess.Popen(
             command, shell=True, stdin=subprocess.DEVNULL, stdout=file, stderr=errors, start_new_session=True

@@ -16,7 +16,7 @@ from modstruct.data.shards.index import ROW, ShardIndex
 from modstruct.data.shards.index_files import INDEX_VERSION, UnreadableShard, index_file_name, index_shards
 from modstruct.data.shards.sources import SourceShards, expand_sources, is_pipe
 from modstruct.errors import refuse
-from modstruct.files import locked, written_aside
+from modstruct.files import atomic_write, locked
 
 
 class Samples:
@@ -125,7 +125,7 @@ def _write_table(
     shard_faults, counts, sizes = [], [], []
     try:
         index_shards([(s.name, s.index_file) for s in shards if not s.index_file.exists()], progress)
-        with written_aside(table) as file:
+        with atomic_write(table) as file:
             for shard in shards:  # one at a time: the indexes of a large set together would fill the memory
                 index = _load(shard, field)
                 rows = index.rows.tobytes()
@@ -145,7 +145,7 @@ def _write_table(
         "shard_faults": shard_faults,
         "fingerprint": fingerprint.hexdigest(),
     }
-    with written_aside(table.with_suffix(".json")) as file:
+    with atomic_write(table.with_suffix(".json")) as file:
         file.write(json.dumps(description).encode())
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from modstruct.config import TokenizerConfig
 from modstruct.data.tokenizers.sentencepiece_training import TRAINING_SETTINGS, train_sentencepiece
 from modstruct.errors import refuse, require
-from modstruct.files import locked, written_aside
+from modstruct.files import atomic_write, locked
 
 DESCRIPTION_FILE = "tokenizer.json"
 # Text beyond this many characters per token of context is cut before encoding: no real caption's ids change, and a
@@ -118,7 +118,7 @@ class Tokenizer(ABC):
         folder = Path(folder)
         description = json.dumps(self._description(), indent=2) + "\n"
         for name, content in ((self.model_file, self.model), (DESCRIPTION_FILE, description.encode())):
-            with written_aside(folder / name) as file:
+            with atomic_write(folder / name) as file:
                 file.write(content)
 
     def _description(self) -> dict[str, object]:

@@ -7,7 +7,7 @@ import numpy as np
 TOP_K = (1, 5)
 
 
-def accuracy_figures(ahead: np.ndarray, labels: np.ndarray, classes: int) -> dict[str, dict[str, float]]:
+def accuracy_metrics(ahead: np.ndarray, labels: np.ndarray, classes: int) -> dict[str, dict[str, float]]:
     """Top-1 and top-5 accuracy and top-1 accuracy averaged over classes, each beside a uniform guess's.
 
     ahead: (n,), other classes that score at least as high. labels: (n,). A k that is not below the number of classes
@@ -29,11 +29,11 @@ def hits(ahead: np.ndarray, classes: int) -> dict[str, np.ndarray]:
     return {f"top_{k}": (ahead < k).astype(np.float32) for k in TOP_K if k == 1 or k < classes}
 
 
-def figures_over_draws(each: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+def metrics_over_draws(each: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
     """Mean of each figure over draws and, of several, its standard deviation (n - 1) as "…_deviation"."""
     figures = {}
     for name, one in each[0].items():
-        values = [figures_of_draw[name]["value"] for figures_of_draw in each]
+        values = [metrics_of_draw[name]["value"] for metrics_of_draw in each]
         figures[name] = one | {"value": float(np.mean(values))}
         if len(values) > 1:
             figures[f"{name}_deviation"] = {"value": float(np.std(values, ddof=1)), "rows": len(values)}

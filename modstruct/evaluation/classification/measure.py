@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from modstruct.errors import require
-from modstruct.evaluation.classification.accuracy import accuracy_figures, figures_over_draws, hits
+from modstruct.evaluation.classification.accuracy import accuracy_metrics, hits, metrics_over_draws
 from modstruct.evaluation.classification.adamw_probe import SgdConfig, fit_by_sgd
 from modstruct.evaluation.classification.draws import drawn_order, hold_out
 from modstruct.evaluation.classification.features import Features, RowBlocks, column_statistics, paired_blocks
@@ -90,7 +90,7 @@ def measure_linear_probe(
     else:
         made, curves, used = _by_lbfgs(inputs, config, device, progress)
     classifier, fitted_on, ahead = made
-    figures, outcomes = accuracy_figures(ahead, inputs.test.labels, inputs.classes), hits(ahead, inputs.classes)
+    figures, outcomes = accuracy_metrics(ahead, inputs.test.labels, inputs.classes), hits(ahead, inputs.classes)
     for name, hit in outcomes.items():
         figures[name]["low"], figures[name]["high"] = bootstrap_mean(hit, seed=config.seed)
     settings = asdict(config) | _described(inputs, train, validation)
@@ -130,8 +130,8 @@ def measure_few_shot(
             for episodes in drawn:
                 found.append(run_episode(inputs, episodes[shots], shots, config, device))
                 bar.update()
-            each = [accuracy_figures(one.ahead, inputs.test.labels, inputs.classes) for one in found]
-            figures[f"shots_{shots}"] = over = figures_over_draws(each)
+            each = [accuracy_metrics(one.ahead, inputs.test.labels, inputs.classes) for one in found]
+            figures[f"shots_{shots}"] = over = metrics_over_draws(each)
             for name in each[0]:
                 curves.setdefault(name, []).append(over[name]["value"])
                 curves[f"shots_{shots}/{name}"] = [one[name]["value"] for one in each]

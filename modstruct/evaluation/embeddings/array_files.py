@@ -11,7 +11,7 @@ from typing import NoReturn
 import numpy as np
 
 from modstruct.errors import refuse, require
-from modstruct.files import written_aside
+from modstruct.files import atomic_write
 
 ROWS_AT_ONCE = 1 << 14
 UNIT_TOLERANCE = 2e-3
@@ -46,7 +46,7 @@ def write_array(path: Path, stream: RowStream, unit: bool = False) -> None:
     of unit norm, and where the pieces are not of the stream's shape or dtype.
     """
     written = 0
-    with written_aside(path) as file:
+    with atomic_write(path) as file:
         header = {"descr": np.lib.format.dtype_to_descr(stream.dtype), "fortran_order": False, "shape": stream.shape}
         np.lib.format.write_array_header_1_0(file, header)
         for piece in stream.pieces:

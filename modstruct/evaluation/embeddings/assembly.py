@@ -18,7 +18,7 @@ from modstruct.evaluation.embeddings.parts import Parts
 from modstruct.evaluation.embeddings.source import EmbeddingSource
 from modstruct.evaluation.embeddings.texts import read_texts
 from modstruct.evaluation.retrieval.distinct_captions import DistinctCaptions, at_places
-from modstruct.files import written_aside
+from modstruct.files import atomic_write
 
 
 class Assembly:
@@ -43,7 +43,7 @@ class Assembly:
             refuse("set", self._source.name, f"none of its {total} samples could be used: {ledger.summary()}")
         self._skipped = self._source.left_out_before() + ledger.counts
         places, self._pairs = captions.rows()
-        with written_aside(self._captions_file) as file:
+        with atomic_write(self._captions_file) as file:
             for caption in at_places(chain.from_iterable(self._noted("captions")), places):
                 file.write((json.dumps(caption) + "\n").encode())
         return len(places)

@@ -11,7 +11,7 @@ import numpy as np
 
 from modstruct.errors import refuse, require
 from modstruct.evaluation.embeddings.array_files import RowStream
-from modstruct.files import written_aside
+from modstruct.files import atomic_write
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -97,14 +97,14 @@ def within(pairs: np.ndarray, rows: dict[str, int]) -> np.ndarray:
 
 def write_json(path: Path, value: object) -> None:
     """A value as a JSON file, whole or not at all."""
-    with written_aside(path) as file:
+    with atomic_write(path) as file:
         file.write((json.dumps(value, indent=1) + "\n").encode())
 
 
 def write_lines(folder: Path, name: str, values: Iterable, expected: int | None = None) -> None:
     """Values, one a line, whole or not at all. expected: how many there must be; None for any number."""
     count = 0
-    with written_aside(folder / f"{name}.jsonl") as file:
+    with atomic_write(folder / f"{name}.jsonl") as file:
         for value in values:
             file.write((json.dumps(value) + "\n").encode())
             count += 1

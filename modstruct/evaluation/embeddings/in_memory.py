@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from modstruct.data.shards.evaluation_samples import EvaluationSamples, evaluation_loader
-from modstruct.data.shards.faults import FaultLedger
+from modstruct.data.shards.faults import BadSampleCounter
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.data.transforms.augment import Views
 from modstruct.distributed import rank
@@ -66,7 +66,7 @@ def embed_source(
     """
     batches = math.ceil(len(samples) / batch)
     mine = my_batches(batches)
-    read = _Read(FaultLedger(field_name, samples.config.max_bad_share, rank()), metadata_fields)
+    read = _Read(BadSampleCounter(field_name, samples.config.max_bad_share, rank()), metadata_fields)
     numbers = range(mine.start * batch, min(mine.stop * batch, len(samples)))
     image = collect_rows(
         lambda pictures: encode({"image": pictures})["image"],
@@ -122,7 +122,7 @@ def embed_texts(
 class _Read:
     """What one process reads of the samples besides the images' embeddings."""
 
-    def __init__(self, ledger: FaultLedger, metadata_fields: Sequence[str]):
+    def __init__(self, ledger: BadSampleCounter, metadata_fields: Sequence[str]):
         self.ledger, self.metadata_fields = ledger, metadata_fields
         self.indices: list[int] = []
         self.captions: list[list[str]] = []

@@ -22,7 +22,7 @@ import numpy as np
 
 from modstruct.errors import refuse
 from modstruct.evaluation.embeddings.array_files import RowStream
-from modstruct.files import written_aside
+from modstruct.files import atomic_write
 
 FOLDER = "parts"
 NOTES = "{}.json"
@@ -60,7 +60,7 @@ class Parts:
         """Write a part, whole or not at all. notes: lists of plain JSON kinds, numbers of numpy among them."""
         encoded = {name: json.dumps(values, default=_plain).encode() for name, values in (notes or {}).items()}
         members = {NOTES.format(name): np.frombuffer(content, dtype=np.uint8) for name, content in encoded.items()}
-        with written_aside(self._path(part)) as file:
+        with atomic_write(self._path(part)) as file:
             np.savez(file, **arrays, **members)
 
     def notes(self, name: str) -> Iterator[list]:

@@ -14,7 +14,7 @@ import numpy as np
 from modstruct.config.embedding import EmbeddingConfig
 from modstruct.data.classification.class_files import ZeroShotClasses
 from modstruct.data.shards.evaluation_samples import EvaluationSamples
-from modstruct.data.shards.faults import FaultLedger
+from modstruct.data.shards.faults import BadSampleCounter
 from modstruct.errors import refuse, require
 from modstruct.evaluation.embeddings.embedded_files import is_set_name
 from modstruct.evaluation.embeddings.in_memory import left_out_when_indexed
@@ -87,9 +87,9 @@ class EmbeddingSource:
                 refuse(f"label of set {self.name}", label, f"must be one of the {len(self.class_names)} classes, or -1")
         return np.array([-1 if label is None else int(label) for label in labels], dtype=np.int64)
 
-    def ledger(self, config: EmbeddingConfig, process: int = 0) -> FaultLedger:
+    def ledger(self, config: EmbeddingConfig, process: int = 0) -> BadSampleCounter:
         """For counting its unreadable images."""
-        return FaultLedger(f"set {self.name}", config.max_bad_share, process, "embedding.max_bad_share")
+        return BadSampleCounter(f"set {self.name}", config.max_bad_share, process, "embedding.max_bad_share")
 
     def left_out_before(self) -> Counter[str]:
         """Samples, by cause, that indexing found unusable; they are not among `samples`."""

@@ -22,7 +22,7 @@ from modstruct.evaluation.embeddings.model import EmbeddingModel
 from modstruct.evaluation.embeddings.parts import FOLDER, Parts
 from modstruct.evaluation.embeddings.source import EmbeddingSource
 from modstruct.evaluation.embeddings.texts import TextLines, TextList
-from modstruct.files import written_aside
+from modstruct.files import atomic_write
 
 BEGUN = "begun.json"
 CAPTIONS = "captions.jsonl"
@@ -132,7 +132,7 @@ def _begin(folder: Path, settings: dict[str, Any], overwrite: bool) -> bool:
         _require_equal(json.loads((parts / BEGUN).read_bytes()), settings, folder)
         return False
     shutil.rmtree(parts, ignore_errors=True)  # left half removed
-    with written_aside(parts / BEGUN) as file:
+    with atomic_write(parts / BEGUN) as file:
         file.write(json.dumps(settings).encode())
     return False
 

@@ -17,7 +17,7 @@ def label_surprise(labels: np.ndarray, classes: int) -> np.ndarray:
     return -np.log(np.bincount(labels, minlength=classes) / len(labels))[labels]
 
 
-def information_figures(
+def information_metrics(
     surprise: np.ndarray,
     losses: Mapping[str, np.ndarray],
     groups: np.ndarray,

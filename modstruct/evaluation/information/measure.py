@@ -14,7 +14,7 @@ from tqdm import tqdm
 from modstruct.errors import refuse, require
 from modstruct.evaluation.classification.features import Features, Piece
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
-from modstruct.evaluation.information.gap import information_figures, label_surprise
+from modstruct.evaluation.information.gap import information_metrics, label_surprise
 from modstruct.evaluation.information.inputs import PairedRows, bag_of_words, scene_pixels
 from modstruct.evaluation.information.probes import ProbeConfig, held_out_losses
 from modstruct.evaluation.information.scenes import TARGETS, exact_information, split_of_scenes
@@ -56,7 +56,7 @@ def measure_information(
     "text_features" where the set has them, else the shared embeddings; the words of the captions; for built-in scenes
     small images drawn anew. Runs in one process, without others.
     Returns the result in the form of METRIC.json (all but "command"), whose figures are by label and as
-    `information_figures` has them, and the outcomes "LABEL/text", … (rows,) float32: the information that the probes
+    `information_metrics` has them, and the outcomes "LABEL/text", … (rows,) float32: the information that the probes
     found in each row, H(Y) less loss. Raises ValueError for a set without captions, a label that is missing, whose
     values are no classes, or of which fewer than two occur.
     """
@@ -76,7 +76,7 @@ def measure_information(
         surprise = label_surprise(numbers[pairs[:, 0]], len(names))
         losses = {name: loss.rows for name, loss in found.items()}
         exact = exact_information(label, split) if split else None
-        figures[label] = information_figures(
+        figures[label] = information_metrics(
             surprise, losses, pairs[:, 0], config.samples, config.level, config.seed, exact
         )
         outcomes |= {f"{label}/{name}": (surprise - loss).astype(np.float32) for name, loss in losses.items()}

@@ -22,10 +22,10 @@ import numpy as np
 from tqdm import tqdm
 
 from modstruct.data.shards.evaluation_samples import EvaluationSamples, evaluation_loader
-from modstruct.data.shards.faults import FaultLedger
+from modstruct.data.shards.faults import BadSampleCounter
 from modstruct.evaluation.embeddings.array_files import RowStream, write_array
 from modstruct.evaluation.leakage.perceptual_hash import SIDE, VIEWS, ThumbnailViews, image_hashes
-from modstruct.files import locked, sync_folder, written_aside
+from modstruct.files import atomic_write, locked, sync_folder
 
 FORMAT = 1
 """Of the files, and of the hashes: to be raised where either changes."""
@@ -143,7 +143,7 @@ class _Making:
     def finish(self, workers: int | None, progress: bool) -> None:
         parts = {start: self._part(start) for start in self.starts}
         missing = [start for start in self.starts if parts[start] is None]
-        ledger = FaultLedger(self.field, self.samples.config.max_bad_share)
+        ledger = BadSampleCounter(self.field, self.samples.config.max_bad_share)
         numbers = [n for start in missing for n in self._numbers(start)]
         loader = evaluation_loader(self.samples, ThumbnailViews(), BATCH, numbers, workers=workers)
         title = f"hashing {self.field}"
@@ -189,7 +189,7 @@ class _Making:
     def _write_part(self, start: int, batches: list) -> None:
         thumbnails = np.concatenate([batch.image.numpy() for batch in batches])
         keys = json.dumps([key for batch in batches for key in batch.keys]).encode()
-        with written_aside(self._path(start)) as file:
+        with atomic_write(self._path(start)) as file:
             np.savez(
                 file,
                 thumbnails=thumbnails,
@@ -203,11 +203,11 @@ class _Making:
         shapes = {"thumbnails": ((3, SIDE, SIDE), np.uint8), "hashes": ((len(VIEWS),), np.uint64)}
         for name, (shape, dtype) in (shapes | {"indices": ((), np.int64)}).items():
             write_array(self.folder / f"{name}.npy", RowStream((rows, *shape), np.dtype(dtype), _pieces(paths, name)))
-        with written_aside(self.folder / "keys.jsonl") as file:
+        with atomic_write(self.folder / "keys.jsonl") as file:
             for keys in _pieces(paths, "keys"):
                 file.write("".join(json.dumps(key) + "\n" for key in json.loads(keys.tobytes())).encode())
         about = {"format": FORMAT, "source_fingerprint": self.fingerprint, "rows": rows, "skipped": skipped}
-        with written_aside(self.folder / MANIFEST) as file:
+        with atomic_write(self.folder / MANIFEST) as file:
             file.write(json.dumps(about, indent=1).encode())
         sync_folder(self.folder)
         for path in paths:

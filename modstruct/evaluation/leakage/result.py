@@ -24,7 +24,7 @@ from modstruct.data.shards.evaluation_samples import EvaluationSamples
 from modstruct.data.shards.faults import BadSample
 from modstruct.evaluation.leakage.duplicates import Duplicates, Thresholds
 from modstruct.evaluation.leakage.prints import Prints
-from modstruct.files import written_aside
+from modstruct.files import atomic_write
 
 LARGEST_PICTURE = 384
 QUALITY = 90
@@ -83,12 +83,12 @@ def write_result(
     }
     if pictures is not None:
         _write_examples(folder / "examples", found, evaluation, train, pictures, examples)
-    with written_aside(folder / LEAKED_KEYS) as file:
+    with atomic_write(folder / LEAKED_KEYS) as file:
         for row in np.flatnonzero(leaked["any"]):
             file.write((json.dumps(evaluation.keys[row]) + "\n").encode())
-    with written_aside(folder / "leakage.npz") as file:
+    with atomic_write(folder / "leakage.npz") as file:
         np.savez(file, **{way: leaked[way] for way in ways})
-    with written_aside(folder / "leakage.json") as file:
+    with atomic_write(folder / "leakage.json") as file:
         file.write((json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
     return result
 
@@ -129,7 +129,7 @@ def _write_examples(
             picture = _saved(folder / name, pictures[1], int(train.indices[item]))
             results.append({"key": about.pop("train"), "score": about["cosine"]} | about | picture)
         examples.append({"direction": "evaluation_to_training", "query": query, "results": results})
-    with written_aside(folder / "leakage.json") as file:
+    with atomic_write(folder / "leakage.json") as file:
         file.write((json.dumps({"examples": examples}, indent=1, allow_nan=False) + "\n").encode())
 
 
@@ -142,6 +142,6 @@ def _saved(path: Path, samples: EvaluationSamples, number: int) -> dict[str, str
     picture.thumbnail((LARGEST_PICTURE, LARGEST_PICTURE), Image.Resampling.LANCZOS)
     content = io.BytesIO()
     picture.save(content, "JPEG", quality=QUALITY)
-    with written_aside(path) as file:
+    with atomic_write(path) as file:
         file.write(content.getvalue())
     return {"picture": path.name}

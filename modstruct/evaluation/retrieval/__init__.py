@@ -3,7 +3,7 @@
 from modstruct.evaluation.retrieval.exact import counting_device, items_ahead, pairs_ahead
 from modstruct.evaluation.retrieval.index import IndexConfig
 from modstruct.evaluation.retrieval.measure import measure_recall, measure_retrieval
-from modstruct.evaluation.retrieval.metrics import ranked_queries, ranking_figures, recall_figures
+from modstruct.evaluation.retrieval.metrics import ranked_queries, ranking_metrics, recall_metrics
 from modstruct.evaluation.retrieval.nearest import nearest
 from modstruct.evaluation.retrieval.retrieved import write_retrieved_examples
 from modstruct.evaluation.retrieval.set_retrieval import RetrievalConfig, measure_set_retrieval
@@ -19,7 +19,7 @@ __all__ = [
     "nearest",
     "pairs_ahead",
     "ranked_queries",
-    "ranking_figures",
-    "recall_figures",
+    "ranking_metrics",
+    "recall_metrics",
     "write_retrieved_examples",
 ]

@@ -12,7 +12,7 @@ from modstruct.distributed.collect import on_main
 from modstruct.evaluation.retrieval.exact import CPU, pairs_ahead
 from modstruct.evaluation.retrieval.index import ApproximateIndex, IndexConfig
 from modstruct.evaluation.retrieval.listed import index_recall, listed_pairs_ahead
-from modstruct.evaluation.retrieval.metrics import RankedQueries, ranked_queries, ranking_figures, recall_figures
+from modstruct.evaluation.retrieval.metrics import RankedQueries, ranked_queries, ranking_metrics, recall_metrics
 from modstruct.evaluation.retrieval.processes import shared_pairs_ahead
 from modstruct.evaluation.retrieval.rows import check_dimensions, check_recall_at, check_rows, checked_pairs
 
@@ -35,7 +35,7 @@ def measure_retrieval(
     image: (n, D), text: (m, D), float16 or float32, in memory or memory-mapped, scored by inner product. pairs:
     (p, 2), (image row, text row); an image may have several texts and a text several images. index: how galleries
     are searched. device: where exact ranks are counted; see `exact.counting_device`.
-    Returns {"text_to_image": {…}, "image_to_text": {…}} with the figures of `ranking_figures`; of an approximate
+    Returns {"text_to_image": {…}, "image_to_text": {…}} with the figures of `ranking_metrics`; of an approximate
     index also "index_text_to_image" and "index_image_to_text", its recall against exact search on some queries.
     A query is a hit at K if one of its positives is among the first K. Queries without a positive are left out, but
     stay in the gallery of the other direction. A K above the size of the gallery counts as the whole gallery.
@@ -44,7 +44,7 @@ def measure_retrieval(
     """
     figures = {}
     for name, ranked, told in rankings(image, text, pairs, recall_at, index, device, progress):
-        figures[name] = ranking_figures(ranked, recall_at)
+        figures[name] = ranking_metrics(ranked, recall_at)
         if told is not None:
             figures[f"index_{name}"] = told
     return figures
@@ -55,7 +55,7 @@ def measure_recall(
 ) -> dict[str, Figures]:
     """The recall of `measure_retrieval` alone, exact: {"text_to_image": {"recall_at_1": …, …}, "image_to_text": …}."""
     return {
-        name: recall_figures(ranked.rank, ranked.positives, ranked.gallery_size, recall_at)
+        name: recall_metrics(ranked.rank, ranked.positives, ranked.gallery_size, recall_at)
         for name, ranked, _ in rankings(image, text, pairs, recall_at, device=device)
     }
 

@@ -43,7 +43,7 @@ def ranked_queries(pairs: np.ndarray, ahead: np.ndarray, gallery_size: int) -> R
     return RankedQueries(pairs[first, 0], positives, best + 1, precision, gallery_size)
 
 
-def ranking_figures(ranked: RankedQueries, recall_at: Sequence[int]) -> dict[str, dict[str, float]]:
+def ranking_metrics(ranked: RankedQueries, recall_at: Sequence[int]) -> dict[str, dict[str, float]]:
     """Figures of one direction, each as {"value": …, "chance": …}, chance being that of a random ranking.
 
     recall_at_K           share of queries whose rank is at most K
@@ -54,7 +54,7 @@ def ranking_figures(ranked: RankedQueries, recall_at: Sequence[int]) -> dict[str
     """
     positives, size = ranked.positives, ranked.gallery_size
     return {
-        **recall_figures(ranked.rank, positives, size, recall_at),
+        **recall_metrics(ranked.rank, positives, size, recall_at),
         "median_rank": {"value": float(np.median(ranked.rank)), "chance": chance_of_median_rank(positives, size)},
         "mean_reciprocal_rank": {
             "value": float(np.mean(1 / ranked.rank)),
@@ -67,7 +67,7 @@ def ranking_figures(ranked: RankedQueries, recall_at: Sequence[int]) -> dict[str
     }
 
 
-def recall_figures(
+def recall_metrics(
     rank: np.ndarray, positives: np.ndarray, gallery_size: int, recall_at: Sequence[int]
 ) -> dict[str, dict[str, float]]:
     """{"recall_at_1": {"value": …, "chance": …}, …} of queries, (q,) their ranks from 1 on and numbers of positives."""

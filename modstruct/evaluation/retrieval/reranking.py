@@ -23,7 +23,7 @@ from modstruct.data.tokenizers import Tokenizer
 from modstruct.distributed import broadcast_object
 from modstruct.distributed.collect import collect_rows, collect_tokens, my_batches, on_main
 from modstruct.errors import RunError
-from modstruct.evaluation.retrieval import counting_device, items_ahead, nearest, recall_figures
+from modstruct.evaluation.retrieval import counting_device, items_ahead, nearest, recall_metrics
 from modstruct.models.fusion.pretraining import FusionModel
 
 LARGEST_ON_DEVICE_BYTES = 8 << 30
@@ -108,7 +108,7 @@ def _direction(
         both = scores + scale * np.einsum("qd,qkd->qk", queries, gallery[found])
         ahead = ahead_after(found, both, pairs, items_ahead(queries, gallery, pairs, counting_device()))
         asked, positives = np.unique(np.unique(pairs, axis=0)[:, 0], return_counts=True)
-        return recall_figures(ahead[asked] + 1, positives, len(gallery), recall_at)
+        return recall_metrics(ahead[asked] + 1, positives, len(gallery), recall_at)
 
     return on_main(measure)
 

@@ -15,7 +15,7 @@ from modstruct.data.shards.faults import BadSample
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.retrieval.measure import DIRECTIONS
 from modstruct.evaluation.retrieval.nearest import nearest
-from modstruct.files import written_aside
+from modstruct.files import atomic_write
 
 FILE = "examples.json"
 QUERIES = 6
@@ -69,7 +69,7 @@ def write_retrieved_examples(
     for item in (item for example in examples for item in (example["query"], *example["results"])):
         if item.get("picture") not in written:
             item.pop("picture", None)
-    with written_aside(folder / FILE) as file:
+    with atomic_write(folder / FILE) as file:
         file.write((json.dumps({"examples": examples}, indent=1) + "\n").encode())
     for old in folder.glob("retrieved-*.jpg"):
         if old.name not in written:
@@ -102,7 +102,7 @@ def _write_images(pictures: Images, rows: Iterable[int], folder: Path) -> set[st
         picture.thumbnail((SIDE_PIXELS, SIDE_PIXELS))
         data = io.BytesIO()
         picture.save(data, "JPEG", quality=QUALITY)
-        with written_aside(folder / _file_name(row)) as file:
+        with atomic_write(folder / _file_name(row)) as file:
             file.write(data.getvalue())
         written.add(_file_name(row))
     return written

@@ -16,7 +16,7 @@ from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.retrieval.exact import counting_device
 from modstruct.evaluation.retrieval.index import IndexConfig, require_searchable
 from modstruct.evaluation.retrieval.measure import rankings
-from modstruct.evaluation.retrieval.metrics import RankedQueries, ranking_figures
+from modstruct.evaluation.retrieval.metrics import RankedQueries, ranking_metrics
 from modstruct.evaluation.statistics import bootstrap_mean, bootstrap_statistic
 
 
@@ -59,7 +59,7 @@ def measure_set_retrieval(
     result on any number; an approximate index is built and searched by the main process, on all GPUs of its host.
     Returns the result (metric, set, figures, curves, settings, rows, source_fingerprint, seconds, command) and
     outcomes:
-      figures   text_to_image, image_to_text: those of `ranking_figures`, each with its 95 % interval "low" and "high"
+      figures   text_to_image, image_to_text: those of `ranking_metrics`, each with its 95 % interval "low" and "high"
                 where there are two independent queries; of an approximate index index_text_to_image and
                 index_image_to_text too, its recall against exact search
       curves    k, and text_to_image/recall, image_to_text/recall at each of them
@@ -117,7 +117,7 @@ def _outcomes(ranked: RankedQueries, recall_at: tuple[int, ...]) -> dict[str, np
 def _with_intervals(
     ranked: RankedQueries, outcomes: dict[str, np.ndarray], config: RetrievalConfig
 ) -> dict[str, dict[str, float]]:
-    figures = ranking_figures(ranked, config.recall_at)
+    figures = ranking_metrics(ranked, config.recall_at)
     _, sizes = np.unique(outcomes["group"], return_counts=True)
     groups = outcomes["group"] if len(sizes) < len(ranked.query) else None
     if len(sizes) < 2:

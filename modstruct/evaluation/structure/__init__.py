@@ -1,7 +1,7 @@
 """What the latent space looks like: figures of a whole source, exact or by sampling with a confidence interval."""
 
-from modstruct.evaluation.structure.measure import structure_figures
+from modstruct.evaluation.structure.measure import structure_metrics
 from modstruct.evaluation.structure.sampling import SamplingConfig
 from modstruct.evaluation.structure.set_structure import measure_set_structure
 
-__all__ = ["SamplingConfig", "measure_set_structure", "structure_figures"]
+__all__ = ["SamplingConfig", "measure_set_structure", "structure_metrics"]

@@ -18,7 +18,7 @@ UNIT_NORM_TOLERANCE = 0.02
 DEFAULT = SamplingConfig()
 
 
-def structure_figures(
+def structure_metrics(
     image: np.ndarray,
     text: np.ndarray,
     pairs: np.ndarray | None = None,

@@ -8,12 +8,12 @@ import pytest
 from crafted_shards import config, opened, sample, write_shards, write_tar
 
 from modstruct.config import Source
-from modstruct.data.shards.faults import FaultLedger, TooManyBadSamples
+from modstruct.data.shards.faults import BadSampleCounter, TooManyBadSamples
 from modstruct.data.shards.samples import open_samples
 
 
 def test_a_ledger_counts_by_cause_and_names_the_first(caplog):
-    ledger = FaultLedger("data.train", 0.1, process=3)
+    ledger = BadSampleCounter("data.train", 0.1, process=3)
     with caplog.at_level(logging.WARNING):
         ledger.add([("empty caption", f"x.tar: {n}") for n in range(10)], tried=50)
         ledger.add([("empty caption", "x.tar: 0"), ("undecodable image", "y.tar: 1")], tried=50)
@@ -29,7 +29,7 @@ def test_a_ledger_counts_by_cause_and_names_the_first(caplog):
     [(0, 0, False), (9, 9, False), (25, 30, False), (26, 30, True), (100, 1000, False), (101, 1000, True)],
 )
 def test_a_run_stops_above_the_share(bad, tried, stops):
-    ledger = FaultLedger("data.train", 0.1)
+    ledger = BadSampleCounter("data.train", 0.1)
     if stops:
         with pytest.raises(
             TooManyBadSamples, match=rf"data.max_bad_share = 0.1: {bad} of {tried} samples of data.train"

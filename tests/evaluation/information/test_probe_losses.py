@@ -8,7 +8,7 @@ import torch
 
 from modstruct.evaluation.classification.features import Features, Piece
 from modstruct.evaluation.information.discrete import entropy, mutual_information
-from modstruct.evaluation.information.gap import information_figures, label_surprise
+from modstruct.evaluation.information.gap import information_metrics, label_surprise
 from modstruct.evaluation.information.probes import ProbeConfig, held_out_losses
 from modstruct.evaluation.information.scenes import ExactInformation
 
@@ -48,7 +48,7 @@ def test_estimates_are_near_the_information_and_not_above_it_beyond_chance(seed)
         "image": mutual_information(joint.sum(0)),
         "joint": mutual_information(joint.reshape(16, 3)),
     }
-    figures = information_figures(
+    figures = information_metrics(
         label_surprise(y, 3),
         {name: loss.rows for name, loss in found.items()},
         np.arange(len(y)),
@@ -128,7 +128,7 @@ def test_exactly_aligned_features_cost_at_least_the_gap_by_estimate_too():
         features, {"text": ["text"], "image": ["image"], "joint": ["text", "image"], "shared": ["aligned"]}
     )
     losses = {name: loss.rows for name, loss in found.items()}
-    figures = information_figures(label_surprise(own, 4), losses, np.arange(ROWS))
+    figures = information_metrics(label_surprise(own, 4), losses, np.arange(ROWS))
     assert figures["excess"]["value"] == pytest.approx(np.log(4), abs=0.06)
     assert figures["excess"]["value"] >= figures["gap"]["value"] - 0.02
     assert "exact" not in figures

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modstruct.evaluation.retrieval import measure_recall, ranked_queries, ranking_figures
+from modstruct.evaluation.retrieval import measure_recall, ranked_queries, ranking_metrics
 from modstruct.evaluation.retrieval.chance import chance_of_hit
 
 
@@ -39,5 +39,5 @@ def test_chance_is_what_random_rankings_give(positives):
         place = np.sort(random.permutation(size)[:positives])
         ahead.append(place - np.arange(positives))
     pairs = np.stack([np.repeat(np.arange(queries), positives), np.arange(queries * positives)], axis=1)
-    for name, figure in ranking_figures(ranked_queries(pairs, np.concatenate(ahead), size), [1, 5]).items():
+    for name, figure in ranking_metrics(ranked_queries(pairs, np.concatenate(ahead), size), [1, 5]).items():
         assert figure["value"] == pytest.approx(figure["chance"], abs=1 if name == "median_rank" else 0.025), name

@@ -9,7 +9,7 @@ from tiny_fusion import fusion_model, fusion_recipe
 from tiny_models import CAPTIONS, pictures, word_tokenizer
 
 from modstruct.errors import RunError
-from modstruct.evaluation.retrieval import items_ahead, nearest, recall_figures
+from modstruct.evaluation.retrieval import items_ahead, nearest, recall_metrics
 from modstruct.evaluation.retrieval.reranking import ahead_after, reranked_retrieval
 
 
@@ -85,7 +85,7 @@ def test_both_stages_are_as_a_plain_program_has_them(candidates, by):
             positives = set(wanted[wanted[:, 0] == query, 1].tolist())
             ahead.append(plain_ahead(first, table[query, first].tolist(), positives, int(before[query])))
         positives = np.bincount(wanted[:, 0])
-        assert found[name] == recall_figures(np.array(ahead) + 1, positives, len(gallery), [1, 2])
+        assert found[name] == recall_metrics(np.array(ahead) + 1, positives, len(gallery), [1, 2])
 
 
 def test_all_candidates_and_a_perfect_matching_find_everything():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from modstruct.evaluation.embeddings.embedded_set import write_embedded_set
-from modstruct.evaluation.structure import SamplingConfig, measure_set_structure, structure_figures
+from modstruct.evaluation.structure import SamplingConfig, measure_set_structure, structure_metrics
 from modstruct.evaluation.structure.set_structure import OPTIONAL
 
 CONFIG = SamplingConfig(separability_pairs=50)
@@ -32,7 +32,7 @@ def write(folder, more=(), pairs=None):
 def test_figures_are_those_of_the_arrays_the_set_has(tmp_path, more):
     embedded = write(tmp_path, more)
     result = measure_set_structure(embedded, CONFIG)
-    expected = structure_figures(
+    expected = structure_metrics(
         embedded.rows("image"),
         embedded.rows("text"),
         embedded.pairs,

@@ -11,7 +11,7 @@ from scipy import stats
 from torch.nn import functional as F
 
 from modstruct.evaluation.retrieval import rows as rows_module
-from modstruct.evaluation.structure import SamplingConfig, structure_figures
+from modstruct.evaluation.structure import SamplingConfig, structure_metrics
 from modstruct.evaluation.structure import basic as curves_of_training
 from modstruct.evaluation.structure import separability as separability_module
 from modstruct.evaluation.structure.bridge import GRID, bridge_deviation
@@ -96,7 +96,7 @@ def plain(image, text, pairs, augmented, image_independent, text_independent):
 
 def test_figures_agree_with_their_definitions(source, monkeypatch):
     right = plain(*source)
-    found = structure_figures(*source)
+    found = structure_metrics(*source)
     curves = found.pop("curves")
     assert set(found) == {*right, "linear_separability"}
     for name, value in right.items():
@@ -106,14 +106,14 @@ def test_figures_agree_with_their_definitions(source, monkeypatch):
     deviations = np.linalg.svd(image - image.mean(0), compute_uv=False) / len(image) ** 0.5
     np.testing.assert_allclose(curves["spectrum_image"], deviations, rtol=1e-6)
     monkeypatch.setattr(rows_module, "BLOCK_BYTES", 4 * 12 * 7)  # blocks of 7 rows
-    for name, again in structure_figures(*source).items():
+    for name, again in structure_metrics(*source).items():
         if name != "curves":
             assert again["value"] == pytest.approx(found[name]["value"], rel=1e-9), name
 
 
 def test_the_figures_of_training_are_the_same(source):
     image, text, pairs = source[:3]
-    found = structure_figures(image, text, pairs)
+    found = structure_metrics(image, text, pairs)
     figures = curves_of_training.structure(*(torch.from_numpy(x) for x in (image, text, pairs)))
     assert {name: found[name]["value"] for name in figures} == pytest.approx(figures, rel=1e-5)
 
@@ -124,8 +124,8 @@ def test_sampled_figures_have_an_interval_around_the_exact_value(tmp_path):
     np.save(tmp_path / "image.npy", image)
     mapped = np.load(tmp_path / "image.npy", mmap_mode="r")
     given_rows = {"image_augmented": mapped, "image_independent": independent}
-    sampled = structure_figures(mapped, text, config=SMALL, **given_rows)
-    exact = structure_figures(image, text, config=SamplingConfig(separability_pairs=200), **given_rows)
+    sampled = structure_metrics(mapped, text, config=SMALL, **given_rows)
+    exact = structure_metrics(image, text, config=SamplingConfig(separability_pairs=200), **given_rows)
     over_pairs = {"uniformity_image", "uniformity_text", "uniformity_image_independent"}
     over_pairs |= {"geometry_inter", "geometry_intra"}
     for name, right in exact.items():
@@ -144,18 +144,18 @@ def test_sampled_figures_have_an_interval_around_the_exact_value(tmp_path):
 
 def test_extremes():
     z = unit(200, 8)
-    same = structure_figures(z, z, image_augmented=z, image_independent=z)
+    same = structure_metrics(z, z, image_augmented=z, image_independent=z)
     expected = {"alignment": 0, "modality_gap": 0, "linear_separability": 0.5, "geometry_inter": 0, "geometry_intra": 0}
     expected |= {"bridge_deviation": 0, "orthogonality_image": 1}
     for name, value in expected.items():
         assert same[name]["value"] == pytest.approx(value, abs=1e-7), name
-    opposite = structure_figures(z, -z, image_augmented=-z, image_independent=np.roll(np.eye(8), 1, 0)[[0] * 200])
+    opposite = structure_metrics(z, -z, image_augmented=-z, image_independent=np.roll(np.eye(8), 1, 0)[[0] * 200])
     assert opposite["alignment"]["value"] == pytest.approx(4)
     assert opposite["bridge_best_t"]["value"] < 0.5  # anywhere nearer to the text than to the image
     assert opposite["bridge_deviation"]["value"] == pytest.approx(0, abs=1e-9)
     assert opposite["geometry_intra"]["value"] == pytest.approx(0, abs=1e-9)
     north = np.repeat(np.eye(4)[:1], 30, axis=0)
-    apart = structure_figures(north, -north)
+    apart = structure_metrics(north, -north)
     assert apart["modality_gap"]["value"] == 2
     assert apart["uniformity_image"]["value"] == pytest.approx(0, abs=1e-6)
     assert apart["effective_rank_image"]["value"] == 1
@@ -163,7 +163,7 @@ def test_extremes():
 
 
 def test_one_pair_has_only_what_it_can_have():
-    found = structure_figures(unit(1, 4), unit(1, 4, seed=1))
+    found = structure_metrics(unit(1, 4), unit(1, 4, seed=1))
     missing = {"uniformity_image", "uniformity_text", "linear_separability", "geometry_inter", "geometry_intra"}
     assert not missing & set(found)
     assert found["hubness_text"] == {"value": 0.0}
@@ -280,9 +280,9 @@ def test_a_hub_is_seen_and_equal_captions_are_one_item():
 )
 def test_what_cannot_be_measured_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        structure_figures(**{"image": unit(3, 4), "text": unit(3, 4, seed=1)} | arguments)
+        structure_metrics(**{"image": unit(3, 4), "text": unit(3, 4, seed=1)} | arguments)
 
 
 def test_uniformity_of_normalised_rows_stays_in_its_range():
     z = F.normalize(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), dim=1).numpy()
-    assert structure_figures(z, z)["uniformity_image"]["value"] == pytest.approx(-8, abs=1e-6)
+    assert structure_metrics(z, z)["uniformity_image"]["value"] == pytest.approx(-8, abs=1e-6)
