@@ -43,12 +43,13 @@ def require_same_shape(**matrices: Tensor) -> None:
         require(matrix.shape == first.shape, f"shape of {name}", tuple(matrix.shape), remedy)
 
 
-def checked_scale(logit_scale: Tensor, x: Tensor) -> Tensor:
-    """logit_scale as (1,), of the dtype of x. Raises ValueError where it is not one number on the device of x."""
-    require(logit_scale.numel() == 1, "shape of logit_scale", tuple(logit_scale.shape), "give one number, shape (1,)")
-    require(logit_scale.is_floating_point(), "dtype of logit_scale", logit_scale.dtype, "must be floating point")
-    require(logit_scale.device == x.device, "device of logit_scale", logit_scale.device, f"must be {x.device}")
-    return logit_scale.to(x.dtype).reshape(1)
+def checked_number(x: Tensor, **named: Tensor) -> Tensor:
+    """One named number as (1,), of the dtype of x. Raises ValueError where it is not one number on the device of x."""
+    ((name, number),) = named.items()
+    require(number.numel() == 1, f"shape of {name}", tuple(number.shape), "give one number, shape (1,)")
+    require(number.is_floating_point(), f"dtype of {name}", number.dtype, "must be floating point")
+    require(number.device == x.device, f"device of {name}", number.device, f"must be {x.device}")
+    return number.to(x.dtype).reshape(1)
 
 
 def require_constant(**tensors: Tensor) -> None:

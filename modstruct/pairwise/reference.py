@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, logsigmoid
 
 
 def gaussian_potential_sum(x: Tensor, t: float, y: Tensor | None = None) -> Tensor:
@@ -56,6 +56,13 @@ def soft_contrastive(
         one_hot.diagonal(first)[: len(x)] = 1
         targets = alpha * (logit_scale * x_momentum @ columns.T).softmax(1) + (1 - alpha) * one_hot  # (B, N)
     return -((logit_scale * x @ columns.T).log_softmax(1) * targets).sum(1).mean()
+
+
+def sigmoid_contrastive(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
+    """-1/N sum_jk log sigmoid(l_jk (s <x_j, y_k> + b)), l = 1 on pairs, -1 elsewhere (Zhai et al. 2023, equation 1)."""
+    logits = logit_scale * x @ y.T + logit_bias  # (N, N)
+    labels = 2 * torch.eye(len(x), dtype=x.dtype, device=x.device) - 1
+    return -logsigmoid(labels * logits).sum() / len(x)
 
 
 def geometric_consistency(a: Tensor, b: Tensor) -> Tensor:

@@ -13,10 +13,10 @@ from torch import Tensor
 from modstruct import distributed
 from modstruct.config import Precision
 from modstruct.errors import require
-from modstruct.pairwise import dispatch
+from modstruct.pairwise import dispatch, torch_tiles
 from modstruct.pairwise.global_batch import (
+    checked_number,
     checked_rows,
-    checked_scale,
     global_rows,
     paired_rows,
     require_constant,
@@ -37,7 +37,7 @@ def info_nce(x: Tensor, y: Tensor, logit_scale: Tensor, precision: Precision = "
     dtype or device does not fit.
     """
     x, y = paired_rows(x=x, y=y)
-    return _mean_contrast(x, None, distributed.gather(y), checked_scale(logit_scale, x), 0.0, precision)
+    return _mean_contrast(x, None, distributed.gather(y), checked_number(x, logit_scale=logit_scale), 0.0, precision)
 
 
 def soft_contrastive(
@@ -68,7 +68,7 @@ def soft_contrastive(
     require(len(columns) >= needed, "rows of columns", len(columns), f"at least {needed}, the pairs of all processes")
     require_constant(x_momentum=x_momentum, columns=columns)
     momentum = x_momentum if alpha > 0 else None
-    return _mean_contrast(x, momentum, columns, checked_scale(logit_scale, x), float(alpha), precision)
+    return _mean_contrast(x, momentum, columns, checked_number(x, logit_scale=logit_scale), float(alpha), precision)
 
 
 def _mean_contrast(
@@ -114,29 +114,32 @@ def _(x, x_momentum, columns, scale, first, alpha, with_pull, with_column_pull, 
     return x.new_empty(()), x_pull, x.new_empty(columns.shape[0] if with_column_pull else 0, width)
 
 
-@torch.library.custom_op("modstruct::row_contrast_gradients", mutates_args=())
-def row_contrast_gradients(
-    gradient: Tensor, x: Tensor, columns: Tensor, scale: Tensor, x_pull: Tensor, column_pull: Tensor
+@torch.library.custom_op("modstruct::row_contrast_grad", mutates_args=())
+def row_contrast_grad(
+    gradient: Tensor, x: Tensor, columns: Tensor, affine: Tensor, x_grad: Tensor, column_grad: Tensor, bias_grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x (B, D), columns (N, D) or (0, D), and scale (1,), from that of the sum, ().
+    """Gradients of x (B, D), columns (N, D) or (0, D), and affine (1,) or (2,), from that of the sum, ().
 
-    An operator without a derivative, and given the columns although their pull is enough: so autograd refuses a second
-    derivative, which would otherwise come out as zero.
+    affine: the scale, and the bias where there is one. bias_grad: (1,), or (0,) without a bias. An operator without a
+    derivative, and given the columns although their gradient is enough: so autograd refuses a second derivative, which
+    would otherwise come out as zero.
     """
-    factor = gradient * scale
-    return x_pull * factor, column_pull * factor, sum_of_products(x_pull, x) * gradient
+    gradient = gradient.to(x.dtype)
+    factor = gradient * affine[:1]
+    affine_grad = torch.cat((sum_of_products(x_grad, x), bias_grad)) * gradient
+    return x_grad * factor, column_grad * factor, affine_grad
 
 
-@row_contrast_gradients.register_fake
-def _(gradient, x, columns, scale, x_pull, column_pull):
-    return torch.empty_like(x_pull), torch.empty_like(column_pull), torch.empty_like(scale)
+@row_contrast_grad.register_fake
+def _(gradient, x, columns, affine, x_grad, column_grad, bias_grad):
+    return torch.empty_like(x_grad), torch.empty_like(column_grad), torch.empty_like(affine)
 
 
 def _keep(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
     x, _, columns, scale, _, _, ctx.with_pull, ctx.with_column_pull, _ = inputs
     _, x_pull, column_pull = output
     ctx.mark_non_differentiable(x_pull, column_pull)
-    ctx.save_for_backward(x, columns, scale, x_pull, column_pull)
+    ctx.save_for_backward(x, columns, scale, x_pull, column_pull, x.new_empty(0))
 
 
 def _backward(ctx, gradient: Tensor, *_: Tensor) -> tuple:
@@ -144,8 +147,77 @@ def _backward(ctx, gradient: Tensor, *_: Tensor) -> tuple:
     needs_columns = ctx.needs_input_grad[2]
     wanted = ctx.with_column_pull or not needs_columns
     require(wanted, "with_column_pull", ctx.with_column_pull, "must be True where a gradient of columns is wanted")
-    x_gradient, column_gradient, scale_gradient = row_contrast_gradients(gradient, *ctx.saved_tensors)
-    return x_gradient, None, column_gradient if needs_columns else None, scale_gradient, None, None, None, None, None
+    x_grad, column_grad, scale_grad = row_contrast_grad(gradient, *ctx.saved_tensors)
+    return x_grad, None, column_grad if needs_columns else None, scale_grad, None, None, None, None, None
 
 
 row_contrast.register_autograd(_backward, setup_context=_keep)
+
+
+def sigmoid_contrastive(
+    x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, precision: Precision = "float32"
+) -> Tensor:
+    """Sigmoid loss of all pairs, each a binary classification of its own: SigLIP's loss.
+
+      -1/N sum_jk log sigmoid( l_jk (s <x_j, y_k> + b) ),   l_jk = 1 for j = k, else -1       (Zhai et al. 2023, eq. 1)
+
+    x, y: this process's (B, D) rows, the same B on every process; half precision is taken to float32. logit_scale:
+    (1,), s = 1 / temperature. logit_bias: (1,), b. precision: how products are formed on a GPU, see config.Precision.
+    Returns a scalar, the mean over the N rows of all processes of the sums over the N columns, the same on each.
+    Memory O(N D). Raises ValueError, by name, where a shape, dtype or device does not fit.
+    """
+    x, y = paired_rows(x=x, y=y)
+    affine = torch.cat((checked_number(x, logit_scale=logit_scale), checked_number(x, logit_bias=logit_bias)))
+    dispatch.check_precision(precision)
+    columns = distributed.gather(y)
+    first = distributed.rank() * len(x)
+    total = sigmoid_contrast(x, columns, affine, first, _needed_grads(x, columns, affine), precision)[0]
+    return (distributed.all_sum(total) / global_rows(x)).to(x.dtype)
+
+
+def _needed_grads(x: Tensor, columns: Tensor, numbers: Tensor) -> str:
+    """Which gradients a forward has to make: "none", "rows" or "all", those of the columns too."""
+    if not torch.is_grad_enabled():
+        return "none"
+    if columns.requires_grad:
+        return "all"
+    return "rows" if x.requires_grad or numbers.requires_grad else "none"
+
+
+@torch.library.custom_op("modstruct::sigmoid_contrast", mutates_args=())
+def sigmoid_contrast(
+    x: Tensor, columns: Tensor, affine: Tensor, first: int, grads: str, precision: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sum over one process's rows and all columns of softplus(-l_jk S_jk), S_jk = scale <x_j, c_k> + bias.
+
+    x: (B, D), columns: (N, D), affine: (2,), scale and bias; of one dtype and device, contiguous. l_jk is 1 at column
+    first + j, the positive, and -1 elsewhere. With W the gradient with respect to S, W_jk = -l_jk sigmoid(-l_jk S_jk),
+    returns the sum () in float64, W columns (B, D), W^T x (N, D) and sum_jk W_jk () in float64; the second unless
+    grads is "none", the third if it is "all", else with no rows. Differentiable with respect to x, columns and affine.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        return torch_tiles.sigmoid_contrast(x, columns, affine, first, grads, precision)
+
+
+@sigmoid_contrast.register_fake
+def _(x, columns, affine, first, grads, precision):
+    sums = [x.new_empty((), dtype=torch.float64) for _ in range(2)]
+    x_grad = x.new_empty(x.shape[0] if grads != "none" else 0, x.shape[1])
+    return sums[0], x_grad, x.new_empty(columns.shape[0] if grads == "all" else 0, x.shape[1]), sums[1]
+
+
+def _keep_sigmoid(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    x, columns, affine, _, ctx.grads, _ = inputs
+    _, x_grad, column_grad, bias_grad = output
+    ctx.mark_non_differentiable(x_grad, column_grad, bias_grad)
+    ctx.save_for_backward(x, columns, affine, x_grad, column_grad, bias_grad.to(x.dtype).reshape(1))
+
+
+def _sigmoid_backward(ctx, gradient: Tensor, *_: Tensor) -> tuple:
+    needed = "all" if ctx.needs_input_grad[1] else "rows"
+    require(ctx.grads in (needed, "all"), "grads", ctx.grads, f"must be {needed!r}: these gradients are wanted")
+    x_grad, column_grad, affine_grad = row_contrast_grad(gradient, *ctx.saved_tensors)
+    return x_grad, column_grad if ctx.grads == "all" else None, affine_grad, None, None, None
+
+
+sigmoid_contrast.register_autograd(_sigmoid_backward, setup_context=_keep_sigmoid)

@@ -19,7 +19,7 @@ from torch import Tensor
 from modstruct import distributed
 from modstruct.config import Precision
 from modstruct.pairwise import dispatch
-from modstruct.pairwise.global_batch import checked_scale, global_rows, paired_rows, softplus, sum_of_products
+from modstruct.pairwise.global_batch import checked_number, global_rows, paired_rows, softplus, sum_of_products
 
 
 def contrastive(x: Tensor, y: Tensor, logit_scale: Tensor, precision: Precision = "float32") -> tuple[Tensor, Tensor]:
@@ -33,7 +33,7 @@ def contrastive(x: Tensor, y: Tensor, logit_scale: Tensor, precision: Precision 
     dtype or device does not fit.
     """
     x, y = paired_rows(x=x, y=y)
-    scale = checked_scale(logit_scale, x)
+    scale = checked_number(x, logit_scale=logit_scale)
     dispatch.check_precision(precision)
     first = distributed.rank() * len(x)
     row_lse, column_lse, positive = contrastive_statistics(x, distributed.gather(y), scale, first, precision)

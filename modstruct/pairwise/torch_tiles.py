@@ -95,6 +95,29 @@ def row_contrast(
     return losses, x_pull, column_pull
 
 
+def sigmoid_contrast(
+    x: Tensor, columns: Tensor, affine: Tensor, first: int, grads: str, precision: str = "float32"
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As row_contrast.sigmoid_contrast."""
+    scale, bias = affine.unbind()
+    total, bias_grad = (x.new_zeros((), dtype=torch.float64) for _ in range(2))
+    x_grad = torch.empty_like(x) if grads != "none" else x.new_empty(0, x.shape[1])
+    column_grad = torch.zeros_like(columns) if grads == "all" else x.new_empty(0, x.shape[1])
+    for rows in _tiles(x, columns):
+        place = first + rows.start
+        margins = ((x[rows] * scale) @ columns.T).add_(bias)
+        _diagonal(margins, place).neg_()
+        total += softplus(margins).sum(dtype=torch.float64)
+        weights = margins.sigmoid_()
+        _diagonal(weights, place).neg_()
+        bias_grad += weights.sum(dtype=torch.float64)
+        if len(x_grad):
+            x_grad[rows] = weights @ columns
+        if len(column_grad):
+            column_grad.addmm_(weights.T, x[rows])
+    return total, x_grad, column_grad, bias_grad
+
+
 def gaussian_potential(
     x: Tensor, y: Tensor | None, t: float, with_pull: bool, precision: str = "float32"
 ) -> tuple[Tensor, Tensor, Tensor]:

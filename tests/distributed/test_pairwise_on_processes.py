@@ -19,6 +19,7 @@ from modstruct.pairwise import (
     gram_asymmetry,
     gram_difference,
     info_nce,
+    sigmoid_contrastive,
     soft_contrastive,
 )
 
@@ -37,6 +38,7 @@ def weighted(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
 TERMS = {
     "contrastive": lambda x, y, momentum, columns, scale: weighted(x, y, scale),
     "info_nce": lambda x, y, momentum, columns, scale: info_nce(x, y, scale),
+    "sigmoid_contrastive": lambda x, y, momentum, columns, scale: sigmoid_contrastive(x, y, scale, scale - 15.0),
     "soft_contrastive": lambda x, y, momentum, columns, scale: soft_contrastive(x, momentum, columns, scale, 0.4),
     "gaussian_potential": lambda x, y, momentum, columns, scale: gaussian_potential(x, 2.0),
     "geometric_consistency": lambda x, y, momentum, columns, scale: geometric_consistency(x, y),
