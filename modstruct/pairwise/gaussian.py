@@ -37,18 +37,27 @@ def gaussian_potential(z: Tensor, t: float, precision: Precision = "float32") ->
     (z,) = checked_rows(z=z)
     require(SMALLEST_FLOAT32 < t < LARGEST_FLOAT32, "t", t, "must be positive and finite, as a float32")
     dispatch.check_precision(precision)
+    total = distributed.all_sum(gaussian_potential_sum(z, distributed.gather(z), float(t), precision))
+    return (total.log() - 2 * math.log(global_rows(z))).to(z.dtype)
+
+
+def gaussian_potential_sum(z: Tensor, columns: Tensor, t: float, precision: Precision) -> Tensor:
+    """This process's part of sum_jk exp(-t |z_j - z_k|^2), () in float64, whose sum over processes is the whole.
+
+    z: (B, D); columns: (N, D), those of all processes in order of rank.
+    """
     with_pull = torch.is_grad_enabled() and z.requires_grad
-    total = potential_sum(z, None, float(t), with_pull, precision)[0]
-    if distributed.world_size() > 1:
-        for rows, columns in _pairs_with_others(z):
+    total = potential_sum(z, None, t, with_pull, precision)[0]
+    if len(columns) > len(z):
+        for rows, others in _pairs_with_others(z, columns):
             if len(rows):
-                total = total + 2 * potential_sum(rows, columns, float(t), with_pull, precision)[0]
+                total = total + 2 * potential_sum(rows, others, t, with_pull, precision)[0]
             else:  # a sum of nothing, through which this process joins the backward of the gather
-                total = total + columns[:0].sum()
-    return (distributed.all_sum(total).log() - 2 * math.log(global_rows(z))).to(z.dtype)
+                total = total + others[:0].sum()
+    return total
 
 
-def _pairs_with_others(z: Tensor) -> list[tuple[Tensor, Tensor]]:
+def _pairs_with_others(z: Tensor, gathered: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Which rows this process pairs with which of the others, so that each pair of processes is served once.
 
     With an even number of processes the one opposite is shared: the lower rank takes the first half of its own rows
@@ -56,7 +65,7 @@ def _pairs_with_others(z: Tensor) -> list[tuple[Tensor, Tensor]]:
     the first half is empty.
     """
     processes, rank, count = distributed.world_size(), distributed.rank(), len(z)
-    blocks = distributed.gather(z).split(count)
+    blocks = gathered.split(count)
     following = (processes - 1) // 2
     pairs = []
     if following:

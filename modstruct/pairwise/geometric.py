@@ -47,24 +47,64 @@ def geometric_consistency(a: Tensor, b: Tensor, precision: Precision = "float32"
     Cost: 8 N D^2 operations forward and backward, memory O(D^2) besides the gradients; for N < D 6 N^2 D and O(B N).
     """
     a, b = paired_rows(a=a, b=b)
-    dispatch.check_precision(precision)
     count = global_rows(a)
-    if count < a.shape[1]:
+    gathered = (distributed.gather(a), distributed.gather(b)) if fits_pairs(count, a.shape[1]) else None
+    return consistency_value(_all_sum(consistency_sums(a, b, gathered, precision)), count).to(a.dtype)
+
+
+def fits_pairs(count: int, dimension: int) -> bool:
+    """Whether the N x N matrix is the smaller one, so that the terms are formed from the gathered rows."""
+    return count < dimension
+
+
+def consistency_sums(
+    a: Tensor, b: Tensor, gathered: tuple[Tensor, Tensor] | None, precision: Precision
+) -> dict[str, Tensor]:
+    """This process's part of what `consistency_value` takes, to be summed over the processes.
+
+    a, b: (B, D), contiguous. gathered: the rows of all processes, (N, D) each, where `fits_pairs`; else None.
+    """
+    if gathered is not None:
         with torch.autocast(a.device.type, enabled=False):  # else the product would run in half precision
-            products = (a + b) @ distributed.gather(a - b).T  # (B, N)
-        return distributed.all_sum(products.square().sum(1).sum())
+            products = (a + b) @ (gathered[0] - gathered[1]).T  # (B, N)
+        return {"squares": products.square().sum(1).sum()}
+    dispatch.check_precision(precision)
     with torch.no_grad():
         sums = torch.stack((a.sum(0, dtype=torch.float64), b.sum(0, dtype=torch.float64)))
-        a_mean, b_mean = distributed.sum_over_processes(sums) / count
+        a_mean, b_mean = sums / len(a)
         centers = torch.stack((a_mean, b_mean, a_mean - b_mean)).to(a.dtype)
     plus_products, minus_products, sums = geometric_products(a, b, centers, sums, precision)
-    products = distributed.all_sum(torch.stack((plus_products, minus_products))).double()
-    a_mean, b_mean = distributed.all_sum(sums) / count
+    found = {"products": torch.stack((plus_products, minus_products)).double(), "sums": sums}
+    if distributed.world_size() > 1:  # the means of the processes differ
+        found["means"] = len(a) * _outer(*(sums / len(a)))
+    return found
+
+
+def consistency_value(sums: dict[str, Tensor], count: int) -> Tensor:
+    """The sum over all N^2 pairs, a scalar, from `consistency_sums` of all processes. count: N."""
+    if "squares" in sums:
+        return sums["squares"]
+    a_mean, b_mean = sums["sums"] / count
+    plus_products, minus_products = sums["products"]
+    if "means" in sums:
+        # C = sum_p (C_p + n_p mu_p mu_p^T) - N mu mu^T
+        between = sums["means"] - count * _outer(a_mean, b_mean)
+        plus_products, minus_products = plus_products + between[0], minus_products + between[1]
     plus_mean, minus_mean = a_mean + b_mean, a_mean - b_mean
-    value = _inner(*products) + count**2 * (plus_mean * minus_mean).sum().square()
-    for mean, other in ((plus_mean, products[1]), (minus_mean, products[0])):
+    value = _inner(plus_products, minus_products) + count**2 * (plus_mean * minus_mean).sum().square()
+    for mean, other in ((plus_mean, minus_products), (minus_mean, plus_products)):
         value = value + count * _inner(mean[:, None] * mean, other)
-    return value.to(a.dtype)
+    return value
+
+
+def _outer(a_mean: Tensor, b_mean: Tensor) -> Tensor:
+    """mu mu^T for the means of a + b and of a - b, (2, D, D)."""
+    means = torch.stack((a_mean + b_mean, a_mean - b_mean))
+    return means[:, :, None] * means[:, None, :]
+
+
+def _all_sum(sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: distributed.all_sum(value) for name, value in sums.items()}
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
@@ -86,11 +126,22 @@ def gram_difference(a: Tensor, b: Tensor) -> Tensor:
     12 N^2 D and O(B N).
     """
     a, b = paired_rows(a=a, b=b)
-    if global_rows(a) < a.shape[1]:
-        with torch.autocast(a.device.type, enabled=False):
-            difference = _float64_gram(a, a) - _float64_gram(b, b)
-        return distributed.all_sum(difference.square().sum(1).sum()).to(a.dtype)
-    return _single_term(a, b, 1)
+    gathered = (distributed.gather(a), distributed.gather(b)) if fits_pairs(global_rows(a), a.shape[1]) else None
+    return difference_value(_all_sum(difference_sums(a, b, gathered))).to(a.dtype)
+
+
+def difference_sums(a: Tensor, b: Tensor, gathered: tuple[Tensor, Tensor] | None) -> dict[str, Tensor]:
+    """This process's part of what `difference_value` takes; arguments as in `consistency_sums`."""
+    if gathered is None:
+        return {"products": gram_products(a, b)}
+    with torch.autocast(a.device.type, enabled=False):
+        difference = _float64_gram(a, gathered[0]) - _float64_gram(b, gathered[1])
+    return {"squares": difference.square().sum(1).sum()}
+
+
+def difference_value(sums: dict[str, Tensor]) -> Tensor:
+    """The sum over all N^2 pairs, a scalar in float64, from `difference_sums` of all processes."""
+    return sums["squares"] if "squares" in sums else _single_term(sums["products"], 1)
 
 
 def gram_asymmetry(a: Tensor, b: Tensor) -> Tensor:
@@ -99,22 +150,22 @@ def gram_asymmetry(a: Tensor, b: Tensor) -> Tensor:
     Inside L_GC of Jiang et al. 2023, section 4.3. All else as in `gram_difference`.
     """
     a, b = paired_rows(a=a, b=b)
-    if global_rows(a) < a.shape[1]:
+    if fits_pairs(global_rows(a), a.shape[1]):
         with torch.autocast(a.device.type, enabled=False):
-            difference = _float64_gram(a, b) - _float64_gram(b, a)
+            difference = _float64_gram(a, distributed.gather(b)) - _float64_gram(b, distributed.gather(a))
         return distributed.all_sum(difference.square().sum(1).sum()).to(a.dtype)
-    return _single_term(a, b, -1)
+    return _single_term(distributed.all_sum(gram_products(a, b)), -1).to(a.dtype)
 
 
 def _float64_gram(rows: Tensor, columns: Tensor) -> Tensor:
-    """Inner products of this process's rows with the columns of all processes, (B, N), in float64."""
-    return rows.double() @ distributed.gather(columns).double().T
+    """Inner products of this process's rows (B, D) with columns (N, D), (B, N), in float64."""
+    return rows.double() @ columns.double().T
 
 
-def _single_term(a: Tensor, b: Tensor, sign: int) -> Tensor:
-    plus_products, minus_products, mixed = distributed.all_sum(gram_products(a, b))
+def _single_term(products: Tensor, sign: int) -> Tensor:
+    plus_products, minus_products, mixed = products
     value = (_inner(plus_products, minus_products) + sign * _inner(mixed, mixed.T)) / 2
-    return (value + (value.clamp(min=0) - value).detach()).to(a.dtype)
+    return value + (value.clamp(min=0) - value).detach()
 
 
 # The products of one process's rows, by the kernels.

@@ -37,7 +37,9 @@ def info_nce(x: Tensor, y: Tensor, logit_scale: Tensor, precision: Precision = "
     dtype or device does not fit.
     """
     x, y = paired_rows(x=x, y=y)
-    return _mean_contrast(x, None, distributed.gather(y), checked_number(x, logit_scale=logit_scale), 0.0, precision)
+    scale, first = checked_number(x, logit_scale=logit_scale), distributed.rank() * len(x)
+    total = row_contrast_sum(x, None, distributed.gather(y), scale, first, 0.0, precision)
+    return distributed.all_sum(total) / global_rows(x)
 
 
 def soft_contrastive(
@@ -67,20 +69,25 @@ def soft_contrastive(
     needed = global_rows(x)
     require(len(columns) >= needed, "rows of columns", len(columns), f"at least {needed}, the pairs of all processes")
     require_constant(x_momentum=x_momentum, columns=columns)
-    momentum = x_momentum if alpha > 0 else None
-    return _mean_contrast(x, momentum, columns, checked_number(x, logit_scale=logit_scale), float(alpha), precision)
+    scale, first = checked_number(x, logit_scale=logit_scale), distributed.rank() * len(x)
+    total = row_contrast_sum(x, x_momentum, columns, scale, first, float(alpha), precision)
+    return distributed.all_sum(total) / global_rows(x)
 
 
-def _mean_contrast(
-    x: Tensor, x_momentum: Tensor | None, columns: Tensor, scale: Tensor, alpha: float, precision: str
+def row_contrast_sum(
+    x: Tensor, x_momentum: Tensor | None, columns: Tensor, scale: Tensor, first: int, alpha: float, precision: Precision
 ) -> Tensor:
+    """Sum over this process's rows of their cross entropies, as `soft_contrastive` has them; a scalar.
+
+    x, x_momentum: (B, D), None for one-hot targets. columns: (M, D), row j's positive being column first + j.
+    scale: (1,).
+    """
     dispatch.check_precision(precision)
     wanted = torch.is_grad_enabled()
     with_pull = wanted and (x.requires_grad or columns.requires_grad or scale.requires_grad)
     with_column_pull = wanted and columns.requires_grad
-    first = distributed.rank() * len(x)
-    total, _, _ = row_contrast(x, x_momentum, columns, scale, first, alpha, with_pull, with_column_pull, precision)
-    return distributed.all_sum(total) / global_rows(x)
+    momentum = x_momentum if alpha > 0 else None
+    return row_contrast(x, momentum, columns, scale, first, alpha, with_pull, with_column_pull, precision)[0]
 
 
 @torch.library.custom_op("modstruct::row_contrast", mutates_args=())
