@@ -1,68 +1,31 @@
-"""The one type that travels from the models to the losses."""
+"""The type that travels from models to losses.
+
+A plain dict of tensors, because ZeRO-3 looks for the tensors whose gradients it must wait for in dicts and tuples only.
+A key is missing where the recipe's losses do not need it. B: pairs of this process, D: dimension of the embeddings.
+
+Embeddings, (B, D), float32, unit norm, row j of each belonging to pair j:
+  image, text
+  image_augmented, text_augmented       of augmented views; the fusion model's are the EMA encoders', without gradient
+  image_independent, text_independent, image_independent_augmented, text_independent_augmented
+Learnt numbers, (1,), float32, between their limits:
+  logit_scale                           1 / temperature
+  and what losses declare (losses/protocol.py, SharedScalar), by its name
+Of the fusion model:
+  image_queue, text_queue               (Q, D), EMA embeddings of earlier steps; the same on every process
+  pair_ids, queue_ids                   (B,) and (Q,) int64, equal where two pairs have the same image
+  matching_logits, matching_labels      (3 B, 2), not matching and matching; (3 B,) int64, 1 for a pair, 0 for a
+                                        negative, -100 where there was none
+  masked_logits, masked_labels          (M, vocabulary) and (M,) int64, at the M masked tokens of this process's rows
+  masked_logits_ema                     (M, vocabulary), the EMA model's, without gradient
+Of a downstream task's model, R rows of C classes, one or several of an entry:
+  logits, labels                        (R, C) and (R,) int64
+  logits_ema                            (R, C), the EMA model's, without gradient
+  weights                               (R,) float32; missing for one each
+  entries                               (1,) int64, this process's entries
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
-
-@dataclass
-class Embeddings:
-    """What the towers make of one process's part of a batch.
-
-    Every embedding is (B, D), float32, unit norm, row j of each belonging to pair j; None where the recipe's
-    losses do not need it. logit_scale: (1,), float32, 1 / temperature, already clamped.
-    """
-
-    image: Tensor
-    text: Tensor
-    logit_scale: Tensor
-    image_augmented: Tensor | None = None
-    text_augmented: Tensor | None = None
-    image_independent: Tensor | None = None
-    text_independent: Tensor | None = None
-    image_independent_augmented: Tensor | None = None
-    text_independent_augmented: Tensor | None = None
-
-
-@dataclass
-class FusionOutputs(Embeddings):
-    """What the fusion model makes: embeddings, of which the augmented ones are the momentum encoders', and more.
-
-    None where the recipe's losses do not need it. What momentum made has no gradient.
-    """
-
-    image_queue: Tensor | None = None
-    """(Q, D), momentum embeddings of earlier steps; the same on every process."""
-    text_queue: Tensor | None = None
-    pair_ids: Tensor | None = None
-    """(B,) int64, equal where two pairs have the same image."""
-    queue_ids: Tensor | None = None
-    """(Q,) int64, of the queues."""
-    matching_logits: Tensor | None = None
-    """(3 B, 2): not matching, matching."""
-    matching_labels: Tensor | None = None
-    """(3 B,) int64, 1 for a pair, 0 for a negative, -100 where there was none."""
-    masked_logits: Tensor | None = None
-    """(M, vocabulary) at the M blanks of this process's rows."""
-    masked_logits_momentum: Tensor | None = None
-    """(M, vocabulary), the momentum model's."""
-    masked_labels: Tensor | None = None
-    """(M,) int64, the right ids."""
-
-
-@dataclass
-class TaskOutputs:
-    """What a downstream model makes of a process's entries: R rows of C classes, one or several of an entry."""
-
-    logits: Tensor
-    """(R, C)."""
-    labels: Tensor
-    """(R,) int64."""
-    entries: Tensor
-    """(1,) int64, this process's entries."""
-    logits_momentum: Tensor | None = None
-    """(R, C), the momentum model's, without gradient."""
-    weights: Tensor | None = None
-    """(R,) float32; None for one each."""
+Outputs = dict[str, Tensor]

@@ -182,10 +182,10 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> No
     model.load_state_dict(weights)
 
 
-def load_momentum(model: nn.Module, momentum: dict[str, Tensor], path: Path) -> None:
+def load_ema(model: nn.Module, momentum: dict[str, Tensor], path: Path) -> None:
     """A checkpoint's momentum weights and queues into a model that has them."""
-    _require_same(model.outside_state(), momentum, path)
-    model.load_outside_state(momentum)
+    _require_same(model.ema_state_dict(), momentum, path)
+    model.load_ema_state_dict(momentum)
 
 
 def _require_same(expected: dict[str, Tensor], given: dict[str, Tensor], path: Path) -> None:

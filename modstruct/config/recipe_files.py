@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import yaml
 
-from modstruct.config import Recipe
+from modstruct.config import FinetuneRecipe, Recipe
 from modstruct.errors import refuse
 
 # What a resumed run may change: how long and how fast it learns, what it writes down, and where it finds helpers.
@@ -53,12 +53,12 @@ PATHS = (
 )
 
 
-def recipe_to_dict(recipe: Recipe) -> dict:
+def recipe_to_dict(recipe: Recipe | FinetuneRecipe) -> dict:
     """Nested plain dictionary (tuples become lists), as YAML reads it back."""
     return yaml.safe_load(recipe_to_yaml(recipe))
 
 
-def recipe_to_yaml(recipe: Recipe) -> str:
+def recipe_to_yaml(recipe: Recipe | FinetuneRecipe) -> str:
     def plain(value):
         if isinstance(value, dict):
             return {k: plain(v) for k, v in value.items()}
@@ -82,12 +82,12 @@ def _is_in(name: str, sections: tuple[str, ...]) -> bool:
     return any(name == section or name.startswith(f"{section}.") for section in sections)
 
 
-def decisive_fields(recipe: Recipe) -> dict[str, object]:
+def decisive_fields(recipe: Recipe | FinetuneRecipe) -> dict[str, object]:
     """The fields by their dotted names, paths left out: equal on all hosts of a run."""
     return {name: value for name, value in _leaves(recipe_to_dict(recipe)).items() if not _is_in(name, PATHS)}
 
 
-def check_resumable(saved: dict, recipe: Recipe) -> None:
+def check_resumable(saved: dict, recipe: Recipe | FinetuneRecipe) -> None:
     """Refuse, by name, a recipe that differs from a checkpoint's in more than CHANGEABLE.
 
     saved: the checkpoint's recipe as a nested dictionary.

@@ -14,13 +14,13 @@ from modstruct.data.tokenizers import Tokenizer
 from modstruct.errors import refuse
 from modstruct.evaluation.evaluate import evaluate
 from modstruct.evaluation.tables import save_metrics, table
-from modstruct.losses.objective import Objective
+from modstruct.losses.objective import build_objective
 from modstruct.models.build import build_model, image_size
 
 
 def saved_model(recipe: Recipe, path: Path, tokenizer: Tokenizer) -> nn.Module:
     """The model of a checkpoint's folder, whole and in evaluation mode, where this process computes."""
-    model = build_model(recipe, tokenizer, Objective(recipe.losses), read_weights=False)
+    model = build_model(recipe, tokenizer, build_objective(recipe.losses), read_weights=False)
     checkpoints.load_weights(model, checkpoints.read_weights(path), path)
     return model.to(distributed.device()).eval()
 

@@ -7,43 +7,48 @@ import random
 import torch
 from torch import Tensor
 
-from modstruct.config import BridgeConfig, Precision
-from modstruct.embeddings import Embeddings
+from modstruct.config import BridgeConfig
+from modstruct.embeddings import Outputs
 from modstruct.errors import require
-from modstruct.pairwise.global_batch import global_mean
+from modstruct.losses.protocol import GlobalBatch, Loss, LossSettings, Sums
 
 SHORTEST_MEAN = 1e-3  # a shorter one, of near-opposite image and text at t near 1/2, has no direction worth following
 
 
-class Bridge:
-    """L_Br (Jiang et al. 2023, section 4.2), with t fixed or drawn anew each step."""
+class Bridge(Loss):
+    """L_Br = 1/N sum_j |zV^a_j - mu_j|^2 (Jiang et al. 2023, section 4.2), with t fixed or drawn anew each step."""
 
     needs = frozenset({"image", "text", "image_augmented"})
 
-    def __init__(self, config: BridgeConfig, precision: Precision = "float32"):
-        self.t = config.t
+    def __init__(self, config: BridgeConfig, settings: LossSettings):
+        self.t, self.seed = config.t, settings.seed
 
-    def __call__(self, embeddings: Embeddings, step: int, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of the global batch, a scalar, and the t it was taken at."""
-        t = drawn_t(seed, step) if self.t is None else self.t
-        loss = brownian_bridge(embeddings.image, embeddings.text, embeddings.image_augmented, t)
-        return loss, {"t": loss.new_full((), t)}
+    def partial(self, rows: Outputs, batch: GlobalBatch) -> Sums:
+        distances = bridge_distances(rows["image"], rows["text"], rows["image_augmented"], self.t_of(batch.step))
+        return {"distance": distances.sum()}
+
+    def value(self, sums: Sums, batch: GlobalBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = sums["distance"] / batch.pairs
+        return loss, {"t": loss.new_full((), self.t_of(batch.step))}
+
+    def t_of(self, step: int) -> float:
+        return drawn_t(self.seed, step) if self.t is None else self.t
 
 
-def brownian_bridge(image: Tensor, text: Tensor, image_augmented: Tensor, t: float) -> Tensor:
-    """Squared distance of the augmented image to the bridge's mean, averaged over the pairs.
+def bridge_distances(image: Tensor, text: Tensor, image_augmented: Tensor, t: float) -> Tensor:
+    """Squared distance of each augmented image to the bridge's mean, (B,).
 
-      L_Br = 1/N sum_j |zV^a_j - mu_j|^2,   mu_j = (t zV_j + (1-t) zT_j) / |t zV_j + (1-t) zT_j|
+      |zV^a_j - mu_j|^2,   mu_j = (t zV_j + (1-t) zT_j) / |t zV_j + (1-t) zT_j|
 
     (Jiang et al. 2023, section 4.2; the second line printed there, a quotient without root and with the sign reversed,
     would repel.) image, text, image_augmented: (B, D), unit norm. t: weight of the image in the mean, in [0, 1].
-    Returns a scalar. Where image and text cancel, the mean has no direction: below a length of SHORTEST_MEAN it is
-    divided by that instead, so that value and gradient stay finite. Raises ValueError if t is outside [0, 1].
+    Where image and text cancel, the mean has no direction: below a length of SHORTEST_MEAN it is divided by that
+    instead, so that value and gradient stay finite. Raises ValueError if t is outside [0, 1].
     """
     require(0 <= t <= 1, "t", t, "must be from 0 to 1")
     mean = t * image + (1 - t) * text
     length = torch.linalg.vector_norm(mean, dim=1, keepdim=True).clamp(min=SHORTEST_MEAN)
-    return global_mean((image_augmented - mean / length).square().sum(1))
+    return (image_augmented - mean / length).square().sum(1)
 
 
 def drawn_t(seed: int, step: int) -> float:

@@ -2,58 +2,85 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from modstruct.config import ContrastiveConfig, Precision
-from modstruct.embeddings import Embeddings
-from modstruct.pairwise import contrastive, info_nce
+from modstruct.embeddings import Outputs
+from modstruct.losses.protocol import GlobalBatch, Loss, LossSettings, Sums
+from modstruct.pairwise.global_batch import softplus
+from modstruct.pairwise.row_contrast import row_contrast_sum
+from modstruct.pairwise.symmetric_contrast import contrastive_statistics
 
 
-class Contrastive:
+class Contrastive(Loss):
     """L_Con of Jiang et al. 2023, section 3; the cross-modal half of it is CLIP's loss (Radford et al. 2021).
 
     clip:          1/2 (L_V2T + L_T2V)
     clip_inmodal:  1/4 (L_V2T + L_T2V + L_V2V + L_T2T)
     """
 
-    def __init__(self, config: ContrastiveConfig, precision: Precision = "float32"):
-        self.precision = precision
+    def __init__(self, config: ContrastiveConfig, settings: LossSettings):
+        self.precision = settings.precision
         self.in_modal = config.in_modal
-        self.needs = frozenset({"image", "text"})
+        self.needs = frozenset({"image", "text", "logit_scale"})
         if self.in_modal:
             self.needs |= {"image_augmented", "text_augmented"}
 
-    def __call__(self, embeddings: Embeddings, step: int, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of the global batch, a scalar, and its two or four terms."""
-        scale = embeddings.logit_scale
-        image_to_text, text_to_image = contrastive(embeddings.image, embeddings.text, scale, self.precision)
-        terms = {"image_to_text": image_to_text, "text_to_image": text_to_image}
+    def columns(self, pairs: int, dimension: int) -> frozenset[str]:
+        return frozenset({"text", "image_augmented", "text_augmented"} if self.in_modal else {"text"})
+
+    def partial(self, rows: Outputs, batch: GlobalBatch) -> Sums:
+        """row_lse, column_sum and positive: (N,), zeros where other processes have their rows."""
+        scale = rows["logit_scale"]
+        row_lse, column_lse, positive = contrastive_statistics(
+            rows["image"], batch.columns["text"], scale, batch.first, self.precision
+        )
+        # Unit vectors' logits are at most the scale: shifted by it, in float64, no exponential overflows or vanishes.
+        shift = scale.detach().double()
+        sums = {"column_sum": (column_lse - shift).exp(), "shift": shift * (len(row_lse) / batch.pairs)}
+        place = (batch.first, batch.pairs - batch.first - len(row_lse))
+        sums |= {"row_lse": F.pad(row_lse, place), "positive": F.pad(positive, place)}
+        return sums | in_modal_sums(rows, batch, "", self.precision) if self.in_modal else sums
+
+    def value(self, sums: Sums, batch: GlobalBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and its two or four terms."""
+        negatives = sums["column_sum"].clamp(min=torch.finfo(torch.float64).tiny)  # a batch of one has none
+        column_lse = (negatives.log() + sums["shift"]).to(batch.dtype)
+        losses = softplus(torch.stack((sums["row_lse"], column_lse)) - sums["positive"]).sum(1) / batch.pairs
+        terms = {"image_to_text": losses[0], "text_to_image": losses[1]}
         if self.in_modal:
-            terms |= in_modal_contrast(
-                embeddings.image,
-                embeddings.image_augmented,
-                embeddings.text,
-                embeddings.text_augmented,
-                scale,
-                self.precision,
-            )
-        return sum(terms.values()) / len(terms), terms
+            terms |= in_modal_terms(sums, batch)
+        return sum_of(terms) / len(terms), terms
 
 
-def in_modal_contrast(
-    image: Tensor,
-    image_augmented: Tensor,
-    text: Tensor,
-    text_augmented: Tensor,
-    logit_scale: Tensor,
-    precision: Precision = "float32",
-) -> dict[str, Tensor]:
-    """L_V2V and L_T2T: each embedding against the augmented views' embeddings of its own modality.
+def in_modal_sums(rows: Outputs, batch: GlobalBatch, kind: str, precision: Precision) -> Sums:
+    """What `in_modal_terms` takes: L_V2V and L_T2T, each embedding against the augmented views' of its own modality.
 
-    All (B, D), unit norm; logit_scale (1,). The print has the plain embeddings in the denominator; as in CyCLIP's
-    in-modal option (Goel et al. 2022) it is the augmented ones here, so that the positive is one of its own candidates.
+    kind: "" or "_independent". The print has the plain embeddings in the denominator; as in CyCLIP's in-modal option
+    (Goel et al. 2022) it is the augmented ones here, so that the positive is one of its own candidates.
     """
+    embeddings = rows
     return {
-        "image_to_image": info_nce(image, image_augmented, logit_scale, precision),
-        "text_to_text": info_nce(text, text_augmented, logit_scale, precision),
+        f"{modality}_to_{modality}": row_contrast_sum(
+            embeddings[f"{modality}{kind}"],
+            None,
+            batch.columns[f"{modality}{kind}_augmented"],
+            rows["logit_scale"],
+            batch.first,
+            0.0,
+            precision,
+        )
+        for modality in ("image", "text")
     }
+
+
+def in_modal_terms(sums: Sums, batch: GlobalBatch) -> dict[str, Tensor]:
+    return {name: sums[name] / batch.pairs for name in ("image_to_image", "text_to_text")}
+
+
+def sum_of(terms: dict[str, Tensor]) -> Tensor:
+    return reduce(torch.add, terms.values())

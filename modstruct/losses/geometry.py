@@ -4,49 +4,69 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from modstruct.config import GeometryConfig, Precision
-from modstruct.embeddings import Embeddings
-from modstruct.pairwise import geometric_consistency, gram_difference
-from modstruct.pairwise.global_batch import global_mean, global_rows
+from modstruct.config import GeometryConfig
+from modstruct.embeddings import Outputs
+from modstruct.losses.contrastive import sum_of
+from modstruct.losses.protocol import GlobalBatch, Loss, LossSettings, Sums
+from modstruct.pairwise.geometric import (
+    consistency_sums,
+    consistency_value,
+    difference_sums,
+    difference_value,
+    fits_pairs,
+)
 
 
-class Geometry:
+class Geometry(Loss):
     """L_GC, and L_GC + L_GC^a when augmented (Jiang et al. 2023, section 4.3; L_GC is CyCLIP's, Goel et al. 2022).
+
+      L_GC^a = 1/N sum_jk [ (<zV_j,zV_k> - <zV^a_j,zV^a_k>)^2 + (<zT_j,zT_k> - <zT^a_j,zT^a_k>)^2 ]
+               + 1/N sum_j ( <zV_j,zT_j> - <zV^a_j,zT^a_j> )^2
 
     The sums run over N^2 pairs and are divided by N, so the value grows with the batch. `normalize: pairs` divides the
     whole of it by N once more. That quotient is always among the terms, as per_pair.
     """
 
-    def __init__(self, config: GeometryConfig, precision: Precision = "float32"):
-        self.precision = precision
+    def __init__(self, config: GeometryConfig, settings: LossSettings):
+        self.precision = settings.precision
         self.augmented = config.augmented
         self.normalize = config.normalize
         self.needs = frozenset({"image", "text"})
         if self.augmented:
             self.needs |= {"image_augmented", "text_augmented"}
 
-    def __call__(self, embeddings: Embeddings, step: int, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of the global batch, a scalar, its terms under the same normalisation, and per_pair."""
-        image, text = embeddings.image, embeddings.text
-        count = global_rows(image)
-        terms = {"consistency": geometric_consistency(image, text, self.precision) / count}
+    def columns(self, pairs: int, dimension: int) -> frozenset[str]:
+        return self.needs if fits_pairs(pairs, dimension) else frozenset()
+
+    def partial(self, rows: Outputs, batch: GlobalBatch) -> Sums:
+        def gathered(a: str, b: str) -> tuple[Tensor, Tensor] | None:
+            wanted = fits_pairs(batch.pairs, rows["image"].shape[1])
+            return (batch.columns[a], batch.columns[b]) if wanted else None
+
+        image, text = rows["image"], rows["text"]
+        consistency = consistency_sums(image, text, gathered("image", "text"), self.precision)
+        sums = {f"consistency/{name}": value for name, value in consistency.items()}
+        if not self.augmented:
+            return sums
+        views = {"image": (image, rows["image_augmented"]), "text": (text, rows["text_augmented"])}
+        for modality, (plain, augmented) in views.items():
+            difference = difference_sums(plain, augmented, gathered(modality, f"{modality}_augmented"))
+            sums |= {f"{modality}/{name}": value for name, value in difference.items()}
+        across = (image * text).sum(1) - (rows["image_augmented"] * rows["text_augmented"]).sum(1)
+        return sums | {"across": across.square().sum()}
+
+    def value(self, sums: Sums, batch: GlobalBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, its terms under the same normalisation, and per_pair."""
+
+        def part(name: str) -> Sums:
+            return {key.removeprefix(f"{name}/"): value for key, value in sums.items() if key.startswith(f"{name}/")}
+
+        count = batch.pairs
+        terms = {"consistency": consistency_value(part("consistency"), count).to(batch.dtype) / count}
         if self.augmented:
-            views = view_consistency(image, text, embeddings.image_augmented, embeddings.text_augmented)
-            terms["view_consistency"] = views
+            within = [difference_value(part(modality)).to(batch.dtype) for modality in ("image", "text")]
+            terms["view_consistency"] = (within[0] + within[1]) / count + sums["across"] / count
         if self.normalize == "pairs":
             terms = {name: term / count for name, term in terms.items()}
-        loss = sum(terms.values())
+        loss = sum_of(terms)
         return loss, {**terms, "per_pair": loss if self.normalize == "pairs" else loss / count}
-
-
-def view_consistency(image: Tensor, text: Tensor, image_augmented: Tensor, text_augmented: Tensor) -> Tensor:
-    """L_GC^a: similarities within a modality, and of each pair, are the same among plain and among augmented views.
-
-      1/N sum_jk [ (<zV_j,zV_k> - <zV^a_j,zV^a_k>)^2 + (<zT_j,zT_k> - <zT^a_j,zT^a_k>)^2 ]
-      + 1/N sum_j ( <zV_j,zT_j> - <zV^a_j,zT^a_j> )^2
-
-    All (B, D), unit norm. Returns a scalar.
-    """
-    within = gram_difference(image, image_augmented) + gram_difference(text, text_augmented)
-    across = (image * text).sum(1) - (image_augmented * text_augmented).sum(1)
-    return within / global_rows(image) + global_mean(across.square())

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from modstruct import distributed
-from modstruct.config import FUSION_LOSSES, LossesConfig, Precision
-from modstruct.embeddings import Embeddings, FusionOutputs
+from modstruct.config import LossesConfig
+from modstruct.embeddings import Outputs
 from modstruct.errors import require
 from modstruct.losses.bridge import Bridge
 from modstruct.losses.contrastive import Contrastive
 from modstruct.losses.geometry import Geometry
-from modstruct.losses.masked_language import MaskedLanguage
-from modstruct.losses.matching import Matching
+from modstruct.losses.protocol import GlobalBatch, Loss, LossSettings, SharedScalar, Sums
 from modstruct.losses.queue_contrast import QueueContrast
+from modstruct.losses.row_losses import MaskedLanguage, Matching
 from modstruct.losses.separation import Separation
 
-# By the name of their section in the recipe. A loss is made from that section and the precision, names the
-# embeddings it needs, and maps (embeddings, step, seed) to its value and its named components. A new one is a file, a
-# line here, a section there.
-LOSSES = {
+LOSSES = {  # by the name of their section in the recipe
     "contrastive": Contrastive,
     "separation": Separation,
     "bridge": Bridge,
@@ -31,80 +28,135 @@ LOSSES = {
     "matching": Matching,
     "masked_language": MaskedLanguage,
 }
+Terms = dict[str, Tensor]
+"""Unweighted value of each loss and of its components, without gradient, as `geometry` and `geometry/per_pair`."""
+
+
+def build_objective(config: LossesConfig, settings: LossSettings | None = None) -> Objective:
+    """Of the losses whose weight in the recipe is above 0."""
+    weights = {name: getattr(config, name).weight for name in LOSSES}
+    weights = {name: weight for name, weight in weights.items() if weight > 0}
+    made = {name: LOSSES[name](getattr(config, name), settings or LossSettings()) for name in weights}
+    return Objective(made, weights)
 
 
 class Objective:
-    """Sum of weight x loss over the losses whose weight is above 0; the others are not computed.
+    """Sum of weight x loss.
 
-    views: the augmented views that those losses need, out of {"image_augmented", "text_augmented"}.
+    views: the augmented views that the losses need, out of {"image_augmented", "text_augmented"}.
     independent: whether they need the independent embeddings, and so their heads.
-    epoch_steps: length of an epoch, over which the distillation of the fusion model's losses rises by default.
+    scalars: learnt numbers that the model must own.
+    row_losses: names of those that are means over labelled rows.
     """
 
-    def __init__(self, config: LossesConfig, precision: Precision = "float32", epoch_steps: int = 0):
-        sections = {name: getattr(config, name) for name in LOSSES}
-        self.weights = {name: section.weight for name, section in sections.items() if section.weight > 0}
-        more = {name: {"epoch_steps": epoch_steps} if name in FUSION_LOSSES else {} for name in self.weights}
-        self.losses = {name: LOSSES[name](sections[name], precision, **more[name]) for name in self.weights}
-        needs = frozenset().union(*(loss.needs for loss in self.losses.values()))
+    def __init__(self, losses: Mapping[str, Loss], weights: Mapping[str, float]):
+        self.losses, self.weights = losses, weights
+        needs = frozenset[str]().union(*(loss.needs for loss in losses.values()))
         self.views = frozenset(name.split("_")[0] + "_augmented" for name in needs if name.endswith("_augmented"))
         self.independent = any("independent" in name for name in needs)
+        self.scalars: tuple[SharedScalar, ...] = tuple(s for loss in losses.values() for s in loss.scalars)
+        self.row_losses = frozenset(name for name, loss in losses.items() if loss.row_labels is not None)
         self.rows_agree = False
 
-    def __call__(
-        self, embeddings: Embeddings, step: int, seed: int, pairs_only: bool = False
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The objective of the global batch and its terms.
+    def __call__(self, outputs: Outputs, step: int, without: frozenset[str] = frozenset()) -> tuple[Tensor, Terms]:
+        """The objective of the global batch, a scalar with a gradient, and its terms; the same on every process.
 
-        embeddings: this process's rows; half precision is taken to float32, whatever autocast says.
-        step, seed: what random draws depend on, the same on every process. pairs_only: without the losses that are
-        means over rows, which `over_rows` makes. Returns the weighted sum, a scalar with a gradient, and each loss's
-        unweighted value and components, scalars without one, under names such as `geometry` and `geometry/per_pair`.
-        All are the same on every process. Raises ValueError where an embedding that a loss needs is missing, and, on
-        every process, where the processes do not bring the same number of rows (asked at the first call only: it makes
-        the processes wait for each other).
+        outputs: this process's rows; half precision is taken to float32, whatever autocast says. step: of the run,
+        from 0. without: names of losses to leave out. Raises ValueError where an output that a loss needs is missing,
+        and, on every process, where the processes do not bring the same number of rows (checked at the first call
+        only: all ranks wait for it).
         """
-        losses = {name: loss for name, loss in self.losses.items() if not (pairs_only and hasattr(loss, "over_rows"))}
-        for name, loss in losses.items():
-            for needed in sorted(loss.needs):
-                remedy = f"losses.{name} needs it: let the model make it, or set losses.{name}.weight to 0"
-                require(getattr(embeddings, needed) is not None, f"embeddings.{needed}", None, remedy)
-        if not self.rows_agree:
-            distributed.require_equal_rows(embeddings.image, "rows of embeddings.image")
-            self.rows_agree = True
-        # Without any loss here, a zero that can go backward all the same.
-        total, terms = 0 if losses else embeddings.logit_scale.sum() * 0, {}
-        with torch.autocast(embeddings.image.device.type, enabled=False):
-            embeddings = _in_float32(embeddings)
-            for name, loss in losses.items():
-                value, components = loss(embeddings, step, seed)
-                total = total + self.weights[name] * value
-                terms[name] = value.detach()
-                terms |= {f"{name}/{component}": term.detach() for component, term in components.items()}
-        return total, terms
+        losses = {name: loss for name, loss in self.losses.items() if name not in without}
+        self._check(outputs, losses)
+        with torch.autocast(distributed.device().type, enabled=False):
+            rows = in_float32(outputs)
+            batch = _global_batch(rows, losses, step)
+            sums = _sum_over_processes({name: loss.partial(rows, batch) for name, loss in losses.items()})
+            values = {name: loss.value(sums[name], batch) for name, loss in losses.items()}
+        # Without any loss here, a zero that has a backward all the same.
+        return self._weighted(values, rows["logit_scale"].sum() * 0 if not losses else None)
 
-    def over_rows(
-        self, outputs: FusionOutputs, step: int, counts: dict[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """This process's part of the losses that are means over rows, which adds up over micro-batches and processes.
+    def over_part(self, outputs: Outputs, step: int, counts: Mapping[str, Tensor]) -> tuple[Tensor, Terms]:
+        """A micro-batch's part of the losses over rows, which adds up over micro-batches and processes.
 
-        counts: by loss, the labelled rows of the global batch. Returns the weighted sum, and each loss's unweighted
-        part and components by name.
+        counts: by loss, the labelled rows of the global batch, as `row_counts` has them. Returns the weighted sum and
+        the terms' parts.
         """
-        total, terms = 0, {}
-        with torch.autocast(outputs.image.device.type, enabled=False):
-            outputs = _in_float32(outputs)
+        with torch.autocast(distributed.device().type, enabled=False):
+            rows = in_float32(outputs)
+            batch = GlobalBatch({}, 0, 0, step, torch.float32)
+            values = {}
             for name, count in counts.items():
-                value, components = self.losses[name].over_rows(outputs, step)
-                total = total + self.weights[name] * value / count
-                terms[name] = value.detach() / count
-                terms |= {f"{name}/{component}": term.detach() / count for component, term in components.items()}
+                sums = self.losses[name].partial(rows, batch)
+                values[name] = self.losses[name].value(sums | {"count": count}, batch)
+        return self._weighted(values, None)
+
+    def row_counts(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """By loss over rows, the labelled rows of the global batch. batch: holds this process's labels."""
+        labels = {name: self.losses[name].row_labels for name in self.row_losses}
+        found = {name: (batch[of] >= 0).sum() for name, of in labels.items() if of is not None}
+        return {name: distributed.sum_over_processes(count) for name, count in found.items()}
+
+    def _weighted(
+        self, values: Mapping[str, tuple[Tensor, dict[str, Tensor]]], total: Tensor | None
+    ) -> tuple[Tensor, Terms]:
+        terms = {}
+        for name, (value, components) in values.items():
+            weighted = self.weights[name] * value
+            total = weighted if total is None else total + weighted
+            terms[name] = value.detach()
+            terms |= {f"{name}/{component}": term.detach() for component, term in components.items()}
+        assert total is not None
         return total, terms
 
+    def _check(self, outputs: Outputs, losses: Mapping[str, Loss]) -> None:
+        for name, loss in losses.items():
+            for needed in sorted(loss.needs - outputs.keys()):
+                remedy = f"losses.{name} needs it: let the model make it, or set losses.{name}.weight to 0"
+                require(False, f"embeddings.{needed}", None, remedy)
+        if not self.rows_agree:
+            if "image" in outputs:
+                distributed.require_equal_rows(outputs["image"], "rows of embeddings.image")
+            self.rows_agree = True
 
-def _in_float32(embeddings: Embeddings) -> Embeddings:
-    """The same with half precision taken to float32; float64 stays, for checks, and so do labels."""
-    given = {field.name: getattr(embeddings, field.name) for field in fields(embeddings)}
-    floating = {name: z for name, z in given.items() if z is not None and z.is_floating_point()}
-    widened = {name: z.to(torch.promote_types(z.dtype, torch.float32)) for name, z in floating.items()}
-    return replace(embeddings, **widened)
+
+def in_float32(outputs: Outputs) -> Outputs:
+    """The same with half precision taken to float32, contiguous; float64 stays, for checks, and so do labels."""
+    given = outputs
+    floating = {name: z for name, z in given.items() if z.is_floating_point()}
+    widened = {name: z.to(torch.promote_types(z.dtype, torch.float32)).contiguous() for name, z in floating.items()}
+    return given | widened
+
+
+def _global_batch(rows: Outputs, losses: Mapping[str, Loss], step: int) -> GlobalBatch:
+    """One gather of each modality's embeddings for all losses together."""
+    if "image" not in rows:  # a downstream task's rows are not paired with one another
+        return GlobalBatch({}, 0, 0, step, torch.float32)
+    given = rows
+    count, dimension = rows["image"].shape
+    pairs = count * distributed.world_size()
+    wanted = sorted(frozenset[str]().union(*(loss.columns(pairs, dimension) for loss in losses.values())))
+    columns: dict[str, Tensor] = {}
+    for modality in ("image", "text", "pair"):
+        names = [name for name in wanted if name.startswith(modality)]
+        if distributed.world_size() == 1 or len(names) < 2:
+            columns |= {name: distributed.gather(given[name]) for name in names}
+            continue
+        gathered = distributed.gather(torch.stack([given[name] for name in names], dim=1))  # (N, names, D)
+        columns |= {name: gathered[:, i].contiguous() for i, name in enumerate(names)}
+    return GlobalBatch(columns, count * distributed.rank(), pairs, step, rows["image"].dtype)
+
+
+def _sum_over_processes(sums: dict[str, Sums]) -> dict[str, Sums]:
+    """One reduction for the sums of all losses, in float64."""
+    if distributed.world_size() == 1:
+        return sums
+    parts = [value for of_loss in sums.values() for value in of_loss.values()]
+    if not parts:
+        return sums
+    total = distributed.all_sum(torch.cat([part.double().reshape(-1) for part in parts]))
+    summed = iter(total.split([part.numel() for part in parts]))
+    return {
+        name: {key: next(summed).view(value.shape).to(value.dtype) for key, value in of_loss.items()}
+        for name, of_loss in sums.items()
+    }

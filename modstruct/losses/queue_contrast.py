@@ -1,62 +1,66 @@
-"""Image-text contrast of the fusion model: embeddings against momentum embeddings and queues of them (ALBEF's ITC)."""
+"""Image-text contrast of the fusion model: embeddings against EMA embeddings and queues of them (ALBEF's ITC)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from modstruct import distributed
-from modstruct.config import Precision, QueueContrastConfig
-from modstruct.embeddings import FusionOutputs
-from modstruct.pairwise import soft_contrastive
-from modstruct.pairwise.global_batch import global_mean
+from modstruct.config import QueueContrastConfig
+from modstruct.embeddings import Outputs
+from modstruct.losses.distillation import ramped
+from modstruct.losses.protocol import GlobalBatch, Loss, LossSettings, Sums
+from modstruct.pairwise.row_contrast import row_contrast_sum
 
 
-def ramped(alpha: float, step: int, ramp_steps: int) -> float:
-    """alpha, risen in a straight line from 0 at step 0 (Li et al. 2021, code: over the first epoch)."""
-    return alpha * min(1.0, step / ramp_steps) if ramp_steps > 0 else alpha
-
-
-class QueueContrast:
+class QueueContrast(Loss):
     """L_ITC of Li et al. 2021, equations 1 and 6: 1/2 (image to text + text to image), over the global batch.
 
       image to text:  -1/N sum_j sum_k T_jk log softmax_k(s <zV_j, c_k>),  c = [zT_m of the global batch; text queue]
       T_j = alpha softmax_k(s <zV_m_j, c_k>) + (1 - alpha) U_j
 
     and the other way round. U_j is one at pair j, or, with `positives: image`, spread evenly over all columns of the
-    same image (as ALBEF's retrieval fine-tuning has it). epoch_steps: steps over which alpha rises by default.
+    same image (as ALBEF's retrieval fine-tuning has it).
     """
 
-    needs = frozenset({"image", "text", "image_augmented", "text_augmented", "image_queue", "text_queue"})
+    needs = frozenset(
+        {"image", "text", "logit_scale", "image_augmented", "text_augmented", "image_queue", "text_queue"}
+        | {"pair_ids", "queue_ids"}
+    )
 
-    def __init__(self, config: QueueContrastConfig, precision: Precision = "float32", epoch_steps: int = 0):
-        self.precision = precision
+    def __init__(self, config: QueueContrastConfig, settings: LossSettings):
+        self.precision = settings.precision
         self.alpha = config.alpha
-        self.ramp_steps = epoch_steps if config.ramp_steps is None else config.ramp_steps
-        self.by_image = config.positives == "picture"
+        self.ramp_steps = settings.epoch_steps if config.ramp_steps is None else config.ramp_steps
+        self.by_image = config.positives != "pair"
 
-    def __call__(self, outputs: FusionOutputs, step: int, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of the global batch, a scalar, and its two terms."""
-        alpha = ramped(self.alpha, step, self.ramp_steps)
-        o, scale = outputs, outputs.logit_scale
+    def columns(self, pairs: int, dimension: int) -> frozenset[str]:
+        return frozenset({"image_augmented", "text_augmented"} | ({"pair_ids"} if self.by_image else set()))
 
-        def one_way(x: Tensor, x_momentum: Tensor, pairs: Tensor, queue: Tensor) -> Tensor:
-            columns = torch.cat([distributed.gather(pairs.detach()), queue])
-            loss = soft_contrastive(x, x_momentum.detach(), columns, scale, alpha, self.precision)
+    def partial(self, rows: Outputs, batch: GlobalBatch) -> Sums:
+        alpha = ramped(self.alpha, batch.step, self.ramp_steps)
+        scale = rows["logit_scale"]
+
+        def one_way(x: Tensor, x_ema: Tensor, pairs: Tensor, of_all: Tensor, queue: Tensor) -> Tensor:
+            columns = torch.cat([of_all.detach(), queue])
+            total = row_contrast_sum(x, x_ema.detach(), columns, scale, batch.first, alpha, self.precision)
             if not self.by_image:
-                return loss
+                return total
             # Of the cross entropy, U enters through <z_j, sum_k U_jk c_k> alone: move it from the pair to the mean.
-            ids = torch.cat([distributed.gather(o.pair_ids), o.queue_ids])
-            shift = pairs.detach() - mean_of_same(columns, ids, o.pair_ids)
-            return loss + (1 - alpha) * scale * global_mean((x * shift).sum(1))
+            ids = torch.cat([batch.columns["pair_ids"], rows["queue_ids"]])
+            shift = pairs.detach() - mean_of_same(columns, ids, rows["pair_ids"])
+            return total + ((1 - alpha) * scale * (x * shift).sum(1).sum()).squeeze()
 
-        terms = {
-            "image_to_text": one_way(o.image, o.image_augmented, o.text_augmented, o.text_queue),
-            "text_to_image": one_way(o.text, o.text_augmented, o.image_augmented, o.image_queue),
+        image, text = rows["image_augmented"], rows["text_augmented"]
+        columns = batch.columns
+        return {
+            "image_to_text": one_way(rows["image"], image, text, columns["text_augmented"], rows["text_queue"]),
+            "text_to_image": one_way(rows["text"], text, image, columns["image_augmented"], rows["image_queue"]),
         }
-        # The scale has the same value as a scalar and as (1,).
-        terms = {name: value.reshape(()) for name, value in terms.items()}
-        return sum(terms.values()) / 2, terms
+
+    def value(self, sums: Sums, batch: GlobalBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and its two terms."""
+        terms = {name: sums[name] / batch.pairs for name in ("image_to_text", "text_to_image")}
+        return (terms["image_to_text"] + terms["text_to_image"]) / 2, terms
 
 
 def mean_of_same(columns: Tensor, ids: Tensor, wanted: Tensor) -> Tensor:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torch import nn
-
 from modstruct.config import Recipe
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.losses.objective import Objective
+from modstruct.models.protocol import TrainableModel
 
 
-def build_model(recipe: Recipe, tokenizer: Tokenizer, objective: Objective, read_weights: bool = True) -> nn.Module:
+def build_model(
+    recipe: Recipe, tokenizer: Tokenizer, objective: Objective, read_weights: bool = True
+) -> TrainableModel:
     """Two towers or the fusion model. objective: decides about independent heads and what else is made of a batch.
 
     read_weights: False leaves the pretrained files that the recipe names unread, since a checkpoint's weights follow.
-    Every framework's model has `outputs`, the type that its results fill; `batch_fields`, the extra fields of a batch
-    (data/loader.py) that it trains on; `logit_scale` and `logit_scale_range`, the limits of its log; `trunks()`, the
-    parts that models/execution.py compiles or recomputes.
     """
     if recipe.framework == "fusion":
         from modstruct.models.fusion.backbone import without_files
@@ -32,9 +30,7 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer, objective: Objective, read
     from modstruct.models.two_tower import TwoTower
 
     config = recipe.model if read_weights else replace(recipe.model, pretrained=None)
-    model = TwoTower(config, recipe.views, tokenizer, objective.independent)
-    model.batch_fields = objective.views
-    return model
+    return TwoTower(config, recipe.views, tokenizer, objective)
 
 
 def initial_tokenizer(recipe: Recipe) -> Tokenizer | None:

@@ -6,6 +6,7 @@ feature separation) can stand beside it on the same features. `Tower.to_open_cli
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -276,3 +277,13 @@ def bert_tower(config: ModelConfig, tokenizer: Tokenizer, dimension: int, indepe
     width = config.text.width
     trunk, head = BertTrunk(config, tokenizer), nn.Linear(width, dimension, bias=False)
     return Tower(trunk, head, nn.Linear(width, dimension, bias=False) if independent else None)
+
+
+def standardised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(B, 3, H, W) uint8 -> float32, (x / 255 - mean) / std, mean and std by channel."""
+
+    def by_channel(values: Sequence[float]) -> Tensor:
+        # Filled on the device: for a tensor made of the host's numbers a GPU would have to be waited for.
+        return torch.stack([torch.full((), value, device=images.device) for value in values])[:, None, None]
+
+    return (images.float() / 255 - by_channel(mean)) / by_channel(std)

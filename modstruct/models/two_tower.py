@@ -8,43 +8,39 @@ from torch.nn import functional as F
 
 from modstruct.config import ModelConfig, ViewsConfig
 from modstruct.data.tokenizers import Tokenizer
-from modstruct.embeddings import Embeddings
-from modstruct.models.pixels import standardised
-from modstruct.models.towers import Tower, build_towers
+from modstruct.losses.objective import Objective
+from modstruct.models.protocol import Batch, TrainableModel
+from modstruct.models.towers import Tower, build_towers, standardised
 
 
-class TwoTower(nn.Module):
-    """Image and text towers with shared heads, independent heads on request, and the logit scale.
+class TwoTower(TrainableModel):
+    """Image and text towers with shared heads, the logit scale, and what the objective needs besides: augmented views,
+    the heads of the independent embeddings (deep feature separation), learnt scalars."""
 
-    independent: build the heads of the independent embeddings (deep feature separation).
-    """
-
-    outputs = Embeddings
-    batch_fields: frozenset[str] = frozenset()
-    """Augmented views that the objective needs."""
-
-    def __init__(self, config: ModelConfig, views: ViewsConfig, tokenizer: Tokenizer, independent: bool):
+    def __init__(self, config: ModelConfig, views: ViewsConfig, tokenizer: Tokenizer, objective: Objective):
         super().__init__()
-        image, text, self.embed_dim = build_towers(config, tokenizer, independent)
+        image, text, self.embed_dim = build_towers(config, tokenizer, objective.independent)
+        self.batch_fields = objective.views
         self.image = _modules(image)
         self.text = _modules(text)
         self.to_open_clip = image.to_open_clip | text.to_open_clip
         # Shape (1,): DeepSpeed cannot broadcast a parameter without dimensions at stages 2 and 3.
         self.logit_scale = nn.Parameter(torch.tensor([config.logit_scale_init]))
-        self.logit_scale_range = (0.0, config.logit_scale_max)
+        self.scalar_limits["logit_scale"] = (0.0, config.logit_scale_max)
+        self.add_scalars(objective.scalars)
         self.mean, self.std = views.mean, views.std
 
-    def forward(self, batch: dict[str, Tensor], features: bool = False) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, embed_only: bool = False, features: bool = False) -> dict[str, Tensor]:
         """batch: any of image, image_augmented (B, 3, H, W) uint8 and text, text_augmented (B, L) token ids.
 
         features: add image_features (B, F) and text_features (B, F'), the plain views before the shared projection, not
         normalised; of a tower that projects inside its pooling, the pooled output. Also image_projected and
         text_projected (B, D), what normalisation takes.
-        Returns the fields of Embeddings that the batch allows, float32; a plain dict, because ZeRO-3 looks for the
-        tensors whose gradients it must wait for in dicts and tuples only.
+        embed_only: nothing else is made here anyway.
+        Returns the fields of Embeddings that the batch allows, float32.
         """
-        # DeepSpeed's working copy may lie beyond the limit by one step; its master copy is clamped after every step.
-        embeddings = {"logit_scale": Clamp.apply(self.logit_scale.float(), *self.logit_scale_range).exp()}
+        embeddings = {name: self.clamped(name) for name in self.scalar_limits}
+        embeddings["logit_scale"] = embeddings["logit_scale"].exp()
         for name, tower in (("image", self.image), ("text", self.text)):
             views = {key: batch[key] for key in (name, f"{name}_augmented") if key in batch}
             if not views:
@@ -72,18 +68,6 @@ class TwoTower(nn.Module):
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) -> the towers' dtype, with the recipe's mean and deviation taken out."""
         return standardised(images, self.mean, self.std).to(self.logit_scale.dtype)
-
-
-class Clamp(torch.autograd.Function):
-    """The value clamped, the gradient as it is: a hard clamp's gradient is 0 outside, and nothing would come back."""
-
-    @staticmethod
-    def forward(ctx, value: Tensor, low: float, high: float) -> Tensor:
-        return value.clamp(low, high)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return gradient, None, None
 
 
 def _modules(tower: Tower) -> nn.ModuleDict:

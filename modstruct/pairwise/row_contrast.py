@@ -174,12 +174,22 @@ def sigmoid_contrastive(
     Memory O(N D). Raises ValueError, by name, where a shape, dtype or device does not fit.
     """
     x, y = paired_rows(x=x, y=y)
-    affine = torch.cat((checked_number(x, logit_scale=logit_scale), checked_number(x, logit_bias=logit_bias)))
-    dispatch.check_precision(precision)
-    columns = distributed.gather(y)
+    scale, bias = checked_number(x, logit_scale=logit_scale), checked_number(x, logit_bias=logit_bias)
     first = distributed.rank() * len(x)
-    total = sigmoid_contrast(x, columns, affine, first, _needed_grads(x, columns, affine), precision)[0]
+    total = sigmoid_contrast_sum(x, distributed.gather(y), scale, bias, first, precision)
     return (distributed.all_sum(total) / global_rows(x)).to(x.dtype)
+
+
+def sigmoid_contrast_sum(
+    x: Tensor, columns: Tensor, scale: Tensor, bias: Tensor, first: int, precision: Precision
+) -> Tensor:
+    """Sum over this process's rows of their terms, as `sigmoid_contrastive` has them; () in float64.
+
+    x: (B, D). columns: (N, D), row j's positive being column first + j. scale, bias: (1,).
+    """
+    dispatch.check_precision(precision)
+    affine = torch.cat((scale, bias))
+    return sigmoid_contrast(x, columns, affine, first, _needed_grads(x, columns, affine), precision)[0]
 
 
 def _needed_grads(x: Tensor, columns: Tensor, numbers: Tensor) -> str:

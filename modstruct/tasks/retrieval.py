@@ -25,7 +25,8 @@ from modstruct.distributed.collect import on_main
 from modstruct.evaluation.embeddings.in_memory import embed_texts
 from modstruct.evaluation.retrieval import counting_device, measure_recall
 from modstruct.evaluation.retrieval.reranking import reranked_retrieval
-from modstruct.losses.objective import Objective
+from modstruct.losses.objective import Objective, build_objective
+from modstruct.losses.protocol import LossSettings
 from modstruct.models.fusion.pretraining import FusionModel
 from modstruct.tasks.task import Task
 
@@ -59,10 +60,11 @@ class Retrieval(Task):
         return TaskFiles(images=paths.karpathy.images, captions=paths.karpathy.captions)
 
     def build_model(self) -> FusionModel:
-        return FusionModel(self.recipe, self.tokenizer, Objective(self.recipe.losses))
+        return FusionModel(self.recipe, self.tokenizer, build_objective(self.recipe.losses))
 
     def objective(self, epoch_steps: int) -> Objective:
-        return Objective(self.recipe.losses, self.recipe.train.pairwise_precision, epoch_steps)
+        train = self.recipe.train
+        return build_objective(self.recipe.losses, LossSettings(train.pairwise_precision, epoch_steps, train.seed))
 
     def sample(
         self, entry: CaptionPair | CaptionedImage, picture: Callable[[Path], Image.Image], seed: Seed | None

@@ -24,7 +24,8 @@ from modstruct.data.transforms.augment import Views
 from modstruct.distributed.collect import collect_values, rounds_of
 from modstruct.errors import refuse, require
 from modstruct.losses.distillation import Distillation
-from modstruct.models.fusion.momentum import FollowedModel
+from modstruct.losses.objective import Objective
+from modstruct.models.fusion.ema import EmaModel
 
 SPLITS = ("train", "validation", "test")
 
@@ -49,7 +50,7 @@ class Task(ABC):
         """The built-in task's files of a split."""
 
     @abstractmethod
-    def build_model(self) -> FollowedModel:
+    def build_model(self) -> EmaModel:
         """The model, its weights drawn anew."""
 
     @abstractmethod
@@ -67,7 +68,7 @@ class Task(ABC):
         return batch
 
     @abstractmethod
-    def measure(self, model: FollowedModel, entries: Sequence[Any]) -> tuple[dict[str, Any], Any]:
+    def measure(self, model: EmaModel, entries: Sequence[Any]) -> tuple[dict[str, Any], Any]:
         """Figures of a split, nested as in evaluation/report.py, and the predictions, written beside them as JSON.
 
         Every process calls it and gets the same; ZeRO-3 needs the same number of forward passes on each.
@@ -77,9 +78,11 @@ class Task(ABC):
     def score(self, metrics: dict[str, Any]) -> float:
         """The figure by which the best checkpoint is chosen, from 0 to 1."""
 
-    def objective(self, epoch_steps: int) -> Callable[[Any, int, int], tuple[Tensor, dict[str, Tensor]]]:
+    def objective(self, epoch_steps: int) -> Objective:
+        """epoch_steps: length of an epoch, over which distillation rises by default."""
         task = self.recipe.task
-        return Distillation(task.alpha, epoch_steps if task.ramp_steps is None else task.ramp_steps)
+        ramp_steps = epoch_steps if task.ramp_steps is None else task.ramp_steps
+        return Objective({"task": Distillation(task.alpha, ramp_steps)}, {"task": 1.0})
 
     def entries(self, split: str, paths: SceneTaskPaths | None) -> TaskEntries | None:
         """The entries of a split; None for one without files. paths: the built-in task, if it is wanted.

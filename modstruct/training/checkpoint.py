@@ -9,25 +9,27 @@ from torch import Tensor
 
 from modstruct import checkpoints, distributed
 from modstruct.checkpoints import Checkpoint, TrainState
-from modstruct.config import Recipe
+from modstruct.config import FinetuneRecipe, Recipe
 from modstruct.config.recipe_files import recipe_to_dict
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.errors import RunError
-from modstruct.training.full_state import MOMENTS, FullState
+from modstruct.training.deepspeed_adapter import MOMENTS, Engine
 
 
-def save(full: FullState, state: TrainState, recipe: Recipe, tokenizer: Tokenizer) -> Path:
+def save(engine: Engine, state: TrainState, recipe: Recipe | FinetuneRecipe, tokenizer: Tokenizer) -> Path:
     """Write a checkpoint of `state.step` into recipe.output; every process calls it. Returns its folder.
 
     Raises RunError on every process, naming the folder and the cause, if it cannot be written; what was there
     before is untouched.
     """
-    weights, moments = _collect(full)
-    outside = getattr(full.engine.module, "outside_state", dict)()
-    momentum = {name: value.cpu().contiguous() for name, value in outside.items()} if distributed.is_main() else {}
-    checkpoint = Checkpoint(weights, moments, _gather_rng(), state, _optimizer(full), recipe_to_dict(recipe), momentum)
+    weights, moments = _collect(engine)
+    ema = engine.model.ema_state_dict()
+    momentum = {name: value.cpu().contiguous() for name, value in ema.items()} if distributed.is_main() else {}
+    checkpoint = Checkpoint(
+        weights, moments, _gather_rng(), state, _optimizer(engine), recipe_to_dict(recipe), momentum
+    )
     target = checkpoints.step_folder(recipe.output, state.step)
-    error = None
+    error: object = None
     if distributed.is_main():
         try:
             checkpoints.write(target, checkpoint, tokenizer)
@@ -36,22 +38,22 @@ def save(full: FullState, state: TrainState, recipe: Recipe, tokenizer: Tokenize
             error = f"checkpoint {target} was not written: {e}. Free space or choose another --output"
     error = distributed.broadcast_object(error)
     if error:
-        raise RunError(error) if distributed.is_main() else distributed.FailedElsewhere(error)
+        raise RunError(str(error)) if distributed.is_main() else distributed.FailedElsewhere(str(error))
     return target
 
 
-def restore(full: FullState, checkpoint: Checkpoint) -> None:
+def restore(engine: Engine, checkpoint: Checkpoint) -> None:
     """Master weights, moments, optimizer step, loss scaler and random state into the engine.
 
     The model must have been given the checkpoint's weights before DeepSpeed took it over, so that its working copies
     hold them.
     """
-    for name, parameter in full.parameters():
+    for name, parameter in engine.parameters():
         values = {"weight": checkpoint.weights[name]}
         values |= {kind: checkpoint.moments[f"{kind}.{name}"] for kind in MOMENTS if parameter.requires_grad}
-        full.write(parameter, {kind: value.to(full.engine.device) for kind, value in values.items()})
-    full.step = checkpoint.optimizer["step"]
-    scaler = _loss_scaler(full.engine)
+        engine.write(parameter, {kind: value.to(distributed.device()) for kind, value in values.items()})
+    engine.steps_taken = checkpoint.optimizer["step"]
+    scaler = engine.loss_scaler
     if scaler is not None:
         vars(scaler).update(checkpoint.optimizer["loss_scaler"])
     rank = distributed.rank()
@@ -63,15 +65,16 @@ def restore(full: FullState, checkpoint: Checkpoint) -> None:
         torch.cuda.set_rng_state(checkpoint.rng[f"cuda.{rank}"])
 
 
-def _collect(full: FullState) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _collect(engine: Engine) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Whole weights (with buffers) and moments by name; kept on the main process only."""
-    weights, moments = {}, {}
-    for name, parameter in full.parameters():
-        values = full.read(parameter)
+    weights: dict[str, Tensor] = {}
+    moments: dict[str, Tensor] = {}
+    for name, parameter in engine.parameters():
+        values = engine.read(parameter)
         if distributed.is_main():
             weights[name] = values.pop("weight")
             moments |= {f"{kind}.{name}": value for kind, value in values.items()}
-    module = full.engine.module
+    module = engine.model
     persistent = module.state_dict(keep_vars=True)
     for name, buffer in module.named_buffers():
         if name in persistent:
@@ -79,14 +82,14 @@ def _collect(full: FullState) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return weights, moments
 
 
-def _optimizer(full: FullState) -> dict:
+def _optimizer(engine: Engine) -> dict:
     keys = ("name", "lr", "betas", "eps", "weight_decay")
     return {
-        "step": full.step,
-        "groups": [{key: group[key] for key in keys} for group in full.inner.param_groups],
-        "loss_scaler": _loss_scaler_state(full.engine),
+        "step": engine.steps_taken,
+        "groups": [{key: group[key] for key in keys} for group in engine.inner.param_groups],
+        "loss_scaler": _loss_scaler_state(engine),
         "processes": distributed.world_size(),
-        "zero_stage": full.engine.zero_optimization_stage(),
+        "zero_stage": engine.stage,
     }
 
 
@@ -98,14 +101,7 @@ def _gather_rng() -> dict[str, Tensor]:
     return {name: value for part in distributed.gather_objects(states) for name, value in part.items()}
 
 
-def _loss_scaler(engine):
-    """DeepSpeed's loss scaler (fp16 only), under the name each of its optimizers gives it."""
-    if not engine.fp16_enabled():
-        return None
-    return getattr(engine.optimizer, "loss_scaler", None) or getattr(engine.optimizer, "loss_scale_config", None)
-
-
-def _loss_scaler_state(engine) -> dict:
-    scaler = _loss_scaler(engine)
+def _loss_scaler_state(engine: Engine) -> dict:
+    scaler = engine.loss_scaler
     values = vars(scaler) if scaler is not None else {}
     return {key: value for key, value in values.items() if isinstance(value, (bool, int, float))}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from modstruct.models.towers import image_size, open_clip_config, text_sizes
 
 
 def export(
-    folder: Path, weights: dict[str, Tensor], names: dict[str, str], recipe: Recipe, tokenizer: Tokenizer
+    folder: Path, weights: dict[str, Tensor], names: Mapping[str, str], recipe: Recipe, tokenizer: Tokenizer
 ) -> Path:
     """Write FOLDER/open_clip_model.safetensors, its config, and the tokenizer. An earlier export is replaced.
 
@@ -63,7 +63,7 @@ def _export_as_ours(folder: Path, weights: dict[str, Tensor], recipe: Recipe | F
 
 
 def _export_to_open_clip(
-    folder: Path, weights: dict[str, Tensor], names: dict[str, str], recipe: Recipe, tokenizer: Tokenizer
+    folder: Path, weights: dict[str, Tensor], names: Mapping[str, str], recipe: Recipe, tokenizer: Tokenizer
 ) -> None:
     shared, own = {}, {}
     for name, value in weights.items():
@@ -99,16 +99,16 @@ def _config(recipe: Recipe, tokenizer: Tokenizer) -> dict:
     }
 
 
-def _prefix(name: str, names: dict[str, str]) -> str | None:
+def _prefix(name: str, names: Mapping[str, str]) -> str | None:
     return next((prefix for prefix in names if name.startswith(prefix)), None)
 
 
-def _transposed(name: str, names: dict[str, str]) -> bool:
+def _transposed(name: str, names: Mapping[str, str]) -> bool:
     prefix = _prefix(name, names)
     return prefix is not None and names[prefix].endswith(".T")
 
 
-def _rename(name: str, names: dict[str, str]) -> str:
+def _rename(name: str, names: Mapping[str, str]) -> str:
     prefix = _prefix(name, names)
     if prefix is None:
         return name

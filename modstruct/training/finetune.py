@@ -1,11 +1,11 @@
-"""A fine-tuning run from recipe to table: open or resume, train, save, measure, write predictions, export."""
+"""A fine-tuning run from recipe to table."""
 
 from __future__ import annotations
 
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,86 +15,93 @@ from modstruct import checkpoints, distributed
 from modstruct.config import FinetuneRecipe
 from modstruct.data.downstream.batches import task_loader, task_order
 from modstruct.data.downstream.published_files import TaskEntries
+from modstruct.data.shards.workers import WorkerLoader
 from modstruct.data.synthetic.tasks.folder import ensure_scene_tasks
 from modstruct.distributed.collect import on_main
-from modstruct.distributed.heartbeat import Heartbeat
 from modstruct.distributed.hosts import on_all, require_same
 from modstruct.evaluation.tables import flatten, task_table
 from modstruct.files import atomic_write
 from modstruct.models.fusion.backbone import without_files
-from modstruct.models.fusion.initial_weights import Initial, find_initial, start_from
+from modstruct.models.fusion.initial_weights import find_initial, start_from
 from modstruct.tasks import Task, build_task
 from modstruct.tasks.task import SPLITS
-from modstruct.training.conduct import best_checkpoint, conclude, conduct, last_checkpoint
 from modstruct.training.export import export_task
-from modstruct.training.run import Run, Start, describe, find_start, run_length, start_engine
-from modstruct.training.telemetry import Telemetry
+from modstruct.training.trainer import Trainer, best_checkpoint
 
 log = logging.getLogger("modstruct")
-
-
-@dataclass(kw_only=True)
-class FinetuningRun(Run):
-    """A fine-tuning run that is ready to take its next step."""
-
-    task: Task
-    splits: dict[str, TaskEntries]
-    """Entries of each split that there is."""
 
 
 def finetune(recipe: FinetuneRecipe, ds_config: str, resume: str | None = None, profile_steps: int = 0) -> dict:
     """Train a task, measure it and export; every process calls it. Returns the final metrics of the test split.
 
-    ds_config: path of the DeepSpeed JSON. resume: `latest`, `best`, a checkpoint folder, or None for a fresh run.
-    profile_steps: steps to trace into OUTPUT/profile. Raises ValueError naming the field for what cannot work, before
-    the first step.
+    Arguments and errors as Trainer has them.
     """
-    return conduct(recipe, lambda: open_run(recipe, ds_config, resume), finish, profile_steps)
+    return Finetuning(recipe, ds_config, resume).run(profile_steps)
 
 
-def open_run(recipe: FinetuneRecipe, ds_config: str, resume: str | None) -> FinetuningRun:
-    """Task, entries, model, engine, and what a checkpoint says of them."""
-    start = find_start(recipe, ds_config, resume)
-    initial = find_initial(recipe.init, recipe.tokenizer, recipe.data.cache, start.tokenizer)
-    # Weights of a checkpoint or of --init follow: the encoders' own are not read, and need not be there any more.
-    follow = start.saved is not None or initial.weights is not None
-    task = build_task(replace(recipe, fusion=without_files(recipe.fusion)) if follow else recipe, initial.tokenizer)
-    on_all(task.check_shared_memory)
-    splits = read_splits(recipe, task)
-    entries = splits["train"].entries
-    state = start.state(splits["train"].fingerprint, "its files")
-    steps = run_length(recipe, task_order(len(entries), recipe.train.seed).epoch_samples)
-    full = _start(recipe, task, initial, start)
-    describe(recipe, len(entries), full.engine, steps)
+class Finetuning(Trainer[FinetuneRecipe]):
+    """A fine-tuning run of a downstream task."""
 
-    def loader(first_step: int):
+    task: Task
+    splits: dict[str, TaskEntries]
+    """Entries of each split that there is."""
+
+    def build(self) -> Finetuning:
+        recipe, start = self.recipe, self.find_start()
+        initial = find_initial(recipe.init, recipe.tokenizer, recipe.data.cache, start.tokenizer)
+        self.tokenizer = initial.tokenizer
+        # Weights of a checkpoint or of --init follow: the encoders' own are not read, and need not be there any more.
+        follow = start.saved is not None or initial.weights is not None
+        described = replace(recipe, fusion=without_files(recipe.fusion)) if follow else recipe
+        self.task = build_task(described, initial.tokenizer)
+        on_all(self.task.check_shared_memory)
+        self.splits = read_splits(recipe, self.task)
+        self.has_validation = "validation" in self.splits
+        train = self.splits["train"]
+        self.state = start.state(train.fingerprint, "its files")
+        self.objective = self.task.objective(-(-len(train.entries) // recipe.train.global_batch))
+        torch.manual_seed(recipe.train.seed)
+        model = self.task.build_model()
+        if start.saved is None and initial.weights is not None:
+            start_from(model, initial)
+        self.start(model, start, len(train.entries), task_order(len(train.entries), recipe.train.seed).epoch_samples)
+        return self
+
+    def loader(self, first_step: int) -> WorkerLoader:
+        recipe = self.recipe
         return task_loader(
-            task,
-            entries,
+            self.task,
+            self.splits["train"].entries,
             recipe.data,
             global_batch=recipe.train.global_batch,
             seed=recipe.train.seed,
             start_step=first_step,
-            stop_step=steps,
+            stop_step=self.steps,
         )
 
-    return FinetuningRun(
-        recipe=recipe,
-        output=Path(recipe.output),
-        tokenizer=initial.tokenizer,
-        objective=task.objective(-(-len(entries) // recipe.train.global_batch)),
-        engine=full.engine,
-        full=full,
-        state=state,
-        steps=steps,
-        telemetry=Telemetry(Path(recipe.output), state.step, steps, recipe.train.global_batch),
-        heartbeat=Heartbeat(recipe.train.hang_timeout_minutes),
-        loader=loader,
-        figures=lambda report: {},
-        validate=_validate if "validation" in splits else None,
-        task=task,
-        splits=splits,
-    )
+    def validate(self) -> float:
+        self.engine.eval()
+        metrics, _ = self.task.measure(self.engine.model, self.splits["validation"].entries)
+        self.engine.train()
+        self._log("validation", metrics)
+        return self.task.score(metrics)
+
+    def _log(self, split: str, metrics: dict) -> None:
+        self.telemetry.scalars({f"{split}/{key}": value for key, value in flatten(metrics).items()}, self.state.step)
+
+    def finish(self) -> dict:
+        """Export the best weights by validation, measure the test split with them, and print where everything lies."""
+        self.telemetry.bar.close()
+        best = best_checkpoint(self.output, self.last_checkpoint())
+        folder = self.output / "export"
+        on_main(lambda: export_task(folder, checkpoints.read_weights(best), self.recipe, self.tokenizer))
+        metrics: dict = {}
+        if "test" in self.splits:
+            metrics, predictions = measure_checkpoint(self.task, best, self.splits["test"])
+            self._log("test", metrics)
+            write_predictions(predictions, self.output / "predictions.json")
+        self.conclude(best, metrics, partial(task_table, self.recipe.task.name))
+        return metrics
 
 
 def read_splits(recipe: FinetuneRecipe, task: Task, wanted: Sequence[str] = SPLITS) -> dict[str, TaskEntries]:
@@ -114,41 +121,6 @@ def read_splits(recipe: FinetuneRecipe, task: Task, wanted: Sequence[str] = SPLI
     fingerprints = {f"data.{split}": entries.fingerprint for split, entries in splits.items()} | task.identity()
     require_same(fingerprints, "hosts must see the same files: share the folder, or copy it to each of them")
     return splits
-
-
-def _start(recipe: FinetuneRecipe, task: Task, initial: Initial, start: Start):
-    """The model with the pre-trained weights, or a checkpoint's, in DeepSpeed's hands."""
-    torch.manual_seed(recipe.train.seed)
-    model = task.build_model()
-    if start.saved is None and initial.weights is not None:
-        start_from(model, initial)
-    return start_engine(recipe, model, start)
-
-
-def _validate(run: FinetuningRun) -> float:
-    run.engine.eval()
-    metrics, _ = run.task.measure(run.engine.module, run.splits["validation"].entries)
-    run.engine.train()
-    _log(run, "validation", metrics)
-    return run.task.score(metrics)
-
-
-def _log(run: FinetuningRun, split: str, metrics: dict) -> None:
-    run.telemetry.scalars({f"{split}/{key}": value for key, value in flatten(metrics).items()}, run.state.step)
-
-
-def finish(run: FinetuningRun) -> dict:
-    """Export the best weights by validation, measure the test split with them, and print where everything lies."""
-    run.telemetry.bar.close()
-    best = best_checkpoint(run, last_checkpoint(run))
-    on_main(lambda: export_task(run.output / "export", checkpoints.read_weights(best), run.recipe, run.tokenizer))
-    metrics = {}
-    if "test" in run.splits:
-        metrics, predictions = measure_checkpoint(run.task, best, run.splits["test"])
-        _log(run, "test", metrics)
-        write_predictions(predictions, run.output / "predictions.json")
-    conclude(run, best, metrics, partial(task_table, run.recipe.task.name))
-    return metrics
 
 
 def measure_checkpoint(task: Task, checkpoint: Path, entries: TaskEntries) -> tuple[dict, object]:

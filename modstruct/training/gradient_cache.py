@@ -9,85 +9,106 @@ forward twice for it. The gradients are reduced over the processes once.
 Exact for float32 up to the order of sums, dropout included. Not so for BatchNorm, whose statistics are those of a
 micro-batch; its running averages move in the second pass only. In half precision a sum of many micro-batches' gradients
 would lose digits (the towers' gradients are bfloat16 too), so they are summed in float32 and rounded once.
+
+The fusion model's matching and masked language modelling are means over rows, so each micro-batch brings its part of
+them in the second pass. A hard negative may lie in another micro-batch or on another process; its tokens would have to
+be kept with their graph, so its image or caption travels instead and is encoded again beside the rows that want it. The
+gradient is the same, a sum over all places where an image's tokens are used; but for dropout, which is drawn twice for
+a negative.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
 
 from modstruct import distributed
+from modstruct.losses.objective import Objective, Terms
+from modstruct.models.protocol import Batch
+from modstruct.training.deepspeed_adapter import Engine
 
-Batch = dict[str, Tensor]
+
+def embed(engine: Engine, parts: list[Batch], objective: Objective, step: int) -> WholeBatch | CachedBatch:
+    """Embeddings of this process's batch, which comes in parts of at most train.micro_batch pairs."""
+    return WholeBatch(engine, parts[0]) if len(parts) == 1 else CachedBatch(engine, parts, objective, step)
 
 
 class WholeBatch:
-    """Embeddings of a batch with their graph."""
+    """What the model makes of a batch, with its graph."""
 
-    def __init__(self, engine, batch: Batch):
+    deferred: frozenset[str] = frozenset()
+    """Names of losses that `backward` computes: none."""
+
+    def __init__(self, engine: Engine, batch: Batch):
         self.engine, self.batch = engine, on_device(batch)
-        self.embeddings = engine.module.outputs(**engine(self.batch))
+        self.outputs = engine(self.batch)
 
-    def backward(self, total: Tensor) -> dict[str, Tensor]:
-        """Gradients of the total, reduced over the processes, to the engine. Returns the terms known only now: none."""
+    def backward(self, total: Tensor) -> Terms:
+        """Gradients of the total, reduced over the processes, to the engine. Returns deferred losses' terms: none."""
         self.engine.backward(total)
         return {}
 
 
 class CachedBatch:
-    """Embeddings of a batch in parts, as leaves; `backward` goes on from their gradients, part by part.
+    """Outputs of a batch in parts, as leaves; `backward` goes on from their gradients, part by part.
 
-    parts: at least one, as many on every process, or a collective would wait for ever.
+    parts: at least one, as many on every process, or all ranks would wait for ever.
     """
 
-    shared = frozenset({"logit_scale"})
-    """What the model makes once and not for each row."""
-    constants: frozenset[str] = frozenset()
-    """What it makes without a gradient."""
-
-    def __init__(self, engine, parts: list[Batch]):
-        self.engine, self.parts = engine, parts
+    def __init__(self, engine: Engine, parts: list[Batch], objective: Objective, step: int):
+        self.engine, self.parts, self.objective, self.step = engine, parts, objective, step
+        self.deferred = objective.row_losses
+        model = engine.model
         self.random_states = []
         made = []
-        with torch.no_grad(), _statistics_held(engine.module):
+        with torch.no_grad(), _statistics_held(model):
             for part in self.parts:
                 self.random_states.append(random_state())
-                made.append(self.embed_part(on_device(part)))
-        rows = {name: torch.cat([part[name] for part in made]) for name in made[0] if name not in self.shared}
-        once = {name: made[0][name] for name in made[0] if name in self.shared}
+                made.append(engine(on_device(part), embed_only=True))
+        rows = {name: torch.cat([part[name] for part in made]) for name in made[0] if name not in model.shared_outputs}
+        once = {name: made[0][name] for name in made[0] if name in model.shared_outputs}
         self.leaves = {
-            name: values if name in self.constants else values.requires_grad_()
+            name: values if name in model.constants else values.requires_grad_()
             for name, values in (rows | once).items()
         }
-        self.embeddings = engine.module.outputs(**self.leaves)
+        self.outputs = self.leaves
+        by_row = [name for name in parts[0] if name not in model.place_fields]
+        self.batch = on_device({name: torch.cat([part[name] for part in parts]) for name in by_row})
 
-    def embed_part(self, part: Batch) -> Batch:
-        """What the losses over all pairs need of a part."""
-        return self.engine(part)
+    def backward(self, total: Tensor) -> Terms:
+        """Gradients of the total and of the deferred losses, reduced over the processes, to the engine.
 
-    def backward(self, total: Tensor) -> dict[str, Tensor]:
-        """Gradients of the total, reduced over the processes, to the engine."""
-        self.start_backward(total)
+        Returns the deferred losses' terms.
+        """
+        exchange = self.engine.model.exchange(self.leaves, self.batch)
+        total.backward()  # meanwhile the exchange's splits come to the host
+        gradients = {name: leaf.grad for name, leaf in self.leaves.items() if leaf.grad is not None}
+        exchanged = exchange()
+        counts = self.objective.row_counts(self.batch | exchanged)
+        sums: Terms = {}
         with self.parts_again() as parts:
             for part, first, end in parts:
-                self.engine.backward(self.carrier(self.engine(part), first, end))
-        return {}
-
-    def start_backward(self, total: Tensor) -> None:
-        """The gradients that the losses over all pairs give the embeddings."""
-        total.backward()
-        self.gradients = {name: leaf.grad for name, leaf in self.leaves.items() if leaf.grad is not None}
-        self.scale_gradient = self.gradients.pop("logit_scale", None)
+                extra = {name: rows[first:end] for name, rows in exchanged.items()}
+                outputs = self.engine(part | extra)
+                loss = self._carrier(outputs, gradients, first, end)
+                if counts:
+                    over_rows, terms = self.objective.over_part(outputs, self.step, counts)
+                    # As distributed/collectives.py has it: W times this process's share of the global value's gradient.
+                    loss = loss + distributed.world_size() * over_rows
+                    sums = {name: sums.get(name, 0) + value for name, value in terms.items()}
+                self.engine.backward(loss)
+        return {name: distributed.sum_over_processes(value) for name, value in sums.items()}
 
     @contextmanager
     def parts_again(self) -> Iterator[Iterator[tuple[Batch, int, int]]]:
-        """(part, its first row, the row after its last), each with its random draws repeated, to be embedded anew and
+        """(part, its first row, the row after its last), each with its random draws repeated, to be embedded again and
         taken backward once; one reduction of all gradients at the end."""
         after = random_state()
-        with _one_reduction(self.engine) as sums:
+        with self.engine.one_reduction() as sums:
 
             def again() -> Iterator[tuple[Batch, int, int]]:
                 first = 0
@@ -101,58 +122,13 @@ class CachedBatch:
             yield again()
         set_random_state(after)
 
-    def carrier(self, made: Batch, first: int, end: int) -> Tensor:
-        """A scalar whose gradient with respect to each embedding of these rows is the one that the losses gave it."""
-        carrier = sum((made[name] * gradient[first:end]).sum() for name, gradient in self.gradients.items())
-        if self.scale_gradient is not None:
-            # The scale is one for all parts. Every part has it in its graph: ZeRO-3 waits for its gradient.
-            carrier = carrier + (made["logit_scale"] * self.scale_gradient * (first == 0)).sum()
-        return carrier
-
-
-class _GradientSums:
-    """Gradients summed over several backwards, in float32 where the parameters are not."""
-
-    def __init__(self, module: nn.Module):
-        low = (torch.float16, torch.bfloat16)
-        self.parameters = [p for p in module.parameters() if p.requires_grad and p.dtype in low]
-        self.sums: dict[int, Tensor] = {}
-
-    def add(self) -> None:
-        """After a backward: take its gradients in. float32 ones stay, and torch adds the next to them."""
-        for parameter in self.parameters:
-            gradient = parameter.grad
-            if gradient is None:
-                continue
-            if id(parameter) in self.sums:
-                self.sums[id(parameter)] += gradient
-            else:
-                self.sums[id(parameter)] = gradient.float()
-            gradient.zero_()
-
-    def write(self) -> None:
-        """The sums become the parameters' gradients."""
-        for parameter in self.parameters:
-            if id(parameter) in self.sums:
-                parameter.grad.copy_(self.sums[id(parameter)])
-
-
-@contextmanager
-def _one_reduction(engine) -> Iterator[_GradientSums]:
-    """Several backwards, one reduction of their summed gradients at the end.
-
-    DeepSpeed's stage 0 has another way for it than the others. Its own gradient accumulation stays at 1 step.
-    """
-    sums = _GradientSums(engine.module)
-    if engine.zero_optimization_stage() > 0:
-        with engine.coalesce_grad_reduction():
-            yield sums
-            sums.write()
-        return
-    with engine.no_sync():
-        yield sums
-    sums.write()
-    engine.allreduce_gradients()
+    def _carrier(self, made: Batch, gradients: Batch, first: int, end: int) -> Tensor:
+        """A scalar whose gradient with respect to each output of these rows is the one that the losses gave it."""
+        shared = self.engine.model.shared_outputs
+        parts = [(made[name] * rows[first:end]).sum() for name, rows in gradients.items() if name not in shared]
+        # What is made once is one for all parts. Every part has it in its graph: ZeRO-3 waits for its gradient.
+        parts += [(made[name] * gradients[name] * (first == 0)).sum() for name in gradients if name in shared]
+        return reduce(torch.add, parts)
 
 
 @contextmanager

@@ -40,8 +40,8 @@ def evaluate(*words: str) -> int:
 
 def train(output: str, cache: str) -> None:
     from modstruct.training.pretrain import open_run
-    from modstruct.training.run import StopRequest
-    from modstruct.training.run import train as take_steps
+    from modstruct.training.trainer import StopRequest
+    from modstruct.training.trainer import train as take_steps
 
     run = open_run(tiny_recipe(output, cache, steps=4), ds_config("zero0"), None)
     with run.heartbeat:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from modstruct.training.full_state import FullState
 from processes import run_on_processes
 from tiny_answers import ANSWER_LIST, ANSWERS, QUESTIONS, answer_model, answer_recipe, answer_tokenizer, question_batch
 from tiny_answers import with_answers as answered
@@ -12,10 +13,9 @@ from torch import Tensor
 
 from modstruct import distributed
 from modstruct.config import OptimizerConfig, TrainConfig
-from modstruct.embeddings import TaskOutputs
+from modstruct.embeddings import Outputs
 from modstruct.losses.distillation import Distillation
-from modstruct.training.engine import build_engine, read_ds_config, resolve_ds_config
-from modstruct.training.full_state import FullState
+from modstruct.training.ds_config import build_engine, read_ds_config, resolve_ds_config
 from modstruct.training.step import train_step
 
 
@@ -28,7 +28,7 @@ def rows_here() -> slice:
 def loss_and_gradients(answers: list[dict[str, float]]) -> dict[str, Tensor]:
     """The loss, its terms, and the mean over the processes of every gradient."""
     rows, model = rows_here(), answer_model()
-    outputs = TaskOutputs(**model(answered(question_batch(rows), answers[rows])))
+    outputs = dict(**model(answered(question_batch(rows), answers[rows])))
     total, terms = Distillation(0.4, 0)(outputs, 0, 0)
     total.backward()
     found = {"total": total.detach()} | {name: value.detach() for name, value in terms.items()}
@@ -69,7 +69,7 @@ def trained(stage: int, answers: list[dict[str, float]]) -> dict[str, Tensor]:
     report = train_step(full.engine, objective, [batch], 2, 0, 1e-2)  # and training goes on
     assert report.skipped is None
     weights = {name: full.read(parameter)["weight"] for name, parameter in full.parameters()}
-    momentum = {name: value.clone() for name, value in model.outside_state().items()}
+    momentum = {name: value.clone() for name, value in model.ema_state_dict().items()}
     return weights | momentum | {"numbers": numbers[:1], "likelihoods": likelihoods[:1], "written": written[:1]}
 
 

@@ -22,9 +22,7 @@ from tiny_fusion import albef_losses, fusion_model, fusion_recipe, training_batc
 
 from modstruct import checkpoints, distributed
 from modstruct.config import BridgeConfig, GeometryConfig, SeparationConfig
-from modstruct.embeddings import FusionOutputs
-from modstruct.losses.objective import Objective
-from modstruct.models.fusion.momentum import Momentum
+from modstruct.losses.objective import build_objective
 
 ROWS = 12
 
@@ -75,13 +73,13 @@ def albef_all():
 def losses_and_gradients() -> dict[str, torch.Tensor]:
     """Two steps' terms here, and the mean over the processes of the second's gradients; the first fills the queue."""
     recipe = albef_all()
-    model, objective = fusion_model(recipe), Objective(recipe.losses)
+    model, objective = fusion_model(recipe), build_objective(recipe.losses)
     found = {}
     for step in range(2):
         whole = training_batch(ROWS, seed=step, rate=0.3)
         whole["image_id"][5] = whole["image_id"][0]
         model.zero_grad()
-        outputs = FusionOutputs(**model({name: mine(rows) for name, rows in whole.items()}))
+        outputs = model({name: mine(rows) for name, rows in whole.items()})
         total, terms = objective(outputs, step=step, seed=0)
         total.backward()
         found |= {f"step {step}, {name}": value.detach() for name, value in terms.items()}
@@ -140,7 +138,7 @@ def train_and_weigh(cache: str, runs: dict[str, dict]) -> list[float]:
 
     with mock.patch.object(Momentum, "spread", noted):
         train_several(cache, runs)
-    return [partition.kept_elements / elements for partition, elements in partitions]
+    return [partition.local_elements / elements for partition, elements in partitions]
 
 
 def test_momentum_follows_and_a_resume_in_mid_queue_is_exact(tmp_path):

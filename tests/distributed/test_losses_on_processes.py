@@ -12,8 +12,8 @@ from torch.nn.functional import normalize
 
 from modstruct import distributed
 from modstruct.config import BridgeConfig, ContrastiveConfig, GeometryConfig, LossesConfig, SeparationConfig
-from modstruct.embeddings import Embeddings
-from modstruct.losses.objective import Objective
+from modstruct.embeddings import Outputs
+from modstruct.losses.objective import build_objective
 from modstruct.pairwise import torch_tiles
 
 PAIRS, FEATURES = 24, 10
@@ -45,7 +45,7 @@ def parameters(width: int, dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: weight.to(dtype).requires_grad_() for name, weight in weights.items()}
 
 
-def embeddings(weights: dict[str, Tensor], dtype: torch.dtype, spoiled: bool) -> Embeddings:
+def embeddings(weights: dict[str, Tensor], dtype: torch.dtype, spoiled: bool) -> Outputs:
     """This process's rows of the one global batch, through linear towers."""
     generator = torch.Generator().manual_seed(0)
     content = torch.randn(PAIRS, FEATURES, dtype=torch.float64, generator=generator)
@@ -64,7 +64,7 @@ def embeddings(weights: dict[str, Tensor], dtype: torch.dtype, spoiled: bool) ->
         made[view] = normalize(features[rows] @ weights[modality])
         independent = view.replace(modality, f"{modality}_independent")
         made[independent] = normalize(features[rows] @ weights[f"{modality}_independent"])
-    return Embeddings(**made, logit_scale=weights["log_scale"].exp())
+    return dict(**made, logit_scale=weights["log_scale"].exp())
 
 
 def losses_and_gradients(dtype_name: str, spoiled: bool = False) -> dict[str, dict[str, Tensor]]:
@@ -76,7 +76,7 @@ def losses_and_gradients(dtype_name: str, spoiled: bool = False) -> dict[str, di
         for name, config in OBJECTIVES.items():
             weights = parameters(width, dtype)
             with mock.patch.dict(torch_tiles.TILE_ELEMENTS, cpu=tile_rows * PAIRS):
-                total, terms = Objective(config)(embeddings(weights, dtype, spoiled), step=7, seed=1)
+                total, terms = build_objective(config)(embeddings(weights, dtype, spoiled), step=7, seed=1)
                 total.backward()
             result = {f"term {term}": value for term, value in terms.items()}
             for parameter, weight in weights.items():

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from modstruct import distributed
 from modstruct.config import LossesConfig
-from modstruct.embeddings import Embeddings
-from modstruct.losses.objective import Objective
+from modstruct.embeddings import Outputs
+from modstruct.losses.objective import build_objective
 from modstruct.pairwise import (
     contrastive,
     gaussian_potential,
@@ -91,7 +91,7 @@ def refusal_of_uneven_rows() -> str:
     """What the objective says where process 1 brings a row more than the others."""
     x, y = towers(5 if distributed.rank() == 1 else 4, WIDTH, 1)
     with pytest.raises(ValueError, match="rows of") as refusal:
-        Objective(LossesConfig())(Embeddings(image=x, text=y, logit_scale=logit_scale(9.0)), step=0, seed=0)
+        build_objective(LossesConfig())(dict(image=x, text=y, logit_scale=logit_scale(9.0)), step=0)
     return str(refusal.value)
 
 

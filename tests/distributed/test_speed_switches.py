@@ -12,7 +12,7 @@ from processes import run_on_processes
 from tiny_run import ds_config, tiny_recipe
 
 from modstruct import checkpoints
-from modstruct.training.step_clock import PHASES
+from modstruct.training.timing import PHASES
 
 STEPS = 5
 STAGES = ["zero0", "zero2", "zero3"]
@@ -33,7 +33,7 @@ def two_layers(output: str, cache: str, **train):
 
 def train_all(folder: str, cache: str, cases: list[tuple[str, str]]) -> None:
     from modstruct.training.pretrain import open_run
-    from modstruct.training.run import StopRequest, train
+    from modstruct.training.trainer import StopRequest, train
 
     for stage, name in cases:
         run = open_run(two_layers(f"{folder}/{stage}-{name}", cache, **SWITCHES[name]), ds_config(stage), None)

@@ -18,7 +18,7 @@ CASES = [(stage, "fp32") for stage in STAGES] + [(stage, "bf16") for stage in ("
 
 def train_once(output: str, cache: str, stage: str, precision: str, steps: int = 4, resume: str | None = None) -> None:
     from modstruct.training.pretrain import open_run
-    from modstruct.training.run import StopRequest, train
+    from modstruct.training.trainer import StopRequest, train
 
     recipe = tiny_recipe(output, cache, steps, precision)
     train(open_run(recipe, ds_config(stage), resume), StopRequest())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from modstruct.losses.masked_language import MaskedLanguage
+from modstruct.losses.matching import Matching
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -14,17 +16,15 @@ from modstruct.config import (
     MatchingConfig,
     QueueContrastConfig,
 )
-from modstruct.embeddings import FusionOutputs
-from modstruct.losses.masked_language import MaskedLanguage
-from modstruct.losses.matching import Matching
-from modstruct.losses.objective import Objective
+from modstruct.embeddings import Outputs
+from modstruct.losses.objective import build_objective
 from modstruct.losses.queue_contrast import QueueContrast, ramped
 
 PAIRS, WIDTH, VOCABULARY = 6, 5, 9
 PICTURES = torch.tensor([1, 2, 1, 3, 4, 2])
 
 
-def outputs(queue: int = 7, blanks: int = 8, seed: int = 0, dtype=torch.float64) -> FusionOutputs:
+def outputs(queue: int = 7, blanks: int = 8, seed: int = 0, dtype=torch.float64) -> Outputs:
     generator = torch.Generator().manual_seed(seed)
 
     def rows(count: int) -> Tensor:
@@ -33,7 +33,7 @@ def outputs(queue: int = 7, blanks: int = 8, seed: int = 0, dtype=torch.float64)
     def logits(*shape: int) -> Tensor:
         return (2 * torch.randn(shape, dtype=torch.float64, generator=generator)).to(dtype)
 
-    return FusionOutputs(
+    return dict(
         image=rows(PAIRS),
         text=rows(PAIRS),
         logit_scale=torch.tensor([9.0], dtype=dtype),
@@ -46,22 +46,22 @@ def outputs(queue: int = 7, blanks: int = 8, seed: int = 0, dtype=torch.float64)
         matching_logits=logits(3 * PAIRS, 2),
         matching_labels=torch.tensor([1] * PAIRS + [0, 0, -100, 0, -100, 0] + [0] * PAIRS),
         masked_logits=logits(blanks, VOCABULARY),
-        masked_logits_momentum=logits(blanks, VOCABULARY),
+        masked_logits_ema=logits(blanks, VOCABULARY),
         masked_labels=torch.randint(VOCABULARY, (blanks,), generator=generator),
     )
 
 
-def with_gradients(loss, made: FusionOutputs) -> dict[str, Tensor]:
+def with_gradients(loss, made: Outputs) -> dict[str, Tensor]:
     names = ("image", "text", "logit_scale", "matching_logits", "masked_logits")
     leaves = {name: getattr(made, name).clone().requires_grad_() for name in names}
-    value = loss(FusionOutputs(**vars(made) | leaves))
+    value = loss(dict(**vars(made) | leaves))
     return {"value": value.detach()} | dict(
         zip(names, torch.autograd.grad(value, list(leaves.values()), materialize_grads=True), strict=True)
     )
 
 
-def assert_same(ours, plain, made: FusionOutputs) -> None:
-    found, right = with_gradients(lambda o: ours(o, step=0, seed=0)[0], made), with_gradients(plain, made)
+def assert_same(ours, plain, made: Outputs) -> None:
+    found, right = with_gradients(lambda o: ours(o, step=0)[0], made), with_gradients(plain, made)
     assert found["value"].shape == ()
     for name, value in right.items():
         torch.testing.assert_close(found[name], value.reshape(found[name].shape), rtol=1e-9, atol=1e-11)
@@ -104,7 +104,7 @@ def test_with_no_image_twice_positives_are_the_pairs():
     made = outputs()
     made.pair_ids, made.queue_ids = torch.arange(PAIRS), torch.arange(7) + 50
     values = [
-        QueueContrast(QueueContrastConfig(weight=1.0, positives=positives))(made, 0, 0)[0]
+        QueueContrast(QueueContrastConfig(weight=1.0, positives=positives))(made, 0)[0]
         for positives in ("pair", "picture")
     ]
     torch.testing.assert_close(*values)
@@ -144,7 +144,7 @@ def test_matching_leaves_out_rows_without_a_negative():
 def plain_masked(alpha: float):
     def loss(o):
         one_hot = torch.eye(VOCABULARY, dtype=torch.float64)[o.masked_labels]
-        soft = o.masked_logits_momentum.exp()
+        soft = o.masked_logits_ema.exp()
         targets = (1 - alpha) * one_hot + alpha * soft / soft.sum(1, keepdim=True)
         return cross_entropy(o.masked_logits, targets).mean()
 
@@ -159,10 +159,10 @@ def test_masked_language_with_distillation(alpha):
 
 def test_a_batch_without_blanks_or_negatives_costs_nothing():
     made = outputs(blanks=0)
-    found = with_gradients(lambda o: MaskedLanguage(MaskedLanguageConfig(weight=1.0))(o, 0, 0)[0], made)
+    found = with_gradients(lambda o: MaskedLanguage(MaskedLanguageConfig(weight=1.0))(o, 0)[0], made)
     assert float(found["value"]) == 0.0
     made.matching_labels = torch.full((3 * PAIRS,), -100)
-    assert float(Matching(MatchingConfig(weight=1.0))(made, 0, 0)[0]) == 0.0
+    assert float(Matching(MatchingConfig(weight=1.0))(made, 0)[0]) == 0.0
 
 
 def test_the_objective_sums_them_and_stays_near_float64_in_float32():
@@ -173,15 +173,15 @@ def test_the_objective_sums_them_and_stays_near_float64_in_float32():
         masked_language=MaskedLanguageConfig(weight=3.0, ramp_steps=0),
     )
     right = 2 * plain_contrast(0.4, False)(outputs()) + plain_matching(outputs()) / 2 + 3 * plain_masked(0.4)(outputs())
-    total, terms = Objective(config)(outputs(), step=0, seed=0)
+    total, terms = build_objective(config)(outputs(), step=0)
     torch.testing.assert_close(total, right.reshape(()))
     assert {"queue_contrast", "matching", "matching/accuracy", "masked_language", "masked_language/words"} < set(terms)
-    single, _ = Objective(config)(outputs(dtype=torch.float32), step=0, seed=0)
+    single, _ = build_objective(config)(outputs(dtype=torch.float32), step=0)
     assert single.dtype == torch.float32
     torch.testing.assert_close(single.double(), right.reshape(()), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("missing", ["text_queue", "image_augmented", "matching_logits", "masked_logits_momentum"])
+@pytest.mark.parametrize("missing", ["text_queue", "image_augmented", "matching_logits", "masked_logits_ema"])
 def test_what_is_missing_is_named(missing):
     config = LossesConfig(
         contrastive=ContrastiveConfig(weight=0.0),
@@ -189,6 +189,6 @@ def test_what_is_missing_is_named(missing):
         matching=MatchingConfig(weight=1.0),
         masked_language=MaskedLanguageConfig(weight=1.0),
     )
-    made = FusionOutputs(**vars(outputs()) | {missing: None})
+    made = dict(**vars(outputs()) | {missing: None})
     with pytest.raises(ValueError, match=rf"embeddings\.{missing} = None: losses\.\w+ needs it"):
-        Objective(config)(made, step=0, seed=0)
+        build_objective(config)(made, step=0)

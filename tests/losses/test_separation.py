@@ -37,7 +37,7 @@ def printed_uniformity(e, t):
 
 
 def loss(e, t=2.0):
-    return Separation(SeparationConfig(weight=1.0, uniformity_t=t))(e, step=0, seed=0)
+    return Separation(SeparationConfig(weight=1.0, uniformity_t=t))(e, step=0)
 
 
 @settings(max_examples=10, deadline=None)

@@ -1,4 +1,4 @@
-"""Embeddings as a two-tower model would make them, drawn at random, for the tests of the losses."""
+"""Outputs as a two-tower model would make them, drawn at random, for the tests of the losses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from modstruct.embeddings import Embeddings
+from modstruct.embeddings import Outputs
 
 NAMES = (
     "image",
@@ -23,7 +23,7 @@ NAMES = (
 )
 
 
-def random_embeddings(pairs: int, width: int, seed: int, scale: float = 14.0) -> Embeddings:
+def random_embeddings(pairs: int, width: int, seed: int, scale: float = 14.0) -> Outputs:
     """All eight embeddings, float64, unit norm; augmented ones near the plain ones."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -35,25 +35,25 @@ def random_embeddings(pairs: int, width: int, seed: int, scale: float = 14.0) ->
         if name.endswith("_augmented"):
             rows[name] = rows[name.removesuffix("_augmented")] + 0.3 * rows[name]
     rows = {name: normalize(z) for name, z in rows.items()}
-    return Embeddings(**rows, logit_scale=torch.tensor([scale], dtype=torch.float64))
+    return dict(**rows, logit_scale=torch.tensor([scale], dtype=torch.float64))
 
 
-def transformed(embeddings: Embeddings, change: Callable[[Tensor], Tensor]) -> Embeddings:
+def transformed(embeddings: Outputs, change: Callable[[Tensor], Tensor]) -> Outputs:
     """`change` done to each of the eight embeddings."""
     return replace(embeddings, **{name: change(getattr(embeddings, name)) for name in NAMES})
 
 
-def modalities_exchanged(embeddings: Embeddings) -> Embeddings:
+def modalities_exchanged(embeddings: Outputs) -> Outputs:
     swap = {"image": "text", "text": "image"}
     renamed = {name: "_".join([swap[name.split("_")[0]], *name.split("_")[1:]]) for name in NAMES}
     return replace(embeddings, **{name: getattr(embeddings, other) for name, other in renamed.items()})
 
 
-def value_and_gradients(function: Callable[[Embeddings], Tensor], embeddings: Embeddings) -> dict[str, Tensor]:
+def value_and_gradients(function: Callable[[Outputs], Tensor], embeddings: Outputs) -> dict[str, Tensor]:
     """The value, and its gradient with respect to every embedding (0 where it is not used) and the logit scale."""
     names = (*NAMES, "logit_scale")
     leaves = {name: getattr(embeddings, name).detach().clone().requires_grad_() for name in names}
-    value = function(Embeddings(**leaves))
+    value = function(dict(**leaves))
     gradients = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
     return {"value": value.detach(), **dict(zip(names, gradients, strict=True))}
 

@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import torch
 from host_waits import no_host_waits, unwatched
+from modstruct.training.fusion_cache import CachedFusionBatch
 from plain_engine import PlainEngine
 from processes import run_on_processes
 from tiny_answers import ANSWERS, answer_model, answer_recipe, answer_tokenizer, question_batch, with_answers
@@ -27,10 +28,9 @@ from modstruct.config import (
 )
 from modstruct.data.transforms.masking import blank_places
 from modstruct.losses.distillation import Distillation
-from modstruct.losses.objective import Objective
+from modstruct.losses.objective import build_objective
 from modstruct.models.fusion.classifier import Classifier
 from modstruct.models.fusion.two_images import PairClassifier
-from modstruct.training.fusion_cache import CachedFusionBatch
 from modstruct.training.gradient_cache import WholeBatch
 
 STRUCTURE = {
@@ -44,7 +44,11 @@ Step = tuple[nn.Module, Callable, dict[str, Tensor]]
 def two_tower() -> Step:
     losses = LossesConfig(contrastive=ContrastiveConfig(in_modal=True), **STRUCTURE)
     tokenizer = word_tokenizer()
-    return tiny_model(tiny_config(), tokenizer, independent=True), Objective(losses), batch_of_both_views(tokenizer)
+    return (
+        tiny_model(tiny_config(), tokenizer, independent=True),
+        build_objective(losses),
+        batch_of_both_views(tokenizer),
+    )
 
 
 def pretraining(**contrast) -> Step:
@@ -52,7 +56,7 @@ def pretraining(**contrast) -> Step:
     losses.queue_contrast = QueueContrastConfig(weight=1.0, ramp_steps=0, **contrast)
     recipe = fusion_recipe(losses=losses)
     batch = training_batch()
-    return fusion_model(recipe), Objective(losses), batch | {"blanks": blank_places(batch["masked_labels"])}
+    return fusion_model(recipe), build_objective(losses), batch | {"blanks": blank_places(batch["masked_labels"])}
 
 
 def retrieval() -> Step:
@@ -81,8 +85,8 @@ def take_steps(name: str, parts: int) -> None:
     """Two micro-steps as training takes them; the first fills what there is of queues. Only the second is watched."""
     model, objective, batch = STEPS[name]()
     engine = PlainEngine(model.to(distributed.device()))
-    if hasattr(model, "outside_to"):
-        model.outside_to(distributed.device())
+    if hasattr(model, "ema_to"):
+        model.ema_to(distributed.device())
     step(engine, objective, batch, parts, 0)
     with watched():
         step(engine, objective, batch, parts, 1)
@@ -112,7 +116,7 @@ def step(engine: PlainEngine, objective: Callable, batch: dict[str, Tensor], par
     total, _ = objective(embedded.embeddings, number, 0, **options)
     embedded.backward(total)
     if hasattr(engine.module, "follow"):
-        engine.module.follow(embedded.embeddings, embedded.batch, number)
+        engine.module.update_ema(embedded.embeddings, embedded.batch, number)
 
 
 CASES = [(name, 1) for name in STEPS] + [("pretraining", 3), ("retrieval", 2)]

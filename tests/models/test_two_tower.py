@@ -20,7 +20,7 @@ from torch.testing import assert_close
 from torchvision.transforms import v2
 
 from modstruct.config import ViewsConfig
-from modstruct.embeddings import Embeddings
+from modstruct.embeddings import Outputs
 
 TEXT_TOWERS = ("clip", "bert")
 
@@ -47,7 +47,7 @@ def test_embeddings_are_float32_and_of_unit_norm_whatever_the_towers_compute_in(
     for dtype in (torch.float32, torch.bfloat16):
         model = tiny_model(tiny_config(architecture), tokenizer, independent=True).to(dtype)
         embeddings = model(batch_of_both_views(tokenizer))
-        assert set(embeddings) == set(vars(Embeddings(**embeddings)))
+        assert set(embeddings) == set(vars(dict(**embeddings)))
         assert embeddings.pop("logit_scale").dtype == torch.float32
         for name, rows in embeddings.items():
             assert rows.shape == (len(CAPTIONS), model.embed_dim), name

@@ -39,7 +39,7 @@ def answer_model(recipe: FinetuneRecipe | None = None, seed: int = 0) -> AnswerM
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.5 if parameter.dim() > 1 else 1)
-        for parameter in model.momentum.module.parameters() if model.momentum else ():
+        for parameter in model.ema.module.parameters() if model.ema else ():
             parameter.mul_(0.7 if parameter.dim() > 1 else 1)
     return model.eval()
 

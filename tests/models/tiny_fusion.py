@@ -21,7 +21,7 @@ from modstruct.config import (
 )
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.data.transforms.masking import with_blanks
-from modstruct.losses.objective import Objective
+from modstruct.losses.objective import build_objective
 from modstruct.models.fusion.pretraining import FusionModel
 
 
@@ -57,12 +57,12 @@ def fusion_model(recipe: Recipe | None = None, tokenizer: Tokenizer | None = Non
     """With weights large enough for the outputs to differ from row to row."""
     recipe = recipe or fusion_recipe()
     torch.manual_seed(seed)
-    model = FusionModel(recipe, tokenizer or word_tokenizer(), Objective(recipe.losses))
+    model = FusionModel(recipe, tokenizer or word_tokenizer(), build_objective(recipe.losses))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(5)
-    model.momentum.module.load_state_dict(model.state_dict())
+    model.ema.module.load_state_dict(model.state_dict())
     return model
 
 

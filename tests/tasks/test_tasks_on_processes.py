@@ -13,8 +13,8 @@ from tiny_run import ds_config
 from tiny_tasks import fine_tune_several, write_files, zero3_that_spreads_all
 
 from modstruct import checkpoints
-from modstruct.models.fusion.momentum import MOMENTUM
-from modstruct.training.conduct import best_checkpoint
+from modstruct.models.fusion.ema import EMA
+from modstruct.training.trainer import best_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_shared_projections_are_saved_once_and_learn(runs, processes):
     for name in keys:
         assert not torch.equal(early.weights[name], late.weights[name])
         assert late.moments[f"exp_avg.{name}"].abs().max() > 0
-        assert not torch.equal(late.momentum[MOMENTUM + name], late.weights[name])
+        assert not torch.equal(late.momentum[EMA + name], late.weights[name])
 
 
 @pytest.mark.parametrize("task", ["nlvr2", "retrieval"])

@@ -10,7 +10,7 @@ import pytest
 from tiny_models import register_architectures, tiny_config, tiny_model, word_tokenizer
 
 from modstruct.config import OptimizerConfig, Recipe, TrainConfig
-from modstruct.training.engine import parameter_groups, read_ds_config, resolve_ds_config
+from modstruct.training.ds_config import parameter_groups, read_ds_config, resolve_ds_config
 
 DS_CONFIGS = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from modstruct.config import ContrastiveConfig, GeometryConfig, LossesConfig, SeparationConfig
-from modstruct.embeddings import Embeddings
-from modstruct.losses.objective import Objective
+from modstruct.embeddings import Outputs
+from modstruct.losses.objective import build_objective
 from modstruct.training.gradient_cache import CachedBatch, WholeBatch
 from modstruct.training.step import embed
 
 PAIRS, FEATURES, WIDTH = 23, 12, 6
-OBJECTIVE = Objective(
+OBJECTIVE = build_objective(
     LossesConfig(
         contrastive=ContrastiveConfig(in_modal=True),
         separation=SeparationConfig(weight=1.0),
@@ -28,7 +28,7 @@ VIEWS = ("image", "image_augmented", "text", "text_augmented")
 class Towers(nn.Module):
     """Two small towers that make what the model makes."""
 
-    outputs = Embeddings
+    outputs = Outputs
 
     def __init__(self, middle: nn.Module):
         super().__init__()
@@ -61,7 +61,7 @@ def in_parts(rows: int) -> list[dict[str, Tensor]]:
 
 
 def gradients(embedded: WholeBatch | CachedBatch) -> list[Tensor]:
-    total, _ = OBJECTIVE(embedded.embeddings, step=0, seed=0)
+    total, _ = OBJECTIVE(embedded.embeddings, step=0)
     embedded.backward(total)
     return [p.grad.clone() for p in embedded.engine.module.parameters()]
 
@@ -73,7 +73,7 @@ class WithGraph:
         self.engine = engine
         made = [engine(part) for part in parts]
         rows = {n: torch.cat([m[n] for m in made]) for n in made[0] if n != "logit_scale"}
-        self.embeddings = Embeddings(**rows, logit_scale=made[0]["logit_scale"])
+        self.embeddings = dict(**rows, logit_scale=made[0]["logit_scale"])
 
     def backward(self, total: Tensor) -> None:
         total.backward()
@@ -117,7 +117,7 @@ def test_bfloat16_gradients_are_summed_in_float32():
     # The same micro-batch gradients, kept apart and added in float64.
     single = PlainEngine(Towers(nn.GELU()).bfloat16())
     cached = CachedBatch(single, in_parts(1))
-    OBJECTIVE(cached.embeddings, step=0, seed=0)[0].backward()
+    OBJECTIVE(cached.embeddings, step=0)[0].backward()
     exact = [torch.zeros_like(p, dtype=torch.float64) for p in single.module.parameters()]
     rounded = [torch.zeros_like(p) for p in single.module.parameters()]
     for i, part in enumerate(in_parts(1)):

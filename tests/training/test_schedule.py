@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modstruct.config import OptimizerConfig
-from modstruct.training.schedule import learning_rate
+from modstruct.training.trainer import learning_rate
 
 
 @st.composite

@@ -9,7 +9,7 @@ import torch
 
 from modstruct import distributed
 from modstruct.training import step_clock
-from modstruct.training.step_clock import PHASES, StepClock
+from modstruct.training.timing import PHASES, StepClock
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from modstruct.cli import parse, recipe_parser
 from modstruct.config import Recipe
 from modstruct.data.tokenizers import ClipTokenizer
 from modstruct.data.transforms.masking import with_blanks
-from modstruct.losses.objective import Objective
+from modstruct.losses.objective import build_objective
 from modstruct.models.fusion.pretraining import FusionModel
 
 
@@ -43,9 +43,9 @@ def main(arguments: list[str] | None = None) -> None:
 def measure(recipe: Recipe, pairs: int, rounds: int) -> dict[str, float]:
     """Median seconds of each part and of the whole step."""
     tokenizer = ClipTokenizer(ClipTokenizer.shipped_model(), recipe.tokenizer.context_length)
-    objective = Objective(recipe.losses, recipe.train.pairwise_precision)
+    objective = build_objective(recipe.losses, recipe.train.pairwise_precision)
     model = FusionModel(recipe, tokenizer, objective).to(distributed.device()).train()
-    model.outside_to(distributed.device())
+    model.ema_to(distributed.device())
     parts = parts_of(model, objective, batch_of(recipe, tokenizer, pairs))
     taken: dict[str, list[float]] = {name: [] for name in parts}
     for number in range(rounds + 1):  # the first warms up
@@ -92,7 +92,7 @@ def parts_of(model: FusionModel, objective: Objective, batch: dict[str, Tensor])
         backbone.fuse(tokens, mask.repeat(4, 1), seen).sum().backward()
 
     def momentum() -> None:
-        model._momentum_outputs(batch, model.fills_blanks)
+        model._ema_outputs(batch, model.fills_blanks)
 
     def losses() -> None:
         leaves = {n: v.detach().requires_grad_() if n in leaf_names else v for n, v in made.items()}

@@ -32,10 +32,10 @@ from modstruct.cli import parse as parse_recipe
 from modstruct.cli import recipe_parser
 from modstruct.config import Recipe
 from modstruct.data.tokenizers import WordPieceTokenizer
-from modstruct.embeddings import Embeddings
-from modstruct.losses.objective import Objective
+from modstruct.embeddings import Outputs
+from modstruct.losses.objective import build_objective
 from modstruct.models.two_tower import TwoTower
-from modstruct.training.engine import build_engine, read_ds_config, resolve_ds_config
+from modstruct.training.ds_config import build_engine, read_ds_config, resolve_ds_config
 from modstruct.training.gradient_cache import Batch, CachedBatch, _GradientSums, _one_reduction
 from modstruct.training.step import train_step
 
@@ -88,7 +88,7 @@ def start(recipe: Recipe, pairs: int, ds_config: str):
     recipe = replace(recipe, train=replace(recipe.train, global_batch=pairs))
     engine = build_engine(build(recipe), recipe, resolve_ds_config(read_ds_config(ds_config), recipe, 1))
     engine.train()
-    return engine, Objective(recipe.losses)
+    return engine, build_objective(recipe.losses)
 
 
 def parts_of(recipe: Recipe, pairs: int, rows: int) -> list[Batch]:
@@ -208,7 +208,7 @@ def precision(recipe: Recipe) -> dict[str, float]:
     model = build(recipe).bfloat16()
     parts = parts_of(recipe, SUMMED * 4, 4)
     cached = CachedBatch(BareEngine(model), parts)
-    Objective(recipe.losses)(cached.embeddings, 0, 0)[0].backward()
+    build_objective(recipe.losses)(cached.embeddings, 0, 0)[0].backward()
     weights = list(model.parameters())
     exact = [torch.zeros_like(p, dtype=torch.float64) for p in weights]
     rounded = [torch.zeros_like(p) for p in weights]

@@ -45,7 +45,7 @@ from modstruct.data.shards.workers import WorkerLoader
 from modstruct.data.transforms.augment import sample_seed
 from modstruct.data.transforms.image_views import centre_crop, random_crop_box
 from modstruct.models.towers import image_size
-from modstruct.training.step_clock import PHASES
+from modstruct.training.timing import PHASES
 
 BARE = "bare loop"
 AUGMENTED = ("image_augmented", "text_augmented")

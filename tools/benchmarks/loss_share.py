@@ -25,8 +25,8 @@ from torch.nn.functional import normalize
 
 from modstruct import distributed
 from modstruct.config import BridgeConfig, ContrastiveConfig, GeometryConfig, LossesConfig, SeparationConfig
-from modstruct.embeddings import Embeddings
-from modstruct.losses.objective import Objective
+from modstruct.embeddings import Outputs
+from modstruct.losses.objective import build_objective
 
 DIMENSION = 512
 EVERYTHING = LossesConfig(
@@ -40,7 +40,7 @@ EVERYTHING = LossesConfig(
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     device = torch.device(options.device)
-    objective = Objective(EVERYTHING, options.precision)
+    objective = build_objective(EVERYTHING, options.precision)
     with one_of_many(options.global_batch // options.local_batch, options.local_batch, device):
         losses = median_seconds(losses_step(objective, options.local_batch, device), options.rounds, device)
     towers = median_seconds(towers_step(options.tower_batch, device), options.rounds, device)
@@ -101,7 +101,7 @@ def losses_step(objective: Objective, batch: int, device: torch.device) -> Calla
     def step() -> None:
         made = {name: normalize(torch.randn(batch, DIMENSION, device=device), dim=1) for name in names}
         made["logit_scale"] = torch.tensor([20.0], device=device)
-        total, _ = objective(Embeddings(**{name: z.requires_grad_() for name, z in made.items()}), step=0, seed=0)
+        total, _ = objective(Embeddings(**{name: z.requires_grad_() for name, z in made.items()}), step=0)
         total.backward()
 
     return step

@@ -11,7 +11,7 @@ from modstruct.data.transforms.augment import Views
 from modstruct.errors import refuse
 from modstruct.evaluation.embeddings.model import EmbeddingModel, weights_fingerprint
 from modstruct.evaluation.saved_model import saved_model
-from modstruct.losses.objective import Objective
+from modstruct.losses.objective import build_objective
 from modstruct.models.build import image_size
 
 OF_BOTH = ("", "_features", "_projected")
@@ -34,7 +34,7 @@ def checkpoint_model(recipe: Recipe, checkpoint: str, name: str | None = None) -
     size = image_size(recipe)
     # Captions are embedded as they are: WordNet, which only augmented ones need, may be missing.
     views = replace(recipe.views, eda_synonyms=False)
-    independent = INDEPENDENT if Objective(recipe.losses).independent else ()
+    independent = INDEPENDENT if build_objective(recipe.losses).independent else ()
     tokenizer_print = hashlib.sha256(tokenizer.model).hexdigest()[:16]
     return EmbeddingModel(
         name=name or "/".join((path.resolve().parents[1].name, path.name)),

@@ -8,23 +8,20 @@ from torch.nn import functional as F
 
 from modstruct.config import FinetuneRecipe
 from modstruct.data.tokenizers import Tokenizer
-from modstruct.embeddings import TaskOutputs
 from modstruct.errors import require
 from modstruct.models.fusion.backbone import Backbone
 from modstruct.models.fusion.bert import LanguageHead, Layers, Words, initialise
-from modstruct.models.fusion.momentum import FollowedModel
+from modstruct.models.fusion.ema import EmaModel
 
 CROSS_ATTENTION_INPUTS = (".crossattention.self.key.weight", ".crossattention.self.value.weight")
 
 
-class AnswerModel(FollowedModel):
+class AnswerModel(EmaModel):
     """Question and image, fused -> answer, by causal layers that look at the fused question (VQA's model).
 
-    Answers are ids as a tokenizer makes them: start, tokens, end, padding. A momentum copy softens the tokens' labels
+    Answers are ids as a tokenizer makes them: start, tokens, end, padding. An EMA copy softens the tokens' labels
     where task.alpha is above 0.
     """
-
-    outputs = TaskOutputs
 
     def __init__(self, recipe: FinetuneRecipe, tokenizer: Tokenizer):
         """Raises ValueError for a task.answer_context above the tokenizer's context, which bounds the positions."""
@@ -45,14 +42,14 @@ class AnswerModel(FollowedModel):
         self.answer_context = task.answer_context
         self.distils = task.alpha > 0
         if self.distils:
-            self.start_momentum(task.momentum)
+            self.start_ema(task.momentum)
 
     def trunks(self) -> dict[str, nn.Module]:
         """The three encoders and the decoder."""
         return self.backbone.trunks() | {"decoder": self.decoder}
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Every token of the answers, predicted from those before it: TaskOutputs' fields, a row for each token.
+        """Every token of the answers, predicted from those before it: Outputs' fields, a row for each token.
 
         batch: image (B, 3, H, W) uint8, text (B, L) ids, and A >= 1 answers: answer (A, L') ids, answer_of (A,)
         int64, the row of the question that each belongs to, answer_weight (A,) float32, answer_tokens (T, 2), as
@@ -70,7 +67,7 @@ class AnswerModel(FollowedModel):
         }
         if self.distils:
             with torch.no_grad(), self.autocast(device):
-                made["logits_momentum"] = self.momentum.module._answer_logits(batch)
+                made["logits_ema"] = self._ema[0].module._answer_logits(batch)
         return made
 
     def encode(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from modstruct.data.tokenizers import Tokenizer
 from modstruct.models.fusion.bert import Layers, Words, bert_config, initialise
 from modstruct.models.fusion.published import load_bert
 from modstruct.models.fusion.vision import build_image_encoder
-from modstruct.models.pixels import standardised
+from modstruct.models.towers import standardised
 
 
 class Backbone(nn.Module):
@@ -27,7 +27,7 @@ class Backbone(nn.Module):
         self.padding_id = tokenizer.padding_id
         self.mean, self.std = views.mean, views.std
         self.image = build_image_encoder(config.vision)
-        self.image_width = self.image.embed_dim
+        self.image_width: int = self.image.embed_dim
         self.words = Words(self.bert)
         self.text = Layers(self.bert, 0, text.text_layers)
         self.fusion = Layers(self.bert, text.text_layers, text.fusion_layers, seen_width=self.image_width)

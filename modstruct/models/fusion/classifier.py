@@ -7,10 +7,9 @@ from torch import Tensor, nn
 
 from modstruct.config import FinetuneRecipe
 from modstruct.data.tokenizers import Tokenizer
-from modstruct.embeddings import TaskOutputs
 from modstruct.models.fusion.backbone import Backbone
 from modstruct.models.fusion.bert import initialise
-from modstruct.models.fusion.momentum import FollowedModel
+from modstruct.models.fusion.ema import EmaModel
 
 
 def classification_head(width: int, classes: int) -> nn.Sequential:
@@ -20,10 +19,8 @@ def classification_head(width: int, classes: int) -> nn.Sequential:
     return head
 
 
-class Classifier(FollowedModel):
-    """Fused [CLS] -> classes. A momentum copy softens the labels where task.alpha is above 0."""
-
-    outputs = TaskOutputs
+class Classifier(EmaModel):
+    """Fused [CLS] -> classes. An EMA copy softens the labels where task.alpha is above 0."""
 
     def __init__(self, recipe: FinetuneRecipe, tokenizer: Tokenizer, classes: int):
         super().__init__()
@@ -31,14 +28,14 @@ class Classifier(FollowedModel):
         self.head = classification_head(self.backbone.text_width, classes)
         self.distils = recipe.task.alpha > 0
         if self.distils:
-            self.start_momentum(recipe.task.momentum)
+            self.start_ema(recipe.task.momentum)
 
     @staticmethod
     def make_backbone(recipe: FinetuneRecipe, tokenizer: Tokenizer) -> Backbone:
         return Backbone(recipe.fusion, recipe.views, tokenizer)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """batch: image (B, 3, H, W) uint8, text (B, L) ids, in training label (B,). Returns TaskOutputs' fields."""
+        """batch: image (B, 3, H, W) uint8, text (B, L) ids, in training label (B,). Returns Outputs' fields."""
         made = {"logits": self.classify(batch)}
         if "label" not in batch:
             return made
@@ -47,7 +44,7 @@ class Classifier(FollowedModel):
         made |= {"labels": labels, "entries": labels.new_full((1,), len(labels))}
         if self.distils:
             with torch.no_grad(), self.autocast(batch["text"].device):
-                made["logits_momentum"] = self.momentum.module.classify(batch)
+                made["logits_ema"] = self._ema[0].module.classify(batch)
         return made
 
     def classify(self, batch: dict[str, Tensor]) -> Tensor:

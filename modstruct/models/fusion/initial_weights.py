@@ -18,7 +18,7 @@ from modstruct.data.tokenizers import Tokenizer, build_tokenizer, load_tokenizer
 from modstruct.distributed import main_first
 from modstruct.errors import refuse, require
 from modstruct.files import read_yaml
-from modstruct.models.fusion.momentum import MOMENTUM
+from modstruct.models.fusion.ema import EMA
 from modstruct.models.fusion.published import QUEUE, fit_positions, from_albef, is_albef
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def start_pretraining(model: FusionModel, init: str) -> None:
         for name, value in read_everything(init, "fusion.init").items()
     }
     given = fit_positions(given, model)
-    weights = {name: value for name, value in given.items() if not name.startswith((MOMENTUM, QUEUE))}
+    weights = {name: value for name, value in given.items() if not name.startswith((EMA, QUEUE))}
     expected = model.state_dict()
     wrong = [name for name in expected.keys() & weights.keys() if expected[name].shape != weights[name].shape]
     wrong += [name for name in expected.keys() - weights.keys() if name.startswith("backbone.")]
@@ -97,12 +97,12 @@ def start_pretraining(model: FusionModel, init: str) -> None:
     anew = sorted(expected.keys() - weights.keys())
     started = expected | {name: value for name, value in weights.items() if name in expected}
     model.load_state_dict(started)
-    copies = {f"{MOMENTUM}{name}": value for name, value in started.items()}
+    copies = {f"{EMA}{name}": value for name, value in started.items()}
     copies |= {name: value for name, value in given.items() if name in copies and value.shape == copies[name].shape}
     queue = {name: value for name, value in given.items() if name.startswith(QUEUE)}
-    own = {name: value for name, value in model.outside_state().items() if name.startswith(QUEUE)}
+    own = {name: value for name, value in model.ema_state_dict().items() if name.startswith(QUEUE)}
     same = queue.keys() == own.keys() and all(own[name].shape == value.shape for name, value in queue.items())
-    model.load_outside_state(copies | (queue if same else {}))
+    model.load_ema_state_dict(copies | (queue if same else {}))
     log.info("Started from %s%s", init, f"; new: {', '.join(anew)}" if anew else "")
     if queue and not same:
         log.info("The queue of %s is of another size than fusion.queue and starts empty", init)
@@ -160,10 +160,9 @@ def start_from(model: nn.Module, initial: Initial) -> None:
     weights = initial.weights
     if is_albef(weights):
         weights = from_albef(weights, len(model.backbone.text.layer))
-    weights = {name: value.float() for name, value in weights.items() if not name.startswith(MOMENTUM)}
+    weights = {name: value.float() for name, value in weights.items() if not name.startswith(EMA)}
     weights = fit_positions(weights, model)
-    if hasattr(model, "adopt"):
-        weights = model.adopt(weights)
+    weights = model.adopt(weights)
     expected = model.state_dict()
     wrong = sorted(n for n in expected.keys() & weights.keys() if expected[n].shape != weights[n].shape)
     missing = sorted(n for n in expected if n.startswith("backbone.") and n not in weights)
@@ -172,7 +171,7 @@ def start_from(model: nn.Module, initial: Initial) -> None:
         refuse("--init", str(initial.path), f"{remedy} {', '.join([*wrong, *missing][:5])}")
     with torch.no_grad():
         model.load_state_dict({name: value for name, value in weights.items() if name in expected}, strict=False)
-    if model.momentum:
-        model.momentum.module.load_state_dict(model.state_dict())
+    if model.ema:
+        model.ema.module.load_state_dict(model.state_dict())
     anew = sorted({name.split(".")[0] for name in expected.keys() - weights.keys()})
     log.info("Started from %s%s", initial.path, f"; new: {', '.join(anew)}" if anew else "")

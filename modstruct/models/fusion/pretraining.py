@@ -1,6 +1,9 @@
-"""The fusion model in pre-training: encoders, heads, momentum copy and queue, and what the losses need."""
+"""The fusion model in pre-training: encoders, heads, EMA copy and queue, and what the losses need."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,28 +14,30 @@ from modstruct.config import FinetuneRecipe, Recipe
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.data.transforms.masking import IGNORED, blank_places
 from modstruct.distributed import RowExchange
-from modstruct.embeddings import FusionOutputs
 from modstruct.losses.objective import Objective
 from modstruct.models.fusion.backbone import Backbone
 from modstruct.models.fusion.bert import LanguageHead, initialise
-from modstruct.models.fusion.momentum import FeatureQueue, FollowedModel
+from modstruct.models.fusion.ema import EmaModel, FeatureQueue
 from modstruct.models.fusion.negatives import NONE, hard_negatives
 from modstruct.models.fusion.published import QUEUE
-from modstruct.models.two_tower import Clamp
+from modstruct.models.protocol import Batch
 
 PAIR_FIELDS = frozenset({"image_id", "text_id", "slot"})
-BLANK_FIELDS = frozenset({"text_masked", "masked_labels"})
-TRAINING_FIELDS = PAIR_FIELDS | BLANK_FIELDS
+TRAINING_FIELDS = PAIR_FIELDS | {"text_masked", "masked_labels"}
 
 
-class FusionModel(FollowedModel):
+class FusionModel(EmaModel):
     """ALBEF's pre-training model (Li et al. 2021, sections 3.1 to 3.3), with independent heads on request.
 
     Called with images or texts it embeds them; with all its `batch_fields` too, it makes all that the objective asks
-    for. `momentum` and `queue` are no weights of it: see momentum.py.
+    for. `ema` and `queue` are no weights of it: see ema.py.
     """
 
-    outputs = FusionOutputs
+    constants = frozenset(
+        f"{kind}_augmented" for kind in ("image", "text", "image_independent", "text_independent")
+    ) | frozenset({"image_queue", "text_queue", "pair_ids", "queue_ids"})
+    shared_outputs = frozenset({"logit_scale", "image_queue", "text_queue", "queue_ids"})
+    place_fields = frozenset({"blanks"})
 
     def __init__(self, recipe: Recipe | FinetuneRecipe, tokenizer: Tokenizer, objective: Objective):
         super().__init__()
@@ -50,60 +55,52 @@ class FusionModel(FollowedModel):
         if self.independent:
             self.image_independent_head = nn.Linear(widths["image"], config.embed_dim, bias=False)
             self.text_independent_head = nn.Linear(widths["text"], config.embed_dim, bias=False)
-        self.logit_scale_range = config.log_scale_range
+        self.scalar_limits["logit_scale"] = config.log_scale_range
         self.logit_scale = nn.Parameter(-torch.tensor([config.temperature_init]).log())
+        self.add_scalars(objective.scalars)
         self.matches = "matching" in objective.weights
-        self.fills_blanks = "masked_language" in objective.weights
+        self.masks = "masked_language" in objective.weights
         self.negatives = recipe.losses.matching.negatives
         self.seed = recipe.train.seed
         self.queue_after = config.queue_after
-        self.batch_fields = TRAINING_FIELDS if self.fills_blanks else PAIR_FIELDS
+        self.batch_fields = TRAINING_FIELDS if self.masks else PAIR_FIELDS
         self._freeze_unused()
-        self.start_momentum(config.momentum)
-        self._outside.append(FeatureQueue(config.queue, config.embed_dim))
-
-    @property
-    def constants(self) -> frozenset[str]:
-        """Names of outputs that no gradient reaches."""
-        augmented = ("image", "text", "image_independent", "text_independent")
-        return frozenset(
-            {f"{name}_augmented" for name in augmented} | {"image_queue", "text_queue", "pair_ids", "queue_ids"}
-        )
+        self.start_ema(config.momentum)
+        self._queue = [FeatureQueue(config.queue, config.embed_dim)]
 
     @property
     def queue(self) -> FeatureQueue:
-        return self._outside[1]
+        return self._queue[0]
 
-    def forward(self, batch: dict[str, Tensor], embed_only: bool = False, features: bool = False) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, embed_only: bool = False, features: bool = False) -> dict[str, Tensor]:
         """batch: any of image (B, 3, H, W) uint8 and text (B, L) ids, and for training all `batch_fields` as well.
 
-        embed_only: in training, leave out what matching and masked language modelling need. A micro-batch brings its
-        negatives: wrong_image, wrong_text as image and text, has_wrong_image and has_wrong_text (B,).
+        embed_only: in training, leave out what matching and masked language modelling need. A micro-batch brings what
+        `exchange` made.
         features: add image_features (B, F) and text_features (B, F'), the first tokens before the shared projection,
         and image_projected and text_projected (B, D), what normalisation takes.
         blanks (M, 2): where masked_labels has labels; without it the model looks there, for which a GPU is waited for.
-        Returns the fields of FusionOutputs that the batch allows, float32; a plain dict, because ZeRO-3 looks for the
-        tensors whose gradients it must wait for in dicts and tuples only.
+        Returns the fields of Outputs that the batch allows, float32.
         """
-        made = {"logit_scale": Clamp.apply(self.logit_scale.float(), *self.logit_scale_range).exp()}
+        made = {name: self.clamped(name) for name in self.scalar_limits}
+        made["logit_scale"] = made["logit_scale"].exp()
         training = batch.keys() >= self.batch_fields
-        fills_blanks = training and self.fills_blanks and not embed_only
-        image = text = blanked = None
+        masks = training and self.masks and not embed_only
         if "image" in batch:
             image = self.backbone.encode_image(batch["image"])
             made |= self.embed("image", image[:, 0], features)
         if "text" in batch:
-            text, blanked = self._encode_texts(self.backbone, batch, fills_blanks)
+            text, masked = self._encode_texts(self.backbone, batch, masks)
             made |= self.embed("text", text[:, 0], features)
         if not training:
             return made
-        if fills_blanks and "blanks" not in batch:
+        if masks and "blanks" not in batch:
             batch = batch | {"blanks": blank_places(batch["masked_labels"])}
-        made |= self._momentum_outputs(batch, fills_blanks)
+        made |= self._ema_outputs(batch, masks)
         matches = self.matches and not embed_only
-        drawn = self.draw_negatives(made, batch) if matches and "wrong_image" not in batch else None
-        if fills_blanks:  # before the wrong rows are exchanged: RowExchange says why
-            logits, labels = self._fill_blanks(self, batch, image, blanked)
+        drawn = self._draw_negatives(made, batch) if matches and "wrong_image" not in batch else None
+        if masks:  # before the wrong rows are exchanged: RowExchange says why
+            logits, labels = self._masked_logits(self, batch, image, masked)
             made |= {"masked_logits": logits, "masked_labels": labels}
         if matches:
             made |= self._matching(batch, image, text, drawn)
@@ -113,8 +110,8 @@ class FusionModel(FollowedModel):
         """What no loss reaches is not trained: weight decay would wear it away, as ZeRO gives it a gradient of 0."""
         used = {
             "matching_head": self.matches,
-            "language_head": self.fills_blanks,
-            "backbone.fusion": self.matches or self.fills_blanks,
+            "language_head": self.masks,
+            "backbone.fusion": self.matches or self.masks,
         }
         for name, reached in used.items():
             self.get_submodule(name).requires_grad_(reached)
@@ -142,109 +139,110 @@ class FusionModel(FollowedModel):
         text, image = (tokens.to(self.logit_scale.dtype) for tokens in (text, image))
         return self.matching_head(self.backbone.fuse(text, mask, image)[:, 0]).float()
 
-    def _encode_texts(
-        self, backbone: Backbone, batch: dict[str, Tensor], blanked: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Tokens of the captions and, mostly in the same pass, of the captions with blanks."""
-        if not blanked:
-            return backbone.encode_text(batch["text"]), None
-        # The blanks' mask is the caption's: a word may have been replaced by any id, padding among them.
+    def _encode_texts(self, backbone: Backbone, batch: Batch, masks: bool) -> tuple[Tensor, Tensor]:
+        """Tokens of the captions and, mostly in the same pass, of the masked captions; of the captions twice else."""
+        if not masks:
+            text = backbone.encode_text(batch["text"])
+            return text, text
+        # The padding mask is the caption's: a word may have been replaced by any id, padding among them.
         mask = backbone.mask(batch["text"])
         if backbone.training and backbone.bert.hidden_dropout_prob > 0:
             # The gradient cache embeds the captions alone first: on them, dropout must fall as it did there.
-            return tuple(backbone.encode_text(batch[name], mask) for name in ("text", "text_masked"))
+            return backbone.encode_text(batch["text"], mask), backbone.encode_text(batch["text_masked"], mask)
         ids = torch.cat([batch["text"], batch["text_masked"]])
-        plain, with_blanks = backbone.encode_text(ids, mask.repeat(2, 1)).chunk(2)
-        return plain, with_blanks
+        plain, masked = backbone.encode_text(ids, mask.repeat(2, 1)).chunk(2)
+        return plain, masked
 
-    def _fill_blanks(
-        self, model: FusionModel, batch: dict[str, Tensor], image: Tensor, blanked: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Logits (M, vocabulary) over the words and the right ids (M,), at the M blanks of these rows."""
-        hidden = model.backbone.fuse(blanked, self.backbone.mask(batch["text"]), image)
+    def _masked_logits(self, model: FusionModel, batch: Batch, image: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (M, vocabulary) over the words and the right ids (M,), at the M masked tokens of these rows."""
+        hidden = model.backbone.fuse(masked, self.backbone.mask(batch["text"]), image)
         row, column = batch["blanks"].unbind(dim=1)
         logits = model.language_head(hidden[row, column], model.backbone.words.word_embeddings)
         return logits.float(), batch["masked_labels"][row, column]
 
     @torch.no_grad()
-    def _momentum_outputs(self, batch: dict[str, Tensor], fills_blanks: bool) -> dict[str, Tensor]:
-        """The momentum model's embeddings, which are the augmented views, its logits at the blanks, and the queues."""
-        copy: FusionModel = self.momentum.module
+    def _ema_outputs(self, batch: Batch, masks: bool) -> dict[str, Tensor]:
+        """The EMA model's embeddings, which are the augmented views, its masked tokens' logits, and the queues."""
+        copy = cast(FusionModel, self._ema[0].module)
         with self.autocast(batch["image"].device):
             image = copy.backbone.encode_image(batch["image"])
-            text, blanked = self._encode_texts(copy.backbone, batch, fills_blanks)
+            text, masked = self._encode_texts(copy.backbone, batch, masks)
             own = copy.embed("image", image[:, 0]) | copy.embed("text", text[:, 0])
             made = {f"{name}_augmented": rows for name, rows in own.items()}
-            if fills_blanks:
-                made["masked_logits_momentum"], _ = self._fill_blanks(copy, batch, image, blanked)
+            if masks:
+                made["masked_logits_ema"], _ = self._masked_logits(copy, batch, image, masked)
         filled = self.queue.filled
         made |= {"image_queue": self.queue.image[:filled], "text_queue": self.queue.text[:filled]}
         return made | {"pair_ids": batch["image_id"], "queue_ids": self.queue.ids[:filled]}
 
-    def draw_negatives(
-        self, made: dict[str, Tensor], batch: dict[str, Tensor]
-    ) -> tuple[RowExchange, Tensor, RowExchange, Tensor]:
-        """The exchange that brings each row its wrong image, and whether there is one, (B,); the same of captions.
+    def exchange(self, outputs: Mapping[str, Tensor], batch: Batch) -> Callable[[], Batch]:
+        """For every row a wrong image and a wrong caption, to be encoded beside it, and its three labels."""
+        if not self.matches:
+            return dict
+        images, texts, labels = self._draw_negatives(outputs, batch)
+        return lambda: {
+            "wrong_image": images(batch["image"]),
+            "wrong_text": texts(batch["text"]),
+            "matching_labels": labels,
+        }
 
-        made: embeddings, shared and augmented, and the scale. Where there is none, a row gets its own.
+    def _draw_negatives(self, outputs: Mapping[str, Tensor], batch: Batch) -> tuple[RowExchange, RowExchange, Tensor]:
+        """What brings each row its wrong image, the same of captions, and labels (B, 3) of the pair, the row with the
+        wrong image, the row with the wrong caption.
+
+        outputs: embeddings, shared and augmented, and the scale. Where there is no negative, a row gets its own.
         """
-        ids, scale = (batch["image_id"], batch["text_id"]), made["logit_scale"].detach()
+        ids, scale = (batch["image_id"], batch["text_id"]), outputs["logit_scale"].detach()
         mine = torch.arange(len(ids[0]), device=ids[0].device) + distributed.rank() * len(ids[0])
 
-        def negative(rows: str, candidates: str) -> tuple[RowExchange, Tensor]:
-            given = made[rows].detach(), made[f"{candidates}_augmented"], scale, *ids, batch["slot"]
+        def negative(rows: str, candidates: Literal["image", "text"]) -> tuple[RowExchange, Tensor]:
+            given = outputs[rows].detach(), outputs[f"{candidates}_augmented"], scale, *ids, batch["slot"]
             found = hard_negatives(*given, self.seed, candidates, self.negatives)
-            return RowExchange(torch.where(found == NONE, mine, found)), found != NONE
+            label = torch.where(found != NONE, torch.zeros_like(batch["slot"]), IGNORED)
+            return RowExchange(torch.where(found == NONE, mine, found)), label
 
-        return *negative("text", "image"), *negative("image", "text")
+        (images, of_image), (texts, of_text) = negative("text", "image"), negative("image", "text")
+        return images, texts, torch.stack([torch.ones_like(batch["slot"]), of_image, of_text], dim=1)
 
     def _matching(
-        self,
-        batch: dict[str, Tensor],
-        image: Tensor,
-        text: Tensor,
-        drawn: tuple[RowExchange, Tensor, RowExchange, Tensor] | None,
+        self, batch: Batch, image: Tensor, text: Tensor, drawn: tuple[RowExchange, RowExchange, Tensor] | None
     ) -> dict[str, Tensor]:
         """Logits (3 B, 2) of pairs, of texts with a wrong image, of images with a wrong text; and labels.
 
-        drawn: the wrong ones; None for a micro-batch, which brings them.
+        drawn: the negatives; None for a micro-batch, which brings them.
         """
         mask = self.backbone.mask(batch["text"])
         if drawn is None:
-            has_image, has_text = batch["has_wrong_image"], batch["has_wrong_text"]
+            labels = batch["matching_labels"]
             wrong_image = self.backbone.encode_image(batch["wrong_image"])
-            wrong_text, wrong_mask = (
-                self.backbone.encode_text(batch["wrong_text"]),
-                self.backbone.mask(batch["wrong_text"]),
-            )
+            wrong_text = self.backbone.encode_text(batch["wrong_text"])
+            wrong_mask = self.backbone.mask(batch["wrong_text"])
         else:
-            image_of, has_image, text_of, has_text = drawn
-            wrong_image, wrong_text = image_of(image), text_of(text)
-            wrong_mask = text_of(mask.to(torch.uint8)).bool()
+            images, texts, labels = drawn
+            wrong_image, wrong_text = images(image), texts(text)
+            wrong_mask = texts(mask.to(torch.uint8)).bool()
         logits = self.match(
             torch.cat([text, text, wrong_text]),
             torch.cat([mask, mask, wrong_mask]),
             torch.cat([image, wrong_image, image]),
         )
-        labels = [torch.ones_like(batch["slot"])]
-        labels += [torch.where(has, torch.zeros_like(batch["slot"]), IGNORED) for has in (has_image, has_text)]
-        return {"matching_logits": logits, "matching_labels": torch.cat(labels)}
+        return {"matching_logits": logits, "matching_labels": labels.T.flatten()}
 
-    def follow(self, outputs: FusionOutputs, batch: dict[str, Tensor], step: int = 0) -> None:
-        """After an optimizer step: the momentum weights follow, the queue takes the batch's momentum embeddings."""
-        super().follow(outputs, batch, step)
+    def update_ema(self, outputs: Mapping[str, Tensor], batch: Batch, step: int) -> None:
+        """The queue takes the batch's EMA embeddings too."""
+        super().update_ema(outputs, batch, step)
         if step < self.queue_after:
             return
-        rows = (outputs.image_augmented, outputs.text_augmented, batch["image_id"])
-        self.queue.push(*(distributed.gather(row) for row in rows))
+        image, text = distributed.gather(outputs["image_augmented"]), distributed.gather(outputs["text_augmented"])
+        self.queue.push(image, text, distributed.gather(batch["image_id"]))
 
-    def outside_state(self) -> dict[str, Tensor]:
-        return super().outside_state() | {f"{QUEUE}{name}": value for name, value in self.queue.state().items()}
+    def ema_state_dict(self) -> dict[str, Tensor]:
+        return super().ema_state_dict() | {f"{QUEUE}{name}": value for name, value in self.queue.state().items()}
 
-    def load_outside_state(self, state: dict[str, Tensor]) -> None:
-        super().load_outside_state(state)
+    def load_ema_state_dict(self, state: dict[str, Tensor]) -> None:
+        super().load_ema_state_dict(state)
         self.queue.load({n.removeprefix(QUEUE): value for n, value in state.items() if n.startswith(QUEUE)})
 
-    def outside_to(self, device: torch.device) -> None:
-        super().outside_to(device)
+    def ema_to(self, device: torch.device) -> None:
+        super().ema_to(device)
         self.queue.to(device)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from modstruct.checkpoints.weight_files import read_weight_file
 from modstruct.distributed import main_first
 from modstruct.errors import refuse, require
-from modstruct.models.fusion.momentum import MOMENTUM
+from modstruct.models.fusion.ema import EMA
 from modstruct.models.fusion.vision import interpolate_positions
 
 QUEUE = "queue."
@@ -32,11 +32,11 @@ PREFIXES = {
 LEFT_OUT = ("cls.predictions.decoder.weight", "cls.predictions.decoder.bias", "embeddings.position_ids")
 # What its pre-training model has a momentum copy of.
 COPIED = ("visual_encoder", "text_encoder", "vision_proj", "text_proj")
-_MOMENTUM_NAME = re.compile(rf"^({'|'.join(COPIED)})_m\.")
+_EMA_NAME = re.compile(rf"^({'|'.join(COPIED)})_m\.")
 _LAYER = re.compile(r"backbone\.(?:text|fusion)\.layer\.")
 _CROSS_ATTENTION = re.compile(r"^text_encoder\.(?:bert\.)?encoder\.layer\.(\d+)\.crossattention\.")
 # Ours alone: heads of deep feature separation, momentum copies of what ALBEF keeps none of.
-_OURS_ALONE = ("independent_head", f"{MOMENTUM}logit_scale", f"{MOMENTUM}matching_head.")
+_OURS_ALONE = ("independent_head", f"{EMA}logit_scale", f"{EMA}matching_head.")
 
 
 def is_albef(weights: dict[str, Tensor]) -> bool:
@@ -73,9 +73,9 @@ def from_albef(weights: dict[str, Tensor], text_layers: int | None = None) -> di
             ours[QUEUE + name.removesuffix("_queue")] = value.T.contiguous()
             ours[f"{QUEUE}ids"] = -1 - torch.arange(value.shape[1])
         else:
-            momentum = _MOMENTUM_NAME.match(name)
-            plain = _MOMENTUM_NAME.sub(r"\1.", name)
-            ours[(MOMENTUM if momentum else "") + _ours(plain, text_layers)] = value
+            momentum = _EMA_NAME.match(name)
+            plain = _EMA_NAME.sub(r"\1.", name)
+            ours[(EMA if momentum else "") + _ours(plain, text_layers)] = value
     return ours
 
 
@@ -109,8 +109,8 @@ def to_albef(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         elif name.startswith(QUEUE):
             queue[name.removeprefix(QUEUE)] = value
         else:
-            plain = _theirs(name.removeprefix(MOMENTUM))
-            theirs[_copied(plain) if name.startswith(MOMENTUM) else plain] = value
+            plain = _theirs(name.removeprefix(EMA))
+            theirs[_copied(plain) if name.startswith(EMA) else plain] = value
     for name in [name for name in theirs if name.split(".")[0] in COPIED]:
         theirs.setdefault(_copied(name), theirs[name])
     if queue and len(queue["image"]):
@@ -198,7 +198,7 @@ def fit_positions(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Ten
     grid, those of the text cut to its context length."""
     encoder, words = model.backbone.image, model.backbone.words.position_embeddings.weight
     fitted = dict(weights)
-    for prefix in ("", MOMENTUM):
+    for prefix in ("", EMA):
         name = f"{prefix}backbone.image.pos_embed"
         if name in fitted and fitted[name].shape != encoder.pos_embed.shape:
             fitted[name] = interpolate_positions(fitted[name], encoder)

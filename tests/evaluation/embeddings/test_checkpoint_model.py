@@ -14,7 +14,7 @@ from modstruct.checkpoints import Checkpoint, TrainState
 from modstruct.config import LossesConfig
 from modstruct.config.recipe_files import recipe_to_dict
 from modstruct.evaluation.embeddings import checkpoint_model
-from modstruct.losses.objective import Objective
+from modstruct.losses.objective import build_objective
 from modstruct.models.build import build_model
 
 RECIPES = {
@@ -30,7 +30,7 @@ def made(request, tmp_path):
     recipe = RECIPES[request.param](tiny_recipe(tmp_path / "run", tmp_path / "cache"))
     tokenizer = word_tokenizer()
     torch.manual_seed(0)
-    model = build_model(recipe, tokenizer, Objective(recipe.losses)).eval()
+    model = build_model(recipe, tokenizer, build_objective(recipe.losses)).eval()
     state, described = TrainState(4), recipe_to_dict(recipe)
     checkpoint = Checkpoint(model.state_dict(), {}, {"cpu.0": torch.get_rng_state()}, state, {"step": 4}, described)
     checkpoints.write(checkpoints.step_folder(tmp_path / "run", 4), checkpoint, tokenizer)
@@ -40,7 +40,7 @@ def made(request, tmp_path):
 def test_a_checkpoint_embeds_as_its_model(made):
     recipe, model, run = made
     embedding = checkpoint_model(recipe, str(run))
-    independent = Objective(recipe.losses).independent
+    independent = build_objective(recipe.losses).independent
     names = {f"{name}{kind}" for name in ("image", "text") for kind in ("", "_features", "_projected")}
     names |= {"image_independent", "text_independent"} if independent else set()
     assert embedding.arrays == names | {"image_augmented"}

@@ -17,9 +17,9 @@ from tiny_answers import (
 from torch import Tensor
 
 from modstruct.config import FinetuneRecipe, LossesConfig
-from modstruct.embeddings import TaskOutputs
+from modstruct.embeddings import Outputs
 from modstruct.losses.distillation import Distillation
-from modstruct.losses.objective import Objective
+from modstruct.losses.objective import build_objective
 from modstruct.models.fusion.answering import AnswerModel
 from modstruct.models.fusion.initial_weights import Initial, start_from
 from modstruct.models.fusion.pretraining import FusionModel
@@ -44,7 +44,7 @@ def transcribed_loss(model: AnswerModel, batch: dict[str, Tensor], alpha: float)
     """Li et al. 2021, VQA: for each question, the weighted sum over its answers of the sum over tokens of
     (1 - alpha) times the cross entropy plus alpha times that against the momentum model; the mean over questions."""
     model = model.double()
-    copy = model.momentum.module.double() if model.momentum else model
+    copy = model.ema.module.double() if model.ema else model
     total = 0.0
     for question, answers in enumerate(ANSWERS):
         for answer, weight in answers.items():
@@ -60,7 +60,7 @@ def transcribed_loss(model: AnswerModel, batch: dict[str, Tensor], alpha: float)
 def test_the_loss_is_albefs(alpha):
     model = answer_model(answer_recipe(alpha=alpha))
     batch = with_answers(question_batch(), ANSWERS)
-    found, _ = Distillation(alpha, ramp_steps=0)(TaskOutputs(**model(batch)), step=5, seed=0)
+    found, _ = Distillation(alpha, ramp_steps=0)(dict(**model(batch)), step=5, seed=0)
     with torch.no_grad():
         expected = transcribed_loss(model, batch, alpha)
     assert float(found.detach()) == pytest.approx(expected, rel=1e-5)
@@ -68,7 +68,7 @@ def test_the_loss_is_albefs(alpha):
 
 
 def test_rows_are_the_answers_tokens():
-    outputs = TaskOutputs(**answer_model()(with_answers(question_batch(), ANSWERS)))
+    outputs = dict(**answer_model()(with_answers(question_batch(), ANSWERS)))
     # "a dark light blue" has 4 tokens and an end; a question without answers has no row, yet counts.
     assert outputs.logits.shape[0] == len(outputs.labels) == (2 + 1) + (1 + 1) + (4 + 1) + 3 * 2
     assert outputs.entries.tolist() == [4]
@@ -76,13 +76,13 @@ def test_rows_are_the_answers_tokens():
         [0.6] * 3 + [0.3] * 2 + [0.1] * 5 + [0.7] * 2 + [0.3] * 2 + [1.0] * 2
     )
     assert not (outputs.labels == 0).any()
-    assert not outputs.logits_momentum.requires_grad
+    assert not outputs.logits_ema.requires_grad
 
 
 @pytest.mark.parametrize("answers", [ANSWERS, [{}, {}, {}, {}]], ids=["some", "none"])
 def test_every_parameter_has_a_gradient(answers):
     model = answer_model()
-    loss, terms = Distillation(0.4, 0)(TaskOutputs(**model(with_answers(question_batch(), answers))), 0, 0)
+    loss, terms = Distillation(0.4, 0)(dict(**model(with_answers(question_batch(), answers))), 0, 0)
     loss.backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
     if not any(answers):
@@ -190,7 +190,7 @@ def pretrained(recipe: FinetuneRecipe) -> dict[str, Tensor]:
     torch.manual_seed(7)
     losses = LossesConfig()
     recipe.losses = losses
-    model = FusionModel(recipe, answer_tokenizer(), Objective(losses))
+    model = FusionModel(recipe, answer_tokenizer(), build_objective(losses))
     return {name: torch.randn_like(value) for name, value in model.state_dict().items()}
 
 
@@ -211,7 +211,7 @@ def test_the_decoder_starts_from_pre_training(layers, came_from):
         expected = before[name] if own is None else weights[sources[own] + name.removeprefix(own)]
         assert torch.equal(value, expected), name
         assert own is not None or name.startswith(new)
-        assert torch.equal(model.momentum.module.state_dict()[name], value)
+        assert torch.equal(model.ema.module.state_dict()[name], value)
     assert len(model.decoder.layer) == (layers or 2)
 
 

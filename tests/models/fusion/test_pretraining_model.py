@@ -10,8 +10,7 @@ from tiny_fusion import albef_losses, fusion_model, fusion_recipe, training_batc
 from tiny_models import word_tokenizer
 
 from modstruct.config import ContrastiveConfig, LossesConfig, MatchingConfig
-from modstruct.embeddings import FusionOutputs
-from modstruct.losses.objective import Objective
+from modstruct.losses.objective import build_objective
 from modstruct.models.build import build_model
 from modstruct.models.execution import recompute_activations
 from modstruct.models.fusion.pretraining import IGNORED
@@ -114,7 +113,7 @@ def test_shared_weights_do_not_depend_on_independent_heads():
 def build(independent: bool):
     recipe = fusion_recipe(independent=independent)
     torch.manual_seed(3)
-    return build_model(recipe, word_tokenizer(), Objective(recipe.losses))
+    return build_model(recipe, word_tokenizer(), build_objective(recipe.losses))
 
 
 def test_matching_rows_are_pairs_then_wrong_images_then_wrong_texts():
@@ -137,9 +136,9 @@ def test_matching_rows_are_pairs_then_wrong_images_then_wrong_texts():
 
 def test_one_pair_alone_has_no_negative_and_a_finite_loss():
     model = fusion_model()
-    made = FusionOutputs(**model(training_batch(rows=1)))
+    made = model(training_batch(rows=1))
     assert made.matching_labels.tolist() == [1, IGNORED, IGNORED]
-    total, _ = Objective(model_losses())(made, 0, 0)
+    total, _ = build_objective(model_losses())(made, 0, 0)
     total.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
@@ -151,10 +150,10 @@ def model_losses() -> LossesConfig:
 def test_every_parameter_gets_a_gradient():
     recipe = fusion_recipe(independent=True)
     model = fusion_model(recipe)
-    total, _ = Objective(recipe.losses)(FusionOutputs(**model(training_batch())), 0, 0)
+    total, _ = build_objective(recipe.losses)(model(training_batch()), 0, 0)
     total.backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
-    assert all(p.grad is None for p in model.momentum.module.parameters())
+    assert all(p.grad is None for p in model.ema.module.parameters())
 
 
 @pytest.mark.parametrize("more", ["nothing", "matching", "masked_language"])
@@ -164,7 +163,7 @@ def test_what_no_loss_reaches_is_not_trained(more):
     for name in {"matching", "masked_language"} - {more}:
         getattr(losses, name).weight = 0.0
     model = fusion_model(fusion_recipe(losses=losses))
-    total, _ = Objective(losses)(FusionOutputs(**model(training_batch())), 0, 0)
+    total, _ = build_objective(losses)(model(training_batch()), 0, 0)
     total.backward()
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {name for name, p in model.named_parameters() if p.grad is not None}
@@ -178,7 +177,7 @@ def test_what_no_loss_asks_for_is_not_made():
 
 
 def gradients(model, recipe) -> dict[str, torch.Tensor]:
-    total, _ = Objective(recipe.losses)(FusionOutputs(**model(training_batch())), 0, 0)
+    total, _ = build_objective(recipe.losses)(model(training_batch()), 0, 0)
     total.backward()
     return {name: p.grad for name, p in model.named_parameters()}
 

@@ -18,8 +18,7 @@ from transformers import BertConfig, BertForMaskedLM
 from modstruct import checkpoints
 from modstruct.config import SeparationConfig
 from modstruct.config.recipe_files import recipe_to_dict
-from modstruct.embeddings import FusionOutputs
-from modstruct.losses.objective import Objective
+from modstruct.losses.objective import build_objective
 from modstruct.models.build import build_model, initial_tokenizer
 from modstruct.models.fusion.initial_weights import read_everything
 from modstruct.models.fusion.published import from_albef, to_albef
@@ -52,7 +51,7 @@ def published(tmp_path):
 def model_from(init, tokenizer=None, **fusion):
     recipe = fusion_recipe(init=str(init), **fusion)
     torch.manual_seed(7)
-    return build_model(recipe, tokenizer or word_tokenizer(), Objective(recipe.losses))
+    return build_model(recipe, tokenizer or word_tokenizer(), build_objective(recipe.losses))
 
 
 def test_names_round_trip():
@@ -64,9 +63,9 @@ def test_names_round_trip():
 
 def test_ours_round_trip_but_for_what_albef_has_no_place_for(tmp_path):
     recipe = fusion_recipe(independent=True)
-    model = build_model(recipe, word_tokenizer(), Objective(recipe.losses))
+    model = build_model(recipe, word_tokenizer(), build_objective(recipe.losses))
     model.queue.push(torch.rand(11, 8), torch.rand(11, 8), torch.arange(11))
-    everything = model.state_dict() | model.outside_state()
+    everything = model.state_dict() | model.ema_state_dict()
     back = from_albef(to_albef(everything))
     lost = everything.keys() - back.keys()
     assert lost == {
@@ -83,9 +82,9 @@ def test_ours_round_trip_but_for_what_albef_has_no_place_for(tmp_path):
 
 def test_a_queue_that_is_not_full_is_filled_with_unit_vectors():
     recipe = fusion_recipe()
-    model = build_model(recipe, word_tokenizer(), Objective(recipe.losses))
+    model = build_model(recipe, word_tokenizer(), build_objective(recipe.losses))
     model.queue.push(*(F.normalize(torch.rand(4, 8), dim=1) for _ in range(2)), torch.arange(4))
-    theirs = to_albef(model.state_dict() | model.outside_state())
+    theirs = to_albef(model.state_dict() | model.ema_state_dict())
     torch.testing.assert_close(theirs["image_queue"].norm(dim=0), torch.ones(10))
     assert torch.equal(theirs["image_queue"][:, :4], model.queue.image[:4].T)
     assert theirs["queue_ptr"].tolist() == [4]
@@ -167,10 +166,10 @@ def test_the_queue_and_momentum_come_with_the_weights(published):
     model = model_from(published[0])
     assert model.queue.filled == 10
     assert torch.equal(model.queue.image, published[1]["image_queue"].T)
-    momentum = model.momentum.module
+    momentum = model.ema.module
     assert torch.equal(momentum.image_head.weight, published[1]["vision_proj_m.weight"])
     assert torch.equal(momentum.matching_head.weight, published[1]["itm_head.weight"])
-    total, _ = Objective(albef_losses())(FusionOutputs(**model(training_batch())), 0, 0)
+    total, _ = build_objective(albef_losses())(model(training_batch()), 0, 0)
     assert total.isfinite()
 
 
@@ -182,14 +181,14 @@ def test_missing_momentum_copies_start_from_the_weights(tmp_path):
     weights = {n: v for n, v in albef_weights(SIZES).items() if n.split(".")[0] not in {f"{c}_m" for c in COPIED}}
     torch.save(weights, tmp_path / "plain.pth")
     model = model_from(tmp_path / "plain.pth")
-    theirs = dict(model.momentum.module.named_parameters())
+    theirs = dict(model.ema.module.named_parameters())
     assert all(torch.equal(value, theirs[name]) for name, value in model.named_parameters())
 
 
 def test_heads_that_albef_lacks_start_anew(published):
     recipe = fusion_recipe(init=str(published[0]), losses=albef_losses(separation=SeparationConfig(weight=1.0)))
-    model = build_model(recipe, word_tokenizer(), Objective(recipe.losses))
-    copy = model.momentum.module.image_independent_head.weight
+    model = build_model(recipe, word_tokenizer(), build_objective(recipe.losses))
+    copy = model.ema.module.image_independent_head.weight
     assert torch.equal(model.image_independent_head.weight, copy)
 
 
@@ -199,7 +198,7 @@ def test_positions_fit_another_resolution_and_context(published):
     model = model_from(path, tokenizer, vision={"image_size": 32})
     found = model.backbone.words.position_embeddings.weight
     assert torch.equal(found, weights["text_encoder.bert.embeddings.position_embeddings.weight"][:10])
-    for copy, own in (("", model), ("_m", model.momentum.module)):
+    for copy, own in (("", model), ("_m", model.ema.module)):
         given = weights[f"visual_encoder{copy}.pos_embed"]
         right = bicubic(given, 4)
         torch.testing.assert_close(own.backbone.image.pos_embed.detach(), right)
@@ -215,7 +214,7 @@ def bicubic(positions: torch.Tensor, side: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("side", [2, 3, 5])
 def test_positions_are_interpolated_as_albef_does(side):
-    model = build_model(fusion_recipe(), word_tokenizer(), Objective(albef_losses()))  # a grid of 2 x 2
+    model = build_model(fusion_recipe(), word_tokenizer(), build_objective(albef_losses()))  # a grid of 2 x 2
     positions = torch.randn(1, 1 + side**2, 16)
     torch.testing.assert_close(interpolate_positions(positions, model.backbone.image), bicubic(positions, 2))
 
@@ -245,9 +244,9 @@ def test_no_such_file_is_said(tmp_path):
 
 def test_a_checkpoint_a_run_and_an_export_of_ours_are_starts(tmp_path):
     recipe = fusion_recipe(independent=True)
-    model = build_model(recipe, word_tokenizer(), Objective(recipe.losses))
+    model = build_model(recipe, word_tokenizer(), build_objective(recipe.losses))
     with torch.no_grad():
-        model.momentum.module.image_head.weight.add_(1)
+        model.ema.module.image_head.weight.add_(1)
     model.queue.push(torch.rand(3, 8), torch.rand(3, 8), torch.arange(3))
     saved = checkpoints.Checkpoint(
         dict(model.state_dict()),
@@ -256,7 +255,7 @@ def test_a_checkpoint_a_run_and_an_export_of_ours_are_starts(tmp_path):
         checkpoints.TrainState(),
         {"step": 1},
         recipe_to_dict(recipe),
-        model.outside_state(),
+        model.ema_state_dict(),
     )
     checkpoint = checkpoints.step_folder(tmp_path / "run", 1)
     checkpoints.write(checkpoint, saved, word_tokenizer())
@@ -265,7 +264,7 @@ def test_a_checkpoint_a_run_and_an_export_of_ours_are_starts(tmp_path):
         started = model_from(init)
         for name, value in started.state_dict().items():
             torch.testing.assert_close(value, model.state_dict()[name])
-        of_momentum = torch.equal(started.momentum.module.image_head.weight, model.momentum.module.image_head.weight)
+        of_momentum = torch.equal(started.ema.module.image_head.weight, model.ema.module.image_head.weight)
         assert of_momentum == (init != exported)
         assert started.queue.filled == (0 if init == exported else 3)
         assert initial_tokenizer(fusion_recipe(init=str(init))).model == word_tokenizer().model
@@ -282,7 +281,7 @@ def test_a_bert_starts_text_and_fusion_layers(tmp_path):
     weights = {name: value.contiguous().clone() for name, value in bert.state_dict().items()}
     save_file(weights, tmp_path / "bert.safetensors")
     recipe = fusion_recipe(text={"pretrained": str(tmp_path / "bert.safetensors")})
-    model = build_model(recipe, tokenizer, Objective(recipe.losses)).eval()
+    model = build_model(recipe, tokenizer, build_objective(recipe.losses)).eval()
     ids = tokenizer(["a red square"])
     mask = ids != tokenizer.padding_id
     with torch.no_grad():
@@ -296,7 +295,9 @@ def test_a_bert_starts_text_and_fusion_layers(tmp_path):
         ValueError, match=r"fusion\.text\.pretrained = '.*wrong.*': belongs to another BERT.*text\.layer\.0"
     ):
         build_model(
-            fusion_recipe(text={"pretrained": str(tmp_path / "wrong.safetensors")}), tokenizer, Objective(recipe.losses)
+            fusion_recipe(text={"pretrained": str(tmp_path / "wrong.safetensors")}),
+            tokenizer,
+            build_objective(recipe.losses),
         )
 
 

@@ -19,7 +19,7 @@ from modstruct.config import (
     Recipe,
     TaskConfig,
 )
-from modstruct.losses.objective import Objective
+from modstruct.losses.objective import build_objective
 from modstruct.models.execution import compile_trunks
 from modstruct.models.fusion.initial_weights import Initial, start_from
 from modstruct.models.fusion.pretraining import FusionModel
@@ -37,8 +37,8 @@ def classifier(classes: int = 2, alpha: float = 0.4, fusion: FusionConfig = FUSI
     with torch.no_grad():  # no bias 0, no norm 1: nothing may be left out unseen
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    if model.momentum:
-        model.momentum.module.load_state_dict(model.state_dict())
+    if model.ema:
+        model.ema.module.load_state_dict(model.state_dict())
     return model
 
 
@@ -167,7 +167,7 @@ def test_shared_projections_are_one_module_that_is_listed_once():
 
 def test_copies_and_the_momentum_model_share_among_themselves_and_with_nobody_else():
     model = classifier()
-    for made in (model.momentum.module, copy.deepcopy(model), copy.deepcopy(model).bfloat16()):
+    for made in (model.ema.module, copy.deepcopy(model), copy.deepcopy(model).bfloat16()):
         assert is_shared(made)
         own = {parameter.data_ptr() for parameter in model.parameters()}
         assert own.isdisjoint(parameter.data_ptr() for parameter in made.parameters())
@@ -178,9 +178,9 @@ def test_the_momentum_model_follows_a_shared_projection_once():
     with torch.no_grad():
         model.backbone.fusion.left["2"].crossattention.self.key.weight.add_(1)
     key = model.backbone.fusion.left["2"].crossattention.self.key
-    copied = model.momentum.module.backbone.fusion.right["2"].crossattention.self.key
+    copied = model.ema.module.backbone.fusion.right["2"].crossattention.self.key
     before = copied.weight.clone()
-    model.follow(None, {})
+    model.update_ema(None, {})
     expected = torch.lerp(before, key.weight.detach(), 1 - 0.995)
     assert torch.equal(copied.weight, expected)
     assert not torch.equal(copied.weight, before)
@@ -217,8 +217,8 @@ def test_training_gives_what_the_objective_takes(alpha):
     assert outputs.logits.shape == (4, 2)
     assert outputs.labels.tolist() == [0, 1, 1, 0]
     assert outputs.entries.tolist() == [4]
-    assert (outputs.logits_momentum is None) == (alpha == 0)
-    assert alpha == 0 or not outputs.logits_momentum.requires_grad
+    assert (outputs.logits_ema is None) == (alpha == 0)
+    assert alpha == 0 or not outputs.logits_ema.requires_grad
     assert model(batch()).keys() == {"logits"}
 
 
@@ -226,22 +226,22 @@ def test_a_half_precision_model_has_a_float32_momentum_model():
     model = classifier().bfloat16()
     made = model(batch(label=True))
     assert made["logits"].dtype == torch.float32
-    assert {p.dtype for p in model.momentum.module.parameters()} == {torch.float32}
-    torch.testing.assert_close(made["logits"], made["logits_momentum"].float(), rtol=0.1, atol=0.1)
+    assert {p.dtype for p in model.ema.module.parameters()} == {torch.float32}
+    torch.testing.assert_close(made["logits"], made["logits_ema"].float(), rtol=0.1, atol=0.1)
 
 
 def pretrained(fusion: FusionConfig = FUSION) -> FusionModel:
     torch.manual_seed(5)
     losses = LossesConfig(matching=MatchingConfig(1.0))
     recipe = Recipe(framework="fusion", fusion=fusion, losses=losses)
-    return FusionModel(recipe, word_tokenizer(), Objective(losses))
+    return FusionModel(recipe, word_tokenizer(), build_objective(losses))
 
 
 def test_a_pre_trained_layer_becomes_both_blocks(tmp_path):
     source, model = pretrained(), classifier()
-    weights = source.state_dict() | source.outside_state()
+    weights = source.state_dict() | source.ema_state_dict()
     start_from(model, Initial(word_tokenizer(), weights, tmp_path))
-    for which in (model, model.momentum.module):
+    for which in (model, model.ema.module):
         own = which.state_dict()
         for name, value in source.state_dict().items():
             if name.startswith("backbone.fusion.layer."):

@@ -44,12 +44,12 @@ def pair_classifier():
 MODELS = {"pretraining": pretraining, "answering": answering, "pair_classifier": pair_classifier}
 
 
-def most_seen(model: nn.Module, kept: partition.PartitionedWeights) -> list[int]:
+def most_seen(model: nn.Module, kept: partition.ShardedWeights) -> list[int]:
     """The largest number of elements on this process, seen from the modules' calls on."""
     seen = [0]
 
     def look(*_) -> None:
-        seen[0] = max(seen[0], kept.kept_elements)
+        seen[0] = max(seen[0], kept.local_elements)
 
     for module in model.modules():
         module.register_forward_pre_hook(look)
@@ -58,10 +58,10 @@ def most_seen(model: nn.Module, kept: partition.PartitionedWeights) -> list[int]
 
 def spread_beside_whole(make: str) -> dict[str, bool | int]:
     (whole, batch), (spread, _) = MODELS[make](), MODELS[make]()
-    spread.spread_momentum(own_part)
-    kept = spread.momentum.partition
-    at_rest = kept.kept_elements
-    most = most_seen(spread.momentum.module, kept)
+    spread.shard_ema(own_part)
+    kept = spread.ema.partition
+    at_rest = kept.local_elements
+    most = most_seen(spread.ema.module, kept)
     same = True
     for seed in range(3):
         with torch.no_grad():
@@ -70,15 +70,15 @@ def spread_beside_whole(make: str) -> dict[str, bool | int]:
         same &= bool(of_momentum) and all(torch.equal(right[name], ours[name]) for name in of_momentum)
         for model in (whole, spread):
             moved(model, seed)
-            model.momentum.follow(dict(model.named_parameters()))
-    right, ours = whole.outside_state(), spread.outside_state()
+            model.ema.update_ema(dict(model.named_parameters()))
+    right, ours = whole.ema_state_dict(), spread.ema_state_dict()
     if distributed.is_main():
         same &= right.keys() == ours.keys() and all(torch.equal(value, ours[name]) for name, value in right.items())
     sizes = [sum(shape.numel() for shape in block.shapes) for block in kept.blocks]
     return {
         "same": same,
         "kept": at_rest,
-        "kept_after": kept.kept_elements,
+        "kept_after": kept.local_elements,
         "most": most[0] - at_rest,
         "elements": sum(sizes),
         "weights": len(list(whole.parameters())),
@@ -105,5 +105,5 @@ def test_spread_weights_are_whole_ones_in_parts(processes):
 def test_every_weight_is_in_one_block():
     for make in MODELS.values():
         model = make()[0].requires_grad_(False)
-        names = [name for block in partition.PartitionedWeights(model).blocks for name in block.weights]
+        names = [name for block in partition.ShardedWeights(model).blocks for name in block.weights]
         assert sorted(names) == sorted(name for name, _ in model.named_parameters())

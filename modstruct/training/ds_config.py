@@ -1,4 +1,4 @@
-"""From a model, a recipe and a DeepSpeed JSON file to a DeepSpeed engine."""
+"""DeepSpeed's JSON file, and the optimizer of a recipe."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from modstruct.config import Recipe
-from modstruct.distributed import on_gpu
+from modstruct.config import FinetuneRecipe, OptimizerConfig, Recipe
 from modstruct.errors import refuse, require
-from modstruct.models.execution import compile_trunks, recompute_activations
 
 AUTO = "auto"
 
@@ -28,7 +26,7 @@ def read_ds_config(path: str) -> dict:
     return config
 
 
-def resolve_ds_config(config: dict, recipe: Recipe, world_size: int) -> dict:
+def resolve_ds_config(config: dict, recipe: Recipe | FinetuneRecipe, world_size: int) -> dict:
     """Fill every "auto" from the recipe; refuse what contradicts it.
 
     DeepSpeed itself resolves no "auto". One that the recipe does not decide is left out, which means DeepSpeed's own
@@ -62,14 +60,14 @@ def resolve_ds_config(config: dict, recipe: Recipe, world_size: int) -> dict:
         ("fp16", "enabled"): train.precision == "fp16",
     }
     for path, value in decided.items():
-        section = config
+        place = config
         for key in path[:-1]:
-            section = section.setdefault(key, {})
-            require(isinstance(section, dict), f"--ds_config: {key}", section, "must be an object, as DeepSpeed has it")
-        given = section.get(path[-1], AUTO)
+            place = place.setdefault(key, {})
+            require(isinstance(place, dict), f"--ds_config: {key}", place, "must be an object, as DeepSpeed has it")
+        given = place.get(path[-1], AUTO)
         if given not in (AUTO, value):
             refuse(f"--ds_config: {'.'.join(path)}", given, f'the recipe says {value!r}; write "auto" or the same')
-        section[path[-1]] = value
+        place[path[-1]] = value
     # Without it DeepSpeed would let a non-finite bfloat16 gradient into the weights.
     config["bf16"]["check_grad_overflow"] = True
     config.setdefault("zero_allow_untested_optimizer", True)
@@ -84,7 +82,8 @@ def _without_auto(section: dict) -> dict:
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Two groups: matrices, kernels and the tables of tokens and positions with decay, as in CLIP's and CyCLIP's code;
     norms, biases, open_clip's class token (timm's, of three dimensions, has decay) and the logit scale without."""
-    decay, no_decay = [], []
+    decay: list[nn.Parameter] = []
+    no_decay: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (no_decay if parameter.ndim < 2 or name == "logit_scale" else decay).append(parameter)
@@ -94,22 +93,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
-def build_engine(model: nn.Module, recipe: Recipe, ds_config: dict):
-    """DeepSpeed engine around the model. `ds_config`: already resolved."""
-    import deepspeed
-
-    if recipe.train.precision == "fp16" and not on_gpu():
-        refuse("train.precision", "fp16", "needs a GPU; use bf16 or fp32 on the CPU")
-    if recipe.train.activation_checkpointing:
-        recompute_activations(model)
-    if recipe.train.compile:
-        compile_trunks(model, ds_config.get("zero_optimization", {}).get("stage", 0))
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, recipe.optimizer.weight_decay),
-        lr=0.0,  # set before every step; some of DeepSpeed's optimizers take an empty step at their start
-        betas=recipe.optimizer.betas,
-        eps=recipe.optimizer.eps,
-        fused=True,
-    )
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
-    return engine
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW; its rate is set before every step (some of DeepSpeed's optimizers take an empty step at their start)."""
+    groups = parameter_groups(model, config.weight_decay)
+    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)

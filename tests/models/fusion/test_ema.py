@@ -8,15 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_fusion import fusion_model, fusion_recipe, training_batch
 
-from modstruct.embeddings import FusionOutputs
-from modstruct.models.fusion.momentum import FeatureQueue
+from modstruct.embeddings import Outputs
+from modstruct.models.fusion.ema import FeatureQueue
 
 
 def follow(model, batch):
     with torch.no_grad():
         # Cloned: the queue in the outputs is a view of what the next push writes into.
-        outputs = FusionOutputs(**{name: value.clone() for name, value in model(batch).items()})
-    model.follow(outputs, batch)
+        outputs = dict(**{name: value.clone() for name, value in model(batch).items()})
+    model.update_ema(outputs, batch)
     return outputs
 
 
@@ -32,7 +32,7 @@ def test_momentum_weights_are_the_exponential_average(share):
         follow(model, training_batch())
         for name, p in model.named_parameters():
             expected[name] = share * expected[name] + (1 - share) * p.detach().double()
-    found = dict(model.momentum.module.named_parameters())
+    found = dict(model.ema.module.named_parameters())
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name].double(), value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
@@ -43,22 +43,22 @@ def test_momentum_and_queue_are_no_part_of_the_module():
     for names in (model.state_dict(), dict(model.named_parameters()), dict(model.named_buffers())):
         assert not [name for name in names if "momentum" in name or "queue" in name or "outside" in name]
     ours = {id(p) for p in model.parameters()}
-    assert not ours & {id(p) for p in model.momentum.module.parameters()}
-    assert not any(p.requires_grad for p in model.momentum.module.parameters())
-    assert not model.momentum.module.training
-    assert not model.train().momentum.module.training
+    assert not ours & {id(p) for p in model.ema.module.parameters()}
+    assert not any(p.requires_grad for p in model.ema.module.parameters())
+    assert not model.ema.module.training
+    assert not model.train().ema.module.training
 
 
 def test_outside_state_comes_back():
     model, other = fusion_model(seed=0), fusion_model(seed=1)
     follow(model, training_batch())
-    state = {name: value.clone() for name, value in model.outside_state().items()}
-    other.load_outside_state(state)
-    assert state.keys() == other.outside_state().keys()
-    assert all(torch.equal(value, other.outside_state()[name]) for name, value in state.items())
+    state = {name: value.clone() for name, value in model.ema_state_dict().items()}
+    other.load_ema_state_dict(state)
+    assert state.keys() == other.ema_state_dict().keys()
+    assert all(torch.equal(value, other.ema_state_dict()[name]) for name, value in state.items())
     assert other.queue.filled == 6
     follow(model, training_batch(seed=1))  # the loaded state is a copy of its own
-    assert all(torch.equal(value, other.outside_state()[name]) for name, value in state.items())
+    assert all(torch.equal(value, other.ema_state_dict()[name]) for name, value in state.items())
 
 
 @given(size=st.integers(0, 12), batches=st.lists(st.integers(1, 30), max_size=8))
@@ -116,14 +116,14 @@ def test_a_queue_of_none():
 
 def test_in_bfloat16_the_momentum_copy_stays_float32_and_moves():
     model = fusion_model(fusion_recipe(momentum=0.995)).to(torch.bfloat16)
-    before = model.momentum.module.image_head.weight.clone()
+    before = model.ema.module.image_head.weight.clone()
     with torch.no_grad():
         model.image_head.weight.add_(0.5)
     for _ in range(3):
         outputs = follow(model, training_batch())
         floating = [value for value in vars(outputs).values() if value is not None and value.is_floating_point()]
         assert all(value.isfinite().all() for value in floating)
-    assert {p.dtype for p in model.momentum.module.parameters()} == {torch.float32}
+    assert {p.dtype for p in model.ema.module.parameters()} == {torch.float32}
     assert model.queue.image.dtype == torch.float32
-    moved = (model.momentum.module.image_head.weight - before).mean()
+    moved = (model.ema.module.image_head.weight - before).mean()
     assert moved == pytest.approx(0.5 * (1 - 0.995**3), rel=0.02)

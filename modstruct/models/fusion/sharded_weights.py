@@ -1,19 +1,19 @@
-"""A module's weights spread over the processes: each keeps about 1/W of them, and gathers a block's while it runs."""
+"""A module's weights sharded over the processes: each keeps about 1/W of them, and gathers a block's while it runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from modstruct import distributed
+from modstruct.models.protocol import LocalPart
 
-Part = Callable[[nn.Parameter], Tensor]
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
-class PartitionedWeights:
+class ShardedWeights:
     """Takes over the weights of a module without gradients; its modules are then called as before, by every process.
 
     Process p of W keeps elements [p s, (p + 1) s) of every flattened weight, s = ceil(elements / W), zeros after its
@@ -28,12 +28,12 @@ class PartitionedWeights:
         self.blocks = [_Block(modules, weights) for modules, weights in _blocks(module, "") if weights]
 
     @torch.no_grad()
-    def follow(self, weights: dict[str, nn.Parameter], share: float, part: Part) -> None:
-        """w <- share w + (1 - share) of the weights given, by name. part: this process's part of one of them, (s,)."""
+    def update(self, weights: dict[str, nn.Parameter], momentum: float, part: LocalPart) -> None:
+        """w <- momentum w + (1 - momentum) of the weights given. part: this process's part of one of them, (s,)."""
         for block in self.blocks:
             mine = list(block.parts().values())
             theirs = [part(weights[name]).detach().to(block.kept) for name in block.weights]
-            torch._foreach_lerp_(mine, theirs, 1 - share)
+            torch._foreach_lerp_(mine, theirs, 1 - momentum)
 
     def state(self) -> dict[str, Tensor]:
         """Whole weights and persistent buffers by name, on the main process's CPU; nothing on others. Collective."""
@@ -47,7 +47,7 @@ class PartitionedWeights:
         return state
 
     @property
-    def kept_elements(self) -> int:
+    def local_elements(self) -> int:
         """Elements of weights that are on this process now."""
         whole = sum(weight.numel() for block in self.blocks for weight in block.weights.values())
         return whole + sum(len(block.kept) for block in self.blocks)

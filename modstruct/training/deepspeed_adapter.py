@@ -1,59 +1,126 @@
-"""Every weight and moment whole, in float32, by name: what ZeRO has spread over the processes, read and written.
+"""A DeepSpeed engine as training sees it: the one file that asks what DeepSpeed is at each ZeRO stage and precision.
 
 DeepSpeed keeps float32 master weights and moments in a different place at each stage:
   stage 0, fp32        the parameter itself and the torch optimizer's state
   stage 0, bf16 / fp16 `fp32_groups` of its low-precision optimizer
   stages 1 and 2       fragments of flat partitions, reached through `parameter._hp_mapping`
   stage 3              partitions, reached through `parameter.ds_id`
-Reading is collective: every process calls it for the same names in the same order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from modstruct import distributed
+from modstruct.embeddings import Outputs
+from modstruct.models.protocol import Batch, TrainableModel
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def own_part(parameter: nn.Parameter) -> Tensor:
+def start_engine(model: TrainableModel, optimizer: torch.optim.Optimizer, ds_config: dict) -> Engine:
+    """The model in DeepSpeed's hands. ds_config: resolved (ds_config.py)."""
+    import deepspeed
+
+    deepspeed_engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    return Engine(deepspeed_engine, model)
+
+
+def local_part(parameter: nn.Parameter) -> Tensor:
     """This process's part of a parameter at stage 3: of its float32 master, or, where it is frozen, of itself.
 
     1-D, ceil(elements / processes) long; what lies beyond the parameter's end is anything.
     """
     from deepspeed import utils
 
-    return utils.safe_get_local_fp32_param(parameter) if parameter.requires_grad else parameter.ds_tensor
+    sharded: Any = parameter
+    return utils.safe_get_local_fp32_param(parameter) if parameter.requires_grad else sharded.ds_tensor
 
 
-class FullState:
-    """View of a new DeepSpeed engine's weights and AdamW moments by parameter.
+class Engine:
+    """A new DeepSpeed engine around a model: forward, backward, step, and every float32 weight and AdamW moment whole.
 
     Makes the moments (zeros) at once, where the optimizer would wait for its first step, so that they can be read
-    and written at any time.
+    and written at any time. Reading is collective: every process calls it for the same names in the same order.
     """
 
-    def __init__(self, engine):
-        self.engine = engine
-        self.optimizer = engine.optimizer
-        inner = getattr(self.optimizer, "optimizer", self.optimizer)
-        self.inner: torch.optim.Optimizer = inner
+    def __init__(self, deepspeed_engine: Any, model: TrainableModel):
+        self.deepspeed, self.model = deepspeed_engine, model
+        self.optimizer = deepspeed_engine.optimizer
+        self.inner: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        self.stage: int = deepspeed_engine.zero_optimization_stage()
         self.masters = self._stage_0_masters()
         for tensor in self._optimized_tensors():
             zeros = {key: torch.zeros_like(tensor, memory_format=torch.preserve_format) for key in MOMENTS}
-            inner.state[tensor].update(step=torch.tensor(0.0, device=tensor.device), **zeros)
+            inner_state = self.inner.state[tensor]
+            inner_state.update(step=torch.tensor(0.0, device=tensor.device), **zeros)
         if hasattr(self.optimizer, "_hp_optimizer_states_linked"):
             # DeepSpeed links a parameter to its moments at the first step, and then those of the first group only.
             self.optimizer._hp_optimizer_states_linked = False
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
+    def __call__(self, batch: Batch, **options: bool) -> Outputs:
+        """What the model makes of a batch."""
+        return self.deepspeed(batch, **options)
+
+    def train(self) -> None:
+        self.deepspeed.train()
+
+    def eval(self) -> None:
+        self.deepspeed.eval()
+
+    def backward(self, total: Tensor) -> None:
+        self.deepspeed.backward(total)
+
+    def step(self, learning_rate: float) -> tuple[float | Tensor, bool]:
+        """Optimizer step; the gradient's norm before clipping, and whether it was finite and the step taken."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if hasattr(self.optimizer, "overflow"):
+            # DeepSpeed's optimizer of stage 0 reports the norm of the scaled gradient.
+            scaling = getattr(self.optimizer, "loss_scale_config", None)
+            scale = scaling.cur_scale if scaling is not None else 1
+            self.deepspeed.step()
+            return self.deepspeed.get_global_grad_norm() / scale, not self.optimizer.overflow
+        # Stage 0 in float32 is a bare torch optimizer: DeepSpeed neither measures nor checks the gradient.
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not torch.isfinite(norm):
+            self.deepspeed.zero_grad()
+            return norm, False
+        self.deepspeed.step()
+        return norm, True
+
+    @contextmanager
+    def one_reduction(self) -> Iterator[GradientSums]:
+        """Several backwards, one reduction of their summed gradients at the end.
+
+        DeepSpeed's stage 0 has another way for it than the others. Its own gradient accumulation stays at 1 step.
+        """
+        sums = GradientSums(self.model)
+        if self.stage > 0:
+            with self.deepspeed.coalesce_grad_reduction():
+                yield sums
+                sums.write()
+            return
+        with self.deepspeed.no_sync():
+            yield sums
+        sums.write()
+        self.deepspeed.allreduce_gradients()
+
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, parameter) of all weights, frozen ones included."""
-        return self.engine.module.named_parameters()
+        return self.model.named_parameters()
+
+    @property
+    def element_count(self) -> int:
+        """Elements of all weights, sharded or not."""
+        return sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters())
 
     def read(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """weight and, for a trained parameter, exp_avg and exp_avg_sq: float32 on the CPU. Collective."""
@@ -69,8 +136,12 @@ class FullState:
         for kind, value in values.items():
             self._write(parameter, None if kind == "weight" else kind, value)
 
-    def clamp(self, parameter: nn.Parameter, low: float, high: float) -> None:
-        """Keep the float32 master weight between two limits; the working copy follows at the next step."""
+    def clamp_scalars(self) -> None:
+        """Keep the learnt numbers' master weights in their limits; working copies follow at the next step."""
+        for name, limits in self.model.scalar_limits.items():
+            self._clamp(self.model.get_parameter(name), *limits)
+
+    def _clamp(self, parameter: Any, low: float, high: float) -> None:
         from deepspeed import utils
 
         if self.masters:
@@ -84,23 +155,30 @@ class FullState:
     @torch.no_grad()
     def agree_on_statistics(self) -> None:
         """Give every process the mean of all processes' BatchNorm statistics. Collective; training reads none."""
-        for name, buffer in self.engine.module.named_buffers():
+        for name, buffer in self.model.named_buffers():
             if name.endswith(("running_mean", "running_var")):
                 buffer.copy_(distributed.sum_over_processes(buffer) / distributed.world_size())
 
     @property
-    def step(self) -> int:
+    def steps_taken(self) -> int:
         """Optimizer steps taken."""
         return int(max(float(state["step"]) for state in self.inner.state.values()))
 
-    @step.setter
-    def step(self, value: int) -> None:
+    @steps_taken.setter
+    def steps_taken(self, value: int) -> None:
         for state in self.inner.state.values():
             state["step"].fill_(value)
 
+    @property
+    def loss_scaler(self) -> Any:
+        """DeepSpeed's loss scaler (fp16 only), under the name each of its optimizers gives it; else None."""
+        if not self.deepspeed.fp16_enabled():
+            return None
+        return getattr(self.optimizer, "loss_scaler", None) or getattr(self.optimizer, "loss_scale_config", None)
+
     def _stage_0_masters(self) -> dict[int, Tensor]:
         """id of each parameter -> its float32 master, at stage 0 only."""
-        if self.engine.zero_optimization():
+        if self.stage > 0:
             return {}
         if hasattr(self.optimizer, "fp32_groups"):
             pairs = zip(self.optimizer.fp16_groups, self.optimizer.fp32_groups, strict=True)
@@ -110,7 +188,7 @@ class FullState:
     def _optimized_tensors(self) -> list[Tensor]:
         if self.masters:
             return list(self.masters.values())
-        if self.engine.zero_optimization_stage() == 3:
+        if self.stage == 3:
             return list(self.optimizer.fp32_partitioned_groups_flat)
         return list(self.optimizer.single_partition_of_fp32_groups)
 
@@ -157,3 +235,30 @@ class FullState:
             with deepspeed.zero.GatheredParameters([parameter]):
                 return parameter.detach().float().cpu().clone()
         return parameter.detach().float().cpu().clone()
+
+
+class GradientSums:
+    """Gradients summed over several backwards, in float32 where the parameters are not."""
+
+    def __init__(self, module: nn.Module):
+        low = (torch.float16, torch.bfloat16)
+        self.parameters = [p for p in module.parameters() if p.requires_grad and p.dtype in low]
+        self.sums: dict[int, Tensor] = {}
+
+    def add(self) -> None:
+        """After a backward: take its gradients in. float32 ones stay, and torch adds the next to them."""
+        for parameter in self.parameters:
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            if id(parameter) in self.sums:
+                self.sums[id(parameter)] += gradient
+            else:
+                self.sums[id(parameter)] = gradient.float()
+            gradient.zero_()
+
+    def write(self) -> None:
+        """The sums become the parameters' gradients."""
+        for parameter in self.parameters:
+            if id(parameter) in self.sums and parameter.grad is not None:
+                parameter.grad.copy_(self.sums[id(parameter)])

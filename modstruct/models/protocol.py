@@ -1,0 +1,92 @@
+"""What training may ask of a model, with a default for every model that has none of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from modstruct.losses.protocol import SharedScalar
+
+Batch = dict[str, Tensor]
+LocalPart = Callable[[nn.Parameter], Tensor]
+"""This process's part of a weight under ZeRO stage 3: 1-D, ceil(elements / processes) long; past its end, anything."""
+
+
+class TrainableModel(nn.Module):
+    """A model that maps a batch of tensors to the fields of embeddings.Outputs that the batch allows."""
+
+    batch_fields: frozenset[str] = frozenset()
+    """Extra fields of a batch (data/shards/loader.py) that it trains on."""
+    constants: frozenset[str] = frozenset()
+    """Outputs that have no gradient."""
+    shared_outputs: frozenset[str] = frozenset({"logit_scale"})
+    """Outputs that it makes once for a batch and not for each row."""
+    place_fields: frozenset[str] = frozenset()
+    """Fields of a batch that name places in it and are not by row."""
+    to_open_clip: Mapping[str, str] = {}
+    """Prefixes of its weights' names -> open_clip's; a `.T` at the end of the latter transposes the weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scalar_limits: dict[str, tuple[float, float]] = {}
+        """Learnt numbers by name, with the limits that training keeps them in."""
+
+    def add_scalars(self, scalars: Iterable[SharedScalar]) -> None:
+        """Own the numbers that losses declare."""
+        for scalar in scalars:
+            # Shape (1,): DeepSpeed cannot broadcast a parameter without dimensions at stages 2 and 3.
+            self.register_parameter(scalar.name, nn.Parameter(torch.tensor([scalar.initial])))
+            self.scalar_limits[scalar.name] = (scalar.low, scalar.high)
+        self.shared_outputs = self.shared_outputs | {scalar.name for scalar in scalars}
+
+    def clamped(self, name: str) -> Tensor:
+        """A learnt number between its limits, (1,) float32.
+
+        DeepSpeed's working copy may lie beyond a limit by one step; its master copy is clamped after every step.
+        """
+        return Clamp.apply(self.get_parameter(name).float(), *self.scalar_limits[name])
+
+    def adopt(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A pre-trained model's weights, by our names, under the names that this model starts from."""
+        return weights
+
+    def trunks(self) -> dict[str, nn.Module]:
+        """The parts that models/execution.py compiles or recomputes, by name."""
+        return {}
+
+    def exchange(self, outputs: Mapping[str, Tensor], batch: Batch) -> Callable[[], Batch]:
+        """What micro-batches need of the whole batch, made from its embeddings: fields to cut by rows like the batch's.
+
+        Called before the losses' backward, and what it returns after it, so that the host waits for no device.
+        """
+        return dict
+
+    def update_ema(self, outputs: Mapping[str, Tensor], batch: Batch, step: int) -> None:
+        """After optimizer step `step`, from 0: the EMA weights follow. Collective."""
+
+    def shard_ema(self, part: LocalPart) -> None:
+        """At ZeRO stage 3, once DeepSpeed has sharded the weights: shard the EMA weights like them."""
+
+    def ema_state_dict(self) -> dict[str, Tensor]:
+        """EMA weights and queues by name; whole on the main process, and collective once they are sharded."""
+        return {}
+
+    def load_ema_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Before they are sharded."""
+
+    def ema_to(self, device: torch.device) -> None:
+        """Move EMA weights and queues, which are no part of the module."""
+
+
+class Clamp(torch.autograd.Function):
+    """The value clamped, the gradient as it is: a hard clamp's gradient is 0 outside, and nothing would come back."""
+
+    @staticmethod
+    def forward(ctx, value: Tensor, low: float, high: float) -> Tensor:
+        return value.clamp(low, high)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]  # torch's is *Any
+        return gradient, None, None

@@ -1,0 +1,332 @@
+"""A run from its first line to its table: what pre-training and fine-tuning have in common."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import signal
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import torch
+
+from modstruct import checkpoints, distributed
+from modstruct.checkpoints import Checkpoint, TrainState
+from modstruct.config import FinetuneRecipe, OptimizerConfig, Recipe
+from modstruct.config.recipe_files import check_resumable, decisive_fields
+from modstruct.data.shards.faults import BadSampleCounter
+from modstruct.data.shards.loader import steps_of
+from modstruct.data.shards.workers import WorkerLoader
+from modstruct.data.tokenizers import Tokenizer
+from modstruct.distributed import hosts
+from modstruct.distributed.heartbeat import Heartbeat
+from modstruct.errors import RunError, refuse, require
+from modstruct.evaluation.tables import save_metrics
+from modstruct.losses.objective import Objective
+from modstruct.models.execution import compile_trunks, recompute_activations
+from modstruct.models.protocol import TrainableModel
+from modstruct.training.checkpoint import restore, save
+from modstruct.training.deepspeed_adapter import Engine, local_part, start_engine
+from modstruct.training.ds_config import build_optimizer, read_ds_config, resolve_ds_config
+from modstruct.training.logging import Telemetry, start_logging
+from modstruct.training.step import StepReport, train_step
+from modstruct.training.timing import profiled
+
+log = logging.getLogger("modstruct")
+STOPPED_BY_SIGNAL = 128 + signal.SIGTERM
+CHECK_SAMPLES_EVERY = 20  # steps
+RecipeT = TypeVar("RecipeT", Recipe, FinetuneRecipe)
+
+
+class StopRequest:
+    """Set by SIGTERM. The processes agree on it in the next step, since each may hear of it at another time."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        signal.signal(signal.SIGTERM, self._request)
+
+    def _request(self, *_: object) -> None:
+        self.requested = True
+
+
+@dataclass
+class Start:
+    """Where a run begins: DeepSpeed's settings, resolved, and the checkpoint to resume from, if any."""
+
+    ds_config: dict
+    path: Path | None
+    saved: Checkpoint | None
+    tokenizer: Tokenizer | None
+
+    @property
+    def samples(self) -> str | None:
+        """Fingerprint of the checkpoint's training samples, their weights aside."""
+        return None if self.saved is None else self.saved.state.data_fingerprint.partition(" ")[0]
+
+    def state(self, fingerprint: str, named: object) -> TrainState:
+        """Of the checkpoint, or of a fresh run. fingerprint: of the samples that there are; named: for the error."""
+        if self.saved is None:
+            return TrainState(data_fingerprint=fingerprint)
+        if self.saved.state.data_fingerprint != fingerprint:
+            refuse("data.train", named, "holds other samples, or other weights, than the checkpoint's")
+        return self.saved.state
+
+
+class Trainer(ABC, Generic[RecipeT]):
+    """A run. Subclasses say how to build, validate and finish it; every process calls every method.
+
+    ds_config: path of the DeepSpeed JSON. resume: `latest`, `best`, a checkpoint folder, or None for a fresh run.
+    """
+
+    tokenizer: Tokenizer
+    objective: Objective
+    engine: Engine
+    telemetry: Telemetry
+    heartbeat: Heartbeat
+    state: TrainState
+    steps: int
+    """Length of the run."""
+    has_validation: bool
+
+    def __init__(self, recipe: RecipeT, ds_config: str, resume: str | None = None):
+        self.recipe, self.ds_config, self.resume = recipe, ds_config, resume
+        self.output = Path(recipe.output)
+        self.stop = StopRequest()
+
+    @abstractmethod
+    def build(self) -> Trainer:
+        """Data, objective, model and engine, and what a checkpoint says of them; ready for the next step."""
+
+    @abstractmethod
+    def loader(self, first_step: int) -> WorkerLoader:
+        """Batches from a step on, to the end of the run."""
+
+    @abstractmethod
+    def validate(self) -> float:
+        """Measure the validation source; the score by which the best checkpoint is chosen, from 0 to 1."""
+
+    @abstractmethod
+    def finish(self) -> dict:
+        """Measure, export and print at the end of the run. Returns the final metrics."""
+
+    def step_metrics(self, report: StepReport) -> dict[str, float]:
+        """Further scalars of a logged step."""
+        return {}
+
+    def run(self, profile_steps: int = 0) -> dict:
+        """The whole run. profile_steps: steps to trace into OUTPUT/profile. Returns the final metrics.
+
+        Raises ValueError naming the field for what cannot work, before the first step.
+        """
+        distributed.start_processes()
+        start_logging(self.output)
+        self.build()
+        profiling = profiled(self.output / "profile", profile_steps, self.state.step, self.steps)
+        with self.heartbeat:
+            with profiling as after_step:
+                self.train(after_step)
+            return self.finish()
+
+    def train(self, after_step: Callable[[], None] = lambda: None) -> None:
+        """Take the steps that are left; measure and save on the way. Ends the process after a save if asked to stop."""
+        recipe, state = self.recipe, self.state
+        bad_samples = BadSampleCounter("data.train", recipe.data.max_bad_share, distributed.rank())
+        self.engine.train()
+        clock = self.telemetry.clock
+        batches_of_steps = clock.waiting(steps_of(self.loader(state.step)))
+        for batches in self.heartbeat.following(batches_of_steps, state.step):
+            parts = [batch.tensors for batch in batches]
+            rate = learning_rate(recipe.optimizer, state.step, self.steps)
+            report = train_step(self.engine, self.objective, parts, state.step, rate, self.stop.requested, clock)
+            state.step += 1
+            note_skip(report, state, recipe)
+            for batch in batches:
+                bad_samples.add(batch.faults, batch.tried)
+
+            def more(report: StepReport = report) -> dict[str, float]:
+                return self.step_metrics(report) | {"data/bad_samples": bad_samples.bad}
+
+            self.telemetry.step(state.step, report, recipe.logging.every_steps, rate, more)
+            if state.step % CHECK_SAMPLES_EVERY == 0 or state.step == self.steps:
+                check_samples(bad_samples)
+            after_step()
+            with self.heartbeat.unhurried():
+                self.validate_and_save(report.stop)
+            if report.stop:
+                log.warning("Stopped by SIGTERM after step %d; `--resume latest` resumes from there", state.step)
+                self.telemetry.close()
+                distributed.barrier()
+                sys.exit(STOPPED_BY_SIGNAL)
+
+    def validate_and_save(self, stopping: bool) -> None:
+        """Checkpoint and validation that are due after the current step; saved first, so that no error loses a step."""
+        recipe, step, last = self.recipe, self.state.step, self.state.step == self.steps
+        every, validate_every = recipe.checkpoints.every_steps, recipe.evaluation.every_steps
+        validate = self.has_validation and (last or bool(validate_every and step % validate_every == 0))
+        if not (stopping or last or validate or (every and step % every == 0)):
+            return
+        self.telemetry.pause()
+        self.engine.agree_on_statistics()
+        path = save(self.engine, self.state, recipe, self.tokenizer)
+        if validate and not stopping:
+            score = self.validate()
+            if distributed.is_main():
+                checkpoints.note_score(path, score)
+        self.telemetry.resume()
+
+    def find_start(self) -> Start:
+        """Check DeepSpeed's file, all hosts' settings and the checkpoint against the recipe."""
+        recipe = self.recipe
+        resolved = resolve_ds_config(read_ds_config(self.ds_config), recipe, distributed.world_size())
+        described = {"--ds_config": json.dumps(resolved, sort_keys=True), "the version of torch": torch.__version__}
+        hosts.require_same(decisive_fields(recipe) | described, "start every host with the same command and versions")
+        path = self._starting_point()
+        saved = hosts.on_all(lambda: checkpoints.read(path)) if path else None
+        if saved:
+            check_resumable(saved.recipe, recipe)
+        return Start(resolved, path, saved, checkpoints.read_tokenizer(path) if path else None)
+
+    def _starting_point(self) -> Path | None:
+        """The checkpoint to resume from; None for a fresh run."""
+        output, resume = self.recipe.output, self.resume
+        hosts.require_shared_folder(output, "output")
+        if resume is None:
+            require(
+                not checkpoints.list_checkpoints(output),
+                "output",
+                output,
+                "holds checkpoints of an earlier run: add `--resume latest` to resume it, or choose another --output",
+            )
+        distributed.barrier()
+        if distributed.is_main():
+            checkpoints.clean(output)
+        path = hosts.on_all(lambda: checkpoints.find(resume, output)) if resume else None
+        if resume and path is None:
+            log.info("No checkpoint in %s yet: starting from the beginning", output)
+        hosts.require_same({"--resume": path and path.name}, "hosts must see the same checkpoints: share the folder")
+        return path
+
+    def start(self, model: TrainableModel, start: Start, samples: int, epoch_samples: int) -> None:
+        """The model, with a checkpoint's weights if there is one, in DeepSpeed's hands. samples: for the log."""
+        recipe = self.recipe
+        if start.saved and start.path:
+            checkpoints.load_weights(model, start.saved.weights, start.path)
+            checkpoints.load_ema(model, start.saved.momentum, start.path)
+        else:
+            # Of EMA copies too: DeepSpeed does not broadcast them.
+            hosts.require_same({"the first weights": _checksum(model)}, "hosts must read the same weight files")
+        model.ema_to(distributed.device())
+        self.engine = build_engine(model, recipe, start.ds_config)
+        if self.engine.stage == 3:
+            model.shard_ema(local_part)
+        if start.saved:
+            restore(self.engine, start.saved)
+            log.info("Resumed from %s", start.path)
+        else:
+            # Weights start equal on every process; what is drawn from here on (dropout) must not be.
+            torch.manual_seed(recipe.train.seed * 1_000_003 + distributed.rank())
+        self.steps = run_length(recipe, epoch_samples)
+        self.heartbeat = Heartbeat(recipe.train.hang_timeout_minutes)
+        self.telemetry = Telemetry(self.output, self.state.step, self.steps, recipe.train.global_batch)
+        log.info(
+            "%s parameters, %s training samples, %s steps of %s, %s, ZeRO stage %s, %s process(es) on %s",
+            *(f"{n:,}" for n in (self.engine.element_count, samples, self.steps, recipe.train.global_batch)),
+            recipe.train.precision,
+            self.engine.stage,
+            distributed.world_size(),
+            distributed.device().type,
+        )
+
+    def last_checkpoint(self) -> Path:
+        """Folder of the checkpoint after the last step, written if need be."""
+        path = checkpoints.step_folder(self.output, self.state.step)
+        if not distributed.broadcast_object(path.exists()):  # a finished run, resumed into another folder
+            save(self.engine, self.state, self.recipe, self.tokenizer)
+        return path
+
+    def conclude(self, checkpoint: Path, metrics: dict, table: Callable[[dict], str]) -> None:
+        """Save the metrics, print them, and say where everything lies."""
+        self.telemetry.close()
+        if distributed.is_main():
+            if metrics:
+                save_metrics(metrics, self.output / "metrics.json")
+                print(f"\n{table(metrics)}\n")
+            places = {
+                "checkpoint": checkpoint,
+                "exported weights": self.output / "export",
+                "TensorBoard": self.telemetry.folder,
+                "metrics": self.output / "metrics.json",
+                "predictions": self.output / "predictions.json",
+            }
+            print("\n".join(f"{name + ':':<18}{place}" for name, place in places.items() if place.exists()))
+        distributed.barrier()
+
+
+def build_engine(model: TrainableModel, recipe: Recipe | FinetuneRecipe, ds_config: dict) -> Engine:
+    """The model as the recipe wants it carried out, in DeepSpeed's hands. ds_config: resolved."""
+    if recipe.train.precision == "fp16" and not distributed.on_gpu():
+        refuse("train.precision", "fp16", "needs a GPU; use bf16 or fp32 on the CPU")
+    if recipe.train.activation_checkpointing:
+        recompute_activations(model)
+    if recipe.train.compile:
+        compile_trunks(model, ds_config.get("zero_optimization", {}).get("stage", 0))
+    return start_engine(model, build_optimizer(model, recipe.optimizer), ds_config)
+
+
+def best_checkpoint(output: Path, last: Path) -> Path:
+    """Folder of the best checkpoint by the validation split; the last one where there is none."""
+    found = checkpoints.find("best", output) if checkpoints.read_best(output) else None
+    return Path(str(distributed.broadcast_object(str(found or last))))
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """Rate of step `step` (from 0) of a run of `steps`: linear warm-up, then half a cosine to the final rate."""
+    warmup = min(config.warmup_steps, steps)
+    if step < warmup:
+        rise = config.learning_rate - config.initial_learning_rate
+        return config.initial_learning_rate + rise * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    share = (1 + math.cos(math.pi * min(1.0, progress))) / 2
+    return config.final_learning_rate + share * (config.learning_rate - config.final_learning_rate)
+
+
+def run_length(recipe: Recipe | FinetuneRecipe, epoch_samples: int) -> int:
+    """Steps of the run."""
+    if recipe.train.steps is not None:
+        return recipe.train.steps
+    return max(1, math.ceil((recipe.train.epochs or 0) * epoch_samples / recipe.train.global_batch))
+
+
+def _checksum(model: TrainableModel) -> str:
+    content = hashlib.blake2b(digest_size=16)
+    for _, value in sorted(model.state_dict().items()):
+        content.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return content.hexdigest()
+
+
+def note_skip(report: StepReport, state: TrainState, recipe: Recipe | FinetuneRecipe) -> None:
+    """Count steps skipped in a row; too many end the run."""
+    if report.skipped is None:
+        state.skipped_in_a_row = 0
+        return
+    if recipe.train.precision == "fp16" and report.overflow:
+        return  # DeepSpeed answers with a smaller loss scale, and ends the run when there is none
+    state.skipped_in_a_row += 1
+    log.warning("Step %d skipped: %s", state.step, report.skipped)
+    if state.skipped_in_a_row > recipe.train.max_skipped_steps:
+        raise RunError(
+            f"train.max_skipped_steps = {recipe.train.max_skipped_steps}: {state.skipped_in_a_row} steps in a row "
+            f"were skipped, the last because {report.skipped}; lower the learning rate, or resume from a checkpoint"
+        )
+
+
+def check_samples(counter: BadSampleCounter) -> None:
+    """Stop the run on every process when too many of all processes' samples were bad."""
+    counts = torch.tensor([counter.bad, counter.tried], device=distributed.device())
+    counter.check(*distributed.sum_over_processes(counts).tolist())
