@@ -18,7 +18,7 @@ from modstruct.data.downstream.batches import Seed
 from modstruct.data.downstream.karpathy import SPLIT_OF_RUN, CaptionedImage, read_karpathy
 from modstruct.data.downstream.published_files import TaskEntries
 from modstruct.data.shards.loader import identity
-from modstruct.data.synthetic.tasks.folder import SceneTaskPaths
+from modstruct.data.synthetic.task_files import SceneTaskPaths
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.data.transforms.masking import blank_places, with_blanks
 from modstruct.distributed.collect import on_main

@@ -47,9 +47,9 @@ def test_words_do_not_change_the_image():
 @pytest.mark.parametrize(("factor", "values"), [("ground_texture", GROUND_TEXTURES), ("light", LIGHTS)])
 def test_every_value_of_a_image_only_factor_changes_the_image(factor: str, values: tuple[str, ...]):
     drawn = [pixels(replace(one_object(), **{factor: value})) for value in values]
-    for number, picture in enumerate(drawn):
+    for number, image in enumerate(drawn):
         for other in drawn[:number]:
-            assert np.abs(picture - other).mean() > 2
+            assert np.abs(image - other).mean() > 2
 
 
 def test_every_class_of_the_rest_has_a_drawing():
@@ -60,9 +60,9 @@ def test_every_class_of_the_rest_has_a_drawing():
 
 def test_shapes_and_fills_look_different():
     drawn = [pixels(one_object(shape=shape, fill=fill)) for shape in SHAPES for fill in FILLS]
-    for number, picture in enumerate(drawn):
+    for number, image in enumerate(drawn):
         for other in drawn[:number]:
-            assert np.abs(picture - other).mean() > 1
+            assert np.abs(image - other).mean() > 1
 
 
 def test_shapes_cover_about_the_same_area():
@@ -88,8 +88,8 @@ def test_the_light_falls_from_its_side():
         ("above", np.s_[:8], np.s_[-8:]),
         ("below", np.s_[-8:], np.s_[:8]),
     ):
-        picture = pixels(replace(one_object(), light=light, ground_colour="grey", ground_texture="grain"))
-        assert picture[brighter].mean() > picture[darker].mean() + 5
+        image = pixels(replace(one_object(), light=light, ground_colour="grey", ground_texture="grain"))
+        assert image[brighter].mean() > image[darker].mean() + 5
 
 
 def test_a_texture_leaves_the_mean_brightness_alone():

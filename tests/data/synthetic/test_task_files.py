@@ -15,12 +15,10 @@ from modstruct.data.downstream.karpathy import read_karpathy
 from modstruct.data.downstream.nlvr2 import read_nlvr2
 from modstruct.data.downstream.snli_ve import ENTAILMENT_LABELS, read_snli_ve
 from modstruct.data.downstream.vqa import read_answer_list, read_vqa
+from modstruct.data.synthetic.claims import statement_sets
 from modstruct.data.synthetic.drawing import draw
-from modstruct.data.synthetic.tasks.folder import SceneTaskPaths, ensure_scene_tasks, scene_tasks_folder
-from modstruct.data.synthetic.tasks.hypotheses import scene_hypotheses
-from modstruct.data.synthetic.tasks.questions import scene_questions
-from modstruct.data.synthetic.tasks.sizes import SceneTaskSizes
-from modstruct.data.synthetic.tasks.statements import statement_sets
+from modstruct.data.synthetic.questions import scene_hypotheses, scene_questions
+from modstruct.data.synthetic.task_files import SceneTaskPaths, SceneTaskSizes, ensure_scene_tasks, scene_tasks_folder
 from modstruct.tasks.vqa_accuracy import vqa_accuracy
 
 SMALL = SceneTaskSizes(40, 10, 16, 8, 60, 30, 12, 5)
@@ -34,10 +32,10 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> SceneTaskPaths:
 
 def close(path: Path, scene) -> bool:
     """Whether a file shows a scene, but for what JPEG loses."""
-    with Image.open(path) as picture:
-        assert picture.format == "JPEG"
-        assert picture.size == (32, 32)
-        return np.abs(np.asarray(picture).astype(int) - np.asarray(draw(scene, 32))).mean() < 8
+    with Image.open(path) as image:
+        assert image.format == "JPEG"
+        assert image.size == (32, 32)
+        return np.abs(np.asarray(image).astype(int) - np.asarray(draw(scene, 32))).mean() < 8
 
 
 def test_the_reader_of_vqa_gives_the_questions_that_were_made(paths: SceneTaskPaths):
@@ -76,7 +74,7 @@ def test_the_reader_of_nlvr2_gives_the_statements_that_were_made(paths: SceneTas
 
 
 def test_the_reader_of_snli_ve_gives_the_hypotheses_that_were_made(paths: SceneTaskPaths):
-    pictures = set()
+    images = set()
     for split in SPLITS:
         read = read_snli_ve(**vars(paths.snli_ve[split]))
         made = [
@@ -89,8 +87,8 @@ def test_the_reader_of_snli_ve_gives_the_hypotheses_that_were_made(paths: SceneT
             assert (pair.hypothesis, ENTAILMENT_LABELS[pair.label]) == (hypothesis.text, hypothesis.label)
             assert close(pair.image, scene)
         mine = {pair.image for pair in read.entries}
-        assert not mine & pictures
-        pictures |= mine
+        assert not mine & images
+        images |= mine
 
 
 def test_the_reader_of_karpathys_files_gives_all_captions(paths: SceneTaskPaths):
@@ -98,8 +96,8 @@ def test_the_reader_of_karpathys_files_gives_all_captions(paths: SceneTaskPaths)
     for split, size in (("train", 12), ("val", 5), ("test", 5)):
         found = read_karpathy(**vars(paths.karpathy), split=split).entries
         assert len(found) == size
-        assert all(2 <= len(picture.captions) <= 5 for picture in found)
-        ids |= {picture.image_id for picture in found}
+        assert all(2 <= len(image.captions) <= 5 for image in found)
+        ids |= {image.image_id for image in found}
     assert len(ids) == 22
     published = json.loads(Path(paths.karpathy.captions).read_bytes())["images"]
     assert sum(entry["split"] == "restval" for entry in published) == 3
@@ -113,7 +111,7 @@ def test_the_tasks_are_written_once_and_the_same_every_time(paths: SceneTaskPath
     for name in names:
         assert (first / name).read_bytes() == (second / name).read_bytes()
     monkeypatch.setattr(
-        "modstruct.data.synthetic.tasks.folder.write_scene_tasks", lambda *arguments: pytest.fail("written twice")
+        "modstruct.data.synthetic.task_files.write_scene_tasks", lambda *arguments: pytest.fail("written twice")
     )
     assert ensure_scene_tasks(ScenesConfig(), tmp_path, 32, SMALL) == again
 

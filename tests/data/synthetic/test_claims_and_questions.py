@@ -9,14 +9,28 @@ import pytest
 
 from modstruct.data.synthetic import words as vocabulary
 from modstruct.data.synthetic.captions import relation
+from modstruct.data.synthetic.claims import (
+    KINDS,
+    Claim,
+    PairClaim,
+    any_claim,
+    false_claim,
+    statement_sets,
+    task_scenes,
+    true_claim,
+)
 from modstruct.data.synthetic.factors import Draws, Scene
+from modstruct.data.synthetic.questions import (
+    NUMBERS,
+    PLACES,
+    Hypothesis,
+    captioned_scenes,
+    denied_partners,
+    scene_hypotheses,
+    scene_questions,
+)
 from modstruct.data.synthetic.splits import scenes, split_of
-from modstruct.data.synthetic.tasks.captioned import captioned_scenes
-from modstruct.data.synthetic.tasks.claims import KINDS, Claim, any_claim, false_claim, task_scenes, true_claim
-from modstruct.data.synthetic.tasks.hypotheses import Hypothesis, denied_partners, scene_hypotheses
-from modstruct.data.synthetic.tasks.questions import NUMBERS, PLACES, scene_questions
-from modstruct.data.synthetic.tasks.sizes import SceneTaskSizes
-from modstruct.data.synthetic.tasks.statements import PairClaim, statement_sets
+from modstruct.data.synthetic.task_files import SceneTaskSizes
 
 QUESTIONS, STATEMENTS, HYPOTHESES, CAPTIONED = 2_000, 800, 1_500, 300
 
@@ -279,7 +293,7 @@ def test_the_same_seed_gives_the_same_items_and_another_seed_others(make, fewer:
     "change",
     [{"train_questions": 7}, {"train_statements": 12}, {"evaluation_hypotheses": 1000}, {"train_captioned": 0}],
 )
-def test_sizes_that_would_cut_a_image_or_a_set_in_two_are_refused(change: dict):
+def test_sizes_that_would_cut_an_image_or_a_set_in_two_are_refused(change: dict):
     (name,) = change
     with pytest.raises(ValueError, match=rf"scene_tasks\.{name} = \d+: a multiple of"):
         SceneTaskSizes(**change)

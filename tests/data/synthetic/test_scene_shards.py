@@ -21,7 +21,7 @@ from modstruct.config import ScenesConfig
 from modstruct.data.synthetic.captions import caption
 from modstruct.data.synthetic.drawing import draw
 from modstruct.data.synthetic.factors import COLOURS, SHAPES, Scene
-from modstruct.data.synthetic.folder import ScenesPaths, ensure_scenes, scenes_folder
+from modstruct.data.synthetic.shards import ScenesPaths, ensure_scenes, scenes_folder
 from modstruct.data.synthetic.splits import split_of
 
 SMALL = ScenesConfig(train_samples=25, validation_samples=4, test_samples=4)
@@ -53,7 +53,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> ScenesPaths:
     return ensure_scenes(SMALL, tmp_path_factory.mktemp("cache"), 64)
 
 
-def test_every_sample_is_a_image_a_caption_and_its_factors(paths: ScenesPaths):
+def test_every_sample_is_an_image_a_caption_and_its_factors(paths: ScenesPaths):
     keys = set()
     for split in ("train", "validation", "test"):
         found = members(getattr(paths, split))
@@ -67,9 +67,9 @@ def test_every_sample_is_a_image_a_caption_and_its_factors(paths: ScenesPaths):
             assert about["key"] == key
             assert about["split"] == split == split_of(scene)
             assert about["caption"] == text == caption(scene)
-            picture = Image.open(io.BytesIO(found[f"{key}.jpg"]))
-            assert picture.size == (64, 64) == (about["width"], about["height"])
-            difference = np.asarray(picture).astype(int) - np.asarray(draw(scene, 64))
+            image = Image.open(io.BytesIO(found[f"{key}.jpg"]))
+            assert image.size == (64, 64) == (about["width"], about["height"])
+            difference = np.asarray(image).astype(int) - np.asarray(draw(scene, 64))
             assert np.abs(difference).mean() < 6  # what JPEG loses
     assert len(keys) == 33
 
@@ -127,7 +127,7 @@ def test_the_first_samples_do_not_depend_on_how_many_are_written(tmp_path: Path)
 
 def test_a_second_use_reads_what_the_first_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     first = ensure_scenes(SMALL, tmp_path, 32)
-    monkeypatch.setattr("modstruct.data.synthetic.folder.write_scenes", lambda *arguments: pytest.fail("written twice"))
+    monkeypatch.setattr("modstruct.data.synthetic.shards.write_scenes", lambda *arguments: pytest.fail("written twice"))
     assert ensure_scenes(SMALL, tmp_path, 32) == first
 
 
@@ -177,7 +177,7 @@ def test_a_killed_process_leaves_only_the_part_folder_which_is_removed_after_a_d
 def test_without_locks_two_hosts_write_side_by_side_and_the_first_folder_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("modstruct.data.synthetic.folder.locked", lambda path: nullcontext())
+    monkeypatch.setattr("modstruct.data.synthetic.shards.locked", lambda path: nullcontext())
     folder = scenes_folder(SMALL, tmp_path, 32)
     first = {}
 
