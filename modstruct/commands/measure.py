@@ -29,7 +29,7 @@ from modstruct.evaluation.classification.zero_shot import measure_zero_shot
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.information import ProbeConfig, measure_information
 from modstruct.evaluation.leakage import LEAKED_KEYS, leave_out, read_keys
-from modstruct.evaluation.retrieval import RetrievalConfig, measure_set_retrieval
+from modstruct.evaluation.retrieval.measure import RetrievalConfig, measure_set_retrieval
 from modstruct.evaluation.structure import SamplingConfig, measure_set_structure
 from modstruct.files import atomic_write
 

@@ -14,7 +14,7 @@ from modstruct.data.shards.evaluation_samples import EvaluationSamples
 from modstruct.data.shards.sources import as_sources
 from modstruct.data.synthetic.shards import ensure_scenes
 from modstruct.errors import refuse
-from modstruct.evaluation.embeddings import EmbeddingSource
+from modstruct.evaluation.embeddings.source import EmbeddingSource
 
 RECIPES_OWN = "eval"
 

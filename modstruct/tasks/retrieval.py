@@ -23,7 +23,8 @@ from modstruct.data.tokenizers import Tokenizer
 from modstruct.data.transforms.masking import blank_places, with_blanks
 from modstruct.distributed.collect import on_main
 from modstruct.evaluation.embeddings.in_memory import embed_texts
-from modstruct.evaluation.retrieval import counting_device, measure_recall
+from modstruct.evaluation.retrieval.exact import counting_device
+from modstruct.evaluation.retrieval.measure import measure_recall
 from modstruct.evaluation.retrieval.reranking import reranked_retrieval
 from modstruct.losses.objective import Objective
 from modstruct.models.fusion.pretraining import FusionModel

@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from modstruct.errors import require
-from modstruct.evaluation.embeddings.array_files import ROWS_AT_ONCE, RowStream
-from modstruct.evaluation.embeddings.embedded_files import IMAGE_ARRAYS
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet, write_embedded_set
+from modstruct.evaluation.embeddings.set_files import IMAGE_ARRAYS, ROWS_AT_ONCE, RowStream
 
 
 def read_keys(path: str | Path) -> list[str]:

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranking_cases import grid_rows, sets_with_ties
 
-from modstruct.evaluation.retrieval import IndexConfig, listed, measure_retrieval
-from modstruct.evaluation.retrieval.index import ApproximateIndex
-from modstruct.evaluation.retrieval.listed import index_recall, listed_pairs_ahead
+from modstruct.evaluation.retrieval import ann_index
+from modstruct.evaluation.retrieval.ann_index import ApproximateIndex, IndexConfig, index_recall, listed_pairs_ahead
+from modstruct.evaluation.retrieval.measure import measure_retrieval
 from modstruct.evaluation.retrieval.rows import distinct_rows
 
 EVERYTHING = {"ivf": {"lists": 4, "probes": 4}, "hnsw": {"search_width": 4000, "construction_width": 400}}
@@ -64,7 +64,7 @@ def test_recall_of_a_hasty_index_is_what_counting_gives(kind, hasty):
 
 def test_an_item_that_is_not_listed_comes_last(monkeypatch):
     image, text, pairs = similar(200, 8, noise=5.0)
-    monkeypatch.setattr(listed, "RESULTS_AT_ONCE", 40)  # several searches
+    monkeypatch.setattr(ann_index, "RESULTS_AT_ONCE", 40)  # several searches
     made = ApproximateIndex(image, IndexConfig("ivf", lists=1))
     _, ahead = listed_pairs_ahead(text, made, pairs, 4)
     scores = text @ image.T

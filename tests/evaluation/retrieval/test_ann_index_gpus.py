@@ -8,8 +8,8 @@ import pytest
 from fake_gpus import pretend_cagra, pretend_gpus
 from ranking_cases import grid_rows
 
-from modstruct.evaluation.retrieval import IndexConfig, measure_retrieval
-from modstruct.evaluation.retrieval.index import ApproximateIndex
+from modstruct.evaluation.retrieval.ann_index import ApproximateIndex, IndexConfig
+from modstruct.evaluation.retrieval.measure import measure_retrieval
 
 PAIRS = np.stack([np.arange(300)] * 2, axis=1)
 
