@@ -27,7 +27,7 @@ class CachedFusionBatch(CachedBatch):
         self.objective, self.step = objective, step
         self.constants = engine.module.constants
         super().__init__(engine, parts)
-        by_row = [name for name in parts[0] if name != "blanks"]  # blanks are places in a part
+        by_row = [name for name in parts[0] if name != "masked_places"]  # these are places in a part
         self.batch = on_device({name: torch.cat([part[name] for part in parts]) for name in by_row})
 
     def embed_part(self, part: Batch) -> Batch:

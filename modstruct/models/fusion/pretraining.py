@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from modstruct import distributed
 from modstruct.config import FinetuneRecipe, Recipe
 from modstruct.data.tokenizers import Tokenizer
-from modstruct.data.transforms.masking import IGNORED, blank_places
+from modstruct.data.transforms.masking import IGNORED, masked_places
 from modstruct.distributed import RowExchange
 from modstruct.embeddings import FusionOutputs
 from modstruct.losses.objective import Objective
@@ -81,7 +81,7 @@ class FusionModel(FollowedModel):
         negatives: wrong_image, wrong_text as image and text, has_wrong_image and has_wrong_text (B,).
         features: add image_features (B, F) and text_features (B, F'), the first tokens before the shared projection,
         and image_projected and text_projected (B, D), what normalisation takes.
-        blanks (M, 2): where masked_labels has labels; without it the model looks there, for which a GPU is waited for.
+        masked_places (M, 2): where masked_labels has labels; without it the model looks there, and waits for the GPU.
         Returns the fields of FusionOutputs that the batch allows, float32; a plain dict, because ZeRO-3 looks for the
         tensors whose gradients it must wait for in dicts and tuples only.
         """
@@ -97,8 +97,8 @@ class FusionModel(FollowedModel):
             made |= self.embed("text", text[:, 0], features)
         if not training:
             return made
-        if fills_blanks and "blanks" not in batch:
-            batch = batch | {"blanks": blank_places(batch["masked_labels"])}
+        if fills_blanks and "masked_places" not in batch:
+            batch = batch | {"masked_places": masked_places(batch["masked_labels"])}
         made |= self._momentum_outputs(batch, fills_blanks)
         matches = self.matches and not embed_only
         drawn = self.draw_negatives(made, batch) if matches and "wrong_image" not in batch else None
@@ -162,7 +162,7 @@ class FusionModel(FollowedModel):
     ) -> tuple[Tensor, Tensor]:
         """Logits (M, vocabulary) over the words and the right ids (M,), at the M blanks of these rows."""
         hidden = model.backbone.fuse(blanked, self.backbone.mask(batch["text"]), image)
-        row, column = batch["blanks"].unbind(dim=1)
+        row, column = batch["masked_places"].unbind(dim=1)
         logits = model.language_head(hidden[row, column], model.backbone.words.word_embeddings)
         return logits.float(), batch["masked_labels"][row, column]
 
