@@ -1,4 +1,4 @@
-"""Structure of an embedded set: the figures of its arrays, of all that it has."""
+"""Structure of an embedded set: the metrics of the arrays that it has."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from modstruct.evaluation.embeddings.embedded_set import write_embedded_set
-from modstruct.evaluation.structure import SamplingConfig, measure_set_structure, structure_metrics
-from modstruct.evaluation.structure.set_structure import OPTIONAL
+from modstruct.evaluation.structure.measure import OPTIONAL, measure_set_structure, structure_metrics
+from modstruct.evaluation.structure.sampling import SamplingConfig
 
 CONFIG = SamplingConfig(separability_pairs=50)
 
@@ -29,7 +29,7 @@ def write(folder, more=(), pairs=None):
 
 
 @pytest.mark.parametrize("more", [(), OPTIONAL[:1], OPTIONAL])
-def test_figures_are_those_of_the_arrays_the_set_has(tmp_path, more):
+def test_metrics_are_those_of_the_arrays_the_set_has(tmp_path, more):
     embedded = write(tmp_path, more)
     result = measure_set_structure(embedded, CONFIG)
     expected = structure_metrics(

@@ -9,8 +9,8 @@ import pytest
 import torch
 from probe_cases import clouds, features_of
 
-from modstruct.evaluation.classification import adamw_probe as sgd_probe
-from modstruct.evaluation.classification.adamw_probe import SgdConfig, cosine_rate, fit_by_sgd
+from modstruct.evaluation.classification import adamw_probe
+from modstruct.evaluation.classification.adamw_probe import AdamWProbeConfig, cosine_rate, fit_by_adamw
 from modstruct.evaluation.classification.features import RowBlocks
 from modstruct.evaluation.classification.logistic_regression import classes_ahead
 
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 def test_it_is_adamw_with_a_cosine_and_no_decay_of_the_bias():
     rows, labels = clouds(50, 6, 4, seed=0)
-    found, losses = fit_by_sgd(features_of(rows, labels), 4, SgdConfig(epochs=3, batch=16), seed=5, device=CPU)
+    found, losses = fit_by_adamw(features_of(rows, labels), 4, AdamWProbeConfig(epochs=3, batch=16), seed=5, device=CPU)
     generator = torch.Generator().manual_seed(5)
     linear = torch.nn.Linear(6, 4)
     with torch.no_grad():
@@ -50,15 +50,17 @@ def test_it_is_adamw_with_a_cosine_and_no_decay_of_the_bias():
 def test_rows_from_the_file_and_rows_in_memory_give_the_same(monkeypatch, tmp_path):
     rows, labels = clouds(64, 5, 3, seed=1)
     np.save(tmp_path / "rows.npy", rows)
-    held, _ = fit_by_sgd(features_of(rows, labels), 3, SgdConfig(epochs=2, batch=10), 0, CPU)
-    monkeypatch.setattr(sgd_probe, "HELD_ON_CPU", 0)
+    held, _ = fit_by_adamw(features_of(rows, labels), 3, AdamWProbeConfig(epochs=2, batch=10), 0, CPU)
+    monkeypatch.setattr(adamw_probe, "HELD_ON_CPU", 0)
     mapped = features_of(np.load(tmp_path / "rows.npy", mmap_mode="r"), labels)
-    np.testing.assert_array_equal(fit_by_sgd(mapped, 3, SgdConfig(epochs=2, batch=10), 0, CPU)[0].weight, held.weight)
+    np.testing.assert_array_equal(
+        fit_by_adamw(mapped, 3, AdamWProbeConfig(epochs=2, batch=10), 0, CPU)[0].weight, held.weight
+    )
 
 
 def test_it_learns_what_can_be_told():
     (rows, labels), (others, truth) = clouds(600, 16, 5, seed=2), clouds(200, 16, 5, seed=3)
-    found, losses = fit_by_sgd(features_of(rows, labels), 5, SgdConfig(), 0, CPU)
+    found, losses = fit_by_adamw(features_of(rows, labels), 5, AdamWProbeConfig(), 0, CPU)
     ahead, _ = classes_ahead(found, RowBlocks(features_of(others, truth), CPU))
     assert np.mean(ahead == 0) > 0.95
     assert losses[-1] < losses[0] / 5
@@ -71,5 +73,5 @@ def test_the_rate_falls_from_the_first_to_nothing():
 
 @pytest.mark.parametrize("wrong", [{"epochs": 0}, {"batch": 0}, {"learning_rate": 0.0}, {"weight_decay": -0.1}])
 def test_settings_outside_their_range_are_refused(wrong):
-    with pytest.raises(ValueError, match=f"sgd.{next(iter(wrong))} = "):
-        SgdConfig(**wrong)
+    with pytest.raises(ValueError, match=f"adamw.{next(iter(wrong))} = "):
+        AdamWProbeConfig(**wrong)

@@ -1,4 +1,4 @@
-"""Each figure agrees with its definition in float64, a sampled one within its interval; extremes are geometry's."""
+"""Each metric agrees with its definition in float64, a sampled one within its interval; extremes are geometry's."""
 
 from __future__ import annotations
 
@@ -11,13 +11,18 @@ from scipy import stats
 from torch.nn import functional as F
 
 from modstruct.evaluation.retrieval import rows as rows_module
-from modstruct.evaluation.structure import SamplingConfig, structure_metrics
-from modstruct.evaluation.structure import basic as curves_of_training
-from modstruct.evaluation.structure import separability as separability_module
-from modstruct.evaluation.structure.bridge import GRID, bridge_deviation
-from modstruct.evaluation.structure.hubness import occurrences, skewness
-from modstruct.evaluation.structure.separability import linear_separability, one_to_one
-from modstruct.evaluation.structure.spectrum import effective_rank, spectra
+from modstruct.evaluation.structure import basic, shape
+from modstruct.evaluation.structure.alignment import GRID, bridge_deviation
+from modstruct.evaluation.structure.measure import structure_metrics
+from modstruct.evaluation.structure.sampling import SamplingConfig
+from modstruct.evaluation.structure.shape import (
+    effective_rank,
+    linear_separability,
+    occurrences,
+    one_to_one,
+    skewness,
+    spectra,
+)
 from modstruct.losses.bridge import brownian_bridge
 
 SMALL = SamplingConfig(exact_rows=300, batch=64, batches=30, hubness_batch=100, separability_pairs=200)
@@ -94,7 +99,7 @@ def plain(image, text, pairs, augmented, image_independent, text_independent):
     }
 
 
-def test_figures_agree_with_their_definitions(source, monkeypatch):
+def test_metrics_agree_with_their_definitions(source, monkeypatch):
     right = plain(*source)
     found = structure_metrics(*source)
     curves = found.pop("curves")
@@ -111,14 +116,14 @@ def test_figures_agree_with_their_definitions(source, monkeypatch):
             assert again["value"] == pytest.approx(found[name]["value"], rel=1e-9), name
 
 
-def test_the_figures_of_training_are_the_same(source):
+def test_the_metrics_of_training_are_the_same(source):
     image, text, pairs = source[:3]
     found = structure_metrics(image, text, pairs)
-    figures = curves_of_training.structure(*(torch.from_numpy(x) for x in (image, text, pairs)))
-    assert {name: found[name]["value"] for name in figures} == pytest.approx(figures, rel=1e-5)
+    metrics = basic.structure(*(torch.from_numpy(x) for x in (image, text, pairs)))
+    assert {name: found[name]["value"] for name in metrics} == pytest.approx(metrics, rel=1e-5)
 
 
-def test_sampled_figures_have_an_interval_around_the_exact_value(tmp_path):
+def test_sampled_metrics_have_an_interval_around_the_exact_value(tmp_path):
     image = near(np.repeat(unit(1, 16), 3000, axis=0), 2.0, seed=1)
     text, independent = near(image, 1.0, seed=2), unit(3000, 16, seed=3)
     np.save(tmp_path / "image.npy", image)
@@ -206,7 +211,7 @@ def newton_accuracy(image, text, config):
         mean, deviation = x.mean(0), x.std(0)
         x = np.concatenate([(x - mean) / deviation, np.ones((len(x), 1))], axis=1)
         y = np.repeat([1.0, 0.0], len(train))
-        decay = separability_module.DECAY * np.diag([1.0] * image.shape[1] + [0.0])
+        decay = shape.DECAY * np.diag([1.0] * image.shape[1] + [0.0])
         w = np.zeros(x.shape[1])
         for _ in range(50):
             p = 1 / (1 + np.exp(-x @ w))

@@ -1,4 +1,4 @@
-"""The structure figures agree with their formulas and have the values geometry demands."""
+"""Metrics of structure agree with their formulas and have the extreme values that geometry gives."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ def unit(*shape, seed=0):
     return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
-def test_figures_agree_with_their_formulas():
+def test_metrics_agree_with_their_formulas():
     image, text = unit(40, 8), unit(30, 8, seed=1)
     pairs = torch.randint(0, 30, (50, 2), generator=torch.Generator().manual_seed(2))
-    figures = structure(image, text, pairs)
+    metrics = structure(image, text, pairs)
     z_v, z_t = image.double(), text.double()
     distances = (z_v[pairs[:, 0]] - z_t[pairs[:, 1]]).square().sum(1)
-    assert figures["alignment"] == pytest.approx(distances.mean().item(), rel=1e-5)
-    assert figures["modality_gap"] == pytest.approx((z_v.mean(0) - z_t.mean(0)).norm().item(), rel=1e-5)
+    assert metrics["alignment"] == pytest.approx(distances.mean().item(), rel=1e-5)
+    assert metrics["modality_gap"] == pytest.approx((z_v.mean(0) - z_t.mean(0)).norm().item(), rel=1e-5)
     for name, z in (("uniformity_image", z_v), ("uniformity_text", z_t)):
-        assert figures[name] == pytest.approx(torch.pdist(z).square().mul(-2).exp().mean().log().item(), rel=1e-5)
+        assert metrics[name] == pytest.approx(torch.pdist(z).square().mul(-2).exp().mean().log().item(), rel=1e-5)
 
 
-def test_figures_do_not_change_under_rotation():
+def test_metrics_do_not_change_under_rotation():
     image, text = unit(20, 6), unit(20, 6, seed=1)
     rotation = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(3)))[0]
     assert structure(image @ rotation, text @ rotation) == pytest.approx(structure(image, text), rel=1e-4)
