@@ -8,7 +8,7 @@ By perceptual hash, then a second look at thumbnails; with the embeddings of bot
     … --train_embeddings EVAL/embeddings/TRAIN --evaluation_embeddings EVAL/embeddings/SET
 
 Into --out go leakage.json (shares and pairs), leakage.npz, examples/ with the images side by side, and
-leaked_keys.jsonl, the keys that evaluation can leave out (modstruct.evaluation.leakage.leave_out). Thumbnails and
+leaked_keys.jsonl, the keys that evaluation can leave out (modstruct.evaluation.leakage.result). Thumbnails and
 hashes are made once a source, in --cache; stopped, the program goes on where it was when it is called again.
 
 --hamming and --difference: tools/benchmarks/leakage.py measures what they find and miss on your data. A pair counts if
@@ -29,8 +29,9 @@ from modstruct.config import DataConfig, Source
 from modstruct.data.shards.evaluation_samples import EvaluationSamples
 from modstruct.errors import RunError
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
-from modstruct.evaluation.leakage import Prints, Thresholds, find_duplicates, make_prints, write_result
-from modstruct.evaluation.leakage.prints import rows_by_key, source_fingerprint
+from modstruct.evaluation.leakage.duplicates import Thresholds, find_duplicates
+from modstruct.evaluation.leakage.prints import Prints, make_prints, rows_by_key, source_fingerprint
+from modstruct.evaluation.leakage.result import write_result
 
 
 def main(arguments: list[str] | None = None) -> int:

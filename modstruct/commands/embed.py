@@ -19,10 +19,10 @@ from modstruct.cli import checkpoint_arguments, parse, recipe_parser, run
 from modstruct.config import Recipe
 from modstruct.config.embedding import EmbeddingConfig
 from modstruct.errors import refuse, require
-from modstruct.evaluation.embeddings.embedded_files import MODEL_FILE, is_set_name
+from modstruct.evaluation.embeddings.set_files import MODEL_FILE, is_set_name
 
 if TYPE_CHECKING:
-    from modstruct.evaluation.embeddings import EmbeddingModel
+    from modstruct.evaluation.embeddings.model import EmbeddingModel
 
 USAGE = "deepspeed [launcher options] launch_scripts/evaluate.py embed --checkpoint FOLDER --out FOLDER [--sets SET …]"
 FOR_PROBES = ("image", "image_features", "image_projected", "image_independent")
@@ -57,7 +57,7 @@ def embed(recipe: Recipe, options: Namespace, command: list[str]) -> Path:
     from modstruct.commands.sets import open_sets, splits_beside
     from modstruct.distributed.collect import on_main
     from modstruct.distributed.hosts import on_all
-    from modstruct.evaluation.embeddings import embed_sets
+    from modstruct.evaluation.embeddings.embed_set import embed_sets
 
     distributed.start_processes()
     out = Path(options.out).expanduser()
@@ -79,7 +79,8 @@ def embed(recipe: Recipe, options: Namespace, command: list[str]) -> Path:
 
 
 def _model(recipe: Recipe, options: Namespace) -> EmbeddingModel:
-    from modstruct.evaluation.embeddings import checkpoint_model, open_clip_model
+    from modstruct.evaluation.embeddings.model import checkpoint_model
+    from modstruct.evaluation.embeddings.open_clip_model import open_clip_model
 
     chosen = [name for name in ("checkpoint", "open_clip") if getattr(options, name)]
     require(len(chosen) == 1, "--checkpoint", options.checkpoint, "give it or --open_clip, and not both")

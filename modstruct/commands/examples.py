@@ -10,7 +10,7 @@ import numpy as np
 from modstruct.cli import parse_recipe_text
 from modstruct.commands.sets import read_set
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
-from modstruct.evaluation.retrieval import write_retrieved_examples
+from modstruct.evaluation.retrieval.examples import write_retrieved_examples
 
 
 def write_examples(results: Path, noted: dict[str, Any], embedded: EmbeddedSet, noted_set: dict[str, str]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,18 +25,21 @@ from modstruct.commands.sets import splits_beside
 from modstruct.distributed import FailedElsewhere
 from modstruct.distributed.collect import on_main
 from modstruct.errors import LostProcess, RunError
-from modstruct.evaluation.classification import FewShotConfig, LinearProbeConfig, measure_few_shot, measure_linear_probe
+from modstruct.evaluation.classification.few_shot import FewShotConfig, measure_few_shot
+from modstruct.evaluation.classification.linear_probe import LinearProbeConfig, measure_linear_probe
 from modstruct.evaluation.classification.zero_shot import measure_zero_shot
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
-from modstruct.evaluation.information import ProbeConfig, measure_information
-from modstruct.evaluation.leakage import LEAKED_KEYS, leave_out, read_keys
-from modstruct.evaluation.retrieval import RetrievalConfig, measure_set_retrieval
-from modstruct.evaluation.structure import SamplingConfig, measure_set_structure
+from modstruct.evaluation.information.measure import measure_information
+from modstruct.evaluation.information.probes import ProbeConfig
+from modstruct.evaluation.leakage.result import LEAKED_KEYS, leave_out, read_keys
+from modstruct.evaluation.retrieval.measure import RetrievalConfig, measure_set_retrieval
+from modstruct.evaluation.structure.measure import measure_set_structure
+from modstruct.evaluation.structure.sampling import SamplingConfig
 from modstruct.files import atomic_write
 
 USAGE = "[deepspeed [launcher options] | python] launch_scripts/evaluate.py measure EVALUATION… [--FIELD VALUE …]"
-METRICS = ("retrieval", "zero_shot", "structure", "linear_probe", "linear_probe_sgd", "few_shot", "information")
-PROBES = ("linear_probe", "linear_probe_sgd", "few_shot")
+METRICS = ("retrieval", "zero_shot", "structure", "linear_probe", "linear_probe_adamw", "few_shot", "information")
+PROBES = ("linear_probe", "linear_probe_adamw", "few_shot")
 DEFAULT_FEATURES = ("image_features", "image_projected")
 Probe = TypeVar("Probe", LinearProbeConfig, FewShotConfig)
 Found = tuple[dict[str, Any], dict[str, np.ndarray]]
@@ -54,8 +58,8 @@ class MeasureConfig:
     structure: SamplingConfig = field(default_factory=SamplingConfig)
     """Needs captions."""
     linear_probe: LinearProbeConfig = field(default_factory=LinearProbeConfig)
-    """Needs classes and the training split (embed --all_splits). linear_probe_sgd is the same by CyCLIP's protocol, on
-    image_projected."""
+    """Needs classes and the training split (embed --all_splits). linear_probe_adamw is the same by CyCLIP's protocol,
+    on image_projected."""
     few_shot: FewShotConfig = field(default_factory=FewShotConfig)
     """Needs classes and the training split."""
     information: ProbeConfig = field(default_factory=ProbeConfig)
@@ -69,7 +73,7 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("folders", nargs="+", help="Folders that `evaluate.py embed --out` wrote.")
     which = "Metrics; those that a set does not allow are left out, and the reason said."
     parser.add_argument("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help=which)
-    config, options = parse(parser, words)
+    config, options = parse(parser, words, _with_present_names)
 
     def measure_all() -> None:
         distributed.start_processes()
@@ -79,6 +83,11 @@ def main(words: Sequence[str]) -> None:
         require_all(problems)
 
     run(measure_all)
+
+
+def _with_present_names(words: Sequence[str]) -> list[str]:
+    """Options and metrics of the AdamW probe by their present names, where a command has those of older versions."""
+    return [re.sub(r"^(--)?linear_probe(_|\.)sgd(?=$|[.=])", r"\1linear_probe\2adamw", word) for word in words]
 
 
 def measure(out: Path, config: MeasureConfig, metrics: Sequence[str], words: Sequence[str]) -> list[str]:
@@ -161,8 +170,8 @@ def _measure_one(
         "linear_probe": lambda: measure_linear_probe(
             *three, _with_features(config.linear_probe, splits), device, progress
         ),
-        "linear_probe_sgd": lambda: measure_linear_probe(
-            *three, _with_features(_by_sgd(config.linear_probe), splits), device, progress
+        "linear_probe_adamw": lambda: measure_linear_probe(
+            *three, _with_features(_by_adamw(config.linear_probe), splits), device, progress
         ),
         "few_shot": lambda: measure_few_shot(*three, _with_features(config.few_shot, splits), device, progress),
         "information": lambda: measure_information(
@@ -176,9 +185,9 @@ def _measure_one(
         on_main(lambda: _save(path, *alone[metric](), embedded, words))
 
 
-def _by_sgd(probe: LinearProbeConfig) -> LinearProbeConfig:
+def _by_adamw(probe: LinearProbeConfig) -> LinearProbeConfig:
     features = "image_projected" if probe.features == LinearProbeConfig().features else probe.features
-    return replace(probe, method="sgd", features=features)
+    return replace(probe, method="adamw", features=features)
 
 
 def _with_features(probe: Probe, splits: dict[str, EmbeddedSet]) -> Probe:

@@ -14,8 +14,12 @@ evaluate.py task --checkpoint RUN …                a fine-tuned model on its t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from modstruct.cli import checkpoint_arguments, parse, recipe_parser, run
+from modstruct.config import Recipe
+from modstruct.errors import refuse
 
 USAGE = "deepspeed [launcher options] launch_scripts/evaluate.py --checkpoint FOLDER [--FIELD VALUE …]"
 
@@ -25,6 +29,48 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--checkpoint", required=True, help="A checkpoint folder, or a run's folder for its last one.")
     parser.add_argument("--out", help="JSON file for the metrics (default: evaluation.json in the run).")
     recipe, options = parse(parser, words, prepare=checkpoint_arguments)
-    from modstruct.evaluation.saved_model import evaluate_checkpoint  # after the parsing: --help needs no torch
-
     run(lambda: evaluate_checkpoint(recipe, options.checkpoint, options.out))
+
+
+def evaluate_checkpoint(recipe: Recipe, checkpoint: str, out: str | None = None) -> dict[str, Any]:
+    """Embed data.eval with a checkpoint's weights in float32 and print its table; every process calls it.
+
+    recipe: the checkpoint's, with overrides. checkpoint: its folder, or a run's folder for its last one. out: JSON file
+    for the metrics, by default RUN/evaluation.json. No training engine: a whole model on each process. Raises
+    ValueError naming the option or field that is wrong.
+    """
+    # After the parsing: --help needs no torch.
+    from modstruct import checkpoints, distributed
+    from modstruct.data.classification.class_files import load_classes
+    from modstruct.data.run_data import open_run_data
+    from modstruct.evaluation.embeddings.model import find_checkpoint, load_model
+    from modstruct.evaluation.evaluate import evaluate
+    from modstruct.evaluation.tables import save_metrics, table
+    from modstruct.models.build import image_size
+
+    distributed.start_processes()
+    path = find_checkpoint(checkpoint)
+    if recipe.data.eval is None:
+        refuse("data.eval", None, "name the shards to measure")
+    tokenizer = checkpoints.read_tokenizer(path)
+    data = open_run_data(recipe, image_size(recipe), tokenizer, training=False)
+    if data.zero_shot:
+        load_classes(data.zero_shot)  # an error in it is reported before the work
+    model = load_model(recipe, path, tokenizer)
+    fusion = model if recipe.framework == "fusion" else None
+    metrics = evaluate(
+        model,
+        data.eval,
+        data.views,
+        tokenizer,
+        recipe.evaluation,
+        data.zero_shot,
+        distributed.device(),
+        fusion=fusion,
+    )
+    if distributed.is_main():
+        print(f"\n{path}\n\n{table(metrics)}")
+        file = Path(out or path.resolve().parents[1] / "evaluation.json")
+        save_metrics(metrics, file)
+        print(f"\nmetrics: {file}")
+    return metrics

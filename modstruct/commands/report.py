@@ -28,7 +28,7 @@ def main(words: Sequence[str]) -> None:
 
 def report(folders: Sequence[Path], out: Path) -> None:
     """Write the page and its tables, on the main process, and say where they lie."""
-    from modstruct.reporting import write_report
+    from modstruct.reporting.report import write_report
 
     files = write_report([folder.expanduser() for folder in folders], out.expanduser())
     print(f"report: {files.html}\ntables: {files.csv}, {files.tex}")

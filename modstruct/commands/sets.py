@@ -12,9 +12,9 @@ from modstruct.data.classification.registry import SCENES, open_labelled, parse_
 from modstruct.data.run_data import BUILT_IN
 from modstruct.data.shards.evaluation_samples import EvaluationSamples
 from modstruct.data.shards.sources import as_sources
-from modstruct.data.synthetic.folder import ensure_scenes
+from modstruct.data.synthetic.shards import ensure_scenes
 from modstruct.errors import refuse
-from modstruct.evaluation.embeddings import EmbeddingSource
+from modstruct.evaluation.embeddings.source import EmbeddingSource
 
 RECIPES_OWN = "eval"
 

@@ -1,4 +1,4 @@
-"""A fine-tuned model on its task: the figures and predictions of its test split, or of another.
+"""A fine-tuned model on its task: the metrics and predictions of its test split, or of another.
 
 deepspeed launch_scripts/evaluate.py task --checkpoint runs/vqa
 deepspeed launch_scripts/evaluate.py task --checkpoint runs/retrieval --split validation --task.rerank 32
@@ -26,11 +26,12 @@ def main(words: Sequence[str]) -> None:
 
 
 def measure_task(recipe: FinetuneRecipe, checkpoint: str, split: str, out: str | None) -> dict:
-    """Figures of a split with a checkpoint's weights; every process calls it.
+    """Metrics of a split with a checkpoint's weights; every process calls it.
 
     recipe: the checkpoint's, with overrides. Raises ValueError naming the option or field that is wrong.
     """
     from modstruct import checkpoints, distributed
+    from modstruct.evaluation.embeddings.model import find_checkpoint
     from modstruct.evaluation.tables import save_metrics, task_table
     from modstruct.tasks import build_task
     from modstruct.tasks.task import SPLITS
@@ -39,9 +40,7 @@ def measure_task(recipe: FinetuneRecipe, checkpoint: str, split: str, out: str |
     if split not in SPLITS:
         refuse("--split", split, f"is none of {', '.join(SPLITS)}")
     distributed.start_processes()
-    path = distributed.broadcast_object(checkpoints.find(checkpoint, checkpoint, "--checkpoint"))
-    if path is None:
-        refuse("--checkpoint", checkpoint, "this run has no checkpoint yet")
+    path = find_checkpoint(checkpoint)
     task = build_task(recipe, checkpoints.read_tokenizer(path))
     # VQA ranks the most frequent answers of the training split.
     needed = dict.fromkeys(["train", split] if recipe.task.name == "vqa" else [split])

@@ -12,7 +12,7 @@ from modstruct.data.shards.evaluation_samples import EvaluationSamples, train_ca
 from modstruct.data.shards.samples import Samples, open_samples
 from modstruct.data.shards.saved_samples import open_saved_samples
 from modstruct.data.shards.sources import as_sources
-from modstruct.data.synthetic.folder import ensure_scenes
+from modstruct.data.synthetic.shards import ensure_scenes
 from modstruct.data.tokenizers import Tokenizer, build_tokenizer
 from modstruct.data.tokenizers.sentencepiece_training import TRAINING_CAPTIONS
 from modstruct.data.transforms.augment import Views

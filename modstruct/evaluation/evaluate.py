@@ -19,7 +19,8 @@ from modstruct.data.transforms.augment import Views
 from modstruct.distributed.collect import my_batches, on_main
 from modstruct.evaluation.classification.zero_shot import class_embeddings, zero_shot
 from modstruct.evaluation.embeddings.in_memory import EmbeddedSource, Encode, embed_source, embed_texts
-from modstruct.evaluation.retrieval import counting_device, measure_recall
+from modstruct.evaluation.retrieval.exact import counting_device
+from modstruct.evaluation.retrieval.measure import measure_recall
 from modstruct.evaluation.retrieval.reranking import reranked_retrieval
 from modstruct.evaluation.structure.basic import structure
 from modstruct.models.fusion.pretraining import FusionModel

@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from modstruct.evaluation.embeddings.embedded_files import MODEL_FILE
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
+from modstruct.evaluation.embeddings.set_files import MODEL_FILE
 
 FIGURE_NUMBERS = ("value", "chance", "low", "high")
 

@@ -13,9 +13,9 @@ from modstruct.config import TaskFiles
 from modstruct.data.downstream.batches import Seed
 from modstruct.data.downstream.nlvr2 import Nlvr2Statement, read_nlvr2
 from modstruct.data.downstream.published_files import TaskEntries
-from modstruct.data.synthetic.tasks.folder import SceneTaskPaths
+from modstruct.data.synthetic.task_files import SceneTaskPaths
+from modstruct.evaluation.statistics import majority_label
 from modstruct.models.fusion.two_images import PairClassifier
-from modstruct.tasks.majority import majority_label
 from modstruct.tasks.nlvr2_metrics import nlvr2_metrics
 from modstruct.tasks.task import Task
 

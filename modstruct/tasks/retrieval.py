@@ -18,12 +18,13 @@ from modstruct.data.downstream.batches import Seed
 from modstruct.data.downstream.karpathy import SPLIT_OF_RUN, CaptionedImage, read_karpathy
 from modstruct.data.downstream.published_files import TaskEntries
 from modstruct.data.shards.loader import identity
-from modstruct.data.synthetic.tasks.folder import SceneTaskPaths
+from modstruct.data.synthetic.task_files import SceneTaskPaths
 from modstruct.data.tokenizers import Tokenizer
-from modstruct.data.transforms.masking import blank_places, with_blanks
+from modstruct.data.transforms.masking import mask_tokens, masked_places
 from modstruct.distributed.collect import on_main
 from modstruct.evaluation.embeddings.in_memory import embed_texts
-from modstruct.evaluation.retrieval import counting_device, measure_recall
+from modstruct.evaluation.retrieval.exact import counting_device
+from modstruct.evaluation.retrieval.measure import measure_recall
 from modstruct.evaluation.retrieval.reranking import reranked_retrieval
 from modstruct.losses.objective import Objective, build_objective
 from modstruct.losses.protocol import LossSettings
@@ -84,8 +85,8 @@ class Retrieval(Task):
         if self.masks:
             seeds = [sample["mask_seed"] for sample in samples]
             rate = self.recipe.losses.masked_language.rate
-            batch["text_masked"], batch["masked_labels"] = with_blanks(batch["text"], seeds, rate, self.tokenizer)
-            batch["blanks"] = blank_places(batch["masked_labels"])
+            batch["text_masked"], batch["masked_labels"] = mask_tokens(batch["text"], seeds, rate, self.tokenizer)
+            batch["masked_places"] = masked_places(batch["masked_labels"])
         return batch
 
     def measure(self, model: FusionModel, entries: Sequence[CaptionedImage]) -> tuple[dict[str, Any], None]:

@@ -12,10 +12,10 @@ from modstruct.config import TaskFiles
 from modstruct.data.downstream.batches import Seed
 from modstruct.data.downstream.published_files import TaskEntries
 from modstruct.data.downstream.snli_ve import ENTAILMENT_LABELS, EntailmentPair, read_snli_ve
-from modstruct.data.synthetic.tasks.folder import SceneTaskPaths
+from modstruct.data.synthetic.task_files import SceneTaskPaths
+from modstruct.evaluation.statistics import majority_label
 from modstruct.models.fusion.classifier import Classifier
 from modstruct.tasks.entailment_metrics import entailment_metrics
-from modstruct.tasks.majority import majority_label
 from modstruct.tasks.task import Task
 
 

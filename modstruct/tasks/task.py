@@ -18,7 +18,7 @@ from modstruct.data.downstream.batches import EntryBatch, Seed, entry_batches
 from modstruct.data.downstream.published_files import TaskEntries
 from modstruct.data.shards.faults import BadSampleCounter
 from modstruct.data.shards.workers import require_shared_memory
-from modstruct.data.synthetic.tasks.folder import SceneTaskPaths
+from modstruct.data.synthetic.task_files import SceneTaskPaths
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.data.transforms.augment import Views
 from modstruct.distributed.collect import collect_values, rounds_of

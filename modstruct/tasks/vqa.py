@@ -18,7 +18,7 @@ from modstruct.config import FinetuneRecipe, TaskFiles
 from modstruct.data.downstream.batches import Seed
 from modstruct.data.downstream.published_files import TaskEntries
 from modstruct.data.downstream.vqa import VqaQuestion, answer_weights, build_answer_list, read_answer_list, read_vqa
-from modstruct.data.synthetic.tasks.folder import SceneTaskPaths
+from modstruct.data.synthetic.task_files import SceneTaskPaths
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.errors import refuse
 from modstruct.models.fusion.answering import AnswerModel, answer_tokens

@@ -16,7 +16,7 @@ from modstruct.config import FinetuneRecipe
 from modstruct.data.downstream.batches import task_loader, task_order
 from modstruct.data.downstream.published_files import TaskEntries
 from modstruct.data.shards.workers import WorkerLoader
-from modstruct.data.synthetic.tasks.folder import ensure_scene_tasks
+from modstruct.data.synthetic.task_files import ensure_scene_tasks
 from modstruct.distributed.collect import on_main
 from modstruct.distributed.hosts import on_all, require_same
 from modstruct.evaluation.tables import flatten, task_table

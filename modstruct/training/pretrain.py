@@ -14,7 +14,7 @@ from modstruct.data.shards.evaluation_samples import EvaluationSamples
 from modstruct.data.shards.loader import train_loader, train_order
 from modstruct.data.shards.workers import WorkerLoader
 from modstruct.evaluation.evaluate import evaluate
-from modstruct.evaluation.examples import retrieved_examples
+from modstruct.evaluation.example_grid import retrieved_examples
 from modstruct.evaluation.structure.basic import structure
 from modstruct.evaluation.tables import flatten, table, validation_recall_at_1
 from modstruct.losses.objective import build_objective

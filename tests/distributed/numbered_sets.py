@@ -12,7 +12,7 @@ from PIL import Image
 from modstruct.config.embedding import EmbeddingConfig
 from modstruct.data.shards.evaluation_samples import EvaluationSample
 from modstruct.data.shards.faults import BadSample
-from modstruct.evaluation.embeddings import EmbeddingModel
+from modstruct.evaluation.embeddings.model import EmbeddingModel
 
 ARRAYS = ("image", "text", "image_features", "text_features", "image_augmented")
 

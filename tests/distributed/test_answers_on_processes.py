@@ -13,7 +13,6 @@ from torch import Tensor
 
 from modstruct import distributed
 from modstruct.config import OptimizerConfig, TrainConfig
-from modstruct.embeddings import Outputs
 from modstruct.losses.distillation import Distillation
 from modstruct.training.ds_config import build_engine, read_ds_config, resolve_ds_config
 from modstruct.training.step import train_step

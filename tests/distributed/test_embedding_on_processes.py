@@ -10,7 +10,8 @@ from numbered_sets import Encode, LabelledNumbers, config, content, numbered_mod
 from processes import run_on_processes
 
 from modstruct.distributed import rank
-from modstruct.evaluation.embeddings import EmbeddingSource, embed_sets
+from modstruct.evaluation.embeddings.embed_set import embed_sets
+from modstruct.evaluation.embeddings.source import EmbeddingSource
 
 NUMBERS = [i % 37 for i in range(43)]
 BROKEN = (8, 9, 10, 11)

@@ -20,7 +20,7 @@ def measured_recipe(output: str, cache: str) -> Recipe:
 
 
 def train_and_evaluate(output: str, cache: str) -> tuple[dict, dict]:
-    from modstruct.evaluation.saved_model import evaluate_checkpoint
+    from modstruct.commands.quick import evaluate_checkpoint
     from modstruct.training.pretrain import finish, open_run
     from modstruct.training.trainer import StopRequest, train
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from modstruct import distributed
 from modstruct.config import LossesConfig
-from modstruct.embeddings import Outputs
 from modstruct.losses.objective import build_objective
 from modstruct.pairwise import (
     contrastive,

@@ -26,7 +26,7 @@ from modstruct.config import (
     QueueContrastConfig,
     SeparationConfig,
 )
-from modstruct.data.transforms.masking import blank_places
+from modstruct.data.transforms.masking import masked_places
 from modstruct.losses.distillation import Distillation
 from modstruct.losses.objective import build_objective
 from modstruct.models.fusion.classifier import Classifier
@@ -56,7 +56,11 @@ def pretraining(**contrast) -> Step:
     losses.queue_contrast = QueueContrastConfig(weight=1.0, ramp_steps=0, **contrast)
     recipe = fusion_recipe(losses=losses)
     batch = training_batch()
-    return fusion_model(recipe), build_objective(losses), batch | {"blanks": blank_places(batch["masked_labels"])}
+    return (
+        fusion_model(recipe),
+        build_objective(losses),
+        batch | {"masked_places": masked_places(batch["masked_labels"])},
+    )
 
 
 def retrieval() -> Step:
@@ -110,8 +114,10 @@ def step(engine: PlainEngine, objective: Callable, batch: dict[str, Tensor], par
         embedded, options = WholeBatch(engine, batch), {}
     else:
         with unwatched():  # the loader's work
-            divided = [{n: rows.chunk(parts)[p] for n, rows in batch.items() if n != "blanks"} for p in range(parts)]
-            divided = [part | {"blanks": blank_places(part["masked_labels"])} for part in divided]
+            divided = [
+                {n: rows.chunk(parts)[p] for n, rows in batch.items() if n != "masked_places"} for p in range(parts)
+            ]
+            divided = [part | {"masked_places": masked_places(part["masked_labels"])} for part in divided]
         embedded, options = CachedFusionBatch(engine, divided, objective, number), {"pairs_only": True}
     total, _ = objective(embedded.embeddings, number, 0, **options)
     embedded.backward(total)

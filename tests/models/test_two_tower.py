@@ -20,7 +20,6 @@ from torch.testing import assert_close
 from torchvision.transforms import v2
 
 from modstruct.config import ViewsConfig
-from modstruct.embeddings import Outputs
 
 TEXT_TOWERS = ("clip", "bert")
 

@@ -20,7 +20,7 @@ from modstruct.config import (
     TrainConfig,
 )
 from modstruct.data.tokenizers import Tokenizer
-from modstruct.data.transforms.masking import with_blanks
+from modstruct.data.transforms.masking import mask_tokens
 from modstruct.losses.objective import build_objective
 from modstruct.models.fusion.pretraining import FusionModel
 
@@ -71,7 +71,7 @@ def training_batch(rows: int = 6, seed: int = 0, size: int = 16, rate: float = 0
     tokenizer = word_tokenizer()
     text = tokenizer([CAPTIONS[row % len(CAPTIONS)] for row in range(rows)])
     seeds = [seed * 1000 + row for row in range(rows)]
-    masked, labels = with_blanks(text, seeds, rate, tokenizer)
+    masked, labels = mask_tokens(text, seeds, rate, tokenizer)
     return {
         "image": pictures(size, rows, seed + 1),
         "text": text,

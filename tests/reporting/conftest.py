@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from evaluation_folders import write_run
 
-from modstruct.reporting import ReportFiles, write_report
+from modstruct.reporting.report import ReportFiles, write_report
 
 
 @pytest.fixture(scope="session")

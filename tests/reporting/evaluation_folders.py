@@ -9,9 +9,10 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from modstruct.evaluation.embeddings.embedded_set import write_embedded_set
-from modstruct.evaluation.retrieval import measure_retrieval, pairs_ahead
+from modstruct.evaluation.retrieval.exact import pairs_ahead
+from modstruct.evaluation.retrieval.measure import measure_retrieval
 from modstruct.evaluation.statistics import bootstrap_mean
-from modstruct.evaluation.structure import structure_metrics
+from modstruct.evaluation.structure.measure import structure_metrics
 
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange")
 SHAPES = ("circle", "square", "triangle")

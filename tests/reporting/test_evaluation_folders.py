@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from evaluation_folders import save_model, save_result
 
-from modstruct.reporting import write_report
 from modstruct.reporting.loading import load_evaluation, load_evaluations
+from modstruct.reporting.report import write_report
 
 
 def test_figures_are_read_by_their_names(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from evaluation_folders import Embeddings, unit
 
 from modstruct.evaluation.embeddings.embedded_set import write_embedded_set
-from modstruct.reporting.projection import SHOWN_PAIRS, project, projection_chart, widest
+from modstruct.reporting.plots import SHOWN_PAIRS, project, projection_chart, widest
 
 
 def embedded(folder, made: Embeddings, **more):

@@ -11,9 +11,9 @@ from itertools import pairwise
 import pytest
 from evaluation_folders import save_result
 
-from modstruct.reporting import write_report
 from modstruct.reporting.examples import Images, galleries
 from modstruct.reporting.loading import load_evaluations
+from modstruct.reporting.report import write_report
 
 VOID = {"meta", "img", "br", "hr", "link", "input", "circle", "rect", "path", "polygon"}
 HOSTILE = "</style></title><script>alert(1)</script><img src=x onerror=alert(1)>\"'&\u202e\x00"

@@ -8,8 +8,8 @@ import pytest
 
 from modstruct.data.downstream.nlvr2 import Nlvr2Statement
 from modstruct.data.downstream.snli_ve import EntailmentPair
+from modstruct.evaluation.statistics import majority_label
 from modstruct.tasks.entailment_metrics import entailment_metrics
-from modstruct.tasks.majority import majority_label
 from modstruct.tasks.nlvr2_metrics import nlvr2_metrics, sentence_of
 
 

@@ -14,8 +14,7 @@ from tiny_answers import answer_model, answer_recipe, answer_tokenizer
 from modstruct.config import FinetuneRecipe, TaskDataConfig, TaskEvaluationConfig, TaskFiles
 from modstruct.data.downstream.batches import TaskBatches
 from modstruct.data.downstream.vqa import VqaQuestion
-from modstruct.data.synthetic.tasks.files import vqa_files, write_scene_tasks
-from modstruct.data.synthetic.tasks.sizes import SceneTaskSizes
+from modstruct.data.synthetic.task_files import SceneTaskSizes, vqa_files, write_scene_tasks
 from modstruct.tasks import build_task
 from modstruct.tasks.vqa import Vqa
 

@@ -25,8 +25,7 @@ from modstruct.config import (
     TrainConfig,
     ViewsConfig,
 )
-from modstruct.data.synthetic.tasks.files import nlvr2_files, snli_ve_files, vqa_files, write_scene_tasks
-from modstruct.data.synthetic.tasks.sizes import SceneTaskSizes
+from modstruct.data.synthetic.task_files import SceneTaskSizes, nlvr2_files, snli_ve_files, vqa_files, write_scene_tasks
 from modstruct.data.tokenizers import WordPieceTokenizer
 from modstruct.tasks import Task, build_task
 

@@ -21,7 +21,7 @@ from modstruct import distributed
 from modstruct.cli import parse, recipe_parser
 from modstruct.config import Recipe
 from modstruct.data.tokenizers import ClipTokenizer
-from modstruct.data.transforms.masking import with_blanks
+from modstruct.data.transforms.masking import mask_tokens
 from modstruct.losses.objective import build_objective
 from modstruct.models.fusion.pretraining import FusionModel
 
@@ -64,7 +64,7 @@ def batch_of(recipe: Recipe, tokenizer: ClipTokenizer, pairs: int) -> dict[str, 
     generator = torch.Generator().manual_seed(0)
     side = recipe.fusion.vision.image_size
     text = tokenizer(["a " * 20 + str(number) for number in range(pairs)])
-    masked, labels = with_blanks(text, list(range(pairs)), recipe.losses.masked_language.rate, tokenizer)
+    masked, labels = mask_tokens(text, list(range(pairs)), recipe.losses.masked_language.rate, tokenizer)
     batch = {
         "image": torch.randint(256, (pairs, 3, side, side), dtype=torch.uint8, generator=generator),
         "text": text,

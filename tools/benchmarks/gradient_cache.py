@@ -32,7 +32,6 @@ from modstruct.cli import parse as parse_recipe
 from modstruct.cli import recipe_parser
 from modstruct.config import Recipe
 from modstruct.data.tokenizers import WordPieceTokenizer
-from modstruct.embeddings import Outputs
 from modstruct.losses.objective import build_objective
 from modstruct.models.two_tower import TwoTower
 from modstruct.training.ds_config import build_engine, read_ds_config, resolve_ds_config

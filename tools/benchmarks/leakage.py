@@ -33,9 +33,9 @@ from tqdm import tqdm
 
 from modstruct.config import DataConfig, Source
 from modstruct.data.shards.evaluation_samples import EvaluationSamples
-from modstruct.evaluation.leakage import Duplicates, Prints, Thresholds, find_duplicates, make_prints
+from modstruct.evaluation.leakage.duplicates import Duplicates, Thresholds, find_duplicates
 from modstruct.evaluation.leakage.perceptual_hash import thumbnail
-from modstruct.evaluation.leakage.prints import source_fingerprint
+from modstruct.evaluation.leakage.prints import Prints, make_prints, source_fingerprint
 
 LISTED = 50
 

@@ -25,7 +25,6 @@ from torch.nn.functional import normalize
 
 from modstruct import distributed
 from modstruct.config import BridgeConfig, ContrastiveConfig, GeometryConfig, LossesConfig, SeparationConfig
-from modstruct.embeddings import Outputs
 from modstruct.losses.objective import build_objective
 
 DIMENSION = 512

@@ -31,15 +31,10 @@ import faiss
 import numpy as np
 import torch
 
-from modstruct.evaluation.retrieval import (
-    IndexConfig,
-    measure_retrieval,
-    pairs_ahead,
-    ranked_queries,
-    ranking_metrics,
-)
-from modstruct.evaluation.retrieval.index import ApproximateIndex
-from modstruct.evaluation.retrieval.listed import index_recall, listed_pairs_ahead
+from modstruct.evaluation.retrieval.ann_index import ApproximateIndex, IndexConfig, index_recall, listed_pairs_ahead
+from modstruct.evaluation.retrieval.exact import pairs_ahead
+from modstruct.evaluation.retrieval.measure import measure_retrieval
+from modstruct.evaluation.retrieval.metrics import ranked_queries, ranking_metrics
 from modstruct.pairwise import nearest_counts
 
 RECALL_AT = [1, 5, 10]

@@ -23,16 +23,16 @@ from modstruct.data.shards.workers import OutgoingRows, WorkerLoader, require_sh
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.data.transforms.augment import Views, sample_seed
 from modstruct.data.transforms.decoding import decode_image
-from modstruct.data.transforms.masking import blank_places, with_blanks
+from modstruct.data.transforms.masking import mask_tokens, masked_places
 from modstruct.errors import refuse, require
 
 EXTRA_FIELDS = frozenset(
     {"image_augmented", "text_augmented", "text_masked", "masked_labels", "image_id", "text_id", "slot"}
 )
 """What a batch may hold beside image and text. image_augmented, text_augmented: as these, of the augmented view.
-text_masked (B, L): the caption with blanks, and masked_labels (B, L): the true ids there, else -100; with it comes
-blanks (M, 2): where these are, so that no GPU has to be asked how many. image_id, text_id (B,): equal where two pairs
-have the same image, or the same caption. slot (B,): place in the order of the data."""
+text_masked (B, L): the caption with masked tokens, and masked_labels (B, L): the true ids there, else -100; with it
+comes masked_places (M, 2): where these are, so that no GPU is asked how many. image_id, text_id (B,): equal where two
+pairs have the same image, or the same caption. slot (B,): place in the order of the data."""
 
 # In a source of which nine tenths are bad, 200 substitutes in a row fail once in 10^9 slots.
 SUBSTITUTES = 200
@@ -138,8 +138,8 @@ class LocalBatches(Dataset):
         views = dict(zip(texts, ids.split(len(captions)), strict=True))
         if "text_masked" in self.extra:
             drawn = [seeds_of_row["text_masked"] for seeds_of_row in seeds]
-            hidden, labels = with_blanks(views["text"], drawn, self.masked_rate, self.tokenizer)
-            views |= {"text_masked": hidden, "masked_labels": labels, "blanks": blank_places(labels)}
+            hidden, labels = mask_tokens(views["text"], drawn, self.masked_rate, self.tokenizer)
+            views |= {"text_masked": hidden, "masked_labels": labels, "masked_places": masked_places(labels)}
         return views
 
     def _read_in_runs(self, samples: Sequence[int]) -> Iterator[RawSample | BadSample]:

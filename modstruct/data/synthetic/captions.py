@@ -1,7 +1,7 @@
-"""The caption of a scene: `caption(scene)`. It looks at the factors of the words, never at those of the image only.
+"""The caption of a scene: `caption(scene)`, which never depends on the factors that only the image has.
 
-Like a person, it says less about each thing when there are many: a budget of words is spent on the places, fills and
-sizes of the objects and on the ground, the shape and colour of every object being always named.
+Like a person, it says less about each object when there are many: a budget of words is spent on the places, fills and
+sizes of the objects and on the ground; the shape and colour of every object are always named.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def relation(item: SceneObject, other: SceneObject) -> str:
 
 
 class Wording:
-    """The choices of one caption: which details are mentioned, in which order, in which words."""
+    """The choices of one caption: which details are mentioned, in what order and words."""
 
     def __init__(self, scene: Scene):
         self.scene = scene
@@ -133,8 +133,8 @@ def listed(wording: Wording) -> str:
 
 
 def framed(wording: Wording) -> str:
-    picture = f"{wording.mood()} {wording.draws.choice(vocabulary.PICTURE_WORDS)}"
-    return spaced(with_article(picture), "of", wording.things(wording.order), wording.ground())
+    image = f"{wording.mood()} {wording.draws.choice(vocabulary.PICTURE_WORDS)}"
+    return spaced(with_article(image), "of", wording.things(wording.order), wording.ground())
 
 
 def there(wording: Wording) -> str:

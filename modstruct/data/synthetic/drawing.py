@@ -1,4 +1,4 @@
-"""The image of a scene: `draw(scene, size)`. It looks at the factors of the image, never at those of the words.
+"""The image of a scene: `draw(scene, size)`, which never depends on the factors that only the caption has.
 
 The ground is computed at the size of the image; every object is drawn as a mask four times as fine and averaged down,
 so that its edge is smooth. An object has a darker rim and a soft shadow, so that each colour stands out on each ground.
@@ -193,9 +193,9 @@ def object_masks(item: SceneObject, size: int, left: int, top: int, side: int) -
     return body, ImageChops.darker(body, rim)
 
 
-def draw_object(picture: Image.Image, item: SceneObject, light: str) -> None:
+def draw_object(image: Image.Image, item: SceneObject, light: str) -> None:
     """Draw one object onto the image, with its shadow on the side away from the light."""
-    size = picture.width
+    size = image.width
     half = math.ceil((1.25 * item.radius + RIM) * size) + 1
     left, top = round(item.x * size) - half, round(item.y * size) - half
     side = 2 * half * FINE
@@ -205,20 +205,20 @@ def draw_object(picture: Image.Image, item: SceneObject, light: str) -> None:
     shadow = ImageChops.multiply(coverage, Image.new("L", coverage.size, SHADOW_STRENGTH))
     light_x, light_y = LIGHT_FROM[light]
     offset = SHADOW_OFFSET * size
-    picture.paste(SHADOW_RGB, (left - round(light_x * offset), top - round(light_y * offset)), shadow)
+    image.paste(SHADOW_RGB, (left - round(light_x * offset), top - round(light_y * offset)), shadow)
 
     colour = mixed(RGB[item.colour], WHITE if item.shade > 0 else BLACK, 0.1 * abs(item.shade))
-    picture.paste(colour, (left, top), coverage)
+    image.paste(colour, (left, top), coverage)
     if item.fill in ("striped", "dotted"):
         pattern = ImageChops.darker(body, fill_pattern(item.fill, side, size * FINE))
-        picture.paste(mixed(colour, WHITE, 0.82), (left, top), pattern.reduce(FINE))
+        image.paste(mixed(colour, WHITE, 0.82), (left, top), pattern.reduce(FINE))
     if item.fill != "outlined":
-        picture.paste(mixed(colour, BLACK, 0.45), (left, top), rim.reduce(FINE))
+        image.paste(mixed(colour, BLACK, 0.45), (left, top), rim.reduce(FINE))
 
 
 def draw(scene: Scene, size: int) -> Image.Image:
     """The image of a scene: RGB, size x size pixels."""
-    picture = draw_ground(scene, size)
+    image = draw_ground(scene, size)
     for item in scene.objects:
-        draw_object(picture, item, scene.light)
-    return picture
+        draw_object(image, item, scene.light)
+    return image

@@ -1,4 +1,4 @@
-"""Blanks in captions for masked language modelling, drawn by each sample's own seed."""
+"""Masked tokens of captions for masked language modelling, drawn from each sample's own seed."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 from modstruct.data.tokenizers import Tokenizer
 
 IGNORED = -100
-"""Label where nothing is to be found; what torch's cross entropy leaves out."""
+"""Label of tokens that are not predicted; what torch's cross entropy leaves out."""
 MASKED, REPLACED = 0.8, 0.1  # of the chosen tokens; the others stay (Devlin et al. 2019, section 3.1)
 
 
-def with_blanks(ids: Tensor, seeds: Sequence[int], rate: float, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
-    """Captions (B, L) with some tokens hidden, and the labels (B, L): the true id where one was chosen, else IGNORED.
+def mask_tokens(ids: Tensor, seeds: Sequence[int], rate: float, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
+    """Captions (B, L) with some tokens masked, and the labels (B, L): the true id where one was chosen, else IGNORED.
 
     Each token but the start and padding is chosen with probability `rate`, as in ALBEF's code; of the chosen, 80 %
-    become the blank, 10 % any id of the vocabulary, 10 % stay. seeds: one for each caption.
+    become the mask token, 10 % any id of the vocabulary, 10 % stay. seeds: one for each caption.
     """
     tokens = ids.numpy()
     length = tokens.shape[1]
@@ -28,13 +28,13 @@ def with_blanks(ids: Tensor, seeds: Sequence[int], rate: float, tokenizer: Token
     chosen[:, 0] = False
     kind = draws[:, 1]
     other = np.minimum((draws[:, 2] * tokenizer.vocab_size).astype(np.int64), tokenizer.vocab_size - 1)
-    hidden = np.where(chosen & (kind < MASKED), tokenizer.mask_id, tokens)
-    hidden = np.where(chosen & (kind >= MASKED) & (kind < MASKED + REPLACED), other, hidden)
-    return torch.from_numpy(hidden), torch.from_numpy(np.where(chosen, tokens, IGNORED))
+    masked = np.where(chosen & (kind < MASKED), tokenizer.mask_id, tokens)
+    masked = np.where(chosen & (kind >= MASKED) & (kind < MASKED + REPLACED), other, masked)
+    return torch.from_numpy(masked), torch.from_numpy(np.where(chosen, tokens, IGNORED))
 
 
-def blank_places(labels: Tensor) -> Tensor:
-    """Row and column of every blank, (M, 2), row by row, of labels (B, L). A GPU has to be waited for."""
+def masked_places(labels: Tensor) -> Tensor:
+    """Row and column of every masked token, (M, 2), row by row, of labels (B, L). Waits for the GPU."""
     return (labels != IGNORED).nonzero()
 
 

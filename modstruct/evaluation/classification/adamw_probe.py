@@ -17,30 +17,29 @@ from modstruct.evaluation.classification.logistic_regression import LinearClassi
 
 
 @dataclass(frozen=True)
-class SgdConfig:
-    """CyCLIP's numbers. It takes the projected image features before normalisation."""
+class AdamWProbeConfig:
+    """CyCLIP's values. The protocol takes the projected image features before normalisation."""
 
     epochs: int = 32
     learning_rate: float = 0.005
-    """At the first step; it falls to zero by half a cosine, without warm-up."""
+    """At the first step; decays to zero by half a cosine, without warm-up."""
     weight_decay: float = 0.01
     """Of the weights, not of the bias."""
     batch: int = 128
 
     def __post_init__(self) -> None:
-        require_counts("sgd", self, ("epochs", "batch"))
-        require(self.learning_rate > 0, "sgd.learning_rate", self.learning_rate, "above 0")
-        require(self.weight_decay >= 0, "sgd.weight_decay", self.weight_decay, "at least 0")
+        require_counts("adamw", self, ("epochs", "batch"))
+        require(self.learning_rate > 0, "adamw.learning_rate", self.learning_rate, "above 0")
+        require(self.weight_decay >= 0, "adamw.weight_decay", self.weight_decay, "at least 0")
 
 
-def fit_by_sgd(
-    features: Features, classes: int, config: SgdConfig, seed: int, device: torch.device, progress: bool = False
+def fit_by_adamw(
+    features: Features, classes: int, config: AdamWProbeConfig, seed: int, device: torch.device, progress: bool = False
 ) -> tuple[LinearClassifier, list[float]]:
     """A classifier after config.epochs passes over the rows, and the mean loss of each pass.
 
-    features: labels 0 … classes - 1. seed: of the first weights (uniform within 1 / sqrt(D), as torch's Linear has
-    them) and of the order of rows, anew in each pass. Up to 256 MiB of rows stay in memory, else each batch is read
-    from the file.
+    features: labels 0 … classes - 1. seed: of the initial weights (uniform within 1 / sqrt(D), as in torch's Linear)
+    and of the order of rows in each pass. Up to 256 MiB of rows stay in memory, else each batch is read from the file.
     """
     count, dimension = len(features), features.dimension
     generator = torch.Generator().manual_seed(seed)
@@ -68,8 +67,8 @@ def fit_by_sgd(
                 step += 1
                 bar.update()
             losses.append(float(total) / count)
-    weight, bias = (v.detach().double().cpu().numpy() for v in (weight, bias))
-    return LinearClassifier(weight, bias, steps, "epochs"), losses
+    found_weight, found_bias = (parameter.detach().double().cpu().numpy() for parameter in (weight, bias))
+    return LinearClassifier(found_weight, found_bias, steps, "epochs"), losses
 
 
 def cosine_rate(first: float, step: int, steps: int) -> float:

@@ -1,32 +1,35 @@
-"""Classification from a few images a class: several draws of them, and a probe fitted on each."""
+"""Classification from a few images of each class: several draws, and a probe fitted on each."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Literal
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from modstruct.errors import refuse, require, require_counts
-from modstruct.evaluation.classification.draws import drawn_order
-from modstruct.evaluation.classification.features import paired_blocks
-from modstruct.evaluation.classification.inputs import ProbeInputs
+from modstruct.evaluation.classification.features import ProbeInputs, drawn_order, paired_blocks, probe_inputs
+from modstruct.evaluation.classification.linear_probe import Result, accuracy_metrics, described, hits
 from modstruct.evaluation.classification.logistic_regression import (
     FitConfig,
-    LinearClassifier,
+    Split,
     classes_ahead,
     fit_logistic_regression,
+    sweep_strength,
 )
-from modstruct.evaluation.classification.sweep import Split, sweep_strength
+from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 
+CPU = torch.device("cpu")
 HELD_OUT_SHOTS = 4
-"""Images a class, at most, on which the strength is chosen; CoOp's linear probe (Zhou et al. 2022) has as many."""
+"""Most images of each class on which the strength is chosen, as in CoOp's linear probe (Zhou et al. 2022)."""
 FOLDS = 4
 STRENGTH_OF_ONE_SHOT = 1.0
-"""Where it is to be chosen within the shots and there is one: scikit-learn's default."""
+"""Used by strength = shots where there is a single shot: scikit-learn's default."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +41,13 @@ class FewShotConfig:
     unit_norm: bool = False
     """Divide each embedding's rows by their norm."""
     standardize: bool = False
-    """Shift and scale columns to mean 0 and deviation 1 on the rows that are fitted."""
+    """Shift and scale columns to mean 0 and deviation 1 over the rows to fit on."""
     shots: tuple[int, ...] = (1, 2, 4, 8, 16)
     draws: int = 5
     strength: Literal["held_out", "shots"] | float = "held_out"
-    """held_out: CLIP's search on min(shots, 4) more images a class, of the validation set where there is one, else of
-    the training set, which are not learnt from. shots: the same search by 4-fold cross-validation within the shots
-    (2-fold for 2 shots), and 1 for one shot. Or a number, the same for all."""
+    """held_out: CLIP's search on min(shots, 4) more images of each class, not trained on, from the validation set or
+    else the training set. shots: the same search by 4-fold cross-validation within the shots (2-fold for 2 shots), and
+    1 for one shot. Or a number, the same for all."""
     seed: int = 0
     fit: FitConfig = field(default_factory=lambda: FitConfig(precision="float64"))
 
@@ -56,9 +59,74 @@ class FewShotConfig:
         require(known, "few_shot.strength", self.strength, "held_out, shots or a number above 0")
 
 
+def measure_few_shot(
+    train: EmbeddedSet,
+    test: EmbeddedSet,
+    validation: EmbeddedSet | None = None,
+    config: FewShotConfig | None = None,
+    device: torch.device = CPU,
+    progress: bool = False,
+) -> Result:
+    """Classify the test set from a few training images of each class, for each number of shots and each draw.
+
+    Draws are the same for every model. Metrics, by number of shots: "shots_4": {"top_1": mean over draws, …,
+    "top_1_deviation": standard deviation over draws (n - 1; absent for one draw)}. Curves: over shots, and of each
+    draw. Outcomes: "shots_4/top_1", (rows,) float32, the share of draws in which the row was right; rows as in
+    `measure_linear_probe`. There are no intervals: those over test rows would leave out the variation over draws.
+    Raises ValueError as `probe_inputs` does, and for a class with fewer images than shots.
+    """
+    config = config or FewShotConfig()
+    begun = time.perf_counter()
+    inputs = probe_inputs(train, test, validation, config.features, config.unit_norm)
+    # All are drawn before the first fit, so that a class that is too small is named at once.
+    drawn = [draw_episodes(inputs, config, draw) for draw in range(config.draws)]
+    metrics: dict[str, dict] = {}
+    curves: dict[str, list[float]] = {"shots": [float(shots) for shots in config.shots]}
+    outcomes: dict[str, np.ndarray] = {}
+    with tqdm(total=len(config.shots) * config.draws, desc="draws", disable=not progress, leave=False) as bar:
+        for shots in config.shots:
+            found = []
+            for episodes in drawn:
+                found.append(run_episode(inputs, episodes[shots], shots, config, device))
+                bar.update()
+            each = [accuracy_metrics(one.ahead, inputs.test.labels, inputs.classes) for one in found]
+            metrics[f"shots_{shots}"] = over = metrics_over_draws(each)
+            for name in each[0]:
+                curves.setdefault(name, []).append(over[name]["value"])
+                curves[f"shots_{shots}/{name}"] = [one[name]["value"] for one in each]
+                if config.draws > 1:
+                    curves.setdefault(f"{name}_deviation", []).append(over[f"{name}_deviation"]["value"])
+            curves[f"shots_{shots}/strength"] = [one.strength for one in found]
+            right = [hits(one.ahead, inputs.classes) for one in found]
+            for name in right[0]:
+                outcomes[f"shots_{shots}/{name}"] = np.stack([one[name] for one in right]).mean(0, dtype=np.float32)
+    result = {
+        "metric": "few_shot",
+        "set": test.name,
+        "figures": metrics,
+        "curves": curves,
+        "settings": asdict(config) | described(inputs, train, validation),
+        "rows": inputs.rows,
+        "source_fingerprint": test.source.get("fingerprint"),
+        "seconds": time.perf_counter() - begun,
+    }
+    return result, outcomes
+
+
+def metrics_over_draws(each: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Mean of each metric over draws and, of several draws, its standard deviation (n - 1) as "…_deviation"."""
+    metrics = {}
+    for name, one in each[0].items():
+        values = [metrics_of_draw[name]["value"] for metrics_of_draw in each]
+        metrics[name] = one | {"value": float(np.mean(values))}
+        if len(values) > 1:
+            metrics[f"{name}_deviation"] = {"value": float(np.std(values, ddof=1)), "rows": len(values)}
+    return metrics
+
+
 @dataclass(frozen=True)
 class Episode:
-    """One draw's places in the training set, and those held out in it or in the validation set."""
+    """One draw's positions in the training set, and those held out in it or in the validation set."""
 
     shots: np.ndarray
     held_out: np.ndarray
@@ -66,7 +134,7 @@ class Episode:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one draw: classes ahead of each test row's own, (n,), and the strength of the penalty."""
+    """Of one draw: number of classes ahead of each test row's own, (n,), and the strength of the penalty."""
 
     ahead: np.ndarray
     strength: float
@@ -75,8 +143,8 @@ class Outcome:
 def draw_episodes(inputs: ProbeInputs, config: FewShotConfig, draw: int) -> dict[int, Episode]:
     """One draw's episodes by number of shots: the first images of each class in the draw's order.
 
-    The images of fewer shots are among those of more. Those held out follow the shots in the same order, or are the
-    first of the validation set's. Raises ValueError for a class with fewer images.
+    The images of fewer shots are among those of more shots. The held-out ones follow the shots in the same order, or
+    are the first ones of the validation set. Raises ValueError for a class with fewer images.
     """
     order = drawn_order(inputs.train.labels, inputs.train_keys, config.seed, draw)
     other = None
@@ -106,27 +174,25 @@ def run_episode(
     blocks = partial(paired_blocks, standardize=standardize, width=classes, device=device, dtype=config.fit.dtype)
     chosen = inputs.train.take(episode.shots)
     strength, start = config.strength, None
-    if strength == "held_out":
-        source = inputs.train if inputs.validation is None else inputs.validation
-        splits = [(chosen, source.take(episode.held_out))]
-    elif strength == "shots":
-        fold = _folds(chosen.labels, min(shots, FOLDS))
-        splits = [
-            (chosen.take(np.flatnonzero(fold != f)), chosen.take(np.flatnonzero(fold == f))) for f in np.unique(fold)
-        ]
-        if shots == 1:
-            strength = STRENGTH_OF_ONE_SHOT
+    if strength == "shots" and shots == 1:
+        strength = STRENGTH_OF_ONE_SHOT
     if isinstance(strength, str):
-        made = [Split(*blocks(*pair)) for pair in splits]
-        sweep, start = sweep_strength(made, classes, config.fit)
+        if strength == "held_out":
+            source = inputs.train if inputs.validation is None else inputs.validation
+            pairs = [(chosen, source.take(episode.held_out))]
+        else:
+            fold = _folds(chosen.labels, min(shots, FOLDS))
+            parts = [(np.flatnonzero(fold != f), np.flatnonzero(fold == f)) for f in np.unique(fold)]
+            pairs = [(chosen.take(rest), chosen.take(held_out)) for rest, held_out in parts]
+        sweep, start = sweep_strength([Split(*blocks(*pair)) for pair in pairs], classes, config.fit)
         strength = sweep.best
     fitted, test = blocks(chosen, inputs.test)
-    classifier: LinearClassifier = fit_logistic_regression(fitted, classes, strength, config.fit, start)
+    classifier = fit_logistic_regression(fitted, classes, strength, config.fit, start)
     return Outcome(classes_ahead(classifier, test)[0], float(strength))
 
 
 def _folds(labels: np.ndarray, folds: int) -> np.ndarray:
-    """Fold of each row, (n,): the rows of a class go to the folds in turn."""
+    """Fold of each row, (n,): the rows of a class are dealt to the folds in turn."""
     order = np.argsort(labels, kind="stable")
     within = np.arange(len(labels)) - np.searchsorted(labels[order], labels[order])
     fold = np.empty(len(labels), dtype=np.int64)
@@ -135,7 +201,7 @@ def _folds(labels: np.ndarray, folds: int) -> np.ndarray:
 
 
 def _first_of_each(order: Sequence[np.ndarray], count: int, names: list[str], which: str, shots: int) -> np.ndarray:
-    """(C, count): the first places of each class."""
+    """(C, count): the first positions of each class."""
     for name, places in zip(names, order, strict=True):
         if len(places) < count:
             refuse(

@@ -1,25 +1,24 @@
-"""Zero-shot classification: images sorted by the embeddings of class names in templates (Radford et al. 2021)."""
+"""Zero-shot classification of images by the embeddings of class names in templates (Radford et al. 2021)."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from modstruct.data.classification.templates import PAPER_TEMPLATE
+from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.retrieval.rows import check_dimensions, check_rows, distinct_rows, row_blocks
-
-if TYPE_CHECKING:
-    from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
+from modstruct.evaluation.statistics import bootstrap_mean
 
 SCORES_AT_ONCE = 1 << 24
 """Scores of one block of images: 64 MB of them."""
 PROMPT_BYTES = 64 << 20
-"""Of float64 prompts that are averaged at once."""
+"""Of float64 prompts averaged at once."""
 TOP_K = (1, 3, 5)
 CPU = torch.device("cpu")
 
@@ -29,13 +28,13 @@ def measure_zero_shot(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Top-k accuracy, accuracy averaged over classes and accuracy of each class, beside chance and with intervals.
 
-    embedded: a set with labels and class prompts; images without label (-1) are left out. The figures stand under
-    `first`, by the first template alone, and `ensemble`, by the mean over the templates, where there are several: over
-    all of them, or over those behind the paper's own where that is the first, so that CLIP's ensembles stay as
-    published. device: where scores are formed. Memory: a block of images and its scores, whatever their number.
-    Returns the metric (figures, settings, rows, source_fingerprint, seconds) and outcomes of each labelled image:
-    row (of the set), label, and by templates `…/classes_ahead` and `…/top_K`. Ties count as in `classes_ahead`.
-    Raises ValueError where the set has no labels, no prompts or no labelled image, and for a K below 1.
+    embedded: a set with labels and class prompts; images without label (-1) are left out. Metrics are grouped by
+    `first`, the first template alone, and `ensemble`, the mean over templates, where there are several: over all of
+    them, or over all but the first where that is the paper's own, so that CLIP's ensembles stay as published. device:
+    where scores are computed. Memory: a block of images and its scores.
+    Returns the content of METRIC.json but for "command", and outcomes of each labelled image: row (of the set), label,
+    and by templates `…/classes_ahead` and `…/top_K`. Ties count as in `classes_ahead`. Raises ValueError if the set has
+    no labels, no prompts or no labelled image, and for a K below 1.
     """
     started = time.monotonic()
     image, prompts, labels = embedded.rows("image"), embedded.class_prompts, embedded.labels
@@ -48,18 +47,19 @@ def measure_zero_shot(
     if bad is not None:
         raise ValueError(f"top_k = {bad}: give whole numbers of at least 1")
     truth, names = np.asarray(labels[rows]), embedded.class_names
-    figures, outcomes = {}, {"row": rows, "label": truth}
+    metrics: dict[str, Any] = {}
+    outcomes = {"row": rows, "label": truth}
     groups = template_groups(embedded.templates)
     for group, chosen in groups.items():
         classes = class_embeddings(prompts[:, chosen].reshape(-1, prompts.shape[2]), len(chosen))
         ahead = classes_ahead(image, classes, truth, rows, same_names(names), device)
-        figures[group] = _figures(ahead, truth, names, top_k)
+        metrics[group] = _metrics(ahead, truth, names, top_k)
         outcomes[f"{group}/classes_ahead"] = ahead.astype(np.int32)
         outcomes |= {f"{group}/top_{k}": ahead < k for k in top_k if k <= len(names)}
-    metric = {
+    result = {
         "metric": "zero_shot",
         "set": embedded.name,
-        "figures": figures,
+        "figures": metrics,
         "curves": {},
         "settings": {
             "top_k": list(top_k),
@@ -70,11 +70,11 @@ def measure_zero_shot(
         "source_fingerprint": embedded.source.get("fingerprint"),
         "seconds": time.monotonic() - started,
     }
-    return metric, outcomes
+    return result, outcomes
 
 
 def template_groups(templates: Sequence[str]) -> dict[str, list[int]]:
-    """Numbers of the templates that are measured together: `first`, and `ensemble` where there is more than one."""
+    """Numbers of the templates in each group: `first`, and `ensemble` where there is more than one."""
     behind = list(range(1 if templates[0] == PAPER_TEMPLATE else 0, len(templates)))
     return {"first": [0]} | ({"ensemble": behind} if len(templates) > 1 else {})
 
@@ -101,10 +101,10 @@ def zero_shot(
     """
     truth = np.asarray(truth, dtype=np.int64)
     ahead = classes_ahead(image, classes, truth)
-    figures = {
+    metrics = {
         f"top_{k}": {"value": float(np.mean(ahead < k)), "chance": k / len(classes)} for k in top_k if k <= len(classes)
     }
-    return figures | {
+    return metrics | {
         "mean_per_class": {"value": float(np.mean(_by_class(ahead < 1, truth)[1])), "chance": 1 / len(classes)}
     }
 
@@ -117,12 +117,12 @@ def classes_ahead(
     same: np.ndarray | None = None,
     device: torch.device = CPU,
 ) -> np.ndarray:
-    """Number of classes that score at least as high as each image's own, (n,) int64: below k is "right in the top k".
+    """Number of classes that score at least as high as each image's own, (n,) int64: below k means right in the top k.
 
     image: (N, D), float16 or float32, in memory or memory-mapped, read in blocks. classes: (c, D). truth: (n,), the
-    class row of each image. rows: (n,), the images' rows of image, ascending; None for all. A tie counts against
-    the model, with one exception. same: (c,), equal for classes of one name, which no model can tell apart: of those
-    the first goes ahead, as in an argmax. Scores are float32 products; equal rows have equal scores.
+    class row of each image. rows: (n,), the images' rows in `image`, ascending; None for all. same: (c,), equal for
+    classes of one name. A tie counts against the model, except between classes of one name, which no model can tell
+    apart: the first of them goes ahead, as in an argmax. Scores are float32 products; equal rows have equal scores.
     """
     check_rows("class", classes)
     check_dimensions("image", image, "class", classes)
@@ -138,9 +138,9 @@ def classes_ahead(
     at_once = max(1, SCORES_AT_ONCE // len(first))
     for start in range(0, len(rows), at_once):
         part = slice(start, start + at_once)
-        pictures = image[rows[part]]
-        check_rows("image", pictures)
-        for offset, block in row_blocks(pictures):
+        images = image[rows[part]]
+        check_rows("image", images)
+        for offset, block in row_blocks(images):
             one = slice(start + offset, start + offset + len(block))
             scores = block.to(device) @ distinct  # (b, distinct classes)
             high = scores >= scores.gather(1, own[one, None])
@@ -155,63 +155,58 @@ def same_names(names: Sequence[str]) -> np.ndarray:
 
 
 def _later_of_one_name(place: np.ndarray, same: np.ndarray) -> np.ndarray:
-    """(c,), for each class how many later ones have its name and its embedding; they tie with it, and go behind."""
+    """(c,), for each class the number of later ones with its name and embedding, which tie with it and rank behind."""
     kinds = np.unique(np.stack([place, same], axis=1), axis=0, return_inverse=True)[1].reshape(-1)
-    later, seen = np.zeros(len(same), dtype=np.int64), Counter()
+    later = np.zeros(len(same), dtype=np.int64)
+    seen: Counter[int] = Counter()
     for c in range(len(same) - 1, -1, -1):
         later[c] = seen[kinds[c]]
         seen[kinds[c]] += 1
     return later
 
 
-def _figures(ahead: np.ndarray, truth: np.ndarray, names: Sequence[str], top_k: Sequence[int]) -> dict[str, Any]:
+def _metrics(ahead: np.ndarray, truth: np.ndarray, names: Sequence[str], top_k: Sequence[int]) -> dict[str, Any]:
     count = len(names)
-    figures = {f"top_{k}": _figure((ahead < k), k / count) for k in top_k if k <= count}
-    there, accuracy, pictures = _by_class(ahead < 1, truth)
+    metrics: dict[str, Any] = {f"top_{k}": _accuracy(ahead < k, k / count) for k in top_k if k <= count}
+    there, accuracy, images = _by_class(ahead < 1, truth)
     times = Counter(names)
     labels = [names[c] if times[names[c]] == 1 else f"{names[c]} ({c})" for c in there]
-    figures["mean_per_class"] = {"value": float(accuracy.mean()), "chance": 1 / count, "rows": len(there)}
-    figures["mean_per_class"] |= _mean_per_class_interval(ahead < 1, truth)
-    figures["per_class"] = {
+    metrics["mean_per_class"] = {"value": float(accuracy.mean()), "chance": 1 / count, "rows": len(there)}
+    metrics["mean_per_class"] |= _mean_per_class_interval(ahead < 1, truth)
+    metrics["per_class"] = {
         label: {"value": float(value), "chance": 1 / count, "rows": int(rows)}
-        for label, value, rows in zip(labels, accuracy, pictures, strict=True)
+        for label, value, rows in zip(labels, accuracy, images, strict=True)
     }
-    return figures
+    return metrics
 
 
-def _figure(right: np.ndarray, chance: float) -> dict[str, float]:
-    low, high = _interval(right)
+def _accuracy(right: np.ndarray, chance: float) -> dict[str, float]:
+    low, high = bootstrap_mean(right)
     return {"value": float(right.mean()), "chance": chance, "low": low, "high": high, "rows": len(right)}
 
 
-def _interval(outcomes: np.ndarray) -> tuple[float, float]:
-    from modstruct.evaluation.statistics import bootstrap_mean
-
-    return bootstrap_mean(outcomes)
-
-
 def _mean_per_class_interval(right: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Interval over images drawn with their classes, each weighted so that every class counts alike.
+    """Interval over resampled images, each weighted so that every class counts alike.
 
-    What is resampled is the linear part of the mean of the classes' means, value + w (right - accuracy of the class).
-    A class of one image shows nothing of how its images vary: with one, they are taken to vary as all images do.
+    The linear part of the mean of the classes' means is resampled, value + w (right - accuracy of the class). A class
+    of one image says nothing of how its images vary: if there is one, images are taken to vary alike in all classes.
     """
-    there, accuracy, pictures = _by_class(right, truth)
+    there, accuracy, images = _by_class(right, truth)
     value = float(accuracy.mean())
-    weight = len(right) / (len(there) * pictures[np.searchsorted(there, truth)])
-    one_each, single = pictures.max() == 1, pictures.min() == 1
+    weight = len(right) / (len(there) * images[np.searchsorted(there, truth)])
+    one_each, single = images.max() == 1, images.min() == 1
     centre = value if single else accuracy[np.searchsorted(there, truth)]
     alike = right.all() or not right.any() or one_each
-    low, high = _interval(right if alike else value + weight * (right - centre))
+    low, high = bootstrap_mean(right if alike else value + weight * (right - centre))
     return {"low": max(0.0, low), "high": min(1.0, high)}
 
 
 def _by_class(right: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The classes that have an image, ascending, and of each the share that is right and the number of images."""
-    there, place, pictures = np.unique(truth, return_inverse=True, return_counts=True)
-    return there, np.bincount(place.reshape(-1), weights=right) / pictures, pictures
+    """The classes that have an image, ascending, and the accuracy and number of images of each."""
+    there, place, images = np.unique(truth, return_inverse=True, return_counts=True)
+    return there, np.bincount(place.reshape(-1), weights=right) / images, images
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:
-    # A mean of opposite embeddings can be zero: it stays zero, as no direction is better than another.
+    # A mean of opposite embeddings can be zero, and stays zero: no direction is better than another.
     return rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)

@@ -26,8 +26,7 @@ from typing import Any
 import numpy as np
 
 from modstruct.errors import require
-from modstruct.evaluation.embeddings.array_files import RowStream, as_stream, open_array, write_array
-from modstruct.evaluation.embeddings.embedded_files import (
+from modstruct.evaluation.embeddings.set_files import (
     CLASSES_FILE,
     FEATURE_ARRAYS,
     FORMAT,
@@ -36,10 +35,14 @@ from modstruct.evaluation.embeddings.embedded_files import (
     MANIFEST,
     TABLES,
     TEXT_ARRAYS,
+    RowStream,
+    as_stream,
     check_manifest,
     counted,
     damaged,
+    open_array,
     within,
+    write_array,
     write_json,
     write_lines,
 )

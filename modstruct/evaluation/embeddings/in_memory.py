@@ -18,7 +18,7 @@ from modstruct.data.tokenizers import Tokenizer
 from modstruct.data.transforms.augment import Views
 from modstruct.distributed import rank
 from modstruct.distributed.collect import collect_rows, collect_values, my_batches
-from modstruct.evaluation.retrieval.distinct_captions import DistinctCaptions, at_places
+from modstruct.evaluation.embeddings.source import DistinctCaptions, at_places, left_out_when_indexed
 
 Encode = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 """A batch that holds "image" or "text" -> the fields of Embeddings that it allows: the engine in evaluation mode."""
@@ -152,8 +152,3 @@ class _Read:
         """The values of all processes, in order of rank, as one."""
         whole = {name: [item for part in parts for item in part[name]] for name in ("indices", "captions", "metadata")}
         return whole | {"skipped": sum((Counter(part["skipped"]) for part in parts), Counter())}
-
-
-def left_out_when_indexed(samples: EvaluationSamples) -> Counter[str]:
-    """Samples, by cause, that indexing found unusable: they are not among `samples`."""
-    return sum((Counter(shard["faults"]) for shard in samples.samples.shard_faults), Counter())

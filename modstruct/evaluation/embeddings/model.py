@@ -1,19 +1,27 @@
-"""What embeds: one interface for the checkpoints of modstruct and the models of open_clip."""
+"""What embeds: one interface for the checkpoints of modstruct and the models of open_clip, and the first of them."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from PIL.Image import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from modstruct.errors import require
-from modstruct.evaluation.embeddings.embedded_files import IMAGE_ARRAYS, TEXT_ARRAYS
+from modstruct import checkpoints, distributed
+from modstruct.config import Recipe
+from modstruct.data.tokenizers import Tokenizer
+from modstruct.data.transforms.augment import Views
+from modstruct.distributed.collect import on_main
+from modstruct.errors import refuse, require
 from modstruct.evaluation.embeddings.in_memory import Encode
+from modstruct.evaluation.embeddings.set_files import IMAGE_ARRAYS, TEXT_ARRAYS
+from modstruct.losses.objective import build_objective
+from modstruct.models.build import build_model, image_size
 
 
 class ImageViews(Protocol):
@@ -80,3 +88,55 @@ def weights_fingerprint(weights: Mapping[str, Tensor]) -> str:
         found.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
         found.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+OF_BOTH = ("", "_features", "_projected")
+SHARED = (*(f"{modality}{kind}" for modality in ("image", "text") for kind in OF_BOTH), "image_augmented")
+INDEPENDENT = ("image_independent", "text_independent")
+
+
+def find_checkpoint(checkpoint: str) -> Path:
+    """The folder that --checkpoint names, of a run the last one; every process calls it and gets the same.
+
+    Raises ValueError where there is none.
+    """
+    # The main process decides: a run that is still training may write another one in between.
+    path: Path | None = on_main(lambda: checkpoints.find(checkpoint, checkpoint, "--checkpoint"))
+    if path is None:
+        refuse("--checkpoint", checkpoint, "this run has no checkpoint yet")
+    return path
+
+
+def load_model(recipe: Recipe, path: Path, tokenizer: Tokenizer) -> nn.Module:
+    """The model of a checkpoint's folder, whole and in evaluation mode, on this process's device."""
+    model = build_model(recipe, tokenizer, build_objective(recipe.losses), read_weights=False)
+    checkpoints.load_weights(model, checkpoints.read_weights(path), path)
+    return model.to(distributed.device()).eval()
+
+
+def checkpoint_model(recipe: Recipe, checkpoint: str, name: str | None = None) -> EmbeddingModel:
+    """Read a checkpoint's weights; every process calls it.
+
+    recipe: the checkpoint's, with overrides. checkpoint: its folder, or a run's for its last one. name: for tables, by
+    default the run's and the step's. Raises ValueError naming what is wrong.
+    """
+    path = find_checkpoint(checkpoint)
+    tokenizer = checkpoints.read_tokenizer(path)
+    model = load_model(recipe, path, tokenizer)
+    size = image_size(recipe)
+    # Captions are embedded as they are: WordNet, which only augmented ones need, may be missing.
+    views = replace(recipe.views, eda_synonyms=False)
+    independent = INDEPENDENT if build_objective(recipe.losses).independent else ()
+    tokenizer_print = hashlib.sha256(tokenizer.model).hexdigest()[:16]
+    return EmbeddingModel(
+        name=name or "/".join((path.resolve().parents[1].name, path.name)),
+        fingerprint=weights_fingerprint(model.state_dict()),
+        dimension=model.embed_dim,
+        arrays=frozenset((*SHARED, *independent)),
+        views=Views(views, size),
+        tokenize=tokenizer,
+        encode=lambda batch: model(batch, features=True),
+        preprocessing=f"views {asdict(views)} of {size} pixels; tokenizer {tokenizer.kind} {tokenizer_print} of "
+        f"{tokenizer.context_length} tokens",
+        details={"checkpoint": str(path), "framework": recipe.framework},
+    )

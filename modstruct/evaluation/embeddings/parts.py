@@ -1,4 +1,4 @@
-"""Parts: files of a fixed number of batches each, from which a stopped embedding goes on.
+"""Parts: files of a fixed number of batches each, from which an interrupted embedding is resumed.
 
     FOLDER/parts/
         begun.json          what is embedded, of what, and how: a restart with anything else is refused
@@ -6,22 +6,28 @@
         text-…, prompts-…   alike, of captions and class prompts
         captions.jsonl      the distinct captions, once all images are there
 
-A part holds the same samples in the same batches whichever process makes it, and of however many.
+A part holds the same samples in the same batches whichever process makes it, and however many processes there are.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
 
+from modstruct.data.shards.workers import WorkerLoader, require_shared_memory
+from modstruct.distributed import FailedElsewhere, fail_together, is_main, own_store, world_size
 from modstruct.errors import refuse
-from modstruct.evaluation.embeddings.array_files import RowStream
+from modstruct.evaluation.embeddings.set_files import RowStream
 from modstruct.files import atomic_write
 
 FOLDER = "parts"
@@ -96,3 +102,113 @@ def _plain(value: object) -> object:
     if isinstance(value, np.generic):
         return value.item()
     raise TypeError(f"metadata hold {value!r}, which JSON has no kind for")
+
+
+LONGEST_IDS_BYTES = 8 * 1024
+"""Memory that a text's ids take at most in any model that there is, for the check of the shared memory."""
+
+
+def read_texts(path: Path) -> Iterator[str]:
+    """The texts of a file of one JSON text a line, one after the other."""
+    with open(path, "rb") as file:
+        yield from map(json.loads, file)
+
+
+class TextLines:
+    """A file of one JSON text a line as a sequence that is read where it is asked for; pickles to loader workers."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._starts: np.ndarray | None = None
+
+    def texts(self, numbers: range) -> list[str]:
+        """The texts of some consecutive lines."""
+        if self._starts is None:  # 8 bytes a line, found once in each process
+            with open(self.path, "rb") as file:
+                self._starts = np.cumsum([0, *map(len, file)], dtype=np.int64)
+        with open(self.path, "rb") as file:
+            file.seek(self._starts[numbers.start])
+            return [json.loads(file.readline()) for _ in numbers]
+
+
+class TextList:
+    """Texts in memory, with the interface of TextLines."""
+
+    def __init__(self, texts: Sequence[str]):
+        self._texts = texts
+
+    def texts(self, numbers: range) -> list[str]:
+        return list(self._texts[numbers.start : numbers.stop])
+
+
+class _TokenBatches(Dataset):
+    """Map from consecutive places to ids (B, L)."""
+
+    def __init__(self, texts: TextLines | TextList, tokenize: Callable[[Sequence[str]], Tensor]):
+        self._texts, self._tokenize = texts, tokenize
+
+    def __getitem__(self, numbers: range) -> Tensor:
+        return self._tokenize(self._texts.texts(numbers))
+
+
+def token_loader(
+    texts: TextLines | TextList,
+    tokenize: Callable[[Sequence[str]], Tensor],
+    batches: Sequence[range],
+    workers: int,
+) -> WorkerLoader:
+    """Loader of the ids (B, L) of each batch of consecutive places."""
+    workers = min(workers, len(batches))
+    require_shared_memory(max(map(len, batches), default=0) * LONGEST_IDS_BYTES, workers)
+    return WorkerLoader(_TokenBatches(texts, tokenize), batches, workers, pin_memory=False)
+
+
+STORE_TIMEOUT_SECONDS = 60.0
+_number = itertools.count()
+
+
+class Progress:
+    """Counts what all processes have done, and shows it on the main one. Every process makes one alike."""
+
+    def __init__(self, title: str, total: int, unit: str):
+        self._store = own_store(f"apart {next(_number)}", STORE_TIMEOUT_SECONDS) if world_size() > 1 else None
+        self._done = 0
+        self._bar = tqdm(total=total, desc=title, unit=unit, leave=False, disable=not is_main())
+
+    def add(self, count: int) -> None:
+        """Note that this process has done so many more. Raises FailedElsewhere if another process has failed."""
+        self._done += count
+        if self._store is not None:
+            self._done = self._store.add("done", count)
+            if self._store.check(["failed"]):
+                raise FailedElsewhere(f"another process failed first: {self._store.get('failed').decode()}")
+        self._bar.update(self._done - self._bar.n)
+
+    def failed(self, error: Exception) -> None:
+        """Tell the others, at their next `add`."""
+        if self._store is not None and not isinstance(error, FailedElsewhere):
+            self._store.set("failed", _told(error))
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def apart(work: Callable[[Progress], None], title: str, total: int, unit: str) -> None:
+    """Do this process's share of the work; returns when all have done theirs. Every process calls it.
+
+    total: of all processes, in `unit`. An error of one process ends the work of all: there it is raised as it is, and
+    elsewhere FailedElsewhere.
+    """
+    progress, error = Progress(title, total, unit), None
+    try:
+        work(progress)
+    except Exception as caught:  # told to the others first
+        error = caught
+        progress.failed(error)
+    finally:
+        progress.close()
+    fail_together(error, _told(error))
+
+
+def _told(error: Exception | None) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -1,13 +1,8 @@
-"""Perceptual hashes: 63 signs of an image's lowest spatial frequencies, of the whole and of slight crops of it.
-
-As pHash (Zauner 2010, "Implementation and Benchmarking of Perceptual Image Hash Functions", section 3.2.1), a bit says
-whether a coefficient of the grey image's 8 x 8 lowest discrete cosines is above a threshold. pHash's threshold is
-their median. Ours is a tenth of their root mean square: of an image that is symmetric, or mostly blank, many
-coefficients are nearly 0, beside the median, and their bits would follow the noise of the coding.
-"""
+"""X"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 
 import numpy as np
@@ -85,3 +80,159 @@ def _signs(coefficients: np.ndarray) -> np.ndarray:
     size = np.sqrt((coefficients**2).mean(axis=1, keepdims=True))
     bits = coefficients > np.maximum(RELATIVE_THRESHOLD * size, LEAST_THRESHOLD)
     return np.packbits(bits, axis=1).view(np.uint64)[:, 0]
+
+
+QUERIES_AT_ONCE = 64
+GALLERY_AT_ONCE = 1 << 18
+"""A block may be near to a block as a whole, and all of its pairs are held at once."""
+
+
+def near_hashes(
+    queries: np.ndarray, gallery: np.ndarray, distance: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    """All pairs of images of which two views, one of them the whole, have hashes within a distance.
+
+    queries: (q, V), gallery: (g, V), uint64, a hash of each view, the whole image first; may be memory-mapped.
+    Yields (query rows, gallery rows, distances, views) of each block, each pair once, by its nearest views; views is
+    query view * V + gallery view. Raises ValueError for a distance outside 0 … 64.
+    """
+    import faiss
+
+    if not 0 <= distance <= BITS:
+        raise ValueError(f"hamming = {distance}: a distance of hashes is from 0 to {BITS}")
+    views = queries.shape[1]
+    for low in range(0, len(gallery), GALLERY_AT_ONCE):
+        block = np.ascontiguousarray(gallery[low : low + GALLERY_AT_ONCE])
+        whole, all_views = faiss.IndexBinaryFlat(BITS), faiss.IndexBinaryFlat(BITS)
+        whole.add(_codes(block[:, 0]))
+        all_views.add(_codes(block))
+        for start in range(0, len(queries), QUERIES_AT_ONCE):
+            some = np.ascontiguousarray(queries[start : start + QUERIES_AT_ONCE])
+            query, item, near = _search(all_views, some[:, 0], distance)
+            found = [(query, item // views, near, item % views)]
+            if views > 1:
+                query, item, near = _search(whole, some[:, 1:], distance)
+                found.append((query // (views - 1), item, near, (query % (views - 1) + 1) * views))
+            query, item, near, view = map(np.concatenate, zip(*found, strict=True))
+            order = np.lexsort((view, near, item, query))
+            query, item, near, view = (values[order] for values in (query, item, near, view))
+            first = np.append(True, (query[1:] != query[:-1]) | (item[1:] != item[:-1]))[: len(query)]
+            yield query[first] + start, item[first] + low, near[first], view[first]
+
+
+def least_distances(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distance of each pair of images by their nearest views, and those views, as `near_hashes` has them.
+
+    first, second: (p, V) uint64. Returns two arrays (p,) int64.
+    """
+    views = first.shape[1]
+    distances = np.concatenate(
+        (np.bitwise_count(first[:, :1] ^ second), np.bitwise_count(first[:, 1:] ^ second[:, :1])), axis=1
+    )
+    numbers = np.append(np.arange(views), np.arange(1, views) * views)
+    return distances.min(axis=1, initial=BITS).astype(np.int64), numbers[distances.argmin(axis=1)]
+
+
+def _codes(hashes: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(hashes).reshape(-1).view(np.uint8).reshape(-1, BITS // 8)
+
+
+def _search(index, hashes: np.ndarray, distance: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    limits, distances, items = index.range_search(_codes(hashes), distance + 1)  # FAISS gives what lies below
+    return np.repeat(np.arange(hashes.size), np.diff(limits.astype(np.int64))), items, distances.astype(np.int64)
+
+
+COMPARED_SIDE = 16
+CELLS = 4
+"""A side of the grid in which the worst place is looked for: two faces may differ by their eyes alone."""
+CLIPPED_LOW, CLIPPED_HIGH = 3, 252
+CLIPPED_WEIGHT = 0.05
+"""Of a pixel at either end of the scale in the fit: what a brightened image has lost there, no fit brings back."""
+RIDGE = 0.01
+LEAST_CONTRAST = 4.0
+"""In grey levels: a fainter image is not judged by its noise."""
+FLAT_RANGE = 12
+"""Of the values of each channel: an image with less is of one colour."""
+FLAT_CONTRAST = 20.0
+"""What the difference of two colours is divided by: at a limit of 0.2 four levels are as good as none."""
+PAIRS_AT_ONCE = 512
+LOOSE = 3.0
+"""Pairs that are this many times over the limit at the views that the hashes took are not looked at further."""
+
+
+def flat(thumbnails: np.ndarray) -> np.ndarray:
+    """Which images are of one colour, (n,) bool. thumbnails: (n, 3, SIDE, SIDE) uint8."""
+    values = thumbnails.reshape(len(thumbnails), 3, SIDE * SIDE)
+    return (values.max(axis=2).astype(np.int64) - values.min(axis=2)).max(axis=1, initial=0) <= FLAT_RANGE
+
+
+def colour_difference(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Difference of images of one colour, by their means: (n, 3), (m, 3) -> (n, m), in units of `FLAT_CONTRAST`."""
+    return np.abs(first[:, None] - second[None]).max(axis=2) / FLAT_CONTRAST
+
+
+def image_differences(first: np.ndarray, second: np.ndarray, views: np.ndarray, limit: float) -> np.ndarray:
+    """How far each pair is from being one image: 0 where they are equal, about 1 where they have nothing in common.
+
+    first, second: (p, 3, SIDE, SIDE) uint8, not flat. views: (p,), the views that agreed (see `near_hashes`).
+    One image is fitted to the other by gain, offset, small shifts and scalings, alike for all channels, so that
+    another colour is a difference; what remains is taken in the worst of 4 x 4 cells, as root mean square, relative to
+    the standard deviation of the fainter image. The least over both directions and all pairs of views counts. Where
+    the views given are worse than LOOSE * limit, theirs is returned. Returns (p,) float64.
+    """
+    count = len(VIEWS)
+    differences = np.empty(len(first))
+    for start in range(0, len(first), PAIRS_AT_ONCE):
+        one, other = (t[start : start + PAIRS_AT_ONCE].astype(np.float32) for t in (first, second))
+        given = views[start : start + PAIRS_AT_ONCE]
+        least = np.empty(len(one))
+        for view in np.unique(given):
+            taken = given == view
+            least[taken] = _either_way(one[taken], other[taken], *divmod(int(view), count))
+        for view in [*range(count), *range(count, count * count, count)]:
+            near = np.flatnonzero((least <= LOOSE * limit) & (given != view))
+            if len(near):
+                again = _either_way(one[near], other[near], *divmod(view, count))
+                least[near] = np.minimum(least[near], again)
+        differences[start : start + len(one)] = least
+    return differences
+
+
+def _either_way(one: np.ndarray, other: np.ndarray, one_view: int, other_view: int) -> np.ndarray:
+    one, other = _view(one, one_view), _view(other, other_view)
+    return np.minimum(_remainder(one, other), _remainder(other, one))
+
+
+def _view(thumbnails: np.ndarray, view: int) -> np.ndarray:
+    rows, columns = VIEWS[view]
+    return _resampling(*rows) @ thumbnails @ _resampling(*columns).T
+
+
+@cache
+def _resampling(first: float, last: float) -> np.ndarray:
+    """(COMPARED_SIDE, SIDE): weights of a tent as wide as two pixels of the result, over the part [first, last)."""
+    edges = np.linspace(first * SIDE, last * SIDE, COMPARED_SIDE + 1)
+    middles, width = (edges[1:] + edges[:-1]) / 2, edges[1] - edges[0]
+    weights = np.clip(1 - np.abs(np.arange(SIDE) + 0.5 - middles[:, None]) / width, 0, None)
+    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def _remainder(fitted: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """What of target (p, 3, S, S) the fitted image does not explain, in its worst cell, (p,).
+
+    Shift and scaling enter by the image's gradients, to first order.
+    """
+    pairs, place = len(fitted), np.linspace(-1, 1, COMPARED_SIDE, dtype=np.float32)
+    down, right = np.gradient(fitted, axis=2), np.gradient(fitted, axis=3)
+    terms = (fitted, np.full_like(fitted, 100), down, right, down * place[:, None], right * place)
+    inputs = np.stack(terms, axis=-1).reshape(pairs, -1, len(terms))
+    outputs = target.reshape(pairs, -1)
+    clipped = (outputs >= CLIPPED_HIGH) | (outputs <= CLIPPED_LOW)
+    weighted = (inputs * np.where(clipped, np.float32(CLIPPED_WEIGHT), np.float32(1))[..., None]).swapaxes(1, 2)
+    system = (weighted @ inputs).astype(np.float64) + RIDGE * inputs.shape[1] * np.eye(len(terms))
+    solution = np.linalg.solve(system, (weighted @ outputs[..., None]).astype(np.float64)).astype(np.float32)
+    rest = outputs - np.clip((inputs @ solution)[..., 0], 0, 255)
+    side = COMPARED_SIDE // CELLS
+    cells = (rest**2).reshape(pairs, 3, CELLS, side, CELLS, side).mean(axis=(1, 3, 5)).reshape(pairs, -1)
+    contrast = np.minimum(outputs.std(axis=1), fitted.reshape(pairs, -1).std(axis=1))
+    return np.sqrt(cells.max(axis=1)) / np.maximum(contrast, LEAST_CONTRAST)

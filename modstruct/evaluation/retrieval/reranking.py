@@ -23,7 +23,9 @@ from modstruct.data.tokenizers import Tokenizer
 from modstruct.distributed import broadcast_object
 from modstruct.distributed.collect import collect_rows, collect_tokens, my_batches, on_main
 from modstruct.errors import RunError
-from modstruct.evaluation.retrieval import counting_device, items_ahead, nearest, recall_metrics
+from modstruct.evaluation.retrieval.exact import counting_device, items_ahead
+from modstruct.evaluation.retrieval.metrics import recall_metrics
+from modstruct.evaluation.retrieval.nearest import nearest
 from modstruct.models.fusion.pretraining import FusionModel
 
 LARGEST_ON_DEVICE_BYTES = 8 << 30

@@ -1,4 +1,4 @@
-"""Figures of the shape that embeddings have, for curves: alignment, uniformity, modality gap. All others: latent/."""
+"""Alignment, uniformity and modality gap of tensors at hand, for the curves of training; `measure.py` has the rest."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from modstruct.pairwise.gaussian import potential_sum
 UNIFORMITY_T = 2.0
 """t of the Gaussian potential, as Wang & Isola and L_Uni use it."""
 UNIFORMITY_ROWS = 16_384
-"""Rows that uniformity looks at; of more, this many evenly spaced ones, since its cost grows with the square."""
+"""Most rows that uniformity is computed on, evenly spaced ones, since its cost grows with the square."""
 
 
 @torch.no_grad()
 def structure(image: Tensor, text: Tensor, pairs: Tensor | None = None) -> dict[str, float]:
-    """Alignment, uniformity of each modality and modality gap, of a training batch or of a whole source.
+    """Alignment, uniformity of each modality and modality gap, of a training batch or of a whole set.
 
-    Each process measures the rows it gives and no others: give gathered rows for the figures of a global batch.
+    Nothing is gathered over processes: pass gathered rows for the metrics of a global batch.
     image: (n, D), text: (m, D), unit norm, any floating type; measured in float32. pairs: (p, 2) rows of image and
     text that belong together; None pairs row j with row j. No gradient flows. Returns
       alignment         mean |z_V - z_T|^2 over pairs, from 0 to 4 (Wang & Isola 2020, alpha = 2)
@@ -33,21 +33,21 @@ def structure(image: Tensor, text: Tensor, pairs: Tensor | None = None) -> dict[
         difference = image - text
     else:
         difference = image[pairs[:, 0]] - text[pairs[:, 1]]
-    figures = {
+    metrics = {
         "alignment": difference.square().sum(1).mean(),
         "uniformity_image": uniformity(image),
         "uniformity_text": uniformity(text),
         "modality_gap": (image.mean(0) - text.mean(0)).norm(),
     }
-    return {name: float(value) for name, value in figures.items() if value is not None}
+    return {name: float(value) for name, value in metrics.items() if value is not None}
 
 
 @torch.no_grad()
 def uniformity(z: Tensor, t: float = UNIFORMITY_T) -> Tensor | None:
     """log of the mean of exp(-t |z_j - z_k|^2) over j != k (Wang & Isola 2020, equation 5), without an N x N matrix.
 
-    z: (N, D), float32. Returns a scalar, or None for fewer than two rows. Of more than UNIFORMITY_ROWS rows, evenly
-    spaced ones stand for all.
+    z: (N, D), float32. Returns a scalar, or None for fewer than two rows. Beyond UNIFORMITY_ROWS rows it is that of
+    evenly spaced ones.
     """
     if len(z) > UNIFORMITY_ROWS:
         z = z[torch.linspace(0, len(z) - 1, UNIFORMITY_ROWS, dtype=torch.float64, device=z.device).round().long()]
@@ -55,6 +55,6 @@ def uniformity(z: Tensor, t: float = UNIFORMITY_T) -> Tensor | None:
     if n < 2:
         return None
     z = z.contiguous()
-    # Not `gaussian_potential`, which sums over all processes: the rows of a source lie on the main process alone.
+    # Not `gaussian_potential`, which sums over all processes: the rows of a set lie on the main process alone.
     total, _, _ = potential_sum(z, None, t, False, "float32")
     return torch.log((total - n) / (n * (n - 1)))  # without each row's potential with itself

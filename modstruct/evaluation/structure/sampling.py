@@ -1,8 +1,8 @@
-"""Disjoint random batches for a figure over too many pairs of rows, and the interval that their means give."""
+"""Disjoint random batches for a metric over too many pairs of rows, and the interval that their means give."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -13,19 +13,19 @@ from modstruct.errors import require, require_counts
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """Up to which size figures are exact, and how larger sources are sampled."""
+    """Up to which size metrics are exact, and how larger sets are sampled."""
 
     exact_rows: int = 16_384
-    """Figures over all pairs of rows are exact up to so many rows, else sampled."""
+    """Metrics over all pairs of rows are exact up to this many rows, else sampled."""
     batch: int = 1024
     """Rows of a sampled batch; all pairs within it count."""
     batches: int = 64
     """Batches at most; at least 10 are taken, shorter ones where rows are few."""
     hubness_batch: int = 4096
-    """Rows of a batch for hubness, which depends on their number."""
+    """Rows of a batch for hubness, whose value depends on this number."""
     hubness_batches: int = 10
     separability_pairs: int = 10_000
-    """Pairs that the linear classifier learns and is tested on, at most."""
+    """Most pairs that the linear classifier is trained and tested on."""
     confidence: float = 0.95
     """Of the intervals."""
     seed: int = 0
@@ -37,8 +37,8 @@ class SamplingConfig:
         require(0 < self.confidence < 1, "sampling.confidence", self.confidence, "between 0 and 1")
 
 
-def figure(value: float, interval: tuple[float, float] | None = None, rows: int | None = None) -> dict[str, float]:
-    """{"value"}, and of a sampled figure "low" and "high" of its interval and the number of "rows" it was seen on."""
+def metric(value: float, interval: Sequence[float] | None = None, rows: int | None = None) -> dict[str, float]:
+    """{"value"}, and of a sampled metric "low" and "high" of its interval, and the number of "rows" sampled."""
     made = {"value": float(value)}
     if interval is not None:
         made |= {"low": float(interval[0]), "high": float(interval[1])}
@@ -48,7 +48,7 @@ def figure(value: float, interval: tuple[float, float] | None = None, rows: int 
 
 
 def random_batches(rows: int, batch: int, batches: int, seed: int) -> Iterator[np.ndarray]:
-    """Disjoint batches of row numbers, ascending in each: `batches` where there are rows enough, at least 10."""
+    """Disjoint batches of row numbers, each ascending: `batches` where there are enough rows, at least 10."""
     batches = min(batches, max(10, rows // batch))
     batch = min(batch, rows // batches)
     order = np.random.default_rng(seed).permutation(rows)
@@ -57,7 +57,7 @@ def random_batches(rows: int, batch: int, batches: int, seed: int) -> Iterator[n
 
 
 def mean_interval(values: np.ndarray, confidence: float) -> tuple[float, float]:
-    """Interval of the mean of independent values (n,), by Student's t. For means of batches it is near exact."""
+    """Interval of the mean of independent values (n,), by Student's t; nearly exact for means of batches."""
     half = t_quantile((1 + confidence) / 2, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
     return float(np.mean(values) - half), float(np.mean(values) + half)
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from modstruct import distributed
 from modstruct.config import FinetuneRecipe, Recipe
 from modstruct.data.tokenizers import Tokenizer
-from modstruct.data.transforms.masking import IGNORED, blank_places
+from modstruct.data.transforms.masking import IGNORED, masked_places
 from modstruct.distributed import RowExchange
 from modstruct.losses.objective import Objective
 from modstruct.models.fusion.backbone import Backbone
@@ -37,7 +37,7 @@ class FusionModel(EmaModel):
         f"{kind}_augmented" for kind in ("image", "text", "image_independent", "text_independent")
     ) | frozenset({"image_queue", "text_queue", "pair_ids", "queue_ids"})
     shared_outputs = frozenset({"logit_scale", "image_queue", "text_queue", "queue_ids"})
-    place_fields = frozenset({"blanks"})
+    place_fields = frozenset({"masked_places"})
 
     def __init__(self, recipe: Recipe | FinetuneRecipe, tokenizer: Tokenizer, objective: Objective):
         super().__init__()
@@ -79,7 +79,7 @@ class FusionModel(EmaModel):
         `exchange` made.
         features: add image_features (B, F) and text_features (B, F'), the first tokens before the shared projection,
         and image_projected and text_projected (B, D), what normalisation takes.
-        blanks (M, 2): where masked_labels has labels; without it the model looks there, for which a GPU is waited for.
+        masked_places (M, 2): where masked_labels has labels; without it the model looks there, and waits for the GPU.
         Returns the fields of Outputs that the batch allows, float32.
         """
         made = {name: self.clamped(name) for name in self.scalar_limits}
@@ -94,8 +94,8 @@ class FusionModel(EmaModel):
             made |= self.embed("text", text[:, 0], features)
         if not training:
             return made
-        if masks and "blanks" not in batch:
-            batch = batch | {"blanks": blank_places(batch["masked_labels"])}
+        if masks and "masked_places" not in batch:
+            batch = batch | {"masked_places": masked_places(batch["masked_labels"])}
         made |= self._ema_outputs(batch, masks)
         matches = self.matches and not embed_only
         drawn = self._draw_negatives(made, batch) if matches and "wrong_image" not in batch else None
@@ -156,7 +156,7 @@ class FusionModel(EmaModel):
     def _masked_logits(self, model: FusionModel, batch: Batch, image: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (M, vocabulary) over the words and the right ids (M,), at the M masked tokens of these rows."""
         hidden = model.backbone.fuse(masked, self.backbone.mask(batch["text"]), image)
-        row, column = batch["blanks"].unbind(dim=1)
+        row, column = batch["masked_places"].unbind(dim=1)
         logits = model.language_head(hidden[row, column], model.backbone.words.word_embeddings)
         return logits.float(), batch["masked_labels"][row, column]
 

@@ -12,7 +12,7 @@ from modstruct.config import DataConfig, ScenesConfig, ViewsConfig
 from modstruct.data.classification.registry import SETS, NamedSet, open_labelled, parse_set, set_splits
 from modstruct.data.shards.evaluation_samples import evaluation_loader
 from modstruct.data.synthetic.factors import COLOURS, SHAPES
-from modstruct.data.synthetic.folder import ensure_scenes
+from modstruct.data.synthetic.shards import ensure_scenes
 from modstruct.data.transforms.augment import Views
 
 

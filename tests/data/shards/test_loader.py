@@ -129,28 +129,28 @@ def test_what_the_fusion_model_trains_on_is_made(tmp_path):
     batches = load(samples, data, stop=3, batch=4, extra=fields, tokenizer=word_tokenizer())
     for step, batch in enumerate(batches):
         rows = batch.tensors
-        assert rows.keys() == {"image", "text", "blanks", *fields}
+        assert rows.keys() == {"image", "text", "masked_places", *fields}
         assert {rows[name].dtype for name in (*fields, "text")} == {torch.int64}
         assert rows["text_masked"].shape == rows["masked_labels"].shape == rows["text"].shape == (4, 12)
         assert rows["slot"].tolist() == [4 * step + row for row in range(4)]
         kept = rows["masked_labels"] == -100
-        assert torch.equal(rows["blanks"], (~kept).nonzero())
+        assert torch.equal(rows["masked_places"], (~kept).nonzero())
         assert torch.equal(rows["text_masked"][kept], rows["text"][kept])
         # Four samples with three different images and three different captions.
         assert (len(rows["image_id"].unique()), len(rows["text_id"].unique())) == (3, 3)
         numbers = torch.tensor([number_of(image) for image in rows["image"]])
         assert torch.equal(rows["image_id"][:, None] == rows["image_id"], numbers[:, None] == numbers)
-    # A sample's blanks are others in each epoch.
+    # A sample's masked tokens differ between epochs.
     assert len({str(batch.tensors["masked_labels"].sort(0).values.tolist()) for batch in batches}) == 3
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_blanks_and_identities_do_not_depend_on_the_processes(damaged, processes):
+def test_masked_tokens_and_identities_do_not_depend_on_the_processes(damaged, processes):
     options = {"extra": EXTRA_FIELDS - BOTH, "tokenizer": word_tokenizer()}
     alone = load(*damaged, **options)
     parts = [load(*damaged, process=rank, processes=processes, **options) for rank in range(processes)]
     for batch in [*alone, *(batch for part in parts for batch in part)]:
-        del batch.tensors["blanks"]  # places in the process's own labels
+        del batch.tensors["masked_places"]  # places in the process's own labels
     assert_same(alone, joined(parts))
 
 

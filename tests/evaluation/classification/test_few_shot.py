@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from probe_cases import clouds, features_of
 
-from modstruct.evaluation.classification.draws import drawn_order, hold_out
+from modstruct.evaluation.classification.features import ProbeInputs, drawn_order, hold_out
 from modstruct.evaluation.classification.few_shot import FewShotConfig, draw_episodes, run_episode
-from modstruct.evaluation.classification.inputs import ProbeInputs
 
 CPU = torch.device("cpu")
 

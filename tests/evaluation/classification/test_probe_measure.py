@@ -1,4 +1,4 @@
-"""Results: right figures beside chance, outcomes row by row, and one clear error where sets do not fit."""
+"""Results: right metrics beside chance, outcomes row by row, and one clear error where sets do not fit."""
 
 from __future__ import annotations
 
@@ -9,14 +9,10 @@ import pytest
 from probe_cases import clouds, embedded
 from sklearn.linear_model import LogisticRegression
 
-from modstruct.evaluation.classification import (
-    FewShotConfig,
-    FitConfig,
-    LinearProbeConfig,
-    SgdConfig,
-    measure_few_shot,
-    measure_linear_probe,
-)
+from modstruct.evaluation.classification.adamw_probe import AdamWProbeConfig
+from modstruct.evaluation.classification.few_shot import FewShotConfig, measure_few_shot
+from modstruct.evaluation.classification.linear_probe import LinearProbeConfig, measure_linear_probe
+from modstruct.evaluation.classification.logistic_regression import FitConfig
 
 CLASSES = 7
 
@@ -79,7 +75,7 @@ def test_a_given_strength_is_not_searched(sets):
     assert set(outcomes) == {"top_1", "top_5"}
 
 
-@pytest.mark.parametrize("method", ["lbfgs", "sgd"])
+@pytest.mark.parametrize("method", ["lbfgs", "adamw"])
 def test_scale_and_shift_of_columns_do_not_matter_to_standardised_rows(tmp_path, method):
     """Whatever the unit of a column, the classifier and its outcomes are the same."""
     found = []
@@ -88,13 +84,13 @@ def test_scale_and_shift_of_columns_do_not_matter_to_standardised_rows(tmp_path,
             embedded(tmp_path / name / role, (rows * scale + scale).astype(np.float32), labels)
             for role, (rows, labels) in (("train", clouds(70, 12, 7, 0)), ("test", clouds(70, 12, 7, 1)))
         ]
-        config = LinearProbeConfig(standardize=True, method=method, strength=1.0, sgd=SgdConfig(epochs=2))
+        config = LinearProbeConfig(standardize=True, method=method, strength=1.0, adamw=AdamWProbeConfig(epochs=2))
         found.append(measure_linear_probe(*made, config=config)[1]["top_1"])
     assert np.mean(found[0] == found[1]) > 0.98
 
 
 def test_cyclips_protocol_is_measured_too(sets):
-    config = LinearProbeConfig(method="sgd", sgd=SgdConfig(epochs=60, batch=32))
+    config = LinearProbeConfig(method="adamw", adamw=AdamWProbeConfig(epochs=60, batch=32))
     result, _ = measure_linear_probe(*sets, config=config)
     assert result["figures"]["top_1"]["value"] > 0.5
     assert result["rows"]["fitted"] == 210

@@ -11,8 +11,15 @@ from probe_cases import clouds, features_of
 from sklearn.linear_model import LogisticRegression
 
 from modstruct.evaluation.classification.features import RowBlocks
-from modstruct.evaluation.classification.logistic_regression import FitConfig, fit_logistic_regression
-from modstruct.evaluation.classification.sweep import STRENGTHS, TRIED, Split, search_strength, sweep_strength
+from modstruct.evaluation.classification.logistic_regression import (
+    STRENGTHS,
+    TRIED,
+    FitConfig,
+    Split,
+    fit_logistic_regression,
+    search_strength,
+    sweep_strength,
+)
 
 CPU = torch.device("cpu")
 FIRST = [1e-6, 1e-4, 1e-2, 1, 1e2, 1e4, 1e6]

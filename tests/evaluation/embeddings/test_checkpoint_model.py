@@ -13,7 +13,7 @@ from modstruct import checkpoints
 from modstruct.checkpoints import Checkpoint, TrainState
 from modstruct.config import LossesConfig
 from modstruct.config.recipe_files import recipe_to_dict
-from modstruct.evaluation.embeddings import checkpoint_model
+from modstruct.evaluation.embeddings.model import checkpoint_model
 from modstruct.losses.objective import build_objective
 from modstruct.models.build import build_model
 

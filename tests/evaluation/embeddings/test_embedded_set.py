@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from modstruct.evaluation.embeddings.array_files import RowStream
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet, write_embedded_set
+from modstruct.evaluation.embeddings.set_files import RowStream
 
 MODEL = {"name": "some model", "fingerprint": "1234"}
 CAPTIONS = ["a red square", "naïve 🟥\ntwo lines", "\ud800"]
@@ -145,7 +145,7 @@ def test_lists_of_another_length_are_refused_when_they_are_read(tmp_path):
     ("changes", "message"),
     [
         ({"arrays": {"text": unit(3)}}, "must have image"),
-        ({"arrays": {"image": unit(5), "picture": unit(5)}}, r"arrays = \['image'\]"),
+        ({"arrays": {"image": unit(5), "pixels": unit(5)}}, r"arrays = \['pixels'\]"),
         ({"arrays": {"image": unit(5), "text": unit(3, 9)}}, "must have one dimension"),
         ({"arrays": {"image": unit(5), "image_features": unit(4)}}, r"image_features = \(4, 8\)"),
         ({"arrays": {"image": 2 * unit(5), "text": unit(3)}}, "row 0 has norm 2; it must have unit norm"),

@@ -10,9 +10,10 @@ from numbered_sets import ARRAYS, Encode, LabelledNumbers, config, content, numb
 
 from modstruct.data.classification.class_files import load_classes
 from modstruct.data.shards.faults import TooManyBadSamples
-from modstruct.evaluation.embeddings import EmbeddingSource, embed_set, embed_sets
+from modstruct.evaluation.embeddings.embed_set import embed_set, embed_sets
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.embeddings.in_memory import embed_source
+from modstruct.evaluation.embeddings.source import EmbeddingSource
 
 NUMBERS = [i % 37 for i in range(43)]
 BROKEN = (8, 9, 10, 11)  # the third batch of four is bad as a whole

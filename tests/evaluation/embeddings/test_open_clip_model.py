@@ -13,8 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from tiny_models import CAPTIONS, register_architectures
 
-from modstruct.evaluation.embeddings import open_clip_model
-from modstruct.evaluation.embeddings.open_clip_model import OPTION
+from modstruct.evaluation.embeddings.open_clip_model import OPTION, open_clip_model
 
 ARCHITECTURES = ["tiny-vit", "tiny-resnet", "tiny-timm"]
 

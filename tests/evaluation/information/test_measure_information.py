@@ -9,8 +9,8 @@ import pytest
 from modstruct.data.synthetic.factors import COLOURS, MOODS
 from modstruct.data.synthetic.splits import scenes
 from modstruct.evaluation.embeddings.embedded_set import write_embedded_set
-from modstruct.evaluation.information import ProbeConfig, measure_information
-from modstruct.evaluation.information.inputs import bag_of_words, scene_pixels
+from modstruct.evaluation.information.measure import bag_of_words, measure_information, scene_pixels
+from modstruct.evaluation.information.probes import ProbeConfig
 
 QUICK = ProbeConfig(folds=2, strengths=(1.0,), iterations=30, hidden=0, words=80, samples=200)
 COLOUR_WORDS, MOOD_WORDS = ("red", "green", "blue"), ("calm", "sad", "merry", "odd")

@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from modstruct.evaluation.classification.features import Features, Piece
-from modstruct.evaluation.information.discrete import entropy, mutual_information
-from modstruct.evaluation.information.gap import information_metrics, label_surprise
+from modstruct.evaluation.information.measure import information_metrics, label_surprise
 from modstruct.evaluation.information.probes import ProbeConfig, held_out_losses
-from modstruct.evaluation.information.scenes import ExactInformation
+from modstruct.evaluation.information.scenes import ExactInformation, entropy, mutual_information
 
 CPU = torch.device("cpu")
 QUICK = ProbeConfig(

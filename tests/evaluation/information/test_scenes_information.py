@@ -10,15 +10,16 @@ import pytest
 from modstruct.data.synthetic import captions, words
 from modstruct.data.synthetic.factors import FILLS, SIZES
 from modstruct.data.synthetic.splits import scenes, split_of
-from modstruct.evaluation.information.discrete import entropy
-from modstruct.evaluation.information.scene_mentions import count_shares, ground_said_share
 from modstruct.evaluation.information.scenes import (
     BOTH,
     CAPTION_ONLY,
-    PICTURE_ONLY,
+    IMAGE_ONLY,
     TARGETS,
     captions_of_a_split,
+    count_shares,
+    entropy,
     exact_information,
+    ground_said_share,
     objects_of_a_split,
     split_of_scenes,
 )
@@ -116,11 +117,11 @@ def test_the_values_keep_to_the_theorem_and_to_each_other(label, split):
     assert 0 <= exact.aligned <= min(exact.text, exact.image) + 1e-12
     assert max(exact.text, exact.image) <= exact.joint + 1e-12 <= exact.entropy + 2e-12
     assert exact.aligned_excess >= exact.gap - 1e-12
-    if label in PICTURE_ONLY:
+    if label in IMAGE_ONLY:
         assert exact.text == 0
     if label in ("mood", "aside"):
         assert exact.image == 0
-    assert label in (*BOTH, *PICTURE_ONLY, *CAPTION_ONLY)
+    assert label in (*BOTH, *IMAGE_ONLY, *CAPTION_ONLY)
 
 
 def test_objects_of_a_split_are_those_that_the_rule_lets_in():

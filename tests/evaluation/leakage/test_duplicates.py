@@ -7,10 +7,10 @@ import pytest
 from drawn_images import COPIES, coded, drawn, mirror, thumbnails
 from PIL import Image, ImageDraw
 
-from modstruct.evaluation.leakage import Prints, Thresholds, find_duplicates
 from modstruct.evaluation.leakage import duplicates as duplicates_module
-from modstruct.evaluation.leakage.image_difference import image_differences
-from modstruct.evaluation.leakage.prints import rows_by_key
+from modstruct.evaluation.leakage.duplicates import Thresholds, find_duplicates
+from modstruct.evaluation.leakage.perceptual_hash import image_differences
+from modstruct.evaluation.leakage.prints import Prints, rows_by_key
 
 PICTURES = 60
 
@@ -87,7 +87,7 @@ def test_a_placeholder_that_occurs_thousands_of_times_is_listed_a_few_times(monk
         looked_at.append(len(first))
         return image_differences(first, *rest)
 
-    monkeypatch.setattr(duplicates_module, "picture_differences", counted)
+    monkeypatch.setattr(duplicates_module, "image_differences", counted)
     placeholder = thumbnails([drawn(0)])
     many = Prints.of_thumbnails(np.repeat(placeholder, 3_000, axis=0), [str(n) for n in range(3_000)])
     found = find_duplicates(many_queries(placeholder, 30), many, Thresholds(listed=3))
@@ -105,8 +105,8 @@ def test_what_is_found_does_not_depend_on_blocks(train, monkeypatch, mirrored):
     thresholds = Thresholds(mirrored=mirrored)
     whole = find_duplicates(prints(pictures), train, thresholds)
     monkeypatch.setattr(duplicates_module, "ROWS_AT_ONCE", 4)
-    monkeypatch.setattr("modstruct.evaluation.leakage.hamming.GALLERY_AT_ONCE", 13)
-    monkeypatch.setattr("modstruct.evaluation.leakage.hamming.QUERIES_AT_ONCE", 3)
+    monkeypatch.setattr("modstruct.evaluation.leakage.perceptual_hash.GALLERY_AT_ONCE", 13)
+    monkeypatch.setattr("modstruct.evaluation.leakage.perceptual_hash.QUERIES_AT_ONCE", 3)
     parts = find_duplicates(prints(pictures), train, thresholds)
     assert found_pairs(parts) == found_pairs(whole) == {(n, n % 7) for n in range(30)}
     for name, values in vars(whole).items():

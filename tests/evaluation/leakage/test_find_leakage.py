@@ -16,8 +16,10 @@ from modstruct.config import DataConfig, Source
 from modstruct.data.shards.evaluation_samples import EvaluationSamples
 from modstruct.data.shards.faults import TooManyBadSamples
 from modstruct.evaluation.embeddings.embedded_set import write_embedded_set
-from modstruct.evaluation.leakage import Prints, make_prints, prints, read_keys
+from modstruct.evaluation.leakage import prints
 from modstruct.evaluation.leakage.perceptual_hash import image_hashes, thumbnail
+from modstruct.evaluation.leakage.prints import Prints, make_prints
+from modstruct.evaluation.leakage.result import read_keys
 
 sys.path.append(str(Path(__file__).parents[3] / "tools"))
 import find_leakage

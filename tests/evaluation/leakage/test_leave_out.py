@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet, write_embedded_set
-from modstruct.evaluation.leakage import leave_out, read_keys, rows_kept
-from modstruct.evaluation.retrieval import measure_retrieval
+from modstruct.evaluation.leakage.result import leave_out, read_keys, rows_kept
+from modstruct.evaluation.retrieval.measure import measure_retrieval
 
 MODEL = {"name": "m", "fingerprint": "f"}
 PICTURES, DIMENSION = 30, 8

@@ -7,10 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modstruct.evaluation.leakage import cosine, hamming
-from modstruct.evaluation.leakage.best_pairs import Pairs
-from modstruct.evaluation.leakage.cosine import near_embeddings
-from modstruct.evaluation.leakage.hamming import least_distances, near_hashes
+from modstruct.evaluation.leakage import duplicates, perceptual_hash
+from modstruct.evaluation.leakage.duplicates import Pairs, near_embeddings
+from modstruct.evaluation.leakage.perceptual_hash import least_distances, near_hashes
 
 
 def crowded(count: int, views: int, random: np.random.Generator) -> np.ndarray:
@@ -28,8 +27,8 @@ def test_hashes_within_a_distance_are_those_of_brute_force(seed, views, distance
     random = np.random.default_rng(seed)
     first, second = crowded(queries, views, random), crowded(gallery, views, random)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hamming, "QUERIES_AT_ONCE", 7)
-        patch.setattr(hamming, "GALLERY_AT_ONCE", 11)
+        patch.setattr(perceptual_hash, "QUERIES_AT_ONCE", 7)
+        patch.setattr(perceptual_hash, "GALLERY_AT_ONCE", 11)
         blocks = list(near_hashes(first, second, distance))
     found = {}
     for query, item, near, view in (pair for block in blocks for pair in zip(*block, strict=True)):
@@ -73,7 +72,7 @@ def test_embeddings_of_high_cosine_are_those_of_brute_force(monkeypatch, dtype):
             row[random.choice(6, 4, replace=False)] = random.choice([-0.5, 0.5], 4)
         return made
 
-    monkeypatch.setattr(cosine, "QUERIES_AT_ONCE", 16)
+    monkeypatch.setattr(duplicates, "QUERIES_AT_ONCE", 16)
     first, second = rows(50), rows(90)
     scores = first.astype(np.float64) @ second.astype(np.float64).T
     for threshold in (0.5, 0.75, 1.0):

@@ -8,8 +8,7 @@ from drawn_images import COPIES, drawn, mirror, thumbnails
 from PIL import Image
 from scipy.fft import dctn
 
-from modstruct.evaluation.leakage.hamming import least_distances
-from modstruct.evaluation.leakage.perceptual_hash import GREY, SIDE, VIEWS, image_hashes, mirrored
+from modstruct.evaluation.leakage.perceptual_hash import GREY, SIDE, VIEWS, image_hashes, least_distances, mirrored
 
 PICTURES = 40
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modstruct.evaluation.retrieval import measure_recall, ranked_queries, ranking_metrics
-from modstruct.evaluation.retrieval.chance import chance_of_hit
+from modstruct.evaluation.retrieval.measure import measure_recall
+from modstruct.evaluation.retrieval.metrics import chance_of_hit, ranked_queries, ranking_metrics
 
 
 @settings(max_examples=100, deadline=None)

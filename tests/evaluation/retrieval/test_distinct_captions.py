@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modstruct.evaluation.retrieval.distinct_captions import DistinctCaptions, at_places
+from modstruct.evaluation.embeddings.source import DistinctCaptions, at_places
 
 TEXTS = st.one_of(st.sampled_from(["a", "b", "a ", "", "ä", "\ud800"]), st.text(max_size=3))
 

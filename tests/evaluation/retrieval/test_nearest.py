@@ -12,8 +12,7 @@ from fake_gpus import pretend_gpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modstruct.evaluation.retrieval import nearest
-from modstruct.evaluation.retrieval.gpus import ShardedIndex, usable_gpus
+from modstruct.evaluation.retrieval.nearest import ShardedIndex, nearest, usable_gpus
 
 module = sys.modules[nearest.__module__]  # the function has the name of its module
 

@@ -13,7 +13,9 @@ import pytest
 import torch
 from ranking_cases import grid_rows
 
-from modstruct.evaluation.retrieval import measure_retrieval, pairs_ahead, ranked_queries
+from modstruct.evaluation.retrieval.exact import pairs_ahead
+from modstruct.evaluation.retrieval.measure import measure_retrieval
+from modstruct.evaluation.retrieval.metrics import ranked_queries
 
 RECALL_AT = (1, 5, 10)
 

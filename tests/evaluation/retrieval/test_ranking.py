@@ -8,13 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranking_cases import faiss_items_ahead, grid_rows, plain_figures, sets_with_ties
 
-from modstruct.evaluation.retrieval import (
-    exact,
-    items_ahead,
-    measure_recall,
-    measure_retrieval,
-    pairs_ahead,
-)
+from modstruct.evaluation.retrieval import exact
+from modstruct.evaluation.retrieval.exact import items_ahead, pairs_ahead
+from modstruct.evaluation.retrieval.measure import measure_recall, measure_retrieval
 
 DIRECTIONS = ("image_to_text", "text_to_image")
 

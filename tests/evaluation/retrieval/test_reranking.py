@@ -9,7 +9,9 @@ from tiny_fusion import fusion_model, fusion_recipe
 from tiny_models import CAPTIONS, pictures, word_tokenizer
 
 from modstruct.errors import RunError
-from modstruct.evaluation.retrieval import items_ahead, nearest, recall_metrics
+from modstruct.evaluation.retrieval.exact import items_ahead
+from modstruct.evaluation.retrieval.metrics import recall_metrics
+from modstruct.evaluation.retrieval.nearest import nearest
 from modstruct.evaluation.retrieval.reranking import ahead_after, reranked_retrieval
 
 

@@ -13,15 +13,11 @@ from processes import run_on_processes
 from modstruct import distributed
 from modstruct.data.shards.faults import BadSample
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet, write_embedded_set
-from modstruct.evaluation.retrieval import (
-    IndexConfig,
-    RetrievalConfig,
-    measure_retrieval,
-    measure_set_retrieval,
-    write_retrieved_examples,
-)
-from modstruct.evaluation.retrieval import processes as processes_module
-from modstruct.evaluation.retrieval.processes import query_shares, shared_pairs_ahead
+from modstruct.evaluation.retrieval import exact
+from modstruct.evaluation.retrieval.ann_index import IndexConfig
+from modstruct.evaluation.retrieval.exact import query_shares, shared_pairs_ahead
+from modstruct.evaluation.retrieval.examples import write_retrieved_examples
+from modstruct.evaluation.retrieval.measure import RetrievalConfig, measure_retrieval, measure_set_retrieval
 from modstruct.evaluation.statistics import bootstrap_mean
 
 CONFIG = RetrievalConfig(resamples=200)
@@ -153,7 +149,7 @@ def fail_on_last(embedded) -> str:
         raise ArithmeticError("lost")
 
     if distributed.rank() == distributed.world_size() - 1:
-        processes_module.pairs_ahead = fail
+        exact.pairs_ahead = fail
     try:
         shared_pairs_ahead(embedded.rows("text"), embedded.rows("image"), embedded.pairs[:, ::-1])
     except Exception as error:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from modstruct.evaluation.structure.over_pairs import geometric_consistency, uniformity
+from modstruct.evaluation.structure.alignment import geometric_consistency, uniformity
 from modstruct.evaluation.structure.sampling import (
     SamplingConfig,
     bootstrap_interval,
@@ -16,7 +16,7 @@ from modstruct.evaluation.structure.sampling import (
     random_batches,
     t_quantile,
 )
-from modstruct.evaluation.structure.separability import linear_separability
+from modstruct.evaluation.structure.shape import linear_separability
 
 TRIALS = 300
 AT_90 = (0.90 - 4 * math.sqrt(0.09 / TRIALS), 0.90 + 4 * math.sqrt(0.09 / TRIALS))  # 4 standard deviations: 0.83, 0.97

@@ -17,7 +17,6 @@ from tiny_answers import (
 from torch import Tensor
 
 from modstruct.config import FinetuneRecipe, LossesConfig
-from modstruct.embeddings import Outputs
 from modstruct.losses.distillation import Distillation
 from modstruct.losses.objective import build_objective
 from modstruct.models.fusion.answering import AnswerModel

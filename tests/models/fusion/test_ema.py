@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_fusion import fusion_model, fusion_recipe, training_batch
 
-from modstruct.embeddings import Outputs
 from modstruct.models.fusion.ema import FeatureQueue
 
 

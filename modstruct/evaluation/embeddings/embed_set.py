@@ -1,0 +1,356 @@
+"""Sets embedded by all processes, part by part, into folders that metrics read (`EmbeddedSet`).
+
+Each process reads, encodes and writes its share of the parts, with no collective until the end; the main process then
+assembles the finished set from them, in bounded memory.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modstruct import distributed
+from modstruct.config.embedding import EmbeddingConfig
+from modstruct.data.shards.evaluation_samples import EvaluationBatch, evaluation_loader
+from modstruct.distributed.collect import on_main
+from modstruct.distributed.hosts import require_same, require_shared_folder
+from modstruct.errors import refuse, require
+from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet, clear, write_embedded_set
+from modstruct.evaluation.embeddings.model import EmbeddingModel
+from modstruct.evaluation.embeddings.parts import (
+    FOLDER,
+    Parts,
+    Progress,
+    TextLines,
+    TextList,
+    apart,
+    read_texts,
+    token_loader,
+)
+from modstruct.evaluation.embeddings.set_files import IMAGE_ARRAYS, MANIFEST, TEXT_ARRAYS
+from modstruct.evaluation.embeddings.source import DistinctCaptions, EmbeddingSource, at_places
+from modstruct.files import atomic_write
+
+BEGUN = "begun.json"
+CAPTIONS = "captions.jsonl"
+
+
+def embed_sets(
+    model: EmbeddingModel,
+    sets: Sequence[EmbeddingSource],
+    folder: str | Path,
+    config: EmbeddingConfig,
+    command: Sequence[str] = (),
+) -> list[EmbeddedSet]:
+    """Embed sets one after the other, each into folder/NAME; every process calls it and gets the finished sets.
+
+    Sets that are there already, of the same model and settings, are left as they are, and one that was begun is gone on
+    with, on any number of processes: its arrays and lists are the same to the byte. command: for the manifests. Raises
+    ValueError where a set that is there differs in model, source or settings, unless config.overwrite starts it anew;
+    TooManyBadSamples above config.max_bad_share, FailedElsewhere where another process failed.
+    """
+    names = [source.name for source in sets]
+    require(len(set(names)) == len(names), "sets", names, "each needs a name of its own")
+    return [embed_set(model, source, Path(folder).expanduser() / source.name, config, command) for source in sets]
+
+
+def embed_set(
+    model: EmbeddingModel,
+    source: EmbeddingSource,
+    folder: Path,
+    config: EmbeddingConfig,
+    command: Sequence[str] = (),
+) -> EmbeddedSet:
+    """Embed one set into a folder; see `embed_sets`."""
+    started = time.monotonic()
+    arrays = model.chosen_arrays(config.arrays)
+    settings = _settings(model, source, config, arrays)
+    require_same(settings, "processes must see the same model and files: share the folders, or copy them to each host")
+    require_shared_folder(folder, "--out")
+    if on_main(lambda: _begin(folder, settings, config.overwrite)):
+        return EmbeddedSet.open(folder)
+
+    def parts(kind: str, items: int) -> tuple[Parts, list[int]]:
+        """The parts and, as the main process sees it before any is made, those that are missing."""
+        made = Parts(folder / FOLDER, kind, items, config.batch, config.part_batches)
+        return made, distributed.broadcast_object(made.missing() if distributed.is_main() else None)
+
+    of_images, of_texts = ([a for a in arrays if a in known] for known in (IMAGE_ARRAYS, TEXT_ARRAYS))
+    pictures, missing = parts("image", len(source.samples))
+    embed_images(model, source, pictures, missing, config, of_images)
+
+    lines = TextLines(folder / FOLDER / CAPTIONS)
+    assembly = Assembly(source, pictures, lines.path)
+    captions, missing = parts("text", on_main(lambda: assembly.gather(config)))
+    if of_texts and captions.items:
+        embed_texts(model, lines, captions, missing, config, of_texts, f"captions of {source.name}")
+    prompts, missing = parts("prompts", len(source.prompts))
+    title = f"class names of {source.name}"
+    embed_texts(model, TextList(source.prompts), prompts, missing, config, ["text"], title, dtype="float32")
+
+    def finish() -> None:
+        assembly.finish(
+            folder,
+            captions if of_texts and captions.items else None,
+            prompts,
+            arrays,
+            config.dtype,
+            model=model.described(),
+            settings=settings,
+            command=command,
+            seconds=time.monotonic() - started,
+        )
+        shutil.rmtree(folder / FOLDER)
+
+    on_main(finish)
+    return EmbeddedSet.open(folder)
+
+
+def _settings(
+    model: EmbeddingModel, source: EmbeddingSource, config: EmbeddingConfig, arrays: list[str]
+) -> dict[str, Any]:
+    """All that decides the bytes of a set."""
+    return {
+        "model fingerprint": model.fingerprint,
+        "preprocessing": model.preprocessing,
+        "source fingerprint": source.fingerprint,
+        "samples": len(source.samples),
+        "classes": source.classes_fingerprint,
+        "embedding.arrays": arrays,
+        "embedding.dtype": config.dtype,
+        "embedding.precision": config.precision,
+        "embedding.batch": config.batch,
+        "embedding.part_batches": config.part_batches,
+        "embedding.seed": config.seed if "image_augmented" in arrays else None,
+    }
+
+
+def _begin(folder: Path, settings: dict[str, Any], overwrite: bool) -> bool:
+    """Make the folder ready to go on with or to start, and say whether the set is finished already."""
+    parts = folder / FOLDER
+    finished = (folder / MANIFEST).is_file()
+    if overwrite:
+        clear(folder)
+    elif finished:
+        _require_equal(EmbeddedSet.open(folder).manifest.get("settings", {}), settings, folder)
+        shutil.rmtree(parts, ignore_errors=True)  # of a run that was stopped between its last two steps
+        return True
+    elif (parts / BEGUN).is_file():
+        _require_equal(json.loads((parts / BEGUN).read_bytes()), settings, folder)
+        return False
+    shutil.rmtree(parts, ignore_errors=True)  # left half removed
+    with atomic_write(parts / BEGUN) as file:
+        file.write(json.dumps(settings).encode())
+    return False
+
+
+def _require_equal(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    """Refuse a restart with another model, source or setting, by its name."""
+    for name, value in now.items():
+        if before.get(name) != value:
+            was = f"{folder} was embedded with {before.get(name)!r}"
+            refuse(name, value, f"{was}; give that, another folder, or --embedding.overwrite true to start anew")
+
+
+AUGMENTED = "image_augmented"
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def embed_images(
+    model: EmbeddingModel,
+    source: EmbeddingSource,
+    parts: Parts,
+    missing: Sequence[int],
+    config: EmbeddingConfig,
+    arrays: Sequence[str],
+) -> None:
+    """Make the missing parts of a source's images, with all that is read beside them.
+
+    Notes of a part: keys, captions, metadata of the images; faults, the [cause, where] of those left out. Its arrays
+    beside the embeddings: indices, numbers of the images in the source; labels, where it has classes.
+    """
+    mine = _share(missing)
+    ledger = source.ledger(config, distributed.rank())
+    encoder = _Encoder(model, config, arrays)
+
+    def work(progress: Progress) -> None:
+        numbers = [number for part in mine for number in parts.numbers(part)]
+        seed = config.seed if AUGMENTED in arrays else None
+        # Parts are whole batches but for the source's last, so a loader of all of them cuts them where they end.
+        loader = evaluation_loader(source.samples, model.views, config.batch, numbers, seed, config.workers)
+        batches = iter(loader)
+        for part in mine:
+            made: list[dict[str, np.ndarray]] = []
+            notes = {"keys": [], "captions": [], "metadata": [], "faults": []}
+            for batch in islice(batches, len(parts.batches(part))):
+                rows = {"indices": batch.indices.numpy()}
+                if source.class_names:
+                    rows["labels"] = source.labels_of(batch.metadata)
+                made.append(rows | encoder.pictures(batch))
+                for name, found in notes.items():
+                    found += getattr(batch, name)
+                ledger.add(batch.faults, batch.tried)
+                # The others' may all be sound: only what no other can make good is too much already.
+                ledger.check(ledger.bad, len(source.samples), fewest=1)
+                progress.add(batch.tried)
+            parts.write(part, _joined(made), notes)
+
+    total = sum(len(parts.numbers(part)) for part in missing)
+    apart(work, f"images of {source.name}", total, "picture")
+
+
+def embed_texts(
+    model: EmbeddingModel,
+    texts: TextLines | TextList,
+    parts: Parts,
+    missing: Sequence[int],
+    config: EmbeddingConfig,
+    arrays: Sequence[str],
+    title: str,
+    dtype: str | None = None,
+) -> None:
+    """Make the missing parts of texts. dtype: of what is written, by default config.dtype."""
+    mine = _share(missing)
+    encoder = _Encoder(model, config, arrays, dtype)
+
+    def work(progress: Progress) -> None:
+        batches = [numbers for part in mine for numbers in parts.batches(part)]
+        loader = iter(token_loader(texts, model.tokenize, batches, config.workers))
+        for part in mine:
+            made = []
+            for ids in islice(loader, len(parts.batches(part))):
+                made.append(encoder.encoded({"text": ids}))
+                progress.add(len(ids))
+            parts.write(part, _joined(made))
+
+    apart(work, title, sum(len(parts.numbers(part)) for part in missing), "text")
+
+
+class _Encoder:
+    """The model's encode, in the precision asked for, to arrays of the kind that is written."""
+
+    def __init__(self, model: EmbeddingModel, config: EmbeddingConfig, arrays: Sequence[str], dtype: str | None = None):
+        self._encode, self._arrays = model.encode, frozenset(arrays)
+        self._dtype = getattr(torch, dtype or config.dtype)
+        self._precision, self._device = config.precision, distributed.device()
+        fits = self._precision != "fp16" or self._device.type == "cuda"
+        require(fits, "embedding.precision", self._precision, "needs a GPU; use fp32 or bf16")
+
+    @torch.no_grad()
+    def encoded(self, batch: dict[str, Tensor]) -> dict[str, np.ndarray]:
+        """The arrays asked for of a batch of images or texts, (B, …) each."""
+        with self._autocast():
+            made = self._encode({name: inputs.to(self._device) for name, inputs in batch.items()})
+        return {name: made[name].to(self._dtype).cpu().numpy() for name in made.keys() & self._arrays}
+
+    def pictures(self, batch: EvaluationBatch) -> dict[str, np.ndarray]:
+        """The same, augmented images included; nothing of a batch of which no image could be read."""
+        if len(batch.indices) == 0:
+            return {}
+        made = self.encoded({"image": batch.image})
+        if batch.image_augmented is not None:
+            made[AUGMENTED] = self.encoded({"image": batch.image_augmented})["image"]
+        return made
+
+    def _autocast(self) -> AbstractContextManager:
+        dtype = AUTOCAST.get(self._precision)
+        return nullcontext() if dtype is None else torch.autocast(self._device.type, dtype)
+
+
+def _share(missing: Sequence[int]) -> Sequence[int]:
+    """This process's parts: every so many-th, so that all have equally many but for one."""
+    return missing[distributed.rank() :: distributed.world_size()]
+
+
+def _joined(made: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    names = {name for rows in made for name in rows}
+    return {name: np.concatenate([rows[name] for rows in made if name in rows]) for name in sorted(names)}
+
+
+class Assembly:
+    """Puts the parts of one set together: `gather` when all images are embedded, `finish` when all texts are too."""
+
+    def __init__(self, source: EmbeddingSource, pictures: Parts, captions_file: Path):
+        self._source, self._images, self._captions_file = source, pictures, captions_file
+
+    def gather(self, config: EmbeddingConfig) -> int:
+        """Count what was read, and write the distinct captions to their file. Returns how many they are.
+
+        Raises TooManyBadSamples above config.max_bad_share, ValueError where no image could be read.
+        """
+        ledger, captions = self._source.ledger(config), DistinctCaptions()
+        total = len(self._source.samples)
+        ledger.add(self._noted("faults"), total, say=False)  # who met them has said so
+        for of_part in self._images.notes("captions"):
+            captions.add(of_part)
+        # The whole source was tried, so its share is exact, however small it is.
+        ledger.check(ledger.bad, total, fewest=1)
+        if ledger.bad == total:
+            refuse("set", self._source.name, f"none of its {total} samples could be used: {ledger.summary()}")
+        self._skipped = self._source.left_out_before() + ledger.counts
+        places, self._pairs = captions.rows()
+        with atomic_write(self._captions_file) as file:
+            for caption in at_places(chain.from_iterable(self._noted("captions")), places):
+                file.write((json.dumps(caption) + "\n").encode())
+        return len(places)
+
+    def finish(
+        self,
+        folder: Path,
+        captions: Parts | None,
+        prompts: Parts,
+        arrays: Sequence[str],
+        dtype: str,
+        **manifest: Any,
+    ) -> None:
+        """Write the set of these arrays. captions: None where no texts are wanted. manifest: what else
+        `write_embedded_set` takes."""
+        source, pictures, kind = self._source, self._images, np.dtype(dtype)
+        indices = self._column("indices")
+        streams = {a: pictures.stream(a, len(indices), kind) for a in arrays if a in IMAGE_ARRAYS}
+        texts: dict[str, Any] = {}
+        if captions is not None:
+            streams |= {a: captions.stream(a, captions.items, kind) for a in arrays if a in TEXT_ARRAYS}
+            texts = {"pairs": self._pairs, "captions": read_texts(self._captions_file)}
+        classes: dict[str, Any] = {}
+        if source.class_names:
+            shape = (len(source.class_names), len(source.templates), -1)
+            rows = list(prompts.pieces("text"))
+            classes = {
+                "labels": self._column("labels"),
+                "class_prompts": np.concatenate(rows).reshape(shape) if rows else None,
+                "class_names": source.class_names,
+                "templates": source.templates,
+                "label": source.label_field,
+            }
+        write_embedded_set(
+            folder,
+            source.name,
+            arrays=streams,
+            indices=indices,
+            keys=self._noted("keys"),
+            metadata=self._noted("metadata"),
+            source={"name": source.name, "fingerprint": source.fingerprint},
+            skipped=dict(self._skipped),
+            left_out=({"cause": cause, "where": where} for cause, where in self._noted("faults")),
+            **texts,
+            **classes,
+            **manifest,
+        )
+
+    def _noted(self, name: str) -> Iterator[Any]:
+        """The notes of this name, of all images."""
+        return chain.from_iterable(self._images.notes(name))
+
+    def _column(self, name: str) -> np.ndarray:
+        return np.concatenate(list(self._images.pieces(name)))

@@ -1,0 +1,302 @@
+"""Plots of a report: saved curves, families of metrics, and both modalities in the plane."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from markupsafe import Markup
+
+from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
+from modstruct.reporting.comparison import Row, Section
+from modstruct.reporting.line_chart import Scale, Series, line_chart
+from modstruct.reporting.loading import Evaluation
+from modstruct.reporting.vocabulary import humanised, is_share, label, lowered
+
+FEWEST_POINTS = 3
+LONGEST_FAMILY_GROUP = 24
+"""Rows of a group in which families are looked for: numbers in the names of many classes are no axis."""
+X_NAMES = {"k": "log", "shots": "log", "strength": "log", "x": "linear", "t": "linear"}
+"""Curves that hold an axis, and its scale."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A drawn chart of all runs, with its caption."""
+
+    set: str
+    caption: str
+    svg: Markup
+
+
+@dataclass(frozen=True)
+class CurveWords:
+    title: str
+    x: str
+    y: str
+    x_scale: Scale = "linear"
+    y_scale: Scale = "linear"
+
+
+KNOWN_CURVES = {
+    "spectrum_image": CurveWords("Spectrum of images", "principal axis", "standard deviation", "log", "log"),
+    "spectrum_text": CurveWords("Spectrum of texts", "principal axis", "standard deviation", "log", "log"),
+    "bridge_deviation": CurveWords(
+        "Deviation of the augmented image from the bridge", "t (1 = image, 0 = caption)", "mean squared distance"
+    ),
+}
+
+
+def charts(section: Section, runs: Sequence[Evaluation]) -> list[Chart]:
+    """Every chart of a metric, set by set: families of figures first, then the saved curves."""
+    sets = dict.fromkeys(group.set for group in section.groups)
+    return [
+        chart
+        for set_name in sets
+        for chart in (*_families(section, set_name, runs), *_saved(section.metric, set_name, runs))
+    ]
+
+
+def _families(section: Section, set_name: str, runs: Sequence[Evaluation]) -> Iterator[Chart]:
+    """Figures of one set whose names differ in one whole number alone, such as recall_at_1, …_5 and …_10."""
+    families: dict[str, dict[int, int]] = {}
+    groups = [group for group in section.groups if group.set == set_name and len(group.rows) <= LONGEST_FAMILY_GROUP]
+    rows = [row for group in groups for row in group.rows if row.better]
+    by_name = {row.names: row for group in groups for row in group.rows}
+    saved = {name for run in runs if (result := run.results.get((set_name, section.metric))) for name in result.curves}
+    for i, row in enumerate(rows):
+        path = "/".join(row.names)
+        for found in re.finditer(r"(?<![\d.])\d+(?![\d.])", path):
+            family = f"{path[: found.start()]}{{}}{path[found.end() :]}"
+            families.setdefault(family, {})[int(found[0])] = i
+    for family, members in families.items():
+        # Recall that was saved at more K than the figures have is drawn from there.
+        if len(members) < FEWEST_POINTS or family.replace("recall_at_{}", "recall") in saved - {family}:
+            continue
+        numbers = sorted(members)
+        chosen = [rows[members[number]] for number in numbers]
+        series = []
+        for style, run in enumerate(runs):
+            at = [(n, row.cells[style].figure) for n, row in zip(numbers, chosen, strict=True) if row.cells[style]]
+            if at:
+                x, figures = zip(*at, strict=True)
+                bounds = [_bounds(row, style, by_name) for row in chosen if row.cells[style]]
+                low, high = zip(*bounds, strict=True)
+                series.append(Series(run.name, style, x, [figure.value for figure in figures], low, high))
+        share = all(row.share for row in chosen)
+        scale: Scale = "log" if numbers[0] > 0 and numbers[-1] >= 8 * numbers[0] else "linear"
+        caption, x_label, y_label = _family_words(family)
+        svg = line_chart(caption, x_label, y_label, series, scale, share=share, x_ticks=numbers[:8])
+        yield Chart(set_name, caption, svg)
+
+
+def _bounds(row: Row, style: int, by_name: dict[tuple[str, ...], Row]) -> tuple[float | None, float | None]:
+    """A figure's interval, or one deviation over draws to both sides where it has that instead."""
+    figure = row.cells[style].figure
+    deviation = by_name.get((*row.names[:-1], f"{row.names[-1]}_deviation"))
+    if figure.low is None and deviation and deviation.cells[style]:
+        one = deviation.cells[style].figure.value
+        return figure.value - one, figure.value + one
+    return figure.low, figure.high
+
+
+def _family_words(family: str) -> tuple[str, str, str]:
+    """Caption, x label and y label of a family, from its path with {} where the number stands."""
+    *start, last = family.split("/")
+    place = next(part for part in family.split("/") if "{}" in part)
+    around = [humanised(part) for part in start if "{}" not in part]
+    if place.startswith("recall_at_"):
+        words = ("Recall at K", "K", "recall")
+    elif place.startswith("top_"):
+        words = ("Top-K accuracy", "K", "accuracy")
+    elif "shot" in place:
+        y = "accuracy" if last == place else humanised(last).lower()
+        words = (f"{y.capitalize()} by number of shots", "labelled images a class", y)
+    else:
+        bare = humanised(re.sub(r"_*\{\}_*", " ", place).strip() or "number")
+        y = bare if last == place else humanised(last)
+        words = (f"{y} by {bare.lower()}" if last != place else bare, bare.lower(), y.lower())
+    return (": ".join([", ".join(around), lowered(words[0])] if around else [words[0]]), *words[1:])
+
+
+def _saved(metric: str, set_name: str, runs: Sequence[Evaluation]) -> Iterator[Chart]:
+    results = [run.results.get((set_name, metric)) for run in runs]
+    names = dict.fromkeys(name for result in results if result for name in result.curves)
+    abscissas = {x for result in results if result for name in result.curves if (x := _x_of(name, result.curves))}
+    for name in names:
+        # What single draws gave (shots_4/top_1) is kept for other programs; a chart of each would hide the others.
+        if name in abscissas or name in X_NAMES or metric == "few_shot":
+            continue
+        series = []
+        x_name = None
+        for style, (run, result) in enumerate(zip(runs, results, strict=True)):
+            values = result.curves.get(name) if result else None
+            if values:
+                x_name = _x_of(name, result.curves)
+                x = result.curves[x_name] if x_name else range(1, len(values) + 1)
+                ordered = sorted(zip(x, values, strict=True))
+                series.append(Series(run.name, style, *zip(*ordered, strict=True)))
+        words = KNOWN_CURVES.get(name) or _curve_words(name, x_name)
+        if not series:
+            continue
+        # A curve without a positive value has no place on a logarithmic axis.
+        x_scale = words.x_scale if any(value > 0 for one in series for value in one.x) else "linear"
+        y_scale = words.y_scale if any(value > 0 for one in series for value in one.y) else "linear"
+        share = is_share(metric, (name,), [value for one in series for value in one.y])
+        svg = line_chart(words.title, words.x, words.y, series, x_scale, y_scale, share=share)
+        yield Chart(set_name, words.title, svg)
+
+
+def _curve_words(name: str, x_name: str | None) -> CurveWords:
+    """Words for a curve by its name and that of its axis."""
+    *start, last = name.split("/")
+    title = f"{label(tuple(start))}: {lowered(humanised(last))}" if start else humanised(last)
+    if last == "recall" and x_name == "k":
+        return CurveWords(f"{title} at K", "K", "recall", "log")
+    axis = humanised(x_name) if x_name else "step"
+    return CurveWords(title, axis.lower(), humanised(last).lower(), X_NAMES.get(x_name, "linear"))
+
+
+def _x_of(name: str, curves: dict[str, list[float]]) -> str | None:
+    """The curve that holds the x of another: of the same length, and named for it."""
+    start = name.rpartition("_")[0]
+    candidates = [f"{name}_x", *(f"{start}_{x}" for x in X_NAMES), *X_NAMES]
+    return next((c for c in candidates if c != name and len(curves.get(c, ())) == len(curves[name])), None)
+
+
+SHOWN_PAIRS = 300
+AXES_PAIRS = 4096
+"""Pairs that the axes are found from, at most."""
+SIDE = 340
+MARGIN = 24
+LONGEST_TITLE = 100
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Pairs in the plane. image, text: (p, 2). explained: shares of the joint cloud's variance along both axes.
+
+    names: what each pair is, for the tooltip. total: pairs that the set has. axes_pairs: pairs that gave the axes.
+    """
+
+    image: np.ndarray
+    text: np.ndarray
+    explained: tuple[float, float]
+    names: tuple[str, ...]
+    total: int
+    axes_pairs: int
+
+
+def project(source: EmbeddedSet) -> Projection | None:
+    """Up to SHOWN_PAIRS evenly spaced pairs of a set on the first two principal axes of images and texts together.
+
+    A set without captions but with classes pairs each image with its class's prompt (unit mean over templates).
+    None where the set has neither, or fewer than two pairs. The same rows give the same image: signs are chosen so
+    that the largest component of each axis is positive.
+    """
+    pairs, text = _pairs_and_texts(source)
+    if len(pairs) < 2:
+        return None
+    chosen = pairs[_evenly(len(pairs), AXES_PAIRS)]
+    images, texts = source.rows("image")[chosen[:, 0]], text[chosen[:, 1]]
+    images, texts = (np.asarray(rows, dtype=np.float64) for rows in (images, texts))
+    cloud = np.concatenate([images, texts])
+    mean = cloud.mean(0)
+    values, vectors = np.linalg.eigh((cloud - mean).T @ (cloud - mean))
+    axes = vectors[:, ::-1][:, :2]  # (D, 2), the largest first
+    if axes.shape[1] < 2:
+        return None
+    axes = axes * np.where(axes[np.abs(axes).argmax(0), [0, 1]] < 0, -1, 1)
+    total = max(float(values.sum()), np.finfo(np.float64).tiny)
+    shown = _evenly(len(chosen), SHOWN_PAIRS)
+    return Projection(
+        image=(images[shown] - mean) @ axes,
+        text=(texts[shown] - mean) @ axes,
+        explained=(float(max(values[-1], 0) / total), float(max(values[-2], 0) / total)),
+        names=tuple(_names(source, chosen[shown])),
+        total=len(pairs),
+        axes_pairs=len(chosen),
+    )
+
+
+def projection_chart(projection: Projection, run: str, span: float) -> Markup:
+    """The plane as SVG; each pair tells what it is when pointed at.
+
+    span: the length that fills a side, on both axes; the same for every run makes distances comparable.
+    """
+    points = np.concatenate([projection.image, projection.text])
+    centre = (points.min(0) + points.max(0)) / 2
+    scale = (SIDE - 2 * MARGIN) / span
+    image, text = (
+        (rows - centre) * (scale, -scale) + (SIDE / 2, SIDE / 2) for rows in (projection.image, projection.text)
+    )
+    joined = " ".join(f"M{a:.1f} {b:.1f}L{c:.1f} {d:.1f}" for (a, b), (c, d) in zip(image, text, strict=True))
+    bar = 10 ** math.floor(math.log10(span / 3))
+    bar *= max(m for m in (1, 2, 5) if m * bar <= span / 3)
+    first, second = (f"{100 * share:.0f} % of variance" for share in projection.explained)
+    parts = [
+        Markup('<svg class="chart" viewBox="0 0 {s} {s}" role="img" aria-label="{}">').format(
+            f"{run}: {len(image)} pairs on the first two principal axes of images and texts together", s=SIDE
+        ),
+        Markup('<path class="joins" d="{}"/>').format(joined),
+        _points("image", image, projection.names),
+        _points("text", text, projection.names),
+        Markup('<path class="axis" d="M{m} {}v-3h{:.1f}v3"/><text class="tick" x="{m}" y="{}">{}</text>').format(
+            SIDE - 1, bar * scale, SIDE - 8, f"{bar:g}", m=MARGIN
+        ),
+        Markup('<text class="label" x="{}" y="{}" text-anchor="middle">{}</text>').format(
+            SIDE / 2 + MARGIN, SIDE - 5, f"Axis 1, {first}"
+        ),
+        Markup('<text class="label" transform="translate(12 {}) rotate(-90)" text-anchor="middle">{}</text>').format(
+            SIDE / 2, f"Axis 2, {second}"
+        ),
+    ]
+    return Markup("").join([*parts, Markup("</svg>")])
+
+
+def widest(projections: Sequence[Projection]) -> float:
+    """The longest side of any of the clouds."""
+    clouds = [np.concatenate([one.image, one.text]) for one in projections]
+    return max(1e-12, *(float(np.ptp(cloud, axis=0).max()) for cloud in clouds))
+
+
+def _points(modality: str, places: np.ndarray, names: Sequence[str]) -> Markup:
+    """Circles for images, diamonds for texts."""
+    parts = [Markup('<g class="{}-points">').format(modality)]
+    for (x, y), name in zip(places, names, strict=True):
+        if modality == "image":
+            shape = Markup('<circle cx="{:.1f}" cy="{:.1f}" r="2.6">').format(x, y)
+            end = Markup("</circle>")
+        else:
+            shape = Markup('<path d="M{:.1f} {:.1f}l3.2 3.2-3.2 3.2-3.2-3.2z">').format(x, y - 3.2)
+            end = Markup("</path>")
+        parts += [shape, Markup("<title>{}</title>").format(f"{modality} of {name}"), end]
+    return Markup("").join([*parts, Markup("</g>")])
+
+
+def _pairs_and_texts(source: EmbeddedSet) -> tuple[np.ndarray, np.ndarray]:
+    if "text" in source.arrays and len(source.pairs):
+        return source.pairs, source.rows("text")
+    labels, prompts = source.labels, source.class_prompts
+    if labels is None or prompts is None:
+        return np.empty((0, 2), dtype=np.int64), np.empty((0, 1))
+    labelled = np.flatnonzero(labels >= 0)
+    mean = prompts.astype(np.float64).mean(axis=1)
+    mean /= np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), 1e-12)
+    return np.stack([labelled, labels[labelled]], axis=1), mean
+
+
+def _evenly(rows: int, wanted: int) -> np.ndarray:
+    return np.unique(np.linspace(0, rows - 1, min(rows, wanted)).round().astype(np.int64))
+
+
+def _names(source: EmbeddedSet, pairs: np.ndarray) -> list[str]:
+    texts = source.captions if "text" in source.arrays else source.class_names
+    return [_cut(f"{source.keys[image]}: {texts[text]}") for image, text in pairs]
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST_TITLE else f"{text[: LONGEST_TITLE - 1]}…"

@@ -1,0 +1,293 @@
+"""Each metric agrees with its definition in float64, a sampled one within its interval; extremes are geometry's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from torch.nn import functional as F
+
+from modstruct.evaluation.retrieval import rows as rows_module
+from modstruct.evaluation.structure import basic, shape
+from modstruct.evaluation.structure.alignment import GRID, bridge_deviation
+from modstruct.evaluation.structure.measure import structure_metrics
+from modstruct.evaluation.structure.sampling import SamplingConfig
+from modstruct.evaluation.structure.shape import (
+    effective_rank,
+    linear_separability,
+    occurrences,
+    one_to_one,
+    skewness,
+    spectra,
+)
+from modstruct.losses.bridge import brownian_bridge
+
+SMALL = SamplingConfig(exact_rows=300, batch=64, batches=30, hubness_batch=100, separability_pairs=200)
+
+
+def unit(*shape, seed=0):
+    z = np.random.default_rng(seed).standard_normal(shape)
+    return (z / np.linalg.norm(z, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def near(z, noise, seed=0):
+    moved = z + noise * np.random.default_rng(seed).standard_normal(z.shape) / z.shape[1] ** 0.5
+    return (moved / np.linalg.norm(moved, axis=1, keepdims=True)).astype(np.float32)
+
+
+def row_pairs(count):
+    return np.repeat(np.arange(count)[:, None], 2, axis=1)
+
+
+@pytest.fixture(scope="module")
+def source():
+    """60 images with two captions each, and all that can be given; rows from a cone, as embeddings are."""
+    image = near(np.repeat(unit(1, 12), 60, axis=0), 1.5, seed=1)
+    text = near(np.repeat(image, 2, axis=0), 1.0, seed=2)
+    pairs = np.stack([np.arange(120) // 2, np.arange(120)], axis=1)
+    augmented = near(image + text[::2], 0.3, seed=3)
+    return image, text, pairs, augmented, unit(60, 12, seed=4), unit(120, 12, seed=5)
+
+
+def plain(image, text, pairs, augmented, image_independent, text_independent):
+    """The definitions, in float64."""
+    v, z, a, vi, zi = (x.astype(np.float64) for x in (image, text, augmented, image_independent, text_independent))
+    pv, pz, pa = v[pairs[:, 0]], z[pairs[:, 1]], a[pairs[:, 0]]
+    off = ~np.eye(len(pairs), dtype=bool)
+    cross = pv @ pz.T
+
+    def uniformity(x):
+        distances = np.sum((x[:, None] - x[None]) ** 2, axis=2)
+        return np.log(np.exp(-2 * distances)[~np.eye(len(x), dtype=bool)].mean())
+
+    def erank(x):
+        s = np.linalg.svd(x, compute_uv=False)
+        p = s[s > 0] / s.sum()
+        return np.exp(-np.sum(p * np.log(p)))
+
+    def hubs(queries, gallery):
+        found = np.argsort(-(queries @ gallery.T), axis=1)[:, :10]
+        return stats.skew(np.bincount(found.ravel(), minlength=len(gallery)))
+
+    def deviation(t):
+        mean = t * pv + (1 - t) * pz
+        return np.mean(np.sum((pa - mean / np.linalg.norm(mean, axis=1, keepdims=True)) ** 2, axis=1))
+
+    best = min(np.linspace(0, 1, 10_001), key=deviation)
+    return {
+        "alignment": np.mean(np.sum((pv - pz) ** 2, axis=1)),
+        "uniformity_image": uniformity(v),
+        "uniformity_text": uniformity(z),
+        "modality_gap": np.linalg.norm(v.mean(0) - z.mean(0)),
+        "geometry_inter": ((cross - cross.T) ** 2)[off].mean(),
+        "geometry_intra": ((pv @ pv.T - pz @ pz.T) ** 2)[off].mean(),
+        "effective_rank_image": erank(v - v.mean(0)),
+        "effective_rank_text": erank(z - z.mean(0)),
+        "effective_rank_image_uncentred": erank(v),
+        "effective_rank_text_uncentred": erank(z),
+        "hubness_text": hubs(v, z),
+        "hubness_image": hubs(z, v),
+        "bridge_best_t": best,
+        "bridge_deviation": deviation(best),
+        "orthogonality_image": np.mean(np.sum(v * vi, axis=1) ** 2),
+        "orthogonality_text": np.mean(np.sum(z * zi, axis=1) ** 2),
+        "uniformity_image_independent": uniformity(vi),
+        "uniformity_text_independent": uniformity(zi),
+    }
+
+
+def test_metrics_agree_with_their_definitions(source, monkeypatch):
+    right = plain(*source)
+    found = structure_metrics(*source)
+    curves = found.pop("curves")
+    assert set(found) == {*right, "linear_separability"}
+    for name, value in right.items():
+        tolerance = 1e-4 if name == "bridge_best_t" else 2e-6
+        assert found[name] == {"value": pytest.approx(value, rel=tolerance)}, name
+    image = source[0].astype(np.float64)
+    deviations = np.linalg.svd(image - image.mean(0), compute_uv=False) / len(image) ** 0.5
+    np.testing.assert_allclose(curves["spectrum_image"], deviations, rtol=1e-6)
+    monkeypatch.setattr(rows_module, "BLOCK_BYTES", 4 * 12 * 7)  # blocks of 7 rows
+    for name, again in structure_metrics(*source).items():
+        if name != "curves":
+            assert again["value"] == pytest.approx(found[name]["value"], rel=1e-9), name
+
+
+def test_the_metrics_of_training_are_the_same(source):
+    image, text, pairs = source[:3]
+    found = structure_metrics(image, text, pairs)
+    metrics = basic.structure(*(torch.from_numpy(x) for x in (image, text, pairs)))
+    assert {name: found[name]["value"] for name in metrics} == pytest.approx(metrics, rel=1e-5)
+
+
+def test_sampled_metrics_have_an_interval_around_the_exact_value(tmp_path):
+    image = near(np.repeat(unit(1, 16), 3000, axis=0), 2.0, seed=1)
+    text, independent = near(image, 1.0, seed=2), unit(3000, 16, seed=3)
+    np.save(tmp_path / "image.npy", image)
+    mapped = np.load(tmp_path / "image.npy", mmap_mode="r")
+    given_rows = {"image_augmented": mapped, "image_independent": independent}
+    sampled = structure_metrics(mapped, text, config=SMALL, **given_rows)
+    exact = structure_metrics(image, text, config=SamplingConfig(separability_pairs=200), **given_rows)
+    over_pairs = {"uniformity_image", "uniformity_text", "uniformity_image_independent"}
+    over_pairs |= {"geometry_inter", "geometry_intra"}
+    for name, right in exact.items():
+        if name in over_pairs:
+            assert set(right) == {"value"}
+            assert sampled[name]["rows"] == 64 * 30
+            width = sampled[name]["high"] - sampled[name]["low"]
+            assert sampled[name]["low"] - width <= right["value"] <= sampled[name]["high"] + width  # 6 deviations
+            assert 0 < width < 0.1 * abs(right["value"])
+        elif not name.startswith("hubness"):
+            assert sampled[name] == right, name
+    for name in ("hubness_image", "hubness_text"):
+        assert sampled[name]["low"] < sampled[name]["value"] < sampled[name]["high"]
+        assert sampled[name]["rows"] == 100
+
+
+def test_extremes():
+    z = unit(200, 8)
+    same = structure_metrics(z, z, image_augmented=z, image_independent=z)
+    expected = {"alignment": 0, "modality_gap": 0, "linear_separability": 0.5, "geometry_inter": 0, "geometry_intra": 0}
+    expected |= {"bridge_deviation": 0, "orthogonality_image": 1}
+    for name, value in expected.items():
+        assert same[name]["value"] == pytest.approx(value, abs=1e-7), name
+    opposite = structure_metrics(z, -z, image_augmented=-z, image_independent=np.roll(np.eye(8), 1, 0)[[0] * 200])
+    assert opposite["alignment"]["value"] == pytest.approx(4)
+    assert opposite["bridge_best_t"]["value"] < 0.5  # anywhere nearer to the text than to the image
+    assert opposite["bridge_deviation"]["value"] == pytest.approx(0, abs=1e-9)
+    assert opposite["geometry_intra"]["value"] == pytest.approx(0, abs=1e-9)
+    north = np.repeat(np.eye(4)[:1], 30, axis=0)
+    apart = structure_metrics(north, -north)
+    assert apart["modality_gap"]["value"] == 2
+    assert apart["uniformity_image"]["value"] == pytest.approx(0, abs=1e-6)
+    assert apart["effective_rank_image"]["value"] == 1
+    assert apart["linear_separability"] == {"value": 1, "low": 1, "high": 1, "rows": 30}
+
+
+def test_one_pair_has_only_what_it_can_have():
+    found = structure_metrics(unit(1, 4), unit(1, 4, seed=1))
+    missing = {"uniformity_image", "uniformity_text", "linear_separability", "geometry_inter", "geometry_intra"}
+    assert not missing & set(found)
+    assert found["hubness_text"] == {"value": 0.0}
+
+
+# The bridge
+
+
+@settings(max_examples=30)
+@given(st.floats(0, 1), st.integers(0, 999))
+def test_the_deviation_is_the_loss_of_the_bridge(t, seed):
+    image, text, augmented = (unit(9, 5, seed=3 * seed + i) for i in range(3))
+    found = bridge_deviation(image, text, augmented, row_pairs(9)).at(t)
+    loss = brownian_bridge(*(torch.from_numpy(x).double() for x in (image, text, augmented)), t)
+    assert found == pytest.approx(float(loss), rel=1e-6)
+
+
+@settings(max_examples=30)
+@given(st.floats(0, 1))
+def test_the_best_t_is_found_where_it_was_put(t):
+    image, text = unit(50, 8), unit(50, 8, seed=1)
+    mean = t * image + (1 - t) * text
+    augmented = mean / np.linalg.norm(mean, axis=1, keepdims=True)
+    deviation = bridge_deviation(image, text, augmented.astype(np.float32), row_pairs(50))
+    assert deviation.best_t() == pytest.approx(t, abs=1e-3)
+    assert all(deviation.at(deviation.best_t()) <= deviation.at(other) for other in GRID)
+
+
+# The linear classifier
+
+
+def newton_accuracy(image, text, config):
+    """The same classifier by Newton's method in float64."""
+    chosen = np.random.default_rng(config.seed).permutation(row_pairs(len(image)))[:, 0]
+    fold = np.arange(len(chosen)) % 5
+    right = []
+    for f in range(5):
+        train, test = chosen[fold != f], chosen[fold == f]
+        x = np.concatenate([image[train], text[train]]).astype(np.float64)
+        mean, deviation = x.mean(0), x.std(0)
+        x = np.concatenate([(x - mean) / deviation, np.ones((len(x), 1))], axis=1)
+        y = np.repeat([1.0, 0.0], len(train))
+        decay = shape.DECAY * np.diag([1.0] * image.shape[1] + [0.0])
+        w = np.zeros(x.shape[1])
+        for _ in range(50):
+            p = 1 / (1 + np.exp(-x @ w))
+            hessian = (x * (p * (1 - p))[:, None]).T @ x / len(x) + decay
+            w -= np.linalg.solve(hessian, x.T @ (p - y) / len(x) + decay @ w)
+        for rows, truth in ((image[test], True), (text[test], False)):
+            logits = np.c_[(rows - mean) / deviation, np.ones(len(rows))] @ w
+            right.extend((logits > 0) == truth)
+    return np.mean(right)
+
+
+@pytest.mark.parametrize("gap", [0.0, 0.2, 0.5])
+def test_separability_is_that_of_the_classifier_by_newtons_method(gap):
+    image = unit(150, 6)
+    text = near(unit(150, 6, seed=1) + gap * np.eye(6)[0], 0)
+    found = linear_separability(image, text, row_pairs(150), SamplingConfig())
+    assert found["value"] == pytest.approx(newton_accuracy(image, text, SamplingConfig()), abs=1e-9)
+    assert found["low"] <= found["value"] <= found["high"]
+    assert found["low"] <= 0.5 or gap > 0
+
+
+def test_each_row_is_in_one_pair_at_most():
+    pairs = np.array([[0, 0], [0, 1], [1, 1], [2, 1], [3, 4]])
+    assert one_to_one(pairs).tolist() == [[0, 0], [1, 1], [3, 4]]
+
+
+# Spectrum and hubs
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 999))
+def test_spectra_are_the_singular_values(count, dimension, seed):
+    rows = unit(count, dimension, seed=seed)
+    z = rows.astype(np.float64)
+    for found, matrix in zip(spectra(rows), (z, z - z.mean(0)), strict=True):
+        right = np.linalg.svd(matrix, compute_uv=False) / count**0.5
+        np.testing.assert_allclose(found, right, atol=3e-8)
+        assert 1 <= effective_rank(found) <= min(count, dimension) + 1e-9
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_equal_directions_count_as_many_as_they_are(rank):
+    assert effective_rank(np.array([0.3] * rank + [0.0] * 5)) == pytest.approx(rank)
+
+
+def test_a_hub_is_seen_and_equal_captions_are_one_item():
+    queries = unit(300, 20)
+    gallery = np.concatenate([unit(300, 20, seed=1), np.zeros((1, 20), np.float32)])
+    plain_skewness = skewness(occurrences(queries, gallery, 10))
+    gallery[-1] = queries.mean(0) / np.linalg.norm(queries.mean(0))
+    gallery[-1] *= 4  # longer, thus near to half of all
+    assert skewness(occurrences(queries, gallery, 10)) > plain_skewness + 2
+    twice = np.concatenate([gallery, gallery])
+    np.testing.assert_array_equal(occurrences(queries, twice, 10), occurrences(queries, gallery, 10))
+    assert skewness(np.array([3, 3, 3])) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"image": np.full((3, 4), np.nan, np.float32)}, "3 of 3 image embeddings are not finite"),
+        ({"text": unit(3, 5)}, "image embeddings have dimension 4, text embeddings 5"),
+        ({"text": unit(2, 4)}, "3 image and 2 text rows"),
+        ({"image": 2 * unit(3, 4)}, "image embeddings must have unit norm, and row 0 has norm 2"),
+        ({"image_augmented": unit(2, 4)}, "there are 2 augmented image embeddings: there must be 3"),
+        ({"text_independent": unit(4, 4)}, "there are 4 independent text embeddings: there must be 3"),
+        ({"pairs": np.array([[0, 3]])}, "outside the 3 images and 3 texts"),
+        ({"pairs": np.empty((0, 2), np.int64)}, "no image-text pair"),
+        ({"image": np.empty((0, 4), np.float32)}, "at least one row"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        structure_metrics(**{"image": unit(3, 4), "text": unit(3, 4, seed=1)} | arguments)
+
+
+def test_uniformity_of_normalised_rows_stays_in_its_range():
+    z = F.normalize(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), dim=1).numpy()
+    assert structure_metrics(z, z)["uniformity_image"]["value"] == pytest.approx(-8, abs=1e-6)
