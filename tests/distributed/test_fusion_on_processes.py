@@ -128,15 +128,15 @@ ALIKE = {"method": "albef_all", "steps": STEPS}
 
 
 def train_and_weigh(cache: str, runs: dict[str, dict]) -> list[float]:
-    """Of each run whose momentum weights are spread: the share of them that is on this process at the end."""
-    spread, partitions = Momentum.spread, []
+    """Of each run whose EMA weights are sharded: the fraction of them that is on this process at the end."""
+    shard, partitions = EmaWeights.shard, []
 
-    def noted(momentum: Momentum, part) -> None:
-        elements = sum(weight.numel() for weight in momentum.module.parameters())
-        spread(momentum, part)
-        partitions.append((momentum.partition, elements))
+    def noted(ema: EmaWeights, part) -> None:
+        elements = sum(weight.numel() for weight in ema.module.parameters())
+        shard(ema, part)
+        partitions.append((ema.sharded, elements))
 
-    with mock.patch.object(Momentum, "spread", noted):
+    with mock.patch.object(EmaWeights, "shard", noted):
         train_several(cache, runs)
     return [partition.local_elements / elements for partition, elements in partitions]
 

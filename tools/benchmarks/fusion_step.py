@@ -22,7 +22,7 @@ from modstruct.cli import parse, recipe_parser
 from modstruct.config import Recipe
 from modstruct.data.tokenizers import ClipTokenizer
 from modstruct.data.transforms.masking import mask_tokens
-from modstruct.losses.objective import build_objective
+from modstruct.losses.objective import Objective, build_objective
 from modstruct.models.fusion.pretraining import FusionModel
 
 

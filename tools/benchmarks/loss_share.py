@@ -25,7 +25,7 @@ from torch.nn.functional import normalize
 
 from modstruct import distributed
 from modstruct.config import BridgeConfig, ContrastiveConfig, GeometryConfig, LossesConfig, SeparationConfig
-from modstruct.losses.objective import build_objective
+from modstruct.losses.objective import Objective, build_objective
 
 DIMENSION = 512
 EVERYTHING = LossesConfig(
@@ -95,12 +95,12 @@ def one_of_many(processes: int, local_batch: int, device: torch.device) -> Itera
 
 
 def losses_step(objective: Objective, batch: int, device: torch.device) -> Callable[[], None]:
-    names = [field.name for field in fields(Embeddings) if field.name != "logit_scale"]
+    names = sorted(frozenset().union(*(loss.needs for loss in objective.losses.values())) - {"logit_scale"})
 
     def step() -> None:
         made = {name: normalize(torch.randn(batch, DIMENSION, device=device), dim=1) for name in names}
         made["logit_scale"] = torch.tensor([20.0], device=device)
-        total, _ = objective(Embeddings(**{name: z.requires_grad_() for name, z in made.items()}), step=0)
+        total, _ = objective({name: z.requires_grad_() for name, z in made.items()}, step=0)
         total.backward()
 
     return step
