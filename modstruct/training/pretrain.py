@@ -117,10 +117,8 @@ def measure(run: PretrainingRun, samples, name: str) -> dict:
     metrics = evaluate(
         run.engine,
         samples,
-        run.data.views,
-        run.data.tokenizer,
+        run.data,
         run.recipe.evaluation,
-        run.data.zero_shot,
         distributed.device(),
         f"data.{name}",
         inspect,
