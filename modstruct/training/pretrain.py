@@ -12,7 +12,7 @@ from modstruct import checkpoints, distributed
 from modstruct.config import Recipe
 from modstruct.data.classification.class_files import load_classes
 from modstruct.data.run_data import RunData, open_run_data
-from modstruct.data.shards.loader import train_loader, train_order
+from modstruct.data.shards.loader import BatchContents, BatchPlan, train_loader, train_order
 from modstruct.data.shards.workers import WorkerLoader
 from modstruct.distributed.heartbeat import Heartbeat
 from modstruct.evaluation.evaluate import evaluate
@@ -63,19 +63,9 @@ def open_run(recipe: Recipe, ds_config: str, resume: str | None) -> Run:
     describe(recipe, len(data.train), full.engine, steps)
 
     def loader(first_step: int) -> WorkerLoader:
-        return train_loader(
-            data.train,
-            recipe.data,
-            data.views,
-            data.tokenizer,
-            model.batch_fields,
-            global_batch=recipe.train.global_batch,
-            seed=recipe.train.seed,
-            micro_batch=recipe.train.micro_batch,
-            start_step=first_step,
-            stop_step=steps,
-            masked_rate=recipe.losses.masked_language.rate,
-        )
+        contents = BatchContents(data.views, data.tokenizer, model.batch_fields, recipe.losses.masked_language.rate)
+        plan = BatchPlan(recipe.train.global_batch, recipe.train.seed, first_step, steps, recipe.train.micro_batch)
+        return train_loader(data.train, recipe.data, contents, plan)
 
     def validate(run: PretrainingRun) -> float:
         return validation_recall_at_1(measure(run, data.validation, "validation"))
