@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
 
-def refuse(field_name: str, value: object, remedy: str) -> None:
+
+def refuse(field_name: str, value: object, remedy: str) -> NoReturn:
     """Raise the one kind of error that a wrong recipe gets: field, value, remedy."""
     raise ValueError(f"{field_name} = {value!r}: {remedy}")
 
@@ -31,7 +33,7 @@ class LostProcess(RunError):
     """Another process ended without a word, and a collective with it."""
 
     @staticmethod
-    def if_it_is(error: RuntimeError) -> LostProcess | None:
+    def if_it_is(error: Exception) -> LostProcess | None:
         """What gloo's, NCCL's or the store's error says of another process, in a user's words."""
         ours = isinstance(error, RunError)  # it has its own words
         # By name, since torch is not imported here.

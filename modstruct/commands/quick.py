@@ -50,24 +50,15 @@ def evaluate_checkpoint(recipe: Recipe, checkpoint: str, out: str | None = None)
 
     distributed.start_processes()
     path = find_checkpoint(checkpoint)
-    if recipe.data.eval is None:
-        refuse("data.eval", None, "name the shards to measure")
     tokenizer = checkpoints.read_tokenizer(path)
     data = open_run_data(recipe, image_size(recipe), tokenizer, training=False)
+    if data.eval is None:
+        refuse("data.eval", None, "name the shards to measure")
     if data.zero_shot:
         load_classes(data.zero_shot)  # an error in it is reported before the work
     model = load_model(recipe, path, tokenizer)
     fusion = model if recipe.framework == "fusion" else None
-    metrics = evaluate(
-        model,
-        data.eval,
-        data.views,
-        tokenizer,
-        recipe.evaluation,
-        data.zero_shot,
-        distributed.device(),
-        fusion=fusion,
-    )
+    metrics = evaluate(model, data.eval, data, recipe.evaluation, distributed.device(), fusion=fusion)
     if distributed.is_main():
         print(f"\n{path}\n\n{table(metrics)}")
         file = Path(out or path.resolve().parents[1] / "evaluation.json")

@@ -1,11 +1,10 @@
-"""The whole measurement of a source: retrieval and zero-shot classification beside chance, and structure figures."""
+"""All metrics of a source: retrieval and zero-shot classification beside chance, and the structure of embeddings."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,15 +12,14 @@ import torch
 
 from modstruct.config import EvaluationConfig
 from modstruct.data.classification.class_files import load_classes
+from modstruct.data.run_data import RunData
 from modstruct.data.shards.evaluation_samples import EvaluationSamples, evaluation_loader
-from modstruct.data.tokenizers import Tokenizer
-from modstruct.data.transforms.augment import Views
 from modstruct.distributed.collect import my_batches, on_main
 from modstruct.evaluation.classification.zero_shot import class_embeddings, zero_shot
 from modstruct.evaluation.embeddings.in_memory import EmbeddedSource, Encode, embed_source, embed_texts
 from modstruct.evaluation.retrieval.exact import counting_device
 from modstruct.evaluation.retrieval.measure import measure_recall
-from modstruct.evaluation.retrieval.reranking import reranked_retrieval
+from modstruct.evaluation.retrieval.reranking import Reranking, reranked_retrieval
 from modstruct.evaluation.structure.basic import structure
 from modstruct.models.fusion.pretraining import FusionModel
 
@@ -30,10 +28,8 @@ from modstruct.models.fusion.pretraining import FusionModel
 def evaluate(
     encode: Encode,
     samples: EvaluationSamples,
-    views: Views,
-    tokenizer: Tokenizer,
+    data: RunData,
     config: EvaluationConfig,
-    zero_shot_path: str | Path | None,
     device: torch.device,
     field_name: str = "data.eval",
     inspect: Callable[[EmbeddedSource], None] | None = None,
@@ -41,41 +37,48 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a source with all processes; every process calls this and gets the same metrics.
 
-    encode: the engine in evaluation mode, called equally often on every process. zero_shot_path: a class file, or None
-    for no zero-shot classification. field_name: the recipe's field of the source, for messages. inspect: called with
-    the embedded source on the main process, to draw examples for instance. fusion: the model whose matching ranks the
-    best evaluation.rerank anew, if that is above 0.
+    encode: the engine in evaluation mode, called equally often on every process. data: its views, tokenizer and class
+    file are used; no class file, no zero-shot classification. field_name: the recipe's field of the source, for
+    messages. inspect: called with the embedded source on the main process, to draw examples for instance. fusion: the
+    model whose matching reranks the best evaluation.rerank candidates, if that is above 0.
     Returns nested dicts of floats:
       retrieval   text_to_image and image_to_text: recall_at_K for 1 and evaluation.recall_at: value and chance
-      reranked    as retrieval, after matching; only with `fusion`
+      reranked    as retrieval, after reranking; only with `fusion`
       zero_shot   top_k and mean_per_class: value and chance; only where an image has a label
       structure   alignment, uniformity_image, uniformity_text, modality_gap
       sizes       images, texts, pairs, and for zero-shot: classes, images_with_label, images_without_label
       skipped     samples left out, by cause
       seconds     embedding, total
-    Figures are the same on any number of processes, as long as encode gives a batch the same rows on each of them.
+    Metrics are the same on any number of processes, as long as encode gives a batch the same rows on each of them.
     """
     started = time.monotonic()
-    classes = None if zero_shot_path is None else load_classes(zero_shot_path)
+    classes = None if data.zero_shot is None else load_classes(data.zero_shot)
     fields = () if classes is None else (classes.label,)
-    source = embed_source(encode, samples, views, tokenizer, config.batch, device, fields, field_name)
+    source = embed_source(encode, samples, data.views, data.tokenizer, config.batch, device, fields, field_name)
     sizes = {"images": len(source.indices), "texts": len(source.captions), "pairs": len(source.pairs)}
-    prompts = truth = None
+    classify: Callable[[], dict[str, Any]] | None = None
     if classes is not None:
         truth = classes.rows_of(source.metadata)
         # Equal prompts are embedded once, since a batch's other rows may move the last bit of an embedding.
         distinct, places = np.unique(classes.prompts, return_inverse=True)
-        prompts = embed_texts(encode, distinct.tolist(), tokenizer, config.batch, device, "embedding class names")
-        labelled = int(np.sum(truth >= 0))
+        prompts = embed_texts(encode, distinct.tolist(), data.tokenizer, config.batch, device, "embedding class names")
+        kept, templates = truth >= 0, len(classes.templates)
+        labelled = int(np.sum(kept))
         sizes |= {
             "classes": len(classes.classes),
             "images_with_label": labelled,
             "images_without_label": len(truth) - labelled,
         }
+        if labelled:
+
+            def classify() -> dict[str, Any]:
+                rows = class_embeddings(prompts[places], templates)
+                return zero_shot(source.image[kept], rows, truth[kept], config.top_k)
+
     embedded = time.monotonic()
     reranked = {}
     if fusion is not None and config.rerank:
-        reranked = _reranked(fusion, source, samples, views, tokenizer, config, device)
+        reranked = _reranked(fusion, source, samples, data, config, device)
 
     def measure() -> dict[str, Any]:
         if inspect is not None:
@@ -85,10 +88,8 @@ def evaluate(
         metrics: dict[str, Any] = {"retrieval": found}
         if reranked:
             metrics["reranked"] = reranked
-        if classes is not None and labelled:
-            rows = class_embeddings(prompts[places], len(classes.templates))
-            kept = truth >= 0
-            metrics["zero_shot"] = zero_shot(source.image[kept], rows, truth[kept], config.top_k)
+        if classify is not None:
+            metrics["zero_shot"] = classify()
         on_device = (torch.from_numpy(rows).to(device) for rows in (source.image, source.text, source.pairs))
         metrics["structure"] = structure(*on_device)
         metrics["sizes"] = {name: float(size) for name, size in sizes.items()}
@@ -104,27 +105,14 @@ def _reranked(
     model: FusionModel,
     source: EmbeddedSource,
     samples: EvaluationSamples,
-    views: Views,
-    tokenizer: Tokenizer,
+    data: RunData,
     config: EvaluationConfig,
     device: torch.device,
 ) -> dict[str, Any]:
-    """The source's images are read once more, for their tokens."""
+    """Recall after matching; the source's images are read once more, for their tokens."""
     batch, count = config.batch, len(source.indices)
     mine = my_batches(math.ceil(count / batch))
     numbers = source.indices[mine.start * batch : min(mine.stop * batch, count)].tolist()
-    pictures = (found.image.to(device) for found in evaluation_loader(samples, views, batch, numbers))
-    return reranked_retrieval(
-        model,
-        pictures,
-        source.captions,
-        tokenizer,
-        source.image,
-        source.text,
-        source.pairs,
-        config.rerank,
-        config.rerank_by,
-        sorted({1, *config.recall_at}),
-        batch,
-        device,
-    )
+    images = (found.image.to(device) for found in evaluation_loader(samples, data.views, batch, numbers))
+    settings = Reranking(config.rerank, config.rerank_by, sorted({1, *config.recall_at}), batch)
+    return reranked_retrieval(model, images, data.tokenizer, source, settings, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from modstruct.files import atomic_write
@@ -27,52 +28,52 @@ def flatten(metrics: dict) -> dict[str, float]:
             if "chance" in value:
                 flat[f"{name}_chance"] = value["chance"]
         else:
-            flat |= {f"{name}/{inner}": figure for inner, figure in flatten(value).items()}
+            flat |= {f"{name}/{inner}": metric for inner, metric in flatten(value).items()}
     return flat
 
 
 def validation_recall_at_1(metrics: dict) -> float:
-    """Mean of both directions' recall at 1, from 0 to 1: the figure by which the best checkpoint is chosen."""
+    """Mean of both directions' recall at 1, from 0 to 1: the metric by which the best checkpoint is chosen."""
     directions = metrics["retrieval"].values()
     return sum(direction["recall_at_1"]["value"] for direction in directions) / len(directions)
 
 
 def table(metrics: dict) -> str:
-    """Metrics as plain text: every figure beside chance; then the structure, the sizes, and what was left out."""
+    """Metrics as plain text: every metric beside chance; then the structure, the sizes, and what was left out."""
     rows = [("task", "metric", "value %", "chance %", "times chance")]
     for stage, suffix in (("retrieval", ""), ("reranked", ", matched")):
         for direction, name in RETRIEVAL_NAMES.items():
-            for metric, figure in metrics.get(stage, {}).get(direction, {}).items():
-                rows.append((f"{name}{suffix}", metric.replace("recall_at_", "R@"), *_shares(figure)))
-    for metric, figure in metrics.get("zero_shot", {}).items():
-        rows.append(("zero-shot", metric.replace("top_", "top-").replace("_", " "), *_shares(figure)))
+            for metric, found in metrics.get(stage, {}).get(direction, {}).items():
+                rows.append((f"{name}{suffix}", metric.replace("recall_at_", "R@"), *_percent(found)))
+    for metric, found in metrics.get("zero_shot", {}).items():
+        rows.append(("zero-shot", metric.replace("top_", "top-").replace("_", " "), *_percent(found)))
 
-    figures = [("structure", "value")]
-    figures += [(name.replace("_", " "), f"{value:.4f}") for name, value in metrics["structure"].items()]
+    structure = [("structure", "value")]
+    structure += [(name.replace("_", " "), f"{value:.4f}") for name, value in metrics["structure"].items()]
     notes = [", ".join(f"{number:,.0f} {name.replace('_', ' ')}" for name, number in metrics["sizes"].items())]
     if metrics["skipped"]:
         notes.append("left out: " + ", ".join(f"{n:,.0f} {cause}" for cause, n in metrics["skipped"].items()))
     notes.append(f"{metrics['seconds']['total']:.1f} s")
-    return "\n\n".join([_aligned(rows, text_columns=2), _aligned(figures, text_columns=1), "\n".join(notes)])
+    return "\n\n".join([_aligned(rows, text_columns=2), _aligned(structure, text_columns=1), "\n".join(notes)])
 
 
 def task_table(task: str, metrics: dict) -> str:
-    """Figures of a downstream task as plain text, each beside its prior where it has one; then the sizes."""
+    """Metrics of a downstream task as plain text, each beside its prior where it has one; then the sizes."""
     rows = [("task", "metric", "value %", "prior %")]
-    for metric, figure in metrics.items():
-        if isinstance(figure, dict) and "value" in figure:
-            prior = f"{100 * figure['chance']:.2f}" if "chance" in figure else ""
-            rows.append((task, metric.replace("_", " "), f"{100 * figure['value']:.2f}", prior))
+    for metric, found in metrics.items():
+        if isinstance(found, dict) and "value" in found:
+            prior = f"{100 * found['chance']:.2f}" if "chance" in found else ""
+            rows.append((task, metric.replace("_", " "), f"{100 * found['value']:.2f}", prior))
     notes = ", ".join(f"{number:,.0f} {name.replace('_', ' ')}" for name, number in metrics["sizes"].items())
     return f"{_aligned(rows, text_columns=2)}\n\n{notes}"
 
 
-def _shares(figure: dict[str, float]) -> tuple[str, str, str]:
-    value, chance = figure["value"], figure["chance"]
+def _percent(metric: dict[str, float]) -> tuple[str, str, str]:
+    value, chance = metric["value"], metric["chance"]
     return f"{100 * value:.2f}", f"{100 * chance:.2f}", f"{value / chance:.1f}"
 
 
-def _aligned(rows: list[tuple[str, ...]], text_columns: int) -> str:
+def _aligned(rows: Sequence[tuple[str, ...]], text_columns: int) -> str:
     """Rows under a ruled head: text columns to the left, numbers to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [

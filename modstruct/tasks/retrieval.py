@@ -22,10 +22,10 @@ from modstruct.data.synthetic.task_files import SceneTaskPaths
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.data.transforms.masking import mask_tokens, masked_places
 from modstruct.distributed.collect import on_main
-from modstruct.evaluation.embeddings.in_memory import embed_texts
+from modstruct.evaluation.embeddings.in_memory import EmbeddedPairs, embed_texts
 from modstruct.evaluation.retrieval.exact import counting_device
 from modstruct.evaluation.retrieval.measure import measure_recall
-from modstruct.evaluation.retrieval.reranking import reranked_retrieval
+from modstruct.evaluation.retrieval.reranking import Reranking, reranked_retrieval
 from modstruct.losses.objective import Objective, build_objective
 from modstruct.losses.protocol import LossSettings
 from modstruct.models.fusion.pretraining import FusionModel
@@ -104,20 +104,10 @@ class Retrieval(Task):
 
         text = embed_texts(encode, captions, self.tokenizer, batch, device, "embedding captions")
         recall_at = sorted({1, *self.recipe.evaluation.recall_at})
-        matched = reranked_retrieval(
-            model,
-            self._images(entries, batch, device),
-            captions,
-            self.tokenizer,
-            image,
-            text,
-            pairs,
-            self.recipe.task.rerank,
-            self.recipe.task.rerank_by,
-            recall_at,
-            batch,
-            device,
-        )
+        settings = Reranking(self.recipe.task.rerank, self.recipe.task.rerank_by, recall_at, batch)
+        embedded = EmbeddedPairs(image, text, pairs, captions)
+        images = self._images(entries, batch, device)
+        matched = reranked_retrieval(model, images, self.tokenizer, embedded, settings, device)
         found = on_main(lambda: measure_recall(image, text, pairs, recall_at, counting_device()))
         figures = _flat("", found) | _flat("matched ", matched)
         return figures | {"sizes": {"pictures": len(image), "captions": len(captions)}}, None

@@ -11,7 +11,7 @@ from modstruct.config import Recipe
 from modstruct.data.classification.class_files import load_classes
 from modstruct.data.run_data import RunData, open_run_data
 from modstruct.data.shards.evaluation_samples import EvaluationSamples
-from modstruct.data.shards.loader import train_loader, train_order
+from modstruct.data.shards.loader import BatchContents, BatchPlan, train_loader, train_order
 from modstruct.data.shards.workers import WorkerLoader
 from modstruct.evaluation.evaluate import evaluate
 from modstruct.evaluation.example_grid import retrieved_examples
@@ -54,19 +54,10 @@ class Pretraining(Trainer[Recipe]):
 
     def loader(self, first_step: int) -> WorkerLoader:
         recipe, data = self.recipe, self.data
-        return train_loader(
-            data.train,
-            recipe.data,
-            data.views,
-            data.tokenizer,
-            self.engine.model.batch_fields,
-            global_batch=recipe.train.global_batch,
-            seed=recipe.train.seed,
-            micro_batch=recipe.train.micro_batch,
-            start_step=first_step,
-            stop_step=self.steps,
-            masked_rate=recipe.losses.masked_language.rate,
-        )
+        fields, rate = self.engine.model.batch_fields, recipe.losses.masked_language.rate
+        contents = BatchContents(data.views, data.tokenizer, fields, rate)
+        plan = BatchPlan(recipe.train.global_batch, recipe.train.seed, first_step, self.steps, recipe.train.micro_batch)
+        return train_loader(data.train, recipe.data, contents, plan)
 
     def step_metrics(self, report: StepReport) -> dict[str, float]:
         """Structure metrics of a step's batch."""
@@ -89,10 +80,8 @@ class Pretraining(Trainer[Recipe]):
         metrics = evaluate(
             self.engine,
             samples,
-            self.data.views,
-            self.data.tokenizer,
+            self.data,
             self.recipe.evaluation,
-            self.data.zero_shot,
             distributed.device(),
             f"data.{name}",
             inspect,

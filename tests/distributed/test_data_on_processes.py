@@ -11,7 +11,7 @@ from processes import run_on_processes
 sys.path.insert(0, str(Path(__file__).parents[1] / "data" / "shards"))
 from crafted_shards import LengthTokenizer, config, opened, views, write_shards
 
-from modstruct.data.shards.loader import train_loader
+from modstruct.data.shards.loader import BatchContents, BatchPlan, train_loader
 
 STEPS = 3
 
@@ -20,9 +20,7 @@ def batches(pattern: str, folder: str) -> dict[str, object]:
     """What one process reads; called on all at once, in an empty cache."""
     data = config(Path(folder))
     samples = opened(pattern, data)
-    loader = train_loader(
-        samples, data, views(), LengthTokenizer(), (), global_batch=12, seed=5, start_step=1, stop_step=1 + STEPS
-    )
+    loader = train_loader(samples, data, BatchContents(views(), LengthTokenizer()), BatchPlan(12, 5, 1, 1 + STEPS))
     return {"fingerprint": samples.fingerprint, "images": [batch.tensors["image"] for batch in loader]}
 
 

@@ -21,7 +21,7 @@ from processes import run_on_processes
 sys.path.insert(0, str(Path(__file__).parents[1] / "data" / "shards"))
 from crafted_shards import LengthTokenizer, config, number_of, opened, views, write_shards
 
-from modstruct.data.shards.loader import train_loader
+from modstruct.data.shards.loader import BatchContents, BatchPlan, train_loader
 from modstruct.data.shards.order import SampleOrder
 
 PROCESSES = (1, 2, 3, 4)
@@ -65,19 +65,8 @@ def test_the_loaders_together_read_every_image_once_an_epoch(tmp_path, processes
 
 
 def rows(samples, data, batch, steps, process, processes):
-    return train_loader(
-        samples,
-        data,
-        views(),
-        LengthTokenizer(),
-        (),
-        global_batch=batch,
-        seed=2,
-        start_step=0,
-        stop_step=steps,
-        process=process,
-        processes=processes,
-    )
+    contents, plan = BatchContents(views(), LengthTokenizer()), BatchPlan(batch, seed=2, start_step=0, stop_step=steps)
+    return train_loader(samples, data, contents, plan, process, processes)
 
 
 def run_over(pattern: str, folder: str) -> list[int]:

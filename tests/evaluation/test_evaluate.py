@@ -11,6 +11,7 @@ from numbered_images import CLASS_FILE, LastNumberTokenizer, LookUp, views, writ
 from torch.nn import functional as F
 
 from modstruct.config import EvaluationConfig
+from modstruct.data.run_data import RunData
 from modstruct.data.shards.faults import TooManyBadSamples
 from modstruct.evaluation.embeddings.in_memory import embed_source, embed_texts
 from modstruct.evaluation.evaluate import evaluate
@@ -26,7 +27,8 @@ def embedded(samples, encode=None, batch=4, **more):
 
 def measured(samples, encode=None, zero_shot_path=None, **more):
     config = EvaluationConfig(batch=4, recall_at=[5], top_k=[1, 2, 3])
-    return evaluate(encode or LookUp(), samples, views(), LastNumberTokenizer(), config, zero_shot_path, CPU, **more)
+    data = RunData(views(), None, None, samples, zero_shot_path, LastNumberTokenizer())
+    return evaluate(encode or LookUp(), samples, data, config, CPU, **more)
 
 
 def test_rows_keep_the_order_of_the_source_and_equal_captions_are_one_row(tmp_path):

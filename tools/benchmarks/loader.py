@@ -40,7 +40,7 @@ from modstruct.cli import parse as parse_recipe
 from modstruct.cli import recipe_parser
 from modstruct.config import Recipe
 from modstruct.data.run_data import open_run_data
-from modstruct.data.shards.loader import LocalBatches, train_loader
+from modstruct.data.shards.loader import BatchContents, BatchPlan, LocalBatches, train_loader
 from modstruct.data.shards.workers import WorkerLoader
 from modstruct.data.transforms.augment import sample_seed
 from modstruct.data.transforms.image_views import centre_crop, random_crop_box
@@ -147,17 +147,9 @@ def rates(options: argparse.Namespace) -> list[dict]:
     count = options.batch * options.steps
 
     def loader(first_step: int, workers: int) -> WorkerLoader:
-        return train_loader(
-            data.train,
-            replace(recipe.data, workers=workers),
-            data.views,
-            data.tokenizer,
-            AUGMENTED,
-            global_batch=options.batch,
-            seed=recipe.train.seed,
-            start_step=first_step,
-            stop_step=1 + options.steps,
-        )
+        plan = BatchPlan(options.batch, recipe.train.seed, first_step, 1 + options.steps)
+        contents = BatchContents(data.views, data.tokenizer, AUGMENTED)
+        return train_loader(data.train, replace(recipe.data, workers=workers), contents, plan)
 
     # A worker's step 0 comes with its start and is not timed, so all forms take the steps from 1 on.
     draws = drawn(loader(1, 0).dataset, recipe, np.arange(options.batch, options.batch + count))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,8 @@ import numpy as np
 from modstruct.files import read_yaml
 
 KEYS = ("label", "templates", "classes")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,11 @@ def load_classes(path: str | Path) -> ZeroShotClasses:
     return ZeroShotClasses(label, check_templates(path, templates), check_classes(path, classes))
 
 
-def read_keys(path: Path, keys: Sequence[str]) -> dict:
-    """The content of a YAML file that may have these keys at its top level. Raises ValueError that names the file."""
+def read_keys(path: Path, keys: Sequence[str], old_names: Mapping[str, str] | None = None) -> dict:
+    """The content of a YAML file that may have these keys at its top level. old_names: former names, still read.
+
+    Raises ValueError that names the file.
+    """
     listed = f"{', '.join(keys[:-1])} and {keys[-1]}"
     try:
         content = read_yaml(path)
@@ -76,6 +82,10 @@ def read_keys(path: Path, keys: Sequence[str]) -> dict:
         raise ValueError(f"{path}: not a YAML file in UTF-8: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: write the keys {listed} at the top level")
+    for key, old in (old_names or {}).items():
+        if old in content and key not in content:
+            log.warning("%s: the key %r is now called %r; the old name is still read", path, old, key)
+            content[key] = content.pop(old)
     unknown = sorted(str(key) for key in content.keys() - set(keys))
     if unknown:
         raise ValueError(f"{path}: unknown key {unknown[0]!r}; the keys are {listed}")

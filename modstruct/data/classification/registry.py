@@ -17,29 +17,33 @@ from pathlib import Path
 from typing import NoReturn
 
 from modstruct.config import DataConfig
-from modstruct.data.classification.caption_shards import SCENES_LABELS, open_scenes, open_with_class_file
-from modstruct.data.classification.cifar import read_cifar10, read_cifar100
-from modstruct.data.classification.class_shards import has_class_shards, read_class_shards
-from modstruct.data.classification.folder_sets import read_caltech101, read_folder, read_gtsrb, read_rendered_sst2
-from modstruct.data.classification.imagenet_sets import (
+from modstruct.data.classification.labelled_images import FoundImages, LabelledImages, LabelledSet
+from modstruct.data.classification.labelled_shards import (
+    SCENES_LABELS,
+    has_class_shards,
+    open_scenes,
+    open_with_class_file,
+    read_class_shards,
+)
+from modstruct.data.classification.prompts import PAPER_TEMPLATE, templates_of
+from modstruct.data.classification.published_arrays import read_cifar10, read_cifar100, read_stl10, read_svhn
+from modstruct.data.classification.published_images import (
+    read_caltech101,
+    read_dtd,
+    read_fgvc_aircraft,
+    read_flowers102,
+    read_food101,
+    read_gtsrb,
     read_imagenet,
     read_imagenet_a,
     read_imagenet_r,
     read_imagenet_sketch,
     read_imagenet_v2,
-)
-from modstruct.data.classification.labelled_images import FoundImages, LabelledImages, LabelledSet
-from modstruct.data.classification.listed_sets import (
-    read_dtd,
-    read_fgvc_aircraft,
-    read_flowers102,
-    read_food101,
     read_oxford_pets,
+    read_rendered_sst2,
     read_stanford_cars,
 )
-from modstruct.data.classification.pixel_sets import read_stl10, read_svhn
-from modstruct.data.classification.set_folder import SetFolder
-from modstruct.data.classification.templates import PAPER_TEMPLATE, templates_of
+from modstruct.data.classification.set_folder import SetFolder, read_folder
 from modstruct.data.classification.user_sets import load_user_set, open_user_set
 
 SPLITS = ("train", "validation", "test")
@@ -48,13 +52,13 @@ TWO, THREE, TEST = ("train", "test"), SPLITS, ("test",)
 
 @dataclass(frozen=True)
 class PublishedSet:
-    """One set: who reads it, in what splits, and where its files come from."""
+    """A set: its reader, its splits, and where its files come from."""
 
     read: Callable[[SetFolder, str], FoundImages]
     splits: tuple[str, ...]
-    """Those whose labels are public; the last is the one that results are published on."""
+    """Those with public labels; results are published on the last."""
     download: str
-    """What to download, and what to give as the folder."""
+    """What to download, and which folder to give."""
 
 
 SETS: dict[str, PublishedSet] = {
@@ -165,10 +169,10 @@ def parse_set(text: str) -> NamedSet:
 
 
 def set_splits(text: str) -> tuple[str, ...]:
-    """The splits that a set can have, training first: what a probe may ask for."""
+    """The splits that a set can have, training first."""
     parsed = parse_set(text)
     if parsed.is_file:
-        there = () if parsed.place else load_user_set(Path(parsed.name).expanduser()).pictures
+        there = () if parsed.place else load_user_set(Path(parsed.name).expanduser()).images
         return tuple(split for split in SPLITS if split in there) or TEST
     return _splits(parsed)
 
@@ -176,16 +180,15 @@ def set_splits(text: str) -> tuple[str, ...]:
 def open_labelled(text: str, config: DataConfig) -> LabelledImages:
     """The set that a command line names (see the module), its files checked and its labels read.
 
-    config: workers, cache, largest images and the share of bad ones. The name of the set is that of the registry, of
-    the folder for `folder` and `shards`, or the YAML file's; -SPLIT stands behind it for another than the usual split.
+    config: workers, cache, largest image, tolerated fraction of bad images. The set is called as in the registry, or by
+    its folder for `folder` and `shards`, or as its YAML file says; -SPLIT is appended for another than the usual split.
     Raises ValueError or FileNotFoundError that names the set, what is missing or wrong, and what to download.
     """
     parsed = parse_set(text)
+    if parsed.place is None:
+        return open_user_set(Path(parsed.name).expanduser(), parsed.split, config)
     if parsed.is_file:
-        file = Path(parsed.name).expanduser()
-        if parsed.place is not None:
-            return open_with_class_file(file, parsed.place, config)
-        return open_user_set(file, parsed.split, config)
+        return open_with_class_file(Path(parsed.name).expanduser(), parsed.place, config)
     root = Path(parsed.place).expanduser()
     usual = _splits(parsed)[-1]
     split = parsed.split or usual

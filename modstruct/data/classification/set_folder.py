@@ -1,26 +1,31 @@
-"""The folder of a published set: what must be there, and the one error that a missing or wrong file gets."""
+"""The folder of a set of images: what must be in it, the one error for a missing or wrong file, and class folders."""
 
 from __future__ import annotations
 
 import csv
+import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
 import numpy as np
 
-from modstruct.data.classification.image_stores import EXTENSIONS, ImageFiles
+from modstruct.data.classification.labelled_images import EXTENSIONS, FoundImages, ImageFiles
+from modstruct.data.classification.prompts import readable
 
+SPLIT_FOLDERS = {"train": ("train",), "validation": ("validation", "val", "valid"), "test": ("test",)}
 LARGEST_TEXT_BYTES = 256 << 20  # a list of two million images
 LARGEST_MAT_BYTES = 4 << 30  # SVHN's extra set takes 1.3 GB
 NAMES_SHOWN = 3
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class SetFolder:
-    """Where a set lies, and what to download if it does not."""
+    """Where a set lies, and what to download if it is incomplete."""
 
     name: str
     root: Path
@@ -47,10 +52,17 @@ class SetFolder:
         except (OSError, UnicodeDecodeError) as error:
             self.refuse(f"{path} cannot be read ({error})")
 
-    def table(self, path: Path, columns: Sequence[str], delimiter: str = ",") -> Iterator[list[str]]:
-        """The values of some columns of a CSV file, row by row."""
+    def table(
+        self, path: Path, columns: Sequence[str], delimiter: str = ",", old_names: Mapping[str, str] | None = None
+    ) -> Iterator[list[str]]:
+        """The values of some columns of a CSV file, row by row. old_names: former names of columns, still read."""
         rows = csv.DictReader(self.text(path).splitlines(), delimiter=delimiter, skipinitialspace=True)
-        absent = [column for column in columns if column not in (rows.fieldnames or [])]
+        header = rows.fieldnames or []
+        for column, old in (old_names or {}).items():
+            if column not in header and old in header:
+                log.warning("%s: the column %r is now called %r; the old name is still read", path, old, column)
+                columns = [old if name == column else name for name in columns]
+        absent = [column for column in columns if column not in header]
         if absent:
             self.refuse(f"{path} has no column {absent[0]!r}")
         try:
@@ -75,8 +87,16 @@ class SetFolder:
             self.refuse(f"{path} holds no variable {absent[0]!r}")
         return [np.atleast_1d(content[name]) for name in variables]
 
-    def pictures(self, folder: Path, paths: Sequence[str]) -> ImageFiles:
-        """The files at paths in a folder, all of which must be there; each subfolder is listed once."""
+    def labels(self, names: Sequence[str], classes: Sequence[str], file: Path) -> np.ndarray:
+        """(n,) int64, the row of each name among the classes. file: where the names are from, for the error."""
+        row_of = {name: row for row, name in enumerate(classes)}
+        unknown = next((name for name in names if name not in row_of), None)
+        if unknown is not None:
+            self.refuse(f"{file}: the label {unknown!r} is none of the {len(classes)} classes")
+        return np.array([row_of[name] for name in names], dtype=np.int64)
+
+    def images(self, folder: Path, paths: Sequence[str]) -> ImageFiles:
+        """The files at paths in a folder; all must exist. Each subfolder is listed once."""
         if not paths:
             self.refuse(f"no image of this split is named for {folder}")
         listings: dict[str, frozenset[str]] = {}
@@ -95,7 +115,7 @@ class SetFolder:
         return ImageFiles(folder, paths)
 
     def subfolders(self, folder: Path) -> list[str]:
-        """Names of the folders in a folder, sorted as texts; hidden ones are passed over."""
+        """Names of the folders in a folder, sorted as text; hidden ones are skipped."""
         if not folder.is_dir():
             self.refuse(f"there is no folder {folder}")
         with os.scandir(folder) as entries:
@@ -104,7 +124,7 @@ class SetFolder:
     def class_folders(self, folder: Path, labels: dict[str, int]) -> tuple[ImageFiles, np.ndarray]:
         """The images in class folders, in order of label and file name, and their labels (n,).
 
-        labels: class of each subfolder that is read. Files that are not called like images are passed over.
+        labels: class of each subfolder to read. Files without an image's extension are skipped.
         """
         paths, found = [], []
         for name, label in sorted(labels.items(), key=lambda item: item[1]):
@@ -114,6 +134,16 @@ class SetFolder:
         if not paths:
             self.refuse(f"there is no image ({', '.join(EXTENSIONS)}) in the folders of {folder}")
         return ImageFiles(folder, paths), np.array(found, dtype=np.int64)
+
+    def split_folder(self, split: str) -> Path:
+        """The folder of a split in root; for test, root itself where no split has a folder."""
+        there = {name for name in sum(SPLIT_FOLDERS.values(), ()) if (self.root / name).is_dir()}
+        found = [name for name in SPLIT_FOLDERS[split] if name in there]
+        if found:
+            return self.root / found[0]
+        if there or split != "test":
+            self.refuse(f"there is no folder {' or '.join(SPLIT_FOLDERS[split])} of the split {split} in it")
+        return self.root
 
     def _check_file(self, path: Path, largest_bytes: int) -> None:
         if not path.is_file():
@@ -127,3 +157,26 @@ def _files(folder: Path) -> frozenset[str]:
         return frozenset()
     with os.scandir(folder) as entries:
         return frozenset(entry.name for entry in entries if entry.is_file() and not entry.name.startswith("."))
+
+
+def read_folder(place: SetFolder, split: str) -> FoundImages:
+    """Class folders of any names, in the split's folder (train; validation, val or valid; test) or in the root itself.
+
+    Without a folder of any split, the root is the split test.
+    """
+    return read_class_folders(place, place.split_folder(split))
+
+
+def read_class_folders(place: SetFolder, base: Path, names: dict[str, str] | None = None) -> FoundImages:
+    """Images in class folders. names: readable name of each class by its folder; without it, the folders' names."""
+    folders = place.subfolders(base)
+    if names is None:
+        names = {name: readable(name) for name in folders}
+    unknown = [name for name in folders if name not in names]
+    if unknown:
+        place.refuse(f"the folder {base / unknown[0]} is none of the {len(names)} classes")
+    if len(names) < 2:
+        place.refuse(f"{base} has {len(names)} class folders, where there must be at least two")
+    label = {name: number for number, name in enumerate(names)}
+    store, labels = place.class_folders(base, {name: label[name] for name in folders})
+    return FoundImages(store, labels, list(names.values()))

@@ -1,7 +1,7 @@
 """The user's own set of labelled images, described by a small YAML file.
 
 name: my_birds                        # a plain file name
-images: {train: train, test: test}  # or one place, which is then the split test; from the YAML file's folder on:
+images: {train: train, test: test}    # or one location, which is then the split test; from the YAML file's folder on:
                                       #   a folder with a folder a class; a CSV file with the columns `image` (a
                                       #   path from the CSV file's folder on) and `label`; or tar shards (path, glob
                                       #   or brace pattern) with KEY.cls or, if `label` is given, with KEY.json
@@ -16,10 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from modstruct.config import DataConfig
-from modstruct.data.classification.caption_shards import LabelledSamples
 from modstruct.data.classification.class_files import (
     ZeroShotClasses,
     check_classes,
@@ -27,15 +24,16 @@ from modstruct.data.classification.class_files import (
     read_keys,
     refuse_key,
 )
-from modstruct.data.classification.class_shards import labelled_shards
-from modstruct.data.classification.folder_sets import SPLIT_FOLDERS, class_folders
 from modstruct.data.classification.labelled_images import FoundImages, LabelledImages, LabelledSet
-from modstruct.data.classification.set_folder import SetFolder
-from modstruct.data.classification.templates import PAPER_TEMPLATE
+from modstruct.data.classification.labelled_shards import LabelledSamples, labelled_shards
+from modstruct.data.classification.prompts import PAPER_TEMPLATE
+from modstruct.data.classification.set_folder import SPLIT_FOLDERS, SetFolder, read_class_folders
 from modstruct.data.downstream.published_files import PLAIN_NAME
 from modstruct.data.shards.sources import expand_pattern
 
-KEYS = ("name", "pictures", "label", "classes", "templates")
+KEYS = ("name", "images", "label", "classes", "templates")
+OLD_NAMES = {"images": "pictures"}
+OLD_COLUMNS = {"image": "picture"}
 SPLITS = tuple(SPLIT_FOLDERS)
 
 
@@ -45,8 +43,8 @@ class UserSet:
 
     path: Path
     name: str
-    pictures: dict[str, str]
-    """Place of each split."""
+    images: dict[str, str]
+    """Folder, CSV file or pattern of shards of each split."""
     label: str | None
     classes: dict[str, str] | None
     """Readable name by label or folder, in order of class."""
@@ -57,17 +55,17 @@ def load_user_set(path: Path) -> UserSet:
     """Read and check a set's YAML file. Raises FileNotFoundError or ValueError, naming file, key and remedy."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file; give a YAML file that describes the set")
-    content = read_keys(path, KEYS)
-    name, pictures, label = content.get("name"), content.get("pictures"), content.get("label")
+    content = read_keys(path, KEYS, OLD_NAMES)
+    name, images, label = content.get("name"), content.get("images"), content.get("label")
     if not isinstance(name, str) or not PLAIN_NAME.fullmatch(name):
         refuse_key(path, "name", name, "a plain file name: letters, digits, '.', '_' and '-', the first no dot")
-    if isinstance(pictures, str):
-        pictures = {"test": pictures}
-    if not isinstance(pictures, dict) or not pictures or not all(isinstance(p, str) and p for p in pictures.values()):
-        refuse_key(path, "pictures", pictures, "a folder, a CSV file or a pattern of shards, or one of them a split")
-    for split in pictures:
+    if isinstance(images, str):
+        images = {"test": images}
+    if not isinstance(images, dict) or not images or not all(isinstance(p, str) and p for p in images.values()):
+        refuse_key(path, "images", images, "a folder, a CSV file or a pattern of shards, or one of them a split")
+    for split in images:
         if split not in SPLITS:
-            refuse_key(path, f"pictures.{split}", pictures[split], f"only the splits {', '.join(SPLITS)}")
+            refuse_key(path, f"images.{split}", images[split], f"only the splits {', '.join(SPLITS)}")
     if label is not None and (not isinstance(label, str) or not label):
         refuse_key(path, "label", label, "the name of a CSV column or of a field of KEY.json, as text, or leave it out")
     classes = content.get("classes")
@@ -77,7 +75,7 @@ def load_user_set(path: Path) -> UserSet:
     return UserSet(
         path,
         name,
-        pictures,
+        images,
         label,
         None if classes is None else check_classes(path, classes),
         check_templates(path, templates),
@@ -85,40 +83,31 @@ def load_user_set(path: Path) -> UserSet:
 
 
 def open_user_set(path: Path, split: str | None, config: DataConfig) -> LabelledImages:
-    """A split of the user's set; split: None for the first there is of test, validation, train.
-
-    Raises ValueError, naming file and remedy.
-    """
+    """A split of the user's set; None: the first of test, validation, train. Raises ValueError with file and remedy."""
     described = load_user_set(path)
-    usual = next(split for split in ("test", "validation", "train") if split in described.pictures)
+    usual = next(split for split in ("test", "validation", "train") if split in described.images)
     split = split or usual
-    if split not in described.pictures:
-        refuse_key(path, "pictures", described.pictures, f"a place for the split {split}")
+    if split not in described.images:
+        refuse_key(path, "images", described.images, f"a place for the split {split}")
     name = described.name if split == usual else f"{described.name}-{split}"
     place = SetFolder(name, path.parent, f"correct `images` or `classes` in {path}")
-    pictures = str(path.parent / Path(described.pictures[split]).expanduser())
-    if Path(pictures).is_dir():
-        found = class_folders(place, Path(pictures), described.classes)
+    images = str(path.parent / Path(described.images[split]).expanduser())
+    if Path(images).is_dir():
+        found = read_class_folders(place, Path(images), described.classes)
     elif described.classes is None:
         refuse_key(path, "classes", None, "a mapping or a list of them; only a folder of class folders names its own")
-    elif pictures.lower().endswith(".csv"):
-        found = _from_table(place, Path(pictures), described)
+    elif images.lower().endswith(".csv"):
+        found = _from_table(place, Path(images), described.label or "label", described.classes)
     elif described.label is not None:
         named = ZeroShotClasses(described.label, described.templates, described.classes)
-        return LabelledSamples(name, split, pictures, named, config)
+        return LabelledSamples(name, split, images, named, config)
     else:
-        shards = [Path(shard) for shard in expand_pattern(pictures, False, f"{path}: images")]
+        shards = [Path(shard) for shard in expand_pattern(images, False, f"{path}: images")]
         found = labelled_shards(place, shards, list(described.classes.values()))
     return LabelledSet(name, split, found, described.templates, config)
 
 
-def _from_table(place: SetFolder, file: Path, described: UserSet) -> FoundImages:
-    rows = list(place.table(file, ("picture", described.label or "label")))
-    row_of = {label: row for row, label in enumerate(described.classes)}
-    unknown = next((label for _, label in rows if label not in row_of), None)
-    if unknown is not None:
-        place.refuse(f"{file}: the label {unknown!r} is none of the {len(row_of)} classes")
-    labels = np.array([row_of[label] for _, label in rows], dtype=np.int64)
-    return FoundImages(
-        place.pictures(file.parent, [path for path, _ in rows]), labels, list(described.classes.values())
-    )
+def _from_table(place: SetFolder, file: Path, label: str, classes: dict[str, str]) -> FoundImages:
+    rows = list(place.table(file, ("image", label), old_names=OLD_COLUMNS))
+    labels = place.labels([text for _, text in rows], list(classes), file)
+    return FoundImages(place.images(file.parent, [path for path, _ in rows]), labels, list(classes.values()))

@@ -46,7 +46,7 @@ class TrainBatch:
     """One process's rows of one step, or a micro-batch of them, and what went wrong on the way."""
 
     tensors: dict[str, Tensor]
-    """image uint8 (B, 3, H, W), text int64 (B, L), and, where asked for, others of EXTRA_FIELDS."""
+    """image uint8 (B, 3, H, W), text int64 (B, L), and any of EXTRA_FIELDS."""
     faults: list[tuple[str, str]] = field(default_factory=list)
     """(cause, where) of each bad sample that a substitute stands for."""
     tried: int = 0
@@ -57,46 +57,65 @@ class TrainBatch:
         return TrainBatch({name: rows.pin_memory() for name, rows in self.tensors.items()}, self.faults, self.tried)
 
 
-class LocalBatches(Dataset):
+@dataclass(frozen=True)
+class BatchContents:
+    """What training batches hold."""
+
+    views: Views
+    tokenizer: Tokenizer
+    fields: Collection[str] = ()
+    """The subset of EXTRA_FIELDS that the model needs."""
+    masked_rate: float = 0.15
+    """Share of a caption's tokens that text_masked masks."""
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Which batches a loader makes: those of the steps start_step … stop_step - 1."""
+
+    global_batch: int
+    seed: int
+    """Of the order of samples and of their views."""
+    start_step: int
+    stop_step: int
+    micro_batch: int | None = None
+    """Rows of a TrainBatch at most, so that a step comes in several; None for one a step."""
+
+
+class LocalBatches(Dataset[TrainBatch]):
     """Map from s * parts + i to the i-th part of step s, a TrainBatch of at most `micro_batch` rows.
 
     Row r of the global batch of step s is slot s * global_batch + r of `order`; process p of W has the rows
-    [p B / W, (p + 1) B / W), cut into equal parts but for the last. extra: which of EXTRA_FIELDS to make. seed: of the
-    views. masked_rate: share of a caption's tokens that text_masked hides.
+    [p B / W, (p + 1) B / W), cut into equal parts but for the last.
     """
 
     def __init__(
         self,
         reader: ShardReader,
         order: SampleOrder,
-        views: Views,
-        tokenizer: Tokenizer,
-        extra: Collection[str],
+        contents: BatchContents,
+        plan: BatchPlan,
         max_image_pixels: int,
-        global_batch: int,
-        micro_batch: int | None,
-        seed: int,
         process: int,
         processes: int,
-        masked_rate: float = 0.15,
     ):
+        batch = plan.global_batch
         require(
-            global_batch % processes == 0,
+            batch % processes == 0,
             "train.global_batch",
-            global_batch,
-            f"must be a multiple of the {processes} processes, such as {max(global_batch // processes, 1) * processes}",
+            batch,
+            f"must be a multiple of the {processes} processes, such as {max(batch // processes, 1) * processes}",
         )
         self.reader, self.order = reader, order
-        self.views, self.tokenizer = views, tokenizer
-        self.extra = frozenset(extra)
-        self.masked_rate = masked_rate
-        self.image_views = [name for name in ("image", "image_augmented") if name in self.extra | {"image"}]
+        self.views, self.tokenizer = contents.views, contents.tokenizer
+        self.fields, self.masked_rate = frozenset(contents.fields), contents.masked_rate
+        self.image_views = [name for name in ("image", "image_augmented") if name in self.fields | {"image"}]
         self.max_image_pixels = max_image_pixels
-        self.global_batch, self.rows = global_batch, global_batch // processes
-        self.part_rows = min(micro_batch or self.rows, self.rows)
+        self.global_batch, self.rows = batch, batch // processes
+        self.part_rows = min(plan.micro_batch or self.rows, self.rows)
         self.parts = math.ceil(self.rows / self.part_rows)
         self.first_row = process * self.rows
-        self.seed = seed
+        self.seed = plan.seed
         self._outgoing = OutgoingRows()
 
     def __getitem__(self, index: int) -> TrainBatch:
@@ -106,37 +125,37 @@ class LocalBatches(Dataset):
         epochs, samples = self.order.locate(slots)
         batch = TrainBatch({})
         side = self.views.image_size
-        pictures = {name: self._outgoing.empty(name, (len(rows), 3, side, side)) for name in self.image_views}
+        images = {name: self._outgoing.empty(name, (len(rows), 3, side, side)) for name in self.image_views}
         captions, drawn, image_ids = [], [], []
         places = zip(slots.tolist(), epochs.tolist(), samples.tolist(), strict=True)
         read = self._read_in_runs(samples.tolist())
         for row, (place, raw, seeds) in enumerate(zip(places, read, self._seeds(epochs, samples), strict=True)):
             # Views of images go straight to their rows: in memory of their own, they would be copied once more.
-            into = [array[row] for array in pictures.values()]
+            into = [array[row] for array in images.values()]
             raw, seeds = self._pair(*place, raw, seeds, into, batch)
             captions.append(raw.caption)
             drawn.append(seeds)
-            if "image_id" in self.extra:
+            if "image_id" in self.fields:
                 image_ids.append(identity(raw.image))
-        batch.tensors = {name: self._outgoing.tensor(array) for name, array in pictures.items()}
+        batch.tensors = {name: self._outgoing.tensor(array) for name, array in images.items()}
         batch.tensors |= self._text_views(captions, drawn)
         if image_ids:
             batch.tensors["image_id"] = torch.tensor(image_ids)
-        if "text_id" in self.extra:
+        if "text_id" in self.fields:
             text_ids = [identity(caption.encode(errors="surrogatepass")) for caption in captions]
             batch.tensors["text_id"] = torch.tensor(text_ids)
-        if "slot" in self.extra:
+        if "slot" in self.fields:
             batch.tensors["slot"] = torch.from_numpy(slots)
         return batch
 
     def _text_views(self, captions: Sequence[str], seeds: Sequence[dict[str, int]]) -> dict[str, Tensor]:
         texts = {"text": [self.views.plain_text(caption) for caption in captions]}
-        if "text_augmented" in self.extra:
+        if "text_augmented" in self.fields:
             drawn = (seeds_of_row["text_augmented"] for seeds_of_row in seeds)
             texts["text_augmented"] = list(map(self.views.augmented_text, captions, drawn))
         ids = self.tokenizer([text for texts_of_view in texts.values() for text in texts_of_view])
         views = dict(zip(texts, ids.split(len(captions)), strict=True))
-        if "text_masked" in self.extra:
+        if "text_masked" in self.fields:
             drawn = [seeds_of_row["text_masked"] for seeds_of_row in seeds]
             hidden, labels = mask_tokens(views["text"], drawn, self.masked_rate, self.tokenizer)
             views |= {"text_masked": hidden, "masked_labels": labels, "masked_places": masked_places(labels)}
@@ -199,10 +218,10 @@ class LocalBatches(Dataset):
         )
 
     def _write_views(self, raw: RawSample, seeds: dict[str, int], into: Sequence[np.ndarray]) -> None:
-        picture = decode_image(raw.image, self.max_image_pixels, raw.where)
-        self.views.plain_image(picture, seeds["image"], into[0])
-        if "image_augmented" in self.extra:
-            self.views.augmented_image(picture, seeds["image_augmented"], into[1])
+        image = decode_image(raw.image, self.max_image_pixels, raw.where)
+        self.views.plain_image(image, seeds["image"], into[0])
+        if "image_augmented" in self.fields:
+            self.views.augmented_image(image, seeds["image_augmented"], into[1])
 
 
 def identity(content: bytes) -> int:
@@ -218,54 +237,39 @@ def train_order(samples: Samples, config: DataConfig, seed: int) -> SampleOrder:
 def train_loader(
     samples: Samples,
     config: DataConfig,
-    views: Views,
-    tokenizer: Tokenizer,
-    extra: Collection[str],
-    *,
-    global_batch: int,
-    seed: int,
-    start_step: int,
-    stop_step: int,
-    micro_batch: int | None = None,
+    contents: BatchContents,
+    plan: BatchPlan,
     process: int | None = None,
     processes: int | None = None,
-    masked_rate: float = 0.15,
-) -> WorkerLoader:
-    """Loader of the TrainBatches of the steps start_step … stop_step - 1; any start is as quick as the first.
+) -> WorkerLoader[TrainBatch]:
+    """Loader of the plan's TrainBatches; any start is as quick as the first. `steps_of` groups the parts of a step.
 
-    micro_batch: rows of a TrainBatch at most, so that a step comes in several; `steps_of` puts them together.
-    extra: the subset of EXTRA_FIELDS that the model needs. process, processes: rank of this process and their number,
-    by default those of torch.distributed. masked_rate: share of a caption's tokens that text_masked hides. Raises
-    ValueError if global_batch is no multiple of the number of processes, if pipes do not fit their cache, or if batches
-    do not fit the shared memory.
+    process, processes: rank of this process and their number, by default those of torch.distributed. Raises ValueError
+    if global_batch is no multiple of the number of processes, if pipes do not fit their cache, or if batches do not fit
+    the shared memory.
     """
     _require_pipe_room(samples, config)
     dataset = LocalBatches(
         reader=ShardReader(samples, config),
-        order=train_order(samples, config, seed),
-        views=views,
-        tokenizer=tokenizer,
-        extra=extra,
-        masked_rate=masked_rate,
+        order=train_order(samples, config, plan.seed),
+        contents=contents,
+        plan=plan,
         max_image_pixels=config.max_image_pixels,
-        global_batch=global_batch,
-        micro_batch=micro_batch,
-        seed=seed,
         process=distributed.rank() if process is None else process,
         processes=distributed.world_size() if processes is None else processes,
     )
-    image_bytes = 3 * views.image_size**2 * (1 + ("image_augmented" in extra))
+    image_bytes = 3 * contents.views.image_size**2 * len(dataset.image_views)
     require_shared_memory(dataset.part_rows * image_bytes, config.workers)
-    items = range(start_step * dataset.parts, stop_step * dataset.parts)
-    return WorkerLoader(dataset, items, config.workers, pin_memory=distributed.on_gpu())
+    items = range(plan.start_step * dataset.parts, plan.stop_step * dataset.parts)
+    return WorkerLoader(dataset, items, config.workers, pin_memory=distributed.on_gpu(), parts=dataset.parts)
 
 
-def steps_of(loader: WorkerLoader) -> Iterator[list[TrainBatch]]:
+def steps_of(loader: WorkerLoader[TrainBatch]) -> Iterator[list[TrainBatch]]:
     """The parts of one step after the other."""
     parts = []
     for batch in loader:
         parts.append(batch)
-        if len(parts) == loader.dataset.parts:
+        if len(parts) == loader.parts:
             yield parts
             parts = []
 

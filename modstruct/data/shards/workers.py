@@ -15,11 +15,12 @@ from functools import partial
 from multiprocessing import resource_tracker
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from modstruct.errors import RunError, refuse
 
@@ -33,14 +34,19 @@ LOSSES_IN_A_ROW = 3  # of loader processes without a batch in between, that a ru
 SHARED_MEMORY = "/dev/shm"
 
 
-class WorkerLoader(DataLoader):
+Batch = TypeVar("Batch")
+
+
+class WorkerLoader(DataLoader[Batch]):
     """A DataLoader whose items are whole batches and whose processes outlive SIGTERM and SIGINT.
 
-    dataset: its item is a batch. items: the keys to ask for, in order. workers: loader processes; 0 loads in this one.
+    dataset: its item is a batch. items: the keys to load, in order. workers: loader processes; 0 loads in this one.
+    parts: batches of one training step.
     """
 
-    def __init__(self, dataset, items: Sequence, workers: int, pin_memory: bool):
+    def __init__(self, dataset: Dataset[Batch], items: Sequence, workers: int, pin_memory: bool, parts: int = 1):
         self._items = _Items(items)
+        self.parts = parts
         super().__init__(
             dataset,
             batch_size=None,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from modstruct.data.classification.templates import PAPER_TEMPLATE
+from modstruct.data.classification.prompts import PAPER_TEMPLATE
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.retrieval.rows import check_dimensions, check_rows, distinct_rows, row_blocks
 from modstruct.evaluation.statistics import bootstrap_mean

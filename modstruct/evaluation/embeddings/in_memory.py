@@ -25,8 +25,8 @@ Encode = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
 @dataclass
-class EmbeddedSource:
-    """Every readable image of a source and every distinct caption, in order of first appearance.
+class EmbeddedPairs:
+    """Embedded images and distinct captions, and which belong together.
 
     image and text hold their rows on the main process only, and no rows elsewhere; the rest is the same everywhere.
     """
@@ -37,12 +37,18 @@ class EmbeddedSource:
     """(m, D) float32; equal captions are one row."""
     pairs: np.ndarray
     """(p, 2) int64, (image row, text row) of each image and each of its captions, without repetition."""
-    indices: np.ndarray
-    """(n,) int64, number of each image in its EvaluationSamples."""
     captions: list[str]
     """Caption of each text row."""
+
+
+@dataclass
+class EmbeddedSource(EmbeddedPairs):
+    """Every readable image of a source and every distinct caption, in order of first appearance."""
+
+    indices: np.ndarray
+    """(n,) int64, number of each image in its EvaluationSamples."""
     metadata: list[dict]
-    """Of each image, the fields asked for that its metadata has."""
+    """Of each image, the requested fields that its metadata has."""
     skipped: dict[str, int] = field(default_factory=dict)
     """Samples left out, by cause."""
 

@@ -1,18 +1,19 @@
-"""Retrieval in two stages: the contrast's best candidates are ranked anew by matching (Li et al. 2021, section 6).
+"""Retrieval in two stages: the best candidates by ITC are reranked by ITM (Li et al. 2021, section 6).
 
-The first stage compares embeddings, the second lets the fusion encoder look at every candidate. Items beyond the
-candidates keep their places behind them. A tie counts against the model, as everywhere.
+The first stage compares embeddings, the second runs the fusion encoder on every candidate. Items beyond the candidates
+keep their places behind them. A tie counts against the model, as everywhere.
 
-What a candidate scores is scale <query, candidate> + matching logit; the logit alone, as in ALBEF, by choice. Matching
-learned to tell pairs from negatives that were drawn by the contrast, q ∝ exp(scale <query, candidate>), so its logit
-estimates log p / q, and the sum log p up to a constant: noise-contrastive estimation with noise q (Gutmann & Hyvärinen
-2010). The logit alone forgets what the contrast knew.
+A candidate scores scale <query, candidate> + matching logit; or the logit alone, as in ALBEF. Matching learned to tell
+pairs from negatives drawn by the contrast, q ∝ exp(scale <query, candidate>), so its logit estimates log p / q, and the
+sum log p up to a constant: noise-contrastive estimation with noise q (Gutmann & Hyvärinen 2010). The logit alone drops
+what the contrast learned.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,9 +21,9 @@ from torch import Tensor
 
 from modstruct.config import RerankBy
 from modstruct.data.tokenizers import Tokenizer
-from modstruct.distributed import broadcast_object
 from modstruct.distributed.collect import collect_rows, collect_tokens, my_batches, on_main
 from modstruct.errors import RunError
+from modstruct.evaluation.embeddings.in_memory import EmbeddedPairs
 from modstruct.evaluation.retrieval.exact import counting_device, items_ahead
 from modstruct.evaluation.retrieval.metrics import recall_metrics
 from modstruct.evaluation.retrieval.nearest import nearest
@@ -32,38 +33,42 @@ LARGEST_ON_DEVICE_BYTES = 8 << 30
 """Tokens of a gallery beyond this are kept in the host's memory."""
 
 
+@dataclass(frozen=True)
+class Reranking:
+    """How candidates are reranked."""
+
+    candidates: int
+    """Of each query."""
+    by: RerankBy
+    """What a candidate scores, see above."""
+    recall_at: Sequence[int]
+    batch: int
+    """Images, texts or pairs in one forward pass."""
+
+
 @torch.no_grad()
 def reranked_retrieval(
     model: FusionModel,
-    pictures: Iterator[Tensor],
-    captions: Sequence[str],
+    images: Iterator[Tensor],
     tokenizer: Tokenizer,
-    image: np.ndarray,
-    text: np.ndarray,
-    pairs: np.ndarray,
-    candidates: int,
-    by: RerankBy,
-    recall_at: Sequence[int],
-    batch: int,
+    embedded: EmbeddedPairs,
+    settings: Reranking,
     device: torch.device,
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Recall at K both ways after matching has ranked each query's candidates anew; every process calls it.
+    """Recall at K both ways after matching has reranked each query's candidates; every process calls it.
 
-    images: this process's batches of the n images (see collect.my_batches), uint8 (b, 3, H, W) on the device, in
-    the order of image's rows. captions: the m texts. image: (n, D), text: (m, D), read on the main process alone.
-    pairs: (p, 2), (image row, text row). by: what a candidate scores, see above. batch: images, texts or pairs in one
-    forward pass. Returns the same as ranking.measure_recall, on every process. Raises
-    RunError, on every process, where `images` brings another number than image has rows.
+    images: this process's batches of the n images (see collect.my_batches), uint8 (b, 3, H, W) on the device, in the
+    order of embedded.image. Returns the same as `measure_recall`, on every process. Raises RunError, on every process,
+    where `images` yields another number than embedded.image has rows.
     """
-    backbone = model.backbone
-    sizes = broadcast_object((len(image), len(text)))
-    side = model.backbone.image.patch_embed.img_size[0]
-    grey = torch.zeros((1, 3, side, side), dtype=torch.uint8, device=device)
-    image_tokens = _gathered(backbone.encode_image, pictures, grey, sizes[0], batch, device, "encoding images")
-    if len(image_tokens) != sizes[0]:  # images are read a second time; one that is lost would shift those after it
-        counts = f"{len(image_tokens):,} instead of {sizes[0]:,} could be read a second time"
+    backbone, batch = model.backbone, settings.batch
+    rows: int = on_main(lambda: len(embedded.image))
+    grey = torch.zeros((1, 3, backbone.image_size, backbone.image_size), dtype=torch.uint8, device=device)
+    image_tokens = _gathered(backbone.encode_image, images, grey, rows, batch, device, "encoding images")
+    if len(image_tokens) != rows:  # images are read a second time; one that is lost would shift those after it
+        counts = f"{len(image_tokens):,} instead of {rows:,} could be read a second time"
         raise RunError(f"images changed while they were measured: {counts}; measure again")
-    ids = tokenizer(list(captions)).to(device)
+    ids = tokenizer(embedded.captions).to(device)
     mine = (ids[n * batch : (n + 1) * batch] for n in my_batches(math.ceil(len(ids) / batch)))
     text_tokens = _gathered(backbone.encode_text, mine, ids[:1], len(ids), batch, device, "encoding captions")
     mask = backbone.mask(ids)
@@ -74,12 +79,13 @@ def reranked_retrieval(
         logits = model.match(rows.to(device), mask[texts], seen.to(device))
         return logits[:, 1] - logits[:, 0]
 
-    directions = {
-        "text_to_image": (text, image, pairs[:, ::-1], score),
-        "image_to_text": (image, text, pairs, lambda images, texts: score(texts, images)),
+    image, text, pairs = embedded.image, embedded.text, embedded.pairs
+    # A forward pass gathers the scale under ZeRO-3.
+    scale = float(model({"text": ids[:1]})["logit_scale"]) if settings.by == "both" else 0.0
+    return {
+        "text_to_image": _direction(text, image, pairs[:, ::-1], score, scale, settings, device),
+        "image_to_text": _direction(image, text, pairs, lambda i, t: score(t, i), scale, settings, device),
     }
-    scale = float(model({"text": ids[:1]})["logit_scale"]) if by == "both" else 0.0  # a pass gathers it under ZeRO-3
-    return {name: _direction(*d, scale, candidates, recall_at, batch, device) for name, d in directions.items()}
 
 
 def _direction(
@@ -88,14 +94,12 @@ def _direction(
     pairs: np.ndarray,
     score: Callable[[Tensor, Tensor], Tensor],
     scale: float,
-    candidates: int,
-    recall_at: Sequence[int],
-    batch: int,
+    settings: Reranking,
     device: torch.device,
 ) -> dict[str, dict[str, float]]:
-    found = on_main(lambda: nearest(queries, gallery, candidates))  # (q, k)
+    found = on_main(lambda: nearest(queries, gallery, settings.candidates))  # (q, k)
     k = found.shape[1]
-    at_once = max(1, batch // k)  # queries
+    at_once = max(1, settings.batch // k)  # queries
     batches = math.ceil(len(found) / at_once)
     rows = torch.from_numpy(found).to(device)
     numbers = torch.arange(len(found), device=device)
@@ -104,13 +108,13 @@ def _direction(
     def scores_of(some: Tensor) -> Tensor:
         return score(some.repeat_interleave(k), rows[some].flatten()).view(len(some), k)
 
-    scores = collect_rows(scores_of, mine, numbers[:1], batches, at_once, "ranking anew")
+    scores = collect_rows(scores_of, mine, numbers[:1], batches, at_once, "reranking")
 
     def measure() -> dict[str, dict[str, float]]:
         both = scores + scale * np.einsum("qd,qkd->qk", queries, gallery[found])
         ahead = ahead_after(found, both, pairs, items_ahead(queries, gallery, pairs, counting_device()))
         asked, positives = np.unique(np.unique(pairs, axis=0)[:, 0], return_counts=True)
-        return recall_metrics(ahead[asked] + 1, positives, len(gallery), recall_at)
+        return recall_metrics(ahead[asked] + 1, positives, len(gallery), settings.recall_at)
 
     return on_main(measure)
 

@@ -14,7 +14,7 @@ from PIL import Image
 from scipy.io import savemat
 
 
-def picture(number: int, kind: str = "PNG", side: int = 4) -> bytes:
+def image(number: int, kind: str = "PNG", side: int = 4) -> bytes:
     """An image of one colour, which tells its number exactly unless the kind is JPEG."""
     content = io.BytesIO()
     Image.new("RGB", (side, side), (number % 256, number // 256, 77)).save(content, kind)
@@ -47,7 +47,7 @@ def dtd(folder: Path) -> Path:
         ]
     ):
         path = f"{name}/{name}_{number:04d}.jpg"
-        put(folder / "dtd/dtd/images" / path, picture(number))
+        put(folder / "dtd/dtd/images" / path, image(number))
         with open(put_folder(folder / "dtd/dtd/labels") / f"{split}1.txt", "a") as file:
             file.write(path + "\n")
     return folder
@@ -65,7 +65,7 @@ def fgvc_aircraft(folder: Path) -> Path:
     put(base / "images_variant_val.txt", "0000003 F/A-18\n")
     put(base / "images_variant_test.txt", "0000004 F/A-18\n0000005 707-320\n")
     for number in range(1, 6):
-        put(base / f"images/{number:07d}.jpg", picture(number))
+        put(base / f"images/{number:07d}.jpg", image(number))
     return folder
 
 
@@ -77,7 +77,7 @@ def oxford_pets(folder: Path) -> Path:
         for number in numbers:
             label = number % 3
             rows.append(f"{names[label]}_{number} {label + 1} {1 if label == 0 else 2} 1")
-            put(base / f"images/{names[label]}_{number}.jpg", picture(number, "GIF" if number == 1 else "PNG"))
+            put(base / f"images/{names[label]}_{number}.jpg", image(number, "GIF" if number == 1 else "PNG"))
         put(base / f"annotations/{split}.txt", "\n".join(rows) + "\n")
     return folder
 
@@ -87,7 +87,7 @@ def rendered_sst2(folder: Path) -> Path:
     for split, negative, positive in (("train", 1, 1), ("valid", 1, 1), ("test", 1, 2)):
         for name, count in (("negative", negative), ("positive", positive)):
             for file in range(count):
-                put(folder / f"rendered-sst2/{split}/{name}/{file}.png", picture(number))
+                put(folder / f"rendered-sst2/{split}/{name}/{file}.png", image(number))
                 number += 1
     return folder
 
@@ -100,23 +100,23 @@ def food101(folder: Path) -> Path:
     for name, listed in split.items():
         put(folder / f"food-101/meta/{name}.json", json.dumps(listed))
         for path in (path for paths in listed.values() for path in paths):
-            put(folder / f"food-101/images/{path}.jpg", picture(int(path[-1])))
+            put(folder / f"food-101/images/{path}.jpg", image(int(path[-1])))
     return folder
 
 
 def gtsrb(folder: Path) -> Path:
     base = folder / "gtsrb"
     for label, number in [(0, 0), (0, 1), (1, 2), (42, 3)]:
-        put(base / f"GTSRB/Training/{label:05d}/00000_{number:05d}.ppm", picture(number, "PPM"))
+        put(base / f"GTSRB/Training/{label:05d}/00000_{number:05d}.ppm", image(number, "PPM"))
     for label in range(2, 42):
         put_folder(base / f"GTSRB/Training/{label:05d}")
-        put(base / f"GTSRB/Training/{label:05d}/00000_{label + 10:05d}.ppm", picture(label + 10, "PPM"))
+        put(base / f"GTSRB/Training/{label:05d}/00000_{label + 10:05d}.ppm", image(label + 10, "PPM"))
     rows = io.StringIO()
     writer = csv.writer(rows, delimiter=";")
     writer.writerow(["Filename", "Width", "Height", "Roi.X1", "Roi.Y1", "Roi.X2", "Roi.Y2", "ClassId"])
     for number, label in enumerate([16, 1, 42]):
         writer.writerow([f"{number:05d}.ppm", 4, 4, 0, 0, 3, 3, label])
-        put(base / f"GTSRB/Final_Test/Images/{number:05d}.ppm", picture(number, "PPM"))
+        put(base / f"GTSRB/Final_Test/Images/{number:05d}.ppm", image(number, "PPM"))
     put(base / "GT-final_test.csv", rows.getvalue())
     return folder
 
@@ -136,7 +136,7 @@ def stanford_cars(folder: Path) -> Path:
         rows = np.zeros(len(labels), dtype=fields)
         for number, label in enumerate(labels, 1):
             rows[number - 1] = (1, 1, 2, 2, label, f"{number:05d}.jpg")
-            put(base / f"{folder_name}/{number:05d}.jpg", picture(number))
+            put(base / f"{folder_name}/{number:05d}.jpg", image(number))
         savemat(base / file, {"annotations": rows})
     return folder
 
@@ -144,7 +144,7 @@ def stanford_cars(folder: Path) -> Path:
 def flowers102(folder: Path) -> Path:
     base = folder / "flowers-102"
     for number in range(1, 9):
-        put(base / f"jpg/image_{number:05d}.jpg", picture(number))
+        put(base / f"jpg/image_{number:05d}.jpg", image(number))
     savemat(base / "imagelabels.mat", {"labels": np.array([[77, 1, 102, 77, 5, 5, 43, 1]], dtype=np.uint8)})
     savemat(base / "setid.mat", {"trnid": [[7, 2]], "valid": [[3, 1]], "tstid": [[8, 4, 5, 6]]})
     return folder
@@ -154,7 +154,7 @@ def caltech101(folder: Path) -> Path:
     base = folder / "caltech101/101_ObjectCategories"
     for name, count in (("BACKGROUND_Google", 3), ("Faces_easy", 32), ("crocodile_head", 31), ("wrench", 33)):
         for number in range(1, count + 1):
-            put(base / name / f"image_{number:04d}.jpg", picture(number))
+            put(base / name / f"image_{number:04d}.jpg", image(number))
     return folder
 
 

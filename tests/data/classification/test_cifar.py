@@ -85,9 +85,9 @@ def test_a_pickle_of_python_3_is_read_too(tmp_path, protocol):
     layouts.put(
         root / "cifar-10-batches-py/test_batch", pickle.dumps({b"data": rows, b"labels": [1, 2, 3]}, protocol=protocol)
     )
-    pictures = open_labelled(f"cifar10@{root}", CONFIG)
-    assert pictures.labels.tolist() == [1, 2, 3]
-    assert np.array_equal(np.asarray(pictures[2].picture), rows[2].reshape(3, 32, 32).transpose(1, 2, 0))
+    images = open_labelled(f"cifar10@{root}", CONFIG)
+    assert images.labels.tolist() == [1, 2, 3]
+    assert np.array_equal(np.asarray(images[2].picture), rows[2].reshape(3, 32, 32).transpose(1, 2, 0))
 
 
 def test_names_in_pythons_oldest_form_are_read_too(tmp_path):

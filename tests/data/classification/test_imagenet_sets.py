@@ -15,13 +15,12 @@ from scipy.io import savemat
 from timm.data import ImageNetInfo
 
 from modstruct.config import DataConfig
-from modstruct.data.classification.class_names import imagenet
+from modstruct.data.classification.prompts import PAPER_TEMPLATE, imagenet
 from modstruct.data.classification.registry import open_labelled
-from modstruct.data.classification.templates import PAPER_TEMPLATE
 
 CONFIG = DataConfig(workers=0)
 WNIDS = ImageNetInfo().label_names()
-PICTURES = [layouts.picture(number) for number in range(1000)]
+IMAGES = [layouts.image(number) for number in range(1000)]
 
 
 def lines_of_timm(file):
@@ -33,7 +32,7 @@ def by_wnid(tmp_path_factory):
     """An image in each of the 1,000 folders; it tells the label."""
     root = tmp_path_factory.mktemp("wnids")
     for label, wnid in enumerate(WNIDS):
-        layouts.put(root / f"val/{wnid}/ILSVRC2012_val_{label + 1:08d}.JPEG", PICTURES[label])
+        layouts.put(root / f"val/{wnid}/ILSVRC2012_val_{label + 1:08d}.JPEG", IMAGES[label])
     return root
 
 
@@ -43,15 +42,15 @@ def test_folders_by_wordnet_id_are_labelled_in_imagenets_order(by_wnid, tmp_path
     if name == "imagenet_sketch":
         (tmp_path / "sketch").symlink_to(by_wnid / "val")
         root = tmp_path
-    pictures = open_labelled(f"{name}@{root}", CONFIG)
-    assert pictures.labels.tolist() == list(range(1000))
-    assert all(layouts.number_of(pictures[label].picture) == label for label in (0, 1, 2, 10, 500, 999))
-    assert pictures.classes == imagenet()
-    assert pictures.classes[0] == "tench"
-    assert pictures.classes[999] == "toilet paper"
-    assert len(pictures.templates) == 81
-    assert pictures.templates[0] == PAPER_TEMPLATE
-    assert pictures.name == name
+    images = open_labelled(f"{name}@{root}", CONFIG)
+    assert images.labels.tolist() == list(range(1000))
+    assert all(layouts.number_of(images[label].picture) == label for label in (0, 1, 2, 10, 500, 999))
+    assert images.classes == imagenet()
+    assert images.classes[0] == "tench"
+    assert images.classes[999] == "toilet paper"
+    assert len(images.templates) == 81
+    assert images.templates[0] == PAPER_TEMPLATE
+    assert images.name == name
 
 
 def test_a_missing_or_unknown_class_folder_is_named(by_wnid, tmp_path):
@@ -74,7 +73,7 @@ def validation(tmp_path_factory):
     root = tmp_path_factory.mktemp("flat")
     labels = np.random.default_rng(0).integers(0, 1000, 30)
     for number, label in enumerate(labels.tolist(), 1):
-        layouts.put(root / f"val/ILSVRC2012_val_{number:08d}.JPEG", PICTURES[label])
+        layouts.put(root / f"val/ILSVRC2012_val_{number:08d}.JPEG", IMAGES[label])
     return root, labels
 
 
@@ -94,9 +93,9 @@ def test_the_published_validation_folder_is_labelled_by_the_development_kit(vali
     savemat(kit / "meta.mat", {"synsets": synsets})
     truth = [str(np.flatnonzero(order == label)[0] + 1) for label in labels]
     layouts.put(kit / "ILSVRC2012_validation_ground_truth.txt", "\n".join(truth) + "\n")
-    pictures = open_labelled(f"imagenet@{base}", CONFIG)
-    assert pictures.labels.tolist() == labels.tolist()
-    assert [layouts.number_of(pictures[n].picture) for n in range(30)] == labels.tolist()
+    images = open_labelled(f"imagenet@{base}", CONFIG)
+    assert images.labels.tolist() == labels.tolist()
+    assert [layouts.number_of(images[n].picture) for n in range(30)] == labels.tolist()
     layouts.put(kit / "ILSVRC2012_validation_ground_truth.txt", "\n".join([*truth[1:], "1001"]) + "\n")
     with pytest.raises(ValueError, match=r"'n99999999' is none of ImageNet's 1,000 classes"):
         open_labelled(f"imagenet@{base}", CONFIG)
@@ -118,12 +117,12 @@ def test_the_published_validation_folder_is_labelled_by_kaggles_table(validation
 
 def test_the_folders_of_v2_are_sorted_as_numbers(tmp_path):
     for label in range(1000):
-        layouts.put(tmp_path / f"imagenetv2-matched-frequency-format-val/{label}/{label:04x}.jpeg", PICTURES[label])
-    pictures = open_labelled(f"imagenet_v2@{tmp_path}", CONFIG)
-    assert pictures.labels.tolist() == list(range(1000))
+        layouts.put(tmp_path / f"imagenetv2-matched-frequency-format-val/{label}/{label:04x}.jpeg", IMAGES[label])
+    images = open_labelled(f"imagenet_v2@{tmp_path}", CONFIG)
+    assert images.labels.tolist() == list(range(1000))
     for label in (0, 2, 10, 100, 999):  # as texts 10 and 100 would come before 2
-        assert layouts.number_of(pictures[label].picture) == pictures[label].metadata["label"] == label
-    assert pictures.classes == imagenet()
+        assert layouts.number_of(images[label].picture) == images[label].metadata["label"] == label
+    assert images.classes == imagenet()
     folder = tmp_path / "imagenetv2-matched-frequency-format-val"
     (folder / "31").rename(folder / "031")
     with pytest.raises(ValueError, match=r"the folder .*031 is no class number from 0 to 999"):
@@ -139,13 +138,13 @@ def test_the_200_classes_of_a_and_r_are_those_of_their_folders(tmp_path, variant
     rows = [int(row) for row in lines_of_timm(f"imagenet_{variant}_indices.txt")]
     layouts.put(tmp_path / f"imagenet-{variant}/README.txt", "about")
     for wnid in reversed(subset):
-        layouts.put(tmp_path / f"imagenet-{variant}/{wnid}/one.jpg", PICTURES[WNIDS.index(wnid)])
-    pictures = open_labelled(f"imagenet_{variant}@{tmp_path}", CONFIG)
-    assert len(pictures) == len(pictures.classes) == 200
-    assert pictures.labels.tolist() == list(range(200))
+        layouts.put(tmp_path / f"imagenet-{variant}/{wnid}/one.jpg", IMAGES[WNIDS.index(wnid)])
+    images = open_labelled(f"imagenet_{variant}@{tmp_path}", CONFIG)
+    assert len(images) == len(images.classes) == 200
+    assert images.labels.tolist() == list(range(200))
     # timm's list of the subset's rows among the 1,000: the image tells its own.
-    assert [layouts.number_of(pictures[n].picture) for n in range(200)] == sorted(rows)
-    assert pictures.classes == tuple(imagenet()[row] for row in sorted(rows))
+    assert [layouts.number_of(images[n].picture) for n in range(200)] == sorted(rows)
+    assert images.classes == tuple(imagenet()[row] for row in sorted(rows))
     shutil.rmtree(tmp_path / f"imagenet-{variant}" / subset[0])
     with pytest.raises(ValueError, match=re.escape("has 199 class folders instead of 200")):
         open_labelled(f"imagenet_{variant}@{tmp_path}", CONFIG)

@@ -12,8 +12,8 @@ import pytest
 import torchvision.datasets as peers
 
 from modstruct.config import DataConfig
+from modstruct.data.classification.prompts import ENSEMBLES, PAPER_TEMPLATE
 from modstruct.data.classification.registry import SETS, open_labelled
-from modstruct.data.classification.templates import ENSEMBLES, PAPER_TEMPLATE
 from modstruct.data.shards.faults import BadSample
 
 CONFIG = DataConfig(workers=0)
@@ -105,13 +105,13 @@ def test_caltech101_draws_30_of_each_class_for_training_and_tests_on_the_others(
 
 @pytest.mark.parametrize("name", ["dtd", "svhn", "stl10", "oxford_pets"])
 def test_a_set_survives_the_way_to_a_loader_process(tmp_path, name):
-    pictures = open_labelled(f"{name}@{getattr(layouts, name)(tmp_path)}", CONFIG)
-    sent = pickle.dumps(pictures)
+    images = open_labelled(f"{name}@{getattr(layouts, name)(tmp_path)}", CONFIG)
+    sent = pickle.dumps(images)
     assert len(sent) < 20_000  # pixels stay behind
     copy = pickle.loads(sent)
-    assert np.array_equal(np.asarray(copy[1].picture), np.asarray(pictures[1].picture))
-    assert copy[1].metadata == pictures[1].metadata
-    assert copy.fingerprint == pictures.fingerprint
+    assert np.array_equal(np.asarray(copy[1].picture), np.asarray(images[1].picture))
+    assert copy[1].metadata == images[1].metadata
+    assert copy.fingerprint == images.fingerprint
 
 
 def test_the_archives_own_folder_is_found_too(tmp_path):
@@ -127,8 +127,8 @@ def test_every_published_set_has_the_papers_template_first_and_an_ensemble_behin
         assert name.startswith("imagenet") or len(ENSEMBLES[name]) == len(set(ENSEMBLES[name])) >= 1
     sizes = {"cifar10": 18, "caltech101": 34, "dtd": 8, "stanford_cars": 8, "gtsrb": 3, "fgvc_aircraft": 2, "stl10": 2}
     assert {name: len(ENSEMBLES[name]) for name in sizes} == sizes  # as many as CLIP was released with
-    pictures = open_labelled(f"stl10@{layouts.stl10(tmp_path)}", CONFIG)
-    assert pictures.templates == (PAPER_TEMPLATE, "a photo of a {}.", "a photo of the {}.")
+    images = open_labelled(f"stl10@{layouts.stl10(tmp_path)}", CONFIG)
+    assert images.templates == (PAPER_TEMPLATE, "a photo of a {}.", "a photo of the {}.")
     assert all(template.count("{}") == 1 for listed in ENSEMBLES.values() for template in listed)
 
 
@@ -183,18 +183,18 @@ def test_a_damaged_file_is_named(tmp_path, name, file, content, message):
     assert str(refusal.value).startswith(f"{name}@{root}: ")
 
 
-def test_a_image_that_cannot_be_decoded_is_a_bad_sample(tmp_path):
+def test_an_image_that_cannot_be_decoded_is_a_bad_sample(tmp_path):
     root = layouts.dtd(tmp_path)
     layouts.put(root / "dtd/dtd/images/polka-dotted/polka-dotted_0003.jpg", b"no image")
-    pictures = open_labelled(f"dtd@{root}", CONFIG)
+    images = open_labelled(f"dtd@{root}", CONFIG)
     with pytest.raises(BadSample, match=r"undecodable image: .*polka-dotted_0003"):
-        pictures[0]
-    assert layouts.number_of(pictures[1].picture) == 4
+        images[0]
+    assert layouts.number_of(images[1].picture) == 4
     (root / "dtd/dtd/images/banded/banded_0004.jpg").unlink()
     with pytest.raises(BadSample, match=r"unreadable image: .*banded_0004"):
-        pictures[1]
+        images[1]
     with pytest.raises(IndexError, match="image 2 of 2 of dtd"):
-        pictures[2]
+        images[2]
 
 
 def test_the_largest_image_allowed_holds_for_arrays_and_files(tmp_path):

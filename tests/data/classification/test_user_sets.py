@@ -9,8 +9,8 @@ import published_layouts as layouts
 import pytest
 
 from modstruct.config import DataConfig
+from modstruct.data.classification.prompts import PAPER_TEMPLATE
 from modstruct.data.classification.registry import open_labelled, set_splits
-from modstruct.data.classification.templates import PAPER_TEMPLATE
 from modstruct.data.shards.faults import BadSample
 
 
@@ -26,37 +26,35 @@ def described(folder, text):
 def class_folders(folder, names="blue_tit jay"):
     for number, name in enumerate(names.split()):
         for copy in range(2):
-            layouts.put(folder / name / f"{copy}.png", layouts.picture(10 * number + copy))
+            layouts.put(folder / name / f"{copy}.png", layouts.image(10 * number + copy))
     return folder
 
 
-def read(pictures):
-    return [
-        (layouts.number_of(s.picture), s.metadata["label"]) for s in map(pictures.__getitem__, range(len(pictures)))
-    ]
+def read(images):
+    return [(layouts.number_of(s.picture), s.metadata["label"]) for s in map(images.__getitem__, range(len(images)))]
 
 
 def test_a_folder_of_class_folders_names_its_classes(tmp_path, config):
-    class_folders(tmp_path / "pictures")
-    layouts.put(tmp_path / "pictures/jay/notes.txt", "no image")
-    layouts.put(tmp_path / "pictures/.hidden/0.png", layouts.picture(1))
-    pictures = open_labelled(str(described(tmp_path, "images: images")), config)
-    assert (pictures.name, pictures.split) == ("birds", "test")
-    assert pictures.classes == ("blue tit", "jay")
-    assert pictures.templates == (PAPER_TEMPLATE,)
-    assert read(pictures) == [(0, 0), (1, 0), (10, 1), (11, 1)]
-    assert pictures[2].metadata["key"] == "jay/0.png"
-    same = open_labelled(f"folder@{tmp_path / 'pictures'}", config)
-    assert (same.name, same.fingerprint) == ("pictures", pictures.fingerprint)
+    class_folders(tmp_path / "images")
+    layouts.put(tmp_path / "images/jay/notes.txt", "no image")
+    layouts.put(tmp_path / "images/.hidden/0.png", layouts.image(1))
+    images = open_labelled(str(described(tmp_path, "images: images")), config)
+    assert (images.name, images.split) == ("birds", "test")
+    assert images.classes == ("blue tit", "jay")
+    assert images.templates == (PAPER_TEMPLATE,)
+    assert read(images) == [(0, 0), (1, 0), (10, 1), (11, 1)]
+    assert images[2].metadata["key"] == "jay/0.png"
+    same = open_labelled(f"folder@{tmp_path / 'images'}", config)
+    assert (same.name, same.fingerprint) == ("images", images.fingerprint)
 
 
 def test_classes_give_order_and_names_and_may_lack_images(tmp_path, config):
-    class_folders(tmp_path / "pictures")
+    class_folders(tmp_path / "images")
     text = 'images: images\ntemplates: ["a {} bird"]\nclasses: {jay: Eurasian jay, owl: owl, blue_tit: blue tit}'
-    pictures = open_labelled(str(described(tmp_path, text)), config)
-    assert pictures.classes == ("Eurasian jay", "owl", "blue tit")
-    assert pictures.templates == ("a {} bird",)
-    assert read(pictures) == [(10, 0), (11, 0), (0, 2), (1, 2)]
+    images = open_labelled(str(described(tmp_path, text)), config)
+    assert images.classes == ("Eurasian jay", "owl", "blue tit")
+    assert images.templates == ("a {} bird",)
+    assert read(images) == [(10, 0), (11, 0), (0, 2), (1, 2)]
 
 
 def test_splits_are_places_of_their_own(tmp_path, config):
@@ -74,42 +72,54 @@ def test_splits_are_places_of_their_own(tmp_path, config):
 
 def test_a_table_names_images_and_labels(tmp_path, config):
     for number in range(3):
-        layouts.put(tmp_path / f"table/files/{number}.png", layouts.picture(number))
-    layouts.put(tmp_path / "table/list.csv", "species,picture\nB,files/2.png\nA,files/0.png\nB,files/1.png\n")
+        layouts.put(tmp_path / f"table/files/{number}.png", layouts.image(number))
+    layouts.put(tmp_path / "table/list.csv", "species,image\nB,files/2.png\nA,files/0.png\nB,files/1.png\n")
     text = "images: table/list.csv\nlabel: species\nclasses: {A: jay, B: tit}"
     assert read(open_labelled(str(described(tmp_path, text)), config)) == [(2, 1), (0, 0), (1, 1)]
-    layouts.put(tmp_path / "table/list.csv", "label,picture\n1,files/2.png\n0,files/0.png\n")
+    layouts.put(tmp_path / "table/list.csv", "label,image\n1,files/2.png\n0,files/0.png\n")
     text = "images: table/list.csv\nclasses: [jay, tit]"
     assert read(open_labelled(str(described(tmp_path, text)), config)) == [(2, 1), (0, 0)]
+
+
+def test_the_former_names_of_key_and_column_are_read_with_a_notice(tmp_path, config, caplog):
+    for number in range(2):
+        layouts.put(tmp_path / f"{number}.png", layouts.image(number))
+    layouts.put(tmp_path / "list.csv", "picture,label\n1.png,0\n0.png,1\n")
+    path = described(tmp_path, "pictures: list.csv\nclasses: [jay, tit]")
+    assert read(open_labelled(str(path), config)) == [(1, 0), (0, 1)]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path}: the key 'pictures' is now called 'images'; the old name is still read",
+        f"{tmp_path / 'list.csv'}: the column 'picture' is now called 'image'; the old name is still read",
+    ]
 
 
 def test_shards_hold_labels_in_cls_or_in_metadata(tmp_path, config):
     members = []
     for number, colour in enumerate(["red", "blue", None, "red"]):
         about = json.dumps({"colour": colour, "place": number}).encode()
-        members += [(f"{number}.png", layouts.picture(number)), (f"{number}.cls", b"%d" % (number % 2))]
+        members += [(f"{number}.png", layouts.image(number)), (f"{number}.cls", b"%d" % (number % 2))]
         members += [(f"{number}.txt", b"a thing"), (f"{number}.json", about)]
     layouts.tar(tmp_path / "data/0.tar", members)
     text = "images: data/*.tar\nclasses: [even, odd]"
     assert read(open_labelled(str(described(tmp_path, text)), config)) == [(0, 0), (1, 1), (2, 0), (3, 1)]
     text = "images: 'data/{0..0}.tar'\nlabel: colour\nclasses: {blue: blue, red: deep red}"
-    pictures = open_labelled(str(described(tmp_path, text)), config)
-    assert read(pictures) == [(0, 1), (1, 0), (2, -1), (3, 1)]
-    assert pictures[3].metadata == {"colour": "red", "place": 3, "label": 1, "key": "3"}
-    assert pictures[3].captions == ["a thing"]
+    images = open_labelled(str(described(tmp_path, text)), config)
+    assert read(images) == [(0, 1), (1, 0), (2, -1), (3, 1)]
+    assert images[3].metadata == {"colour": "red", "place": 3, "label": 1, "key": "3"}
+    assert images[3].captions == ["a thing"]
     class_file = layouts.put(tmp_path / "colours.yaml", text.split("\n", 1)[1] + '\ntemplates: ["a {} thing"]')
     other = open_labelled(f"{class_file}@{tmp_path / 'data/*.tar'}", config)
-    assert (other.name, other.templates, read(other)) == ("colours", ("a {} thing",), read(pictures))
+    assert (other.name, other.templates, read(other)) == ("colours", ("a {} thing",), read(images))
 
 
 def test_a_label_that_is_no_class_is_refused_when_it_is_read(tmp_path, config):
     about = json.dumps({"colour": "green"}).encode()
-    layouts.tar(tmp_path / "0.tar", [("0.png", layouts.picture(0)), ("0.txt", b"a thing"), ("0.json", about)])
-    pictures = open_labelled(
+    layouts.tar(tmp_path / "0.tar", [("0.png", layouts.image(0)), ("0.txt", b"a thing"), ("0.json", about)])
+    images = open_labelled(
         str(described(tmp_path, "images: 0.tar\nlabel: colour\nclasses: {red: red, blue: blue}")), config
     )
     with pytest.raises(ValueError, match=r"colour = 'green' of a sample is not among the classes red, blue"):
-        pictures[0]
+        images[0]
 
 
 @pytest.mark.parametrize(
@@ -142,9 +152,9 @@ def test_a_wrong_file_is_refused_by_key_value_and_remedy(tmp_path, config, text,
     for name in ("a", "b"):
         (tmp_path / "bare" / name).mkdir(parents=True)
     layouts.put(tmp_path / "wrong.csv", "file,label\n1,a\n")
-    layouts.put(tmp_path / "other.csv", "picture,label\none/jay/0.png,x\n")
-    layouts.put(tmp_path / "away.csv", "picture,label\n../../jay.png,1\n")
-    layouts.put(tmp_path / "gone.csv", "picture,label\none/jay/7.png,1\n")
+    layouts.put(tmp_path / "other.csv", "image,label\none/jay/0.png,x\n")
+    layouts.put(tmp_path / "away.csv", "image,label\n../../jay.png,1\n")
+    layouts.put(tmp_path / "gone.csv", "image,label\none/jay/7.png,1\n")
     with pytest.raises(ValueError, match=message):
         open_labelled(str(described(tmp_path, text)), config)
 
@@ -154,9 +164,9 @@ def test_a_missing_file_is_named(tmp_path, config):
         open_labelled(str(tmp_path / "none.yaml"), config)
 
 
-def test_a_image_without_permission_is_a_bad_sample(tmp_path, config):
-    class_folders(tmp_path / "pictures")
-    pictures = open_labelled(str(described(tmp_path, "images: images")), config)
-    os.unlink(tmp_path / "pictures/jay/0.png")
+def test_an_image_without_permission_is_a_bad_sample(tmp_path, config):
+    class_folders(tmp_path / "images")
+    images = open_labelled(str(described(tmp_path, "images: images")), config)
+    os.unlink(tmp_path / "images/jay/0.png")
     with pytest.raises(BadSample, match=r"unreadable image: .*jay/0.png"):
-        pictures[2]
+        images[2]

@@ -12,7 +12,7 @@ from crafted_shards import LengthTokenizer, config, number_of, opened, picture, 
 from modstruct.config import DataConfig, Source
 from modstruct.data.shards.evaluation_samples import EvaluationSamples, evaluation_loader, train_captions
 from modstruct.data.shards.faults import BadSample
-from modstruct.data.shards.loader import train_loader
+from modstruct.data.shards.loader import BatchContents, BatchPlan, train_loader
 from modstruct.data.shards.reader import ShardReader
 from modstruct.data.shards.samples import open_samples
 
@@ -106,9 +106,7 @@ def test_real_shards_are_read_whole(tmp_path):
     for number in range(0, 8006, 400):
         raw = reader.read(number)
         assert (raw.metadata["key"], raw.metadata["caption"]) == (raw.key.rpartition("/")[2], raw.caption)
-    loader = train_loader(
-        samples, data, views(64), LengthTokenizer(), (), global_batch=64, seed=0, start_step=120, stop_step=128
-    )
+    loader = train_loader(samples, data, BatchContents(views(64), LengthTokenizer()), BatchPlan(64, 0, 120, 128))
     for batch in loader:  # across the end of the first epoch
         assert batch.tensors["image"].shape == (64, 3, 64, 64)
         assert batch.faults == []

@@ -35,7 +35,7 @@ from modstruct.config import Source, ViewsConfig
 from modstruct.data.shards import loader as loader_module
 from modstruct.data.shards import workers as workers_module
 from modstruct.data.shards.faults import TooManyBadSamples
-from modstruct.data.shards.loader import EXTRA_FIELDS, TrainBatch, train_loader, train_order
+from modstruct.data.shards.loader import EXTRA_FIELDS, BatchContents, BatchPlan, TrainBatch, train_loader, train_order
 from modstruct.data.shards.samples import open_samples
 from modstruct.data.transforms.augment import Views
 from modstruct.errors import RunError
@@ -56,21 +56,10 @@ def load(
     tokenizer=None,
     micro_batch=None,
 ):
-    loader = train_loader(
-        samples,
-        data,
-        views(),
-        tokenizer or LengthTokenizer(),
-        extra,
-        global_batch=batch,
-        seed=seed,
-        start_step=start,
-        stop_step=stop,
-        micro_batch=micro_batch,
-        process=process,
-        processes=processes,
-    )
-    assert len(loader) == (stop - start) * loader.dataset.parts
+    contents = BatchContents(views(), tokenizer or LengthTokenizer(), extra)
+    plan = BatchPlan(batch, seed, start, stop, micro_batch)
+    loader = train_loader(samples, data, contents, plan, process, processes)
+    assert len(loader) == (stop - start) * loader.parts
     return list(loader)
 
 
@@ -267,9 +256,7 @@ def test_no_worker_is_left_when_the_loop_ends_early(tmp_path):
     data = config(tmp_path, workers=1)
     samples = opened(write_shards(tmp_path, [20]), data)
     before = set(active_children())
-    loader = train_loader(
-        samples, data, views(), LengthTokenizer(), BOTH, global_batch=4, seed=0, start_step=0, stop_step=10_000
-    )
+    loader = train_loader(samples, data, BatchContents(views(), LengthTokenizer(), BOTH), BatchPlan(4, 0, 0, 10_000))
     for _ in loader:
         break
     assert set(active_children()) == before
@@ -278,15 +265,7 @@ def test_no_worker_is_left_when_the_loop_ends_early(tmp_path):
 def test_others_take_up_the_work_of_killed_workers(damaged, caplog):
     samples, data = damaged
     loader = train_loader(
-        samples,
-        replace(data, workers=2),
-        views(),
-        LengthTokenizer(),
-        BOTH,
-        global_batch=12,
-        seed=3,
-        start_step=0,
-        stop_step=12,
+        samples, replace(data, workers=2), BatchContents(views(), LengthTokenizer(), BOTH), BatchPlan(12, 3, 0, 12)
     )
     before = set(active_children())
     batches = []
@@ -303,9 +282,7 @@ def test_others_take_up_the_work_of_killed_workers(damaged, caplog):
 def test_workers_that_die_again_and_again_end_the_run_with_a_clear_error(tmp_path):
     data = config(tmp_path, workers=1)
     samples = opened(write_shards(tmp_path, [20]), data)
-    loader = train_loader(
-        samples, data, DeadlyViews(8), LengthTokenizer(), (), global_batch=4, seed=0, start_step=0, stop_step=9
-    )
+    loader = train_loader(samples, data, BatchContents(DeadlyViews(8), LengthTokenizer()), BatchPlan(4, 0, 0, 9))
     with pytest.raises(RunError, match=r"^data\.workers = 1: a loader process was lost .*, 4 in a row; give fewer"):
         list(loader)
 
@@ -399,9 +376,7 @@ def test_workers_outlive_the_signals_that_end_a_run(damaged):
     alone = load(samples, data, stop=12)
     data.workers = 2
     before = set(active_children())
-    loader = train_loader(
-        samples, data, views(), LengthTokenizer(), BOTH, global_batch=12, seed=3, start_step=0, stop_step=12
-    )
+    loader = train_loader(samples, data, BatchContents(views(), LengthTokenizer(), BOTH), BatchPlan(12, 3, 0, 12))
     batches = iter(loader)
     workers = set(active_children()) - before
     assert len(workers) == 2
@@ -437,13 +412,12 @@ def test_workers_end_with_the_process_however_it_ends(tmp_path, last_act, status
         import multiprocessing, os, signal
         from pathlib import Path
         from crafted_shards import LengthTokenizer, config, opened, views
-        from modstruct.data.shards.loader import train_loader
+        from modstruct.data.shards.loader import BatchContents, BatchPlan, train_loader
 
         if __name__ == "__main__":
             data = config(Path({str(tmp_path)!r}), workers=1)
             samples = opened({str(tmp_path / "shard-*.tar")!r}, data)
-            loader = train_loader(samples, data, views(), LengthTokenizer(), (), global_batch=8, seed=0,
-                                  start_step=0, stop_step=100_000)
+            loader = train_loader(samples, data, BatchContents(views(), LengthTokenizer()), BatchPlan(8, 0, 0, 100_000))
             unstarted, batches = iter(loader), iter(loader)
             next(batches)
             print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
@@ -465,7 +439,5 @@ def test_workers_end_with_the_process_however_it_ends(tmp_path, last_act, status
 
 def test_a_loader_can_be_sent_to_a_worker(damaged):
     samples, data = damaged
-    loader = train_loader(
-        samples, data, views(), LengthTokenizer(), BOTH, global_batch=12, seed=3, start_step=0, stop_step=1
-    )
+    loader = train_loader(samples, data, BatchContents(views(), LengthTokenizer(), BOTH), BatchPlan(12, 3, 0, 1))
     assert len(pickle.dumps(loader.dataset)) < 20_000

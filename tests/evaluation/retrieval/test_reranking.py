@@ -9,10 +9,11 @@ from tiny_fusion import fusion_model, fusion_recipe
 from tiny_models import CAPTIONS, pictures, word_tokenizer
 
 from modstruct.errors import RunError
+from modstruct.evaluation.embeddings.in_memory import EmbeddedPairs
 from modstruct.evaluation.retrieval.exact import items_ahead
 from modstruct.evaluation.retrieval.metrics import recall_metrics
 from modstruct.evaluation.retrieval.nearest import nearest
-from modstruct.evaluation.retrieval.reranking import ahead_after, reranked_retrieval
+from modstruct.evaluation.retrieval.reranking import Reranking, ahead_after, reranked_retrieval
 
 
 def plain_ahead(candidates: list[int], scores: list[float], positives: set[int], before: int) -> int:
@@ -58,20 +59,9 @@ def test_both_stages_are_as_a_plain_program_has_them(candidates, by):
     image = model({"image": images})["image"].numpy()
     text = model({"text": word_tokenizer()(captions)})["text"].numpy()
     pairs = np.array([[0, 0], [1, 1], [2, 2], [3, 3], [4, 0]])
-    found = reranked_retrieval(
-        model,
-        iter(images.split(2)),
-        captions,
-        word_tokenizer(),
-        image,
-        text,
-        pairs,
-        candidates,
-        by,
-        [1, 2],
-        2,
-        torch.device("cpu"),
-    )
+    embedded, settings = EmbeddedPairs(image, text, pairs, captions), Reranking(candidates, by, [1, 2], 2)
+    batches = iter(images.split(2))
+    found = reranked_retrieval(model, batches, word_tokenizer(), embedded, settings, torch.device("cpu"))
     scores = np.array([[matched(model, picture, caption) for caption in captions] for picture in images])
     if by == "both":
         scores += float(model.logit_scale.exp()) * image @ text.T
@@ -97,10 +87,10 @@ def test_all_candidates_and_a_perfect_matching_find_everything():
 
 
 @torch.no_grad()
-def test_a_image_that_is_lost_between_the_stages_ends_the_measurement():
+def test_an_image_that_is_lost_between_the_stages_ends_the_measurement():
     model, captions = fusion_model(fusion_recipe()).eval(), list(CAPTIONS[:4])
     image, text = np.eye(5, 8, dtype=np.float32), np.eye(4, 8, dtype=np.float32)
     found = iter([pictures(16, 2, 3), pictures(16, 2, 4)])
-    one, cpu = np.array([[0, 0]]), torch.device("cpu")
+    embedded = EmbeddedPairs(image, text, np.array([[0, 0]]), captions)
     with pytest.raises(RunError, match="4 instead of 5"):
-        reranked_retrieval(model, found, captions, word_tokenizer(), image, text, one, 2, "both", [1], 2, cpu)
+        reranked_retrieval(model, found, word_tokenizer(), embedded, Reranking(2, "both", [1], 2), torch.device("cpu"))

@@ -87,13 +87,13 @@ def test_scenes_are_a_labelled_set_with_splits(scenes, label, values):
     config, folder = scenes
     sizes = {}
     for split in set_splits(f"scenes_{label}@{folder}"):
-        pictures = open_labelled(f"scenes_{label}:{split}@{folder}", config)
-        sizes[split] = len(pictures)
-        assert pictures.classes == tuple(values)
-        labels = [pictures[number].metadata["label"] for number in range(len(pictures))]
+        images = open_labelled(f"scenes_{label}:{split}@{folder}", config)
+        sizes[split] = len(images)
+        assert images.classes == tuple(values)
+        labels = [images[number].metadata["label"] for number in range(len(images))]
         assert set(labels) - {-1}
         for number, row in enumerate(labels):
-            sample = pictures[number]
+            sample = images[number]
             assert sample.metadata[label] == (None if row < 0 else values[row])
             assert sample.metadata["key"] == f"{split}-{number:09d}"
             assert sample.captions == [sample.metadata["caption"]]
@@ -107,11 +107,11 @@ def test_scenes_are_a_labelled_set_with_splits(scenes, label, values):
 def test_a_set_goes_through_the_loader_that_evaluation_reads_with(tmp_path):
     root = layouts.oxford_pets(tmp_path)
     layouts.put(root / "oxford-iiit-pet/images/wheaten_terrier_5.jpg", b"no image")
-    pictures = open_labelled(f"oxford_pets@{root}", DataConfig(workers=0))
+    images = open_labelled(f"oxford_pets@{root}", DataConfig(workers=0))
     views = Views(ViewsConfig(), 8)
-    batches = list(evaluation_loader(pictures, views, 2))
+    batches = list(evaluation_loader(images, views, 2))
     assert [batch.indices.tolist() for batch in batches] == [[1], [2]]
     assert [cause for batch in batches for cause, _ in batch.faults] == ["undecodable image"]
     assert [fields["label"] for batch in batches for fields in batch.metadata] == [0, 1]
-    assert all(torch.equal(b.image[0], views.evaluation_image(pictures[int(b.indices)].picture)) for b in batches)
+    assert all(torch.equal(b.image[0], views.evaluation_image(images[int(b.indices)].picture)) for b in batches)
     json.dumps([batch.metadata for batch in batches])

@@ -1,0 +1,341 @@
+"""Sets published as pixel arrays: CIFAR (Krizhevsky 2009), SVHN (Netzer et al. 2011), STL-10 (Coates et al. 2011).
+
+CIFAR is read in both published forms, "python version" and "binary version". The python version is pickles, which are
+read without unpickling, since that may run any code: a small machine follows the few instructions that dictionaries,
+lists, texts, numbers and numpy's arrays of bytes are written with, by Python 2 or 3, and refuses any other.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickletools
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modstruct.data.classification.labelled_images import FoundImages, ImageArray
+from modstruct.data.classification.prompts import readable
+from modstruct.data.classification.set_folder import SetFolder
+
+CIFAR_SIDE = 32
+CIFAR_PIXELS = 3 * CIFAR_SIDE**2
+LARGEST_BATCH_BYTES = 1 << 30  # CIFAR-100's train file, the largest, takes 155 MB
+STL10_SIDE = 96
+VALUES = {"INT", "LONG", "LONG1", "LONG4", "BININT", "BININT1", "BININT2", "FLOAT", "BINFLOAT"}
+VALUES |= {"STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"}
+VALUES |= {"BINBYTES", "SHORT_BINBYTES", "BINBYTES8"}
+CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+SKIPPED = ("PROTO", "FRAME")
+
+
+@dataclass(frozen=True)
+class _CifarVersion:
+    """How the files of a set are called and laid out."""
+
+    pickles: str
+    """Folder of the python version."""
+    binary: str
+    """Folder of the binary version."""
+    batches: dict[str, tuple[str, ...]]
+    """Files of each split, in the binary version with .bin behind their names."""
+    label_key: str
+    """Of the labels in a pickle."""
+    names: tuple[str, str, str]
+    """Pickle with the names of the classes, the key of them in it, and the binary version's file of names."""
+    label_bytes: int
+    """Before the pixels of an image in the binary version; the last of them is the label."""
+
+
+_CIFAR10 = _CifarVersion(
+    "cifar-10-batches-py",
+    "cifar-10-batches-bin",
+    {"train": tuple(f"data_batch_{number}" for number in range(1, 6)), "test": ("test_batch",)},
+    "labels",
+    ("batches.meta", "label_names", "batches.meta.txt"),
+    1,
+)
+_CIFAR100 = _CifarVersion(
+    "cifar-100-python",
+    "cifar-100-binary",
+    {"train": ("train",), "test": ("test",)},
+    "fine_labels",
+    ("meta", "fine_label_names", "fine_label_names.txt"),
+    2,
+)
+
+
+def read_cifar10(place: SetFolder, split: str) -> FoundImages:
+    """50,000 images for training and 10,000 for test, 32 x 32, of ten classes."""
+    return _read_cifar(place, split, _CIFAR10)
+
+
+def read_cifar100(place: SetFolder, split: str) -> FoundImages:
+    """50,000 images for training and 10,000 for test, 32 x 32, of a hundred ("fine") classes."""
+    return _read_cifar(place, split, _CIFAR100)
+
+
+def _read_cifar(place: SetFolder, split: str, version: _CifarVersion) -> FoundImages:
+    pickled = any((place.root / folder / version.names[0]).exists() for folder in (version.pickles, "."))
+    if pickled:
+        folder = place.folder_with(version.names[0], version.pickles)
+        content = _unpickled(place, folder / version.names[0])
+        names = content.get(version.names[1])
+        if not isinstance(names, list) or not all(isinstance(name, bytes | str) for name in names):
+            place.refuse(f"{folder / version.names[0]} has no list {version.names[1]!r} of names")
+        classes = [name.decode("utf-8", "replace") if isinstance(name, bytes) else name for name in names]
+        files = tuple(folder / name for name in version.batches[split])
+        labels = np.concatenate([_pickled_batch(place, version, file)[1] for file in files])
+        load = partial(_pickled_pixels, place, version, files)
+    else:
+        folder = place.folder_with(version.names[2], version.binary, version.pickles)
+        classes = place.lines(folder / version.names[2])
+        files = tuple(folder / f"{name}.bin" for name in version.batches[split])
+        labels = np.concatenate([_rows(place, version, file)[:, version.label_bytes - 1] for file in files])
+        load = partial(_binary_pixels, place, version, files)
+    if labels.max() >= len(classes) or labels.min() < 0:
+        place.refuse(f"a label of {files[0].name} is outside the {len(classes)} classes of {folder}")
+    return FoundImages(ImageArray(load, f"{split}/"), labels, [readable(name) for name in classes])
+
+
+def _binary_pixels(place: SetFolder, version: _CifarVersion, files: tuple[Path, ...]) -> np.ndarray:
+    return _as_images(np.concatenate([_rows(place, version, file)[:, version.label_bytes :] for file in files]))
+
+
+def _pickled_pixels(place: SetFolder, version: _CifarVersion, files: tuple[Path, ...]) -> np.ndarray:
+    return _as_images(np.concatenate([_pickled_batch(place, version, file)[0] for file in files]))
+
+
+def _as_images(rows: np.ndarray) -> np.ndarray:
+    """(n, 3072), channel by channel -> (n, 32, 32, 3)."""
+    return rows.reshape(-1, 3, CIFAR_SIDE, CIFAR_SIDE).transpose(0, 2, 3, 1)
+
+
+def _rows(place: SetFolder, version: _CifarVersion, file: Path) -> np.ndarray:
+    """(n, label bytes + 3072) of a file of the binary version, memory-mapped."""
+    width = version.label_bytes + CIFAR_PIXELS
+    if not file.is_file():
+        place.refuse(f"there is no file {file}")
+    size = file.stat().st_size
+    if size == 0 or size % width:
+        place.refuse(f"{file} has {size} bytes, no multiple of the {width} of an image: it is damaged or cut off")
+    return np.memmap(file, np.uint8, "r").reshape(-1, width)
+
+
+def _pickled_batch(place: SetFolder, version: _CifarVersion, file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels (n, 3072) and labels (n,) of a file of the python version."""
+    content = _unpickled(place, file)
+    pixels, labels = content.get("data"), content.get(version.label_key)
+    array = pixels.as_bytes() if isinstance(pixels, PickledArray) else None
+    if array is None or array.ndim != 2 or array.shape[1] != CIFAR_PIXELS or not len(array):
+        place.refuse(f"{file} has no array of bytes (images, {CIFAR_PIXELS}) by the key 'data'")
+    numbers = labels if isinstance(labels, list) else []
+    if len(numbers) != len(array) or not all(type(label) is int and 0 <= label < 1 << 16 for label in numbers):
+        place.refuse(f"{file} has no list of {len(array)} labels by the key {version.label_key!r}")
+    return array, np.array(numbers, dtype=np.int64)
+
+
+def _unpickled(place: SetFolder, file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        place.refuse(f"there is no file {file}")
+    if file.stat().st_size > LARGEST_BATCH_BYTES:
+        place.refuse(f"{file} is larger than {LARGEST_BATCH_BYTES >> 20} MiB, as no published file is")
+    try:
+        content = read_pickled(file)
+    except (OSError, ValueError) as error:
+        place.refuse(f"{file} is no pickle of plain values and arrays of bytes ({error})")
+    if not isinstance(content, dict):
+        place.refuse(f"{file} holds no dictionary")
+    return {key.decode("latin-1") if isinstance(key, bytes) else str(key): value for key, value in content.items()}
+
+
+def read_svhn(place: SetFolder, split: str) -> FoundImages:
+    """Cropped digits, 32 x 32: 73,257 for training, 26,032 for test. The file's label 10 is the digit 0."""
+    file = place.folder_with(f"{split}_32x32.mat", "svhn") / f"{split}_32x32.mat"
+    (labels,) = place.matlab(file, "y")
+    if not np.issubdtype(labels.dtype, np.number) or labels.ndim != 1 or not np.isin(labels, range(1, 11)).all():
+        place.refuse(f"{file} has labels other than 1 to 10")
+    store = ImageArray(partial(_svhn_pixels, place, file), f"{split}/")
+    if len(store) != len(labels):
+        place.refuse(f"{file} has {len(store)} images and {len(labels)} labels")
+    return FoundImages(store, labels.astype(np.int64) % 10, [str(digit) for digit in range(10)])
+
+
+def read_stl10(place: SetFolder, split: str) -> FoundImages:
+    """Images of ten classes, 96 x 96: 5,000 for training, 8,000 for test."""
+    folder = place.folder_with("class_names.txt", "stl10_binary")
+    classes = [readable(name) for name in place.lines(folder / "class_names.txt")]
+    store = ImageArray(partial(_stl10_pixels, place, folder / f"{split}_X.bin"), f"{split}/")
+    labels = _bytes(place, folder / f"{split}_y.bin").astype(np.int64) - 1
+    if len(labels) != len(store):
+        place.refuse(f"{folder} has {len(store)} images and {len(labels)} labels of the split {split}")
+    if labels.min() < 0 or labels.max() >= len(classes):
+        place.refuse(f"{folder / f'{split}_y.bin'} has a label outside 1 to {len(classes)}")
+    return FoundImages(store, labels, classes)
+
+
+def _svhn_pixels(place: SetFolder, file: Path) -> np.ndarray:
+    (pixels,) = place.matlab(file, "X")
+    if pixels.ndim == 3:  # a single image
+        pixels = pixels[..., None]
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[2] != 3:
+        place.refuse(f"{file} has no pixels (height, width, 3, images) of bytes")
+    return pixels.transpose(3, 0, 1, 2)
+
+
+def _stl10_pixels(place: SetFolder, file: Path) -> np.ndarray:
+    content, image_bytes = _bytes(place, file), 3 * STL10_SIDE**2
+    if len(content) % image_bytes:
+        place.refuse(f"{file} has {len(content)} bytes, no multiple of the {image_bytes} of an image: it is cut off")
+    # Channel by channel, and each channel column by column.
+    return content.reshape(-1, 3, STL10_SIDE, STL10_SIDE).transpose(0, 3, 2, 1)
+
+
+def _bytes(place: SetFolder, file: Path) -> np.ndarray:
+    """The content of a file, memory-mapped, (bytes,)."""
+    if not file.is_file() or not file.stat().st_size:
+        place.refuse(f"{file} is {'empty' if file.exists() else 'not there'}")
+    return np.memmap(file, np.uint8, "r")
+
+
+class PickledArray:
+    """What a pickle makes by numpy's _reconstruct or dtype: the arguments of the call, and the state set on it."""
+
+    def __init__(self, arguments: tuple):
+        self.arguments, self.state = arguments, None
+
+    def as_bytes(self) -> np.ndarray | None:
+        """The array of uint8 that numpy's state (version, shape, dtype, Fortran order, content) describes, or None."""
+        if not isinstance(self.state, tuple) or len(self.state) != 5:
+            return None
+        _, shape, kind, fortran, content = self.state
+        if not isinstance(kind, PickledArray) or kind.arguments[:1] not in ((b"u1",), ("u1",)):
+            return None
+        if isinstance(content, str):  # as Python 2's byte strings are read
+            content = content.encode("latin-1")
+        whole = isinstance(shape, tuple) and all(type(side) is int and side >= 0 for side in shape)
+        if not whole or not isinstance(content, bytes) or math.prod(shape) != len(content):
+            return None
+        return np.frombuffer(content, np.uint8).reshape(shape, order="F" if fortran is True else "C")
+
+
+def read_pickled(path: Path) -> Any:
+    """The value in a pickle; arrays in it are PickledArrays, byte strings of Python 2 are Latin-1 texts.
+
+    Raises ValueError that says what is wrong with it, or OSError. Memory: three times the file.
+    """
+    try:
+        return _Machine().run(io.BytesIO(path.read_bytes()))
+    except OSError:
+        raise
+    except Exception as error:  # of a damaged one, an instruction may find nearly anything on the stack
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+
+
+class _Machine:
+    """The stack of a pickle, by parts: each mark begins another."""
+
+    def __init__(self):
+        self.stack: list[Any] = []
+        self.below: list[list[Any]] = []
+        self.memo: dict[int, Any] = {}
+
+    def run(self, content: io.BytesIO) -> Any:
+        for opcode, argument, _ in pickletools.genops(content):
+            if opcode.name == "STOP":
+                return self.stack.pop()
+            self.step(opcode.name, argument)
+        raise ValueError("it has no end")
+
+    def step(self, name: str, argument: Any) -> None:
+        stack = self.stack
+        if name in VALUES:
+            stack.append(argument)
+        elif name in CONSTANTS:
+            stack.append(CONSTANTS[name])
+        elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            self.memo[len(self.memo) if argument is None else argument] = stack[-1]
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(self.memo[argument])
+        elif name == "MARK":
+            self.below.append(stack)
+            self.stack = []
+        elif name in ("EMPTY_TUPLE", "EMPTY_LIST", "EMPTY_DICT"):
+            stack.append({"EMPTY_TUPLE": (), "EMPTY_LIST": [], "EMPTY_DICT": {}}[name])
+        elif name in TUPLES:
+            stack[-TUPLES[name] :] = [tuple(stack[-TUPLES[name] :])]
+        elif name == "TUPLE":
+            self.since_mark().append(tuple(stack))
+        elif name == "LIST":
+            self.since_mark().append(stack)
+        elif name == "DICT":
+            self.since_mark().append(_entries(stack))
+        elif name == "APPEND":
+            value = stack.pop()
+            _of_kind(stack[-1], list).append(value)
+        elif name == "APPENDS":
+            _of_kind(self.since_mark()[-1], list).extend(stack)
+        elif name == "SETITEM":
+            entry = _entries(stack[-2:])
+            del stack[-2:]
+            _of_kind(stack[-1], dict).update(entry)
+        elif name == "SETITEMS":
+            _of_kind(self.since_mark()[-1], dict).update(_entries(stack))
+        elif name == "GLOBAL":
+            stack.append(_maker(*argument.split(" ")))
+        elif name == "STACK_GLOBAL":
+            called, module = stack.pop(), stack.pop()
+            stack.append(_maker(module, called))
+        elif name == "REDUCE":
+            arguments, maker = _of_kind(stack.pop(), tuple), stack.pop()
+            stack.append(_of_kind(maker, _Maker).make(arguments))
+        elif name == "BUILD":
+            state = stack.pop()
+            _of_kind(stack[-1], PickledArray).state = state
+        elif name not in SKIPPED:
+            raise ValueError(f"it has the instruction {name}")
+
+    def since_mark(self) -> list[Any]:
+        """Drops the part of the stack since the last mark and returns the one below, which goes on."""
+        self.stack = self.below.pop()
+        return self.stack
+
+
+class _Maker:
+    """Stands for one of the functions that arrays are made by."""
+
+    def __init__(self, encodes: bool):
+        self.encodes = encodes
+
+    def make(self, arguments: tuple) -> PickledArray | bytes:
+        if not self.encodes:
+            return PickledArray(arguments)
+        text, encoding = arguments  # bytes, as Python 3 writes them for Python 2
+        if encoding != "latin1":
+            raise ValueError(f"bytes are encoded by {encoding!r}")
+        return _of_kind(text, str).encode("latin-1")
+
+
+def _maker(module: str, name: str) -> _Maker:
+    if (module, name) == ("_codecs", "encode"):
+        return _Maker(encodes=True)
+    if module.partition(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype"):
+        return _Maker(encodes=False)
+    raise ValueError(f"it asks for {module}.{name}")
+
+
+def _entries(values: list[Any]) -> dict[Any, Any]:
+    """Keys and values in turn. Keys are plain: a few tuples of tuples would take for ever to hash."""
+    if any(type(key) not in (str, bytes, int) for key in values[::2]):
+        raise ValueError("a key is neither text nor number")
+    return dict(zip(values[::2], values[1::2], strict=True))
+
+
+def _of_kind(value: Any, kind: type) -> Any:
+    if type(value) is not kind:
+        raise ValueError(f"a {type(value).__name__} stands where a {kind.__name__} belongs")
+    return value
