@@ -9,10 +9,10 @@ By perceptual hash, then a second look at thumbnails; with the embeddings of bot
 
 Into --out go leakage.json (shares and pairs), leakage.npz, examples/ with the images side by side, and
 leaked_keys.jsonl, the keys that evaluation can leave out (modstruct.evaluation.leakage.result). Thumbnails and
-hashes are made once a source, in --cache; stopped, the program goes on where it was when it is called again.
+hashes are made once a source, in --cache; an interrupted run is resumed by the same command.
 
---hamming and --difference: tools/benchmarks/leakage.py measures what they find and miss on your data. A pair counts if
-both hold. --cosine: what counts as near depends on the model; look at the images before you trust a figure by it.
+--hamming and --difference: tools/benchmarks/leakage.py measures what they find and miss on your data. A pair must be
+within both. --cosine: what is near depends on the model; look at the images before you trust a share by embedding.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from modstruct.data.shards.evaluation_samples import EvaluationSamples
 from modstruct.errors import RunError
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.leakage.duplicates import Thresholds, find_duplicates
-from modstruct.evaluation.leakage.prints import Prints, make_prints, rows_by_key, source_fingerprint
-from modstruct.evaluation.leakage.result import write_result
+from modstruct.evaluation.leakage.prints import Prints, make_prints, rows_by_key
+from modstruct.evaluation.leakage.result import Comparison, write_result
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -69,7 +69,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
 
 
 def find(options: argparse.Namespace) -> dict:
-    """Make the hashes that are missing, compare, and write the results. Raises ValueError, RunError and OSError."""
+    """Make missing hashes, compare, and write the results. Raises ValueError, RunError and OSError."""
     start = time.monotonic()
     thresholds = Thresholds(options.hamming, options.difference, options.cosine, options.mirrored, options.listed)
     embedded = _embedded(options)
@@ -81,11 +81,11 @@ def find(options: argparse.Namespace) -> dict:
         allow_pipe=options.allow_pipe,
     )
     samples, prints = {}, {}
-    for name in ("evaluation", "train"):  # the smaller first: what is wrong with the command shows soon
+    for name in ("evaluation", "train"):  # the smaller first: an error in the command shows early
         sources = [Source(pattern) for pattern in getattr(options, name)]
         samples[name] = EvaluationSamples(sources, config, name, progress=True)
     for name, source in samples.items():
-        folder = Path(options.cache).expanduser() / "prints" / source_fingerprint(source)
+        folder = Path(options.cache).expanduser() / "prints" / source.fingerprint
         prints[name] = make_prints(source, folder, name, progress=True)
         print(f"{name}: {len(prints[name]):,} images, {prints[name].skipped:,} left out; hashes in {folder}")
     embeddings = None
@@ -97,19 +97,15 @@ def find(options: argparse.Namespace) -> dict:
     result = write_result(
         options.out,
         options.name or options.out.resolve().name,
-        found,
-        prints["evaluation"],
-        prints["train"],
-        thresholds,
-        with_embeddings=embedded is not None,
-        pictures=(samples["evaluation"], samples["train"]),
+        Comparison(prints["evaluation"], prints["train"], thresholds, embedded is not None, found),
+        samples=(samples["evaluation"], samples["train"]),
         examples=options.examples,
         command=sys.argv,
         seconds=round(time.monotonic() - start, 3),
     )
-    for way, figure in result["figures"].items():
-        count = round(figure["value"] * figure["rows"])
-        print(f"{way:13} {figure['value']:8.2%}   {count:,} of {figure['rows']:,} evaluation images")
+    for way, share in result["figures"].items():
+        count = round(share["value"] * share["rows"])
+        print(f"{way:13} {share['value']:8.2%}   {count:,} of {share['rows']:,} evaluation images")
     print(f"written to {options.out}")
     return result
 

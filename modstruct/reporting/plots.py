@@ -21,6 +21,12 @@ LONGEST_FAMILY_GROUP = 24
 """Rows of a group in which families are looked for: numbers in the names of many classes are no axis."""
 X_NAMES = {"k": "log", "shots": "log", "strength": "log", "x": "linear", "t": "linear"}
 """Curves that hold an axis, and its scale."""
+SHOWN_PAIRS = 300
+AXES_PAIRS = 4096
+"""Pairs that the axes are found from, at most."""
+SIDE = 340
+MARGIN = 24
+LONGEST_TITLE = 100
 
 
 @dataclass(frozen=True)
@@ -165,14 +171,6 @@ def _x_of(name: str, curves: dict[str, list[float]]) -> str | None:
     start = name.rpartition("_")[0]
     candidates = [f"{name}_x", *(f"{start}_{x}" for x in X_NAMES), *X_NAMES]
     return next((c for c in candidates if c != name and len(curves.get(c, ())) == len(curves[name])), None)
-
-
-SHOWN_PAIRS = 300
-AXES_PAIRS = 4096
-"""Pairs that the axes are found from, at most."""
-SIDE = 340
-MARGIN = 24
-LONGEST_TITLE = 100
 
 
 @dataclass(frozen=True)

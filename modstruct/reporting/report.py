@@ -25,6 +25,12 @@ from modstruct.reporting.plots import SHOWN_PAIRS, charts, project, projection_c
 from modstruct.reporting.tables import csv_table, latex_tables
 from modstruct.reporting.vocabulary import TIES, Task, humanised, label, lowered, shown
 
+HERE = Path(__file__).parent
+LONG_GROUP = 24
+"""Rows of a group that stand in the table; a longer group (a row for each class) is folded."""
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+SHOWN_FINDINGS = 8
+
 
 @dataclass(frozen=True)
 class ReportFiles:
@@ -53,12 +59,6 @@ def write_report(folders: Sequence[str | Path], out: str | Path) -> ReportFiles:
         with atomic_write(getattr(files, kind)) as file:
             file.write(text.encode("utf-8", errors="replace"))
     return files
-
-
-HERE = Path(__file__).parent
-LONG_GROUP = 24
-"""Rows of a group that stand in the table; a longer group (a row for each class) is folded."""
-CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -175,9 +175,6 @@ def _planes(runs: Sequence[Evaluation]) -> list[Plane]:
             charts = ((i, runs[i].name, projection_chart(found, runs[i].name, span)) for i, found in drawn)
             planes.append(Plane(set_name, min(SHOWN_PAIRS, total), total, tuple(charts)))
     return planes
-
-
-SHOWN_FINDINGS = 8
 
 
 @dataclass(frozen=True)

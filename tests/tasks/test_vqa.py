@@ -65,7 +65,7 @@ def test_registered_and_pickled(questions):
 
 def test_a_batch_holds_every_different_answer_with_its_share(questions):
     task = task_of(questions)
-    loaded = TaskBatches(task, questions, task.recipe.data, global_batch=5, seed=0, process=0, processes=1)
+    loaded = TaskBatches(task, questions, task.recipe.data, global_batch=5, seed=0, rank=0, world_size=1)
     batch = loaded[0].tensors
     texts = [task.tokenizer.decode(row) for row in batch["text"].tolist()]
     answers = zip(batch["answer_of"].tolist(), batch["answer"].tolist(), batch["answer_weight"].tolist(), strict=True)
@@ -87,7 +87,7 @@ def test_a_batch_holds_every_different_answer_with_its_share(questions):
 def test_a_batch_without_any_answer_has_one_that_weighs_nothing(questions):
     task = task_of(questions)
     unanswered = [questions[3]] * 2
-    batch = TaskBatches(task, unanswered, task.recipe.data, global_batch=2, seed=0, process=0, processes=1)[0].tensors
+    batch = TaskBatches(task, unanswered, task.recipe.data, global_batch=2, seed=0, rank=0, world_size=1)[0].tensors
     assert batch["answer"].tolist() == [[2, 3]]
     assert (batch["answer_of"].tolist(), batch["answer_weight"].tolist()) == ([0], [0.0])
 

@@ -35,47 +35,45 @@ from modstruct.config import DataConfig, Source
 from modstruct.data.shards.evaluation_samples import EvaluationSamples
 from modstruct.evaluation.leakage.duplicates import Duplicates, Thresholds, find_duplicates
 from modstruct.evaluation.leakage.perceptual_hash import thumbnail
-from modstruct.evaluation.leakage.prints import Prints, make_prints, source_fingerprint
+from modstruct.evaluation.leakage.prints import Prints, make_prints
 
 LISTED = 50
 
 
-def coded(picture: Image.Image, quality: int = 90) -> Image.Image:
+def coded(image: Image.Image, quality: int = 90) -> Image.Image:
     content = io.BytesIO()
-    picture.save(content, "JPEG", quality=quality)
+    image.save(content, "JPEG", quality=quality)
     return Image.open(content).convert("RGB")
 
 
-def scaled(picture: Image.Image, factor: float) -> Image.Image:
-    return picture.resize([max(1, round(factor * side)) for side in picture.size], Image.Resampling.BICUBIC)
+def scaled(image: Image.Image, factor: float) -> Image.Image:
+    return image.resize([max(1, round(factor * side)) for side in image.size], Image.Resampling.BICUBIC)
 
 
-def cropped(picture: Image.Image, share: float, place: np.ndarray) -> Image.Image:
-    sides = [round(side * (1 - share)) for side in picture.size]
-    left, top = (round((whole - side) * at) for whole, side, at in zip(picture.size, sides, place, strict=True))
-    return picture.crop((left, top, left + sides[0], top + sides[1]))
+def cropped(image: Image.Image, share: float, place: np.ndarray) -> Image.Image:
+    sides = [round(side * (1 - share)) for side in image.size]
+    left, top = (round((whole - side) * at) for whole, side, at in zip(image.size, sides, place, strict=True))
+    return image.crop((left, top, left + sides[0], top + sides[1]))
 
 
-def brighter(picture: Image.Image, factor: float) -> Image.Image:
-    return ImageEnhance.Brightness(picture).enhance(factor)
+def brighter(image: Image.Image, factor: float) -> Image.Image:
+    return ImageEnhance.Brightness(image).enhance(factor)
 
 
 MIDDLE = np.array([0.5, 0.5])
 COPIES: dict[str, Callable[[Image.Image, np.random.Generator], Image.Image]] = {
-    "JPEG 90": lambda picture, random: coded(picture, 90),
-    "JPEG 50": lambda picture, random: coded(picture, 50),
-    "JPEG 20": lambda picture, random: coded(picture, 20),
-    "half the size": lambda picture, random: coded(scaled(picture, 0.5)),
-    "1.7 times the size": lambda picture, random: coded(scaled(picture, 1.7)),
-    "crop 5 %, middle": lambda picture, random: coded(cropped(picture, 0.05, MIDDLE)),
-    "crop 5 %, anywhere": lambda picture, random: coded(cropped(picture, 0.05, random.random(2))),
-    "crop 0 to 5 %, anywhere": lambda picture, random: coded(
-        cropped(picture, random.uniform(0, 0.05), random.random(2))
-    ),
-    "crop 10 %, middle": lambda picture, random: coded(cropped(picture, 0.1, MIDDLE)),
-    "10 % brighter": lambda picture, random: coded(brighter(picture, 1.1)),
-    "10 % darker": lambda picture, random: coded(brighter(picture, 0.9)),
-    "mirrored": lambda picture, random: coded(ImageOps.mirror(picture)),
+    "JPEG 90": lambda image, random: coded(image, 90),
+    "JPEG 50": lambda image, random: coded(image, 50),
+    "JPEG 20": lambda image, random: coded(image, 20),
+    "half the size": lambda image, random: coded(scaled(image, 0.5)),
+    "1.7 times the size": lambda image, random: coded(scaled(image, 1.7)),
+    "crop 5 %, middle": lambda image, random: coded(cropped(image, 0.05, MIDDLE)),
+    "crop 5 %, anywhere": lambda image, random: coded(cropped(image, 0.05, random.random(2))),
+    "crop 0 to 5 %, anywhere": lambda image, random: coded(cropped(image, random.uniform(0, 0.05), random.random(2))),
+    "crop 10 %, middle": lambda image, random: coded(cropped(image, 0.1, MIDDLE)),
+    "10 % brighter": lambda image, random: coded(brighter(image, 1.1)),
+    "10 % darker": lambda image, random: coded(brighter(image, 0.9)),
+    "mirrored": lambda image, random: coded(ImageOps.mirror(image)),
 }
 
 
@@ -84,14 +82,14 @@ def main() -> None:
     config = DataConfig(cache=options.cache)
     train_samples, train = prints_of(options.train, config, "train")
     random = np.random.default_rng(options.seed)
-    rows = np.sort(random.choice(len(train), min(options.pictures, len(train)), replace=False))
-    pictures = [train_samples[int(train.indices[row])].picture for row in rows]
+    rows = np.sort(random.choice(len(train), min(options.images, len(train)), replace=False))
+    images = [train_samples[int(train.indices[row])].picture for row in rows]
     print(f"{len(rows)} of {len(train):,} images; share of copies found / false pairs")
-    originals = search(pictures, train, options, mirrored=False)
+    originals = search(images, train, options, mirrored=False)
     limits = list(itertools.product(options.hamming, options.difference))
     print(f"{'':26}" + "".join(f"{f'h {h} d {d:g}':>16}" for h, d in limits))
     for kind in tqdm(COPIES, leave=False):
-        copies = search([COPIES[kind](p, random) for p in pictures], train, options, mirrored=kind == "mirrored")
+        copies = search([COPIES[kind](p, random) for p in images], train, options, mirrored=kind == "mirrored")
         cells = [judged(copies, originals, rows, *limit) for limit in limits]
         tqdm.write(f"{kind:26}" + "".join(f"{f'{found:.4f} / {false}':>16}" for found, false in cells))
     if options.distinct:
@@ -106,7 +104,7 @@ def main() -> None:
 
 def prints_of(shards: list[str], config: DataConfig, name: str) -> tuple[EvaluationSamples, Prints]:
     samples = EvaluationSamples([Source(pattern) for pattern in shards], config, name, progress=True)
-    folder = Path(config.cache).expanduser() / "prints" / source_fingerprint(samples)
+    folder = Path(config.cache).expanduser() / "prints" / samples.fingerprint
     return samples, make_prints(samples, folder, name, progress=True)
 
 
@@ -114,10 +112,8 @@ def loosest(options: argparse.Namespace, mirrored: bool) -> Thresholds:
     return Thresholds(max(options.hamming), max(options.difference), mirrored=mirrored, listed=LISTED)
 
 
-def search(pictures: list[Image.Image], train: Prints, options: argparse.Namespace, mirrored: bool) -> Duplicates:
-    evaluation = Prints.of_thumbnails(
-        np.stack([thumbnail(p) for p in pictures]), [str(n) for n in range(len(pictures))]
-    )
+def search(images: list[Image.Image], train: Prints, options: argparse.Namespace, mirrored: bool) -> Duplicates:
+    evaluation = Prints.of_thumbnails(np.stack([thumbnail(p) for p in images]), [str(n) for n in range(len(images))])
     return find_duplicates(evaluation, train, loosest(options, mirrored))
 
 
@@ -141,7 +137,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", nargs="+", required=True, help="shards, patterns in quotes")
     parser.add_argument("--distinct", nargs="+", help="shards without any training image")
-    parser.add_argument("--pictures", type=int, default=400, help="that are copied (default: %(default)s)")
+    parser.add_argument("--images", "--pictures", type=int, default=400, help="that are copied (default: %(default)s)")
     parser.add_argument("--hamming", type=int, nargs="+", default=[6, defaults.hamming, 10])
     parser.add_argument("--difference", type=float, nargs="+", default=[0.15, defaults.difference, 0.25])
     parser.add_argument("--named", type=int, default=20, help="pairs of --distinct that are printed")

@@ -1,10 +1,11 @@
-"""Batches of a downstream task: step s -> this process's entries of the global batch of step s, images decoded."""
+"""Batches of a downstream task: step s -> this rank's entries of the global batch of step s, images decoded."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,26 +24,26 @@ from modstruct.data.transforms.augment import sample_seed
 from modstruct.data.transforms.decoding import decode_image
 from modstruct.distributed.collect import my_batches
 
-LARGEST_PICTURE_BYTES = 256 << 20
+LARGEST_IMAGE_BYTES = 256 << 20
 Seed = Callable[[str], int]
-"""A salt, which tells the draws of one sample apart -> the seed of that draw."""
+"""Salt, which distinguishes the draws of one sample -> seed of that draw."""
 
 
 class Composer(Protocol):
-    """How entries of a task become tensors; travels to loader processes."""
+    """How entries of a task become tensors; picklable, for loader processes."""
 
-    def sample(self, entry: Any, picture: Callable[[Path], Image.Image], seed: Seed | None) -> dict[str, Any]:
-        """One entry's views. image: reads a file, or raises BadSample. seed: None in evaluation: nothing is drawn."""
+    def sample(self, entry: Any, read: Callable[[Path], Image.Image], seed: Seed | None, /) -> dict[str, Any]:
+        """One entry's views. read: decodes an image file, or raises BadSample. seed: None in evaluation: no draws."""
 
-    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def collate(self, samples: list[dict[str, Any]], /) -> dict[str, Tensor]:
         """Samples -> one batch."""
 
 
 def read_image(path: Path, max_pixels: int) -> Image.Image:
     """An image file, decoded. Raises BadSample."""
     try:
-        if path.stat().st_size > LARGEST_PICTURE_BYTES:
-            raise BadSample("decompression bomb", f"{path} (more than {LARGEST_PICTURE_BYTES >> 20} MiB)")
+        if path.stat().st_size > LARGEST_IMAGE_BYTES:
+            raise BadSample("decompression bomb", f"{path} (more than {LARGEST_IMAGE_BYTES >> 20} MiB)")
         content = path.read_bytes()
     except OSError as error:
         raise BadSample("unreadable image", f"{path}: {error.strerror or error}") from None
@@ -50,10 +51,10 @@ def read_image(path: Path, max_pixels: int) -> Image.Image:
 
 
 class TaskBatches(Dataset):
-    """Map from a step to a TrainBatch of this process's rows: those of every global batch that fall to it.
+    """Map from a step to a TrainBatch of this rank's rows of the global batch.
 
-    The entries of a step depend on the seed and the step alone, as in data/loader.py; an entry whose image cannot be
-    read is replaced by another one, always the same.
+    The entries of a step depend on seed and step alone, as in data/shards/loader.py; an entry with an unreadable image
+    is replaced by another one, always the same.
     """
 
     def __init__(
@@ -63,14 +64,14 @@ class TaskBatches(Dataset):
         config: TaskDataConfig,
         global_batch: int,
         seed: int,
-        process: int,
-        processes: int,
+        rank: int,
+        world_size: int,
     ):
         self.composer, self.entries = composer, entries
-        self.max_pixels = config.max_image_pixels
+        self.read = partial(read_image, max_pixels=config.max_image_pixels)
         self.order = task_order(len(entries), seed)
-        self.global_batch, self.rows, self.parts = global_batch, global_batch // processes, 1
-        self.first_row = process * self.rows
+        self.global_batch, self.rows, self.parts = global_batch, global_batch // world_size, 1
+        self.first_row = rank * self.rows
         self.seed = seed
 
     def __getitem__(self, step: int) -> TrainBatch:
@@ -86,10 +87,10 @@ class TaskBatches(Dataset):
             batch.tried += 1
 
             def seed(salt: str, epoch: int = epoch, number: int = number) -> int:
-                return sample_seed(self.seed, epoch, number, salt)
+                return int(sample_seed(self.seed, epoch, number, salt))
 
             try:
-                made = self.composer.sample(self.entries[number], self._image, seed)
+                made = self.composer.sample(self.entries[number], self.read, seed)
                 return made | {"slot": slot}
             except BadSample as bad:
                 batch.faults.append((bad.cause, bad.where))
@@ -97,9 +98,6 @@ class TaskBatches(Dataset):
         raise TooManyBadSamples(
             f"{SUBSTITUTES + 1} images in a row cannot be used, the last: {': '.join(batch.faults[-1])}"
         )
-
-    def _image(self, path: Path) -> Image.Image:
-        return read_image(path, self.max_pixels)
 
 
 def task_order(entries: int, seed: int) -> SampleOrder:
@@ -117,43 +115,41 @@ def task_loader(
     start_step: int,
     stop_step: int,
 ) -> WorkerLoader:
-    """Loader of the TrainBatches of the steps start_step … stop_step - 1; any start is as quick as the first."""
+    """Loader of the TrainBatches of the steps start_step … stop_step - 1; any start is as fast as the first."""
     dataset = TaskBatches(composer, entries, config, global_batch, seed, distributed.rank(), distributed.world_size())
     return WorkerLoader(dataset, range(start_step, stop_step), config.workers, pin_memory=distributed.on_gpu())
 
 
 @dataclass
 class EntryBatch:
-    """Some entries of a split, those whose image cannot be read left out."""
+    """Some entries of a split, without those whose image cannot be read."""
 
     tensors: dict[str, Tensor]
     numbers: list[int]
-    """Of each row, its entry's number; empty for a batch of no readable entry."""
+    """The entry number of each row; empty where no entry is readable."""
     faults: list[tuple[str, str]] = field(default_factory=list)
 
 
 class _EntryBatches(Dataset):
     def __init__(self, composer: Composer, entries: Sequence[Any], config: TaskDataConfig):
-        self.composer, self.entries, self.max_pixels = composer, entries, config.max_image_pixels
+        self.composer, self.entries = composer, entries
+        self.read = partial(read_image, max_pixels=config.max_image_pixels)
 
     def __getitem__(self, numbers: Sequence[int]) -> EntryBatch:
         samples, kept, faults = [], [], []
         for number in numbers:
             try:
-                samples.append(self.composer.sample(self.entries[number], self._image, None))
+                samples.append(self.composer.sample(self.entries[number], self.read, None))
                 kept.append(number)
             except BadSample as bad:
                 faults.append((bad.cause, bad.where))
         return EntryBatch(self.composer.collate(samples) if samples else {}, kept, faults)
 
-    def _image(self, path: Path) -> Image.Image:
-        return read_image(path, self.max_pixels)
-
 
 def entry_batches(
     composer: Composer, entries: Sequence[Any], config: TaskDataConfig, batch: int
 ) -> Iterator[EntryBatch]:
-    """This process's share of a split, in order; see evaluation/collect.py for which batches these are."""
+    """This rank's part of a split, in order: the batches that `my_batches` assigns to it."""
     chunks = [
         range(number * batch, min((number + 1) * batch, len(entries)))
         for number in my_batches(math.ceil(len(entries) / batch))

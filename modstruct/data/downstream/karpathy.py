@@ -11,8 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from modstruct.data.downstream.image_folders import ImageFolders
-from modstruct.data.downstream.published_files import TaskEntries, published_file, read_json_object
+from modstruct.data.downstream.published_files import ImageFolders, TaskEntries, published_file, read_json_object
 from modstruct.errors import require
 
 CAPTIONS_REMEDY = (
@@ -57,13 +56,13 @@ def read_karpathy(
     """
     require(split in SPLITS, f"{option}.split", split, f"one of {', '.join(SPLITS)}")
     path = published_file(captions, f"{option}.captions", CAPTIONS_REMEDY)
-    pictures = ImageFolders(Path(images), f"{option}.images", IMAGES_REMEDY, leave_out_missing=leave_out_missing)
+    folders = ImageFolders(Path(images), f"{option}.images", IMAGES_REMEDY, leave_out_missing=leave_out_missing)
     entries, seen = [], set()
     left_out: Counter[str] = Counter()
     for record in read_json_object(path, CAPTION_KEYS).records("images"):
         if SPLIT_OF[record.choice("split", SPLIT_OF)] != split:
             continue
-        folder = pictures.subfolder(record.file_name("filepath")) if "filepath" in record.fields else pictures.root
+        folder = folders.subfolder(record.file_name("filepath")) if "filepath" in record.fields else folders.root
         image = folder / record.file_name("filename")
         if image in seen:
             record.refuse("filename", "an image that no other entry has")
@@ -71,11 +70,11 @@ def read_karpathy(
         texts = tuple(sentence.text("raw") for sentence in record.records("sentences"))
         if not texts:
             record.refuse("sentences", "at least one caption")
-        if pictures.has(image):
+        if folders.has(image):
             image_id = record.whole("cocoid" if "cocoid" in record.fields else "imgid")
             entries.append(CaptionedImage(image, texts, image_id))
         else:
             left_out["image missing"] += 1
     require(bool(seen), f"{option}.split", split, f"no image of {path} belongs to it; give another split or file")
-    pictures.refuse_missing()
+    folders.refuse_missing()
     return TaskEntries(tuple(entries), dict(left_out))

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from re import ASCII, fullmatch
 
-from modstruct.data.downstream.image_folders import ImageFolders
-from modstruct.data.downstream.published_files import Record, TaskEntries, published_file, read_json_lines
+from modstruct.data.downstream.published_files import ImageFolders, Record, TaskEntries, published_file, read_json_lines
 
 STATEMENTS_REMEDY = "download it from https://github.com/lil-lab/nlvr (nlvr2/data)"
 IMAGES_REMEDY = (
@@ -47,7 +46,7 @@ def read_nlvr2(
     twice.
     """
     path = published_file(statements, f"{option}.statements", STATEMENTS_REMEDY)
-    pictures = ImageFolders(Path(images), f"{option}.images", IMAGES_REMEDY, leave_out_missing=leave_out_missing)
+    folders = ImageFolders(Path(images), f"{option}.images", IMAGES_REMEDY, leave_out_missing=leave_out_missing)
     entries, seen = [], set()
     left_out: Counter[str] = Counter()
     for record in read_json_lines(path):
@@ -58,16 +57,16 @@ def read_nlvr2(
             record.refuse("identifier", "an identifier that no other statement has")
         seen.add(identifier)
         pair = identifier.rpartition("-")[0]
-        folder = pictures.root
+        folder = folders.root
         if "directory" in record.fields:
-            folder = pictures.subfolder(str(record.whole("directory")))
+            folder = folders.subfolder(str(record.whole("directory")))
         left, right = (folder / f"{pair}-img{side}.png" for side in (0, 1))
         # Both are asked for, so that both count as missing.
-        if all([pictures.has(left), pictures.has(right)]):
+        if all([folders.has(left), folders.has(right)]):
             entries.append(Nlvr2Statement(identifier, (left, right), record.text("sentence"), _label(record)))
         else:
             left_out["image missing"] += 1
-    pictures.refuse_missing()
+    folders.refuse_missing()
     return TaskEntries(tuple(entries), dict(left_out))
 
 

@@ -1,8 +1,7 @@
-"""JSON that others published: read within bounds, its entries checked key by key.
+"""Published JSON, read within bounds and checked key by key, and the folders of the images that it names.
 
-A file that is not there is refused by the option that named it, with where to download it. An entry that is not as
-published is refused by file, number of the entry and key. Nothing in a file is used as a path, except names that
-`Record.file_name` has found to be plain.
+A missing file or folder is refused by the option that named it, with where to download it; a malformed entry by file,
+number of the entry and key. Nothing in a file is used as a path, except names that `Record.file_name` finds plain.
 """
 
 from __future__ import annotations
@@ -10,24 +9,29 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import sys
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 from modstruct.errors import refuse
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 LARGEST_FILE_BYTES = 2 << 30  # VQA v2's training annotations, the largest we read, take 0.4 GiB
 LARGEST_LINE_BYTES = 1 << 20
 LONGEST_TEXT = 10_000  # characters
 LARGEST_NUMBER = 2**63 - 1
-MEND = "download the file again, or mend the entry"
+REMEDY = "download the file again, or correct the entry"
 MOST_SHOWN = 60  # characters of a value in an error
+NAMES_SHOWN = 3  # of missing images in an error
 PLAIN_NAME = re.compile(r"(?!\.)[\w.\-]{1,200}", re.ASCII)
 
-Entry = TypeVar("Entry")
+Entry = TypeVar("Entry", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
@@ -49,9 +53,9 @@ class TaskEntries(Generic[Entry]):
 
 
 class Record:
-    """One JSON object of a published file, with what an error has to say of it."""
+    """One JSON object of a published file, with its place for errors."""
 
-    # VQA v2 has millions of them: no instance dictionary, and the place is put into words only for an error.
+    # VQA v2 has millions of them: no instance dictionary, and the place is formatted only for an error.
     __slots__ = ("_parent", "_place", "fields")
 
     def __init__(self, fields: dict[str, Any], place: str | tuple[str, int], parent: Record | None = None):
@@ -63,7 +67,7 @@ class Record:
     @property
     def where(self) -> str:
         """`questions.json, questions[12]` or `dev.json, line 3`."""
-        if self._parent is None:
+        if self._parent is None or isinstance(self._place, str):
             return str(self._place)
         key, number = self._place
         return f"{self._parent.where}, {key}[{number}]"
@@ -113,10 +117,10 @@ class Record:
 
     def refuse(self, key: str, expected: str) -> NoReturn:
         found = f"{key} = {_shortened(self.fields[key])}" if key in self.fields else f"there is no key {key!r}"
-        raise ValueError(f"{self.where}: {found}: {expected} belongs there; {MEND}")
+        raise ValueError(f"{self.where}: {found}: {expected} belongs there; {REMEDY}")
 
     def refuse_whole(self, expected: str) -> NoReturn:
-        raise ValueError(f"{self.where}: {expected} belongs there; {MEND}")
+        raise ValueError(f"{self.where}: {expected} belongs there; {REMEDY}")
 
     def _value(self, key: str) -> Any:
         if key not in self.fields:
@@ -135,7 +139,7 @@ def published_file(path: Path | str, option: str, remedy: str) -> Path:
 
 
 def read_json(path: Path, keys: Collection[str] | None = None) -> Any:
-    """The content of a JSON file. keys: of every object keep these alone, which saves most of the memory.
+    """The content of a JSON file. keys: of every object keep only these, which saves most of the memory.
 
     Raises ValueError that names the file and what is wrong with it.
     """
@@ -152,7 +156,7 @@ def read_json_object(path: Path, keys: Collection[str] | None = None) -> Record:
 
 
 def read_json_lines(path: Path) -> Iterator[Record]:
-    """The objects of a file with one JSON object a line; empty lines are passed over.
+    """The objects of a file with one JSON object a line; empty lines are skipped.
 
     Raises ValueError that names file and line.
     """
@@ -188,10 +192,66 @@ def _encodable(text: str) -> bool:
 
 
 def _shortened(value: object) -> str:
-    # Of a large value only the kind is shown: its repr would fill the screen, or the memory.
+    # Of a container only the kind is shown: its repr would fill the screen, or the memory.
     if isinstance(value, (dict, list)):
         return f"a {'JSON object' if isinstance(value, dict) else 'list'} of {len(value)}"
     text = value if isinstance(value, str) else str(value)
     if len(text) > MOST_SHOWN:
         return f"{text[:MOST_SHOWN]!r}… ({len(text):,} characters)"
     return repr(value)
+
+
+@dataclass
+class ImageFolders:
+    """The folder of a task's images and its subfolders, each listed once: no image is looked up by itself."""
+
+    root: Path
+    option: str
+    """The recipe's field that named the folder, for errors."""
+    remedy: str
+    """Where to get the images."""
+    leave_out_missing: bool = False
+    """Whether missing images are left out instead of refused."""
+    looked_up: set[Path] = field(default_factory=set)
+    """Images looked up."""
+    missing: dict[Path, None] = field(default_factory=dict)
+    """Images looked up that are not there, in order."""
+    _subfolders: dict[str, Path] = field(default_factory=dict)
+    _listings: dict[Path, frozenset[str]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.root = Path(self.root).expanduser()
+        if not self.root.is_dir():
+            refuse(self.option, str(self.root), f"there is no such folder; {self.remedy}")
+
+    def subfolder(self, name: str) -> Path:
+        """`root/name` if that is a folder, else root itself: images unpacked without their folder are found too."""
+        if name not in self._subfolders:
+            there = name in self._listing(self.root) and (self.root / name).is_dir()
+            self._subfolders[name] = self.root / name if there else self.root
+        return self._subfolders[name]
+
+    def has(self, image: Path) -> bool:
+        """Whether an image is there; if not, it is recorded for `refuse_missing`."""
+        self.looked_up.add(image)
+        there = image.name in self._listing(image.parent)
+        if not there:
+            self.missing[image] = None
+        return there
+
+    def refuse_missing(self) -> None:
+        """Raise ValueError if an image was missing and may not be left out, with the number and the first names."""
+        if not self.looked_up:
+            return
+        first = ", ".join(str(path.relative_to(self.root)) for path in list(self.missing)[:NAMES_SHOWN])
+        counts = f"{len(self.missing):,} of {len(self.looked_up):,} images are not there, the first {first}"
+        if len(self.missing) == len(self.looked_up):
+            refuse(self.option, str(self.root), f"{counts}; {self.remedy}")
+        if self.missing and not self.leave_out_missing:
+            waiver = f"{self.option.partition('.')[0]}.leave_out_missing"  # one field for all splits
+            refuse(self.option, str(self.root), f"{counts}; {self.remedy}, or go without them by {waiver}")
+
+    def _listing(self, folder: Path) -> frozenset[str]:
+        if folder not in self._listings:
+            self._listings[folder] = frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()
+        return self._listings[folder]

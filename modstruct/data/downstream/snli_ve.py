@@ -10,8 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from modstruct.data.downstream.image_folders import ImageFolders
-from modstruct.data.downstream.published_files import TaskEntries, published_file, read_json_lines
+from modstruct.data.downstream.published_files import ImageFolders, TaskEntries, published_file, read_json_lines
 
 HYPOTHESES_REMEDY = "download it by the links in https://github.com/necla-ml/SNLI-VE"
 IMAGES_REMEDY = (
@@ -44,7 +43,7 @@ def read_snli_ve(
     Raises ValueError for a file, folder or image that is not there, and for a malformed entry.
     """
     path = published_file(hypotheses, f"{option}.hypotheses", HYPOTHESES_REMEDY)
-    pictures = ImageFolders(Path(images), f"{option}.images", IMAGES_REMEDY, leave_out_missing=leave_out_missing)
+    folders = ImageFolders(Path(images), f"{option}.images", IMAGES_REMEDY, leave_out_missing=leave_out_missing)
     entries = []
     left_out: Counter[str] = Counter()
     for record in read_json_lines(path):
@@ -56,10 +55,10 @@ def read_snli_ve(
                 continue
             label = ENTAILMENT_LABELS.index(name)
         image_key = next((key for key in IMAGE_KEYS if key in record.fields), IMAGE_KEYS[0])
-        image = pictures.root / f"{record.file_name(image_key)}.jpg"
-        if pictures.has(image):
+        image = folders.root / f"{record.file_name(image_key)}.jpg"
+        if folders.has(image):
             entries.append(EntailmentPair(record.text("pairID"), image, record.text("sentence2"), label))
         else:
             left_out["image missing"] += 1
-    pictures.refuse_missing()
+    folders.refuse_missing()
     return TaskEntries(tuple(entries), dict(left_out))

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from re import fullmatch
 
-from modstruct.data.downstream.image_folders import ImageFolders
 from modstruct.data.downstream.published_files import (
+    ImageFolders,
     Record,
     TaskEntries,
     published_file,
@@ -67,10 +67,10 @@ def read_vqa(
     path = published_file(questions, f"{option}.questions", QUESTIONS_REMEDY)
     content = read_json_object(path, QUESTION_KEYS)
     subset = _image_subset(content)
-    pictures = ImageFolders(
+    folders = ImageFolders(
         Path(images), f"{option}.images", IMAGES_REMEDY.format(folder=subset), leave_out_missing=leave_out_missing
     )
-    folder = pictures.subfolder(subset)
+    folder = folders.subfolder(subset)
     answered = None
     if annotations is not None:
         answered = _read_annotations(published_file(annotations, f"{option}.annotations", ANNOTATIONS_REMEDY))
@@ -89,8 +89,8 @@ def read_vqa(
                 record.refuse("question_id", f"an id that {annotations} answers for this image_id")
             known = answered[number]
         if image_id not in found:
-            image = folder / f"COCO_{subset}_{image_id:012d}.jpg"
-            found[image_id] = image if pictures.has(image) else None
+            path_of_image = folder / f"COCO_{subset}_{image_id:012d}.jpg"
+            found[image_id] = path_of_image if folders.has(path_of_image) else None
         if (image := found[image_id]) is not None:
             entries.append(
                 VqaQuestion(
@@ -99,7 +99,7 @@ def read_vqa(
             )
         else:
             left_out["image missing"] += 1
-    pictures.refuse_missing()
+    folders.refuse_missing()
     return TaskEntries(tuple(entries), dict(left_out))
 
 

@@ -69,7 +69,7 @@ class EvaluationSamples:
 
     def __init__(self, sources: Sequence[Source], config: DataConfig, field: str = "data.eval", progress: bool = False):
         self.samples: Samples = open_samples(sources, config, field, progress)
-        self.config = config
+        self.fingerprint, self.config = self.samples.fingerprint, config
         self._reader = ShardReader(self.samples, config)
 
     def __len__(self) -> int:

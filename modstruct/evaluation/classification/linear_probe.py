@@ -37,6 +37,8 @@ CPU = torch.device("cpu")
 TOP_K = (1, 5)
 Result = tuple[dict[str, Any], dict[str, np.ndarray]]
 """Content of METRIC.json but for "command", and outcomes of each row of the test set."""
+Fitted = tuple[tuple[LinearClassifier, int, np.ndarray], dict[str, list[float]], dict[str, Any]]
+"""(Classifier, rows it was fitted on, classes ahead of each test row's own), curves, settings."""
 
 
 @dataclass(frozen=True)
@@ -139,10 +141,6 @@ def described(inputs: ProbeInputs, train: EmbeddedSet, validation: EmbeddedSet |
         "dimension": inputs.train.dimension,
         "majority_share": float(np.mean(inputs.test.labels == majority)),
     }
-
-
-Fitted = tuple[tuple[LinearClassifier, int, np.ndarray], dict[str, list[float]], dict[str, Any]]
-"""(Classifier, rows it was fitted on, classes ahead of each test row's own), curves, settings."""
 
 
 def _by_lbfgs(inputs: ProbeInputs, config: LinearProbeConfig, device: torch.device, progress: bool) -> Fitted:

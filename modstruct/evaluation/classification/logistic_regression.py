@@ -20,6 +20,13 @@ CORRECTIONS = 10
 RELATIVE_TOLERANCE = 64 * float(np.finfo(np.float64).eps)
 """Of the objective from one step to the next, as in scikit-learn."""
 LINE_SEARCH_STEPS = 50
+STEPS_PER_DECADE = 8
+STRENGTHS = 10.0 ** (np.arange(12 * STEPS_PER_DECADE + 1) / STEPS_PER_DECADE - 6)
+"""From 1e-6 to 1e6 in 96 steps of the logarithm, ends included: 97 values."""
+FIRST_STEP = 2 * STEPS_PER_DECADE
+"""Of the grid: 1e-6, 1e-4, 1e-2, 1, 1e2, 1e4 and 1e6 are tried first."""
+TRIED = 15
+"""Most strengths: those 7, and 2 for each of the 4 times that the step is halved."""
 
 
 @dataclass(frozen=True)
@@ -144,15 +151,6 @@ def classes_ahead(classifier: LinearClassifier, blocks: RowBlocks) -> tuple[np.n
         ahead[place] = (~(scores < own)).sum(1).sub_(1).cpu()
         loss += float((scores.logsumexp(1, keepdim=True) - own).sum(dtype=torch.float64))
     return ahead.numpy(), loss / len(blocks)
-
-
-STEPS_PER_DECADE = 8
-STRENGTHS = 10.0 ** (np.arange(12 * STEPS_PER_DECADE + 1) / STEPS_PER_DECADE - 6)
-"""From 1e-6 to 1e6 in 96 steps of the logarithm, ends included: 97 values."""
-FIRST_STEP = 2 * STEPS_PER_DECADE
-"""Of the grid: 1e-6, 1e-4, 1e-2, 1, 1e2, 1e4 and 1e6 are tried first."""
-TRIED = 15
-"""Most strengths: those 7, and 2 for each of the 4 times that the step is halved."""
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,9 @@ EXACT_NOTE = (
     "exact: from the generator's probabilities. The training split is independent draws of them; validation and test "
     "draw a scene or caption anew that came before, which makes scenes of one object a little rarer."
 )
+DRAWN_SIDE = 64
+"""Pixels a side at which a scene is rendered, before it is averaged down."""
+WORD = re.compile(r"\w+(?:['-]\w+)*")
 
 
 def measure_information(
@@ -230,11 +233,6 @@ def information_metrics(
 def gap_of_losses(means: np.ndarray) -> np.ndarray:
     """|loss of one - loss of the other|, (s, 2) -> (s,): H(Y) is the same in both and cancels."""
     return np.abs(means[:, 0] - means[:, 1])
-
-
-DRAWN_SIDE = 64
-"""Pixels a side at which a scene is rendered, before it is averaged down."""
-WORD = re.compile(r"\w+(?:['-]\w+)*")
 
 
 class PairedRows:

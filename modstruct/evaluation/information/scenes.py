@@ -42,6 +42,10 @@ IMAGE_ONLY = ("ground_texture", "light")
 CAPTION_ONLY = ("mood", "aside", "template")
 TARGETS = (*BOTH, *IMAGE_ONLY, *CAPTION_ONLY)
 """Labels, by their names in a scene's record, whose information is known. The first five: of scenes of one object."""
+SAID_SHARE = 1 - captions.LEFT_OUT_SHARE
+PLACE_COST = captions.DETAIL_COST["place"]
+SHORT_COST = captions.DETAIL_COST["fill"]
+"""Of a fill or a size."""
 
 
 def entropy(distribution: np.ndarray) -> float:
@@ -159,12 +163,6 @@ def _said(unremarkable: str, values: Sequence[str]) -> np.ndarray:
     """p(said | value), (1 + values, values)."""
     said = np.array([SAID_SHARE * (1 - captions.UNSAID_SHARE * (value == unremarkable)) for value in values])
     return np.vstack([1 - said, np.diag(said)])
-
-
-SAID_SHARE = 1 - captions.LEFT_OUT_SHARE
-PLACE_COST = captions.DETAIL_COST["place"]
-SHORT_COST = captions.DETAIL_COST["fill"]
-"""Of a fill or a size."""
 
 
 def count_shares(split: str) -> np.ndarray:

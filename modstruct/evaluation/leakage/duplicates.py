@@ -27,22 +27,25 @@ from modstruct.evaluation.retrieval.rows import as_float32, check_dimensions, ch
 
 ROWS_AT_ONCE = 4096
 CANDIDATES_AT_ONCE = 2048
+QUERIES_AT_ONCE = 2048
+MARGIN = 0.005
+"""Norms of float16 rows are off by up to 0.0005, float32 products by less: anything nearer is computed in float64."""
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What counts as a near duplicate; tools/benchmarks/leakage.py measures what the defaults find and miss."""
+    """What counts as a near duplicate; tools/benchmarks/leakage.py measures recall and errors of the defaults."""
 
     hamming: int = 8
-    """Bits that hashes may differ in for a second look."""
+    """Most differing bits of two hashes whose images are compared."""
     difference: float = 0.2
-    """Of the second look (see image_difference): 0 for equal images, about 1 for unrelated ones."""
+    """Largest `image_differences` of a match: 0 for equal images, about 1 for unrelated ones."""
     cosine: float = 0.95
-    """Of embeddings; what it means depends on the model."""
+    """Least cosine of embeddings; what it means depends on the model."""
     mirrored: bool = False
-    """Whether an image with left and right exchanged counts too."""
+    """Whether a mirror image counts too."""
     listed: int = 5
-    """Training images that are listed at most for each image, by each of the two ways."""
+    """Most training images listed for an image, by hash and by embedding each."""
 
     def __post_init__(self):
         require(0 <= self.hamming <= BITS, "hamming", self.hamming, f"give a distance of hashes, from 0 to {BITS}")
@@ -53,7 +56,7 @@ class Thresholds:
 
 @dataclass
 class Duplicates:
-    """The pairs found, ascending by evaluation row, the nearest hashes first; each array (p,)."""
+    """The pairs found, ascending by evaluation row, nearest hashes first; each array (p,)."""
 
     evaluation: np.ndarray
     """Row of the evaluation set's prints."""
@@ -80,9 +83,9 @@ def find_duplicates(
 ) -> Duplicates:
     """All evaluation images that have a near duplicate in the training source, with the nearest few of each.
 
-    By hash: some views within thresholds.hamming and the images within thresholds.difference. By embedding: cosine
-    of at least thresholds.cosine. embeddings: (n, D) and (N, D), a row for each print (see prints.rows_by_key); a
-    row of zeros is one that is not there. Exact but for `listed`. Memory: the listed pairs and blocks of candidates.
+    By hash: views within thresholds.hamming and images within thresholds.difference. By embedding: cosine of at least
+    thresholds.cosine. embeddings: (n, D) and (N, D), a row for each print (see prints.rows_by_key); zeros where an
+    image has none. Exact but for `listed`. Memory: the listed pairs and blocks of candidates.
     """
     thresholds = thresholds or Thresholds()
     pairs = _by_hash(evaluation, train, thresholds, progress)
@@ -96,7 +99,7 @@ def find_duplicates(
 
 
 def _by_hash(evaluation: Prints, train: Prints, thresholds: Thresholds, progress: bool) -> np.ndarray:
-    """(p, 2): the nearest pairs that also withstand the second look, `listed` for each image."""
+    """(p, 2): the nearest pairs by hash that the comparison of the images confirms, `listed` for each image."""
     solid, flat_rows, flat_colours = _kinds(train, thresholds.listed)
     hashes = train.hashes[solid] if len(solid) < len(train) else train.hashes
     pairs = []
@@ -112,17 +115,17 @@ def _by_hash(evaluation: Prints, train: Prints, thresholds: Thresholds, progress
             found = Pairs(np.full(len(near), number), flat_rows[near], differences[near])
             best = best.and_best(found, thresholds.listed)
         numbers = np.flatnonzero(~one_colour)
-        for picture in (thumbnails, mirrored(thumbnails)) if thresholds.mirrored else (thumbnails,):
-            queries = image_hashes(picture[numbers])
-            for query, item, near, view in near_hashes(queries, hashes, thresholds.hamming):
-                found = _verified(picture, train, numbers[query], solid[item], near, view, thresholds)
+        for view_of in (thumbnails, mirrored(thumbnails)) if thresholds.mirrored else (thumbnails,):
+            queries = image_hashes(view_of[numbers])
+            for query, item, distance, view in near_hashes(queries, hashes, thresholds.hamming):
+                found = _verified(view_of, train, numbers[query], solid[item], distance, view, thresholds)
                 best = _distinct(best.and_best(found, 2 * thresholds.listed)).and_best(Pairs.none(), thresholds.listed)
         pairs.append(np.stack((best.query + start, best.item), axis=1))
     return np.concatenate(pairs)
 
 
 def _distinct(pairs: Pairs) -> Pairs:
-    """Each pair once, by its better score: a symmetric image is found as it is and mirrored."""
+    """Each pair once, by its better score: a symmetric image is found both as it is and mirrored."""
     order = np.lexsort((pairs.score, pairs.item, pairs.query))
     query, item, score = (values[order] for values in pairs)
     first = np.append(True, (query[1:] != query[:-1]) | (item[1:] != item[:-1]))[: len(query)]
@@ -130,11 +133,10 @@ def _distinct(pairs: Pairs) -> Pairs:
 
 
 def _kinds(prints: Prints, repeats: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows that are not of one colour, rows that are, and the colours of those (f, 3).
+    """Rows that are not of one colour, rows that are, and the colours of the latter (f, 3).
 
-    Of equal thumbnails only the first `repeats` are taken. More are never listed, since all of them score alike; and
-    one placeholder that stands for a hundred thousand missing images would be near to itself ten thousand million
-    times.
+    Of equal thumbnails only the first `repeats` are kept. More are never listed, since all have the same scores, and a
+    placeholder of a hundred thousand missing images would have ten thousand million pairs with itself.
     """
     digests = np.empty((len(prints), 2), dtype=np.uint64)
     one_colour, colours = np.empty(len(prints), dtype=bool), np.empty((len(prints), 3), dtype=np.float32)
@@ -142,8 +144,8 @@ def _kinds(prints: Prints, repeats: int) -> tuple[np.ndarray, np.ndarray, np.nda
         thumbnails = np.ascontiguousarray(prints.thumbnails[start : start + ROWS_AT_ONCE])
         part = slice(start, start + len(thumbnails))
         one_colour[part], colours[part] = flat(thumbnails), thumbnails.mean(axis=(2, 3))
-        for row, picture in enumerate(thumbnails, start):
-            digests[row] = np.frombuffer(hashlib.blake2b(picture.data, digest_size=16).digest(), dtype=np.uint64)
+        for row, thumbnail in enumerate(thumbnails, start):
+            digests[row] = np.frombuffer(hashlib.blake2b(thumbnail.data, digest_size=16).digest(), dtype=np.uint64)
     order = np.lexsort(digests.T)
     new = np.append(True, (np.diff(digests[order], axis=0) != 0).any(axis=1))[: len(order)]
     place = np.arange(len(order)) - np.maximum.accumulate(np.where(new, np.arange(len(order)), 0))
@@ -160,9 +162,9 @@ def _verified(
     view: np.ndarray,
     thresholds: Thresholds,
 ) -> Pairs:
-    """Candidates of a block that withstand the second look, nearest hashes first.
+    """Candidates of a block that the comparison of the images confirms, nearest hashes first.
 
-    An image that has its `listed` pairs is not looked at further.
+    An image that has its `listed` pairs is not compared further.
     """
     order = np.lexsort((item, near, query))
     query, item, near, view = (values[order] for values in (query, item, near, view))
@@ -196,7 +198,7 @@ def _scored(
     thresholds: Thresholds,
     embeddings: tuple[np.ndarray, np.ndarray] | None,
 ) -> Duplicates:
-    """Every score of every pair, whichever way it was found."""
+    """All scores of every pair, whether it was found by hash or by embedding."""
     first, second = _taken(evaluation.thumbnails, pairs[:, 0]), _taken(train.thumbnails, pairs[:, 1])
     hamming, difference = _scores(first, second, train.hashes[pairs[:, 1]], thresholds)
     turned = np.zeros(len(pairs), dtype=bool)
@@ -236,14 +238,9 @@ def _scores(
     solid = ~one & ~other
     difference[solid] = image_differences(first[solid], second[solid], views[solid], thresholds.difference)
     for pair in np.flatnonzero(one & other):
-        means = (picture[pair].reshape(3, -1).mean(axis=1)[None] for picture in (first, second))
+        means = (rows[pair].reshape(3, -1).mean(axis=1)[None] for rows in (first, second))
         hamming[pair], difference[pair] = 0, colour_difference(*means)[0, 0]  # their hashes are noise
     return hamming, difference
-
-
-QUERIES_AT_ONCE = 2048
-MARGIN = 0.005
-"""Norms of rows in float16 are off by up to 0.0005, products in float32 by less: what is nearer is computed again."""
 
 
 def near_embeddings(
@@ -254,10 +251,10 @@ def near_embeddings(
     device: torch.device = CPU,
     progress: bool = False,
 ) -> Pairs:
-    """The `keep` items of highest cosine of each query, as far as they reach the threshold; a tie reaches it.
+    """The `keep` items of highest cosine of each query, of those at least at the threshold. Exact.
 
-    queries: (q, D), gallery: (g, D), float16 or float32, of unit norm but for rounding, may be memory-mapped. Whether
-    a pair reaches the threshold is decided in float64, whatever the blocks. Returns Pairs with -cosine as score. Cost:
+    queries: (q, D), gallery: (g, D), float16 or float32, of unit norm up to rounding, may be memory-mapped. Whether a
+    pair reaches the threshold is decided in float64, independent of blocks. Returns Pairs with -cosine as score. Cost:
     2 q g D operations on `device`. Raises ValueError for a threshold outside (-1, 1] and rows that are not finite.
     """
     if not -1 < cosine <= 1:
@@ -278,7 +275,8 @@ def near_embeddings(
                 best = best.and_best(Pairs(query[near], item[near] + low, -exact[near]), keep)
                 bar.update(len(block))
             pairs.append(Pairs(best.query + start, best.item, best.score))
-    return Pairs(*map(np.concatenate, zip(*pairs, strict=True)))
+    query, item, score = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
+    return Pairs(query, item, score)
 
 
 def cosines(first: np.ndarray, second: np.ndarray, first_row: np.ndarray, second_row: np.ndarray) -> np.ndarray:
@@ -293,7 +291,7 @@ def cosines(first: np.ndarray, second: np.ndarray, first_row: np.ndarray, second
 
 
 class Pairs(NamedTuple):
-    """Pairs of rows with a score, the lower the better; three arrays (p,)."""
+    """Pairs of rows with a score, lower is better; three arrays (p,)."""
 
     query: np.ndarray
     item: np.ndarray
@@ -304,7 +302,7 @@ class Pairs(NamedTuple):
         return cls(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))
 
     def and_best(self, more: Pairs, keep: int) -> Pairs:
-        """These and more, of each query the best `keep`; of a tie the lower item. Ascending by query, score, item."""
+        """Of these and more, the best `keep` of each query; ties by the lower item. Ascending by query, score, item."""
         query, item, score = (np.concatenate(two) for two in zip(self, more, strict=True))
         order = np.lexsort((item, score, query))
         query, item, score = query[order], item[order], score[order]

@@ -1,4 +1,4 @@
-"""Thumbnails and hashes of a whole source, made once and kept: a stopped run goes on where it was.
+"""Thumbnails and hashes of a whole source, computed once and kept; an interrupted run is resumed.
 
 FOLDER/
     manifest.json       written last: a folder without it is unfinished
@@ -6,7 +6,7 @@ FOLDER/
     hashes.npy          (n, 6) uint64, a hash of each view (see perceptual_hash)
     indices.npy         (n,) int64, number of each image in its source
     keys.jsonl          one JSON text an image
-    part-000000.npz, …  while it is being made
+    part-000000.npz, …  until it is complete
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from modstruct.data.shards.evaluation_samples import EvaluationSamples, evaluation_loader
+from modstruct.data.shards.evaluation_samples import EvaluationBatch, EvaluationSamples, evaluation_loader
 from modstruct.data.shards.faults import BadSampleCounter
 from modstruct.evaluation.embeddings.set_files import RowStream, write_array
 from modstruct.evaluation.leakage.perceptual_hash import SIDE, VIEWS, ThumbnailViews, image_hashes
 from modstruct.files import atomic_write, locked, sync_folder
 
 FORMAT = 1
-"""Of the files, and of the hashes: to be raised where either changes."""
+"""Of the files and of the hashes: to be raised when either changes."""
 MANIFEST = "manifest.json"
 BATCH = 64
 PART_SAMPLES = 8192
-"""So many samples are lost, at most, when a run is stopped."""
+"""Most samples that an interrupted run loses."""
 
 
 @dataclass
 class Prints:
-    """Every readable image of a source, in the order of the source; the rows stay on the disk until they are used."""
+    """Every readable image of a source, in its order; rows are memory-mapped."""
 
     thumbnails: np.ndarray
     """(n, 3, SIDE, SIDE) uint8."""
@@ -60,10 +60,10 @@ class Prints:
 
     @classmethod
     def open(cls, folder: Path) -> Prints:
-        """Raises FileNotFoundError where there are none, ValueError where they are damaged or of another format."""
+        """Raises FileNotFoundError if there are none, ValueError if they are damaged or of another format."""
         path = folder / MANIFEST
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: there are no finished hashes; make them anew")
+            raise FileNotFoundError(f"{path}: there are no finished hashes; make them again")
         try:
             manifest = json.loads(path.read_bytes())
             rows = {name: np.load(folder / f"{name}.npy", "r", allow_pickle=False) for name in ("thumbnails", "hashes")}
@@ -80,24 +80,19 @@ class Prints:
         return cls(keys=keys, source_fingerprint=manifest["source_fingerprint"], skipped=manifest["skipped"], **rows)
 
 
-def source_fingerprint(samples: EvaluationSamples) -> str:
-    """Fingerprint of an EvaluationSamples or of a set of labelled images."""
-    return samples.samples.fingerprint if hasattr(samples, "samples") else samples.fingerprint
-
-
 def make_prints(
     samples: EvaluationSamples, folder: Path, field: str, workers: int | None = None, progress: bool = False
 ) -> Prints:
-    """Thumbnails and hashes of all images of a source, from `folder` as far as they lie there.
+    """Thumbnails and hashes of all images of a source, kept in `folder`; what is there already is used.
 
     samples: an EvaluationSamples, or a set of labelled images. field: what the source is called in messages.
     workers: loader processes, by default the samples' data.workers. Raises TooManyBadSamples above data.max_bad_share,
-    and ValueError where the folder holds the hashes of another source, damaged ones, or the source no usable image.
+    and ValueError if the folder holds damaged hashes or those of another source, or if no image is usable.
     """
-    fingerprint = source_fingerprint(samples)
+    fingerprint = samples.fingerprint
     with locked(folder / "lock"):
         if not (folder / MANIFEST).exists():
-            _Making(samples, folder, fingerprint, field).finish(workers, progress)
+            _Writer(samples, folder, fingerprint, field).finish(workers, progress)
     prints = Prints.open(folder)
     if prints.source_fingerprint != fingerprint:
         raise ValueError(f"{folder}: holds the hashes of another source than {field}; name another folder")
@@ -107,8 +102,8 @@ def make_prints(
 def rows_by_key(prints: Prints, keys: list[str], rows: np.ndarray) -> np.ndarray:
     """Rows (n, D) of an embedded set in the order of prints, zeros where an image is not in the set.
 
-    keys: of the rows. Where a key occurs several times, the first is the first on both sides. All of `rows` are
-    returned as they are where the keys agree. Raises ValueError if no key does.
+    keys: of the rows; repeated keys are matched in order. `rows` itself is returned if the keys are equal. Raises
+    ValueError if no key is shared.
     """
     if keys == prints.keys:
         return rows
@@ -133,8 +128,8 @@ def _numbered(keys: list[str]) -> list[tuple[str, int]]:
     return numbered
 
 
-class _Making:
-    """The parts of a source's prints, those that are there and those that are not."""
+class _Writer:
+    """The parts of a source's prints, finished and missing ones."""
 
     def __init__(self, samples: EvaluationSamples, folder: Path, fingerprint: str, field: str):
         self.samples, self.folder, self.fingerprint, self.field = samples, folder, fingerprint, field
@@ -143,7 +138,7 @@ class _Making:
     def finish(self, workers: int | None, progress: bool) -> None:
         parts = {start: self._part(start) for start in self.starts}
         missing = [start for start in self.starts if parts[start] is None]
-        ledger = BadSampleCounter(self.field, self.samples.config.max_bad_share)
+        counter = BadSampleCounter(self.field, self.samples.config.max_bad_share)
         numbers = [n for start in missing for n in self._numbers(start)]
         loader = evaluation_loader(self.samples, ThumbnailViews(), BATCH, numbers, workers=workers)
         title = f"hashing {self.field}"
@@ -153,16 +148,16 @@ class _Making:
             batches = iter(loader)
             for start in missing:
                 part = []
-                # A part's samples are whole batches: PART_SAMPLES is a multiple of BATCH, and the last part ends all.
+                # A part has whole batches: PART_SAMPLES is a multiple of BATCH, and the last part ends the source.
                 for batch in (next(batches) for _ in range(0, len(self._numbers(start)), BATCH)):
-                    ledger.add(batch.faults, batch.tried)
+                    counter.add(batch.faults, batch.tried)
                     part.append(batch)
                     bar.update(batch.tried)
                 self._write_part(start, part)
         paths = [self._path(start) for start in self.starts]
         counts = [len(_load(path)["indices"]) for path in paths]
         skipped = len(self.samples) - sum(counts)
-        ledger.check(skipped, len(self.samples), fewest=1)
+        counter.check(skipped, len(self.samples), fewest=1)
         if sum(counts) == 0:
             raise ValueError(f"{self.field}: none of its {len(self.samples)} samples could be used")
         self._assemble(paths, sum(counts), skipped)
@@ -174,19 +169,19 @@ class _Making:
         return self.folder / f"part-{start // PART_SAMPLES:06d}.npz"
 
     def _part(self, start: int) -> Path | None:
-        """The part's file where it is whole and of this source."""
+        """The part's file if it is complete and of this source."""
         path = self._path(start)
         try:
-            whole = bytes(_load(path)["source"]) == self._source
+            complete = bytes(_load(path)["source"]) == self._source
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return None
-        return path if whole else None
+        return path if complete else None
 
     @property
     def _source(self) -> bytes:
         return json.dumps([FORMAT, self.fingerprint]).encode()
 
-    def _write_part(self, start: int, batches: list) -> None:
+    def _write_part(self, start: int, batches: list[EvaluationBatch]) -> None:
         thumbnails = np.concatenate([batch.image.numpy() for batch in batches])
         keys = json.dumps([key for batch in batches for key in batch.keys]).encode()
         with atomic_write(self._path(start)) as file:
@@ -214,7 +209,7 @@ class _Making:
             path.unlink()
 
 
-def _load(path: Path) -> np.lib.npyio.NpzFile:
+def _load(path: Path) -> dict[str, np.ndarray]:
     with open(path, "rb") as file:
         return dict(np.load(file, allow_pickle=False))
 

@@ -1,4 +1,12 @@
-"""X"""
+"""Near duplicates written for the report and for evaluation, and embedded sets without them.
+
+FOLDER/
+    leakage.json            metrics, pairs, settings; written last
+    leakage.npz             (n,) bool by hash, embedding, both and any, in the order of rows
+    leaked_keys.jsonl       key of each evaluation image with a near duplicate, one JSON text a line (see leave_out)
+    examples/leakage.json   images side by side, as the report's examples, with "direction": "evaluation_to_training"
+    examples/leakage-000-evaluation.jpg, leakage-000-training-0.jpg, …
+"""
 
 from __future__ import annotations
 
@@ -7,7 +15,7 @@ import io
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,54 +30,60 @@ from modstruct.evaluation.leakage.duplicates import Duplicates, Thresholds
 from modstruct.evaluation.leakage.prints import Prints
 from modstruct.files import atomic_write
 
-LARGEST_PICTURE = 384
+LARGEST_SIDE = 384
 QUALITY = 90
 LEAKED_KEYS = "leaked_keys.jsonl"
 MOST_PAIRS = 10_000
-"""In the JSON file; leaked_keys.jsonl has them all."""
+"""Listed in leakage.json; leaked_keys.jsonl is complete."""
 
 
 def outcomes(found: Duplicates, rows: int) -> dict[str, np.ndarray]:
-    """Which evaluation images have a near duplicate, (rows,) bool: "by_hash", "by_embedding", "both" ways, "any"."""
+    """Which evaluation images have a near duplicate, (rows,) bool: "by_hash", "by_embedding", by "both", by "any"."""
     ways = {}
-    for way in ("by_hash", "by_embedding"):
+    for way, pairs in (("by_hash", found.by_hash), ("by_embedding", found.by_embedding)):
         ways[way] = np.zeros(rows, dtype=bool)
-        ways[way][found.evaluation[getattr(found, way)]] = True
+        ways[way][found.evaluation[pairs]] = True
     both, either = ways["by_hash"] & ways["by_embedding"], ways["by_hash"] | ways["by_embedding"]
     return ways | {"both": both, "any": either}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An evaluation set, a training source, and the near duplicates between them."""
+
+    evaluation: Prints
+    train: Prints
+    thresholds: Thresholds
+    with_embeddings: bool
+    """Whether embeddings were compared; without, the metrics by embedding are left out."""
+    found: Duplicates
 
 
 def write_result(
     folder: Path,
     set_name: str,
-    found: Duplicates,
-    evaluation: Prints,
-    train: Prints,
-    thresholds: Thresholds,
-    *,
-    with_embeddings: bool,
-    pictures: tuple[EvaluationSamples, EvaluationSamples] | None = None,
+    compared: Comparison,
+    samples: tuple[EvaluationSamples, EvaluationSamples] | None = None,
     examples: int = 24,
     command: Sequence[str] = (),
     seconds: float = 0.0,
 ) -> dict:
-    """Write everything; returns what leakage.json holds.
+    """Write everything; returns the content of leakage.json.
 
-    images: evaluation set and training source, from which the first `examples` leaked images are drawn beside their
-    training images, spread evenly. with_embeddings: whether embeddings were compared; without, the figures by
-    embedding are left out.
+    samples: evaluation set and training source, from which `examples` evenly spaced leaked images are drawn beside
+    their training images.
     """
+    found, evaluation, train = compared.found, compared.evaluation, compared.train
     leaked = outcomes(found, len(evaluation))
-    ways = ("any", "by_hash", "by_embedding", "both") if with_embeddings else ("any", "by_hash")
-    pairs = [_pair(found, number, evaluation, train) for number in range(min(len(found.train), MOST_PAIRS))]
+    ways = ("any", "by_hash", "by_embedding", "both") if compared.with_embeddings else ("any", "by_hash")
     result = {
         "metric": "leakage",
         "set": set_name,
         "figures": {way: {"value": float(leaked[way].mean()), "rows": len(evaluation)} for way in ways},
-        "pairs": pairs,
+        "pairs": [_pair(compared, number) for number in range(min(len(found.train), MOST_PAIRS))],
         "pairs_found": len(found.train),
         "curves": {},
-        "settings": asdict(thresholds),
+        "settings": asdict(compared.thresholds),
         "rows": {"image": len(evaluation), "leaked": int(leaked["any"].sum()), "train": len(train)},
         "skipped": {"evaluation": evaluation.skipped, "train": train.skipped},
         "source_fingerprint": evaluation.source_fingerprint,
@@ -77,67 +91,64 @@ def write_result(
         "seconds": seconds,
         "command": list(command),
     }
-    if pictures is not None:
-        _write_examples(folder / "examples", found, evaluation, train, pictures, examples)
+    if samples is not None:
+        _write_examples(folder / "examples", compared, samples, examples)
     with atomic_write(folder / LEAKED_KEYS) as file:
         for row in np.flatnonzero(leaked["any"]):
             file.write((json.dumps(evaluation.keys[row]) + "\n").encode())
     with atomic_write(folder / "leakage.npz") as file:
-        np.savez(file, **{way: leaked[way] for way in ways})
+        np.savez(file, **{way: leaked[way] for way in ways})  # type: ignore[arg-type]
     with atomic_write(folder / "leakage.json") as file:
         file.write((json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
     return result
 
 
-def _pair(found: Duplicates, number: int, evaluation: Prints, train: Prints) -> dict:
+def _pair(compared: Comparison, number: int) -> dict:
+    found = compared.found
     difference, cosine = float(found.difference[number]), float(found.cosine[number])
     return {
-        "evaluation": evaluation.keys[found.evaluation[number]],
-        "train": train.keys[found.train[number]],
+        "evaluation": compared.evaluation.keys[found.evaluation[number]],
+        "train": compared.train.keys[found.train[number]],
         "hamming": int(found.hamming[number]),
         "difference": difference if math.isfinite(difference) else None,
         "cosine": cosine if math.isfinite(cosine) else None,
         "mirrored": bool(found.mirrored[number]),
-        "by": [way.removeprefix("by_") for way in ("by_hash", "by_embedding") if getattr(found, way)[number]],
+        "by": [way for way, ways in (("hash", found.by_hash), ("embedding", found.by_embedding)) if ways[number]],
     }
 
 
 def _write_examples(
-    folder: Path,
-    found: Duplicates,
-    evaluation: Prints,
-    train: Prints,
-    pictures: tuple[EvaluationSamples, EvaluationSamples],
-    count: int,
+    folder: Path, compared: Comparison, samples: tuple[EvaluationSamples, EvaluationSamples], count: int
 ) -> None:
     for old in (*folder.glob("leakage-*.jpg"), folder / "leakage.json"):
         old.unlink(missing_ok=True)
+    found, evaluation, train = compared.found, compared.evaluation, compared.train
     rows = np.unique(found.evaluation)
     rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(np.int64))]
     examples = []
     for example, row in enumerate(rows):
         name = f"leakage-{example:03d}-evaluation.jpg"
-        query = {"key": evaluation.keys[row]} | _saved(folder / name, pictures[0], int(evaluation.indices[row]))
+        query = {"key": evaluation.keys[row]} | _saved(folder / name, samples[0], int(evaluation.indices[row]))
         results = []
-        for place, number in enumerate(np.flatnonzero(found.evaluation == row)):
+        for place, number in enumerate(np.flatnonzero(found.evaluation == row).tolist()):
             name, item = f"leakage-{example:03d}-training-{place}.jpg", int(found.train[number])
-            about = _pair(found, number, evaluation, train)
-            picture = _saved(folder / name, pictures[1], int(train.indices[item]))
-            results.append({"key": about.pop("train"), "score": about["cosine"]} | about | picture)
+            about = _pair(compared, number)
+            image = _saved(folder / name, samples[1], int(train.indices[item]))
+            results.append({"key": about.pop("train"), "score": about["cosine"]} | about | image)
         examples.append({"direction": "evaluation_to_training", "query": query, "results": results})
     with atomic_write(folder / "leakage.json") as file:
         file.write((json.dumps({"examples": examples}, indent=1, allow_nan=False) + "\n").encode())
 
 
 def _saved(path: Path, samples: EvaluationSamples, number: int) -> dict[str, str]:
-    """Save a sample's image, at most LARGEST_PICTURE wide and high; {} where it cannot be read any more."""
+    """Save a sample's image, at most LARGEST_SIDE wide and high; {} if it can no longer be read."""
     try:
-        picture = samples[number].picture
+        image = samples[number].picture
     except BadSample:
         return {}
-    picture.thumbnail((LARGEST_PICTURE, LARGEST_PICTURE), Image.Resampling.LANCZOS)
+    image.thumbnail((LARGEST_SIDE, LARGEST_SIDE), Image.Resampling.LANCZOS)
     content = io.BytesIO()
-    picture.save(content, "JPEG", quality=QUALITY)
+    image.save(content, "JPEG", quality=QUALITY)
     with atomic_write(path) as file:
         file.write(content.getvalue())
     return {"picture": path.name}
@@ -159,22 +170,22 @@ def read_keys(path: str | Path) -> list[str]:
 
 
 def rows_kept(embedded: EmbeddedSet, keys: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the images, and of the texts, that stay when the images of these keys are left out.
+    """Rows of the images, and of the texts, that remain without the images of these keys.
 
-    A text stays if it belongs to an image that stays, or belonged to none before. Every image of a key goes.
-    Returns two ascending arrays int64. Raises ValueError for a key that the set has not, and if no image stays.
+    A text remains if it belongs to an image that does, or belonged to none. All images of a key are left out. Returns
+    two ascending arrays int64. Raises ValueError for a key that the set does not have, and if no image remains.
     """
-    gone = set(keys)
+    left_out = set(keys)
     own = embedded.keys
-    unknown = sorted(gone.difference(own))
+    unknown = sorted(left_out.difference(own))
     require(
         not unknown,
         "keys to leave out",
         unknown[:3],
-        f"{len(unknown)} of {len(gone)} are not in {embedded.folder}: find the leakage of this very set",
+        f"{len(unknown)} of {len(left_out)} are not in {embedded.folder}: find the leakage of this very set",
     )
-    stays = np.array([key not in gone for key in own], dtype=bool)
-    require(bool(stays.any()), "keys to leave out", len(gone), f"no image of {embedded.folder} would be left")
+    stays = np.array([key not in left_out for key in own], dtype=bool)
+    require(bool(stays.any()), "keys to leave out", len(left_out), f"no image of {embedded.folder} would be left")
     texts = embedded.manifest["rows"]["text"]
     pairs = np.asarray(embedded.pairs)
     text_stays = np.ones(texts, dtype=bool)
@@ -184,11 +195,11 @@ def rows_kept(embedded: EmbeddedSet, keys: Iterable[str]) -> tuple[np.ndarray, n
 
 
 def leave_out(embedded: EmbeddedSet, keys: Iterable[str], folder: str | Path) -> EmbeddedSet:
-    """The set without the images of these keys, written into a folder; what lies there already is taken as it is.
+    """The set without the images of these keys, written into a folder unless it is there already.
 
-    Its name, and thus the folder of its results, is that of the set with "-without-leaked" behind it. Classes stay as
-    they are, also those without an image left, so that chance stays the same. Memory: blocks of rows, and the lists
-    of keys, captions and metadata. Raises ValueError as `rows_kept`.
+    Its name, and so the folder of its results, is that of the set with "-without-leaked" appended. All classes are
+    kept, also those without an image left, so that chance stays the same. Memory: blocks of rows, and the lists of
+    keys, captions and metadata. Raises ValueError as `rows_kept`.
     """
     keys = sorted(set(keys))
     images, texts = rows_kept(embedded, keys)
@@ -205,11 +216,11 @@ def leave_out(embedded: EmbeddedSet, keys: Iterable[str], folder: str | Path) ->
         if there.source == source and there.arrays == embedded.arrays:
             return there
     except (FileNotFoundError, ValueError):
-        pass  # there is none, or an unfinished or damaged one, which is written anew
+        pass  # there is none, or an unfinished or damaged one, which is overwritten
     require(
         Path(folder).resolve() != embedded.folder.resolve(), "folder", str(folder), "is the set itself; name another"
     )
-    arrays = {}
+    arrays: dict[str, np.ndarray | RowStream] = {}
     for array in sorted(embedded.arrays):
         rows = embedded.rows(array)
         kept = images if array in IMAGE_ARRAYS else texts

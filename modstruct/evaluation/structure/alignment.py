@@ -19,6 +19,13 @@ from modstruct.losses.bridge import SHORTEST_MEAN
 from modstruct.pairwise.gaussian import potential_sum
 from modstruct.pairwise.geometric import gram_products
 
+UNIFORMITY_T = 2.0
+"""t of the Gaussian potential, as Wang & Isola and L_Uni use it."""
+GRID = np.linspace(0, 1, 21)
+GOLDEN = (5**0.5 - 1) / 2
+TOLERANCE = 1e-6
+"""Of the best t: a smooth function is flat near its minimum."""
+
 
 def alignment(image: np.ndarray, text: np.ndarray, pairs: np.ndarray) -> float:
     """Mean |z_V - z_T|^2 over pairs, from 0 to 4 (Wang & Isola 2020, alpha = 2).
@@ -61,10 +68,6 @@ def paired_blocks(pairs: np.ndarray, *columns: tuple[np.ndarray, int]) -> Iterat
 
 def _total(sums: Iterator[Tensor]) -> float:
     return sum(float(s) for s in sums)
-
-
-UNIFORMITY_T = 2.0
-"""t of the Gaussian potential, as Wang & Isola and L_Uni use it."""
 
 
 def uniformity(z: np.ndarray, config: SamplingConfig, t: float = UNIFORMITY_T) -> dict[str, float] | None:
@@ -134,12 +137,6 @@ def _over_pairs(
     return [
         metric(column.mean(), mean_interval(column, config.confidence), sum(map(len, batches))) for column in values.T
     ]
-
-
-GRID = np.linspace(0, 1, 21)
-GOLDEN = (5**0.5 - 1) / 2
-TOLERANCE = 1e-6
-"""Of the best t: a smooth function is flat near its minimum."""
 
 
 @dataclass(frozen=True)

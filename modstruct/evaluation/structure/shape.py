@@ -21,6 +21,14 @@ from modstruct.evaluation.structure.sampling import (
 )
 
 K = 10
+FLOAT64_ROWS = 8192
+FOLDS = 5
+WIDENING = (1 + FOLDS / (FOLDS - 1)) ** 0.5
+DECAY = 1e-3
+"""Weight of |w|^2 / 2 beside the mean logistic loss, of features in units of their deviation."""
+STEPS = 200
+FLATTEST = 1e-6
+"""Deviation below which a feature is not scaled up."""
 
 
 def hubness(
@@ -66,9 +74,6 @@ def skewness(values: np.ndarray) -> float:
     return float(np.mean(centred**3) / deviation**3) if deviation > 0 else 0.0
 
 
-FLOAT64_ROWS = 8192
-
-
 def spectra(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Singular values of Z / root n and of the centred (Z - mean) / root n, (min(n, D),) each, descending, float64.
 
@@ -98,15 +103,6 @@ def effective_rank(singular_values: np.ndarray) -> float:
         return 1.0
     shares = singular_values[singular_values > 0] / total
     return float(np.exp(-np.sum(shares * np.log(shares))))
-
-
-FOLDS = 5
-WIDENING = (1 + FOLDS / (FOLDS - 1)) ** 0.5
-DECAY = 1e-3
-"""Weight of |w|^2 / 2 beside the mean logistic loss, of features in units of their deviation."""
-STEPS = 200
-FLATTEST = 1e-6
-"""Deviation below which a feature is not scaled up."""
 
 
 def linear_separability(

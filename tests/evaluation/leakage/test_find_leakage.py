@@ -137,7 +137,7 @@ def test_prints_of_another_source_and_damaged_ones_are_refused(shards):
     made = make_prints(samples_of(shards), shards / "prints", "train")
     assert len(made) == 11
     other = samples_of(shards)
-    other.samples.fingerprint = "other"
+    other.fingerprint = "other"
     with pytest.raises(ValueError, match="another source than train"):
         make_prints(other, shards / "prints", "train")
     content = (shards / "prints" / "thumbnails.npy").read_bytes()

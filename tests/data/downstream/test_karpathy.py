@@ -17,8 +17,8 @@ def coco(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_restval_counts_as_train(coco):
-    assert [picture.image_id for picture in read_karpathy(*coco, "train").entries] == [1001, 1002]
-    assert [picture.image_id for picture in read_karpathy(*coco, "val").entries] == [1003]
+    assert [image.image_id for image in read_karpathy(*coco, "train").entries] == [1001, 1002]
+    assert [image.image_id for image in read_karpathy(*coco, "val").entries] == [1003]
     (test,) = read_karpathy(*coco, "test").entries
     assert test.image == coco[1] / "val2014" / "COCO_val2014_000000000000.jpg"
     assert test.captions == ("A man, number 0.", "Another caption of 0")
@@ -27,9 +27,9 @@ def test_restval_counts_as_train(coco):
 def test_flickr30k_names_no_folders(tmp_path: Path):
     touched(tmp_path / "flickr30k-images" / "1000092795.jpg")
     captions = as_json(tmp_path / "dataset_flickr30k.json", KARPATHY_FLICKR)
-    (picture,) = read_karpathy(captions, tmp_path / "flickr30k-images", "train").entries
-    assert picture.image.is_file()
-    assert picture.image_id == 7
+    (image,) = read_karpathy(captions, tmp_path / "flickr30k-images", "train").entries
+    assert image.image.is_file()
+    assert image.image_id == 7
     with pytest.raises(ValueError, match=r"data\.train\.split = 'test': no image of .*dataset_flickr30k\.json"):
         read_karpathy(captions, tmp_path / "flickr30k-images", "test")
 
@@ -60,7 +60,7 @@ def test_a_malformed_image_is_named_by_file_number_and_key(coco, change: dict, m
         read_karpathy(*coco, "train")
 
 
-def test_a_image_that_comes_twice_is_refused(coco):
+def test_an_image_that_comes_twice_is_refused(coco):
     as_json(coco[0], {"images": KARPATHY_COCO["images"] + KARPATHY_COCO["images"][:1]})
     with pytest.raises(ValueError, match=r"images\[4\]: filename = .*no other entry"):
         read_karpathy(*coco, "test")

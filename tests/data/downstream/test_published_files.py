@@ -1,20 +1,21 @@
-"""JSON of others: bounded, and nothing but ValueError for what is not as published."""
+"""Published JSON and image folders: bounded, and only ValueError for what is not as published."""
 
 from __future__ import annotations
 
 import json
+import os
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from published_samples import KARPATHY_COCO, NLVR2_DEV, SNLI_VE, VQA_ANNOTATIONS, VQA_QUESTIONS, as_json
+from published_samples import KARPATHY_COCO, NLVR2_DEV, SNLI_VE, VQA_ANNOTATIONS, VQA_QUESTIONS, as_json, touched
 
 from modstruct.data.downstream import published_files
 from modstruct.data.downstream.karpathy import read_karpathy
 from modstruct.data.downstream.nlvr2 import read_nlvr2
-from modstruct.data.downstream.published_files import published_file, read_json, read_json_lines
+from modstruct.data.downstream.published_files import ImageFolders, published_file, read_json, read_json_lines
 from modstruct.data.downstream.snli_ve import read_snli_ve
 from modstruct.data.downstream.vqa import read_answer_list, read_vqa
 
@@ -103,3 +104,29 @@ def test_a_spoilt_file_gives_value_error_or_is_read(reader: str, data, tmp_path_
         as_json(path, content)
     with suppress(ValueError):  # without images every reader ends in one, if not before
         read(path, folder)
+
+
+def test_each_folder_is_listed_once_however_many_images_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    names = [tmp_path / folder / f"{number}.jpg" for folder in ("a", "b") for number in range(50)]
+    touched(*names)
+    listed, looked_at = [], []
+    listdir, stat = os.listdir, os.stat
+    monkeypatch.setattr(os, "listdir", lambda path: listed.append(Path(path)) or listdir(path))
+    monkeypatch.setattr(os, "stat", lambda path, *rest, **named: looked_at.append(path) or stat(path, *rest, **named))
+    folders = ImageFolders(tmp_path, "data.train.images", "get them")
+    assert all(folders.has(folders.subfolder(name.parent.name) / name.name) for name in names)
+    folders.refuse_missing()
+    assert sorted(listed) == [tmp_path, tmp_path / "a", tmp_path / "b"]
+    assert len(looked_at) < 10
+
+
+def test_the_error_counts_the_missing_and_shows_the_first_few(tmp_path: Path):
+    touched(tmp_path / "0.jpg")
+    folders = ImageFolders(tmp_path, "data.eval.images", "get them")
+    assert [folders.has(tmp_path / f"{number}.jpg") for number in (0, 1, 2, 3, 4, 4)] == [True] + [False] * 5
+    with pytest.raises(ValueError, match=r"4 of 5 images are not there, the first 1\.jpg, 2\.jpg, 3\.jpg; get them"):
+        folders.refuse_missing()
+
+
+def test_no_image_looked_up_is_no_image_missing(tmp_path: Path):
+    ImageFolders(tmp_path, "data.eval.images", "get them").refuse_missing()
