@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from modstruct.evaluation.embeddings.embedded_set import write_embedded_set
+from modstruct.evaluation.embeddings.embedded_set import SetContents, write_embedded_set
 from modstruct.evaluation.retrieval.exact import pairs_ahead
 from modstruct.evaluation.retrieval.measure import measure_retrieval
 from modstruct.evaluation.statistics import bootstrap_mean
@@ -107,13 +107,15 @@ def write_run(
     made = dict(rows, noise, gap, seed)
     write_embedded_set(
         folder / "embeddings" / "scenes",
-        "scenes",
-        {"name": name, "fingerprint": name},
-        {"image": made.image, "text": made.text, "image_augmented": made.augmented},
-        pairs=made.pairs,
-        keys=made.keys,
-        captions=made.captions,
-        source={"name": "scenes", "fingerprint": "data-of-scenes"},
+        SetContents(
+            "scenes",
+            {"name": name, "fingerprint": name},
+            {"image": made.image, "text": made.text, "image_augmented": made.augmented},
+            pairs=made.pairs,
+            keys=made.keys,
+            captions=made.captions,
+            source={"name": "scenes", "fingerprint": "data-of-scenes"},
+        ),
     )
     retrieval_result(folder, "scenes", made)
     if not whole:

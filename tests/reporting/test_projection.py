@@ -6,14 +6,17 @@ import numpy as np
 import pytest
 from evaluation_folders import Embeddings, unit
 
-from modstruct.evaluation.embeddings.embedded_set import write_embedded_set
+from modstruct.evaluation.embeddings.embedded_set import SetContents, write_embedded_set
 from modstruct.reporting.plots import SHOWN_PAIRS, project, projection_chart, widest
 
 
 def embedded(folder, made: Embeddings, **more):
     arrays = {"image": made.image, "text": made.text}
     return write_embedded_set(
-        folder, "scenes", {"name": "m", "fingerprint": "f"}, arrays, pairs=made.pairs, captions=made.captions, **more
+        folder,
+        SetContents(
+            "scenes", {"name": "m", "fingerprint": "f"}, arrays, pairs=made.pairs, captions=made.captions, **more
+        ),
     )
 
 
@@ -56,13 +59,15 @@ def test_images_without_captions_are_paired_with_their_classes(tmp_path):
     prompts = unit(np.random.default_rng(0).normal(size=(4 * 2, 16))).reshape(4, 2, 16)
     source = write_embedded_set(
         tmp_path,
-        "shapes",
-        {"name": "m", "fingerprint": "f"},
-        {"image": made.image},
-        labels=labels,
-        class_prompts=prompts,
-        class_names=["<a>", "b", "c", "d"],
-        templates=["a {}", "the {}"],
+        SetContents(
+            "shapes",
+            {"name": "m", "fingerprint": "f"},
+            {"image": made.image},
+            labels=labels,
+            class_prompts=prompts,
+            class_names=["<a>", "b", "c", "d"],
+            templates=["a {}", "the {}"],
+        ),
     )
     found = project(source)
     assert found.total == 37

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from modstruct.data.shards.reader import ShardReader
 from modstruct.data.shards.samples import Samples, open_samples
 from modstruct.data.shards.sources import is_pipe
 from modstruct.data.shards.workers import WorkerLoader, require_shared_memory
-from modstruct.data.transforms.augment import Views, sample_seed
+from modstruct.data.transforms.augment import sample_seed
 from modstruct.data.transforms.decoding import decode_image
 
 # Captions are taken from so many pipe: shards at most, because each has to be fetched whole.
@@ -61,6 +62,21 @@ class EvaluationBatch:
         return len(self.indices) + len(self.faults)
 
 
+class EvaluationViews(Protocol):
+    """From PIL images to what the image tower takes; pickles to loader workers. `augment.Views` is one."""
+
+    image_size: int
+    """Side in pixels."""
+    value_bytes: int
+    """Memory of one colour of one pixel."""
+
+    def evaluation_image(self, image: Image.Image) -> Tensor:
+        """(3, image_size, image_size)."""
+
+    def augmented_image(self, image: Image.Image, seed: int) -> Tensor:
+        """The same of a random view that is drawn from seed."""
+
+
 class EvaluationSamples:
     """The samples of evaluation sources by number, in order of source, shard and place.
 
@@ -87,7 +103,7 @@ class EvaluationSamples:
 class _EvaluationBatches(Dataset):
     """Map from a range of sample numbers to an EvaluationBatch."""
 
-    def __init__(self, samples: EvaluationSamples, views: Views, augmented_seed: int | None):
+    def __init__(self, samples: EvaluationSamples, views: EvaluationViews, augmented_seed: int | None):
         self.samples, self.views, self.augmented_seed = samples, views, augmented_seed
 
     def __getitem__(self, indices: Sequence[int]) -> EvaluationBatch:
@@ -120,7 +136,7 @@ class _EvaluationBatches(Dataset):
 
 def evaluation_loader(
     samples: EvaluationSamples,
-    views: Views,
+    views: EvaluationViews,
     batch: int,
     indices: Sequence[int] | None = None,
     augmented_seed: int | None = None,
@@ -128,7 +144,7 @@ def evaluation_loader(
 ) -> WorkerLoader:
     """Loader of EvaluationBatches of `batch` samples each (fewer where some are bad, and in the last).
 
-    views: ours, or another model's with the same methods. indices: numbers of the samples wanted, such as one process's
+    indices: numbers of the samples wanted, such as one process's
     share; None for all. augmented_seed: makes an augmented view of each image too, drawn from this seed and its
     number. workers: loader processes; None for the samples' data.workers. Raises ValueError if the batches do not fit
     the shared memory.

@@ -25,7 +25,7 @@ from modstruct.data.shards.evaluation_samples import EvaluationBatch, evaluation
 from modstruct.distributed.collect import on_main
 from modstruct.distributed.hosts import require_same, require_shared_folder
 from modstruct.errors import refuse, require
-from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet, clear, write_embedded_set
+from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet, SetContents, clear, write_embedded_set
 from modstruct.evaluation.embeddings.model import EmbeddingModel
 from modstruct.evaluation.embeddings.parts import (
     FOLDER,
@@ -41,6 +41,9 @@ from modstruct.evaluation.embeddings.set_files import IMAGE_ARRAYS, MANIFEST, TE
 from modstruct.evaluation.embeddings.source import DistinctCaptions, EmbeddingSource, at_places
 from modstruct.files import atomic_write
 
+AUGMENTED = "image_augmented"
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"float16": torch.float16, "float32": torch.float32}
 BEGUN = "begun.json"
 CAPTIONS = "captions.jsonl"
 
@@ -54,10 +57,10 @@ def embed_sets(
 ) -> list[EmbeddedSet]:
     """Embed sets one after the other, each into folder/NAME; every process calls it and gets the finished sets.
 
-    Sets that are there already, of the same model and settings, are left as they are, and one that was begun is gone on
-    with, on any number of processes: its arrays and lists are the same to the byte. command: for the manifests. Raises
-    ValueError where a set that is there differs in model, source or settings, unless config.overwrite starts it anew;
-    TooManyBadSamples above config.max_bad_share, FailedElsewhere where another process failed.
+    A finished set of the same model and settings is left as it is; an interrupted one is resumed, on any number of
+    processes: its arrays and lists are the same to the byte. command: for the manifests. Raises ValueError where an
+    existing set differs in model, source or settings, unless config.overwrite replaces it; TooManyBadSamples above
+    config.max_bad_share, FailedElsewhere where another process failed.
     """
     names = [source.name for source in sets]
     require(len(set(names)) == len(names), "sets", names, "each needs a name of its own")
@@ -81,35 +84,29 @@ def embed_set(
         return EmbeddedSet.open(folder)
 
     def parts(kind: str, items: int) -> tuple[Parts, list[int]]:
-        """The parts and, as the main process sees it before any is made, those that are missing."""
+        """The parts and, as the main process sees it before any is written, those that are missing."""
         made = Parts(folder / FOLDER, kind, items, config.batch, config.part_batches)
-        return made, distributed.broadcast_object(made.missing() if distributed.is_main() else None)
+        return made, on_main(made.missing)
 
     of_images, of_texts = ([a for a in arrays if a in known] for known in (IMAGE_ARRAYS, TEXT_ARRAYS))
-    pictures, missing = parts("image", len(source.samples))
-    embed_images(model, source, pictures, missing, config, of_images)
+    images, missing = parts("image", len(source.samples))
+    _embed_images(model, source, images, missing, config, of_images)
 
     lines = TextLines(folder / FOLDER / CAPTIONS)
-    assembly = Assembly(source, pictures, lines.path)
+    assembly = _Assembly(source, images, lines.path)
     captions, missing = parts("text", on_main(lambda: assembly.gather(config)))
     if of_texts and captions.items:
-        embed_texts(model, lines, captions, missing, config, of_texts, f"captions of {source.name}")
+        _embed_texts(model, lines, captions, missing, config, of_texts, f"captions of {source.name}")
     prompts, missing = parts("prompts", len(source.prompts))
     title = f"class names of {source.name}"
-    embed_texts(model, TextList(source.prompts), prompts, missing, config, ["text"], title, dtype="float32")
+    _embed_texts(model, TextList(source.prompts), prompts, missing, config, ["text"], title, dtype="float32")
 
     def finish() -> None:
-        assembly.finish(
-            folder,
-            captions if of_texts and captions.items else None,
-            prompts,
-            arrays,
-            config.dtype,
-            model=model.described(),
-            settings=settings,
-            command=command,
-            seconds=time.monotonic() - started,
+        contents = assembly.contents(
+            model.described(), captions if of_texts and captions.items else None, prompts, arrays, config.dtype
         )
+        contents.settings, contents.command, contents.seconds = settings, command, time.monotonic() - started
+        write_embedded_set(folder, contents)
         shutil.rmtree(folder / FOLDER)
 
     on_main(finish)
@@ -136,19 +133,19 @@ def _settings(
 
 
 def _begin(folder: Path, settings: dict[str, Any], overwrite: bool) -> bool:
-    """Make the folder ready to go on with or to start, and say whether the set is finished already."""
+    """Prepare the folder for a start or a resumption; true where the set is finished already."""
     parts = folder / FOLDER
     finished = (folder / MANIFEST).is_file()
     if overwrite:
         clear(folder)
     elif finished:
         _require_equal(EmbeddedSet.open(folder).manifest.get("settings", {}), settings, folder)
-        shutil.rmtree(parts, ignore_errors=True)  # of a run that was stopped between its last two steps
+        shutil.rmtree(parts, ignore_errors=True)  # of a run that was interrupted between its last two steps
         return True
     elif (parts / BEGUN).is_file():
         _require_equal(json.loads((parts / BEGUN).read_bytes()), settings, folder)
         return False
-    shutil.rmtree(parts, ignore_errors=True)  # left half removed
+    shutil.rmtree(parts, ignore_errors=True)  # left by an interrupted removal
     with atomic_write(parts / BEGUN) as file:
         file.write(json.dumps(settings).encode())
     return False
@@ -159,14 +156,10 @@ def _require_equal(before: dict[str, Any], now: dict[str, Any], folder: Path) ->
     for name, value in now.items():
         if before.get(name) != value:
             was = f"{folder} was embedded with {before.get(name)!r}"
-            refuse(name, value, f"{was}; give that, another folder, or --embedding.overwrite true to start anew")
+            refuse(name, value, f"{was}; give that, another folder, or --embedding.overwrite true to start again")
 
 
-AUGMENTED = "image_augmented"
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def embed_images(
+def _embed_images(
     model: EmbeddingModel,
     source: EmbeddingSource,
     parts: Parts,
@@ -180,7 +173,7 @@ def embed_images(
     beside the embeddings: indices, numbers of the images in the source; labels, where it has classes.
     """
     mine = _share(missing)
-    ledger = source.ledger(config, distributed.rank())
+    counter = source.bad_sample_counter(config, distributed.rank())
     encoder = _Encoder(model, config, arrays)
 
     def work(progress: Progress) -> None:
@@ -191,25 +184,27 @@ def embed_images(
         batches = iter(loader)
         for part in mine:
             made: list[dict[str, np.ndarray]] = []
-            notes = {"keys": [], "captions": [], "metadata": [], "faults": []}
+            notes: dict[str, list] = {"keys": [], "captions": [], "metadata": [], "faults": []}
             for batch in islice(batches, len(parts.batches(part))):
                 rows = {"indices": batch.indices.numpy()}
                 if source.class_names:
                     rows["labels"] = source.labels_of(batch.metadata)
-                made.append(rows | encoder.pictures(batch))
-                for name, found in notes.items():
-                    found += getattr(batch, name)
-                ledger.add(batch.faults, batch.tried)
-                # The others' may all be sound: only what no other can make good is too much already.
-                ledger.check(ledger.bad, len(source.samples), fewest=1)
+                made.append(rows | encoder.images(batch))
+                notes["keys"] += batch.keys
+                notes["captions"] += batch.captions
+                notes["metadata"] += batch.metadata
+                notes["faults"] += batch.faults
+                counter.add(batch.faults, batch.tried)
+                # Of the whole source: the samples of the other processes may all be sound.
+                counter.check(counter.bad, len(source.samples), fewest=1)
                 progress.add(batch.tried)
             parts.write(part, _joined(made), notes)
 
     total = sum(len(parts.numbers(part)) for part in missing)
-    apart(work, f"images of {source.name}", total, "picture")
+    apart(work, f"images of {source.name}", total, "image")
 
 
-def embed_texts(
+def _embed_texts(
     model: EmbeddingModel,
     texts: TextLines | TextList,
     parts: Parts,
@@ -237,23 +232,23 @@ def embed_texts(
 
 
 class _Encoder:
-    """The model's encode, in the precision asked for, to arrays of the kind that is written."""
+    """The model's encode in the configured precision, to arrays of the dtype that is written."""
 
     def __init__(self, model: EmbeddingModel, config: EmbeddingConfig, arrays: Sequence[str], dtype: str | None = None):
         self._encode, self._arrays = model.encode, frozenset(arrays)
-        self._dtype = getattr(torch, dtype or config.dtype)
+        self._dtype = DTYPES[dtype or config.dtype]
         self._precision, self._device = config.precision, distributed.device()
         fits = self._precision != "fp16" or self._device.type == "cuda"
         require(fits, "embedding.precision", self._precision, "needs a GPU; use fp32 or bf16")
 
     @torch.no_grad()
     def encoded(self, batch: dict[str, Tensor]) -> dict[str, np.ndarray]:
-        """The arrays asked for of a batch of images or texts, (B, …) each."""
+        """The wanted arrays of a batch of images or texts, (B, …) each."""
         with self._autocast():
             made = self._encode({name: inputs.to(self._device) for name, inputs in batch.items()})
         return {name: made[name].to(self._dtype).cpu().numpy() for name in made.keys() & self._arrays}
 
-    def pictures(self, batch: EvaluationBatch) -> dict[str, np.ndarray]:
+    def images(self, batch: EvaluationBatch) -> dict[str, np.ndarray]:
         """The same, augmented images included; nothing of a batch of which no image could be read."""
         if len(batch.indices) == 0:
             return {}
@@ -277,76 +272,61 @@ def _joined(made: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.concatenate([rows[name] for rows in made if name in rows]) for name in sorted(names)}
 
 
-class Assembly:
-    """Puts the parts of one set together: `gather` when all images are embedded, `finish` when all texts are too."""
+class _Assembly:
+    """Joins the parts of one set: `gather` when all images are embedded, `contents` when all texts are too."""
 
-    def __init__(self, source: EmbeddingSource, pictures: Parts, captions_file: Path):
-        self._source, self._images, self._captions_file = source, pictures, captions_file
+    def __init__(self, source: EmbeddingSource, images: Parts, captions_file: Path):
+        self._source, self._images, self._captions_file = source, images, captions_file
 
     def gather(self, config: EmbeddingConfig) -> int:
         """Count what was read, and write the distinct captions to their file. Returns how many they are.
 
         Raises TooManyBadSamples above config.max_bad_share, ValueError where no image could be read.
         """
-        ledger, captions = self._source.ledger(config), DistinctCaptions()
+        counter, captions = self._source.bad_sample_counter(config), DistinctCaptions()
         total = len(self._source.samples)
-        ledger.add(self._noted("faults"), total, say=False)  # who met them has said so
+        counter.add(self._noted("faults"), total, say=False)  # the process that met them has reported them
         for of_part in self._images.notes("captions"):
             captions.add(of_part)
         # The whole source was tried, so its share is exact, however small it is.
-        ledger.check(ledger.bad, total, fewest=1)
-        if ledger.bad == total:
-            refuse("set", self._source.name, f"none of its {total} samples could be used: {ledger.summary()}")
-        self._skipped = self._source.left_out_before() + ledger.counts
+        counter.check(counter.bad, total, fewest=1)
+        if counter.bad == total:
+            refuse("set", self._source.name, f"none of its {total} samples could be used: {counter.summary()}")
+        self._skipped = self._source.left_out_before() + counter.counts
         places, self._pairs = captions.rows()
         with atomic_write(self._captions_file) as file:
             for caption in at_places(chain.from_iterable(self._noted("captions")), places):
                 file.write((json.dumps(caption) + "\n").encode())
         return len(places)
 
-    def finish(
-        self,
-        folder: Path,
-        captions: Parts | None,
-        prompts: Parts,
-        arrays: Sequence[str],
-        dtype: str,
-        **manifest: Any,
-    ) -> None:
-        """Write the set of these arrays. captions: None where no texts are wanted. manifest: what else
-        `write_embedded_set` takes."""
-        source, pictures, kind = self._source, self._images, np.dtype(dtype)
+    def contents(
+        self, model: dict[str, Any], captions: Parts | None, prompts: Parts, arrays: Sequence[str], dtype: str
+    ) -> SetContents:
+        """The set of these arrays, most of it as streams. captions: None where no texts are wanted."""
+        source, kind = self._source, np.dtype(dtype)
         indices = self._column("indices")
-        streams = {a: pictures.stream(a, len(indices), kind) for a in arrays if a in IMAGE_ARRAYS}
-        texts: dict[str, Any] = {}
-        if captions is not None:
-            streams |= {a: captions.stream(a, captions.items, kind) for a in arrays if a in TEXT_ARRAYS}
-            texts = {"pairs": self._pairs, "captions": read_texts(self._captions_file)}
-        classes: dict[str, Any] = {}
-        if source.class_names:
-            shape = (len(source.class_names), len(source.templates), -1)
-            rows = list(prompts.pieces("text"))
-            classes = {
-                "labels": self._column("labels"),
-                "class_prompts": np.concatenate(rows).reshape(shape) if rows else None,
-                "class_names": source.class_names,
-                "templates": source.templates,
-                "label": source.label_field,
-            }
-        write_embedded_set(
-            folder,
+        streams = {a: self._images.stream(a, len(indices), kind) for a in arrays if a in IMAGE_ARRAYS}
+        made = SetContents(
             source.name,
-            arrays=streams,
+            model,
+            streams,
             indices=indices,
             keys=self._noted("keys"),
             metadata=self._noted("metadata"),
             source={"name": source.name, "fingerprint": source.fingerprint},
             skipped=dict(self._skipped),
             left_out=({"cause": cause, "where": where} for cause, where in self._noted("faults")),
-            **texts,
-            **classes,
-            **manifest,
         )
+        if captions is not None:
+            streams |= {a: captions.stream(a, captions.items, kind) for a in arrays if a in TEXT_ARRAYS}
+            made.pairs, made.captions = self._pairs, read_texts(self._captions_file)
+        if source.class_names:
+            made.class_names, made.templates, made.label = source.class_names, source.templates, source.label_field
+            made.labels = self._column("labels")
+            rows = list(prompts.pieces("text"))
+            if rows:
+                made.class_prompts = np.concatenate(rows).reshape(len(source.class_names), len(source.templates), -1)
+        return made
 
     def _noted(self, name: str) -> Iterator[Any]:
         """The notes of this name, of all images."""

@@ -18,7 +18,8 @@ FOLDER/
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -179,84 +180,97 @@ class EmbeddedSet:
         return values
 
 
-def write_embedded_set(
-    folder: str | Path,
-    name: str,
-    model: dict[str, Any],
-    arrays: dict[str, np.ndarray | RowStream],
-    *,
-    pairs: np.ndarray | None = None,
-    indices: np.ndarray | None = None,
-    labels: np.ndarray | None = None,
-    class_prompts: np.ndarray | None = None,
-    class_names: Sequence[str] = (),
-    templates: Sequence[str] = (),
-    label: str | None = None,
-    keys: Iterable[str] | None = None,
-    captions: Iterable[str] = (),
-    metadata: Iterable[dict] = (),
-    source: dict[str, Any] | None = None,
-    skipped: dict[str, int] | None = None,
-    left_out: Iterable[dict[str, str]] = (),
-    settings: dict[str, Any] | None = None,
-    command: Sequence[str] = (),
-    seconds: float = 0.0,
-) -> EmbeddedSet:
+@dataclass(kw_only=True)
+class SetContents:
+    """What a set is written from; arrays and lists may be streams, which are read once."""
+
+    name: str = field(kw_only=False)
+    model: dict[str, Any] = field(kw_only=False)
+    """{"name", "fingerprint", …}."""
+    arrays: Mapping[str, np.ndarray | RowStream] = field(kw_only=False)
+    """By name, of IMAGE_ARRAYS and TEXT_ARRAYS, "image" at least; float16 and float32 are kept, else made float32."""
+    pairs: np.ndarray | None = None
+    indices: np.ndarray | None = None
+    labels: np.ndarray | None = None
+    class_prompts: np.ndarray | None = None
+    class_names: Sequence[str] = ()
+    templates: Sequence[str] = ()
+    label: str | None = None
+    """Field of the metadata that the labels came from."""
+    keys: Iterable[str] | None = None
+    """Of the images; by default their numbers."""
+    captions: Iterable[str] = ()
+    metadata: Iterable[dict] = ()
+    """Of the images; by default empty."""
+    source: dict[str, Any] | None = None
+    skipped: dict[str, int] | None = None
+    """Number of samples left out, by cause."""
+    left_out: Iterable[dict[str, str]] = ()
+    """Which samples."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """How the set was made."""
+    command: Sequence[str] = ()
+    seconds: float = 0.0
+
+    def tables(self, rows: dict[str, int], dimension: int) -> dict[str, np.ndarray]:
+        """The arrays of TABLES that there are. Raises ValueError where one does not fit the rows and the dimension."""
+        tables: dict[str, np.ndarray] = {}
+        if self.pairs is not None:
+            tables["pairs"] = within(np.asarray(self.pairs, dtype=np.int64).reshape(-1, 2), rows)
+        if self.indices is not None:
+            indices = tables["indices"] = np.asarray(self.indices, dtype=np.int64)
+            require(indices.shape == (rows["image"],), "indices", indices.shape, "one for each image")
+        if self.labels is not None:
+            labels, classes = np.asarray(self.labels, dtype=np.int64), len(self.class_names)
+            fits = labels.shape == (rows["image"],) and bool(np.all((labels >= -1) & (labels < classes)))
+            require(fits, "labels", labels.shape, f"one of -1 … {classes - 1} for each of {rows['image']} images")
+            tables["labels"] = labels
+        if self.class_prompts is not None:
+            expected = (len(self.class_names), len(self.templates), dimension)
+            found = self.class_prompts.shape
+            require(found == expected, "class_prompts", found, f"of shape {expected}")
+            tables["class_prompts"] = np.asarray(self.class_prompts, dtype=np.float32)
+        return tables
+
+
+def write_embedded_set(folder: str | Path, contents: SetContents) -> EmbeddedSet:
     """Write a set into a folder, over one that is there, and open it; row by row where arrays or lists are streams.
 
-    model: {"name", "fingerprint", …}. arrays: by name, of IMAGE_ARRAYS and TEXT_ARRAYS, "image" at least; float16 and
-    float32 are kept, other kinds become float32. pairs (p, 2), indices (n,), labels (n,), class_prompts (c, t, D): as
-    above. label: field of the metadata that the labels came from. keys: of the images, by default their numbers.
-    metadata: of the images, by default empty. skipped: samples left out, by cause; left_out: which. settings: how
-    the set was made. Raises ValueError where sizes do not fit each other, or rows are not finite or not of unit norm;
-    the folder is unfinished then.
+    Raises ValueError where sizes do not fit each other, or rows are not finite or not of unit norm; the folder is
+    unfinished then.
     """
     folder = Path(folder).expanduser()
-    streams = {array: as_stream(rows) for array, rows in arrays.items()}
+    streams = {array: as_stream(rows) for array, rows in contents.arrays.items()}
     rows = counted(streams)
-    tables: dict[str, np.ndarray] = {}
-    if pairs is not None:
-        tables["pairs"] = within(np.asarray(pairs, dtype=np.int64).reshape(-1, 2), rows)
-    if indices is not None:
-        tables["indices"] = np.asarray(indices, dtype=np.int64)
-        require(tables["indices"].shape == (rows["image"],), "indices", tables["indices"].shape, "one for each image")
-    if labels is not None:
-        labels = np.asarray(labels, dtype=np.int64)
-        fits = labels.shape == (rows["image"],) and np.all((labels >= -1) & (labels < len(class_names)))
-        require(fits, "labels", labels.shape, f"one of -1 … {len(class_names) - 1} for each of {rows['image']} images")
-        tables["labels"] = labels
-    if class_prompts is not None:
-        expected = (len(class_names), len(templates), streams["image"].shape[1])
-        require(class_prompts.shape == expected, "class_prompts", class_prompts.shape, f"of shape {expected}")
-        tables["class_prompts"] = np.asarray(class_prompts, dtype=np.float32)
+    tables = contents.tables(rows, streams["image"].shape[1])
 
     clear(folder)
     for array, stream in streams.items():
         write_array(folder / f"{array}.npy", stream, unit=array not in FEATURE_ARRAYS)
     for table, values in tables.items():
         write_array(folder / f"{table}.npy", as_stream(values))
-    if class_names:
-        classes = {"names": list(class_names), "templates": list(templates), "label": label}
-        write_json(folder / CLASSES_FILE, classes)
+    if contents.class_names:
+        names, templates = list(contents.class_names), list(contents.templates)
+        write_json(folder / CLASSES_FILE, {"names": names, "templates": templates, "label": contents.label})
     count = rows["image"]
-    write_lines(folder, "keys", map(str, range(count)) if keys is None else keys, count)
-    write_lines(folder, "metadata", metadata or ({} for _ in range(count)), count)
-    write_lines(folder, "left_out", left_out)
+    write_lines(folder, "keys", map(str, range(count)) if contents.keys is None else contents.keys, count)
+    write_lines(folder, "metadata", contents.metadata or ({} for _ in range(count)), count)
+    write_lines(folder, "left_out", contents.left_out)
     if rows["text"]:
-        write_lines(folder, "captions", captions, rows["text"])
+        write_lines(folder, "captions", contents.captions, rows["text"])
     manifest = {
         "format": FORMAT,
-        "name": name,
-        "model": model,
-        "source": source,
+        "name": contents.name,
+        "model": contents.model,
+        "source": contents.source,
         "rows": rows,
         "arrays": {array: list(stream.shape) for array, stream in streams.items()},
         "tables": {table: list(values.shape) for table, values in tables.items()},
         "dtype": streams["image"].dtype.name,
-        "skipped": skipped or {},
-        "settings": settings or {},
-        "command": list(command),
-        "seconds": seconds,
+        "skipped": contents.skipped or {},
+        "settings": contents.settings,
+        "command": list(contents.command),
+        "seconds": contents.seconds,
     }
     write_json(folder / MANIFEST, manifest)
     sync_folder(folder)

@@ -6,14 +6,13 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from PIL.Image import Image
 from torch import Tensor, nn
 
 from modstruct import checkpoints, distributed
 from modstruct.config import Recipe
+from modstruct.data.shards.evaluation_samples import EvaluationViews
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.data.transforms.augment import Views
 from modstruct.distributed.collect import on_main
@@ -22,21 +21,6 @@ from modstruct.evaluation.embeddings.in_memory import Encode
 from modstruct.evaluation.embeddings.set_files import IMAGE_ARRAYS, TEXT_ARRAYS
 from modstruct.losses.objective import build_objective
 from modstruct.models.build import build_model, image_size
-
-
-class ImageViews(Protocol):
-    """From PIL images to what the image tower takes; pickles to loader workers. `data.augment.Views` is one."""
-
-    image_size: int
-    """Side in pixels."""
-    value_bytes: int
-    """Memory of one colour of one pixel."""
-
-    def evaluation_image(self, image: Image) -> Tensor:
-        """(3, image_size, image_size)."""
-
-    def augmented_image(self, image: Image, seed: int) -> Tensor:
-        """The same of a random view that is drawn from seed."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +35,7 @@ class EmbeddingModel:
     """D of the shared embeddings."""
     arrays: frozenset[str]
     """What it can make, of IMAGE_ARRAYS and TEXT_ARRAYS."""
-    views: ImageViews
+    views: EvaluationViews
     tokenize: Callable[[Sequence[str]], Tensor]
     """Texts -> ids (B, L); pickles to loader workers."""
     encode: Encode
@@ -67,7 +51,7 @@ class EmbeddingModel:
         return own | {"preprocessing": self.preprocessing} | self.details
 
     def chosen_arrays(self, wanted: Sequence[str]) -> list[str]:
-        """The arrays asked for, `all` replaced by those there are. Raises ValueError for one that there is not."""
+        """The wanted arrays, `all` being those the model makes. Raises ValueError for one that it does not make."""
         known = (*IMAGE_ARRAYS, *TEXT_ARRAYS)
         for name in wanted:
             require(name in known or name == "all", "embedding.arrays", name, f"may be {', '.join(known)} or all")

@@ -54,9 +54,9 @@ class EmbeddingSource:
         return cls(name, samples, samples.samples.fingerprint, names, classes.templates, classes)
 
     @classmethod
-    def of_labelled(cls, pictures: Any) -> EmbeddingSource:
+    def of_labelled(cls, images: Any) -> EmbeddingSource:
         """A set of labelled images (modstruct.data.classification)."""
-        return cls(pictures.name, pictures, pictures.fingerprint, tuple(pictures.classes), tuple(pictures.templates))
+        return cls(images.name, images, images.fingerprint, tuple(images.classes), tuple(images.templates))
 
     @property
     def label_field(self) -> str | None:
@@ -86,7 +86,7 @@ class EmbeddingSource:
                 refuse(f"label of set {self.name}", label, f"must be one of the {len(self.class_names)} classes, or -1")
         return np.array([-1 if label is None else int(label) for label in labels], dtype=np.int64)
 
-    def ledger(self, config: EmbeddingConfig, process: int = 0) -> BadSampleCounter:
+    def bad_sample_counter(self, config: EmbeddingConfig, process: int = 0) -> BadSampleCounter:
         """For counting its unreadable images."""
         return BadSampleCounter(f"set {self.name}", config.max_bad_share, process, "embedding.max_bad_share")
 

@@ -24,7 +24,7 @@ from PIL import Image
 from modstruct.data.shards.evaluation_samples import EvaluationSamples
 from modstruct.data.shards.faults import BadSample
 from modstruct.errors import require
-from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet, write_embedded_set
+from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet, SetContents, write_embedded_set
 from modstruct.evaluation.embeddings.set_files import IMAGE_ARRAYS, ROWS_AT_ONCE, RowStream
 from modstruct.evaluation.leakage.duplicates import Duplicates, Thresholds
 from modstruct.evaluation.leakage.prints import Prints
@@ -231,21 +231,23 @@ def leave_out(embedded: EmbeddedSet, keys: Iterable[str], folder: str | Path) ->
     labels = embedded.labels
     return write_embedded_set(
         folder,
-        f"{embedded.name}-without-leaked",
-        embedded.model,
-        arrays,
-        pairs=renumbered if "text" in embedded.arrays else None,
-        indices=np.asarray(embedded.indices)[images],
-        labels=None if labels is None else np.asarray(labels)[images],
-        class_prompts=embedded.class_prompts,
-        class_names=embedded.class_names,
-        templates=embedded.templates,
-        label=embedded.label_field,
-        keys=(embedded.keys[row] for row in images),
-        captions=(embedded.captions[row] for row in texts),
-        metadata=(embedded.metadata[row] for row in images),
-        source=source,
-        skipped=embedded.manifest.get("skipped"),
+        SetContents(
+            f"{embedded.name}-without-leaked",
+            embedded.model,
+            arrays,
+            pairs=renumbered if "text" in embedded.arrays else None,
+            indices=np.asarray(embedded.indices)[images],
+            labels=None if labels is None else np.asarray(labels)[images],
+            class_prompts=embedded.class_prompts,
+            class_names=embedded.class_names,
+            templates=embedded.templates,
+            label=embedded.label_field,
+            keys=(embedded.keys[row] for row in images),
+            captions=(embedded.captions[row] for row in texts),
+            metadata=(embedded.metadata[row] for row in images),
+            source=source,
+            skipped=embedded.manifest.get("skipped"),
+        ),
     )
 
 

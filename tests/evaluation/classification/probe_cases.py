@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from modstruct.evaluation.classification.features import Features, Piece
-from modstruct.evaluation.embeddings.embedded_set import write_embedded_set
+from modstruct.evaluation.embeddings.embedded_set import SetContents, write_embedded_set
 
 MODEL = {"name": "tiny", "fingerprint": "f0"}
 
@@ -31,11 +31,13 @@ def embedded(folder, rows, labels, names=None, model=MODEL, keys=None, **arrays)
     names = [f"class {c}" for c in range(int(np.max(labels)) + 1)] if names is None else names
     return write_embedded_set(
         folder,
-        folder.name,
-        model,
-        {"image": unit(rows), "image_features": np.asarray(rows)} | arrays,
-        labels=np.asarray(labels),
-        class_names=names,
-        keys=keys,
-        source={"name": folder.name, "fingerprint": "s0"},
+        SetContents(
+            folder.name,
+            model,
+            {"image": unit(rows), "image_features": np.asarray(rows)} | arrays,
+            labels=np.asarray(labels),
+            class_names=names,
+            keys=keys,
+            source={"name": folder.name, "fingerprint": "s0"},
+        ),
     )

@@ -14,7 +14,7 @@ from modstruct.evaluation.classification.zero_shot import (
     same_names,
     zero_shot,
 )
-from modstruct.evaluation.embeddings.embedded_set import write_embedded_set
+from modstruct.evaluation.embeddings.embedded_set import SetContents, write_embedded_set
 
 
 def unit(rows):
@@ -46,15 +46,17 @@ def embedded(folder, image, prompts, labels, names=None, templates=None, **other
     templates = templates or [f"template {number} of {{}}" for number in range(prompts.shape[1])]
     return write_embedded_set(
         folder,
-        "things",
-        {"name": "m", "fingerprint": "f"},
-        {"image": image},
-        labels=labels,
-        class_prompts=prompts,
-        class_names=names,
-        templates=templates,
-        source={"name": "things", "fingerprint": "abc"},
-        **other,
+        SetContents(
+            "things",
+            {"name": "m", "fingerprint": "f"},
+            {"image": image},
+            labels=labels,
+            class_prompts=prompts,
+            class_names=names,
+            templates=templates,
+            source={"name": "things", "fingerprint": "abc"},
+            **other,
+        ),
     )
 
 
@@ -226,7 +228,9 @@ def test_the_interval_of_uneven_classes_covers_the_true_mean():
 def test_a_set_that_cannot_be_classified_is_refused(tmp_path, labels, top_k, message):
     image, prompts = np.eye(4, dtype=np.float32), np.eye(4)[:, None]
     if labels is None:
-        opened = write_embedded_set(tmp_path, "things", {"name": "m", "fingerprint": "f"}, {"image": image})
+        opened = write_embedded_set(
+            tmp_path, SetContents("things", {"name": "m", "fingerprint": "f"}, {"image": image})
+        )
     else:
         opened = embedded(tmp_path, image, prompts, labels)
     with pytest.raises(ValueError, match=message):

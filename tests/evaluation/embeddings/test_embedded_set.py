@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet, write_embedded_set
+from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet, SetContents, write_embedded_set
 from modstruct.evaluation.embeddings.set_files import RowStream
 
 MODEL = {"name": "some model", "fingerprint": "1234"}
@@ -34,7 +34,7 @@ def written(folder, count: int = 5, **changes) -> EmbeddedSet:
         "metadata": [{"number": n, "name": "é"} for n in range(5)],
         "source": {"name": "shards", "fingerprint": "5678"},
     }
-    return write_embedded_set(folder, "pets", MODEL, **given | changes)
+    return write_embedded_set(folder, SetContents("pets", MODEL, **given | changes))
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
@@ -65,14 +65,14 @@ def test_rows_are_read_only_maps_of_the_file(tmp_path):
 
 
 def test_a_set_of_images_alone_has_no_texts_and_numbers_for_keys(tmp_path):
-    opened = write_embedded_set(tmp_path, "bare", MODEL, {"image": unit(4)})
+    opened = write_embedded_set(tmp_path, SetContents("bare", MODEL, {"image": unit(4)}))
     assert opened.pairs.shape == (0, 2)
     assert opened.labels is None
     assert opened.class_prompts is None
     assert (opened.captions, opened.class_names, opened.templates) == ([], [], [])
     assert (opened.keys, opened.metadata) == (list("0123"), [{}] * 4)
     assert opened.indices.tolist() == [0, 1, 2, 3]
-    assert write_embedded_set(tmp_path, "empty", MODEL, {"image": unit(0)}).rows("image").shape == (0, 8)
+    assert write_embedded_set(tmp_path, SetContents("empty", MODEL, {"image": unit(0)})).rows("image").shape == (0, 8)
 
 
 def test_a_stream_of_pieces_is_the_same_as_the_array(tmp_path):
@@ -86,7 +86,7 @@ def test_a_stream_of_pieces_is_the_same_as_the_array(tmp_path):
 
 def test_a_set_written_over_another_keeps_nothing_of_it(tmp_path):
     written(tmp_path)
-    opened = write_embedded_set(tmp_path, "bare", MODEL, {"image": unit(4)})
+    opened = write_embedded_set(tmp_path, SetContents("bare", MODEL, {"image": unit(4)}))
     assert opened.labels is None
     files = {path.name for path in tmp_path.iterdir()}
     assert files == {"manifest.json", "image.npy", "keys.jsonl", "metadata.jsonl", "left_out.jsonl"}
@@ -101,7 +101,9 @@ def test_an_unfinished_folder_is_told_from_a_missing_one(tmp_path):
     with pytest.raises(FileNotFoundError, match="missing; embed the set first"):
         EmbeddedSet.open(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="row 3 is not finite"):
-        write_embedded_set(tmp_path / "set", "nan", MODEL, {"image": np.where(np.arange(5)[:, None] == 3, np.nan, 1)})
+        write_embedded_set(
+            tmp_path / "set", SetContents("nan", MODEL, {"image": np.where(np.arange(5)[:, None] == 3, np.nan, 1)})
+        )
     with pytest.raises(FileNotFoundError, match=r"unfinished embedded set: `evaluate.py embed` goes on"):
         EmbeddedSet.open(tmp_path / "set")
 

@@ -8,7 +8,7 @@ import pytest
 
 from modstruct.data.synthetic.factors import COLOURS, MOODS
 from modstruct.data.synthetic.splits import scenes
-from modstruct.evaluation.embeddings.embedded_set import write_embedded_set
+from modstruct.evaluation.embeddings.embedded_set import SetContents, write_embedded_set
 from modstruct.evaluation.information.measure import bag_of_words, measure_information, scene_pixels
 from modstruct.evaluation.information.probes import ProbeConfig
 
@@ -29,22 +29,24 @@ def toy_set(folder, rows=400, captions_each=1):
     of = np.repeat(np.arange(rows), captions_each)
     return write_embedded_set(
         folder,
-        "toy",
-        MODEL,
-        {
-            "image": image,
-            "text": image[of],
-            "image_features": np.column_stack([np.eye(3)[colour], light]).astype(np.float32),
-        },
-        pairs=np.column_stack([of, np.arange(len(of))]),
-        labels=np.where(np.arange(rows) < 5, -1, colour),
-        class_names=COLOUR_WORDS,
-        label="colour",
-        captions=[
-            f"a {['red', 'green', 'blue'][colour[r]]} thing, {['calm', 'sad', 'merry', 'odd'][mood[r]]}" for r in of
-        ],
-        metadata=[{"light": bool(light[r]), "mood": int(mood[r]), "size": 0.5, "one": 1} for r in range(rows)],
-        source={"name": "toy", "fingerprint": "f"},
+        SetContents(
+            "toy",
+            MODEL,
+            {
+                "image": image,
+                "text": image[of],
+                "image_features": np.column_stack([np.eye(3)[colour], light]).astype(np.float32),
+            },
+            pairs=np.column_stack([of, np.arange(len(of))]),
+            labels=np.where(np.arange(rows) < 5, -1, colour),
+            class_names=COLOUR_WORDS,
+            label="colour",
+            captions=[
+                f"a {['red', 'green', 'blue'][colour[r]]} thing, {['calm', 'sad', 'merry', 'odd'][mood[r]]}" for r in of
+            ],
+            metadata=[{"light": bool(light[r]), "mood": int(mood[r]), "size": 0.5, "one": 1} for r in range(rows)],
+            source={"name": "toy", "fingerprint": "f"},
+        ),
     )
 
 
@@ -98,12 +100,14 @@ def test_scenes_come_with_exact_values(tmp_path):
     mood = np.array([MOODS.index(record["mood"]) for record in records])
     embedded = write_embedded_set(
         tmp_path / "set",
-        "scenes",
-        MODEL,
-        {"image": unit(np.eye(8)[colour]), "text": unit(np.eye(8)[mood])},
-        pairs=np.repeat(np.arange(240)[:, None], 2, 1),
-        captions=[text for _, text in drawn],
-        metadata=records,
+        SetContents(
+            "scenes",
+            MODEL,
+            {"image": unit(np.eye(8)[colour]), "text": unit(np.eye(8)[mood])},
+            pairs=np.repeat(np.arange(240)[:, None], 2, 1),
+            captions=[text for _, text in drawn],
+            metadata=records,
+        ),
     )
     result, _ = measure_information(embedded, ["mood", "main_colour"], QUICK)
     mood = result["figures"]["mood"]
@@ -148,8 +152,10 @@ def test_what_is_no_label_is_refused(tmp_path, label, message):
 def test_sets_without_captions_or_classes_are_refused(tmp_path):
     rows = unit(np.ones((4, 2)))
     with pytest.raises(ValueError, match="has no captions"):
-        measure_information(write_embedded_set(tmp_path / "a", "a", MODEL, {"image": rows}))
+        measure_information(write_embedded_set(tmp_path / "a", SetContents("a", MODEL, {"image": rows})))
     pairs = np.repeat(np.arange(4)[:, None], 2, 1)
-    both = write_embedded_set(tmp_path / "b", "b", MODEL, {"image": rows, "text": rows}, pairs=pairs, captions="abcd")
+    both = write_embedded_set(
+        tmp_path / "b", SetContents("b", MODEL, {"image": rows, "text": rows}, pairs=pairs, captions="abcd")
+    )
     with pytest.raises(ValueError, match="has no classes"):
         measure_information(both)

@@ -15,7 +15,7 @@ from PIL import Image
 from modstruct.config import DataConfig, Source
 from modstruct.data.shards.evaluation_samples import EvaluationSamples
 from modstruct.data.shards.faults import TooManyBadSamples
-from modstruct.evaluation.embeddings.embedded_set import write_embedded_set
+from modstruct.evaluation.embeddings.embedded_set import SetContents, write_embedded_set
 from modstruct.evaluation.leakage import prints
 from modstruct.evaluation.leakage.perceptual_hash import image_hashes, thumbnail
 from modstruct.evaluation.leakage.prints import Prints, make_prints
@@ -84,8 +84,8 @@ def test_embeddings_add_their_own_figures(shards):
     rows = np.eye(12, dtype=np.float32)
     model = {"name": "m", "fingerprint": "f"}
     kept = [n for n in range(12) if n != 5]
-    write_embedded_set(shards / "T", "train", model, {"image": rows[kept]}, keys=[f"t{n}" for n in kept])
-    write_embedded_set(shards / "E", "test", model, {"image": rows[:6]}, keys=[f"e{n}" for n in range(6)])
+    write_embedded_set(shards / "T", SetContents("train", model, {"image": rows[kept]}, keys=[f"t{n}" for n in kept]))
+    write_embedded_set(shards / "E", SetContents("test", model, {"image": rows[:6]}, keys=[f"e{n}" for n in range(6)]))
     more = ["--train_embeddings", str(shards / "T"), "--evaluation_embeddings", str(shards / "E")]
     assert find_leakage.main(command(shards, *more)) == 0
     result = json.loads((shards / "results" / "test" / "leakage.json").read_text())

@@ -12,7 +12,7 @@ from processes import run_on_processes
 
 from modstruct import distributed
 from modstruct.data.shards.faults import BadSample
-from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet, write_embedded_set
+from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet, SetContents, write_embedded_set
 from modstruct.evaluation.retrieval import exact
 from modstruct.evaluation.retrieval.ann_index import IndexConfig
 from modstruct.evaluation.retrieval.exact import query_shares, shared_pairs_ahead
@@ -33,13 +33,15 @@ def write_set(folder, images=50, captions=3, dtype=np.float16, **more) -> Embedd
     arrays = {"image": image, "text": text} | more.pop("arrays", {})
     return write_embedded_set(
         folder,
-        "made",
-        {"name": "none", "fingerprint": "f"},
-        arrays,
-        pairs=more.pop("pairs", pairs),
-        captions=[f"caption {n}" for n in range(len(text))],
-        source={"name": "made", "fingerprint": "abc"},
-        **more,
+        SetContents(
+            "made",
+            {"name": "none", "fingerprint": "f"},
+            arrays,
+            pairs=more.pop("pairs", pairs),
+            captions=[f"caption {n}" for n in range(len(text))],
+            source={"name": "made", "fingerprint": "abc"},
+            **more,
+        ),
     )
 
 
@@ -107,7 +109,7 @@ def test_one_pair_has_figures_and_no_interval(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda f: write_embedded_set(f, "x", {}, {"image": np.eye(3)}), "array = 'text'.*embed it with"),
+        (lambda f: write_embedded_set(f, SetContents("x", {}, {"image": np.eye(3)})), "array = 'text'.*embed it with"),
         (lambda f: write_set(f, pairs=np.empty((0, 2), np.int64)), "pairs = .*has none: embed one whose images"),
     ],
 )

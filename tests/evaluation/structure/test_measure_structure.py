@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from modstruct.evaluation.embeddings.embedded_set import write_embedded_set
+from modstruct.evaluation.embeddings.embedded_set import SetContents, write_embedded_set
 from modstruct.evaluation.structure.measure import OPTIONAL, measure_set_structure, structure_metrics
 from modstruct.evaluation.structure.sampling import SamplingConfig
 
@@ -25,7 +25,9 @@ def write(folder, more=(), pairs=None):
     if pairs is None:
         pairs = np.stack([np.arange(40) // 2, np.arange(40)], axis=1)
     captions = [str(n) for n in range(40)]
-    return write_embedded_set(folder, "made", {}, arrays, pairs=pairs, captions=captions, source={"fingerprint": "abc"})
+    return write_embedded_set(
+        folder, SetContents("made", {}, arrays, pairs=pairs, captions=captions, source={"fingerprint": "abc"})
+    )
 
 
 @pytest.mark.parametrize("more", [(), OPTIONAL[:1], OPTIONAL])
