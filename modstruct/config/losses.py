@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from math import inf
 from typing import Literal
 
@@ -54,6 +54,14 @@ class GeometryConfig:
 
 
 @dataclass
+class SigmoidConfig:
+    weight: float = 0.0
+    """Weight of the sigmoid loss over all pairs (SigLIP); 0 turns it off."""
+    bias_init: float = -10.0
+    """Bias of the logits at the start; it is learnt. SigLIP starts at -10, with model.logit_scale_init log 10."""
+
+
+@dataclass
 class QueueContrastConfig:
     weight: float = 0.0
     """Weight of the image-text contrast against momentum embeddings and their queue (ALBEF's ITC); 0 turns it off."""
@@ -99,7 +107,6 @@ class MaskedLanguageConfig:
 
 FUSION_LOSSES = ("queue_contrast", "matching", "masked_language")
 """Losses that only the fusion model has outputs for."""
-LOSS_NAMES = ("contrastive", "separation", "bridge", "geometry", *FUSION_LOSSES)
 
 
 @dataclass
@@ -114,6 +121,8 @@ class LossesConfig:
     """Brownian bridge (inter-modality)."""
     geometry: GeometryConfig = field(default_factory=GeometryConfig)
     """Geometric consistency (intra- and inter-modality)."""
+    sigmoid: SigmoidConfig = field(default_factory=SigmoidConfig)
+    """SigLIP's loss."""
     queue_contrast: QueueContrastConfig = field(default_factory=QueueContrastConfig)
     """ALBEF's image-text contrast (framework: fusion)."""
     matching: MatchingConfig = field(default_factory=MatchingConfig)
@@ -122,7 +131,7 @@ class LossesConfig:
     """ALBEF's masked language modelling (framework: fusion)."""
 
     def __post_init__(self):
-        weights = {n: getattr(self, n).weight for n in LOSS_NAMES}
+        weights = {field.name: getattr(self, field.name).weight for field in fields(self)}
         for name, weight in weights.items():
             require(0 <= weight < inf, f"losses.{name}.weight", weight, "0 (off) or more, and finite")
         require(any(weights.values()), "losses.*.weight", weights, "at least one weight must be above 0")

@@ -18,12 +18,14 @@ from modstruct.losses.protocol import GlobalBatch, Loss, LossSettings, SharedSca
 from modstruct.losses.queue_contrast import QueueContrast
 from modstruct.losses.row_losses import MaskedLanguage, Matching
 from modstruct.losses.separation import Separation
+from modstruct.losses.sigmoid import Sigmoid
 
 LOSSES = {  # by the name of their section in the recipe
     "contrastive": Contrastive,
     "separation": Separation,
     "bridge": Bridge,
     "geometry": Geometry,
+    "sigmoid": Sigmoid,
     "queue_contrast": QueueContrast,
     "matching": Matching,
     "masked_language": MaskedLanguage,

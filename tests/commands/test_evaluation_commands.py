@@ -39,13 +39,11 @@ def evaluate(*words: str) -> int:
 
 
 def train(output: str, cache: str) -> None:
-    from modstruct.training.pretrain import open_run
-    from modstruct.training.trainer import StopRequest
-    from modstruct.training.trainer import train as take_steps
+    from modstruct.training.pretrain import Pretraining
 
-    run = open_run(tiny_recipe(output, cache, steps=4), ds_config("zero0"), None)
+    run = Pretraining(tiny_recipe(output, cache, steps=4), ds_config("zero0"), None).build()
     with run.heartbeat:
-        take_steps(run, StopRequest())
+        run.train()
 
 
 def embed_and_measure(run: str, cache: str, out: str) -> list[int]:

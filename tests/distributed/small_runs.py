@@ -74,20 +74,21 @@ def train_small(
 
     anew: compute activations anew in the backward pass. init: weights that the fusion model starts from.
     """
-    from modstruct.training import pretrain, run
+    from modstruct.training import trainer
+    from modstruct.training.pretrain import Pretraining
 
     recipe = small_recipe(output, cache, steps, method, batch, micro, workers, every_steps, precision, anew)
     recipe = replace(recipe, fusion=replace(recipe.fusion, init=init))
     taken: dict[int, list[int]] = {}
-    take = run.train_step
+    take = trainer.train_step
 
     def noting(engine, objective, parts, step, *rest):
         mine = [zlib.crc32(row.numpy().tobytes()) for part in parts for row in part["image"]]
         taken[step] = [row for rows in distributed.gather_objects(mine) for row in rows]
         return take(engine, objective, parts, step, *rest)
 
-    with mock.patch.object(run, "train_step", noting):
-        run.train(pretrain.open_run(recipe, ds_config(stage), resume), run.StopRequest())
+    with mock.patch.object(trainer, "train_step", noting):
+        Pretraining(recipe, ds_config(stage), resume).build().train()
     if distributed.is_main():
         Path(output, "rows.json").write_text(json.dumps(taken))
     distributed.barrier()

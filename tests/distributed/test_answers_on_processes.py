@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from modstruct.training.full_state import FullState
 from processes import run_on_processes
 from tiny_answers import ANSWER_LIST, ANSWERS, QUESTIONS, answer_model, answer_recipe, answer_tokenizer, question_batch
 from tiny_answers import with_answers as answered
@@ -14,8 +13,10 @@ from torch import Tensor
 from modstruct import distributed
 from modstruct.config import OptimizerConfig, TrainConfig
 from modstruct.losses.distillation import Distillation
-from modstruct.training.ds_config import build_engine, read_ds_config, resolve_ds_config
+from modstruct.losses.objective import Objective
+from modstruct.training.ds_config import read_ds_config, resolve_ds_config
 from modstruct.training.step import train_step
+from modstruct.training.trainer import build_engine
 
 
 def rows_here() -> slice:
@@ -24,11 +25,15 @@ def rows_here() -> slice:
     return slice(distributed.rank() * own, (distributed.rank() + 1) * own)
 
 
+def objective() -> Objective:
+    return Objective({"task": Distillation(0.4, 0)}, {"task": 1.0})
+
+
 def loss_and_gradients(answers: list[dict[str, float]]) -> dict[str, Tensor]:
     """The loss, its terms, and the mean over the processes of every gradient."""
     rows, model = rows_here(), answer_model()
-    outputs = dict(**model(answered(question_batch(rows), answers[rows])))
-    total, terms = Distillation(0.4, 0)(outputs, 0, 0)
+    outputs = model(answered(question_batch(rows), answers[rows]))
+    total, terms = objective()(outputs, 0)
     total.backward()
     found = {"total": total.detach()} | {name: value.detach() for name, value in terms.items()}
     for name, parameter in model.named_parameters():
@@ -52,12 +57,12 @@ def trained(stage: int, answers: list[dict[str, float]]) -> dict[str, Tensor]:
     recipe.train = TrainConfig(steps=2, global_batch=len(QUESTIONS))
     config = resolve_ds_config(read_ds_config(ds_config(f"zero{stage}")), recipe, distributed.world_size())
     model = answer_model(recipe)
-    full = FullState(build_engine(model, recipe, config))
-    rows, objective = rows_here(), Distillation(0.4, 0)
+    engine = build_engine(model, recipe, config)
+    rows, loss = rows_here(), objective()
     batch = answered(question_batch(rows), answers[rows])
     model.train()
     for step in range(2):
-        report = train_step(full.engine, objective, [batch], step, 0, 1e-2)
+        report = train_step(engine, loss, [batch], step, 1e-2)
         assert report.skipped is None
     model.eval()
     listed = answer_tokenizer(6)(ANSWER_LIST)
@@ -65,9 +70,9 @@ def trained(stage: int, answers: list[dict[str, float]]) -> dict[str, Tensor]:
     mine = question_batch(slice(rows.start, rows.start + 1 + distributed.rank()))
     numbers, likelihoods = model.rank(mine, listed, 7, 3)
     written = model.generate(mine)
-    report = train_step(full.engine, objective, [batch], 2, 0, 1e-2)  # and training goes on
+    report = train_step(engine, loss, [batch], 2, 1e-2)  # and training goes on
     assert report.skipped is None
-    weights = {name: full.read(parameter)["weight"] for name, parameter in full.parameters()}
+    weights = {name: engine.read(parameter)["weight"] for name, parameter in engine.parameters()}
     momentum = {name: value.clone() for name, value in model.ema_state_dict().items()}
     return weights | momentum | {"numbers": numbers[:1], "likelihoods": likelihoods[:1], "written": written[:1]}
 

@@ -21,13 +21,12 @@ def measured_recipe(output: str, cache: str) -> Recipe:
 
 def train_and_evaluate(output: str, cache: str) -> tuple[dict, dict]:
     from modstruct.commands.quick import evaluate_checkpoint
-    from modstruct.training.pretrain import finish, open_run
-    from modstruct.training.trainer import StopRequest, train
+    from modstruct.training.pretrain import Pretraining
 
-    run = open_run(measured_recipe(output, cache), ds_config("zero3"), None)
+    run = Pretraining(measured_recipe(output, cache), ds_config("zero3"), None).build()
     with run.heartbeat:
-        train(run, StopRequest())
-        own = finish(run)
+        run.train()
+        own = run.finish()
     return own, evaluate_checkpoint(measured_recipe(output, cache), output, f"{output}/evaluation.json")
 
 

@@ -72,7 +72,7 @@ def test_what_fails_on_one_process_fails_on_all(tmp_path):
 def hosts_that_differ(folder: str, what: str) -> str:
     """Start a run whose second process has another seed, or other shards under the path that its recipe names."""
     from modstruct.distributed import rank
-    from modstruct.training.pretrain import open_run
+    from modstruct.training.pretrain import Pretraining
 
     recipe = tiny_recipe(f"{folder}/run", f"{folder}/cache")
     recipe.data.train = f"{folder}/0/*.tar"
@@ -80,7 +80,7 @@ def hosts_that_differ(folder: str, what: str) -> str:
         recipe.data.train = f"{folder}/1/*.tar"
     elif rank() == 1:
         recipe.train.seed = 5
-    return message(open_run, recipe, ds_config("zero1"), "latest")
+    return message(Pretraining(recipe, ds_config("zero1"), "latest").build)
 
 
 @pytest.mark.parametrize("what", ["train.seed", "data.train"])

@@ -12,8 +12,10 @@ from torch.nn.functional import normalize
 
 from modstruct import distributed
 from modstruct.config import BridgeConfig, ContrastiveConfig, GeometryConfig, LossesConfig, SeparationConfig
+from modstruct.config.losses import SigmoidConfig
 from modstruct.embeddings import Outputs
 from modstruct.losses.objective import build_objective
+from modstruct.losses.protocol import LossSettings
 from modstruct.pairwise import torch_tiles
 
 PAIRS, FEATURES = 24, 10
@@ -25,6 +27,7 @@ OBJECTIVES = {
     "bridge": LossesConfig(contrastive=OFF, bridge=BridgeConfig(weight=1.0, t=None)),
     "geometry": LossesConfig(contrastive=OFF, geometry=GeometryConfig(weight=1.0)),
     "geometry of pairs": LossesConfig(contrastive=OFF, geometry=GeometryConfig(weight=1.0, normalize="pairs")),
+    "sigmoid": LossesConfig(contrastive=OFF, sigmoid=SigmoidConfig(weight=1.0)),
     "all": LossesConfig(
         contrastive=ContrastiveConfig(in_modal=True),
         separation=SeparationConfig(weight=1.0),
@@ -42,6 +45,7 @@ def parameters(width: int, dtype: torch.dtype) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(width)
     weights = {n: torch.randn(FEATURES, width, dtype=torch.float64, generator=generator) for n in HEADS}
     weights["log_scale"] = torch.tensor([2.5], dtype=torch.float64)
+    weights["bias"] = torch.tensor([-7.0], dtype=torch.float64)
     return {name: weight.to(dtype).requires_grad_() for name, weight in weights.items()}
 
 
@@ -64,7 +68,7 @@ def embeddings(weights: dict[str, Tensor], dtype: torch.dtype, spoiled: bool) ->
         made[view] = normalize(features[rows] @ weights[modality])
         independent = view.replace(modality, f"{modality}_independent")
         made[independent] = normalize(features[rows] @ weights[f"{modality}_independent"])
-    return dict(**made, logit_scale=weights["log_scale"].exp())
+    return made | {"logit_scale": weights["log_scale"].exp(), "logit_bias": weights["bias"]}
 
 
 def losses_and_gradients(dtype_name: str, spoiled: bool = False) -> dict[str, dict[str, Tensor]]:
@@ -76,7 +80,9 @@ def losses_and_gradients(dtype_name: str, spoiled: bool = False) -> dict[str, di
         for name, config in OBJECTIVES.items():
             weights = parameters(width, dtype)
             with mock.patch.dict(torch_tiles.TILE_ELEMENTS, cpu=tile_rows * PAIRS):
-                total, terms = build_objective(config)(embeddings(weights, dtype, spoiled), step=7, seed=1)
+                total, terms = build_objective(config, LossSettings(seed=1))(
+                    embeddings(weights, dtype, spoiled), step=7
+                )
                 total.backward()
             result = {f"term {term}": value for term, value in terms.items()}
             for parameter, weight in weights.items():

@@ -38,11 +38,10 @@ def recipe_file(tmp_path_factory) -> Path:
 
 def train_here(recipe_file: str, output: str) -> None:
     from modstruct.cli import parse, recipe_parser
-    from modstruct.training.pretrain import open_run
-    from modstruct.training.trainer import StopRequest, train
+    from modstruct.training.pretrain import Pretraining
 
     recipe, _ = parse(recipe_parser("", ""), ["--recipe", recipe_file, "--output", output])
-    train(open_run(recipe, ds_config("zero2"), None), StopRequest())
+    Pretraining(recipe, ds_config("zero2"), None).build().train()
 
 
 @pytest.fixture(scope="module")

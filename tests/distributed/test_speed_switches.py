@@ -32,12 +32,13 @@ def two_layers(output: str, cache: str, **train):
 
 
 def train_all(folder: str, cache: str, cases: list[tuple[str, str]]) -> None:
-    from modstruct.training.pretrain import open_run
-    from modstruct.training.trainer import StopRequest, train
+    from modstruct.training.pretrain import Pretraining
 
     for stage, name in cases:
-        run = open_run(two_layers(f"{folder}/{stage}-{name}", cache, **SWITCHES[name]), ds_config(stage), None)
-        train(run, StopRequest())
+        run = Pretraining(
+            two_layers(f"{folder}/{stage}-{name}", cache, **SWITCHES[name]), ds_config(stage), None
+        ).build()
+        run.train()
 
 
 @pytest.fixture(scope="module")

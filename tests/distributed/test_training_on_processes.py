@@ -17,11 +17,10 @@ CASES = [(stage, "fp32") for stage in STAGES] + [(stage, "bf16") for stage in ("
 
 
 def train_once(output: str, cache: str, stage: str, precision: str, steps: int = 4, resume: str | None = None) -> None:
-    from modstruct.training.pretrain import open_run
-    from modstruct.training.trainer import StopRequest, train
+    from modstruct.training.pretrain import Pretraining
 
     recipe = tiny_recipe(output, cache, steps, precision)
-    train(open_run(recipe, ds_config(stage), resume), StopRequest())
+    Pretraining(recipe, ds_config(stage), resume).build().train()
 
 
 def unbroken_and_resumed(folder: str, cache: str) -> None:
@@ -97,13 +96,13 @@ def test_the_number_of_processes_does_not_matter(two_processes, tmp_path, cache,
 def skipped_steps(folder: str, cache: str) -> dict[str, bool]:
     """At every stage: one step with a non-finite gradient, one with a non-finite loss; do the weights stay?"""
     from modstruct import distributed
-    from modstruct.training.pretrain import open_run
+    from modstruct.training.pretrain import Pretraining
     from modstruct.training.step import train_step
 
     outcome = {}
     for stage, precision in CASES:
         recipe = tiny_recipe(f"{folder}/{stage}{precision}", cache, precision=precision)
-        run = open_run(recipe, ds_config(stage), None)
+        run = Pretraining(recipe, ds_config(stage), None).build()
         torch.manual_seed(0)
         batch = {
             "image": torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8),
@@ -112,29 +111,29 @@ def skipped_steps(folder: str, cache: str) -> dict[str, bool]:
         batch |= {f"{name}_augmented": rows for name, rows in batch.items()}
 
         def weights(run=run):
-            return [run.full.read(p)["weight"] for _, p in run.full.parameters()]
+            return [run.engine.read(p)["weight"] for _, p in run.engine.parameters()]
 
         def poison(run, where):
-            def objective(embeddings, step, seed):
-                total, terms = run.objective(embeddings, step, seed)
+            def objective(outputs, step, without):
+                total, terms = run.objective(outputs, step, without)
                 if where == "loss":
                     return total * float("nan"), terms | {"bridge": total.detach() * float("nan")}
                 if distributed.rank() == 1:  # one process alone is hurt; all must skip
-                    embeddings.image.register_hook(lambda gradient: gradient * float("nan"))
-                    total = total + 0 * embeddings.image.sum()
+                    outputs["image"].register_hook(lambda gradient: gradient * float("nan"))
+                    total = total + 0 * outputs["image"].sum()
                 return total, terms
 
             return objective
 
         before = weights()
         for where in ("gradient", "loss"):
-            report = train_step(run.engine, poison(run, where), [batch], 0, 0, 1e-2)
+            report = train_step(run.engine, poison(run, where), [batch], 0, 1e-2)
             unmoved = all(torch.equal(a, b) for a, b in zip(before, weights(), strict=True))
             reason = "bridge" if where == "loss" else "gradient"
             outcome[f"{stage} {precision} {where}"] = unmoved and reason in (report.skipped or "")
-        report = train_step(run.engine, run.objective, [batch], 1, 0, 1e-2)
+        report = train_step(run.engine, run.objective, [batch], 1, 1e-2)
         moved = any(not torch.equal(a, b) for a, b in zip(before, weights(), strict=True))
-        outcome[f"{stage} {precision} recovers"] = moved and report.skipped is None and run.full.step == 1
+        outcome[f"{stage} {precision} recovers"] = moved and report.skipped is None and run.engine.steps_taken == 1
     return outcome
 
 
@@ -144,12 +143,12 @@ def test_what_is_not_finite_never_reaches_the_weights(tmp_path, cache):
 
 
 def refuses_changed_recipe(folder: str, cache: str) -> str:
-    from modstruct.training.pretrain import open_run
+    from modstruct.training.pretrain import Pretraining
 
     recipe = tiny_recipe(folder, cache)
     changed = replace(recipe, train=replace(recipe.train, global_batch=24))
     try:
-        open_run(changed, ds_config("zero2"), "latest")
+        Pretraining(changed, ds_config("zero2"), "latest").build()
     except ValueError as error:
         return str(error)
     return "nothing was refused"

@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from towers import assert_same, random_embeddings, transformed, value_and_gradients
+from towers import assert_same, computed, random_embeddings, transformed, value_and_gradients
 
 from modstruct.config import BridgeConfig
-from modstruct.losses.bridge import Bridge, brownian_bridge, drawn_t
+from modstruct.losses.bridge import Bridge, bridge_distances, drawn_t
+from modstruct.losses.protocol import LossSettings
 
 
 def printed(e, t):
@@ -22,7 +23,7 @@ def printed(e, t):
 
 
 def loss(e, t):
-    return brownian_bridge(e.image, e.text, e.image_augmented, t)
+    return bridge_distances(e.image, e.text, e.image_augmented, t).mean()
 
 
 @settings(max_examples=20, deadline=None)
@@ -44,7 +45,7 @@ def test_symmetries(pairs, t, seed):
     order = torch.randperm(pairs, generator=torch.Generator().manual_seed(seed))
     rotation = torch.linalg.qr(random_embeddings(8, 8, seed).image).Q
     right = loss(e, t)
-    torch.testing.assert_close(brownian_bridge(e.text, e.image, e.image_augmented, 1 - t), right)
+    torch.testing.assert_close(bridge_distances(e.text, e.image, e.image_augmented, 1 - t).mean(), right)
     torch.testing.assert_close(loss(transformed(e, lambda z: z[order]), t), right)
     torch.testing.assert_close(loss(transformed(e, lambda z: z @ rotation), t), right)
 
@@ -54,14 +55,14 @@ def test_symmetries(pairs, t, seed):
 def test_zero_on_the_mean_and_four_opposite_to_it(t, seed):
     e = random_embeddings(4, 8, seed)
     mean = torch.nn.functional.normalize(t * e.image + (1 - t) * e.text)
-    assert brownian_bridge(e.image, e.text, mean, t) < 1e-25
-    torch.testing.assert_close(brownian_bridge(e.image, e.text, -mean, t).item(), 4.0)
+    assert bridge_distances(e.image, e.text, mean, t).max() < 1e-25
+    torch.testing.assert_close(bridge_distances(e.image, e.text, -mean, t).mean().item(), 4.0)
 
 
 def test_ends_of_the_bridge_are_image_and_text():
     e = random_embeddings(4, 8, 1)
-    assert brownian_bridge(e.image, e.text, e.image, 1) < 1e-25
-    assert brownian_bridge(e.image, e.text, e.text, 0) < 1e-25
+    assert bridge_distances(e.image, e.text, e.image, 1).max() < 1e-25
+    assert bridge_distances(e.image, e.text, e.text, 0).max() < 1e-25
 
 
 @pytest.mark.parametrize("nudge", [0.0, 1e-9, 1e-5])
@@ -69,7 +70,7 @@ def test_opposite_image_and_text_give_finite_value_and_gradients(nudge):
     e = random_embeddings(4, 8, 1)
     image = e.image.float().requires_grad_()
     text = (-e.image + nudge * e.text).float().requires_grad_()
-    value = brownian_bridge(image, text, e.image_augmented.float(), 0.5)
+    value = bridge_distances(image, text, e.image_augmented.float(), 0.5).mean()
     value.backward()
     assert value.isfinite()
     assert image.grad.isfinite().all()
@@ -88,10 +89,10 @@ def test_drawn_t_depends_on_seed_and_step_alone_and_is_uniform():
 
 def test_the_loss_says_which_t_it_took():
     e = random_embeddings(4, 8, 1)
-    value, terms = Bridge(BridgeConfig(weight=1.0, t=None))(e, step=5, seed=2)
+    value, terms = computed(Bridge(BridgeConfig(weight=1.0, t=None), LossSettings(seed=2)), e, step=5)
     assert terms["t"].item() == drawn_t(2, 5)
     assert value == loss(e, drawn_t(2, 5))
-    value, terms = Bridge(BridgeConfig(weight=1.0, t=0.25))(e, step=5, seed=2)
+    value, terms = computed(Bridge(BridgeConfig(weight=1.0, t=0.25), LossSettings()), e, step=5)
     assert terms["t"] == 0.25
     assert value == loss(e, 0.25)
 

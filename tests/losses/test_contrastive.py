@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from towers import assert_same, modalities_exchanged, random_embeddings, transformed, value_and_gradients
+from towers import assert_same, computed, modalities_exchanged, random_embeddings, transformed, value_and_gradients
 
 from modstruct.config import ContrastiveConfig
 from modstruct.losses.contrastive import Contrastive
+from modstruct.losses.protocol import LossSettings
 
 
 def printed_direction(x, y, scale):
@@ -31,7 +32,7 @@ def printed_clip_inmodal(e):
 
 
 def loss(in_modal: bool):
-    return lambda e: Contrastive(ContrastiveConfig(in_modal=in_modal))(e, step=0)[0]
+    return lambda e: computed(Contrastive(ContrastiveConfig(in_modal=in_modal), LossSettings()), e)[0]
 
 
 @pytest.mark.parametrize(("in_modal", "printed"), [(False, printed_clip), (True, printed_clip_inmodal)])
@@ -45,7 +46,7 @@ def test_agrees_with_the_printed_formula(in_modal, printed, pairs, seed):
 @pytest.mark.parametrize("in_modal", [False, True])
 def test_components_carry_the_names_of_their_directions(in_modal):
     e = random_embeddings(5, 4, 1)
-    value, terms = Contrastive(ContrastiveConfig(in_modal=in_modal))(e, step=0)
+    value, terms = computed(Contrastive(ContrastiveConfig(in_modal=in_modal), LossSettings()), e)
     pairs = {"image_to_text": (e.image, e.text), "text_to_image": (e.text, e.image)}
     if in_modal:
         pairs |= {"image_to_image": (e.image, e.image_augmented), "text_to_text": (e.text, e.text_augmented)}

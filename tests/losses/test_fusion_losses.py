@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from modstruct.losses.masked_language import MaskedLanguage
-from modstruct.losses.matching import Matching
 from torch import Tensor
 from torch.nn.functional import normalize
+from towers import Made, computed
 
 from modstruct.config import (
     ContrastiveConfig,
@@ -17,8 +16,11 @@ from modstruct.config import (
     QueueContrastConfig,
 )
 from modstruct.embeddings import Outputs
+from modstruct.losses.distillation import ramped
 from modstruct.losses.objective import build_objective
-from modstruct.losses.queue_contrast import QueueContrast, ramped
+from modstruct.losses.protocol import LossSettings
+from modstruct.losses.queue_contrast import QueueContrast
+from modstruct.losses.row_losses import MaskedLanguage, Matching
 
 PAIRS, WIDTH, VOCABULARY = 6, 5, 9
 PICTURES = torch.tensor([1, 2, 1, 3, 4, 2])
@@ -33,7 +35,7 @@ def outputs(queue: int = 7, blanks: int = 8, seed: int = 0, dtype=torch.float64)
     def logits(*shape: int) -> Tensor:
         return (2 * torch.randn(shape, dtype=torch.float64, generator=generator)).to(dtype)
 
-    return dict(
+    return Made(
         image=rows(PAIRS),
         text=rows(PAIRS),
         logit_scale=torch.tensor([9.0], dtype=dtype),
@@ -53,15 +55,15 @@ def outputs(queue: int = 7, blanks: int = 8, seed: int = 0, dtype=torch.float64)
 
 def with_gradients(loss, made: Outputs) -> dict[str, Tensor]:
     names = ("image", "text", "logit_scale", "matching_logits", "masked_logits")
-    leaves = {name: getattr(made, name).clone().requires_grad_() for name in names}
-    value = loss(dict(**vars(made) | leaves))
+    leaves = {name: made[name].clone().requires_grad_() for name in names}
+    value = loss(Made(made | leaves))
     return {"value": value.detach()} | dict(
         zip(names, torch.autograd.grad(value, list(leaves.values()), materialize_grads=True), strict=True)
     )
 
 
 def assert_same(ours, plain, made: Outputs) -> None:
-    found, right = with_gradients(lambda o: ours(o, step=0)[0], made), with_gradients(plain, made)
+    found, right = with_gradients(lambda o: computed(ours, o)[0], made), with_gradients(plain, made)
     assert found["value"].shape == ()
     for name, value in right.items():
         torch.testing.assert_close(found[name], value.reshape(found[name].shape), rtol=1e-9, atol=1e-11)
@@ -97,21 +99,21 @@ def plain_contrast(alpha: float, by_image: bool):
 @pytest.mark.parametrize("positives", ["pair", "picture"])
 def test_contrast_with_queue(queue, alpha, positives):
     config = QueueContrastConfig(weight=1.0, alpha=alpha, ramp_steps=0, positives=positives)
-    assert_same(QueueContrast(config), plain_contrast(alpha, positives == "picture"), outputs(queue))
+    assert_same(QueueContrast(config, LossSettings()), plain_contrast(alpha, positives == "picture"), outputs(queue))
 
 
 def test_with_no_image_twice_positives_are_the_pairs():
     made = outputs()
     made.pair_ids, made.queue_ids = torch.arange(PAIRS), torch.arange(7) + 50
     values = [
-        QueueContrast(QueueContrastConfig(weight=1.0, positives=positives))(made, 0)[0]
+        computed(QueueContrast(QueueContrastConfig(weight=1.0, positives=positives), LossSettings()), made)[0]
         for positives in ("pair", "picture")
     ]
     torch.testing.assert_close(*values)
 
 
 def test_contrast_terms_are_the_two_ways():
-    value, terms = QueueContrast(QueueContrastConfig(weight=1.0))(outputs(), 0, 0)
+    value, terms = computed(QueueContrast(QueueContrastConfig(weight=1.0), LossSettings()), outputs())
     torch.testing.assert_close(value, (terms["image_to_text"] + terms["text_to_image"]) / 2)
 
 
@@ -119,11 +121,11 @@ def test_alpha_rises_over_the_first_epoch():
     assert [ramped(0.4, step, 4) for step in (0, 1, 2, 4, 9)] == pytest.approx([0.0, 0.1, 0.2, 0.4, 0.4])
     assert ramped(0.4, 0, 0) == 0.4
     for config, right in (({}, 0.1), ({"ramp_steps": 2}, 0.2), ({"ramp_steps": 0}, 0.4)):
-        loss = QueueContrast(QueueContrastConfig(weight=1.0, **config), epoch_steps=4)
-        found, _ = loss(outputs(), step=1, seed=0)
+        loss = QueueContrast(QueueContrastConfig(weight=1.0, **config), LossSettings(epoch_steps=4))
+        found, _ = computed(loss, outputs(), step=1)
         torch.testing.assert_close(found, plain_contrast(right, False)(outputs()))
-        loss = MaskedLanguage(MaskedLanguageConfig(weight=1.0, **config), epoch_steps=4)
-        torch.testing.assert_close(loss(outputs(), step=1, seed=0)[0], plain_masked(right)(outputs()))
+        loss = MaskedLanguage(MaskedLanguageConfig(weight=1.0, **config), LossSettings(epoch_steps=4))
+        torch.testing.assert_close(computed(loss, outputs(), step=1)[0], plain_masked(right)(outputs()))
 
 
 def plain_matching(o):
@@ -134,8 +136,8 @@ def plain_matching(o):
 
 def test_matching_leaves_out_rows_without_a_negative():
     made = outputs()
-    assert_same(Matching(MatchingConfig(weight=1.0)), plain_matching, made)
-    _, terms = Matching(MatchingConfig(weight=1.0))(made, 0, 0)
+    assert_same(Matching(MatchingConfig(weight=1.0), LossSettings()), plain_matching, made)
+    _, terms = computed(Matching(MatchingConfig(weight=1.0), LossSettings()), made)
     kept = made.matching_labels >= 0
     right = (made.matching_logits[kept].argmax(1) == made.matching_labels[kept]).double().mean()
     assert float(terms["accuracy"]) == pytest.approx(float(right))
@@ -153,16 +155,18 @@ def plain_masked(alpha: float):
 
 @pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
 def test_masked_language_with_distillation(alpha):
-    loss = MaskedLanguage(MaskedLanguageConfig(weight=1.0, alpha=alpha, ramp_steps=0))
+    loss = MaskedLanguage(MaskedLanguageConfig(weight=1.0, alpha=alpha, ramp_steps=0), LossSettings())
     assert_same(loss, plain_masked(alpha), outputs())
 
 
-def test_a_batch_without_blanks_or_negatives_costs_nothing():
+def test_a_batch_without_masked_tokens_or_negatives_costs_nothing():
     made = outputs(blanks=0)
-    found = with_gradients(lambda o: MaskedLanguage(MaskedLanguageConfig(weight=1.0))(o, 0)[0], made)
+    found = with_gradients(
+        lambda o: computed(MaskedLanguage(MaskedLanguageConfig(weight=1.0), LossSettings()), o)[0], made
+    )
     assert float(found["value"]) == 0.0
     made.matching_labels = torch.full((3 * PAIRS,), -100)
-    assert float(Matching(MatchingConfig(weight=1.0))(made, 0)[0]) == 0.0
+    assert float(computed(Matching(MatchingConfig(weight=1.0), LossSettings()), made)[0]) == 0.0
 
 
 def test_the_objective_sums_them_and_stays_near_float64_in_float32():
@@ -189,6 +193,6 @@ def test_what_is_missing_is_named(missing):
         matching=MatchingConfig(weight=1.0),
         masked_language=MaskedLanguageConfig(weight=1.0),
     )
-    made = dict(**vars(outputs()) | {missing: None})
+    made = {name: value for name, value in outputs().items() if name != missing}
     with pytest.raises(ValueError, match=rf"embeddings\.{missing} = None: losses\.\w+ needs it"):
         build_objective(config)(made, step=0)

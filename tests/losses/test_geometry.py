@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from towers import assert_same, modalities_exchanged, random_embeddings, transformed, value_and_gradients
+from towers import (
+    assert_same,
+    computed,
+    modalities_exchanged,
+    random_embeddings,
+    replace,
+    transformed,
+    value_and_gradients,
+)
 
 from modstruct.config import GeometryConfig
 from modstruct.losses.geometry import Geometry
+from modstruct.losses.protocol import LossSettings
 
 
 def printed_consistency(e):
@@ -34,7 +41,8 @@ def printed_view_consistency(e):
 
 
 def loss(e, augmented=True, normalize="batch"):
-    return Geometry(GeometryConfig(weight=1.0, augmented=augmented, normalize=normalize))(e, step=0)
+    config = GeometryConfig(weight=1.0, augmented=augmented, normalize=normalize)
+    return computed(Geometry(config, LossSettings()), e)
 
 
 @pytest.mark.parametrize("normalize", ["batch", "pairs"])

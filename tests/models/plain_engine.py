@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import Tensor, nn
+from torch import Tensor
+
+from modstruct.models.protocol import TrainableModel
+from modstruct.training.deepspeed_adapter import GradientSums
 
 
 class PlainEngine:
-    """What WholeBatch and the gradient cache ask of DeepSpeed at stage 0, over a bare module in one process."""
+    """What WholeBatch and CachedBatch ask of an Engine, over a bare model in one process."""
 
-    def __init__(self, module: nn.Module):
-        self.module = module
+    def __init__(self, model: TrainableModel):
+        self.model = model
         self.reductions = 0
 
-    def __call__(self, batch: dict[str, Tensor], **options) -> dict[str, Tensor]:
-        return self.module(batch, **options)
+    def __call__(self, batch: dict[str, Tensor], **options: bool) -> dict[str, Tensor]:
+        return self.model(batch, **options)
 
     def backward(self, total: Tensor) -> None:
         total.backward()
 
-    def zero_optimization_stage(self) -> int:
-        return 0
-
     @contextmanager
-    def no_sync(self):
-        yield
-
-    def allreduce_gradients(self) -> None:
+    def one_reduction(self) -> Iterator[GradientSums]:
+        sums = GradientSums(self.model)
+        yield sums
+        sums.write()
         self.reductions += 1

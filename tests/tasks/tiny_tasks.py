@@ -119,14 +119,13 @@ def zero3_that_spreads_all(folder: Path) -> str:
 
 def fine_tune(root: str, task: str, output: str, ds_config: str, resume: str | None = None, init: str | None = None):
     """A whole run, as `launch_scripts/finetune.py` makes it; returns its figures. Every process calls it."""
-    from modstruct.training.finetune import finish, open_run
-    from modstruct.training.trainer import StopRequest, train
+    from modstruct.training.finetune import Finetuning
 
     recipe = replace(tiny_task_recipe(Path(root), task, output), init=init)
-    run = open_run(recipe, ds_config, resume)
+    run = Finetuning(recipe, ds_config, resume).build()
     with run.heartbeat:
-        train(run, StopRequest())
-        return finish(run)
+        run.train()
+        return run.finish()
 
 
 def fine_tune_several(root: str, runs: list[dict]) -> list[dict]:

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from modstruct.config import ContrastiveConfig, GeometryConfig, LossesConfig, SeparationConfig
-from modstruct.embeddings import Outputs
 from modstruct.losses.objective import build_objective
-from modstruct.training.gradient_cache import CachedBatch, WholeBatch
-from modstruct.training.step import embed
+from modstruct.models.protocol import TrainableModel
+from modstruct.training.gradient_cache import CachedBatch, WholeBatch, embed
 
 PAIRS, FEATURES, WIDTH = 23, 12, 6
 OBJECTIVE = build_objective(
@@ -25,10 +24,8 @@ OBJECTIVE = build_objective(
 VIEWS = ("image", "image_augmented", "text", "text_augmented")
 
 
-class Towers(nn.Module):
+class Towers(TrainableModel):
     """Two small towers that make what the model makes."""
-
-    outputs = Outputs
 
     def __init__(self, middle: nn.Module):
         super().__init__()
@@ -39,7 +36,7 @@ class Towers(nn.Module):
                 self.add_module(name + head, tower)
         self.logit_scale = nn.Parameter(torch.tensor([2.0]))
 
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, batch: dict[str, Tensor], embed_only: bool = False) -> dict[str, Tensor]:
         made = {"logit_scale": self.logit_scale.float().exp()}
         for view, rows in batch.items():
             modality = view.split("_")[0]
@@ -61,9 +58,13 @@ def in_parts(rows: int) -> list[dict[str, Tensor]]:
 
 
 def gradients(embedded: WholeBatch | CachedBatch) -> list[Tensor]:
-    total, _ = OBJECTIVE(embedded.embeddings, step=0)
+    total, _ = OBJECTIVE(embedded.outputs, step=0)
     embedded.backward(total)
-    return [p.grad.clone() for p in embedded.engine.module.parameters()]
+    return [p.grad.clone() for p in embedded.engine.model.parameters()]
+
+
+def cache(engine: PlainEngine, parts: list[dict[str, Tensor]]) -> CachedBatch:
+    return CachedBatch(engine, parts, OBJECTIVE, 0)
 
 
 class WithGraph:
@@ -73,7 +74,7 @@ class WithGraph:
         self.engine = engine
         made = [engine(part) for part in parts]
         rows = {n: torch.cat([m[n] for m in made]) for n in made[0] if n != "logit_scale"}
-        self.embeddings = dict(**rows, logit_scale=made[0]["logit_scale"])
+        self.outputs = rows | {"logit_scale": made[0]["logit_scale"]}
 
     def backward(self, total: Tensor) -> None:
         total.backward()
@@ -87,14 +88,14 @@ def assert_equal_gradients(found: list[Tensor], right: list[Tensor], tolerance: 
 @pytest.mark.parametrize("rows", [1, 5, 22])
 def test_gradients_are_those_of_the_undivided_batch(rows):
     cached = PlainEngine(Towers(nn.GELU()))
-    found = gradients(CachedBatch(cached, in_parts(rows)))
+    found = gradients(cache(cached, in_parts(rows)))
     assert_equal_gradients(found, gradients(WholeBatch(PlainEngine(Towers(nn.GELU())), batch())), 1e-5)
     assert cached.reductions == 1
 
 
 def test_dropout_falls_as_it_did_in_the_first_pass():
     torch.manual_seed(7)
-    found = gradients(CachedBatch(PlainEngine(Towers(nn.Dropout(0.4))), in_parts(5)))
+    found = gradients(cache(PlainEngine(Towers(nn.Dropout(0.4))), in_parts(5)))
     after = torch.rand(3)
     torch.manual_seed(7)
     right = gradients(WithGraph(PlainEngine(Towers(nn.Dropout(0.4))), in_parts(5)))
@@ -104,29 +105,29 @@ def test_dropout_falls_as_it_did_in_the_first_pass():
 
 def test_batch_norm_statistics_move_once_a_step():
     cached, graph = (PlainEngine(Towers(nn.BatchNorm1d(16))) for _ in range(2))
-    found, right = gradients(CachedBatch(cached, in_parts(8))), gradients(WithGraph(graph, in_parts(8)))
+    found, right = gradients(cache(cached, in_parts(8))), gradients(WithGraph(graph, in_parts(8)))
     assert_equal_gradients(found, right, 1e-5)
-    for moved, once in zip(cached.module.buffers(), graph.module.buffers(), strict=True):
+    for moved, once in zip(cached.model.buffers(), graph.model.buffers(), strict=True):
         torch.testing.assert_close(moved, once)
 
 
 def test_bfloat16_gradients_are_summed_in_float32():
     """Of 23 micro-batches: no worse than rounding once, where a sum in bfloat16 rounds at every one."""
     low = PlainEngine(Towers(nn.GELU()).bfloat16())
-    summed = gradients(CachedBatch(low, in_parts(1)))
+    summed = gradients(cache(low, in_parts(1)))
     # The same micro-batch gradients, kept apart and added in float64.
     single = PlainEngine(Towers(nn.GELU()).bfloat16())
-    cached = CachedBatch(single, in_parts(1))
-    OBJECTIVE(cached.embeddings, step=0)[0].backward()
-    exact = [torch.zeros_like(p, dtype=torch.float64) for p in single.module.parameters()]
-    rounded = [torch.zeros_like(p) for p in single.module.parameters()]
+    cached = cache(single, in_parts(1))
+    OBJECTIVE(cached.outputs, step=0)[0].backward()
+    exact = [torch.zeros_like(p, dtype=torch.float64) for p in single.model.parameters()]
+    rounded = [torch.zeros_like(p) for p in single.model.parameters()]
     for i, part in enumerate(in_parts(1)):
         made = single(part)
         names = [n for n in made if n != "logit_scale"]
         carrier = sum((made[n] * cached.leaves[n].grad[i]).sum() for n in names)
         if i == 0:
             carrier = carrier + (made["logit_scale"] * cached.leaves["logit_scale"].grad).sum()
-        got = torch.autograd.grad(carrier, list(single.module.parameters()), allow_unused=True)
+        got = torch.autograd.grad(carrier, list(single.model.parameters()), allow_unused=True)
         for total, low_total, g in zip(exact, rounded, got, strict=True):
             if g is not None:
                 total += g.double()
@@ -141,5 +142,5 @@ def test_bfloat16_gradients_are_summed_in_float32():
 
 
 def test_one_part_is_embedded_with_its_graph():
-    assert isinstance(embed(PlainEngine(Towers(nn.GELU())), [batch()]), WholeBatch)
-    assert isinstance(embed(PlainEngine(Towers(nn.GELU())), in_parts(12)), CachedBatch)
+    assert isinstance(embed(PlainEngine(Towers(nn.GELU())), [batch()], OBJECTIVE, 0), WholeBatch)
+    assert isinstance(embed(PlainEngine(Towers(nn.GELU())), in_parts(12), OBJECTIVE, 0), CachedBatch)

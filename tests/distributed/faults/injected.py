@@ -22,18 +22,21 @@ ROOT = Path(__file__).parents[3]
 def put_in(fault: str) -> None:
     """Wrap the product's step, where it is looked up, in one that does the harm first."""
     from modstruct import distributed
-    from modstruct.training import run
+    from modstruct.training import trainer
 
     kind, *words = fault.split(":")
-    harmless = run.train_step
+    harmless = trainer.train_step
 
     def nan(objective):
-        def hurt(embeddings, step, seed):
-            total, terms = objective(embeddings, step, seed)
-            embeddings.image.register_hook(lambda gradient: gradient * float("nan"))
-            return total + 0 * embeddings.image.sum(), terms
+        class Hurt:
+            weights, row_losses = objective.weights, objective.row_losses
 
-        return hurt
+            def __call__(self, outputs, step, without):
+                total, terms = objective(outputs, step, without)
+                outputs["image"].register_hook(lambda gradient: gradient * float("nan"))
+                return total + 0 * outputs["image"].sum(), terms
+
+        return Hurt()
 
     def train_step(engine, objective, parts, step, *rest):
         if kind in ("nan", "hang"):
@@ -49,7 +52,7 @@ def put_in(fault: str) -> None:
             distributed.barrier()
         return harmless(engine, objective, parts, step, *rest)
 
-    run.train_step = train_step
+    trainer.train_step = train_step
 
 
 def hurt_file(kind: str, path: Path) -> None:

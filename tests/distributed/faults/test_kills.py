@@ -101,10 +101,9 @@ def test_a_kill_during_a_checkpoint(tmp_path, tried):
 
 def unhurt_run(recipe_file: str, output: str) -> None:
     from modstruct.cli import parse, recipe_parser
-    from modstruct.training.pretrain import open_run
-    from modstruct.training.trainer import StopRequest, train
+    from modstruct.training.pretrain import Pretraining
 
     recipe, _ = parse(recipe_parser("", ""), ["--recipe", recipe_file, "--output", output])
-    run = open_run(recipe, ds_config("zero2"), None)
-    train(run, StopRequest())
+    run = Pretraining(recipe, ds_config("zero2"), None).build()
+    run.train()
     run.telemetry.close()
