@@ -80,54 +80,35 @@ def read_cifar100(place: SetFolder, split: str) -> FoundImages:
 
 
 def _read_cifar(place: SetFolder, split: str, version: _CifarVersion) -> FoundImages:
-    pickled = any((place.root / folder / version.names[0]).exists() for folder in (version.pickles, "."))
-    if pickled:
-        folder = place.folder_with(version.names[0], version.pickles)
-        content = _unpickled(place, folder / version.names[0])
-        names = content.get(version.names[1])
+    pickled, key, listed = version.names
+    if any((place.root / folder / pickled).exists() for folder in (version.pickles, ".")):
+        folder = place.folder_with(pickled, version.pickles)
+        names = _unpickled(place, folder / pickled).get(key)
         if not isinstance(names, list) or not all(isinstance(name, bytes | str) for name in names):
-            place.refuse(f"{folder / version.names[0]} has no list {version.names[1]!r} of names")
+            place.refuse(f"{folder / pickled} has no list {key!r} of names")
         classes = [name.decode("utf-8", "replace") if isinstance(name, bytes) else name for name in names]
-        files = tuple(folder / name for name in version.batches[split])
-        labels = np.concatenate([_pickled_batch(place, version, file)[1] for file in files])
-        load = partial(_pickled_pixels, place, version, files)
+        files = [folder / name for name in version.batches[split]]
     else:
-        folder = place.folder_with(version.names[2], version.binary, version.pickles)
-        classes = place.lines(folder / version.names[2])
-        files = tuple(folder / f"{name}.bin" for name in version.batches[split])
-        labels = np.concatenate([_rows(place, version, file)[:, version.label_bytes - 1] for file in files])
-        load = partial(_binary_pixels, place, version, files)
-    if labels.max() >= len(classes) or labels.min() < 0:
-        place.refuse(f"a label of {files[0].name} is outside the {len(classes)} classes of {folder}")
-    return FoundImages(ImageArray(load, f"{split}/"), labels, [readable(name) for name in classes])
+        folder = place.folder_with(listed, version.binary, version.pickles)
+        classes = place.lines(folder / listed)
+        files = [folder / f"{name}.bin" for name in version.batches[split]]
+    labels = np.concatenate([_cifar_batch(place, version, file)[1] for file in files])
+    place.check_labels(labels, classes, files[0])
+    store = ImageArray(partial(_cifar_pixels, place, version, files), f"{split}/")
+    return FoundImages(store, labels, [readable(name) for name in classes])
 
 
-def _binary_pixels(place: SetFolder, version: _CifarVersion, files: tuple[Path, ...]) -> np.ndarray:
-    return _as_images(np.concatenate([_rows(place, version, file)[:, version.label_bytes :] for file in files]))
-
-
-def _pickled_pixels(place: SetFolder, version: _CifarVersion, files: tuple[Path, ...]) -> np.ndarray:
-    return _as_images(np.concatenate([_pickled_batch(place, version, file)[0] for file in files]))
-
-
-def _as_images(rows: np.ndarray) -> np.ndarray:
-    """(n, 3072), channel by channel -> (n, 32, 32, 3)."""
+def _cifar_pixels(place: SetFolder, version: _CifarVersion, files: list[Path]) -> np.ndarray:
+    """(n, 32, 32, 3), from files that store each image channel by channel."""
+    rows = np.concatenate([_cifar_batch(place, version, file)[0] for file in files])
     return rows.reshape(-1, 3, CIFAR_SIDE, CIFAR_SIDE).transpose(0, 2, 3, 1)
 
 
-def _rows(place: SetFolder, version: _CifarVersion, file: Path) -> np.ndarray:
-    """(n, label bytes + 3072) of a file of the binary version, memory-mapped."""
-    width = version.label_bytes + CIFAR_PIXELS
-    if not file.is_file():
-        place.refuse(f"there is no file {file}")
-    size = file.stat().st_size
-    if size == 0 or size % width:
-        place.refuse(f"{file} has {size} bytes, no multiple of the {width} of an image: it is damaged or cut off")
-    return np.memmap(file, np.uint8, "r").reshape(-1, width)
-
-
-def _pickled_batch(place: SetFolder, version: _CifarVersion, file: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels (n, 3072) and labels (n,) of a file of the python version."""
+def _cifar_batch(place: SetFolder, version: _CifarVersion, file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels (n, 3072) and labels (n,) of a file of either version."""
+    if file.suffix == ".bin":
+        rows = place.byte_rows(file, version.label_bytes + CIFAR_PIXELS)
+        return rows[:, version.label_bytes :], rows[:, version.label_bytes - 1]
     content = _unpickled(place, file)
     pixels, labels = content.get("data"), content.get(version.label_key)
     array = pixels.as_bytes() if isinstance(pixels, PickledArray) else None
@@ -140,10 +121,7 @@ def _pickled_batch(place: SetFolder, version: _CifarVersion, file: Path) -> tupl
 
 
 def _unpickled(place: SetFolder, file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        place.refuse(f"there is no file {file}")
-    if file.stat().st_size > LARGEST_BATCH_BYTES:
-        place.refuse(f"{file} is larger than {LARGEST_BATCH_BYTES >> 20} MiB, as no published file is")
+    place.require_file(file, LARGEST_BATCH_BYTES)
     try:
         content = read_pickled(file)
     except (OSError, ValueError) as error:
@@ -170,12 +148,11 @@ def read_stl10(place: SetFolder, split: str) -> FoundImages:
     folder = place.folder_with("class_names.txt", "stl10_binary")
     classes = [readable(name) for name in place.lines(folder / "class_names.txt")]
     store = ImageArray(partial(_stl10_pixels, place, folder / f"{split}_X.bin"), f"{split}/")
-    labels = _bytes(place, folder / f"{split}_y.bin").astype(np.int64) - 1
+    file = folder / f"{split}_y.bin"
+    labels = place.byte_rows(file, 1)[:, 0].astype(np.int64) - 1
     if len(labels) != len(store):
         place.refuse(f"{folder} has {len(store)} images and {len(labels)} labels of the split {split}")
-    if labels.min() < 0 or labels.max() >= len(classes):
-        place.refuse(f"{folder / f'{split}_y.bin'} has a label outside 1 to {len(classes)}")
-    return FoundImages(store, labels, classes)
+    return FoundImages(store, place.check_labels(labels, classes, file), classes)
 
 
 def _svhn_pixels(place: SetFolder, file: Path) -> np.ndarray:
@@ -188,18 +165,9 @@ def _svhn_pixels(place: SetFolder, file: Path) -> np.ndarray:
 
 
 def _stl10_pixels(place: SetFolder, file: Path) -> np.ndarray:
-    content, image_bytes = _bytes(place, file), 3 * STL10_SIDE**2
-    if len(content) % image_bytes:
-        place.refuse(f"{file} has {len(content)} bytes, no multiple of the {image_bytes} of an image: it is cut off")
     # Channel by channel, and each channel column by column.
-    return content.reshape(-1, 3, STL10_SIDE, STL10_SIDE).transpose(0, 3, 2, 1)
-
-
-def _bytes(place: SetFolder, file: Path) -> np.ndarray:
-    """The content of a file, memory-mapped, (bytes,)."""
-    if not file.is_file() or not file.stat().st_size:
-        place.refuse(f"{file} is {'empty' if file.exists() else 'not there'}")
-    return np.memmap(file, np.uint8, "r")
+    rows = place.byte_rows(file, 3 * STL10_SIDE**2)
+    return rows.reshape(-1, 3, STL10_SIDE, STL10_SIDE).transpose(0, 3, 2, 1)
 
 
 class PickledArray:

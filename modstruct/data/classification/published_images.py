@@ -82,31 +82,22 @@ def read_rendered_sst2(place: SetFolder, split: str) -> FoundImages:
 
 def read_gtsrb(place: SetFolder, split: str) -> FoundImages:
     """German traffic signs (Stallkamp et al. 2012), 43 classes."""
+    signs = next((path for path in (place.root / "gtsrb/GTSRB", place.root / "GTSRB") if path.is_dir()), place.root)
     if split == "train":
-        found = [name for name in ("Training", "Final_Training/Images") if (_signs(place) / name).is_dir()]
+        found = [name for name in ("Training", "Final_Training/Images") if (signs / name).is_dir()]
         if not found:
-            place.refuse(f"there is no folder Training in {_signs(place)}")
-        base = _signs(place) / found[0]
-        labels = {name: int(name) for name in place.subfolders(base) if name.isdecimal()}
-        _require_signs(place, base, list(labels.values()))
-        store, numbers = place.class_folders(base, labels)
-        return FoundImages(store, numbers, GTSRB)
+            place.refuse(f"there is no folder Training in {signs}")
+        base = signs / found[0]
+        store, labels = place.class_folders(
+            base, {name: int(name) for name in place.subfolders(base) if name.isdecimal()}
+        )
+        return FoundImages(store, place.check_labels(labels, GTSRB, base), GTSRB)
     file = place.folder_with("GT-final_test.csv", "gtsrb") / "GT-final_test.csv"
     rows = list(place.table(file, ("Filename", "ClassId"), delimiter=";"))
     if not all(label.isdecimal() for _, label in rows):
         place.refuse(f"{file} has a ClassId that is no number")
-    numbers = np.array([int(label) for _, label in rows], dtype=np.int64)
-    _require_signs(place, file, numbers.tolist())
-    return FoundImages(place.images(_signs(place) / "Final_Test/Images", [name for name, _ in rows]), numbers, GTSRB)
-
-
-def _signs(place: SetFolder) -> Path:
-    return next((path for path in (place.root / "gtsrb/GTSRB", place.root / "GTSRB") if path.is_dir()), place.root)
-
-
-def _require_signs(place: SetFolder, where: Path, labels: list[int]) -> None:
-    if labels and max(labels) >= len(GTSRB):
-        place.refuse(f"{where} has the class {max(labels)}, above the last of the {len(GTSRB)} signs")
+    labels = place.check_labels(np.array([int(label) for _, label in rows], dtype=np.int64), GTSRB, file)
+    return FoundImages(place.images(signs / "Final_Test/Images", [name for name, _ in rows]), labels, GTSRB)
 
 
 def read_dtd(place: SetFolder, split: str) -> FoundImages:
@@ -153,8 +144,7 @@ def read_food101(place: SetFolder, split: str) -> FoundImages:
     """Dishes (Bossard et al. 2014), 101 classes."""
     folder = place.folder_with("meta", "food-101")
     file = folder / "meta" / f"{split}.json"
-    if not file.is_file():
-        place.refuse(f"there is no file {file}")
+    place.require_file(file)
     listed = read_json_object(file).fields
     good = all(isinstance(paths, list) and all(isinstance(p, str) for p in paths) for paths in listed.values())
     if not good:
@@ -170,12 +160,8 @@ def read_stanford_cars(place: SetFolder, split: str) -> FoundImages:
     folder = place.folder_with("devkit", "stanford_cars")
     images, annotations = CARS_SPLITS[split]
     (classes,) = place.matlab(folder / "devkit/cars_meta.mat", "class_names")
-    (rows,) = place.matlab(folder / annotations, "annotations")
-    if rows.dtype.names is None or not {"fname", "class"} <= set(rows.dtype.names):
-        place.refuse(f"{folder / annotations} has no fields fname and class")
-    labels = rows["class"].astype(np.int64) - 1
-    if labels.min() < 0 or labels.max() >= len(classes):
-        place.refuse(f"{folder / annotations} has a class outside 1 to {len(classes)}")
+    rows = place.matlab_structs(folder / annotations, "annotations", "fname", "class")
+    labels = place.check_labels(rows["class"].astype(np.int64) - 1, classes, folder / annotations)
     store = place.images(folder / images, [str(name) for name in rows["fname"]])
     return FoundImages(store, labels, [str(name) for name in classes])
 
@@ -185,11 +171,10 @@ def read_flowers102(place: SetFolder, split: str) -> FoundImages:
     folder = place.folder_with("setid.mat", "flowers-102")
     (numbers,) = place.matlab(folder / "setid.mat", FLOWERS_SPLITS[split])
     (every,) = place.matlab(folder / "imagelabels.mat", "labels")
-    numbers, every, classes = numbers.astype(np.int64), every.astype(np.int64) - 1, flowers()
+    classes, numbers = flowers(), numbers.astype(np.int64)
+    every = place.check_labels(every.astype(np.int64) - 1, classes, folder / "imagelabels.mat")
     if not len(numbers) or numbers.min() < 1 or numbers.max() > len(every):
         place.refuse(f"{folder / 'setid.mat'} names an image outside the {len(every)} of imagelabels.mat")
-    if every.min() < 0 or every.max() >= len(classes):
-        place.refuse(f"{folder / 'imagelabels.mat'} has a class outside 1 to {len(classes)}")
     store = place.images(folder / "jpg", [f"image_{number:05d}.jpg" for number in numbers.tolist()])
     return FoundImages(store, every[numbers - 1], classes)
 
@@ -204,7 +189,7 @@ def read_imagenet(place: SetFolder, split: str) -> FoundImages:
 
 
 def read_imagenet_v2(place: SetFolder, split: str) -> FoundImages:
-    """10,000 images in folders 0 to 999, in order of number (sorted as texts, 10 would come before 2)."""
+    """10,000 images in folders 0 to 999, in order of number (sorted as text, 10 would come before 2)."""
     base = place.folder_with("0", *V2_FOLDERS)
     folders = place.subfolders(base)
     labels = {name: int(name) for name in folders if re.fullmatch(r"0|[1-9]\d{0,2}", name)}
@@ -261,8 +246,8 @@ def _flat_validation(place: SetFolder, base: Path) -> FoundImages:
     for table in (place.root / KAGGLE_TRUTH, base.parent / KAGGLE_TRUTH):
         if table.is_file():
             wnids = {name: value.split(" ")[0] for name, value in place.table(table, ("ImageId", "PredictionString"))}
-            paths = [f"{name}.JPEG" for name in sorted(wnids)]
-            return _labelled_by(place, base, paths, [wnids[name] for name in sorted(wnids)], table)
+            labels = place.labels([wnids[name] for name in sorted(wnids)], list(imagenet_labels()), table)
+            return FoundImages(place.images(base, [f"{name}.JPEG" for name in sorted(wnids)]), labels, imagenet())
     kits = [place.root / name for name in ("ILSVRC2012_devkit_t12/data", "data", ".")]
     kit = next((folder for folder in kits if (folder / TRUTH).is_file()), None)
     if kit is None:
@@ -270,19 +255,9 @@ def _flat_validation(place: SetFolder, base: Path) -> FoundImages:
             f"{base} has no class folders, and neither ILSVRC2012_devkit_t12 nor {KAGGLE_TRUTH} is there to say which "
             "image is of which class"
         )
-    (synsets,) = place.matlab(kit / "meta.mat", "synsets")
-    if synsets.dtype.names is None or not {"ILSVRC2012_ID", "WNID"} <= set(synsets.dtype.names):
-        place.refuse(f"{kit / 'meta.mat'} has no fields ILSVRC2012_ID and WNID")
+    synsets = place.matlab_structs(kit / "meta.mat", "synsets", "ILSVRC2012_ID", "WNID")
     wnid_of = {str(int(synset["ILSVRC2012_ID"])): str(synset["WNID"]) for synset in synsets}
     numbers = place.lines(kit / TRUTH)
-    paths = [f"ILSVRC2012_val_{place_in_list:08d}.JPEG" for place_in_list in range(1, len(numbers) + 1)]
-    return _labelled_by(place, base, paths, [wnid_of.get(number, number) for number in numbers], kit / TRUTH)
-
-
-def _labelled_by(place: SetFolder, base: Path, paths: list[str], wnids: list[str], file: Path) -> FoundImages:
-    known = imagenet_labels()
-    unknown = next((wnid for wnid in wnids if wnid not in known), None)
-    if unknown is not None:
-        place.refuse(f"{file}: {unknown!r} is none of ImageNet's 1,000 classes")
-    labels = np.array([known[wnid] for wnid in wnids], dtype=np.int64)
+    paths = [f"ILSVRC2012_val_{number:08d}.JPEG" for number in range(1, len(numbers) + 1)]
+    labels = place.labels([wnid_of.get(number, number) for number in numbers], list(imagenet_labels()), kit / TRUTH)
     return FoundImages(place.images(base, paths), labels, imagenet())

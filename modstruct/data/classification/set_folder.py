@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
@@ -46,7 +46,7 @@ class SetFolder:
         return [line.strip() for line in self.text(path).splitlines() if line.strip()]
 
     def text(self, path: Path) -> str:
-        self._check_file(path, LARGEST_TEXT_BYTES)
+        self.require_file(path)
         try:
             return path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
@@ -77,7 +77,7 @@ class SetFolder:
         """Variables of a MATLAB file, their axes of length 1 dropped."""
         from scipy.io import loadmat
 
-        self._check_file(path, LARGEST_MAT_BYTES)
+        self.require_file(path, LARGEST_MAT_BYTES)
         try:
             content = loadmat(path, squeeze_me=True, appendmat=False, variable_names=list(variables))
         except Exception as error:  # scipy raises nearly anything for a damaged file
@@ -86,6 +86,28 @@ class SetFolder:
         if absent:
             self.refuse(f"{path} holds no variable {absent[0]!r}")
         return [np.atleast_1d(content[name]) for name in variables]
+
+    def matlab_structs(self, path: Path, variable: str, *fields: str) -> np.ndarray:
+        """An array of structures of a MATLAB file, which must have these fields."""
+        (structs,) = self.matlab(path, variable)
+        if not set(fields) <= set(structs.dtype.names or ()):
+            self.refuse(f"{path} has no fields {' and '.join(fields)}")
+        return structs
+
+    def byte_rows(self, path: Path, width: int) -> np.ndarray:
+        """A binary file as (n, width) uint8, memory-mapped."""
+        if not path.is_file():
+            self.refuse(f"there is no file {path}")
+        size = path.stat().st_size
+        if size == 0 or size % width:
+            self.refuse(f"{path} has {size} bytes, no multiple of the {width} of an image: it is damaged or cut off")
+        return np.memmap(path, np.uint8, "r").reshape(-1, width)
+
+    def check_labels(self, labels: np.ndarray, classes: Sized, file: Path) -> np.ndarray:
+        """The labels, refused if one is not from 0 to the number of classes less one."""
+        if len(labels) and (labels.min() < 0 or labels.max() >= len(classes)):
+            self.refuse(f"{file} has a label outside the {len(classes)} classes")
+        return labels
 
     def labels(self, names: Sequence[str], classes: Sequence[str], file: Path) -> np.ndarray:
         """(n,) int64, the row of each name among the classes. file: where the names are from, for the error."""
@@ -145,7 +167,7 @@ class SetFolder:
             self.refuse(f"there is no folder {' or '.join(SPLIT_FOLDERS[split])} of the split {split} in it")
         return self.root
 
-    def _check_file(self, path: Path, largest_bytes: int) -> None:
+    def require_file(self, path: Path, largest_bytes: int = LARGEST_TEXT_BYTES) -> None:
         if not path.is_file():
             self.refuse(f"there is no file {path}")
         if path.stat().st_size > largest_bytes:

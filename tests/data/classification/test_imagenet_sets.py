@@ -97,7 +97,7 @@ def test_the_published_validation_folder_is_labelled_by_the_development_kit(vali
     assert images.labels.tolist() == labels.tolist()
     assert [layouts.number_of(images[n].picture) for n in range(30)] == labels.tolist()
     layouts.put(kit / "ILSVRC2012_validation_ground_truth.txt", "\n".join([*truth[1:], "1001"]) + "\n")
-    with pytest.raises(ValueError, match=r"'n99999999' is none of ImageNet's 1,000 classes"):
+    with pytest.raises(ValueError, match=r"the label 'n99999999' is none of the 1000 classes"):
         open_labelled(f"imagenet@{base}", CONFIG)
 
 
