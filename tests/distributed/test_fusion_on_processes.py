@@ -23,6 +23,7 @@ from tiny_fusion import albef_losses, fusion_model, fusion_recipe, training_batc
 from modstruct import checkpoints, distributed
 from modstruct.config import BridgeConfig, GeometryConfig, SeparationConfig
 from modstruct.losses.objective import build_objective
+from modstruct.models.fusion.ema import EmaWeights
 
 ROWS = 12
 

@@ -148,7 +148,7 @@ def test_a_bert_text_tower_is_exported_under_our_names_and_not_for_open_clip(tmp
     assert_close(rebuilt(batch), model(batch))
 
 
-@pytest.mark.parametrize("picture_size", [(16, 16), (37, 61), (90, 40)])
+@pytest.mark.parametrize("image_size", [(16, 16), (37, 61), (90, 40)])
 def test_open_clips_preprocessing_gives_our_pixels_but_for_rounding(tmp_path, image_size):
     model, folder = exported(tmp_path, tiny_config(), word_tokenizer())
     _, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")

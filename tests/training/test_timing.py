@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from modstruct import distributed
-from modstruct.training import step_clock
+from modstruct.training import timing
 from modstruct.training.timing import PHASES, StepClock
 
 
@@ -16,7 +16,7 @@ from modstruct.training.timing import PHASES, StepClock
 def ticking(monkeypatch) -> StepClock:
     """A clock that goes on by one second whenever somebody looks at it."""
     ticks = itertools.count()
-    monkeypatch.setattr(step_clock.time, "perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(ticks)))
     return StepClock()
 
 
