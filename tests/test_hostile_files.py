@@ -21,8 +21,8 @@ from tiny_models import clip_tokenizer, register_architectures, tiny_config, tin
 from modstruct import checkpoints, cli
 from modstruct.checkpoints.weight_files import read_weight_file
 from modstruct.data.classification.class_files import load_classes
+from modstruct.data.faults import BadSample
 from modstruct.data.shards import index as index_module
-from modstruct.data.shards.faults import BadSample
 from modstruct.data.shards.index import ROW, ShardIndex, index_tar
 from modstruct.data.shards.reader import DEEPEST_METADATA, _metadata
 from modstruct.data.tokenizers import ClipTokenizer, load_tokenizer

@@ -27,8 +27,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from modstruct.config import DataConfig
-from modstruct.data.shards.index import ShardIndex, index_tar
-from modstruct.data.shards.index_files import UnreadableShard, index_file_name, index_shards
+from modstruct.data.shards.index import ShardIndex, UnreadableShard, index_file_name, index_shards, index_tar
 from modstruct.data.shards.pipes import PipeCache, PipeFailed
 from modstruct.data.shards.reader import pipe_cache
 from modstruct.data.shards.sources import expand_pattern, is_pipe

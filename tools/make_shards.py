@@ -30,7 +30,7 @@ import webdataset
 from tqdm import tqdm
 
 from modstruct.config import DataConfig
-from modstruct.data.shards.faults import BadSample
+from modstruct.data.faults import BadSample
 from modstruct.data.transforms.decoding import decode_image
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")

@@ -15,11 +15,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from modstruct.config import DataConfig, Source, TokenizerConfig
+from modstruct.data.faults import TooManyBadSamples
+from modstruct.data.sentencepiece_training import TRAINING_CAPTIONS, train_sentencepiece
 from modstruct.data.shards.evaluation_samples import train_captions
-from modstruct.data.shards.faults import TooManyBadSamples
 from modstruct.data.shards.samples import open_samples
 from modstruct.data.tokenizers import DESCRIPTION_FILE, SentencePieceTokenizer
-from modstruct.data.tokenizers.sentencepiece_training import TRAINING_CAPTIONS, train_sentencepiece
 from modstruct.errors import require
 
 EXAMPLES = 5

@@ -1,4 +1,4 @@
-"""All metrics of what was embedded: retrieval, zero-shot, structure, probes, information; each result is one file.
+"""All metrics of embedded sets: retrieval, zero-shot, structure, probes, information; each result is one file.
 
 python launch_scripts/evaluate.py measure evaluations/scenes
 deepspeed --num_gpus 8 launch_scripts/evaluate.py measure evaluations/laion --metrics retrieval zero_shot
@@ -18,10 +18,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from modstruct import distributed
-from modstruct.cli import config_parser, parse, run
+from modstruct.cli import config_parser, parse, parse_recipe_text, run
 from modstruct.commands.embed import read_model
-from modstruct.commands.examples import write_examples
-from modstruct.commands.sets import splits_beside
+from modstruct.commands.sets import read_set, splits_beside
 from modstruct.distributed import FailedElsewhere
 from modstruct.distributed.collect import on_main
 from modstruct.errors import LostProcess, RunError
@@ -32,6 +31,7 @@ from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.information.measure import measure_information
 from modstruct.evaluation.information.probes import ProbeConfig
 from modstruct.evaluation.leakage.result import LEAKED_KEYS, leave_out, read_keys
+from modstruct.evaluation.retrieval.examples import write_retrieved_examples
 from modstruct.evaluation.retrieval.measure import RetrievalConfig, measure_set_retrieval
 from modstruct.evaluation.structure.measure import measure_set_structure
 from modstruct.evaluation.structure.sampling import SamplingConfig
@@ -50,7 +50,7 @@ class MeasureConfig:
     """How each metric measures."""
 
     again: bool = False
-    """Measure anew what has a result already."""
+    """Measure again where there is a result already."""
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
     """Needs captions."""
     top_k: list[int] = field(default_factory=lambda: [1, 3, 5])
@@ -71,7 +71,7 @@ class MeasureConfig:
 def main(words: Sequence[str]) -> None:
     parser = config_parser(__doc__, USAGE, MeasureConfig)
     parser.add_argument("folders", nargs="+", help="Folders that `evaluate.py embed --out` wrote.")
-    which = "Metrics; those that a set does not allow are left out, and the reason said."
+    which = "Metrics; those that a set does not allow are left out, with the reason."
     parser.add_argument("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help=which)
     config, options = parse(parser, words, _with_present_names)
 
@@ -100,7 +100,7 @@ def measure(out: Path, config: MeasureConfig, metrics: Sequence[str], words: Seq
     def attempt(title: str, step: Callable[[], None]) -> None:
         try:
             step()
-        except (ValueError, RuntimeError, OSError) as error:  # raised on all: `on_main` and the like tell everyone
+        except (ValueError, RuntimeError, OSError) as error:  # raised on all processes, by `on_main`
             if LostProcess.if_it_is(error):
                 raise
             problems.append(f"{title}: {error}")
@@ -113,27 +113,28 @@ def measure(out: Path, config: MeasureConfig, metrics: Sequence[str], words: Seq
             continue
         splits = {split: opened[other] for other, (of, split) in beside.items() if of == name}
         sets = [opened[name]]
-        attempt(f"{name}, without what leaked", lambda sets=sets: sets.extend(_without_leaked(sets[0], out)))
+        attempt(f"{name}, without what leaked", partial(_add_without_leaked, sets, out))
         for embedded in sets:
             results = out / "results" / embedded.name
             for metric in metrics:
                 step = partial(_measure_one, metric, results, embedded, splits, config, words)
                 attempt(f"{embedded.name}, {metric}", step)
             if "retrieval" in metrics and len(embedded.pairs):
-                step = partial(on_main, partial(write_examples, results, noted, embedded, noted["sets"][name]))
+                step = partial(on_main, partial(_write_examples, results, noted, embedded, noted["sets"][name]))
                 attempt(f"{embedded.name}, retrieved examples", step)
     return problems
 
 
 def require_all(problems: list[str]) -> None:
-    """Raise RunError if something could not be measured; the main process says it."""
+    """Raise RunError if something could not be measured; the main process reports it."""
     if problems:
         kind = RunError if distributed.is_main() else FailedElsewhere
         raise kind("all else was measured, but not\n  " + "\n  ".join(problems))
 
 
-def _without_leaked(embedded: EmbeddedSet, out: Path) -> list[EmbeddedSet]:
-    """The set without the images that tools/find_leakage.py found in the training source, if it looked and did."""
+def _add_without_leaked(sets: list[EmbeddedSet], out: Path) -> None:
+    """To a set, add it without the images that tools/find_leakage.py found in the training source, if there are any."""
+    (embedded,) = sets
     found = out / "results" / embedded.name / LEAKED_KEYS
     folder = out / "embeddings" / f"{embedded.name}-without-leaked"
 
@@ -141,7 +142,8 @@ def _without_leaked(embedded: EmbeddedSet, out: Path) -> list[EmbeddedSet]:
         keys = read_keys(found) if found.is_file() else []
         return bool(keys and leave_out(embedded, keys, folder))
 
-    return [EmbeddedSet.open(folder)] if on_main(write) else []
+    if on_main(write):
+        sets.append(EmbeddedSet.open(folder))
 
 
 def _measure_one(
@@ -159,30 +161,30 @@ def _measure_one(
         return
     path = results / f"{metric}.json"
     if not config.again and on_main(lambda: _measured(path) == identity(embedded)):
-        _say(f"{title}: measured before ({path}); --again true measures it anew")
+        _say(f"{title}: measured before ({path}); --again true measures it again")
         return
     _say(f"{title} …")
     device, progress = distributed.device(), distributed.is_main()
-    three = (splits.get("train"), embedded, splits.get("validation"))
-    alone: dict[str, Callable[[], Found]] = {
-        "zero_shot": lambda: measure_zero_shot(embedded, config.top_k, device),
-        "structure": lambda: (measure_set_structure(embedded, config.structure), {}),
-        "linear_probe": lambda: measure_linear_probe(
-            *three, _with_features(config.linear_probe, splits), device, progress
-        ),
-        "linear_probe_adamw": lambda: measure_linear_probe(
-            *three, _with_features(_by_adamw(config.linear_probe), splits), device, progress
-        ),
-        "few_shot": lambda: measure_few_shot(*three, _with_features(config.few_shot, splits), device, progress),
-        "information": lambda: measure_information(
-            embedded, config.information_labels, config.information, device, progress
-        ),
-    }
+
+    def alone() -> Found:
+        if metric == "zero_shot":
+            return measure_zero_shot(embedded, config.top_k, device)
+        if metric == "structure":
+            return measure_set_structure(embedded, config.structure), {}
+        if metric == "information":
+            return measure_information(embedded, config.information_labels, config.information, device, progress)
+        train, validation = splits["train"], splits.get("validation")
+        if metric == "few_shot":
+            few_shot = _with_features(config.few_shot, train)
+            return measure_few_shot(train, embedded, validation, few_shot, device, progress)
+        probe = _by_adamw(config.linear_probe) if metric == "linear_probe_adamw" else config.linear_probe
+        return measure_linear_probe(train, embedded, validation, _with_features(probe, train), device, progress)
+
     if metric == "retrieval":  # which all processes share
         found = measure_set_retrieval(embedded, config.retrieval, progress=progress)
         on_main(lambda: _save(path, *found, embedded, words))
     else:
-        on_main(lambda: _save(path, *alone[metric](), embedded, words))
+        on_main(lambda: _save(path, *alone(), embedded, words))
 
 
 def _by_adamw(probe: LinearProbeConfig) -> LinearProbeConfig:
@@ -190,9 +192,9 @@ def _by_adamw(probe: LinearProbeConfig) -> LinearProbeConfig:
     return replace(probe, method="adamw", features=features)
 
 
-def _with_features(probe: Probe, splits: dict[str, EmbeddedSet]) -> Probe:
+def _with_features(probe: Probe, train: EmbeddedSet) -> Probe:
     """The probe on the shared embeddings, where its own default was not embedded."""
-    if probe.features not in DEFAULT_FEATURES or probe.features in splits["train"].arrays:
+    if probe.features not in DEFAULT_FEATURES or probe.features in train.arrays:
         return probe
     _say(f"  on image, since {probe.features} is not embedded (embed --embedding.arrays '[all]')")
     return replace(probe, features="image")
@@ -243,7 +245,7 @@ def _save(
     path.unlink(missing_ok=True)
     if outcomes:
         with atomic_write(path.with_suffix(".npz")) as file:
-            np.savez_compressed(file, **outcomes)
+            np.savez_compressed(file, **outcomes)  # type: ignore[arg-type]  # numpy's types take it for allow_pickle
     with atomic_write(path) as file:
         file.write(content)
 
@@ -251,3 +253,32 @@ def _save(
 def _say(line: str) -> None:
     if distributed.is_main():
         print(line, flush=True)
+
+
+def _write_examples(results: Path, noted: dict[str, Any], embedded: EmbeddedSet, noted_set: dict[str, str]) -> None:
+    """Write retrieved images and captions for the report, unless they are newer than the retrieval; one process does.
+
+    noted: what `embed` noted of the evaluation, noted_set: of the set. Raises ValueError or OSError where the source
+    can no longer be read, or has changed.
+    """
+    retrieval, listed = results / "retrieval.npz", results / "examples" / "examples.json"
+    if not retrieval.is_file() or (listed.is_file() and listed.stat().st_mtime_ns > retrieval.stat().st_mtime_ns):
+        return
+    recipe = parse_recipe_text(noted_set["recipe"])
+    recipe.data.allow_pipe = False  # whoever made the folder wrote it
+    source = read_set(noted_set["word"], recipe, noted["image_size"])
+    embedded_of = embedded.source.get("of", embedded.source.get("fingerprint"))
+    if source.fingerprint != embedded_of:
+        raise ValueError(f"{noted_set['word']} no longer holds the embedded samples: embed it again")
+    with np.load(retrieval, allow_pickle=False) as outcomes:
+        write_retrieved_examples(embedded, dict(outcomes), _Images(source.samples, embedded.indices), listed.parent)
+
+
+class _Images:
+    """Images of a source by row of the embedded set."""
+
+    def __init__(self, samples: Any, indices: np.ndarray):
+        self.samples, self.indices = samples, indices
+
+    def __getitem__(self, row: int):
+        return self.samples[int(self.indices[row])].picture

@@ -56,7 +56,7 @@ def read_set(word: str, recipe: Recipe, image_size: int) -> EmbeddingSource:
             classes = None if classes == BUILT_IN and shards != scenes.test else classes
             classes = scenes.zero_shot if classes == BUILT_IN else classes
         samples = EvaluationSamples(as_sources(shards), data, "data.eval", distributed.is_main())
-        return EmbeddingSource.of_samples(RECIPES_OWN, samples, classes and load_classes(classes))
+        return EmbeddingSource.of_samples(RECIPES_OWN, samples, load_classes(classes) if classes else None)
     if _is_captioned(word):
         name, _, shards = word.partition("=")
         samples = EvaluationSamples([Source(shards)], data, f"--sets {name}", distributed.is_main())

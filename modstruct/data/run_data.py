@@ -8,13 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from modstruct.config import DataConfig, Recipe
+from modstruct.data.sentencepiece_training import TRAINING_CAPTIONS
 from modstruct.data.shards.evaluation_samples import EvaluationSamples, train_captions
-from modstruct.data.shards.samples import Samples, open_samples
-from modstruct.data.shards.saved_samples import open_saved_samples
+from modstruct.data.shards.samples import Samples, open_samples, open_saved_samples
 from modstruct.data.shards.sources import as_sources
 from modstruct.data.synthetic.shards import ensure_scenes
 from modstruct.data.tokenizers import Tokenizer, build_tokenizer
-from modstruct.data.tokenizers.sentencepiece_training import TRAINING_CAPTIONS
 from modstruct.data.transforms.augment import Views
 from modstruct.distributed import is_main, main_first
 from modstruct.distributed.hosts import require_same

@@ -28,10 +28,11 @@ def retrieved_examples(source: EmbeddedSource, samples: EvaluationSamples, views
         positives = source.pairs[source.pairs[:, 0] == row, 1]
         own.append(source.captions[text if text in positives else positives[0]])
         found.append(source.captions[text])
-    pictures = [views.evaluation_image(samples[int(index)].picture) for index in source.indices[rows]]
-    return example_grid(torch.stack(pictures), own, found)
+    images = [views.evaluation_image(samples[int(index)].picture) for index in source.indices[rows]]
+    return example_grid(torch.stack(images), own, found)
 
 
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 CELL = 224
 """Side of a drawn image, in pixels."""
 MARGIN = 10
@@ -68,17 +69,17 @@ def example_grid(
     for row, height in zip(rows, heights, strict=True):
         for column, i in enumerate(row):
             left = MARGIN + column * (CELL + MARGIN)
-            picture = Image.fromarray(images[i].permute(1, 2, 0).cpu().numpy())
+            image = Image.fromarray(images[i].permute(1, 2, 0).cpu().numpy())
             # Small images keep their pixels as they are seen by the model; large ones are averaged down.
-            kind = Image.Resampling.NEAREST if max(picture.size) <= CELL else Image.Resampling.LANCZOS
-            canvas.paste(picture.resize((CELL, CELL), kind), (left, top))
+            kind = Image.Resampling.NEAREST if max(image.size) <= CELL else Image.Resampling.LANCZOS
+            canvas.paste(image.resize((CELL, CELL), kind), (left, top))
             for number, (line, ink) in enumerate(blocks[i]):
                 draw.text((left, top + CELL + 4 + number * line_height), line, fill=ink, font=font)
         top += height
     return torch.from_numpy(np.array(canvas)).permute(2, 0, 1).contiguous()
 
 
-def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int = LINES) -> list[str]:
+def wrap(text: str, font: Font, width: int, lines: int = LINES) -> list[str]:
     """Text cut into lines of at most `width` pixels, broken at spaces or, where a word is too long, inside it.
 
     What does not fit into `lines` lines ends in an ellipsis.
@@ -95,7 +96,8 @@ def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int = LINES
             words.insert(0, word)
         else:
             # The longest start of the word that fits, but at least one letter, or this would never end.
-            fits = max(1, bisect_right(range(1, len(word) + 1), width, key=lambda n: font.getlength(word[:n])))
+            lengths = range(1, len(word) + 1)
+            fits = max(1, bisect_right(lengths, float(width), key=lambda n: font.getlength(word[:n])))
             wrapped[-1] = word[:fits]
             if word[fits:]:
                 wrapped.append("")
@@ -108,7 +110,7 @@ def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int = LINES
     return wrapped
 
 
-def _font() -> ImageFont.FreeTypeFont:
+def _font() -> Font:
     """DejaVu where the system has it: Pillow's own font has plain Latin letters only and shows boxes for others."""
     try:
         return ImageFont.truetype("DejaVuSans.ttf", FONT_SIZE)

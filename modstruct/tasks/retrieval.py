@@ -20,7 +20,7 @@ from modstruct.data.downstream.published_files import TaskEntries
 from modstruct.data.shards.loader import identity
 from modstruct.data.synthetic.task_files import SceneTaskPaths
 from modstruct.data.tokenizers import Tokenizer
-from modstruct.data.transforms.masking import mask_tokens, masked_places
+from modstruct.data.transforms.text_views import mask_tokens, masked_places
 from modstruct.distributed.collect import on_main
 from modstruct.evaluation.embeddings.in_memory import EmbeddedPairs, embed_texts
 from modstruct.evaluation.retrieval.exact import counting_device

@@ -16,7 +16,7 @@ from modstruct import distributed
 from modstruct.config import FinetuneRecipe, TaskFiles
 from modstruct.data.downstream.batches import EntryBatch, Seed, entry_batches
 from modstruct.data.downstream.published_files import TaskEntries
-from modstruct.data.shards.faults import BadSampleCounter
+from modstruct.data.faults import BadSampleCounter
 from modstruct.data.shards.workers import require_shared_memory
 from modstruct.data.synthetic.task_files import SceneTaskPaths
 from modstruct.data.tokenizers import Tokenizer

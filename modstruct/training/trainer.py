@@ -20,7 +20,7 @@ from modstruct import checkpoints, distributed
 from modstruct.checkpoints import Checkpoint, TrainState
 from modstruct.config import FinetuneRecipe, OptimizerConfig, Recipe
 from modstruct.config.recipe_files import check_resumable, decisive_fields
-from modstruct.data.shards.faults import BadSampleCounter
+from modstruct.data.faults import BadSampleCounter
 from modstruct.data.shards.loader import steps_of
 from modstruct.data.shards.workers import WorkerLoader
 from modstruct.data.tokenizers import Tokenizer

@@ -10,8 +10,8 @@ from numbered_images import LastNumberTokenizer, LookUp, views
 from PIL import Image
 
 from modstruct.config.embedding import EmbeddingConfig
+from modstruct.data.faults import BadSample
 from modstruct.data.shards.evaluation_samples import EvaluationSample
-from modstruct.data.shards.faults import BadSample
 from modstruct.evaluation.embeddings.model import EmbeddingModel
 
 ARRAYS = ("image", "text", "image_features", "text_features", "image_augmented")

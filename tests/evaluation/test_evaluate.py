@@ -11,8 +11,8 @@ from numbered_images import CLASS_FILE, LastNumberTokenizer, LookUp, views, writ
 from torch.nn import functional as F
 
 from modstruct.config import EvaluationConfig
+from modstruct.data.faults import TooManyBadSamples
 from modstruct.data.run_data import RunData
-from modstruct.data.shards.faults import TooManyBadSamples
 from modstruct.evaluation.embeddings.in_memory import embed_source, embed_texts
 from modstruct.evaluation.evaluate import evaluate
 from modstruct.evaluation.example_grid import retrieved_examples

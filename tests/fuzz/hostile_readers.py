@@ -23,7 +23,7 @@ from modstruct.data.downstream.karpathy import read_karpathy
 from modstruct.data.downstream.nlvr2 import read_nlvr2
 from modstruct.data.downstream.snli_ve import read_snli_ve
 from modstruct.data.downstream.vqa import read_answer_list, read_vqa
-from modstruct.data.shards.faults import BadSample
+from modstruct.data.faults import BadSample
 from modstruct.data.shards.index import ShardIndex, index_tar
 from modstruct.data.shards.reader import RawSample, ShardReader, _metadata
 from modstruct.data.tokenizers import ClipTokenizer, SentencePieceTokenizer, WordPieceTokenizer

@@ -18,9 +18,9 @@ from published_samples import KARPATHY_COCO, KARPATHY_FLICKR, NLVR2_DEV, SNLI_VE
 from modstruct import checkpoints
 from modstruct.config import Recipe
 from modstruct.config.recipe_files import recipe_to_dict
+from modstruct.data.sentencepiece_training import train_sentencepiece
 from modstruct.data.shards.index import index_tar
 from modstruct.data.tokenizers import ClipTokenizer, SentencePieceTokenizer
-from modstruct.data.tokenizers.sentencepiece_training import train_sentencepiece
 
 SHARD_BYTES = 40_000  # of a real shard: several samples, and short enough to be tried often
 CAPTIONS = ["a red star", "über café: 星と月", "a  b\tc &amp; <end_of_text>", "word " * 60]

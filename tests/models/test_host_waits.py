@@ -26,7 +26,7 @@ from modstruct.config import (
     QueueContrastConfig,
     SeparationConfig,
 )
-from modstruct.data.transforms.masking import masked_places
+from modstruct.data.transforms.text_views import masked_places
 from modstruct.losses.distillation import Distillation
 from modstruct.losses.objective import build_objective
 from modstruct.models.fusion.classifier import Classifier

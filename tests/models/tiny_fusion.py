@@ -20,7 +20,7 @@ from modstruct.config import (
     TrainConfig,
 )
 from modstruct.data.tokenizers import Tokenizer
-from modstruct.data.transforms.masking import mask_tokens
+from modstruct.data.transforms.text_views import mask_tokens
 from modstruct.losses.objective import build_objective
 from modstruct.models.fusion.pretraining import FusionModel
 

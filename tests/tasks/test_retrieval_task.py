@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from tiny_tasks import SIZE, tiny_task, write_files
 
-from modstruct.data.transforms.masking import IGNORED
+from modstruct.data.transforms.text_views import IGNORED
 from modstruct.tasks import Task
 
 

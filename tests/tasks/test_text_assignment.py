@@ -15,7 +15,7 @@ from tiny_tasks import SIZE, Knowing, Stubborn, tiny_task, write_files
 
 from modstruct.data.downstream.batches import Seed, TaskBatches
 from modstruct.data.downstream.karpathy import CaptionedImage
-from modstruct.data.shards.faults import BadSample
+from modstruct.data.faults import BadSample
 from modstruct.data.transforms.augment import sample_seed
 from modstruct.tasks.text_assignment import ANSWERS, SplitImage, TextAssignment
 

@@ -26,8 +26,8 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from modstruct.config import ModelConfig, Recipe, ViewsConfig
+from modstruct.data.sentencepiece_training import train_sentencepiece
 from modstruct.data.tokenizers import SentencePieceTokenizer, Tokenizer, load_tokenizer
-from modstruct.data.tokenizers.sentencepiece_training import train_sentencepiece
 from modstruct.data.transforms.augment import Views
 from modstruct.models.two_tower import TwoTower
 from modstruct.training.export import export

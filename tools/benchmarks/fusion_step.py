@@ -21,7 +21,7 @@ from modstruct import distributed
 from modstruct.cli import parse, recipe_parser
 from modstruct.config import Recipe
 from modstruct.data.tokenizers import ClipTokenizer
-from modstruct.data.transforms.masking import mask_tokens
+from modstruct.data.transforms.text_views import mask_tokens
 from modstruct.losses.objective import Objective, build_objective
 from modstruct.models.fusion.pretraining import FusionModel
 

@@ -31,7 +31,7 @@ import faiss
 import numpy as np
 import torch
 
-from modstruct.evaluation.retrieval.ann_index import ApproximateIndex, IndexConfig, index_recall, listed_pairs_ahead
+from modstruct.evaluation.retrieval.ann_index import AnnIndex, IndexConfig, ann_pairs_ahead, ann_recall
 from modstruct.evaluation.retrieval.exact import pairs_ahead
 from modstruct.evaluation.retrieval.measure import measure_retrieval
 from modstruct.evaluation.retrieval.metrics import ranked_queries, ranking_metrics
@@ -236,13 +236,13 @@ def exact(queries: str, gallery: str) -> dict:
 def approximate(queries: str, gallery: str, config: IndexConfig) -> dict:
     queries, gallery = (np.load(path, mmap_mode="r", allow_pickle=False) for path in (queries, gallery))
     start = time.perf_counter()
-    index = ApproximateIndex(gallery, config, progress=True)
+    index = AnnIndex(gallery, config, progress=True)
     built = time.perf_counter() - start
     pairs = np.stack([np.arange(len(queries))] * 2, axis=1)
-    pairs, ahead = listed_pairs_ahead(queries, index, pairs, max(RECALL_AT), progress=True)
+    pairs, ahead = ann_pairs_ahead(queries, index, pairs, max(RECALL_AT), progress=True)
     return {
         "figures": values(ranking_metrics(ranked_queries(pairs, ahead, len(gallery)), RECALL_AT)),
-        "recall": index_recall(queries, index, RECALL_AT),
+        "recall": ann_recall(queries, index, RECALL_AT),
         "built_seconds": built,
     }
 

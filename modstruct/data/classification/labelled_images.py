@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 from modstruct.config import DataConfig
+from modstruct.data.faults import BadSample
 from modstruct.data.shards.evaluation_samples import EvaluationSample
-from modstruct.data.shards.faults import BadSample
 from modstruct.data.transforms.decoding import FORMATS, decode_image
 
 # GTSRB is published as PPM, and some files of Oxford Pets that are called .jpg are GIF or BMP.

@@ -27,8 +27,8 @@ from modstruct.config import DataConfig, Source
 from modstruct.data.classification.class_files import ZeroShotClasses, load_classes
 from modstruct.data.classification.labelled_images import FoundImages, hashed
 from modstruct.data.classification.set_folder import SetFolder
+from modstruct.data.faults import BadSample
 from modstruct.data.shards.evaluation_samples import EvaluationSample
-from modstruct.data.shards.faults import BadSample
 from modstruct.data.shards.index import KINDS, LARGEST_BYTES, printable
 from modstruct.data.shards.reader import ShardReader
 from modstruct.data.shards.samples import open_samples

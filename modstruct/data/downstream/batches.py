@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from modstruct import distributed
 from modstruct.config import TaskDataConfig
-from modstruct.data.shards.faults import BadSample, TooManyBadSamples
+from modstruct.data.faults import BadSample, TooManyBadSamples
 from modstruct.data.shards.loader import SUBSTITUTES, TrainBatch
 from modstruct.data.shards.order import SampleOrder
 from modstruct.data.shards.workers import WorkerLoader

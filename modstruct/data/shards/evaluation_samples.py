@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from modstruct.config import DataConfig, Source
-from modstruct.data.shards.faults import BadSample
+from modstruct.data.faults import BadSample
 from modstruct.data.shards.reader import ShardReader
 from modstruct.data.shards.samples import Samples, open_samples
 from modstruct.data.shards.sources import is_pipe

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from modstruct import distributed
 from modstruct.config import DataConfig
-from modstruct.data.shards.faults import BadSample, TooManyBadSamples
+from modstruct.data.faults import BadSample, TooManyBadSamples
 from modstruct.data.shards.order import SampleOrder
 from modstruct.data.shards.reader import RawSample, ShardReader
 from modstruct.data.shards.samples import Samples
@@ -23,7 +23,7 @@ from modstruct.data.shards.workers import OutgoingRows, WorkerLoader, require_sh
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.data.transforms.augment import Views, sample_seed
 from modstruct.data.transforms.decoding import decode_image
-from modstruct.data.transforms.masking import mask_tokens, masked_places
+from modstruct.data.transforms.text_views import mask_tokens, masked_places
 from modstruct.errors import refuse, require
 
 EXTRA_FIELDS = frozenset(

@@ -13,7 +13,7 @@ from pathlib import Path
 from zlib import adler32
 
 from modstruct.config import DataConfig
-from modstruct.data.shards.faults import BadSample
+from modstruct.data.faults import BadSample
 from modstruct.data.shards.index import printable, split_name
 from modstruct.data.shards.pipes import PipeCache, PipeFailed
 from modstruct.data.shards.samples import Samples

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from modstruct.config import DataConfig, Source
-from modstruct.data.shards.faults import judge_sources
-from modstruct.data.shards.index import ROW, ShardIndex
-from modstruct.data.shards.index_files import INDEX_VERSION, UnreadableShard, index_file_name, index_shards
+from modstruct.data.faults import NAMED
+from modstruct.data.shards.index import (
+    INDEX_VERSION,
+    ROW,
+    ShardIndex,
+    UnreadableShard,
+    index_file_name,
+    index_shards,
+)
 from modstruct.data.shards.sources import SourceShards, expand_sources, is_pipe
 from modstruct.errors import refuse
 from modstruct.files import atomic_write, locked
+
+log = logging.getLogger(__name__)
 
 
 class Samples:
@@ -90,8 +100,78 @@ def open_samples(sources: Sequence[Source], config: DataConfig, field: str, prog
                 _write_table(table, shards, expanded, field, progress)
     weights = [source.weight for source in expanded]
     samples = Samples(table, None if weights[0] is None else weights)
-    judge_sources(samples, [source.pattern for source in expanded], config.max_bad_share, field, say=progress)
+    _judge_sources(samples, [source.pattern for source in expanded], config.max_bad_share, field, say=progress)
     return samples
+
+
+def open_saved_samples(
+    sources: Sequence[Source], config: DataConfig, field: str, fingerprint: str, progress: bool = False
+) -> Samples:
+    """As `open_samples`, but of shards that were hurt since, the earlier table in data.cache is taken.
+
+    fingerprint: of the samples wanted. The order of data then stays as it was, and the reader finds the samples of the
+    hurt shards to be bad: other samples take their place and are counted, as they are in a run that goes on. Where that
+    would be more than data.max_bad_share, or other shards were named, the samples are those found now.
+    """
+    error = found = None
+    try:
+        found = open_samples(sources, config, field, progress)
+    except ValueError as refused:  # a shard that the pattern names is missing
+        error = refused
+    if found is None or found.fingerprint != fingerprint:
+        weights = [source.weight for source in sources]
+        for table in _tables(config, fingerprint):
+            saved = Samples(table, None if weights[0] is None else weights)
+            hurt = _hurt(saved)
+            named = found is None or set(found.shards) <= set(saved.shards)
+            lost = sum(int(saved.shard_starts[shard + 1] - saved.shard_starts[shard]) for shard in hurt)
+            if named and len(saved.source_starts) == len(sources) + 1 and lost <= config.max_bad_share * len(saved):
+                if progress:
+                    names = ", ".join(saved.shards[shard] for shard in hurt[:NAMED])
+                    changed = f"{len(hurt)} of {len(saved.shards)} shards are missing or changed since the checkpoint"
+                    log.warning("%s: %s (%s); other samples take the place of theirs", field, changed, names)
+                return saved
+    if error is not None:
+        raise error
+    return found
+
+
+def _judge_sources(samples: Samples, patterns: Sequence[str], max_bad_share: float, field: str, say: bool) -> None:
+    """Log what indexing found wrong with each source; refuse a source that is empty or too bad.
+
+    patterns: what the user wrote for each source. say: write to the log. Raises ValueError.
+    """
+    for number, pattern in enumerate(patterns):
+        shards = range(*samples.source_starts[number : number + 2])
+        usable = int(samples.shard_starts[shards.stop] - samples.shard_starts[shards.start])
+        left_out: Counter[str] = Counter()
+        examples: dict[str, str] = {}
+        broken = []
+        empty = 0
+        for shard in shards:
+            faults, name = samples.shard_faults[shard], samples.shards[shard]
+            left_out.update(faults["faults"])
+            for cause, key in faults["examples"].items():
+                examples.setdefault(cause, f"{name}: {key}")
+            if faults["broken"]:
+                broken.append(f"bad shard {name}: {faults['broken']}")
+                empty += samples.shard_starts[shard] == samples.shard_starts[shard + 1]
+        found = [f"{count} samples left out: {cause} (first {examples[cause]})" for cause, count in left_out.items()]
+        found += broken[:NAMED]
+        if len(broken) > NAMED:
+            found.append(f"{len(broken) - NAMED} more bad shards")
+        if usable == 0:
+            layout = "a sample is KEY.jpg (or png, webp) and KEY.txt, one after the other in the tar"
+            refuse(field, pattern, "; ".join(["holds no usable sample", *found, layout]))
+        # A shard without any sample hides an unknown number of them, so shards are weighed too.
+        bad_share = max(left_out.total() / (usable + left_out.total()), empty / len(shards))
+        if bad_share > max_bad_share:
+            remedy = "repair the shards or raise the share"
+            share = f"{bad_share:.1%} of {field} = {pattern!r} cannot be used"
+            refuse("data.max_bad_share", max_bad_share, "; ".join([share, *found, remedy]))
+        if say:
+            for line in found:
+                log.warning("%s: %s", field, line)
 
 
 class _Shard:
@@ -161,3 +241,27 @@ def _load(shard: _Shard, field: str) -> ShardIndex:
 
 def _starts(counts: Sequence[int]) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(np.array(counts, dtype=np.int64))]).astype(np.int64)
+
+
+def _tables(config: DataConfig, fingerprint: str) -> list[Path]:
+    """Tables in the cache that hold these samples."""
+    folder = Path(config.cache).expanduser() / "indexes" / "sets"
+    described = [path for path in sorted(folder.glob("*.json")) if path.with_suffix(".rows").exists()]
+    return [
+        path.with_suffix(".rows") for path in described if json.loads(path.read_text())["fingerprint"] == fingerprint
+    ]
+
+
+def _hurt(samples: Samples) -> np.ndarray:
+    """Numbers of the shards that are not the files that were indexed."""
+
+    def intact(shard: int) -> bool:
+        if is_pipe(samples.shards[shard]):
+            return True
+        try:
+            status = os.stat(samples.shards[shard])
+        except OSError:
+            return False
+        return (status.st_size, status.st_mtime_ns) == (samples.size_bytes[shard], samples.modified_ns[shard])
+
+    return np.array([shard for shard in range(len(samples.shards)) if not intact(shard)], dtype=np.int64)

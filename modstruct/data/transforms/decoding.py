@@ -11,7 +11,7 @@ from itertools import islice
 import numpy as np
 from PIL import Image, ImageOps
 
-from modstruct.data.shards.faults import BadSample
+from modstruct.data.faults import BadSample
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 # Keys of an image's `info` that Pillow looks for an orientation in.

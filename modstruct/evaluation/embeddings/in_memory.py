@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from modstruct.data.faults import BadSampleCounter
 from modstruct.data.shards.evaluation_samples import EvaluationSamples, evaluation_loader
-from modstruct.data.shards.faults import BadSampleCounter
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.data.transforms.augment import Views
 from modstruct.distributed import rank

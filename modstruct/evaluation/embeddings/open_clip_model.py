@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -16,6 +17,9 @@ from modstruct.config import ViewsConfig
 from modstruct.data.transforms.image_views import ImageViews
 from modstruct.errors import refuse, require
 from modstruct.evaluation.embeddings.model import EmbeddingModel, weights_fingerprint
+
+if TYPE_CHECKING:
+    from open_clip.model import CLIP, CustomTextCLIP
 
 OPTION = "--open_clip"
 SCHEMES = ("hf-hub:", "local-dir:")
@@ -125,7 +129,7 @@ def _check_weights(spec: str, architecture: str, weights: str | None, random_wei
     require(quick[0] == quick[1], OPTION, spec, remedy)
 
 
-def _encoder(model: nn.Module, size: int) -> tuple[Callable, frozenset[str], int]:
+def _encoder(model: CLIP | CustomTextCLIP, size: int) -> tuple[Callable, frozenset[str], int]:
     """encode of EmbeddingModel, what it can make, and the dimension; the model's projections are taken out of it."""
     project = {"image": _take_image_projection(model.visual), "text": _take_text_projection(model)}
     arrays = {"image", "text", "image_projected", "text_projected", "image_augmented"} | {
@@ -136,10 +140,10 @@ def _encoder(model: nn.Module, size: int) -> tuple[Callable, frozenset[str], int
     def encode(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         made = {}
         for modality, inputs in batch.items():
-            rows = encoders[modality](inputs)
-            if project[modality] is not None:
+            rows, projection = encoders[modality](inputs), project[modality]
+            if projection is not None:
                 made[f"{modality}_features"] = rows.float()
-                rows = project[modality](rows)
+                rows = projection(rows)
             made[f"{modality}_projected"] = rows.float()
             made[modality] = F.normalize(rows.float(), dim=-1)
         return made

@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 from zipfile import BadZipFile
 
 import numpy as np
@@ -67,12 +68,15 @@ class Parts:
         encoded = {name: json.dumps(values, default=_plain).encode() for name, values in (notes or {}).items()}
         members = {NOTES.format(name): np.frombuffer(content, dtype=np.uint8) for name, content in encoded.items()}
         with atomic_write(self._path(part)) as file:
-            np.savez(file, **arrays, **members)
+            np.savez(file, **arrays, **members)  # type: ignore[arg-type]  # numpy's types take it for allow_pickle
 
     def notes(self, name: str) -> Iterator[list]:
         """The notes of this name, of one part after the other."""
         for part in range(len(self)):
-            yield json.loads(self._member(part, NOTES.format(name)).tobytes())
+            member = self._member(part, NOTES.format(name))
+            if member is None:
+                self._refuse(part, f"has no {name}")
+            yield json.loads(member.tobytes())
 
     def pieces(self, array: str) -> Iterator[np.ndarray]:
         """The rows of one part after the other; a part of which nothing could be read has none."""
@@ -87,12 +91,14 @@ class Parts:
         return RowStream((rows, *first.shape[1:]), dtype, self.pieces(array))
 
     def _member(self, part: int, name: str) -> np.ndarray | None:
-        path = self._path(part)
         try:
-            with np.load(path, allow_pickle=False) as content:
+            with np.load(self._path(part), allow_pickle=False) as content:
                 return content.get(name)
         except (OSError, ValueError, EOFError, BadZipFile) as error:
-            refuse("part", str(path), f"is damaged ({error}): remove it and embed again, which makes it anew")
+            self._refuse(part, str(error))
+
+    def _refuse(self, part: int, cause: str) -> NoReturn:
+        refuse("part", str(self._path(part)), f"is damaged ({cause}): remove it and embed again, which replaces it")
 
     def _path(self, part: int) -> Path:
         return self.folder / f"{self.kind}-{part:05d}.npz"
@@ -115,7 +121,7 @@ def read_texts(path: Path) -> Iterator[str]:
 
 
 class TextLines:
-    """A file of one JSON text a line as a sequence that is read where it is asked for; pickles to loader workers."""
+    """A file of one JSON text a line, read on demand; pickles to loader workers."""
 
     def __init__(self, path: Path):
         self.path = path

@@ -13,8 +13,8 @@ import numpy as np
 
 from modstruct.config.embedding import EmbeddingConfig
 from modstruct.data.classification.class_files import ZeroShotClasses
+from modstruct.data.faults import BadSampleCounter
 from modstruct.data.shards.evaluation_samples import EvaluationSamples
-from modstruct.data.shards.faults import BadSampleCounter
 from modstruct.errors import refuse, require
 from modstruct.evaluation.embeddings.set_files import is_set_name
 

@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from modstruct.data.faults import BadSampleCounter
 from modstruct.data.shards.evaluation_samples import EvaluationBatch, EvaluationSamples, evaluation_loader
-from modstruct.data.shards.faults import BadSampleCounter
 from modstruct.evaluation.embeddings.set_files import RowStream, write_array
 from modstruct.evaluation.leakage.perceptual_hash import SIDE, VIEWS, ThumbnailViews, image_hashes
 from modstruct.files import atomic_write, locked, sync_folder

@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from modstruct.data.faults import BadSample
 from modstruct.data.shards.evaluation_samples import EvaluationSamples
-from modstruct.data.shards.faults import BadSample
 from modstruct.errors import require
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet, SetContents, write_embedded_set
 from modstruct.evaluation.embeddings.set_files import IMAGE_ARRAYS, ROWS_AT_ONCE, RowStream

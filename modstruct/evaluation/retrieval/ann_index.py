@@ -54,7 +54,7 @@ class IndexConfig:
     construction_width: int = 100
     """hnsw, cagra: candidates kept while the graph is built."""
     search_width: int = 128
-    """hnsw, cagra: candidates kept in a search; at least the length of the list asked for is taken."""
+    """hnsw, cagra: candidates kept in a search; at least the length of the requested list."""
     sample: int = 1000
     """Queries on which an approximate index is measured against exact search."""
     seed: int = 0
@@ -68,12 +68,18 @@ class IndexConfig:
         require_counts("index", self, counts if self.lists is None else (*counts, "lists"))
 
 
-def require_searchable(config: IndexConfig) -> None:
-    """Refuse, by name, an index that this machine cannot have."""
-    if config.kind != "cagra":
-        return
+def _faiss() -> Any:
+    """FAISS; its type stubs lack CAGRA, which only some of its builds have, and take enum values for objects."""
     import faiss
 
+    return faiss
+
+
+def require_searchable(config: IndexConfig) -> None:
+    """Refuse, by name, an index that this machine cannot build."""
+    if config.kind != "cagra":
+        return
+    faiss = _faiss()
     if not hasattr(faiss, "GpuIndexCagra"):
         refuse(
             "index.kind",
@@ -85,12 +91,12 @@ def require_searchable(config: IndexConfig) -> None:
     require(bool(usable_gpus()), "index.kind", "cagra", "needs a GPU that faiss has kernels for; take ivf or hnsw")
 
 
-class ApproximateIndex:
+class AnnIndex:
     """A FAISS index of the distinct rows of a gallery, by inner product.
 
     gallery: (g, D), float16 or float32, may be memory-mapped; it is read in blocks, but for CAGRA, which takes a GPU's
-    part at once. Memory: the index's own. An inverted file and CAGRA are divided among the GPUs that FAISS can use;
-    what GPUs have no memory for, an inverted file on the CPU does. No GPU has run this yet.
+    part at once. Memory: the index's own. An inverted file and CAGRA are divided among the GPUs that FAISS can use; an
+    inverted file that does not fit their memory is searched on the CPU. No GPU has run this yet.
     """
 
     def __init__(self, gallery: np.ndarray, config: IndexConfig, progress: bool = False):
@@ -98,6 +104,7 @@ class ApproximateIndex:
         check_rows("gallery", gallery)
         self.gallery, self.config, self._progress = gallery, config, progress
         self.first, self.row_of_item, self.occurrences = distinct_rows(gallery)
+        self._kept: list[Any] = []  # an index holds no reference of its own to what it is made with
         self._index = {"ivf": self._inverted_file, "hnsw": self._hnsw, "cagra": self._cagra}[config.kind]()
 
     @property
@@ -107,7 +114,7 @@ class ApproximateIndex:
 
     @property
     def longest_list(self) -> int:
-        """Results per query that it is asked for, however many positives a query has."""
+        """Most results per query that are requested, however many positives a query has."""
         return LARGEST_CAGRA_LIST if self.config.kind == "cagra" else LARGEST_GPU_LIST
 
     def search(self, queries: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -117,8 +124,7 @@ class ApproximateIndex:
         return self._index.search(queries, length)
 
     def _hnsw(self) -> Any:
-        import faiss
-
+        faiss = _faiss()
         dimension, m, metric = self.gallery.shape[1], self.config.neighbours, faiss.METRIC_INNER_PRODUCT
         if self.config.storage == "float16":
             index = faiss.IndexHNSWSQ(dimension, faiss.ScalarQuantizer.QT_fp16, m, metric)
@@ -129,8 +135,7 @@ class ApproximateIndex:
         return self._filled(index)
 
     def _inverted_file(self) -> Any:
-        import faiss
-
+        faiss = _faiss()
         dimension, rows, metric = self.gallery.shape[1], len(self.first), faiss.METRIC_INNER_PRODUCT
         gpus = usable_gpus()
         lists = min(self.config.lists or int(4 * rows**0.5), max(1, rows // 39))
@@ -140,7 +145,7 @@ class ApproximateIndex:
             index = faiss.IndexIVFScalarQuantizer(quantizer, dimension, lists, sixteen_bits, metric, False)
         else:
             index = faiss.IndexIVFFlat(quantizer, dimension, lists, metric)
-        self._kept = [quantizer]  # an index holds no reference of its own
+        self._kept.append(quantizer)
         index.nprobe = min(self.config.probes, lists, LARGEST_GPU_LIST if gpus else lists)
         index.train(self._sample(TRAINING_ROWS_PER_LIST * lists))
         if gpus:
@@ -152,19 +157,16 @@ class ApproximateIndex:
 
     def _on_gpu(self, trained: Any, gpu: int) -> Any:
         """A copy of a trained index that holds no rows yet."""
-        import faiss
-
+        faiss = _faiss()
         resources = faiss.StandardGpuResources()
         self._kept.append(resources)
         return faiss.index_cpu_to_gpu(resources, gpu, trained)
 
     def _cagra(self) -> Any:
-        self._kept = []
         return ShardedIndex(len(self.first), usable_gpus(), self._cagra_part)
 
     def _cagra_part(self, gpu: int, part: range) -> Any:
-        import faiss
-
+        faiss = _faiss()
         resources, config = faiss.StandardGpuResources(), faiss.GpuIndexCagraConfig()
         self._kept.append(resources)
         config.device = gpu
@@ -197,15 +199,13 @@ class ApproximateIndex:
 
 
 class _CagraPart:
-    """One GPU's CAGRA graph, searched with the width and in the kind of numbers it was built with."""
+    """One GPU's CAGRA graph, searched with the width and number type that it was built with."""
 
     def __init__(self, index: Any, kind: Any, search_width: int):
         self._index, self._kind, self._search_width = index, kind, search_width
 
     def search(self, queries: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-        import faiss
-
-        width = faiss.SearchParametersCagra()
+        width = _faiss().SearchParametersCagra()
         width.itopk_size = min(max(self._search_width, length), LARGEST_CAGRA_LIST)
         return self._index.search(queries, length, params=width, numeric_type=self._kind)
 
@@ -214,14 +214,13 @@ RESULTS_AT_ONCE = 1 << 20
 """Scores of one search."""
 
 
-def listed_pairs_ahead(
-    queries: np.ndarray, index: ApproximateIndex, pairs: np.ndarray, longest_k: int, progress: bool = False
+def ann_pairs_ahead(
+    queries: np.ndarray, index: AnnIndex, pairs: np.ndarray, longest_k: int, progress: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`exact.pairs_ahead` as an approximate index sees it.
+    """`exact.pairs_ahead` by the lists of an approximate index.
 
-    Of each query the best longest_k + R distinct rows are listed, R being the most positives of one query, at most
-    index.longest_list. An item that the index did not list is taken to come last, behind every item that is no
-    positive.
+    For each query the best longest_k + R distinct rows are listed, R being the most positives of one query, at most
+    index.longest_list. An item that the index did not list counts as the last, behind every item that is no positive.
     """
     check_rows("query", queries)
     check_dimensions("query", queries, "gallery", index.gallery)
@@ -252,7 +251,7 @@ def _ahead_in_list(scores: np.ndarray, others: np.ndarray) -> np.ndarray:
     return np.minimum.accumulate(ahead[:, ::-1], axis=1)[:, ::-1]
 
 
-def index_recall(queries: np.ndarray, index: ApproximateIndex, recall_at: Sequence[int]) -> dict[str, dict[str, float]]:
+def ann_recall(queries: np.ndarray, index: AnnIndex, recall_at: Sequence[int]) -> dict[str, dict[str, float]]:
     """Recall of the index against exact search, on a sample of queries.
 
     Returns {"recall_at_K": {"value": …, "queries": …}}: the mean share of the exact first K distinct rows among the K
@@ -261,7 +260,7 @@ def index_recall(queries: np.ndarray, index: ApproximateIndex, recall_at: Sequen
     random = np.random.default_rng(index.config.seed)
     count = min(index.config.sample, len(queries))
     sample = as_float32(queries[np.sort(random.choice(len(queries), count, replace=False))])
-    figures = {}
+    recall = {}
     longest = min(max(recall_at), len(index.first), index.longest_list)
     _, found = index.search(sample.numpy(), longest)
     right = nearest(sample.numpy(), index.gallery, longest, index.distinct, gpus=usable_gpus())
@@ -270,11 +269,11 @@ def index_recall(queries: np.ndarray, index: ApproximateIndex, recall_at: Sequen
         k_here = min(k, longest)
         enough = right_scores[:, k_here - 1 : k_here]
         good = (found_scores[:, :k_here] >= enough - 1e-12 * np.abs(enough)).sum(axis=1)
-        figures[f"recall_at_{k}"] = {"value": float(np.mean(good / k_here)), "queries": count}
-    return figures
+        recall[f"recall_at_{k}"] = {"value": float(np.mean(good / k_here)), "queries": count}
+    return recall
 
 
-def _float64_scores(sample: torch.Tensor, index: ApproximateIndex, rows: np.ndarray) -> np.ndarray:
+def _float64_scores(sample: torch.Tensor, index: AnnIndex, rows: np.ndarray) -> np.ndarray:
     """Scores of listed rows, (s, k), -inf where the list has none."""
     scores = np.empty(rows.shape)
     for j, (query, listed) in enumerate(zip(sample.double(), rows, strict=True)):

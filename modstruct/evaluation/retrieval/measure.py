@@ -19,10 +19,10 @@ from modstruct.distributed.collect import on_main
 from modstruct.errors import require
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.retrieval.ann_index import (
-    ApproximateIndex,
+    AnnIndex,
     IndexConfig,
-    index_recall,
-    listed_pairs_ahead,
+    ann_pairs_ahead,
+    ann_recall,
     require_searchable,
 )
 from modstruct.evaluation.retrieval.exact import CPU, counting_device, pairs_ahead, shared_pairs_ahead
@@ -32,7 +32,7 @@ from modstruct.evaluation.statistics import bootstrap_mean, bootstrap_statistic
 
 EXACT = IndexConfig()
 DIRECTIONS = ("text_to_image", "image_to_text")
-Figures = dict[str, dict[str, float]]
+Metrics = dict[str, dict[str, float]]
 
 
 def measure_retrieval(
@@ -43,30 +43,30 @@ def measure_retrieval(
     index: IndexConfig = EXACT,
     device: torch.device = CPU,
     progress: bool = False,
-) -> dict[str, Figures]:
-    """All retrieval figures of texts by images and of images by texts.
+) -> dict[str, Metrics]:
+    """All retrieval metrics of both directions.
 
     image: (n, D), text: (m, D), float16 or float32, in memory or memory-mapped, scored by inner product. pairs:
     (p, 2), (image row, text row); an image may have several texts and a text several images. index: how galleries
     are searched. device: where exact ranks are counted; see `exact.counting_device`.
-    Returns {"text_to_image": {…}, "image_to_text": {…}} with the figures of `ranking_metrics`; of an approximate
+    Returns {"text_to_image": {…}, "image_to_text": {…}} with the metrics of `ranking_metrics`; of an approximate
     index also "index_text_to_image" and "index_image_to_text", its recall against exact search on some queries.
     A query is a hit at K if one of its positives is among the first K. Queries without a positive are left out, but
     stay in the gallery of the other direction. A K above the size of the gallery counts as the whole gallery.
     Raises ValueError for embeddings that are empty, not finite or of different dimensions, pairs that name no row,
     and K < 1.
     """
-    figures = {}
-    for name, ranked, told in rankings(image, text, pairs, recall_at, index, device, progress):
-        figures[name] = ranking_metrics(ranked, recall_at)
-        if told is not None:
-            figures[f"index_{name}"] = told
-    return figures
+    metrics = {}
+    for name, ranked, recall in rankings(image, text, pairs, recall_at, index, device, progress):
+        metrics[name] = ranking_metrics(ranked, recall_at)
+        if recall is not None:
+            metrics[f"index_{name}"] = recall
+    return metrics
 
 
 def measure_recall(
     image: np.ndarray, text: np.ndarray, pairs: np.ndarray, recall_at: Sequence[int], device: torch.device = CPU
-) -> dict[str, Figures]:
+) -> dict[str, Metrics]:
     """The recall of `measure_retrieval` alone, exact: {"text_to_image": {"recall_at_1": …, …}, "image_to_text": …}."""
     return {
         name: recall_metrics(ranked.rank, ranked.positives, ranked.gallery_size, recall_at)
@@ -83,11 +83,11 @@ def rankings(
     device: torch.device = CPU,
     progress: bool = False,
     shared: bool = False,
-) -> Iterator[tuple[str, RankedQueries, Figures | None]]:
+) -> Iterator[tuple[str, RankedQueries, Metrics | None]]:
     """Yields (direction, its ranks, recall of the approximate index or None), one direction after the other.
 
     Arguments as in `measure_retrieval`. shared: all processes call this and divide the queries among them, each with
-    all arrays at hand; every process gets the whole. An approximate index is searched by the main process, on all GPUs
+    all arrays; every process gets the whole result. An approximate index is searched by the main process, on all GPUs
     of its host, while the others wait.
     """
     check_recall_at(recall_at)
@@ -98,14 +98,14 @@ def rankings(
     for name, queries, gallery, positives in zip(
         DIRECTIONS, (text, image), (image, text), (pairs[:, ::-1], pairs), strict=True
     ):
-        told = None
+        recall = None
         if index.kind == "exact":
             count = shared_pairs_ahead if shared else pairs_ahead
             positives, ahead = count(queries, gallery, positives, device, progress)
         else:
             search = partial(_searched, queries, gallery, positives, recall_at, index, progress)
-            positives, ahead, told = on_main(search) if shared else search()
-        yield name, ranked_queries(positives, ahead, len(gallery)), told
+            positives, ahead, recall = on_main(search) if shared else search()
+        yield name, ranked_queries(positives, ahead, len(gallery)), recall
 
 
 def _searched(
@@ -115,9 +115,9 @@ def _searched(
     recall_at: Sequence[int],
     index: IndexConfig,
     progress: bool,
-) -> tuple[np.ndarray, np.ndarray, Figures]:
-    made = ApproximateIndex(gallery, index, progress)
-    return *listed_pairs_ahead(queries, made, pairs, max(recall_at), progress), index_recall(queries, made, recall_at)
+) -> tuple[np.ndarray, np.ndarray, Metrics]:
+    made = AnnIndex(gallery, index, progress)
+    return *ann_pairs_ahead(queries, made, pairs, max(recall_at), progress), ann_recall(queries, made, recall_at)
 
 
 @dataclass(frozen=True)
@@ -152,19 +152,19 @@ def measure_set_retrieval(
     device: torch.device | None = None,
     progress: bool = False,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Retrieval both ways of a set's shared embeddings; every process calls this, and each gets the whole.
+    """Retrieval both ways of a set's shared embeddings; every process calls this and gets the whole result.
 
     embedded: with texts and pairs, its folder readable by every process. device: where exact ranks are counted, by
     default counting_device(). Exact ranks are counted by all processes, the queries divided among them, with the same
     result on any number; an approximate index is built and searched by the main process, on all GPUs of its host.
     Returns the result (metric, set, figures, curves, settings, rows, source_fingerprint, seconds, command) and
     outcomes:
-      figures   text_to_image, image_to_text: those of `ranking_metrics`, each with its 95 % interval "low" and "high"
+      figures   text_to_image, image_to_text: metrics of `ranking_metrics`, each with its 95 % interval "low" and "high"
                 where there are two independent queries; of an approximate index index_text_to_image and
                 index_image_to_text too, its recall against exact search
       curves    k, and text_to_image/recall, image_to_text/recall at each of them
       outcomes  of each direction's queries that have a positive, under DIRECTION/…: recall_at_K (0 or 1),
-                mean_reciprocal_rank and map_at_r (whose means over the queries are the figures of these names), rank
+                mean_reciprocal_rank and map_at_r (whose means over the queries are the metrics of these names), rank
                 (from 1 on), query (row of the set) and group
     Queries of one group are no independent evidence and are resampled together: the captions of one image, a caption
     of several images with the first of them. Each image is a group of its own.
@@ -178,23 +178,23 @@ def measure_set_retrieval(
     most = min(len(image), len(text))
     curve_at = sorted(k for k in set(config.curve_at) if k <= most)
     device = counting_device() if device is None else device
-    figures: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
     curves: dict[str, list[float]] = {"k": [float(k) for k in curve_at]}
     outcomes: dict[str, np.ndarray] = {}
-    asked_at = sorted({*config.recall_at, *curve_at})
-    for name, ranked, told in rankings(image, text, pairs, asked_at, config.index, device, progress, shared=True):
+    recall_at = sorted({*config.recall_at, *curve_at})
+    for name, ranked, recall in rankings(image, text, pairs, recall_at, config.index, device, progress, shared=True):
         group = _first_image(pairs, ranked.query) if name == "text_to_image" else ranked.query
         found = _outcomes(ranked, config.recall_at) | {"query": ranked.query, "group": group}
-        figures[name] = on_main(lambda ranked=ranked, found=found: _with_intervals(ranked, found, config))
-        if told is not None:
-            figures[f"index_{name}"] = told
+        metrics[name] = on_main(partial(_with_intervals, ranked, found, config))
+        if recall is not None:
+            metrics[f"index_{name}"] = recall
         curves[f"{name}/recall"] = [float(np.mean(ranked.rank <= k)) for k in curve_at]
         outcomes |= {f"{name}/{outcome}": values for outcome, values in found.items()}
         sizes[f"{name}_queries"] = len(ranked.query)
     result = {
         "metric": "retrieval",
         "set": embedded.name,
-        "figures": figures,
+        "figures": metrics,
         "curves": curves,
         "settings": asdict(config) | {"device": device.type, "ties": "against the model"},
         "rows": sizes,
@@ -217,19 +217,20 @@ def _outcomes(ranked: RankedQueries, recall_at: tuple[int, ...]) -> dict[str, np
 def _with_intervals(
     ranked: RankedQueries, outcomes: dict[str, np.ndarray], config: RetrievalConfig
 ) -> dict[str, dict[str, float]]:
-    figures = ranking_metrics(ranked, config.recall_at)
+    metrics = ranking_metrics(ranked, config.recall_at)
     _, sizes = np.unique(outcomes["group"], return_counts=True)
     groups = outcomes["group"] if len(sizes) < len(ranked.query) else None
     if len(sizes) < 2:
-        return figures
-    settings = {"samples": config.resamples, "seed": config.seed, "groups": groups}
-    for name, figure in figures.items():
+        return metrics
+    for name, metric in metrics.items():
         if name == "median_rank":
-            low, high = bootstrap_statistic(np.median, ranked.rank, **settings)
+            low, high = bootstrap_statistic(
+                np.median, ranked.rank, samples=config.resamples, seed=config.seed, groups=groups
+            )
         else:
-            low, high = bootstrap_mean(outcomes[name], **settings)
-        figure |= {"low": low, "high": high}
-    return figures
+            low, high = bootstrap_mean(outcomes[name], samples=config.resamples, seed=config.seed, groups=groups)
+        metric |= {"low": low, "high": high}
+    return metrics
 
 
 def _first_image(pairs: np.ndarray, texts: np.ndarray) -> np.ndarray:

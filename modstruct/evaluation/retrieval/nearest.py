@@ -18,6 +18,8 @@ import torch
 from modstruct import distributed
 from modstruct.evaluation.retrieval.rows import Storage, as_float32, block_rows, check_dimensions, check_rows
 
+Lists = tuple[np.ndarray, np.ndarray]
+"""Scores, descending, and rows of each query's list, (b, k) each."""
 RESULTS_AT_ONCE = 1 << 21
 """Scores held at once, over the queries of one search on a GPU: bounds the memory, not the result."""
 GALLERY_BYTES = 256 << 20
@@ -35,10 +37,10 @@ def nearest(
     """The k gallery items that score highest for each query, best first, (q, min(k, g)) int64.
 
     queries: (q, D), gallery: (g, D), float16 or float32, the gallery in memory or memory-mapped, scored by inner
-    product. chosen: (g',), the rows of the gallery that are searched, None for all; what is returned are places among
-    them. storage: of the rows on GPUs; float16 is exact for rows that are float16 in their file. gpus: those that the
-    gallery is divided among, by default this process's own where FAISS can use it; gpus.usable_gpus() are all. Of a tie
-    the order is FAISS's. Memory: on GPUs the gallery, on the CPU a block of it and the lists.
+    product. chosen: (g',), the rows of the gallery that are searched, None for all; results are places among them.
+    storage: of the rows on GPUs; float16 is exact for rows that are float16 in their file. gpus: the GPUs that the
+    gallery is divided among, by default this process's own where FAISS can use it; usable_gpus() are all. Of a tie the
+    order is FAISS's. Memory: on GPUs the gallery, on the CPU a block of it and the lists.
     """
     for name, rows in (("query", queries), ("gallery", gallery)):
         check_rows(name, rows)
@@ -57,12 +59,11 @@ def nearest(
 def _on_cpu(queries: np.ndarray, gallery: np.ndarray, k: int, chosen: np.ndarray | None) -> np.ndarray:
     import faiss
 
-    best = None
+    best: list[Lists] = []
     for start, block in chosen_blocks(gallery, chosen, max(k, GALLERY_BYTES // (4 * gallery.shape[1]))):
-        found = faiss.knn(queries, block, min(k, len(block)), metric=faiss.METRIC_INNER_PRODUCT)
-        found = (found[0], found[1] + start)
-        best = found if best is None else merged([best, found], k)
-    return best[1]
+        scores, rows = faiss.knn(queries, block, min(k, len(block)), metric=faiss.METRIC_INNER_PRODUCT)
+        best = [merged([*best, (scores, rows + start)], k)]
+    return best[0][1]
 
 
 def _on_gpus(
@@ -111,9 +112,9 @@ CAPABILITIES = ((7, 0), (10, 0))
 
 
 def usable_gpus() -> list[int]:
-    """Numbers of the GPUs that torch and FAISS see and FAISS has kernels for; none where the run is to keep off GPUs.
+    """Numbers of the GPUs that torch and FAISS see and FAISS has kernels for; none where the run is on the CPU.
 
-    On a card that its build has no kernels for, FAISS ends the process instead of raising an error.
+    On a GPU that its build has no kernels for, FAISS ends the process instead of raising an error.
     """
     import faiss
 
@@ -125,13 +126,13 @@ def usable_gpus() -> list[int]:
 
 
 def own_gpu() -> list[int]:
-    """This process's GPU where FAISS can use it: of a run of several processes each has its own."""
+    """This process's GPU where FAISS can use it: with several processes each has its own."""
     gpus = usable_gpus()
     return [gpu for gpu in gpus if gpu == torch.cuda.current_device()] if gpus else []
 
 
 def say_gpu_failed(error: RuntimeError) -> None:
-    """What a GPU cannot do, mostly for want of memory, the CPU does: slower, not wrong."""
+    """The CPU does what a GPU cannot, mostly for lack of memory: slower, not wrong."""
     log.warning("FAISS cannot use the GPU, searching on the CPU instead: %s", error)
 
 
@@ -161,10 +162,11 @@ class ShardedIndex:
         return merged(lists, length)
 
 
-def merged(lists: Sequence[tuple[np.ndarray, np.ndarray]], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Lists of several parts, (scores, rows) of each (b, k), as one of the best `length`; of a tie the first part's."""
+def merged(lists: Sequence[Lists], length: int) -> Lists:
+    """Lists of several parts as one of the best `length`; of a tie the first part's."""
     if len(lists) == 1:
-        return tuple(array[:, :length] for array in lists[0])
+        ((scores, rows),) = lists
+        return scores[:, :length], rows[:, :length]
     scores, rows = (np.concatenate(arrays, axis=1) for arrays in zip(*lists, strict=True))
     order = np.argsort(-scores, axis=1, kind="stable")[:, :length]
     return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)

@@ -1,9 +1,9 @@
-"""Rows of embeddings that may lie in a file: checked once, then read block by block as float32."""
+"""Rows of embeddings, in memory or in a file: checked once, then read block by block as float32."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import numpy as np
@@ -65,7 +65,7 @@ def checked_pairs(
     return pairs
 
 
-def check_recall_at(recall_at: object) -> None:
+def check_recall_at(recall_at: Iterable[int]) -> None:
     for k in recall_at:
         if not isinstance(k, int | np.integer) or k < 1:
             raise ValueError(f"recall at K = {k}: K must be a whole number, at least 1")

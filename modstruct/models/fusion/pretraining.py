@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from modstruct import distributed
 from modstruct.config import FinetuneRecipe, Recipe
 from modstruct.data.tokenizers import Tokenizer
-from modstruct.data.transforms.masking import IGNORED, masked_places
+from modstruct.data.transforms.text_views import IGNORED, masked_places
 from modstruct.distributed import RowExchange
 from modstruct.losses.objective import Objective
 from modstruct.models.fusion.backbone import Backbone

@@ -11,7 +11,7 @@ import pytest
 from modstruct.config import DataConfig
 from modstruct.data.classification.prompts import PAPER_TEMPLATE
 from modstruct.data.classification.registry import open_labelled
-from modstruct.data.shards.faults import BadSample
+from modstruct.data.faults import BadSample
 
 CONFIG = DataConfig(workers=0)
 CLASSES = ["plane", "bird", "cat"]

@@ -14,7 +14,7 @@ import torchvision.datasets as peers
 from modstruct.config import DataConfig
 from modstruct.data.classification.prompts import ENSEMBLES, PAPER_TEMPLATE
 from modstruct.data.classification.registry import SETS, open_labelled
-from modstruct.data.shards.faults import BadSample
+from modstruct.data.faults import BadSample
 
 CONFIG = DataConfig(workers=0)
 # Our name, our split, and torchvision's reader of the same split.

@@ -10,8 +10,8 @@ import torch
 from crafted_shards import LengthTokenizer, config, number_of, opened, picture, sample, views, write_shards, write_tar
 
 from modstruct.config import DataConfig, Source
+from modstruct.data.faults import BadSample
 from modstruct.data.shards.evaluation_samples import EvaluationSamples, evaluation_loader, train_captions
-from modstruct.data.shards.faults import BadSample
 from modstruct.data.shards.loader import BatchContents, BatchPlan, train_loader
 from modstruct.data.shards.reader import ShardReader
 from modstruct.data.shards.samples import open_samples
@@ -82,8 +82,7 @@ def test_captions_are_spread_evenly_without_bad_ones_and_images(tmp_path):
 
 
 def test_captions_of_pipes_come_from_few_shards(tmp_path):
-    from modstruct.data.shards.index import index_tar
-    from modstruct.data.shards.index_files import index_file_name
+    from modstruct.data.shards.index import index_file_name, index_tar
 
     write_shards(tmp_path, [3] * 20)
     for shard in range(20):

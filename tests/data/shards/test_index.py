@@ -13,7 +13,7 @@ from crafted_shards import config, opened, sample, write_shards, write_tar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modstruct.data.shards import index_files
+from modstruct.data.shards import index as index_module
 from modstruct.data.shards.index import ROW, ShardIndex, index_tar, printable, split_name
 from modstruct.data.shards.reader import ShardReader
 
@@ -181,7 +181,7 @@ def test_an_index_is_made_once_and_anew_when_its_shard_changes(tmp_path, monkeyp
         indexed.append(os.path.basename(path))
         return index_tar(path)
 
-    monkeypatch.setattr(index_files, "index_tar", counting)
+    monkeypatch.setattr(index_module, "index_tar", counting)
     pattern = write_shards(tmp_path, [3, 4])
     data = config(tmp_path)
     first = opened(pattern, data)
@@ -209,7 +209,7 @@ def test_the_same_shards_elsewhere_have_the_same_fingerprint(tmp_path):
 
 
 def test_many_shards_are_indexed_by_several_processes(tmp_path, monkeypatch):
-    monkeypatch.setattr(index_files, "SHARDS_WORTH_A_POOL", 2)
+    monkeypatch.setattr(index_module, "SHARDS_WORTH_A_POOL", 2)
     samples = opened(write_shards(tmp_path, [2, 3, 1]), config(tmp_path))
     np.testing.assert_array_equal(samples.shard_starts, [0, 2, 5, 6])
 

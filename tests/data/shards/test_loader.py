@@ -32,9 +32,9 @@ from test_images import png_header
 from tiny_models import word_tokenizer
 
 from modstruct.config import Source, ViewsConfig
+from modstruct.data.faults import TooManyBadSamples
 from modstruct.data.shards import loader as loader_module
 from modstruct.data.shards import workers as workers_module
-from modstruct.data.shards.faults import TooManyBadSamples
 from modstruct.data.shards.loader import EXTRA_FIELDS, BatchContents, BatchPlan, TrainBatch, train_loader, train_order
 from modstruct.data.shards.samples import open_samples
 from modstruct.data.transforms.augment import Views
@@ -326,8 +326,7 @@ def test_rows_that_do_not_divide_are_refused(tmp_path):
 
 
 def test_pipes_that_would_be_fetched_again_and_again_are_refused(tmp_path):
-    from modstruct.data.shards.index import index_tar
-    from modstruct.data.shards.index_files import index_file_name
+    from modstruct.data.shards.index import index_file_name, index_tar
 
     write_shards(tmp_path, [8] * 6)
     for shard in range(6):

@@ -12,8 +12,8 @@ import pytest
 from crafted_shards import config, picture, write_shards
 
 from modstruct.config import Source
+from modstruct.data.faults import BadSample
 from modstruct.data.shards import pipes as pipes_module
-from modstruct.data.shards.faults import BadSample
 from modstruct.data.shards.pipes import PipeCache, PipeFailed
 from modstruct.data.shards.reader import ShardReader
 from modstruct.data.shards.samples import open_samples

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modstruct.config import Source
+from modstruct.data.faults import BadSample
 from modstruct.data.shards import reader as reader_module
-from modstruct.data.shards.faults import BadSample
 from modstruct.data.shards.reader import LARGEST_GAPS, RawSample, ShardReader, _sum
 from modstruct.data.shards.samples import open_samples
 

@@ -9,9 +9,9 @@ import pytest
 from crafted_shards import config, opened, write_shards
 
 from modstruct.config import Source
-from modstruct.data.shards.faults import BadSample
+from modstruct.data.faults import BadSample
 from modstruct.data.shards.reader import ShardReader
-from modstruct.data.shards.saved_samples import open_saved_samples
+from modstruct.data.shards.samples import open_saved_samples
 
 
 def cut(path: str) -> None:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from modstruct.data.shards.faults import BadSample
+from modstruct.data.faults import BadSample
 from modstruct.data.transforms.decoding import decode_image
 
 

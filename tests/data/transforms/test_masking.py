@@ -9,7 +9,7 @@ from tiny_models import word_tokenizer
 
 from modstruct.data.shards.loader import identity
 from modstruct.data.transforms.augment import sample_seed
-from modstruct.data.transforms.masking import IGNORED, mask_tokens
+from modstruct.data.transforms.text_views import IGNORED, mask_tokens
 
 
 def likely(count: int, of: int, share: float) -> bool:

@@ -9,7 +9,7 @@ from numbered_images import CLASS_FILE, LastNumberTokenizer, LookUp, views, writ
 from numbered_sets import ARRAYS, Encode, LabelledNumbers, config, content, numbered_model, rows_of
 
 from modstruct.data.classification.class_files import load_classes
-from modstruct.data.shards.faults import TooManyBadSamples
+from modstruct.data.faults import TooManyBadSamples
 from modstruct.evaluation.embeddings.embed_set import embed_set, embed_sets
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.embeddings.in_memory import embed_source

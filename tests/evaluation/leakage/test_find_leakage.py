@@ -13,8 +13,8 @@ from drawn_images import COPIES, drawn
 from PIL import Image
 
 from modstruct.config import DataConfig, Source
+from modstruct.data.faults import TooManyBadSamples
 from modstruct.data.shards.evaluation_samples import EvaluationSamples
-from modstruct.data.shards.faults import TooManyBadSamples
 from modstruct.evaluation.embeddings.embedded_set import SetContents, write_embedded_set
 from modstruct.evaluation.leakage import prints
 from modstruct.evaluation.leakage.perceptual_hash import image_hashes, thumbnail

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from ranking_cases import grid_rows, sets_with_ties
 
 from modstruct.evaluation.retrieval import ann_index
-from modstruct.evaluation.retrieval.ann_index import ApproximateIndex, IndexConfig, index_recall, listed_pairs_ahead
+from modstruct.evaluation.retrieval.ann_index import AnnIndex, IndexConfig, ann_pairs_ahead, ann_recall
 from modstruct.evaluation.retrieval.measure import measure_retrieval
 from modstruct.evaluation.retrieval.rows import distinct_rows
 
@@ -52,8 +52,8 @@ def test_recall_at_k_of_a_thorough_index_is_the_exact_one(kind, storage):
 @pytest.mark.parametrize(("kind", "hasty"), [("ivf", {"lists": 60, "probes": 1}), ("hnsw", {"search_width": 1})])
 def test_recall_of_a_hasty_index_is_what_counting_gives(kind, hasty):
     image, text, _ = similar(2400, 24)
-    made = ApproximateIndex(image, IndexConfig(kind, **hasty, sample=50, neighbours=4, construction_width=8))
-    told = index_recall(text[:50], made, [1, 10])
+    made = AnnIndex(image, IndexConfig(kind, **hasty, sample=50, neighbours=4, construction_width=8))
+    told = ann_recall(text[:50], made, [1, 10])
     order = np.argsort(-(text[:50] @ image.T), axis=1)
     _, found = made.search(text[:50], 10)
     for k in (1, 10):
@@ -65,8 +65,8 @@ def test_recall_of_a_hasty_index_is_what_counting_gives(kind, hasty):
 def test_an_item_that_is_not_listed_comes_last(monkeypatch):
     image, text, pairs = similar(200, 8, noise=5.0)
     monkeypatch.setattr(ann_index, "RESULTS_AT_ONCE", 40)  # several searches
-    made = ApproximateIndex(image, IndexConfig("ivf", lists=1))
-    _, ahead = listed_pairs_ahead(text, made, pairs, 4)
+    made = AnnIndex(image, IndexConfig("ivf", lists=1))
+    _, ahead = ann_pairs_ahead(text, made, pairs, 4)
     scores = text @ image.T
     truth = (scores >= np.diag(scores)[:, None]).sum(1) - 1
     np.testing.assert_array_equal(ahead, np.where(truth < 5, truth, 199))

@@ -8,7 +8,7 @@ import pytest
 from fake_gpus import pretend_cagra, pretend_gpus
 from ranking_cases import grid_rows
 
-from modstruct.evaluation.retrieval.ann_index import ApproximateIndex, IndexConfig
+from modstruct.evaluation.retrieval.ann_index import AnnIndex, IndexConfig
 from modstruct.evaluation.retrieval.measure import measure_retrieval
 
 PAIRS = np.stack([np.arange(300)] * 2, axis=1)
@@ -38,7 +38,7 @@ def test_an_index_on_gpus_that_looks_everywhere_gives_the_exact_recall(monkeypat
 
 def test_an_inverted_file_that_a_gpu_has_no_memory_for_is_searched_on_the_cpu(monkeypatch, caplog, rows):
     pretend_gpus(monkeypatch, [(9, 0)], fails_at="add")
-    made = ApproximateIndex(rows[0], IndexConfig("ivf", lists=3, probes=3))
+    made = AnnIndex(rows[0], IndexConfig("ivf", lists=3, probes=3))
     assert made.search(rows[1][:5], 4)[1].shape == (5, 4)
     assert "searching on the CPU instead" in caplog.text
 

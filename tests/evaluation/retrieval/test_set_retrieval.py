@@ -11,7 +11,7 @@ from PIL import Image
 from processes import run_on_processes
 
 from modstruct import distributed
-from modstruct.data.shards.faults import BadSample
+from modstruct.data.faults import BadSample
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet, SetContents, write_embedded_set
 from modstruct.evaluation.retrieval import exact
 from modstruct.evaluation.retrieval.ann_index import IndexConfig

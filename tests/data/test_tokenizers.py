@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from modstruct.config import TokenizerConfig
+from modstruct.data.sentencepiece_training import train_sentencepiece
 from modstruct.data.tokenizers import (
     KINDS,
     ClipTokenizer,
@@ -35,9 +36,8 @@ from modstruct.data.tokenizers import (
     build_tokenizer,
     load_tokenizer,
 )
-from modstruct.data.tokenizers.sentencepiece_training import train_sentencepiece
 
-TOOL = Path(__file__).parents[3] / "tools" / "train_tokenizer.py"
+TOOL = Path(__file__).parents[2] / "tools" / "train_tokenizer.py"
 CONTEXT = 12
 LONG = "a red square above two blue circles " * 30
 SPELLED = ["<pad>", "</s> <s>", "[PAD]", "[CLS] [SEP]", "<start_of_text>", "<end_of_text>", "<|endoftext|>", "<0x00>"]

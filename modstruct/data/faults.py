@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
-from modstruct.errors import RunError, refuse
-
-if TYPE_CHECKING:
-    from modstruct.data.shards.samples import Samples
+from modstruct.errors import RunError
 
 log = logging.getLogger(__name__)
 
@@ -84,41 +80,3 @@ class BadSampleCounter:
         if not self.counts:
             return "no bad sample"
         return ", ".join(f"{n} {cause} (as {min(self._named[cause])})" for cause, n in self.counts.most_common())
-
-
-def judge_sources(samples: Samples, patterns: Sequence[str], max_bad_share: float, field: str, say: bool) -> None:
-    """Log what indexing found wrong with each source; refuse a source that is empty or too bad.
-
-    patterns: what the user wrote for each source. say: write to the log. Raises ValueError.
-    """
-    for number, pattern in enumerate(patterns):
-        shards = range(*samples.source_starts[number : number + 2])
-        usable = int(samples.shard_starts[shards.stop] - samples.shard_starts[shards.start])
-        left_out: Counter[str] = Counter()
-        examples: dict[str, str] = {}
-        broken = []
-        empty = 0
-        for shard in shards:
-            faults, name = samples.shard_faults[shard], samples.shards[shard]
-            left_out.update(faults["faults"])
-            for cause, key in faults["examples"].items():
-                examples.setdefault(cause, f"{name}: {key}")
-            if faults["broken"]:
-                broken.append(f"bad shard {name}: {faults['broken']}")
-                empty += samples.shard_starts[shard] == samples.shard_starts[shard + 1]
-        found = [f"{count} samples left out: {cause} (first {examples[cause]})" for cause, count in left_out.items()]
-        found += broken[:NAMED]
-        if len(broken) > NAMED:
-            found.append(f"{len(broken) - NAMED} more bad shards")
-        if usable == 0:
-            layout = "a sample is KEY.jpg (or png, webp) and KEY.txt, one after the other in the tar"
-            refuse(field, pattern, "; ".join(["holds no usable sample", *found, layout]))
-        # A shard without any sample hides an unknown number of them, so shards are weighed too.
-        bad_share = max(left_out.total() / (usable + left_out.total()), empty / len(shards))
-        if bad_share > max_bad_share:
-            remedy = "repair the shards or raise the share"
-            share = f"{bad_share:.1%} of {field} = {pattern!r} cannot be used"
-            refuse("data.max_bad_share", max_bad_share, "; ".join([share, *found, remedy]))
-        if say:
-            for line in found:
-                log.warning("%s: %s", field, line)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from modstruct.config import TokenizerConfig
-from modstruct.data.tokenizers.sentencepiece_training import TRAINING_SETTINGS, train_sentencepiece
+from modstruct.data.sentencepiece_training import TRAINING_SETTINGS, train_sentencepiece
 from modstruct.errors import refuse, require
 from modstruct.files import atomic_write, locked
 

@@ -8,7 +8,7 @@ import pytest
 from crafted_shards import config, opened, sample, write_shards, write_tar
 
 from modstruct.config import Source
-from modstruct.data.shards.faults import BadSampleCounter, TooManyBadSamples
+from modstruct.data.faults import BadSampleCounter, TooManyBadSamples
 from modstruct.data.shards.samples import open_samples
 
 
