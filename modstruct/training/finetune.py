@@ -22,6 +22,7 @@ from modstruct.distributed.hosts import on_all, require_same
 from modstruct.evaluation.tables import flatten, task_table
 from modstruct.files import atomic_write
 from modstruct.models.fusion.backbone import without_files
+from modstruct.models.fusion.ema import EmaModel
 from modstruct.models.fusion.initial_weights import find_initial, start_from
 from modstruct.tasks import Task, build_task
 from modstruct.tasks.task import SPLITS
@@ -43,6 +44,7 @@ class Finetuning(Trainer[FinetuneRecipe]):
     """A fine-tuning run of a downstream task."""
 
     task: Task
+    model: EmaModel
     splits: dict[str, TaskEntries]
     """Entries of each split that there is."""
 
@@ -61,10 +63,12 @@ class Finetuning(Trainer[FinetuneRecipe]):
         self.state = start.state(train.fingerprint, "its files")
         self.objective = self.task.objective(-(-len(train.entries) // recipe.train.global_batch))
         torch.manual_seed(recipe.train.seed)
-        model = self.task.build_model()
+        self.model = self.task.build_model()
         if start.saved is None and initial.weights is not None:
-            start_from(model, initial)
-        self.start(model, start, len(train.entries), task_order(len(train.entries), recipe.train.seed).epoch_samples)
+            start_from(self.model, initial)
+        self.start(
+            self.model, start, len(train.entries), task_order(len(train.entries), recipe.train.seed).epoch_samples
+        )
         return self
 
     def loader(self, first_step: int) -> WorkerLoader:
@@ -81,7 +85,7 @@ class Finetuning(Trainer[FinetuneRecipe]):
 
     def validate(self) -> float:
         self.engine.eval()
-        metrics, _ = self.task.measure(self.engine.model, self.splits["validation"].entries)
+        metrics, _ = self.task.measure(self.model, self.splits["validation"].entries)
         self.engine.train()
         self._log("validation", metrics)
         return self.task.score(metrics)

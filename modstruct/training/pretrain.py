@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 
@@ -12,6 +13,7 @@ from modstruct.data.classification.class_files import load_classes
 from modstruct.data.run_data import RunData, open_run_data
 from modstruct.data.shards.evaluation_samples import EvaluationSamples
 from modstruct.data.shards.loader import BatchContents, BatchPlan, train_loader, train_order
+from modstruct.data.shards.samples import Samples
 from modstruct.data.shards.workers import WorkerLoader
 from modstruct.evaluation.evaluate import evaluate
 from modstruct.evaluation.example_grid import retrieved_examples
@@ -20,6 +22,7 @@ from modstruct.evaluation.tables import flatten, table, validation_recall_at_1
 from modstruct.losses.objective import build_objective
 from modstruct.losses.protocol import LossSettings
 from modstruct.models.build import build_model, image_size, initial_tokenizer
+from modstruct.models.fusion.pretraining import FusionModel
 from modstruct.training.export import export
 from modstruct.training.step import StepReport
 from modstruct.training.trainer import Trainer
@@ -34,6 +37,8 @@ class Pretraining(Trainer[Recipe]):
     """A pre-training run of two towers or of the fusion model."""
 
     data: RunData
+    samples: Samples
+    """Of the training source."""
 
     def build(self) -> Pretraining:
         recipe, start = self.recipe, self.find_start()
@@ -41,15 +46,17 @@ class Pretraining(Trainer[Recipe]):
         self.data = data = open_run_data(recipe, image_size(recipe), tokenizer, fingerprint=start.samples)
         if data.zero_shot:
             load_classes(data.zero_shot)  # what is wrong with it is said now, not at the first validation
+        assert data.train is not None  # opened for training
+        self.samples = data.train
         self.tokenizer, self.has_validation = data.tokenizer, data.validation is not None
-        self.state = start.state(f"{data.train.fingerprint} {data.train.weights}", recipe.data.train)
-        epoch_samples = train_order(data.train, recipe.data, recipe.train.seed).epoch_samples
+        self.state = start.state(f"{self.samples.fingerprint} {self.samples.weights}", recipe.data.train)
+        epoch_samples = train_order(self.samples, recipe.data, recipe.train.seed).epoch_samples
         epoch_steps = math.ceil(epoch_samples / recipe.train.global_batch)
         settings = LossSettings(recipe.train.pairwise_precision, epoch_steps, recipe.train.seed)
         self.objective = build_objective(recipe.losses, settings)
         torch.manual_seed(recipe.train.seed)
         model = build_model(recipe, data.tokenizer, self.objective, read_weights=start.saved is None)
-        self.start(model, start, len(data.train), epoch_samples)
+        self.start(model, start, len(self.samples), epoch_samples)
         return self
 
     def loader(self, first_step: int) -> WorkerLoader:
@@ -57,7 +64,7 @@ class Pretraining(Trainer[Recipe]):
         fields, rate = self.engine.model.batch_fields, recipe.losses.masked_language.rate
         contents = BatchContents(data.views, data.tokenizer, fields, rate)
         plan = BatchPlan(recipe.train.global_batch, recipe.train.seed, first_step, self.steps, recipe.train.micro_batch)
-        return train_loader(data.train, recipe.data, contents, plan)
+        return train_loader(self.samples, recipe.data, contents, plan)
 
     def step_metrics(self, report: StepReport) -> dict[str, float]:
         """Structure metrics of a step's batch."""
@@ -66,6 +73,7 @@ class Pretraining(Trainer[Recipe]):
         return {f"structure/{name}": value for name, value in shape.items()}
 
     def validate(self) -> float:
+        assert self.data.validation is not None  # has_validation
         return validation_recall_at_1(self.measure(self.data.validation, "validation"))
 
     def measure(self, samples: EvaluationSamples, name: str) -> dict:
@@ -85,7 +93,7 @@ class Pretraining(Trainer[Recipe]):
             distributed.device(),
             f"data.{name}",
             inspect,
-            self.engine.model if self.recipe.framework == "fusion" else None,
+            cast(FusionModel, self.engine.model) if self.recipe.framework == "fusion" else None,
         )
         self.engine.train()
         self.telemetry.scalars({f"{name}/{key}": value for key, value in flatten(metrics).items()}, self.state.step)

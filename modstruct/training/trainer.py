@@ -11,6 +11,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -95,7 +96,8 @@ class Trainer(ABC, Generic[RecipeT]):
     has_validation: bool
 
     def __init__(self, recipe: RecipeT, ds_config: str, resume: str | None = None):
-        self.recipe, self.ds_config, self.resume = recipe, ds_config, resume
+        self.recipe: RecipeT = recipe
+        self.ds_config, self.resume = ds_config, resume
         self.output = Path(recipe.output)
         self.stop = StopRequest()
 
@@ -148,10 +150,7 @@ class Trainer(ABC, Generic[RecipeT]):
             note_skip(report, state, recipe)
             for batch in batches:
                 bad_samples.add(batch.faults, batch.tried)
-
-            def more(report: StepReport = report) -> dict[str, float]:
-                return self.step_metrics(report) | {"data/bad_samples": bad_samples.bad}
-
+            more = partial(self._logged, report, bad_samples)
             self.telemetry.step(state.step, report, recipe.logging.every_steps, rate, more)
             if state.step % CHECK_SAMPLES_EVERY == 0 or state.step == self.steps:
                 check_samples(bad_samples)
@@ -163,6 +162,9 @@ class Trainer(ABC, Generic[RecipeT]):
                 self.telemetry.close()
                 distributed.barrier()
                 sys.exit(STOPPED_BY_SIGNAL)
+
+    def _logged(self, report: StepReport, bad_samples: BadSampleCounter) -> dict[str, float]:
+        return self.step_metrics(report) | {"data/bad_samples": bad_samples.bad}
 
     def validate_and_save(self, stopping: bool) -> None:
         """Checkpoint and validation that are due after the current step; saved first, so that no error loses a step."""
