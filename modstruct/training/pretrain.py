@@ -85,7 +85,7 @@ class Pretraining(Trainer[Recipe]):
             distributed.device(),
             f"data.{name}",
             inspect,
-            self.engine.model if self.recipe.framework == "fusion" else None,
+            self.engine.model,
         )
         self.engine.train()
         self.telemetry.scalars({f"{name}/{key}": value for key, value in flatten(metrics).items()}, self.state.step)
