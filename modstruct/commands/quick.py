@@ -57,8 +57,7 @@ def evaluate_checkpoint(recipe: Recipe, checkpoint: str, out: str | None = None)
     if data.zero_shot:
         load_classes(data.zero_shot)  # an error in it is reported before the work
     model = load_model(recipe, path, tokenizer)
-    fusion = model if recipe.framework == "fusion" else None
-    metrics = evaluate(model, data.eval, data, recipe.evaluation, distributed.device(), fusion=fusion)
+    metrics = evaluate(model, data.eval, data, recipe.evaluation, distributed.device(), model=model)
     if distributed.is_main():
         print(f"\n{path}\n\n{table(metrics)}")
         file = Path(out or path.resolve().parents[1] / "evaluation.json")

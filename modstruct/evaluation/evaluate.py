@@ -22,6 +22,7 @@ from modstruct.evaluation.retrieval.measure import measure_recall
 from modstruct.evaluation.retrieval.reranking import Reranking, reranked_retrieval
 from modstruct.evaluation.structure.basic import structure
 from modstruct.models.fusion.pretraining import FusionModel
+from modstruct.models.protocol import TrainableModel
 
 
 @torch.no_grad()
@@ -33,17 +34,17 @@ def evaluate(
     device: torch.device,
     field_name: str = "data.eval",
     inspect: Callable[[EmbeddedSource], None] | None = None,
-    fusion: FusionModel | None = None,
+    model: TrainableModel | None = None,
 ) -> dict[str, Any]:
     """Measure a source with all processes; every process calls this and gets the same metrics.
 
     encode: the engine in evaluation mode, called equally often on every process. data: its views, tokenizer and class
     file are used; no class file, no zero-shot classification. field_name: the recipe's field of the source, for
-    messages. inspect: called with the embedded source on the main process, to draw examples for instance. fusion: the
-    model whose matching reranks the best evaluation.rerank candidates, if that is above 0.
+    messages. inspect: called with the embedded source on the main process, to draw examples for instance. model: its
+    matching, if it has any, reranks the best evaluation.rerank candidates, if that is above 0.
     Returns nested dicts of floats:
       retrieval   text_to_image and image_to_text: recall_at_K for 1 and evaluation.recall_at: value and chance
-      reranked    as retrieval, after reranking; only with `fusion`
+      reranked    as retrieval, after reranking; only where `model` matches
       zero_shot   top_k and mean_per_class: value and chance; only where an image has a label
       structure   alignment, uniformity_image, uniformity_text, modality_gap
       sizes       images, texts, pairs, and for zero-shot: classes, images_with_label, images_without_label
@@ -77,8 +78,9 @@ def evaluate(
 
     embedded = time.monotonic()
     reranked = {}
-    if fusion is not None and config.rerank:
-        reranked = _reranked(fusion, source, samples, data, config, device)
+    matcher = model.matcher if model is not None and config.rerank else None
+    if matcher is not None:
+        reranked = _reranked(matcher, source, samples, data, config, device)
 
     def measure() -> dict[str, Any]:
         if inspect is not None:

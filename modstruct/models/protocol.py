@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from modstruct.losses.protocol import SharedScalar
+
+if TYPE_CHECKING:
+    from modstruct.models.fusion.pretraining import FusionModel
 
 Batch = dict[str, Tensor]
 LocalPart = Callable[[nn.Parameter], Tensor]
@@ -17,6 +21,8 @@ LocalPart = Callable[[nn.Parameter], Tensor]
 class TrainableModel(nn.Module):
     """A model that maps a batch of tensors to the fields of embeddings.Outputs that the batch allows."""
 
+    embed_dim: int
+    """Dimension of the shared embeddings."""
     batch_fields: frozenset[str] = frozenset()
     """Extra fields of a batch (data/shards/loader.py) that it trains on."""
     constants: frozenset[str] = frozenset()
@@ -51,6 +57,11 @@ class TrainableModel(nn.Module):
     def adopt(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """A pre-trained model's weights, by our names, under the names that this model starts from."""
         return weights
+
+    @property
+    def matcher(self) -> FusionModel | None:
+        """Itself, if it scores pairs by matching (ITM), which reranks retrieval."""
+        return None
 
     def trunks(self) -> dict[str, nn.Module]:
         """The parts that models/execution.py compiles or recomputes, by name."""

@@ -1,11 +1,10 @@
-"""Several runs beside each other: which is best at a figure, and which are not shown to be worse than it.
+"""Several runs side by side: which is best by a metric, and which are not shown to be worse.
 
-The convention. In each row the best run is compared with every other one. Where outcomes per row of the set were kept,
-by a paired test of their difference (random sign flips), with p values corrected for the number of runs in the row
-(Holm 1979), though not for the number of rows on the page. Else by whether the 95 % intervals overlap, which is a
-coarser test: intervals that overlap a little may still belong to runs that differ. Else there is no test. A run is
-marked where it is the best or not shown to be worse than the best; where no run is shown to be worse, nothing is
-marked.
+In each row the best run is compared with every other one: where outcomes per row of the set were kept, by a paired test
+of their difference (random sign flips), with p values corrected for the number of runs in the row (Holm 1979) but not
+for the number of rows on the page; else by whether the 95 % intervals overlap, a coarser test, since runs whose
+intervals overlap a little may still differ; else not at all. A run is marked if it is the best or not shown to be worse
+than the best; if no run is shown to be worse, nothing is marked.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from modstruct.evaluation.statistics import paired_difference
-from modstruct.reporting.loading import Evaluation, Figure, Result
+from modstruct.reporting.loading import Evaluation, Metric, Result
 from modstruct.reporting.vocabulary import (
     TASKS,
     Task,
@@ -28,23 +27,23 @@ from modstruct.reporting.vocabulary import (
 
 ALPHA = 0.05
 SAME_VALUE = 1e-6
-"""Mean of the outcomes and figure may differ by so much, as one may be float32."""
+"""Largest difference of a metric and the mean of its outcomes, of which one may be float32."""
 
 
 @dataclass(frozen=True)
 class Lead:
-    """How far the best run is ahead of another, counted so that positive is better; low and high: 95 % interval."""
+    """How far the best run is ahead of another, positive for better; low and high: 95 % interval."""
 
     difference: float
     low: float
     high: float
     p: float
-    """Corrected for the runs in the row."""
+    """Corrected for the number of runs in the row."""
 
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What a figure is the mean of. values: (rows,). rows: numbers that tell the rows, where kept. groups: (rows,)."""
+    """What a metric is the mean of. values: (rows,). rows: identities of the rows, where kept. groups: (rows,)."""
 
     values: np.ndarray
     rows: tuple[np.ndarray | None, ...]
@@ -53,18 +52,18 @@ class Outcomes:
 
 @dataclass(frozen=True)
 class Cell:
-    """A figure of one run in one row."""
+    """A metric of one run in one row."""
 
-    figure: Figure
+    metric: Metric
     marked: bool = False
     best: bool = False
     lead: Lead | None = None
-    """Of the best run over this one, where both were tested in pairs."""
+    """Of the best run over this one, where a paired test was made."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One figure of all runs. cells: one a run, None where it was not measured. test: "paired", "intervals" or None."""
+    """One metric of all runs. cells: one a run, None where it was not measured. test: "paired", "intervals" or None."""
 
     set: str
     metric: str
@@ -76,14 +75,23 @@ class Row:
     test: str | None
 
     @property
+    def measured(self) -> dict[int, Cell]:
+        """The cells that there are, by the number of the run."""
+        return {i: cell for i, cell in enumerate(self.cells) if cell}
+
+    @property
+    def marked(self) -> list[int]:
+        return [i for i, cell in self.measured.items() if cell.marked]
+
+    @property
     def best(self) -> int | None:
-        """The run with the best value, None where no direction is better or only one was measured."""
-        return next((i for i, cell in enumerate(self.cells) if cell and cell.best), None)
+        """The run with the best value, None if no direction is better or only one was measured."""
+        return next((i for i, cell in self.measured.items() if cell.best), None)
 
 
 @dataclass(frozen=True)
 class Group:
-    """Rows of one set whose names begin alike. names: that beginning. note: what a reader must know beforehand."""
+    """Rows of one set whose names begin with `names`. note: what a reader must know before comparing."""
 
     set: str
     names: tuple[str, ...]
@@ -101,7 +109,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Section:
-    """All that was measured by one metric, of all sets and runs."""
+    """Everything measured of one kind (retrieval, …), for all sets and runs."""
 
     metric: str
     task: Task
@@ -114,7 +122,7 @@ class Section:
 
 
 def compare(runs: Sequence[Evaluation]) -> list[Section]:
-    """Every metric of every run as sections, the known metrics first; rows in the order in which runs name them."""
+    """Every result of every run as sections, the known ones first; rows in the order in which runs name them."""
     metrics = list(dict.fromkeys(metric for run in runs for _, metric in run.results))
     known = [metric for metric in TASKS if metric in metrics]
     others = sorted(set(metrics) - set(known))
@@ -126,7 +134,7 @@ def _groups(runs: Sequence[Evaluation], metric: str) -> Iterator[Group]:
     for set_name in sets:
         results = [run.results.get((set_name, metric)) for run in runs]
         note = _different_data(runs, results)
-        names = dict.fromkeys(names for result in results if result for names in result.figures)
+        names = dict.fromkeys(names for result in results if result for names in result.metrics)
         grouped: dict[tuple[str, ...], list[Row]] = {}
         for path in names:
             grouped.setdefault(path[:-1], []).append(compare_metric(results, path, comparable=note is None))
@@ -139,7 +147,7 @@ def _groups(runs: Sequence[Evaluation], metric: str) -> Iterator[Group]:
 
 
 def _different_data(runs: Sequence[Evaluation], results: Sequence[Result | None]) -> str | None:
-    """A warning where the runs' results come from sets of different content."""
+    """A warning if the runs' results come from sets of different content."""
     measured = [(run.name, result) for run, result in zip(runs, results, strict=True) if result]
     fingerprints = {result.source_fingerprint for _, result in measured}
     if len(measured) < 2 or len(fingerprints) == 1:
@@ -153,50 +161,51 @@ def _short(fingerprint: str | None) -> str:
 
 
 def compare_metric(results: Sequence[Result | None], names: tuple[str, ...], comparable: bool = True) -> Row:
-    """One figure of all runs as a row. results: one a run, all of one metric and set, None where there is none.
+    """One metric of all runs as a row. results: one a run, all of one kind and set, None where there is none.
 
-    comparable: False leaves all unmarked, for results that come from different data.
+    comparable: False leaves all unmarked, for results on different data.
     """
-    first = next(result for result in results if result and names in result.figures)
-    figures = [result.figures.get(names) if result else None for result in results]
-    outcomes = [
-        _outcomes(result, names) if result and figure else None for result, figure in zip(results, figures, strict=True)
-    ]
-    measured = [i for i, figure in enumerate(figures) if figure]
+    found = {i: result for i, result in enumerate(results) if result and names in result.metrics}
+    values = {i: result.metrics[names] for i, result in found.items()}
+    first = next(iter(found.values()))
     better = direction(first.metric, names)
-    share = is_share(first.metric, names, [figures[i].value for i in measured])
-    chance = next((figures[i].chance for i in measured if figures[i].chance is not None), None)
+    share = is_share(first.metric, names, [value.value for value in values.values()])
+    chance = next((value.chance for value in values.values() if value.chance is not None), None)
 
-    best, leads, worse, test = None, {}, set(), None
-    if better and comparable and len(measured) > 1:
-        best = max(measured, key=lambda i: better * figures[i].value)
-        rivals = [i for i in measured if i != best]
-        if all(_same_rows(outcomes[best], outcomes[i]) for i in rivals):
+    best: int | None = None
+    leads: dict[int, Lead] = {}
+    worse: set[int] = set()
+    test: str | None = None
+    if better and comparable and len(values) > 1:
+        best = max(values, key=lambda i: better * values[i].value)
+        rivals = [i for i in values if i != best]
+        outcomes = {i: kept for i, result in found.items() if (kept := _outcomes(result, names))}
+        if len(outcomes) == len(found) and all(_same_rows(outcomes[best], outcomes[i]) for i in rivals):
             test, leads = "paired", _leads(outcomes, best, rivals, better)
             worse = {i for i in rivals if leads[i].p < ALPHA}
-        elif all(figures[i].low is not None and figures[i].high is not None for i in measured):
-            test, worse = "intervals", {i for i in rivals if _apart(figures[best], figures[i])}
-    cells = tuple(
-        None
-        if figure is None
-        else Cell(
-            figure,
+        elif all(value.low is not None and value.high is not None for value in values.values()):
+            test, worse = "intervals", {i for i in rivals if _apart(values[best], values[i])}
+    cells = (
+        Cell(
+            values[i],
             marked=bool(worse) and i not in worse,
-            best=best is not None and figure.value == figures[best].value,
+            best=best is not None and values[i].value == values[best].value,
             lead=leads.get(i),
         )
-        for i, figure in enumerate(figures)
+        if i in values
+        else None
+        for i in range(len(results))
     )
-    return Row(first.set, first.metric, names, share, better, chance, cells, test)
+    return Row(first.set, first.metric, names, share, better, chance, tuple(cells), test)
 
 
 def _outcomes(result: Result, names: tuple[str, ...]) -> Outcomes | None:
-    """A figure's outcomes, or None where there are none whose mean it is."""
+    """A metric's outcomes, or None if there are none whose mean it is."""
     kept = result.outcomes.get("/".join(names))
     if kept is None or kept.ndim != 1 or not len(kept) or kept.dtype.kind not in "biuf":
         return None
     values = kept.astype(np.float64)
-    if not abs(float(values.mean()) - result.figures[names].value) <= SAME_VALUE:
+    if not abs(float(values.mean()) - result.metrics[names].value) <= SAME_VALUE:
         return None
     beside = ["/".join((*names[:-1], "{}"))] if len(names) > 1 else []
     found = {
@@ -208,15 +217,15 @@ def _outcomes(result: Result, names: tuple[str, ...]) -> Outcomes | None:
     return Outcomes(values, tuple(found[kind] for kind in ("query", "row")), found["group"])
 
 
-def _same_rows(a: Outcomes | None, b: Outcomes | None) -> bool:
-    """Whether two runs' outcomes are of the same rows, as far as they say."""
-    if a is None or b is None or a.values.shape != b.values.shape:
+def _same_rows(a: Outcomes, b: Outcomes) -> bool:
+    """Whether two runs' outcomes are of the same rows, as far as is known."""
+    if a.values.shape != b.values.shape:
         return False
     mine, others = (*a.rows, a.groups), (*b.rows, b.groups)
     return all(x is None or y is None or np.array_equal(x, y) for x, y in zip(mine, others, strict=True))
 
 
-def _leads(outcomes: Sequence[Outcomes | None], best: int, rivals: list[int], better: int) -> dict[int, Lead]:
+def _leads(outcomes: dict[int, Outcomes], best: int, rivals: list[int], better: int) -> dict[int, Lead]:
     first = outcomes[best]
     tested = [
         paired_difference(better * first.values, better * outcomes[i].values, groups=first.groups) for i in rivals
@@ -237,5 +246,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def _apart(a: Figure, b: Figure) -> bool:
+def _apart(a: Metric, b: Metric) -> bool:
+    """Whether two intervals, which both are there, do not overlap."""
+    if a.low is None or a.high is None or b.low is None or b.high is None:
+        return False
     return a.low > b.high or b.low > a.high

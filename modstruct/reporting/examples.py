@@ -1,9 +1,9 @@
-"""Retrieved examples: queries with what each run placed first, images small enough to lie inside the page.
+"""Retrieved examples: queries with what each run ranked first, as images small enough to embed in the page.
 
 Every JSON file in results/SET/examples/ (examples.json, leakage.json) is {"examples": [EXAMPLE, …]} with
 EXAMPLE = {"direction": "text_to_image", "query": ITEM, "rank": of the best right item, "results": [ITEM, …]}
-ITEM = {"key": …, "image": file name beside it, or "text": …, "right": whether it belongs to the query, "score": …}
-where all but the query and the results may be missing.
+ITEM = {"key": …, "picture": file name beside it, or "text": …, "right": whether it belongs to the query, "score": …}
+where everything but the query and the results may be missing.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from PIL import Image
 from modstruct.reporting.loading import Evaluation, read_json
 
 SIDE_PIXELS = 192
-"""Of an embedded image's longer side, at most: sharp at the 96 pixels it is shown with on a fine screen."""
+"""Longest side of an embedded image: sharp at the 96 pixels it is shown with on a high-resolution screen."""
 QUALITY = 82
 SHOWN_QUERIES = 6
 """Of each set and direction."""
 SHOWN_RESULTS = 5
 LARGEST_PAGE_BYTES = 6 << 20
-"""Of all images as they stand in the page; later ones are named instead of shown."""
+"""Of all images in the page; later ones are named instead of shown."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """An image or a text. image: data URI, None for a text or an image that found no room. name: its key."""
+    """An image or a text. image: data URI, None for a text and for an image beyond the page's limit. name: its key."""
 
     name: str
     text: str | None
-    picture: str | None
+    image: str | None
     right: bool | None
     score: float | None
 
 
 @dataclass(frozen=True)
 class Retrieved:
-    """What one run found. style: number of the run. rank: of the best right item, from 1 on."""
+    """What one run found. style: number of the run. rank: of the best right item, from 1."""
 
     run: str
     style: int
@@ -72,25 +72,25 @@ class Images:
         self._made: dict[Path, str | None] = {}
 
     def uri(self, path: Path) -> str | None:
-        """An image as a small JPEG in a data URI, or None where it would pass the limit.
+        """An image as a small JPEG in a data URI, or None if it would exceed the limit.
 
         Raises ValueError naming a file that is no image, FileNotFoundError one that is missing.
         """
         if path not in self._made:
             if not path.is_file():
-                raise FileNotFoundError(f"{path}: the examples beside it name this image: measure this set anew")
+                raise FileNotFoundError(f"{path}: the examples beside it name this image: measure this set again")
             uri = _jpeg_uri(path)
             self._made[path] = uri if len(uri) <= self._left else None
             self._left -= len(uri) if self._made[path] else 0
         return self._made[path]
 
 
-def galleries(runs: Sequence[Evaluation], pictures: Images | None = None) -> list[Gallery]:
-    """The examples of all runs by set and direction; a query that several runs have stands once, theirs beneath it.
+def galleries(runs: Sequence[Evaluation], images: Images | None = None) -> list[Gallery]:
+    """The examples of all runs by set and direction; a query of several runs appears once, with what each found.
 
     Raises ValueError or FileNotFoundError naming a file that is broken or missing.
     """
-    pictures = pictures or Images()
+    images = images or Images()
     sets = sorted({path.parents[1].name for run in runs for path in run.folder.glob("results/*/examples/*.json")})
     made = []
     for set_name in sets:
@@ -101,54 +101,54 @@ def galleries(runs: Sequence[Evaluation], pictures: Images | None = None) -> lis
                     of_query = by_query.setdefault(direction, {}).setdefault(key, [(path.parent, query)])
                     of_query.append((path.parent, run.name, style, found))
         for direction, queries in by_query.items():
-            # Queries that most runs have come first: they are what can be compared.
+            # Queries of most runs come first: they can be compared.
             chosen = sorted(queries.values(), key=lambda entry: -len(entry))[:SHOWN_QUERIES]
-            made.append(Gallery(set_name, direction, tuple(_query(entry, pictures) for entry in chosen)))
+            made.append(Gallery(set_name, direction, tuple(_query(entry, images) for entry in chosen)))
     return made
 
 
 def _read(path: Path) -> Iterator[tuple[str, str, dict, dict]]:
-    """Yields (direction, what tells the query, query, example) of a file."""
+    """Yields (direction, identity of the query, query, example) of a file."""
     examples = read_json(path).get("examples")
     if not isinstance(examples, list):
-        raise ValueError(f'{path}: "examples" must be a list: measure this set anew')
+        raise ValueError(f'{path}: "examples" must be a list: measure this set again')
     for number, example in enumerate(examples):
         query, results = (example.get(k) if isinstance(example, dict) else None for k in ("query", "results"))
-        right = isinstance(query, dict) and isinstance(results, list) and all(isinstance(r, dict) for r in results)
-        if not right:
-            raise ValueError(f"{path}: example {number} lacks a query or its results: measure this set anew")
+        listed = isinstance(results, list) and all(isinstance(result, dict) for result in results)
+        if not isinstance(query, dict) or not listed:
+            raise ValueError(f"{path}: example {number} lacks a query or its results: measure this set again")
         direction = str(example.get("direction", "retrieved"))
-        # The key tells an image; its file may have another name in each run.
-        told_by = ("key", "text") if query.get("key") else ("text", "picture")
-        yield direction, "\n".join(str(query.get(name)) for name in told_by), query, example
+        # The key identifies an image; its file may have another name in each run.
+        identity = ("key", "text") if query.get("key") else ("text", "picture")
+        yield direction, "\n".join(str(query.get(name)) for name in identity), query, example
 
 
-def _query(entry: list, pictures: Images) -> Query:
+def _query(entry: list, images: Images) -> Query:
     (folder, query), *of_runs = entry
     found = tuple(
         Retrieved(
             name,
             style,
             example.get("rank") if isinstance(example.get("rank"), int) else None,
-            tuple(_item(result, beside, pictures) for result in example["results"][:SHOWN_RESULTS]),
+            tuple(_item(result, beside, images) for result in example["results"][:SHOWN_RESULTS]),
         )
         for beside, name, style, example in of_runs
     )
-    return Query(_item(query, folder, pictures), found)
+    return Query(_item(query, folder, images), found)
 
 
-def _item(item: dict, folder: Path, pictures: Images) -> Item:
+def _item(item: dict, folder: Path, images: Images) -> Item:
     file, text, right, score = (item.get(key) for key in ("picture", "text", "right", "score"))
-    picture = None
+    image = None
     if file is not None:
-        # A name only: a file of results must not make the page read other files of the machine.
+        # A name only: a results file must not make the page read other files.
         if not isinstance(file, str) or Path(file).name != file:
-            raise ValueError(f'{folder}: an example has "image" = {file!r}: it must name a file of this folder')
-        picture = pictures.uri(folder / file)
+            raise ValueError(f'{folder}: an example has "picture" = {file!r}: it must name a file of this folder')
+        image = images.uri(folder / file)
     return Item(
         name=str(item.get("key") or file or ""),
         text=None if text is None else str(text),
-        picture=picture,
+        image=image,
         right=right if isinstance(right, bool) else None,
         score=float(score) if isinstance(score, int | float) and not isinstance(score, bool) else None,
     )
@@ -158,10 +158,10 @@ def _jpeg_uri(path: Path) -> str:
     try:
         with Image.open(path) as opened:
             opened.draft("RGB", (SIDE_PIXELS, SIDE_PIXELS))
-            picture = opened.convert("RGB")
+            image = opened.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: not an image that can be read ({error}): measure this set anew") from error
-    picture.thumbnail((SIDE_PIXELS, SIDE_PIXELS))
+        raise ValueError(f"{path}: not an image that can be read ({error}): measure this set again") from error
+    image.thumbnail((SIDE_PIXELS, SIDE_PIXELS))
     data = io.BytesIO()
-    picture.save(data, "JPEG", quality=QUALITY, optimize=True)
+    image.save(data, "JPEG", quality=QUALITY, optimize=True)
     return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"

@@ -15,10 +15,10 @@ Scale = Literal["linear", "log"]
 WIDTH, HEIGHT = 340, 250
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 40
 MARKED_POINTS = 24
-"""Up to so many points of a line are marked each."""
+"""Longest line whose points are marked."""
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 STYLES = 8
-"""Colours, marks and dashes that the style sheet has; a ninth run begins anew."""
+"""Colours, marks and dashes of the style sheet; a ninth run repeats the first."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Axis:
-    """An axis from low to high. ticks: the values that are named."""
+    """An axis from low to high. ticks: the values that are labelled."""
 
     label: str
     scale: Scale
@@ -71,8 +71,8 @@ def line_chart(
 ) -> Markup:
     """Lines of several runs in one frame, about as wide as a phone.
 
-    share: y is a share and is shown in percent. x_ticks: places to name on the x axis, by default round numbers. On a
-    logarithmic axis values that are not positive are left out. Raises ValueError where no point is left.
+    share: y is a share and is shown in percent. x_ticks: values to label on the x axis, by default round numbers. On a
+    logarithmic axis values that are not positive are left out. Raises ValueError if no point is left.
     """
     kept = [_kept(one, x_scale, y_scale) for one in series]
     points = [point for one in kept for point in one]
@@ -92,7 +92,7 @@ def line_chart(
 
 
 def mark(style: int, x: float, y: float, size: float = 3.4) -> Markup:
-    """The mark of a run at a place, told apart by shape as well as by colour."""
+    """The mark of a run, which differs by shape as well as by colour."""
     shape = style % 4
     if shape == 0:
         return Markup('<circle cx="{:.1f}" cy="{:.1f}" r="{:.1f}"/>').format(x, y, size)
@@ -155,13 +155,13 @@ def _axis(
 
 
 def _step(span: float, wanted: int = 5) -> float:
-    """The round distance (1, 2 or 5 times a power of ten) that cuts the span into about `wanted` parts."""
+    """The round step (1, 2 or 5 times a power of ten) that divides the span into about `wanted` parts."""
     power = 10 ** math.floor(math.log10(span / wanted))
     return min((1, 2, 5, 10), key=lambda m: abs(span / (m * power) - wanted)) * power
 
 
 def _log_ticks(low: float, high: float) -> tuple[float, ...]:
-    """Round numbers: powers of ten, or more of each decade where that gives too few, at most six."""
+    """Round numbers: powers of ten, or more of each decade if these are too few, at most six."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for digits in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)):
         ticks = [m * 10.0**d for d in decades for m in digits if low <= m * 10.0**d <= high]
@@ -236,7 +236,7 @@ def _joined(places: Sequence[tuple[float, float]]) -> str:
 
 
 def _described(series: Sequence[Series], kept: Sequence[list], share: bool) -> str:
-    """What a reader who cannot see the lines is told: where each begins and ends."""
+    """For readers who cannot see the lines: where each begins and ends."""
     unit = " %" if share else ""
     return "; ".join(
         f"{one.name} from {shown(points[0][1], share)} to {shown(points[-1][1], share)}{unit}"

@@ -16,11 +16,13 @@ import numpy as np
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.embeddings.set_files import MODEL_FILE
 
-FIGURE_NUMBERS = ("value", "chance", "low", "high")
+METRIC_NUMBERS = ("value", "chance", "low", "high")
+RENAMED = {"linear_probe_sgd": "linear_probe_adamw"}
+"""Results of older versions, by their present names."""
 
 
 @dataclass(frozen=True)
-class Figure:
+class Metric:
     """One number with what was measured beside it; low and high are its 95 % interval."""
 
     value: float
@@ -32,13 +34,13 @@ class Figure:
 
 @dataclass(frozen=True)
 class Result:
-    """One METRIC.json: a metric of a model on a set."""
+    """One METRIC.json: what one kind of measurement found of a model on a set. metric: its name, such as retrieval."""
 
     path: Path
     set: str
     metric: str
-    figures: dict[tuple[str, ...], Figure]
-    """By the names on the way to the figure, such as ("image_to_text", "recall_at_1")."""
+    metrics: dict[tuple[str, ...], Metric]
+    """By the names on the way to the number, such as ("image_to_text", "recall_at_1")."""
     curves: dict[str, list[float]]
     settings: dict[str, Any]
     rows: dict[str, int]
@@ -49,7 +51,7 @@ class Result:
 
     @cached_property
     def outcomes(self) -> dict[str, np.ndarray]:
-        """Outcomes per row, (rows,) each, by the figure's names joined with "/"; empty where none were kept."""
+        """Outcomes per row, (rows,) each, by the metric's names joined with "/"; empty if none were kept."""
         path = self.path.with_suffix(".npz")
         if not path.is_file():
             return {}
@@ -58,13 +60,13 @@ class Result:
                 return {name: arrays[name] for name in arrays.files}
         except (OSError, ValueError, EOFError, KeyError, NotImplementedError) as error:
             _refuse(path, str(error))
-        except Exception as error:  # a damaged archive: zipfile and zlib raise kinds of their own
+        except Exception as error:  # a damaged archive: zipfile and zlib raise their own errors
             _refuse(path, f"{type(error).__name__}: {error}")
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation folder: a model and all that was measured of it."""
+    """One evaluation folder: a model and everything measured of it."""
 
     folder: Path
     name: str
@@ -73,7 +75,7 @@ class Evaluation:
     """By (set, metric)."""
 
     def embedded_set(self, name: str) -> EmbeddedSet | None:
-        """The embedded set of that name, or None where the folder holds none that is finished."""
+        """The embedded set of that name, or None if the folder has no finished one."""
         folder = self.folder / "embeddings" / name
         return EmbeddedSet.open(folder) if (folder / "manifest.json").is_file() else None
 
@@ -84,7 +86,7 @@ class Evaluation:
 def load_evaluations(folders: Sequence[str | Path]) -> list[Evaluation]:
     """Read several evaluation folders, in the order given.
 
-    Models of one name are told apart by their folders. Raises FileNotFoundError or ValueError naming the file that is
+    Models of equal names get their folders appended. Raises FileNotFoundError or ValueError naming the file that is
     missing or broken, and the remedy.
     """
     paths = [Path(folder).expanduser() for folder in folders]
@@ -117,11 +119,12 @@ def load_evaluation(folder: Path) -> Evaluation:
     results = [_result(file) for file in sorted(folder.glob("results/*/*.json"))]
     if not results:
         raise FileNotFoundError(f"{folder / 'results'}: there are no results; measure a set first")
+    results.sort(key=lambda result: result.path.stem not in RENAMED)  # a result of the present version counts
     return Evaluation(folder, model["name"], model, {(r.set, r.metric): r for r in results})
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; ValueError naming the file where it is none."""
+    """A JSON object from a file; ValueError naming the file if it is none."""
     try:
         content = json.loads(path.read_bytes(), parse_constant=lambda name: _refuse(path, f"it holds {name}"))
     except (OSError, ValueError, RecursionError) as error:
@@ -129,14 +132,14 @@ def read_json(path: Path) -> dict[str, Any]:
             raise
         _refuse(path, str(error))
     if not isinstance(content, dict):
-        _refuse(path, f"it holds a {type(content).__name__} where an object must be")
+        _refuse(path, f"it holds a {type(content).__name__} instead of an object")
     return content
 
 
 def _result(path: Path) -> Result:
     content = read_json(path)
-    figures = content.get("figures")
-    if not isinstance(figures, dict) or not figures:
+    metrics = content.get("figures")
+    if not isinstance(metrics, dict) or not metrics:
         _refuse(path, '"figures" is missing or empty')
     curves = content.get("curves") or {}
     if not isinstance(curves, dict):
@@ -148,8 +151,8 @@ def _result(path: Path) -> Result:
     return Result(
         path=path,
         set=path.parent.name,
-        metric=path.stem,
-        figures=dict(_leaves(figures, (), path)),
+        metric=RENAMED.get(path.stem, path.stem),
+        metrics=dict(_leaves(metrics, (), path)),
         curves=curves,
         settings=content.get("settings") or {},
         rows=content.get("rows") or {},
@@ -160,21 +163,21 @@ def _result(path: Path) -> Result:
     )
 
 
-def _leaves(node: dict, names: tuple[str, ...], path: Path) -> Iterator[tuple[tuple[str, ...], Figure]]:
+def _leaves(node: dict, names: tuple[str, ...], path: Path) -> Iterator[tuple[tuple[str, ...], Metric]]:
     for name, inner in node.items():
         here = (*names, name)
         if not isinstance(inner, dict):
-            _refuse(path, f'the figure {"/".join(here)} is {inner!r}: it must be {{"value": …}}')
+            _refuse(path, f'the metric {"/".join(here)} is {inner!r}: it must be {{"value": …}}')
         if "value" not in inner:
             yield from _leaves(inner, here, path)
             continue
-        numbers = {key: inner[key] for key in FIGURE_NUMBERS if inner.get(key) is not None}
+        numbers = {key: inner[key] for key in METRIC_NUMBERS if inner.get(key) is not None}
         bad = next((key for key, number in numbers.items() if not _is_number(number)), None)
         if bad is not None or "value" not in numbers:
             key = bad or "value"
-            _refuse(path, f"the figure {'/'.join(here)} has {key} = {inner[key]!r}: it must be a finite number")
+            _refuse(path, f"the metric {'/'.join(here)} has {key} = {inner[key]!r}: it must be a finite number")
         rows = inner.get("rows")
-        yield here, Figure(**numbers, rows=int(rows) if _is_number(rows) else None)
+        yield here, Metric(**numbers, rows=int(rows) if rows is not None and _is_number(rows) else None)
 
 
 def _is_number(value: object) -> bool:
@@ -182,4 +185,4 @@ def _is_number(value: object) -> bool:
 
 
 def _refuse(path: Path, what: str) -> NoReturn:
-    raise ValueError(f"{path}: {what}; the file is damaged or of another version: measure this set anew")
+    raise ValueError(f"{path}: {what}; the file is damaged or of another version: measure this set again")

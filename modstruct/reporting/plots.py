@@ -18,12 +18,12 @@ from modstruct.reporting.vocabulary import humanised, is_share, label, lowered
 
 FEWEST_POINTS = 3
 LONGEST_FAMILY_GROUP = 24
-"""Rows of a group in which families are looked for: numbers in the names of many classes are no axis."""
-X_NAMES = {"k": "log", "shots": "log", "strength": "log", "x": "linear", "t": "linear"}
-"""Curves that hold an axis, and its scale."""
+"""Longest group that is searched for families: numbers in the names of many classes are no axis."""
+X_NAMES: dict[str, Scale] = {"k": "log", "shots": "log", "strength": "log", "x": "linear", "t": "linear"}
+"""Curves that are an x axis, and its scale."""
 SHOWN_PAIRS = 300
 AXES_PAIRS = 4096
-"""Pairs that the axes are found from, at most."""
+"""Most pairs from which the axes are computed."""
 SIDE = 340
 MARGIN = 24
 LONGEST_TITLE = 100
@@ -57,7 +57,7 @@ KNOWN_CURVES = {
 
 
 def charts(section: Section, runs: Sequence[Evaluation]) -> list[Chart]:
-    """Every chart of a metric, set by set: families of figures first, then the saved curves."""
+    """Every chart of a section, set by set: families of metrics first, then the saved curves."""
     sets = dict.fromkeys(group.set for group in section.groups)
     return [
         chart
@@ -67,7 +67,7 @@ def charts(section: Section, runs: Sequence[Evaluation]) -> list[Chart]:
 
 
 def _families(section: Section, set_name: str, runs: Sequence[Evaluation]) -> Iterator[Chart]:
-    """Figures of one set whose names differ in one whole number alone, such as recall_at_1, …_5 and …_10."""
+    """Metrics of one set whose names differ only in one whole number, such as recall_at_1, …_5 and …_10."""
     families: dict[str, dict[int, int]] = {}
     groups = [group for group in section.groups if group.set == set_name and len(group.rows) <= LONGEST_FAMILY_GROUP]
     rows = [row for group in groups for row in group.rows if row.better]
@@ -79,19 +79,20 @@ def _families(section: Section, set_name: str, runs: Sequence[Evaluation]) -> It
             family = f"{path[: found.start()]}{{}}{path[found.end() :]}"
             families.setdefault(family, {})[int(found[0])] = i
     for family, members in families.items():
-        # Recall that was saved at more K than the figures have is drawn from there.
+        # Recall that was saved as a curve, at more K, is drawn from there.
         if len(members) < FEWEST_POINTS or family.replace("recall_at_{}", "recall") in saved - {family}:
             continue
         numbers = sorted(members)
         chosen = [rows[members[number]] for number in numbers]
         series = []
         for style, run in enumerate(runs):
-            at = [(n, row.cells[style].figure) for n, row in zip(numbers, chosen, strict=True) if row.cells[style]]
-            if at:
-                x, figures = zip(*at, strict=True)
-                bounds = [_bounds(row, style, by_name) for row in chosen if row.cells[style]]
-                low, high = zip(*bounds, strict=True)
-                series.append(Series(run.name, style, x, [figure.value for figure in figures], low, high))
+            points = [
+                (number, row.measured[style].metric.value, *_bounds(row, style, by_name))
+                for number, row in zip(numbers, chosen, strict=True)
+                if style in row.measured
+            ]
+            if points:
+                series.append(Series(run.name, style, *zip(*points, strict=True)))
         share = all(row.share for row in chosen)
         scale: Scale = "log" if numbers[0] > 0 and numbers[-1] >= 8 * numbers[0] else "linear"
         caption, x_label, y_label = _family_words(family)
@@ -100,17 +101,17 @@ def _families(section: Section, set_name: str, runs: Sequence[Evaluation]) -> It
 
 
 def _bounds(row: Row, style: int, by_name: dict[tuple[str, ...], Row]) -> tuple[float | None, float | None]:
-    """A figure's interval, or one deviation over draws to both sides where it has that instead."""
-    figure = row.cells[style].figure
-    deviation = by_name.get((*row.names[:-1], f"{row.names[-1]}_deviation"))
-    if figure.low is None and deviation and deviation.cells[style]:
-        one = deviation.cells[style].figure.value
-        return figure.value - one, figure.value + one
-    return figure.low, figure.high
+    """A metric's interval, or one standard deviation over draws to both sides if it has that instead."""
+    metric = row.measured[style].metric
+    deviations = by_name.get((*row.names[:-1], f"{row.names[-1]}_deviation"))
+    if metric.low is None and deviations and style in deviations.measured:
+        one = deviations.measured[style].metric.value
+        return metric.value - one, metric.value + one
+    return metric.low, metric.high
 
 
 def _family_words(family: str) -> tuple[str, str, str]:
-    """Caption, x label and y label of a family, from its path with {} where the number stands."""
+    """Caption, x label and y label of a family, from its path with {} in place of the number."""
     *start, last = family.split("/")
     place = next(part for part in family.split("/") if "{}" in part)
     around = [humanised(part) for part in start if "{}" not in part]
@@ -129,28 +130,31 @@ def _family_words(family: str) -> tuple[str, str, str]:
 
 
 def _saved(metric: str, set_name: str, runs: Sequence[Evaluation]) -> Iterator[Chart]:
-    results = [run.results.get((set_name, metric)) for run in runs]
-    names = dict.fromkeys(name for result in results if result for name in result.curves)
-    abscissas = {x for result in results if result for name in result.curves if (x := _x_of(name, result.curves))}
+    found = [
+        (i, run.name, run.results[set_name, metric].curves)
+        for i, run in enumerate(runs)
+        if (set_name, metric) in run.results
+    ]
+    names = dict.fromkeys(name for _, _, curves in found for name in curves)
+    axes = {axis for _, _, curves in found for name in curves if (axis := _x_of(name, curves))}
     for name in names:
-        # What single draws gave (shots_4/top_1) is kept for other programs; a chart of each would hide the others.
-        if name in abscissas or name in X_NAMES or metric == "few_shot":
+        # Curves of single draws (shots_4/top_1) are for other programs; a chart of each would hide the others.
+        if name in axes or name in X_NAMES or metric == "few_shot":
             continue
         series = []
         x_name = None
-        for style, (run, result) in enumerate(zip(runs, results, strict=True)):
-            values = result.curves.get(name) if result else None
+        for style, run_name, curves in found:
+            values = curves.get(name)
             if values:
-                x_name = _x_of(name, result.curves)
-                x = result.curves[x_name] if x_name else range(1, len(values) + 1)
-                ordered = sorted(zip(x, values, strict=True))
-                series.append(Series(run.name, style, *zip(*ordered, strict=True)))
+                x_name = _x_of(name, curves)
+                x = curves[x_name] if x_name else list(range(1, len(values) + 1))
+                series.append(Series(run_name, style, *zip(*sorted(zip(x, values, strict=True)), strict=True)))
         words = KNOWN_CURVES.get(name) or _curve_words(name, x_name)
         if not series:
             continue
-        # A curve without a positive value has no place on a logarithmic axis.
-        x_scale = words.x_scale if any(value > 0 for one in series for value in one.x) else "linear"
-        y_scale = words.y_scale if any(value > 0 for one in series for value in one.y) else "linear"
+        # A logarithmic axis needs a positive value.
+        x_scale: Scale = words.x_scale if any(value > 0 for one in series for value in one.x) else "linear"
+        y_scale: Scale = words.y_scale if any(value > 0 for one in series for value in one.y) else "linear"
         share = is_share(metric, (name,), [value for one in series for value in one.y])
         svg = line_chart(words.title, words.x, words.y, series, x_scale, y_scale, share=share)
         yield Chart(set_name, words.title, svg)
@@ -163,11 +167,11 @@ def _curve_words(name: str, x_name: str | None) -> CurveWords:
     if last == "recall" and x_name == "k":
         return CurveWords(f"{title} at K", "K", "recall", "log")
     axis = humanised(x_name) if x_name else "step"
-    return CurveWords(title, axis.lower(), humanised(last).lower(), X_NAMES.get(x_name, "linear"))
+    return CurveWords(title, axis.lower(), humanised(last).lower(), X_NAMES.get(x_name or "", "linear"))
 
 
 def _x_of(name: str, curves: dict[str, list[float]]) -> str | None:
-    """The curve that holds the x of another: of the same length, and named for it."""
+    """The curve that is the x axis of another: of the same length, and named after it."""
     start = name.rpartition("_")[0]
     candidates = [f"{name}_x", *(f"{start}_{x}" for x in X_NAMES), *X_NAMES]
     return next((c for c in candidates if c != name and len(curves.get(c, ())) == len(curves[name])), None)
@@ -175,9 +179,9 @@ def _x_of(name: str, curves: dict[str, list[float]]) -> str | None:
 
 @dataclass(frozen=True)
 class Projection:
-    """Pairs in the plane. image, text: (p, 2). explained: shares of the joint cloud's variance along both axes.
+    """Pairs in the plane. image, text: (p, 2). explained: shares of the joint variance along both axes.
 
-    names: what each pair is, for the tooltip. total: pairs that the set has. axes_pairs: pairs that gave the axes.
+    names: of the pairs, for tooltips. total: pairs of the set. axes_pairs: pairs from which the axes were computed.
     """
 
     image: np.ndarray
@@ -191,9 +195,9 @@ class Projection:
 def project(source: EmbeddedSet) -> Projection | None:
     """Up to SHOWN_PAIRS evenly spaced pairs of a set on the first two principal axes of images and texts together.
 
-    A set without captions but with classes pairs each image with its class's prompt (unit mean over templates).
-    None where the set has neither, or fewer than two pairs. The same rows give the same image: signs are chosen so
-    that the largest component of each axis is positive.
+    In a set without captions but with classes each image is paired with the prompt of its class (unit mean over
+    templates). None if the set has neither, or fewer than two pairs. Signs are chosen so that the largest component of
+    each axis is positive: the same rows give the same plot.
     """
     pairs, text = _pairs_and_texts(source)
     if len(pairs) < 2:
@@ -221,9 +225,9 @@ def project(source: EmbeddedSet) -> Projection | None:
 
 
 def projection_chart(projection: Projection, run: str, span: float) -> Markup:
-    """The plane as SVG; each pair tells what it is when pointed at.
+    """The plane as SVG, with a tooltip for each point.
 
-    span: the length that fills a side, on both axes; the same for every run makes distances comparable.
+    span: the length of a side, on both axes; distances are comparable between runs of the same span.
     """
     points = np.concatenate([projection.image, projection.text])
     centre = (points.min(0) + points.max(0)) / 2

@@ -27,7 +27,7 @@ from modstruct.reporting.vocabulary import TIES, Task, humanised, label, lowered
 
 HERE = Path(__file__).parent
 LONG_GROUP = 24
-"""Rows of a group that stand in the table; a longer group (a row for each class) is folded."""
+"""Longest group in the table; longer ones (a row for each class) are folded."""
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 SHOWN_FINDINGS = 8
 
@@ -40,10 +40,10 @@ class ReportFiles:
 
 
 def write_report(folders: Sequence[str | Path], out: str | Path) -> ReportFiles:
-    """Compare evaluation folders on one page, OUT.html, with the figures as OUT.csv and OUT.tex beside it.
+    """Compare evaluation folders on one page, OUT.html, with the metrics as OUT.csv and OUT.tex beside it.
 
-    folders: one for each run, in the order of the columns. out: with or without ".html". All is made before the first
-    file is written. Raises FileNotFoundError or ValueError naming the file that is missing or broken, and the remedy.
+    folders: one for each run, in the order of the columns. out: with or without ".html". No file is written before all
+    are made. Raises FileNotFoundError or ValueError naming the file that is missing or broken, and the remedy.
     """
     out = Path(out).expanduser()
     stem = out.with_suffix("") if out.suffix == ".html" else out
@@ -73,7 +73,7 @@ class Plane:
 
 
 def html_page(sections: Sequence[Section], runs: Sequence[Evaluation]) -> str:
-    """The whole page. Everything that comes from data is escaped; the page's policy forbids scripts and requests."""
+    """The whole page. All data are escaped; the page's policy forbids scripts and requests."""
     style = (HERE / "page.css").read_text(encoding="utf-8")
     chosen = headlines(sections)
     results = [result for run in runs for result in run.results.values()]
@@ -126,7 +126,7 @@ def _sha256(text: str) -> str:
 
 
 def _swatch(style: int) -> Markup:
-    """The mark that a run has in the charts, to stand beside its name."""
+    """The mark of a run in the charts, to be placed beside its name."""
     svg = '<svg class="swatch run-{}" viewBox="0 0 12 12" aria-hidden="true">{}</svg>'
     return Markup(svg).format(style % STYLES, mark(style, 6, 6, 4.2))
 
@@ -142,8 +142,8 @@ def _weights(model: dict) -> str:
 
 
 def _tip(row: Row, cell: Cell) -> str:
-    """What a cell tells when pointed at."""
-    parts = [f"{cell.figure.rows:,} rows"] if cell.figure.rows else []
+    """Tooltip of a cell."""
+    parts = [f"{cell.metric.rows:,} rows"] if cell.metric.rows else []
     if cell.lead:
         numbers = [shown(n, row.share) for n in (cell.lead.difference, cell.lead.low, cell.lead.high)]
         p = f"p = {cell.lead.p:.3f}" if cell.lead.p >= 0.001 else "p < 0.001"
@@ -159,16 +159,15 @@ def _period(first: datetime, last: datetime) -> str:
 
 
 def _commands_of(run: Evaluation) -> list[str]:
-    """Each command that measured a run, once."""
+    """The distinct commands that measured a run."""
     return list(dict.fromkeys(shlex.join(r.command) for r in run.results.values() if r.command))
 
 
 def _planes(runs: Sequence[Evaluation]) -> list[Plane]:
     planes = []
     for set_name in sorted({set_name for run in runs for set_name, _ in run.results}):
-        sources = [run.embedded_set(set_name) for run in runs]
-        projections = [project(source) if source else None for source in sources]
-        drawn = [(style, projection) for style, projection in enumerate(projections) if projection]
+        sources = [(style, run.embedded_set(set_name)) for style, run in enumerate(runs)]
+        drawn = [(style, found) for style, source in sources if source and (found := project(source))]
         if drawn:
             span = widest([projection for _, projection in drawn])
             total = max(projection.total for _, projection in drawn)
@@ -179,13 +178,13 @@ def _planes(runs: Sequence[Evaluation]) -> list[Plane]:
 
 @dataclass(frozen=True)
 class Headline:
-    """A row of the summary, and what it is called there."""
+    """A row of the summary, and its name there."""
 
     task: Task
     row: Row
 
     @property
-    def figure(self) -> str:
+    def metric(self) -> str:
         return label(self.row.names)
 
     @property
@@ -196,7 +195,7 @@ class Headline:
 
 
 def headlines(sections: Sequence[Section]) -> list[Headline]:
-    """Of each task in which one direction is better and each set the figures that stand for it, or else the first."""
+    """The summary's metrics of each set and section in which a direction is better, or else its first metric."""
     found = []
     for section in sections:
         for set_name in dict.fromkeys(group.set for group in section.groups):
@@ -207,41 +206,39 @@ def headlines(sections: Sequence[Section]) -> list[Headline]:
 
 
 def findings(chosen: Sequence[Headline], runs: Sequence[Evaluation]) -> list[str]:
-    """Sentences on the headline figures: first those in which a run is shown to be ahead, then one on the others."""
+    """Sentences on the headlines: first those in which a run is shown to be ahead, then one on the others."""
     sentences = [sentence for headline in chosen if (sentence := _finding(headline, runs))]
     hidden = len(sentences) - SHOWN_FINDINGS
     if hidden > 1:
-        sentences = [*sentences[:SHOWN_FINDINGS], f"{hidden} further figures in which a run is ahead: see the table."]
-    undecided = [f"{h.name}" for h in chosen if h.row.test and not _marked(h.row)]
+        sentences = [*sentences[:SHOWN_FINDINGS], f"{hidden} further metrics in which a run is ahead: see the table."]
+    undecided = [f"{h.name}" for h in chosen if h.row.test and not h.row.marked]
     if undecided:
         sentences.append(f"No run is shown to be ahead of another on {_listed(undecided)}.")
-    untested = [f"{h.name}" for h in chosen if len(_measured(h.row)) > 1 and not h.row.test]
+    untested = [f"{h.name}" for h in chosen if len(h.row.measured) > 1 and not h.row.test]
     if untested:
         sentences.append(f"Not tested, for want of intervals or of the same data: {_listed(untested)}.")
     return sentences
 
 
 def _finding(headline: Headline, runs: Sequence[Evaluation]) -> str | None:
-    row = headline.row
-    measured = _measured(row)
+    row, measured = headline.row, headline.row.measured
     unit = "\u00a0%" if row.share else ""
     if len(measured) == 1:
-        i = measured[0]
-        value = row.cells[i].figure.value
+        ((i, cell),) = measured.items()
         beside = "" if row.chance is None else f" (chance {shown(row.chance, row.share)}{unit})"
-        return f"{headline.name}: {runs[i].name} reaches {shown(value, row.share)}{unit}{beside}."
-    ahead = _marked(row)
-    if not ahead:
+        return f"{headline.name}: {runs[i].name} reaches {shown(cell.metric.value, row.share)}{unit}{beside}."
+    ahead, best = row.marked, row.best
+    if not ahead or best is None:
         return None
     behind = [i for i in measured if i not in ahead]
     others = _listed([runs[i].name for i in behind])
-    value = f"{shown(row.cells[row.best].figure.value, row.share)}{unit}"
+    value = f"{shown(measured[best].metric.value, row.share)}{unit}"
     if len(ahead) > 1:
-        names = _listed([runs[i].name for i in sorted(ahead, key=lambda i: i != row.best)])
+        names = _listed([runs[i].name for i in sorted(ahead, key=lambda i: i != best)])
         return f"{headline.name}: {names} (up to {value}) are not told apart, and ahead of {others}."
-    nearest = max(behind, key=lambda i: row.better * row.cells[i].figure.value)
-    start = f"{headline.name}: {runs[row.best].name} reaches {value}"
-    lead = row.cells[nearest].lead
+    nearest = max(behind, key=lambda i: row.better * measured[i].metric.value)
+    start = f"{headline.name}: {runs[best].name} reaches {value}"
+    lead = measured[nearest].lead
     if lead is None:
         return f"{start}, ahead of {others} by intervals that do not overlap."
     difference, low, high = (shown(number, row.share) for number in (lead.difference, lead.low, lead.high))
@@ -250,21 +247,13 @@ def _finding(headline: Headline, runs: Sequence[Evaluation]) -> str | None:
     return f"{start}, {difference}{points} [{low},\u00a0{high}] ahead of {runs[nearest].name}{next_best}."
 
 
-def _measured(row: Row) -> list[int]:
-    return [i for i, cell in enumerate(row.cells) if cell]
-
-
-def _marked(row: Row) -> list[int]:
-    return [i for i, cell in enumerate(row.cells) if cell and cell.marked]
-
-
 def _listed(names: Sequence[str]) -> str:
     *start, last = names
     return f"{', '.join(start)} and {last}" if start else last
 
 
 def notes(sections: Sequence[Section], runs: Sequence[Evaluation]) -> Iterator[str]:
-    """What a reader must know before comparing: other data, leaks, and results that only some runs have."""
+    """What a reader must know before comparing: different data, leakage, results that only some runs have."""
     for section in sections:
         if section.metric == "leakage":
             yield from _leaks(section, runs)
@@ -278,12 +267,12 @@ def notes(sections: Sequence[Section], runs: Sequence[Evaluation]) -> Iterator[s
 
 
 def _leaks(section: Section, runs: Sequence[Evaluation]) -> Iterator[str]:
-    """Of each set the largest share that was found in what a run was trained on."""
+    """The largest share of each set that was found in a run's training data."""
     for set_name in dict.fromkeys(group.set for group in section.groups):
         rows = [row for row in section.rows if row.set == set_name and row.share]
         by_share: dict[str, list[str]] = {}
         for i, run in enumerate(runs):
-            found = max((row.cells[i].figure.value for row in rows if row.cells[i]), default=0)
+            found = max((row.measured[i].metric.value for row in rows if i in row.measured), default=0)
             if found > 0:
                 by_share.setdefault(shown(found, True), []).append(run.name)
         for share, names in by_share.items():

@@ -1,4 +1,4 @@
-"""The figures of a report for other programs: one CSV for all, and LaTeX tables with booktabs."""
+"""The metrics of a report for other programs: one CSV for all, and LaTeX tables with booktabs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ COLUMNS = (
     "source_fingerprint",
 )
 LONGEST_LATEX_GROUP = 24
-"""Rows of a group that a LaTeX table holds; longer ones (one row for each class) are left to the CSV."""
+"""Longest group in a LaTeX table; longer ones (a row for each class) are left to the CSV."""
 SPECIAL = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -48,7 +48,7 @@ SPECIAL = {
 
 
 def csv_table(sections: Sequence[Section], runs: Sequence[Evaluation]) -> str:
-    """One line for each figure of each run, values in full precision, shares from 0 to 1; empty where there is none."""
+    """One line for each metric of each run, values in full precision, shares from 0 to 1; empty if there is none."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
@@ -61,10 +61,10 @@ def csv_table(sections: Sequence[Section], runs: Sequence[Evaluation]) -> str:
 
 
 def _csv_row(run: Evaluation, row: Row, cell: Cell) -> list:
-    figure, lead = cell.figure, cell.lead
+    value, lead = cell.metric, cell.lead
     sign = row.better or 1
-    # In the figure's own sign, so that adding it to the value gives the best run's value.
-    ahead = [None] * 4
+    # In the metric's own sign, so that adding it to the value gives the best run's value.
+    ahead: list[float | None] = [None] * 4
     if lead:
         ahead = [sign * lead.difference, *sorted((sign * lead.low, sign * lead.high)), lead.p]
     return [
@@ -72,9 +72,9 @@ def _csv_row(run: Evaluation, row: Row, cell: Cell) -> list:
         row.set,
         row.metric,
         "/".join(row.names),
-        *(None if number is None else repr(number) for number in (figure.value, figure.low, figure.high)),
-        None if figure.chance is None else repr(figure.chance),
-        figure.rows,
+        *(None if number is None else repr(number) for number in (value.value, value.low, value.high)),
+        None if value.chance is None else repr(value.chance),
+        value.rows,
         int(cell.best),
         int(cell.marked),
         row.test,
@@ -84,7 +84,7 @@ def _csv_row(run: Evaluation, row: Row, cell: Cell) -> list:
 
 
 def latex_tables(sections: Sequence[Section], runs: Sequence[Evaluation]) -> str:
-    """A table for each metric, for \\usepackage{booktabs}; marked figures are bold, intervals small."""
+    """A table for each section, for \\usepackage{booktabs}; marked values are bold, intervals small."""
     parts = ["% Tables of a modstruct report. The preamble needs \\usepackage{booktabs}.\n"]
     parts += [_latex_table(section, runs) for section in sections]
     return "\n".join(parts)
@@ -122,7 +122,7 @@ def _latex_group(group: Group, columns: int, with_chance: bool) -> Iterator[str]
     if group.note:
         yield f"\\multicolumn{{{columns}}}{{l}}{{\\scriptsize {escaped(group.note)}}} \\\\"
     if len(group.rows) > LONGEST_LATEX_GROUP:
-        yield f"\\multicolumn{{{columns}}}{{l}}{{{len(group.rows)} figures: see the CSV file}} \\\\"
+        yield f"\\multicolumn{{{columns}}}{{l}}{{{len(group.rows)} metrics: see the CSV file}} \\\\"
         return
     for row in group.rows:
         chance = [] if not with_chance else ["" if row.chance is None else escaped(shown(row.chance, row.share))]
@@ -132,14 +132,14 @@ def _latex_group(group: Group, columns: int, with_chance: bool) -> Iterator[str]
 def _latex_cell(row: Row, cell: Cell | None) -> str:
     if cell is None:
         return "--"
-    figure = cell.figure
-    value = escaped(shown(figure.value, row.share))
+    value = cell.metric
+    text = escaped(shown(value.value, row.share))
     if cell.marked:
-        value = f"\\textbf{{{value}}}"
-    if figure.low is None or figure.high is None:
-        return value
-    low, high = (escaped(shown(bound, row.share)) for bound in (figure.low, figure.high))
-    return f"{value} {{\\scriptsize [{low}, {high}]}}"
+        text = f"\\textbf{{{text}}}"
+    if value.low is None or value.high is None:
+        return text
+    low, high = (escaped(shown(bound, row.share)) for bound in (value.low, value.high))
+    return f"{text} {{\\scriptsize [{low}, {high}]}}"
 
 
 def escaped(text: str) -> str:

@@ -1,4 +1,4 @@
-"""What the figures of a report are called, which are shares, and which way is better."""
+"""What the metrics of a report are called, which are shares, and which way is better."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ TIES = "A tie counts against the model: an item that scores as high as the right
 
 @dataclass(frozen=True)
 class Task:
-    """One metric as a section: its heading, what it measures, and the figures that stand for it in the summary."""
+    """One kind of result as a section: its heading, what it measures, and its metrics in the summary."""
 
     title: str
     explanation: str
     higher_is_better: bool | None = None
-    """None where the figures describe, and no direction is better: nothing is marked."""
+    """None if the metrics describe and no direction is better: nothing is marked."""
     headlines: tuple[str, ...] = ()
-    """Names joined with "/", the wanted ones first."""
+    """Metrics of the summary, names joined with "/"."""
     short: str = ""
-    """What stands before a figure in a sentence, where its own name would not tell the task."""
+    """Precedes a metric in a sentence where its own name does not tell the task."""
     shares: bool = True
-    """Whether figures between 0 and 1 are shares, and shown in percent."""
+    """Whether metrics between 0 and 1 are shares, and shown in percent."""
 
 
 TASKS = {
@@ -48,7 +48,7 @@ TASKS = {
         ("top_1",),
         "Linear probe",
     ),
-    "linear_probe_sgd": Task(
+    "linear_probe_adamw": Task(
         "Linear probe by AdamW",
         "The same by CyCLIP's protocol: 32 epochs of AdamW on the projected features before normalisation.",
         True,
@@ -68,7 +68,7 @@ TASKS = {
         "Shape of the two clouds of embeddings: how near pairs lie (alignment), how evenly each modality fills the "
         "sphere (uniformity), how far apart the modalities lie (gap, linear separability), along how many directions "
         "they spread (effective rank), and where the augmented image lies on the bridge between image and caption. "
-        "These figures describe; no direction is better by itself, so none is marked.",
+        "These metrics describe; no direction is better by itself, so none is marked.",
         shares=False,
     ),
     "information": Task(
@@ -76,13 +76,13 @@ TASKS = {
         "How much caption and image tell of a label, in nats, and the gap between the two. By theorem 3.1 of Jiang "
         "et al. (2023) exact alignment costs at least this gap. Probes estimate each information from below, so that a "
         "gap of two estimates is no bound; where the exact values are known they stand beside it, with the bias. The "
-        "figures describe, so none is marked.",
+        "metrics describe, so none is marked.",
         shares=False,
     ),
     "leakage": Task(
         "Leakage",
         "Items of the set that also occur, wholly or nearly, in what the model was trained on. A share above zero "
-        "makes this set's other figures too good.",
+        "makes this set's other metrics too good.",
     ),
 }
 WORDS = {
@@ -112,11 +112,11 @@ NO_DIRECTION = re.compile(
 
 
 def task_of(metric: str) -> Task:
-    """The section of a metric; an unknown one is shown without a direction."""
+    """The section of a kind of result; an unknown one is shown without a direction."""
     return TASKS.get(metric) or Task(
         humanised(metric),
-        "A metric that this version of the report has no words for: its figures are shown as they were saved, and none "
-        "is marked as better.",
+        "A result that this version of the report does not know: its metrics are shown as they were saved, and none is "
+        "marked as better.",
         shares=False,
     )
 
@@ -141,12 +141,12 @@ def humanised(name: str) -> str:
 
 
 def label(names: tuple[str, ...]) -> str:
-    """A figure's names in one line."""
+    """A metric's names in one line."""
     return ", ".join(humanised(name) for name in names)
 
 
 def is_share(metric: str, names: tuple[str, ...], values: list[float]) -> bool:
-    """Whether a figure is shown in percent: by its metric, unless its name says otherwise or it leaves [0, 1]."""
+    """Whether a metric is shown in percent: by its section, unless its name says otherwise or it leaves [0, 1]."""
     if names[-1] in ALWAYS_SHARES:
         return True
     bare = not any(NOT_SHARES.search(name) for name in names)
@@ -165,12 +165,12 @@ def percent(share: float) -> str:
 
 
 def lowered(text: str) -> str:
-    """Text as it goes on inside a sentence: "Top-K accuracy" -> "top-K accuracy", but "R@1" as it is."""
+    """Text inside a sentence: "Top-K accuracy" -> "top-K accuracy", but "R@1" as it is."""
     return text[:1].lower() + text[1:] if text[1:2].islower() else text
 
 
 def number(value: float) -> str:
-    """Four significant digits, without an exponent where it can be read without."""
+    """Four significant digits, with an exponent only for small values."""
     if value == int(value) and abs(value) < 1e9:
         return f"{int(value):,}"
     if abs(value) >= 1000:

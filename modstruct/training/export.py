@@ -81,9 +81,8 @@ def _export_to_open_clip(
         # Without a name here open_clip.get_tokenizer would hand out CLIP's tokenizer; with it, it says what is missing.
         config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "modstruct.data.tokenizers.load_tokenizer"
     if "logit_bias" in shared:
-        config["model_cfg"]["init_logit_bias"] = shared[
-            "logit_bias"
-        ].item()  # open_clip has the parameter where this is set
+        # open_clip has the parameter where this is given.
+        config["model_cfg"]["init_logit_bias"] = shared["logit_bias"].item()
     save_file(shared, folder / "open_clip_model.safetensors")
     if own:
         save_file(own, folder / "independent_heads.safetensors")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import cast
 
 import torch
 
@@ -22,7 +21,6 @@ from modstruct.evaluation.tables import flatten, table, validation_recall_at_1
 from modstruct.losses.objective import build_objective
 from modstruct.losses.protocol import LossSettings
 from modstruct.models.build import build_model, image_size, initial_tokenizer
-from modstruct.models.fusion.pretraining import FusionModel
 from modstruct.training.export import export
 from modstruct.training.step import StepReport
 from modstruct.training.trainer import Trainer
@@ -93,7 +91,7 @@ class Pretraining(Trainer[Recipe]):
             distributed.device(),
             f"data.{name}",
             inspect,
-            cast(FusionModel, self.engine.model) if self.recipe.framework == "fusion" else None,
+            self.engine.model,
         )
         self.engine.train()
         self.telemetry.scalars({f"{name}/{key}": value for key, value in flatten(metrics).items()}, self.state.step)

@@ -114,7 +114,7 @@ def assert_within(found: dict, right: dict, tolerance: float) -> None:
 def test_one_process_in_float32_agrees_with_float64(in_one_process, in_float64):
     assert_within(in_one_process, in_float64, 1e-5)
     scale_moves = [name for name, parts in in_float64.items() if "gradient of log_scale" in parts]
-    assert len(scale_moves) == 2 * 4  # clip, clip_inmodal, separation, all
+    assert len(scale_moves) == 2 * 5  # clip, clip_inmodal, separation, sigmoid, all
 
 
 @pytest.mark.parametrize("processes", [2, 4])

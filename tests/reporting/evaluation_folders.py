@@ -42,14 +42,14 @@ class Embeddings:
         self.keys = [f"scene-{i:05d}" for i in range(rows)]
 
 
-def save_result(folder: Path, set_name: str, metric: str, figures: dict, outcomes: dict | None = None, **more) -> Path:
+def save_result(folder: Path, set_name: str, metric: str, metrics: dict, outcomes: dict | None = None, **more) -> Path:
     """Write results/SET/METRIC.json, and METRIC.npz where there are outcomes."""
     path = folder / "results" / set_name / f"{metric}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "metric": metric,
         "set": set_name,
-        "figures": figures,
+        "figures": metrics,
         "curves": {},
         "settings": {"seed": 0},
         "rows": {},
@@ -77,12 +77,12 @@ def save_model(folder: Path, name: str, **more) -> None:
 
 def measured_mean(outcomes: np.ndarray, chance: float | None = None) -> dict:
     low, high = bootstrap_mean(outcomes)
-    figure = {"value": float(np.mean(outcomes)), "low": low, "high": high, "rows": len(outcomes)}
-    return figure if chance is None else figure | {"chance": chance}
+    metric = {"value": float(np.mean(outcomes)), "low": low, "high": high, "rows": len(outcomes)}
+    return metric if chance is None else metric | {"chance": chance}
 
 
 def retrieval_result(folder: Path, set_name: str, made: Embeddings) -> None:
-    figures = measure_retrieval(made.image, made.text, made.pairs)
+    metrics = measure_retrieval(made.image, made.text, made.pairs)
     outcomes, curves = {}, {}
     for direction, queries, gallery in (
         ("text_to_image", made.text, made.image),
@@ -92,11 +92,11 @@ def retrieval_result(folder: Path, set_name: str, made: Embeddings) -> None:
         for k in (1, 5, 10):
             name = f"recall_at_{k}"
             outcomes |= {f"{direction}/{name}": ahead < k, f"{direction}/query": np.arange(len(queries))}
-            figures[direction][name] |= measured_mean(ahead < k)
+            metrics[direction][name] |= measured_mean(ahead < k)
         at = (1, 2, 5, 10, 20, 50, 100)
         curves |= {"k": list(map(float, at)), f"{direction}/recall": [float(np.mean(ahead < k)) for k in at]}
     rows = {"image": len(made.image), "text": len(made.text)}
-    save_result(folder, set_name, "retrieval", figures, outcomes, curves=curves, rows=rows)
+    save_result(folder, set_name, "retrieval", metrics, outcomes, curves=curves, rows=rows)
 
 
 def write_run(
@@ -128,12 +128,12 @@ def write_run(
     difficulty = np.random.default_rng(7).random(rows)  # of each image: the same for all runs
     scores = difficulty + 0.15 * random.normal(size=rows)
     top = {f"top_{k}": scores < skill + 0.08 * (k - 1) for k in (1, 3, 5)}
-    figures = {key: measured_mean(right, k / 18) for (key, right), k in zip(top.items(), (1, 3, 5), strict=True)}
-    figures["per_class"] = {
+    metrics = {key: measured_mean(right, k / 18) for (key, right), k in zip(top.items(), (1, 3, 5), strict=True)}
+    metrics["per_class"] = {
         f"class {i}": {"value": float(np.mean(top["top_1"][i::30])), "chance": 1 / 18, "rows": 8} for i in range(30)
     }
     outcomes = {f"first/{name}": right for name, right in top.items()} | {"row": np.arange(rows)}
-    save_result(folder, "shapes", "zero_shot", {"first": figures}, outcomes, rows={"image": rows})
+    save_result(folder, "shapes", "zero_shot", {"first": metrics}, outcomes, rows={"image": rows})
     probe = scores < skill + 0.2
     save_result(
         folder,
@@ -183,10 +183,10 @@ def write_examples(folder: Path, made: Embeddings, queries: int = 3, shown: int 
             examples.append(
                 {
                     "direction": direction,
-                    "query": _item(folder, made, row, picture=not by_text),
+                    "query": _item(folder, made, row, as_image=not by_text),
                     "rank": int((of_row >= of_row[row]).sum()),
                     "results": [
-                        _item(folder, made, i, picture=by_text) | {"right": bool(i == row), "score": float(of_row[i])}
+                        _item(folder, made, i, as_image=by_text) | {"right": bool(i == row), "score": float(of_row[i])}
                         for i in best
                     ],
                 }
@@ -194,8 +194,8 @@ def write_examples(folder: Path, made: Embeddings, queries: int = 3, shown: int 
     (folder / "examples.json").write_text(json.dumps({"examples": examples}))
 
 
-def _item(folder: Path, made: Embeddings, row: int, picture: bool) -> dict:
-    if not picture:
+def _item(folder: Path, made: Embeddings, row: int, as_image: bool) -> dict:
+    if not as_image:
         return {"key": made.keys[row], "text": made.captions[row]}
     file = f"{made.keys[row]}.png"
     if not (folder / file).exists():

@@ -24,7 +24,7 @@ def row_of(tmp_path, results: list[dict], metric: str = "zero_shot"):
 
 
 def with_outcomes(right: np.ndarray, **more) -> dict:
-    return {"figures": {"top_1": measured_mean(right)}, "outcomes": {"top_1": right}} | more
+    return {"metrics": {"top_1": measured_mean(right)}, "outcomes": {"top_1": right}} | more
 
 
 def marked(row) -> list[bool]:
@@ -35,7 +35,7 @@ def test_paired_runs_that_differ_little_are_told_apart_where_intervals_overlap(t
     worse, better = DIFFICULTY < 0.50, DIFFICULTY < 0.54
     row = row_of(tmp_path, [with_outcomes(worse), with_outcomes(better)])
     low, high = row.cells
-    assert low.figure.high > high.figure.low
+    assert low.metric.high > high.metric.low
     assert row.test == "paired"
     assert marked(row) == [False, True]
     assert low.lead.difference == pytest.approx(better.mean() - worse.mean())
@@ -65,13 +65,13 @@ def test_other_data_are_never_compared(tmp_path):
     assert "Not the same data" in section.groups[0].note
 
 
-def test_outcomes_of_other_rows_or_another_figure_are_not_paired(tmp_path):
+def test_outcomes_of_other_rows_or_another_metric_are_not_paired(tmp_path):
     first, second = DIFFICULTY < 0.9, DIFFICULTY < 0.1
     rows = np.arange(400)
     others = [
         {"outcomes": {"top_1": second, "row": rows + 1}},
         {"outcomes": {"top_1": second[:-1], "row": rows[:-1]}},
-        {"outcomes": {"top_1": ~second, "row": rows}},  # the mean is not the figure
+        {"outcomes": {"top_1": ~second, "row": rows}},  # the mean is not the metric
     ]
     for number, other in enumerate(others):
         good = with_outcomes(first, outcomes={"top_1": first, "row": rows})
@@ -91,31 +91,31 @@ def test_rows_of_one_group_count_once(tmp_path):
 
 
 def test_without_outcomes_intervals_decide_and_without_intervals_nothing_does(tmp_path):
-    def figure(value, half=None):
+    def metric(value, half=None):
         interval = {} if half is None else {"low": value - half, "high": value + half}
-        return {"figures": {"top_1": {"value": value} | interval}}
+        return {"metrics": {"top_1": {"value": value} | interval}}
 
-    row = row_of(tmp_path / "apart", [figure(0.5, 0.05), figure(0.58, 0.05), figure(0.7, 0.05)])
+    row = row_of(tmp_path / "apart", [metric(0.5, 0.05), metric(0.58, 0.05), metric(0.7, 0.05)])
     assert (row.test, marked(row)) == ("intervals", [False, False, True])
-    row = row_of(tmp_path / "overlap", [figure(0.5, 0.05), figure(0.58, 0.05)])
+    row = row_of(tmp_path / "overlap", [metric(0.5, 0.05), metric(0.58, 0.05)])
     assert (row.test, marked(row)) == ("intervals", [False, False])
-    row = row_of(tmp_path / "none", [figure(0.5), figure(0.9)])
+    row = row_of(tmp_path / "none", [metric(0.5), metric(0.9)])
     assert (row.test, marked(row), row.best) == (None, [False, False], 1)
 
 
 def test_lower_is_better_for_ranks_and_structure_has_no_better(tmp_path):
-    def figure(name, value):
-        return {"figures": {name: {"value": value, "low": value - 0.1, "high": value + 0.1}}}
+    def metric(name, value):
+        return {"metrics": {name: {"value": value, "low": value - 0.1, "high": value + 0.1}}}
 
-    row = row_of(tmp_path / "rank", [figure("median_rank", 3), figure("median_rank", 9)], "retrieval")
+    row = row_of(tmp_path / "rank", [metric("median_rank", 3), metric("median_rank", 9)], "retrieval")
     assert (row.best, row.share, marked(row)) == (0, False, [True, False])
-    row = row_of(tmp_path / "gap", [figure("modality_gap", 0.3), figure("modality_gap", 0.9)], "structure")
+    row = row_of(tmp_path / "gap", [metric("modality_gap", 0.3), metric("modality_gap", 0.9)], "structure")
     assert (row.better, row.share, marked(row)) == (0, False, [False, False])
-    row = row_of(tmp_path / "new", [figure("surprise", 0.3), figure("surprise", 0.9)], "a_new_metric")
+    row = row_of(tmp_path / "new", [metric("surprise", 0.3), metric("surprise", 0.9)], "a_new_metric")
     assert (row.better, marked(row)) == (0, [False, False])
 
 
-def test_a_run_without_the_figure_leaves_its_place_empty(tmp_path):
+def test_a_run_without_the_metric_leaves_its_place_empty(tmp_path):
     row = row_of(tmp_path, [with_outcomes(DIFFICULTY < 0.5), with_outcomes(DIFFICULTY < 0.9)])
     save_model(tmp_path / "empty", "empty")
     save_result(tmp_path / "empty", "scenes", "structure", {"alignment": {"value": 1}})

@@ -13,17 +13,17 @@ from modstruct.reporting.loading import load_evaluation, load_evaluations
 from modstruct.reporting.report import write_report
 
 
-def test_figures_are_read_by_their_names(tmp_path):
+def test_metrics_are_read_by_their_names(tmp_path):
     save_model(tmp_path, "clip")
-    figures = {
+    metrics = {
         "first": {"top_1": {"value": 0.5, "chance": 0.1, "low": 0.4, "high": 0.6, "rows": 7}},
         "gap": {"value": -1},
     }
-    save_result(tmp_path, "shapes", "zero_shot", figures, {"first/top_1": np.array([1, 0])})
+    save_result(tmp_path, "shapes", "zero_shot", metrics, {"first/top_1": np.array([1, 0])})
     result = load_evaluation(tmp_path).results["shapes", "zero_shot"]
-    assert set(result.figures) == {("first", "top_1"), ("gap",)}
-    figure = result.figures["first", "top_1"]
-    assert (figure.value, figure.chance, figure.low, figure.high, figure.rows) == (0.5, 0.1, 0.4, 0.6, 7)
+    assert set(result.metrics) == {("first", "top_1"), ("gap",)}
+    metric = result.metrics["first", "top_1"]
+    assert (metric.value, metric.chance, metric.low, metric.high, metric.rows) == (0.5, 0.1, 0.4, 0.6, 7)
     assert result.outcomes["first/top_1"].tolist() == [1, 0]
 
 
@@ -46,7 +46,7 @@ def test_a_broken_result_is_refused_by_name(tmp_path, content, named):
     save_model(tmp_path, "clip")
     path = save_result(tmp_path, "scenes", "retrieval", {"a": {"value": 1}})
     path.write_text(content)
-    with pytest.raises(ValueError, match="measure this set anew") as refused:
+    with pytest.raises(ValueError, match="measure this set again") as refused:
         load_evaluation(tmp_path)
     assert str(path) in str(refused.value)
     assert named in str(refused.value)
@@ -83,3 +83,13 @@ def test_models_of_one_name_are_told_apart_by_their_folders(tmp_path):
         save_result(tmp_path / folder, "scenes", "retrieval", {"a": {"value": 1}})
     names = [run.name for run in load_evaluations([tmp_path / "a", tmp_path / "b"])]
     assert len(set(names)) == 2
+
+
+def test_results_of_the_adamw_probe_are_read_by_their_former_name_too(tmp_path):
+    save_model(tmp_path, "clip")
+    save_result(tmp_path, "shapes", "linear_probe_sgd", {"top_1": {"value": 0.5}})
+    read = load_evaluation(tmp_path).results["shapes", "linear_probe_adamw"]
+    assert read.metrics["top_1",].value == 0.5
+    save_result(tmp_path, "shapes", "linear_probe_adamw", {"top_1": {"value": 0.6}})
+    read = load_evaluation(tmp_path).results["shapes", "linear_probe_adamw"]
+    assert read.metrics["top_1",].value == 0.6

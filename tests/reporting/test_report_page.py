@@ -159,8 +159,8 @@ def test_queries_of_several_runs_stand_together(run_folders):
 def test_images_beyond_the_limit_are_named_instead(run_folders):
     found = galleries(load_evaluations(run_folders), Images(limit=3000))
     items = [item for g in found for q in g.queries for one in q.found for item in one.results if item.text is None]
-    shown = [item for item in items if item.picture]
-    assert 0 < sum(len(uri) for uri in {item.picture for item in shown}) <= 3000
+    shown = [item for item in items if item.image]
+    assert 0 < sum(len(uri) for uri in {item.image for item in shown}) <= 3000
     assert len(shown) < len(items)
     assert all(item.name for item in items)
 

@@ -1,4 +1,4 @@
-"""The CSV holds every figure in full; LaTeX is escaped and balanced."""
+"""The CSV holds every metric in full; LaTeX is escaped and balanced."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from modstruct.reporting.loading import load_evaluations
 from modstruct.reporting.tables import csv_table, escaped, latex_tables
 
 
-def test_the_csv_gives_back_every_figure_exactly(run_folders, report):
+def test_the_csv_gives_back_every_metric_exactly(run_folders, report):
     runs = load_evaluations(run_folders)
     lines = list(csv.DictReader(io.StringIO(report.csv.read_text())))
     found = {(line["run"], line["set"], line["metric"], line["figure"]): line for line in lines}
     assert len(found) == len(lines)
     expected = {
-        (run.name, result.set, result.metric, "/".join(names)): figure
+        (run.name, result.set, result.metric, "/".join(names)): metric
         for run in runs
         for result in run.results.values()
-        for names, figure in result.figures.items()
+        for names, metric in result.metrics.items()
     }
     assert found.keys() == expected.keys()
-    for key, figure in expected.items():
+    for key, metric in expected.items():
         read = [found[key][name] for name in ("value", "low", "high", "chance", "rows")]
-        written = [figure.value, figure.low, figure.high, figure.chance, figure.rows]
+        written = [metric.value, metric.low, metric.high, metric.chance, metric.rows]
         assert [float(text) if text else None for text in read] == written
 
 
@@ -62,5 +62,5 @@ def test_latex_tables_are_balanced_and_mark_the_best_in_bold(run_folders, report
 def test_a_group_of_many_classes_is_left_to_the_csv(run_folders):
     runs = load_evaluations(run_folders)
     sections = compare(runs)
-    assert "30 figures: see the CSV file" in latex_tables(sections, runs)
+    assert "30 metrics: see the CSV file" in latex_tables(sections, runs)
     assert "per_class/class 29" in csv_table(sections, runs)

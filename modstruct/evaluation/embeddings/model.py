@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from modstruct import checkpoints, distributed
 from modstruct.config import Recipe
@@ -21,6 +21,7 @@ from modstruct.evaluation.embeddings.in_memory import Encode
 from modstruct.evaluation.embeddings.set_files import IMAGE_ARRAYS, TEXT_ARRAYS
 from modstruct.losses.objective import build_objective
 from modstruct.models.build import build_model, image_size
+from modstruct.models.protocol import TrainableModel
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def find_checkpoint(checkpoint: str) -> Path:
     return path
 
 
-def load_model(recipe: Recipe, path: Path, tokenizer: Tokenizer) -> nn.Module:
+def load_model(recipe: Recipe, path: Path, tokenizer: Tokenizer) -> TrainableModel:
     """The model of a checkpoint's folder, whole and in evaluation mode, on this process's device."""
     model = build_model(recipe, tokenizer, build_objective(recipe.losses), read_weights=False)
     checkpoints.load_weights(model, checkpoints.read_weights(path), path)

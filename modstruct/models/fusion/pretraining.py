@@ -69,6 +69,10 @@ class FusionModel(EmaModel):
         self._queue = [FeatureQueue(config.queue, config.embed_dim)]
 
     @property
+    def matcher(self) -> FusionModel:
+        return self
+
+    @property
     def queue(self) -> FeatureQueue:
         return self._queue[0]
 

@@ -24,7 +24,7 @@ def inputs_of(train, test, validation=None, keys=None):
     return ProbeInputs(names, features_of(rows, labels), features_of(*test), held, keys, held_keys)
 
 
-def pictures(inputs, places):
+def images(inputs, places):
     return {inputs.train_keys[place] for place in places}
 
 
@@ -58,13 +58,13 @@ def test_another_order_of_rows_or_a_lost_image_draws_the_same_images():
     rows, labels = clouds(60, 3, 3, seed=0)
     config = FewShotConfig(shots=(4,), strength=1.0)
     one = inputs_of((rows, labels), (rows, labels))
-    drawn = pictures(one, draw_episodes(one, config, 0)[4].shots)
+    drawn = images(one, draw_episodes(one, config, 0)[4].shots)
     unused = next(i for i in range(60) if one.train_keys[i] not in drawn)
     order = np.delete(np.random.default_rng(1).permutation(60), 0)
     order = order if unused not in order else np.array([i for i in order if i != unused])
     order = np.union1d(order, [one.train_keys.index(key) for key in drawn])[::-1]
     two = inputs_of((rows[order], labels[order]), (rows, labels), keys=[one.train_keys[i] for i in order])
-    assert pictures(two, draw_episodes(two, config, 0)[4].shots) == drawn
+    assert images(two, draw_episodes(two, config, 0)[4].shots) == drawn
 
 
 def test_every_image_is_drawn_as_often_as_another():

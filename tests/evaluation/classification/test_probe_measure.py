@@ -41,17 +41,17 @@ def test_the_last_fit_is_scikit_learns_on_train_and_validation(sets):
     truth = test.labels
     right = peer.predict(test.rows("image_features")) == truth
     np.testing.assert_array_equal(outcomes["top_1"], right)
-    figures = result["figures"]
+    metrics = result["figures"]
     for name in ("top_1", "top_5"):
-        assert figures[name].pop("low") < figures[name]["value"] < figures[name].pop("high")
-    assert figures["top_1"] == {"value": pytest.approx(right.mean()), "chance": 1 / 7, "rows": 140}
-    assert figures["top_5"] == {
+        assert metrics[name].pop("low") < metrics[name]["value"] < metrics[name].pop("high")
+    assert metrics["top_1"] == {"value": pytest.approx(right.mean()), "chance": 1 / 7, "rows": 140}
+    assert metrics["top_5"] == {
         "value": pytest.approx(outcomes["top_5"].mean(dtype=np.float64)),
         "chance": 5 / 7,
         "rows": 140,
     }
     per_class = np.mean([right[truth == c].mean() for c in range(CLASSES)])
-    assert figures["mean_per_class"] == {"value": pytest.approx(per_class), "chance": 1 / 7, "rows": 7}
+    assert metrics["mean_per_class"] == {"value": pytest.approx(per_class), "chance": 1 / 7, "rows": 7}
     assert result["rows"] == {"train": 210, "test": 140, "fitted": 280, "validation": 70}
     assert (result["metric"], result["set"], result["source_fingerprint"]) == ("linear_probe", "test", "s0")
     curves = result["curves"]
@@ -135,17 +135,17 @@ def test_features_say_what_is_before_them(tmp_path):
 def test_few_shots_have_means_deviations_and_outcomes_over_draws(sets):
     config = FewShotConfig(shots=(1, 4, 16), draws=3)
     result, outcomes = measure_few_shot(*sets[:2], config=config)
-    figures, curves = result["figures"], result["curves"]
+    metrics, curves = result["figures"], result["curves"]
     for shots in config.shots:
         each = curves[f"shots_{shots}/top_1"]
         assert len(each) == 3
-        named = figures[f"shots_{shots}"]
+        named = metrics[f"shots_{shots}"]
         assert named["top_1"] == {"value": pytest.approx(np.mean(each)), "chance": 1 / 7, "rows": 140}
         assert named["top_1_deviation"]["value"] == pytest.approx(np.std(each, ddof=1))
         assert outcomes[f"shots_{shots}/top_1"].mean() == pytest.approx(np.mean(each))
         assert set(np.round(outcomes[f"shots_{shots}/top_1"] * 3, 5)) <= {0, 1, 2, 3}
     assert curves["shots"] == [1, 4, 16]
-    assert curves["top_1"] == [figures[f"shots_{shots}"]["top_1"]["value"] for shots in config.shots]
+    assert curves["top_1"] == [metrics[f"shots_{shots}"]["top_1"]["value"] for shots in config.shots]
     assert curves["top_1"][0] < curves["top_1"][2]
     assert result == {**result, "metric": "few_shot", "set": "test"}
     json.dumps(result)

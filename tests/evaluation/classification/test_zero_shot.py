@@ -29,8 +29,8 @@ def grid(random, *shape):
 def plainly_ahead(image, classes, truth, names=None):
     """Classes that score as high as the image's own, by two loops in float64."""
     ahead = []
-    for picture, label in zip(image.astype(np.float64), truth, strict=True):
-        scores = classes.astype(np.float64) @ picture
+    for row, label in zip(image.astype(np.float64), truth, strict=True):
+        scores = classes.astype(np.float64) @ row
         count = 0
         for other in range(len(classes)):
             same = names is not None and names[other] == names[label] and np.array_equal(classes[other], classes[label])
@@ -77,14 +77,14 @@ def test_accuracy_agrees_with_sorting():
     truth = random.integers(0, 6, 500)  # class 6 has no image
     truth[:300] = 0  # uneven classes: the two averages differ
     order = np.argsort(-(image @ classes.T), axis=1)
-    figures = zero_shot(image.astype(np.float32), classes.astype(np.float32), truth, [1, 3, 7, 8])
+    metrics = zero_shot(image.astype(np.float32), classes.astype(np.float32), truth, [1, 3, 7, 8])
     for k in (1, 3, 7):
-        assert figures[f"top_{k}"]["value"] == np.mean((order[:, :k] == truth[:, None]).any(axis=1))
-        assert figures[f"top_{k}"]["chance"] == pytest.approx(k / 7)
-    assert "top_8" not in figures
+        assert metrics[f"top_{k}"]["value"] == np.mean((order[:, :k] == truth[:, None]).any(axis=1))
+        assert metrics[f"top_{k}"]["chance"] == pytest.approx(k / 7)
+    assert "top_8" not in metrics
     per_class = [np.mean(order[truth == c, 0] == c) for c in range(6)]
-    assert figures["mean_per_class"]["value"] == pytest.approx(np.mean(per_class))
-    assert figures["mean_per_class"]["chance"] == pytest.approx(1 / 7)
+    assert metrics["mean_per_class"]["value"] == pytest.approx(np.mean(per_class))
+    assert metrics["mean_per_class"]["chance"] == pytest.approx(1 / 7)
 
 
 def test_collapsed_class_embeddings_are_never_right():
@@ -119,7 +119,7 @@ def test_rows_choose_images_whatever_the_blocks(monkeypatch):
     assert classes_ahead(image, classes.astype(np.float32), truth, rows).tolist() == whole.tolist()
 
 
-def test_the_metric_is_that_of_plain_counting(tmp_path):
+def test_metrics_are_those_of_plain_counting(tmp_path):
     random = np.random.default_rng(5)
     prompts = unit(random.normal(size=(7, 4, 6)))
     labels = random.integers(-1, 6, 300)  # class 6 has no image, and some images have no class
@@ -128,39 +128,39 @@ def test_the_metric_is_that_of_plain_counting(tmp_path):
     labels[7] = 5  # a class of one image
     image = unit(random.normal(size=(300, 6))).astype(np.float32)
     image[labels >= 0] = unit(image[labels >= 0] + 0.5 * prompts[labels[labels >= 0]].mean(1)).astype(np.float32)
-    metric, outcomes = measure_zero_shot(embedded(tmp_path, image, prompts, labels), top_k=(1, 3, 7, 8))
+    result, outcomes = measure_zero_shot(embedded(tmp_path, image, prompts, labels), top_k=(1, 3, 7, 8))
 
     rows = np.flatnonzero(labels >= 0)
     truth = labels[rows]
-    assert metric["metric"] == "zero_shot"
-    assert metric["set"] == "things"
-    assert metric["source_fingerprint"] == "abc"
-    assert metric["rows"] == {"image": 300, "labelled": len(rows), "classes": 7}
+    assert result["metric"] == "zero_shot"
+    assert result["set"] == "things"
+    assert result["source_fingerprint"] == "abc"
+    assert result["rows"] == {"image": 300, "labelled": len(rows), "classes": 7}
     assert outcomes["row"].tolist() == rows.tolist()
     assert outcomes["label"].tolist() == truth.tolist()
     for group, chosen in (("first", [0]), ("ensemble", [0, 1, 2, 3])):
         classes = unit(unit(prompts[:, chosen].astype(np.float32).astype(np.float64)).mean(1))
         ahead = plainly_ahead(image[rows], classes.astype(np.float32), truth)
-        figures = metric["figures"][group]
+        metrics = result["figures"][group]
         assert outcomes[f"{group}/classes_ahead"].tolist() == ahead.tolist()
         for k in (1, 3, 7):
-            figure = figures[f"top_{k}"]
+            metric = metrics[f"top_{k}"]
             assert outcomes[f"{group}/top_{k}"].tolist() == (ahead < k).tolist()
-            assert figure["value"] == pytest.approx(np.mean(ahead < k))
-            assert figure["chance"] == k / 7
-            assert figure["rows"] == len(rows)
-            assert 0 <= figure["low"] <= figure["value"] <= figure["high"] <= 1
-        assert "top_8" not in figures
+            assert metric["value"] == pytest.approx(np.mean(ahead < k))
+            assert metric["chance"] == k / 7
+            assert metric["rows"] == len(rows)
+            assert 0 <= metric["low"] <= metric["value"] <= metric["high"] <= 1
+        assert "top_8" not in metrics
         each = {c: np.mean(ahead[truth == c] < 1) for c in range(6)}
-        mean = figures["mean_per_class"]
+        mean = metrics["mean_per_class"]
         assert mean["value"] == pytest.approx(np.mean(list(each.values())))
         assert mean["chance"] == 1 / 7
         assert mean["rows"] == 6
         assert 0 <= mean["low"] < mean["value"] < mean["high"] <= 1
         table = {f"class {c}": (each[c], int(np.sum(truth == c))) for c in range(6)}
-        assert {n: (f["value"], f["rows"]) for n, f in figures["per_class"].items()} == table
+        assert {n: (f["value"], f["rows"]) for n, f in metrics["per_class"].items()} == table
         plain = zero_shot(image[rows], class_embeddings(prompts[:, chosen].reshape(-1, 6), len(chosen)), truth, [1, 3])
-        assert plain["top_3"] == pytest.approx({"value": figures["top_3"]["value"], "chance": 3 / 7})
+        assert plain["top_3"] == pytest.approx({"value": metrics["top_3"]["value"], "chance": 3 / 7})
         assert plain["mean_per_class"]["value"] == pytest.approx(mean["value"])
 
 
@@ -196,10 +196,10 @@ def test_one_image_a_class_gives_the_interval_of_top_1(tmp_path):
     random = np.random.default_rng(8)
     prompts = unit(random.normal(size=(40, 1, 16)))
     image = unit(prompts[:, 0] + 0.4 * random.normal(size=(40, 16)))
-    figures = measure_zero_shot(embedded(tmp_path, image, prompts, np.arange(40)))[0]["figures"]["first"]
-    assert 0 < figures["top_1"]["value"] < 1
+    metrics = measure_zero_shot(embedded(tmp_path, image, prompts, np.arange(40)))[0]["figures"]["first"]
+    assert 0 < metrics["top_1"]["value"] < 1
     ends = ("value", "low", "high")
-    assert [figures["mean_per_class"][e] for e in ends] == pytest.approx([figures["top_1"][e] for e in ends])
+    assert [metrics["mean_per_class"][e] for e in ends] == pytest.approx([metrics["top_1"][e] for e in ends])
     right = measure_zero_shot(embedded(tmp_path / "r", prompts[:, 0], prompts, np.arange(40)))[0]["figures"]["first"]
     assert right["mean_per_class"]["value"] == 1
     assert right["mean_per_class"]["high"] == pytest.approx(1)

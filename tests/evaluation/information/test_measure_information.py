@@ -52,9 +52,9 @@ def toy_set(folder, rows=400, captions_each=1):
 
 def test_what_each_modality_knows_is_found(tmp_path):
     result, outcomes = measure_information(toy_set(tmp_path / "set"), ["colour", "light", "mood"], QUICK)
-    figures = result["figures"]
+    metrics = result["figures"]
     for label, entropy, text, image in (("colour", 3, True, True), ("light", 2, False, True), ("mood", 4, True, False)):
-        own = figures[label]
+        own = metrics[label]
         assert own["entropy"]["value"] == pytest.approx(np.log(entropy), abs=0.02)
         for name, knows in (("text", text), ("image", image), ("joint", True)):
             assert own[name]["value"] == pytest.approx(knows * np.log(entropy), abs=0.1)
@@ -128,7 +128,7 @@ def test_words_and_neighbours_are_counted_without_their_marks():
     assert bag_of_words(["a", "b"], largest=5).tolist() == [[0], [0]]
 
 
-def test_scenes_are_drawn_anew_from_their_records():
+def test_scenes_are_drawn_again_from_their_records():
     scene, _ = next(scenes(3, "train"))
     pixels = scene_pixels([scene.record(), scene.record()], 8)
     assert pixels.shape == (2, 192)

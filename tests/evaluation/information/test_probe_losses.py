@@ -47,22 +47,22 @@ def test_estimates_are_near_the_information_and_not_above_it_beyond_chance(seed)
         "image": mutual_information(joint.sum(0)),
         "joint": mutual_information(joint.reshape(16, 3)),
     }
-    figures = information_metrics(
+    metrics = information_metrics(
         label_surprise(y, 3),
         {name: loss.rows for name, loss in found.items()},
         np.arange(len(y)),
         exact=ExactInformation(entropy(joint.sum((0, 1))), **exact, aligned=0.0),
     )
     for name, value in exact.items():
-        width = figures[name]["high"] - figures[name]["low"]
+        width = metrics[name]["high"] - metrics[name]["low"]
         # Each of up to 32 free weights costs half a nat of held-out loss, over all training rows.
-        assert value - 0.05 - width < figures[name]["value"] < value + width
-        assert figures[name]["low"] <= figures[name]["value"] <= figures[name]["high"]
-        assert figures["bias"][name]["value"] == pytest.approx(figures[name]["value"] - value)
-        assert figures["exact"][name] == {"value": pytest.approx(value)}
+        assert value - 0.05 - width < metrics[name]["value"] < value + width
+        assert metrics[name]["low"] <= metrics[name]["value"] <= metrics[name]["high"]
+        assert metrics["bias"][name]["value"] == pytest.approx(metrics[name]["value"] - value)
+        assert metrics["exact"][name] == {"value": pytest.approx(value)}
     gap = abs(exact["text"] - exact["image"])
-    assert figures["gap"]["value"] == pytest.approx(abs(figures["text"]["value"] - figures["image"]["value"]))
-    assert figures["gap"]["low"] - 0.05 < gap < figures["gap"]["high"] + 0.05
+    assert metrics["gap"]["value"] == pytest.approx(abs(metrics["text"]["value"] - metrics["image"]["value"]))
+    assert metrics["gap"]["low"] - 0.05 < gap < metrics["gap"]["high"] + 0.05
 
 
 def test_estimates_of_labels_that_features_do_not_tell_are_near_nothing():
@@ -127,10 +127,10 @@ def test_exactly_aligned_features_cost_at_least_the_gap_by_estimate_too():
         features, {"text": ["text"], "image": ["image"], "joint": ["text", "image"], "shared": ["aligned"]}
     )
     losses = {name: loss.rows for name, loss in found.items()}
-    figures = information_metrics(label_surprise(own, 4), losses, np.arange(ROWS))
-    assert figures["excess"]["value"] == pytest.approx(np.log(4), abs=0.06)
-    assert figures["excess"]["value"] >= figures["gap"]["value"] - 0.02
-    assert "exact" not in figures
+    metrics = information_metrics(label_surprise(own, 4), losses, np.arange(ROWS))
+    assert metrics["excess"]["value"] == pytest.approx(np.log(4), abs=0.06)
+    assert metrics["excess"]["value"] >= metrics["gap"]["value"] - 0.02
+    assert "exact" not in metrics
 
 
 def test_what_probes_cannot_be_is_refused():

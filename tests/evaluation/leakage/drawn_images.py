@@ -17,42 +17,42 @@ def drawn(number: int, side: int = 128) -> Image.Image:
     return rough.resize((side, side), Image.Resampling.BICUBIC)
 
 
-def coded(picture: Image.Image, quality: int) -> Image.Image:
+def coded(image: Image.Image, quality: int) -> Image.Image:
     """Through a JPEG file and back."""
     content = io.BytesIO()
-    picture.save(content, "JPEG", quality=quality)
+    image.save(content, "JPEG", quality=quality)
     return Image.open(content).convert("RGB")
 
 
-def cropped(picture: Image.Image, share: float, left: float = 0.5, top: float = 0.5) -> Image.Image:
+def cropped(image: Image.Image, share: float, left: float = 0.5, top: float = 0.5) -> Image.Image:
     """Without so large a share of its width and height, of which `left` and `top` at the left and at the top."""
-    width, height = (round(side * (1 - share)) for side in picture.size)
-    x, y = round((picture.width - width) * left), round((picture.height - height) * top)
-    return picture.crop((x, y, x + width, y + height))
+    width, height = (round(side * (1 - share)) for side in image.size)
+    x, y = round((image.width - width) * left), round((image.height - height) * top)
+    return image.crop((x, y, x + width, y + height))
 
 
-def brighter(picture: Image.Image, factor: float) -> Image.Image:
-    return ImageEnhance.Brightness(picture).enhance(factor)
+def brighter(image: Image.Image, factor: float) -> Image.Image:
+    return ImageEnhance.Brightness(image).enhance(factor)
 
 
 COPIES = {
-    "the same": lambda picture: picture,
-    "JPEG 50": lambda picture: coded(picture, 50),
-    "JPEG 20": lambda picture: coded(picture, 20),
-    "half the size": lambda picture: coded(picture.resize((64, 64), Image.Resampling.BICUBIC), 90),
-    "larger": lambda picture: coded(picture.resize((200, 200), Image.Resampling.BICUBIC), 90),
-    "other proportions": lambda picture: picture.resize((120, 90), Image.Resampling.BICUBIC),
-    "a crop of 5 % from the middle": lambda picture: cropped(picture, 0.05),
-    "a crop of 5 % from a corner": lambda picture: cropped(picture, 0.05, 1, 0),
-    "a crop of 4 % at the left": lambda picture: cropped(picture, 0.04, 1, 0.3),
-    "brighter": lambda picture: brighter(picture, 1.1),
-    "darker": lambda picture: brighter(picture, 0.9),
+    "the same": lambda image: image,
+    "JPEG 50": lambda image: coded(image, 50),
+    "JPEG 20": lambda image: coded(image, 20),
+    "half the size": lambda image: coded(image.resize((64, 64), Image.Resampling.BICUBIC), 90),
+    "larger": lambda image: coded(image.resize((200, 200), Image.Resampling.BICUBIC), 90),
+    "other proportions": lambda image: image.resize((120, 90), Image.Resampling.BICUBIC),
+    "a crop of 5 % from the middle": lambda image: cropped(image, 0.05),
+    "a crop of 5 % from a corner": lambda image: cropped(image, 0.05, 1, 0),
+    "a crop of 4 % at the left": lambda image: cropped(image, 0.04, 1, 0.3),
+    "brighter": lambda image: brighter(image, 1.1),
+    "darker": lambda image: brighter(image, 0.9),
 }
 
 
-def thumbnails(pictures) -> np.ndarray:
-    return np.stack([thumbnail(picture) for picture in pictures])
+def thumbnails(images) -> np.ndarray:
+    return np.stack([thumbnail(image) for image in images])
 
 
-def mirror(picture: Image.Image) -> Image.Image:
-    return ImageOps.mirror(picture)
+def mirror(image: Image.Image) -> Image.Image:
+    return ImageOps.mirror(image)

@@ -12,11 +12,11 @@ from modstruct.evaluation.leakage.duplicates import Thresholds, find_duplicates
 from modstruct.evaluation.leakage.perceptual_hash import image_differences
 from modstruct.evaluation.leakage.prints import Prints, rows_by_key
 
-PICTURES = 60
+IMAGES = 60
 
 
-def prints(pictures, name="p") -> Prints:
-    rows = thumbnails(pictures)
+def prints(images, name="p") -> Prints:
+    rows = thumbnails(images)
     return Prints.of_thumbnails(rows, [f"{name}{n}" for n in range(len(rows))])
 
 
@@ -26,14 +26,14 @@ def found_pairs(found) -> set[tuple[int, int]]:
 
 @pytest.fixture(scope="module")
 def train():
-    return prints([drawn(n) for n in range(PICTURES)], "train")
+    return prints([drawn(n) for n in range(IMAGES)], "train")
 
 
 @pytest.mark.parametrize("kind", COPIES)
 def test_planted_copies_are_found_and_others_not(train, kind):
     """Even rows are copies, each of its own image; odd ones are of no image of the training source."""
-    pictures = [COPIES[kind](drawn(n if n % 2 == 0 else 1000 + n)) for n in range(20)]
-    found = find_duplicates(prints(pictures), train)
+    images = [COPIES[kind](drawn(n if n % 2 == 0 else 1000 + n)) for n in range(20)]
+    found = find_duplicates(prints(images), train)
     assert found_pairs(found) == {(n, n) for n in range(0, 20, 2)}
     assert found.by_hash.all()
     assert not found.by_embedding.any()
@@ -41,23 +41,23 @@ def test_planted_copies_are_found_and_others_not(train, kind):
 
 
 def test_mirrored_copies_are_found_by_choice(train):
-    pictures = prints([mirror(drawn(n)) for n in range(5)])
-    assert not len(find_duplicates(pictures, train).train)
-    found = find_duplicates(pictures, train, Thresholds(mirrored=True))
+    images = prints([mirror(drawn(n)) for n in range(5)])
+    assert not len(find_duplicates(images, train).train)
+    found = find_duplicates(images, train, Thresholds(mirrored=True))
     assert found_pairs(found) == {(n, n) for n in range(5)}
     assert found.mirrored.all()
     plain = find_duplicates(train, train, Thresholds(mirrored=True))
-    assert found_pairs(plain) == {(n, n) for n in range(PICTURES)}
+    assert found_pairs(plain) == {(n, n) for n in range(IMAGES)}
     assert not plain.mirrored.any()
 
 
 def disc(colour, mark=None) -> Image.Image:
-    picture = Image.new("RGB", (96, 96), "white")
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (96, 96), "white")
+    draw = ImageDraw.Draw(image)
     draw.ellipse((8, 8, 88, 88), fill=colour)
     if mark is not None:
         draw.rectangle(mark, fill="black")
-    return picture
+    return image
 
 
 def test_another_colour_or_detail_is_another_image():
@@ -101,13 +101,13 @@ def many_queries(placeholder: np.ndarray, count: int) -> Prints:
 
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_what_is_found_does_not_depend_on_blocks(train, monkeypatch, mirrored):
-    pictures = [COPIES["JPEG 50"](drawn(n % 7)) for n in range(30)] + [Image.new("RGB", (9, 9))]
+    images = [COPIES["JPEG 50"](drawn(n % 7)) for n in range(30)] + [Image.new("RGB", (9, 9))]
     thresholds = Thresholds(mirrored=mirrored)
-    whole = find_duplicates(prints(pictures), train, thresholds)
+    whole = find_duplicates(prints(images), train, thresholds)
     monkeypatch.setattr(duplicates_module, "ROWS_AT_ONCE", 4)
     monkeypatch.setattr("modstruct.evaluation.leakage.perceptual_hash.GALLERY_AT_ONCE", 13)
     monkeypatch.setattr("modstruct.evaluation.leakage.perceptual_hash.QUERIES_AT_ONCE", 3)
-    parts = find_duplicates(prints(pictures), train, thresholds)
+    parts = find_duplicates(prints(images), train, thresholds)
     assert found_pairs(parts) == found_pairs(whole) == {(n, n % 7) for n in range(30)}
     for name, values in vars(whole).items():
         np.testing.assert_allclose(getattr(parts, name), values, atol=1e-5)
@@ -116,8 +116,8 @@ def test_what_is_found_does_not_depend_on_blocks(train, monkeypatch, mirrored):
 def test_pairs_by_embedding_join_those_by_hash(train):
     """Image 0 is near by both, 1 by hash alone, 2 by its embedding alone, 3 by neither."""
     evaluation = prints([drawn(0), drawn(1), drawn(1002), drawn(1003)])
-    train_rows = np.eye(PICTURES, dtype=np.float32)
-    rows = np.zeros((4, PICTURES), dtype=np.float32)
+    train_rows = np.eye(IMAGES, dtype=np.float32)
+    rows = np.zeros((4, IMAGES), dtype=np.float32)
     rows[0, 0] = rows[2, 9] = 1
     rows[1, [1, 30]] = rows[3, [3, 4]] = np.sqrt(0.5)
     found = find_duplicates(evaluation, train, embeddings=(rows, train_rows))

@@ -26,13 +26,13 @@ import find_leakage
 from crafted_shards import write_tar
 
 
-def write_images(path: Path, pictures: dict[str, Image.Image | bytes]) -> None:
+def write_images(path: Path, images: dict[str, Image.Image | bytes]) -> None:
     members = []
-    for key, picture in pictures.items():
-        content = picture
-        if not isinstance(picture, bytes):
+    for key, image in images.items():
+        content = image
+        if not isinstance(image, bytes):
             file = io.BytesIO()
-            picture.save(file, "PNG")
+            image.save(file, "PNG")
             content = file.getvalue()
         members += [(f"{key}.png", content), (f"{key}.txt", b"a thing")]
     write_tar(path, members)
@@ -80,7 +80,7 @@ def test_the_result_names_what_was_planted(shards):
         assert all(Image.open(out / "examples" / name).size[0] > 60 for name in names)
 
 
-def test_embeddings_add_their_own_figures(shards):
+def test_embeddings_add_their_own_metrics(shards):
     rows = np.eye(12, dtype=np.float32)
     model = {"name": "m", "fingerprint": "f"}
     kept = [n for n in range(12) if n != 5]
@@ -89,7 +89,7 @@ def test_embeddings_add_their_own_figures(shards):
     more = ["--train_embeddings", str(shards / "T"), "--evaluation_embeddings", str(shards / "E")]
     assert find_leakage.main(command(shards, *more)) == 0
     result = json.loads((shards / "results" / "test" / "leakage.json").read_text())
-    shares = {way: figure["value"] * 6 for way, figure in result["figures"].items()}
+    shares = {way: metric["value"] * 6 for way, metric in result["figures"].items()}
     assert shares == pytest.approx({"any": 5, "by_hash": 2, "by_embedding": 5, "both": 2})
 
 

@@ -1,4 +1,4 @@
-"""A set without some images gives the figures of a set that never had them, and bad lists are refused."""
+"""A set without some images gives the metrics of a set that never had them, and bad lists are refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from modstruct.evaluation.leakage.result import leave_out, read_keys, rows_kept
 from modstruct.evaluation.retrieval.measure import measure_retrieval
 
 MODEL = {"name": "m", "fingerprint": "f"}
-PICTURES, DIMENSION = 30, 8
+IMAGES, DIMENSION = 30, 8
 
 
 def unit(random, *shape) -> np.ndarray:
@@ -18,7 +18,7 @@ def unit(random, *shape) -> np.ndarray:
     return (rows / np.linalg.norm(rows, axis=-1, keepdims=True)).astype(np.float32)
 
 
-def written(folder, numbers, name="pictures", source=None) -> EmbeddedSet:
+def written(folder, numbers, name="emoji", source=None) -> EmbeddedSet:
     """The images of these numbers, each with a caption of its own and one that it shares with two neighbours."""
     image, own, shared, prompts = (unit(np.random.default_rng(s), n) for s, n in enumerate([30, 30, 10, 6]))
     captions: dict[str, np.ndarray] = {}
@@ -55,15 +55,15 @@ def written(folder, numbers, name="pictures", source=None) -> EmbeddedSet:
 
 @pytest.fixture
 def whole(tmp_path):
-    return written(tmp_path / "whole", range(PICTURES), source={"name": "s", "fingerprint": "x"})
+    return written(tmp_path / "whole", range(IMAGES), source={"name": "s", "fingerprint": "x"})
 
 
 LEFT_OUT = [0, 1, 2, 7, 29]
 
 
-def test_figures_are_those_of_a_set_without_the_images(whole, tmp_path):
+def test_metrics_are_those_of_a_set_without_the_images(whole, tmp_path):
     left = leave_out(whole, [f"k{n}" for n in LEFT_OUT], tmp_path / "left")
-    never = written(tmp_path / "never", [n for n in range(PICTURES) if n not in LEFT_OUT])
+    never = written(tmp_path / "never", [n for n in range(IMAGES) if n not in LEFT_OUT])
     assert left.keys == never.keys
     assert left.metadata == never.metadata
     assert set(left.captions) == set(never.captions)
@@ -78,14 +78,14 @@ def test_figures_are_those_of_a_set_without_the_images(whole, tmp_path):
     order = [left.captions.index(caption) for caption in never.captions]
     for array in ("text", "text_features"):
         assert np.array_equal(left.rows(array)[order], never.rows(array))
-    figures = [measure_retrieval(s.rows("image"), s.rows("text"), s.pairs) for s in (left, never, whole)]
-    assert figures[0] == figures[1]
-    assert figures[0] != figures[2]
+    metrics = [measure_retrieval(s.rows("image"), s.rows("text"), s.pairs) for s in (left, never, whole)]
+    assert metrics[0] == metrics[1]
+    assert metrics[0] != metrics[2]
 
 
 def test_the_set_has_a_name_and_fingerprint_of_its_own_and_is_made_once(whole, tmp_path):
     left = leave_out(whole, ["k3"], tmp_path / "left")
-    assert left.name == "pictures-without-leaked"
+    assert left.name == "emoji-without-leaked"
     assert left.source["fingerprint"] != whole.source["fingerprint"]
     assert (left.source["of"], left.source["left_out"]) == ("x", 1)
     before = (tmp_path / "left" / "image.npy").stat().st_ino
@@ -96,7 +96,7 @@ def test_the_set_has_a_name_and_fingerprint_of_its_own_and_is_made_once(whole, t
 
 def test_leaving_out_nothing_leaves_all(whole, tmp_path):
     images, texts = rows_kept(whole, [])
-    assert (len(images), len(texts)) == (PICTURES, len(whole.captions))
+    assert (len(images), len(texts)) == (IMAGES, len(whole.captions))
     assert leave_out(whole, [], tmp_path / "left").captions == whole.captions
 
 

@@ -10,29 +10,29 @@ from scipy.fft import dctn
 
 from modstruct.evaluation.leakage.perceptual_hash import GREY, SIDE, VIEWS, image_hashes, least_distances, mirrored
 
-PICTURES = 40
+IMAGES = 40
 
 
 @pytest.fixture(scope="module")
 def originals():
-    return image_hashes(thumbnails(drawn(n) for n in range(PICTURES)))
+    return image_hashes(thumbnails(drawn(n) for n in range(IMAGES)))
 
 
 @pytest.mark.parametrize("kind", COPIES)
 def test_a_copy_has_nearly_the_same_hash(originals, kind):
-    copies = image_hashes(thumbnails(COPIES[kind](drawn(n)) for n in range(PICTURES)))
+    copies = image_hashes(thumbnails(COPIES[kind](drawn(n)) for n in range(IMAGES)))
     assert least_distances(copies, originals)[0].max() <= 8
 
 
 def test_other_images_have_other_hashes(originals):
-    first, second = np.triu_indices(PICTURES, 1)
+    first, second = np.triu_indices(IMAGES, 1)
     assert least_distances(originals[first], originals[second])[0].min() > 12
 
 
 def test_bits_are_signs_of_the_lowest_cosines():
-    pictures = thumbnails(drawn(n) for n in range(5))
-    for picture, code in zip(pictures, image_hashes(pictures)[:, 0], strict=True):
-        grey = np.einsum("chw,c->hw", picture.astype(np.float64), GREY)
+    images = thumbnails(drawn(n) for n in range(5))
+    for image, code in zip(images, image_hashes(images)[:, 0], strict=True):
+        grey = np.einsum("chw,c->hw", image.astype(np.float64), GREY)
         lowest = dctn(grey, norm="ortho")[:8, :8].ravel() / SIDE
         lowest[0] = 0
         bits = np.unpackbits(np.array([code]).view(np.uint8)).astype(bool)
@@ -52,8 +52,8 @@ def test_each_view_is_the_hash_of_a_crop(originals):
 
 
 def test_a_mirrored_thumbnail_is_that_of_the_mirrored_image():
-    picture = drawn(3)
-    assert np.array_equal(mirrored(thumbnails([picture])), thumbnails([mirror(picture)]))
+    image = drawn(3)
+    assert np.array_equal(mirrored(thumbnails([image])), thumbnails([mirror(image)]))
 
 
 def test_noise_on_one_colour_sets_no_bit():
