@@ -35,21 +35,19 @@ class Contrastive(Loss):
 
     def partial(self, rows: Outputs, batch: GlobalBatch) -> Sums:
         """row_lse, column_sum and positive: (N,), zeros where other processes have their rows."""
-        scale = rows["logit_scale"]
         row_lse, column_lse, positive = contrastive_statistics(
-            rows["image"], batch.columns["text"], scale, batch.first, self.precision
+            rows["image"], batch.columns["text"], rows["logit_scale"], batch.first, self.precision
         )
-        # Unit vectors' logits are at most the scale: shifted by it, in float64, no exponential overflows or vanishes.
-        shift = scale.detach().double()
-        sums = {"column_sum": (column_lse - shift).exp(), "shift": shift * (len(row_lse) / batch.pairs)}
         place = (batch.first, batch.pairs - batch.first - len(row_lse))
-        sums |= {"row_lse": F.pad(row_lse, place), "positive": F.pad(positive, place)}
+        sums = {"row_lse": F.pad(row_lse, place), "positive": F.pad(positive, place)}
+        # Unit vectors' logits lie within plus and minus the scale: up to 700 float64 holds their exponentials.
+        sums["column_sum"] = column_lse.double().exp()
         return sums | in_modal_sums(rows, batch, "", self.precision) if self.in_modal else sums
 
     def value(self, sums: Sums, batch: GlobalBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and its two or four terms."""
         negatives = sums["column_sum"].clamp(min=torch.finfo(torch.float64).tiny)  # a batch of one has none
-        column_lse = (negatives.log() + sums["shift"]).to(batch.dtype)
+        column_lse = negatives.log().to(batch.dtype)
         losses = softplus(torch.stack((sums["row_lse"], column_lse)) - sums["positive"]).sum(1) / batch.pairs
         terms = {"image_to_text": losses[0], "text_to_image": losses[1]}
         if self.in_modal:
@@ -63,10 +61,9 @@ def in_modal_sums(rows: Outputs, batch: GlobalBatch, kind: str, precision: Preci
     kind: "" or "_independent". The print has the plain embeddings in the denominator; as in CyCLIP's in-modal option
     (Goel et al. 2022) it is the augmented ones here, so that the positive is one of its own candidates.
     """
-    embeddings = rows
     return {
         f"{modality}_to_{modality}": row_contrast_sum(
-            embeddings[f"{modality}{kind}"],
+            rows[f"{modality}{kind}"],
             None,
             batch.columns[f"{modality}{kind}_augmented"],
             rows["logit_scale"],

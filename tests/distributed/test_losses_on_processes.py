@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 from modstruct import distributed
 from modstruct.config import BridgeConfig, ContrastiveConfig, GeometryConfig, LossesConfig, SeparationConfig
 from modstruct.config.losses import SigmoidConfig
+from modstruct.distributed import collectives
 from modstruct.embeddings import Outputs
 from modstruct.losses.objective import build_objective
 from modstruct.losses.protocol import LossSettings
@@ -131,3 +132,38 @@ def spoiled_totals() -> dict[str, Tensor]:
 def test_nan_on_one_process_reaches_the_value_on_all():
     for totals in run_on_processes(spoiled_totals, 2):
         assert all(total.isnan() for total in totals.values()), totals
+
+
+def collectives_of_a_step() -> dict[str, dict[str, int]]:
+    """For each objective, how often each collective is called in a forward and a backward after the first."""
+    counts = {}
+    for name, config in OBJECTIVES.items():
+        weights = parameters(8, torch.float32)
+        objective = build_objective(config)
+        objective(embeddings(weights, torch.float32, False), step=0)  # agrees on the number of rows
+        called = dict.fromkeys(("all_reduce", "gather", "reduce_scatter"), 0)
+
+        def counted(kind: str, function, called=called):
+            def call(*args, **options):
+                called[kind] += 1
+                return function(*args, **options)
+
+            return call
+
+        with (
+            mock.patch.object(collectives.dist, "all_reduce", counted("all_reduce", collectives.dist.all_reduce)),
+            mock.patch.object(collectives, "_all_gather", counted("gather", collectives._all_gather)),
+            mock.patch.object(collectives, "_reduce_scatter", counted("reduce_scatter", collectives._reduce_scatter)),
+        ):
+            total, _ = objective(embeddings(weights, torch.float32, False), step=7)
+            total.backward()
+        counts[name] = called
+    return counts
+
+
+def test_all_losses_share_one_gather_a_modality_and_one_reduction():
+    for counts in run_on_processes(collectives_of_a_step, 2):
+        for name, called in counts.items():
+            assert called["gather"] <= 2, name
+            assert called["reduce_scatter"] <= 2, name
+            assert called["all_reduce"] == 2, name  # forward and backward
