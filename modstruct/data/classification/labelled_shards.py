@@ -90,7 +90,7 @@ class ShardImages:
 
 
 def has_class_shards(root: Path) -> bool:
-    """Whether a folder is one of a converted set."""
+    """Whether a folder holds a converted set."""
     return (root / NAMES).is_file()
 
 
@@ -232,5 +232,5 @@ def open_scenes(name: str, place: SetFolder, split: str, label: str, config: Dat
 
 
 def open_with_class_file(file: Path, shards: str, config: DataConfig) -> LabelledSamples:
-    """Image-text shards with a class file (`label`, `templates`, `classes`), called by the file's name."""
+    """Image-text shards with a class file (`label`, `templates`, `classes`), named after that file."""
     return LabelledSamples(file.stem, "test", shards, load_classes(file), config)

@@ -35,18 +35,18 @@ SKIPPED = ("PROTO", "FRAME")
 
 @dataclass(frozen=True)
 class _CifarVersion:
-    """How the files of a set are called and laid out."""
+    """File names and layout of a set."""
 
     pickles: str
     """Folder of the python version."""
     binary: str
     """Folder of the binary version."""
     batches: dict[str, tuple[str, ...]]
-    """Files of each split, in the binary version with .bin behind their names."""
+    """Files of each split; in the binary version their names end in .bin."""
     label_key: str
     """Of the labels in a pickle."""
     names: tuple[str, str, str]
-    """Pickle with the names of the classes, the key of them in it, and the binary version's file of names."""
+    """The pickle of class names, their key in it, and the binary version's file of names."""
     label_bytes: int
     """Before the pixels of an image in the binary version; the last of them is the label."""
 
@@ -171,7 +171,7 @@ def _stl10_pixels(place: SetFolder, file: Path) -> np.ndarray:
 
 
 class PickledArray:
-    """What a pickle makes by numpy's _reconstruct or dtype: the arguments of the call, and the state set on it."""
+    """A pickled call of numpy's _reconstruct or dtype: its arguments, and the state set on its result."""
 
     def __init__(self, arguments: tuple):
         self.arguments, self.state = arguments, None
@@ -192,7 +192,7 @@ class PickledArray:
 
 
 def read_pickled(path: Path) -> Any:
-    """The value in a pickle; arrays in it are PickledArrays, byte strings of Python 2 are Latin-1 texts.
+    """The value in a pickle; arrays in it are PickledArrays, byte strings of Python 2 are Latin-1 str.
 
     Raises ValueError that says what is wrong with it, or OSError. Memory: three times the file.
     """
@@ -200,12 +200,12 @@ def read_pickled(path: Path) -> Any:
         return _Machine().run(io.BytesIO(path.read_bytes()))
     except OSError:
         raise
-    except Exception as error:  # of a damaged one, an instruction may find nearly anything on the stack
+    except Exception as error:  # in a damaged pickle, an instruction may find nearly anything on the stack
         raise ValueError(f"{type(error).__name__}: {error}") from None
 
 
 class _Machine:
-    """The stack of a pickle, by parts: each mark begins another."""
+    """The stack of a pickle, in segments: each mark begins one."""
 
     def __init__(self):
         self.stack: list[Any] = []
@@ -268,13 +268,13 @@ class _Machine:
             raise ValueError(f"it has the instruction {name}")
 
     def since_mark(self) -> list[Any]:
-        """Drops the part of the stack since the last mark and returns the one below, which goes on."""
+        """Drop the segment since the last mark; returns the one below, which is current again."""
         self.stack = self.below.pop()
         return self.stack
 
 
 class _Maker:
-    """Stands for one of the functions that arrays are made by."""
+    """Stands for one of the functions that make arrays."""
 
     def __init__(self, encodes: bool):
         self.encodes = encodes
@@ -282,7 +282,7 @@ class _Maker:
     def make(self, arguments: tuple) -> PickledArray | bytes:
         if not self.encodes:
             return PickledArray(arguments)
-        text, encoding = arguments  # bytes, as Python 3 writes them for Python 2
+        text, encoding = arguments  # bytes, as Python 3 pickles them for Python 2
         if encoding != "latin1":
             raise ValueError(f"bytes are encoded by {encoding!r}")
         return _of_kind(text, str).encode("latin-1")
@@ -293,11 +293,11 @@ def _maker(module: str, name: str) -> _Maker:
         return _Maker(encodes=True)
     if module.partition(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype"):
         return _Maker(encodes=False)
-    raise ValueError(f"it asks for {module}.{name}")
+    raise ValueError(f"it calls {module}.{name}")
 
 
 def _entries(values: list[Any]) -> dict[Any, Any]:
-    """Keys and values in turn. Keys are plain: a few tuples of tuples would take for ever to hash."""
+    """A dict of alternating keys and values. Only plain keys: nested tuples can take exponential time to hash."""
     if any(type(key) not in (str, bytes, int) for key in values[::2]):
         raise ValueError("a key is neither text nor number")
     return dict(zip(values[::2], values[1::2], strict=True))
@@ -305,5 +305,5 @@ def _entries(values: list[Any]) -> dict[Any, Any]:
 
 def _of_kind(value: Any, kind: type) -> Any:
     if type(value) is not kind:
-        raise ValueError(f"a {type(value).__name__} stands where a {kind.__name__} belongs")
+        raise ValueError(f"expected a {kind.__name__}, not a {type(value).__name__}")
     return value

@@ -1,4 +1,4 @@
-"""The sets of labelled images by name, and how a command line names one.
+"""The sets of labelled images by name, and how to name one on a command line.
 
 cifar10@/data/cifar10              a published set's usual split: test, or validation where test has no labels
 cifar10:train@/data/cifar10        another split
@@ -180,9 +180,8 @@ def set_splits(text: str) -> tuple[str, ...]:
 def open_labelled(text: str, config: DataConfig) -> LabelledImages:
     """The set that a command line names (see the module), its files checked and its labels read.
 
-    config: workers, cache, largest image, tolerated fraction of bad images. The set is called as in the registry, or by
-    its folder for `folder` and `shards`, or as its YAML file says; -SPLIT is appended for another than the usual split.
-    Raises ValueError or FileNotFoundError that names the set, what is missing or wrong, and what to download.
+    config: workers, cache, largest image, tolerated fraction of bad images. The set is named as in the registry, after
+    its folder (`folder`, `shards`) or by its YAML file; -SPLIT is appended unless it is the usual split. Raises ValueError or FileNotFoundError that names the set, what is missing or wrong, and what to download.
     """
     parsed = parse_set(text)
     if parsed.place is None:
@@ -201,7 +200,7 @@ def open_labelled(text: str, config: DataConfig) -> LabelledImages:
     published = SETS[parsed.name]
     place = _folder(parsed.name, root, published.download)
     if has_class_shards(root):
-        # Converted sets call the split that results are published on test, also that of ImageNet.
+        # In converted sets the split that results are published on is always called test.
         found = read_class_shards(place, "test" if split == usual else split)
     else:
         found = published.read(place, split)

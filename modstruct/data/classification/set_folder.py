@@ -1,4 +1,4 @@
-"""The folder of a set of images: what must be in it, the one error for a missing or wrong file, and class folders."""
+"""The folder of a set of images: reading its files, with one kind of error for a missing or wrong one."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ class SetFolder:
             parent, _, file = path.rpartition("/")
             if parent not in listings:
                 if ".." in PurePosixPath(parent).parts or parent.startswith("/"):
-                    self.refuse(f"an image is called {path!r}, which points out of {folder}")
+                    self.refuse(f"the image path {path!r} points out of {folder}")
                 listings[parent] = _files(folder / parent)
             if file not in listings[parent]:
                 missing.append(path)

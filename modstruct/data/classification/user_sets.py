@@ -5,10 +5,10 @@ images: {train: train, test: test}    # or one location, which is then the split
                                       #   a folder with a folder a class; a CSV file with the columns `image` (a
                                       #   path from the CSV file's folder on) and `label`; or tar shards (path, glob
                                       #   or brace pattern) with KEY.cls or, if `label` is given, with KEY.json
-label: species                        # CSV column, or field of KEY.json; left out: `label`, or KEY.cls
-classes: {jay: Eurasian jay, tit: blue tit}   # by folder or label; a list for labels 0, 1, …; may be left out for
-                                              # folders, whose names are then taken
-templates: ["a photo of a {}, a bird"]        # left out: the paper's single one
+label: species                        # CSV column, or field of KEY.json; default: `label`, or KEY.cls
+classes: {jay: Eurasian jay, tit: blue tit}   # by folder or label; a list for labels 0, 1, …; optional for
+                                              # class folders, whose names are the default
+templates: ["a photo of a {}, a bird"]        # default: the paper's single one
 """
 
 from __future__ import annotations
