@@ -181,7 +181,8 @@ def open_labelled(text: str, config: DataConfig) -> LabelledImages:
     """The set that a command line names (see the module), its files checked and its labels read.
 
     config: workers, cache, largest image, tolerated fraction of bad images. The set is named as in the registry, after
-    its folder (`folder`, `shards`) or by its YAML file; -SPLIT is appended unless it is the usual split. Raises ValueError or FileNotFoundError that names the set, what is missing or wrong, and what to download.
+    its folder (`folder`, `shards`) or by its YAML file; -SPLIT is appended unless it is the usual split.
+    Raises ValueError or FileNotFoundError that names the set, what is missing or wrong, and what to download.
     """
     parsed = parse_set(text)
     if parsed.place is None:
