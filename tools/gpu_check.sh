@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Everything about the pairwise kernels that only a GPU can tell, in one call of less than ten minutes: build, tests
 # against float64, compute-sanitizer, times beside the plain forms, and the share of a step that the losses take.
-#   tools/gpu_check.sh [OUT]         # tables on the screen, logs and pictures in OUT (default: runs/gpu_check)
-# Needs nvcc, torch, pybind11, pytest, hypothesis, matplotlib and tqdm; no DeepSpeed. Stops where the tests fail, so that no
-# time is taken of kernels that are wrong; what the sanitizers find is told at the end, by the exit status too.
+#   tools/gpu_check.sh [OUT]         # tables on the screen, logs and plots in OUT (default: runs/gpu_check)
+# Needs nvcc, torch, pybind11, pytest, hypothesis, matplotlib and tqdm; no DeepSpeed. Stops where the tests fail, so
+# that wrong kernels are not timed; what the sanitizers find is reported at the end, by the exit status too.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -17,7 +17,7 @@ echo "== build"
 MODSTRUCT_CUDA=1 timeout 100 python3 setup.py -q build_ext --inplace >"$out/build.log" 2>&1 || { cat "$out/build.log"; exit 1; }
 python3 -c "
 import torch
-from modstruct.pairwise.extension import load_extension
+from modstruct.pairwise.operators import load_extension
 print(torch.cuda.get_device_name(), 'torch', torch.__version__, load_extension().features())"
 
 echo "== tests on the GPU"

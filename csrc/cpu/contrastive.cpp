@@ -40,7 +40,7 @@ void contrastive_statistics(const ContrastiveStatistics& problem, const Choice& 
     column_sums.finish(problem.column_lse);
 }
 
-void contrastive_pulls(const ContrastivePulls& problem, const Choice& choice) {
+void contrastive_grad(const ContrastiveGrad& problem, const Choice& choice) {
     const Sweep sweep(problem.pairs, choice);
     const Pairs& pairs = problem.pairs;
     Slabs y_slabs(sweep.column_blocks, pairs.dimension);
@@ -51,8 +51,9 @@ void contrastive_pulls(const ContrastivePulls& problem, const Choice& choice) {
     // A whole number of blocks, for vectors that reach past the last row.
     Buffer<float> row_lse(sweep.row_blocks * BLOCK);
     Buffer<float> row_weight(sweep.row_blocks * BLOCK);
-    std::copy(problem.row_lse, problem.row_lse + pairs.rows, row_lse.data());
-    std::copy(problem.row_weight, problem.row_weight + pairs.rows, row_weight.data());
+    std::copy(problem.row_values, problem.row_values + pairs.rows, row_lse.data());
+    std::copy(problem.row_values + pairs.rows, problem.row_values + 2 * pairs.rows, row_weight.data());
+    const float* positive_weight = problem.row_values + 2 * pairs.rows;
 
     for (int64_t group = 0; group < sweep.row_blocks; group += sweep.group_blocks) {
         const float* x = sweep.group_rows(pairs.x, group);
@@ -67,13 +68,13 @@ void contrastive_pulls(const ContrastivePulls& problem, const Choice& choice) {
             sweep.kernels.tile_products(x_panels.block(block), y_slabs.block(column), rows, columns, sweep.depth, tile);
             sweep.kernels.contrastive_weights(
                 tile, rows, columns,
-                {row_lse.data() + first_row, row_weight.data() + first_row, problem.column_lse + first_column,
-                 problem.column_weight + first_column});
+                {row_lse.data() + first_row, row_weight.data() + first_row, problem.column_values + first_column,
+                 problem.column_values + pairs.columns + first_column});
             put_positives(tile, first_row, rows, first_column, columns, problem.first,
-                          problem.positive_weight + first_row);
+                          positive_weight + first_row);
         });
-        tiles.pull_columns(group, false, x_slabs, problem.y_pull);
-        tiles.pull_rows(group, false, y_slabs, problem.x_pull);
+        tiles.grad_columns(group, false, x_slabs, problem.y_grad);
+        tiles.grad_rows(group, false, y_slabs, problem.x_grad);
     }
 }
 

@@ -1,4 +1,4 @@
-// Gaussian potentials of all pairs, and the pull that is their gradient.
+// Gaussian potentials of all pairs, and their gradient.
 //
 // Squared distances come from |x|^2 + |y|^2 - 2 <x, y>, with the mean of the columns taken off both first. That changes
 // no distance, and it keeps the digits when all embeddings lie in a narrow cone, as those of one modality do: the error
@@ -52,15 +52,15 @@ class Norms {
     Buffer<float> data_;
 };
 
-// pull_j -= others_j (x_j - center): the tiles' products pull towards the columns' positions, the row's own is left.
+// grad_j -= others_j (x_j - center), what the tiles' products with the columns leave out.
 void take_off_own(const Sweep& sweep, const float* vectors, int64_t count, const float* center, const double* others,
-                  float* pull) {
+                  float* grad) {
     const int64_t dimension = sweep.pairs.dimension;
     parallel_for(block_count(count), sweep.threads, [&](int64_t block, int) {
         for (int64_t j = block * BLOCK; j < std::min(count, (block + 1) * BLOCK); ++j) {
             for (int64_t d = 0; d < dimension; ++d) {
                 const double own = others[j] * static_cast<double>(vectors[j * dimension + d] - center[d]);
-                pull[j * dimension + d] = static_cast<float>(static_cast<double>(pull[j * dimension + d]) - own);
+                grad[j * dimension + d] = static_cast<float>(static_cast<double>(grad[j * dimension + d]) - own);
             }
         }
     });
@@ -72,13 +72,13 @@ void gaussian_potential(const GaussianPotential& problem, const Choice& choice) 
     const Sweep sweep(problem.pairs, choice);
     const Pairs& pairs = problem.pairs;
     const bool symmetric = problem.symmetric;
-    const bool with_pull = problem.x_pull != nullptr;
+    const bool with_grad = problem.x_grad != nullptr;
     Buffer<float> center(pairs.dimension);
     mean(pairs.y, pairs.columns, pairs.dimension, sweep.threads, center.data());
     Slabs y_slabs(sweep.column_blocks, pairs.dimension);
     y_slabs.pack(pairs.y, pairs.columns, center.data(), sweep.threads);
     Panels x_panels(sweep.group_blocks, pairs.dimension);
-    Slabs x_slabs(with_pull ? sweep.group_blocks : 0, pairs.dimension);
+    Slabs x_slabs(with_grad ? sweep.group_blocks : 0, pairs.dimension);
     const Norms row_norms(sweep, pairs.x, pairs.rows, center.data());
     const Norms column_norms(sweep, pairs.y, pairs.columns, center.data());
     GroupTiles tiles(sweep, true);
@@ -121,17 +121,17 @@ void gaussian_potential(const GaussianPotential& problem, const Choice& choice) 
                 }
             }
         }
-        if (with_pull) {
+        if (with_grad) {
             x_slabs.pack(sweep.group_rows(pairs.x, group), count, center.data(), sweep.threads);
-            tiles.pull_columns(group, symmetric, x_slabs, symmetric ? problem.x_pull : problem.y_pull);
-            tiles.pull_rows(group, symmetric, y_slabs, problem.x_pull);
+            tiles.grad_columns(group, symmetric, x_slabs, symmetric ? problem.x_grad : problem.y_grad);
+            tiles.grad_rows(group, symmetric, y_slabs, problem.x_grad);
         }
     }
     *problem.total = total;
-    if (with_pull) {
-        take_off_own(sweep, pairs.x, pairs.rows, center.data(), x_others.data(), problem.x_pull);
+    if (with_grad) {
+        take_off_own(sweep, pairs.x, pairs.rows, center.data(), x_others.data(), problem.x_grad);
         if (!symmetric) {
-            take_off_own(sweep, pairs.y, pairs.columns, center.data(), y_others.data(), problem.y_pull);
+            take_off_own(sweep, pairs.y, pairs.columns, center.data(), y_others.data(), problem.y_grad);
         }
     }
 }

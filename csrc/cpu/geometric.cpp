@@ -83,7 +83,7 @@ void geometric_products(const GeometricProducts& problem, const Choice& choice) 
             }
             for (int64_t block = 0; block < blocks; ++block) {
                 const int64_t place = 2 * block + sign;
-                kernels.pull_rows(grouped.data() + place * group_floats + group * TILE_FLOATS,
+                kernels.grad_rows(grouped.data() + place * group_floats + group * TILE_FLOATS,
                                   slabs.data() + place * slab_floats + start * BLOCK, height,
                                   std::min(BLOCK, rows.rows - (first + block) * BLOCK), end - start, dimension, sum);
             }
@@ -96,7 +96,7 @@ void geometric_products(const GeometricProducts& problem, const Choice& choice) 
         });
     }
     for (int64_t sign = 0; sign < 2; ++sign) {
-        float* products = sign == 0 ? problem.plus : problem.minus;
+        float* products = problem.products + sign * dimension * dimension;
         const double* total = totals.data() + sign * dimension * dimension;
         for (int64_t i = 0; i < dimension; ++i) {
             for (int64_t d = i; d < dimension; ++d) {
@@ -106,7 +106,7 @@ void geometric_products(const GeometricProducts& problem, const Choice& choice) 
     }
 }
 
-void geometric_pulls(const GeometricPulls& problem, const Choice& choice) {
+void geometric_grad(const GeometricGrad& problem, const Choice& choice) {
     const Kernels& kernels = kernels_named(choice.instruction_set);
     const int threads = thread_count(choice);
     const GeometricRows& rows = problem.rows;
@@ -114,29 +114,29 @@ void geometric_pulls(const GeometricPulls& problem, const Choice& choice) {
     const int64_t groups = block_count(dimension);
     Slabs plus(groups, dimension);
     Slabs minus(groups, dimension);
-    plus.pack(problem.plus_weights, dimension, nullptr, threads);
-    minus.pack(problem.minus_weights, dimension, nullptr, threads);
+    plus.pack(problem.weights, dimension, nullptr, threads);
+    minus.pack(problem.weights + dimension * dimension, dimension, nullptr, threads);
     Buffer<float> grouped(threads * groups * TILE_FLOATS);
-    Buffer<float> pulls(threads * 2 * BLOCK * dimension);
+    Buffer<float> grads(threads * 2 * BLOCK * dimension);
 
     parallel_for(block_count(rows.rows), threads, [&](int64_t block, int thread) {
         const int64_t count = std::min(BLOCK, rows.rows - block * BLOCK);
         float* block_rows = grouped.data() + thread * groups * TILE_FLOATS;
-        float* plus_pull = pulls.data() + thread * 2 * BLOCK * dimension;
-        float* minus_pull = plus_pull + BLOCK * dimension;
-        std::fill(plus_pull, plus_pull + 2 * BLOCK * dimension, 0.0f);
+        float* plus_grad = grads.data() + thread * 2 * BLOCK * dimension;
+        float* minus_grad = plus_grad + BLOCK * dimension;
+        std::fill(plus_grad, plus_grad + 2 * BLOCK * dimension, 0.0f);
         for (const bool difference : {false, true}) {
             pack_combination(rows, block, difference, block_rows, nullptr);
             for (int64_t group = 0; group < groups; ++group) {
-                kernels.pull_columns(block_rows + group * TILE_FLOATS, (difference ? minus : plus).block(group),
+                kernels.grad_columns(block_rows + group * TILE_FLOATS, (difference ? minus : plus).block(group),
                                      std::min(BLOCK, dimension - group * BLOCK), count, dimension, dimension,
-                                     difference ? minus_pull : plus_pull);
+                                     difference ? minus_grad : plus_grad);
             }
         }
         const int64_t start = block * BLOCK * dimension;
         for (int64_t i = 0; i < count * dimension; ++i) {
-            problem.a_pull[start + i] = plus_pull[i] + minus_pull[i];
-            problem.b_pull[start + i] = plus_pull[i] - minus_pull[i];
+            problem.a_grad[start + i] = plus_grad[i] + minus_grad[i];
+            problem.b_grad[start + i] = plus_grad[i] - minus_grad[i];
         }
     });
 }

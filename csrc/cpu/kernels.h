@@ -36,6 +36,11 @@ struct SoftWeights {
     float* soft_loss;               // becomes alpha sum P_jk (S_j,positive - S_jk) of the tile
 };
 
+struct SigmoidSums {  // of one tile, along its columns
+    float* losses;   // (BLOCK), softplus of the logits
+    float* weights;  // (BLOCK), their sigmoids
+};
+
 struct GaussianSums {  // of one tile
     double total;          // with the pairs at distance 0
     float* row_others;     // (BLOCK), sums of a row's potentials without the pairs at distance 0
@@ -49,13 +54,13 @@ struct Kernels {
     // tile[k][j] = sum_d slabs[k][d] panels[j][d], summed over d in order, DEPTH_AT_ONCE at a time
     void (*tile_products)(const float* panels, const float* slabs, int64_t rows, int64_t columns, int64_t depth,
                           float* tile);
-    // x_pull[j] += sum_k tile[k][j] y[k], for `width` dimensions from the first of the slabs given; x_pull has `dimension`
+    // x_grad[j] += sum_k tile[k][j] y[k], for `width` dimensions from the first of the slabs given; x_grad has `dimension`
     // numbers in each row
-    void (*pull_rows)(const float* tile, const float* y_slabs, int64_t rows, int64_t columns, int64_t width,
-                      int64_t dimension, float* x_pull);
-    // y_pull[k] += sum_j tile[k][j] x[j], likewise
-    void (*pull_columns)(const float* tile, const float* x_slabs, int64_t rows, int64_t columns, int64_t width,
-                         int64_t dimension, float* y_pull);
+    void (*grad_rows)(const float* tile, const float* y_slabs, int64_t rows, int64_t columns, int64_t width,
+                      int64_t dimension, float* x_grad);
+    // y_grad[k] += sum_j tile[k][j] x[j], likewise
+    void (*grad_columns)(const float* tile, const float* x_slabs, int64_t rows, int64_t columns, int64_t width,
+                         int64_t dimension, float* y_grad);
 
     // Maximum and sum of exp(S - maximum) along rows and columns; any number at least as large may stand for a maximum.
     // Without columns_too the columns' arrays are not touched.
@@ -65,8 +70,10 @@ struct Kernels {
     void (*contrastive_weights)(float* tile, int64_t rows, int64_t columns, const ContrastiveWeights& weights);
     void (*soft_weights)(float* tile, const float* momentum_tile, int64_t rows, int64_t columns,
                          const SoftWeights& weights);
-    // Inner products become potentials, in place; 0 where a pair is at distance 0. Such a pair has no pull, and in the
-    // difference that makes the pull its two terms, by far the largest, would cancel and leave their rounding. The norms
+    // Logits less the bias become weights, in place.
+    void (*sigmoid_weights)(float* tile, int64_t rows, int64_t columns, float bias, const SigmoidSums& sums);
+    // Inner products become potentials, in place; 0 where a pair is at distance 0. Such a pair has no gradient, and
+    // in the difference that makes the gradient its two terms, by far the largest, would cancel and leave their rounding. The norms
     // of missing rows are infinite.
     void (*gaussian)(float* tile, int64_t rows, int64_t columns, const float* row_norms, const float* column_norms,
                      float t, GaussianSums& sums);
@@ -77,9 +84,10 @@ struct Kernels {
     void (*panel_dots)(const float* a, const float* b, int64_t depth, float* dots);
 };
 
-#define MODSTRUCT_KERNELS(name)                                                                            \
-    {#name, name::runs_here, name::tile_products, name::pull_rows, name::pull_columns, name::statistics,   \
-     name::contrastive_weights, name::soft_weights, name::gaussian, name::count, name::panel_dots}
+#define MODSTRUCT_KERNELS(name)                                                                          \
+    {#name, name::runs_here, name::tile_products, name::grad_rows, name::grad_columns, name::statistics, \
+     name::contrastive_weights, name::soft_weights, name::sigmoid_weights, name::gaussian, name::count,  \
+     name::panel_dots}
 
 extern const Kernels portable_kernels;
 #if defined(__x86_64__)

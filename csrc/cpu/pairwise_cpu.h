@@ -31,19 +31,17 @@ struct ContrastiveStatistics {
     float* positive;    // (rows)
 };
 
-// W_jk = row_weight_j exp(S_jk - row_lse_j) + column_weight_k exp(S_jk - column_lse_k), positive_weight_j at positives:
-// x_pull += W y, y_pull += W^T x.
-struct ContrastivePulls {
+// W_jk = row_weight_j exp(S_jk - row_lse_j) + column_weight_k exp(S_jk - column_lse_k), positive_weight_j at positives,
+// with row_values = (row_lse, row_weight, positive_weight) and column_values = (column_lse, column_weight):
+// x_grad += W y, y_grad += W^T x.
+struct ContrastiveGrad {
     Pairs pairs;
     const float* scale;
     int64_t first;
-    const float* row_lse;
-    const float* column_lse;
-    const float* row_weight;
-    const float* column_weight;
-    const float* positive_weight;
-    float* x_pull;  // (rows, dimension), zeros
-    float* y_pull;  // (columns, dimension), zeros
+    const float* row_values;     // (3, rows)
+    const float* column_values;  // (2, columns)
+    float* x_grad;  // (rows, dimension), zeros
+    float* y_grad;  // (columns, dimension), zeros
 };
 
 // Cross entropy of each row's softmax against the target alpha P + (1 - alpha) onehot(positive), where P is the softmax
@@ -52,7 +50,7 @@ struct ContrastivePulls {
 //   losses_j = softplus(m_j) + alpha sum P_jk (S_j,positive - S_jk)
 //   W_jk     = sigmoid(m_j) exp(S_jk - n_j) - alpha P_jk,  and at the positive minus the sum of the others, so that no
 //              1 - p is ever formed: at scale 100 it would cancel to nothing.
-// x_pull += W y, y_pull += W^T x.
+// x_grad += W y, y_grad += W^T x.
 struct RowContrast {
     Pairs pairs;
     const float* momentum;  // (rows, dimension), or null: alpha is 0 then
@@ -60,19 +58,31 @@ struct RowContrast {
     int64_t first;
     float alpha;
     float* losses;  // (rows)
-    float* x_pull;  // (rows, dimension), zeros, or null where no gradient is wanted
-    float* y_pull;  // (columns, dimension), zeros, or null; not without x_pull
+    float* x_grad;  // (rows, dimension), zeros, or null where no gradient is wanted
+    float* y_grad;  // (columns, dimension), zeros, or null; not without x_grad
 };
 
-// G_jk = exp(-t |x_j - y_k|^2): total = sum_jk G_jk, x_pull_j += sum_k G_jk (y_k - x_j), y_pull_k += sum_j G_jk (x_j - y_k).
-// symmetric: y is x. Each pair of different rows is computed once and serves both; then x_pull holds the whole.
+// Every pair by itself, with S_jk = scale <x_j, y_k> + bias and l_jk = 1 at the positive, else -1:
+//   total = sum softplus(-l_jk S_jk),   W_jk = -l_jk sigmoid(-l_jk S_jk),   weight_total = sum W_jk
+// x_grad += W y, y_grad += W^T x.
+struct SigmoidContrast {
+    Pairs pairs;
+    const float* affine;  // scale and bias
+    int64_t first;
+    double* totals;  // total and weight_total
+    float* x_grad;   // (rows, dimension), zeros, or null where no gradient is wanted
+    float* y_grad;   // (columns, dimension), zeros, or null; not without x_grad
+};
+
+// G_jk = exp(-t |x_j - y_k|^2): total = sum_jk G_jk, x_grad_j += sum_k G_jk (y_k - x_j), y_grad_k += sum_j G_jk (x_j - y_k).
+// symmetric: y is x. Each pair of different rows is computed once and serves both; then x_grad holds the whole.
 struct GaussianPotential {
     Pairs pairs;
     bool symmetric;
     float t;        // positive
     double* total;  // one number
-    float* x_pull;  // (rows, dimension), zeros, or null where no gradient is wanted
-    float* y_pull;  // (columns, dimension), zeros; null where symmetric
+    float* x_grad;  // (rows, dimension), zeros, or null where no gradient is wanted
+    float* y_grad;  // (columns, dimension), zeros; null where symmetric
 };
 
 // For each pair (query, item): above = items that score higher than the pair's, ties = other items that score the same;
@@ -98,17 +108,15 @@ struct GeometricRows {
 
 struct GeometricProducts {
     GeometricRows rows;
-    float* plus;   // (dimension, dimension)
-    float* minus;  // (dimension, dimension)
+    float* products;  // (2, dimension, dimension): plus and minus
 };
 
-// a_pull = P plus_weights + M minus_weights, b_pull = P plus_weights - M minus_weights
-struct GeometricPulls {
+// a_grad = P plus_weights + M minus_weights, b_grad = P plus_weights - M minus_weights
+struct GeometricGrad {
     GeometricRows rows;
-    const float* plus_weights;   // (dimension, dimension)
-    const float* minus_weights;  // (dimension, dimension)
-    float* a_pull;               // (rows, dimension)
-    float* b_pull;               // (rows, dimension)
+    const float* weights;  // (2, dimension, dimension): plus_weights and minus_weights
+    float* a_grad;         // (rows, dimension)
+    float* b_grad;         // (rows, dimension)
 };
 
 // instruction_set: one of instruction_sets_here(). Throws std::invalid_argument on any other.
@@ -118,11 +126,12 @@ struct Choice {
 };
 
 void contrastive_statistics(const ContrastiveStatistics& problem, const Choice& choice);
-void contrastive_pulls(const ContrastivePulls& problem, const Choice& choice);
+void contrastive_grad(const ContrastiveGrad& problem, const Choice& choice);
 void row_contrast(const RowContrast& problem, const Choice& choice);
+void sigmoid_contrast(const SigmoidContrast& problem, const Choice& choice);
 void gaussian_potential(const GaussianPotential& problem, const Choice& choice);
 void geometric_products(const GeometricProducts& problem, const Choice& choice);
-void geometric_pulls(const GeometricPulls& problem, const Choice& choice);
+void geometric_grad(const GeometricGrad& problem, const Choice& choice);
 void nearest_counts(const NearestCounts& problem, const Choice& choice);
 
 std::vector<std::string> instruction_sets_built();

@@ -1,8 +1,8 @@
 // The three products of a tile. One micro-kernel does them all: its BLOCK_HEIGHT x 2 vectors of sums stay in registers
 // over the whole depth, and each sum runs over the depth in order, one multiply-add at a time.
 //   tile_products   tile[k][j]   = sum_d y[k][d] x[j][d]       a = slabs of y, b = panels of x
-//   pull_rows       x_pull[j][d] = sum_k tile[k][j] y[k][d]    a = the tile as it lies, b = slabs of y
-//   pull_columns    y_pull[k][d] = sum_j tile[k][j] x[j][d]    a = the tile across, b = slabs of x
+//   grad_rows       x_grad[j][d] = sum_k tile[k][j] y[k][d]    a = the tile as it lies, b = slabs of y
+//   grad_columns    y_grad[k][d] = sum_j tile[k][j] x[j][d]    a = the tile across, b = slabs of x
 
 constexpr int BLOCK_WIDTH = 2 * VECTOR_WIDTH;
 static_assert(BLOCK % BLOCK_HEIGHT == 0 && SLAB % BLOCK_WIDTH == 0, "blocks and slabs hold whole micro-kernel blocks");
@@ -65,24 +65,24 @@ static void tile_products(const float* panels, const float* slabs, int64_t rows,
     }
 }
 
-static void pull_rows(const float* tile, const float* y_slabs, int64_t rows, int64_t columns, int64_t width,
-                      int64_t dimension, float* x_pull) {
+static void grad_rows(const float* tile, const float* y_slabs, int64_t rows, int64_t columns, int64_t width,
+                      int64_t dimension, float* x_grad) {
     for (int64_t d = 0; d < width; d += BLOCK_WIDTH) {
         const float* slab = y_slabs + d / SLAB * SLAB_FLOATS + d % SLAB;
         for (int64_t j = 0; j < rows; j += BLOCK_HEIGHT) {
-            add_block_product<1, BLOCK>(tile + j, slab, columns, rows - j, width - d, x_pull + j * dimension + d,
+            add_block_product<1, BLOCK>(tile + j, slab, columns, rows - j, width - d, x_grad + j * dimension + d,
                                         dimension);
         }
     }
 }
 
-static void pull_columns(const float* tile, const float* x_slabs, int64_t rows, int64_t columns, int64_t width,
-                         int64_t dimension, float* y_pull) {
+static void grad_columns(const float* tile, const float* x_slabs, int64_t rows, int64_t columns, int64_t width,
+                         int64_t dimension, float* y_grad) {
     for (int64_t d = 0; d < width; d += BLOCK_WIDTH) {
         const float* slab = x_slabs + d / SLAB * SLAB_FLOATS + d % SLAB;
         for (int64_t k = 0; k < columns; k += BLOCK_HEIGHT) {
             add_block_product<BLOCK, 1>(tile + k * BLOCK, slab, rows, columns - k, width - d,
-                                        y_pull + k * dimension + d, dimension);
+                                        y_grad + k * dimension + d, dimension);
         }
     }
 }

@@ -22,7 +22,7 @@ Sweep::Sweep(const Pairs& pairs, const Choice& choice)
       group_blocks(std::min(row_blocks, ceil_divide(TASKS_PER_THREAD * threads, column_blocks))) {
 }
 
-void GroupTiles::pull_rows(int64_t first_block, bool symmetric, const Slabs& y_slabs, float* x_pull) {
+void GroupTiles::grad_rows(int64_t first_block, bool symmetric, const Slabs& y_slabs, float* x_grad) {
     const int64_t dimension = sweep_.pairs.dimension;
     const int64_t parts = ceil_divide(dimension, SLABS_AT_ONCE * SLAB);
     parallel_for(block_count(sweep_.rows_in_group(first_block)) * parts, sweep_.threads, [&](int64_t task, int) {
@@ -30,15 +30,15 @@ void GroupTiles::pull_rows(int64_t first_block, bool symmetric, const Slabs& y_s
         const int64_t start = task % parts * SLABS_AT_ONCE * SLAB;
         const int64_t row_block = first_block + block;
         for (int64_t column = symmetric ? row_block : 0; column < sweep_.column_blocks; ++column) {
-            sweep_.kernels.pull_rows(tile(block, column), y_slabs.block(column) + start * BLOCK,
+            sweep_.kernels.grad_rows(tile(block, column), y_slabs.block(column) + start * BLOCK,
                                      sweep_.rows_in(row_block), sweep_.columns_in(column),
                                      std::min(SLABS_AT_ONCE * SLAB, dimension - start), dimension,
-                                     x_pull + row_block * BLOCK * dimension + start);
+                                     x_grad + row_block * BLOCK * dimension + start);
         }
     });
 }
 
-void GroupTiles::pull_columns(int64_t first_block, bool symmetric, const Slabs& x_slabs, float* y_pull) {
+void GroupTiles::grad_columns(int64_t first_block, bool symmetric, const Slabs& x_slabs, float* y_grad) {
     const int64_t dimension = sweep_.pairs.dimension;
     const int64_t parts = ceil_divide(dimension, SLABS_AT_ONCE * SLAB);
     const int64_t blocks = block_count(sweep_.rows_in_group(first_block));
@@ -46,10 +46,10 @@ void GroupTiles::pull_columns(int64_t first_block, bool symmetric, const Slabs& 
         const int64_t column = task / parts;
         const int64_t start = task % parts * SLABS_AT_ONCE * SLAB;
         for (int64_t block = 0; block < blocks && (!symmetric || column > first_block + block); ++block) {
-            sweep_.kernels.pull_columns(tile(block, column), x_slabs.block(block) + start * BLOCK,
+            sweep_.kernels.grad_columns(tile(block, column), x_slabs.block(block) + start * BLOCK,
                                         sweep_.rows_in(first_block + block), sweep_.columns_in(column),
                                         std::min(SLABS_AT_ONCE * SLAB, dimension - start), dimension,
-                                        y_pull + column * BLOCK * dimension + start);
+                                        y_grad + column * BLOCK * dimension + start);
         }
     });
 }

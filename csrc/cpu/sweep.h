@@ -53,10 +53,10 @@ class GroupTiles {
         : sweep_(sweep), data_(wanted ? sweep.group_blocks * sweep.column_blocks * TILE_FLOATS : 0) {}
 
     float* tile(int64_t block, int64_t column) { return data_.data() + (block * sweep_.column_blocks + column) * TILE_FLOATS; }
-    // x_pull += W y for the rows of the group
-    void pull_rows(int64_t first_block, bool symmetric, const Slabs& y_slabs, float* x_pull);
-    // y_pull += W^T x; where symmetric, without the tiles on the diagonal, which serve their rows alone
-    void pull_columns(int64_t first_block, bool symmetric, const Slabs& x_slabs, float* y_pull);
+    // x_grad += W y for the rows of the group
+    void grad_rows(int64_t first_block, bool symmetric, const Slabs& y_slabs, float* x_grad);
+    // y_grad += W^T x; where symmetric, without the tiles on the diagonal, which serve their rows alone
+    void grad_columns(int64_t first_block, bool symmetric, const Slabs& x_slabs, float* y_grad);
 
    private:
     const Sweep& sweep_;

@@ -129,6 +129,25 @@ static void soft_weights(float* tile, const float* momentum_tile, int64_t rows, 
     }
 }
 
+static void sigmoid_weights(float* tile, int64_t rows, int64_t columns, float bias, const SigmoidSums& sums) {
+    for (int64_t j = 0; j < whole_vectors(rows); j += VECTOR_WIDTH) {
+        Vector losses = {};
+        Vector weights = {};
+        for (int64_t k = 0; k < columns; ++k) {
+            float* place = tile + k * BLOCK + j;
+            const Vector logit = load(place) + bias;
+            const Mask negative = logit < Vector{};  // false at NaN
+            const Vector small = exponential(choose(negative, logit, -logit));
+            const Vector weight = choose(negative, small, broadcast(1.0f)) / (small + 1.0f);
+            losses += choose(negative, Vector{}, logit) + log_of_one_plus(small);
+            weights += weight;
+            store(place, weight);
+        }
+        store(sums.losses + j, losses);
+        store(sums.weights + j, weights);
+    }
+}
+
 static void gaussian(float* tile, int64_t rows, int64_t columns, const float* row_norms, const float* column_norms,
                      float t, GaussianSums& sums) {
     const int64_t lanes = whole_vectors(rows);

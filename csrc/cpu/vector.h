@@ -40,6 +40,22 @@ INLINE float sum_of_lanes(Vector v) {
     return value;
 }
 
+// log(1 + x) to about one unit in the last place, for x in [0, 1], which keeps the digits of a small x; NaN at NaN.
+INLINE Vector log_of_one_plus(Vector x) {
+    // log(1 + x) = 2 atanh(z), z = x / (2 + x) <= 1/3: the first term of the series left out is below 1e-9.
+    const Vector z = x / (x + 2.0f);
+    const Vector square = z * z;
+    Vector series = broadcast(1.0f / 17);
+    series = MULTIPLY_ADD(series, square, broadcast(1.0f / 15));
+    series = MULTIPLY_ADD(series, square, broadcast(1.0f / 13));
+    series = MULTIPLY_ADD(series, square, broadcast(1.0f / 11));
+    series = MULTIPLY_ADD(series, square, broadcast(1.0f / 9));
+    series = MULTIPLY_ADD(series, square, broadcast(1.0f / 7));
+    series = MULTIPLY_ADD(series, square, broadcast(1.0f / 5));
+    series = MULTIPLY_ADD(series, square, broadcast(1.0f / 3));
+    return MULTIPLY_ADD(series * square, z, z) * 2.0f;
+}
+
 // exp(x) to about one unit in the last place, for x up to 88; exactly 1 at 0, 0 below the normal numbers, NaN at NaN.
 INLINE Vector exponential(Vector x) {
     const Vector lowest = broadcast(-87.33f);

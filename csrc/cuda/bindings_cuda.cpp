@@ -1,15 +1,11 @@
-// The CUDA kernels in modstruct._C, for modstruct/pairwise/cuda_kernels.py. All arguments by keyword: addresses of
-// device memory (0 where pairwise_cuda.h allows null), sizes, and the stream.
+// The CUDA kernels in modstruct._C, for modstruct/pairwise/cuda_kernels.py. Addresses are of device memory, 0 where
+// pairwise_cuda.h allows null.
 #include "bindings_cuda.h"
 
-#include <cstdint>
 #include <iterator>
 #include <sstream>
-#include <string>
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
+#include "../arguments.h"
 #include "pairwise_cuda.h"
 
 namespace py = pybind11;
@@ -17,76 +13,44 @@ using namespace modstruct::cuda;
 
 namespace {
 
-// Keyword arguments as the fields of a problem; a missing or misspelt one is an error that names it.
-class Arguments {
-   public:
-    explicit Arguments(const py::kwargs& given) : given_(given), left_(given.size()) {}
-    template <class Number>
-    Number* address(const char* name) {
-        return reinterpret_cast<Number*>(take<std::uintptr_t>(name));
+Precision precision(Arguments& a) {
+    const auto name = a.take<std::string>("precision");
+    if (name != "float32" && name != "tf32" && name != "bf16") {
+        throw py::value_error("precision = '" + name + "': must be float32, tf32 or bf16");
     }
-    template <class Value>
-    Value take(const char* name) {
-        if (!given_.contains(name)) {
-            throw py::type_error(std::string(name) + " is missing");
-        }
-        --left_;
-        return given_[name].cast<Value>();
-    }
-    std::int64_t count(const char* name) {
-        const auto value = take<std::int64_t>(name);
-        if (value < 1) {
-            throw py::value_error(std::string(name) + " = " + std::to_string(value) + ": must be at least 1");
-        }
-        return value;
-    }
-    Precision precision() {
-        const auto name = take<std::string>("precision");
-        if (name != "float32" && name != "tf32" && name != "bf16") {
-            throw py::value_error("precision = '" + name + "': must be float32, tf32 or bf16");
-        }
-        return name == "float32" ? Precision::float32 : name == "tf32" ? Precision::tf32 : Precision::bf16;
-    }
-    std::int64_t row_bytes() {
-        const auto value = count("row_bytes");
-        if (value % DEPTH_BYTES != 0) {
-            throw py::value_error("row_bytes = " + std::to_string(value) + ": must be a multiple of 64");
-        }
-        return value;
-    }
-    Panel panel() {
-        return {address<const void>("rows"), count("row_count"),          address<const void>("columns"),
-                count("column_count"),       row_bytes(),                 take<std::int64_t>("first"),
-                address<const float>("scale")};
-    }
-    void* stream() { return address<void>("stream"); }
-    void all_taken() const {
-        if (left_ != 0) {
-            throw py::type_error("an argument is not known");
-        }
-    }
+    return name == "float32" ? Precision::float32 : name == "tf32" ? Precision::tf32 : Precision::bf16;
+}
 
-   private:
-    const py::kwargs& given_;
-    std::size_t left_;
-};
+std::int64_t row_bytes(Arguments& a) {
+    const auto value = a.count("row_bytes");
+    if (value % DEPTH_BYTES != 0) {
+        throw py::value_error("row_bytes = " + std::to_string(value) + ": must be a multiple of 64");
+    }
+    return value;
+}
 
-// Queues read(arguments) and gives Python's lock away meanwhile.
+Panel panel(Arguments& a) {
+    return {a.address<const void>("rows"), a.count("row_count"),           a.address<const void>("columns"),
+            a.count("column_count"),       row_bytes(a),                   a.take<std::int64_t>("first"),
+            a.address<const float>("scale")};
+}
+
+// Queues read(arguments) and releases Python's lock meanwhile.
 template <class Problem, class Read>
 void define(py::module_& module, const char* name, void (*queue)(const Problem&, Precision, void*), Read read) {
     module.def(name, [queue, read](const py::kwargs& given) {
         Arguments arguments(given);
         const Problem problem = read(arguments);
-        const Precision precision = arguments.precision();
-        void* stream = arguments.stream();
+        const Precision kind = precision(arguments);
+        void* stream = arguments.address<void>("stream");
         arguments.all_taken();
         py::gil_scoped_release release;
-        queue(problem, precision, stream);
+        queue(problem, kind, stream);
     });
 }
 
 ContrastiveStatistics read_contrastive_statistics(Arguments& a) {
-    return {a.panel(),
+    return {panel(a),
             a.address<float>("row_lse"),
             a.address<float>("positive"),
             a.address<float>("column_lse"),
@@ -98,7 +62,7 @@ ContrastiveStatistics read_contrastive_statistics(Arguments& a) {
 }
 
 ContrastiveWeights read_contrastive_weights(Arguments& a) {
-    return {a.panel(),
+    return {panel(a),
             a.address<const float>("row_lse"),
             a.address<const float>("row_weight"),
             a.address<const float>("column_lse"),
@@ -108,7 +72,7 @@ ContrastiveWeights read_contrastive_weights(Arguments& a) {
 }
 
 MomentumStatistics read_momentum_statistics(Arguments& a) {
-    return {a.panel(),
+    return {panel(a),
             a.address<const void>("momentum_rows"),
             a.address<const float>("positive"),
             a.address<float>("row_lse"),
@@ -119,7 +83,7 @@ MomentumStatistics read_momentum_statistics(Arguments& a) {
 }
 
 MomentumWeights read_momentum_weights(Arguments& a) {
-    return {a.panel(),
+    return {panel(a),
             a.address<const void>("momentum_rows"),
             a.address<const float>("row_lse"),
             a.address<const float>("row_weight"),
@@ -129,8 +93,17 @@ MomentumWeights read_momentum_weights(Arguments& a) {
             a.count("weights_stride")};
 }
 
+SigmoidWeights read_sigmoid_weights(Arguments& a) {
+    return {panel(a),
+            a.address<const float>("bias"),
+            a.address<double>("totals"),
+            a.address<void>("weights"),
+            a.take<std::int64_t>("weights_stride"),
+            a.address<double>("tile_sums")};
+}
+
 GaussianPanel read_gaussian_panel(Arguments& a) {
-    return {a.panel(),
+    return {panel(a),
             a.take<bool>("own"),
             a.address<const float>("row_norms"),
             a.address<const float>("column_norms"),
@@ -151,13 +124,13 @@ struct Norms {
     float* norms;
 };
 Norms read_norms(Arguments& a) {
-    return {a.address<const void>("rows"), a.count("row_count"), a.row_bytes(), a.address<float>("norms")};
+    return {a.address<const void>("rows"), a.count("row_count"), row_bytes(a), a.address<float>("norms")};
 }
 
 PairScores read_pair_scores(Arguments& a) {
     return {a.address<const void>("rows"),
             a.address<const void>("columns"),
-            a.row_bytes(),
+            row_bytes(a),
             a.address<const std::int64_t>("pair_query"),
             a.address<const std::int64_t>("pair_gallery"),
             a.count("pair_count"),
@@ -165,7 +138,7 @@ PairScores read_pair_scores(Arguments& a) {
 }
 
 NearestCounts read_nearest_counts(Arguments& a) {
-    return {a.panel(),
+    return {panel(a),
             a.address<const std::int64_t>("pair_offsets"),
             a.address<const std::int64_t>("pair_gallery"),
             a.address<const float>("scores"),
@@ -192,6 +165,7 @@ void bind_cuda(py::module_& module) {
     define(module, "cuda_contrastive_weights", contrastive_weights, read_contrastive_weights);
     define(module, "cuda_momentum_statistics", momentum_statistics, read_momentum_statistics);
     define(module, "cuda_momentum_weights", momentum_weights, read_momentum_weights);
+    define(module, "cuda_sigmoid_weights", sigmoid_weights, read_sigmoid_weights);
     define(module, "cuda_gaussian_potential", gaussian_potential, read_gaussian_panel);
     define(module, "cuda_pair_scores", pair_scores, read_pair_scores);
     define(module, "cuda_nearest_counts", nearest_counts, read_nearest_counts);

@@ -1,8 +1,8 @@
 // Gaussian potentials of all pairs: their sum, and the weights of its gradient.
 //
 // Squared distances come from |x|^2 + |y|^2 - 2 <x, y> of centred copies, cut at 0. Where a row meets an equal column
-// the weight is 0, not 1: such a pair has no pull, and in the difference that makes the pull its two terms would
-// cancel and leave their rounding. In float32 an equal pair's distance is exactly 0. The tensor cores add in an order
+// the weight is 0, not 1: such a pair has no gradient, and in the difference that makes the gradient its two terms
+// would cancel and leave their rounding. In float32 an equal pair's distance is exactly 0. The tensor cores add in an order
 // of their own, so there any distance below their rounding counts as none.
 #include <device.cuh>
 
@@ -90,35 +90,13 @@ struct PotentialsOfTiles {
             }
             total += static_cast<double>(potentials);
         }
-        add_total(p, place, total, shared);
+        // A panel is a multiple of a tile's columns or the last, so a tile right of it has all its columns there.
+        const bool twice = p.own && place.column_tile * Tile::COLUMNS >= p.panel.row_count;
+        over_block(total, place, shared, [&](double sum) { p.tile_sums[blockIdx.x] = twice ? 2.0 * sum : sum; });
         if (p.weights != nullptr) {
             add_others(p, place, sums, shared);
             store_weights<Kind>(sums, place, shared, p.weights, p.weights_stride);
         }
-    }
-
-    // The block's sum of potentials, lanes and then warps in order.
-    static __device__ __forceinline__ void add_total(const Parameters& p, const Place<Tile>& place, double total,
-                                                     unsigned char* shared) {
-#pragma unroll
-        for (int mask = 16; mask > 0; mask /= 2) {
-            total += __shfl_xor_sync(0xffffffffu, total, mask);
-        }
-        double* of_warps = reinterpret_cast<double*>(shared);
-        if (place.lane == 0) {
-            of_warps[place.warp] = total;
-        }
-        __syncthreads();
-        if (threadIdx.x == 0) {
-            double sum = 0.0;
-            for (int warp = 0; warp < Tile::THREADS / 32; ++warp) {
-                sum += of_warps[warp];
-            }
-            // A panel is a multiple of a tile's columns or the last, so a tile right of it has all its columns there.
-            const bool twice = p.own && place.column_tile * Tile::COLUMNS >= p.panel.row_count;
-            p.tile_sums[blockIdx.x] = twice ? 2.0 * sum : sum;
-        }
-        __syncthreads();
     }
 
     static __device__ __forceinline__ void add_others(const Parameters& p, const Place<Tile>& place,
@@ -175,7 +153,7 @@ struct PotentialsOfPanel {
         const int64_t rows = p.panel.row_count;
         const int64_t columns = p.panel.column_count;
         if (blockIdx.x == 0) {
-            add_tiles(p, tiles(rows, TILE_ROWS) * tiles(columns, TILE_COLUMNS), reinterpret_cast<double*>(shared));
+            add_tiles<THREADS>(p.total, p.tile_sums, tiles(rows, TILE_ROWS) * tiles(columns, TILE_COLUMNS), 1, shared);
             return;
         }
         const int64_t thread = static_cast<int64_t>(blockIdx.x - 1) * THREADS + threadIdx.x;
@@ -186,22 +164,6 @@ struct PotentialsOfPanel {
         const int64_t column = thread - rows;
         if (column < columns && !(p.own && column < rows)) {
             p.column_others[column] += sum(p.column_partials + column, tiles(rows, TILE_ROWS), columns);
-        }
-    }
-
-    static __device__ __forceinline__ void add_tiles(const Parameters& p, int64_t count, double* of_threads) {
-        double own = 0.0;
-        for (int64_t tile = threadIdx.x; tile < count; tile += THREADS) {
-            own += p.tile_sums[tile];
-        }
-        of_threads[threadIdx.x] = own;
-        __syncthreads();
-        if (threadIdx.x == 0) {
-            double total = *p.total;
-            for (int i = 0; i < THREADS; ++i) {
-                total += of_threads[i];
-            }
-            *p.total = total;
         }
     }
 };

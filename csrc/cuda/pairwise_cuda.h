@@ -82,6 +82,17 @@ struct MomentumWeights {
 };
 void momentum_weights(const MomentumWeights& problem, Precision precision, void* stream);
 
+// Every pair but the positives by itself, S as above plus the bias. Adds sum softplus(S) and sum sigmoid(S) to totals.
+struct SigmoidWeights {
+    Panel panel;
+    const float* bias;  // one number
+    double* totals;     // (2)
+    void* weights;      // (row_count, stride): sigmoid(S), 0 at the positive; null without gradients
+    int64_t weights_stride;
+    double* tile_sums;  // workspace (row tiles * column tiles, 2)
+};
+void sigmoid_weights(const SigmoidWeights& problem, Precision precision, void* stream);
+
 // Squared lengths of `count` rows of an operand, summed in the order of the float32 products.
 void squared_norms(const void* rows, int64_t count, int64_t row_bytes, Precision precision, float* norms,
                         void* stream);
@@ -94,9 +105,9 @@ struct GaussianPanel {
     const float* column_norms;
     float t;
     double* total;          // one number
-    double* row_others;     // (row_count), sums of weights; null without the pull
+    double* row_others;     // (row_count), sums of weights; null without gradients
     double* column_others;  // (column_count), likewise; with `own` only from row_count on
-    void* weights;          // (row_count, stride): G, and 0 where row and column are equal; null without the pull
+    void* weights;          // (row_count, stride): G, and 0 where row and column are equal; null without gradients
     int64_t weights_stride;
     double* tile_sums;       // workspace (row tiles * column tiles)
     float* row_partials;     // workspace (column tiles, row_count)

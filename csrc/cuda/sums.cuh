@@ -116,6 +116,51 @@ __device__ __forceinline__ void over_rows(Value (&values)[Tile::COLUMN_SLOTS], c
     __syncthreads();
 }
 
+// total of each thread -> finish(sum) once, lanes and then warps in order. Needs shared memory that is free; all threads
+// of the block must come.
+template <class Tile, class Finish>
+__device__ __forceinline__ void over_block(double total, const Place<Tile>& place, unsigned char* shared,
+                                           Finish finish) {
+#pragma unroll
+    for (int mask = 16; mask > 0; mask /= 2) {
+        total += __shfl_xor_sync(0xffffffffu, total, mask);
+    }
+    double* of_warps = reinterpret_cast<double*>(shared);
+    if (place.lane == 0) {
+        of_warps[place.warp] = total;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        double sum = 0.0;
+        for (int warp = 0; warp < Tile::THREADS / 32; ++warp) {
+            sum += of_warps[warp];
+        }
+        finish(sum);
+    }
+    __syncthreads();
+}
+
+// total += the sum of `count` values that lie `stride` apart, by one block of THREADS with as many doubles shared.
+template <int THREADS>
+__device__ __forceinline__ void add_tiles(double* total, const double* values, int64_t count, int64_t stride,
+                                          unsigned char* shared) {
+    double* of_threads = reinterpret_cast<double*>(shared);
+    double own = 0.0;
+    for (int64_t tile = threadIdx.x; tile < count; tile += THREADS) {
+        own += values[tile * stride];
+    }
+    of_threads[threadIdx.x] = own;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        double sum = *total;
+        for (int i = 0; i < THREADS; ++i) {
+            sum += of_threads[i];
+        }
+        *total = sum;
+    }
+    __syncthreads();
+}
+
 // Combines `count` values that lie `stride` apart.
 template <class Value>
 __device__ __forceinline__ Value combine_all(const Value* values, int64_t count, int64_t stride) {

@@ -42,7 +42,7 @@ def evaluate_checkpoint(recipe: Recipe, checkpoint: str, out: str | None = None)
     # After the parsing: --help needs no torch.
     from modstruct import checkpoints, distributed
     from modstruct.data.classification.class_files import load_classes
-    from modstruct.data.run_data import open_run_data
+    from modstruct.data.run_data import open_evaluation_data
     from modstruct.evaluation.embeddings.model import find_checkpoint, load_model
     from modstruct.evaluation.evaluate import evaluate
     from modstruct.evaluation.tables import save_metrics, table
@@ -51,7 +51,7 @@ def evaluate_checkpoint(recipe: Recipe, checkpoint: str, out: str | None = None)
     distributed.start_processes()
     path = find_checkpoint(checkpoint)
     tokenizer = checkpoints.read_tokenizer(path)
-    data = open_run_data(recipe, image_size(recipe), tokenizer, training=False)
+    data = open_evaluation_data(recipe, image_size(recipe), tokenizer)
     if data.eval is None:
         refuse("data.eval", None, "name the shards to measure")
     if data.zero_shot:

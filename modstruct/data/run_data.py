@@ -6,6 +6,7 @@ import hashlib
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from modstruct.config import DataConfig, Recipe
 from modstruct.data.sentencepiece_training import TRAINING_CAPTIONS
@@ -19,79 +20,98 @@ from modstruct.distributed import is_main, main_first
 from modstruct.distributed.hosts import require_same
 
 BUILT_IN = "scenes"
+Value = TypeVar("Value")
 log = logging.getLogger(__name__)
 
 
 @dataclass
-class RunData:
-    """Sources, views and tokenizer of a run."""
+class EvaluationData:
+    """What a model is measured on, with the views and the tokenizer of its run."""
 
     views: Views
-    train: Samples | None
-    validation: EvaluationSamples | None
+    tokenizer: Tokenizer
     eval: EvaluationSamples | None
     zero_shot: str | None
     """Class file."""
-    tokenizer: Tokenizer
 
     def identity(self) -> dict[str, str | None]:
         """What tells these data from others, by the field that they came from."""
-        measured = {"data.validation": self.validation, "data.eval": self.eval}
-        found = {"data.train": None if self.train is None else f"{self.train.fingerprint} {self.train.weights}"}
-        found |= {name: None if source is None else source.samples.fingerprint for name, source in measured.items()}
         classes = self.zero_shot and Path(self.zero_shot).expanduser()
-        found["data.zero_shot"] = hashlib.sha256(classes.read_bytes()).hexdigest() if classes else None
-        return found | {"tokenizer": hashlib.sha256(self.tokenizer.model).hexdigest()}
+        return {
+            "data.eval": None if self.eval is None else self.eval.samples.fingerprint,
+            "data.zero_shot": hashlib.sha256(classes.read_bytes()).hexdigest() if classes else None,
+            "tokenizer": hashlib.sha256(self.tokenizer.model).hexdigest(),
+        }
+
+
+@dataclass
+class RunData(EvaluationData):
+    """The same, and what the model is trained on."""
+
+    train: Samples
+    validation: EvaluationSamples | None
+
+    def identity(self) -> dict[str, str | None]:
+        trained = {"data.train": f"{self.train.fingerprint} {self.train.weights}"}
+        validation = None if self.validation is None else self.validation.samples.fingerprint
+        return trained | {"data.validation": validation} | super().identity()
 
 
 def open_run_data(
-    recipe: Recipe,
-    image_size: int,
-    tokenizer: Tokenizer | None = None,
-    training: bool = True,
-    fingerprint: str | None = None,
+    recipe: Recipe, image_size: int, tokenizer: Tokenizer | None = None, fingerprint: str | None = None
 ) -> RunData:
     """Open every source of the recipe; every process calls it.
 
     image_size: side in pixels that the image tower takes. tokenizer: a checkpoint's; None builds the recipe's.
-    training: False leaves out data.train and data.validation. fingerprint: of the training samples of a checkpoint,
-    which are then found again even if a few shards were lost. Raises ValueError naming the field that is wrong.
+    fingerprint: of the training samples of a checkpoint, which are found again even if a few shards were lost.
+    Raises ValueError naming the field that is wrong.
     """
 
     def build() -> RunData:
-        wanted = recipe.data
-        if not training:  # what is not read need not be drawn
-            wanted = replace(wanted, train="", validation=None)
-            if wanted.zero_shot == BUILT_IN and wanted.eval != BUILT_IN:
-                wanted = replace(wanted, zero_shot=None)
-        elif wanted.train != BUILT_IN and BUILT_IN in (wanted.validation, wanted.eval) and is_main():
+        if recipe.data.train != BUILT_IN and BUILT_IN in (recipe.data.validation, recipe.data.eval) and is_main():
             log.warning("data.validation or data.eval is `scenes` beside your own data.train: name your own, or null")
-        config = _with_scenes(wanted, image_size)
-        say = is_main()
-        train = _training_samples(config, say, fingerprint) if training else None
-
-        def evaluation(name: str, source: str | None) -> EvaluationSamples | None:
-            return None if source is None else EvaluationSamples(as_sources(source), config, name, say)
-
+        config = _with_scenes(recipe.data, image_size)
+        sources = as_sources(config.train)
+        if fingerprint is None:
+            train = open_samples(sources, config, "data.train", is_main())
+        else:
+            train = open_saved_samples(sources, config, "data.train", fingerprint, is_main())
         return RunData(
             views=Views(recipe.views, image_size),
             train=train,
-            validation=evaluation("data.validation", config.validation) if training else None,
-            eval=evaluation("data.eval", config.eval),
+            validation=_evaluation("data.validation", config.validation, config),
+            eval=_evaluation("data.eval", config.eval, config),
             zero_shot=config.zero_shot,
             tokenizer=tokenizer or _tokenizer(recipe, train),
         )
 
-    data = main_first(build)
+    return _same_on_all(main_first(build))
+
+
+def open_evaluation_data(recipe: Recipe, image_size: int, tokenizer: Tokenizer) -> EvaluationData:
+    """Open the sources that a checkpoint is measured on, data.eval and data.zero_shot; as open_run_data otherwise."""
+
+    def build() -> EvaluationData:
+        wanted = replace(recipe.data, train="", validation=None)  # so that no scenes are drawn for these
+        if wanted.zero_shot == BUILT_IN and wanted.eval != BUILT_IN:
+            wanted = replace(wanted, zero_shot=None)
+        config = _with_scenes(wanted, image_size)
+        samples = _evaluation("data.eval", config.eval, config)
+        return EvaluationData(Views(recipe.views, image_size), tokenizer, samples, config.zero_shot)
+
+    return _same_on_all(main_first(build))
+
+
+Data = TypeVar("Data", bound=EvaluationData)
+
+
+def _same_on_all(data: Data) -> Data:
     require_same(data.identity(), "hosts must see the same files: share the folder, or copy it to each of them")
     return data
 
 
-def _training_samples(config: DataConfig, say: bool, fingerprint: str | None) -> Samples:
-    sources = as_sources(config.train)
-    if fingerprint is None:
-        return open_samples(sources, config, "data.train", say)
-    return open_saved_samples(sources, config, "data.train", fingerprint, say)
+def _evaluation(field: str, source: str | None, config: DataConfig) -> EvaluationSamples | None:
+    return None if source is None else EvaluationSamples(as_sources(source), config, field, is_main())
 
 
 def _with_scenes(config: DataConfig, image_size: int) -> DataConfig:
@@ -99,13 +119,17 @@ def _with_scenes(config: DataConfig, image_size: int) -> DataConfig:
     if BUILT_IN not in (config.train, config.validation, config.eval, config.zero_shot):
         return config
     scenes = ensure_scenes(config.scenes, config.cache, image_size)
-    files = {
-        "train": scenes.train,
-        "validation": scenes.validation,
-        "eval": scenes.test,
-        "zero_shot": scenes.zero_shot,
-    }
-    return replace(config, **{name: file for name, file in files.items() if getattr(config, name) == BUILT_IN})
+
+    def found(value: Value, file: str) -> Value | str:
+        return file if value == BUILT_IN else value
+
+    return replace(
+        config,
+        train=found(config.train, scenes.train),
+        validation=found(config.validation, scenes.validation),
+        eval=found(config.eval, scenes.test),
+        zero_shot=found(config.zero_shot, scenes.zero_shot),
+    )
 
 
 def _tokenizer(recipe: Recipe, train: Samples) -> Tokenizer:

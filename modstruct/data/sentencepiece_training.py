@@ -72,7 +72,10 @@ def train_sentencepiece(captions: Iterable[str], vocab_size: int) -> bytes:
             max_sentence_length=8 * MOST_CHARACTERS,
             num_threads=1,  # sums of several threads depend on their number
             minloglevel=2,
-            **SPECIAL_IDS,
+            pad_id=SPECIAL_IDS["pad_id"],
+            unk_id=SPECIAL_IDS["unk_id"],
+            bos_id=SPECIAL_IDS["bos_id"],
+            eos_id=SPECIAL_IDS["eos_id"],
         )
     except RuntimeError as error:
         refuse("tokenizer.vocab_size", vocab_size, f"sentencepiece cannot train on these captions ({error})")

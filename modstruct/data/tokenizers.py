@@ -272,7 +272,7 @@ class WordPieceTokenizer(Tokenizer):
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def _piece(self, token_id: int) -> str:
-        return self._backend.id_to_token(token_id)
+        return self._backend.id_to_token(token_id) or ""
 
     def _text(self, ids: list[int]) -> str:
         # Its pieces do not tell "it's" from "it ' s": joined are those that answers and captions mean to be one.

@@ -12,7 +12,7 @@ import torch
 
 from modstruct.config import EvaluationConfig
 from modstruct.data.classification.class_files import load_classes
-from modstruct.data.run_data import RunData
+from modstruct.data.run_data import EvaluationData
 from modstruct.data.shards.evaluation_samples import EvaluationSamples, evaluation_loader
 from modstruct.distributed.collect import my_batches, on_main
 from modstruct.evaluation.classification.zero_shot import class_embeddings, zero_shot
@@ -29,7 +29,7 @@ from modstruct.models.protocol import TrainableModel
 def evaluate(
     encode: Encode,
     samples: EvaluationSamples,
-    data: RunData,
+    data: EvaluationData,
     config: EvaluationConfig,
     device: torch.device,
     field_name: str = "data.eval",
@@ -107,7 +107,7 @@ def _reranked(
     model: FusionModel,
     source: EmbeddedSource,
     samples: EvaluationSamples,
-    data: RunData,
+    data: EvaluationData,
     config: EvaluationConfig,
     device: torch.device,
 ) -> dict[str, Any]:

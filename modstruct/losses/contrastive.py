@@ -11,9 +11,8 @@ from torch.nn import functional as F
 from modstruct.config import ContrastiveConfig, Precision
 from modstruct.embeddings import Outputs
 from modstruct.losses.protocol import GlobalBatch, Loss, LossSettings, Sums
+from modstruct.pairwise.contrast import contrastive_statistics, row_contrast_sum
 from modstruct.pairwise.global_batch import softplus
-from modstruct.pairwise.row_contrast import row_contrast_sum
-from modstruct.pairwise.symmetric_contrast import contrastive_statistics
 
 
 class Contrastive(Loss):

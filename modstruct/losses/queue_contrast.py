@@ -9,7 +9,7 @@ from modstruct.config import QueueContrastConfig
 from modstruct.embeddings import Outputs
 from modstruct.losses.distillation import ramped
 from modstruct.losses.protocol import GlobalBatch, Loss, LossSettings, Sums
-from modstruct.pairwise.row_contrast import row_contrast_sum
+from modstruct.pairwise.contrast import row_contrast_sum
 
 
 class QueueContrast(Loss):

@@ -7,7 +7,7 @@ from torch import Tensor
 from modstruct.config.losses import SigmoidConfig
 from modstruct.embeddings import Outputs
 from modstruct.losses.protocol import GlobalBatch, Loss, LossSettings, SharedScalar, Sums
-from modstruct.pairwise.row_contrast import sigmoid_contrast_sum
+from modstruct.pairwise.contrast import sigmoid_contrast_sum
 
 
 class Sigmoid(Loss):

@@ -1,11 +1,9 @@
-"""The local pairwise terms on the GPU: csrc/cuda's kernels for tiles of all pairs, torch's products for the pulls.
+"""The operators of the pairwise terms on the GPU: csrc/cuda's kernels for tiles, torch's products for the gradients.
 
-The functions that every backend has; csrc/cuda/pairwise_cuda.h says what the kernels compute. Rows are taken in
-panels: a panel's weights, (panel rows, N), are in memory at once, and two plain products with them make the pulls. So
-the pulls run at the rate of torch's products, and workspace grows as (B + N) D. The host reads nothing from the device.
-
-x: (B, D) this process's rows. y or columns: (N, D). first: the column that is row 0's positive. scale: (1,) float32.
-S_jk = scale <x_j, y_k>. precision: "float32", "tf32" or "bf16", of products; sums over pairs are float32 or better.
+Arguments and results are those of torch_tiles, in float32; csrc/cuda/pairwise_cuda.h says what the kernels compute.
+Rows are taken in panels: a panel's weights, (panel rows, N), are in memory at once, and two plain products with them
+make the gradients. So those run at the rate of torch's products, and workspace grows as (B + N) D. The host reads
+nothing from the device, except that `nearest_counts` checks its indices. Sums over pairs are float32 or better.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ import torch
 from torch import Tensor
 
 from modstruct.pairwise.cuda_panels import Operand, Panels, add_product, address, kernels, on_device
-from modstruct.pairwise.global_batch import softplus
+from modstruct.pairwise.global_batch import check_pairs, softplus, steady_sum, times_scale
 from modstruct.pairwise.torch_tiles import combinations
 
 GEOMETRIC_ROWS = 65_536  # rows of a + b and a - b that are in memory at once
@@ -23,7 +21,6 @@ GEOMETRIC_ROWS = 65_536  # rows of a + b and a - b that are in memory at once
 def contrastive_statistics(
     x: Tensor, y: Tensor, scale: Tensor, first: int, precision: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-sum-exps of S over the negatives, of rows (B,) and of columns (N,), and the positive logits (B,)."""
     with on_device(x) as stream:
         panels = Panels(Operand.of(x, precision), Operand.of(y, precision), stream)
         column_lse = panels.workspace(len(y))
@@ -31,28 +28,14 @@ def contrastive_statistics(
         return row_lse, column_lse, positive
 
 
-def contrastive_pulls(
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    first: int,
-    row_lse: Tensor,
-    column_lse: Tensor,
-    row_weight: Tensor,
-    column_weight: Tensor,
-    positive_weight: Tensor,
-    precision: str,
-) -> tuple[Tensor, Tensor]:
-    """W y (B, D) and W^T x (N, D).
-
-    W_jk = row_weight_j exp(S_jk - row_lse_j) + column_weight_k exp(S_jk - column_lse_k), positive_weight_j at the
-    positive. The lse and weights are vectors of B and N.
-    """
+def contrastive_grad(
+    x: Tensor, y: Tensor, scale: Tensor, first: int, row_values: Tensor, column_values: Tensor, precision: str
+) -> tuple[Tensor, Tensor, Tensor]:
     with on_device(x) as stream:
         panels = Panels(Operand.of(x, precision), Operand.of(y, precision), stream)
-        x_pull, y_pull = panels.zeros(*x.shape), panels.zeros(*y.shape)
-        row_lse, row_weight = row_lse.contiguous(), row_weight.contiguous()
-        column_lse, column_weight = column_lse.contiguous(), column_weight.contiguous()
+        x_grad, y_grad = panels.zeros(*x.shape), panels.zeros(*y.shape)
+        row_lse, row_weight, positive_weight = row_values.contiguous()
+        column_lse, column_weight = column_values.contiguous()
         weights = panels.weights()
         for start, stop in panels:
             kernels().cuda_contrastive_weights(
@@ -64,9 +47,9 @@ def contrastive_pulls(
                 weights=address(weights),
                 weights_stride=weights.stride(0),
             )
-            panels.pull(weights, start, stop, x_pull, y_pull)
-        _add_positives(x, y, first, positive_weight, x_pull, y_pull)
-        return x_pull, y_pull
+            panels.add_grads(weights, start, stop, x_grad, y_grad)
+        _add_positives(x, y, first, positive_weight, x_grad, y_grad)
+        return times_scale(x, x_grad, y_grad, scale)
 
 
 def row_contrast(
@@ -76,15 +59,9 @@ def row_contrast(
     scale: Tensor,
     first: int,
     alpha: float,
-    with_pull: bool,
-    with_column_pull: bool,
+    grads: str,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross entropy of each row with the targets alpha P + (1 - alpha) onehot, P the softmax of scale <x_momentum, c>.
-
-    Without x_momentum, (B, D), the target is the one-hot, whatever alpha is.
-    Returns losses (B,), W c (B, D) or (0, D), W^T x (N, D) or (0, D) for W the gradient of the losses in S.
-    """
     with on_device(x) as stream:
         panels = Panels(Operand.of(x, precision), Operand.of(columns, precision), stream)
         momentum = None if x_momentum is None else Operand.of(x_momentum, precision)
@@ -103,10 +80,9 @@ def row_contrast(
             losses = losses + momentum_weight * gap
             positive_weight = momentum_weight - row_weight
 
-        x_pull = panels.zeros(len(x) if with_pull else 0, x.shape[1])
-        column_pull = panels.zeros(len(columns) if with_column_pull else 0, x.shape[1])
-        if not (with_pull or with_column_pull):
-            return losses, x_pull, column_pull
+        x_grad, column_grad = panels.zero_grads(grads)
+        if grads == "none":
+            return steady_sum(losses), x_grad, column_grad
         weights = panels.weights()
         for start, stop in panels:
             arguments = panels.arguments(start, stop, scale, first) | {
@@ -124,35 +100,58 @@ def row_contrast(
                     momentum_lse=address(momentum_lse, start),
                     momentum_weight=address(momentum_weight, start),
                 )
-            panels.pull(weights, start, stop, x_pull, column_pull)
-        _add_positives(x, columns, first, positive_weight, x_pull, column_pull)
-        return losses, x_pull, column_pull
+            panels.add_grads(weights, start, stop, x_grad, column_grad)
+        _add_positives(x, columns, first, positive_weight, x_grad, column_grad)
+        return steady_sum(losses), x_grad, column_grad
 
 
-def gaussian_potential(
-    x: Tensor, y: Tensor | None, t: float, with_pull: bool, precision: str
+def sigmoid_contrast(
+    x: Tensor, columns: Tensor, affine: Tensor, first: int, grads: str, precision: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with on_device(x) as stream:
+        panels = Panels(Operand.of(x, precision), Operand.of(columns, precision), stream)
+        affine = affine.contiguous()
+        # The kernels leave the positives out: their gradients are the largest, and stay float32 throughout.
+        margin = -(_positives(panels.rows, panels.columns, affine[:1], first) + affine[1])
+        positive_weight = -torch.sigmoid(margin)
+        totals = panels.zeros(2, dtype=torch.float64)
+        tile_sums = panels.workspace(panels.row_tiles() * panels.column_tiles(), 2, dtype=torch.float64)
+        x_grad, column_grad = panels.zero_grads(grads)
+        weights = None if grads == "none" else panels.weights()
+        for start, stop in panels:
+            kernels().cuda_sigmoid_weights(
+                **panels.arguments(start, stop, affine, first),
+                bias=address(affine, 1),
+                totals=address(totals),
+                weights=address(weights),
+                weights_stride=0 if weights is None else weights.stride(0),
+                tile_sums=address(tile_sums),
+            )
+            if weights is not None:
+                panels.add_grads(weights, start, stop, x_grad, column_grad)
+        _add_positives(x, columns, first, positive_weight, x_grad, column_grad)
+        of_positives = [steady_sum(values.double()) for values in (softplus(margin), positive_weight)]
+        return totals[0] + of_positives[0], x_grad, column_grad, totals[1] + of_positives[1]
+
+
+def gaussian_potential_sum(
+    x: Tensor, y: Tensor | None, t: float, with_grad: bool, precision: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of G_jk = exp(-t |x_j - y_k|^2), and the pulls sum_k G_jk (y_k - x_j) and sum_j G_jk (x_j - y_k).
-
-    y None: all pairs of x with itself, j = k included, and no second pull. What lies left of a panel is then not
-    computed: what lies right of it serves its rows and its columns.
-    Returns a float64 scalar, (B, D) or (0, D), (N, D) or (0, D).
-    """
+    # What lies left of a panel is not computed without y: what lies right of it serves its rows and its columns.
     own = y is None
     with on_device(x) as stream:
         # Taking the mean off changes no distance, and keeps the digits where all vectors lie in a narrow cone.
-        center = (x if own else y).mean(0, dtype=torch.float64).float()
+        center = (x if y is None else y).mean(0, dtype=torch.float64).float()
         rows = Operand.of(x - center, precision)
-        columns = rows if own else Operand.of(y - center, precision)
+        columns = rows if y is None else Operand.of(y - center, precision)
         panels = Panels(rows, columns, stream)
         row_norms = _squared_norms(rows, stream)
         column_norms = row_norms if own else _squared_norms(columns, stream)
         total = panels.zeros(dtype=torch.float64)
-        x_pull = panels.zeros(len(x) if with_pull else 0, x.shape[1])
-        y_pull = panels.zeros(len(columns) if with_pull and not own else 0, x.shape[1])
+        x_grad, y_grad = panels.zero_grads("none" if not with_grad else "rows" if own else "all")
         row_others = panels.zeros(len(rows), dtype=torch.float64)  # sums of weights
         column_others = row_others if own else panels.zeros(len(columns), dtype=torch.float64)
-        weights = panels.weights() if with_pull else None
+        weights = panels.weights() if with_grad else None
         tile_sums = panels.workspace(panels.row_tiles() * panels.column_tiles(), dtype=torch.float64)
         row_partials = panels.workspace(panels.column_tiles(), panels.height)
         column_partials = panels.workspace(panels.row_tiles(), len(columns))
@@ -167,73 +166,61 @@ def gaussian_potential(
                 total=address(total),
                 row_others=address(row_others, start),
                 column_others=address(column_others, left),
-                weights=address(weights) if with_pull else 0,
-                weights_stride=weights.stride(0) if with_pull else 0,
+                weights=address(weights),
+                weights_stride=0 if weights is None else weights.stride(0),
                 tile_sums=address(tile_sums),
                 row_partials=address(row_partials),
                 column_partials=address(column_partials),
             )
-            if with_pull and not own:
-                panels.pull(weights, start, stop, x_pull, y_pull)
-            elif with_pull:
-                panel = weights[: stop - start, : len(columns) - left]
-                add_product(x_pull[start:stop], panel, columns.values[left:], precision)
-                if stop < len(rows):
-                    add_product(x_pull[stop:], panel[:, stop - start :].T, rows.values[start:stop], precision)
-        if with_pull:
-            x_pull.addcmul_(row_others.float()[:, None], rows.values.float(), value=-1)
-        if with_pull and not own:
-            y_pull.addcmul_(column_others.float()[:, None], columns.values.float(), value=-1)
-        return total, x_pull, y_pull
+            if weights is None:
+                continue
+            if not own:
+                panels.add_grads(weights, start, stop, x_grad, y_grad)
+                continue
+            panel = weights[: stop - start, : len(columns) - left]
+            add_product(x_grad[start:stop], panel, columns.values[left:], precision)
+            if stop < len(rows):
+                add_product(x_grad[stop:], panel[:, stop - start :].T, rows.values[start:stop], precision)
+        if with_grad:
+            x_grad.addcmul_(row_others.float()[:, None], rows.values.float(), value=-1)
+        if with_grad and not own:
+            y_grad.addcmul_(column_others.float()[:, None], columns.values.float(), value=-1)
+        return total, x_grad, y_grad
 
 
-def geometric_products(a: Tensor, b: Tensor, centers: Tensor, precision: str) -> tuple[Tensor, Tensor]:
-    """P^T P and M^T M, both (D, D), of P = (a - c_a) + (b - c_b) and M = (a - b) - c_d; centers: (3, D).
-
-    Products of matrices are all there is to it.
-    """
+def geometric_products(a: Tensor, b: Tensor, centers: Tensor, precision: str) -> Tensor:
     with on_device(a):
-        width = a.shape[1]
-        products = [torch.zeros(width, width, device=a.device) for _ in range(2)]
+        products = torch.zeros(2, a.shape[1], a.shape[1], device=a.device)
         for a_rows, b_rows in zip(a.split(GEOMETRIC_ROWS), b.split(GEOMETRIC_ROWS), strict=True):
             for out, combined in zip(products, combinations(a_rows, b_rows, centers), strict=True):
                 rows = Operand.of(combined, precision).values
                 add_product(out, rows.T, rows, precision)
-        return tuple(products)
+        return products
 
 
-def geometric_pulls(
-    a: Tensor, b: Tensor, centers: Tensor, plus_weights: Tensor, minus_weights: Tensor, precision: str
-) -> tuple[Tensor, Tensor]:
-    """P plus_weights + M minus_weights and P plus_weights - M minus_weights, both (B, D), P and M as above."""
+def geometric_grad(a: Tensor, b: Tensor, centers: Tensor, weights: Tensor, precision: str) -> tuple[Tensor, Tensor]:
     with on_device(a):
-        a_pull, b_pull = torch.empty_like(a), torch.empty_like(b)
-        weights = [Operand.of(w, precision).values for w in (plus_weights, minus_weights)]
+        a_grad, b_grad = torch.empty_like(a), torch.empty_like(b)
+        plus_weights, minus_weights = (Operand.of(w, precision).values for w in weights)
         for start in range(0, len(a), GEOMETRIC_ROWS):
             rows = slice(start, start + GEOMETRIC_ROWS)
-            plus_pull, minus_pull = torch.zeros_like(a[rows]), torch.zeros_like(a[rows])
+            plus_grad, minus_grad = torch.zeros_like(a[rows]), torch.zeros_like(a[rows])
             plus, minus = combinations(a[rows], b[rows], centers)
-            add_product(plus_pull, Operand.of(plus, precision).values, weights[0], precision)
-            add_product(minus_pull, Operand.of(minus, precision).values, weights[1], precision)
-            torch.add(plus_pull, minus_pull, out=a_pull[rows])
-            torch.sub(plus_pull, minus_pull, out=b_pull[rows])
-        return a_pull, b_pull
+            add_product(plus_grad, Operand.of(plus, precision).values, plus_weights, precision)
+            add_product(minus_grad, Operand.of(minus, precision).values, minus_weights, precision)
+            torch.add(plus_grad, minus_grad, out=a_grad[rows])
+            torch.sub(plus_grad, minus_grad, out=b_grad[rows])
+        return a_grad, b_grad
 
 
 def nearest_counts(
     queries: Tensor, gallery: Tensor, pair_query: Tensor, pair_gallery: Tensor, precision: str
 ) -> tuple[Tensor, Tensor]:
-    """For each pair, the gallery items that score above its own with its query, and the others that score the same.
-
-    queries: (q, D), gallery: (g, D); pair_query (ascending) and pair_gallery: (p,) int64. Returns two (p,) int64.
-    A pair whose score is NaN has all g above; an item whose score is NaN counts as above any other pair.
-    """
+    check_pairs(queries, gallery, pair_query, pair_gallery)
     with on_device(queries) as stream:
         panels = Panels(Operand.of(queries, precision), Operand.of(gallery, precision), stream)
         pairs = len(pair_query)
         above, ties = (panels.zeros(pairs, dtype=torch.int32) for _ in range(2))
-        if pairs == 0:
-            return above.long(), ties.long()
         pair_query, pair_gallery = pair_query.contiguous(), pair_gallery.contiguous()
         offsets = torch.searchsorted(pair_query, torch.arange(len(queries) + 1, device=pair_query.device))
         scores = panels.workspace(pairs)
@@ -269,7 +256,7 @@ def _statistics(panels: Panels, scale: Tensor, first: int, column_lse: Tensor | 
             **panels.arguments(start, stop, scale, first),
             row_lse=address(row_lse, start),
             positive=address(positive, start),
-            column_lse=address(column_lse) if with_columns else 0,
+            column_lse=address(column_lse),
             row_partials=address(row_partials),
             column_partials=address(column_partials),
             column_running=address(column_running),
@@ -306,13 +293,13 @@ def _positives(rows: Operand, columns: Operand, scale: Tensor, first: int) -> Te
     return scale * (rows.values.float() * own).sum(1)
 
 
-def _add_positives(x: Tensor, columns: Tensor, first: int, weight: Tensor, x_pull: Tensor, column_pull: Tensor) -> None:
-    """The positives' part of the pulls, which the panels leave out: it is the largest and stays float32 throughout."""
+def _add_positives(x: Tensor, columns: Tensor, first: int, weight: Tensor, x_grad: Tensor, column_grad: Tensor) -> None:
+    """The positives' part of the gradients, which the panels leave out: it is the largest and stays in float32."""
     own = slice(first, first + len(x))
-    if len(x_pull) > 0:
-        x_pull.addcmul_(weight[:, None], columns[own])
-    if len(column_pull) > 0:
-        column_pull[own].addcmul_(weight[:, None], x)
+    if len(x_grad) > 0:
+        x_grad.addcmul_(weight[:, None], columns[own])
+    if len(column_grad) > 0:
+        column_grad[own].addcmul_(weight[:, None], x)
 
 
 def _squared_norms(operand: Operand, stream: int) -> Tensor:

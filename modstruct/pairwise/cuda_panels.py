@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from modstruct.pairwise.extension import load_extension
+from modstruct.pairwise.operators import load_extension
 
 PANEL_STEP = 256  # a multiple of both sides of a tile: what lies right of a panel begins with a tile of its own
 FEWEST_PANEL_ROWS, MOST_PANEL_ROWS = 512, 4096
@@ -110,13 +110,13 @@ def _round_to_tf32(x: Tensor) -> Tensor:
     return torch.where(x.isfinite(), rounded, x)
 
 
-def address(vector: Tensor, start: int = 0) -> int:
-    """Of element `start` of a contiguous vector."""
-    return vector.data_ptr() + start * vector.element_size()
+def address(vector: Tensor | None, start: int = 0) -> int:
+    """Of element `start` of a contiguous vector; 0 where there is none."""
+    return 0 if vector is None else vector.data_ptr() + start * vector.element_size()
 
 
 def panel_rows(dimension: int, precision: str) -> int:
-    """Rows in a panel. More make the products with its weights faster: each reads and writes all of y's pull once."""
+    """Rows in a panel. More make the products with its weights faster: each reads and writes all of y_grad."""
     rows = PANEL_BYTES_PER_COLUMN * dimension // (2 if precision == "bf16" else 4)
     return min(max(-(-rows // PANEL_STEP) * PANEL_STEP, FEWEST_PANEL_ROWS), MOST_PANEL_ROWS)
 
@@ -169,10 +169,16 @@ class Panels:
         step = kernels().cuda_sizes()["store_bytes"] // self.rows.padded.element_size()
         return self.workspace(self.height, -(-len(self.columns) // step) * step, dtype=self.rows.padded.dtype)
 
-    def pull(self, weights: Tensor, start: int, stop: int, x_pull: Tensor, y_pull: Tensor) -> None:
-        """x_pull += W y and y_pull += W^T x of a panel's weights; a pull without rows is not wanted."""
+    def zero_grads(self, grads: str) -> tuple[Tensor, Tensor]:
+        """Zeros (B, D) unless `grads` is "none", and (N, D) if it is "all"; else with no rows."""
+        width = self.rows.dimension
+        x_grad = self.zeros(0 if grads == "none" else len(self.rows), width)
+        return x_grad, self.zeros(len(self.columns) if grads == "all" else 0, width)
+
+    def add_grads(self, weights: Tensor, start: int, stop: int, x_grad: Tensor, y_grad: Tensor) -> None:
+        """x_grad += W y and y_grad += W^T x of a panel's weights; a gradient without rows is not wanted."""
         panel = weights[: stop - start, : len(self.columns)]
-        if len(x_pull) > 0:
-            add_product(x_pull[start:stop], panel, self.columns.values, self.rows.precision)
-        if len(y_pull) > 0:
-            add_product(y_pull, panel.T, self.rows.values[start:stop], self.rows.precision)
+        if len(x_grad) > 0:
+            add_product(x_grad[start:stop], panel, self.columns.values, self.rows.precision)
+        if len(y_grad) > 0:
+            add_product(y_grad, panel.T, self.rows.values[start:stop], self.rows.precision)

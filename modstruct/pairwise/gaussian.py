@@ -1,11 +1,11 @@
 """Gaussian potential over all pairs of the global batch: the uniformity term, with no N x N matrix in memory.
 
-The gradient of sum_jk G_jk with respect to x_j is 2 t pull_j,  pull_j = sum_k G_jk (y_k - x_j),  and a pull costs one
-more product of matrices while the potentials of a tile are at hand. So the forward makes it, where a gradient is
-wanted; a backward that started from x and y would compute all distances again.
+The gradient of sum_jk G_jk with respect to x_j, 2 t sum_k G_jk (y_k - x_j), costs one more product of matrices while
+the potentials of a tile are at hand. So the forward makes it, where a gradient is wanted; a backward that started from
+x and y would compute all distances again.
 
 Every pair of different rows is computed once, on one process: each takes its own rows with themselves, and with the
-rows of the next half of the processes, in a circle. The gradient of the others' rows goes back by a reduce-scatter.
+rows of the next half of the processes, in a ring. The gradient of the others' rows goes back by a reduce-scatter.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from torch import Tensor
 from modstruct import distributed
 from modstruct.config import Precision
 from modstruct.errors import require
-from modstruct.pairwise import dispatch
+from modstruct.pairwise import cpu_kernels, cuda_kernels, torch_tiles
 from modstruct.pairwise.global_batch import checked_rows, global_rows
+from modstruct.pairwise.operators import check_precision, operator
 
 SMALLEST_FLOAT32, LARGEST_FLOAT32 = 1.2e-38, 3.4e38  # normal numbers: kernels take t as one
 
@@ -36,7 +37,7 @@ def gaussian_potential(z: Tensor, t: float, precision: Precision = "float32") ->
     """
     (z,) = checked_rows(z=z)
     require(SMALLEST_FLOAT32 < t < LARGEST_FLOAT32, "t", t, "must be positive and finite, as a float32")
-    dispatch.check_precision(precision)
+    check_precision(precision)
     total = distributed.all_sum(gaussian_potential_sum(z, distributed.gather(z), float(t), precision))
     return (total.log() - 2 * math.log(global_rows(z))).to(z.dtype)
 
@@ -46,12 +47,12 @@ def gaussian_potential_sum(z: Tensor, columns: Tensor, t: float, precision: Prec
 
     z: (B, D); columns: (N, D), those of all processes in order of rank.
     """
-    with_pull = torch.is_grad_enabled() and z.requires_grad
-    total = potential_sum(z, None, t, with_pull, precision)[0]
+    with_grad = torch.is_grad_enabled() and z.requires_grad
+    total = potential_sum(z, None, t, with_grad, precision)[0]
     if len(columns) > len(z):
         for rows, others in _pairs_with_others(z, columns):
             if len(rows):
-                total = total + 2 * potential_sum(rows, others, t, with_pull, precision)[0]
+                total = total + 2 * potential_sum(rows, others, t, with_grad, precision)[0]
             else:  # a sum of nothing, through which this process joins the backward of the gather
                 total = total + others[:0].sum()
     return total
@@ -78,55 +79,48 @@ def _pairs_with_others(z: Tensor, gathered: Tensor) -> list[tuple[Tensor, Tensor
     return pairs
 
 
-@torch.library.custom_op("modstruct::gaussian_potential_sum", mutates_args=())
-def potential_sum(
-    x: Tensor, y: Tensor | None, t: float, with_pull: bool, precision: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum over all pairs j, k of exp(-t |x_j - y_k|^2), y being x where it is None, and the pulls of x and y.
-
-    x: (B, D), y: (N, D), of one dtype and device, contiguous.
-    Returns () in float64, and, `with_pull`, (B, D) and (N, D); without it or without y, no rows in their place.
-    Differentiable with respect to x and y, and only `with_pull`.
-    """
-    return dispatch.call("gaussian_potential", x, y, t, with_pull, precision)
+potential_sum = operator(
+    torch_tiles.gaussian_potential_sum,
+    cpu=cpu_kernels.gaussian_potential_sum,
+    cuda=cuda_kernels.gaussian_potential_sum,
+)
 
 
 @potential_sum.register_fake
-def _(x: Tensor, y: Tensor | None, t: float, with_pull: bool, precision: str) -> tuple[Tensor, Tensor, Tensor]:
-    x_rows = x.shape[0] if with_pull else 0
-    y_rows = y.shape[0] if with_pull and y is not None else 0
+def _(x, y, t, with_grad, precision):
+    y_rows = 0 if y is None or not with_grad else y.shape[0]
     total = x.new_empty((), dtype=torch.float64)
-    return total, x.new_empty(x_rows, x.shape[1]), x.new_empty(y_rows, x.shape[1])
+    return total, x.new_empty(x.shape[0] if with_grad else 0, x.shape[1]), x.new_empty(y_rows, x.shape[1])
 
 
-@torch.library.custom_op("modstruct::gaussian_potential_gradients", mutates_args=())
-def potential_gradients(gradient: Tensor, x: Tensor, x_pull: Tensor, y_pull: Tensor, t: float) -> tuple[Tensor, Tensor]:
-    """Gradients of x (B, D) and y (N, D) or (0, D), from that of the sum, ().
+@torch.library.custom_op("modstruct::gaussian_potential_grad", mutates_args=())
+def potential_grad(gradient: Tensor, x: Tensor, x_grad: Tensor, y_grad: Tensor, t: float) -> tuple[Tensor, Tensor]:
+    """Gradients of x (B, D) and y (N, D) or (0, D), from that of the sum, (), and the results of `potential_sum`.
 
-    An operator without a derivative, and given x although the pulls are enough: so autograd refuses a second
-    derivative, which would otherwise come out as zero.
+    An operator without a derivative, and given x although x_grad is enough: so autograd refuses a second derivative,
+    which would otherwise come out as zero.
     """
-    roles = 1 if len(y_pull) else 2  # without y each row of x is in the sum as x_j and as x_k
-    return x_pull * (2 * t * roles * gradient).to(x.dtype), y_pull * (2 * t * gradient).to(x.dtype)
+    roles = 1 if len(y_grad) else 2  # without y each row of x is in the sum as x_j and as x_k
+    return x_grad * (2 * t * roles * gradient).to(x.dtype), y_grad * (2 * t * gradient).to(x.dtype)
 
 
-@potential_gradients.register_fake
-def _(gradient: Tensor, x: Tensor, x_pull: Tensor, y_pull: Tensor, t: float) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x_pull), torch.empty_like(y_pull)
+@potential_grad.register_fake
+def _(gradient, x, x_grad, y_grad, t):
+    return torch.empty_like(x_grad), torch.empty_like(y_grad)
 
 
 def _keep(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, y, ctx.t, ctx.with_pull, _ = inputs
+    x, y, ctx.t, ctx.with_grad, _ = inputs
     ctx.has_columns = y is not None
-    _, x_pull, y_pull = output
-    ctx.mark_non_differentiable(x_pull, y_pull)
-    ctx.save_for_backward(x, x_pull, y_pull)
+    _, x_grad, y_grad = output
+    ctx.mark_non_differentiable(x_grad, y_grad)
+    ctx.save_for_backward(x, x_grad, y_grad)
 
 
 def _backward(ctx, gradient: Tensor, *_: Tensor) -> tuple:
-    require(ctx.with_pull, "with_pull", ctx.with_pull, "must be True where a gradient is wanted")
-    x_gradient, y_gradient = potential_gradients(gradient, *ctx.saved_tensors, ctx.t)
-    return x_gradient, y_gradient if ctx.has_columns else None, None, None, None
+    require(ctx.with_grad, "with_grad", ctx.with_grad, "must be True where a gradient is wanted")
+    x_grad, y_grad = potential_grad(gradient, *ctx.saved_tensors, ctx.t)
+    return x_grad, y_grad if ctx.has_columns else None, None, None, None
 
 
 potential_sum.register_autograd(_backward, setup_context=_keep)

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from modstruct import distributed
 from modstruct.config import Precision
-from modstruct.pairwise import dispatch
+from modstruct.pairwise import cpu_kernels, cuda_kernels, torch_tiles
 from modstruct.pairwise.global_batch import global_rows, paired_rows
+from modstruct.pairwise.operators import check_precision, operator
 
 FLOAT64_ROWS = 4096  # rows that are in float64 at once
 
@@ -47,6 +48,7 @@ def geometric_consistency(a: Tensor, b: Tensor, precision: Precision = "float32"
     Cost: 8 N D^2 operations forward and backward, memory O(D^2) besides the gradients; for N < D 6 N^2 D and O(B N).
     """
     a, b = paired_rows(a=a, b=b)
+    check_precision(precision)
     count = global_rows(a)
     gathered = (distributed.gather(a), distributed.gather(b)) if fits_pairs(count, a.shape[1]) else None
     return consistency_value(_all_sum(consistency_sums(a, b, gathered, precision)), count).to(a.dtype)
@@ -68,13 +70,13 @@ def consistency_sums(
         with torch.autocast(a.device.type, enabled=False):  # else the product would run in half precision
             products = (a + b) @ (gathered[0] - gathered[1]).T  # (B, N)
         return {"squares": products.square().sum(1).sum()}
-    dispatch.check_precision(precision)
+    # One node of the graph for sums and products: their gradients are added to each other before any other term's.
+    a, b = a.view_as(a), b.view_as(b)
+    sums = torch.stack((a.sum(0, dtype=torch.float64), b.sum(0, dtype=torch.float64)))
     with torch.no_grad():
-        sums = torch.stack((a.sum(0, dtype=torch.float64), b.sum(0, dtype=torch.float64)))
         a_mean, b_mean = sums / len(a)
         centers = torch.stack((a_mean, b_mean, a_mean - b_mean)).to(a.dtype)
-    plus_products, minus_products, sums = geometric_products(a, b, centers, sums, precision)
-    found = {"products": torch.stack((plus_products, minus_products)).double(), "sums": sums}
+    found = {"products": geometric_products(a, b, centers, precision).double(), "sums": sums}
     if distributed.world_size() > 1:  # the means of the processes differ
         found["means"] = len(a) * _outer(*(sums / len(a)))
     return found
@@ -168,62 +170,30 @@ def _single_term(products: Tensor, sign: int) -> Tensor:
     return value + (value.clamp(min=0) - value).detach()
 
 
-# The products of one process's rows, by the kernels.
-
-
-@torch.library.custom_op("modstruct::geometric_products", mutates_args=())
-def geometric_products(
-    a: Tensor, b: Tensor, centers: Tensor, sums: Tensor, precision: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """P^T P and M^T M, (D, D) each, of P = (a - c_a) + (b - c_b) and M = (a - b) - c_d; and the sums of a and of b.
-
-    a, b: (B, D), of one dtype and device, contiguous. centers: (3, D), c_a, c_b and c_d, constants near the means:
-    there the products' derivative with respect to them is 0. sums: (2, D) in float64, of the rows of a and of b; they
-    pass through, for their derivative.
-    """
-    return *dispatch.call("geometric_products", a, b, centers, precision), sums.clone()
+geometric_products = operator(
+    torch_tiles.geometric_products, cpu=cpu_kernels.geometric_products, cuda=cuda_kernels.geometric_products
+)
+geometric_grad = operator(torch_tiles.geometric_grad, cpu=cpu_kernels.geometric_grad, cuda=cuda_kernels.geometric_grad)
 
 
 @geometric_products.register_fake
-def _(a: Tensor, b: Tensor, centers: Tensor, sums: Tensor, precision: str) -> tuple[Tensor, Tensor, Tensor]:
-    products = [a.new_empty(a.shape[1], a.shape[1]) for _ in range(2)]
-    return *products, torch.empty_like(sums)
+def _(a, b, centers, precision):
+    return a.new_empty(2, a.shape[1], a.shape[1])
 
 
-@torch.library.custom_op("modstruct::geometric_gradients", mutates_args=())
-def geometric_gradients(
-    plus_gradient: Tensor,
-    minus_gradient: Tensor,
-    sums_gradient: Tensor,
-    a: Tensor,
-    b: Tensor,
-    centers: Tensor,
-    precision: str,
-) -> tuple[Tensor, Tensor]:
-    """From the gradients of both products, (D, D), and of the sums, (2, D), to those of a and b.
-
-    An operator without a derivative, so that autograd refuses a second one instead of taking it for zero.
-    """
-    weights = [(gradient + gradient.T).contiguous() for gradient in (plus_gradient, minus_gradient)]
-    a_gradient, b_gradient = dispatch.call("geometric_pulls", a, b, centers, *weights, precision)
-    a_gradient += sums_gradient[0].to(a.dtype)
-    b_gradient += sums_gradient[1].to(b.dtype)
-    return a_gradient, b_gradient
-
-
-@geometric_gradients.register_fake
-def _(plus_gradient, minus_gradient, sums_gradient, a, b, centers, precision):
+@geometric_grad.register_fake
+def _(a, b, centers, weights, precision):
     return torch.empty_like(a), torch.empty_like(b)
 
 
-def _keep(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    a, b, centers, _, ctx.precision = inputs
+def _keep(ctx, inputs: tuple, output: Tensor) -> None:
+    a, b, centers, ctx.precision = inputs
     ctx.save_for_backward(a, b, centers)
 
 
-def _backward(ctx, plus_gradient: Tensor, minus_gradient: Tensor, sums_gradient: Tensor) -> tuple:
-    gradients = (plus_gradient, minus_gradient, sums_gradient)
-    return *geometric_gradients(*gradients, *ctx.saved_tensors, ctx.precision), None, None, None
+def _backward(ctx, gradient: Tensor) -> tuple:
+    weights = (gradient + gradient.mT).contiguous()
+    return *geometric_grad(*ctx.saved_tensors, weights, ctx.precision), None, None
 
 
 geometric_products.register_autograd(_backward, setup_context=_keep)
@@ -249,27 +219,27 @@ def _(a: Tensor, b: Tensor) -> Tensor:
     return a.new_empty(3, a.shape[1], a.shape[1], dtype=torch.float64)
 
 
-@torch.library.custom_op("modstruct::gram_gradients", mutates_args=())
-def gram_gradients(gradient: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("modstruct::gram_grad", mutates_args=())
+def gram_grad(gradient: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """From the gradient of the products, (3, D, D), to those of a and b.
 
     An operator without a derivative, so that autograd refuses a second one instead of taking it for zero.
     """
-    a_gradient, b_gradient = torch.empty_like(a), torch.empty_like(b)
+    a_grad, b_grad = torch.empty_like(a), torch.empty_like(b)
     plus_weights, minus_weights = (gradient[i] + gradient[i].T for i in range(2))
     mixed = gradient[2]
     start = 0
     with torch.autocast(a.device.type, enabled=False):
         for plus, minus in _float64_blocks(a, b):
             rows = slice(start, start := start + len(plus))
-            plus_pull = plus @ plus_weights + minus @ mixed
-            minus_pull = minus @ minus_weights + plus @ mixed.T
-            a_gradient[rows] = plus_pull + minus_pull
-            b_gradient[rows] = plus_pull - minus_pull
-    return a_gradient, b_gradient
+            plus_grad = plus @ plus_weights + minus @ mixed
+            minus_grad = minus @ minus_weights + plus @ mixed.T
+            a_grad[rows] = plus_grad + minus_grad
+            b_grad[rows] = plus_grad - minus_grad
+    return a_grad, b_grad
 
 
-@gram_gradients.register_fake
+@gram_grad.register_fake
 def _(gradient: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(a), torch.empty_like(b)
 
@@ -279,7 +249,7 @@ def _keep_rows(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
 
 
 def _gram_backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    return gram_gradients(gradient, *ctx.saved_tensors)
+    return gram_grad(gradient, *ctx.saved_tensors)
 
 
 gram_products.register_autograd(_gram_backward, setup_context=_keep_rows)

@@ -53,10 +53,20 @@ def checked_number(x: Tensor, **named: Tensor) -> Tensor:
 
 
 def require_constant(**tensors: Tensor) -> None:
-    """Refuse tensors that ask for a gradient where the term has none for them."""
+    """Refuse tensors that require a gradient where the term has none for them."""
     for name, tensor in tensors.items():
         constant = not (torch.is_grad_enabled() and tensor.requires_grad)
         require(constant, f"{name}.requires_grad", True, "no gradient reaches it: give it detached, as .detach()")
+
+
+def check_pairs(queries: Tensor, gallery: Tensor, pair_query: Tensor, pair_gallery: Tensor) -> None:
+    """Raise ValueError unless the indices are of rows of queries and of gallery. One read from the device.
+
+    Called by the kernels, inside an operator: torch.compile could not trace it.
+    """
+    limits = torch.stack([limit for indices in (pair_query, pair_gallery) for limit in indices.aminmax()]).tolist()
+    for (low, high), name, rows in ((limits[:2], "queries", queries), (limits[2:], "gallery", gallery)):
+        require(low >= 0 and high < len(rows), "positives", (low, high), f"row of {name}: from 0 to {len(rows) - 1}")
 
 
 def global_rows(rows: Tensor) -> int:
@@ -67,6 +77,12 @@ def global_rows(rows: Tensor) -> int:
 def global_mean(values: Tensor) -> Tensor:
     """Mean over the pairs of all processes, of this process's (B,); a scalar, the same on every process."""
     return distributed.all_sum(values.sum()) / global_rows(values)
+
+
+def times_scale(x: Tensor, x_grad: Tensor, y_grad: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, y and scale, (1,), from W y and W^T x, which are overwritten; W: that of S = scale x y^T."""
+    scale_grad = sum_of_products(x_grad, x)
+    return x_grad.mul_(scale), y_grad.mul_(scale), scale_grad
 
 
 def sum_of_products(a: Tensor, b: Tensor) -> Tensor:

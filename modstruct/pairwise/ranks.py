@@ -7,8 +7,9 @@ from torch import Tensor
 
 from modstruct.config import Precision
 from modstruct.errors import require
-from modstruct.pairwise import dispatch
+from modstruct.pairwise import cpu_kernels, cuda_kernels, torch_tiles
 from modstruct.pairwise.global_batch import checked_rows
+from modstruct.pairwise.operators import check_precision, operator
 
 
 @torch.no_grad()
@@ -26,7 +27,7 @@ def nearest_counts(
     does not fit.
     """
     queries, gallery = checked_rows(queries=queries, gallery=gallery)
-    dispatch.check_precision(precision)
+    check_precision(precision)
     require(
         positives.dim() == 2 and positives.shape[1] == 2, "shape of positives", tuple(positives.shape), "give (p, 2)"
     )
@@ -38,26 +39,16 @@ def nearest_counts(
         return positives[:, 0], positives[:, 0]
     order = positives[:, 0].argsort(stable=True)
     pair_query, pair_gallery = (column.contiguous() for column in positives[order].T)
-    counts = counted(queries, gallery, pair_query, pair_gallery, precision)
-    return tuple(torch.empty_like(count).index_copy_(0, order, count) for count in counts)
+    above, ties = (
+        torch.empty_like(count).index_copy_(0, order, count)
+        for count in counted(queries, gallery, pair_query, pair_gallery, precision)
+    )
+    return above, ties
 
 
-@torch.library.custom_op("modstruct::nearest_counts", mutates_args=())
-def counted(
-    queries: Tensor, gallery: Tensor, pair_query: Tensor, pair_gallery: Tensor, precision: str
-) -> tuple[Tensor, Tensor]:
-    """`nearest_counts` of checked arguments, the pairs in two columns (p,), ascending by query.
-
-    It looks at the indices itself: outside, torch.compile could not trace that. One read from the device.
-    """
-    limits = torch.stack([limit for indices in (pair_query, pair_gallery) for limit in indices.aminmax()]).tolist()
-    for (low, high), name, rows in ((limits[:2], "queries", queries), (limits[2:], "gallery", gallery)):
-        require(low >= 0 and high < len(rows), "positives", (low, high), f"row of {name}: from 0 to {len(rows) - 1}")
-    return dispatch.call("nearest_counts", queries, gallery, pair_query, pair_gallery, precision)
+counted = operator(torch_tiles.nearest_counts, cpu=cpu_kernels.nearest_counts, cuda=cuda_kernels.nearest_counts)
 
 
 @counted.register_fake
-def _(
-    queries: Tensor, gallery: Tensor, pair_query: Tensor, pair_gallery: Tensor, precision: str
-) -> tuple[Tensor, Tensor]:
+def _(queries, gallery, pair_query, pair_gallery, precision):
     return torch.empty_like(pair_query), torch.empty_like(pair_query)

@@ -10,7 +10,7 @@ from numbered_images import CLASS_FILE, LastNumberTokenizer, LookUp, open_source
 from processes import run_on_processes
 
 from modstruct.config import EvaluationConfig
-from modstruct.data.run_data import RunData
+from modstruct.data.run_data import EvaluationData
 from modstruct.distributed import is_main
 from modstruct.evaluation.evaluate import evaluate
 
@@ -34,7 +34,7 @@ def measure(folder: str, broken: tuple[int, ...] = ()) -> dict:
 def run(folder, encode, inspect=None):
     config = EvaluationConfig(batch=4, recall_at=[1, 5], top_k=[1])
     samples, classes = open_source(folder), str(folder.parent / "classes.yaml")
-    data = RunData(views(), None, None, samples, classes, LastNumberTokenizer())
+    data = EvaluationData(views(), LastNumberTokenizer(), samples, classes)
     return evaluate(encode, samples, data, config, torch.device("cpu"), inspect=inspect)
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from modstruct.config import EvaluationConfig
 from modstruct.data.faults import TooManyBadSamples
-from modstruct.data.run_data import RunData
+from modstruct.data.run_data import EvaluationData
 from modstruct.evaluation.embeddings.in_memory import embed_source, embed_texts
 from modstruct.evaluation.evaluate import evaluate
 from modstruct.evaluation.example_grid import retrieved_examples
@@ -27,7 +27,7 @@ def embedded(samples, encode=None, batch=4, **more):
 
 def measured(samples, encode=None, zero_shot_path=None, **more):
     config = EvaluationConfig(batch=4, recall_at=[5], top_k=[1, 2, 3])
-    data = RunData(views(), None, None, samples, zero_shot_path, LastNumberTokenizer())
+    data = EvaluationData(views(), LastNumberTokenizer(), samples, zero_shot_path)
     return evaluate(encode or LookUp(), samples, data, config, CPU, **more)
 
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import contextmanager
 from unittest import mock
 
 import pytest
 import torch
 from host_waits import no_host_waits, unwatched
-from modstruct.training.fusion_cache import CachedFusionBatch
 from plain_engine import PlainEngine
 from processes import run_on_processes
 from tiny_answers import ANSWERS, answer_model, answer_recipe, answer_tokenizer, question_batch, with_answers
 from tiny_fusion import albef_losses, fusion_model, fusion_recipe, training_batch
 from tiny_models import batch_of_both_views, tiny_config, tiny_model, word_tokenizer
-from torch import Tensor, nn
+from torch import Tensor
 
 from modstruct import distributed
 from modstruct.config import (
@@ -28,17 +26,18 @@ from modstruct.config import (
 )
 from modstruct.data.transforms.text_views import masked_places
 from modstruct.losses.distillation import Distillation
-from modstruct.losses.objective import build_objective
+from modstruct.losses.objective import Objective, build_objective
 from modstruct.models.fusion.classifier import Classifier
 from modstruct.models.fusion.two_images import PairClassifier
-from modstruct.training.gradient_cache import WholeBatch
+from modstruct.models.protocol import TrainableModel
+from modstruct.training.gradient_cache import CachedBatch, WholeBatch
 
 STRUCTURE = {
     "separation": SeparationConfig(weight=1.0),
     "bridge": BridgeConfig(weight=1.0, t=None),
     "geometry": GeometryConfig(weight=0.25),
 }
-Step = tuple[nn.Module, Callable, dict[str, Tensor]]
+Step = tuple[TrainableModel, Objective, dict[str, Tensor]]
 
 
 def two_tower() -> Step:
@@ -64,22 +63,26 @@ def pretraining(**contrast) -> Step:
 
 
 def retrieval() -> Step:
-    return pretraining(positives="picture")
+    return pretraining(positives="image")
+
+
+def distilled() -> Objective:
+    return Objective({"task": Distillation(0.4, 0)}, {"task": 1.0})
 
 
 def vqa() -> Step:
-    return answer_model(), Distillation(0.4, 0), with_answers(question_batch(), ANSWERS)
+    return answer_model(), distilled(), with_answers(question_batch(), ANSWERS)
 
 
 def snli_ve() -> Step:
     batch = question_batch() | {"label": torch.tensor([0, 2, 1, 0])}
-    return Classifier(answer_recipe(), answer_tokenizer(), 3), Distillation(0.4, 0), batch
+    return Classifier(answer_recipe(), answer_tokenizer(), 3), distilled(), batch
 
 
 def nlvr2() -> Step:
     batch = question_batch() | {"label": torch.tensor([0, 1, 1, 0])}
     batch["image"] = torch.stack([batch["image"], batch["image"].flip(0)], dim=1)
-    return PairClassifier(answer_recipe(), answer_tokenizer(), 2), Distillation(0.4, 0), batch
+    return PairClassifier(answer_recipe(), answer_tokenizer(), 2), distilled(), batch
 
 
 STEPS = {make.__name__: make for make in (two_tower, pretraining, retrieval, vqa, snli_ve, nlvr2)}
@@ -89,8 +92,7 @@ def take_steps(name: str, parts: int) -> None:
     """Two micro-steps as training takes them; the first fills what there is of queues. Only the second is watched."""
     model, objective, batch = STEPS[name]()
     engine = PlainEngine(model.to(distributed.device()))
-    if hasattr(model, "ema_to"):
-        model.ema_to(distributed.device())
+    model.ema_to(distributed.device())
     step(engine, objective, batch, parts, 0)
     with watched():
         step(engine, objective, batch, parts, 1)
@@ -109,20 +111,19 @@ def watched():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def step(engine: PlainEngine, objective: Callable, batch: dict[str, Tensor], parts: int, number: int) -> None:
+def step(engine: PlainEngine, objective: Objective, batch: dict[str, Tensor], parts: int, number: int) -> None:
     if parts == 1:
-        embedded, options = WholeBatch(engine, batch), {}
+        embedded = WholeBatch(engine, batch)
     else:
         with unwatched():  # the loader's work
             divided = [
                 {n: rows.chunk(parts)[p] for n, rows in batch.items() if n != "masked_places"} for p in range(parts)
             ]
             divided = [part | {"masked_places": masked_places(part["masked_labels"])} for part in divided]
-        embedded, options = CachedFusionBatch(engine, divided, objective, number), {"pairs_only": True}
-    total, _ = objective(embedded.embeddings, number, 0, **options)
+        embedded = CachedBatch(engine, divided, objective, number)
+    total, _ = objective(embedded.outputs, number, without=embedded.deferred)
     embedded.backward(total)
-    if hasattr(engine.module, "follow"):
-        engine.module.update_ema(embedded.embeddings, embedded.batch, number)
+    engine.model.update_ema(embedded.outputs, embedded.batch, number)
 
 
 CASES = [(name, 1) for name in STEPS] + [("pretraining", 3), ("retrieval", 2)]

@@ -10,8 +10,9 @@ import open_clip
 import torch
 from torch import Tensor
 
-from modstruct.config import ModelConfig, TextConfig, ViewsConfig, VisionConfig
+from modstruct.config import LossesConfig, ModelConfig, SeparationConfig, TextConfig, ViewsConfig, VisionConfig
 from modstruct.data.tokenizers import ClipTokenizer, Tokenizer, WordPieceTokenizer
+from modstruct.losses.objective import build_objective
 from modstruct.models.two_tower import TwoTower
 
 WORDS = ["a", "red", "blue", "green", "square", "circle", "star", "above", "!"]
@@ -63,7 +64,8 @@ def tiny_config(architecture: str = "clip", **changes) -> ModelConfig:
 
 def tiny_model(config: ModelConfig, tokenizer: Tokenizer, independent: bool = False, seed: int = 0) -> TwoTower:
     torch.manual_seed(seed)
-    return TwoTower(config, ViewsConfig(), tokenizer, independent)
+    losses = LossesConfig(separation=SeparationConfig(weight=float(independent)))
+    return TwoTower(config, ViewsConfig(), tokenizer, build_objective(losses))
 
 
 def pictures(size: int = 16, count: int = len(CAPTIONS), seed: int = 1) -> Tensor:

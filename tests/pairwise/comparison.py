@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from modstruct.pairwise import dispatch, torch_tiles
+from modstruct.pairwise import torch_tiles
 
 # Rows and dimension: single ones; blocks (192), vectors (32) and micro-kernels not filled, filled, and one above.
 SIZES = [(1, 1), (2, 1), (1, 40), (7, 3), (192, 32), (193, 33), (145, 257), (300, 70), (450, 8), (20, 2048)]
@@ -63,16 +64,19 @@ def with_gradients(function: Callable, *inputs: Tensor) -> list[Tensor]:
     return [value.detach(), *torch.autograd.grad(value, inputs)]
 
 
-def relative_error(found: Tensor, right: Tensor) -> float:
+def relative_error(found: Tensor, right: Tensor, smallest: float = 1e-30) -> float:
     assert found.shape == right.shape
-    return ((found.double() - right).norm() / right.norm().clamp_min(1e-30)).item()
+    return ((found.double() - right).norm() / right.norm().clamp_min(smallest)).item()
 
 
-def errors(ours: Callable, printed: Callable, *inputs: Tensor) -> list[float]:
-    """Relative errors of our value and of each of its gradients against the formula as printed, in float64."""
+def errors(ours: Callable, printed: Callable, *inputs: Tensor, smallest: float = 1e-30) -> list[float]:
+    """Relative errors of our value and of each of its gradients against the formula as printed, in float64.
+
+    smallest: norm below which the printed form's own rounding counts as 0.
+    """
     found = with_gradients(ours, *inputs)
     right = with_gradients(printed, *(z.double() for z in inputs))
-    return [relative_error(f, r) for f, r in zip(found, right, strict=True)]
+    return [relative_error(f, r, smallest) for f, r in zip(found, right, strict=True)]
 
 
 def assert_half_precision_is_taken_to_float32(ours: Callable, *inputs: Tensor, backward_too: bool = True) -> None:
@@ -107,7 +111,7 @@ def assert_layout_is_no_matter(ours: Callable, *inputs: Tensor) -> None:
 
 
 def assert_each_input_alone_gets_its_gradient(ours: Callable, *inputs: Tensor) -> None:
-    """One input that asks, the others that do not: the same gradient as when all ask."""
+    """One input that requires a gradient, the others not: the same gradient as when all do."""
     _, *right = with_gradients(ours, *inputs)
     for i, expected in enumerate(right):
         leaves = [z.clone().requires_grad_(i == j) for j, z in enumerate(inputs)]
@@ -126,7 +130,7 @@ def assert_compiles(ours: Callable, *inputs: Tensor, other_sizes: bool = True) -
 
 
 def assert_second_derivative_is_refused(ours: Callable, operator: str, *inputs: Tensor) -> None:
-    """By autograd, naming our operator, whichever of the inputs asks; never taken for zero."""
+    """By autograd, naming our operator, whichever input requires a gradient; never taken for zero."""
     for i in range(len(inputs)):
         leaves = [z.clone().requires_grad_(i == j) for j, z in enumerate(inputs)]
         value = ours(*leaves)
@@ -135,22 +139,21 @@ def assert_second_derivative_is_refused(ours: Callable, operator: str, *inputs: 
             (value + gradient.square().sum()).backward()
 
 
-@contextmanager
-def local_calls() -> Iterator[list[tuple]]:
-    """The local terms that are computed meanwhile: name and arguments of each."""
-    calls = []
+class OperatorCalls(TorchDispatchMode):
+    """`with OperatorCalls() as calls: ...` leaves the calls of modstruct's operators there, name and arguments."""
 
-    def call(*arguments):
-        calls.append(arguments)
-        return original(*arguments)
+    def __init__(self):
+        super().__init__()
+        self.seen: list[tuple[str, tuple]] = []
 
-    original = dispatch.call
-    with mock.patch.object(dispatch, "call", call):
-        yield calls
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "modstruct":
+            self.seen.append((function._opname, args))
+        return function(*args, **(kwargs or {}))
 
 
 def without_gradient(ours: Callable, *inputs: Tensor) -> Tensor:
-    """The value under no_grad of inputs that ask for gradients."""
+    """The value under no_grad of inputs that require gradients."""
     with torch.no_grad():
         value = ours(*(z.clone().requires_grad_() for z in inputs))
     assert not value.requires_grad

@@ -1,4 +1,4 @@
-"""One call of every local term, as the kernels of all devices take it, on drawn rows."""
+"""One call of every operator, as the kernels of all devices take it, on drawn rows."""
 
 from __future__ import annotations
 
@@ -24,26 +24,30 @@ SHAPES = [
 ]
 TOLERANCES = {  # of each result, relative to its norm; counts are exact
     "contrastive_statistics": 1e-6,
-    "contrastive_pulls": 5e-6,
+    "contrastive_grad": 5e-6,
     "row_contrast": 5e-6,
-    "gaussian_potential": 5e-6,
+    "sigmoid_contrast": 5e-6,
+    "gaussian_potential_sum": 5e-6,
     "geometric_products": 1e-6,
-    "geometric_pulls": 2e-6,
+    "geometric_grad": 2e-6,
     "nearest_counts": 0.0,
 }
 NAMES = [
     "contrastive_statistics",
-    "contrastive_pulls",
+    "contrastive_grad",
     "row_contrast",
     "row_contrast, values",
     "row_contrast, rows alone",
     "row_contrast, softened",
     "row_contrast, softened, values",
-    "gaussian_potential",
-    "gaussian_potential, values",
-    "gaussian_potential, one side",
+    "sigmoid_contrast",
+    "sigmoid_contrast, values",
+    "sigmoid_contrast, rows alone",
+    "gaussian_potential_sum",
+    "gaussian_potential_sum, values",
+    "gaussian_potential_sum, one side",
     "geometric_products",
-    "geometric_pulls",
+    "geometric_grad",
     "nearest_counts",
 ]
 
@@ -63,37 +67,39 @@ def arguments(name: str, rows: int, columns: int, width: int, first: int) -> tup
     pair_gallery = torch.arange(count) * 7 % columns
     match name.split(", "):
         case ["contrastive_statistics"]:
-            return pairs
-        case ["contrastive_pulls"]:
-            row_lse, column_lse, _ = torch_tiles.contrastive_statistics(*in_float64(pairs))
-            return *pairs, *(lse.clamp(min=LOWEST).float() for lse in (row_lse, column_lse)), *weights
+            return *pairs, "float32"
+        case ["contrastive_grad"]:
+            lse = [z.clamp(min=LOWEST).float() for z in torch_tiles.contrastive_statistics(*in_float64(pairs), "")]
+            values = torch.stack((lse[0], weights[0], weights[2])), torch.stack((lse[1], weights[1]))
+            return *pairs, *values, "float32"
         case ["row_contrast", *rest]:
-            softened, values = "softened" in rest, "values" in rest
-            options = (0.4 if softened else 0.0, not values, not values and "rows alone" not in rest)
-            return x, x_momentum if softened else None, *pairs[1:], *options
-        case ["gaussian_potential", *rest]:
-            return x, None if "one side" in rest else y, 1.5, "values" not in rest
+            softened = "softened" in rest
+            return x, x_momentum if softened else None, *pairs[1:], 0.4 if softened else 0.0, grads(rest), "float32"
+        case ["sigmoid_contrast", *rest]:
+            return x, y, torch.tensor([8.0, -4.0]), first, grads(rest), "float32"
+        case ["gaussian_potential_sum", *rest]:
+            return x, None if "one side" in rest else y, 1.5, "values" not in rest, "float32"
         case ["geometric_products"]:
-            return x, other, random_rows(3, width, 10).float()
-        case ["geometric_pulls"]:
-            return (
-                x,
-                other,
-                random_rows(3, width, 10).float(),
-                random_rows(width, width, 8).float(),
-                random_rows(width, width, 9).float(),
-            )
+            return x, other, random_rows(3, width, 10).float(), "float32"
+        case ["geometric_grad"]:
+            products = torch.stack([random_rows(width, width, seed) for seed in (8, 9)]).float()
+            return x, other, random_rows(3, width, 10).float(), products, "float32"
         case ["nearest_counts"]:
-            return queries, gallery, pair_query, pair_gallery
+            return queries, gallery, pair_query, pair_gallery, "float32"
     raise KeyError(name)
+
+
+def grads(options: list[str]) -> str:
+    return "none" if "values" in options else "rows" if "rows alone" in options else "all"
 
 
 def in_float64(given: tuple) -> tuple:
     return tuple(z.double() if isinstance(z, Tensor) and z.is_floating_point() else z for z in given)
 
 
-def results(kernels: ModuleType, name: str, given: tuple, **options: str) -> tuple[Tensor, ...]:
-    return getattr(kernels, name.split(", ")[0])(*given, **options)
+def results(kernels: ModuleType, name: str, given: tuple) -> tuple[Tensor, ...]:
+    found = getattr(kernels, name.split(", ")[0])(*given)
+    return (found,) if isinstance(found, Tensor) else found
 
 
 def assert_agree(name: str, found: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> None:

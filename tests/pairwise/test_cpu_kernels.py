@@ -8,49 +8,57 @@ import sys
 from pathlib import Path
 
 import pytest
+import reference
 import torch
 from comparison import integer_rows, logit_scale, random_rows, relative_error, threads, unit_rows, with_gradients
 from kernel_calls import NAMES, SHAPES, arguments, assert_agree, in_float64, results
 
-from modstruct.pairwise import cpu_kernels, reference, torch_tiles
-from modstruct.pairwise.extension import load_extension
+from modstruct.pairwise import cpu_kernels, torch_tiles
+from modstruct.pairwise.operators import load_extension
 
 INSTRUCTION_SETS = load_extension().features()["cpu_here"]
 
 
-@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.fixture
+def instruction_set(request, monkeypatch) -> str:
+    """Kernels of another instruction set than the fastest."""
+    monkeypatch.setattr(cpu_kernels, "instruction_set", lambda: request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_instruction_set_agrees_with_float64(name, shape, instruction_set):
     given = arguments(name, *shape)
     with threads(1):
-        found = results(cpu_kernels, name, given, instruction_set=instruction_set)
+        found = results(cpu_kernels, name, given)
     assert_agree(name, found, results(torch_tiles, name, in_float64(given)))
 
 
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (1537, 33), (300, 385), (3100, 130)])
-@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
-@pytest.mark.parametrize("name", ["geometric_products", "geometric_pulls"])
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
+@pytest.mark.parametrize("name", ["geometric_products", "geometric_grad"])
 def test_every_instruction_set_agrees_with_float64_over_many_rows(name, instruction_set, rows, width):
     given = arguments(name, rows, rows, width, 0)
     with threads(1):
-        found = results(cpu_kernels, name, given, instruction_set=instruction_set)
+        found = results(cpu_kernels, name, given)
     assert_agree(name, found, results(torch_tiles, name, in_float64(given)))
 
 
-@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
 @pytest.mark.parametrize(("rows", "columns", "width"), [(1, 300, 5), (130, 1, 40), (101, 290, 130), (900, 390, 33)])
 def test_potentials_and_counts_may_have_more_rows_than_columns(instruction_set, rows, columns, width):
     x, y = unit_rows(rows, width, 1), unit_rows(columns, width, 2)
-    found = cpu_kernels.gaussian_potential(x, y, 1.5, True, instruction_set=instruction_set)
+    found = cpu_kernels.gaussian_potential_sum(x, y, 1.5, True, "float32")
     total, x_gradient, y_gradient = with_gradients(
         lambda x, y: reference.gaussian_potential_sum(x, 1.5, y), x.double(), y.double()
     )
     assert relative_error(found[0], total) < 1e-6
-    assert relative_error(found[1], x_gradient / 3) < 5e-6  # the pull is the gradient over 2 t
+    assert relative_error(found[1], x_gradient / 3) < 5e-6  # over 2 t
     assert relative_error(found[2], y_gradient / 3) < 5e-6
     queries, gallery, pairs = integer_rows(rows, width, 3), integer_rows(columns, width, 4), torch.arange(rows)
-    counts = cpu_kernels.nearest_counts(queries, gallery, pairs, pairs % columns, instruction_set=instruction_set)
+    counts = cpu_kernels.nearest_counts(queries, gallery, pairs, pairs % columns, "float32")
     right = reference.nearest_counts(queries.double(), gallery.double(), torch.stack((pairs, pairs % columns), 1))
     assert all(torch.equal(f, r) for f, r in zip(counts, right, strict=True))
 
@@ -68,64 +76,65 @@ def test_one_two_and_three_threads_give_the_same_bits(name, shape):
             assert torch.equal(f, r)
 
 
-@pytest.mark.parametrize("name", ["row_contrast", "row_contrast, softened", "gaussian_potential"])
-def test_values_have_the_same_bits_with_and_without_pulls(name):
+@pytest.mark.parametrize("name", ["row_contrast", "row_contrast, softened", "gaussian_potential_sum"])
+def test_values_have_the_same_bits_with_and_without_gradients(name):
     shape = (1300, 1700, 37, 350)
-    value, *pulls = results(cpu_kernels, name, arguments(name, *shape))
+    value, *grads = results(cpu_kernels, name, arguments(name, *shape))
     alone, *none = results(cpu_kernels, f"{name}, values", arguments(f"{name}, values", *shape))
     assert torch.equal(alone, value)
-    assert [p.shape for p in pulls] == [(1300, 37), (1700, 37)]
-    assert [p.shape for p in none] == [(0, 37), (0, 37)]
+    assert [g.shape for g in grads] == [(1300, 37), (1700, 37)]
+    assert [g.shape for g in none] == [(0, 37), (0, 37)]
 
 
-@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
 @pytest.mark.parametrize("dimension", [2, 37, 600])
 def test_a_vector_is_at_distance_zero_from_itself(instruction_set, dimension):
     z = 30 * random_rows(200, dimension, 3).float()
     for y in (None, z):  # all others are so far that nothing but the own term is left
-        total, pull, _ = cpu_kernels.gaussian_potential(z, y, 1e30, True, instruction_set=instruction_set)
+        total, grad, _ = cpu_kernels.gaussian_potential_sum(z, y, 1e30, True, "float32")
         assert total == 200
-        assert (pull == 0).all()
+        assert (grad == 0).all()
 
 
-@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
 @pytest.mark.parametrize("width", [3, 40, 300])
 def test_equal_gallery_rows_tie_exactly_wherever_they_lie(instruction_set, width):
     gallery = unit_rows(700, width, 1)
     copies = torch.tensor([0, 5, 31, 191, 192, 400, 699])
     gallery[copies] = gallery[0].clone()
     query, item = torch.arange(50).repeat_interleave(7), copies.repeat(50)
-    above, ties = cpu_kernels.nearest_counts(unit_rows(50, width, 2), gallery, query, item, "float32", instruction_set)
+    above, ties = cpu_kernels.nearest_counts(unit_rows(50, width, 2), gallery, query, item, "float32")
     assert (ties == 6).all()
     assert (above.reshape(50, 7) == above[::7, None]).all()
 
 
-@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
 @pytest.mark.parametrize("scale", [0.0, 30.0, 100.0, 1000.0])
 def test_log_sum_exps_hold_at_any_scale(instruction_set, scale):
     # Beyond some 50 between rows and columns of a tile a common exponential would underflow.
     x, y = unit_rows(250, 6, 1), unit_rows(300, 6, 2)
     x[10], y[20] = 0, 0
     given = x, y, logit_scale(scale), 30
-    found = cpu_kernels.contrastive_statistics(*given, instruction_set=instruction_set)
-    for f, r in zip(found, torch_tiles.contrastive_statistics(*in_float64(given)), strict=True):
+    found = cpu_kernels.contrastive_statistics(*given, "float32")
+    for f, r in zip(found, torch_tiles.contrastive_statistics(*in_float64(given), "float32"), strict=True):
         assert f.isfinite().all()
         assert (f - r).abs().max() < 1e-6 * max(scale, 5)
     row_lse, column_lse, _ = found
-    weights = torch.ones(250), torch.ones(300), torch.zeros(250)
-    x_pull, y_pull = cpu_kernels.contrastive_pulls(*given, row_lse, column_lse, *weights, "float32", instruction_set)
-    right = torch_tiles.contrastive_pulls(*in_float64((*given, row_lse, column_lse, *weights)))
-    for f, r in zip((x_pull, y_pull), right, strict=True):
-        assert (f - r).norm() < 1e-6 * max(scale, 5) * r.norm()
+    row_values = torch.stack((row_lse, torch.ones(250), torch.zeros(250)))
+    values = row_values, torch.stack((column_lse, torch.ones(300)))
+    grads = cpu_kernels.contrastive_grad(*given, *values, "float32")
+    right = torch_tiles.contrastive_grad(*in_float64((*given, *values)), "float32")
+    for f, r in zip(grads[:2], right[:2], strict=True):
+        assert (f - r).norm() <= 1e-6 * max(scale, 5) * r.norm()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
 @pytest.mark.parametrize("name", [name for name in NAMES if "values" not in name])
 def test_what_is_not_finite_in_the_last_row_reaches_its_results(name, instruction_set, value):
     given = arguments(name, 250, 260, 37, 4)
     given[0][249, 36] = value
-    found = results(cpu_kernels, name, given, instruction_set=instruction_set)
+    found = results(cpu_kernels, name, given)
     right = results(torch_tiles, name, in_float64(given))
     for f, r in zip(found, right, strict=True):
         if r.is_floating_point():
@@ -135,13 +144,13 @@ def test_what_is_not_finite_in_the_last_row_reaches_its_results(name, instructio
     assert name == "nearest_counts" or not all(f.isfinite().all() for f in found)
 
 
-@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
 def test_counts_of_many_equal_scores(instruction_set):
     queries, gallery = integer_rows(300, 3, 1), integer_rows(3500, 3, 2)
     pair_query = torch.arange(900) // 3
     pair_gallery = torch.arange(900) * 13 % 3500
-    found = cpu_kernels.nearest_counts(queries, gallery, pair_query, pair_gallery, "float32", instruction_set)
-    right = torch_tiles.nearest_counts(queries.double(), gallery.double(), pair_query, pair_gallery)
+    found = cpu_kernels.nearest_counts(queries, gallery, pair_query, pair_gallery, "float32")
+    right = torch_tiles.nearest_counts(queries.double(), gallery.double(), pair_query, pair_gallery, "float32")
     for f, r in zip(found, right, strict=True):
         assert torch.equal(f, r)
 

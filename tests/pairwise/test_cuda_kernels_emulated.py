@@ -1,4 +1,4 @@
-"""The pairwise functions of the GPU against their formulas in float64, the kernels run on the CPU by an emulator.
+"""The pairwise kernels of the GPU against their formulas in float64, the kernels run on the CPU by an emulator.
 
 Where there is a GPU, and kernels for it, the same tests run on it too.
 
@@ -13,13 +13,13 @@ import torch
 from emulated import build, compiler, replace_gpu
 
 from modstruct.pairwise import cuda_kernels, cuda_panels
-from modstruct.pairwise.extension import load_extension
+from modstruct.pairwise.operators import load_extension
 from modstruct.pairwise.torch_tiles import combinations
 
 PRECISIONS = ("float32", "tf32", "bf16")
 # Relative to the largest value. Statistics see no rounding of weights, but tensor cores cut off the sums' last digits.
 STATISTICS = {"float32": 2e-6, "tf32": 1e-5, "bf16": 1e-5}
-PULLS = {"float32": 1e-5, "tf32": 1e-3, "bf16": 1e-2}
+GRADS = {"float32": 1e-5, "tf32": 1e-3, "bf16": 1e-2}
 LOWEST = torch.finfo(torch.float32).min
 SIZES = [  # rows, columns, dimension, column of the first positive
     (1, 1, 1, 0),
@@ -50,7 +50,8 @@ class On:
     def __getattr__(self, name):
         def call(*arguments):
             moved = (value.to(self.device) if isinstance(value, torch.Tensor) else value for value in arguments)
-            return tuple(result.cpu() for result in getattr(cuda_kernels, name)(*moved))
+            found = getattr(cuda_kernels, name)(*moved)
+            return found.cpu() if isinstance(found, torch.Tensor) else tuple(result.cpu() for result in found)
 
         return call
 
@@ -108,23 +109,27 @@ def contrastive_case(rows, columns, dimension, first):
     generator = torch.Generator().manual_seed(2)
     x, y, scale = vectors(rows, dimension), vectors(columns, dimension, 1), torch.tensor([30.0])
     s, _ = logits(x, y, scale, first)
-    row_lse, column_lse = lse(s, 1).float(), lse(s, 0).float()
     row_weight, column_weight = (torch.rand(n, generator=generator) for n in (rows, columns))
-    return x, y, scale, first, row_lse, column_lse, row_weight, column_weight, -torch.rand(rows, generator=generator)
+    row_values = torch.stack((lse(s, 1).float(), row_weight, -torch.rand(rows, generator=generator)))
+    return x, y, scale, first, row_values, torch.stack((lse(s, 0).float(), column_weight))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(("rows", "columns", "dimension", "first"), SIZES)
-def test_contrastive_pulls_are_products_with_the_weights(rows, columns, dimension, first, precision, kernels):
+def test_contrastive_grad_is_products_with_the_weights(rows, columns, dimension, first, precision, kernels):
     case = contrastive_case(rows, columns, dimension, first)
-    x, y, scale, first, row_lse, column_lse, row_weight, column_weight, positive_weight = case
-    x_pull, y_pull = kernels.contrastive_pulls(*case, precision)
+    x, y, scale, first, row_values, column_values = case
+    x_grad, y_grad, scale_grad = kernels.contrastive_grad(*case, precision)
     s, _ = logits(x, y, scale, first)
-    w = row_weight[:, None] * (s - row_lse[:, None].double()).exp()
-    w += column_weight * (s - column_lse.double()).exp()
-    w.diagonal(first)[:rows] = positive_weight.double()
-    near(x_pull, w @ y.double(), PULLS[precision])
-    near(y_pull, w.T @ x.double(), PULLS[precision])
+    row_lse, row_weight, positive_weight = row_values.double()
+    column_lse, column_weight = column_values.double()
+    w = row_weight[:, None] * (s - row_lse[:, None]).exp()
+    w += column_weight * (s - column_lse).exp()
+    w.diagonal(first)[:rows] = positive_weight
+    near(x_grad, 30 * w @ y.double(), GRADS[precision])
+    near(y_grad, 30 * w.T @ x.double(), GRADS[precision])
+    products = (w @ y.double() * x.double()).sum(1)
+    assert abs(scale_grad.item() - products.sum()) < GRADS[precision] * products.abs().sum()
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -133,29 +138,51 @@ def test_contrastive_pulls_are_products_with_the_weights(rows, columns, dimensio
 def test_row_contrast_is_cross_entropy_with_soft_targets(rows, columns, dimension, first, alpha, precision, kernels):
     x, c, scale = vectors(rows, dimension), vectors(columns, dimension, 1), torch.tensor([10.0])
     momentum = None if alpha is None else vectors(rows, dimension, 2)
-    losses, x_pull, column_pull = kernels.row_contrast(
-        x, momentum, c, scale, first, alpha or 0.0, True, True, precision
-    )
+    total, x_grad, column_grad = kernels.row_contrast(x, momentum, c, scale, first, alpha or 0.0, "all", precision)
     s = (10 * x.double() @ c.double().T).requires_grad_()
     targets = torch.nn.functional.one_hot(first + torch.arange(rows), columns).double()
     if alpha:
         targets = alpha * (10 * momentum.double() @ c.double().T).softmax(1) + (1 - alpha) * targets
-    expected = -(targets * s.log_softmax(1)).sum(1)
-    (w,) = torch.autograd.grad(expected.sum(), s)
-    near(losses, expected.detach(), 1e-5)
-    near(x_pull, w @ c.double(), PULLS[precision])
-    near(column_pull, w.T @ x.double(), PULLS[precision])
+    expected = -(targets * s.log_softmax(1)).sum()
+    (w,) = torch.autograd.grad(expected, s)
+    near(total, expected.detach(), 1e-5)
+    near(x_grad, w @ c.double(), GRADS[precision])
+    near(column_grad, w.T @ x.double(), GRADS[precision])
 
 
-def test_pulls_that_are_not_wanted_are_empty(kernels):
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("scale", "bias"), [(10.0, -10.0), (30.0, 2.0), (1.0, 0.0)])
+@pytest.mark.parametrize(("rows", "columns", "dimension", "first"), SIZES)
+def test_sigmoid_contrast_classifies_every_pair(rows, columns, dimension, first, scale, bias, precision, kernels):
+    x, c, affine = vectors(rows, dimension), vectors(columns, dimension, 1), torch.tensor([scale, bias])
+    total, x_grad, column_grad, bias_grad = kernels.sigmoid_contrast(x, c, affine, first, "all", precision)
+    s = (scale * x.double() @ c.double().T + bias).requires_grad_()
+    labels = 2.0 * torch.nn.functional.one_hot(first + torch.arange(rows), columns) - 1
+    expected = -torch.nn.functional.logsigmoid(labels * s).sum()
+    (w,) = torch.autograd.grad(expected, s)
+    assert total.dtype == bias_grad.dtype == torch.float64
+    near(total, expected.detach(), 1e-5)
+    near(x_grad, w @ c.double(), GRADS[precision])
+    near(column_grad, w.T @ x.double(), GRADS[precision])
+    assert abs(bias_grad - w.sum()) < 1e-5 * w.abs().sum()
+
+
+def test_gradients_that_are_not_wanted_are_empty(kernels):
     x, c, scale = vectors(3, 5), vectors(4, 5, 1), torch.tensor([10.0])
-    losses, x_pull, column_pull = kernels.row_contrast(x, x, c, scale, 1, 0.4, True, True, "float32")
-    for with_pull, with_column_pull in ((True, False), (False, True), (False, False)):
-        result = kernels.row_contrast(x, x, c, scale, 1, 0.4, with_pull, with_column_pull, "float32")
-        assert torch.equal(result[0], losses)
-        assert torch.equal(result[1], x_pull if with_pull else x[:0])
-        assert torch.equal(result[2], column_pull if with_column_pull else x[:0])
-    assert kernels.gaussian_potential(x, c, 2.0, False, "float32")[2].shape == (0, 5)
+    affine = torch.tensor([10.0, -5.0])
+    total, x_grad, column_grad = kernels.row_contrast(x, x, c, scale, 1, 0.4, "all", "float32")
+    of_sigmoid = kernels.sigmoid_contrast(x, c, affine, 1, "all", "float32")
+    for grads, with_x in (("rows", True), ("none", False)):
+        result = kernels.row_contrast(x, x, c, scale, 1, 0.4, grads, "float32")
+        assert torch.equal(result[0], total)
+        assert torch.equal(result[1], x_grad if with_x else x[:0])
+        assert torch.equal(result[2], x[:0])
+        result = kernels.sigmoid_contrast(x, c, affine, 1, grads, "float32")
+        assert torch.equal(result[1], of_sigmoid[1] if with_x else x[:0])
+        assert torch.equal(result[2], x[:0])
+        assert all(torch.equal(result[i], of_sigmoid[i]) for i in (0, 3))
+    assert column_grad.shape == of_sigmoid[2].shape == c.shape
+    assert kernels.gaussian_potential_sum(x, c, 2.0, False, "float32")[2].shape == (0, 5)
 
 
 def gaussian(x, y, t):
@@ -168,13 +195,13 @@ def gaussian(x, y, t):
 @pytest.mark.parametrize(("rows", "columns", "dimension"), [size[:3] for size in SIZES])
 def test_gaussian_potential_of_two_sets(rows, columns, dimension, precision, kernels):
     x, y = vectors(rows, dimension), vectors(columns, dimension, 1)
-    y[: rows // 3] = x[: rows // 3]  # equal pairs: the largest terms, without a pull
-    total, x_pull, y_pull = kernels.gaussian_potential(x, y, 2.0, True, precision)
+    y[: rows // 3] = x[: rows // 3]  # equal pairs: the largest terms, without a gradient
+    total, x_grad, y_grad = kernels.gaussian_potential_sum(x, y, 2.0, True, precision)
     expected = gaussian(x, y, 2.0)
     assert total.dtype == torch.float64
-    near(total, expected[0], PULLS[precision])
-    near(x_pull, expected[1], PULLS[precision])
-    near(y_pull, expected[2], PULLS[precision])
+    near(total, expected[0], GRADS[precision])
+    near(x_grad, expected[1], GRADS[precision])
+    near(y_grad, expected[2], GRADS[precision])
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -182,20 +209,20 @@ def test_gaussian_potential_of_two_sets(rows, columns, dimension, precision, ker
 def test_gaussian_potential_of_a_set_with_itself(rows, dimension, precision, kernels):
     x = vectors(rows, dimension)
     x[rows // 2 :: 7] = x[0].clone()
-    total, x_pull, y_pull = kernels.gaussian_potential(x, None, 2.0, True, precision)
+    total, x_grad, y_grad = kernels.gaussian_potential_sum(x, None, 2.0, True, precision)
     expected = gaussian(x, x, 2.0)
-    near(total, expected[0], PULLS[precision])
-    near(x_pull, expected[1], PULLS[precision])
-    assert y_pull.shape == (0, dimension)
-    assert torch.equal(kernels.gaussian_potential(x, None, 2.0, False, precision)[0], total)
+    near(total, expected[0], GRADS[precision])
+    near(x_grad, expected[1], GRADS[precision])
+    assert y_grad.shape == (0, dimension)
+    assert torch.equal(kernels.gaussian_potential_sum(x, None, 2.0, False, precision)[0], total)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_equal_vectors_far_from_the_rest_pull_nothing(precision, kernels):
+def test_equal_vectors_far_from_the_rest_have_no_gradient(precision, kernels):
     x = torch.cat((vectors(1, 64).expand(200, -1), -vectors(1, 64)))
-    total, x_pull, _ = kernels.gaussian_potential(x, None, 100.0, True, precision)
+    total, x_grad, _ = kernels.gaussian_potential_sum(x, None, 100.0, True, precision)
     near(total, torch.tensor(200.0**2 + 1), 1e-6)
-    assert x_pull.abs().max() < 1e-6
+    assert x_grad.abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -245,21 +272,24 @@ def test_a_nan_reaches_what_it_is_in_and_nothing_else(precision, kernels):
     assert torch.equal(row_lse.isnan(), of_row)
     assert torch.equal(positive.isnan(), of_row)
     assert torch.equal(column_lse.isnan(), torch.arange(140) != 75)
-    weight = torch.ones(140)
-    x_pull, y_pull = kernels.contrastive_pulls(
-        x, y, scale, 5, row_lse.nan_to_num(), column_lse.nan_to_num(), weight[:130], weight, weight[:130], precision
-    )
-    assert torch.equal(x_pull.isnan().all(1), of_row)
-    assert y_pull.isnan().any(1).all()
+    row_values = torch.stack((row_lse.nan_to_num(), torch.ones(130), torch.ones(130)))
+    column_values = torch.stack((column_lse.nan_to_num(), torch.ones(140)))
+    x_grad, y_grad, _ = kernels.contrastive_grad(x, y, scale, 5, row_values, column_values, precision)
+    assert torch.equal(x_grad.isnan().all(1), of_row)
+    assert y_grad.isnan().any(1).all()
     for momentum in (None, x, y[:130]):
-        losses, x_pull, _ = kernels.row_contrast(x, momentum, y, scale, 5, 0.4, True, True, precision)
-        assert torch.equal(losses.isnan(), of_row)
-        assert torch.equal(x_pull.isnan().all(1), of_row)
-    losses, _, _ = kernels.row_contrast(y[:130], x, y, scale, 5, 0.4, False, False, precision)
-    assert torch.equal(losses.isnan(), of_row)
-    total, x_pull, _ = kernels.gaussian_potential(x, None, 2.0, True, precision)
+        total, x_grad, _ = kernels.row_contrast(x, momentum, y, scale, 5, 0.4, "all", precision)
+        assert total.isnan()
+        assert torch.equal(x_grad.isnan().all(1), of_row)
+    total, _, _ = kernels.row_contrast(y[:130], x, y, scale, 5, 0.4, "none", precision)
     assert total.isnan()
-    assert x_pull.isnan().all()
+    total, x_grad, _, bias_grad = kernels.sigmoid_contrast(x, y, torch.tensor([10.0, -5.0]), 5, "all", precision)
+    assert total.isnan()
+    assert bias_grad.isnan()
+    assert torch.equal(x_grad.isnan().all(1), of_row)
+    total, x_grad, _ = kernels.gaussian_potential_sum(x, None, 2.0, True, precision)
+    assert total.isnan()
+    assert x_grad.isnan().all()
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
@@ -295,7 +325,7 @@ def test_memory_of_a_panel_grows_with_the_dimension_alone(dimension, precision):
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("dimension", [1, 37, 130])
 @pytest.mark.parametrize("rows", [1, 300])
-def test_geometric_products_and_pulls(rows, dimension, precision, kernels, monkeypatch):
+def test_geometric_products_and_their_gradients(rows, dimension, precision, kernels, monkeypatch):
     monkeypatch.setattr(cuda_kernels, "GEOMETRIC_ROWS", 128)
     a, b = vectors(rows, dimension), vectors(rows, dimension, 1)
     centers = vectors(3, dimension, 4)
@@ -304,10 +334,10 @@ def test_geometric_products_and_pulls(rows, dimension, precision, kernels, monke
     plus_products, minus_products = kernels.geometric_products(a, b, centers, precision)
     near(plus_products, plus.T @ plus, tolerance)
     near(minus_products, minus.T @ minus, tolerance)
-    weights = vectors(dimension, dimension, 2), vectors(dimension, dimension, 3)
-    a_pull, b_pull = kernels.geometric_pulls(a, b, centers, *weights, precision)
-    near(a_pull, plus @ weights[0].double() + minus @ weights[1].double(), tolerance)
-    near(b_pull, plus @ weights[0].double() - minus @ weights[1].double(), tolerance)
+    weights = torch.stack((vectors(dimension, dimension, 2), vectors(dimension, dimension, 3)))
+    a_grad, b_grad = kernels.geometric_grad(a, b, centers, weights, precision)
+    near(a_grad, plus @ weights[0].double() + minus @ weights[1].double(), tolerance)
+    near(b_grad, plus @ weights[0].double() - minus @ weights[1].double(), tolerance)
 
 
 def all_functions(kernels, precision):
@@ -315,9 +345,10 @@ def all_functions(kernels, precision):
     pairs = torch.arange(140)
     case = contrastive_case(140, 270, 70, 60)
     yield from kernels.contrastive_statistics(x, y, scale, 60, precision)
-    yield from kernels.contrastive_pulls(*case, precision)
-    yield from kernels.row_contrast(x, x + 1, y, scale, 60, 0.4, True, True, precision)
-    yield from kernels.gaussian_potential(x, y, 0.01, True, precision)
+    yield from kernels.contrastive_grad(*case, precision)
+    yield from kernels.row_contrast(x, x + 1, y, scale, 60, 0.4, "all", precision)
+    yield from kernels.sigmoid_contrast(x, y, torch.tensor([1.0, -2.0]), 60, "all", precision)
+    yield from kernels.gaussian_potential_sum(x, y, 0.01, True, precision)
     yield from kernels.nearest_counts(x, y, pairs, pairs, precision)
 
 

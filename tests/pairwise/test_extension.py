@@ -13,7 +13,7 @@ import torch
 from kernel_calls import NAMES, arguments, results
 
 from modstruct.pairwise import cpu_kernels
-from modstruct.pairwise.extension import load_extension
+from modstruct.pairwise.operators import load_extension
 
 KERNELS = sorted({name.split(", ")[0] for name in NAMES})
 
@@ -60,21 +60,21 @@ BAD_PAIRS = [
 @pytest.mark.parametrize(("x", "y", "message"), BAD_PAIRS)
 def test_rows_a_kernel_cannot_take_are_refused_by_name(x, y, message):
     scale, indices = torch.ones(1), torch.zeros(1, dtype=torch.int64)
-    vector = torch.zeros(4)
+    row_values, column_values = torch.zeros(3, 4), torch.zeros(2, 4)
     for call in (
-        lambda: cpu_kernels.contrastive_statistics(x, y, scale, 0),
-        lambda: cpu_kernels.contrastive_pulls(x, y, scale, 0, vector, vector, vector, vector, vector),
-        lambda: cpu_kernels.row_contrast(x, None, y, scale, 0, 0.0, True, True),
-        lambda: cpu_kernels.gaussian_potential(x, y, 2.0, True),
-        lambda: cpu_kernels.nearest_counts(x, y, indices, indices),
+        lambda: cpu_kernels.contrastive_statistics(x, y, scale, 0, "float32"),
+        lambda: cpu_kernels.contrastive_grad(x, y, scale, 0, row_values, column_values, "float32"),
+        lambda: cpu_kernels.row_contrast(x, None, y, scale, 0, 0.0, "all", "float32"),
+        lambda: cpu_kernels.sigmoid_contrast(x, y, torch.ones(2), 0, "all", "float32"),
+        lambda: cpu_kernels.gaussian_potential_sum(x, y, 2.0, True, "float32"),
+        lambda: cpu_kernels.nearest_counts(x, y, indices, indices, "float32"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
     message = re.sub("^x", "a", re.sub("^y", "b", message)).replace(r": must be 2-D", "")
-    weights = torch.zeros(3, 3)
     for call in (
-        lambda: cpu_kernels.geometric_products(x, y, weights),
-        lambda: cpu_kernels.geometric_pulls(x, y, weights, weights, weights),
+        lambda: cpu_kernels.geometric_products(x, y, torch.zeros(3, 3), "float32"),
+        lambda: cpu_kernels.geometric_grad(x, y, torch.zeros(3, 3), torch.zeros(2, 3, 3), "float32"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
@@ -86,17 +86,19 @@ BAD_ARGUMENTS = [
     ("contrastive_statistics", 2, "scale", torch.ones(1, dtype=torch.float64)),
     ("contrastive_statistics", 3, "first", -1),
     ("contrastive_statistics", 3, "first", 7),  # of 5 rows among 9 columns: 4 is the last
-    ("contrastive_pulls", 3, "first", 5),
-    ("contrastive_pulls", 4, "row_lse", torch.zeros(9)),
-    ("contrastive_pulls", 5, "column_lse", torch.zeros(5)),
-    ("contrastive_pulls", 6, "row_weight", torch.zeros(5, dtype=torch.float64)),
-    ("contrastive_pulls", 7, "column_weight", torch.zeros(1).expand(9)),
-    ("contrastive_pulls", 8, "positive_weight", torch.zeros(5, device="meta")),
+    ("contrastive_grad", 3, "first", 5),
+    ("contrastive_grad", 4, "row_values", torch.zeros(3, 9)),
+    ("contrastive_grad", 4, "row_values", torch.zeros(3, 5, device="meta")),
+    ("contrastive_grad", 5, "column_values", torch.zeros(3, 9)),
+    ("contrastive_grad", 5, "column_values", torch.zeros(2, 9, dtype=torch.float64)),
+    ("contrastive_grad", 5, "column_values", torch.zeros(2, 1).expand(2, 9)),
     ("row_contrast, softened", 1, "x_momentum", torch.zeros(4, 3)),
     ("row_contrast, softened", 4, "first", 5),
-    ("geometric_pulls", 2, "centers", torch.zeros(2, 3)),
-    ("geometric_pulls", 3, "plus_weights", torch.zeros(3, 4)),
-    ("geometric_pulls", 4, "minus_weights", torch.zeros(3, 3, dtype=torch.float64)),
+    ("sigmoid_contrast", 2, "affine", torch.ones(1)),
+    ("sigmoid_contrast", 3, "first", 5),
+    ("geometric_grad", 2, "centers", torch.zeros(2, 3)),
+    ("geometric_grad", 3, "weights", torch.zeros(2, 3, 4)),
+    ("geometric_grad", 3, "weights", torch.zeros(2, 3, 3, dtype=torch.float64)),
     ("nearest_counts", 2, "pair_query", torch.zeros(14, dtype=torch.int32)),
     ("nearest_counts", 3, "pair_gallery", torch.zeros(13, dtype=torch.int64)),
     ("nearest_counts", 3, "pair_gallery", torch.zeros(28, dtype=torch.int64)[::2]),
@@ -113,9 +115,14 @@ def test_other_arguments_a_kernel_cannot_take_are_refused_by_name(name, place, a
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_an_unknown_instruction_set_is_refused(name):
+def test_an_unknown_instruction_set_is_refused(name, monkeypatch):
+    monkeypatch.setattr(cpu_kernels, "instruction_set", lambda: "abacus")
     with pytest.raises(ValueError, match="instruction_set = 'abacus'"):
-        results(cpu_kernels, name, arguments(name, 5, 9, 3, 2), instruction_set="abacus")
+        results(cpu_kernels, name, arguments(name, 5, 9, 3, 2))
+
+
+def compiled(name: str) -> str:
+    return f"cpu_{name.removesuffix('_sum')}"
 
 
 def handed_over(name: str) -> dict[str, object]:
@@ -123,7 +130,7 @@ def handed_over(name: str) -> dict[str, object]:
     extension = mock.Mock(features=load_extension().features)
     with mock.patch.object(cpu_kernels, "load_extension", return_value=extension):
         results(cpu_kernels, name, arguments(name, 5, 9, 3, 2))
-    return dict(getattr(extension, f"cpu_{name}").call_args.kwargs)
+    return dict(getattr(extension, compiled(name)).call_args.kwargs)
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -134,14 +141,14 @@ def test_addresses_and_sizes_are_checked_once_more_in_the_extension(name):
     assert {"dimension", "rows", "threads"} <= sizes
     for size in sizes:
         with pytest.raises(ValueError, match="at least 1"):
-            getattr(load_extension(), f"cpu_{name}")(**(given | {size: 0}))
-    # momentum, and in some terms the pulls, may be left out, but then not one of the two alone
+            getattr(load_extension(), compiled(name))(**(given | {size: 0}))
+    # momentum, and in some terms the gradients, may be left out, but not that of x alone
     for address in given.keys() - sizes - options - {"momentum"}:
-        if (name, address) == ("row_contrast", "y_pull"):
+        if (name, address) in (("row_contrast", "y_grad"), ("sigmoid_contrast", "y_grad")):
             continue
         with pytest.raises(ValueError, match=r"must be an address, not 0|must (not )?be given with"):
-            getattr(load_extension(), f"cpu_{name}")(**(given | {address: 0}))
+            getattr(load_extension(), compiled(name))(**(given | {address: 0}))
     if "first" in given:
         for first in (-1, 5):
             with pytest.raises(ValueError, match="first"):
-                getattr(load_extension(), f"cpu_{name}")(**(given | {"first": first}))
+                getattr(load_extension(), compiled(name))(**(given | {"first": first}))

@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 
 import pytest
+import reference
 import torch
 from comparison import (
     SIZES,
+    OperatorCalls,
     assert_compiles,
     assert_half_precision_is_taken_to_float32,
     assert_layout_is_no_matter,
     assert_second_derivative_is_refused,
     cone_rows,
     errors,
-    local_calls,
     permutation,
     rotation,
     unit_rows,
@@ -27,8 +28,8 @@ from largest_tensor import LargestTensor
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from modstruct.pairwise import gaussian_potential, reference
-from modstruct.pairwise.gaussian import potential_gradients, potential_sum
+from modstruct.pairwise import gaussian_potential
+from modstruct.pairwise.gaussian import potential_grad, potential_sum
 
 
 def log_mean(t: float, form=gaussian_potential):
@@ -94,7 +95,7 @@ def test_permutation_rotation_and_shift_change_nothing(seed, rows, width, t, shi
     value, gradient = with_gradients(total(t), z)
     moved, moved_gradient = with_gradients(total(t), z[order] @ turn + shift)
     assert moved.item() == pytest.approx(value.item(), rel=2e-5)
-    size = max(gradient.norm().item(), t * rows)  # of the pulls before they cancel
+    size = max(gradient.norm().item(), t * rows)  # of the terms before they cancel
     assert (moved_gradient - gradient[order] @ turn).norm().item() < 2e-5 * size
     assert moved_gradient.sum(0).norm().item() < 2e-5 * size  # a common shift moves no distance
 
@@ -165,8 +166,8 @@ def test_operators_pass_opcheck():
     torch.library.opcheck(potential_sum, (asking[0], None, t, True, "float32"))
     torch.library.opcheck(potential_sum, (x, y, t, False, "float32"))
     gradient = torch.tensor(0.7, dtype=torch.float64)
-    torch.library.opcheck(potential_gradients, (gradient, x, x.clone(), y.clone(), t))
-    torch.library.opcheck(potential_gradients, (gradient, x, x.clone(), y[:0].clone(), t))
+    torch.library.opcheck(potential_grad, (gradient, x, x.clone(), y.clone(), t))
+    torch.library.opcheck(potential_grad, (gradient, x, x.clone(), y[:0].clone(), t))
 
 
 def test_torch_compile_takes_the_whole_function():
@@ -177,20 +178,20 @@ def test_torch_compile_takes_the_whole_function():
 
 
 def test_a_second_derivative_is_refused():
-    assert_second_derivative_is_refused(log_mean(2.0), "gaussian_potential_gradients", unit_rows(5, 3, 0))
+    assert_second_derivative_is_refused(log_mean(2.0), "gaussian_potential_grad", unit_rows(5, 3, 0))
 
 
-def test_no_gradient_no_pull():
+def test_no_gradient_is_made_where_none_is_wanted():
     z = unit_rows(5, 3, 0)
-    with local_calls() as calls:
+    with OperatorCalls() as calls:
         assert torch.equal(without_gradient(log_mean(2.0), z), gaussian_potential(z, 2.0))
         gaussian_potential(z.clone().requires_grad_(), 2.0)
-    assert [call[4] for call in calls] == [False, False, True]
+    assert [arguments[3] for _, arguments in calls.seen] == [False, False, True]
     for y in (None, z):
-        value, x_pull, y_pull = potential_sum(z.clone().requires_grad_(), y, 2.0, False, "float32")
-        assert x_pull.shape == y_pull.shape == (0, 3)
+        value, x_grad, y_grad = potential_sum(z.clone().requires_grad_(), y, 2.0, False, "float32")
+        assert x_grad.shape == y_grad.shape == (0, 3)
         assert torch.equal(value, total(2.0)(z, y))
-        with pytest.raises(ValueError, match="with_pull"):
+        with pytest.raises(ValueError, match="with_grad"):
             value.backward()
 
 

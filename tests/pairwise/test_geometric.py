@@ -6,6 +6,7 @@ import math
 from unittest import mock
 
 import pytest
+import reference
 import torch
 from comparison import (
     assert_compiles,
@@ -29,8 +30,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from largest_tensor import LargestTensor
 
-from modstruct.pairwise import geometric, geometric_consistency, gram_asymmetry, gram_difference, reference
-from modstruct.pairwise.geometric import geometric_gradients, geometric_products, gram_gradients, gram_products
+from modstruct.pairwise import geometric, geometric_consistency, gram_asymmetry, gram_difference
+from modstruct.pairwise.geometric import geometric_grad, geometric_products, gram_grad, gram_products
 
 ALL = [
     (geometric_consistency, reference.geometric_consistency),
@@ -233,11 +234,11 @@ def test_one_and_two_threads_give_the_same_bits(ours):
 def test_operators_pass_opcheck():
     a, b = unit_rows(9, 4, 1), unit_rows(9, 4, 2)
     asking = a.clone().requires_grad_(), b.clone().requires_grad_()
-    centers, sums = torch.randn(3, 4), torch.randn(2, 4, dtype=torch.float64)
-    torch.library.opcheck(geometric_products, (*asking, centers, sums, "float32"))
-    torch.library.opcheck(geometric_gradients, (torch.randn(4, 4), torch.randn(4, 4), sums, a, b, centers, "float32"))
+    centers = torch.randn(3, 4)
+    torch.library.opcheck(geometric_products, (*asking, centers, "float32"))
+    torch.library.opcheck(geometric_grad, (a, b, centers, torch.randn(2, 4, 4), "float32"))
     torch.library.opcheck(gram_products, asking)
-    torch.library.opcheck(gram_gradients, (torch.randn(3, 4, 4, dtype=torch.float64), a, b))
+    torch.library.opcheck(gram_grad, (torch.randn(3, 4, 4, dtype=torch.float64), a, b))
 
 
 @pytest.mark.parametrize("rows", [4, 24])
@@ -248,7 +249,7 @@ def test_torch_compile_takes_the_whole_function(ours, rows):
 
 @pytest.mark.parametrize("ours", FUNCTIONS)
 def test_a_second_derivative_is_refused(ours):
-    operator = "geometric_gradients" if ours is geometric_consistency else "gram_gradients"
+    operator = "geometric_grad" if ours is geometric_consistency else "gram_grad"
     assert_second_derivative_is_refused(ours, operator, unit_rows(9, 4, 1), unit_rows(9, 4, 2))
 
 

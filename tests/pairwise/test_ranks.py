@@ -6,6 +6,7 @@ import math
 
 import faiss
 import pytest
+import reference
 import torch
 from comparison import integer_rows, permutation, rotation, unit_rows
 from hypothesis import given, settings
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from largest_tensor import LargestTensor
 from torch import Tensor
 
-from modstruct.pairwise import nearest_counts, reference
+from modstruct.pairwise import nearest_counts
 from modstruct.pairwise.ranks import counted
 
 

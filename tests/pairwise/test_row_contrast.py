@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 
 import pytest
+import reference
 import torch
 from comparison import (
     SIZES,
+    OperatorCalls,
     assert_compiles,
     assert_each_input_alone_gets_its_gradient,
     assert_half_precision_is_taken_to_float32,
     assert_layout_is_no_matter,
     assert_second_derivative_is_refused,
     errors,
-    local_calls,
     logit_scale,
     permutation,
     rotation,
@@ -29,8 +30,8 @@ from hypothesis import strategies as st
 from largest_tensor import LargestTensor
 from torch.nn.functional import normalize
 
-from modstruct.pairwise import info_nce, reference, soft_contrastive
-from modstruct.pairwise.row_contrast import row_contrast, row_contrast_grad
+from modstruct.pairwise import info_nce, soft_contrastive
+from modstruct.pairwise.contrast import row_contrast, row_contrast_grad
 
 
 def drawn(rows: int, width: int, queue: int, seed: int = 1, dtype: torch.dtype = torch.float32):
@@ -309,11 +310,11 @@ def test_operators_pass_opcheck(with_momentum, with_columns):
     x, x_momentum, columns = drawn(5, 4, 6)
     momentum, alpha, scale = (x_momentum if with_momentum else None), 0.4 * with_momentum, logit_scale(9.0)
     leaves = x.clone().requires_grad_(), scale.clone().requires_grad_(), columns.clone().requires_grad_(with_columns)
-    rest = (3, alpha, True, with_columns, "float32")
+    rest = (3, alpha, "all" if with_columns else "rows", "float32")
     torch.library.opcheck(row_contrast, (leaves[0], momentum, leaves[2], leaves[1], *rest))
-    _, x_pull, column_pull = row_contrast(x, momentum, columns, scale, *rest)
+    _, x_grad, column_grad = row_contrast(x, momentum, columns, scale, *rest)
     torch.library.opcheck(
-        row_contrast_grad, (torch.tensor(0.7), x, columns, scale, x_pull, column_pull, x.new_empty(0))
+        row_contrast_grad, (torch.tensor(0.7), x, columns, scale, x_grad, column_grad, x.new_empty(0))
     )
 
 
@@ -330,23 +331,22 @@ def test_a_second_derivative_is_refused():
     assert_second_derivative_is_refused(softer, "row_contrast_grad", x, logit_scale(9.0))
 
 
-def test_no_gradient_no_pull():
+def test_no_gradient_is_made_where_none_is_wanted():
     x, x_momentum, columns = drawn(20, 8, 9)
     scale = logit_scale(9.0)
     softer = softened(x_momentum, columns, 0.4)
     for function, inputs in ((info_nce, (x, columns[:20], scale)), (softer, (x, scale))):
-        with local_calls() as calls:
+        with OperatorCalls() as calls:
             assert torch.equal(without_gradient(function, *inputs), function(*inputs))
             function(inputs[0].clone().requires_grad_(), *inputs[1:])
-        assert [call[7:9] for call in calls] == [(False, False), (False, False), (True, False)]
-    total, x_pull, column_pull = row_contrast(
-        x.requires_grad_(), x_momentum, columns, scale, 0, 0.4, False, False, "float32"
-    )
-    assert x_pull.shape == column_pull.shape == (0, 8)
-    with pytest.raises(ValueError, match="with_pull"):
+        assert [arguments[6] for _, arguments in calls.seen] == ["none", "none", "rows"]
+    x.requires_grad_()
+    total, x_grad, column_grad = row_contrast(x, x_momentum, columns, scale, 0, 0.4, "none", "float32")
+    assert x_grad.shape == column_grad.shape == (0, 8)
+    with pytest.raises(ValueError, match="grads = 'none'"):
         total.backward()
-    total = row_contrast(x, None, columns.requires_grad_(), scale, 0, 0.0, True, False, "float32")[0]
-    with pytest.raises(ValueError, match="with_column_pull"):
+    total = row_contrast(x, None, columns.requires_grad_(), scale, 0, 0.0, "rows", "float32")[0]
+    with pytest.raises(ValueError, match="grads = 'rows': must be 'all'"):
         total.backward()
 
 

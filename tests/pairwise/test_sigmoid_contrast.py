@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import reference
 import torch
 from comparison import (
     SIZES,
@@ -27,8 +28,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from largest_tensor import LargestTensor
 
-from modstruct.pairwise import reference, sigmoid_contrastive
-from modstruct.pairwise.row_contrast import row_contrast_grad, sigmoid_contrast
+from modstruct.pairwise import sigmoid_contrastive
+from modstruct.pairwise.contrast import row_contrast_grad, sigmoid_contrast
 
 logit_bias = logit_scale
 

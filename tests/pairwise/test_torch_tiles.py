@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from unittest import mock
+from contextlib import ExitStack
 
 import pytest
+import reference
 import torch
 from comparison import (
     assert_half_precision_is_taken_to_float32,
@@ -24,21 +25,30 @@ from torch.nn.functional import normalize
 from modstruct.pairwise import (
     contrastive,
     cpu_kernels,
-    dispatch,
     gaussian_potential,
     geometric_consistency,
     info_nce,
     nearest_counts,
-    reference,
     soft_contrastive,
     torch_tiles,
 )
+from modstruct.pairwise.contrast import contrastive_grad, contrastive_statistics, row_contrast, sigmoid_contrast
+from modstruct.pairwise.gaussian import potential_sum
+from modstruct.pairwise.geometric import geometric_grad, geometric_products
+from modstruct.pairwise.ranks import counted
+
+OPERATORS = [
+    *(contrastive_statistics, contrastive_grad, row_contrast, sigmoid_contrast),
+    *(potential_sum, geometric_products, geometric_grad, counted),
+]
 
 
 @pytest.fixture
 def torch_alone():
     """As on a device without kernels: the public functions compute in plain torch, float32 too."""
-    with mock.patch.object(dispatch, "_kernels_for", return_value=torch_tiles):
+    with ExitStack() as disabled:
+        for operator in OPERATORS:
+            disabled.enter_context(operator.set_kernel_enabled("cpu", False))
         yield
 
 
@@ -71,18 +81,18 @@ def test_the_first_positive_may_be_any_column(first):
     x_momentum, scale = x_momentum[:7], logit_scale(6.0, torch.float64)
     rolled = y.roll(-first, 0)
     with tiles_of(3 * 15):
-        losses, x_pull, column_pull = torch_tiles.row_contrast(x, x_momentum, y, scale, first, 0.3, True, True)
-        row_lse, column_lse, positive = torch_tiles.contrastive_statistics(x, y, scale, first)
+        total, x_grad, column_grad = torch_tiles.row_contrast(x, x_momentum, y, scale, first, 0.3, "all", "float32")
+        row_lse, column_lse, positive = torch_tiles.contrastive_statistics(x, y, scale, first, "float32")
     right = reference.soft_contrastive(x, x_momentum, rolled, scale, 0.3)
-    torch.testing.assert_close(losses.mean(), right)
+    torch.testing.assert_close(total / 7, right)
     torch.testing.assert_close(right, reference.soft_contrastive(x, x_momentum, y, scale, 0.3, first))
     _, x_gradient, y_gradient, _ = with_gradients(
         lambda x, y, scale: reference.soft_contrastive(x, x_momentum, y.roll(-first, 0), scale, 0.0), x, y, scale
     )
-    _, x_pull, column_pull = torch_tiles.row_contrast(x, None, y, scale, first, 0.0, True, True)
-    torch.testing.assert_close(x_pull * scale / 7, x_gradient)
-    torch.testing.assert_close(column_pull * scale / 7, y_gradient)
-    at_0 = torch_tiles.contrastive_statistics(x, rolled, scale, 0)
+    _, x_grad, column_grad = torch_tiles.row_contrast(x, None, y, scale, first, 0.0, "all", "float32")
+    torch.testing.assert_close(x_grad * scale / 7, x_gradient)
+    torch.testing.assert_close(column_grad * scale / 7, y_gradient)
+    at_0 = torch_tiles.contrastive_statistics(x, rolled, scale, 0, "float32")
     for f, r in zip((row_lse, column_lse.roll(-first, 0), positive), at_0, strict=True):
         torch.testing.assert_close(f, r)
 
@@ -98,7 +108,7 @@ def test_no_result_is_larger_than_a_tile(name):
 @pytest.mark.usefixtures("torch_alone")
 @pytest.mark.parametrize("tile_rows", [7, 64])
 def test_float32_keeps_its_digits_where_the_loss_is_1e_8(tile_rows):
-    # As in test_symmetric_contrast.py.
+    # As in test_contrast.py.
     center = unit_rows(1, 48, 5, torch.float64)
     x = normalize(1.5 * center + unit_rows(64, 48, 6, torch.float64)).float()
     inputs = x, x, logit_scale(100.0)
@@ -164,7 +174,7 @@ def test_the_public_functions_pass_gradcheck(tile_rows):
 
 @pytest.mark.usefixtures("torch_alone")
 def test_counts_in_tiles_are_those_of_the_kernels():
-    queries, gallery, pair_query, pair_gallery = arguments("nearest_counts", 45, 130, 12, 0)
+    queries, gallery, pair_query, pair_gallery, _ = arguments("nearest_counts", 45, 130, 12, 0)
     pairs = torch.stack((pair_query, pair_gallery), 1).flip(0)
     with tiles_of(7 * 130):
         found = nearest_counts(queries, gallery, pairs)

@@ -16,7 +16,6 @@ import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 from unittest import mock
 
 import torch

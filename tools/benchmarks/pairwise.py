@@ -28,12 +28,22 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
-from modstruct.pairwise import contrastive, gaussian_potential, geometric_consistency, nearest_counts, reference
-from modstruct.pairwise.extension import load_extension
+from modstruct.pairwise import (
+    contrastive,
+    gaussian_potential,
+    geometric_consistency,
+    nearest_counts,
+    sigmoid_contrastive,
+)
+from modstruct.pairwise.operators import load_extension
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "pairwise"))
+import reference  # the formulas as they are printed
 
 MIB = 2**20
 T = 2.0  # of the Gaussian potential
 LOGIT_SCALE = 20.0
+LOGIT_BIAS = -10.0
 
 
 @dataclass
@@ -151,6 +161,14 @@ def ours_contrastive(precision: str) -> Callable[..., Tensor]:
     return lambda x, y, scale: sum(contrastive(x, y, scale, precision)) / 2
 
 
+def ours_sigmoid(precision: str) -> Callable[..., Tensor]:
+    return lambda x, y, scale: sigmoid_contrastive(x, y, scale, torch.full_like(scale, LOGIT_BIAS), precision)
+
+
+def plain_sigmoid(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    return reference.sigmoid_contrastive(x, y, scale, torch.full_like(scale, LOGIT_BIAS))
+
+
 def ours_potential(precision: str) -> Callable[..., Tensor]:
     return lambda z: gaussian_potential(z, T, precision)
 
@@ -169,6 +187,7 @@ def cpu_terms(options: argparse.Namespace) -> tuple[list[Term], Term]:
     positives = torch.stack((torch.arange(10_000), torch.arange(10_000)), 1)
     terms = [
         Term("contrastive", size, 8 * n * n * d, 0.8),
+        Term("sigmoid_contrastive", size, 6 * n * n * d, 0.8),
         Term("gaussian_potential", size, 3 * n * n * d, 0.6),
         Term("geometric_consistency", size, 8 * n * d * d, 1 / 30),
         Term("nearest_counts", f"10,000 x 50,000, D = {d}", 2 * 10_000 * 50_000 * d, 1.0),
@@ -177,6 +196,10 @@ def cpu_terms(options: argparse.Namespace) -> tuple[list[Term], Term]:
         (
             forward_and_backward(ours_contrastive("float32"), x, y, scale),
             forward_and_backward(reference.contrastive, x, y, scale),
+        ),
+        (
+            forward_and_backward(ours_sigmoid("float32"), x, y, scale),
+            forward_and_backward(plain_sigmoid, x, y, scale),
         ),
         (
             forward_and_backward(ours_potential("float32"), x),
@@ -216,6 +239,15 @@ def cuda_terms(device: torch.device) -> tuple[list[Term], Term]:
                     0.5 if small and precision == "bf16" else None,
                     ours=forward_and_backward(ours_contrastive(precision), x, y, scale),
                     plain=forward_and_backward(in_tf32(reference.contrastive), x_plain, y_plain, scale.to(cast))
+                    if small
+                    else None,
+                ),
+                Term(
+                    "sigmoid_contrastive",
+                    size,
+                    6 * n * n * d,
+                    ours=forward_and_backward(ours_sigmoid(precision), x, y, scale),
+                    plain=forward_and_backward(in_tf32(plain_sigmoid), x_plain, y_plain, scale.to(cast))
                     if small
                     else None,
                 ),

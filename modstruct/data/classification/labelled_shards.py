@@ -90,34 +90,34 @@ class ShardImages:
 
 
 def has_class_shards(root: Path) -> bool:
-    """Whether a folder is one of a converted set."""
+    """Whether a folder holds a converted set."""
     return (root / NAMES).is_file()
 
 
-def read_class_shards(place: SetFolder, split: str) -> FoundImages:
+def read_class_shards(source: SetFolder, split: str) -> FoundImages:
     """A split of a converted set. Samples without image or label are left out; a damaged shard is refused."""
-    if not (place.root / NAMES).is_file():
-        place.refuse(f"there is no {NAMES} in it")
-    classes = place.lines(place.root / NAMES)
-    templates = place.lines(place.root / TEMPLATES) if (place.root / TEMPLATES).is_file() else None
+    if not (source.root / NAMES).is_file():
+        source.refuse(f"there is no {NAMES} in it")
+    classes = source.lines(source.root / NAMES)
+    templates = source.lines(source.root / TEMPLATES) if (source.root / TEMPLATES).is_file() else None
     if templates is not None:
         templates = [template.replace("{c}", "{}") for template in templates]
         wrong = next((template for template in templates if template.count("{}") != 1), None)
         if wrong is not None:
-            place.refuse(f"{place.root / TEMPLATES}: {wrong!r} has no single {{c}}, where the name of the class goes")
-    folder = place.split_folder(split)
+            source.refuse(f"{source.root / TEMPLATES}: {wrong!r} has no single {{c}}, where the name of the class goes")
+    folder = source.split_folder(split)
     shards = sorted(folder.glob("*.tar"), key=_by_number)
     if not shards:
-        place.refuse(f"there is no shard *.tar in {folder}")
+        source.refuse(f"there is no shard *.tar in {folder}")
     if (folder / COUNT).is_file():
-        stated = place.text(folder / COUNT).strip()
+        stated = source.text(folder / COUNT).strip()
         if stated != str(len(shards)):
-            place.refuse(f"{folder} has {len(shards)} shards, and its {COUNT} says {stated}")
-    return labelled_shards(place, shards, classes, templates)
+            source.refuse(f"{folder} has {len(shards)} shards, and its {COUNT} says {stated}")
+    return labelled_shards(source, shards, classes, templates)
 
 
 def labelled_shards(
-    place: SetFolder, shards: Sequence[Path], classes: Sequence[str], templates: Sequence[str] | None = None
+    source: SetFolder, shards: Sequence[Path], classes: Sequence[str], templates: Sequence[str] | None = None
 ) -> FoundImages:
     """The images of tars with a label beside each, from 0 to the number of classes less one."""
     places: list[tuple[int, int, int]] = []
@@ -125,7 +125,7 @@ def labelled_shards(
     keys: list[str] = []
     left_out: Counter[str] = Counter()
     for number, shard in enumerate(shards):
-        for key, span, label in _samples(place, shard):
+        for key, span, label in _samples(source, shard):
             if span is None:
                 left_out["no image"] += 1
             elif label is None:
@@ -136,20 +136,20 @@ def labelled_shards(
                 left_out["oversized member"] += 1
             elif int(label) >= len(classes):
                 text = f"the label {int(label)} of {printable(key)} is none of the {len(classes)} classes"
-                place.refuse(f"{shard}: {text}")
+                source.refuse(f"{shard}: {text}")
             else:
                 places.append((number, *span))
                 labels.append(int(label))
                 keys.append(key)
     if not places:
-        place.refuse(f"no sample of {len(shards)} shards has image and label ({dict(left_out)})")
+        source.refuse(f"no sample of {len(shards)} shards has image and label ({dict(left_out)})")
     store = ShardImages(shards, np.array(places, dtype=np.int64), keys)
     return FoundImages(store, np.array(labels, dtype=np.int64), classes, templates, dict(left_out))
 
 
-def _samples(place: SetFolder, shard: Path) -> Iterator[tuple[str, tuple[int, int] | None, str | None]]:
+def _samples(source: SetFolder, shard: Path) -> Iterator[tuple[str, tuple[int, int] | None, str | None]]:
     """Yields key, (first byte, bytes) of the image, and label as text, of each run of members with one key."""
-    for key, members in groupby(_members(place, shard), key=itemgetter(0)):
+    for key, members in groupby(_members(source, shard), key=itemgetter(0)):
         span, label = None, None
         for _, extension, start, size, content in members:
             if KINDS.get(extension) == "image":
@@ -160,7 +160,7 @@ def _samples(place: SetFolder, shard: Path) -> Iterator[tuple[str, tuple[int, in
             yield key, span, label
 
 
-def _members(place: SetFolder, shard: Path) -> Iterator[tuple[str, str, int, int, bytes]]:
+def _members(source: SetFolder, shard: Path) -> Iterator[tuple[str, str, int, int, bytes]]:
     """Yields (key, extension, first byte, bytes, content of a .cls) of each ordinary member."""
     try:
         with open(shard, "rb", buffering=BUFFER_BYTES) as file:
@@ -179,9 +179,9 @@ def _members(place: SetFolder, shard: Path) -> Iterator[tuple[str, str, int, int
                     content = file.read(member.size)
                 yield f"{folder}{slash}{stem}", extension, member.data, member.size, content
     except (CutOff, DamagedHeader):
-        place.refuse(f"{shard} is damaged or cut off")
+        source.refuse(f"{shard} is damaged or cut off")
     except OSError as error:
-        place.refuse(f"{shard} cannot be read ({error.strerror or error})")
+        source.refuse(f"{shard} cannot be read ({error.strerror or error})")
 
 
 def _by_number(path: Path) -> list:
@@ -220,17 +220,17 @@ class LabelledSamples:
         )
 
 
-def open_scenes(name: str, place: SetFolder, split: str, label: str, config: DataConfig) -> LabelledSamples:
+def open_scenes(name: str, source: SetFolder, split: str, label: str, config: DataConfig) -> LabelledSamples:
     """A split of the built-in images, in the folder that `ensure_scenes` fills, by colour or by shape."""
-    file = place.root / SCENES_LABELS[label]
+    file = source.root / SCENES_LABELS[label]
     if not file.is_file():
-        place.refuse(f"there is no {file.name} in it")
-    shards = sorted(place.root.glob(f"{split}-*.tar"))
+        source.refuse(f"there is no {file.name} in it")
+    shards = sorted(source.root.glob(f"{split}-*.tar"))
     if split not in SPLITS or not shards:
-        place.refuse(f"there is no shard {split}-*.tar in it")
-    return LabelledSamples(name, split, str(place.root / f"{split}-*.tar"), load_classes(file), config)
+        source.refuse(f"there is no shard {split}-*.tar in it")
+    return LabelledSamples(name, split, str(source.root / f"{split}-*.tar"), load_classes(file), config)
 
 
 def open_with_class_file(file: Path, shards: str, config: DataConfig) -> LabelledSamples:
-    """Image-text shards with a class file (`label`, `templates`, `classes`), called by the file's name."""
+    """Image-text shards with a class file (`label`, `templates`, `classes`), named after that file."""
     return LabelledSamples(file.stem, "test", shards, load_classes(file), config)

@@ -1,8 +1,8 @@
 """Class names as a caption would have them, and prompt templates: the paper's single one and CLIP's ensembles.
 
 The names are for sets whose files have none or have file names. The ensembles are those of Radford et al. 2021 as
-released (prompts of the openai/CLIP repository), ImageNet's from open_clip; SVHN, which CLIP was not measured on, has
-that of MNIST.
+released (prompts of the openai/CLIP repository), ImageNet's from open_clip; SVHN, on which CLIP was not evaluated,
+has that of MNIST.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 PAPER_TEMPLATE = "a photo of the {}"
-"""Jiang et al. 2023, without a full stop, and so in none of CLIP's ensembles."""
+"""Jiang et al. 2023; without a full stop, unlike all of CLIP's."""
 
 _PHOTOS = ("", "blurry ", "black and white ", "low contrast ", "high contrast ", "bad ", "good ")
 _OF_SMALL_IMAGES = tuple(
@@ -57,7 +57,7 @@ ENSEMBLES: dict[str, tuple[str, ...]] = {
 
 
 def templates_of(name: str) -> tuple[str, ...]:
-    """The paper's template and, behind it, CLIP's ensemble for a set; sets called imagenet… share ImageNet's."""
+    """The paper's template and, behind it, CLIP's ensemble for a set; imagenet_* share ImageNet's."""
     return (PAPER_TEMPLATE, *(_of_imagenet() if name.startswith("imagenet") else ENSEMBLES.get(name, ())))
 
 
@@ -89,7 +89,7 @@ CALTECH101_CORRECTED = {
     "water_lilly": "water lily",
     "yin_yang": "yin and yang symbol",
 }
-# The signs of GTSRB in order of ClassId (Stallkamp et al. 2012); its files number them only.
+# The signs of GTSRB in order of ClassId (Stallkamp et al. 2012); its files only number them.
 GTSRB = (
     *(f"speed limit {limit} km/h" for limit in (20, 30, 50, 60, 70, 80)),
     "end of speed limit 80 km/h",

@@ -35,18 +35,18 @@ SKIPPED = ("PROTO", "FRAME")
 
 @dataclass(frozen=True)
 class _CifarVersion:
-    """How the files of a set are called and laid out."""
+    """File names and layout of a set."""
 
     pickles: str
     """Folder of the python version."""
     binary: str
     """Folder of the binary version."""
     batches: dict[str, tuple[str, ...]]
-    """Files of each split, in the binary version with .bin behind their names."""
+    """Files of each split; in the binary version their names end in .bin."""
     label_key: str
     """Of the labels in a pickle."""
     names: tuple[str, str, str]
-    """Pickle with the names of the classes, the key of them in it, and the binary version's file of names."""
+    """The pickle of class names, their key in it, and the binary version's file of names."""
     label_bytes: int
     """Before the pixels of an image in the binary version; the last of them is the label."""
 
@@ -69,109 +69,109 @@ _CIFAR100 = _CifarVersion(
 )
 
 
-def read_cifar10(place: SetFolder, split: str) -> FoundImages:
+def read_cifar10(source: SetFolder, split: str) -> FoundImages:
     """50,000 images for training and 10,000 for test, 32 x 32, of ten classes."""
-    return _read_cifar(place, split, _CIFAR10)
+    return _read_cifar(source, split, _CIFAR10)
 
 
-def read_cifar100(place: SetFolder, split: str) -> FoundImages:
+def read_cifar100(source: SetFolder, split: str) -> FoundImages:
     """50,000 images for training and 10,000 for test, 32 x 32, of a hundred ("fine") classes."""
-    return _read_cifar(place, split, _CIFAR100)
+    return _read_cifar(source, split, _CIFAR100)
 
 
-def _read_cifar(place: SetFolder, split: str, version: _CifarVersion) -> FoundImages:
+def _read_cifar(source: SetFolder, split: str, version: _CifarVersion) -> FoundImages:
     pickled, key, listed = version.names
-    if any((place.root / folder / pickled).exists() for folder in (version.pickles, ".")):
-        folder = place.folder_with(pickled, version.pickles)
-        names = _unpickled(place, folder / pickled).get(key)
+    if any((source.root / folder / pickled).exists() for folder in (version.pickles, ".")):
+        folder = source.folder_with(pickled, version.pickles)
+        names = _unpickled(source, folder / pickled).get(key)
         if not isinstance(names, list) or not all(isinstance(name, bytes | str) for name in names):
-            place.refuse(f"{folder / pickled} has no list {key!r} of names")
+            source.refuse(f"{folder / pickled} has no list {key!r} of names")
         classes = [name.decode("utf-8", "replace") if isinstance(name, bytes) else name for name in names]
         files = [folder / name for name in version.batches[split]]
     else:
-        folder = place.folder_with(listed, version.binary, version.pickles)
-        classes = place.lines(folder / listed)
+        folder = source.folder_with(listed, version.binary, version.pickles)
+        classes = source.lines(folder / listed)
         files = [folder / f"{name}.bin" for name in version.batches[split]]
-    labels = np.concatenate([_cifar_batch(place, version, file)[1] for file in files])
-    place.check_labels(labels, classes, files[0])
-    store = ImageArray(partial(_cifar_pixels, place, version, files), f"{split}/")
+    labels = np.concatenate([_cifar_batch(source, version, file)[1] for file in files])
+    source.check_labels(labels, classes, files[0])
+    store = ImageArray(partial(_cifar_pixels, source, version, files), f"{split}/")
     return FoundImages(store, labels, [readable(name) for name in classes])
 
 
-def _cifar_pixels(place: SetFolder, version: _CifarVersion, files: list[Path]) -> np.ndarray:
+def _cifar_pixels(source: SetFolder, version: _CifarVersion, files: list[Path]) -> np.ndarray:
     """(n, 32, 32, 3), from files that store each image channel by channel."""
-    rows = np.concatenate([_cifar_batch(place, version, file)[0] for file in files])
+    rows = np.concatenate([_cifar_batch(source, version, file)[0] for file in files])
     return rows.reshape(-1, 3, CIFAR_SIDE, CIFAR_SIDE).transpose(0, 2, 3, 1)
 
 
-def _cifar_batch(place: SetFolder, version: _CifarVersion, file: Path) -> tuple[np.ndarray, np.ndarray]:
+def _cifar_batch(source: SetFolder, version: _CifarVersion, file: Path) -> tuple[np.ndarray, np.ndarray]:
     """Pixels (n, 3072) and labels (n,) of a file of either version."""
     if file.suffix == ".bin":
-        rows = place.byte_rows(file, version.label_bytes + CIFAR_PIXELS)
+        rows = source.byte_rows(file, version.label_bytes + CIFAR_PIXELS)
         return rows[:, version.label_bytes :], rows[:, version.label_bytes - 1]
-    content = _unpickled(place, file)
+    content = _unpickled(source, file)
     pixels, labels = content.get("data"), content.get(version.label_key)
     array = pixels.as_bytes() if isinstance(pixels, PickledArray) else None
     if array is None or array.ndim != 2 or array.shape[1] != CIFAR_PIXELS or not len(array):
-        place.refuse(f"{file} has no array of bytes (images, {CIFAR_PIXELS}) by the key 'data'")
+        source.refuse(f"{file} has no array of bytes (images, {CIFAR_PIXELS}) by the key 'data'")
     numbers = labels if isinstance(labels, list) else []
     if len(numbers) != len(array) or not all(type(label) is int and 0 <= label < 1 << 16 for label in numbers):
-        place.refuse(f"{file} has no list of {len(array)} labels by the key {version.label_key!r}")
+        source.refuse(f"{file} has no list of {len(array)} labels by the key {version.label_key!r}")
     return array, np.array(numbers, dtype=np.int64)
 
 
-def _unpickled(place: SetFolder, file: Path) -> dict[str, Any]:
-    place.require_file(file, LARGEST_BATCH_BYTES)
+def _unpickled(source: SetFolder, file: Path) -> dict[str, Any]:
+    source.require_file(file, LARGEST_BATCH_BYTES)
     try:
         content = read_pickled(file)
     except (OSError, ValueError) as error:
-        place.refuse(f"{file} is no pickle of plain values and arrays of bytes ({error})")
+        source.refuse(f"{file} is no pickle of plain values and arrays of bytes ({error})")
     if not isinstance(content, dict):
-        place.refuse(f"{file} holds no dictionary")
+        source.refuse(f"{file} holds no dictionary")
     return {key.decode("latin-1") if isinstance(key, bytes) else str(key): value for key, value in content.items()}
 
 
-def read_svhn(place: SetFolder, split: str) -> FoundImages:
+def read_svhn(source: SetFolder, split: str) -> FoundImages:
     """Cropped digits, 32 x 32: 73,257 for training, 26,032 for test. The file's label 10 is the digit 0."""
-    file = place.folder_with(f"{split}_32x32.mat", "svhn") / f"{split}_32x32.mat"
-    (labels,) = place.matlab(file, "y")
+    file = source.folder_with(f"{split}_32x32.mat", "svhn") / f"{split}_32x32.mat"
+    (labels,) = source.matlab(file, "y")
     if not np.issubdtype(labels.dtype, np.number) or labels.ndim != 1 or not np.isin(labels, range(1, 11)).all():
-        place.refuse(f"{file} has labels other than 1 to 10")
-    store = ImageArray(partial(_svhn_pixels, place, file), f"{split}/")
+        source.refuse(f"{file} has labels other than 1 to 10")
+    store = ImageArray(partial(_svhn_pixels, source, file), f"{split}/")
     if len(store) != len(labels):
-        place.refuse(f"{file} has {len(store)} images and {len(labels)} labels")
+        source.refuse(f"{file} has {len(store)} images and {len(labels)} labels")
     return FoundImages(store, labels.astype(np.int64) % 10, [str(digit) for digit in range(10)])
 
 
-def read_stl10(place: SetFolder, split: str) -> FoundImages:
+def read_stl10(source: SetFolder, split: str) -> FoundImages:
     """Images of ten classes, 96 x 96: 5,000 for training, 8,000 for test."""
-    folder = place.folder_with("class_names.txt", "stl10_binary")
-    classes = [readable(name) for name in place.lines(folder / "class_names.txt")]
-    store = ImageArray(partial(_stl10_pixels, place, folder / f"{split}_X.bin"), f"{split}/")
+    folder = source.folder_with("class_names.txt", "stl10_binary")
+    classes = [readable(name) for name in source.lines(folder / "class_names.txt")]
+    store = ImageArray(partial(_stl10_pixels, source, folder / f"{split}_X.bin"), f"{split}/")
     file = folder / f"{split}_y.bin"
-    labels = place.byte_rows(file, 1)[:, 0].astype(np.int64) - 1
+    labels = source.byte_rows(file, 1)[:, 0].astype(np.int64) - 1
     if len(labels) != len(store):
-        place.refuse(f"{folder} has {len(store)} images and {len(labels)} labels of the split {split}")
-    return FoundImages(store, place.check_labels(labels, classes, file), classes)
+        source.refuse(f"{folder} has {len(store)} images and {len(labels)} labels of the split {split}")
+    return FoundImages(store, source.check_labels(labels, classes, file), classes)
 
 
-def _svhn_pixels(place: SetFolder, file: Path) -> np.ndarray:
-    (pixels,) = place.matlab(file, "X")
+def _svhn_pixels(source: SetFolder, file: Path) -> np.ndarray:
+    (pixels,) = source.matlab(file, "X")
     if pixels.ndim == 3:  # a single image
         pixels = pixels[..., None]
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[2] != 3:
-        place.refuse(f"{file} has no pixels (height, width, 3, images) of bytes")
+        source.refuse(f"{file} has no pixels (height, width, 3, images) of bytes")
     return pixels.transpose(3, 0, 1, 2)
 
 
-def _stl10_pixels(place: SetFolder, file: Path) -> np.ndarray:
+def _stl10_pixels(source: SetFolder, file: Path) -> np.ndarray:
     # Channel by channel, and each channel column by column.
-    rows = place.byte_rows(file, 3 * STL10_SIDE**2)
+    rows = source.byte_rows(file, 3 * STL10_SIDE**2)
     return rows.reshape(-1, 3, STL10_SIDE, STL10_SIDE).transpose(0, 3, 2, 1)
 
 
 class PickledArray:
-    """What a pickle makes by numpy's _reconstruct or dtype: the arguments of the call, and the state set on it."""
+    """A pickled call of numpy's _reconstruct or dtype: its arguments, and the state set on its result."""
 
     def __init__(self, arguments: tuple):
         self.arguments, self.state = arguments, None
@@ -192,7 +192,7 @@ class PickledArray:
 
 
 def read_pickled(path: Path) -> Any:
-    """The value in a pickle; arrays in it are PickledArrays, byte strings of Python 2 are Latin-1 texts.
+    """The value in a pickle; arrays in it are PickledArrays, byte strings of Python 2 are Latin-1 str.
 
     Raises ValueError that says what is wrong with it, or OSError. Memory: three times the file.
     """
@@ -200,12 +200,12 @@ def read_pickled(path: Path) -> Any:
         return _Machine().run(io.BytesIO(path.read_bytes()))
     except OSError:
         raise
-    except Exception as error:  # of a damaged one, an instruction may find nearly anything on the stack
+    except Exception as error:  # in a damaged pickle, an instruction may find nearly anything on the stack
         raise ValueError(f"{type(error).__name__}: {error}") from None
 
 
 class _Machine:
-    """The stack of a pickle, by parts: each mark begins another."""
+    """The stack of a pickle, in segments: each mark begins one."""
 
     def __init__(self):
         self.stack: list[Any] = []
@@ -268,13 +268,13 @@ class _Machine:
             raise ValueError(f"it has the instruction {name}")
 
     def since_mark(self) -> list[Any]:
-        """Drops the part of the stack since the last mark and returns the one below, which goes on."""
+        """Drop the segment since the last mark; returns the one below, which is current again."""
         self.stack = self.below.pop()
         return self.stack
 
 
 class _Maker:
-    """Stands for one of the functions that arrays are made by."""
+    """Stands for one of the functions that make arrays."""
 
     def __init__(self, encodes: bool):
         self.encodes = encodes
@@ -282,7 +282,7 @@ class _Maker:
     def make(self, arguments: tuple) -> PickledArray | bytes:
         if not self.encodes:
             return PickledArray(arguments)
-        text, encoding = arguments  # bytes, as Python 3 writes them for Python 2
+        text, encoding = arguments  # bytes, as Python 3 pickles them for Python 2
         if encoding != "latin1":
             raise ValueError(f"bytes are encoded by {encoding!r}")
         return _of_kind(text, str).encode("latin-1")
@@ -293,11 +293,11 @@ def _maker(module: str, name: str) -> _Maker:
         return _Maker(encodes=True)
     if module.partition(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype"):
         return _Maker(encodes=False)
-    raise ValueError(f"it asks for {module}.{name}")
+    raise ValueError(f"it calls {module}.{name}")
 
 
 def _entries(values: list[Any]) -> dict[Any, Any]:
-    """Keys and values in turn. Keys are plain: a few tuples of tuples would take for ever to hash."""
+    """A dict of alternating keys and values. Only plain keys: nested tuples can take exponential time to hash."""
     if any(type(key) not in (str, bytes, int) for key in values[::2]):
         raise ValueError("a key is neither text nor number")
     return dict(zip(values[::2], values[1::2], strict=True))
@@ -305,5 +305,5 @@ def _entries(values: list[Any]) -> dict[Any, Any]:
 
 def _of_kind(value: Any, kind: type) -> Any:
     if type(value) is not kind:
-        raise ValueError(f"a {type(value).__name__} stands where a {kind.__name__} belongs")
+        raise ValueError(f"expected a {kind.__name__}, not a {type(value).__name__}")
     return value

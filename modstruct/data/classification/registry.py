@@ -1,4 +1,4 @@
-"""The sets of labelled images by name, and how a command line names one.
+"""The sets of labelled images by name, and how to name one on a command line.
 
 cifar10@/data/cifar10              a published set's usual split: test, or validation where test has no labels
 cifar10:train@/data/cifar10        another split
@@ -137,7 +137,7 @@ class NamedSet:
     """Of SETS or SCENES; or a YAML file."""
     split: str | None
     """None for the usual one."""
-    place: str | None
+    location: str | None
     """Behind the @: a folder, or a pattern of shards."""
 
     @property
@@ -147,21 +147,21 @@ class NamedSet:
 
 def parse_set(text: str) -> NamedSet:
     """Read `NAME[:SPLIT]@FOLDER`, `FILE.yaml[:SPLIT]` or `FILE.yaml@SHARDS`; ValueError says what is wrong."""
-    named, at, place = text.partition("@")
+    named, at, location = text.partition("@")
     head, colon, split = named.rpartition(":")
     whole = not colon or named.endswith(YAML)  # a colon in a file's name
-    parsed = NamedSet(named, None, place or None) if whole else NamedSet(head, split, place or None)
+    parsed = NamedSet(named, None, location or None) if whole else NamedSet(head, split, location or None)
     if parsed.split is not None and parsed.split not in SPLITS:
         _refuse(text, f"the split {parsed.split!r} is none of {', '.join(SPLITS)}")
-    if at and not place:
+    if at and not location:
         _refuse(text, "nothing is named behind the @")
     if parsed.is_file:
-        if place and parsed.split is not None:
+        if location and parsed.split is not None:
             _refuse(text, "shards with a class file have no splits: name the shards of one split behind the @")
         return parsed
     if parsed.name not in SETS and parsed.name not in SCENES:
         _refuse(text, f"there is no set {parsed.name!r}; the sets are {', '.join((*SETS, *SCENES))}, or a YAML file")
-    if not place:
+    if not location:
         _refuse(text, f"give the folder that the files lie in: {parsed.name}@FOLDER")
     if parsed.split is not None and parsed.split not in _splits(parsed):
         _refuse(text, f"{parsed.name} has no split {parsed.split}, only {', '.join(_splits(parsed))}")
@@ -172,7 +172,7 @@ def set_splits(text: str) -> tuple[str, ...]:
     """The splits that a set can have, training first."""
     parsed = parse_set(text)
     if parsed.is_file:
-        there = () if parsed.place else load_user_set(Path(parsed.name).expanduser()).images
+        there = () if parsed.location else load_user_set(Path(parsed.name).expanduser()).images
         return tuple(split for split in SPLITS if split in there) or TEST
     return _splits(parsed)
 
@@ -180,31 +180,31 @@ def set_splits(text: str) -> tuple[str, ...]:
 def open_labelled(text: str, config: DataConfig) -> LabelledImages:
     """The set that a command line names (see the module), its files checked and its labels read.
 
-    config: workers, cache, largest image, tolerated fraction of bad images. The set is called as in the registry, or by
-    its folder for `folder` and `shards`, or as its YAML file says; -SPLIT is appended for another than the usual split.
+    config: workers, cache, largest image, tolerated fraction of bad images. The set is named as in the registry, after
+    its folder (`folder`, `shards`) or by its YAML file; -SPLIT is appended unless it is the usual split.
     Raises ValueError or FileNotFoundError that names the set, what is missing or wrong, and what to download.
     """
     parsed = parse_set(text)
-    if parsed.place is None:
+    if parsed.location is None:
         return open_user_set(Path(parsed.name).expanduser(), parsed.split, config)
     if parsed.is_file:
-        return open_with_class_file(Path(parsed.name).expanduser(), parsed.place, config)
-    root = Path(parsed.place).expanduser()
+        return open_with_class_file(Path(parsed.name).expanduser(), parsed.location, config)
+    root = Path(parsed.location).expanduser()
     usual = _splits(parsed)[-1]
     split = parsed.split or usual
     name = root.resolve().name if parsed.name in NAMED_BY_FOLDER else parsed.name
     name = name if split == usual else f"{name}-{split}"
     if parsed.name in SCENES:
         remedy = "give the folder that the scenes' shards were written to (data.cache has it)"
-        place = _folder(parsed.name, root, remedy)
-        return open_scenes(name, place, split, SCENES[parsed.name], config)
+        source = _folder(parsed.name, root, remedy)
+        return open_scenes(name, source, split, SCENES[parsed.name], config)
     published = SETS[parsed.name]
-    place = _folder(parsed.name, root, published.download)
+    source = _folder(parsed.name, root, published.download)
     if has_class_shards(root):
-        # Converted sets call the split that results are published on test, also that of ImageNet.
-        found = read_class_shards(place, "test" if split == usual else split)
+        # In converted sets the split that results are published on is always called test.
+        found = read_class_shards(source, "test" if split == usual else split)
     else:
-        found = published.read(place, split)
+        found = published.read(source, split)
     templates = templates_of(parsed.name) if found.templates is None else (PAPER_TEMPLATE, *found.templates)
     return LabelledSet(name, split, found, templates, config)
 
@@ -214,10 +214,10 @@ def _splits(parsed: NamedSet) -> tuple[str, ...]:
 
 
 def _folder(name: str, root: Path, remedy: str) -> SetFolder:
-    place = SetFolder(name, root, remedy)
+    source = SetFolder(name, root, remedy)
     if not root.is_dir():
-        place.refuse("there is no such folder")
-    return place
+        source.refuse("there is no such folder")
+    return source
 
 
 def _refuse(text: str, problem: str) -> NoReturn:

@@ -1,4 +1,4 @@
-"""The folder of a set of images: what must be in it, the one error for a missing or wrong file, and class folders."""
+"""The folder of a set of images: reading its files, with one kind of error for a missing or wrong one."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ class SetFolder:
             parent, _, file = path.rpartition("/")
             if parent not in listings:
                 if ".." in PurePosixPath(parent).parts or parent.startswith("/"):
-                    self.refuse(f"an image is called {path!r}, which points out of {folder}")
+                    self.refuse(f"the image path {path!r} points out of {folder}")
                 listings[parent] = _files(folder / parent)
             if file not in listings[parent]:
                 missing.append(path)
@@ -181,24 +181,24 @@ def _files(folder: Path) -> frozenset[str]:
         return frozenset(entry.name for entry in entries if entry.is_file() and not entry.name.startswith("."))
 
 
-def read_folder(place: SetFolder, split: str) -> FoundImages:
+def read_folder(source: SetFolder, split: str) -> FoundImages:
     """Class folders of any names, in the split's folder (train; validation, val or valid; test) or in the root itself.
 
     Without a folder of any split, the root is the split test.
     """
-    return read_class_folders(place, place.split_folder(split))
+    return read_class_folders(source, source.split_folder(split))
 
 
-def read_class_folders(place: SetFolder, base: Path, names: dict[str, str] | None = None) -> FoundImages:
+def read_class_folders(source: SetFolder, base: Path, names: dict[str, str] | None = None) -> FoundImages:
     """Images in class folders. names: readable name of each class by its folder; without it, the folders' names."""
-    folders = place.subfolders(base)
+    folders = source.subfolders(base)
     if names is None:
         names = {name: readable(name) for name in folders}
     unknown = [name for name in folders if name not in names]
     if unknown:
-        place.refuse(f"the folder {base / unknown[0]} is none of the {len(names)} classes")
+        source.refuse(f"the folder {base / unknown[0]} is none of the {len(names)} classes")
     if len(names) < 2:
-        place.refuse(f"{base} has {len(names)} class folders, where there must be at least two")
+        source.refuse(f"{base} has {len(names)} class folders, where there must be at least two")
     label = {name: number for number, name in enumerate(names)}
-    store, labels = place.class_folders(base, {name: label[name] for name in folders})
+    store, labels = source.class_folders(base, {name: label[name] for name in folders})
     return FoundImages(store, labels, list(names.values()))

@@ -5,10 +5,10 @@ images: {train: train, test: test}    # or one location, which is then the split
                                       #   a folder with a folder a class; a CSV file with the columns `image` (a
                                       #   path from the CSV file's folder on) and `label`; or tar shards (path, glob
                                       #   or brace pattern) with KEY.cls or, if `label` is given, with KEY.json
-label: species                        # CSV column, or field of KEY.json; left out: `label`, or KEY.cls
-classes: {jay: Eurasian jay, tit: blue tit}   # by folder or label; a list for labels 0, 1, …; may be left out for
-                                              # folders, whose names are then taken
-templates: ["a photo of a {}, a bird"]        # left out: the paper's single one
+label: species                        # CSV column, or field of KEY.json; default: `label`, or KEY.cls
+classes: {jay: Eurasian jay, tit: blue tit}   # by folder or label; a list for labels 0, 1, …; optional for
+                                              # class folders, whose names are the default
+templates: ["a photo of a {}, a bird"]        # default: the paper's single one
 """
 
 from __future__ import annotations
@@ -90,24 +90,24 @@ def open_user_set(path: Path, split: str | None, config: DataConfig) -> Labelled
     if split not in described.images:
         refuse_key(path, "images", described.images, f"a place for the split {split}")
     name = described.name if split == usual else f"{described.name}-{split}"
-    place = SetFolder(name, path.parent, f"correct `images` or `classes` in {path}")
+    source = SetFolder(name, path.parent, f"correct `images` or `classes` in {path}")
     images = str(path.parent / Path(described.images[split]).expanduser())
     if Path(images).is_dir():
-        found = read_class_folders(place, Path(images), described.classes)
+        found = read_class_folders(source, Path(images), described.classes)
     elif described.classes is None:
         refuse_key(path, "classes", None, "a mapping or a list of them; only a folder of class folders names its own")
     elif images.lower().endswith(".csv"):
-        found = _from_table(place, Path(images), described.label or "label", described.classes)
+        found = _from_table(source, Path(images), described.label or "label", described.classes)
     elif described.label is not None:
         named = ZeroShotClasses(described.label, described.templates, described.classes)
         return LabelledSamples(name, split, images, named, config)
     else:
         shards = [Path(shard) for shard in expand_pattern(images, False, f"{path}: images")]
-        found = labelled_shards(place, shards, list(described.classes.values()))
+        found = labelled_shards(source, shards, list(described.classes.values()))
     return LabelledSet(name, split, found, described.templates, config)
 
 
-def _from_table(place: SetFolder, file: Path, label: str, classes: dict[str, str]) -> FoundImages:
-    rows = list(place.table(file, ("image", label), old_names=OLD_COLUMNS))
-    labels = place.labels([text for _, text in rows], list(classes), file)
-    return FoundImages(place.images(file.parent, [path for path, _ in rows]), labels, list(classes.values()))
+def _from_table(source: SetFolder, file: Path, label: str, classes: dict[str, str]) -> FoundImages:
+    rows = list(source.table(file, ("image", label), old_names=OLD_COLUMNS))
+    labels = source.labels([text for _, text in rows], list(classes), file)
+    return FoundImages(source.images(file.parent, [path for path, _ in rows]), labels, list(classes.values()))

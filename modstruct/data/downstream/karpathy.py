@@ -24,7 +24,7 @@ IMAGES_REMEDY = (
 CAPTION_KEYS = ("images", "filename", "filepath", "split", "sentences", "raw", "cocoid", "imgid")
 SPLITS = ("train", "val", "test")
 SPLIT_OF_RUN = {"train": "train", "validation": "val", "test": "test"}
-"""Our names of the splits -> Karpathy's."""
+"""Our split names -> Karpathy's."""
 # COCO's validation images that are in neither val nor test. Published retrieval results, ALBEF's too, train on them
 # (113,287 images with them, 82,783 without), so here they are training images.
 SPLIT_OF = {"train": "train", "restval": "train", "val": "val", "test": "test"}
@@ -48,11 +48,10 @@ def read_karpathy(
 ) -> TaskEntries[CaptionedImage]:
     """The images of a split (train, val or test) with their captions, in the order of the file; restval is train.
 
-    images: the folder that holds `filepath`/`filename`, or `filename` itself. option: the recipe's section, for
-    errors: `option`.captions and `option`.images. leave_out_missing: go without images that are not there.
+    images: the folder that holds `filepath`/`filename`, or `filename` itself. option: the section of the recipe that
+    errors name. leave_out_missing: leave out missing images instead of refusing them.
 
-    Raises ValueError for a file, folder or image that is not there, a malformed entry, another split, and a split
-    that has no image in the file.
+    Raises ValueError for a missing file, folder or image, a malformed entry, and a split that has no image.
     """
     require(split in SPLITS, f"{option}.split", split, f"one of {', '.join(SPLITS)}")
     path = published_file(captions, f"{option}.captions", CAPTIONS_REMEDY)

@@ -37,13 +37,12 @@ def read_nlvr2(
 ) -> TaskEntries[Nlvr2Statement]:
     """The statements of one split, in the order of their file.
 
-    images: the folder of this split's images. Training images lie in its subfolders 0 to 99, which each entry's
-    `directory` tells; as the download script leaves them, without subfolders, they are found too.
-    option: the recipe's section, for errors: `option`.statements, `option`.images. leave_out_missing: go without
-    statements of which an image is not there (about 5 % of the published addresses are dead).
+    images: the folder of this split's images. Training images are in its subfolders 0 to 99, named by each entry's
+    `directory`, or without subfolders, as the download script leaves them. option: the section of the recipe that
+    errors name. leave_out_missing: leave out statements with a missing image (about 5 % of the published addresses are
+    dead) instead of refusing them.
 
-    Raises ValueError for a file, folder or image that is not there, a malformed entry, and an identifier that comes
-    twice.
+    Raises ValueError for a missing file, folder or image, a malformed entry, and a duplicate identifier.
     """
     path = published_file(statements, f"{option}.statements", STATEMENTS_REMEDY)
     folders = ImageFolders(Path(images), f"{option}.images", IMAGES_REMEDY, leave_out_missing=leave_out_missing)
@@ -61,7 +60,7 @@ def read_nlvr2(
         if "directory" in record.fields:
             folder = folders.subfolder(str(record.whole("directory")))
         left, right = (folder / f"{pair}-img{side}.png" for side in (0, 1))
-        # Both are asked for, so that both count as missing.
+        # Both are looked up, so that both count as missing.
         if all([folders.has(left), folders.has(right)]):
             entries.append(Nlvr2Statement(identifier, (left, right), record.text("sentence"), _label(record)))
         else:

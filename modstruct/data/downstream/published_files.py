@@ -41,7 +41,7 @@ class TaskEntries(Generic[Entry]):
     entries: tuple[Entry, ...]
     """In the order of the file."""
     left_out: dict[str, int]
-    """Number of entries left out, by cause; a cause that did not occur is not named."""
+    """Number of entries left out, by cause."""
 
     @property
     def fingerprint(self) -> str:
@@ -91,7 +91,7 @@ class Record:
         return value
 
     def file_name(self, key: str) -> str:
-        """A name of one file or folder: letters, digits, `.`, `_` and `-`, the first no dot; so never a path."""
+        """A plain file name: letters, digits, `.`, `_` and `-`, the first no dot; so never a path."""
         value = self._value(key)
         if not isinstance(value, str) or not PLAIN_NAME.fullmatch(value):
             self.refuse(key, "a plain file name: letters, digits, '.', '_' and '-', without a folder")
@@ -129,7 +129,7 @@ class Record:
 
 
 def published_file(path: Path | str, option: str, remedy: str) -> Path:
-    """The path of a file that is there. option: the recipe's field, for the error; remedy: where to get the file."""
+    """The path of an existing file. option: the field of the recipe that the error names; remedy: where to get it."""
     path = Path(path).expanduser()
     if not path.is_file():
         refuse(option, str(path), f"there is no such file; {remedy}")
@@ -178,7 +178,7 @@ def read_json_lines(path: Path) -> Iterator[Record]:
 def _parsed(content: bytes, where: str, object_hook: Any = None) -> Any:
     try:
         return json.loads(content.decode("utf-8-sig"), object_hook=object_hook)
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number of thousands of digits, too deep
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, a number of thousands of digits, too deep
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{where}: not JSON in UTF-8 ({reason}); download the file again") from None
 
@@ -240,7 +240,7 @@ class ImageFolders:
         return there
 
     def refuse_missing(self) -> None:
-        """Raise ValueError if an image was missing and may not be left out, with the number and the first names."""
+        """Raise ValueError, with the number and the first names, if an image was missing and may not be left out."""
         if not self.looked_up:
             return
         first = ", ".join(str(path.relative_to(self.root)) for path in list(self.missing)[:NAMES_SHOWN])

@@ -20,7 +20,7 @@ IMAGES_REMEDY = (
 ENTAILMENT_LABELS = ("contradiction", "neutral", "entailment")
 """The name of each label number: ALBEF's numbering, so that its fine-tuned heads fit."""
 NO_LABEL = "-"  # the annotators did not agree
-IMAGE_KEYS = ("Flickr30K_ID", "Flikr30kID")  # the second is how the first release spelt it
+IMAGE_KEYS = ("Flickr30K_ID", "Flikr30kID")  # the second is the first release's spelling
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class EntailmentPair:
     image: Path
     hypothesis: str
     label: int | None
-    """Place in ENTAILMENT_LABELS; None where the file has none."""
+    """Index in ENTAILMENT_LABELS; None where the file has none."""
 
 
 def read_snli_ve(
@@ -37,10 +37,10 @@ def read_snli_ve(
 ) -> TaskEntries[EntailmentPair]:
     """The hypotheses of one split, in the order of their file; those labelled "-" are left out and counted.
 
-    images: the folder of the images ID.jpg. option: the recipe's section, for errors: `option`.hypotheses and
-    `option`.images. leave_out_missing: go without hypotheses whose image is not there.
+    images: the folder of the images ID.jpg. option: the section of the recipe that errors name. leave_out_missing:
+    leave out hypotheses with a missing image instead of refusing them.
 
-    Raises ValueError for a file, folder or image that is not there, and for a malformed entry.
+    Raises ValueError for a missing file, folder or image, and for a malformed entry.
     """
     path = published_file(hypotheses, f"{option}.hypotheses", HYPOTHESES_REMEDY)
     folders = ImageFolders(Path(images), f"{option}.images", IMAGES_REMEDY, leave_out_missing=leave_out_missing)

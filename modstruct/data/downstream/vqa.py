@@ -44,7 +44,7 @@ class VqaQuestion:
     answer_type: str | None = None
     """yes/no, number or other."""
     answers: tuple[str, ...] = ()
-    """One of each annotator, as written (the official accuracy normalises them); empty without annotations."""
+    """One per annotator, as written (the official accuracy normalises them); empty without annotations."""
 
 
 def read_vqa(
@@ -58,11 +58,11 @@ def read_vqa(
     """The questions of one split, in the order of their file.
 
     images: the folder that holds train2014, val2014 or test2015, or that folder itself; the questions file says which
-    (test-dev2015 has the images of test2015). option: the recipe's section, for errors: `option`.questions and so
-    on. leave_out_missing: go without questions whose image is not there.
+    (test-dev2015 has the images of test2015). option: the section of the recipe that errors name. leave_out_missing:
+    leave out questions with a missing image instead of refusing them.
 
-    Raises ValueError for a file, folder or image that is not there, a malformed entry, a question id that comes
-    twice, and questions without annotation.
+    Raises ValueError for a missing file, folder or image, a malformed entry, a duplicate question id, and questions
+    without annotation.
     """
     path = published_file(questions, f"{option}.questions", QUESTIONS_REMEDY)
     content = read_json_object(path, QUESTION_KEYS)
@@ -112,7 +112,7 @@ class _Answered:
 
 
 def _image_subset(content: Record) -> str:
-    """`train2014` of the questions' data_subtype: the name of the folder, and a part of each image's name."""
+    """`train2014` of the questions' data_subtype: the folder, and a part of each image's name."""
     parts = fullmatch(r"(train|val|test)(?:-\w+)?(\d{4})", content.text("data_subtype"))
     if parts is None:
         content.refuse("data_subtype", "train2014, val2014, test2015 or test-dev2015")
@@ -135,16 +135,16 @@ def _read_annotations(path: Path) -> dict[int, _Answered]:
 
 
 def answer_weights(answers: Sequence[str]) -> dict[str, float]:
-    """Each different answer with the share of the annotators who gave it, most frequent first (ALBEF's weights).
+    """Each distinct answer with the share of the annotators who gave it, most frequent first (ALBEF's weights).
 
-    The shares sum to 1. Empty answers, of which VQA v2 has a few, weigh nothing: nothing could be learned from them.
+    The shares sum to 1. Empty answers, of which VQA v2 has a few, are ignored.
     """
     counts = Counter(answer for answer in answers if answer)
     return {answer: count / counts.total() for answer, count in _ranked(counts)}
 
 
 def build_answer_list(questions: Iterable[VqaQuestion], length: int = ANSWER_LIST_LENGTH) -> list[str]:
-    """The answers that annotators gave most often, at most `length` of them; ties in the order of the texts.
+    """The answers that annotators gave most often, at most `length` of them; ties in alphabetical order.
 
     Raises ValueError if length is below 1, or if no question has an answer.
     """

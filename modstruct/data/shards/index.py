@@ -120,7 +120,7 @@ class _Rows:
         self.rows: list[tuple[int, ...]] = []
         self.faults: dict[str, int] = {}
         self.examples: dict[str, str] = {}
-        self.key: str | None = None
+        self.key = ""  # no member's
         self.found: dict[str, tuple[int, int, int]] = {}
 
     def add(self, key: str, kind: str, header_blocks: int, block: int, size: int) -> None:
@@ -132,7 +132,7 @@ class _Rows:
     def close_sample(self, cause: str | None = None) -> None:
         """End the current sample; `cause` says why it cannot be used, if that is known already."""
         found, key = self.found, self.key
-        self.found, self.key = {}, None
+        self.found, self.key = {}, ""
         if not found:
             return
         if cause is None:

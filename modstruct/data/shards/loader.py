@@ -151,7 +151,7 @@ class LocalBatches(Dataset[TrainBatch]):
     def _text_views(self, captions: Sequence[str], seeds: Sequence[dict[str, int]]) -> dict[str, Tensor]:
         texts = {"text": [self.views.plain_text(caption) for caption in captions]}
         if "text_augmented" in self.fields:
-            drawn = (seeds_of_row["text_augmented"] for seeds_of_row in seeds)
+            drawn = [seeds_of_row["text_augmented"] for seeds_of_row in seeds]
             texts["text_augmented"] = list(map(self.views.augmented_text, captions, drawn))
         ids = self.tokenizer([text for texts_of_view in texts.values() for text in texts_of_view])
         views = dict(zip(texts, ids.split(len(captions)), strict=True))

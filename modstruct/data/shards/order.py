@@ -11,7 +11,8 @@ stay near each other in at most `window` places, while a batch mixes samples of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -20,6 +21,8 @@ from modstruct.errors import require
 # Slots after which the pattern of weighted sources repeats; shares are exact to 1 / PERIOD.
 PERIOD = 10_000
 
+Key = TypeVar("Key", bound=Hashable)
+Made = TypeVar("Made")
 _BLOCKS, _WINDOW, _PATTERN, _SUBSTITUTE = range(4)  # what a stream of random numbers is for
 
 
@@ -152,8 +155,8 @@ class _Epochs:
         return _remember(self._groups, (epoch, group), make, limit=4)
 
 
-def _remember(cache: dict, key: object, make: Callable[[], object], limit: int) -> object:
-    """A loader asks for step after step, so the last few epochs and groups are worth keeping."""
+def _remember(cache: dict[Key, Made], key: Key, make: Callable[[], Made], limit: int) -> Made:
+    """A loader reads step after step, so the last few epochs and groups are worth keeping."""
     if key not in cache:
         while len(cache) >= limit:
             cache.pop(next(iter(cache)))

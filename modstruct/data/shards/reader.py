@@ -227,7 +227,7 @@ def _metadata(content: bytes, where: str) -> dict:
 
 
 def _is_shallow(metadata: dict) -> bool:
-    level = [metadata]
+    level: list[dict | list] = [metadata]
     for _ in range(DEEPEST_METADATA):
         values = [value for node in level for value in (node.values() if isinstance(node, dict) else node)]
         level = [value for value in values if isinstance(value, (dict, list))]

@@ -98,8 +98,7 @@ def open_samples(sources: Sequence[Source], config: DataConfig, field: str, prog
         with locked(table.with_suffix(".lock")):
             if not complete.exists():
                 _write_table(table, shards, expanded, field, progress)
-    weights = [source.weight for source in expanded]
-    samples = Samples(table, None if weights[0] is None else weights)
+    samples = Samples(table, _weights(sources))
     _judge_sources(samples, [source.pattern for source in expanded], config.max_bad_share, field, say=progress)
     return samples
 
@@ -113,17 +112,16 @@ def open_saved_samples(
     hurt shards to be bad: other samples take their place and are counted, as they are in a run that goes on. Where that
     would be more than data.max_bad_share, or other shards were named, the samples are those found now.
     """
-    error = found = None
+    found: Samples | ValueError
     try:
         found = open_samples(sources, config, field, progress)
     except ValueError as refused:  # a shard that the pattern names is missing
-        error = refused
-    if found is None or found.fingerprint != fingerprint:
-        weights = [source.weight for source in sources]
+        found = refused
+    if isinstance(found, ValueError) or found.fingerprint != fingerprint:
         for table in _tables(config, fingerprint):
-            saved = Samples(table, None if weights[0] is None else weights)
+            saved = Samples(table, _weights(sources))
             hurt = _hurt(saved)
-            named = found is None or set(found.shards) <= set(saved.shards)
+            named = isinstance(found, ValueError) or set(found.shards) <= set(saved.shards)
             lost = sum(int(saved.shard_starts[shard + 1] - saved.shard_starts[shard]) for shard in hurt)
             if named and len(saved.source_starts) == len(sources) + 1 and lost <= config.max_bad_share * len(saved):
                 if progress:
@@ -131,9 +129,14 @@ def open_saved_samples(
                     changed = f"{len(hurt)} of {len(saved.shards)} shards are missing or changed since the checkpoint"
                     log.warning("%s: %s (%s); other samples take the place of theirs", field, changed, names)
                 return saved
-    if error is not None:
-        raise error
+    if isinstance(found, ValueError):
+        raise found
     return found
+
+
+def _weights(sources: Sequence[Source]) -> list[float] | None:
+    """Of all sources, or of none."""
+    return [source.weight for source in sources if source.weight is not None] or None
 
 
 def _judge_sources(samples: Samples, patterns: Sequence[str], max_bad_share: float, field: str, say: bool) -> None:
@@ -236,6 +239,8 @@ def _load(shard: _Shard, field: str) -> ShardIndex:
     if index is None:  # damaged in the cache
         index_shards([(shard.name, shard.index_file)], progress=False)
         index = ShardIndex.load(shard.index_file)
+    if index is None:
+        refuse("data.cache", str(shard.index_file), f"the index of {shard.name} cannot be read back; use another disk")
     return index
 
 

@@ -93,11 +93,11 @@ def expand_pattern(pattern: str, allow_pipe: bool, field: str) -> list[str]:
 
 
 def _braces(pattern: str, field: str) -> list[str]:
-    from braceexpand import UnbalancedBracesError, braceexpand  # comes with webdataset, and is its pattern language
+    from braceexpand import braceexpand  # comes with webdataset, and is its pattern language
 
     try:
         return list(braceexpand(pattern))
-    except UnbalancedBracesError:
+    except ValueError:
         refuse(field, pattern, "close the braces, as in shard-{00000..00331}.tar")
 
 

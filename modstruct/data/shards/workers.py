@@ -183,11 +183,11 @@ class OutgoingRows:
         if get_worker_info() is None:
             return torch.from_numpy(rows)
         storage = torch.UntypedStorage._new_shared(rows.nbytes)
-        file, content = storage._share_fd_cpu_()[0], rows.reshape(-1)  # the file stays the storage's
+        file, content = storage._share_fd_cpu_()[0], rows.reshape(-1).data  # the file stays the storage's
         written = 0
         while written < len(content):  # one call writes 2 GiB at most
             written += os.pwrite(file, content[written:], written)
-        return torch.empty(0, dtype=torch.uint8).set_(storage, 0, rows.shape)
+        return torch.empty(0, dtype=torch.uint8).set_(storage).view(rows.shape)
 
 
 def _context() -> BaseContext:
@@ -216,7 +216,9 @@ def _end_with_the_parent() -> None:
 
     torch's workers watch their parent in the process tree, which is the server, and that lives as long as they do.
     """
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
     os._exit(1)
 
 

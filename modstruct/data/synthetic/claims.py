@@ -2,8 +2,8 @@
 
 Statements about two scenes, true or false, are made of such claims in the manner of NLVR2. A set has two sentences and
 four pairs of scenes, one pair for each combination of their truth. So every sentence is true of two pairs and false of
-two, neither sentence tells the label of the other, and consistency (right about a sentence for all of its pairs) means
-something. The words alone give exactly one half.
+two, neither sentence tells the label of the other, and consistency (right about a sentence for all of its pairs) is
+meaningful. From the words alone, accuracy is exactly one half.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What a scene is: the factors of one built-in image and its caption, and how they are drawn at random.
 
-A scene is a frozen record. Drawing it (drawing.py) and wording it (captions.py) are functions of that
-record, so questions, statements and hypotheses about the same scenes can be made from it too. Three kinds of factors:
+A scene is a frozen record. Its image (drawing.py) and its caption (captions.py) are functions of that record, and so
+are questions, statements and hypotheses about it. Three kinds of factors:
 
-both modalities    the objects (shape, colour, size, fill, place, number of them) and the colour of the ground
+both modalities  the objects (shape, colour, size, fill, place, number of them) and the colour of the ground
 image only       texture of the ground, direction of the light, exact position, radius, angle and shade of each object
 caption only       mood, aside of the speaker, template and wording
 """
@@ -129,7 +129,7 @@ class Scene:
 
     @property
     def contents(self) -> tuple[tuple[str, str, str, str], ...]:
-        """Which objects there are, wherever they lie: the sorted multiset of (shape, colour, size, fill)."""
+        """The objects without their places: the sorted multiset of (shape, colour, size, fill)."""
         return tuple(sorted((o.shape, o.colour, o.size, o.fill) for o in self.objects))
 
     @property
@@ -139,7 +139,7 @@ class Scene:
         return (tuple(placed), self.ground_colour)
 
     def record(self) -> dict[str, Any]:
-        """The factors as plain JSON: `Scene.from_record` makes the scene again from it.
+        """The factors as plain JSON, from which `Scene.from_record` restores the scene.
 
         `shape`, `colour`, `size`, `fill` and `place` are set for scenes of one object and null for others, so that they
         can serve as labels of the whole image; `main_shape` and so on belong to the main object of every scene.
@@ -185,7 +185,7 @@ def sample_count(draws: Draws) -> int:
 
 
 def sample_scene(draws: Draws) -> Scene:
-    """A scene of any split; splits.py keeps those of the split it wants."""
+    """A scene of any split."""
     count = sample_count(draws)
     places = draws.shuffled(PLACES)[:count]
     main_size = draws.choice(SIZES if count == 1 else SIZES[1:])

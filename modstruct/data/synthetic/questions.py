@@ -165,7 +165,7 @@ def _place(scene: Scene, draws: Draws) -> SceneQuestion | None:
 def _ground(scene: Scene, draws: Draws) -> SceneQuestion:
     question = f"what colour is the {say(vocabulary.GROUND_WORDS, draws)}?"
     said = vocabulary.GROUND_COLOUR_WORDS
-    # A type of its own: its answers are other words than those of "what colour is the".
+    # A separate type: its answers are other words than those of "what colour is the".
     return _question(question, "what colour is the ground", "other", scene.ground_colour, said, draws)
 
 
@@ -266,7 +266,7 @@ def _entailed(scene: Scene, draws: Draws) -> Hypothesis:
 def _neutral(scene: Scene, draws: Draws) -> str:
     kind = drawn({"mood": 0.5, "story": 0.35, "opinion": 0.15}, draws)
     if kind == "mood":
-        # Half of the time the mood that the caption speaks of, half of the time any other: the image shows neither.
+        # Half of the time the caption's mood, otherwise any other: the image shows neither.
         mood = scene.mood if draws.chance(0.5) else draws.choice(tuple(vocabulary.MOOD_WORDS))
         return f"the {draws.choice(vocabulary.PICTURE_WORDS)} is {say(vocabulary.MOOD_WORDS[mood], draws)}"
     if kind == "opinion":
@@ -278,8 +278,8 @@ def _neutral(scene: Scene, draws: Draws) -> str:
 def captioned_scenes(seed: int, split: str, count: int) -> list[tuple[Scene, tuple[str, ...]]]:
     """Scenes with two to five different captions; in validation and test no caption belongs to two images.
 
-    The scenes are like those of the shards, and like them no two of validation or test agree in all that a caption
-    can say; but they come from a stream of their own, so that fine-tuning sees other images than pre-training.
+    The scenes are like those of the shards, where no two of validation or test agree in everything that a caption can
+    say, but from another stream, so that fine-tuning sees other images than pretraining.
     """
     taken: set[str] = set()
     found = []
@@ -289,7 +289,7 @@ def captioned_scenes(seed: int, split: str, count: int) -> list[tuple[Scene, tup
         texts: dict[str, None] = {}
         for tries in endless():
             text = caption(_reworded(scene, draws))
-            # A few scenes are alike up to what most captions leave out; after many tries a caption may be shared.
+            # A few scenes differ only in what most captions leave out; after many tries a caption may be shared.
             if split == "train" or text not in taken or tries > MOST_WORDINGS:
                 texts[text] = None
             if len(texts) == wanted:

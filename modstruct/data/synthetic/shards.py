@@ -37,8 +37,8 @@ STALE_SECONDS = 24 * 3600.0
 SAMPLES_PER_SHARD = 2_000
 JPEG_QUALITY = 92
 
-# Labels are set for scenes of one object only: of several, none is "the" answer. Colour is learned within the first few
-# hundred steps; shape comes much later, so it has a file of its own.
+# Only scenes of one object have labels. Colour is learned within the first few hundred steps, shape much later, so it
+# has its own file.
 ZERO_SHOT: dict[str, dict[str, Any]] = {
     "zero_shot.yaml": {
         "label": "colour",
@@ -186,7 +186,7 @@ def ensure_folder(folder: Path, write: Callable[[Path], None], what: str) -> Non
 def _write_folder(folder: Path, write: Callable[[Path], None], what: str) -> None:
     """Write beside, sync, rename. The caller holds the lock, which some network file systems do not enforce."""
     _remove_stale(folder)
-    # Two hosts that share the cache may have processes of one number.
+    # The process id alone may occur on two hosts that share the cache.
     part = folder.with_name(f"{folder.name}.{os.getpid()}-{os.urandom(4).hex()}.part")
     part.mkdir()
     print(f"Built-in data: drawing {what} once, into {folder}", file=sys.stderr, flush=True)

@@ -3,8 +3,8 @@
 The rule works like a check digit. An object's digit is 3 times its shape's number plus 7 times its colour's plus 4
 times its size's plus its fill's (numbers as in factors.py, from 0); a scene's digit is the sum over its objects
 modulo 10. Digit 8 is validation, 9 is test, the rest is training. So the objects of a held-out scene, each with shape,
-colour, size and fill, never come together in training, at whatever places and on whatever ground: held-out scenes are
-familiar parts in unseen company. The digit holds out the same share of every shape, colour, size, fill and number of
+colour, size and fill, never occur together in training, at any places and on any ground: held-out scenes are unseen
+combinations of known objects. The digit holds out the same share of every shape, colour, size, fill and number of
 objects, which a hash would not; and it does not depend on the seed, so scenes of another seed mix in without leaking.
 """
 
@@ -39,7 +39,7 @@ def scenes(seed: int | str, split: str) -> Iterator[tuple[Scene, str]]:
     """Endless (scene, caption) of one split.
 
     Sample i is a function of (seed, split, i), however many samples are taken. In validation and test neither a
-    combination of the factors that both modalities share nor a caption comes twice, so that retrieval has one answer.
+    combination of the factors that both modalities share nor a caption is repeated, so that retrieval has one answer.
     """
     seen: set[object] = set()
     for index in count():

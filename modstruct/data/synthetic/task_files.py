@@ -1,4 +1,4 @@
-"""The built-in downstream tasks, written once into the cache as the data sets that they stand for are published.
+"""The built-in downstream tasks, written once into the cache in the formats of published data sets.
 
     vqa/        v2_OpenEnded_mscoco_train2014_questions.json, v2_mscoco_train2014_annotations.json, answer_list.json,
                 images/train2014/COCO_train2014_000000000001.jpg; validation is val2014, test is test2015
@@ -6,10 +6,10 @@
     snli_ve/    snli_ve_train.jsonl, snli_ve_dev.jsonl, snli_ve_test.jsonl, flickr30k-images/1000000000.jpg
     karpathy/   dataset_coco.json, images/train2014/, images/val2014/
 
-modstruct.data.downstream reads them like anyone's. Images are JPEG files, also where NLVR2 names them .png, as some of
-its own are. Unlike VQA's own, the test questions are annotated, so that they can be measured here. Training scenes
-belong to the training split of splits.py, validation and test scenes to theirs, so the combinations of objects that are
-measured occur neither in pretraining nor in fine-tuning.
+modstruct.data.downstream reads them like the published ones. Images are JPEG files, also where NLVR2 names them .png,
+as some of its own are. Unlike VQA's own, the test questions are annotated, so that they can be evaluated. Scenes belong
+to their split of splits.py, so combinations of objects in validation and test occur neither in pretraining nor in
+fine-tuning.
 """
 
 from __future__ import annotations
@@ -137,9 +137,9 @@ def ensure_scene_tasks(
 ) -> SceneTaskPaths:
     """Paths of the built-in tasks, which are drawn and written first if the cache does not hold them (about 40 s).
 
-    config: of which the seed counts. image_size: side of the images in
-    pixels. sizes: None for the default. The folder is complete or absent, as with
-    `ensure_scenes`. Raises ValueError, naming data.cache, if the cache cannot be written or its disk is full.
+    config: only its seed counts. image_size: side of the images in pixels. sizes: None for the default. The folder is
+    complete or absent, as with `ensure_scenes`. Raises ValueError, naming data.cache, if the cache cannot be written or
+    its disk is full.
     """
     require_drawable(image_size)
     sizes = sizes or SceneTaskSizes()
@@ -196,7 +196,7 @@ def write_scene_tasks(root: Path, seed: int, sizes: SceneTaskSizes, image_size: 
         }.items():
             progress.set_description(f"drawing scenes, {task}")
             write(root, seed, sizes, draw_image)
-    os.sync()  # one for all: to wait for each of 30,000 small files would take minutes
+    os.sync()  # once for all: syncing each of 30,000 small files would take minutes
 
 
 def _write_vqa(root: Path, seed: int, sizes: SceneTaskSizes, draw_image: DrawImage) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from functools import cache
+from typing import overload
 
 import numpy as np
 from PIL.Image import Image
@@ -63,9 +64,13 @@ def _number(salt: str) -> int:
     return int.from_bytes(hashlib.blake2b(salt.encode(), digest_size=8).digest())
 
 
-def sample_seed(
-    seed: int, epoch: int | np.ndarray, sample: int | np.ndarray | Tensor, salt: int | str
-) -> int | np.ndarray | Tensor:
+@overload
+def sample_seed(seed: int, epoch: int, sample: int, salt: int | str) -> int: ...
+@overload
+def sample_seed(seed: int, epoch: np.ndarray, sample: np.ndarray, salt: int | str) -> np.ndarray: ...
+@overload
+def sample_seed(seed: int, epoch: int, sample: Tensor, salt: int | str) -> Tensor: ...
+def sample_seed(seed, epoch, sample, salt):
     """The seed of one draw for one sample: an integer in [0, 2**63), the same on every machine.
 
     Arrays of epochs and samples give an array of seeds, each that of its own pair, in uint64; an int64 tensor of

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
 from contextlib import suppress
 from itertools import islice
 
@@ -23,7 +22,7 @@ MOST_SCANS = 100
 SCAN_MARK = re.compile(b"\xff\xda")
 
 
-def decode_image(content: bytes, max_pixels: int, where: str, formats: Sequence[str] = FORMATS) -> Image.Image:
+def decode_image(content: bytes, max_pixels: int, where: str, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     """Decode an image to mode RGB, turned upright by its EXIF orientation.
 
     Transparent parts become white, 16-bit greys are scaled to 8 bits, palettes and CMYK are converted; of an animation

@@ -89,7 +89,7 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
     if image.size == (size, size):
         return image
     shorter = min(image.size)
-    box: list[float] = []
+    box: list[tuple[float, float]] = []
     for side in image.size:
         resized = size * side // shorter
         start = round((resized - size) / 2) * side / resized

@@ -122,7 +122,9 @@ def wordnet_synonyms(word: str) -> list[str]:
     """
     from nltk.corpus import wordnet
 
-    before, core, after = re.fullmatch(r"(\W*)(.*?)(\W*)", word, flags=re.DOTALL).groups()
+    match = re.fullmatch(r"(\W*)(.*?)(\W*)", word, flags=re.DOTALL)
+    assert match is not None, "any text matches"
+    before, core, after = match.groups()
     core = core.lower()
     if not core or core in FUNCTION_WORDS:
         return []

@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from modstruct import distributed
 from modstruct.evaluation.retrieval.rows import as_float32, check_dimensions, check_rows, checked_pairs, row_blocks
-from modstruct.pairwise import dispatch, nearest_counts
+from modstruct.pairwise import nearest_counts
+from modstruct.pairwise.operators import has_kernels_for
 
 PAIRS_AT_ONCE = 4096
 """Pairs of one call of the kernel."""
@@ -30,7 +31,7 @@ def counting_device() -> torch.device:
     tiles, and a tie would become a matter of luck.
     """
     device = distributed.device()
-    return device if device.type == "cuda" and dispatch.has_kernels_for(device) else CPU
+    return device if device.type == "cuda" and has_kernels_for(device) else CPU
 
 
 def items_ahead(queries: np.ndarray, gallery: np.ndarray, pairs: np.ndarray, device: torch.device = CPU) -> np.ndarray:

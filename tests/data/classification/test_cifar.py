@@ -111,7 +111,7 @@ def test_nothing_in_a_pickle_is_run(tmp_path, function):
     root, made = cifar10_pickles(tmp_path), tmp_path / "made"
     argument = f"import os; os.mkdir({str(made)!r})" if function is exec else str(made)
     layouts.put(root / "cifar-10-batches-py/test_batch", pickle.dumps({"data": _Calls(function, argument)}))
-    with pytest.raises(ValueError, match=r"test_batch is no pickle of plain values and arrays of bytes .*it asks for"):
+    with pytest.raises(ValueError, match=r"test_batch is no pickle of plain values and arrays of bytes .*it calls"):
         open_labelled(f"cifar10@{root}", CONFIG)
     assert not made.exists()
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from modstruct.config import FinetuneRecipe, LossesConfig
 from modstruct.losses.distillation import Distillation
-from modstruct.losses.objective import build_objective
+from modstruct.losses.objective import Objective, build_objective
 from modstruct.models.fusion.answering import AnswerModel
 from modstruct.models.fusion.initial_weights import Initial, start_from
 from modstruct.models.fusion.pretraining import FusionModel
@@ -59,7 +59,7 @@ def transcribed_loss(model: AnswerModel, batch: dict[str, Tensor], alpha: float)
 def test_the_loss_is_albefs(alpha):
     model = answer_model(answer_recipe(alpha=alpha))
     batch = with_answers(question_batch(), ANSWERS)
-    found, _ = Distillation(alpha, ramp_steps=0)(dict(**model(batch)), step=5, seed=0)
+    found, _ = Objective({"task": Distillation(alpha, ramp_steps=0)}, {"task": 1.0})(model(batch), step=5)
     with torch.no_grad():
         expected = transcribed_loss(model, batch, alpha)
     assert float(found.detach()) == pytest.approx(expected, rel=1e-5)
@@ -67,25 +67,27 @@ def test_the_loss_is_albefs(alpha):
 
 
 def test_rows_are_the_answers_tokens():
-    outputs = dict(**answer_model()(with_answers(question_batch(), ANSWERS)))
+    outputs = answer_model()(with_answers(question_batch(), ANSWERS))
     # "a dark light blue" has 4 tokens and an end; a question without answers has no row, yet counts.
-    assert outputs.logits.shape[0] == len(outputs.labels) == (2 + 1) + (1 + 1) + (4 + 1) + 3 * 2
-    assert outputs.entries.tolist() == [4]
-    assert outputs.weights.tolist() == pytest.approx(
+    assert outputs["logits"].shape[0] == len(outputs["labels"]) == (2 + 1) + (1 + 1) + (4 + 1) + 3 * 2
+    assert outputs["entries"].tolist() == [4]
+    assert outputs["weights"].tolist() == pytest.approx(
         [0.6] * 3 + [0.3] * 2 + [0.1] * 5 + [0.7] * 2 + [0.3] * 2 + [1.0] * 2
     )
-    assert not (outputs.labels == 0).any()
-    assert not outputs.logits_ema.requires_grad
+    assert not (outputs["labels"] == 0).any()
+    assert not outputs["logits_ema"].requires_grad
 
 
 @pytest.mark.parametrize("answers", [ANSWERS, [{}, {}, {}, {}]], ids=["some", "none"])
 def test_every_parameter_has_a_gradient(answers):
     model = answer_model()
-    loss, terms = Distillation(0.4, 0)(dict(**model(with_answers(question_batch(), answers))), 0, 0)
+    loss, terms = Objective({"task": Distillation(0.4, 0)}, {"task": 1.0})(
+        model(with_answers(question_batch(), answers)), 0
+    )
     loss.backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
     if not any(answers):
-        assert float(loss.detach()) == float(terms["accuracy"]) == 0
+        assert float(loss.detach()) == float(terms["task/accuracy"]) == 0
         assert not any(parameter.grad.any() for parameter in model.parameters())
 
 

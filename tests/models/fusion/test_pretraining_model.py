@@ -137,20 +137,16 @@ def test_matching_rows_are_pairs_then_wrong_images_then_wrong_texts():
 def test_one_pair_alone_has_no_negative_and_a_finite_loss():
     model = fusion_model()
     made = model(training_batch(rows=1))
-    assert made.matching_labels.tolist() == [1, IGNORED, IGNORED]
-    total, _ = build_objective(model_losses())(made, 0, 0)
+    assert made["matching_labels"].tolist() == [1, IGNORED, IGNORED]
+    total, _ = build_objective(albef_losses())(made, 0)
     total.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-
-
-def model_losses() -> LossesConfig:
-    return albef_losses()
 
 
 def test_every_parameter_gets_a_gradient():
     recipe = fusion_recipe(independent=True)
     model = fusion_model(recipe)
-    total, _ = build_objective(recipe.losses)(model(training_batch()), 0, 0)
+    total, _ = build_objective(recipe.losses)(model(training_batch()), 0)
     total.backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
     assert all(p.grad is None for p in model.ema.module.parameters())
@@ -163,7 +159,7 @@ def test_what_no_loss_reaches_is_not_trained(more):
     for name in {"matching", "masked_language"} - {more}:
         getattr(losses, name).weight = 0.0
     model = fusion_model(fusion_recipe(losses=losses))
-    total, _ = build_objective(losses)(model(training_batch()), 0, 0)
+    total, _ = build_objective(losses)(model(training_batch()), 0)
     total.backward()
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {name for name, p in model.named_parameters() if p.grad is not None}
@@ -177,7 +173,7 @@ def test_what_no_loss_asks_for_is_not_made():
 
 
 def gradients(model, recipe) -> dict[str, torch.Tensor]:
-    total, _ = build_objective(recipe.losses)(model(training_batch()), 0, 0)
+    total, _ = build_objective(recipe.losses)(model(training_batch()), 0)
     total.backward()
     return {name: p.grad for name, p in model.named_parameters()}
 

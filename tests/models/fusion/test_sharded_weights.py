@@ -10,7 +10,7 @@ from tiny_fusion import fusion_model, fusion_recipe, training_batch
 from torch import Tensor, nn
 
 from modstruct import distributed
-from modstruct.models.fusion import partition
+from modstruct.models.fusion.sharded_weights import ShardedWeights
 
 
 def own_part(parameter: nn.Parameter) -> Tensor:
@@ -44,7 +44,7 @@ def pair_classifier():
 MODELS = {"pretraining": pretraining, "answering": answering, "pair_classifier": pair_classifier}
 
 
-def most_seen(model: nn.Module, kept: partition.ShardedWeights) -> list[int]:
+def most_seen(model: nn.Module, kept: ShardedWeights) -> list[int]:
     """The largest number of elements on this process, seen from the modules' calls on."""
     seen = [0]
 
@@ -59,18 +59,18 @@ def most_seen(model: nn.Module, kept: partition.ShardedWeights) -> list[int]:
 def spread_beside_whole(make: str) -> dict[str, bool | int]:
     (whole, batch), (spread, _) = MODELS[make](), MODELS[make]()
     spread.shard_ema(own_part)
-    kept = spread.ema.partition
+    kept = spread.ema.sharded
     at_rest = kept.local_elements
     most = most_seen(spread.ema.module, kept)
     same = True
     for seed in range(3):
         with torch.no_grad():
             right, ours = whole(batch), spread(batch)
-        of_momentum = [name for name in right if "momentum" in name or "augmented" in name]
+        of_momentum = [name for name in right if "ema" in name or "augmented" in name]
         same &= bool(of_momentum) and all(torch.equal(right[name], ours[name]) for name in of_momentum)
         for model in (whole, spread):
             moved(model, seed)
-            model.ema.update_ema(dict(model.named_parameters()))
+            model.ema.update(dict(model.named_parameters()))
     right, ours = whole.ema_state_dict(), spread.ema_state_dict()
     if distributed.is_main():
         same &= right.keys() == ours.keys() and all(torch.equal(value, ours[name]) for name, value in right.items())
@@ -105,5 +105,5 @@ def test_spread_weights_are_whole_ones_in_parts(processes):
 def test_every_weight_is_in_one_block():
     for make in MODELS.values():
         model = make()[0].requires_grad_(False)
-        names = [name for block in partition.ShardedWeights(model).blocks for name in block.weights]
+        names = [name for block in ShardedWeights(model).blocks for name in block.weights]
         assert sorted(names) == sorted(name for name, _ in model.named_parameters())
