@@ -140,7 +140,7 @@ def test_half_precision_is_computed_in_float32_even_under_autocast(half):
 def test_float32_stays_near_float64():
     e = random_embeddings(24, 8, 1)
     single = transformed(e, torch.Tensor.float)
-    single.logit_scale, e.logit_bias = e.logit_scale.float(), e.logit_bias.float()
+    single.logit_scale, single.logit_bias = e.logit_scale.float(), e.logit_bias.float()
     found = value_and_gradients(lambda e: build_objective(everything())(e, step=0)[0], single)
     right = value_and_gradients(lambda e: build_objective(everything())(e, step=0)[0], e)
     for name, value in right.items():
