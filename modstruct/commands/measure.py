@@ -157,13 +157,13 @@ def _measure_one(
     title = f"{embedded.name}, {metric.replace('_', ' ')}"
     missing = _missing(metric, embedded, splits, config)
     if missing:
-        _say(f"{title}: left out, {missing}")
+        _print(f"{title}: left out, {missing}")
         return
     path = results / f"{metric}.json"
     if not config.again and on_main(lambda: _measured(path) == identity(embedded)):
-        _say(f"{title}: measured before ({path}); --again true measures it again")
+        _print(f"{title}: measured before ({path}); --again true measures it again")
         return
-    _say(f"{title} …")
+    _print(f"{title} …")
     device, progress = distributed.device(), distributed.is_main()
 
     def alone() -> Found:
@@ -196,7 +196,7 @@ def _with_features(probe: Probe, train: EmbeddedSet) -> Probe:
     """The probe on the shared embeddings, where its own default was not embedded."""
     if probe.features not in DEFAULT_FEATURES or probe.features in train.arrays:
         return probe
-    _say(f"  on image, since {probe.features} is not embedded (embed --embedding.arrays '[all]')")
+    _print(f"  on image, since {probe.features} is not embedded (embed --embedding.arrays '[all]')")
     return replace(probe, features="image")
 
 
@@ -250,7 +250,7 @@ def _save(
         file.write(content)
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     if distributed.is_main():
         print(line, flush=True)
 

@@ -73,7 +73,7 @@ def test_texts_are_embedded_in_batches_and_keep_their_order():
 def test_a_perfect_model_scores_everything(tmp_path):
     metrics = measured(write_source(tmp_path, list(range(30)), lambda n: [f"thing {n}", f"object {n}"]))
     for direction in metrics["retrieval"].values():
-        assert {figure["value"] for figure in direction.values()} == {1.0}
+        assert {metric["value"] for metric in direction.values()} == {1.0}
     assert validation_recall_at_1(metrics) == 1
     assert metrics["retrieval"]["text_to_image"]["recall_at_1"]["chance"] == pytest.approx(1 / 30)
     assert metrics["retrieval"]["image_to_text"]["recall_at_1"]["chance"] == pytest.approx(2 / 60)

@@ -1,4 +1,4 @@
-"""Retrieved examples of an embedded set: queries spread over it, each with what the model places first."""
+"""Retrieved examples of an embedded set: evenly spaced queries, each with the items that the model ranks first."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class Images(Protocol):
 
 
 def write_retrieved_examples(
-    embedded: EmbeddedSet, outcomes: dict[str, np.ndarray], pictures: Images, folder: Path, queries: int = QUERIES
+    embedded: EmbeddedSet, outcomes: dict[str, np.ndarray], images: Images, folder: Path, queries: int = QUERIES
 ) -> None:
     """Write examples of both directions into a folder: examples.json and the images it names; by one process.
 
     outcomes: those of `measure_set_retrieval`. images: by image row of the set. queries: of each direction at most,
-    spread evenly over those that have a positive: the same ones for every model. examples.json, written last, is
+    spaced evenly over those that have a positive: the same ones for every model. examples.json, written last, is
       {"examples": [{"direction": "text_to_image", "query": ITEM, "rank": …, "results": [ITEM, …]}, …]}
       ITEM = {"key": key, "image": file name} or {"key": text row, "text": …}; of results also "right" and "score"
     rank: of the best right item. Results are the RESULTS exact nearest; "right": one of the query's pairs. An image
@@ -50,25 +50,25 @@ def write_retrieved_examples(
     shown: set[int] = set()
     for direction in DIRECTIONS:
         by_text = direction == "text_to_image"
-        asked, ranks = outcomes[f"{direction}/query"], outcomes[f"{direction}/rank"]
-        places = spread(len(asked), queries)
-        rows = asked[places]
+        having_positive, ranks = outcomes[f"{direction}/query"], outcomes[f"{direction}/rank"]
+        places = spaced(len(having_positive), queries)
+        rows = having_positive[places]
         query_rows, gallery = (text, image) if by_text else (image, text)
         found = nearest(query_rows[rows], gallery, RESULTS)
         right_of = {int(row): set(pairs[pairs[:, int(by_text)] == row, 1 - int(by_text)].tolist()) for row in rows}
         for row, rank, results in zip(rows.tolist(), ranks[places].tolist(), found.tolist(), strict=True):
             scores = gallery[results].astype(np.float64) @ query_rows[row].astype(np.float64)
             shown |= set(results) if by_text else {row}
-            told = [
-                _item(embedded, item, picture=by_text) | {"right": item in right_of[row], "score": float(score)}
+            items = [
+                _item(embedded, item, is_image=by_text) | {"right": item in right_of[row], "score": float(score)}
                 for item, score in zip(results, scores, strict=True)
             ]
-            query = _item(embedded, row, picture=not by_text)
-            examples.append({"direction": direction, "query": query, "rank": rank, "results": told})
-    written = _write_images(pictures, sorted(shown), folder)
+            query = _item(embedded, row, is_image=not by_text)
+            examples.append({"direction": direction, "query": query, "rank": rank, "results": items})
+    written = _write_images(images, sorted(shown), folder)
     for item in (item for example in examples for item in (example["query"], *example["results"])):
-        if item.get("picture") not in written:
-            item.pop("picture", None)
+        if item.get("image") not in written:
+            item.pop("image", None)
     with atomic_write(folder / FILE) as file:
         file.write((json.dumps({"examples": examples}, indent=1) + "\n").encode())
     for old in folder.glob("retrieved-*.jpg"):
@@ -76,14 +76,14 @@ def write_retrieved_examples(
             old.unlink()
 
 
-def spread(count: int, most: int) -> np.ndarray:
+def spaced(count: int, most: int) -> np.ndarray:
     """At most `most` places of `count`, evenly spaced from the first to the last."""
     return np.unique(np.linspace(0, count - 1, min(most, count)).round().astype(np.int64))
 
 
-def _item(embedded: EmbeddedSet, row: int, picture: bool) -> dict[str, Any]:
-    if picture:
-        return {"key": embedded.keys[row], "picture": _file_name(row)}
+def _item(embedded: EmbeddedSet, row: int, is_image: bool) -> dict[str, Any]:
+    if is_image:
+        return {"key": embedded.keys[row], "image": _file_name(row)}
     return {"key": str(row), "text": embedded.captions[row]}
 
 
@@ -91,17 +91,17 @@ def _file_name(row: int) -> str:
     return f"retrieved-{row}.jpg"
 
 
-def _write_images(pictures: Images, rows: Iterable[int], folder: Path) -> set[str]:
+def _write_images(images: Images, rows: Iterable[int], folder: Path) -> set[str]:
     """The names of the files written."""
     written = set()
     for row in rows:
         try:
-            picture = pictures[row].convert("RGB")
+            image = images[row].convert("RGB")
         except BadSample:
             continue
-        picture.thumbnail((SIDE_PIXELS, SIDE_PIXELS))
+        image.thumbnail((SIDE_PIXELS, SIDE_PIXELS))
         data = io.BytesIO()
-        picture.save(data, "JPEG", quality=QUALITY)
+        image.save(data, "JPEG", quality=QUALITY)
         with atomic_write(folder / _file_name(row)) as file:
             file.write(data.getvalue())
         written.add(_file_name(row))

@@ -72,7 +72,7 @@ def check_recall_at(recall_at: Iterable[int]) -> None:
 
 
 def as_float32(rows: np.ndarray) -> Tensor:
-    """A float32 copy of rows that are at hand; -0.0 becomes 0.0, so that equal rows have equal bytes."""
+    """A float32 copy of rows; -0.0 becomes 0.0, so that equal rows have equal bytes."""
     return torch.from_numpy(np.array(rows, order="C")).float().add_(0.0)
 
 
