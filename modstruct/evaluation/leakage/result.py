@@ -151,7 +151,7 @@ def _saved(path: Path, samples: EvaluationSamples, number: int) -> dict[str, str
     image.save(content, "JPEG", quality=QUALITY)
     with atomic_write(path) as file:
         file.write(content.getvalue())
-    return {"picture": path.name}
+    return {"image": path.name}
 
 
 def read_keys(path: str | Path) -> list[str]:
