@@ -13,6 +13,7 @@ from torch import Tensor
 from modstruct.data.shards.evaluation_samples import EvaluationSamples
 from modstruct.data.transforms.augment import Views
 from modstruct.evaluation.embeddings.in_memory import EmbeddedSource
+from modstruct.evaluation.retrieval.rows import evenly_spaced
 
 
 def retrieved_examples(source: EmbeddedSource, samples: EvaluationSamples, views: Views, count: int) -> Tensor:
@@ -21,7 +22,7 @@ def retrieved_examples(source: EmbeddedSource, samples: EvaluationSamples, views
     For the main process, which holds the rows of `source`; `samples` and `views` are those that it was embedded with.
     Returns (3, H, W) uint8, as `example_grid` draws it.
     """
-    rows = np.unique(np.linspace(0, len(source.image) - 1, min(count, len(source.image))).round().astype(np.int64))
+    rows = evenly_spaced(len(source.image), count)
     nearest = (source.image[rows] @ source.text.T).argmax(axis=1)
     own, found = [], []
     for row, text in zip(rows, nearest, strict=True):

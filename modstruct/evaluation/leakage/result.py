@@ -28,6 +28,7 @@ from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet, SetContent
 from modstruct.evaluation.embeddings.set_files import IMAGE_ARRAYS, ROWS_AT_ONCE, RowStream
 from modstruct.evaluation.leakage.duplicates import Duplicates, Thresholds
 from modstruct.evaluation.leakage.prints import Prints
+from modstruct.evaluation.retrieval.rows import evenly_spaced
 from modstruct.files import atomic_write
 
 LARGEST_SIDE = 384
@@ -124,7 +125,7 @@ def _write_examples(
         old.unlink(missing_ok=True)
     found, evaluation, train = compared.found, compared.evaluation, compared.train
     rows = np.unique(found.evaluation)
-    rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(np.int64))]
+    rows = rows[evenly_spaced(len(rows), count)]
     examples = []
     for example, row in enumerate(rows):
         name = f"leakage-{example:03d}-evaluation.jpg"

@@ -15,6 +15,7 @@ from modstruct.data.faults import BadSample
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.retrieval.measure import DIRECTIONS
 from modstruct.evaluation.retrieval.nearest import nearest
+from modstruct.evaluation.retrieval.rows import evenly_spaced
 from modstruct.files import atomic_write
 
 FILE = "examples.json"
@@ -51,7 +52,7 @@ def write_retrieved_examples(
     for direction in DIRECTIONS:
         by_text = direction == "text_to_image"
         having_positive, ranks = outcomes[f"{direction}/query"], outcomes[f"{direction}/rank"]
-        places = spaced(len(having_positive), queries)
+        places = evenly_spaced(len(having_positive), queries)
         rows = having_positive[places]
         query_rows, gallery = (text, image) if by_text else (image, text)
         found = nearest(query_rows[rows], gallery, RESULTS)
@@ -74,11 +75,6 @@ def write_retrieved_examples(
     for old in folder.glob("retrieved-*.jpg"):
         if old.name not in written:
             old.unlink()
-
-
-def spaced(count: int, most: int) -> np.ndarray:
-    """At most `most` places of `count`, evenly spaced from the first to the last."""
-    return np.unique(np.linspace(0, count - 1, min(most, count)).round().astype(np.int64))
 
 
 def _item(embedded: EmbeddedSet, row: int, is_image: bool) -> dict[str, Any]:
