@@ -28,10 +28,10 @@ from modstruct.evaluation.classification.few_shot import FewShotConfig, measure_
 from modstruct.evaluation.classification.linear_probe import LinearProbeConfig, measure_linear_probe
 from modstruct.evaluation.classification.zero_shot import measure_zero_shot
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
+from modstruct.evaluation.examples import write_retrieved_examples
 from modstruct.evaluation.information.measure import measure_information
 from modstruct.evaluation.information.probes import ProbeConfig
 from modstruct.evaluation.leakage.result import LEAKED_KEYS, leave_out, read_keys
-from modstruct.evaluation.retrieval.examples import write_retrieved_examples
 from modstruct.evaluation.retrieval.measure import RetrievalConfig, measure_set_retrieval
 from modstruct.evaluation.structure.measure import measure_set_structure
 from modstruct.evaluation.structure.sampling import SamplingConfig

@@ -13,10 +13,10 @@ from processes import run_on_processes
 from modstruct import distributed
 from modstruct.data.faults import BadSample
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet, SetContents, write_embedded_set
+from modstruct.evaluation.examples import write_retrieved_examples
 from modstruct.evaluation.retrieval import exact
 from modstruct.evaluation.retrieval.ann_index import IndexConfig
 from modstruct.evaluation.retrieval.exact import query_shares, shared_pairs_ahead
-from modstruct.evaluation.retrieval.examples import write_retrieved_examples
 from modstruct.evaluation.retrieval.measure import RetrievalConfig, measure_retrieval, measure_set_retrieval
 from modstruct.evaluation.statistics import bootstrap_mean
 
