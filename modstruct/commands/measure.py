@@ -281,4 +281,4 @@ class _Images:
         self.samples, self.indices = samples, indices
 
     def __getitem__(self, row: int):
-        return self.samples[int(self.indices[row])].picture
+        return self.samples[int(self.indices[row])].image

@@ -59,7 +59,7 @@ def retrieved_examples(source: EmbeddedSource, samples: EvaluationSamples, views
         positives = source.pairs[source.pairs[:, 0] == row, 1]
         own.append(source.captions[text if text in positives else positives[0]])
         found.append(source.captions[text])
-    images = [views.evaluation_image(samples[int(index)].picture) for index in source.indices[rows]]
+    images = [views.evaluation_image(samples[int(index)].image) for index in source.indices[rows]]
     return example_grid(torch.stack(images), own, found)
 
 

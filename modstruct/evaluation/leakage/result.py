@@ -144,7 +144,7 @@ def _write_examples(
 def _saved(path: Path, samples: EvaluationSamples, number: int) -> dict[str, str]:
     """Save a sample's image, at most LARGEST_SIDE wide and high; {} if it can no longer be read."""
     try:
-        image = samples[number].picture
+        image = samples[number].image
     except BadSample:
         return {}
     image.thumbnail((LARGEST_SIDE, LARGEST_SIDE), Image.Resampling.LANCZOS)
