@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Index tar shards: where the members of each sample lie.
 
-Local shards are indexed at the first start of a run by itself. `pipe:` shards have to be indexed here first, since that
-takes one pass over all of them; a source then names the folder:
+A run indexes local shards by itself at its first start. `pipe:` shards must be indexed here first, which takes one pass
+over all of them; a source then names the folder:
 
     python tools/index_shards.py 'pipe:aws s3 cp s3://bucket/{00000..00331}.tar -' --output /data/cc3m-index
 
@@ -12,7 +12,7 @@ takes one pass over all of them; a source then names the folder:
         - shards: 'pipe:aws s3 cp s3://bucket/{00000..00331}.tar -'
           index: /data/cc3m-index
 
-Interrupted, it goes on where it was when it is called again.
+An interrupted indexing is resumed by the same command.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ def main() -> int:
         "--pipe_cache_gib",
         type=float,
         default=defaults.pipe_cache_gib,
-        help="as data.pipe_cache_gib: disk for what the pipes deliver (default: %(default)s)",
+        help="as data.pipe_cache_gib: disk space for the pipes' output (default: %(default)s)",
     )
     parser.add_argument("--jobs", type=int, default=4, help="pipes that run at once (default: %(default)s)")
-    parser.add_argument("--renew", action="store_true", help="index pipes anew whose content has changed")
+    parser.add_argument("--renew", action="store_true", help="index pipes again, whose content has changed")
     options = parser.parse_args()
     output = options.output or Path(options.cache).expanduser() / "indexes"
     pipes = pipe_cache(DataConfig(cache=options.cache, pipe_cache_gib=options.pipe_cache_gib))
@@ -76,7 +76,7 @@ def _file_name(shard: str) -> str:
 
 
 def _index_pipes(shards: list[tuple[str, Path]], pipes: PipeCache, jobs: int, renew: bool) -> list[str]:
-    """Returns what failed and why."""
+    """Returns the failures, each with its reason."""
 
     def index(job: tuple[str, Path]) -> str | None:
         shard, file = job

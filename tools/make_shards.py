@@ -34,13 +34,13 @@ from modstruct.data.faults import BadSample
 from modstruct.data.transforms.decoding import decode_image
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
-NAMED = 10  # bad samples that are named
+NAMED = 10  # bad samples, in the log
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("input", type=Path, help="folder, or CSV or TSV table with a head line")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the shards; made if it is not there")
+    parser.add_argument("input", type=Path, help="folder, or CSV or TSV table with a header line")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the shards; made if missing")
     parser.add_argument("--samples_per_shard", type=int, default=10_000, help="default: %(default)s")
     parser.add_argument("--image_column", default="image", help="of a table (default: %(default)s)")
     parser.add_argument("--caption_column", default="caption", help="of a table (default: %(default)s)")
@@ -68,10 +68,10 @@ def main() -> int:
         parser.error(f"--output = {options.output}: holds shards already; choose another folder")
 
     bad: Counter[str] = Counter()
-    with ShardsWrittenAside(options.output, options.samples_per_shard) as shards:
-        for picture, caption, metadata in tqdm(found, "packing", unit="sample"):
+    with AtomicShardWriter(options.output, options.samples_per_shard) as shards:
+        for image, caption, metadata in tqdm(found, "packing", unit="sample"):
             try:
-                shards.write(*checked(picture, caption, metadata))
+                shards.write(*checked(image, caption, metadata))
             except BadSample as error:
                 bad[error.cause] += 1
                 if bad.total() <= NAMED:
@@ -113,19 +113,18 @@ def joined(found: list[tuple[Path, str | None, dict]]) -> list[tuple[Path, str |
     """One entry an image, with all its captions under "captions" in the metadata of its first row."""
     captions: dict[Path, list[str]] = {}
     first: dict[Path, dict] = {}
-    for picture, caption, metadata in found:
-        captions.setdefault(picture, []).extend([caption] if caption and caption.strip() else [])
-        first.setdefault(picture, metadata)
+    for image, caption, metadata in found:
+        captions.setdefault(image, []).extend([caption] if caption and caption.strip() else [])
+        first.setdefault(image, metadata)
     return [
-        (picture, texts[0] if texts else None, first[picture] | {"captions": texts})
-        for picture, texts in captions.items()
+        (image, texts[0] if texts else None, first[image] | {"captions": texts}) for image, texts in captions.items()
     ]
 
 
-def checked(picture: Path, caption: str | None, metadata: dict) -> tuple[str, bytes, bytes, dict]:
+def checked(image: Path, caption: str | None, metadata: dict) -> tuple[str, bytes, bytes, dict]:
     """Extension, image, caption and metadata, all of which a run can read. Raises BadSample."""
-    where = str(picture)
-    if picture.suffix.lower() not in EXTENSIONS:
+    where = str(image)
+    if image.suffix.lower() not in EXTENSIONS:
         raise BadSample(f"an image must be one of {', '.join(EXTENSIONS)}", where)
     if caption is None:
         raise BadSample("no caption", where)
@@ -136,15 +135,15 @@ def checked(picture: Path, caption: str | None, metadata: dict) -> tuple[str, by
     if not text:
         raise BadSample("empty caption", where)
     try:
-        content = picture.read_bytes()
+        content = image.read_bytes()
     except OSError as error:
         raise BadSample("unreadable file", f"{where}: {error.strerror}") from None
     decode_image(content, DataConfig().max_image_pixels, where)
-    return picture.suffix.lower().lstrip("."), content, text, {**metadata, "file": where, "caption": text.decode()}
+    return image.suffix.lower().lstrip("."), content, text, {**metadata, "file": where, "caption": text.decode()}
 
 
-class ShardsWrittenAside:
-    """webdataset's writer, whose shards get their names when they are complete."""
+class AtomicShardWriter:
+    """webdataset's writer; a shard gets its final name when it is complete."""
 
     def __init__(self, folder: Path, samples_per_shard: int):
         self._samples_per_shard = samples_per_shard
@@ -161,20 +160,20 @@ class ShardsWrittenAside:
             mtime=0,
         )
 
-    def __enter__(self) -> ShardsWrittenAside:
+    def __enter__(self) -> AtomicShardWriter:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
         if kind is None:
             self._writer.close()
             if self._count == 0:
-                os.unlink(self._file.name.removesuffix(".part"))  # the writer has begun a first shard by itself
+                os.unlink(self._file.name.removesuffix(".part"))  # the writer opens a first shard at once
 
-    def write(self, extension: str, picture: bytes, text: bytes, metadata: dict) -> None:
+    def write(self, extension: str, image: bytes, text: bytes, metadata: dict) -> None:
         shard, place = divmod(self._count, self._samples_per_shard)
         key = f"{shard:05d}{place:06d}"
         about = json.dumps({**metadata, "key": key}, ensure_ascii=True).encode()
-        self._writer.write({"__key__": key, extension: picture, "txt": text, "json": about})
+        self._writer.write({"__key__": key, extension: image, "txt": text, "json": about})
         self._count += 1
 
     def _open(self, name: str) -> BinaryIO:

@@ -49,18 +49,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--limit",
         type=int,
         default=TRAINING_CAPTIONS,
-        help="Captions to learn from at most, spread evenly over the shards (default: %(default)s).",
+        help="Captions to train on at most, evenly spaced over the shards (default: %(default)s).",
     )
-    parser.add_argument(
-        "--cache", default=data.cache, help="Folder that indexes of shards are kept in (default: %(default)s)."
-    )
+    parser.add_argument("--cache", default=data.cache, help="Folder of shard indexes (default: %(default)s).")
     parser.add_argument("--allow_pipe", action="store_true", help="Permit pipe:COMMAND, which runs a shell command.")
     parser.add_argument("--index", metavar="FOLDER", help="Indexes made by tools/index_shards.py, for pipe: shards.")
     return parser.parse_args(arguments)
 
 
 def train(options: argparse.Namespace) -> None:
-    """Read the captions, train, write, and show what came out."""
+    """Read the captions, train, write, and show examples."""
     TokenizerConfig(vocab_size=options.vocab_size, context_length=options.context_length)  # refuses impossible sizes
     require(options.limit >= 1, "--limit", options.limit, "at least 1")
     taken = (options.out / DESCRIPTION_FILE).exists()
@@ -79,7 +77,7 @@ def train(options: argparse.Namespace) -> None:
     tokenizer.save(options.out)
 
     tokens = sum(len(tokenizer.segment(caption)) for caption in captions[:1000]) / min(len(captions), 1000)
-    smaller = "" if tokenizer.vocab_size == options.vocab_size else f" (these captions bear no {options.vocab_size})"
+    smaller = "" if tokenizer.vocab_size == options.vocab_size else f" (too few captions for {options.vocab_size})"
     print(f"{tokenizer.vocab_size} pieces{smaller}, {tokens:.1f} tokens a caption, written to {options.out}")
     for caption in captions[:: max(1, len(captions) // EXAMPLES)][:EXAMPLES]:
         print(f"  {caption}\n    {' '.join(tokenizer.segment(caption))}")

@@ -1,6 +1,6 @@
 // Gaussian potentials of all pairs, and their gradient.
 //
-// Squared distances come from |x|^2 + |y|^2 - 2 <x, y>, with the mean of the columns taken off both first. That changes
+// Squared distances come from |x|^2 + |y|^2 - 2 <x, y>, with the mean of the columns subtracted from both. That changes
 // no distance, and it keeps the digits when all embeddings lie in a narrow cone, as those of one modality do: the error
 // of an exponent is about 2e-7 t (|x|^2 + |y|^2) with lengths measured from that mean.
 #include <cmath>

@@ -1,6 +1,6 @@
 // The closed form of geometric consistency: Gram matrices of A + B and A - B, less centres, and products with them. No
-// pair of rows is ever formed. The micro-kernels are those of the tiles; what is a tile of logits there is here a block of rows, laid out
-// by groups of 192 dimensions: [dimension / 192][row in block][192].
+// pair of rows is ever formed. The micro-kernels are those of the tiles; what is a tile of logits there is a block of
+// rows here, laid out by groups of 192 dimensions: [dimension / 192][row in block][192].
 #include "packing.h"
 #include "pairwise_cpu.h"
 

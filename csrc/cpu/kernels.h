@@ -54,8 +54,8 @@ struct Kernels {
     // tile[k][j] = sum_d slabs[k][d] panels[j][d], summed over d in order, DEPTH_AT_ONCE at a time
     void (*tile_products)(const float* panels, const float* slabs, int64_t rows, int64_t columns, int64_t depth,
                           float* tile);
-    // x_grad[j] += sum_k tile[k][j] y[k], for `width` dimensions from the first of the slabs given; x_grad has `dimension`
-    // numbers in each row
+    // x_grad[j] += sum_k tile[k][j] y[k], for `width` dimensions from the first of the slabs given; a row of x_grad has
+    // `dimension` numbers
     void (*grad_rows)(const float* tile, const float* y_slabs, int64_t rows, int64_t columns, int64_t width,
                       int64_t dimension, float* x_grad);
     // y_grad[k] += sum_j tile[k][j] x[j], likewise
@@ -72,9 +72,9 @@ struct Kernels {
                          const SoftWeights& weights);
     // Logits less the bias become weights, in place.
     void (*sigmoid_weights)(float* tile, int64_t rows, int64_t columns, float bias, const SigmoidSums& sums);
-    // Inner products become potentials, in place; 0 where a pair is at distance 0. Such a pair has no gradient, and
-    // in the difference that makes the gradient its two terms, by far the largest, would cancel and leave their rounding. The norms
-    // of missing rows are infinite.
+    // Inner products become potentials, in place; 0 where a pair is at distance 0. Such a pair has no gradient, and in
+    // the difference that makes the gradient its two terms, by far the largest, would cancel and leave their rounding.
+    // The norms of missing rows are infinite.
     void (*gaussian)(float* tile, int64_t rows, int64_t columns, const float* row_norms, const float* column_norms,
                      float t, GaussianSums& sums);
     // Counts for up to `rows` queries, one threshold each: above[j] += number of tile[k][j] that are not <= threshold.

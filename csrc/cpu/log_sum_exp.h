@@ -1,4 +1,4 @@
-// Log-sum-exps of rows and of columns, put together from the maxima and sums of single tiles in the order of the tiles.
+// Log-sum-exps of rows and of columns, combined from the maxima and sums of single tiles in the order of the tiles.
 #pragma once
 
 #include "sweep.h"

@@ -108,7 +108,7 @@ void nearest_counts(const NearestCounts& problem, const Choice& choice) {
         });
     }
     for (int64_t p = 0; p < problem.count; ++p) {
-        // Every item counted as above a score that is no number; any other ties with itself once.
+        // Every item counted as above a NaN score; any other score ties with itself once.
         problem.ties[p] -= scores[p] == scores[p] ? 1 : 0;
     }
 }

@@ -13,7 +13,7 @@
 
 namespace modstruct::cpu {
 
-// body(task, thread) for every task. All memory is taken before the threads start: an exception cannot leave them.
+// body(task, thread) for every task. All memory is allocated before the threads start: no exception may leave them.
 template <typename Body>
 void parallel_for(int64_t tasks, int threads, const Body& body) {
 #if defined(_OPENMP)

@@ -75,7 +75,7 @@ struct SigmoidContrast {
 };
 
 // G_jk = exp(-t |x_j - y_k|^2): total = sum_jk G_jk, x_grad_j += sum_k G_jk (y_k - x_j), y_grad_k += sum_j G_jk (x_j - y_k).
-// symmetric: y is x. Each pair of different rows is computed once and serves both; then x_grad holds the whole.
+// symmetric: y is x. Each pair of different rows is computed once and counts for both; x_grad is then the whole gradient.
 struct GaussianPotential {
     Pairs pairs;
     bool symmetric;
@@ -86,8 +86,8 @@ struct GaussianPotential {
 };
 
 // For each pair (query, item): above = items that score higher than the pair's, ties = other items that score the same;
-// a score is the inner product. Its bits depend on the two vectors alone, so equal items tie. An item with a score that
-// is no number counts as above, and a pair with such a score has all items above it.
+// a score is the inner product. Its bits depend on the two vectors alone, so equal items tie. An item with a NaN
+// score counts as above, and a pair with a NaN score has all items above it.
 struct NearestCounts {
     Pairs pairs;           // x: queries, y: items
     const int64_t* query;  // (count), ascending
@@ -97,7 +97,7 @@ struct NearestCounts {
     int64_t* ties;   // (count)
 };
 
-// P = (A - a_center) + (B - b_center) and M = (A - B) - difference_center, never held whole: plus = P^T P, minus = M^T M.
+// P = (A - a_center) + (B - b_center) and M = (A - B) - difference_center, formed in blocks: plus = P^T P, minus = M^T M.
 struct GeometricRows {
     const float* a;  // (rows, dimension)
     const float* b;  // (rows, dimension)

@@ -9,8 +9,8 @@
 
 namespace modstruct::cpu {
 
-// How the tiles of a problem are gone through. The number of row blocks in a group gives every thread enough to do; it
-// changes no bit of a result, since all sums run over single blocks in their order.
+// The order in which the tiles of a problem are computed. A group has enough row blocks to keep every thread busy; their
+// number changes no bit of a result, since all sums run over single blocks in their order.
 struct Sweep {
     Sweep(const Pairs& pairs, const Choice& choice);
 
@@ -55,7 +55,7 @@ class GroupTiles {
     float* tile(int64_t block, int64_t column) { return data_.data() + (block * sweep_.column_blocks + column) * TILE_FLOATS; }
     // x_grad += W y for the rows of the group
     void grad_rows(int64_t first_block, bool symmetric, const Slabs& y_slabs, float* x_grad);
-    // y_grad += W^T x; where symmetric, without the tiles on the diagonal, which serve their rows alone
+    // y_grad += W^T x; where symmetric, without the tiles on the diagonal, which count for their rows alone
     void grad_columns(int64_t first_block, bool symmetric, const Slabs& x_slabs, float* y_grad);
 
    private:

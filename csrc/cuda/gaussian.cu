@@ -2,8 +2,8 @@
 //
 // Squared distances come from |x|^2 + |y|^2 - 2 <x, y> of centred copies, cut at 0. Where a row meets an equal column
 // the weight is 0, not 1: such a pair has no gradient, and in the difference that makes the gradient its two terms
-// would cancel and leave their rounding. In float32 an equal pair's distance is exactly 0. The tensor cores add in an order
-// of their own, so there any distance below their rounding counts as none.
+// would cancel and leave their rounding. In float32 an equal pair's distance is exactly 0. The tensor cores add in an
+// order of their own, so there any distance below their rounding counts as 0.
 #include <device.cuh>
 
 #include "numbers.cuh"

@@ -76,7 +76,7 @@ struct CountsOfTiles {
 #pragma unroll
                 for (int c = 0; c < Tile::COLUMN_SLOTS; ++c) {
                     const bool column_exists = place.column(c) < place.columns_left;
-                    // A score that is no number stands above, and so does every score above one that is none.
+                    // A NaN score counts as above, and every score as above a NaN.
                     counts += column_exists && !(sums.at(r, c) <= own_score) ? 1u : 0u;
                     counts += column_exists && sums.at(r, c) == own_score && c != own_slot ? 1u << 16 : 0u;
                 }

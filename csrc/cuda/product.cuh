@@ -44,7 +44,7 @@ class Copies {
             }
         }
     }
-    // The slices must be asked for in order.
+    // Slices must be requested in order.
     __device__ __forceinline__ void next(unsigned char* slot) {
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) {
@@ -145,7 +145,7 @@ __device__ __forceinline__ void product(Sums<Tile>& sums, const Operand& rows, c
             column_copies.next(slot + Tile::ROWS * DEPTH_BYTES);
             write = write + 1 == STAGES ? 0 : write + 1;
         }
-        copies_end_group();  // empty groups at the end keep the count that copies_wait goes by
+        copies_end_group();  // empty groups at the end keep the count that copies_wait relies on
     };
 
     sums.clear();

@@ -116,8 +116,8 @@ __device__ __forceinline__ void over_rows(Value (&values)[Tile::COLUMN_SLOTS], c
     __syncthreads();
 }
 
-// total of each thread -> finish(sum) once, lanes and then warps in order. Needs shared memory that is free; all threads
-// of the block must come.
+// total of each thread -> finish(sum) once, lanes and then warps in order. Needs free shared memory; all threads of the
+// block must come.
 template <class Tile, class Finish>
 __device__ __forceinline__ void over_block(double total, const Place<Tile>& place, unsigned char* shared,
                                            Finish finish) {

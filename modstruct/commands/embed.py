@@ -1,4 +1,4 @@
-"""Embed sets once, with all processes, into a folder that every metric reads; a stopped command goes on where it was.
+"""Embed sets once, with all processes, into a folder that every metric reads; an interrupted command is resumed.
 
 deepspeed launch_scripts/evaluate.py embed --checkpoint runs/scenes --out evaluations/scenes
 deepspeed --num_gpus 8 launch_scripts/evaluate.py embed --open_clip ViT-B-32:laion2b_s34b_b79k --out evaluations/laion \
@@ -52,7 +52,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def embed(recipe: Recipe, options: Namespace, command: list[str]) -> Path:
-    """Embed every set that is asked for and note model, sets and command; every process calls it. Returns --out."""
+    """Embed every requested set and note model, sets and command; every process calls it. Returns --out."""
     from modstruct import distributed
     from modstruct.commands.sets import open_sets, splits_beside
     from modstruct.distributed.collect import on_main

@@ -4,7 +4,7 @@ deepspeed launch_scripts/evaluate.py full --checkpoint runs/scenes --out evaluat
 deepspeed launch_scripts/evaluate.py full --checkpoint runs/emoji --out evaluations/emoji --sets eval
 
 Takes all options of `evaluate.py embed`; the training splits of labelled sets are embedded too (--all_splits false
-leaves them out, and the probes). A stopped command goes on where it was. For metrics with other settings run
+leaves them out, and the probes). An interrupted command is resumed. For metrics with other settings run
 `evaluate.py measure` on the same folder.
 """
 

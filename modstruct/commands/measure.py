@@ -28,10 +28,10 @@ from modstruct.evaluation.classification.few_shot import FewShotConfig, measure_
 from modstruct.evaluation.classification.linear_probe import LinearProbeConfig, measure_linear_probe
 from modstruct.evaluation.classification.zero_shot import measure_zero_shot
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
+from modstruct.evaluation.examples import write_retrieved_examples
 from modstruct.evaluation.information.measure import measure_information
 from modstruct.evaluation.information.probes import ProbeConfig
 from modstruct.evaluation.leakage.result import LEAKED_KEYS, leave_out, read_keys
-from modstruct.evaluation.retrieval.examples import write_retrieved_examples
 from modstruct.evaluation.retrieval.measure import RetrievalConfig, measure_set_retrieval
 from modstruct.evaluation.structure.measure import measure_set_structure
 from modstruct.evaluation.structure.sampling import SamplingConfig
@@ -157,13 +157,13 @@ def _measure_one(
     title = f"{embedded.name}, {metric.replace('_', ' ')}"
     missing = _missing(metric, embedded, splits, config)
     if missing:
-        _say(f"{title}: left out, {missing}")
+        _print(f"{title}: left out, {missing}")
         return
     path = results / f"{metric}.json"
     if not config.again and on_main(lambda: _measured(path) == identity(embedded)):
-        _say(f"{title}: measured before ({path}); --again true measures it again")
+        _print(f"{title}: measured before ({path}); --again true measures it again")
         return
-    _say(f"{title} …")
+    _print(f"{title} …")
     device, progress = distributed.device(), distributed.is_main()
 
     def alone() -> Found:
@@ -196,7 +196,7 @@ def _with_features(probe: Probe, train: EmbeddedSet) -> Probe:
     """The probe on the shared embeddings, where its own default was not embedded."""
     if probe.features not in DEFAULT_FEATURES or probe.features in train.arrays:
         return probe
-    _say(f"  on image, since {probe.features} is not embedded (embed --embedding.arrays '[all]')")
+    _print(f"  on image, since {probe.features} is not embedded (embed --embedding.arrays '[all]')")
     return replace(probe, features="image")
 
 
@@ -250,7 +250,7 @@ def _save(
         file.write(content)
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     if distributed.is_main():
         print(line, flush=True)
 
@@ -281,4 +281,4 @@ class _Images:
         self.samples, self.indices = samples, indices
 
     def __getitem__(self, row: int):
-        return self.samples[int(self.indices[row])].picture
+        return self.samples[int(self.indices[row])].image

@@ -27,7 +27,7 @@ def main(words: Sequence[str]) -> None:
 
 
 def report(folders: Sequence[Path], out: Path) -> None:
-    """Write the page and its tables, on the main process, and say where they lie."""
+    """Write the page and its tables, on the main process, and print their paths."""
     from modstruct.reporting.report import write_report
 
     files = write_report([folder.expanduser() for folder in folders], out.expanduser())

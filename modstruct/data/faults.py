@@ -1,4 +1,4 @@
-"""Bad samples: counted by cause, named in the log, and the run stopped when there are too many."""
+"""Bad samples: counted by cause, named in the log; the run stops when there are too many."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from modstruct.errors import RunError
 log = logging.getLogger(__name__)
 
 NAMED = 3
-# A share of fewer samples than this says too little: until then the bad ones are compared with this number.
+# The fraction of fewer samples than this is too noisy: until then the bad ones are compared with this number.
 FEWEST_SAMPLES = 256
 
 
@@ -31,11 +31,10 @@ class TooManyBadSamples(RunError):
 
 
 class BadSampleCounter:
-    """Counts bad samples by cause and stops the run when their share is too large.
+    """Counts bad samples by cause and stops the run when they exceed the tolerated fraction.
 
-    field: the recipe's field that the samples came from. max_bad_share: the share that is put up with, and share_field
-    its name. process: rank of this process, named in the log; each process logs the first three samples of each cause
-    that it meets itself.
+    field: the recipe's field that the samples came from. max_bad_share: the tolerated fraction, share_field its name in
+    the recipe. process: rank of this process; each process logs the first three samples of each cause that it meets.
     """
 
     def __init__(self, field: str, max_bad_share: float, process: int = 0, share_field: str = "data.max_bad_share"):
@@ -48,11 +47,11 @@ class BadSampleCounter:
 
     @property
     def bad(self) -> int:
-        """Bad samples met so far by this process."""
+        """Bad samples of this process so far."""
         return self.counts.total()
 
     def add(self, faults: Iterable[tuple[str, str]], tried: int, say: bool = True) -> None:
-        """Count a batch: its (cause, where) and the number of samples tried, substitutes included. say: in the log."""
+        """Count a batch: its (cause, where) and the number of samples tried, substitutes included. say: log it."""
         self.tried += tried
         for cause, where in faults:
             self.counts[cause] += 1
@@ -67,7 +66,7 @@ class BadSampleCounter:
     def check(self, bad: int, tried: int, fewest: int = FEWEST_SAMPLES) -> None:
         """Raise TooManyBadSamples if `bad` of `tried` samples, each summed over the processes, are too many.
 
-        As long as fewer than `fewest` samples were tried, the share is taken of `fewest`.
+        As long as fewer than `fewest` samples were tried, the fraction is taken of `fewest`.
         """
         if bad > self.max_bad_share * max(tried, fewest):
             raise TooManyBadSamples(
@@ -76,7 +75,7 @@ class BadSampleCounter:
             )
 
     def summary(self) -> str:
-        """Counts of this process in words, the most frequent cause first, with an example of each."""
+        """Counts of this process as text, the most frequent cause first, with an example of each."""
         if not self.counts:
             return "no bad sample"
         return ", ".join(f"{n} {cause} (as {min(self._named[cause])})" for cause, n in self.counts.most_common())

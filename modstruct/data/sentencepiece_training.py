@@ -8,10 +8,10 @@ from collections.abc import Iterable
 
 from modstruct.errors import refuse
 
-# Lower-cased and NFKC-normalised, as CLIP's own text is: case tells next to nothing about an image.
+# Lower-cased and NFKC-normalised, as CLIP's own text is: case says next to nothing about an image.
 NORMALIZATION = "nmt_nfkc_cf"
-# Not unigram: it takes its pieces from what different words share, so the 200 words of the built-in scenes fell apart
-# into letters (35 tokens a caption, where byte-pair encoding makes 21).
+# Not unigram, whose pieces are what different words share: the 200 words of the built-in scenes fell apart into letters
+# (35 tokens a caption, byte-pair encoding makes 21).
 MODEL_TYPE = "bpe"
 SPECIAL_IDS = {"pad_id": 0, "unk_id": 1, "bos_id": 2, "eos_id": 3}
 # With byte fallback every character can be written, for 256 ids, an eighth of this vocabulary. In one of 1,024 the lost
@@ -20,10 +20,10 @@ SMALLEST_VOCABULARY_WITH_BYTES = 2048
 CHARACTER_COVERAGE = 0.9995
 MOST_CHARACTERS = 1_000  # of a caption
 
-# Captions that are enough for any vocabulary; give the trainer no more, spread evenly over the source.
+# Captions that suffice for any vocabulary; give the trainer no more, evenly spaced over the source.
 TRAINING_CAPTIONS = 500_000
 
-# What, besides the captions and the size, decides the model; part of a cached tokenizer's name.
+# What the model depends on besides the captions and the size; part of a cached tokenizer's name.
 TRAINING_SETTINGS = {
     "algorithm": MODEL_TYPE,
     "normalization": NORMALIZATION,

@@ -1,7 +1,7 @@
-"""From captions to token ids: one interface, three kinds of tokenizer.
+"""Tokenizers, from captions to ids: sentencepiece, CLIP's BPE and BERT's WordPiece behind one interface.
 
-Every kind rests on the bytes of one model file, so that it can be saved into a checkpoint, handed to a loader process
-and rebuilt anywhere. The row of a caption is: start id, ids of its tokens, end id, padding. Long text loses tokens at
+Each is built from the bytes of one model file, so that it can be saved into a checkpoint, sent to a loader process and
+rebuilt anywhere. The row of a caption is: start id, ids of its tokens, end id, padding. Long text loses tokens at
 its end, never the end id. Padding has an id of its own. No text produces the start, end or padding id, not even one
 that spells them out.
 """
@@ -82,13 +82,13 @@ class Tokenizer(ABC):
             ids = ids[: self.context_length - 2]
             padding = [self.padding_id] * (self.context_length - 2 - len(ids))
             rows.append([self.start_id, *ids, self.end_id, *padding])
-        # By numpy, which takes half the time that torch.tensor takes for lists.
+        # numpy takes half the time of torch.tensor for lists.
         return torch.from_numpy(np.array(rows, dtype=np.int64).reshape(len(rows), self.context_length))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of a row of ids up to the first end id, as a model writes it; as good as `__call__` can be undone.
+        """The text of a row of ids, as a model generates them, up to the first end id; undoes `__call__` as it can.
 
-        ids: any in [0, ids_with_mask). Start, padding and blank leave no trace. Spaces are single.
+        ids: any in [0, ids_with_mask). Start, padding and mask tokens are left out; whitespace becomes single spaces.
         """
         ids = list(ids)
         ids = ids[: ids.index(self.end_id)] if self.end_id in ids else ids
@@ -97,12 +97,12 @@ class Tokenizer(ABC):
 
     @property
     def mask_id(self) -> int:
-        """The blank of masked language modelling: the vocabulary's own, or the id after all others."""
+        """The mask token of masked language modelling: the vocabulary's own, or the id after all others."""
         return self.vocab_size
 
     @property
     def ids_with_mask(self) -> int:
-        """Ids that can occur, the blank among them."""
+        """Ids that can occur, the mask token included."""
         return max(self.vocab_size, self.mask_id + 1)
 
     def mask(self, ids: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ class Tokenizer(ABC):
         return ids != self.padding_id
 
     def segment(self, text: str) -> list[str]:
-        """The pieces that a text is cut into, for a reader's eyes; not cut to the context length."""
+        """The pieces that a text is cut into, for display; not cut to the context length."""
         return [self._piece(token_id) for token_id in self._encode(self._clean(text))]
 
     def save(self, folder: str | Path) -> None:
@@ -133,7 +133,7 @@ class Tokenizer(ABC):
         longest = CHARACTERS_PER_TOKEN * self.context_length
         if len(text) > longest:
             text = " ".join(text.split())[:longest]
-        # A lone surrogate is a str in Python, but no text: the libraries below raise on it.
+        # A lone surrogate is valid in a str but not in UTF-8: the libraries below raise on it.
         return text if text.isascii() else text.encode("utf-8", errors="replace").decode("utf-8")
 
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[bytes, int]]:
@@ -167,7 +167,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.end_id = self._own_id(self._processor.eos_id())
 
     def _own_id(self, token_id: int) -> int:
-        # sentencepiece says -1 of a symbol that the model lacks, or that it reads out of text as well.
+        # sentencepiece returns -1 for a symbol that the model lacks, or that it would also read from text.
         if token_id >= 0:
             return token_id
         self.vocab_size += 1
@@ -204,7 +204,7 @@ class ClipTokenizer(Tokenizer):
             if len(unpacked) == LARGEST_MERGES_BYTES:  # open_clip would unpack it whole
                 raise ValueError(f"more than {LARGEST_MERGES_BYTES >> 20} MiB unpacked")
             self._tokenizer = SimpleTokenizer(bpe_path=io.BytesIO(model))
-        except Exception as error:  # of damage nearly anything comes, from zlib.error to IndexError
+        except Exception as error:  # a damaged file raises nearly anything, from zlib.error to IndexError
             raise ValueError(f"not CLIP's merges ({type(error).__name__}: {error})") from error
         self.start_id = self._tokenizer.sot_token_id
         self.end_id = self._tokenizer.eot_token_id
@@ -275,7 +275,7 @@ class WordPieceTokenizer(Tokenizer):
         return self._backend.id_to_token(token_id) or ""
 
     def _text(self, ids: list[int]) -> str:
-        # Its pieces do not tell "it's" from "it ' s": joined are those that answers and captions mean to be one.
+        # Its pieces do not tell "it's" from "it ' s": joined as answers and captions mostly mean them.
         text = " ".join(self._piece(token_id) for token_id in ids).replace(" ##", "")
         return INSIDE_A_NUMBER.sub(r"\1", text.replace(" ' ", "'"))
 
@@ -314,11 +314,11 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 def build_tokenizer(
     config: TokenizerConfig, captions: Callable[[], Iterable[str]], cache: str | Path, source_fingerprint: str
 ) -> Tokenizer:
-    """The tokenizer that a recipe asks for.
+    """The tokenizer that a recipe describes.
 
     A sentencepiece tokenizer without a path is trained on captions() at first use and kept in cache/tokenizers, under a
-    hash of its training settings and of source_fingerprint, which stands for the captions. Several processes may ask at
-    once: one trains, the others wait for it. Raises ValueError naming tokenizer.path where a file is missing or wrong.
+    hash of its training settings and of source_fingerprint, which identifies the captions. Of several processes at once
+    one trains and the others wait. Raises ValueError naming tokenizer.path where a file is missing or wrong.
     """
     kind = KINDS[config.kind]
     if kind is ClipTokenizer:
@@ -340,7 +340,7 @@ def build_tokenizer(
 def _trained_tokenizer(
     config: TokenizerConfig, captions: Callable[[], Iterable[str]], cache: Path, source_fingerprint: str
 ) -> Tokenizer:
-    # The context length is no part of the training, so runs that differ in it alone share the model.
+    # Training does not depend on the context length, so runs that differ in it alone share the model.
     identity = json.dumps([TRAINING_SETTINGS, config.vocab_size, source_fingerprint], sort_keys=True)
     folder = cache / "tokenizers" / hashlib.sha256(identity.encode()).hexdigest()[:32]
     with locked(folder.with_suffix(".lock")):
@@ -349,7 +349,7 @@ def _trained_tokenizer(
             model = train_sentencepiece(captions(), config.vocab_size)
             tokenizer = SentencePieceTokenizer(model, config.context_length)
             _save_whole(tokenizer, folder)
-            print(f"The tokenizer has {tokenizer.vocab_size} pieces of {config.vocab_size} asked for", flush=True)
+            print(f"The tokenizer has {tokenizer.vocab_size} pieces of at most {config.vocab_size}", flush=True)
     try:
         return SentencePieceTokenizer(load_tokenizer(folder).model, config.context_length)
     except ValueError as error:
@@ -357,13 +357,13 @@ def _trained_tokenizer(
 
 
 def _save_whole(tokenizer: Tokenizer, folder: Path) -> None:
-    """Save into a folder that is complete or not there, even where the file system has no locks."""
+    """Save atomically: the folder is complete or missing, even where the file system has no locks."""
     part = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.part")
     try:
         tokenizer.save(part)
         part.rename(folder)
     except OSError:
-        if not folder.exists():  # else another process was quicker, with the same bytes
+        if not folder.exists():  # else another process was faster, with the same bytes
             raise
     finally:
         shutil.rmtree(part, ignore_errors=True)

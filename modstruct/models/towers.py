@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,10 @@ from modstruct.config import ModelConfig
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.distributed import main_first
 from modstruct.errors import refuse, require
+
+if TYPE_CHECKING:
+    from open_clip import CustomTextCLIP
+    from open_clip.transformer import TextTransformer
 
 
 @dataclass
@@ -102,7 +107,7 @@ def build_towers(config: ModelConfig, tokenizer: Tokenizer, independent: bool) -
     return image, text, dimension
 
 
-def load_pretrained(config: ModelConfig, tokenizer: Tokenizer) -> nn.Module:
+def load_pretrained(config: ModelConfig, tokenizer: Tokenizer) -> CustomTextCLIP:
     """The named architecture with pretrained weights, its text tower fitted to the tokenizer.
 
     The tokenizer must be the one the weights were trained with (a padding token apart), its context no longer.
@@ -154,7 +159,7 @@ def _check_pretrained_text(config: ModelConfig, text: dict, tokenizer: Tokenizer
     )
 
 
-def _fit_text_tower(text: nn.Module, tokenizer: Tokenizer) -> None:
+def _fit_text_tower(text: TextTransformer, tokenizer: Tokenizer) -> None:
     """Add a row for the padding token, and leave out the positions beyond the tokenizer's context."""
     length = tokenizer.context_length
     embedding = nn.Embedding(tokenizer.vocab_size, text.width)
@@ -172,6 +177,9 @@ def _fit_text_tower(text: nn.Module, tokenizer: Tokenizer) -> None:
 class Float32BatchNorm(nn.BatchNorm2d):
     """BatchNorm in float32: DeepSpeed casts its weights to half precision and leaves its statistics in float32."""
 
+    momentum: float
+    num_batches_tracked: Tensor
+
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
             self.num_batches_tracked.add_(1)
@@ -181,7 +189,7 @@ class Float32BatchNorm(nn.BatchNorm2d):
 
 def _linear(weight: Tensor) -> nn.Linear:
     """A bias-free layer that computes x @ weight; weight: (in, out)."""
-    layer = nn.Linear(*weight.shape, bias=False)
+    layer = nn.Linear(weight.shape[0], weight.shape[1], bias=False)
     with torch.no_grad():
         layer.weight.copy_(weight.T)
     return layer
@@ -197,7 +205,8 @@ def split_image_tower(visual: nn.Module, dimension: int, independent: str | None
         if type(module) is nn.BatchNorm2d:
             module.__class__ = Float32BatchNorm  # same names and buffers
     names = {"image.trunk.": "visual."}
-    features, head = dimension, nn.Identity()
+    features = dimension
+    head: nn.Module = nn.Identity()
     if independent == "attention_pool" and not isinstance(visual, ModifiedResNet):
         refuse("model.independent_head", independent, "only CLIP's ResNets pool by attention; use linear")
     if isinstance(visual, VisionTransformer) and visual.proj is not None:
@@ -205,11 +214,12 @@ def split_image_tower(visual: nn.Module, dimension: int, independent: str | None
         visual.proj = None
         names["image.head.weight"] = "visual.proj.T"
     elif isinstance(visual, ModifiedResNet) and independent == "attention_pool":
-        head, visual.attnpool = visual.attnpool, nn.Identity()
+        shared: AttentionPool2d = visual.attnpool
+        visual.attnpool = nn.Identity()
         names["image.head."] = "visual.attnpool."
-        side = round((head.positional_embedding.shape[0] - 1) ** 0.5)
-        pool = AttentionPool2d(side, head.k_proj.in_features, head.num_heads, dimension)
-        return Tower(visual, head, pool, names)
+        side = round((shared.positional_embedding.shape[0] - 1) ** 0.5)
+        own = AttentionPool2d(side, shared.k_proj.in_features, shared.num_heads, dimension)
+        return Tower(visual, shared, own, names)
     elif isinstance(visual, TimmModel) and isinstance(getattr(visual.head, "proj", None), nn.Linear):
         features, head = visual.head.proj.in_features, visual.head.proj
         visual.head.proj = nn.Identity()
@@ -218,18 +228,18 @@ def split_image_tower(visual: nn.Module, dimension: int, independent: str | None
     return Tower(visual, head, nn.Linear(features, dimension, bias=False) if independent else None, names)
 
 
-def split_text_tower(text: nn.Module, dimension: int, independent: bool) -> Tower:
+def split_text_tower(text: TextTransformer, dimension: int, independent: bool) -> Tower:
     """Take the shared projection out of CLIP's text transformer."""
     projection = text.text_projection
     names = {"text.trunk.": "text."}
+    head: nn.Module = nn.Identity()
     if projection is None:
-        features, head = text.width, nn.Identity()
+        features = text.width
     elif isinstance(projection, nn.Linear):
         features, head = projection.in_features, projection
         names["text.head."] = "text.text_projection."
     else:
-        features = projection.shape[0]
-        head = _linear(projection.detach())
+        features, head = projection.shape[0], _linear(projection.detach())
         names["text.head.weight"] = "text.text_projection.T"
     text.text_projection = None
     return Tower(text, head, nn.Linear(features, dimension, bias=False) if independent else None, names)

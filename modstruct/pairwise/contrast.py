@@ -151,7 +151,7 @@ def sigmoid_contrast_sum(
     x: (B, D). columns: (N, D), row j's positive being column first + j. scale, bias: (1,).
     """
     check_precision(precision)
-    affine = torch.cat((scale, bias))
+    affine = torch.cat((scale, bias)).to(x.dtype)
     return sigmoid_contrast(x, columns, affine, first, _needed_grads(x, columns, affine), precision)[0]
 
 

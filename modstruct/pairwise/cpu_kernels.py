@@ -1,7 +1,7 @@
 """The operators of the pairwise terms by the compiled CPU kernels (csrc/cpu/pairwise_cpu.h has the formulas).
 
-Arguments and results are those of torch_tiles, in float32. A CPU always multiplies in float32, the most that
-`precision` can ask for. Kernels run on torch.get_num_threads() threads, whose number changes no bit of a result, and
+Arguments and results are those of torch_tiles, in float32. Products are always formed in float32,
+whatever `precision` says. Kernels run on torch.get_num_threads() threads, whose number changes no bit of a result, and
 let other Python threads run meanwhile.
 """
 

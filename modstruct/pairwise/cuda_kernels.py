@@ -137,10 +137,10 @@ def sigmoid_contrast(
 def gaussian_potential_sum(
     x: Tensor, y: Tensor | None, t: float, with_grad: bool, precision: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # What lies left of a panel is not computed without y: what lies right of it serves its rows and its columns.
+    # Without y, tiles left of a panel are skipped: those right of it count for their rows and their columns.
     own = y is None
     with on_device(x) as stream:
-        # Taking the mean off changes no distance, and keeps the digits where all vectors lie in a narrow cone.
+        # Subtracting the mean changes no distance, and keeps the digits where all vectors lie in a narrow cone.
         center = (x if y is None else y).mean(0, dtype=torch.float64).float()
         rows = Operand.of(x - center, precision)
         columns = rows if y is None else Operand.of(y - center, precision)

@@ -53,13 +53,13 @@ def gaussian_potential_sum(z: Tensor, columns: Tensor, t: float, precision: Prec
         for rows, others in _pairs_with_others(z, columns):
             if len(rows):
                 total = total + 2 * potential_sum(rows, others, t, with_grad, precision)[0]
-            else:  # a sum of nothing, through which this process joins the backward of the gather
+            else:  # an empty sum, so that this process takes part in the backward of the gather
                 total = total + others[:0].sum()
     return total
 
 
 def _pairs_with_others(z: Tensor, gathered: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Which rows this process pairs with which of the others, so that each pair of processes is served once.
+    """Which rows this process pairs with which of the others, so that each pair of processes is computed once.
 
     With an even number of processes the one opposite is shared: the lower rank takes the first half of its own rows
     against all of the other's, the higher rank its own rows against the second half of the lower one's. Of a single row

@@ -5,13 +5,13 @@ For row-embeddings A, B (N x D) put P = A + B, M = A - B, X = M^T P. Then, exact
                       |A A^T - B B^T|^2 = 1/2 (<P^T P, M^T M> + tr(X X))
                       |A B^T - B A^T|^2 = 1/2 (<P^T P, M^T M> - tr(X X)).
 The products that run over the batch are D x D: only they are summed over the processes, and no embedding is gathered.
-Where the global batch is smaller than D, the N x N matrix is the smaller and cheaper one, and takes their place.
+Where the global batch is smaller than D, the N x N matrix is the smaller and cheaper one, and is used instead.
 
 Never expand these into |A^T A|^2 + |B^T B|^2 - 2 |A^T B|^2: for towers that nearly agree it loses every digit.
 
 Embeddings of one modality lie in a cone, and for rows of unit norm the mean p of P is nearly orthogonal to the mean m
 of M, since p.m = |mean of A|^2 - |mean of B|^2. The large parts that the means have in P^T P and M^T M then cancel in
-the inner product, with most digits. So the means are taken off first; with C_P and C_M the products of the rest,
+the inner product, with most digits. So the means are subtracted first; with C_P and C_M the products of the rest,
   <P^T P, M^T M> = <C_P, C_M> + N p.(C_M p) + N m.(C_P m) + N^2 (p.m)^2,
 of which no part is negative.
 """
@@ -199,7 +199,7 @@ def _backward(ctx, gradient: Tensor) -> tuple:
 geometric_products.register_autograd(_backward, setup_context=_keep)
 
 
-# P^T P, M^T M and M^T P in float64, for the single terms. Plain products of matrices: a BLAS serves them best.
+# P^T P, M^T M and M^T P in float64, for the single terms. Plain products of matrices, best left to a BLAS.
 
 
 @torch.library.custom_op("modstruct::gram_products", mutates_args=())

@@ -22,8 +22,8 @@ def nearest_counts(
     integers, (query row, gallery row), in any order, several for a query or none. precision: how scores are formed on a
     GPU. Returns above and ties, (p,) int64: items that score higher, and OTHER items that score the same. So the
     positive's rank lies from above + 1 to above + ties + 1; this project counts a tie against the model. Other
-    positives of the query are items like any. Equal gallery rows tie exactly. A score that is no number is the worst
-    for a positive (above = g) and counts as above for any other item. Raises ValueError, by name, where an argument
+    positives of the query count as any other item. Equal gallery rows tie exactly. A NaN score is the worst for a
+    positive (above = g) and counts as above for any other item. Raises ValueError, by name, where an argument
     does not fit.
     """
     queries, gallery = checked_rows(queries=queries, gallery=gallery)

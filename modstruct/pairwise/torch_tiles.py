@@ -201,9 +201,9 @@ def nearest_counts(
     """For each pair, the gallery items that score above its own with its query, and the others that score the same.
 
     queries: (q, D), gallery: (g, D), scored by inner product; pair_query (ascending) and pair_gallery: (p,) int64,
-    rows of the two; raises ValueError where one is none. Returns two (p,) int64. A pair whose score is NaN has all g
-    above; an item whose score is NaN counts as above any other pair. Equal gallery rows tie exactly in the compiled
-    kernels, here as far as torch's product gives them equal scores.
+    row indices of the two. Returns two (p,) int64. A pair whose score is NaN has all g above; an item whose score is
+    NaN counts as above any other pair. Equal gallery rows tie exactly in the compiled kernels, here as far as torch's
+    product gives them equal scores. Raises ValueError where an index is out of range.
     """
     check_pairs(queries, gallery, pair_query, pair_gallery)
     above, ties = torch.empty_like(pair_query), torch.empty_like(pair_query)

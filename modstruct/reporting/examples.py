@@ -2,7 +2,7 @@
 
 Every JSON file in results/SET/examples/ (examples.json, leakage.json) is {"examples": [EXAMPLE, …]} with
 EXAMPLE = {"direction": "text_to_image", "query": ITEM, "rank": of the best right item, "results": [ITEM, …]}
-ITEM = {"key": …, "picture": file name beside it, or "text": …, "right": whether it belongs to the query, "score": …}
+ITEM = {"key": …, "image": file name beside it, or "text": …, "right": whether it belongs to the query, "score": …}
 where everything but the query and the results may be missing.
 """
 
@@ -119,8 +119,8 @@ def _read(path: Path) -> Iterator[tuple[str, str, dict, dict]]:
             raise ValueError(f"{path}: example {number} lacks a query or its results: measure this set again")
         direction = str(example.get("direction", "retrieved"))
         # The key identifies an image; its file may have another name in each run.
-        identity = ("key", "text") if query.get("key") else ("text", "picture")
-        yield direction, "\n".join(str(query.get(name)) for name in identity), query, example
+        key, text = query.get("key"), query.get("text")
+        yield direction, f"{key}\n{text}" if key else f"{text}\n{_image_file(query)}", query, example
 
 
 def _query(entry: list, images: Images) -> Query:
@@ -137,13 +137,17 @@ def _query(entry: list, images: Images) -> Query:
     return Query(_item(query, folder, images), found)
 
 
+def _image_file(item: dict) -> object:
+    return item.get("image", item.get("picture"))  # the older name of the field
+
+
 def _item(item: dict, folder: Path, images: Images) -> Item:
-    file, text, right, score = (item.get(key) for key in ("picture", "text", "right", "score"))
-    image = None
+    text, right, score = (item.get(key) for key in ("text", "right", "score"))
+    file, image = _image_file(item), None
     if file is not None:
         # A name only: a results file must not make the page read other files.
         if not isinstance(file, str) or Path(file).name != file:
-            raise ValueError(f'{folder}: an example has "picture" = {file!r}: it must name a file of this folder')
+            raise ValueError(f'{folder}: an example has "image" = {file!r}: it must name a file of this folder')
         image = images.uri(folder / file)
     return Item(
         name=str(item.get("key") or file or ""),

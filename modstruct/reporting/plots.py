@@ -11,6 +11,7 @@ import numpy as np
 from markupsafe import Markup
 
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
+from modstruct.evaluation.retrieval.rows import evenly_spaced
 from modstruct.reporting.comparison import Row, Section
 from modstruct.reporting.line_chart import Scale, Series, line_chart
 from modstruct.reporting.loading import Evaluation
@@ -202,7 +203,7 @@ def project(source: EmbeddedSet) -> Projection | None:
     pairs, text = _pairs_and_texts(source)
     if len(pairs) < 2:
         return None
-    chosen = pairs[_evenly(len(pairs), AXES_PAIRS)]
+    chosen = pairs[evenly_spaced(len(pairs), AXES_PAIRS)]
     images, texts = source.rows("image")[chosen[:, 0]], text[chosen[:, 1]]
     images, texts = (np.asarray(rows, dtype=np.float64) for rows in (images, texts))
     cloud = np.concatenate([images, texts])
@@ -213,7 +214,7 @@ def project(source: EmbeddedSet) -> Projection | None:
         return None
     axes = axes * np.where(axes[np.abs(axes).argmax(0), [0, 1]] < 0, -1, 1)
     total = max(float(values.sum()), np.finfo(np.float64).tiny)
-    shown = _evenly(len(chosen), SHOWN_PAIRS)
+    shown = evenly_spaced(len(chosen), SHOWN_PAIRS)
     return Projection(
         image=(images[shown] - mean) @ axes,
         text=(texts[shown] - mean) @ axes,
@@ -289,10 +290,6 @@ def _pairs_and_texts(source: EmbeddedSet) -> tuple[np.ndarray, np.ndarray]:
     mean = prompts.astype(np.float64).mean(axis=1)
     mean /= np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), 1e-12)
     return np.stack([labelled, labels[labelled]], axis=1), mean
-
-
-def _evenly(rows: int, wanted: int) -> np.ndarray:
-    return np.unique(np.linspace(0, rows - 1, min(rows, wanted)).round().astype(np.int64))
 
 
 def _names(source: EmbeddedSet, pairs: np.ndarray) -> list[str]:

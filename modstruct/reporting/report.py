@@ -235,7 +235,7 @@ def _finding(headline: Headline, runs: Sequence[Evaluation]) -> str | None:
     value = f"{shown(measured[best].metric.value, row.share)}{unit}"
     if len(ahead) > 1:
         names = _listed([runs[i].name for i in sorted(ahead, key=lambda i: i != best)])
-        return f"{headline.name}: {names} (up to {value}) are not told apart, and ahead of {others}."
+        return f"{headline.name}: {names} (up to {value}) do not differ significantly, and are ahead of {others}."
     nearest = max(behind, key=lambda i: row.better * measured[i].metric.value)
     start = f"{headline.name}: {runs[best].name} reaches {value}"
     lead = measured[nearest].lead

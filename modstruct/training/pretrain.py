@@ -15,7 +15,7 @@ from modstruct.data.shards.loader import BatchContents, BatchPlan, train_loader,
 from modstruct.data.shards.samples import Samples
 from modstruct.data.shards.workers import WorkerLoader
 from modstruct.evaluation.evaluate import evaluate
-from modstruct.evaluation.example_grid import retrieved_examples
+from modstruct.evaluation.examples import retrieved_examples
 from modstruct.evaluation.structure.basic import structure
 from modstruct.evaluation.tables import flatten, table, validation_recall_at_1
 from modstruct.losses.objective import build_objective

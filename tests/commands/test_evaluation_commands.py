@@ -66,7 +66,7 @@ def made(tmp_path_factory) -> Path:
     return root
 
 
-def figures(evaluation: Path, metric: str) -> dict:
+def saved(evaluation: Path, metric: str) -> dict:
     return json.loads((evaluation / "results" / "scenes_colour" / f"{metric}.json").read_text())["figures"]
 
 
@@ -78,7 +78,7 @@ def test_two_processes_embed_and_measure_what_one_does(made):
         for array in one.arrays:
             assert np.array_equal(one.rows(array), two.rows(array))
     for metric in METRICS:
-        assert figures(made / "on1", metric) == figures(made / "on2", metric)
+        assert saved(made / "on1", metric) == saved(made / "on2", metric)
 
 
 def test_splits_for_probes_hold_what_probes_read(made):
@@ -147,7 +147,7 @@ def test_leaked_images_are_left_out_of_a_second_measurement(made):
     assert found["rows"]["image"] == len(keys) - 1
 
 
-def test_what_was_measured_of_other_embeddings_is_measured_anew(made, capsys):
+def test_what_was_measured_of_other_embeddings_is_measured_again(made, capsys):
     out, words = made / "on1", ("--sets", "scenes_colour", "--data.cache", str(made / "cache"))
     again = ("--embedding.overwrite", "true", "--embedding.dtype", "float32", "--embedding.workers", "0")
     assert evaluate("embed", "--checkpoint", str(made / "run"), "--out", str(out), *words, *again) == 0
@@ -167,7 +167,7 @@ def lose_the_source(out: str) -> int:
 def test_a_source_that_is_gone_costs_the_examples_alone(made, tmp_path):
     shutil.copytree(made / "on2", tmp_path / "out")
     assert run_on_processes(lose_the_source, 2, str(tmp_path / "out")) == [1, 1]
-    assert figures(tmp_path / "out", "zero_shot") == figures(made / "on2", "zero_shot")
+    assert saved(tmp_path / "out", "zero_shot") == saved(made / "on2", "zero_shot")
 
 
 def test_two_sets_of_one_name_are_refused(made, tmp_path, capsys):

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from crafted_shards import config, opened, picture
+from crafted_shards import config, encoded_image, opened
 
 from modstruct.data.shards.reader import ShardReader
 
@@ -38,10 +38,10 @@ def test_a_folder_becomes_shards(tmp_path, make, capsys):
     source = tmp_path / "in"
     (source / "deeper").mkdir(parents=True)
     for number, name in enumerate(["a.b.png", "b.PNG", "deeper/c.jpg"]):
-        (source / name).write_bytes(picture(number, kind="JPEG" if name.endswith("jpg") else "PNG"))
+        (source / name).write_bytes(encoded_image(number, kind="JPEG" if name.endswith("jpg") else "PNG"))
         (source / name).with_suffix(".txt").write_text(f"caption {number} ü\n")
     (source / "b.json").write_text('{"label": "x", "captions": ["p", "q"]}')
-    (source / "lonely.png").write_bytes(picture())
+    (source / "lonely.png").write_bytes(encoded_image())
     (source / "broken.png").write_bytes(b"no image")
     (source / "broken.txt").write_text("words")
     (source / "notes.md").write_text("no image")
@@ -56,14 +56,14 @@ def test_a_folder_becomes_shards(tmp_path, make, capsys):
     assert [raw.caption for raw in raws] == ["caption 0 ü", "caption 1 ü", "caption 2 ü"]
     assert raws[1].captions == ["p", "q"]
     assert raws[1].metadata["label"] == "x"
-    assert raws[0].image == picture(0)
+    assert raws[0].image == encoded_image(0)
     assert not list((tmp_path / "shards").glob("*.part"))
 
 
 @pytest.mark.parametrize(("name", "separator"), [("t.csv", ","), ("t.tsv", "\t")])
 def test_a_table_becomes_shards(tmp_path, make, name, separator):
     for number in range(3):
-        (tmp_path / f"{number}.png").write_bytes(picture(number))
+        (tmp_path / f"{number}.png").write_bytes(encoded_image(number))
     rows = [["file", "title", "label"], *([f"{n}.png", f'"a {n}{separator}b"', str(n)] for n in (0, 1, 1, 2))]
     (tmp_path / name).write_text("\n".join(separator.join(row) for row in rows))
     assert make(tmp_path / name, "--image_column", "file", "--caption_column", "title") == 0
@@ -74,7 +74,7 @@ def test_a_table_becomes_shards(tmp_path, make, name, separator):
 
 def test_rows_of_one_image_may_be_joined(tmp_path, make):
     for number in range(2):
-        (tmp_path / f"{number}.png").write_bytes(picture(number))
+        (tmp_path / f"{number}.png").write_bytes(encoded_image(number))
     (tmp_path / "t.csv").write_text("image,caption\n0.png,p\n1.png,q\n0.png,r\n")
     make(tmp_path / "t.csv", "--join_captions")
     assert [raw.captions for raw in read_all(tmp_path)[1]] == [["p", "r"], ["q"]]

@@ -380,11 +380,11 @@ def run_tool(*arguments: str) -> int:
 
 
 def test_the_tool_trains_on_shards_and_says_what_came_out(tmp_path, capsys):
-    picture = io.BytesIO()
-    Image.new("RGB", (2, 2)).save(picture, "PNG")
+    image = io.BytesIO()
+    Image.new("RGB", (2, 2)).save(image, "PNG")
     with tarfile.open(tmp_path / "shard-0.tar", "w") as shard:
         for key, caption in enumerate(scene_captions(50)):
-            for extension, content in (("png", picture.getvalue()), ("txt", caption.encode())):
+            for extension, content in (("png", image.getvalue()), ("txt", caption.encode())):
                 member = tarfile.TarInfo(f"{key:04d}.{extension}")
                 member.size = len(content)
                 shard.addfile(member, io.BytesIO(content))

@@ -61,11 +61,11 @@ def write_source(folder: Path, numbers: list[int], captions_of=None, label_of=No
     folder.mkdir(parents=True, exist_ok=True)
     with tarfile.open(folder / "shard.tar", "w") as tar:
         for place, number in enumerate(numbers):
-            picture = io.BytesIO()
-            Image.new("RGB", (12, 9), (number, 0, 0)).save(picture, "PNG")
+            png = io.BytesIO()
+            Image.new("RGB", (12, 9), (number, 0, 0)).save(png, "PNG")
             captions = captions_of(number)
             members = {
-                "png": b"no image" if place in broken else picture.getvalue(),
+                "png": b"no image" if place in broken else png.getvalue(),
                 "txt": captions[0].encode(),
                 "json": json.dumps({"captions": captions, **label_of(number)}).encode(),
             }

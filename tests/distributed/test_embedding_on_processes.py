@@ -1,4 +1,4 @@
-"""Embedded sets are the same to the byte on any number of processes, also when another number goes on with them."""
+"""Embedded sets are the same to the byte on any number of processes, also when another number resumes them."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ SIZES = {"many": 43, "few": 5}  # with batches of four, "few" leaves the third o
 
 
 def measure(folder: str, broken: tuple[int, ...] = ()) -> dict:
-    """What one process sees: metrics and calls for each source, and the errors that it is told of."""
+    """What one process sees: metrics and calls for each source, and the errors that reach it."""
     results = {}
     for name in SIZES:
         encode, seen = LookUp(noise=0.8), []

@@ -1,4 +1,4 @@
-"""`evaluate.py` on a fusion model: the same figures as the run's own, and matching as a second stage."""
+"""`evaluate.py` on a fusion model: the same metrics as the run's own, and matching as a second stage."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from modstruct.data.faults import TooManyBadSamples
 from modstruct.data.run_data import EvaluationData
 from modstruct.evaluation.embeddings.in_memory import embed_source, embed_texts
 from modstruct.evaluation.evaluate import evaluate
-from modstruct.evaluation.example_grid import retrieved_examples
+from modstruct.evaluation.examples import retrieved_examples
 from modstruct.evaluation.tables import flatten, save_metrics, table, validation_recall_at_1
 
 CPU = torch.device("cpu")
@@ -73,7 +73,7 @@ def test_texts_are_embedded_in_batches_and_keep_their_order():
 def test_a_perfect_model_scores_everything(tmp_path):
     metrics = measured(write_source(tmp_path, list(range(30)), lambda n: [f"thing {n}", f"object {n}"]))
     for direction in metrics["retrieval"].values():
-        assert {figure["value"] for figure in direction.values()} == {1.0}
+        assert {metric["value"] for metric in direction.values()} == {1.0}
     assert validation_recall_at_1(metrics) == 1
     assert metrics["retrieval"]["text_to_image"]["recall_at_1"]["chance"] == pytest.approx(1 / 30)
     assert metrics["retrieval"]["image_to_text"]["recall_at_1"]["chance"] == pytest.approx(2 / 60)
@@ -122,7 +122,7 @@ def test_what_is_measured_can_be_shown_and_saved(tmp_path):
 def test_examples_show_the_caption_that_was_retrieved(tmp_path, monkeypatch):
     samples = write_source(tmp_path, [*range(10), 0], lambda n: [f"thing {n}", f"object {n}"])
     grids, drawn = [], []
-    monkeypatch.setattr("modstruct.evaluation.example_grid.example_grid", lambda *arguments: drawn.append(arguments))
+    monkeypatch.setattr("modstruct.evaluation.examples.example_grid", lambda *arguments: drawn.append(arguments))
     encode = LookUp()
     encode.text_table[4] = encode.image_table[5]  # "thing 4" comes before "object 5", and is now nearest to image 5
     measured(samples, encode, inspect=lambda source: grids.append(retrieved_examples(source, samples, views(), 20)))

@@ -27,7 +27,7 @@ METRICS = {
 }
 
 
-def test_the_table_sets_every_figure_beside_chance():
+def test_the_table_sets_every_metric_beside_chance():
     head, rule, *rows = table(METRICS).split("\n\n")[0].splitlines()
     assert head.split("  ")[0] == "task"
     cells = [row.split() for row in rows]
@@ -51,7 +51,7 @@ def test_the_table_does_without_zero_shot_and_skipped_samples():
     assert "left out" not in text
 
 
-def test_flat_scalars_keep_every_figure_under_its_own_name():
+def test_flat_scalars_keep_every_metric_under_its_own_name():
     flat = flatten(METRICS)
     assert flat["retrieval/text_to_image/recall_at_10"] == 0.75
     assert flat["retrieval/text_to_image/recall_at_10_chance"] == 0.01

@@ -70,7 +70,7 @@ def one_shard(path: Path, index: ShardIndex) -> SimpleNamespace:
     )
 
 
-def picture(folder: Path) -> Reader:
+def image(folder: Path) -> Reader:
     views = Views(ViewsConfig(), 32)
 
     def read(content: bytes) -> None:
@@ -180,5 +180,5 @@ def task(folder: Path) -> Reader:
 
 
 READERS: dict[str, Callable[[Path], Reader]] = {
-    make.__name__: make for make in (tar, picture, caption, metadata, index, yaml, checkpoint, tokenizer, task)
+    make.__name__: make for make in (tar, image, caption, metadata, index, yaml, checkpoint, tokenizer, task)
 }

@@ -56,7 +56,7 @@ def tars(folder: Path, shards: Sequence[Path]) -> list[bytes]:
     return [path.read_bytes() for path in written] + [path.open("rb").read(SHARD_BYTES) for path in shards]
 
 
-def pictures(folder: Path, shards: Sequence[Path]) -> list[bytes]:
+def images(folder: Path, shards: Sequence[Path]) -> list[bytes]:
     noise = Image.effect_noise((40, 30), 60)
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "text"
@@ -144,7 +144,7 @@ def task_files(folder: Path, shards: Sequence[Path]) -> list[bytes]:
 
 MAKERS = {
     "tar": tars,
-    "picture": pictures,
+    "image": images,
     "caption": captions,
     "metadata": metadata,
     "index": indexes,

@@ -26,7 +26,7 @@ def test_five_seconds_of_hostile_task_files_find_nothing(tmp_path):
 
 
 def test_ten_seconds_of_hostile_shards_and_images_find_nothing(tmp_path):
-    assert fuzz(tmp_path, "--minutes", str(10 / 60), "--readers", "tar", "picture").count(" 0 findings") == 2
+    assert fuzz(tmp_path, "--minutes", str(10 / 60), "--readers", "tar", "image").count(" 0 findings") == 2
 
 
 @pytest.mark.slow

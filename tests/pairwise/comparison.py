@@ -1,4 +1,4 @@
-"""What every test of the pairwise terms does: draw rows, take a value with its gradients, compare with float64."""
+"""Shared by the tests of pairwise terms: random rows, a value with its gradients, comparison with float64."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def towers(rows: int, width: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def cone_rows(rows: int, width: int, seed: int, spread: float) -> Tensor:
-    """Unit norm, float32, noise of the length `spread` around one direction: so lie the embeddings of one modality."""
+    """Unit norm, float32, noise of length `spread` around one direction, as embeddings of one modality are."""
     z = spread * random_rows(rows, width, seed) / width**0.5
     z[:, 0] += 1
     return normalize(z).float()
@@ -97,8 +97,8 @@ def assert_half_precision_is_taken_to_float32(ours: Callable, *inputs: Tensor, b
             assert torch.equal(gradient, expected.to(dtype))
 
 
-def assert_layout_is_no_matter(ours: Callable, *inputs: Tensor) -> None:
-    """Inputs with gaps, and transposed ones, give the bits of contiguous ones."""
+def assert_layout_does_not_matter(ours: Callable, *inputs: Tensor) -> None:
+    """Strided and transposed inputs give the bits of contiguous ones."""
     right = with_gradients(ours, *inputs)
     with_gaps = [torch.stack((z, torch.full_like(z, torch.nan)), -1)[..., 0] for z in inputs]
     transposed = [z.T.contiguous().T for z in inputs]

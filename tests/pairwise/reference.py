@@ -1,6 +1,6 @@
-"""The pairwise terms as their formulas are written: all pairs at once, for tests and benchmarks only.
+"""The pairwise terms as their formulas are written, all pairs at once, for tests and benchmarks.
 
-They keep the dtype they are given; call them in float64 for a reference.
+They keep the dtype of their inputs; call them in float64 for a reference.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def gram_difference(a: Tensor, b: Tensor) -> Tensor:
 def nearest_counts(queries: Tensor, gallery: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:
     """For each (query, positive), gallery items that score above the positive, and others that score the same.
 
-    A score that is no number: all items are above such a positive, and such an item is above any positive.
+    NaN scores: all items are above such a positive, and such an item is above any positive.
     """
     scores = (queries @ gallery.T)[positives[:, 0]]  # (p, g)
     own = scores.gather(1, positives[:, 1:])

@@ -13,7 +13,7 @@ from comparison import (
     assert_compiles,
     assert_each_input_alone_gets_its_gradient,
     assert_half_precision_is_taken_to_float32,
-    assert_layout_is_no_matter,
+    assert_layout_does_not_matter,
     assert_second_derivative_is_refused,
     errors,
     logit_scale,
@@ -193,9 +193,9 @@ def test_half_precision_is_computed_in_float32_even_under_autocast():
     )
 
 
-def test_layout_is_no_matter():
+def test_layout_does_not_matter():
     x, y, scale = unit_rows(200, 33, 1), unit_rows(200, 33, 2), logit_scale(10.0)
-    assert_layout_is_no_matter(lambda x, y: both_ways_weighted(x, y, scale), x, y)
+    assert_layout_does_not_matter(lambda x, y: both_ways_weighted(x, y, scale), x, y)
 
 
 def test_each_input_alone_gets_its_gradient():
@@ -230,7 +230,7 @@ def test_no_gradient_is_made_where_none_is_wanted():
     assert [name for name, _ in calls.seen] == ["contrastive_statistics"] * 2
 
 
-def test_the_shape_of_the_scale_is_no_matter():
+def test_the_shape_of_the_scale_does_not_matter():
     x, y = unit_rows(20, 8, 1), unit_rows(20, 8, 2)
     for scale in (torch.tensor(9.0), torch.tensor([[9.0]]), torch.tensor([9.0], dtype=torch.float64)):
         value, _, _, gradient = with_gradients(both_ways_weighted, x, y, scale)

@@ -76,14 +76,19 @@ def test_one_two_and_three_threads_give_the_same_bits(name, shape):
             assert torch.equal(f, r)
 
 
-@pytest.mark.parametrize("name", ["row_contrast", "row_contrast, softened", "gaussian_potential_sum"])
+@pytest.mark.parametrize(
+    "name", ["row_contrast", "row_contrast, softened", "sigmoid_contrast", "gaussian_potential_sum"]
+)
 def test_values_have_the_same_bits_with_and_without_gradients(name):
     shape = (1300, 1700, 37, 350)
-    value, *grads = results(cpu_kernels, name, arguments(name, *shape))
-    alone, *none = results(cpu_kernels, f"{name}, values", arguments(f"{name}, values", *shape))
+    value, x_grad, y_grad, *bias_grad = results(cpu_kernels, name, arguments(name, *shape))
+    alone, no_x_grad, no_y_grad, *same_bias_grad = results(
+        cpu_kernels, f"{name}, values", arguments(f"{name}, values", *shape)
+    )
     assert torch.equal(alone, value)
-    assert [g.shape for g in grads] == [(1300, 37), (1700, 37)]
-    assert [g.shape for g in none] == [(0, 37), (0, 37)]
+    assert bias_grad == same_bias_grad
+    assert (x_grad.shape, y_grad.shape) == ((1300, 37), (1700, 37))
+    assert no_x_grad.shape == no_y_grad.shape == (0, 37)
 
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)

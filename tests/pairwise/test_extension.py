@@ -12,7 +12,8 @@ import pytest
 import torch
 from kernel_calls import NAMES, arguments, results
 
-from modstruct.pairwise import cpu_kernels
+from modstruct.pairwise import cpu_kernels, operators
+from modstruct.pairwise.gaussian import potential_sum
 from modstruct.pairwise.operators import load_extension
 
 KERNELS = sorted({name.split(", ")[0] for name in NAMES})
@@ -42,6 +43,31 @@ def test_the_error_of_a_missing_build_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "modstruct._C", None)
     with pytest.raises(RuntimeError, match="pip install -e"):
         load_extension()
+
+
+def test_dtype_and_device_choose_the_kernel(monkeypatch):
+    def unexpected() -> str:
+        raise AssertionError("compiled")
+
+    x, rest = torch.ones(2, 3), (None, 2.0, False, "float32")
+    right = potential_sum(x, *rest)[0]
+    monkeypatch.setattr(cpu_kernels, "instruction_set", unexpected)
+    assert potential_sum(x.double(), *rest)[0] == right
+    with pytest.raises(AssertionError, match="compiled"):
+        potential_sum(x, *rest)
+    with potential_sum.set_kernel_enabled("cpu", False):
+        assert potential_sum(x, *rest)[0] == right
+
+
+@pytest.mark.parametrize(
+    ("capability", "cuda", "served"), [((7, 5), ["sm_80"], 0), ((8, 0), [], 0), ((9, 0), ["a"], 1)]
+)
+def test_a_gpu_without_kernels_is_named_in_a_warning(capability, cuda, served, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu: "Old GPU")
+    monkeypatch.setattr(operators, "load_extension", lambda: mock.Mock(features=lambda: {"cuda": cuda}))
+    assert operators.has_kernels_for.__wrapped__(torch.device("cuda")) == bool(served)
+    assert len(caplog.messages) == 1 - served
 
 
 BAD_PAIRS = [

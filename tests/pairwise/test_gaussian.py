@@ -12,7 +12,7 @@ from comparison import (
     OperatorCalls,
     assert_compiles,
     assert_half_precision_is_taken_to_float32,
-    assert_layout_is_no_matter,
+    assert_layout_does_not_matter,
     assert_second_derivative_is_refused,
     cone_rows,
     errors,
@@ -148,8 +148,8 @@ def test_half_precision_is_taken_to_float32():
     assert_half_precision_is_taken_to_float32(log_mean(2.0), unit_rows(40, 24, 0))
 
 
-def test_layout_is_no_matter():
-    assert_layout_is_no_matter(log_mean(2.0), unit_rows(200, 33, 0))
+def test_layout_does_not_matter():
+    assert_layout_does_not_matter(log_mean(2.0), unit_rows(200, 33, 0))
 
 
 def test_no_matrix_of_all_pairs_is_made():

@@ -12,7 +12,7 @@ from comparison import (
     assert_compiles,
     assert_each_input_alone_gets_its_gradient,
     assert_half_precision_is_taken_to_float32,
-    assert_layout_is_no_matter,
+    assert_layout_does_not_matter,
     assert_second_derivative_is_refused,
     cone_rows,
     errors,
@@ -200,9 +200,9 @@ def test_half_precision_is_computed_in_float32_even_under_autocast(ours, rows):
 
 @pytest.mark.parametrize("rows", [20, 200])
 @pytest.mark.parametrize("ours", FUNCTIONS)
-def test_layout_and_who_asks_are_no_matter(ours, rows):
+def test_layout_and_which_inputs_require_gradients_do_not_matter(ours, rows):
     inputs = unit_rows(rows, 33, 1), unit_rows(rows, 33, 2)
-    assert_layout_is_no_matter(ours, *inputs)
+    assert_layout_does_not_matter(ours, *inputs)
     assert_each_input_alone_gets_its_gradient(ours, *inputs)
     assert torch.equal(without_gradient(ours, *inputs), ours(*inputs))
 

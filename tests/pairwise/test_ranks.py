@@ -1,4 +1,4 @@
-"""Ranks by counting: exact where scores are, ties and all; what is no number; FAISS's lists."""
+"""Ranks by counting: exact where scores are, ties included; NaN scores; agreement with FAISS."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_identical_and_orthogonal_towers():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_what_is_no_number_is_the_worst_positive_and_above_any_other(dtype):
+def test_nan_is_the_worst_positive_and_above_any_other(dtype):
     x, gallery = integer_rows(300, 8, 1).to(dtype), integer_rows(400, 8, 2).to(dtype)
     pairs = drawn_pairs(300, 400, 500, 3)
     pairs[:3] = torch.tensor([[250, 7], [3, 399], [250, 399]])
@@ -202,7 +202,7 @@ def test_counts_are_those_of_lists_by_faiss_ties_included(queries, items, pairs,
     assert torch.equal(ties, (scores == own).sum(1) - 1)
 
 
-def test_layout_is_no_matter():
+def test_layout_does_not_matter():
     x, gallery, pairs = unit_rows(200, 33, 1), unit_rows(300, 33, 2), drawn_pairs(200, 300, 400, 3)
     above, ties = nearest_counts(x, gallery, pairs)
     transposed = [z.T.contiguous().T for z in (x, gallery, pairs)]

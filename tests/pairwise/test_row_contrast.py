@@ -13,7 +13,7 @@ from comparison import (
     assert_compiles,
     assert_each_input_alone_gets_its_gradient,
     assert_half_precision_is_taken_to_float32,
-    assert_layout_is_no_matter,
+    assert_layout_does_not_matter,
     assert_second_derivative_is_refused,
     errors,
     logit_scale,
@@ -191,7 +191,7 @@ def test_alpha_0_is_info_nce_over_all_columns(queue):
     inputs = x, logit_scale(15.0)
     ours = softened(x_momentum, columns, 0.0)
     assert max(errors(ours, softened(x_momentum, columns, 0.0, reference.soft_contrastive), *inputs)) < 1e-5
-    # The momentum rows have no say: NaN in them does not reach the result.
+    # The momentum rows are not read: NaN in them does not reach the result.
     assert torch.equal(ours(*inputs), softened(x_momentum * math.nan, columns, 0.0)(*inputs))
     if queue == 0:
         value, x_gradient, _, scale_gradient = with_gradients(info_nce, x, columns, inputs[1])
@@ -205,7 +205,7 @@ def test_alpha_1_has_no_one_hot_part(queue):
     inputs = x, logit_scale(15.0)
     printed = softened(x_momentum, columns, 1.0, reference.soft_contrastive)
     assert max(errors(softened(x_momentum, columns, 1.0), printed, *inputs)) < 1e-5
-    # Then where the pairs lie among the columns does not matter either.
+    # Then the place of the pairs among the columns does not matter either.
     reordered = softened(x_momentum, columns[permutation(len(columns), 3)], 1.0)
     torch.testing.assert_close(reordered(*inputs), softened(x_momentum, columns, 1.0)(*inputs))
 
@@ -289,11 +289,11 @@ def test_half_precision_is_computed_in_float32_even_under_autocast():
     assert_half_precision_is_taken_to_float32(softened(x_momentum, columns, 0.4), x, logit_scale(30.0))
 
 
-def test_layout_is_no_matter():
+def test_layout_does_not_matter():
     x, x_momentum, columns = drawn(200, 33, 9)
     scale = logit_scale(10.0)
-    assert_layout_is_no_matter(lambda x, y: info_nce(x, y, scale), x, columns[:200])
-    assert_layout_is_no_matter(lambda x: soft_contrastive(x, x_momentum, columns, scale, 0.4), x)
+    assert_layout_does_not_matter(lambda x, y: info_nce(x, y, scale), x, columns[:200])
+    assert_layout_does_not_matter(lambda x: soft_contrastive(x, x_momentum, columns, scale, 0.4), x)
     transposed = [z.T.contiguous().T for z in (x_momentum, columns)]
     right = soft_contrastive(x, x_momentum, columns, scale, 0.4)
     assert torch.equal(soft_contrastive(x, *transposed, scale, 0.4), right)

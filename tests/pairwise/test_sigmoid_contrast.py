@@ -12,7 +12,7 @@ from comparison import (
     assert_compiles,
     assert_each_input_alone_gets_its_gradient,
     assert_half_precision_is_taken_to_float32,
-    assert_layout_is_no_matter,
+    assert_layout_does_not_matter,
     assert_second_derivative_is_refused,
     errors,
     logit_scale,
@@ -133,10 +133,10 @@ def test_no_matrix_of_all_pairs_is_made():
     assert largest.elements == 400 * 8
 
 
-def test_half_precision_layout_and_who_asks_are_no_matter():
+def test_half_precision_layout_and_which_inputs_require_gradients_do_not_matter():
     inputs = unit_rows(40, 16, 1), unit_rows(40, 16, 2), logit_scale(30.0), logit_bias(-8.0)
     assert_half_precision_is_taken_to_float32(sigmoid_contrastive, *inputs)
-    assert_layout_is_no_matter(lambda x, y: sigmoid_contrastive(x, y, *inputs[2:]), *inputs[:2])
+    assert_layout_does_not_matter(lambda x, y: sigmoid_contrastive(x, y, *inputs[2:]), *inputs[:2])
     assert_each_input_alone_gets_its_gradient(sigmoid_contrastive, *inputs)
     assert torch.equal(without_gradient(sigmoid_contrastive, *inputs), sigmoid_contrastive(*inputs))
 

@@ -1,4 +1,4 @@
-"""The plain torch form: agrees with the kernels, serves the public functions, makes nothing larger than a tile."""
+"""The plain torch kernels: agree with the compiled ones, work in the public functions, stay within a tile."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def write_run(
 ) -> Path:
     """A run with every metric on `scenes`, zero-shot, probe and few-shot on `shapes`. skill: about its accuracy."""
     save_model(folder, name)
-    made = dict(rows, noise, gap, seed)
+    made = Embeddings(rows, noise, gap, seed)
     write_embedded_set(
         folder / "embeddings" / "scenes",
         SetContents(

@@ -21,7 +21,7 @@ def embedded(folder, made: Embeddings, **more):
 
 
 def test_it_agrees_with_the_singular_vectors_of_the_joint_cloud(tmp_path):
-    made = dict(100, 0.3, 0.8, 0)
+    made = Embeddings(100, 0.3, 0.8, 0)
     found = project(embedded(tmp_path, made))
     cloud = np.concatenate([made.image, made.text]).astype(np.float64)
     cloud -= cloud.mean(0)
@@ -33,7 +33,7 @@ def test_it_agrees_with_the_singular_vectors_of_the_joint_cloud(tmp_path):
 
 
 def test_distances_do_not_change_under_rotation_of_the_embeddings(tmp_path):
-    made = dict(60, 0.3, 0.8, 0)
+    made = Embeddings(60, 0.3, 0.8, 0)
     first = project(embedded(tmp_path / "a", made))
     rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(16, 16)))[0]
     made.image, made.text = unit(made.image @ rotation), unit(made.text @ rotation)
@@ -43,7 +43,7 @@ def test_distances_do_not_change_under_rotation_of_the_embeddings(tmp_path):
 
 
 def test_of_many_pairs_evenly_spread_ones_are_shown_always_the_same(tmp_path):
-    source = embedded(tmp_path, dict(1000, 0.3, 0.8, 0))
+    source = embedded(tmp_path, Embeddings(1000, 0.3, 0.8, 0))
     first, second = project(source), project(source)
     assert len(first.image) == len(first.text) == len(first.names) == SHOWN_PAIRS
     assert first.total == 1000
@@ -53,7 +53,7 @@ def test_of_many_pairs_evenly_spread_ones_are_shown_always_the_same(tmp_path):
 
 
 def test_images_without_captions_are_paired_with_their_classes(tmp_path):
-    made = dict(40, 0.3, 0.8, 0)
+    made = Embeddings(40, 0.3, 0.8, 0)
     labels = np.arange(40) % 4
     labels[:3] = -1
     prompts = unit(np.random.default_rng(0).normal(size=(4 * 2, 16))).reshape(4, 2, 16)
@@ -76,13 +76,13 @@ def test_images_without_captions_are_paired_with_their_classes(tmp_path):
 
 
 def test_a_set_without_two_pairs_has_none(tmp_path):
-    made = dict(3, 0.3, 0.8, 0)
+    made = Embeddings(3, 0.3, 0.8, 0)
     made.pairs = made.pairs[:1]
     assert project(embedded(tmp_path, made)) is None
 
 
 def test_collapsed_embeddings_are_drawn_as_one_point(tmp_path):
-    made = dict(5, 0.3, 0.8, 0)
+    made = Embeddings(5, 0.3, 0.8, 0)
     made.image[:] = made.text[:] = made.image[0]
     found = project(embedded(tmp_path, made))
     assert np.abs(found.image).max() < 1e-6

@@ -169,7 +169,7 @@ def test_examples_may_name_no_file_of_another_folder(run_folders, tmp_path):
     folder = shutil.copytree(run_folders[0], tmp_path / "run")
     path = folder / "results/scenes/examples/examples.json"
     for name in ("../../../model.json", "/etc/hostname"):
-        example = {"query": {"key": "a", "picture": name}, "results": []}
+        example = {"query": {"key": "a", "image": name}, "results": []}
         path.write_text(json.dumps({"examples": [example]}))
         with pytest.raises(ValueError, match="of this folder"):
             galleries(load_evaluations([folder]))

@@ -83,7 +83,7 @@ def main() -> None:
     train_samples, train = prints_of(options.train, config, "train")
     random = np.random.default_rng(options.seed)
     rows = np.sort(random.choice(len(train), min(options.images, len(train)), replace=False))
-    images = [train_samples[int(train.indices[row])].picture for row in rows]
+    images = [train_samples[int(train.indices[row])].image for row in rows]
     print(f"{len(rows)} of {len(train):,} images; share of copies found / false pairs")
     originals = search(images, train, options, mirrored=False)
     limits = list(itertools.product(options.hamming, options.difference))

@@ -6,9 +6,9 @@ python tools/benchmarks/loader.py --shards '…' --recipe emoji --train_steps 60
 
 The bare loop makes the same Pillow and torchvision calls on the same samples, whose bytes and random draws it has in
 memory: decoding, crops, flips, AutoAugment, the copy to a tensor. It reads, orders, tokenizes and collates nothing.
-Rounds of the loader without a worker process, with one, and of the bare loop take turns, so that a busy machine slows
+Rounds of the loader without a worker process, with one, and of the bare loop alternate, so that a busy machine slows
 all alike. A core is one process: rates are per second of processor time of the process that does the work, and per
-second on the wall. The share that a step waits is `seconds/data` of the run's TensorBoard, without its first reading.
+second on the wall. The time that a step waits is `seconds/data` of the run's TensorBoard, without its first reading.
 Other words are fields of the recipe, such as `--model.vision.image_size 224`. Writes JSON to --out.
 """
 
@@ -81,27 +81,8 @@ def write_photographs(folder: Path, count: int = 512) -> Path:
     height, width = 375, 500
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width))
     frequency[0, 0] = 1
-    words = [
-        "a",
-        "man",
-        "woman",
-        "dog",
-        "standing",
-        "on",
-        "the",
-        "beach",
-        "near",
-        "red",
-        "car",
-        "with",
-        "two",
-        "children",
-        "in",
-        "park",
-        "under",
-        "blue",
-        "sky",
-    ]
+    things = ["man", "woman", "dog", "car", "children", "beach", "park", "sky"]
+    words = [*things, "a", "standing", "on", "the", "near", "red", "with", "two", "in", "under", "blue"]
     shard = folder / "train-000000.tar"
     with webdataset.TarWriter(str(shard)) as tar:
         for number in range(count):
@@ -188,8 +169,8 @@ def drawn(dataset: LocalBatches, recipe: Recipe, slots: np.ndarray) -> list[Draw
     epochs, numbers = dataset.order.locate(slots)
     for epoch, sample in zip(epochs.tolist(), numbers.tolist(), strict=True):
         content = dataset.reader.read(sample).image
-        with Image.open(io.BytesIO(content)) as picture:
-            size = picture.size
+        with Image.open(io.BytesIO(content)) as image:
+            size = image.size
         boxes, flips = [], []
         for name in ("image", "image_augmented"):
             generator = random.Random(sample_seed(recipe.train.seed, epoch, sample, name))
@@ -210,12 +191,12 @@ def bare(draws: list[Draw], size: int, auto_augment: bool) -> None:
     for draw in draws:
         with Image.open(io.BytesIO(draw.content)) as opened:
             opened.load()
-            picture = opened if opened.mode == "RGB" else opened.convert("RGB")
+            image = opened if opened.mode == "RGB" else opened.convert("RGB")
         for augmented, (box, flip) in enumerate(zip(draw.boxes, draw.flips, strict=True)):
             if box is None:
-                view = centre_crop(picture, size)
+                view = centre_crop(image, size)
             else:
-                view = picture.resize((size, size), Image.Resampling.BICUBIC, box=box)
+                view = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
             if flip:
                 view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             if augmented and auto_augment:

@@ -6,7 +6,7 @@ python tools/benchmarks/retrieval.py --index ivf --storage float16              
 
 First both ways over --dense_images images with five captions each: by `measure_retrieval`, by a dense matrix as
 CLIP_benchmark's retrieval metric has it (scores = texts @ images.T, top-k), written plainly below, and recall by
-FAISS. All figures must be equal, else the program ends with 1. The rows are multiples of 2^-11, so that scores are
+FAISS. All metrics must be equal, else the program ends with 1. The rows are multiples of 2^-11, so that scores are
 exact in float32 and a tie is a tie for all; in general two programs round differently, and a rank may move by one
 where scores differ in the last bit. Rows are isotropic around their pairs: the hardest case for approximate indexes.
 Then --queries captions over --gallery images in a file, memory-mapped, and what all pairs of such a gallery would
@@ -94,15 +94,15 @@ def against_dense(options: argparse.Namespace, folder: str) -> dict:
     for name, function in (("ours", counted), ("dense", dense), ("faiss", listed)):
         results[name] = apart(function, str(image), str(text))
         print_part(name, results[name])
-    ours, plain = results["ours"]["figures"], results["dense"]["figures"]
-    recall = results["faiss"]["figures"]
+    ours, plain = results["ours"]["metrics"], results["dense"]["metrics"]
+    recall = results["faiss"]["metrics"]
     results["equal"] = all(
         ours[way][name] == value for other in (plain, recall) for way in ours for name, value in other[way].items()
     )
-    for way, figures in ours.items():
-        told = (f"{name} {value:.6g}" for name, value in figures.items())
+    for way, metrics in ours.items():
+        told = (f"{name} {value:.6g}" for name, value in metrics.items())
         print(f"  {way}: {', '.join(told)}; top-k: {results['dense']['top_k'][way]}")
-    print("figures equal" if results["equal"] else f"FIGURES DIFFER: dense {plain}, FAISS {recall}")
+    print("metrics equal" if results["equal"] else f"METRICS DIFFER: dense {plain}, FAISS {recall}")
     return results
 
 
@@ -118,7 +118,7 @@ def large(options: argparse.Namespace, folder: str) -> dict:
     )
     results = {"exact": apart(exact, str(queries), str(gallery))}
     print_part("exact", results["exact"])
-    print(f"  {results['exact']['figures']}")
+    print(f"  {results['exact']['metrics']}")
     seconds = results["exact"]["seconds"]
     rate = 2 * options.queries * options.gallery * options.dimension / seconds
     every = seconds * options.gallery / options.queries
@@ -134,7 +134,7 @@ def large(options: argparse.Namespace, folder: str) -> dict:
         )
         results["index"] = apart(approximate, str(queries), str(gallery), config)
         print_part(options.index, results["index"])
-        print(f"  {results['index']['figures']}\n  built in {results['index']['built_seconds']:.1f} s")
+        print(f"  {results['index']['metrics']}\n  built in {results['index']['built_seconds']:.1f} s")
         print(f"  recall of the index against exact search: {results['index']['recall']}")
     return results
 
@@ -170,23 +170,23 @@ def write_rows(
     file.flush()
 
 
-# What the processes of their own do. Each returns its figures; `apart` adds seconds and memory.
+# What the processes of their own do. Each returns its metrics; `apart` adds seconds and memory.
 
 
 def counted(image: str, text: str) -> dict:
     image, text = (np.load(path, mmap_mode="r", allow_pickle=False) for path in (image, text))
     pairs = np.stack([np.arange(len(text)) // CAPTIONS, np.arange(len(text))], axis=1)
-    return {"figures": values(measure_retrieval(image, text, pairs, RECALL_AT))}
+    return {"metrics": values(measure_retrieval(image, text, pairs, RECALL_AT))}
 
 
 def listed(image: str, text: str) -> dict:
     """Recall by FAISS's exact lists, ties counted against the model: within a list's end all items score as high."""
     image, text = (np.load(path, allow_pickle=False) for path in (image, text))
-    picture = np.arange(len(text)) // CAPTIONS
-    figures = {}
+    image_of = np.arange(len(text)) // CAPTIONS
+    metrics = {}
     for way, queries, gallery, own in (
-        ("text_to_image", text, image, lambda found: found == picture[:, None]),
-        ("image_to_text", image, text, lambda found: picture[found] == np.arange(len(image))[:, None]),
+        ("text_to_image", text, image, lambda found: found == image_of[:, None]),
+        ("image_to_text", image, text, lambda found: image_of[found] == np.arange(len(image))[:, None]),
     ):
         index = faiss.IndexFlatIP(gallery.shape[1])
         index.add(gallery)
@@ -194,25 +194,25 @@ def listed(image: str, text: str) -> dict:
         positive = own(found)
         best = np.where(positive, scores, -np.inf).max(axis=1, keepdims=True)
         ahead = ((scores >= best) & ~positive).sum(axis=1)
-        figures[way] = {f"recall_at_{k}": float(np.mean(ahead < k)) for k in RECALL_AT}
-    return {"figures": figures}
+        metrics[way] = {f"recall_at_{k}": float(np.mean(ahead < k)) for k in RECALL_AT}
+    return {"metrics": metrics}
 
 
 def dense(image: str, text: str) -> dict:
-    """As peers do it: all scores and a mask of positives as matrices; the same figures from them, by definition."""
+    """As peers do it: all scores and a mask of positives as matrices; the same metrics from them, by definition."""
     image, text = (torch.from_numpy(np.load(path, allow_pickle=False)) for path in (image, text))
     scores = text @ image.T
     positive = torch.zeros_like(scores, dtype=torch.bool)
     positive[torch.arange(len(text)), torch.arange(len(text)) // CAPTIONS] = True
-    figures, top_k = {}, {}
+    metrics, top_k = {}, {}
     for way, s, p in (("text_to_image", scores, positive), ("image_to_text", scores.T, positive.T)):
         found = p.gather(1, s.topk(min(max(RECALL_AT), s.shape[1]), dim=1).indices)
         top_k[way] = {f"recall_at_{k}": float(found[:, :k].any(1).double().mean()) for k in RECALL_AT}
-        figures[way] = dense_figures(s, p)
-    return {"figures": figures, "top_k": top_k}
+        metrics[way] = dense_metrics(s, p)
+    return {"metrics": metrics, "top_k": top_k}
 
 
-def dense_figures(scores: torch.Tensor, positive: torch.Tensor) -> dict[str, float]:
+def dense_metrics(scores: torch.Tensor, positive: torch.Tensor) -> dict[str, float]:
     """Of queries with equally many positives; a tie counts against the model."""
     r = int(positive[0].sum())
     own = scores[positive].view(len(scores), r).sort(1, descending=True).values
@@ -230,7 +230,7 @@ def dense_figures(scores: torch.Tensor, positive: torch.Tensor) -> dict[str, flo
 def exact(queries: str, gallery: str) -> dict:
     queries, gallery = (np.load(path, mmap_mode="r", allow_pickle=False) for path in (queries, gallery))
     pairs, ahead = pairs_ahead(queries, gallery, np.stack([np.arange(len(queries))] * 2, axis=1), progress=True)
-    return {"figures": values(ranking_metrics(ranked_queries(pairs, ahead, len(gallery)), RECALL_AT))}
+    return {"metrics": values(ranking_metrics(ranked_queries(pairs, ahead, len(gallery)), RECALL_AT))}
 
 
 def approximate(queries: str, gallery: str, config: IndexConfig) -> dict:
@@ -241,14 +241,14 @@ def approximate(queries: str, gallery: str, config: IndexConfig) -> dict:
     pairs = np.stack([np.arange(len(queries))] * 2, axis=1)
     pairs, ahead = ann_pairs_ahead(queries, index, pairs, max(RECALL_AT), progress=True)
     return {
-        "figures": values(ranking_metrics(ranked_queries(pairs, ahead, len(gallery)), RECALL_AT)),
+        "metrics": values(ranking_metrics(ranked_queries(pairs, ahead, len(gallery)), RECALL_AT)),
         "recall": ann_recall(queries, index, RECALL_AT),
         "built_seconds": built,
     }
 
 
-def values(figures: dict) -> dict:
-    return {name: figure["value"] if "value" in figure else values(figure) for name, figure in figures.items()}
+def values(metrics: dict) -> dict:
+    return {name: metric["value"] if "value" in metric else values(metric) for name, metric in metrics.items()}
 
 
 def apart(function: Callable[..., dict], *arguments: object) -> dict:

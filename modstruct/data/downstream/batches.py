@@ -87,7 +87,7 @@ class TaskBatches(Dataset):
             batch.tried += 1
 
             def seed(salt: str, epoch: int = epoch, number: int = number) -> int:
-                return int(sample_seed(self.seed, epoch, number, salt))
+                return sample_seed(self.seed, epoch, number, salt)
 
             try:
                 made = self.composer.sample(self.entries[number], self.read, seed)

@@ -21,7 +21,7 @@ from modstruct.data.shards.workers import WorkerLoader, require_shared_memory
 from modstruct.data.transforms.augment import sample_seed
 from modstruct.data.transforms.decoding import decode_image
 
-# Captions are taken from so many pipe: shards at most, because each has to be fetched whole.
+# Most pipe: shards that captions are taken from, because each is fetched whole.
 PIPES_FOR_CAPTIONS = 8
 
 
@@ -29,17 +29,17 @@ PIPES_FOR_CAPTIONS = 8
 class EvaluationSample:
     """One image with all its captions."""
 
-    picture: Image.Image
+    image: Image.Image
     """Mode RGB, upright."""
     captions: list[str]
     metadata: dict
     key: str = ""
-    """Its name in the source; where this is empty, `key` of the metadata."""
+    """Name in the source; if empty, `key` of the metadata counts."""
 
 
 @dataclass
 class EvaluationBatch:
-    """Some samples, those that could not be read left out."""
+    """Some samples, without those that could not be read."""
 
     indices: Tensor
     """(B,) int64, number of each sample in its EvaluationSamples."""
@@ -54,7 +54,7 @@ class EvaluationBatch:
     keys: list[str] = field(default_factory=list)
     """Key of each image."""
     image_augmented: Tensor | None = None
-    """As image, Views.augmented_image of each image, where it was asked for."""
+    """As image, Views.augmented_image of each image; None without augmented_seed."""
 
     @property
     def tried(self) -> int:
@@ -80,7 +80,7 @@ class EvaluationViews(Protocol):
 class EvaluationSamples:
     """The samples of evaluation sources by number, in order of source, shard and place.
 
-    field: the recipe's field that the sources came from. progress: as in open_samples, which says what is refused.
+    field: the recipe's field that the sources came from. progress: as in open_samples, as are the errors.
     """
 
     def __init__(self, sources: Sequence[Source], config: DataConfig, field: str = "data.eval", progress: bool = False):
@@ -96,8 +96,8 @@ class EvaluationSamples:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         raw = self._reader.read(index)
-        picture = decode_image(raw.image, self.config.max_image_pixels, raw.where)
-        return EvaluationSample(picture, raw.captions, raw.metadata, raw.key)
+        image = decode_image(raw.image, self.config.max_image_pixels, raw.where)
+        return EvaluationSample(image, raw.captions, raw.metadata, raw.key)
 
 
 class _EvaluationBatches(Dataset):
@@ -115,10 +115,10 @@ class _EvaluationBatches(Dataset):
                 faults.append((bad.cause, bad.where))
                 continue
             kept.append(index)
-            images.append(self.views.evaluation_image(sample.picture))
+            images.append(self.views.evaluation_image(sample.image))
             if self.augmented_seed is not None:
                 seed = sample_seed(self.augmented_seed, 0, index, "image_augmented")
-                augmented.append(self.views.augmented_image(sample.picture, seed))
+                augmented.append(self.views.augmented_image(sample.image, seed))
             captions.append(sample.captions)
             metadata.append(sample.metadata)
             keys.append(sample.key or str(sample.metadata.get("key", index)))
@@ -144,8 +144,8 @@ def evaluation_loader(
 ) -> WorkerLoader:
     """Loader of EvaluationBatches of `batch` samples each (fewer where some are bad, and in the last).
 
-    indices: numbers of the samples wanted, such as one process's
-    share; None for all. augmented_seed: makes an augmented view of each image too, drawn from this seed and its
+    indices: numbers of the samples, such as one process's share;
+    None for all. augmented_seed: makes an augmented view of each image too, drawn from this seed and its
     number. workers: loader processes; None for the samples' data.workers. Raises ValueError if the batches do not fit
     the shared memory.
     """
@@ -159,9 +159,9 @@ def evaluation_loader(
 
 
 def train_captions(samples: Samples, config: DataConfig, limit: int) -> Iterator[str]:
-    """Up to `limit` captions, spread evenly over the samples, always the same ones; bad ones are left out.
+    """Up to `limit` captions, evenly spaced over the samples, always the same; bad ones are left out.
 
-    Of `pipe:` shards eight, spread evenly, give captions, because each has to be fetched whole.
+    Only eight `pipe:` shards, evenly spaced, give captions, because each is fetched whole.
     """
     counts = np.diff(samples.shard_starts)
     pipes = np.flatnonzero([is_pipe(shard) for shard in samples.shards])

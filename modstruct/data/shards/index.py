@@ -38,12 +38,12 @@ ROW = np.dtype(
 KINDS = dict.fromkeys(("jpg", "jpeg", "png", "webp"), "image") | {"txt": "text", "json": "metadata"}
 COMPRESSIONS = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ\0": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 LARGEST_BLOCK = np.iinfo(np.uint32).max
-# No image, caption or description is as large as this; reading such a member would only cost memory: JSON, for one,
-# twenty times its length.
+# No image, caption or description is as large; reading such a member would only cost memory (JSON takes twenty times
+# its length).
 LARGEST_BYTES = {"image": 1 << 28, "text": 1 << 20, "metadata": 1 << 20}
 LARGEST_INDEX_BYTES = 1 << 28  # of one shard, unpacked: nine million samples
 
-# Reading headers in order with a large buffer is sequential reading, which every disk and network likes best.
+# With a large buffer, reading headers in order is sequential reading, the fastest on any disk or network.
 BUFFER_BYTES = 1 << 20
 
 INDEX_VERSION = 1
@@ -53,7 +53,7 @@ SHARDS_WORTH_A_POOL = 16
 
 @dataclass
 class ShardIndex:
-    """The samples of one shard, and what is wrong with it."""
+    """The samples of one shard, and its faults."""
 
     rows: np.ndarray
     """(samples,) of dtype ROW."""
@@ -74,9 +74,9 @@ class ShardIndex:
 
     @staticmethod
     def load(path: Path) -> ShardIndex | None:
-        """The saved index; None if there is none, or it is damaged or of another version and has to be built anew.
+        """The saved index; None if there is none, or it is damaged or of another version and must be rebuilt.
 
-        What comes back points nowhere but into a shard of size_bytes, whoever made the file.
+        The file is not trusted: an index that is returned points only into a shard of size_bytes.
         """
         try:
             with zipfile.ZipFile(path) as members:
@@ -114,7 +114,7 @@ class _Cut(Exception):
 
 
 class _Rows:
-    """Collects members into samples."""
+    """Groups members into samples."""
 
     def __init__(self):
         self.rows: list[tuple[int, ...]] = []
@@ -127,10 +127,10 @@ class _Rows:
         if key != self.key:
             self.close_sample()
             self.key = key
-        self.found.setdefault(kind, (block, size, header_blocks))  # of two images in a sample the first counts
+        self.found.setdefault(kind, (block, size, header_blocks))  # the first of two images counts
 
     def close_sample(self, cause: str | None = None) -> None:
-        """End the current sample; `cause` says why it cannot be used, if that is known already."""
+        """End the current sample; cause: why it cannot be used, if known already."""
         found, key = self.found, self.key
         self.found, self.key = {}, ""
         if not found:
@@ -151,7 +151,7 @@ class _Rows:
         self.rows.append((image, image_bytes, text, text_bytes, metadata, metadata_bytes, header))
 
     def close_cut_sample(self, cut_key: str | None) -> None:
-        """End the sample that the tar breaks off in or after. cut_key: key of the member that was cut, if known."""
+        """End the sample in or after which the tar is cut off. cut_key: key of the member that was cut, if known."""
         kinds = {"image", "text"}
         if self.rows and self.rows[-1][5]:  # the sample before has metadata, so this one should
             kinds.add("metadata")
@@ -182,15 +182,15 @@ def index_tar(path: str | os.PathLike[str] | int) -> ShardIndex:
 
 
 def _regular_members(file: BinaryIO, size_bytes: int) -> Iterator[tuple[str, int, int, int]]:
-    """(name, offset of header, offset of data, size) of each ordinary file; raises _Cut where the tar breaks off."""
+    """(name, offset of header, offset of data, size) of each ordinary file; raises _Cut where the tar is cut off."""
     start = 0
     while True:
         try:
             member = next_member(file, start)
         except CutOff:
-            raise _Cut(f"cut off after {size_bytes} bytes" if start else _what_else_it_is(file, size_bytes)) from None
+            raise _Cut(f"cut off after {size_bytes} bytes" if start else _other_kind(file, size_bytes)) from None
         except DamagedHeader:
-            raise _Cut(f"damaged header at byte {start}" if start else _what_else_it_is(file, size_bytes)) from None
+            raise _Cut(f"damaged header at byte {start}" if start else _other_kind(file, size_bytes)) from None
         if member is None:
             return
         if member.data + member.size > size_bytes:
@@ -200,7 +200,7 @@ def _regular_members(file: BinaryIO, size_bytes: int) -> Iterator[tuple[str, int
         start = member.end
 
 
-def _what_else_it_is(file: BinaryIO, size_bytes: int) -> str:
+def _other_kind(file: BinaryIO, size_bytes: int) -> str:
     if size_bytes == 0:
         return "an empty file"
     file.seek(0)

@@ -32,28 +32,28 @@ EXTRA_FIELDS = frozenset(
 """What a batch may hold beside image and text. image_augmented, text_augmented: as these, of the augmented view.
 text_masked (B, L): the caption with masked tokens, and masked_labels (B, L): the true ids there, else -100; with it
 comes masked_places (M, 2): where these are, so that no GPU is asked how many. image_id, text_id (B,): equal where two
-pairs have the same image, or the same caption. slot (B,): place in the order of the data."""
+pairs have the same image, or the same caption. slot (B,): position in the data order."""
 
-# In a source of which nine tenths are bad, 200 substitutes in a row fail once in 10^9 slots.
+# Where nine tenths of a source are bad, 200 substitutes in a row fail once in 10^9 slots.
 SUBSTITUTES = 200
-# Samples, or bytes of their images, that are read in one run before the first of them is decoded.
+# Samples, or bytes of their images, that are read in a row before the first of them is decoded.
 RUN_SAMPLES, RUN_BYTES = 64, 8 << 20
 RANDOM_VIEWS = ("image", "image_augmented", "text_augmented", "text_masked")
 
 
 @dataclass
 class TrainBatch:
-    """One process's rows of one step, or a micro-batch of them, and what went wrong on the way."""
+    """One process's rows of one step, or a micro-batch of them, with the bad samples met on the way."""
 
     tensors: dict[str, Tensor]
     """image uint8 (B, 3, H, W), text int64 (B, L), and any of EXTRA_FIELDS."""
     faults: list[tuple[str, str]] = field(default_factory=list)
-    """(cause, where) of each bad sample that a substitute stands for."""
+    """(cause, where) of each bad sample that was substituted."""
     tried: int = 0
     """Samples read, substitutes included."""
 
     def pin_memory(self) -> TrainBatch:
-        """Called by the DataLoader for a copy that travels to the GPU on its own."""
+        """Called by the DataLoader: a copy whose transfer to the GPU is asynchronous."""
         return TrainBatch({name: rows.pin_memory() for name, rows in self.tensors.items()}, self.faults, self.tried)
 
 
@@ -130,7 +130,7 @@ class LocalBatches(Dataset[TrainBatch]):
         places = zip(slots.tolist(), epochs.tolist(), samples.tolist(), strict=True)
         read = self._read_in_runs(samples.tolist())
         for row, (place, raw, seeds) in enumerate(zip(places, read, self._seeds(epochs, samples), strict=True)):
-            # Views of images go straight to their rows: in memory of their own, they would be copied once more.
+            # Views are written straight to their rows, which saves a copy.
             into = [array[row] for array in images.values()]
             raw, seeds = self._pair(*place, raw, seeds, into, batch)
             captions.append(raw.caption)
@@ -164,7 +164,7 @@ class LocalBatches(Dataset[TrainBatch]):
     def _read_in_runs(self, samples: Sequence[int]) -> Iterator[RawSample | BadSample]:
         """Each sample, or what is wrong with it.
 
-        Read one by one, between images whose pixels drive all else out of the processor's caches, they take twice as
+        Reading them one by one, between images whose pixels evict all else from the processor's caches, takes twice as
         long.
         """
         run, run_bytes = [], 0
@@ -183,7 +183,7 @@ class LocalBatches(Dataset[TrainBatch]):
             return bad
 
     def _seeds(self, epochs: np.ndarray, samples: np.ndarray) -> list[dict[str, int]]:
-        """For each sample the seeds of its random views."""
+        """Of each sample the seeds of its random views."""
         columns = [sample_seed(self.seed, epochs, samples, name).tolist() for name in RANDOM_VIEWS]
         return [dict(zip(RANDOM_VIEWS, seeds, strict=True)) for seeds in zip(*columns, strict=True)]
 
@@ -197,7 +197,7 @@ class LocalBatches(Dataset[TrainBatch]):
         into: Sequence[np.ndarray],
         batch: TrainBatch,
     ) -> tuple[RawSample, dict[str, int]]:
-        """A slot's sample and its seeds, or of its first good substitute; its image views are written.
+        """The slot's sample, or its first usable substitute, with its seeds; writes the image views.
 
         raw, seeds: of the slot's own sample. into: a row for each of `image_views`. Bad samples are noted in the batch.
         """
@@ -225,12 +225,12 @@ class LocalBatches(Dataset[TrainBatch]):
 
 
 def identity(content: bytes) -> int:
-    """A number of 63 bits, equal for equal bytes; others share it once in 10^9 images."""
+    """A number of 63 bits, equal for equal bytes, rarely for others."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest()) >> 1
 
 
 def train_order(samples: Samples, config: DataConfig, seed: int) -> SampleOrder:
-    """The order that data.shuffle_block, data.shuffle_window, the sources' weights and train.seed make."""
+    """The order by data.shuffle_block, data.shuffle_window, the sources' weights and train.seed."""
     return SampleOrder(samples.shard_sizes(), seed, config.shuffle_block, config.shuffle_window, samples.weights)
 
 
@@ -275,12 +275,12 @@ def steps_of(loader: WorkerLoader[TrainBatch]) -> Iterator[list[TrainBatch]]:
 
 
 def _require_pipe_room(samples: Samples, config: DataConfig) -> None:
-    """Refuse a pipe cache that shuffled reading would empty and fill again all the time."""
+    """Refuse a pipe cache that shuffled reading would thrash."""
     piped = np.array([is_pipe(shard) for shard in samples.shards])
     counts = np.diff(samples.shard_starts)
     sizes = samples.size_bytes[piped]
     if len(sizes) and config.shuffle_block >= counts[piped].max():
-        # Blocks are whole shards: one window of them is read at a time, and the next one begun.
+        # Blocks are whole shards: one window of them is read at a time, while the next begins.
         sizes = np.sort(sizes)[-2 * config.shuffle_window :]
     needed_gib = float(sizes.sum()) / 2**30
     if needed_gib > config.pipe_cache_gib:

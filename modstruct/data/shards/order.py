@@ -1,4 +1,4 @@
-"""The order of training data as a function: slot -> (epoch, sample), without state and without replay.
+"""The order of training data as a function: slot -> (epoch, sample), without state or replay.
 
 Step s of a run takes the slots [s B, (s + 1) B), B being the global batch. Which samples those are depends on the seed
 and on the sizes of the shards alone, so any number of processes and loader workers reads the same batches, and a
@@ -6,7 +6,7 @@ position in the data is one integer.
 
 An epoch of a source is a permutation of its samples. The samples of each shard are cut into blocks of `block`
 neighbours; the blocks are permuted; groups of `window` permuted blocks are then permuted sample by sample. Reads thus
-stay near each other in at most `window` places, while a batch mixes samples of many shards.
+stay local, in at most `window` places, while a batch mixes samples of many shards.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PERIOD = 10_000
 
 Key = TypeVar("Key", bound=Hashable)
 Made = TypeVar("Made")
-_BLOCKS, _WINDOW, _PATTERN, _SUBSTITUTE = range(4)  # what a stream of random numbers is for
+_BLOCKS, _WINDOW, _PATTERN, _SUBSTITUTE = range(4)  # purposes of the streams of random numbers
 
 
 class SampleOrder:
@@ -91,8 +91,8 @@ class SampleOrder:
     def substitute(self, slot: int, attempt: int) -> tuple[int, int]:
         """(epoch, sample) that takes the place of a bad sample: a function of (seed, slot, attempt).
 
-        attempt: 1 for the first substitute of the slot, 2 for the next. It comes from the pool that the slot draws from
-        and never is the slot's own sample, unless that is the only one.
+        attempt: 1 for the first substitute of the slot, 2 for the next. It comes from the slot's pool and is
+        never the slot's own sample, unless that is the only one.
         """
         epoch, sample = (int(value[0]) for value in self.locate(np.array([slot])))
         pool = self._pattern[slot % len(self._pattern)]
@@ -117,7 +117,7 @@ class _Epochs:
         self._groups: dict[tuple[int, int], np.ndarray] = {}
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_epochs": {}, "_groups": {}}  # quicker made anew than sent
+        return self.__dict__ | {"_epochs": {}, "_groups": {}}  # faster to rebuild than to send
 
     def locate(self, turns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Turns (n,) -> epochs (n,) and samples (n,), numbered within the pool."""
@@ -167,8 +167,7 @@ def _remember(cache: dict[Key, Made], key: Key, make: Callable[[], Made], limit:
 def _random(count: int, *words: int) -> np.ndarray:
     """(count,) uint64, a function of the words.
 
-    The raw bits of a bit generator: numpy promises to keep them from version to version, which it does not for
-    Generator.permutation and its like.
+    Raw bits of a bit generator: numpy keeps them from version to version, unlike Generator.permutation and the like.
     """
     return np.random.PCG64(np.random.SeedSequence([word % 2**64 for word in words])).random_raw(count)
 
@@ -178,7 +177,7 @@ def _permutation(count: int, *words: int) -> np.ndarray:
 
 
 def _largest_remainder(weights: Sequence[float], total: int) -> np.ndarray:
-    """Whole numbers in proportion to the weights that sum to `total`; what is left goes to the largest remainders."""
+    """Whole numbers in proportion to the weights that sum to `total`; the rest goes to the largest remainders."""
     exact = np.array(weights, dtype=np.float64) / np.sum(weights) * total
     counts = np.floor(exact + 1e-9).astype(np.int64)
     left = total - counts.sum()

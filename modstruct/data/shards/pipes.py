@@ -16,25 +16,25 @@ from modstruct.files import atomic_write, locked
 
 ATTEMPTS = 3
 PAUSE_SECONDS = 1.0
-# A command that stalls holds the lock of its shard; none that works takes this long for one shard.
+# A command that stalls holds the lock of its shard; no working one takes this long for a shard.
 PIPE_SECONDS = 3600.0
-LOOK_SECONDS = 0.5  # between looks at how much has come
+POLL_SECONDS = 0.5  # between checks of the size
 STALE_SECONDS = 24 * 3600.0
 
 
 class PipeFailed(OSError):
-    """The command of a pipe: shard did not deliver the shard.
+    """The command of a `pipe:` shard did not deliver the shard.
 
-    In training the shard's samples are then replaced by substitutes. Whether a store fails is no function of the seed:
-    a run during which one failed does not have the exact order of data, and cannot be repeated sample by sample.
+    In training the shard's samples are then substituted. Whether a store fails is no function of the seed, so a run
+    during which one failed cannot be repeated sample by sample.
     """
 
 
 class PipeCache:
     """Spooled shards in one folder, shared by the processes of a host.
 
-    folder: where they lie. limit_bytes: what they may take together; beyond it those unused for longest go first (the
-    newest always stays, however large). A file that is open stays readable after its removal.
+    limit_bytes: their total size; beyond it the least recently used are removed (the newest always stays, however
+    large). An open file stays readable after its removal.
     """
 
     def __init__(self, folder: Path, limit_bytes: float):
@@ -43,11 +43,11 @@ class PipeCache:
         self._failed: dict[str, str] = {}
 
     def open(self, shard: str, size_bytes: int | None = None) -> int:
-        """File descriptor of a spooled `pipe:` shard, running its command if it is not there.
+        """File descriptor of a spooled `pipe:` shard; runs its command if the file is missing.
 
-        size_bytes: what the shard measured when it was indexed, if it was. Raises PipeFailed if the command three times
-        fails, takes more than an hour or delivers another size; the same shard then fails at once for the life of this
-        object, so that an unreachable store does not cost minutes a sample.
+        size_bytes: its size when it was indexed. Raises PipeFailed if the command fails three times, takes more than an
+        hour or delivers another size; later calls for the shard then fail at once, so that an unreachable store does
+        not cost minutes a sample.
         """
         if shard in self._failed:
             raise PipeFailed(self._failed[shard])
@@ -56,14 +56,14 @@ class PipeCache:
             try:
                 descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError:
-                self._spool(shard, path, size_bytes)  # and open again: another process may have made room meanwhile
+                self._spool(shard, path, size_bytes)  # and try again: another process may have removed it meanwhile
                 continue
-            if size_bytes not in (None, os.fstat(descriptor).st_size):  # spooled before it was indexed anew
+            if size_bytes not in (None, os.fstat(descriptor).st_size):  # spooled before it was indexed again
                 os.close(descriptor)
                 path.unlink(missing_ok=True)
                 continue
             with suppress(OSError):
-                os.utime(path)  # last use, by which room is made
+                os.utime(path)  # time of last use, for the removal
             return descriptor
 
     def path(self, shard: str) -> Path:
@@ -95,7 +95,7 @@ class PipeCache:
                 status = path.stat()
                 spooled.append((path != keep, -status.st_mtime_ns, status.st_size, path))
         taken = 0
-        for removable, _, size, path in sorted(spooled):  # the one to keep, then from the newest to the oldest
+        for removable, _, size, path in sorted(spooled):  # the one to keep, then newest to oldest
             taken += size
             if removable and taken > self.limit_bytes:
                 path.unlink(missing_ok=True)
@@ -104,7 +104,7 @@ class PipeCache:
 def _run(shard: str, path: Path, size_bytes: int | None) -> None:
     command = shard[len(PIPE) :]
     with atomic_write(path) as file, tempfile.TemporaryFile() as errors:
-        # In a session of its own, so that all that the shell started can be ended with it.
+        # In its own session, so that everything the shell started can be killed with it.
         process = subprocess.Popen(
             command, shell=True, stdin=subprocess.DEVNULL, stdout=file, stderr=errors, start_new_session=True
         )
@@ -112,11 +112,11 @@ def _run(shard: str, path: Path, size_bytes: int | None) -> None:
         try:
             while process.poll() is None:
                 if time.monotonic() > end:
-                    raise PipeFailed(f"the command was not done after {PIPE_SECONDS:g} seconds")
-                if size_bytes is not None and os.fstat(file.fileno()).st_size > size_bytes:  # it may never end
-                    raise PipeFailed(f"more than the {size_bytes} bytes came that were there when it was indexed")
+                    raise PipeFailed(f"the command did not finish within {PIPE_SECONDS:g} seconds")
+                if size_bytes is not None and os.fstat(file.fileno()).st_size > size_bytes:  # its output may be endless
+                    raise PipeFailed(f"it delivers more than the {size_bytes} bytes that were indexed")
                 with suppress(subprocess.TimeoutExpired):
-                    process.wait(min(LOOK_SECONDS, PIPE_SECONDS))
+                    process.wait(min(POLL_SECONDS, PIPE_SECONDS))
             status = process.returncode
         finally:
             if process.returncode is None:  # too slow, too much, or this process is interrupted
@@ -128,4 +128,4 @@ def _run(shard: str, path: Path, size_bytes: int | None) -> None:
             said = errors.read(65536).decode("utf-8", "replace").strip().splitlines()
             raise PipeFailed(f"exit status {status}" + (f": {said[-1][:200]}" if said else ""))
         if size_bytes is not None and written != size_bytes:
-            raise PipeFailed(f"{written} bytes came, {size_bytes} were there when it was indexed")
+            raise PipeFailed(f"it delivered {written} bytes, {size_bytes} were indexed")

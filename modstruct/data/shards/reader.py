@@ -1,4 +1,4 @@
-"""Samples out of shards: bytes by position, never by name, and nothing but text, JSON and images."""
+"""Reads samples from shards: bytes by position, never by name; text, JSON and images only."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from modstruct.data.shards.tar_headers import BLOCK_BYTES, CutOff, DamagedHeader
 
 # Shards a process keeps open; a window of shuffled blocks may reach into a thousand.
 OPEN_SHARDS = 256
-# Levels of KEY.json. Deeper ones would pass the parser and end what sends them on to another process.
+# Levels of KEY.json. Deeper ones would pass the parser, but break the pickling to another process.
 DEEPEST_METADATA = 32
 # Bytes between the members of a sample, mostly a header each, up to which one read fetches all of them.
 LARGEST_GAPS = 16 << 10
@@ -30,7 +30,7 @@ LARGEST_GAPS = 16 << 10
 
 @dataclass
 class RawSample:
-    """One sample as it lies in the shard, its texts decoded and its image not."""
+    """One sample as stored in the shard: texts decoded, the image not."""
 
     key: str
     """Name of its members without the extension."""
@@ -45,7 +45,7 @@ class RawSample:
 
     @property
     def captions(self) -> list[str]:
-        """All captions of the image: "captions" of the metadata where it is a list of texts, else the one caption."""
+        """All captions of the image: "captions" of the metadata if that is a list of texts, else the one caption."""
         several = self.metadata.get("captions")
         if isinstance(several, list):
             stripped = [caption.strip() for caption in several if isinstance(caption, str) and caption.strip()]
@@ -57,7 +57,7 @@ class RawSample:
 class ShardReader:
     """Reads any sample of `samples` by number. Shards are opened at first use, in the process that uses them.
 
-    Can be sent to another process, which opens its own.
+    Can be pickled to another process, which opens its own.
     """
 
     def __init__(self, samples: Samples, config: DataConfig):
@@ -72,7 +72,7 @@ class ShardReader:
         self.close()
 
     def close(self) -> None:
-        """Close the shards that are open; they are opened again when needed."""
+        """Close the open shards; they are reopened when needed."""
         while self._open:
             os.close(self._open.popitem()[1])
 
@@ -93,7 +93,7 @@ class ShardReader:
             spans.append((metadata_block * BLOCK_BYTES, metadata_bytes))
         both, text, *described = self._spans(shard, sample, spans)
         name = _member_name(both[:header_bytes])
-        if name is None:  # a pipe: command may deliver other content of the same length
+        if name is None:  # a pipe: command may deliver other content of equal size
             raise BadSample("shard changed since it was indexed", self._place(shard, sample))
         where = f"{self.samples.shards[shard]}: {printable(name)}"
         caption = _caption(text, where)
@@ -108,7 +108,7 @@ class ShardReader:
         return _caption(self._spans(shard, sample, [span])[0], self._place(shard, sample))
 
     def _spans(self, shard: int, sample: int, spans: Sequence[tuple[int, int]]) -> list[bytes]:
-        """Content of spans (start, length) of a shard: members of one sample, which mostly are neighbours."""
+        """Content of spans (start, length) of a shard: members of one sample, mostly adjacent."""
         descriptor = self._descriptor(shard, sample)
         begin = min(spans)[0]
         size = max([start + length for start, length in spans]) - begin
@@ -128,8 +128,8 @@ class ShardReader:
         name = self.samples.shards[shard]
         if shard in self._open:
             descriptor = self._open[shard]
-            # Asked at every read: else it would depend on what a process happens to have open which samples it can read
-            # of a shard that is hurt under the run, and a resumed run would read others.
+            # Checked at every read: otherwise which samples of a shard that is damaged during the run can be read would
+            # depend on what a process happens to have open, and a resumed run would read others.
             status = os.fstat(descriptor)
             if is_pipe(name) or (status.st_nlink > 0 and self._is_as_indexed(shard, status)):
                 self._open.move_to_end(shard)
@@ -167,7 +167,7 @@ class ShardReader:
 
 
 def pipe_cache(config: DataConfig) -> PipeCache:
-    """The spooled pipes of a host."""
+    """Cache of a host's spooled pipes."""
     return PipeCache(Path(config.cache).expanduser() / "pipes", config.pipe_cache_gib * 2**30)
 
 
@@ -184,10 +184,10 @@ def _member_name(header: bytes) -> str | None:
 
 
 def _short_name(header: bytes) -> str | None:
-    """The name in a plain header, a tenth of the time that tarfile takes; None leaves any other header to tarfile."""
+    """The name in a plain ustar header, in a tenth of the time of the full parser; None for any other header."""
     sum_field = header[148:156]
     stated = sum_field.rstrip(b" \0").lstrip()
-    # All bytes count, those of the sum itself as eight blanks; a name's second part stands at 345.
+    # The checksum counts its own field as eight spaces; byte 345 starts the name's prefix.
     if len(header) != BLOCK_BYTES or not stated.isdigit() or header[345] or header[156:157] not in (b"0", b"\0"):
         return None
     try:
@@ -198,8 +198,8 @@ def _short_name(header: bytes) -> str | None:
 
 
 def _sum(header: bytes) -> int:
-    """Sum of 512 bytes, in a fifth of the time that `sum` takes."""
-    # The lower half of Adler's checksum is 1 + the sum modulo 65,521, which 256 bytes do not reach.
+    """Sum of 512 bytes, in a fifth of the time of `sum`."""
+    # The lower half of Adler-32 is 1 + the sum modulo 65,521, which 256 bytes do not reach.
     half = BLOCK_BYTES // 2
     return (adler32(header[:half]) & 0xFFFF) + (adler32(header[half:]) & 0xFFFF) - 2
 
@@ -219,9 +219,9 @@ def _metadata(content: bytes, where: str) -> dict:
         metadata = json.loads(content)
     except (ValueError, RecursionError):
         raise BadSample("malformed metadata", where) from None
-    # Walking through the values takes longer than parsing them, and what has few brackets is not deep.
-    sure = content.count(b"{") + content.count(b"[") <= DEEPEST_METADATA
-    if not isinstance(metadata, dict) or not (sure or _is_shallow(metadata)):
+    # Walking the values takes longer than parsing them, and few brackets cannot nest deeply.
+    shallow = content.count(b"{") + content.count(b"[") <= DEEPEST_METADATA
+    if not isinstance(metadata, dict) or not (shallow or _is_shallow(metadata)):
         raise BadSample("malformed metadata", where)
     return metadata
 

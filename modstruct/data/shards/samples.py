@@ -1,4 +1,4 @@
-"""All samples of a run's sources as one table on disk, shared by every process of a host through the page cache."""
+"""All samples of a run's sources as one table on disk, which the processes of a host share through the page cache."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ log = logging.getLogger(__name__)
 class Samples:
     """The samples of one or several sources, numbered in order of source, shard and place in the shard.
 
-    The rows lie in a memory-mapped file of 28 bytes a sample; an object of this class itself holds a few bytes a shard
-    and can be sent to another process.
+    The rows are a memory-mapped file of 28 bytes a sample; the object itself holds a few bytes a shard and can be
+    pickled to another process.
     """
 
     def __init__(self, table: Path, weights: Sequence[float] | None = None):
@@ -54,11 +54,11 @@ class Samples:
         self.shard_faults: list[dict] = description["shard_faults"]
         """For each shard: {"faults": samples left out by cause, "examples": a key for each cause, "broken": reason}."""
         self.fingerprint: str = description["fingerprint"]
-        """Hash of the places and sizes of all members: equal wherever the same shards lie."""
+        """Hash of the places and sizes of all members: equal for equal shards in any folder."""
         self._rows: np.ndarray | None = None
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_rows": None}  # a memory map would travel as a copy
+        return self.__dict__ | {"_rows": None}  # a memory map would be pickled as a copy
 
     def __len__(self) -> int:
         return int(self.shard_starts[-1])
@@ -71,7 +71,7 @@ class Samples:
         return self._rows
 
     def shard_of(self, sample: int) -> int:
-        """Number of the shard that a sample lies in."""
+        """Number of a sample's shard."""
         return int(self.shard_starts.searchsorted(sample, side="right")) - 1
 
     def shard_sizes(self) -> list[np.ndarray]:
@@ -81,7 +81,7 @@ class Samples:
 
 
 def open_samples(sources: Sequence[Source], config: DataConfig, field: str, progress: bool = False) -> Samples:
-    """Expand, check and index the sources; what an earlier run has indexed is read from data.cache.
+    """Expand, check and index the sources; indexes of earlier runs are read from data.cache.
 
     field: the recipe's field, for errors ("data.train", …). progress: draw a bar and log what is wrong with the shards
     (the main process). Several processes may call it at once, but all but one of a host would only wait: see
@@ -106,11 +106,11 @@ def open_samples(sources: Sequence[Source], config: DataConfig, field: str, prog
 def open_saved_samples(
     sources: Sequence[Source], config: DataConfig, field: str, fingerprint: str, progress: bool = False
 ) -> Samples:
-    """As `open_samples`, but of shards that were hurt since, the earlier table in data.cache is taken.
+    """As `open_samples`, but where shards were lost or changed since, the earlier table in data.cache is used.
 
-    fingerprint: of the samples wanted. The order of data then stays as it was, and the reader finds the samples of the
-    hurt shards to be bad: other samples take their place and are counted, as they are in a run that goes on. Where that
-    would be more than data.max_bad_share, or other shards were named, the samples are those found now.
+    fingerprint: of the samples of a checkpoint. The order of data then stays as it was, and the reader reports the
+    samples of damaged shards as bad: they are substituted and counted, as in a run that was not interrupted. Where they
+    exceed data.max_bad_share, or the source names other shards, the samples are those found now.
     """
     found: Samples | ValueError
     try:
@@ -120,14 +120,15 @@ def open_saved_samples(
     if isinstance(found, ValueError) or found.fingerprint != fingerprint:
         for table in _tables(config, fingerprint):
             saved = Samples(table, _weights(sources))
-            hurt = _hurt(saved)
+            lost_shards = _lost_shards(saved)
             named = isinstance(found, ValueError) or set(found.shards) <= set(saved.shards)
-            lost = sum(int(saved.shard_starts[shard + 1] - saved.shard_starts[shard]) for shard in hurt)
+            lost = sum(int(saved.shard_starts[shard + 1] - saved.shard_starts[shard]) for shard in lost_shards)
             if named and len(saved.source_starts) == len(sources) + 1 and lost <= config.max_bad_share * len(saved):
                 if progress:
-                    names = ", ".join(saved.shards[shard] for shard in hurt[:NAMED])
-                    changed = f"{len(hurt)} of {len(saved.shards)} shards are missing or changed since the checkpoint"
-                    log.warning("%s: %s (%s); other samples take the place of theirs", field, changed, names)
+                    names = ", ".join(saved.shards[shard] for shard in lost_shards[:NAMED])
+                    count = f"{len(lost_shards)} of {len(saved.shards)} shards"
+                    missing = "are missing or changed since the checkpoint"
+                    log.warning("%s: %s %s (%s); other samples replace theirs", field, count, missing, names)
                 return saved
     if isinstance(found, ValueError):
         raise found
@@ -140,7 +141,7 @@ def _weights(sources: Sequence[Source]) -> list[float] | None:
 
 
 def _judge_sources(samples: Samples, patterns: Sequence[str], max_bad_share: float, field: str, say: bool) -> None:
-    """Log what indexing found wrong with each source; refuse a source that is empty or too bad.
+    """Log the faults that indexing found in each source; refuse a source that is empty or too bad.
 
     patterns: what the user wrote for each source. say: write to the log. Raises ValueError.
     """
@@ -166,7 +167,7 @@ def _judge_sources(samples: Samples, patterns: Sequence[str], max_bad_share: flo
         if usable == 0:
             layout = "a sample is KEY.jpg (or png, webp) and KEY.txt, one after the other in the tar"
             refuse(field, pattern, "; ".join(["holds no usable sample", *found, layout]))
-        # A shard without any sample hides an unknown number of them, so shards are weighed too.
+        # A shard without any sample hides an unknown number of them, so the fraction of such shards counts as well.
         bad_share = max(left_out.total() / (usable + left_out.total()), empty / len(shards))
         if bad_share > max_bad_share:
             remedy = "repair the shards or raise the share"
@@ -178,7 +179,7 @@ def _judge_sources(samples: Samples, patterns: Sequence[str], max_bad_share: flo
 
 
 class _Shard:
-    """One shard and the file that its index lies in, or will lie in."""
+    """One shard and its index file, which may not exist yet."""
 
     def __init__(self, name: str, source: SourceShards, cache: Path, field: str):
         self.name = name
@@ -249,7 +250,7 @@ def _starts(counts: Sequence[int]) -> np.ndarray:
 
 
 def _tables(config: DataConfig, fingerprint: str) -> list[Path]:
-    """Tables in the cache that hold these samples."""
+    """Tables in the cache with this fingerprint."""
     folder = Path(config.cache).expanduser() / "indexes" / "sets"
     described = [path for path in sorted(folder.glob("*.json")) if path.with_suffix(".rows").exists()]
     return [
@@ -257,8 +258,8 @@ def _tables(config: DataConfig, fingerprint: str) -> list[Path]:
     ]
 
 
-def _hurt(samples: Samples) -> np.ndarray:
-    """Numbers of the shards that are not the files that were indexed."""
+def _lost_shards(samples: Samples) -> np.ndarray:
+    """Numbers of the shards whose files changed since they were indexed, or are missing."""
 
     def intact(shard: int) -> bool:
         if is_pipe(samples.shards[shard]):

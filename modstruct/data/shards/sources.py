@@ -1,4 +1,4 @@
-"""Which shards a source names: paths, globs, brace patterns and `pipe:` commands, checked before anything is read."""
+"""Shards of a source: paths, globs, brace patterns and `pipe:` commands, checked before anything is read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class SourceShards:
     shards: tuple[str, ...]
     """Absolute paths, or `pipe:` and a shell command, in order."""
     weight: float | None
-    """Share of the samples drawn, relative to the other sources; None on all sources or on none."""
+    """Share of the samples drawn, relative to the other sources; None for all sources or none."""
     index: Path | None
     """Folder of indexes made by tools/index_shards.py."""
     pattern: str
@@ -35,7 +35,7 @@ def is_pipe(shard: str) -> bool:
 
 
 def as_sources(value: str | Sequence[str] | Sequence[Source]) -> list[Source]:
-    """The one form of data.train, data.validation and data.eval: a list of sources."""
+    """data.train, data.validation or data.eval, in any of its forms, as a list of sources."""
     entries = [value] if isinstance(value, str) else value
     return [Source(shards=entry) if isinstance(entry, str) else entry for entry in entries]
 
@@ -75,7 +75,7 @@ def expand_pattern(pattern: str, allow_pipe: bool, field: str) -> list[str]:
     if "://" in pattern:
         refuse(field, pattern, "only local files are opened; use a command (data.allow_pipe): 'pipe:curl -sfL URL'")
     path = os.path.expanduser(pattern)
-    # A file whose own name holds braces or brackets is meant literally.
+    # An existing file whose name has braces or brackets is meant literally.
     literal = os.path.exists(path)
     paths = [path] if literal else _braces(path, field)
     found = [match for path in paths for match in ([path] if literal else _glob(path))]

@@ -1,8 +1,8 @@
 """The headers of a tar, read with bounds: for each member its name, its kind and where its bytes lie.
 
-Not tarfile: on hostile headers it recurses, takes seconds to hours in its regular expressions (CVE-2024-6232), turns
-back (CVE-2025-8194) and reads extended headers of any size, differently in each release of Python. Here a header costs
-no more than it is long. Read are ustar, GNU long names and pax paths and sizes: what shards are made of.
+Not tarfile: on hostile headers it recurses, takes seconds to hours in its regular expressions (CVE-2024-6232), loops
+(CVE-2025-8194) and reads extended headers of any size, differently in each release of Python. Here the cost of a header
+is linear in its length. Supported are ustar, GNU long names and pax paths and sizes: what shards are made of.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 BLOCK_BYTES = 512
-# Of all blocks before a member that say more of it (long names, pax records, with room for extended attributes).
+# All extended headers before a member (long names, pax records, with room for extended attributes).
 LARGEST_HEADER_BYTES = 1 << 20
 LONGEST_NAME_BYTES = 4096  # Linux opens no longer path
 
 ORDINARY = (b"0", b"\0", b"7")
-WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes: their size field means nothing
+WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes: their size field is meaningless
 LONG_NAME, LONG_LINK, SPARSE = b"L", b"K", b"S"
 PAX, GLOBAL_PAX = (b"x", b"X"), b"g"
 
 
 class DamagedHeader(ValueError):
-    """No tar header, or one that cannot be true."""
+    """No tar header, or an impossible one."""
 
 
 class CutOff(ValueError):
@@ -69,7 +69,7 @@ def next_member(file: BinaryIO, start: int) -> Member | None:
             long_name = _read(file, position, size).split(b"\0", 1)[0]
         elif kind in PAX:
             records |= _pax_records(_read(file, position, size))
-        position += _padded(size)  # a global pax header says nothing of names and sizes that could be believed
+        position += _padded(size)  # names and sizes in a global pax header cannot be trusted
     name = records.get(b"path", long_name if long_name is not None else _short_name(block))
     if len(name) > LONGEST_NAME_BYTES:
         raise DamagedHeader("name too long")
@@ -80,7 +80,7 @@ def next_member(file: BinaryIO, start: int) -> Member | None:
         size = _decimal(records[b"size"])
     if kind in WITHOUT_DATA:
         size = 0
-    folder = kind == b"\0" and name.endswith(b"/")  # as tars older than POSIX write it
+    folder = kind == b"\0" and name.endswith(b"/")  # as pre-POSIX tars write it
     ordinary = kind in ORDINARY and not sparse and not folder
     text = name.decode("utf-8", "surrogateescape")
     return Member(text, ordinary, start, position, size, position + _padded(size))

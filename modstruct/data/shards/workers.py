@@ -27,10 +27,10 @@ from modstruct.errors import RunError, refuse
 log = logging.getLogger(__name__)
 
 # The launcher ends whole process trees on SIGTERM, and Ctrl-C reaches every process of the terminal. The training
-# process answers both by a last checkpoint, for which it may still need a batch; so its loader must live on.
+# process answers both with a last checkpoint, for which it may still need a batch, so its loader must survive.
 OUTLIVED_SIGNALS = {signal.SIGTERM, signal.SIGINT}
-BATCHES_AHEAD = 2  # that each loader process prepares
-LOSSES_IN_A_ROW = 3  # of loader processes without a batch in between, that a run puts up with
+BATCHES_AHEAD = 2  # prefetched by each loader process
+LOSSES_IN_A_ROW = 3  # of loader processes without a batch in between, that a run tolerates
 SHARED_MEMORY = "/dev/shm"
 
 
@@ -52,22 +52,22 @@ class WorkerLoader(DataLoader[Batch]):
             batch_size=None,
             sampler=self._items,
             num_workers=workers,
-            collate_fn=_as_it_is,
+            collate_fn=_unchanged,
             pin_memory=pin_memory,
             prefetch_factor=BATCHES_AHEAD if workers else None,
             multiprocessing_context=_context() if workers else None,
             worker_init_fn=_start_worker if workers else None,
-            # Of its own, or else starting a loader would move the random state that a resumed run must find.
+            # Its own: otherwise starting a loader would advance the random state that a resumed run must find.
             generator=torch.Generator(),
         )
 
     def __iter__(self):
         self._items.done = 0
-        return super().__iter__() if self.num_workers == 0 else self._in_spite_of_losses(self._from_processes())
+        return super().__iter__() if self.num_workers == 0 else self._restarted_after_losses(self._from_processes())
 
-    def _in_spite_of_losses(self, batches: Iterator) -> Iterator:
-        """The batches; when a loader process is killed, others make those that are left: the same, since an item is
-        a function of its key."""
+    def _restarted_after_losses(self, batches: Iterator) -> Iterator:
+        """The batches; when a loader process is killed, new ones make the remaining batches: the same ones, since an
+        item is a function of its key."""
         losses = 0
         while True:
             try:
@@ -77,7 +77,7 @@ class WorkerLoader(DataLoader[Batch]):
                     yield batch
                 return
             except (RuntimeError, EOFError, ConnectionError) as error:
-                if not _tells_of_a_loss(error):
+                if not _is_a_loss(error):
                     raise
                 losses += 1
                 cause = str(error) or "it ended while it handed over a batch"
@@ -85,7 +85,7 @@ class WorkerLoader(DataLoader[Batch]):
                 if losses > LOSSES_IN_A_ROW:
                     fewer = "give fewer, or a smaller train.micro_batch or data.shuffle_window"
                     raise RunError(f"data.workers = {self.num_workers}: {lost}, {losses} in a row; {fewer}") from None
-            log.warning("data.workers: %s; its work is taken up anew", lost)
+            log.warning("data.workers: %s; its work is resumed by new ones", lost)
             batches = self._from_processes()
 
     def _from_processes(self) -> Iterator:
@@ -93,19 +93,19 @@ class WorkerLoader(DataLoader[Batch]):
         with _inherited_block():
             batches = super().__iter__()
         end = partial(_end, [child for child in multiprocessing.active_children() if child not in before])
-        atexit.register(end)  # for an iteration that an error leaves unfinished
+        atexit.register(end)  # for an iteration that an error interrupts
         return _until_the_end(batches, end)
 
 
-def _tells_of_a_loss(error: Exception) -> bool:
-    """Whether torch says, or a connection that broke off, that a worker is gone; not that a worker met an error."""
+def _is_a_loss(error: Exception) -> bool:
+    """Whether the error means that a worker died, not that it raised an error."""
     if isinstance(error, RuntimeError):
         return str(error).startswith("DataLoader worker (pid")
     return "in DataLoader worker process" not in str(error)
 
 
 class _Items:
-    """Keys in order, but for the first `done`."""
+    """Keys in order, without the first `done`."""
 
     def __init__(self, keys: Sequence):
         self.keys, self.done = keys, 0
@@ -118,7 +118,7 @@ class _Items:
 
 
 def _until_the_end(batches: Iterator, end: Callable[[], None]) -> Iterator:
-    """The batches; afterwards, on an error, or when nobody wants more, no loader process is left."""
+    """The batches; afterwards, on an error, or when the iterator is dropped, the loader processes are ended."""
     try:
         yield from batches
     finally:
@@ -127,10 +127,10 @@ def _until_the_end(batches: Iterator, end: Callable[[], None]) -> Iterator:
 
 
 def _end(workers: list[BaseProcess]) -> None:
-    """End the loader processes that run.
+    """End the running loader processes.
 
-    torch and multiprocessing would send SIGTERM to what does not end by itself, and wait for ever for what outlives it.
-    torch takes a killed worker for an accident if it is a child of this process; ours are children of the server.
+    torch and multiprocessing would send SIGTERM, which these ignore, and wait for ever. torch reports a killed worker
+    as an error if it is a child of this process; ours are children of the server.
     """
     for worker in workers:
         if worker.is_alive():
@@ -138,14 +138,14 @@ def _end(workers: list[BaseProcess]) -> None:
 
 
 def require_shared_memory(batch_bytes: int, workers: int) -> None:
-    """Refuse a loader whose batches do not fit the shared memory they travel through (containers often have 64 MiB).
+    """Refuse a loader whose batches do not fit the shared memory that carries them (containers often have 64 MiB).
 
     batch_bytes, workers: of this process. All processes of the host share that memory and need as much each; the
-    launcher names their number: torchrun in LOCAL_WORLD_SIZE, DeepSpeed in LOCAL_SIZE.
+    launcher gives their number: torchrun in LOCAL_WORLD_SIZE, DeepSpeed in LOCAL_SIZE.
     """
     if workers == 0 or not os.path.isdir(SHARED_MEMORY):
         return
-    # A batch in the making, those ready, and the one the training process holds.
+    # Batches in progress, those ready, and the one that the training process holds.
     of_each = batch_bytes * (workers * (BATCHES_AHEAD + 1) + 1)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     needed, free = of_each * processes, shutil.disk_usage(SHARED_MEMORY).free
@@ -160,17 +160,17 @@ def require_shared_memory(batch_bytes: int, workers: int) -> None:
 
 
 class OutgoingRows:
-    """Memory that the rows of a batch are written to, byte by byte, and leave as a tensor.
+    """Buffer that the rows of a batch are written to and that becomes a tensor.
 
-    In a loader process what leaves is a copy in shared memory, so the next batch is written to the same place. Left to
-    torch, which shares a tensor when it is sent, every batch would cost a page fault for each 4 KiB of either memory.
+    In a loader process the tensor is a copy in shared memory, so the next batch reuses the buffer. Left to torch, which
+    shares a tensor when it is sent, every batch would cost a page fault for each 4 KiB of either memory.
     """
 
     def __init__(self):
         self._kept: dict[str, np.ndarray] = {}
 
     def empty(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """Rows uint8 to fill; in a loader process those of the last batch of this name, where they suffice."""
+        """Rows uint8 to fill; a loader process reuses those of the last batch of this name if they suffice."""
         if get_worker_info() is None:
             return np.empty(shape, dtype=np.uint8)
         kept = self._kept.get(name)
@@ -179,7 +179,7 @@ class OutgoingRows:
         return kept[: shape[0]]
 
     def tensor(self, rows: np.ndarray) -> Tensor:
-        """The filled rows, which nobody may write to any more before the next `empty`."""
+        """The filled rows; do not write to them again before the next `empty`."""
         if get_worker_info() is None:
             return torch.from_numpy(rows)
         storage = torch.UntypedStorage._new_shared(rows.nbytes)
@@ -191,16 +191,16 @@ class OutgoingRows:
 
 
 def _context() -> BaseContext:
-    """A server process imports the loader once and forks a worker from its clean state whenever one is needed.
+    """A server process imports the loader once and forks every worker from its clean state.
 
-    A fork of the training process itself would hang: torch and OpenMP have threads there.
+    A fork of the training process itself would deadlock: torch and OpenMP have threads there.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["modstruct.data.shards.loader", "modstruct.data.shards.evaluation_samples"])
     return context
 
 
-def _as_it_is(batch: object) -> object:
+def _unchanged(batch: object) -> object:
     return batch
 
 
@@ -212,9 +212,9 @@ def _start_worker(_: int) -> None:
 
 
 def _end_with_the_parent() -> None:
-    """End this worker when the training process is gone, however it went.
+    """End this worker when the training process has ended, for any reason.
 
-    torch's workers watch their parent in the process tree, which is the server, and that lives as long as they do.
+    torch's workers watch their parent, which here is the server, and that lives as long as they do.
     """
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -224,7 +224,7 @@ def _end_with_the_parent() -> None:
 
 @contextmanager
 def _inherited_block() -> Iterator[None]:
-    """Hold the signals back while processes start: these inherit the block, and what arrives meanwhile is not lost."""
+    """Block the signals while processes start: these inherit the block, and signals that arrive meanwhile wait."""
     resource_tracker.ensure_running()  # starting it later would lift the block
     before = signal.pthread_sigmask(signal.SIG_BLOCK, OUTLIVED_SIGNALS)
     try:

@@ -1,7 +1,7 @@
-"""The two views of a pair: the plain one that embeddings are made of, and the augmented one.
+"""The two views of a pair: the plain one, which is embedded, and the augmented one.
 
-Everything random about a view comes from one integer seed, which `sample_seed` makes from (seed, epoch, sample): the
-same view on every process, in every loader worker, before and after a resume.
+All randomness of a view comes from one integer seed, which `sample_seed` derives from (seed, epoch, sample): the view
+is the same on every process, in every loader worker, before and after a resume.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Views:
     """
 
     value_bytes = 1
-    """Memory of one colour of one pixel of a view."""
+    """Bytes of one value of a view."""
 
     def __init__(self, config: ViewsConfig, image_size: int):
-        """image_size: side of the square view, in pixels. Raises ValueError if WordNet is asked for and missing."""
+        """image_size: side of the square view, in pixels. Raises ValueError if WordNet is needed and missing."""
         self.image_size = image_size
         self._images = ImageViews(config, image_size)
         self._texts = EasyDataAugmentation(config.eda_rate, synonyms=config.eda_synonyms)
@@ -47,7 +47,7 @@ class Views:
         return self._images.augmented(image, seed, into)
 
     def evaluation_image(self, image: Image) -> Tensor:
-        """The view of `views.evaluation`, the centre or the whole image squeezed, whatever `views.plain` says."""
+        """The view of `views.evaluation`, the centre or the whole image squeezed, regardless of `views.plain`."""
         return self._images.evaluation(image)
 
     def plain_text(self, text: str) -> str:
@@ -75,7 +75,7 @@ def sample_seed(seed, epoch, sample, salt):
 
     Arrays of epochs and samples give an array of seeds, each that of its own pair, in uint64; an int64 tensor of
     samples gives an int64 tensor on its device.
-    salt tells the draws of one sample apart ("image", "text"). Each step of the chain is a bijection of 63-bit integers
+    salt: names a draw of the sample ("image", "text"). Each step of the chain is a bijection of 63-bit integers
     (the finisher of splitmix64, Steele et al. 2014, in 63 bits), so two calls that differ in one integer never collide.
     """
     if isinstance(salt, str):

@@ -20,12 +20,11 @@ ASPECT_RATIOS = (3 / 4, 4 / 3)  # of a random crop, as in Inception's and torchv
 LOG_ASPECT_RATIOS = tuple(math.log(ratio) for ratio in ASPECT_RATIOS)
 CROP_ATTEMPTS = 10
 
-
 MILD = (
     *("Identity", "AutoContrast", "Equalize", "Brightness", "Sharpness"),
     *("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"),
 )
-"""Operations that ALBEF's code takes: none that changes colours, which captions name."""
+"""Operations of ALBEF's code: none that changes colours, which captions name."""
 
 
 class MildRandAugment(v2.RandAugment):
@@ -83,8 +82,8 @@ class ImageViews:
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
     """The image with its shorter side resized to size (bicubic, antialiased), its centre (size, size) cut out.
 
-    The same as torchvision's Resize and CenterCrop but for rounding, and only the pixels that are kept are computed: a
-    image of 1 x 100,000 pixels is never blown up.
+    The same as torchvision's Resize and CenterCrop but for rounding; only the kept pixels are computed, so an image of
+    1 x 100,000 pixels is never enlarged whole.
     """
     if image.size == (size, size):
         return image
@@ -107,7 +106,7 @@ def random_crop_box(
     crop fits, it is the largest centred one whose aspect ratio lies in that range.
     """
     (least, most), (low, high) = scale, LOG_ASPECT_RATIOS
-    # The draws of Random.uniform and Random.randint, which take several times as long to call.
+    # The draws of Random.uniform and Random.randint, without their several times slower calls.
     for _ in range(CROP_ATTEMPTS):
         area = width * height * (least + (most - least) * generator.random())
         aspect = math.exp(low + (high - low) * generator.random())
@@ -122,7 +121,7 @@ def random_crop_box(
 
 
 def _below(end: int, generator: random.Random) -> int:
-    """A number from 0 to end - 1, each as likely as the others."""
+    """A uniform number from 0 to end - 1."""
     bits = end.bit_length()
     drawn = end
     while drawn >= end:
@@ -135,7 +134,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_tensor(image: Image.Image, into: np.ndarray | None) -> Tensor:
-    """The pixels (3, H, W) of an image of mode RGB, written into `into` where it is given."""
+    """The pixels (3, H, W) of an image of mode RGB, written into `into` if given."""
     width, height = image.size
     if into is None:
         into = np.empty((3, height, width), dtype=np.uint8)

@@ -13,7 +13,7 @@ from torch import Tensor
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.errors import refuse, require
 
-# Words that EDA never replaces: they carry grammar, and WordNet knows odd senses of them ("in": inch, "a": ampere).
+# Words that EDA never replaces: they carry grammar, and WordNet has odd senses of them ("in": inch, "a": ampere).
 _FUNCTION_WORDS_TEXT = """
 a about above after again against all am an and any are as at be because been before being below between both but by
 can could did do does doing down during each few for from further had has have having he her here hers him his how i
@@ -23,7 +23,7 @@ very was we were what when where which while who whom why will with would you yo
 """
 FUNCTION_WORDS = frozenset(_FUNCTION_WORDS_TEXT.split())
 
-# More of a caption no tokenizer takes in, and a change of each tenth word costs the square of their number.
+# No tokenizer reads more of a caption, and changing every tenth word costs the square of their number.
 MOST_CHARACTERS = 20_000
 
 IGNORED = -100
@@ -36,15 +36,15 @@ Operation = Callable[[list[str], random.Random], list[str]]
 class EasyDataAugmentation:
     """Changes a caption by one of EDA's operations: random swap, deletion, insertion, synonym replacement.
 
-    The operation is drawn for each caption; where it changes nothing, another is. Words are what whitespace separates:
-    a caption in a script without spaces is one word. Without WordNet there is no synonym replacement, and insertion,
-    which in the paper inserts a synonym of some word of the caption, inserts a word of the caption itself.
+    The operation is drawn for each caption; where it changes nothing, another is drawn. Words are separated by
+    whitespace: a caption in a script without spaces is one word. Without WordNet there is no synonym replacement, and
+    insertion, which in the paper inserts a synonym of some word of the caption, inserts a word of the caption itself.
     """
 
     def __init__(self, rate: float, synonyms: bool = False):
-        """rate: share of the words that change (at least one), 0 for none. synonyms: use WordNet.
+        """rate: fraction of the words that change (at least one), 0 for none. synonyms: use WordNet.
 
-        Raises ValueError if WordNet is asked for and nltk or its data is missing; nothing is downloaded.
+        Raises ValueError if WordNet is needed and nltk or its data is missing; nothing is downloaded.
         """
         require(0 <= rate <= 1, "views.eda_rate", rate, "a share from 0 to 1")
         if synonyms:
@@ -53,7 +53,7 @@ class EasyDataAugmentation:
         self._synonyms = synonyms
 
     def __call__(self, text: str, seed: int) -> str:
-        """The changed caption, never without a word. What cannot change (no words, rate 0) comes back as it is."""
+        """The changed caption, never empty. A caption without words, or with rate 0, is returned unchanged."""
         words = text[:MOST_CHARACTERS].split()
         if not words or self._rate == 0:
             return text
@@ -71,7 +71,7 @@ class EasyDataAugmentation:
         return max(1, int(self._rate * len(words)))
 
     def _swap(self, words: list[str], generator: random.Random) -> list[str]:
-        """Two words change places, several times; the words stay the same, their order does not."""
+        """Two words change places, several times."""
         if len(words) == 1:
             return words
         swapped = list(words)
@@ -81,7 +81,7 @@ class EasyDataAugmentation:
         return swapped
 
     def _delete(self, words: list[str], generator: random.Random) -> list[str]:
-        """Each word goes with probability rate; at least one goes and at least one stays."""
+        """Each word is deleted with probability rate; at least one is deleted and at least one stays."""
         if len(words) == 1:
             return words
         kept = [position for position in range(len(words)) if generator.random() >= self._rate]
@@ -106,7 +106,7 @@ class EasyDataAugmentation:
         return inserted
 
     def _replace(self, words: list[str], generator: random.Random) -> list[str]:
-        """Words that have synonyms give way to one of them, everywhere they occur."""
+        """Words are replaced by one of their synonyms, everywhere they occur."""
         replaced = list(words)
         candidates = sorted({word for word in words if wordnet_synonyms(word)})
         for old in generator.sample(candidates, min(self._changes(words), len(candidates))):

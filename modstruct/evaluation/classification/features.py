@@ -296,10 +296,10 @@ def drawn_order(labels: np.ndarray, keys: Sequence[str], seed: int, draw: int = 
     depend on the model, row numbers or unreadable rows, and comparisons are paired; the first k of a class are among
     its first k + 1. Rows with the same key follow each other.
     """
-    begun = hashlib.blake2b(f"{seed}/{draw}/".encode(), digest_size=8)
+    prefix = hashlib.blake2b(f"{seed}/{draw}/".encode(), digest_size=8)
     hashes = np.empty(len(labels), dtype=np.uint64)
     for place, key in enumerate(keys):
-        hashed = begun.copy()
+        hashed = prefix.copy()
         hashed.update(key.encode("utf-8", "surrogatepass"))
         hashes[place] = int.from_bytes(hashed.digest(), "little")
     order = np.lexsort((hashes, labels))

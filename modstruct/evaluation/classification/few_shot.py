@@ -76,7 +76,7 @@ def measure_few_shot(
     Raises ValueError as `probe_inputs` does, and for a class with fewer images than shots.
     """
     config = config or FewShotConfig()
-    begun = time.perf_counter()
+    started = time.perf_counter()
     inputs = probe_inputs(train, test, validation, config.features, config.unit_norm)
     # All are drawn before the first fit, so that a class that is too small is named at once.
     drawn = [draw_episodes(inputs, config, draw) for draw in range(config.draws)]
@@ -108,7 +108,7 @@ def measure_few_shot(
         "settings": asdict(config) | described(inputs, train, validation),
         "rows": inputs.rows,
         "source_fingerprint": test.source.get("fingerprint"),
-        "seconds": time.perf_counter() - begun,
+        "seconds": time.perf_counter() - started,
     }
     return result, outcomes
 

@@ -87,7 +87,7 @@ def measure_linear_probe(
     a metric are its 95 % interval over test rows. Raises ValueError as `probe_inputs` does.
     """
     config = config or LinearProbeConfig()
-    begun = time.perf_counter()
+    started = time.perf_counter()
     inputs = probe_inputs(train, test, validation, config.features, config.unit_norm)
     fit = _by_adamw if config.method == "adamw" else _by_lbfgs
     (classifier, fitted_on, ahead), curves, used = fit(inputs, config, device, progress)
@@ -104,7 +104,7 @@ def measure_linear_probe(
         "settings": settings,
         "rows": inputs.rows | {"fitted": fitted_on},
         "source_fingerprint": test.source.get("fingerprint"),
-        "seconds": time.perf_counter() - begun,
+        "seconds": time.perf_counter() - started,
     }
     return result, outcomes
 

@@ -75,20 +75,20 @@ class EmbeddedSet:
         folder = Path(folder).expanduser()
         path = folder / MANIFEST
         if not path.is_file():
-            begun = "an unfinished embedded set: `evaluate.py embed` goes on with it" if folder.is_dir() else "missing"
-            raise FileNotFoundError(f"{path}: {begun}; embed the set first")
+            state = "an unfinished embedded set: `evaluate.py embed` resumes it" if folder.is_dir() else "missing"
+            raise FileNotFoundError(f"{path}: {state}; embed the set first")
         try:
             manifest = json.loads(path.read_bytes())
         except (ValueError, RecursionError) as error:
             damaged(path, str(error))
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             found = manifest.get("format") if isinstance(manifest, dict) else None
-            raise ValueError(f"{path}: format {found!r}, this version reads {FORMAT}: embed the set anew")
+            raise ValueError(f"{path}: format {found!r}, this version reads {FORMAT}: embed the set again")
         check_manifest(manifest, path)
         opened = cls(folder, manifest)
         for name, shape in (manifest["arrays"] | manifest["tables"]).items():
             opened._open[name] = open_array(
-                folder / f"{name}.npy", shape, "embed the set anew with --embedding.overwrite true"
+                folder / f"{name}.npy", shape, "embed the set again with --embedding.overwrite true"
             )
         return opened
 

@@ -75,7 +75,7 @@ def embed_source(
     read = _Read(BadSampleCounter(field_name, samples.config.max_bad_share, rank()), metadata_fields)
     numbers = range(mine.start * batch, min(mine.stop * batch, len(samples)))
     image = collect_rows(
-        lambda pictures: encode({"image": pictures})["image"],
+        lambda images: encode({"image": images})["image"],
         read.images(evaluation_loader(samples, views, batch, numbers), device),
         torch.zeros((1, 3, views.image_size, views.image_size), dtype=torch.uint8, device=device),
         batches,
@@ -85,7 +85,7 @@ def embed_source(
     everyone = _Read.joined(collect_values(read.values(), device))
     skipped = left_out_when_indexed(samples) + Counter(everyone["skipped"])
     # The whole source was tried, so its share is exact, however small it is.
-    read.ledger.check(sum(everyone["skipped"].values()), len(samples), fewest=1)
+    read.counter.check(sum(everyone["skipped"].values()), len(samples), fewest=1)
     if not everyone["indices"]:
         raise ValueError(f"{field_name}: none of its {len(samples)} samples could be used: {dict(skipped)}")
 
@@ -128,8 +128,8 @@ def embed_texts(
 class _Read:
     """What one process reads of the samples besides the images' embeddings."""
 
-    def __init__(self, ledger: BadSampleCounter, metadata_fields: Sequence[str]):
-        self.ledger, self.metadata_fields = ledger, metadata_fields
+    def __init__(self, counter: BadSampleCounter, metadata_fields: Sequence[str]):
+        self.counter, self.metadata_fields = counter, metadata_fields
         self.indices: list[int] = []
         self.captions: list[list[str]] = []
         self.metadata: list[dict] = []
@@ -137,7 +137,7 @@ class _Read:
     def images(self, batches, device: torch.device) -> Iterator[Tensor]:
         """The images of each EvaluationBatch, the rest of it noted down."""
         for batch in batches:
-            self.ledger.add(batch.faults, batch.tried)
+            self.counter.add(batch.faults, batch.tried)
             self.indices += batch.indices.tolist()
             self.captions += batch.captions
             for metadata in batch.metadata:
@@ -145,12 +145,12 @@ class _Read:
             yield batch.image.to(device)
 
     def values(self) -> dict:
-        """All of it in plain JSON kinds."""
+        """All of it in plain JSON types."""
         return {
             "indices": self.indices,
             "captions": self.captions,
             "metadata": self.metadata,
-            "skipped": dict(self.ledger.counts),
+            "skipped": dict(self.counter.counts),
         }
 
     @staticmethod

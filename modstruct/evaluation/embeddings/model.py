@@ -44,10 +44,10 @@ class EmbeddingModel:
     preprocessing: str
     """Views and tokenizer in words: equal words, equal inputs of the towers."""
     details: dict = field(default_factory=dict)
-    """What else the manifest says of it, in plain JSON kinds."""
+    """Further entries of the manifest, in plain JSON types."""
 
     def described(self) -> dict:
-        """What the manifest of an embedded set says of its model."""
+        """The model in the manifest of an embedded set."""
         own = {"name": self.name, "fingerprint": self.fingerprint, "dimension": self.dimension}
         return own | {"preprocessing": self.preprocessing} | self.details
 

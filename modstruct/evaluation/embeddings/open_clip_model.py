@@ -50,8 +50,8 @@ def open_clip_model(spec: str, random_weights: bool = False, name: str | None = 
     """Build a model of open_clip and read its weights; every process calls it.
 
     spec: NAME:TAG with a pretrained tag, NAME:FILE with a local .pt or .safetensors, or hf-hub:… and local-dir:… as
-    open_clip has them; NAME alone only with random_weights, which are the same at every call. name: for tables, by
-    default the spec. Raises ValueError that says what can be given, also where weights cannot be fetched.
+    in open_clip; NAME alone only with random_weights, which are the same at every call. name: for tables, by
+    default the spec. Raises ValueError that lists what can be given, also where weights cannot be fetched.
     """
     import open_clip
 

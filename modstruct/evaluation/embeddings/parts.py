@@ -1,7 +1,7 @@
 """Parts: files of a fixed number of batches each, from which an interrupted embedding is resumed.
 
     FOLDER/parts/
-        begun.json          what is embedded, of what, and how: a restart with anything else is refused
+        begun.json          model, source and settings: a restart with others is refused
         image-00003.npz     rows of the batches of part 3, and what else was read with them
         text-…, prompts-…   alike, of captions and class prompts
         captions.jsonl      the distinct captions, once all images are there
@@ -64,7 +64,7 @@ class Parts:
         return [numbers[first : first + self.batch] for first in range(0, len(numbers), self.batch)]
 
     def write(self, part: int, arrays: dict[str, np.ndarray], notes: dict[str, list] | None = None) -> None:
-        """Write a part, whole or not at all. notes: lists of plain JSON kinds, numbers of numpy among them."""
+        """Write a part, whole or not at all. notes: lists of plain JSON types, numbers of numpy among them."""
         encoded = {name: json.dumps(values, default=_plain).encode() for name, values in (notes or {}).items()}
         members = {NOTES.format(name): np.frombuffer(content, dtype=np.uint8) for name, content in encoded.items()}
         with atomic_write(self._path(part)) as file:
@@ -193,7 +193,7 @@ class Progress:
     def failed(self, error: Exception) -> None:
         """Tell the others, at their next `add`."""
         if self._store is not None and not isinstance(error, FailedElsewhere):
-            self._store.set("failed", _told(error))
+            self._store.set("failed", _described(error))
 
     def close(self) -> None:
         self._bar.close()
@@ -208,13 +208,13 @@ def apart(work: Callable[[Progress], None], title: str, total: int, unit: str) -
     progress, error = Progress(title, total, unit), None
     try:
         work(progress)
-    except Exception as caught:  # told to the others first
+    except Exception as caught:  # reported to the others first
         error = caught
         progress.failed(error)
     finally:
         progress.close()
-    fail_together(error, _told(error))
+    fail_together(error, _described(error))
 
 
-def _told(error: Exception | None) -> str:
+def _described(error: Exception | None) -> str:
     return f"{type(error).__name__}: {error}"

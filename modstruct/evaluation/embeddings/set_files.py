@@ -105,7 +105,7 @@ TEXT_ARRAYS = ("text", "text_features", "text_projected", "text_independent")
 FEATURE_ARRAYS = frozenset({"image_features", "image_projected", "text_features", "text_projected"})
 TABLES = ("pairs", "indices", "labels", "class_prompts")
 LISTS = {"keys": "image", "metadata": "image", "captions": "text"}
-"""Files of one JSON value a line, and whose rows they follow."""
+"""Files of one JSON value a line, and the modality whose rows they follow."""
 CLASSES_FILE = "classes.json"
 MODEL_FILE = "model.json"  # beside the sets of an evaluation: of what model they are
 
@@ -149,7 +149,7 @@ def damaged(path: Path, cause: str) -> NoReturn:
     refuse(
         "embedded set",
         str(path),
-        f"is damaged ({' '.join(cause.split())[:200]}): embed the set anew with --embedding.overwrite true",
+        f"is damaged ({' '.join(cause.split())[:200]}): embed the set again with --embedding.overwrite true",
     )
 
 

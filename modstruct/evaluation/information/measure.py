@@ -37,13 +37,13 @@ NOTES = (
     "too large where the probe of the poorer modality misses more, too small where that of the richer one does.",
     "excess, the left side of Theorem 3.1, is a difference of two bounds as well.",
     "The probes see features of frozen encoders, words and pixels, not caption and image themselves: what those "
-    "leave out is lost to them (data processing), so that the information of the modalities may be larger still.",
-    "Intervals are over rows with the fitted probes held fixed, and know nothing of a probe's bias.",
-    "The theorem is of exactly aligned features. Those of a model are not: excess may then be smaller than the gap.",
+    "leave out is lost (data processing), so that the information of the modalities may be larger still.",
+    "Intervals are over rows with the fitted probes held fixed, and do not cover a probe's bias.",
+    "The theorem is about exactly aligned features. Those of a model are not: excess may then be smaller than the gap.",
 )
 EXACT_NOTE = (
     "exact: from the generator's probabilities. The training split is independent draws of them; validation and test "
-    "draw a scene or caption anew that came before, which makes scenes of one object a little rarer."
+    "redraw a scene or caption that occurred before, which makes scenes of one object slightly rarer."
 )
 DRAWN_SIDE = 64
 """Pixels a side at which a scene is rendered, before it is averaged down."""
@@ -70,7 +70,7 @@ def measure_information(
     than two of them.
     """
     config = config or ProbeConfig()
-    begun = time.perf_counter()
+    started = time.perf_counter()
     if not len(embedded.pairs):
         refuse("set", embedded.name, "has no captions: the information gap is between captions and images")
     for array in sorted(embedded.arrays & {"image", "text", "image_features", "text_features"}):
@@ -100,7 +100,7 @@ def measure_information(
         | {"chosen": chosen, "unit": "nats", "notes": [*NOTES, *([EXACT_NOTE] if split else [])]},
         "rows": dict(embedded.manifest["rows"]) | {"used": rows},
         "source_fingerprint": embedded.source.get("fingerprint"),
-        "seconds": time.perf_counter() - begun,
+        "seconds": time.perf_counter() - started,
     }
     return result, outcomes
 
@@ -178,7 +178,7 @@ def _features(
         "joint": [*by_text, *by_image, *names, "image + text"],
         "shared": ["image + text"],
     }
-    used = {name for asked in questions.values() for name in asked}
+    used = {name for answers in questions.values() for name in answers}
     rows = np.arange(len(pairs))
     return {n: Features((Piece(tuple(found[n]), rows),), labels) for n in sorted(used)}, questions
 

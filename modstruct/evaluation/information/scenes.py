@@ -42,7 +42,7 @@ IMAGE_ONLY = ("ground_texture", "light")
 CAPTION_ONLY = ("mood", "aside", "template")
 TARGETS = (*BOTH, *IMAGE_ONLY, *CAPTION_ONLY)
 """Labels, by their names in a scene's record, whose information is known. The first five: of scenes of one object."""
-SAID_SHARE = 1 - captions.LEFT_OUT_SHARE
+MENTION_SHARE = 1 - captions.LEFT_OUT_SHARE
 PLACE_COST = captions.DETAIL_COST["place"]
 SHORT_COST = captions.DETAIL_COST["fill"]
 """Of a fill or a size."""
@@ -94,9 +94,9 @@ def exact_information(label: str, split: str) -> ExactInformation | None:
     if label in ("shape", "colour", "size", "fill"):
         return _of_a_single_object(label, split)
     if label == "place":
-        return _told_or_not(len(PLACES), _said_of_a_single_object("places first"))
+        return _named_or_open(len(PLACES), _mention_share_of_a_single_object("places first"))
     if label == "ground_colour":
-        return _told_or_not(len(GROUND_COLOURS), ground_said_share(split))
+        return _named_or_open(len(GROUND_COLOURS), ground_mention_share(split))
     if label in IMAGE_ONLY:
         whole = np.log(len({"ground_texture": GROUND_TEXTURES, "light": LIGHTS}[label]))
         return ExactInformation(whole, 0.0, whole, whole, 0.0)
@@ -109,8 +109,8 @@ def exact_information(label: str, split: str) -> ExactInformation | None:
             [[(t in templates_of(c)) / len(templates_of(c)) for t in TEMPLATES_OF_SEVERAL] for c in (1, 2)]
         )
         joint = counts[:, None] * shared[[0, 1, 1, 1]]
-        whole, told = entropy(joint.sum(0)), mutual_information(joint)
-        return ExactInformation(whole, whole, told, whole, told)
+        whole, known = entropy(joint.sum(0)), mutual_information(joint)
+        return ExactInformation(whole, whole, known, whole, known)
     if label == "mood":
         whole = np.log(len(MOODS))
     else:
@@ -126,12 +126,12 @@ def objects_of_a_split(split: str) -> np.ndarray:
 
 
 def captions_of_a_split(split: str) -> np.ndarray:
-    """p(size as said, fill as said, shape, colour, size, fill) of scenes of one object; (4, 5, 8, 8, 3, 4).
+    """p(mentioned size, mentioned fill, shape, colour, size, fill) of scenes of one object; (4, 5, 8, 8, 3, 4).
 
-    As said: 0 if it is not mentioned, else 1 + its number. The budget of words never runs out on one object, so that
+    Mentioned: 0 if it is not, else 1 + its number. The budget of words never runs out on one object, so that
     mentions are independent.
     """
-    size, fill = _said("medium", SIZES), _said("solid", FILLS)  # (said, true)
+    size, fill = _mention_table("medium", SIZES), _mention_table("solid", FILLS)  # (mentioned, true)
     return np.einsum("az,bf,sczf->absczf", size, fill, objects_of_a_split(split))
 
 
@@ -142,27 +142,27 @@ def _of_a_single_object(label: str, split: str) -> ExactInformation:
     if label in OBJECT_FACTORS[:2]:
         return ExactInformation(whole, whole, whole, whole, whole)
     joint = joint.sum(9 - axis)  # the true value of the other one of size and fill
-    told = mutual_information(joint.reshape(-1, joint.shape[-1]))
+    known = mutual_information(joint.reshape(-1, joint.shape[-1]))
     # Without a mention every size and fill is possible: shape and colour are all that both always know.
     common = mutual_information(joint.sum((0, 1)).reshape(-1, joint.shape[-1]))
-    return ExactInformation(whole, told, whole, whole, common)
+    return ExactInformation(whole, known, whole, whole, common)
 
 
-def _told_or_not(values: int, said: float) -> ExactInformation:
+def _named_or_open(values: int, mentioned: float) -> ExactInformation:
     """Of a uniform factor, independent of all others, that a caption names or leaves open."""
     whole = float(np.log(values))
-    return ExactInformation(whole, said * whole, whole, whole, 0.0)
+    return ExactInformation(whole, mentioned * whole, whole, whole, 0.0)
 
 
-def _said_of_a_single_object(needing: str) -> float:
+def _mention_share_of_a_single_object(needing: str) -> float:
     """Share of captions with a detail that one template requires and that is otherwise left out at random."""
-    return sum(1.0 if template == needing else SAID_SHARE for template in TEMPLATES) / len(TEMPLATES)
+    return sum(1.0 if template == needing else MENTION_SHARE for template in TEMPLATES) / len(TEMPLATES)
 
 
-def _said(unremarkable: str, values: Sequence[str]) -> np.ndarray:
-    """p(said | value), (1 + values, values)."""
-    said = np.array([SAID_SHARE * (1 - captions.UNSAID_SHARE * (value == unremarkable)) for value in values])
-    return np.vstack([1 - said, np.diag(said)])
+def _mention_table(unremarkable: str, values: Sequence[str]) -> np.ndarray:
+    """p(mentioned as | value), (1 + values, values)."""
+    mentioned = np.array([MENTION_SHARE * (1 - captions.UNSAID_SHARE * (value == unremarkable)) for value in values])
+    return np.vstack([1 - mentioned, np.diag(mentioned)])
 
 
 def count_shares(split: str) -> np.ndarray:
@@ -171,18 +171,18 @@ def count_shares(split: str) -> np.ndarray:
     return shares / shares.sum()
 
 
-def ground_said_share(split: str) -> float:
+def ground_mention_share(split: str) -> float:
     """Share of a split's captions that mention the colour of the ground."""
-    said = 0.0
+    mentioned = 0.0
     for count, share in zip(_counts(), count_shares(split), strict=True):
         contents = _contents(count, split)
         whole = sum(contents.values())
         for (of_main, of_others), weight in contents.items():
             for template in templates_of(count):
                 for aside, aside_share in ((False, PLAIN_SHARE), (True, 1 - PLAIN_SHARE)):
-                    told = _ground_said(template, aside, count, of_main, of_others)
-                    said += share * weight / whole * aside_share * told / len(templates_of(count))
-    return said
+                    given = _ground_mentioned(template, aside, count, of_main, of_others)
+                    mentioned += share * weight / whole * aside_share * given / len(templates_of(count))
+    return mentioned
 
 
 def object_digits() -> np.ndarray:
@@ -251,7 +251,7 @@ def _summed(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 @lru_cache
-def _ground_said(template: str, aside: bool, count: int, of_main: int, of_others: int) -> float:
+def _ground_mentioned(template: str, aside: bool, count: int, of_main: int, of_others: int) -> float:
     """P(ground is mentioned), given how many fills and sizes may be, of the main object and of the others."""
     if template == "ground first":
         return 1.0
@@ -285,7 +285,7 @@ def _after_main(places: int, short: int, other_places: int, other_short: int, le
 @lru_cache
 def _ground_among(places: int, short: int, left: int) -> float:
     """The same among the details of the other objects, among which the ground is shuffled."""
-    total = SAID_SHARE if captions.DETAIL_COST["ground"] <= left else 0.0
+    total = MENTION_SHARE if captions.DETAIL_COST["ground"] <= left else 0.0
     for number, cost, to_come in ((places, PLACE_COST, (places - 1, short)), (short, SHORT_COST, (places, short - 1))):
         if number:
             total += number * _mentioned_or_not(cost, left, partial(_ground_among, *to_come))
@@ -296,4 +296,4 @@ def _mentioned_or_not(cost: int, left: int, follows: Callable[[int], float]) -> 
     """Mean of follows(words left) over whether a detail is mentioned."""
     if cost > left:
         return follows(left)
-    return SAID_SHARE * follows(left - cost) + (1 - SAID_SHARE) * follows(left)
+    return MENTION_SHARE * follows(left - cost) + (1 - MENTION_SHARE) * follows(left)

@@ -140,7 +140,8 @@ class _Writer:
         missing = [start for start in self.starts if parts[start] is None]
         counter = BadSampleCounter(self.field, self.samples.config.max_bad_share)
         numbers = [n for start in missing for n in self._numbers(start)]
-        loader = evaluation_loader(self.samples, ThumbnailViews(), BATCH, numbers, workers=workers)
+        views = ThumbnailViews()  # which makes no augmented view, and none is wanted
+        loader = evaluation_loader(self.samples, views, BATCH, numbers, workers=workers)  # type: ignore[arg-type]
         title = f"hashing {self.field}"
         with tqdm(
             total=len(self.samples), initial=len(self.samples) - len(numbers), desc=title, disable=not progress

@@ -28,6 +28,7 @@ from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet, SetContent
 from modstruct.evaluation.embeddings.set_files import IMAGE_ARRAYS, ROWS_AT_ONCE, RowStream
 from modstruct.evaluation.leakage.duplicates import Duplicates, Thresholds
 from modstruct.evaluation.leakage.prints import Prints
+from modstruct.evaluation.retrieval.rows import evenly_spaced
 from modstruct.files import atomic_write
 
 LARGEST_SIDE = 384
@@ -124,7 +125,7 @@ def _write_examples(
         old.unlink(missing_ok=True)
     found, evaluation, train = compared.found, compared.evaluation, compared.train
     rows = np.unique(found.evaluation)
-    rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(np.int64))]
+    rows = rows[evenly_spaced(len(rows), count)]
     examples = []
     for example, row in enumerate(rows):
         name = f"leakage-{example:03d}-evaluation.jpg"
@@ -143,7 +144,7 @@ def _write_examples(
 def _saved(path: Path, samples: EvaluationSamples, number: int) -> dict[str, str]:
     """Save a sample's image, at most LARGEST_SIDE wide and high; {} if it can no longer be read."""
     try:
-        image = samples[number].picture
+        image = samples[number].image
     except BadSample:
         return {}
     image.thumbnail((LARGEST_SIDE, LARGEST_SIDE), Image.Resampling.LANCZOS)
@@ -151,7 +152,7 @@ def _saved(path: Path, samples: EvaluationSamples, number: int) -> dict[str, str
     image.save(content, "JPEG", quality=QUALITY)
     with atomic_write(path) as file:
         file.write(content.getvalue())
-    return {"picture": path.name}
+    return {"image": path.name}
 
 
 def read_keys(path: str | Path) -> list[str]:

@@ -227,13 +227,13 @@ def ann_pairs_ahead(
     pairs = checked_pairs(pairs, len(queries), len(index.gallery))
     rows = len(index.first)
     keys, positive_items = np.unique(pairs[:, 0] * rows + index.row_of_item[pairs[:, 1]], return_counts=True)
-    asked, query_of_pair = np.unique(pairs[:, 0], return_inverse=True)
+    distinct, query_of_pair = np.unique(pairs[:, 0], return_inverse=True)
     positives = np.bincount(query_of_pair.reshape(-1))
-    key_ahead = (len(index.gallery) - positives)[np.searchsorted(asked, keys // rows)]
+    key_ahead = (len(index.gallery) - positives)[np.searchsorted(distinct, keys // rows)]
     length = min(longest_k + int(positives.max()), rows, index.longest_list)
     step = max(1, RESULTS_AT_ONCE // length)
-    for start in tqdm(range(0, len(asked), step), desc="searching", disable=not progress, leave=False):
-        chunk = asked[start : start + step]
+    for start in tqdm(range(0, len(distinct), step), desc="searching", disable=not progress, leave=False):
+        chunk = distinct[start : start + step]
         scores, found = index.search(as_float32(queries[chunk]).numpy(), length)
         found_keys = chunk[:, None] * rows + found
         place = np.minimum(np.searchsorted(keys, found_keys), len(keys) - 1)

@@ -89,7 +89,7 @@ def _counts(
 ) -> tuple[np.ndarray, np.ndarray]:
     """`nearest_counts` of all pairs, over a gallery that is read in blocks.
 
-    Each block is followed by the items of the pairs at hand, so that the kernel can look up their scores: equal rows
+    Each block is followed by the items of the current pairs, so that the kernel can look up their scores: equal rows
     have equal scores wherever they lie. What those copies add is counted apart and taken off.
     """
     dimension = gallery.shape[1]
@@ -106,8 +106,8 @@ def _counts(
             for offset, block in row_blocks(gallery[start : start + rows]):
                 buffer[offset : offset + len(block)] = block
             for part in slices:
-                asked, query = np.unique(pairs[part, 0], return_inverse=True)
-                some = as_float32(queries[asked]).to(device)
+                distinct, query = np.unique(pairs[part, 0], return_inverse=True)
+                some = as_float32(queries[distinct]).to(device)
                 if whole:
                     above[part], ties[part] = _call(some, buffer, query, pairs[part, 1])
                 else:

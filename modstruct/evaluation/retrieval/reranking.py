@@ -113,8 +113,8 @@ def _direction(
     def measure() -> dict[str, dict[str, float]]:
         both = scores + scale * np.einsum("qd,qkd->qk", queries, gallery[found])
         ahead = ahead_after(found, both, pairs, items_ahead(queries, gallery, pairs, counting_device()))
-        asked, positives = np.unique(np.unique(pairs, axis=0)[:, 0], return_counts=True)
-        return recall_metrics(ahead[asked] + 1, positives, len(gallery), settings.recall_at)
+        distinct, positives = np.unique(np.unique(pairs, axis=0)[:, 0], return_counts=True)
+        return recall_metrics(ahead[distinct] + 1, positives, len(gallery), settings.recall_at)
 
     return on_main(measure)
 

@@ -71,8 +71,13 @@ def check_recall_at(recall_at: Iterable[int]) -> None:
             raise ValueError(f"recall at K = {k}: K must be a whole number, at least 1")
 
 
+def evenly_spaced(count: int, most: int) -> np.ndarray:
+    """At most `most` of the numbers below `count`, evenly spaced from the first to the last."""
+    return np.unique(np.linspace(0, count - 1, min(most, count)).round().astype(np.int64))
+
+
 def as_float32(rows: np.ndarray) -> Tensor:
-    """A float32 copy of rows that are at hand; -0.0 becomes 0.0, so that equal rows have equal bytes."""
+    """A float32 copy of rows; -0.0 becomes 0.0, so that equal rows have equal bytes."""
     return torch.from_numpy(np.array(rows, order="C")).float().add_(0.0)
 
 

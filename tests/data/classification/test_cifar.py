@@ -72,7 +72,7 @@ def test_both_forms_agree_with_torchvision(tmp_path, monkeypatch, name, pickles,
     for ours in forms:
         assert len(ours) == len(theirs)
         for number, (image, label) in enumerate(theirs):
-            assert np.array_equal(np.asarray(ours[number].picture), np.asarray(image))
+            assert np.array_equal(np.asarray(ours[number].image), np.asarray(image))
             assert ours[number].metadata == {"label": label, "key": f"{split}/{number:06d}"}
         assert ours.classes == tuple(name.replace("_", " ") for name in theirs.classes)
     assert forms[0].fingerprint == forms[1].fingerprint
@@ -87,7 +87,7 @@ def test_a_pickle_of_python_3_is_read_too(tmp_path, protocol):
     )
     images = open_labelled(f"cifar10@{root}", CONFIG)
     assert images.labels.tolist() == [1, 2, 3]
-    assert np.array_equal(np.asarray(images[2].picture), rows[2].reshape(3, 32, 32).transpose(1, 2, 0))
+    assert np.array_equal(np.asarray(images[2].image), rows[2].reshape(3, 32, 32).transpose(1, 2, 0))
 
 
 def test_names_in_pythons_oldest_form_are_read_too(tmp_path):

@@ -44,7 +44,7 @@ def test_folders_by_wordnet_id_are_labelled_in_imagenets_order(by_wnid, tmp_path
         root = tmp_path
     images = open_labelled(f"{name}@{root}", CONFIG)
     assert images.labels.tolist() == list(range(1000))
-    assert all(layouts.number_of(images[label].picture) == label for label in (0, 1, 2, 10, 500, 999))
+    assert all(layouts.number_of(images[label].image) == label for label in (0, 1, 2, 10, 500, 999))
     assert images.classes == imagenet()
     assert images.classes[0] == "tench"
     assert images.classes[999] == "toilet paper"
@@ -95,7 +95,7 @@ def test_the_published_validation_folder_is_labelled_by_the_development_kit(vali
     layouts.put(kit / "ILSVRC2012_validation_ground_truth.txt", "\n".join(truth) + "\n")
     images = open_labelled(f"imagenet@{base}", CONFIG)
     assert images.labels.tolist() == labels.tolist()
-    assert [layouts.number_of(images[n].picture) for n in range(30)] == labels.tolist()
+    assert [layouts.number_of(images[n].image) for n in range(30)] == labels.tolist()
     layouts.put(kit / "ILSVRC2012_validation_ground_truth.txt", "\n".join([*truth[1:], "1001"]) + "\n")
     with pytest.raises(ValueError, match=r"the label 'n99999999' is none of the 1000 classes"):
         open_labelled(f"imagenet@{base}", CONFIG)
@@ -121,7 +121,7 @@ def test_the_folders_of_v2_are_sorted_as_numbers(tmp_path):
     images = open_labelled(f"imagenet_v2@{tmp_path}", CONFIG)
     assert images.labels.tolist() == list(range(1000))
     for label in (0, 2, 10, 100, 999):  # as texts 10 and 100 would come before 2
-        assert layouts.number_of(images[label].picture) == images[label].metadata["label"] == label
+        assert layouts.number_of(images[label].image) == images[label].metadata["label"] == label
     assert images.classes == imagenet()
     folder = tmp_path / "imagenetv2-matched-frequency-format-val"
     (folder / "31").rename(folder / "031")
@@ -143,7 +143,7 @@ def test_the_200_classes_of_a_and_r_are_those_of_their_folders(tmp_path, variant
     assert len(images) == len(images.classes) == 200
     assert images.labels.tolist() == list(range(200))
     # timm's list of the subset's rows among the 1,000: the image tells its own.
-    assert [layouts.number_of(images[n].picture) for n in range(200)] == sorted(rows)
+    assert [layouts.number_of(images[n].image) for n in range(200)] == sorted(rows)
     assert images.classes == tuple(imagenet()[row] for row in sorted(rows))
     shutil.rmtree(tmp_path / f"imagenet-{variant}" / subset[0])
     with pytest.raises(ValueError, match=re.escape("has 199 class folders instead of 200")):

@@ -24,12 +24,12 @@ def test_shards_are_read_in_order_of_number(tmp_path):
     assert images.name == "wds_things"
     assert images.classes == tuple(CLASSES)
     assert images.templates == (PAPER_TEMPLATE, "a photo of a {}.", "art of the {}.")
-    assert [layouts.number_of(images[n].picture) for n in range(23)] == list(range(23))
+    assert [layouts.number_of(images[n].image) for n in range(23)] == list(range(23))
     assert [images[n].metadata for n in range(23)] == [
         {"label": label, "key": f"s{number:07d}"} for number, label in enumerate(labels)
     ]
     copy = pickle.loads(pickle.dumps(images))
-    assert layouts.number_of(copy[22].picture) == 22
+    assert layouts.number_of(copy[22].image) == 22
 
 
 @pytest.mark.parametrize("kind", ["png", "webp"])

@@ -52,8 +52,8 @@ def test_a_set_agrees_with_torchvision(tmp_path, name, split, peer):
     assert len(ours) == len(theirs) > 0
     for number in range(len(ours)):
         sample, (image, label) = ours[number], theirs[number]
-        assert sample.picture.mode == "RGB"
-        assert np.array_equal(np.asarray(sample.picture), np.asarray(image.convert("RGB")))
+        assert sample.image.mode == "RGB"
+        assert np.array_equal(np.asarray(sample.image), np.asarray(image.convert("RGB")))
         assert sample.metadata["label"] == label
         assert sample.captions == []
     assert len({ours[number].metadata["key"] for number in range(len(ours))}) == len(ours)
@@ -109,7 +109,7 @@ def test_a_set_survives_the_way_to_a_loader_process(tmp_path, name):
     sent = pickle.dumps(images)
     assert len(sent) < 20_000  # pixels stay behind
     copy = pickle.loads(sent)
-    assert np.array_equal(np.asarray(copy[1].picture), np.asarray(images[1].picture))
+    assert np.array_equal(np.asarray(copy[1].image), np.asarray(images[1].image))
     assert copy[1].metadata == images[1].metadata
     assert copy.fingerprint == images.fingerprint
 
@@ -189,7 +189,7 @@ def test_an_image_that_cannot_be_decoded_is_a_bad_sample(tmp_path):
     images = open_labelled(f"dtd@{root}", CONFIG)
     with pytest.raises(BadSample, match=r"undecodable image: .*polka-dotted_0003"):
         images[0]
-    assert layouts.number_of(images[1].picture) == 4
+    assert layouts.number_of(images[1].image) == 4
     (root / "dtd/dtd/images/banded/banded_0004.jpg").unlink()
     with pytest.raises(BadSample, match=r"unreadable image: .*banded_0004"):
         images[1]

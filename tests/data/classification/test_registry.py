@@ -113,5 +113,5 @@ def test_a_set_goes_through_the_loader_that_evaluation_reads_with(tmp_path):
     assert [batch.indices.tolist() for batch in batches] == [[1], [2]]
     assert [cause for batch in batches for cause, _ in batch.faults] == ["undecodable image"]
     assert [fields["label"] for batch in batches for fields in batch.metadata] == [0, 1]
-    assert all(torch.equal(b.image[0], views.evaluation_image(images[int(b.indices)].picture)) for b in batches)
+    assert all(torch.equal(b.image[0], views.evaluation_image(images[int(b.indices)].image)) for b in batches)
     json.dumps([batch.metadata for batch in batches])

@@ -31,7 +31,7 @@ def class_folders(folder, names="blue_tit jay"):
 
 
 def read(images):
-    return [(layouts.number_of(s.picture), s.metadata["label"]) for s in map(images.__getitem__, range(len(images)))]
+    return [(layouts.number_of(s.image), s.metadata["label"]) for s in map(images.__getitem__, range(len(images)))]
 
 
 def test_a_folder_of_class_folders_names_its_classes(tmp_path, config):

@@ -14,10 +14,10 @@ from modstruct.config import DataConfig, Source, ViewsConfig
 from modstruct.data.shards.samples import Samples, open_samples
 from modstruct.data.transforms.augment import Views
 
-PICTURE_SIDE = 12
+IMAGE_SIDE = 12
 
 
-def picture(number: int = 0, side: int = PICTURE_SIDE, kind: str = "PNG") -> bytes:
+def encoded_image(number: int = 0, side: int = IMAGE_SIDE, kind: str = "PNG") -> bytes:
     """An image of one colour, which tells its number up to 65,535."""
     content = io.BytesIO()
     Image.new("RGB", (side, side), (number % 256, number // 256, 77)).save(content, kind)
@@ -31,7 +31,11 @@ def number_of(image: torch.Tensor) -> int:
 
 def sample(number: int, **other: bytes | None) -> list[tuple[str, bytes]]:
     """Members of one sample; `other` replaces the content of an extension, or leaves it out if it is None."""
-    members = {"png": picture(number), "txt": b"thing %d" % number, "json": json.dumps({"number": number}).encode()}
+    members = {
+        "png": encoded_image(number),
+        "txt": b"thing %d" % number,
+        "json": json.dumps({"number": number}).encode(),
+    }
     members |= other
     return [(f"{number:06d}.{extension}", content) for extension, content in members.items() if content is not None]
 

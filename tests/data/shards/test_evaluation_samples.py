@@ -7,7 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from crafted_shards import LengthTokenizer, config, number_of, opened, picture, sample, views, write_shards, write_tar
+from crafted_shards import (
+    LengthTokenizer,
+    config,
+    encoded_image,
+    number_of,
+    opened,
+    sample,
+    views,
+    write_shards,
+    write_tar,
+)
 
 from modstruct.config import DataConfig, Source
 from modstruct.data.faults import BadSample
@@ -38,7 +48,7 @@ def test_a_sample_holds_image_captions_and_metadata(mixed):
     assert len(samples) == 12
     three = samples[3]
     assert (three.captions, three.metadata["number"]) == (["one", "two", "three"], 3)
-    assert three.picture.mode == "RGB"
+    assert three.image.mode == "RGB"
     assert samples[4].captions == ["thing 4"]
     with pytest.raises(BadSample, match="undecodable image"):
         samples[2]
@@ -115,7 +125,7 @@ def test_one_image_format_is_as_good_as_another(tmp_path):
     kinds = {"jpg": "JPEG", "jpeg": "JPEG", "PNG": "PNG", "webp": "WEBP"}
     members = []
     for number, (extension, kind) in enumerate(kinds.items()):
-        members += [(f"{number}.{extension}", picture(0, kind=kind)), (f"{number}.txt", b"x")]
+        members += [(f"{number}.{extension}", encoded_image(0, kind=kind)), (f"{number}.txt", b"x")]
     write_tar(tmp_path / "x.tar", members)
     (batch,) = evaluation_loader(evaluation(tmp_path / "x.tar", config(tmp_path)), views(), 10)
     assert batch.image.shape[0] == 4

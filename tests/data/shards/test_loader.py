@@ -19,9 +19,9 @@ import torch
 from crafted_shards import (
     LengthTokenizer,
     config,
+    encoded_image,
     number_of,
     opened,
-    picture,
     sample,
     views,
     write_shards,
@@ -109,7 +109,7 @@ def test_a_batch_has_the_promised_kinds_and_shapes(tmp_path):
 
 
 def test_what_the_fusion_model_trains_on_is_made(tmp_path):
-    same_image = sample(3, png=picture(1))
+    same_image = sample(3, png=encoded_image(1))
     same_caption = sample(4, txt=b"thing 2")
     write_tar(tmp_path / "shard.tar", [*sample(1), *sample(2), *same_image, *same_caption])
     data = config(tmp_path)
@@ -208,7 +208,7 @@ def test_another_seed_and_another_epoch_give_other_views(tmp_path):
 def test_every_kind_of_fault_is_replaced_counted_and_named(tmp_path):
     faults = {
         3: ({"png": b"bad"}, "undecodable image"),
-        9: ({"png": picture(9)[:-30]}, "undecodable image"),
+        9: ({"png": encoded_image(9)[:-30]}, "undecodable image"),
         12: ({"png": png_header(20_000, 20_000)}, "decompression bomb"),
         15: ({"txt": b"\xff\xfe"}, "undecodable text"),
         18: ({"txt": b""}, "empty caption"),

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from crafted_shards import config, picture, write_shards
+from crafted_shards import config, encoded_image, write_shards
 
 from modstruct.config import Source
 from modstruct.data.faults import BadSample
@@ -59,7 +59,7 @@ def test_a_stalled_command_is_ended_with_all_that_it_started(tmp_path, monkeypat
     os.mkfifo(tmp_path / "alive")
     alive = os.open(tmp_path / "alive", os.O_RDONLY | os.O_NONBLOCK)
     cache = PipeCache(tmp_path / "pipes", 10**9)
-    with pytest.raises(PipeFailed, match="not done after 1 seconds"):
+    with pytest.raises(PipeFailed, match="did not finish within 1 seconds"):
         cache.open(f"pipe:(echo started; exec sleep 30) > {tmp_path}/alive & wait")
     os.set_blocking(alive, True)
     with open(alive, "rb") as file:
@@ -77,19 +77,19 @@ def test_a_passing_failure_is_outlived(tmp_path):
 
 def test_another_size_than_when_it_was_indexed_is_a_failure(tmp_path):
     cache = PipeCache(tmp_path / "pipes", 10**9)
-    with pytest.raises(PipeFailed, match="3 bytes came, 5 were there when it was indexed"):
+    with pytest.raises(PipeFailed, match="it delivered 3 bytes, 5 were indexed"):
         cache.open("pipe:printf abc", 5)
     assert content(PipeCache(tmp_path / "pipes", 10**9), "pipe:printf abc") == b"abc"
 
 
 def test_a_command_that_writes_too_much_is_ended_before_it_fills_the_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(pipes_module, "ATTEMPTS", 1)
-    with pytest.raises(PipeFailed, match="more than the 5 bytes came"):
+    with pytest.raises(PipeFailed, match="it delivers more than the 5 bytes"):
         PipeCache(tmp_path / "pipes", 10**9).open("pipe:printf 123456; exec sleep 600", 5)
     assert [path.suffix for path in (tmp_path / "pipes").iterdir()] == [".lock"]
 
 
-def test_a_stale_spooled_shard_is_fetched_anew(tmp_path):
+def test_a_stale_spooled_shard_is_fetched_again(tmp_path):
     (tmp_path / "store").write_text("old")
     cache = PipeCache(tmp_path / "pipes", 10**9)
     shard = f"pipe:cat {tmp_path}/store"
@@ -143,7 +143,7 @@ def test_pipes_are_indexed_by_the_tool_and_read_like_files(tmp_path, index, caps
     data = config(tmp_path / "elsewhere", allow_pipe=True)  # another host, whose cache is empty
     samples = open_samples([source], data, "data.train")
     reader = ShardReader(samples, data)
-    assert [reader.read(n).image for n in range(5)] == [picture(n) for n in range(5)]
+    assert [reader.read(n).image for n in range(5)] == [encoded_image(n) for n in range(5)]
     with pytest.raises(ValueError, match=r"data\.allow_pipe: true"):
         open_samples([source], config(tmp_path), "data.train")
 

@@ -8,7 +8,7 @@ import pickle
 import tarfile
 
 import pytest
-from crafted_shards import config, opened, picture, sample, write_shards, write_tar
+from crafted_shards import config, encoded_image, opened, sample, write_shards, write_tar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,7 +24,7 @@ def test_every_sample_is_read_as_written(tmp_path):
     reader = ShardReader(opened(write_shards(tmp_path, [3, 1, 4]), data), data)
     for number in (7, 0, 3, 4, 2):
         raw = reader.read(number)
-        assert (raw.key, raw.image, raw.caption) == (f"{number:06d}", picture(number), f"thing {number}")
+        assert (raw.key, raw.image, raw.caption) == (f"{number:06d}", encoded_image(number), f"thing {number}")
         assert raw.metadata == {"number": number}
         assert reader.caption(number) == raw.caption
     assert raw.where == f"{tmp_path / 'shard-000.tar'}: 000002.png"
@@ -33,7 +33,7 @@ def test_every_sample_is_read_as_written(tmp_path):
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_long_and_foreign_names_are_kept(tmp_path, form):
     key = "földer/" + "long" * 60
-    path = write_tar(tmp_path / "x.tar", [(f"{key}.png", picture()), (f"{key}.txt", b"x")], form)
+    path = write_tar(tmp_path / "x.tar", [(f"{key}.png", encoded_image()), (f"{key}.txt", b"x")], form)
     data = config(tmp_path)
     assert ShardReader(opened(path, data), data).read(0).key == key
 
@@ -47,8 +47,8 @@ def test_names_are_never_paths(tmp_path):
     hard.type, hard.linkname = tarfile.LNKTYPE, "../secret.txt"
     device = tarfile.TarInfo("000004.txt")
     device.type = tarfile.CHRTYPE
-    members = [("/etc/passwd.png", picture(1)), ("/etc/passwd.txt", b"one")]
-    members += [("../../escape.png", picture(2)), ("../../escape.txt", b"two")]
+    members = [("/etc/passwd.png", encoded_image(1)), ("/etc/passwd.txt", b"one")]
+    members += [("../../escape.png", encoded_image(2)), ("../../escape.txt", b"two")]
     for number, special in ((2, link), (3, hard), (4, device)):
         members += [*sample(number, txt=None, json=None), special]
     before = sorted(tmp_path.rglob("*"))
@@ -91,7 +91,7 @@ def test_members_far_apart_are_read_as_neighbours_are(tmp_path):
     data = config(tmp_path)
     for number, members in enumerate(([text, other, image_, described], [described, image_, other, text])):
         raw = ShardReader(opened(write_tar(tmp_path / f"{number}.tar", members), data), data).read(0)
-        assert (raw.key, raw.image, raw.caption, raw.metadata) == ("000000", picture(0), "thing 0", {"number": 0})
+        assert (raw.key, raw.image, raw.caption, raw.metadata) == ("000000", encoded_image(0), "thing 0", {"number": 0})
 
 
 @settings(deadline=None)

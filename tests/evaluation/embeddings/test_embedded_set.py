@@ -92,7 +92,7 @@ def test_a_set_written_over_another_keeps_nothing_of_it(tmp_path):
     assert files == {"manifest.json", "image.npy", "keys.jsonl", "metadata.jsonl", "left_out.jsonl"}
 
 
-def test_an_array_that_was_not_embedded_is_asked_for(tmp_path):
+def test_an_array_that_was_not_embedded_is_refused_with_the_option(tmp_path):
     with pytest.raises(ValueError, match=r"array = 'text_features': .* has image, image_features, text: embed it with"):
         written(tmp_path).rows("text_features")
 
@@ -104,7 +104,7 @@ def test_an_unfinished_folder_is_told_from_a_missing_one(tmp_path):
         write_embedded_set(
             tmp_path / "set", SetContents("nan", MODEL, {"image": np.where(np.arange(5)[:, None] == 3, np.nan, 1)})
         )
-    with pytest.raises(FileNotFoundError, match=r"unfinished embedded set: `evaluate.py embed` goes on"):
+    with pytest.raises(FileNotFoundError, match=r"unfinished embedded set: `evaluate.py embed` resumes it"):
         EmbeddedSet.open(tmp_path / "set")
 
 

@@ -65,8 +65,8 @@ def test_labels_and_class_prompts_are_embedded_with_the_images(tmp_path, source)
 
 
 def test_labelled_images_have_no_texts(tmp_path):
-    pictures = LabelledNumbers(30, broken=(4,))
-    (embedded,) = embed_sets(numbered_model(), [EmbeddingSource.of_labelled(pictures)], tmp_path, config())
+    images = LabelledNumbers(30, broken=(4,))
+    (embedded,) = embed_sets(numbered_model(), [EmbeddingSource.of_labelled(images)], tmp_path, config())
     kept = [i for i in range(30) if i != 4]
     assert embedded.folder == tmp_path / "numbers"
     assert embedded.labels.tolist() == [i % 3 for i in kept]
@@ -81,7 +81,7 @@ def test_labelled_images_have_no_texts(tmp_path):
 
 
 @pytest.mark.parametrize("batches", [0, 3, 8, 20, 27, 40])
-def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, source, batches):
+def test_an_interrupted_run_resumes_to_the_same_bytes(tmp_path, source, batches):
     """Stopped among the images, the captions and the class prompts, or never."""
     choice = config()
     embed_set(numbered_model(), source, tmp_path / "whole", choice)
@@ -130,8 +130,8 @@ def test_a_restart_with_another_setting_is_refused_by_its_name(tmp_path, source,
         assert stop_after
     with pytest.raises(ValueError, match=message):
         embed_set(numbered_model(), source, tmp_path, config(**changes))
-    anew = embed_set(numbered_model(), source, tmp_path, config(overwrite=True, **changes))
-    assert anew.manifest["settings"].items() >= {f"embedding.{name}": value for name, value in changes.items()}.items()
+    again = embed_set(numbered_model(), source, tmp_path, config(overwrite=True, **changes))
+    assert again.manifest["settings"].items() >= {f"embedding.{name}": value for name, value in changes.items()}.items()
 
 
 def test_another_model_or_source_is_refused(tmp_path, source):
@@ -143,7 +143,7 @@ def test_another_model_or_source_is_refused(tmp_path, source):
         embed_set(numbered_model(), source, tmp_path, config())
 
 
-def test_too_many_unreadable_images_stop_it_and_a_larger_share_goes_on(tmp_path, source):
+def test_too_many_unreadable_images_stop_it_and_a_larger_share_resumes(tmp_path, source):
     with pytest.raises(TooManyBadSamples, match=r"embedding.max_bad_share = 0.05: 4 of 43 samples of set things"):
         embed_set(numbered_model(), source, tmp_path, config(max_bad_share=0.05))
     assert embed_set(numbered_model(), source, tmp_path, config()).manifest["rows"]["image"] == 39

@@ -27,7 +27,7 @@ def known(tmp_path_factory):
     open_clip.add_model_config(folder)
 
 
-def picture(seed: int) -> Image.Image:
+def noise_image(seed: int) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (7, 5, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize((50, 70))
 
@@ -39,10 +39,10 @@ def test_a_model_embeds_as_open_clip_does(tmp_path, architecture):
     theirs.eval()
     torch.save(theirs.state_dict(), tmp_path / "weights.pt")
     ours = open_clip_model(f"{architecture}:{tmp_path / 'weights.pt'}")
-    pictures, ids = [picture(seed) for seed in range(3)], open_clip.get_tokenizer(architecture)(CAPTIONS)
+    images, ids = [noise_image(seed) for seed in range(3)], open_clip.get_tokenizer(architecture)(CAPTIONS)
     with torch.no_grad():
-        image, text = theirs.encode_image(torch.stack(list(map(preprocess, pictures)))), theirs.encode_text(ids)
-        made = ours.encode({"image": torch.stack([ours.views.evaluation_image(p) for p in pictures])})
+        image, text = theirs.encode_image(torch.stack(list(map(preprocess, images)))), theirs.encode_text(ids)
+        made = ours.encode({"image": torch.stack([ours.views.evaluation_image(p) for p in images])})
         made |= ours.encode({"text": ours.tokenize(CAPTIONS)})
     for name, rows in (("image", image), ("text", text)):
         expected = torch.nn.functional.normalize(rows, dim=-1)
@@ -91,9 +91,9 @@ def test_random_weights_are_the_same_each_time_and_leave_the_random_state(tmp_pa
 def test_views_and_tokenizer_travel_to_loader_workers():
     model = open_clip_model("tiny-vit", random_weights=True)
     views, tokenize = pickle.loads(pickle.dumps((model.views, model.tokenize)))
-    assert torch.equal(views.evaluation_image(picture(0)), model.views.evaluation_image(picture(0)))
+    assert torch.equal(views.evaluation_image(noise_image(0)), model.views.evaluation_image(noise_image(0)))
     assert torch.equal(tokenize(CAPTIONS), model.tokenize(CAPTIONS))
-    augmented = [views.augmented_image(picture(0), seed) for seed in (1, 1, 2)]
+    augmented = [views.augmented_image(noise_image(0), seed) for seed in (1, 1, 2)]
     assert torch.equal(augmented[0], augmented[1])
     assert not torch.equal(augmented[0], augmented[2])
     assert augmented[0].shape == (3, 16, 16)

@@ -19,7 +19,7 @@ from modstruct.evaluation.information.scenes import (
     count_shares,
     entropy,
     exact_information,
-    ground_said_share,
+    ground_mention_share,
     objects_of_a_split,
     split_of_scenes,
 )
@@ -45,7 +45,7 @@ def test_numbers_of_objects_occur_as_often_as_derived():
 
 def test_the_ground_is_mentioned_as_often_as_derived():
     said = sum(("ground", None) in mentions for _, mentions in drawn())
-    assert close(said, DRAWN, ground_said_share("train"))
+    assert close(said, DRAWN, ground_mention_share("train"))
 
 
 def test_captions_of_one_object_mention_size_and_fill_as_often_as_derived():

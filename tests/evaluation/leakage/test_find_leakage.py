@@ -76,7 +76,7 @@ def test_the_result_names_what_was_planted(shards):
     examples = json.loads((out / "examples" / "leakage.json").read_text())["examples"]
     assert [example["query"]["key"] for example in examples] == ["e1", "e4"]
     for example in examples:
-        names = [example["query"]["picture"], *(item["picture"] for item in example["results"])]
+        names = [example["query"]["image"], *(item["image"] for item in example["results"])]
         assert all(Image.open(out / "examples" / name).size[0] > 60 for name in names)
 
 

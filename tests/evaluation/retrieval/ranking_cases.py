@@ -1,4 +1,4 @@
-"""Embeddings for the tests of retrieval at scale, and the figures by their definitions, one query after the other."""
+"""Embeddings for the tests of retrieval at scale, and the metrics by their definitions, one query after the other."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def sets_with_ties(draw):
     return image, text, pairs
 
 
-def plain_figures(queries, gallery, pairs, recall_at) -> dict[str, float]:
+def plain_metrics(queries, gallery, pairs, recall_at) -> dict[str, float]:
     """By the definitions in float64: a list of all items, in which every tie is decided against the positives."""
     scores = queries.astype(np.float64) @ gallery.astype(np.float64).T
     ranks, precisions = [], []

@@ -29,8 +29,8 @@ def similar(count, dimension, noise=1.0):
 def test_an_inverted_file_that_looks_everywhere_is_exact(example, storage):
     """Integers are the same in float16; lists of all rows leave nothing out, ties and duplicates included."""
     found = measure_retrieval(*example, [1, 50], IndexConfig("ivf", storage, probes=10_000))
-    for name, figures in measure_retrieval(*example, [1, 50]).items():
-        assert found[name] == figures
+    for name, metrics in measure_retrieval(*example, [1, 50]).items():
+        assert found[name] == metrics
         assert all(recall["value"] == 1 for recall in found[f"index_{name}"].values())
 
 
@@ -42,11 +42,11 @@ def test_recall_at_k_of_a_thorough_index_is_the_exact_one(kind, storage):
     pairs = np.stack([np.arange(900)] * 2, axis=1)
     exact = measure_retrieval(image, text, pairs)
     found = measure_retrieval(image, text, pairs, index=IndexConfig(kind, storage, **EVERYTHING[kind]))
-    for direction, figures in exact.items():
+    for direction, metrics in exact.items():
         for k in (1, 5, 10):
-            assert found[direction][f"recall_at_{k}"] == figures[f"recall_at_{k}"]
+            assert found[direction][f"recall_at_{k}"] == metrics[f"recall_at_{k}"]
             assert found[f"index_{direction}"][f"recall_at_{k}"]["value"] > 0.999
-        assert found[direction]["mean_reciprocal_rank"]["value"] <= figures["mean_reciprocal_rank"]["value"]
+        assert found[direction]["mean_reciprocal_rank"]["value"] <= metrics["mean_reciprocal_rank"]["value"]
 
 
 @pytest.mark.parametrize(("kind", "hasty"), [("ivf", {"lists": 60, "probes": 1}), ("hnsw", {"search_width": 1})])

@@ -29,9 +29,9 @@ def test_an_index_on_gpus_that_looks_everywhere_gives_the_exact_recall(monkeypat
     made = pretend_gpus(monkeypatch, [(9, 0)] * gpus)
     pretend_cagra(monkeypatch)
     found = measure_retrieval(*rows, PAIRS, index=IndexConfig(kind, storage, lists=3, probes=3))
-    for direction, figures in exact.items():
+    for direction, metrics in exact.items():
         for k in (1, 5, 10):
-            assert found[direction][f"recall_at_{k}"] == figures[f"recall_at_{k}"]
+            assert found[direction][f"recall_at_{k}"] == metrics[f"recall_at_{k}"]
             assert found[f"index_{direction}"][f"recall_at_{k}"]["value"] == 1
     assert made  # of ivf its parts, of both the exact lists that its recall is measured against
 

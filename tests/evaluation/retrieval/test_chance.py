@@ -1,4 +1,4 @@
-"""Chance is the exact hypergeometric figure, and what random rows and random rankings reach."""
+"""Chance is the exact hypergeometric metric, and what random rows and random rankings reach."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from modstruct.evaluation.retrieval.metrics import chance_of_hit, ranked_queries
 
 @settings(max_examples=100, deadline=None)
 @given(st.data())
-def test_chance_is_the_exact_hypergeometric_figure(data):
+def test_chance_is_the_exact_hypergeometric_metric(data):
     size = data.draw(st.integers(1, 300))
     positives = np.array(data.draw(st.lists(st.integers(1, size), min_size=1, max_size=20)))
     k = data.draw(st.integers(1, size + 20))
@@ -39,5 +39,5 @@ def test_chance_is_what_random_rankings_give(positives):
         place = np.sort(random.permutation(size)[:positives])
         ahead.append(place - np.arange(positives))
     pairs = np.stack([np.repeat(np.arange(queries), positives), np.arange(queries * positives)], axis=1)
-    for name, figure in ranking_metrics(ranked_queries(pairs, np.concatenate(ahead), size), [1, 5]).items():
-        assert figure["value"] == pytest.approx(figure["chance"], abs=1 if name == "median_rank" else 0.025), name
+    for name, metric in ranking_metrics(ranked_queries(pairs, np.concatenate(ahead), size), [1, 5]).items():
+        assert metric["value"] == pytest.approx(metric["chance"], abs=1 if name == "median_rank" else 0.025), name

@@ -90,7 +90,7 @@ def test_only_cards_that_faiss_has_kernels_for_are_used(monkeypatch):
 
 
 def test_parts_of_a_gallery_give_the_list_of_the_whole_one():
-    """Also where an index finds fewer than it was asked for."""
+    """Also where an index finds fewer than requested."""
     x, gallery = rows(8, 4), rows(30, 4, 1)
 
     def part(_, places):

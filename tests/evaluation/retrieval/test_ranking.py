@@ -1,4 +1,4 @@
-"""Exact figures agree with their definitions and with FAISS, ties, blocks and files included."""
+"""Exact metrics agree with their definitions and with FAISS, ties, blocks and files included."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranking_cases import faiss_items_ahead, grid_rows, plain_figures, sets_with_ties
+from ranking_cases import faiss_items_ahead, grid_rows, plain_metrics, sets_with_ties
 
 from modstruct.evaluation.retrieval import exact
 from modstruct.evaluation.retrieval.exact import items_ahead, pairs_ahead
@@ -19,17 +19,17 @@ def both_ways(image, text, pairs):
     return (image, text, pairs), (text, image, pairs[:, ::-1])
 
 
-def assert_figures(image, text, pairs, recall_at):
+def assert_metrics(image, text, pairs, recall_at):
     measured = measure_retrieval(image, text, pairs, recall_at)
     for name, arguments in zip(DIRECTIONS, both_ways(image, text, pairs), strict=True):
-        plain = plain_figures(*arguments, recall_at)
-        assert {figure: pair["value"] for figure, pair in measured[name].items()} == pytest.approx(plain, abs=1e-12)
+        plain = plain_metrics(*arguments, recall_at)
+        assert {metric: pair["value"] for metric, pair in measured[name].items()} == pytest.approx(plain, abs=1e-12)
 
 
 @settings(max_examples=150)
 @given(sets_with_ties(), st.lists(st.integers(1, 50), min_size=1, max_size=3, unique=True))
-def test_figures_agree_with_their_definitions(example, recall_at):
-    assert_figures(*example, recall_at)
+def test_metrics_agree_with_their_definitions(example, recall_at):
+    assert_metrics(*example, recall_at)
 
 
 @settings(max_examples=25)
@@ -51,7 +51,7 @@ def test_the_best_positive_has_the_items_ahead_that_faiss_finds(example):
 
 @settings(max_examples=50)
 @given(sets_with_ties())
-def test_recall_alone_is_that_of_all_figures(example):
+def test_recall_alone_is_that_of_all_metrics(example):
     whole, recall = measure_retrieval(*example, [1, 3]), measure_recall(*example, [1, 3])
     for direction in DIRECTIONS:
         assert recall[direction] == {name: whole[direction][name] for name in ("recall_at_1", "recall_at_3")}
@@ -72,13 +72,13 @@ def test_rounded_scores_of_a_blocked_gallery_tie_as_in_a_whole_one(monkeypatch):
     assert (whole[0][text[:, 0] == text[7, 0]] >= 100).all()
 
 
-def test_figures_of_larger_sets_and_of_files_agree_with_their_definitions(tmp_path, monkeypatch):
+def test_metrics_of_larger_sets_and_of_files_agree_with_their_definitions(tmp_path, monkeypatch):
     monkeypatch.setattr(exact, "GALLERY_BYTES", 4 * 32 * 128)
     image, text = grid_rows(300, 32, 0), np.repeat(grid_rows(400, 32, 1), 2, axis=0)
     random = np.random.default_rng(2)
     pairs = np.stack([random.integers(0, 300, 900), random.integers(0, 800, 900)], axis=1)
     pairs = np.concatenate([pairs, [[5, row] for row in range(200)]])  # one image with very many captions
-    assert_figures(image, text, pairs, [1, 5, 10])
+    assert_metrics(image, text, pairs, [1, 5, 10])
     for name, array in (("image", image), ("text", text)):
         np.save(tmp_path / f"{name}.npy", array.astype(np.float16))
     mapped = [np.load(tmp_path / f"{name}.npy", mmap_mode="r") for name in ("image", "text")]
@@ -92,9 +92,9 @@ def test_collapsed_embeddings_get_nothing(size):
     text = random.normal(size=(300, 512)).astype(np.float32)
     image = np.repeat(random.normal(size=(1, 512)).astype(np.float32), size, axis=0)
     pairs = np.stack([np.arange(300) % size, np.arange(300)], axis=1)
-    figures = measure_retrieval(image, text, pairs, [1, size - 1])["text_to_image"]
-    assert [figures[name]["value"] for name in ("recall_at_1", f"recall_at_{size - 1}", "map_at_r")] == [0, 0, 0]
-    assert figures["median_rank"]["value"] == size
+    metrics = measure_retrieval(image, text, pairs, [1, size - 1])["text_to_image"]
+    assert [metrics[name]["value"] for name in ("recall_at_1", f"recall_at_{size - 1}", "map_at_r")] == [0, 0, 0]
+    assert metrics["median_rank"]["value"] == size
 
 
 def test_a_duplicate_does_no_harm_where_it_is_a_positive_too():
@@ -117,18 +117,18 @@ def test_minus_zero_ties_with_zero():
 def test_queries_without_a_positive_are_left_out_and_stay_in_the_gallery():
     image = np.array([[1, 0], [0, 1], [3, 0]], dtype=np.float32)
     text = np.array([[1, 0], [0, 1]], dtype=np.float32)
-    figures = measure_recall(image, text, np.array([[0, 0], [1, 1]]), [1])
-    assert figures["image_to_text"]["recall_at_1"] == {"value": 1.0, "chance": 0.5}
-    assert figures["text_to_image"]["recall_at_1"]["value"] == 0.5  # the image without a text is ahead of image 0
-    assert figures["text_to_image"]["recall_at_1"]["chance"] == pytest.approx(1 / 3)
+    metrics = measure_recall(image, text, np.array([[0, 0], [1, 1]]), [1])
+    assert metrics["image_to_text"]["recall_at_1"] == {"value": 1.0, "chance": 0.5}
+    assert metrics["text_to_image"]["recall_at_1"]["value"] == 0.5  # the image without a text is ahead of image 0
+    assert metrics["text_to_image"]["recall_at_1"]["chance"] == pytest.approx(1 / 3)
     assert items_ahead(image, text, np.array([[0, 0]])).tolist() == [0, 2, 2]
 
 
 def test_perfect_embeddings_get_everything_and_so_does_one_item():
     for count in (1, 30):
         pairs = np.stack([np.arange(count)] * 2, axis=1)
-        for figures in measure_retrieval(np.eye(count), np.eye(count), pairs).values():
-            assert {figure["value"] for figure in figures.values()} == {1.0}
+        for metrics in measure_retrieval(np.eye(count), np.eye(count), pairs).values():
+            assert {metric["value"] for metric in metrics.values()} == {1.0}
 
 
 @pytest.mark.parametrize(

@@ -42,11 +42,11 @@ def test_candidates_are_ranked_by_their_scores_and_a_tie_counts_against(seed, ga
     assert found.tolist() == expected
 
 
-def matched(model, picture: torch.Tensor, caption: str) -> float:
+def matched(model, seen: torch.Tensor, caption: str) -> float:
     """How much better one pair matches than not, alone in its batch."""
     ids = word_tokenizer()([caption])
     backbone = model.backbone
-    logits = model.match(backbone.encode_text(ids), backbone.mask(ids), backbone.encode_image(picture[None]))
+    logits = model.match(backbone.encode_text(ids), backbone.mask(ids), backbone.encode_image(seen[None]))
     return float(logits[0, 1] - logits[0, 0])
 
 
@@ -62,7 +62,7 @@ def test_both_stages_are_as_a_plain_program_has_them(candidates, by):
     embedded, settings = EmbeddedPairs(image, text, pairs, captions), Reranking(candidates, by, [1, 2], 2)
     batches = iter(images.split(2))
     found = reranked_retrieval(model, batches, word_tokenizer(), embedded, settings, torch.device("cpu"))
-    scores = np.array([[matched(model, picture, caption) for caption in captions] for picture in images])
+    scores = np.array([[matched(model, seen, caption) for caption in captions] for seen in images])
     if by == "both":
         scores += float(model.logit_scale.exp()) * image @ text.T
     for name, similarity, table, wanted, queries, gallery in (

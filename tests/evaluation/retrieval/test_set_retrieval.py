@@ -1,4 +1,4 @@
-"""Retrieval of an embedded set: the figures of its outcomes, with intervals; the same on any number of processes."""
+"""Retrieval of an embedded set: the metrics of its outcomes, with intervals; the same on any number of processes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from processes import run_on_processes
 from modstruct import distributed
 from modstruct.data.faults import BadSample
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet, SetContents, write_embedded_set
+from modstruct.evaluation.examples import write_retrieved_examples
 from modstruct.evaluation.retrieval import exact
 from modstruct.evaluation.retrieval.ann_index import IndexConfig
 from modstruct.evaluation.retrieval.exact import query_shares, shared_pairs_ahead
-from modstruct.evaluation.retrieval.examples import write_retrieved_examples
 from modstruct.evaluation.retrieval.measure import RetrievalConfig, measure_retrieval, measure_set_retrieval
 from modstruct.evaluation.statistics import bootstrap_mean
 
@@ -57,19 +57,19 @@ def measured(embedded):
     return measure_set_retrieval(embedded, CONFIG)
 
 
-def test_figures_are_those_of_the_arrays_and_the_means_of_their_outcomes(embedded, measured):
+def test_metrics_are_those_of_the_arrays_and_the_means_of_their_outcomes(embedded, measured):
     result, outcomes = measured
     plain = measure_retrieval(*(embedded.rows(name) for name in ("image", "text")), embedded.pairs)
     for direction in DIRECTIONS:
-        figures = result["figures"][direction]
-        assert figures.keys() == plain[direction].keys()
-        for name, figure in figures.items():
-            assert {key: figure[key] for key in ("value", "chance")} == plain[direction][name]
-            assert figure["low"] <= figure["value"] <= figure["high"]
+        metrics = result["figures"][direction]
+        assert metrics.keys() == plain[direction].keys()
+        for name, metric in metrics.items():
+            assert {key: metric[key] for key in ("value", "chance")} == plain[direction][name]
+            assert metric["low"] <= metric["value"] <= metric["high"]
             if name != "median_rank":
-                assert outcomes[f"{direction}/{name}"].mean() == pytest.approx(figure["value"], abs=1e-12)
-                assert figure["high"] - figure["low"] < 0.5
-        assert np.median(outcomes[f"{direction}/rank"]) == figures["median_rank"]["value"]
+                assert outcomes[f"{direction}/{name}"].mean() == pytest.approx(metric["value"], abs=1e-12)
+                assert metric["high"] - metric["low"] < 0.5
+        assert np.median(outcomes[f"{direction}/rank"]) == metrics["median_rank"]["value"]
         lengths = {len(values) for name, values in outcomes.items() if name.startswith(direction)}
         assert lengths == {result["rows"][f"{direction}_queries"]}
     assert result["rows"] == {
@@ -87,8 +87,8 @@ def test_captions_of_one_image_are_resampled_together(measured):
     result, outcomes = measured
     group = outcomes["text_to_image/group"]
     assert group.tolist() == (np.arange(147) // 3).tolist()  # caption 4 with image 1, the first of its two
-    hits, figure = outcomes["text_to_image/recall_at_1"], result["figures"]["text_to_image"]["recall_at_1"]
-    assert (figure["low"], figure["high"]) == bootstrap_mean(hits, samples=200, groups=group)
+    hits, metric = outcomes["text_to_image/recall_at_1"], result["figures"]["text_to_image"]["recall_at_1"]
+    assert (metric["low"], metric["high"]) == bootstrap_mean(hits, samples=200, groups=group)
     assert outcomes["image_to_text/group"].tolist() == outcomes["image_to_text/query"].tolist() == list(range(49))
 
 
@@ -100,7 +100,7 @@ def test_curves_are_recall_at_each_k_that_both_galleries_have(measured):
         assert result["curves"][f"{direction}/recall"] == expected
 
 
-def test_one_pair_has_figures_and_no_interval(tmp_path):
+def test_one_pair_has_metrics_and_no_interval(tmp_path):
     result, _ = measure_set_retrieval(write_set(tmp_path, images=1, captions=1), CONFIG)
     assert result["figures"]["text_to_image"]["recall_at_1"] == {"value": 1.0, "chance": 1.0}
     assert result["curves"]["k"] == [1]
@@ -215,17 +215,17 @@ def test_examples_show_what_comes_first_and_what_is_right(embedded, measured, tm
         assert [item["score"] for item in results] == pytest.approx(np.sort(scores)[::-1][:5])
         assert [item["right"] for item in results] == [int(item["key"]) in right for item in results]
         assert example["rank"] == np.sum(np.delete(scores, right) >= scores[right].max()) + 1
-        pictures = results if by_text else [example["query"]]
+        images = results if by_text else [example["query"]]
         for item in results if not by_text else [example["query"]]:
             assert item["text"] == f"caption {item['key']}"
-        for item in pictures:
+        for item in images:
             if item["key"] == "3":
-                assert "picture" not in item
+                assert "image" not in item
                 continue
-            named.add(item["picture"])
-            with Image.open(tmp_path / item["picture"]) as picture:
-                assert picture.size == (256, 128)
-                assert abs(picture.convert("L").getpixel((5, 5)) - int(item["key"])) <= 2
+            named.add(item["image"])
+            with Image.open(tmp_path / item["image"]) as opened:
+                assert opened.size == (256, 128)
+                assert abs(opened.convert("L").getpixel((5, 5)) - int(item["key"])) <= 2
     assert {path.name for path in Path(tmp_path).glob("*.jpg")} == named
 
 

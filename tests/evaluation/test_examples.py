@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import ImageFont
 
-from modstruct.evaluation.example_grid import CELL, MARGIN, RIGHT, WRONG, example_grid, wrap
+from modstruct.evaluation.examples import CELL, MARGIN, RIGHT, WRONG, example_grid, wrap
 
 
 def has_colour(grid, colour):
