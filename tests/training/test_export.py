@@ -25,10 +25,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from modstruct.config import ModelConfig, Recipe, ViewsConfig
+from modstruct.config import ContrastiveConfig, LossesConfig, ModelConfig, Recipe, ViewsConfig
+from modstruct.config.losses import SigmoidConfig
 from modstruct.data.sentencepiece_training import train_sentencepiece
 from modstruct.data.tokenizers import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from modstruct.data.transforms.augment import Views
+from modstruct.losses.objective import build_objective
 from modstruct.models.two_tower import TwoTower
 from modstruct.training.export import export
 
@@ -168,3 +170,15 @@ def test_an_export_replaces_an_earlier_one_whole(tmp_path):
     after = {path.name for path in folder.iterdir()}
     assert before & after == {"tokenizer"}
     assert {path.suffix for path in folder.rglob("*") if path.is_file()} <= {".json", ".safetensors", ".txt"}
+
+
+def test_open_clip_takes_the_bias_of_the_sigmoid_loss(tmp_path):
+    torch.manual_seed(0)
+    tokenizer, views = word_tokenizer(), ViewsConfig(mean=MEAN, std=STD)
+    losses = LossesConfig(contrastive=ContrastiveConfig(weight=0.0), sigmoid=SigmoidConfig(weight=1.0))
+    model = trained_a_little(TwoTower(tiny_config(), views, tokenizer, build_objective(losses)))
+    recipe = replace(Recipe(), model=tiny_config(), views=views)
+    folder = export(tmp_path / "export", dict(model.state_dict()), model.to_open_clip, recipe, tokenizer)
+    theirs = open_clip.create_model(f"local-dir:{folder}")
+    assert_close(theirs.logit_bias, model.logit_bias)
+    assert_close(theirs.logit_scale, model.logit_scale)
