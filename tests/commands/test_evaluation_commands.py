@@ -106,6 +106,12 @@ def test_the_report_shows_both_runs_and_every_metric(made, tmp_path):
     assert "\\toprule" in (tmp_path / "page.tex").read_text()
 
 
+def test_the_adamw_probe_is_known_by_its_former_name_too(made, capsys):
+    former = ("--metrics", "linear_probe_sgd", "--linear_probe.sgd.epochs", "3")
+    assert evaluate("measure", str(made / "on1"), *former) == 0
+    assert "linear_probe_adamw.json" in capsys.readouterr().out
+
+
 def test_what_is_measured_stays_and_other_weights_are_refused(made, tmp_path, capsys):
     out = made / "on1"
     before = (out / "results" / "scenes_colour" / "structure.json").stat().st_mtime_ns
