@@ -3,7 +3,7 @@
 
     python tools/find_leakage.py --train 'shards/train-*.tar' --evaluation 'shards/test.tar' --out EVAL/results/SET
 
-By perceptual hash, then a second look at thumbnails; with the embeddings of both sources also by cosine:
+By perceptual hash, confirmed by comparing thumbnails; with the embeddings of both sources also by cosine:
 
     … --train_embeddings EVAL/embeddings/TRAIN --evaluation_embeddings EVAL/embeddings/SET
 

@@ -131,7 +131,7 @@ def test_the_interval_of_a_difference_of_0_and_1_covers_it_as_often_as_it_says()
     random = np.random.default_rng(11)
     hits = 0
     for trial in range(TRIALS):
-        level = random.random(300)  # hard and easy rows, which the models find hard and easy alike
+        level = random.random(300)  # difficulty of rows, the same for both models
         a, b = random.random(300) < level, random.random(300) < level**1.2
         result = paired_difference(a, b, samples=SAMPLES, seed=trial)
         hits += result.low <= 1 / 2 - 1 / 2.2 <= result.high

@@ -31,7 +31,7 @@ def marked(row) -> list[bool]:
     return [cell.marked for cell in row.cells]
 
 
-def test_paired_runs_that_differ_little_are_told_apart_where_intervals_overlap(tmp_path):
+def test_paired_runs_that_differ_little_are_distinguished_where_intervals_overlap(tmp_path):
     worse, better = DIFFICULTY < 0.50, DIFFICULTY < 0.54
     row = row_of(tmp_path, [with_outcomes(worse), with_outcomes(better)])
     low, high = row.cells

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""What leakage search finds and misses on your images: copies of some of them as they occur, and images apart.
+"""What leakage search finds and misses on your images: altered copies of some of them, and unrelated images.
 
     python tools/benchmarks/leakage.py --train '/data/emoji/train-*.tar' --distinct /data/emoji/unseen.tar
 
-Some training images are coded, scaled, cropped, brightened and mirrored, and looked for among all of them. Found is a
+Some training images are coded, scaled, cropped, brightened and mirrored, and searched among all of them. Found is a
 copy whose original is listed; false is a pair of a copy and another image, unless the original itself is as near to
-that one. --distinct: shards that hold no training image; what is found of theirs is listed for you to look at, with
-find_leakage.py. A table for each limit of the hashes (--hamming) and of the second look (--difference).
+that one. --distinct: shards without training images; what is found in them is listed for inspection, with
+find_leakage.py. A column for each limit of the hashes (--hamming) and of the image difference (--difference).
 
 Emoji (96 x 96, 300 of 8,006 copied, --hamming 8 --difference 0.2): found 1.000 of JPEG 90 and 50, half and 1.7 times
 the size and 10 % darker, 0.993 of JPEG 20, 0.967 of 10 % brighter, 0.903 of crops of 0 to 5 %, 0.890 of 5 % from the
@@ -137,7 +137,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", nargs="+", required=True, help="shards, patterns in quotes")
     parser.add_argument("--distinct", nargs="+", help="shards without any training image")
-    parser.add_argument("--images", "--pictures", type=int, default=400, help="that are copied (default: %(default)s)")
+    parser.add_argument(
+        "--images", "--pictures", type=int, default=400, help="number that is copied (default: %(default)s)"
+    )
     parser.add_argument("--hamming", type=int, nargs="+", default=[6, defaults.hamming, 10])
     parser.add_argument("--difference", type=float, nargs="+", default=[0.15, defaults.difference, 0.25])
     parser.add_argument("--named", type=int, default=20, help="pairs of --distinct that are printed")

@@ -1,14 +1,13 @@
-"""Time and memory of the linear probe on features in a file that are larger than what is held in memory.
+"""Time and memory of the linear probe on features in a file that is larger than the memory used.
 
 python tools/benchmarks/probe.py                             # 200,000 x 2,048 float16, 100 classes: about a minute
 python tools/benchmarks/probe.py --rows 20000 --classes 1000       # the products of ImageNet's shape
 python tools/benchmarks/probe.py --device cuda --rows 1281167 --classes 1000
 
-First one evaluation of value and gradient, --rounds times, over a memory-mapped file; then L-BFGS's own work with as
-many weights, without the file. From both, what ImageNet's 1,281,167 rows of --dimension and 1,000 classes would take:
-time by the operations (4 n D C), memory by the weights. Memory is the growth of the peak: `own`
-without the mapped pages of files. On a CPU the processor's time is extrapolated, which other work on the machine
-does not lengthen, shared out over the threads.
+First one evaluation of value and gradient, --rounds times, over a memory-mapped file; then L-BFGS itself with as many
+weights, without the file. Both are extrapolated to ImageNet's 1,281,167 rows of --dimension and 1,000 classes: time by
+the operations (4 n D C), memory by the weights. Memory is the growth of the peak, `own` without mapped pages of files.
+On a CPU the processor time, which other work on the machine does not affect, is extrapolated, divided by the threads.
 """
 
 from __future__ import annotations

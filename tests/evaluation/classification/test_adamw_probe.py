@@ -58,7 +58,7 @@ def test_rows_from_the_file_and_rows_in_memory_give_the_same(monkeypatch, tmp_pa
     )
 
 
-def test_it_learns_what_can_be_told():
+def test_it_learns_separable_classes():
     (rows, labels), (others, truth) = clouds(600, 16, 5, seed=2), clouds(200, 16, 5, seed=3)
     found, losses = fit_by_adamw(features_of(rows, labels), 5, AdamWProbeConfig(), 0, CPU)
     ahead, _ = classes_ahead(found, RowBlocks(features_of(others, truth), CPU))

@@ -111,7 +111,7 @@ def test_the_test_set_chooses_nothing(strength):
         outcome = run_episode(inputs, draw_episodes(inputs, config, 0)[4], 4, config, CPU)
         found.append((outcome.strength, outcome.ahead))
     assert found[0][0] == found[1][0]
-    assert not np.any((found[0][1] == 0) & (found[1][1] == 0))  # one prediction a row, right for one truth at most
+    assert not np.any((found[0][1] == 0) & (found[1][1] == 0))  # a prediction is right for at most one truth
 
 
 def test_one_shot_within_the_shots_has_the_fixed_strength():

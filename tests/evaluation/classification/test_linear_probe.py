@@ -97,7 +97,7 @@ def test_cyclips_protocol_is_measured_too(sets):
     assert len(result["curves"]["train_loss"]) == 60
 
 
-def test_images_without_a_label_and_classes_without_a_image_are_left_out(tmp_path):
+def test_images_without_a_label_and_classes_without_an_image_are_left_out(tmp_path):
     rows, labels = clouds(80, 8, 4, seed=0)
     names = ["a", "never seen", "b", "c", "d"]
     labels = np.array([0, 2, 3, 4])[labels]

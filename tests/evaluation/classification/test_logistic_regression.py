@@ -42,7 +42,7 @@ def test_value_and_gradient_are_autograds(monkeypatch, dtype, tolerance, hold_by
     loss.backward()
     loss = loss.detach()
     objective = mean_objective(blocks_of(rows, labels, dtype, 5, hold_bytes=hold_bytes), 5, 0.3)
-    for _ in range(2):  # the second time from what is held
+    for _ in range(2):  # the second time from memory
         value, gradient = objective(weights.detach().numpy().ravel())
         assert value == pytest.approx(float(loss), rel=tolerance)
         np.testing.assert_allclose(gradient, weights.grad.numpy().ravel(), rtol=0, atol=tolerance)
@@ -118,7 +118,7 @@ def test_a_warm_start_needs_fewer_steps_to_the_same_optimum():
     np.testing.assert_allclose(warm.weight, cold.weight, atol=1e-6)
 
 
-def test_the_end_of_a_fit_is_told():
+def test_the_end_of_a_fit_is_reported():
     rows, labels = clouds(300, 20, 5, seed=9, spread=2.0)
     short = fit_logistic_regression(blocks_of(rows, labels), 5, 1e-3, FitConfig(max_iterations=3, precision="float64"))
     assert (short.end, short.iterations) == ("iterations", 3)

@@ -64,7 +64,7 @@ def test_the_search_lands_between_too_weak_and_too_strong_where_scikit_learn_doe
     blocks = (RowBlocks(features_of(*pair), CPU, torch.float64) for pair in ((rows, labels), (others, truth)))
     sweep, start = sweep_strength([Split(*blocks)], 3, config)
     assert start is None
-    # Weaker ones have not met their optimum in either after 1,000 steps.
+    # Weaker ones have not converged in either after 1,000 steps.
     for strength, accuracy in [pair for pair in zip(sweep.strengths, sweep.accuracies, strict=True) if pair[0] > 1e-3]:
         peer = LogisticRegression(C=1 / strength, max_iter=1000, tol=1e-7).fit(rows.astype(np.float64), labels)
         assert accuracy == pytest.approx(peer.score(others, truth), abs=0.002)

@@ -76,7 +76,7 @@ def test_the_classes_of_a_set_are_its_label_by_default(tmp_path):
     assert list(result["figures"]) == ["colour"]
 
 
-def test_several_captions_of_a_image_are_one_piece_of_evidence(tmp_path):
+def test_several_captions_of_an_image_are_one_piece_of_evidence(tmp_path):
     single, _ = measure_information(toy_set(tmp_path / "one"), ["mood"], QUICK)
     several, _ = measure_information(toy_set(tmp_path / "four", captions_each=4), ["mood"], QUICK)
     assert several["rows"]["used"] == {"mood": 1600}

@@ -65,7 +65,7 @@ def test_captions_of_one_object_mention_size_and_fill_as_often_as_derived():
 
 def test_what_a_caption_leaves_open_of_the_fill_is_as_much_as_derived():
     """H(Y | X_T) as the mean of -log of the posterior of what was drawn."""
-    joint = captions_of_a_split("train").sum(4)  # size as said, fill as said, shape, colour, fill
+    joint = captions_of_a_split("train").sum(4)  # mentioned size, mentioned fill, shape, colour, fill
     surprises = []
     for scene, mentions in drawn():
         if len(scene.objects) == 1:

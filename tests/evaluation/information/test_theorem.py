@@ -18,7 +18,7 @@ ROUNDING = 1e-9
 
 
 def common_part(joint: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The finest thing that each of two variables alone tells for sure (Gács & Körner 1973).
+    """The finest variable that each of two variables alone determines (Gács & Körner 1973).
 
     joint: (T, V), p(t, v). Returns the number of the part that each t (T,) and each v (V,) belongs to: the connected
     components of the pairs that occur. Values that never occur have -1.
@@ -87,7 +87,7 @@ def distributions(draw):
     if not together.any():
         together[0, 0] = True
     labels = draw(st.integers(1, 5))
-    sharpness = draw(st.sampled_from([0.1, 1.0, 10.0]))  # from labels told almost for sure to almost not at all
+    sharpness = draw(st.sampled_from([0.1, 1.0, 10.0]))  # from labels that are almost certain to almost uniform
     joint = together[:, :, None] * random.dirichlet(np.full(labels, sharpness), together.shape)
     joint = joint * random.random(together.shape)[:, :, None]
     return joint / joint.sum()
@@ -124,7 +124,7 @@ def test_the_left_side_is_a_difference_of_cross_entropies(joint):
 
 @settings(max_examples=200, deadline=None)
 @given(joint=distributions())
-def test_the_common_part_is_told_by_both_and_no_finer_thing_is(joint):
+def test_the_common_part_is_the_finest_variable_that_both_determine(joint):
     pairs = joint.sum(2)
     text, image = common_part(pairs)
     for t, v in np.argwhere(pairs > 0):
@@ -156,7 +156,7 @@ def test_a_feature_that_one_modality_does_not_tell_is_refused():
 @pytest.mark.parametrize("label", ["size", "fill"])
 def test_the_theorem_on_scenes_with_aligned_features(label):
     """Every caption and image of one object of the training split, up to places and ground, and the best feature."""
-    axes = captions_of_a_split("train")  # size as said, fill as said, shape, colour, size, fill
+    axes = captions_of_a_split("train")  # mentioned size, mentioned fill, shape, colour, size, fill
     said_size, said_fill, shapes, colours, sizes, fills = axes.shape
     pairs = np.zeros((said_size * said_fill, shapes, colours, sizes * fills))
     pairs += axes.reshape(said_size * said_fill, shapes, colours, sizes * fills)

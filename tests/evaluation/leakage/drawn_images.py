@@ -1,4 +1,4 @@
-"""Images that are as different as images are, and what befalls an image on its way into another collection."""
+"""Random images, and the ways in which an image is changed on its way into another collection."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def coded(image: Image.Image, quality: int) -> Image.Image:
 
 
 def cropped(image: Image.Image, share: float, left: float = 0.5, top: float = 0.5) -> Image.Image:
-    """Without so large a share of its width and height, of which `left` and `top` at the left and at the top."""
+    """Without a share of its width and height, the fractions `left` and `top` of it at the left and at the top."""
     width, height = (round(side * (1 - share)) for side in image.size)
     x, y = round((image.width - width) * left), round((image.height - height) * top)
     return image.crop((x, y, x + width, y + height))

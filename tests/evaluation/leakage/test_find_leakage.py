@@ -1,4 +1,4 @@
-"""From shards to the result: hashes go on where they stopped, results are whole, commands that are wrong say so."""
+"""From shards to the result: hashing is resumed, results are whole, commands that are wrong say so."""
 
 from __future__ import annotations
 

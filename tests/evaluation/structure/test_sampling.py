@@ -40,7 +40,7 @@ def test_intervals_of_a_mean_cover_as_often_as_they_say():
         for _ in range(TRIALS):
             low, high = interval(random.exponential(size=60), 0.90)
             hits += low <= 1 <= high
-        assert AT_90[0] - 0.02 <= hits / TRIALS <= AT_90[1]  # of skew values a little less often
+        assert AT_90[0] - 0.02 <= hits / TRIALS <= AT_90[1]  # slightly less for skewed values
 
 
 def test_the_interval_of_uniformity_covers_the_value_of_the_sphere():
@@ -68,7 +68,7 @@ def test_the_interval_of_geometry_covers_its_expectation():
         assert AT_90[0] <= count / TRIALS <= AT_90[1]
 
 
-def test_the_interval_of_separability_covers_a_half_where_nothing_can_be_told():
+def test_the_interval_of_separability_covers_a_half_without_any_difference():
     config = SamplingConfig(confidence=0.90)
     random = np.random.default_rng(3)
     pairs = np.repeat(np.arange(100)[:, None], 2, axis=1)
@@ -76,7 +76,7 @@ def test_the_interval_of_separability_covers_a_half_where_nothing_can_be_told():
     for _ in range(TRIALS):
         found = linear_separability(sphere(random, 100, 8), sphere(random, 100, 8), pairs, config)
         hits += found["low"] <= 0.5 <= found["high"]
-    assert hits / TRIALS >= AT_90[0]  # the interval is a cautious one
+    assert hits / TRIALS >= AT_90[0]  # the interval is conservative
 
 
 @pytest.mark.parametrize(("rows", "batch", "batches"), [(1000, 30, 20), (100, 50, 20), (105, 10, 10)])

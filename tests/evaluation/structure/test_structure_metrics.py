@@ -262,7 +262,7 @@ def test_a_hub_is_seen_and_equal_captions_are_one_item():
     gallery = np.concatenate([unit(300, 20, seed=1), np.zeros((1, 20), np.float32)])
     plain_skewness = skewness(occurrences(queries, gallery, 10))
     gallery[-1] = queries.mean(0) / np.linalg.norm(queries.mean(0))
-    gallery[-1] *= 4  # longer, thus near to half of all
+    gallery[-1] *= 4  # longer, and so near to half of the queries
     assert skewness(occurrences(queries, gallery, 10)) > plain_skewness + 2
     twice = np.concatenate([gallery, gallery])
     np.testing.assert_array_equal(occurrences(queries, twice, 10), occurrences(queries, gallery, 10))

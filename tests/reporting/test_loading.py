@@ -77,7 +77,7 @@ def test_what_is_missing_is_named(tmp_path):
         load_evaluations([tmp_path])
 
 
-def test_models_of_one_name_are_told_apart_by_their_folders(tmp_path):
+def test_models_of_one_name_are_distinguished_by_their_folders(tmp_path):
     for folder in ("a", "b"):
         save_model(tmp_path / folder, "clip")
         save_result(tmp_path / folder, "scenes", "retrieval", {"a": {"value": 1}})
