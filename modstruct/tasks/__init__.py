@@ -1,6 +1,8 @@
-"""Downstream tasks of the fusion model, one file each: which entries, which model, which loss, which figures."""
+"""Downstream tasks of the fusion model, one file each: which entries, which model, which loss, which metrics."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from modstruct.config import FinetuneRecipe
 from modstruct.data.tokenizers import Tokenizer
@@ -11,7 +13,7 @@ from modstruct.tasks.task import Task
 from modstruct.tasks.text_assignment import TextAssignment
 from modstruct.tasks.vqa import Vqa
 
-TASKS: dict[str, type[Task]] = {
+TASKS: dict[str, type[Task[Any, Any]]] = {
     "nlvr2": Nlvr2,
     "retrieval": Retrieval,
     "snli_ve": SnliVe,
@@ -20,5 +22,5 @@ TASKS: dict[str, type[Task]] = {
 }
 
 
-def build_task(recipe: FinetuneRecipe, tokenizer: Tokenizer) -> Task:
+def build_task(recipe: FinetuneRecipe, tokenizer: Tokenizer) -> Task[Any, Any]:
     return TASKS[recipe.task.name](recipe, tokenizer)

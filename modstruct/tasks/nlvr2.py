@@ -16,13 +16,13 @@ from modstruct.data.downstream.published_files import TaskEntries
 from modstruct.data.synthetic.task_files import SceneTaskPaths
 from modstruct.evaluation.statistics import majority_label
 from modstruct.models.fusion.two_images import PairClassifier
-from modstruct.tasks.nlvr2_metrics import nlvr2_metrics
+from modstruct.tasks.metrics import nlvr2_metrics
 from modstruct.tasks.task import Task
 
 SIDES = ("left", "right")
 
 
-class Nlvr2(Task):
+class Nlvr2(Task[PairClassifier, Nlvr2Statement]):
     """predictions.json: [{"identifier": "test1-0-1-0", "prediction": "True"}, …], null without a readable image.
 
     lil-lab/nlvr's metrics.py takes the same as lines of CSV: jq -r '.[] | "\\(.identifier),\\(.prediction)"'.
@@ -33,7 +33,8 @@ class Nlvr2(Task):
 
     def read(self, files: TaskFiles, option: str, split: str) -> TaskEntries[Nlvr2Statement]:
         leave_out = self.recipe.data.leave_out_missing
-        return read_nlvr2(files.statements, files.images, option=option, leave_out_missing=leave_out)
+        images, statements = self.required(files)
+        return read_nlvr2(statements, images, option=option, leave_out_missing=leave_out)
 
     def scene_files(self, paths: SceneTaskPaths, split: str) -> TaskFiles:
         return TaskFiles(images=paths.nlvr2[split].images, statements=paths.nlvr2[split].statements)
@@ -42,26 +43,26 @@ class Nlvr2(Task):
         return PairClassifier(self.recipe, self.tokenizer, classes=2)
 
     def sample(
-        self, entry: Nlvr2Statement, picture: Callable[[Path], Image.Image], seed: Seed | None
+        self, entry: Nlvr2Statement, open_image: Callable[[Path], Image.Image], seed: Seed | None
     ) -> dict[str, Any]:
-        views = [self.image_view(picture(path), seed, side) for path, side in zip(entry.images, SIDES, strict=True)]
+        views = [self.image_view(open_image(path), seed, side) for path, side in zip(entry.images, SIDES, strict=True)]
         made = {"image": torch.stack(views), "text": entry.sentence}  # (2, 3, H, W)
         return made if entry.label is None else made | {"label": int(entry.label)}
 
     def measure(
         self, model: PairClassifier, entries: Sequence[Nlvr2Statement]
     ) -> tuple[dict[str, Any], list[dict[str, str | None]]]:
-        said = self.predict(entries, lambda batch: model.classify(batch).argmax(dim=1).tolist(), "NLVR2")
-        found = {e.identifier: bool(n) for e, n in zip(entries, said, strict=True) if n is not None}
+        predicted = self.predict(entries, lambda batch: model.classify(batch).argmax(dim=1).tolist(), "NLVR2")
+        found = {e.identifier: bool(n) for e, n in zip(entries, predicted, strict=True) if n is not None}
         predictions = [
             {"identifier": e.identifier, "prediction": str(found[e.identifier]) if e.identifier in found else None}
             for e in entries
         ]
         judged = [e for e in entries if e.identifier in found and e.label is not None]
-        return self._figures(found, judged) if judged else {}, predictions
+        return self._metrics(found, judged) if judged else {}, predictions
 
     @staticmethod
-    def _figures(found: dict[str, bool], judged: list[Nlvr2Statement]) -> dict[str, Any]:
+    def _metrics(found: dict[str, bool], judged: list[Nlvr2Statement]) -> dict[str, Any]:
         most = majority_label(statement.label for statement in judged)
         prior = nlvr2_metrics(dict.fromkeys(found, most), judged)
         shares = {name: {"value": share, "chance": prior[name]} for name, share in nlvr2_metrics(found, judged).items()}

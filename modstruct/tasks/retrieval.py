@@ -41,7 +41,7 @@ class CaptionPair:
     image_id: int
 
 
-class Retrieval(Task):
+class Retrieval(Task[FusionModel, CaptionPair | CaptionedImage]):
     files = ("images", "captions")
 
     def __init__(self, recipe: FinetuneRecipe, tokenizer: Tokenizer):
@@ -51,7 +51,8 @@ class Retrieval(Task):
     def read(self, files: TaskFiles, option: str, split: str) -> TaskEntries:
         leave_out = self.recipe.data.leave_out_missing
         published = SPLIT_OF_RUN[split]
-        found = read_karpathy(files.captions, files.images, published, option=option, leave_out_missing=leave_out)
+        images, captions = self.required(files)
+        found = read_karpathy(captions, images, published, option=option, leave_out_missing=leave_out)
         if split != "train":
             return found
         pairs = (CaptionPair(p.image, caption, p.image_id) for p in found.entries for caption in p.captions)
@@ -68,10 +69,10 @@ class Retrieval(Task):
         return build_objective(self.recipe.losses, LossSettings(train.pairwise_precision, epoch_steps, train.seed))
 
     def sample(
-        self, entry: CaptionPair | CaptionedImage, picture: Callable[[Path], Image.Image], seed: Seed | None
+        self, entry: CaptionPair | CaptionedImage, open_image: Callable[[Path], Image.Image], seed: Seed | None
     ) -> dict[str, Any]:
-        made = {"image": self.image_view(picture(entry.image), seed)}
-        if seed is None:
+        made = {"image": self.image_view(open_image(entry.image), seed)}
+        if seed is None or isinstance(entry, CaptionedImage):
             return made
         ids = {"image_id": entry.image_id, "text_id": identity(entry.caption.encode())}
         return made | {"text": entry.caption, "mask_seed": seed("text_masked")} | ids
@@ -89,14 +90,16 @@ class Retrieval(Task):
             batch["masked_places"] = masked_places(batch["masked_labels"])
         return batch
 
-    def measure(self, model: FusionModel, entries: Sequence[CaptionedImage]) -> tuple[dict[str, Any], None]:
+    def measure(
+        self, model: FusionModel, entries: Sequence[CaptionPair | CaptionedImage]
+    ) -> tuple[dict[str, Any], None]:
         device, batch = distributed.device(), self.recipe.evaluation.batch
-        image = self.predict(entries, lambda some: _listed(model, some), "embedding images")
-        kept = [number for number, row in enumerate(image) if row is not None]
-        image = np.array([image[number] for number in kept], dtype=np.float32)
-        entries = [entries[number] for number in kept]
+        of_split = [entry for entry in entries if isinstance(entry, CaptionedImage)]
+        rows = self.predict(of_split, lambda some: _listed(model, some), "embedding images")
+        image = np.array([row for row in rows if row is not None], dtype=np.float32)
+        kept = [entry for entry, row in zip(of_split, rows, strict=True) if row is not None]
         row_of: dict[str, int] = {}
-        pairs = np.array([(n, row_of.setdefault(c, len(row_of))) for n, e in enumerate(entries) for c in e.captions])
+        pairs = np.array([(n, row_of.setdefault(c, len(row_of))) for n, e in enumerate(kept) for c in e.captions])
         captions = list(row_of)
 
         def encode(some: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -106,11 +109,11 @@ class Retrieval(Task):
         recall_at = sorted({1, *self.recipe.evaluation.recall_at})
         settings = Reranking(self.recipe.task.rerank, self.recipe.task.rerank_by, recall_at, batch)
         embedded = EmbeddedPairs(image, text, pairs, captions)
-        images = self._images(entries, batch, device)
+        images = self._images(kept, batch, device)
         matched = reranked_retrieval(model, images, self.tokenizer, embedded, settings, device)
         found = on_main(lambda: measure_recall(image, text, pairs, recall_at, counting_device()))
-        figures = _flat("", found) | _flat("matched ", matched)
-        return figures | {"sizes": {"pictures": len(image), "captions": len(captions)}}, None
+        metrics = _flat("", found) | _flat("matched ", matched)
+        return metrics | {"sizes": {"images": len(image), "captions": len(captions)}}, None
 
     def _images(self, entries: Sequence[CaptionedImage], batch: int, device: torch.device) -> Iterator[Tensor]:
         """This process's batches, all of whose images could be read a moment ago."""
@@ -130,7 +133,7 @@ def _listed(model: FusionModel, batch: dict[str, Tensor]) -> list[list[float]]:
 def _flat(prefix: str, directions: dict[str, dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
     names = {"text_to_image": "text -> image", "image_to_text": "image -> text"}
     return {
-        f"{prefix}{names[direction]} {metric.replace('recall_at_', 'R@')}": figure
-        for direction, figures in directions.items()
-        for metric, figure in figures.items()
+        f"{prefix}{names[direction]} {metric.replace('recall_at_', 'R@')}": value
+        for direction, metrics in directions.items()
+        for metric, value in metrics.items()
     }

@@ -15,16 +15,17 @@ from modstruct.data.downstream.snli_ve import ENTAILMENT_LABELS, EntailmentPair,
 from modstruct.data.synthetic.task_files import SceneTaskPaths
 from modstruct.evaluation.statistics import majority_label
 from modstruct.models.fusion.classifier import Classifier
-from modstruct.tasks.entailment_metrics import entailment_metrics
+from modstruct.tasks.metrics import entailment_metrics
 from modstruct.tasks.task import Task
 
 
-class SnliVe(Task):
+class SnliVe(Task[Classifier, EntailmentPair]):
     files = ("images", "hypotheses")
 
     def read(self, files: TaskFiles, option: str, split: str) -> TaskEntries[EntailmentPair]:
         leave_out = self.recipe.data.leave_out_missing
-        return read_snli_ve(files.hypotheses, files.images, option=option, leave_out_missing=leave_out)
+        images, hypotheses = self.required(files)
+        return read_snli_ve(hypotheses, images, option=option, leave_out_missing=leave_out)
 
     def scene_files(self, paths: SceneTaskPaths, split: str) -> TaskFiles:
         return TaskFiles(images=paths.snli_ve[split].images, hypotheses=paths.snli_ve[split].hypotheses)
@@ -33,21 +34,21 @@ class SnliVe(Task):
         return Classifier(self.recipe, self.tokenizer, len(ENTAILMENT_LABELS))
 
     def sample(
-        self, entry: EntailmentPair, picture: Callable[[Path], Image.Image], seed: Seed | None
+        self, entry: EntailmentPair, open_image: Callable[[Path], Image.Image], seed: Seed | None
     ) -> dict[str, Any]:
-        made = {"image": self.image_view(picture(entry.image), seed), "text": entry.hypothesis}
+        made = {"image": self.image_view(open_image(entry.image), seed), "text": entry.hypothesis}
         return made if entry.label is None else made | {"label": entry.label}
 
     def measure(
         self, model: Classifier, entries: Sequence[EntailmentPair]
-    ) -> tuple[dict[str, Any], list[dict[str, str]]]:
-        said = self.predict(entries, lambda batch: model.classify(batch).argmax(dim=1).tolist(), "SNLI-VE")
-        named = [None if number is None else ENTAILMENT_LABELS[number] for number in said]
+    ) -> tuple[dict[str, Any], list[dict[str, str | None]]]:
+        predicted = self.predict(entries, lambda batch: model.classify(batch).argmax(dim=1).tolist(), "SNLI-VE")
+        named = [None if number is None else ENTAILMENT_LABELS[number] for number in predicted]
         predictions = [{"pairID": e.pair_id, "label": label} for e, label in zip(entries, named, strict=True)]
-        judged = [(n, e) for n, e in zip(said, entries, strict=True) if n is not None and e.label is not None]
-        return self._figures(judged) if judged else {}, predictions
+        judged = [(n, e) for n, e in zip(predicted, entries, strict=True) if n is not None and e.label is not None]
+        return self._metrics(judged) if judged else {}, predictions
 
-    def _figures(self, judged: list[tuple[int, EntailmentPair]]) -> dict[str, Any]:
+    def _metrics(self, judged: list[tuple[int, EntailmentPair]]) -> dict[str, Any]:
         numbers, pairs = zip(*judged, strict=True)
         shares = {name: {"value": share} for name, share in entailment_metrics(numbers, pairs).items()}
         most = majority_label(pair.label for pair in pairs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from PIL import Image
@@ -15,7 +15,7 @@ from tqdm import tqdm
 from modstruct import distributed
 from modstruct.config import FinetuneRecipe, TaskFiles
 from modstruct.data.downstream.batches import EntryBatch, Seed, entry_batches
-from modstruct.data.downstream.published_files import TaskEntries
+from modstruct.data.downstream.published_files import Entry, TaskEntries
 from modstruct.data.faults import BadSampleCounter
 from modstruct.data.shards.workers import require_shared_memory
 from modstruct.data.synthetic.task_files import SceneTaskPaths
@@ -28,12 +28,13 @@ from modstruct.losses.objective import Objective
 from modstruct.models.fusion.ema import EmaModel
 
 SPLITS = ("train", "validation", "test")
+Model = TypeVar("Model", bound=EmaModel)
 
 
-class Task(ABC):
-    """Entries, model, objective and figures of one task. Travels to loader processes, so it holds no model."""
+class Task(ABC, Generic[Model, Entry]):
+    """Entries, model, objective and metrics of one task. Travels to loader processes, so it holds no model."""
 
-    files: tuple[str, ...]
+    files: tuple[str, str]
     """Fields of TaskFiles that a split needs: the images', and the entries'."""
     images_of_entry: int = 1
 
@@ -42,7 +43,7 @@ class Task(ABC):
         self.views = Views(recipe.views, recipe.fusion.vision.image_size)
 
     @abstractmethod
-    def read(self, files: TaskFiles, option: str, split: str) -> TaskEntries:
+    def read(self, files: TaskFiles, option: str, split: str) -> TaskEntries[Entry]:
         """The entries of a split. option: its section of the recipe, for errors. split: one of SPLITS."""
 
     @abstractmethod
@@ -50,15 +51,15 @@ class Task(ABC):
         """The built-in task's files of a split."""
 
     @abstractmethod
-    def build_model(self) -> EmaModel:
-        """The model, its weights drawn anew."""
+    def build_model(self) -> Model:
+        """The model, with newly initialized weights."""
 
     @abstractmethod
-    def sample(self, entry: Any, picture: Callable[[Path], Image.Image], seed: Seed | None) -> dict[str, Any]:
-        """See data/tasks/batches.Composer."""
+    def sample(self, entry: Entry, open_image: Callable[[Path], Image.Image], seed: Seed | None) -> dict[str, Any]:
+        """See data/downstream/batches.Composer."""
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """See data/tasks/batches.Composer. Here: image, text and, where every sample has one, label."""
+        """See data/downstream/batches.Composer. Here: image, text and, where every sample has one, label."""
         batch = {
             "image": torch.stack([s["image"] for s in samples]),
             "text": self.tokenizer([s["text"] for s in samples]),
@@ -68,15 +69,15 @@ class Task(ABC):
         return batch
 
     @abstractmethod
-    def measure(self, model: EmaModel, entries: Sequence[Any]) -> tuple[dict[str, Any], Any]:
-        """Figures of a split, nested as in evaluation/report.py, and the predictions, written beside them as JSON.
+    def measure(self, model: Model, entries: Sequence[Entry]) -> tuple[dict[str, Any], Any]:
+        """Metrics of a split, nested as in evaluation/tables.py, and the predictions, written beside them as JSON.
 
         Every process calls it and gets the same; ZeRO-3 needs the same number of forward passes on each.
         """
 
     @abstractmethod
     def score(self, metrics: dict[str, Any]) -> float:
-        """The figure by which the best checkpoint is chosen, from 0 to 1."""
+        """The metric by which the best checkpoint is chosen, from 0 to 1."""
 
     def objective(self, epoch_steps: int) -> Objective:
         """epoch_steps: length of an epoch, over which distillation rises by default."""
@@ -84,8 +85,8 @@ class Task(ABC):
         ramp_steps = epoch_steps if task.ramp_steps is None else task.ramp_steps
         return Objective({"task": Distillation(task.alpha, ramp_steps)}, {"task": 1.0})
 
-    def entries(self, split: str, paths: SceneTaskPaths | None) -> TaskEntries | None:
-        """The entries of a split; None for one without files. paths: the built-in task, if it is wanted.
+    def entries(self, split: str, paths: SceneTaskPaths | None) -> TaskEntries[Entry] | None:
+        """The entries of a split; None for one without files. paths: the built-in task, if the recipe uses it.
 
         Raises ValueError, naming the field, for a file that is not given, that has no entry, or, except for the test
         split, entries without label.
@@ -107,6 +108,11 @@ class Task(ABC):
             require(unlabelled == 0, option, str(file), f"{remedy}; give a split with labels")
         return found
 
+    def required(self, files: TaskFiles) -> tuple[str, str]:
+        """The images and the entries' file of a split; `entries` has checked that they are given."""
+        images, entries = (getattr(files, name) for name in self.files)
+        return images, entries
+
     def check_shared_memory(self) -> None:
         """Refuse batches, of training or evaluation, that loader processes could not hand over."""
         rows = max(self.recipe.train.global_batch // distributed.world_size(), self.recipe.evaluation.batch)
@@ -122,7 +128,7 @@ class Task(ABC):
 
     @torch.no_grad()
     def predict(
-        self, entries: Sequence[Any], answer: Callable[[dict[str, Tensor]], list[Any]], title: str
+        self, entries: Sequence[Entry], answer: Callable[[dict[str, Tensor]], list[Any]], title: str
     ) -> list[Any]:
         """What `answer` says of every entry, in order, on every process; None where an image cannot be read.
 
@@ -132,29 +138,29 @@ class Task(ABC):
         batch = recipe.evaluation.batch
         rounds = rounds_of(-(-len(entries) // batch))
         batches = self.batches_of(entries, batch)
-        ledger = BadSampleCounter("pictures", recipe.data.max_bad_share, distributed.rank())
+        bad_samples = BadSampleCounter("images", recipe.data.max_bad_share, distributed.rank())
         mine: list[tuple[int, Any]] = []
         filler: dict[str, Tensor] = {}
         for _ in tqdm(range(rounds), desc=title, unit="batch", leave=False, disable=not distributed.is_main()):
             some = next(batches, EntryBatch({}, []))
-            ledger.add(some.faults, len(some.numbers) + len(some.faults))
+            bad_samples.add(some.faults, len(some.numbers) + len(some.faults))
             tensors = some.tensors or filler or self._filler(entries)
             filler = {name: rows[:1] for name, rows in tensors.items()}
-            said = answer({name: rows.to(device) for name, rows in tensors.items()})
-            mine += zip(some.numbers, said, strict=False)
-        found = [None] * len(entries)
-        for part in collect_values({"found": mine, "bad": ledger.bad}, device):
+            predicted = answer({name: rows.to(device) for name, rows in tensors.items()})
+            mine += zip(some.numbers, predicted, strict=False)
+        found: list[Any] = [None] * len(entries)
+        for part in collect_values({"found": mine, "bad": bad_samples.bad}, device):
             for number, value in part["found"]:
                 found[number] = value
         bad = sum(value is None for value in found)
-        ledger.check(bad, len(entries), fewest=1)
+        bad_samples.check(bad, len(entries), fewest=1)
         return found
 
-    def batches_of(self, entries: Sequence[Any], batch: int) -> Iterator[EntryBatch]:
+    def batches_of(self, entries: Sequence[Entry], batch: int) -> Iterator[EntryBatch]:
         """This process's share of the entries, in order."""
         return entry_batches(self, entries, self.recipe.data, batch)
 
-    def _filler(self, entries: Sequence[Any]) -> dict[str, Tensor]:
+    def _filler(self, entries: Sequence[Entry]) -> dict[str, Tensor]:
         """A batch for a process that has no entry, of a grey image."""
 
         def grey(path: Path) -> Image.Image:

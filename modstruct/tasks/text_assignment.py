@@ -31,7 +31,7 @@ from modstruct.tasks.nlvr2 import SIDES
 from modstruct.tasks.task import Task
 
 ANSWERS = ("first", "second", "neither")
-FEWEST_PICTURES = 3  # a text's own and two others
+FEWEST_IMAGES = 3  # a text's own and two others
 MOST_DRAWS = 100  # images looked at for one that does not have the text as well
 
 
@@ -39,7 +39,7 @@ MOST_DRAWS = 100  # images looked at for one that does not have the text as well
 class SplitImage:
     """An image of a split, and where it stands there."""
 
-    picture: CaptionedImage
+    captioned: CaptionedImage
     split: str
     number: int
 
@@ -53,7 +53,7 @@ class Assignment:
     label: int
 
 
-class TextAssignment(Task):
+class TextAssignment(Task[PairClassifier, SplitImage]):
     """predictions.json: [{"image_id": …, "assignment": "first" | "second" | "neither" | null}, …]."""
 
     files = ("images", "captions")
@@ -61,17 +61,18 @@ class TextAssignment(Task):
 
     def __init__(self, recipe: FinetuneRecipe, tokenizer: Tokenizer):
         super().__init__(recipe, tokenizer)
-        self.pictures: dict[str, tuple[CaptionedImage, ...]] = {}
+        self.images: dict[str, tuple[CaptionedImage, ...]] = {}
         """Of each split that was read: whence the other images of a text come."""
 
     def read(self, files: TaskFiles, option: str, split: str) -> TaskEntries[SplitImage]:
-        """Raises ValueError for a split of fewer than FEWEST_PICTURES too."""
+        """Raises ValueError for a split of fewer than FEWEST_IMAGES too."""
         name, leave_out = SPLIT_OF_RUN[split], self.recipe.data.leave_out_missing
-        found = read_karpathy(files.captions, files.images, name, option=option, leave_out_missing=leave_out)
-        pictures = self.pictures[split] = found.entries
-        remedy = f"has {len(pictures)} images in its split {name}; give at least {FEWEST_PICTURES}"
-        require(len(pictures) >= FEWEST_PICTURES, f"{option}.captions", str(files.captions), remedy)
-        entries = tuple(SplitImage(picture, split, number) for number, picture in enumerate(pictures))
+        images_root, captions = self.required(files)
+        found = read_karpathy(captions, images_root, name, option=option, leave_out_missing=leave_out)
+        images = self.images[split] = found.entries
+        remedy = f"has {len(images)} images in its split {name}; give at least {FEWEST_IMAGES}"
+        require(len(images) >= FEWEST_IMAGES, f"{option}.captions", str(files.captions), remedy)
+        entries = tuple(SplitImage(image, split, number) for number, image in enumerate(images))
         return TaskEntries(entries, found.left_out)
 
     def scene_files(self, paths: SceneTaskPaths, split: str) -> TaskFiles:
@@ -92,27 +93,27 @@ class TextAssignment(Task):
         else:
             draws = random.Random(seed("assignment"))
             label = draws.randrange(len(ANSWERS))
-        text = draws.choice(entry.picture.captions)
+        text = draws.choice(entry.captioned.captions)
         one = self._other(entry, text, draws, {entry.number})
         if ANSWERS[label] == "neither":
             pair = (one, self._other(entry, text, draws, {entry.number, one}))
         else:
             pair = (entry.number, one) if ANSWERS[label] == "first" else (one, entry.number)
-        left, right = (self.pictures[entry.split][number].image for number in pair)
+        left, right = (self.images[entry.split][number].image for number in pair)
         return Assignment(text, (left, right), label)
 
     def _other(self, entry: SplitImage, text: str, draws: random.Random, taken: set[int]) -> int:
         """An image of the split that is not taken and does not have the text among its captions."""
-        pictures = self.pictures[entry.split]
+        images = self.images[entry.split]
         for _ in range(MOST_DRAWS):
-            number = draws.randrange(len(pictures))
-            if number not in taken and text not in pictures[number].captions:
+            number = draws.randrange(len(images))
+            if number not in taken and text not in images[number].captions:
                 return number
-        raise BadSample("caption of too many images", f"{entry.picture.image}: {text!r}")
+        raise BadSample("caption of too many images", f"{entry.captioned.image}: {text!r}")
 
-    def sample(self, entry: SplitImage, picture: Callable[[Path], Image.Image], seed: Seed | None) -> dict[str, Any]:
+    def sample(self, entry: SplitImage, open_image: Callable[[Path], Image.Image], seed: Seed | None) -> dict[str, Any]:
         asked = self.assignment(entry, seed)
-        views = [self.image_view(picture(path), seed, side) for path, side in zip(asked.images, SIDES, strict=True)]
+        views = [self.image_view(open_image(path), seed, side) for path, side in zip(asked.images, SIDES, strict=True)]
         return {"image": torch.stack(views), "text": asked.text, "label": asked.label}  # image (2, 3, H, W)
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -125,17 +126,17 @@ class TextAssignment(Task):
     def measure(
         self, model: PairClassifier, entries: Sequence[SplitImage]
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        said = self.predict(entries, lambda batch: model.classify(batch).argmax(dim=1).tolist(), "text assignment")
-        named = [None if number is None else ANSWERS[number] for number in said]
+        predicted = self.predict(entries, lambda batch: model.classify(batch).argmax(dim=1).tolist(), "text assignment")
+        named = [None if number is None else ANSWERS[number] for number in predicted]
         predictions = [
-            {"image_id": e.picture.image_id, "assignment": name} for e, name in zip(entries, named, strict=True)
+            {"image_id": e.captioned.image_id, "assignment": name} for e, name in zip(entries, named, strict=True)
         ]
-        judged = [(e.number % len(ANSWERS), n) for e, n in zip(entries, said, strict=True) if n is not None]
+        judged = [(e.number % len(ANSWERS), n) for e, n in zip(entries, predicted, strict=True) if n is not None]
         if not judged:
             return {}, predictions
         accuracy = sum(label == number for label, number in judged) / len(judged)
         shares = {"accuracy": {"value": accuracy, "chance": 1 / len(ANSWERS)}}
-        return shares | {"sizes": {"pictures": len(judged)}}, predictions
+        return shares | {"sizes": {"images": len(judged)}}, predictions
 
     def score(self, metrics: dict[str, Any]) -> float:
         return metrics["accuracy"]["value"]

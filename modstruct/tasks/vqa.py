@@ -22,15 +22,15 @@ from modstruct.data.synthetic.task_files import SceneTaskPaths
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.errors import refuse
 from modstruct.models.fusion.answering import AnswerModel, answer_tokens
+from modstruct.tasks.metrics import best_answers, prior_predictions, vqa_accuracy
 from modstruct.tasks.task import Task
-from modstruct.tasks.vqa_accuracy import best_answers, prior_predictions, vqa_accuracy
 
 log = logging.getLogger("modstruct")
 ANSWERS_AT_ONCE = 1024
 """Answers that a process scores together when it ranks: some of each of evaluation.batch questions."""
 
 
-class Vqa(Task):
+class Vqa(Task[AnswerModel, VqaQuestion]):
     """`entries("train", …)` comes before `measure`: from the training split it takes what measuring needs, which is
     the answer list (unless data.answers names one) and the prior."""
 
@@ -48,11 +48,12 @@ class Vqa(Task):
             purpose = "trained on" if split == "train" else "what the best checkpoint is chosen by"
             refuse(f"{option}.annotations", None, f"the answers are {purpose}: give the published file")
         leave_out = self.recipe.data.leave_out_missing
-        return read_vqa(files.questions, files.images, files.annotations, option=option, leave_out_missing=leave_out)
+        images, questions = self.required(files)
+        return read_vqa(questions, images, files.annotations, option=option, leave_out_missing=leave_out)
 
     def entries(self, split: str, paths: SceneTaskPaths | None) -> TaskEntries[VqaQuestion] | None:
         found = super().entries(split, paths)
-        if split == "train":
+        if split == "train" and found is not None:
             self.learn_answers(found.entries)
         return found
 
@@ -76,8 +77,10 @@ class Vqa(Task):
     def build_model(self) -> AnswerModel:
         return AnswerModel(self.recipe, self.tokenizer)
 
-    def sample(self, entry: VqaQuestion, picture: Callable[[Path], Image.Image], seed: Seed | None) -> dict[str, Any]:
-        made = {"image": self.image_view(picture(entry.image), seed), "text": entry.question}
+    def sample(
+        self, entry: VqaQuestion, open_image: Callable[[Path], Image.Image], seed: Seed | None
+    ) -> dict[str, Any]:
+        made = {"image": self.image_view(open_image(entry.image), seed), "text": entry.question}
         return made if seed is None else made | {"answers": answer_weights(entry.answers)}
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -102,17 +105,17 @@ class Vqa(Task):
     def measure(
         self, model: AnswerModel, entries: Sequence[VqaQuestion]
     ) -> tuple[dict[str, Any], list[dict[str, int | str]]]:
-        """Figures, none without annotations, and what the evaluation server takes: an answer to every question.
+        """Metrics, none without annotations, and what the evaluation server takes: an answer to every question.
 
-        A question whose image cannot be read gets the prior's answer there, and no part in the figures.
+        A question whose image cannot be read gets the prior's answer there, and no part in the metrics.
         """
-        said = self.predict(entries, self._answers_of(model), "VQA")
-        answered = {e.question_id: answer for e, answer in zip(entries, said, strict=True) if answer is not None}
+        predicted = self.predict(entries, self._answers_of(model), "VQA")
+        answered = {e.question_id: answer for e, answer in zip(entries, predicted, strict=True) if answer is not None}
         prior = prior_predictions(self.prior, entries)
         judged = [e for e in entries if e.answers and e.question_id in answered]
-        figures = self._figures(answered, prior, judged) if judged else {}
+        metrics = self._metrics(answered, prior, judged) if judged else {}
         full = prior | answered
-        return figures, [{"question_id": e.question_id, "answer": full[e.question_id]} for e in entries]
+        return metrics, [{"question_id": e.question_id, "answer": full[e.question_id]} for e in entries]
 
     def _answers_of(self, model: AnswerModel) -> Callable[[dict[str, Tensor]], list[str]]:
         """A batch -> the answer to each of its questions."""
@@ -133,15 +136,15 @@ class Vqa(Task):
 
         return best
 
-    def _figures(self, answered: dict[int, str], prior: dict[int, str], judged: list[VqaQuestion]) -> dict[str, Any]:
+    def _metrics(self, answered: dict[int, str], prior: dict[int, str], judged: list[VqaQuestion]) -> dict[str, Any]:
         ours, chance = (
             vqa_accuracy({e.question_id: answers[e.question_id] for e in judged}, judged)
             for answers in (answered, prior)
         )
-        figures = {"accuracy": {"value": ours["overall"], "chance": chance["overall"]}}
+        metrics = {"accuracy": {"value": ours["overall"], "chance": chance["overall"]}}
         for kind, value in ours["answer_type"].items():
-            figures[f"accuracy {kind}"] = {"value": value, "chance": chance["answer_type"][kind]}
-        return figures | {"sizes": {"questions": len(judged), "listed answers": len(self.answer_list)}}
+            metrics[f"accuracy {kind}"] = {"value": value, "chance": chance["answer_type"][kind]}
+        return metrics | {"sizes": {"questions": len(judged), "listed answers": len(self.answer_list)}}
 
     def score(self, metrics: dict[str, Any]) -> float:
         return metrics["accuracy"]["value"]

@@ -1,4 +1,4 @@
-"""NLVR2's and SNLI-VE's figures, and the majority label."""
+"""NLVR2's and SNLI-VE's metrics, and the majority label."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import pytest
 from modstruct.data.downstream.nlvr2 import Nlvr2Statement
 from modstruct.data.downstream.snli_ve import EntailmentPair
 from modstruct.evaluation.statistics import majority_label
-from modstruct.tasks.entailment_metrics import entailment_metrics
-from modstruct.tasks.nlvr2_metrics import nlvr2_metrics, sentence_of
+from modstruct.tasks.metrics import entailment_metrics, nlvr2_metrics, sentence_of
 
 
 def statement(identifier: str, label: bool | None) -> Nlvr2Statement:
@@ -53,8 +52,8 @@ def pairs(*labels: int | None) -> list[EntailmentPair]:
 
 
 def test_entailment_is_measured_over_all_and_by_label():
-    figures = entailment_metrics([0, 1, 1, 1], pairs(0, 0, 1, 1))
-    assert figures == {"accuracy": 0.75, "contradiction": 0.5, "neutral": 1}
+    metrics = entailment_metrics([0, 1, 1, 1], pairs(0, 0, 1, 1))
+    assert metrics == {"accuracy": 0.75, "contradiction": 0.5, "neutral": 1}
 
 
 def test_entailment_needs_a_prediction_and_a_label_for_each_pair():

@@ -56,15 +56,15 @@ def test_masked_language_modelling_can_be_learned_on(root, task):
 def test_measures_both_stages_and_travels_to_loader_processes(task):
     entries = pickle.loads(pickle.dumps(task)).entries("test", None).entries
     torch.manual_seed(0)
-    figures, predictions = task.measure(task.build_model().eval(), entries)
+    metrics, predictions = task.measure(task.build_model().eval(), entries)
     captions = {caption for entry in entries for caption in entry.captions}
-    assert figures["sizes"] == {"pictures": 20, "captions": len(captions)}
+    assert metrics["sizes"] == {"images": 20, "captions": len(captions)}
     assert predictions is None
     for stage in ("", "matched "):
         for direction in ("text -> image", "image -> text"):
-            shares = [figures[f"{stage}{direction} R@{k}"]["value"] for k in (1, 5, 10)]
+            shares = [metrics[f"{stage}{direction} R@{k}"]["value"] for k in (1, 5, 10)]
             assert 0 <= shares[0] <= shares[1] <= shares[2] <= 1
-    assert 0 <= task.score(figures) <= 1
+    assert 0 <= task.score(metrics) <= 1
 
 
 def test_a_image_that_cannot_be_read_is_left_out(task, tmp_path):
@@ -73,5 +73,5 @@ def test_a_image_that_cannot_be_read_is_left_out(task, tmp_path):
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"no image")
     entries[3] = type(entries[3])(broken, entries[3].captions, entries[3].image_id)
-    figures, _ = task.measure(task.build_model().eval(), entries)
-    assert figures["sizes"]["pictures"] == 19
+    metrics, _ = task.measure(task.build_model().eval(), entries)
+    assert metrics["sizes"]["images"] == 19

@@ -43,10 +43,10 @@ def test_a_perfect_model_is_always_right_and_a_stubborn_one_as_often_as_its_labe
     assert task.score(stubborn) == stubborn["accuracy"]["value"]
 
 
-def test_a_split_without_labels_gets_predictions_and_no_figures(task):
+def test_a_split_without_labels_gets_predictions_and_no_metrics(task):
     entries = [replace(entry, label=None) for entry in task.entries("test", None).entries]
-    figures, predictions = task.measure(Stubborn(3), entries)
-    assert figures == {}
+    metrics, predictions = task.measure(Stubborn(3), entries)
+    assert metrics == {}
     assert {p["label"] for p in predictions} == {"contradiction"}
 
 

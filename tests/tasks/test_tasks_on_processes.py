@@ -50,8 +50,8 @@ def runs(tmp_path_factory, root) -> dict[str, Path]:
             }
         )
         listed = [run | {"ds_config": stage} for run in listed]
-        figures = run_on_processes(fine_tune_several, processes, str(root), listed)
-        assert all(found == figures[0] for found in figures)
+        metrics = run_on_processes(fine_tune_several, processes, str(root), listed)
+        assert all(found == metrics[0] for found in metrics)
         made[str(processes)] = folder
     return made
 
@@ -105,7 +105,7 @@ def test_the_two_blocks_learn_different_things(runs):
     assert not any(torch.equal(weights[name], weights[name.replace(".right.", ".left.")]) for name in names)
 
 
-def test_every_run_leaves_predictions_figures_and_an_export(runs):
+def test_every_run_leaves_predictions_metrics_and_an_export(runs):
     for task, size in (("text_assignment", 20), ("nlvr2", 16)):
         run = runs["2"] / task
         assert len(json.loads((run / "predictions.json").read_text())) == size
@@ -129,7 +129,7 @@ def measure_again(run: str, out: str) -> None:
 
 
 @pytest.mark.parametrize("task", ["nlvr2", "vqa"])
-def test_a_saved_run_is_measured_again_to_the_same_figures(runs, tmp_path, task):
+def test_a_saved_run_is_measured_again_to_the_same_metrics(runs, tmp_path, task):
     run = runs["2"] / task
     run_on_processes(measure_again, 1, str(run), str(tmp_path))
     best = checkpoints.read_best(run)["checkpoint"]

@@ -36,7 +36,7 @@ def task(root) -> TextAssignment:
 
 
 def entries_of(task: TextAssignment, split: str = "train") -> list[SplitImage]:
-    return [SplitImage(picture, split, number) for number, picture in enumerate(task.pictures[split])]
+    return [SplitImage(image, split, number) for number, image in enumerate(task.images[split])]
 
 
 def seeded(number: int) -> Seed:
@@ -45,11 +45,11 @@ def seeded(number: int) -> Seed:
 
 def assert_sound(task: TextAssignment, entry: SplitImage, seed: Seed | None) -> int:
     asked = task.assignment(entry, seed)
-    own, (left, right) = entry.picture.image, asked.images
-    assert asked.text in entry.picture.captions
+    own, (left, right) = entry.captioned.image, asked.images
+    assert asked.text in entry.captioned.captions
     assert left != right
     assert ((left == own), (right == own)) == ((asked.label == FIRST), (asked.label == SECOND))
-    captions = {picture.image: picture.captions for picture in task.pictures[entry.split]}
+    captions = {image.image: image.captions for image in task.images[entry.split]}
     assert all(asked.text not in captions[image] for image in asked.images if image != own)
     return asked.label
 
@@ -67,11 +67,11 @@ def test_evaluation_asks_soundly_and_always_the_same(task):
 
 
 def test_answers_partners_places_and_captions_come_in_equal_shares(task):
-    entry = next(entry for entry in entries_of(task) if len(entry.picture.captions) == 2)
+    entry = next(entry for entry in entries_of(task) if len(entry.captioned.captions) == 2)
     draws = 6_000
     asked = [task.assignment(entry, seeded(number)) for number in range(draws)]
-    others = Counter(image for a in asked for image in a.images if image != entry.picture.image)
-    assert len(others) == len(task.pictures["train"]) - 1
+    others = Counter(image for a in asked for image in a.images if image != entry.captioned.image)
+    assert len(others) == len(task.images["train"]) - 1
     shares = [(Counter(a.label for a in asked), 3), (Counter(a.text for a in asked), 2), (others, len(others))]
     for counted, kinds in shares:
         total = counted.total()
@@ -81,18 +81,18 @@ def test_answers_partners_places_and_captions_come_in_equal_shares(task):
 
 def test_of_three_images_neither_shows_the_two_others():
     recipe_free = TextAssignment.__new__(TextAssignment)
-    pictures = tuple(CaptionedImage(Path(name), (f"a {name}",), n) for n, name in enumerate("abc"))
-    recipe_free.pictures = {"train": pictures}
-    seen = Counter(assert_sound(recipe_free, SplitImage(pictures[0], "train", 0), seeded(n)) for n in range(50))
+    images = tuple(CaptionedImage(Path(name), (f"a {name}",), n) for n, name in enumerate("abc"))
+    recipe_free.images = {"train": images}
+    seen = Counter(assert_sound(recipe_free, SplitImage(images[0], "train", 0), seeded(n)) for n in range(50))
     assert set(seen) == {FIRST, SECOND, NEITHER}
 
 
 def test_a_caption_of_all_images_is_a_bad_sample():
     recipe_free = TextAssignment.__new__(TextAssignment)
-    pictures = tuple(CaptionedImage(Path(name), ("an image",), n) for n, name in enumerate("abc"))
-    recipe_free.pictures = {"train": pictures}
+    images = tuple(CaptionedImage(Path(name), ("an image",), n) for n, name in enumerate("abc"))
+    recipe_free.images = {"train": images}
     with pytest.raises(BadSample, match=r"caption of too many images: a: 'an image'"):
-        recipe_free.assignment(SplitImage(pictures[0], "train", 0), seeded(0))
+        recipe_free.assignment(SplitImage(images[0], "train", 0), seeded(0))
 
 
 def test_a_split_of_two_images_is_refused_by_name(root, tmp_path):
@@ -128,7 +128,7 @@ def test_loader_processes_ask_the_same(task):
     sent = pickle.loads(pickle.dumps(dataset))
     assert all(torch.equal(value, sent[1].tensors[name]) for name, value in dataset[1].tensors.items())
     # The images of the split travel once, not once an entry.
-    assert sent.composer.pictures["train"][0] is sent.entries[0].picture
+    assert sent.composer.images["train"][0] is sent.entries[0].captioned
 
 
 def test_each_epoch_asks_anew(task):
@@ -141,7 +141,7 @@ def test_the_fingerprint_tells_images_and_captions(root, task):
     entries = task.entries("train", None)
     assert entries.fingerprint == task.entries("train", None).fingerprint
     first = entries.entries[0]
-    changed = replace(first, picture=replace(first.picture, captions=("another",)))
+    changed = replace(first, captioned=replace(first.captioned, captions=("another",)))
     assert replace(entries, entries=(changed, *entries.entries[1:])).fingerprint != entries.fingerprint
 
 
@@ -149,9 +149,9 @@ def test_accuracy_stands_beside_one_third(task):
     entries = entries_of(task, "validation")
     metrics, predictions = task.measure(Knowing(3), entries)
     assert metrics["accuracy"] == {"value": 1.0, "chance": 1 / 3}
-    assert metrics["sizes"] == {"pictures": len(entries)}
+    assert metrics["sizes"] == {"images": len(entries)}
     assert task.score(metrics) == 1
-    said = [{"image_id": e.picture.image_id, "assignment": ANSWERS[e.number % 3]} for e in entries]
+    said = [{"image_id": e.captioned.image_id, "assignment": ANSWERS[e.number % 3]} for e in entries]
     assert predictions == said
     metrics, _ = task.measure(Stubborn(3), entries)
     assert metrics["accuracy"]["value"] == sum(e.number % 3 == 0 for e in entries) / len(entries)
@@ -161,11 +161,11 @@ def test_the_image_of_each_place_is_the_one_that_is_asked_about(task):
     entry = entries_of(task)[4]
 
     def told(path: Path) -> Image.Image:
-        number = [picture.image for picture in task.pictures["train"]].index(path)
+        number = [image.image for image in task.images["train"]].index(path)
         return Image.new("RGB", (40, 50), (number, 0, 0))
 
     for number in range(10):
         asked = task.assignment(entry, seeded(number))
         made = task.sample(entry, told, seeded(number))
-        shown = [task.pictures["train"][int(view[0, 0, 0])].image for view in made["image"]]
+        shown = [task.images["train"][int(view[0, 0, 0])].image for view in made["image"]]
         assert (tuple(shown), made["text"], made["label"]) == (asked.images, asked.text, asked.label)

@@ -1,4 +1,4 @@
-"""The VQA task: batches of questions with any number of answers, figures, prior, and the server's file."""
+"""The VQA task: batches of questions with any number of answers, metrics, prior, and the server's file."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_the_answer_list_is_the_training_sets_or_a_file(questions, tmp_path):
 
 
 @pytest.mark.parametrize("answering", ["rank", "generate"])
-def test_figures_and_predictions(questions, answering, monkeypatch):
+def test_metrics_and_predictions(questions, answering, monkeypatch):
     task = task_of(questions, answering=answering)
     model = answer_model(task.recipe)
     said = ["blue", "yes", "yes", "red", "no"]

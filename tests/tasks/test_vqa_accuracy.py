@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modstruct.data.downstream.vqa import VqaQuestion
-from modstruct.tasks.vqa_accuracy import (
+from modstruct.tasks.metrics import (
     answer_accuracy,
     best_answers,
     normalized,
@@ -115,10 +115,10 @@ QUESTIONS = (
 
 
 def test_means_are_taken_over_all_and_by_type():
-    figures = vqa_accuracy({1: "red", 2: "red", 3: "two", 4: "no"}, QUESTIONS)
-    assert figures["overall"] == pytest.approx((1 + 0.6 + 1 + 0.9) / 4)
-    assert figures["question_type"] == pytest.approx({"how many": 1, "is it": 0.9, "what colour": 0.8})
-    assert figures["answer_type"] == pytest.approx({"number": 1, "other": 0.8, "yes/no": 0.9})
+    metrics = vqa_accuracy({1: "red", 2: "red", 3: "two", 4: "no"}, QUESTIONS)
+    assert metrics["overall"] == pytest.approx((1 + 0.6 + 1 + 0.9) / 4)
+    assert metrics["question_type"] == pytest.approx({"how many": 1, "is it": 0.9, "what colour": 0.8})
+    assert metrics["answer_type"] == pytest.approx({"number": 1, "other": 0.8, "yes/no": 0.9})
 
 
 def test_predictions_and_questions_must_match():

@@ -118,7 +118,7 @@ def zero3_that_spreads_all(folder: Path) -> str:
 
 
 def fine_tune(root: str, task: str, output: str, ds_config: str, resume: str | None = None, init: str | None = None):
-    """A whole run, as `launch_scripts/finetune.py` makes it; returns its figures. Every process calls it."""
+    """A whole run, as `launch_scripts/finetune.py` makes it; returns its metrics. Every process calls it."""
     from modstruct.training.finetune import Finetuning
 
     recipe = replace(tiny_task_recipe(Path(root), task, output), init=init)

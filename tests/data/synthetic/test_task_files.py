@@ -19,7 +19,7 @@ from modstruct.data.synthetic.claims import statement_sets
 from modstruct.data.synthetic.drawing import draw
 from modstruct.data.synthetic.questions import scene_hypotheses, scene_questions
 from modstruct.data.synthetic.task_files import SceneTaskPaths, SceneTaskSizes, ensure_scene_tasks, scene_tasks_folder
-from modstruct.tasks.vqa_accuracy import vqa_accuracy
+from modstruct.tasks.metrics import vqa_accuracy
 
 SMALL = SceneTaskSizes(40, 10, 16, 8, 60, 30, 12, 5)
 SPLITS = ("train", "validation", "test")

@@ -1,8 +1,8 @@
-"""The official accuracy of VQA v2, and the best answer to each question type as a prior.
+"""The metrics of the downstream tasks, as their official programs compute them: SNLI-VE, NLVR2, VQA v2.
 
-An answer counts by how many annotators gave it: right if at least three others of the ten did (Antol et al. 2015).
-What counts as the same answer is decided by a normalisation, which here gives what GT-Vision-Lab/VQA's vqaEval.py
-gives, its oddities included, since published figures have them in.
+VQA: an answer counts by how many annotators gave it: right if at least three others of the ten did (Antol et al.
+2015). Which answers are equal is decided by a normalisation that reproduces GT-Vision-Lab/VQA's vqaEval.py, its
+oddities included, since published results contain them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
+from modstruct.data.downstream.nlvr2 import Nlvr2Statement
+from modstruct.data.downstream.snli_ve import ENTAILMENT_LABELS, EntailmentPair
 from modstruct.data.downstream.vqa import VqaQuestion
 
 ENOUGH_ANNOTATORS = 3
@@ -43,6 +45,58 @@ CONTRACTIONS = {
     if sign == "'"
 }
 CONTRACTIONS["somebody'd"] = "somebodyd"  # official: this one the wrong way round
+
+
+def entailment_metrics(predictions: Sequence[int], pairs: Sequence[EntailmentPair]) -> dict[str, float]:
+    """Accuracy on SNLI-VE, from 0 to 1, over all pairs and for each label (Xie et al. 2019).
+
+    predictions: a label number for each pair, in their order (pair ids of SNLI-VE are not unique). Returns
+    {"accuracy": …, "contradiction": …, "neutral": …, "entailment": …}, the last three over the pairs of that label,
+    without a label that no pair has. Raises ValueError if the numbers differ, for a pair without label, and for none.
+    """
+    if not pairs or len(predictions) != len(pairs):
+        raise ValueError(
+            f"predictions: {len(predictions):,} for {len(pairs):,} pairs; give one for each of at least one"
+        )
+    hits: dict[str, list[bool]] = {name: [] for name in ENTAILMENT_LABELS}
+    for prediction, pair in zip(predictions, pairs, strict=True):
+        if pair.label is None:
+            raise ValueError(f"pair {pair.pair_id} has no label and cannot be measured")
+        hits[ENTAILMENT_LABELS[pair.label]].append(int(prediction) == pair.label)
+    metrics = {"accuracy": sum(map(sum, hits.values())) / len(pairs)}
+    return metrics | {name: sum(found) / len(found) for name, found in hits.items() if found}
+
+
+def sentence_of(identifier: str) -> str:
+    """What the statements of one sentence share: `dev-850-3-1` about pair 3 -> `dev-850--1`."""
+    split, group, _, sentence = identifier.rsplit("-", 3)
+    return f"{split}-{group}--{sentence}"
+
+
+def nlvr2_metrics(predictions: Mapping[str, bool], statements: Sequence[Nlvr2Statement]) -> dict[str, float]:
+    """NLVR2's accuracy over statements, and consistency: sentences right for all their pairs (Suhr et al. 2019).
+
+    From 0 to 1, as lil-lab/nlvr's metrics.py computes them.
+
+    predictions: by identifier. Returns {"accuracy": …, "consistency": …}. Raises ValueError for a statement without
+    prediction or label, and for no statement at all.
+    """
+    if not statements:
+        raise ValueError("statements: there are none to measure")
+    right = 0
+    consistent: dict[str, bool] = {}
+    for statement in statements:
+        if statement.identifier not in predictions:
+            raise ValueError(f"predictions: there is none for the statement {statement.identifier}")
+        if statement.label is None:
+            raise ValueError(
+                f"statement {statement.identifier} has no label: the hidden test set cannot be measured here"
+            )
+        hit = bool(predictions[statement.identifier]) == statement.label
+        right += hit
+        sentence = sentence_of(statement.identifier)
+        consistent[sentence] = consistent.get(sentence, True) and hit
+    return {"accuracy": right / len(statements), "consistency": sum(consistent.values()) / len(consistent)}
 
 
 @lru_cache(maxsize=100_000)
