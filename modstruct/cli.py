@@ -13,11 +13,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 from tqdm import tqdm
 
 from modstruct.cli_errors import not_a_section, one_line, sections_of
-from modstruct.config import Recipe
+from modstruct.config import LossesConfig, Recipe
+from modstruct.config.migrations import is_fine_tuning, migrate, migrate_checkpoint, migrate_method
 from modstruct.errors import FailedElsewhere, LostProcess, RunError, refuse, require
 from modstruct.files import read_yaml
 
@@ -40,14 +42,15 @@ def recipe_path(name: str, folder: Path = RECIPES, option: str = "--recipe") -> 
     raise ValueError(f"{option} = {name!r}: no such file; give a YAML file or one of {_names(folder)}")
 
 
-def _check_recipe_file(path: Path) -> Path:
-    """Refuse a file that is no mapping of fields, where the parser could not name the file."""
+def read_recipe_file(path: Path) -> dict[str, Any]:
+    """The fields in a file; refused, by the file's name, where it holds anything else."""
     try:
         content = read_yaml(path)
     except (OSError, ValueError) as error:
         refuse("--recipe", str(path), f"cannot be read as YAML: {' '.join(str(error).split())}")
-    require(isinstance(content, dict), "--recipe", str(path), "must hold fields (name: value) and nothing else")
-    return path
+    if not isinstance(content, dict):
+        refuse("--recipe", str(path), "must hold fields (name: value) and nothing else")
+    return content
 
 
 def _expand(arguments: Sequence[str], recipes: Path) -> list[str]:
@@ -57,10 +60,14 @@ def _expand(arguments: Sequence[str], recipes: Path) -> list[str]:
     if recipes == RECIPES:
         names.add_argument("--method")
     chosen, rest = names.parse_known_args(arguments)
-    files = [recipe_path(chosen.recipe, recipes)]
-    if getattr(chosen, "method", None):
-        files.append(recipe_path(chosen.method, RECIPES / "methods", "--method"))
-    return [word for file in files for word in ("--recipe", str(_check_recipe_file(file)))] + rest
+    path = recipe_path(chosen.recipe, recipes)
+    # A checkpoint's own recipe stands beside its state.
+    migrated = (migrate_checkpoint if (path.parent / "state.json").is_file() else migrate)(read_recipe_file(path))
+    contents = [migrated]
+    if recipes == RECIPES and chosen.method:
+        method = migrate_method(read_recipe_file(recipe_path(chosen.method, RECIPES / "methods", "--method")))
+        contents += [{"losses": {loss.name: {"weight": 0.0} for loss in fields(LossesConfig)}}, method]
+    return [word for content in contents for word in ("--recipe", yaml.safe_dump(content, sort_keys=False))] + rest
 
 
 def _plain_parser() -> argparse.ArgumentParser:
@@ -126,13 +133,21 @@ def parse_recipe_text(text: str) -> Recipe:
     """The recipe that `recipe_files.recipe_to_yaml` wrote; ValueError where it cannot be one."""
     parser = recipe_parser("", "")
     try:
-        return _config_of(parser, parser.instantiate(parser.parse_string(text)))
+        content = yaml.safe_load(text)
+        require(isinstance(content, dict), "recipe", text[:40], "must hold fields (name: value) and nothing else")
+        written = yaml.safe_dump(migrate_checkpoint(content), sort_keys=False)
+        return _config_of(parser, parser.instantiate(parser.parse_string(written)))
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
     except (ValueError, argparse.ArgumentError) as error:
         raise ValueError(one_line(parser, error, sections_of(Recipe))) from error
 
 
 def _config_of(parser: ArgumentParser, built: Namespace) -> Any:
-    return parser.config_type(**{field.name: built[field.name] for field in fields(parser.config_type)})
+    config = parser.config_type(**{field.name: built[field.name] for field in fields(parser.config_type)})
+    if isinstance(config, Recipe):
+        config.losses.require_any()
+    return config
 
 
 def _check_sections(options: Namespace, sections: dict[str, list[str]]) -> None:
@@ -164,8 +179,8 @@ def _with_recipe_of_checkpoint(arguments: Sequence[str], fine_tuned: bool, safel
     found = chosen and find(chosen, chosen, "--checkpoint")
     if not found:
         return list(arguments)
-    recipe = _check_recipe_file(found / "recipe.yaml")
-    is_fine_tuned = "task" in read_yaml(recipe)
+    recipe = found / "recipe.yaml"
+    is_fine_tuned = is_fine_tuning(read_recipe_file(recipe))
     remedy = "a fine-tuned model: `evaluate.py task`" if is_fine_tuned else "a pre-trained model: `evaluate.py`"
     require(is_fine_tuned == fine_tuned, "--checkpoint", chosen, f"{remedy} measures it")
     return ["--recipe", str(recipe), *safely, *arguments]
@@ -182,7 +197,7 @@ def take_initial_sizes(parser: ArgumentParser, arguments: Sequence[str]) -> Sequ
     option.add_argument("--init")
     option.add_argument("--recipe", default=DEFAULT_RECIPE[parser.recipes])
     given = option.parse_known_args(arguments)[0]
-    named_by_recipe = read_yaml(_check_recipe_file(recipe_path(given.recipe, parser.recipes))).get("init")
+    named_by_recipe = read_recipe_file(recipe_path(given.recipe, parser.recipes)).get("init")
     chosen = named_by_recipe if given.init is None else given.init
     # Published files bring no sizes, and one that the recipe names need not be there when only --help is wanted.
     chosen = chosen if isinstance(chosen, str) and chosen != "null" and Path(chosen).expanduser().is_dir() else None

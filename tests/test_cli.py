@@ -81,6 +81,75 @@ def test_every_recipe_parses_by_name_and_by_path(parse, name):
     assert parse("--recipe", name) == parse(f"--recipe={cli.RECIPES / name}.yaml")
 
 
+def on(recipe) -> dict[str, object]:
+    losses = {field.name: getattr(recipe.losses, field.name) for field in fields(recipe.losses)}
+    return {name: loss for name, loss in losses.items() if loss.weight > 0}
+
+
+def weights(recipe) -> dict[str, float]:
+    return {name: loss.weight for name, loss in on(recipe).items()}
+
+
+RECIPE_NAMES = sorted(path.stem for path in cli.RECIPES.glob("*.yaml"))
+ALBEF = {"queue_contrast": 1.0, "matching": 1.0, "masked_language": 1.0}
+ON = {
+    "albef": ALBEF,
+    "albef_all": ALBEF | {"separation": 1.0, "bridge": 1.0, "geometry": 0.25},
+    "albef_br": ALBEF | {"bridge": 1.0},
+    "albef_gc": ALBEF | {"geometry": 0.25},
+    "albef_sep": ALBEF | {"separation": 1.0},
+    "all": {"contrastive": 1.0, "separation": 1.0, "bridge": 1.0, "geometry": 0.25},
+    "br": {"contrastive": 1.0, "bridge": 1.0},
+    "clip": {"contrastive": 1.0},
+    "clip_inmodal": {"contrastive": 1.0},
+    "cyclip": {"contrastive": 1.0, "geometry": 0.25},
+    "gc": {"contrastive": 1.0, "geometry": 0.25},
+    "sep": {"contrastive": 1.0, "separation": 1.0},
+    "siglip": {"sigmoid": 1.0},
+}
+IN_MODAL = {"all", "br", "clip_inmodal", "gc", "sep"}
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("recipe", RECIPE_NAMES)
+def test_every_method_over_every_recipe_turns_on_its_own_losses_alone(parse, recipe, name):
+    framework = "fusion" if name in FUSION_METHODS else "two_tower"
+    losses = parse("--recipe", recipe, "--method", name, "--framework", framework).losses
+    assert weights(parse("--recipe", recipe, "--method", name, "--framework", framework)) == ON[name]
+    assert losses.contrastive.in_modal == (name in IN_MODAL) or not losses.contrastive.weight
+    assert losses.geometry.augmented == (name != "cyclip") or not losses.geometry.weight
+
+
+def test_a_method_of_ones_own_turns_the_other_losses_off_and_keeps_their_other_fields(parse, recipe_file):
+    method = recipe_file("losses: {bridge: {weight: 2}}")
+    recipe = parse("--method", method, "--losses.geometry.normalize", "pairs", "--losses.sigmoid.weight", "1")
+    assert weights(recipe) == {"bridge": 2.0, "sigmoid": 1.0}
+    assert recipe.losses.contrastive.in_modal
+    assert recipe.losses.geometry.normalize == "pairs"
+
+
+def test_a_recipe_file_of_version_1_means_what_it_meant(parse, recipe_file):
+    older = recipe_file("framework: fusion\nlosses: {queue_contrast: {weight: 1, positives: picture}}")
+    recipe = parse("--recipe", older)
+    assert weights(recipe) == {"contrastive": 1.0, "queue_contrast": 1.0}
+    assert recipe.losses.queue_contrast.positives == "image"
+    assert weights(parse("--recipe", recipe_file("schema: 2\nlosses: {bridge: {weight: 1}}"))) == {"bridge": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--losses.queue_contrast.positives", "picture"], "give one of pair, image"),
+        (["--method", "clip", "--losses.contrastive.weight", "0"], "losses.*.weight"),
+        (["--schema", "3"], "schema"),
+    ],
+)
+def test_what_a_version_no_longer_has_is_refused_by_name(parse, capsys, words, said):
+    with pytest.raises(SystemExit, match="2"):
+        parse(*words)
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_replaces_the_losses_and_nothing_else(parse, recipe_file, name):
     every_loss_on = "losses: {contrastive: {weight: 9, in_modal: true}, separation: {weight: 9}, bridge: {weight: 9}, "
@@ -89,17 +158,15 @@ def test_a_method_replaces_the_losses_and_nothing_else(parse, recipe_file, name)
     framework = "fusion" if name in FUSION_METHODS else "two_tower"
     path = recipe_file(f"{every_loss_on}\noutput: runs/mine\nframework: {framework}")
     recipe = parse("--recipe", path, "--method", name)
-    assert recipe.losses == parse("--framework", framework, "--method", name).losses
+    assert on(recipe).keys() == on(parse("--framework", framework, "--method", name)).keys()
     assert 9 not in [getattr(recipe.losses, field.name).weight for field in fields(LossesConfig)]
     assert recipe.output == "runs/mine"
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_file_holds_losses_alone_and_every_weight(name):
+def test_a_method_file_names_only_what_is_on(name):
     content = yaml.safe_load((cli.RECIPES / "methods" / f"{name}.yaml").read_text())
-    assert content.keys() == {"losses"}
-    assert content["losses"].keys() == {field.name for field in fields(LossesConfig)}
-    assert all("weight" in section for section in content["losses"].values())
+    assert {loss: section["weight"] for loss, section in content["losses"].items()} == ON[name]
 
 
 def test_the_methods_are_the_rows_of_the_papers_table(parse):

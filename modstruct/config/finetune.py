@@ -7,7 +7,8 @@ from typing import Literal
 
 from modstruct.config.data import ScenesConfig, TokenizerConfig, ViewsConfig
 from modstruct.config.fusion import FusionConfig
-from modstruct.config.losses import ContrastiveConfig, LossesConfig, MatchingConfig, QueueContrastConfig
+from modstruct.config.losses import LossesConfig, MatchingConfig, QueueContrastConfig
+from modstruct.config.migrations import SCHEMA
 from modstruct.config.training import CheckpointConfig, LoggingConfig, OptimizerConfig, RerankBy, TrainConfig
 from modstruct.errors import require, require_counts
 
@@ -116,8 +117,7 @@ class TaskEvaluationConfig:
 
 def _retrieval_losses() -> LossesConfig:
     return LossesConfig(
-        contrastive=ContrastiveConfig(weight=0.0),
-        queue_contrast=QueueContrastConfig(weight=1.0, positives="picture"),
+        queue_contrast=QueueContrastConfig(weight=1.0, positives="image"),
         matching=MatchingConfig(weight=1.0),
     )
 
@@ -126,6 +126,8 @@ def _retrieval_losses() -> LossesConfig:
 class FinetuneRecipe:
     """A whole fine-tuning run."""
 
+    schema: int = SCHEMA
+    """Version of the recipe's fields; a file without it is of version 1."""
     output: str = "runs/vqa"
     """Folder for checkpoints, TensorBoard log, metrics, predictions and exported weights."""
     init: str | None = None
@@ -154,6 +156,7 @@ class FinetuneRecipe:
     """What is written down."""
 
     def __post_init__(self):
+        require(self.schema == SCHEMA, "schema", self.schema, f"recipes of this version say {SCHEMA}")
         init = self.fusion.init
         require(init is None, "fusion.init", init, "fine-tuning starts from --init: null")
         micro = self.train.micro_batch

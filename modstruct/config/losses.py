@@ -15,7 +15,7 @@ to tf32 or bfloat16; sums are float32. The CPU always takes float32."""
 
 @dataclass
 class ContrastiveConfig:
-    weight: float = 1.0
+    weight: float = 0.0
     """Weight of the contrastive base; 0 turns it off."""
     in_modal: bool = False
     """false: 1/2 (V2T + T2V), plain CLIP; true: 1/4 (V2T + T2V + V2V + T2T)."""
@@ -69,7 +69,7 @@ class QueueContrastConfig:
     """Share of the momentum encoders' softened targets."""
     ramp_steps: int | None = None
     """Steps over which alpha rises from 0; null takes the first epoch, as ALBEF."""
-    positives: Literal["pair", "picture"] = "pair"
+    positives: Literal["pair", "image"] = "pair"
     """pair: the caption of this very pair is right; image: all captions of the same image are, in equal shares, as
     ALBEF fine-tunes retrieval."""
 
@@ -134,4 +134,8 @@ class LossesConfig:
         weights = {field.name: getattr(self, field.name).weight for field in fields(self)}
         for name, weight in weights.items():
             require(0 <= weight < inf, f"losses.{name}.weight", weight, "0 (off) or more, and finite")
+
+    def require_any(self) -> None:
+        """Refuse an objective without any loss."""
+        weights = {field.name: getattr(self, field.name).weight for field in fields(self)}
         require(any(weights.values()), "losses.*.weight", weights, "at least one weight must be above 0")

@@ -8,15 +8,18 @@ from typing import Literal
 from modstruct.config.data import DataConfig, TokenizerConfig, ViewsConfig
 from modstruct.config.fusion import FusionConfig
 from modstruct.config.losses import FUSION_LOSSES, LossesConfig
+from modstruct.config.migrations import SCHEMA
 from modstruct.config.model import ModelConfig
 from modstruct.config.training import CheckpointConfig, EvaluationConfig, LoggingConfig, OptimizerConfig, TrainConfig
-from modstruct.errors import refuse
+from modstruct.errors import refuse, require
 
 
 @dataclass
 class Recipe:
     """A whole run."""
 
+    schema: int = SCHEMA
+    """Version of the recipe's fields; a file without it is of version 1."""
     output: str = "runs/scenes"
     """Folder for checkpoints, TensorBoard log, metrics and exported weights."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -45,6 +48,7 @@ class Recipe:
     """What is written down."""
 
     def __post_init__(self):
+        require(self.schema == SCHEMA, "schema", self.schema, f"recipes of this version say {SCHEMA}")
         wrong = [name for name in FUSION_LOSSES if getattr(self.losses, name).weight > 0]
         if self.framework == "two_tower":
             remedy = "two towers have no fusion encoder, momentum encoders or queue: set it to 0, or framework: fusion"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
 
 import yaml
 
 from modstruct.config import FinetuneRecipe, Recipe
+from modstruct.config.migrations import migrate_checkpoint
 from modstruct.errors import refuse
 
 # What a resumed run may change: how long and how fast it learns, what it writes down, and where it finds helpers.
@@ -82,6 +84,10 @@ def _is_in(name: str, sections: tuple[str, ...]) -> bool:
     return any(name == section or name.startswith(f"{section}.") for section in sections)
 
 
+def _has_section(names: Iterable[str], section: str) -> bool:
+    return any(name.startswith(f"{section}.") for name in names)
+
+
 def decisive_fields(recipe: Recipe | FinetuneRecipe) -> dict[str, object]:
     """The fields by their dotted names, paths left out: equal on all hosts of a run."""
     return {name: value for name, value in _leaves(recipe_to_dict(recipe)).items() if not _is_in(name, PATHS)}
@@ -92,8 +98,18 @@ def check_resumable(saved: dict, recipe: Recipe | FinetuneRecipe) -> None:
 
     saved: the checkpoint's recipe as a nested dictionary.
     """
-    before, now = _leaves(saved), _leaves(recipe_to_dict(recipe))
+    before, now = _leaves(migrate_checkpoint(saved)), _leaves(recipe_to_dict(recipe))
     for name in sorted(before.keys() | now.keys()):
-        if before.get(name) != now.get(name) and not _is_in(name, CHANGEABLE):
-            made_with = f"the checkpoint was made with {before.get(name)!r}"
-            refuse(name, now.get(name), f"{made_with}; a resumed run may change only {', '.join(CHANGEABLE)}")
+        if _is_in(name, CHANGEABLE):
+            continue
+        younger_loss = name.startswith("losses.") and not _has_section(before, name.rpartition(".")[0])
+        if name not in before and younger_loss:
+            if name.endswith(".weight") and now[name]:
+                refuse(name, now[name], "the checkpoint is older than this loss: 0 (off)")
+        elif name not in before:
+            refuse(name, now[name], "the checkpoint's recipe lacks this field, and no migration gives it a value")
+        elif name not in now:
+            refuse(name, before[name], "the checkpoint was made with it, and this version has no such field")
+        elif before[name] != now[name]:
+            made_with = f"the checkpoint was made with {before[name]!r}"
+            refuse(name, now[name], f"{made_with}; a resumed run may change only {', '.join(CHANGEABLE)}")

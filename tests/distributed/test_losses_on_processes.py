@@ -22,15 +22,15 @@ from modstruct.pairwise import torch_tiles
 PAIRS, FEATURES = 24, 10
 OFF = ContrastiveConfig(weight=0.0)
 OBJECTIVES = {
-    "clip": LossesConfig(),
-    "clip_inmodal": LossesConfig(contrastive=ContrastiveConfig(in_modal=True)),
+    "clip": LossesConfig(contrastive=ContrastiveConfig(weight=1.0)),
+    "clip_inmodal": LossesConfig(contrastive=ContrastiveConfig(weight=1.0, in_modal=True)),
     "separation": LossesConfig(contrastive=OFF, separation=SeparationConfig(weight=1.0)),
     "bridge": LossesConfig(contrastive=OFF, bridge=BridgeConfig(weight=1.0, t=None)),
     "geometry": LossesConfig(contrastive=OFF, geometry=GeometryConfig(weight=1.0)),
     "geometry of pairs": LossesConfig(contrastive=OFF, geometry=GeometryConfig(weight=1.0, normalize="pairs")),
     "sigmoid": LossesConfig(contrastive=OFF, sigmoid=SigmoidConfig(weight=1.0)),
     "all": LossesConfig(
-        contrastive=ContrastiveConfig(in_modal=True),
+        contrastive=ContrastiveConfig(weight=1.0, in_modal=True),
         separation=SeparationConfig(weight=1.0),
         bridge=BridgeConfig(weight=1.0),
         geometry=GeometryConfig(weight=0.25),

@@ -9,7 +9,7 @@ from processes import run_on_processes
 from torch import Tensor
 
 from modstruct import distributed
-from modstruct.config import LossesConfig
+from modstruct.config import ContrastiveConfig, LossesConfig
 from modstruct.losses.objective import build_objective
 from modstruct.pairwise import (
     contrastive,
@@ -90,7 +90,9 @@ def refusal_of_uneven_rows() -> str:
     """What the objective says where process 1 brings a row more than the others."""
     x, y = towers(5 if distributed.rank() == 1 else 4, WIDTH, 1)
     with pytest.raises(ValueError, match="rows of") as refusal:
-        build_objective(LossesConfig())(dict(image=x, text=y, logit_scale=logit_scale(9.0)), step=0)
+        build_objective(LossesConfig(contrastive=ContrastiveConfig(weight=1.0)))(
+            dict(image=x, text=y, logit_scale=logit_scale(9.0)), step=0
+        )
     return str(refusal.value)
 
 

@@ -62,7 +62,7 @@ def tiny_recipe(output: Path | str, cache: Path | str, steps: int = 4, precision
             queue=17,  # no multiple of the batch; full in the second step
         ),
         losses=LossesConfig(
-            contrastive=ContrastiveConfig(in_modal=True),
+            contrastive=ContrastiveConfig(weight=1.0, in_modal=True),
             separation=SeparationConfig(weight=1.0),
             bridge=BridgeConfig(weight=1.0, t=None),
             geometry=GeometryConfig(weight=0.25),

@@ -32,7 +32,7 @@ def printed_clip_inmodal(e):
 
 
 def loss(in_modal: bool):
-    return lambda e: computed(Contrastive(ContrastiveConfig(in_modal=in_modal), LossSettings()), e)[0]
+    return lambda e: computed(Contrastive(ContrastiveConfig(weight=1.0, in_modal=in_modal), LossSettings()), e)[0]
 
 
 @pytest.mark.parametrize(("in_modal", "printed"), [(False, printed_clip), (True, printed_clip_inmodal)])
@@ -46,7 +46,7 @@ def test_agrees_with_the_printed_formula(in_modal, printed, pairs, seed):
 @pytest.mark.parametrize("in_modal", [False, True])
 def test_components_carry_the_names_of_their_directions(in_modal):
     e = random_embeddings(5, 4, 1)
-    value, terms = computed(Contrastive(ContrastiveConfig(in_modal=in_modal), LossSettings()), e)
+    value, terms = computed(Contrastive(ContrastiveConfig(weight=1.0, in_modal=in_modal), LossSettings()), e)
     pairs = {"image_to_text": (e.image, e.text), "text_to_image": (e.text, e.image)}
     if in_modal:
         pairs |= {"image_to_image": (e.image, e.image_augmented), "text_to_text": (e.text, e.text_augmented)}

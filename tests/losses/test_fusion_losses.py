@@ -96,10 +96,10 @@ def plain_contrast(alpha: float, by_image: bool):
 
 @pytest.mark.parametrize("queue", [0, 7])
 @pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
-@pytest.mark.parametrize("positives", ["pair", "picture"])
+@pytest.mark.parametrize("positives", ["pair", "image"])
 def test_contrast_with_queue(queue, alpha, positives):
     config = QueueContrastConfig(weight=1.0, alpha=alpha, ramp_steps=0, positives=positives)
-    assert_same(QueueContrast(config, LossSettings()), plain_contrast(alpha, positives == "picture"), outputs(queue))
+    assert_same(QueueContrast(config, LossSettings()), plain_contrast(alpha, positives == "image"), outputs(queue))
 
 
 def test_with_no_image_twice_positives_are_the_pairs():
@@ -107,7 +107,7 @@ def test_with_no_image_twice_positives_are_the_pairs():
     made.pair_ids, made.queue_ids = torch.arange(PAIRS), torch.arange(7) + 50
     values = [
         computed(QueueContrast(QueueContrastConfig(weight=1.0, positives=positives), LossSettings()), made)[0]
-        for positives in ("pair", "picture")
+        for positives in ("pair", "image")
     ]
     torch.testing.assert_close(*values)
 

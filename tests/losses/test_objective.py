@@ -41,8 +41,8 @@ def test_every_section_of_the_recipe_has_its_loss():
 @pytest.mark.parametrize(
     ("config", "views", "independent"),
     [
-        (LossesConfig(), set(), False),
-        (LossesConfig(contrastive=ContrastiveConfig(in_modal=True)), BOTH_VIEWS, False),
+        (LossesConfig(contrastive=ContrastiveConfig(weight=1.0)), set(), False),
+        (LossesConfig(contrastive=ContrastiveConfig(weight=1.0, in_modal=True)), BOTH_VIEWS, False),
         (LossesConfig(bridge=BridgeConfig(weight=1.0)), {"image_augmented"}, False),
         (LossesConfig(separation=SeparationConfig(weight=1.0)), BOTH_VIEWS, True),
         (LossesConfig(geometry=GeometryConfig(weight=1.0)), BOTH_VIEWS, False),
@@ -89,7 +89,7 @@ def test_total_is_the_weighted_sum_of_the_named_terms():
 
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 def test_a_weight_of_zero_leaves_no_trace(weight):
-    config = LossesConfig(bridge=BridgeConfig(weight=weight))
+    config = LossesConfig(contrastive=ContrastiveConfig(weight=1.0), bridge=BridgeConfig(weight=weight))
     e = random_embeddings(6, 8, 1)
     _, terms = build_objective(config)(e, step=0)
     result = value_and_gradients(lambda e: build_objective(config)(e, step=0)[0], e)

@@ -41,7 +41,7 @@ Step = tuple[TrainableModel, Objective, dict[str, Tensor]]
 
 
 def two_tower() -> Step:
-    losses = LossesConfig(contrastive=ContrastiveConfig(in_modal=True), **STRUCTURE)
+    losses = LossesConfig(contrastive=ContrastiveConfig(weight=1.0, in_modal=True), **STRUCTURE)
     tokenizer = word_tokenizer()
     return (
         tiny_model(tiny_config(), tokenizer, independent=True),

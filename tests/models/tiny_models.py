@@ -10,7 +10,15 @@ import open_clip
 import torch
 from torch import Tensor
 
-from modstruct.config import LossesConfig, ModelConfig, SeparationConfig, TextConfig, ViewsConfig, VisionConfig
+from modstruct.config import (
+    ContrastiveConfig,
+    LossesConfig,
+    ModelConfig,
+    SeparationConfig,
+    TextConfig,
+    ViewsConfig,
+    VisionConfig,
+)
 from modstruct.data.tokenizers import ClipTokenizer, Tokenizer, WordPieceTokenizer
 from modstruct.losses.objective import build_objective
 from modstruct.models.two_tower import TwoTower
@@ -64,7 +72,9 @@ def tiny_config(architecture: str = "clip", **changes) -> ModelConfig:
 
 def tiny_model(config: ModelConfig, tokenizer: Tokenizer, independent: bool = False, seed: int = 0) -> TwoTower:
     torch.manual_seed(seed)
-    losses = LossesConfig(separation=SeparationConfig(weight=float(independent)))
+    losses = LossesConfig(
+        contrastive=ContrastiveConfig(weight=1.0), separation=SeparationConfig(weight=float(independent))
+    )
     return TwoTower(config, ViewsConfig(), tokenizer, build_objective(losses))
 
 

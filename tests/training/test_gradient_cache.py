@@ -16,7 +16,7 @@ from modstruct.training.gradient_cache import CachedBatch, WholeBatch, embed
 PAIRS, FEATURES, WIDTH = 23, 12, 6
 OBJECTIVE = build_objective(
     LossesConfig(
-        contrastive=ContrastiveConfig(in_modal=True),
+        contrastive=ContrastiveConfig(weight=1.0, in_modal=True),
         separation=SeparationConfig(weight=1.0),
         geometry=GeometryConfig(weight=0.25),
     )

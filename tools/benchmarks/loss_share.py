@@ -28,7 +28,7 @@ from modstruct.losses.objective import Objective, build_objective
 
 DIMENSION = 512
 EVERYTHING = LossesConfig(
-    contrastive=ContrastiveConfig(in_modal=True),
+    contrastive=ContrastiveConfig(weight=1.0, in_modal=True),
     separation=SeparationConfig(weight=1.0),
     bridge=BridgeConfig(weight=1.0),
     geometry=GeometryConfig(weight=0.25),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from modstruct import checkpoints
 from modstruct.checkpoints.weight_files import read_weight_file
 from modstruct.config import TokenizerConfig
+from modstruct.config.migrations import migrate_checkpoint
 from modstruct.data.tokenizers import Tokenizer, build_tokenizer, load_tokenizer
 from modstruct.distributed import main_first
 from modstruct.errors import refuse, require
@@ -123,7 +124,7 @@ def recipe_of(init: str) -> dict:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         refuse("--init", init, f"the recipe in {path} cannot be read ({' '.join(str(error).split())[:200]})")
     require(isinstance(recipe, dict), "--init", init, f"the recipe in {path} must hold fields (name: value)")
-    return recipe
+    return migrate_checkpoint(recipe)
 
 
 def find_initial(init: str | None, config: TokenizerConfig, cache: str, tokenizer: Tokenizer | None = None) -> Initial:

@@ -11,7 +11,7 @@ from tiny_run import tiny_recipe
 
 from modstruct import checkpoints
 from modstruct.checkpoints import Checkpoint, TrainState
-from modstruct.config import LossesConfig
+from modstruct.config import ContrastiveConfig, LossesConfig
 from modstruct.config.recipe_files import recipe_to_dict
 from modstruct.evaluation.embeddings.model import checkpoint_model
 from modstruct.losses.objective import build_objective
@@ -19,7 +19,9 @@ from modstruct.models.build import build_model
 
 RECIPES = {
     "two_tower": lambda recipe: recipe,
-    "without independent heads": lambda recipe: replace(recipe, losses=LossesConfig()),
+    "without independent heads": lambda recipe: replace(
+        recipe, losses=LossesConfig(contrastive=ContrastiveConfig(weight=1.0))
+    ),
     "fusion": lambda recipe: replace(recipe, framework="fusion"),
 }
 

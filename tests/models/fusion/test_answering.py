@@ -16,7 +16,7 @@ from tiny_answers import (
 )
 from torch import Tensor
 
-from modstruct.config import FinetuneRecipe, LossesConfig
+from modstruct.config import ContrastiveConfig, FinetuneRecipe, LossesConfig
 from modstruct.losses.distillation import Distillation
 from modstruct.losses.objective import Objective, build_objective
 from modstruct.models.fusion.answering import AnswerModel
@@ -189,7 +189,7 @@ def test_writing_makes_as_many_passes_whatever_is_written():
 
 def pretrained(recipe: FinetuneRecipe) -> dict[str, Tensor]:
     torch.manual_seed(7)
-    losses = LossesConfig()
+    losses = LossesConfig(contrastive=ContrastiveConfig(weight=1.0))
     recipe.losses = losses
     model = FusionModel(recipe, answer_tokenizer(), build_objective(losses))
     return {name: torch.randn_like(value) for name, value in model.state_dict().items()}

@@ -1,0 +1,124 @@
+"""Recipes of earlier versions, as this version reads them.
+
+A recipe names its version in `schema`; one that does not is of version 1. What a version changed is a `Change` in
+CHANGES, under the version that it leads to. To rename losses.bridge.t to losses.bridge.position, drop
+views.flip and add train.ema_decay (off: null), raise SCHEMA to 3 and write
+
+    3: Change(
+        renamed={"losses.bridge.t": "losses.bridge.position"},
+        removed=("views.flip",),
+        added={"train.ema_decay": None},
+    )
+
+A whole loss section needs no entry: its default weight is 0.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from modstruct.errors import require
+
+SCHEMA = 2
+Tree = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a version changed, by dotted names."""
+
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Fields, old name -> new name."""
+    values: Mapping[str, Mapping[object, object]] = field(default_factory=dict)
+    """Field -> old value -> new value."""
+    removed: tuple[str, ...] = ()
+    """Fields that no longer mean anything."""
+    defaults: Mapping[str, object] = field(default_factory=dict)
+    """Fields of a pre-training recipe whose default changed: the earlier one, for files that do not name them."""
+    added: Mapping[str, object] = field(default_factory=dict)
+    """Fields -> the value with which this version computes what the one before did. For checkpoints alone: a recipe
+    file that does not name a field takes its default."""
+
+
+CHANGES: dict[int, Change] = {
+    2: Change(
+        values={"losses.queue_contrast.positives": {"picture": "image"}},
+        defaults={"losses.contrastive.weight": 1.0},
+    ),
+}
+
+
+def is_fine_tuning(recipe: Tree) -> bool:
+    """Whether a recipe file describes a fine-tuning run."""
+    return "task" in recipe
+
+
+def migrate(recipe: Tree) -> Tree:
+    """A recipe file's content as this version writes it. Raises ValueError for a version that is not known."""
+    version = recipe.get("schema", 1)
+    known = type(version) is int and 1 <= version <= SCHEMA
+    require(known, "schema", version, f"this version of modstruct reads recipes of versions 1 to {SCHEMA}")
+    migrated = copy.deepcopy(recipe)
+    for change in _changes_since(version):
+        _apply(change, migrated)
+        for name, value in {} if is_fine_tuning(recipe) else change.defaults.items():
+            _set_if_missing(migrated, name, value)
+    return migrated | {"schema": SCHEMA}
+
+
+def migrate_method(method: Tree) -> Tree:
+    """The content of a method's file, whose fields go by the same names; a method has no defaults."""
+    migrated = copy.deepcopy(method)
+    for change in _changes_since(1):
+        _apply(change, migrated)
+    return migrated
+
+
+def migrate_checkpoint(recipe: Tree) -> Tree:
+    """A checkpoint's recipe: fields younger than it take the values that reproduce the code that wrote it."""
+    migrated = migrate(recipe)
+    for change in _changes_since(recipe.get("schema", 1)):
+        for name, value in change.added.items():
+            _set_if_missing(migrated, name, value)
+    return migrated
+
+
+def _changes_since(version: int) -> list[Change]:
+    return [CHANGES[later] for later in sorted(CHANGES) if later > version]
+
+
+def _apply(change: Change, recipe: Tree) -> None:
+    for old, new in change.renamed.items():
+        section, key = _find(recipe, old)
+        if section is not None:
+            _set_if_missing(recipe, new, section.pop(key))
+    for name, values in change.values.items():
+        section, key = _find(recipe, name)
+        if section is not None and isinstance(section[key], str):
+            section[key] = values.get(section[key], section[key])
+    for name in change.removed:
+        section, key = _find(recipe, name)
+        if section is not None:
+            del section[key]
+
+
+def _find(recipe: Tree, name: str) -> tuple[Tree | None, str]:
+    """The section that holds a field, None where it is not there, and the field's name in it."""
+    *sections, key = name.split(".")
+    node: object = recipe
+    for section in sections:
+        node = node.get(section) if isinstance(node, dict) else None
+    return (node if isinstance(node, dict) and key in node else None), key
+
+
+def _set_if_missing(recipe: Tree, name: str, value: object) -> None:
+    *sections, key = name.split(".")
+    node = recipe
+    for section in sections:
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):  # no section: the parser names it
+            return
+    node.setdefault(key, value)

@@ -1,0 +1,85 @@
+"""Recipes of earlier versions: fields that are renamed, removed, added, or have another default."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+import pytest
+
+from modstruct.config import LossesConfig, Recipe, migrations
+from modstruct.config.losses import BridgeConfig
+from modstruct.config.migrations import Change, migrate, migrate_checkpoint, migrate_method
+from modstruct.config.recipe_files import check_resumable, recipe_to_dict
+
+
+@dataclass
+class NewerLosses(LossesConfig):
+    """A loss was added."""
+
+    invented: BridgeConfig = field(default_factory=BridgeConfig)
+
+
+@dataclass
+class NewerRecipe(Recipe):
+    """A field was added, whose default is not what the older code did."""
+
+    colours: int = 3
+    losses: NewerLosses = field(default_factory=NewerLosses)
+
+
+@pytest.fixture
+def added(monkeypatch):
+    change = Change(
+        added={"colours": 1}, renamed={"data.old_cache": "data.cache"}, removed=("views.gone",), values={}, defaults={}
+    )
+    monkeypatch.setitem(migrations.CHANGES, 2, change)
+
+
+def older() -> dict:
+    saved = recipe_to_dict(Recipe())
+    del saved["schema"]
+    return saved
+
+
+def test_a_field_younger_than_the_checkpoint_has_the_value_of_the_older_code(added):
+    check_resumable(older(), NewerRecipe(colours=1))
+    with pytest.raises(ValueError, match="colours = 3: the checkpoint was made with 1"):
+        check_resumable(older(), NewerRecipe())
+
+
+def test_a_field_without_a_migration_is_refused_by_name():
+    with pytest.raises(ValueError, match="colours = 1: the checkpoint's recipe lacks this field"):
+        check_resumable(older(), NewerRecipe(colours=1))
+
+
+def test_a_younger_loss_is_off_and_needs_no_migration(added):
+    check_resumable(older(), NewerRecipe(colours=1, losses=NewerLosses(invented=BridgeConfig(t=0.5))))
+    with pytest.raises(ValueError, match=r"losses\.invented\.weight = 1\.0: the checkpoint is older than this loss"):
+        check_resumable(older(), NewerRecipe(colours=1, losses=NewerLosses(invented=BridgeConfig(weight=1.0))))
+
+
+def test_renamed_and_removed_fields(added):
+    saved = migrate_checkpoint({"data": {"old_cache": "here"}, "views": {"gone": 1, "flip": True}})
+    assert saved["data"] == {"cache": "here"}
+    assert saved["views"] == {"flip": True}
+
+
+def test_version_1():
+    saved = {"losses": {"queue_contrast": {"positives": "picture"}}}
+    migrated = migrate(saved)
+    assert migrated["losses"] == {"queue_contrast": {"positives": "image"}, "contrastive": {"weight": 1.0}}
+    assert saved == {"losses": {"queue_contrast": {"positives": "picture"}}}
+    assert migrate(migrated) == migrated
+    assert "contrastive" not in migrate(saved | {"task": {}})["losses"]
+    assert migrate_method(saved) == {"losses": {"queue_contrast": {"positives": "image"}}}
+    assert migrate({"losses": 3}) == {"losses": 3, "schema": migrations.SCHEMA}  # the parser refuses it
+
+
+@pytest.mark.parametrize("version", [0, 3, "2", None, True])
+def test_an_unknown_version_is_refused(version):
+    with pytest.raises(ValueError, match="schema = "):
+        migrate({"schema": version})
+
+
+def test_every_loss_is_off_by_default():
+    assert not any(getattr(LossesConfig(), loss.name).weight for loss in fields(LossesConfig))
