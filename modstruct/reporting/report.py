@@ -54,11 +54,11 @@ def write_report(folders: Sequence[str | Path], out: str | Path) -> ReportFiles:
         "csv": csv_table(sections, runs),
         "tex": latex_tables(sections, runs),
     }
-    files = ReportFiles(**{kind: stem.with_name(f"{stem.name}.{kind}") for kind in contents})
+    paths = {kind: stem.with_name(f"{stem.name}.{kind}") for kind in contents}
     for kind, text in contents.items():
-        with atomic_write(getattr(files, kind)) as file:
+        with atomic_write(paths[kind]) as file:
             file.write(text.encode("utf-8", errors="replace"))
-    return files
+    return ReportFiles(**paths)
 
 
 @dataclass(frozen=True)
