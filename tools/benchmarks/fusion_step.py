@@ -1,4 +1,4 @@
-"""Where the time of a step of fusion pre-training goes: towers, fusion encoder, momentum copies, losses.
+"""Where the time of a step of fusion pre-training goes: towers, fusion encoder, EMA model, losses.
 
 python tools/benchmarks/fusion_step.py --recipe albef_scenes                     # a minute on two cores
 
@@ -21,7 +21,7 @@ from modstruct import distributed
 from modstruct.cli import parse, recipe_parser
 from modstruct.config import Recipe
 from modstruct.data.tokenizers import ClipTokenizer
-from modstruct.data.transforms.text_views import mask_tokens
+from modstruct.data.transforms.text_views import mask_tokens, masked_places
 from modstruct.losses.objective import Objective, build_objective
 from modstruct.losses.protocol import LossSettings
 from modstruct.models.fusion.pretraining import FusionModel
@@ -71,6 +71,7 @@ def batch_of(recipe: Recipe, tokenizer: ClipTokenizer, pairs: int) -> dict[str, 
         "text": text,
         "text_masked": masked,
         "masked_labels": labels,
+        "masked_places": masked_places(labels),
         **{name: torch.arange(pairs) for name in ("image_id", "text_id", "slot")},
     }
     return {name: rows.to(distributed.device()) for name, rows in batch.items()}

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-TOOL = Path(__file__).parents[1] / "tools" / "experiments" / "compare_fusion_methods.py"
+TOOL = Path(__file__).parents[2] / "tools" / "experiments" / "compare_fusion_methods.py"
 LAUNCHER = """
 import json, sys
 from pathlib import Path
