@@ -70,8 +70,8 @@ class TrainableModel(nn.Module):
         """
         return Clamp.apply(self.get_parameter(name).float(), *self.scalar_limits[name])
 
-    def adopt(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A pre-trained model's weights, by our names, under the names that this model starts from."""
+    def starting_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What this model starts from, by its own names. weights: a pre-trained model's, by ours."""
         return weights
 
     @property
