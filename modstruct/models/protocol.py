@@ -80,7 +80,7 @@ class TrainableModel(nn.Module):
         return None
 
     def trunks(self) -> dict[str, nn.Module]:
-        """The parts that models/execution.py compiles or recomputes, by name."""
+        """The parts that models/build.py compiles or recomputes, by name."""
         return {}
 
     def exchange(self, outputs: Mapping[str, Tensor], batch: Batch) -> Callable[[], Batch]:

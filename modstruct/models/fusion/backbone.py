@@ -40,6 +40,7 @@ class Backbone(nn.Module):
         self.mean, self.std = views.mean, views.std
         self.image = build_image_encoder(config.vision)
         self.image_width: int = self.image.embed_dim
+        self.image_size = config.vision.image_size
         self.text_width: int = self.bert.hidden_size
         self.words = Words(self.bert)
         self.text = Layers(self.bert, 0, text.text_layers)

@@ -36,7 +36,7 @@ def answering():
 
 
 def pair_classifier():
-    from test_two_images import batch, classifier
+    from test_classifier import batch, classifier
 
     return classifier(), batch(label=True)
 
