@@ -20,7 +20,7 @@ from modstruct.config import (
     TaskConfig,
 )
 from modstruct.losses.objective import build_objective
-from modstruct.models.execution import compile_trunks
+from modstruct.models.build import compile_trunks
 from modstruct.models.fusion.classifier import PairClassifier, PairLayers
 from modstruct.models.fusion.initial_weights import Initial, start_from
 from modstruct.models.fusion.pretraining import FusionModel
