@@ -70,8 +70,8 @@ class TrainableModel(nn.Module):
         """
         return Clamp.apply(self.get_parameter(name).float(), *self.scalar_limits[name])
 
-    def adopt(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A pre-trained model's weights, by our names, under the names that this model starts from."""
+    def starting_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What this model starts from, by its own names. weights: a pre-trained model's, by ours."""
         return weights
 
     @property
@@ -80,7 +80,7 @@ class TrainableModel(nn.Module):
         return None
 
     def trunks(self) -> dict[str, nn.Module]:
-        """The parts that models/execution.py compiles or recomputes, by name."""
+        """The parts that models/build.py compiles or recomputes, by name."""
         return {}
 
     def exchange(self, outputs: Mapping[str, Tensor], batch: Batch) -> Callable[[], Batch]:
