@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 
+from modstruct.cli import is_first_process
+
 COMMANDS = ("full", "embed", "measure", "report", "task")
 QUICK = "quick"
 
@@ -12,7 +14,12 @@ QUICK = "quick"
 def main() -> None:
     # The launcher puts a word of its own in front, which torch.distributed has from the environment too.
     words = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]
-    command = words.pop(0) if words and words[0] in COMMANDS else QUICK
+    named = bool(words) and not words[0].startswith("-")
+    if named and words[0] not in COMMANDS:
+        if is_first_process():
+            print(f"error: {words[0]!r} is no command; give {', '.join(COMMANDS)} or --checkpoint", file=sys.stderr)
+        sys.exit(2)
+    command = words.pop(0) if named else QUICK
     importlib.import_module(f"modstruct.commands.{command}").main(words)
 
 

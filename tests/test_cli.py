@@ -21,9 +21,6 @@ FUSION_METHODS = [name for name in METHODS if name.startswith("albef")]
 TWO_TOWER_METHODS = [name for name in METHODS if name not in FUSION_METHODS]
 
 
-ALBEF = {"queue_contrast", "matching", "masked_language"}
-
-
 @pytest.fixture(scope="module")
 def parser():
     parser = cli.recipe_parser("A test.", "test")
@@ -167,30 +164,6 @@ def test_a_method_replaces_the_losses_and_nothing_else(parse, recipe_file, name)
 def test_a_method_file_names_only_what_is_on(name):
     content = yaml.safe_load((cli.RECIPES / "methods" / f"{name}.yaml").read_text())
     assert {loss: section["weight"] for loss, section in content["losses"].items()} == ON[name]
-
-
-def test_the_methods_are_the_rows_of_the_papers_table(parse):
-    weights = {name: parse("--method", name).losses for name in TWO_TOWER_METHODS}
-    weights |= {name: parse("--recipe", "albef_scenes", "--method", name).losses for name in FUSION_METHODS}
-    on = {name: {f.name for f in fields(losses) if getattr(losses, f.name).weight} for name, losses in weights.items()}
-    assert on == {
-        "clip": {"contrastive"},
-        "clip_inmodal": {"contrastive"},
-        "cyclip": {"contrastive", "geometry"},
-        "sep": {"contrastive", "separation"},
-        "br": {"contrastive", "bridge"},
-        "gc": {"contrastive", "geometry"},
-        "all": {"contrastive", "separation", "bridge", "geometry"},
-        "albef": ALBEF,
-        "albef_sep": ALBEF | {"separation"},
-        "albef_br": ALBEF | {"bridge"},
-        "albef_gc": ALBEF | {"geometry"},
-        "albef_all": ALBEF | {"separation", "bridge", "geometry"},
-    }
-    assert not weights["clip"].contrastive.in_modal
-    assert weights["clip_inmodal"].contrastive.in_modal
-    assert not weights["cyclip"].geometry.augmented
-    assert weights["gc"].geometry.augmented
 
 
 @pytest.mark.parametrize("loss", sorted(ALBEF))

@@ -49,7 +49,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=1.0, help="in total, shared among the readers")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--readers", nargs="+", choices=NAMES, default=list(NAMES))
+    today = {"picture": "image"}  # a former name
+    parser.add_argument(
+        "--readers", nargs="+", choices=NAMES, default=list(NAMES), type=lambda name: today.get(name, name)
+    )
     parser.add_argument("--engine", choices=["mutation", "atheris"], default="mutation")
     parser.add_argument("--shards", type=Path, nargs="*", default=[], help="tar shards to start from as well")
     parser.add_argument("--findings", type=Path, default=Path("fuzz-findings"))

@@ -11,7 +11,7 @@ from typing import TypeVar
 from modstruct.config import DataConfig, Recipe
 from modstruct.data.sentencepiece_training import TRAINING_CAPTIONS
 from modstruct.data.shards.evaluation_samples import EvaluationSamples, train_captions
-from modstruct.data.shards.samples import Samples, open_samples, open_saved_samples
+from modstruct.data.shards.samples import Samples, open_saved_samples
 from modstruct.data.shards.sources import as_sources
 from modstruct.data.synthetic.shards import ensure_scenes
 from modstruct.data.tokenizers import Tokenizer, build_tokenizer
@@ -52,9 +52,9 @@ class RunData(EvaluationData):
     validation: EvaluationSamples | None
 
     def identity(self) -> dict[str, str | None]:
-        trained = {"data.train": f"{self.train.fingerprint} {self.train.weights}"}
         validation = None if self.validation is None else self.validation.samples.fingerprint
-        return trained | {"data.validation": validation} | super().identity()
+        trained = {"data.train": f"{self.train.fingerprint} {self.train.weights}", "data.validation": validation}
+        return trained | super().identity()
 
 
 def open_run_data(
@@ -71,11 +71,7 @@ def open_run_data(
         if recipe.data.train != BUILT_IN and BUILT_IN in (recipe.data.validation, recipe.data.eval) and is_main():
             log.warning("data.validation or data.eval is `scenes` beside your own data.train: name your own, or null")
         config = _with_scenes(recipe.data, image_size)
-        sources = as_sources(config.train)
-        if fingerprint is None:
-            train = open_samples(sources, config, "data.train", is_main())
-        else:
-            train = open_saved_samples(sources, config, "data.train", fingerprint, is_main())
+        train = open_saved_samples(as_sources(config.train), config, "data.train", fingerprint, is_main())
         return RunData(
             views=Views(recipe.views, image_size),
             train=train,

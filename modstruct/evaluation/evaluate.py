@@ -21,8 +21,7 @@ from modstruct.evaluation.retrieval.exact import counting_device
 from modstruct.evaluation.retrieval.measure import measure_recall
 from modstruct.evaluation.retrieval.reranking import Reranking, reranked_retrieval
 from modstruct.evaluation.structure.basic import structure
-from modstruct.models.fusion.pretraining import FusionModel
-from modstruct.models.protocol import TrainableModel
+from modstruct.models.protocol import Matcher, TrainableModel
 
 
 @torch.no_grad()
@@ -104,7 +103,7 @@ def evaluate(
 
 
 def _reranked(
-    model: FusionModel,
+    model: Matcher,
     source: EmbeddedSource,
     samples: EvaluationSamples,
     data: EvaluationData,

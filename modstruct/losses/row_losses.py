@@ -25,7 +25,7 @@ class RowLoss(Loss):
 class Matching(RowLoss):
     """L_ITM of Li et al. 2021, equation 4: cross entropy of two classes, mean over the rows of the global batch.
 
-    Each pair brings itself, a wrong image and a wrong caption; the model draws them (fusion/negatives.py).
+    Each pair brings itself, a wrong image and a wrong caption; the model draws them (models/fusion/pretraining.py).
     """
 
     needs = frozenset({"matching_logits", "matching_labels"})

@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from modstruct.losses.protocol import SharedScalar
 
-if TYPE_CHECKING:
-    from modstruct.models.fusion.pretraining import FusionModel
-
 Batch = dict[str, Tensor]
 LocalPart = Callable[[nn.Parameter], Tensor]
 """This process's part of a weight under ZeRO stage 3: 1-D, ceil(elements / processes) long; past its end, anything."""
+
+
+class TokenEncoders(Protocol):
+    """What makes tokens of images and texts, apart from each other; see models/fusion/backbone.py."""
+
+    image_size: int
+
+    def encode_image(self, images: Tensor) -> Tensor: ...
+    def encode_text(self, ids: Tensor, mask: Tensor | None = None) -> Tensor: ...
+    def mask(self, ids: Tensor) -> Tensor: ...
+
+
+class Matcher(Protocol):
+    """A model that scores pairs by matching (ITM), as models/fusion/pretraining.py does."""
+
+    @property
+    def backbone(self) -> TokenEncoders: ...
+    def match(self, text: Tensor, mask: Tensor, image: Tensor) -> Tensor: ...
+    def __call__(self, batch: Batch) -> dict[str, Tensor]: ...
 
 
 class TrainableModel(nn.Module):
@@ -54,17 +70,17 @@ class TrainableModel(nn.Module):
         """
         return Clamp.apply(self.get_parameter(name).float(), *self.scalar_limits[name])
 
-    def adopt(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A pre-trained model's weights, by our names, under the names that this model starts from."""
+    def starting_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What this model starts from, by its own names. weights: a pre-trained model's, by ours."""
         return weights
 
     @property
-    def matcher(self) -> FusionModel | None:
+    def matcher(self) -> Matcher | None:
         """Itself, if it scores pairs by matching (ITM), which reranks retrieval."""
         return None
 
     def trunks(self) -> dict[str, nn.Module]:
-        """The parts that models/execution.py compiles or recomputes, by name."""
+        """The parts that models/build.py compiles or recomputes, by name."""
         return {}
 
     def exchange(self, outputs: Mapping[str, Tensor], batch: Batch) -> Callable[[], Batch]:

@@ -15,7 +15,7 @@ from modstruct.data.downstream.nlvr2 import Nlvr2Statement, read_nlvr2
 from modstruct.data.downstream.published_files import TaskEntries
 from modstruct.data.synthetic.task_files import SceneTaskPaths
 from modstruct.evaluation.statistics import majority_label
-from modstruct.models.fusion.two_images import PairClassifier
+from modstruct.models.fusion.classifier import PairClassifier
 from modstruct.tasks.metrics import nlvr2_metrics
 from modstruct.tasks.task import Task
 

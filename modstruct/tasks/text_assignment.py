@@ -26,7 +26,7 @@ from modstruct.data.synthetic.task_files import SceneTaskPaths
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.data.transforms.augment import sample_seed
 from modstruct.errors import require
-from modstruct.models.fusion.two_images import PairClassifier
+from modstruct.models.fusion.classifier import PairClassifier
 from modstruct.tasks.nlvr2 import SIDES
 from modstruct.tasks.task import Task
 

@@ -30,7 +30,7 @@ from modstruct.distributed.heartbeat import Heartbeat
 from modstruct.errors import RunError, refuse, require
 from modstruct.evaluation.tables import save_metrics
 from modstruct.losses.objective import Objective
-from modstruct.models.execution import compile_trunks, recompute_activations
+from modstruct.models.build import compile_trunks, recompute_activations
 from modstruct.models.protocol import TrainableModel
 from modstruct.training.checkpoint import restore, save
 from modstruct.training.deepspeed_adapter import Engine, local_part, start_engine

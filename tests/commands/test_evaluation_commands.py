@@ -192,6 +192,7 @@ def test_two_sets_of_one_name_are_refused(made, tmp_path, capsys):
         (["embed", "--out", "x"], "--checkpoint"),
         (["embed", "--checkpoint", "nowhere", "--out", "x"], "nowhere"),
         (["embed", "--open_clip", "ViT-Z", "--out", "x"], "ViT-Z"),
+        (["mesure", "nowhere"], "give full, embed, measure, report, task"),
         (["measure", "nowhere"], "model.json"),
         (["measure", "nowhere", "--metrics", "beauty"], "beauty"),
         (["report", "nowhere", "--out", "x"], "nowhere"),

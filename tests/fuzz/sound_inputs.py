@@ -1,4 +1,4 @@
-"""Sound files of every kind that modstruct reads, small: what tools/fuzz_readers.py starts from."""
+"""Small valid files of every kind that modstruct reads: the seeds of tools/fuzz_readers.py."""
 
 from __future__ import annotations
 

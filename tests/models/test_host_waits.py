@@ -27,8 +27,7 @@ from modstruct.config import (
 from modstruct.data.transforms.text_views import masked_places
 from modstruct.losses.distillation import Distillation
 from modstruct.losses.objective import Objective, build_objective
-from modstruct.models.fusion.classifier import Classifier
-from modstruct.models.fusion.two_images import PairClassifier
+from modstruct.models.fusion.classifier import Classifier, PairClassifier
 from modstruct.models.protocol import TrainableModel
 from modstruct.training.gradient_cache import CachedBatch, WholeBatch
 

@@ -1,4 +1,4 @@
-"""Where the time of a step of fusion pre-training goes: towers, fusion encoder, momentum copies, losses.
+"""Where the time of a step of fusion pre-training goes: towers, fusion encoder, EMA model, losses.
 
 python tools/benchmarks/fusion_step.py --recipe albef_scenes                     # a minute on two cores
 
@@ -21,8 +21,9 @@ from modstruct import distributed
 from modstruct.cli import parse, recipe_parser
 from modstruct.config import Recipe
 from modstruct.data.tokenizers import ClipTokenizer
-from modstruct.data.transforms.text_views import mask_tokens
+from modstruct.data.transforms.text_views import mask_tokens, masked_places
 from modstruct.losses.objective import Objective, build_objective
+from modstruct.losses.protocol import LossSettings
 from modstruct.models.fusion.pretraining import FusionModel
 
 
@@ -43,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
 def measure(recipe: Recipe, pairs: int, rounds: int) -> dict[str, float]:
     """Median seconds of each part and of the whole step."""
     tokenizer = ClipTokenizer(ClipTokenizer.shipped_model(), recipe.tokenizer.context_length)
-    objective = build_objective(recipe.losses, recipe.train.pairwise_precision)
+    objective = build_objective(recipe.losses, LossSettings(recipe.train.pairwise_precision))
     model = FusionModel(recipe, tokenizer, objective).to(distributed.device()).train()
     model.ema_to(distributed.device())
     parts = parts_of(model, objective, batch_of(recipe, tokenizer, pairs))
@@ -70,6 +71,7 @@ def batch_of(recipe: Recipe, tokenizer: ClipTokenizer, pairs: int) -> dict[str, 
         "text": text,
         "text_masked": masked,
         "masked_labels": labels,
+        "masked_places": masked_places(labels),
         **{name: torch.arange(pairs) for name in ("image_id", "text_id", "slot")},
     }
     return {name: rows.to(distributed.device()) for name, rows in batch.items()}
@@ -91,17 +93,17 @@ def parts_of(model: FusionModel, objective: Objective, batch: dict[str, Tensor])
         tokens, seen = (rows.repeat(4, 1, 1).requires_grad_() for rows in (text, image))
         backbone.fuse(tokens, mask.repeat(4, 1), seen).sum().backward()
 
-    def momentum() -> None:
-        model._ema_outputs(batch, model.fills_blanks)
+    def ema() -> None:
+        model._ema_outputs(batch, model.masks)
 
     def losses() -> None:
         leaves = {n: v.detach().requires_grad_() if n in leaf_names else v for n, v in made.items()}
-        objective(model.outputs(**leaves), 0, 0)[0].backward()
+        objective(leaves, 0)[0].backward()
 
     def whole() -> None:
-        objective(model.outputs(**model(batch)), 0, 0)[0].backward()
+        objective(model(batch), 0)[0].backward()
 
-    parts = {"towers": towers, "fusion": fusion, "momentum copies": momentum, "losses": losses, "whole step": whole}
+    parts = {"towers": towers, "fusion": fusion, "EMA model": ema, "losses": losses, "whole step": whole}
     return {name: _cleared(model, part) for name, part in parts.items()}
 
 

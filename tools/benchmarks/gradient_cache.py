@@ -20,7 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,10 +32,12 @@ from modstruct.cli import parse as parse_recipe
 from modstruct.cli import recipe_parser
 from modstruct.config import Recipe
 from modstruct.data.tokenizers import WordPieceTokenizer
-from modstruct.losses.objective import build_objective
+from modstruct.losses.objective import Objective, build_objective
+from modstruct.models.protocol import Batch
 from modstruct.models.two_tower import TwoTower
-from modstruct.training.ds_config import build_engine, read_ds_config, resolve_ds_config
-from modstruct.training.gradient_cache import Batch, CachedBatch, _GradientSums, _one_reduction
+from modstruct.training.deepspeed_adapter import Engine, GradientSums, start_engine
+from modstruct.training.ds_config import build_optimizer, read_ds_config, resolve_ds_config
+from modstruct.training.gradient_cache import CachedBatch
 from modstruct.training.step import train_step
 
 MIB = 2**20
@@ -78,14 +80,15 @@ def tokenizer() -> WordPieceTokenizer:
 
 def build(recipe: Recipe) -> TwoTower:
     torch.manual_seed(0)
-    return TwoTower(recipe.model, recipe.views, tokenizer(), independent=True)
+    return TwoTower(recipe.model, recipe.views, tokenizer(), build_objective(recipe.losses))
 
 
-def start(recipe: Recipe, pairs: int, ds_config: str):
+def start(recipe: Recipe, pairs: int, ds_config: str) -> tuple[Engine, Objective]:
     """DeepSpeed's engine and the objective."""
     distributed.start_processes()
     recipe = replace(recipe, train=replace(recipe.train, global_batch=pairs))
-    engine = build_engine(build(recipe), recipe, resolve_ds_config(read_ds_config(ds_config), recipe, 1))
+    model, resolved = build(recipe), resolve_ds_config(read_ds_config(ds_config), recipe, 1)
+    engine = start_engine(model, build_optimizer(model, recipe.optimizer), resolved)
     engine.train()
     return engine, build_objective(recipe.losses)
 
@@ -95,7 +98,7 @@ def parts_of(recipe: Recipe, pairs: int, rows: int) -> list[Batch]:
     generator = torch.Generator().manual_seed(1)
     side, words = recipe.model.vision.image_size, tokenizer()
 
-    def pictures() -> Tensor:
+    def images() -> Tensor:
         return torch.randint(0, 256, (pairs, 3, side, side), dtype=torch.uint8, generator=generator)
 
     def texts() -> Tensor:
@@ -103,7 +106,7 @@ def parts_of(recipe: Recipe, pairs: int, rows: int) -> list[Batch]:
         ids[:, 0], ids[:, -1] = words.start_id, words.end_id
         return ids
 
-    whole = {"image": pictures(), "image_augmented": pictures(), "text": texts(), "text_augmented": texts()}
+    whole = {"image": images(), "image_augmented": images(), "text": texts(), "text_augmented": texts()}
     return [{name: z[first : first + rows] for name, z in whole.items()} for first in range(0, pairs, rows)]
 
 
@@ -115,14 +118,14 @@ def times(recipe: Recipe, options: argparse.Namespace) -> dict:
     parts = parts_of(recipe, options.pairs, options.micro_batch)
 
     def accumulated() -> None:
-        with _one_reduction(engine) as sums:
+        with engine.one_reduction() as sums:
             for part in parts:
-                total, _ = objective(Embeddings(**engine(part)), 0, 0)
+                total, _ = objective(engine(part), 0)
                 engine.backward(total / len(parts))
                 sums.add()
-        engine.step()
+        engine.step(1e-5)
 
-    forms = {"cache": lambda: train_step(engine, objective, parts, 0, 0, 1e-5), "accumulation": accumulated}
+    forms = {"cache": lambda: train_step(engine, objective, parts, 0, 1e-5), "accumulation": accumulated}
     seconds: dict[str, list[float]] = {name: [] for name in forms}
     for turn in tqdm(range(options.rounds + 1), desc="rounds", leave=False):
         for name, form in forms.items():
@@ -157,7 +160,7 @@ def memory(recipe: Recipe, options: argparse.Namespace) -> list[dict]:
         with multiprocessing.get_context("spawn").Pool(1) as pool:  # a process of its own
             found.append({"name": name, "mib": pool.apply(growth_mib, (recipe, *case, options.ds_config))})
     dimension = recipe.model.embed_dim
-    embeddings = sum(field.name != "logit_scale" for field in fields(Embeddings))
+    embeddings = len(needs(build_objective(recipe.losses)) - {"logit_scale"})
     parameters = sum(p.numel() for p in build(recipe).parameters())
     # Of each embedding the value and its gradient; the batch itself is on the device already.
     return [
@@ -167,14 +170,18 @@ def memory(recipe: Recipe, options: argparse.Namespace) -> list[dict]:
     ]
 
 
+def needs(objective: Objective) -> frozenset[str]:
+    return frozenset().union(*(loss.needs for loss in objective.losses.values()))
+
+
 def growth_mib(recipe: Recipe, pairs: int, rows: int, ds_config: str) -> float:
     """By how much the process's peak grows over a step, after a small one."""
     engine, objective = start(recipe, pairs, ds_config)
-    train_step(engine, objective, parts_of(recipe, 4, 2), 0, 0, 1e-5)
+    train_step(engine, objective, parts_of(recipe, 4, 2), 0, 1e-5)
     parts = parts_of(recipe, pairs, rows)
     Path("/proc/self/clear_refs").write_text("5")  # the peak becomes the present size
     before = peak_mib()
-    train_step(engine, objective, parts, 0, 0, 1e-5)
+    train_step(engine, objective, parts, 0, 1e-5)
     return peak_mib() - before
 
 
@@ -196,22 +203,23 @@ class BareEngine:
     """What CachedBatch asks of an engine before its backward."""
 
     def __init__(self, module: TwoTower):
-        self.module = module
+        self.model = module
 
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        return self.module(batch)
+    def __call__(self, batch: Batch, **options: bool) -> dict[str, Tensor]:
+        return self.model(batch, **options)
 
 
 def precision(recipe: Recipe) -> dict[str, float]:
     """Relative errors of the sum of SUMMED micro-batches' bfloat16 gradients."""
     model = build(recipe).bfloat16()
     parts = parts_of(recipe, SUMMED * 4, 4)
-    cached = CachedBatch(BareEngine(model), parts)
-    build_objective(recipe.losses)(cached.embeddings, 0, 0)[0].backward()
+    objective = build_objective(recipe.losses)
+    cached = CachedBatch(BareEngine(model), parts, objective, 0)
+    objective(cached.outputs, 0)[0].backward()
     weights = list(model.parameters())
     exact = [torch.zeros_like(p, dtype=torch.float64) for p in weights]
     rounded = [torch.zeros_like(p) for p in weights]
-    sums = _GradientSums(model)
+    sums = GradientSums(model)
     for number, part in enumerate(tqdm(parts, desc="micro-batches", leave=False)):
         made, rows = model(part), slice(4 * number, 4 * number + 4)
         leaves = {name: leaf.grad for name, leaf in cached.leaves.items() if leaf.grad is not None}

@@ -25,6 +25,7 @@ from torch.nn.functional import normalize
 from modstruct import distributed
 from modstruct.config import BridgeConfig, ContrastiveConfig, GeometryConfig, LossesConfig, SeparationConfig
 from modstruct.losses.objective import Objective, build_objective
+from modstruct.losses.protocol import LossSettings
 
 DIMENSION = 512
 EVERYTHING = LossesConfig(
@@ -38,7 +39,7 @@ EVERYTHING = LossesConfig(
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     device = torch.device(options.device)
-    objective = build_objective(EVERYTHING, options.precision)
+    objective = build_objective(EVERYTHING, LossSettings(options.precision))
     with one_of_many(options.global_batch // options.local_batch, options.local_batch, device):
         losses = median_seconds(losses_step(objective, options.local_batch, device), options.rounds, device)
     towers = median_seconds(towers_step(options.tower_batch, device), options.rounds, device)
@@ -79,7 +80,7 @@ def one_of_many(processes: int, local_batch: int, device: torch.device) -> Itera
     others = normalize(torch.randn((processes - 1) * local_batch, DIMENSION, device=device), dim=1)
 
     def gather(rows: Tensor) -> Tensor:
-        return torch.cat((rows, others))
+        return torch.cat((rows, others if rows.ndim == 2 else others[:, None].expand(-1, rows.shape[1], -1)))
 
     with mock.patch.multiple(
         distributed,
@@ -114,8 +115,8 @@ def towers_step(batch: int, device: torch.device) -> Callable[[], None]:
     def step() -> None:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
             for _ in range(2):  # the plain and the augmented view
-                pictures = torch.randn(batch, 3, 224, 224, device=device)
-                embedded = patches(pictures).flatten(2).mT
+                images = torch.randn(batch, 3, 224, 224, device=device)
+                embedded = patches(images).flatten(2).mT
                 class_token = embedded.mean(1, keepdim=True)
                 image(torch.cat((class_token, embedded), 1))[:, 0].sum().backward()
                 text(tokens(torch.randint(49_408, (batch, 77), device=device)))[:, -1].sum().backward()

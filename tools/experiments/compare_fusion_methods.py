@@ -5,7 +5,7 @@ python tools/experiments/compare_fusion_methods.py --out runs/comparison --metho
 
 Every run is the README's own command, with the structure losses of the method at the weights of albef_scenes
 (--weights method keeps the paper's). What is finished is not run again, and a run that was stopped goes on, so the
-command may be repeated. Writes table.md and table.json to --out: figures of the test split in percent beside their
+command may be repeated. Writes table.md and table.json to --out: metrics of the test split in percent beside their
 priors, and minutes of each run on this machine.
 """
 
@@ -26,7 +26,7 @@ import yaml
 ROOT = Path(__file__).parents[2]
 METHODS = ("albef", "albef_sep", "albef_br", "albef_gc", "albef_all")
 TASKS = ("vqa", "nlvr2", "snli_ve", "retrieval")
-# The figures of a task's metrics.json that stand in the table.
+# The metrics of a task's metrics.json that stand in the table.
 SHOWN = {
     "vqa": ("accuracy",),
     "nlvr2": ("accuracy", "consistency"),
@@ -129,18 +129,18 @@ def run(options: argparse.Namespace, script: str, output: Path, words: list[str]
 
 
 def table(results: dict[str, dict], tasks: list[str]) -> str:
-    """Methods in rows, figures in columns, as Markdown; the first row are the priors."""
+    """Methods in rows, metrics in columns, as Markdown; the first row are the priors."""
     columns = [(task, name) for task in tasks for name in SHOWN[task]]
     head = ["method", "pre-training, min", *(f"{task}: {name}" for task, name in columns)]
     first = next(iter(results.values()))
 
-    def percent(figure: dict, key: str) -> str:
-        return f"{100 * figure[key]:.2f}" if key in figure else ""
+    def percent(metric: dict, key: str) -> str:
+        return f"{100 * metric[key]:.2f}" if key in metric else ""
 
     rows = [["prior", "", *(percent(first[task]["metrics"][name], "chance") for task, name in columns)]]
     for method, runs in results.items():
-        figures = [f"{percent(runs[t]['metrics'][n], 'value')} ({runs[t]['minutes']:.1f} min)" for t, n in columns]
-        rows.append([method, f"{runs['pretraining']['minutes']:.1f}", *figures])
+        metrics = [f"{percent(runs[t]['metrics'][n], 'value')} ({runs[t]['minutes']:.1f} min)" for t, n in columns]
+        rows.append([method, f"{runs['pretraining']['minutes']:.1f}", *metrics])
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 

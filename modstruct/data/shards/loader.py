@@ -38,6 +38,8 @@ pairs have the same image, or the same caption. slot (B,): position in the data 
 SUBSTITUTES = 200
 # Samples, or bytes of their images, that are read in a row before the first of them is decoded.
 RUN_SAMPLES, RUN_BYTES = 64, 8 << 20
+Seeds = dict[str, int]
+"""Of each random view of a sample."""
 RANDOM_VIEWS = ("image", "image_augmented", "text_augmented", "text_masked")
 
 
@@ -127,12 +129,11 @@ class LocalBatches(Dataset[TrainBatch]):
         side = self.views.image_size
         images = {name: self._outgoing.empty(name, (len(rows), 3, side, side)) for name in self.image_views}
         captions, drawn, image_ids = [], [], []
-        places = zip(slots.tolist(), epochs.tolist(), samples.tolist(), strict=True)
-        read = self._read_in_runs(samples.tolist())
-        for row, (place, raw, seeds) in enumerate(zip(places, read, self._seeds(epochs, samples), strict=True)):
+        read = zip(slots.tolist(), self._read_in_runs(samples.tolist()), self._seeds(epochs, samples), strict=True)
+        for row, (slot, raw, seeds) in enumerate(read):
             # Views are written straight to their rows, which saves a copy.
             into = [array[row] for array in images.values()]
-            raw, seeds = self._pair(*place, raw, seeds, into, batch)
+            raw, seeds = self._pair(slot, raw, seeds, into, batch)
             captions.append(raw.caption)
             drawn.append(seeds)
             if "image_id" in self.fields:
@@ -148,7 +149,7 @@ class LocalBatches(Dataset[TrainBatch]):
             batch.tensors["slot"] = torch.from_numpy(slots)
         return batch
 
-    def _text_views(self, captions: Sequence[str], seeds: Sequence[dict[str, int]]) -> dict[str, Tensor]:
+    def _text_views(self, captions: Sequence[str], seeds: Sequence[Seeds]) -> dict[str, Tensor]:
         texts = {"text": [self.views.plain_text(caption) for caption in captions]}
         if "text_augmented" in self.fields:
             drawn = [seeds_of_row["text_augmented"] for seeds_of_row in seeds]
@@ -157,8 +158,8 @@ class LocalBatches(Dataset[TrainBatch]):
         views = dict(zip(texts, ids.split(len(captions)), strict=True))
         if "text_masked" in self.fields:
             drawn = [seeds_of_row["text_masked"] for seeds_of_row in seeds]
-            hidden, labels = mask_tokens(views["text"], drawn, self.masked_rate, self.tokenizer)
-            views |= {"text_masked": hidden, "masked_labels": labels, "masked_places": masked_places(labels)}
+            masked, labels = mask_tokens(views["text"], drawn, self.masked_rate, self.tokenizer)
+            views |= {"text_masked": masked, "masked_labels": labels, "masked_places": masked_places(labels)}
         return views
 
     def _read_in_runs(self, samples: Sequence[int]) -> Iterator[RawSample | BadSample]:
@@ -182,21 +183,13 @@ class LocalBatches(Dataset[TrainBatch]):
         except BadSample as bad:
             return bad
 
-    def _seeds(self, epochs: np.ndarray, samples: np.ndarray) -> list[dict[str, int]]:
-        """Of each sample the seeds of its random views."""
+    def _seeds(self, epochs: np.ndarray, samples: np.ndarray) -> list[Seeds]:
         columns = [sample_seed(self.seed, epochs, samples, name).tolist() for name in RANDOM_VIEWS]
         return [dict(zip(RANDOM_VIEWS, seeds, strict=True)) for seeds in zip(*columns, strict=True)]
 
     def _pair(
-        self,
-        slot: int,
-        epoch: int,
-        sample: int,
-        raw: RawSample | BadSample,
-        seeds: dict[str, int],
-        into: Sequence[np.ndarray],
-        batch: TrainBatch,
-    ) -> tuple[RawSample, dict[str, int]]:
+        self, slot: int, raw: RawSample | BadSample, seeds: Seeds, into: Sequence[np.ndarray], batch: TrainBatch
+    ) -> tuple[RawSample, Seeds]:
         """The slot's sample, or its first usable substitute, with its seeds; writes the image views.
 
         raw, seeds: of the slot's own sample. into: a row for each of `image_views`. Bad samples are noted in the batch.
@@ -217,7 +210,7 @@ class LocalBatches(Dataset[TrainBatch]):
             "repair the shards"
         )
 
-    def _write_views(self, raw: RawSample, seeds: dict[str, int], into: Sequence[np.ndarray]) -> None:
+    def _write_views(self, raw: RawSample, seeds: Seeds, into: Sequence[np.ndarray]) -> None:
         image = decode_image(raw.image, self.max_image_pixels, raw.where)
         self.views.plain_image(image, seeds["image"], into[0])
         if "image_augmented" in self.fields:

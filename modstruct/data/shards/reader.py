@@ -82,13 +82,8 @@ class ShardReader:
         row = self.samples.rows[sample].item()  # at once: numpy takes a microsecond for each field
         image_block, image_bytes, text_block, text_bytes, metadata_block, metadata_bytes, header_blocks = row
         header_bytes = header_blocks * BLOCK_BYTES
-        spans = [
-            (
-                image_block * BLOCK_BYTES - header_bytes,
-                header_bytes + image_bytes,
-            ),  # the header lies before the image
-            (text_block * BLOCK_BYTES, text_bytes),
-        ]
+        image = (image_block * BLOCK_BYTES - header_bytes, header_bytes + image_bytes)  # with the header before it
+        spans = [image, (text_block * BLOCK_BYTES, text_bytes)]
         if metadata_bytes:
             spans.append((metadata_block * BLOCK_BYTES, metadata_bytes))
         both, text, *described = self._spans(shard, sample, spans)

@@ -14,14 +14,7 @@ import numpy as np
 
 from modstruct.config import DataConfig, Source
 from modstruct.data.faults import NAMED
-from modstruct.data.shards.index import (
-    INDEX_VERSION,
-    ROW,
-    ShardIndex,
-    UnreadableShard,
-    index_file_name,
-    index_shards,
-)
+from modstruct.data.shards.index import INDEX_VERSION, ROW, ShardIndex, UnreadableShard, index_file_name, index_shards
 from modstruct.data.shards.sources import SourceShards, expand_sources, is_pipe
 from modstruct.errors import refuse
 from modstruct.files import atomic_write, locked
@@ -104,31 +97,30 @@ def open_samples(sources: Sequence[Source], config: DataConfig, field: str, prog
 
 
 def open_saved_samples(
-    sources: Sequence[Source], config: DataConfig, field: str, fingerprint: str, progress: bool = False
+    sources: Sequence[Source], config: DataConfig, field: str, fingerprint: str | None, progress: bool = False
 ) -> Samples:
     """As `open_samples`, but where shards were lost or changed since, the earlier table in data.cache is used.
 
-    fingerprint: of the samples of a checkpoint. The order of data then stays as it was, and the reader reports the
-    samples of damaged shards as bad: they are substituted and counted, as in a run that was not interrupted. Where they
-    exceed data.max_bad_share, or the source names other shards, the samples are those found now.
+    fingerprint: of the samples of a checkpoint; None for a new run. The order of data then stays as it was, and
+    the reader reports the samples of damaged shards as bad: they are substituted and counted, as in a run that was not
+    interrupted. If they exceed data.max_bad_share, or the source names other shards, the samples are those found now.
     """
     found: Samples | ValueError
     try:
         found = open_samples(sources, config, field, progress)
     except ValueError as refused:  # a shard that the pattern names is missing
         found = refused
-    if isinstance(found, ValueError) or found.fingerprint != fingerprint:
+    if fingerprint is not None and (isinstance(found, ValueError) or found.fingerprint != fingerprint):
         for table in _tables(config, fingerprint):
             saved = Samples(table, _weights(sources))
-            lost_shards = _lost_shards(saved)
+            stale = _stale_shards(saved)
             named = isinstance(found, ValueError) or set(found.shards) <= set(saved.shards)
-            lost = sum(int(saved.shard_starts[shard + 1] - saved.shard_starts[shard]) for shard in lost_shards)
+            lost = sum(int(saved.shard_starts[shard + 1] - saved.shard_starts[shard]) for shard in stale)
             if named and len(saved.source_starts) == len(sources) + 1 and lost <= config.max_bad_share * len(saved):
                 if progress:
-                    names = ", ".join(saved.shards[shard] for shard in lost_shards[:NAMED])
-                    count = f"{len(lost_shards)} of {len(saved.shards)} shards"
-                    missing = "are missing or changed since the checkpoint"
-                    log.warning("%s: %s %s (%s); other samples replace theirs", field, count, missing, names)
+                    names = ", ".join(saved.shards[shard] for shard in stale[:NAMED])
+                    changed = f"{len(stale)} of {len(saved.shards)} shards are missing or changed since the checkpoint"
+                    log.warning("%s: %s (%s); other samples replace theirs", field, changed, names)
                 return saved
     if isinstance(found, ValueError):
         raise found
@@ -258,7 +250,7 @@ def _tables(config: DataConfig, fingerprint: str) -> list[Path]:
     ]
 
 
-def _lost_shards(samples: Samples) -> np.ndarray:
+def _stale_shards(samples: Samples) -> np.ndarray:
     """Numbers of the shards whose files changed since they were indexed, or are missing."""
 
     def intact(shard: int) -> bool:

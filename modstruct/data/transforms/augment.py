@@ -11,7 +11,6 @@ from functools import cache
 from typing import overload
 
 import numpy as np
-from PIL.Image import Image
 from torch import Tensor
 
 from modstruct.config import ViewsConfig
@@ -22,33 +21,13 @@ BITS = 63  # a seed must fit the signed 64-bit integers of torch and numpy
 MASK = (1 << BITS) - 1
 
 
-class Views:
-    """Makes the plain, the augmented and the evaluation view of images and captions; pickles to loader workers.
-
-    Images are PIL images of any size and mode, views are uint8 tensors (3, image_size, image_size). into: an array of
-    that shape to write the view to, such as a row of a batch.
-    """
-
-    value_bytes = 1
-    """Bytes of one value of a view."""
+class Views(ImageViews):
+    """Makes the plain, the augmented and the evaluation view of images and captions; pickles to loader workers."""
 
     def __init__(self, config: ViewsConfig, image_size: int):
-        """image_size: side of the square view, in pixels. Raises ValueError if WordNet is needed and missing."""
-        self.image_size = image_size
-        self._images = ImageViews(config, image_size)
-        self._texts = EasyDataAugmentation(config.eda_rate, synonyms=config.eda_synonyms)
-
-    def plain_image(self, image: Image, seed: int, into: np.ndarray | None = None) -> Tensor:
-        """The view of `views.plain`: the centre, or a random crop and flip drawn from seed."""
-        return self._images.plain(image, seed, into)
-
-    def augmented_image(self, image: Image, seed: int, into: np.ndarray | None = None) -> Tensor:
-        """A random crop, a flip and AutoAugment, as the recipe says, drawn from seed."""
-        return self._images.augmented(image, seed, into)
-
-    def evaluation_image(self, image: Image) -> Tensor:
-        """The view of `views.evaluation`, the centre or the whole image squeezed, regardless of `views.plain`."""
-        return self._images.evaluation(image)
+        """As ImageViews. Raises ValueError if WordNet is needed and missing, too."""
+        super().__init__(config, image_size)
+        self._change = EasyDataAugmentation(config.eda_rate, synonyms=config.eda_synonyms)
 
     def plain_text(self, text: str) -> str:
         """The caption as it is."""
@@ -56,7 +35,7 @@ class Views:
 
     def augmented_text(self, text: str, seed: int) -> str:
         """The caption after one operation of EDA, drawn from seed."""
-        return self._texts(text, seed)
+        return self._change(text, seed)
 
 
 @cache

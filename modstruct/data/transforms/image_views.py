@@ -34,11 +34,18 @@ class MildRandAugment(v2.RandAugment):
 
 
 class ImageViews:
-    """The views of one image; see `modstruct.data.transforms.augment.Views`."""
+    """Views of PIL images of any size and mode as uint8 tensors (3, image_size, image_size).
+
+    into: an array of that shape to write the view to, such as a row of a batch.
+    """
+
+    value_bytes = 1
+    """Bytes of one value of a view."""
 
     def __init__(self, config: ViewsConfig, image_size: int):
+        """image_size: side of the square view, in pixels."""
         require(image_size >= 1, "model.vision.image_size", image_size, "at least 1 pixel")
-        self.size = image_size
+        self.image_size = image_size
         self._plain_is_random = config.plain == "crop_flip"
         self._squeeze = config.evaluation == "squeeze"
         self._crop_scale = config.crop_scale
@@ -48,18 +55,21 @@ class ImageViews:
         )
         self._auto_augment = v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET) if config.auto_augment else None
 
-    def plain(self, image: Image.Image, seed: int, into: np.ndarray | None = None) -> Tensor:
+    def plain_image(self, image: Image.Image, seed: int, into: np.ndarray | None = None) -> Tensor:
+        """The view of `views.plain`: the centre, or a random crop and flip drawn from seed."""
         if not self._plain_is_random:
-            return _to_tensor(centre_crop(_rgb(image), self.size), into)
+            return _to_tensor(centre_crop(_rgb(image), self.image_size), into)
         return _to_tensor(self._changed(image, seed, self._rand_augment), into)
 
-    def augmented(self, image: Image.Image, seed: int, into: np.ndarray | None = None) -> Tensor:
+    def augmented_image(self, image: Image.Image, seed: int, into: np.ndarray | None = None) -> Tensor:
+        """A random crop, a flip and AutoAugment, as the recipe says, drawn from seed."""
         return _to_tensor(self._changed(image, seed, self._auto_augment), into)
 
-    def evaluation(self, image: Image.Image, into: np.ndarray | None = None) -> Tensor:
+    def evaluation_image(self, image: Image.Image) -> Tensor:
+        """The view of `views.evaluation`, the centre or the whole image squeezed, regardless of `views.plain`."""
         if self._squeeze:
-            return _to_tensor(_rgb(image).resize((self.size, self.size), Image.Resampling.BICUBIC), into)
-        return _to_tensor(centre_crop(_rgb(image), self.size), into)
+            return _to_tensor(_rgb(image).resize((self.image_size, self.image_size), Image.Resampling.BICUBIC), None)
+        return _to_tensor(centre_crop(_rgb(image), self.image_size), None)
 
     def _changed(self, image: Image.Image, seed: int, change: v2.Transform | None) -> Image.Image:
         """Cropped and flipped, then changed by `change`, all drawn from seed."""
@@ -73,7 +83,7 @@ class ImageViews:
     def _crop_and_flip(self, image: Image.Image, generator: random.Random) -> Image.Image:
         left, top, width, height = random_crop_box(*image.size, self._crop_scale, generator)
         box = (left, top, left + width, top + height)
-        image = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box)
+        image = image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC, box=box)
         if self._flip and generator.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return image

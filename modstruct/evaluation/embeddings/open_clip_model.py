@@ -42,7 +42,7 @@ class OpenClipViews:
         return self._preprocess(image)
 
     def augmented_image(self, image: Image.Image, seed: int) -> Tensor:
-        pixels = self._augmented.augmented(image, seed).permute(1, 2, 0).numpy()
+        pixels = self._augmented.augmented_image(image, seed).permute(1, 2, 0).numpy()
         return self._preprocess(Image.fromarray(pixels))
 
 

@@ -27,7 +27,7 @@ from modstruct.evaluation.embeddings.in_memory import EmbeddedPairs
 from modstruct.evaluation.retrieval.exact import counting_device, items_ahead
 from modstruct.evaluation.retrieval.metrics import recall_metrics
 from modstruct.evaluation.retrieval.nearest import nearest
-from modstruct.models.fusion.pretraining import FusionModel
+from modstruct.models.protocol import Matcher
 
 LARGEST_ON_DEVICE_BYTES = 8 << 30
 """Tokens of a gallery beyond this are kept in the host's memory."""
@@ -48,7 +48,7 @@ class Reranking:
 
 @torch.no_grad()
 def reranked_retrieval(
-    model: FusionModel,
+    model: Matcher,
     images: Iterator[Tensor],
     tokenizer: Tokenizer,
     embedded: EmbeddedPairs,

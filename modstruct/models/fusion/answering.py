@@ -1,4 +1,4 @@
-"""Open answers to questions about images: a decoder that ranks or writes them (Li et al. 2021, section 5)."""
+"""Open answers to questions about images: a decoder that ranks or generates them (Li et al. 2021, section 5)."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ CROSS_ATTENTION_INPUTS = (".crossattention.self.key.weight", ".crossattention.se
 
 
 class AnswerModel(EmaModel):
-    """Question and image, fused -> answer, by causal layers that look at the fused question (VQA's model).
+    """Question and image, fused -> answer, by causal layers with cross attention to the fused question (VQA's model).
 
-    Answers are ids as a tokenizer makes them: start, tokens, end, padding. An EMA copy softens the tokens' labels
+    Answers are ids as a tokenizer makes them: start, tokens, end, padding. The EMA model softens the tokens' labels
     where task.alpha is above 0.
     """
 
@@ -46,7 +46,7 @@ class AnswerModel(EmaModel):
 
     def trunks(self) -> dict[str, nn.Module]:
         """The three encoders and the decoder."""
-        return self.backbone.trunks() | {"decoder": self.decoder}
+        return super().trunks() | {"decoder": self.decoder}
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Every token of the answers, predicted from those before it: Outputs' fields, a row for each token.
@@ -62,12 +62,12 @@ class AnswerModel(EmaModel):
             "logits": self._answer_logits(batch),
             "labels": answer[row, place],
             "weights": batch["answer_weight"][row],
-            # Filled on the device: for a number of the host's a GPU would have to be waited for.
+            # Filled on the device: a number copied from the host would make it wait for the GPU.
             "entries": answer.new_full((1,), len(batch["text"])),
         }
         if self.distils:
             with torch.no_grad(), self.autocast(device):
-                made["logits_ema"] = self._ema[0].module._answer_logits(batch)
+                made["logits_ema"] = self.ema_model._answer_logits(batch)
         return made
 
     def encode(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -77,7 +77,7 @@ class AnswerModel(EmaModel):
         return self.backbone.fuse(text, mask, image), mask
 
     def decode(self, answers: Tensor, question: Tensor, mask: Tensor) -> Tensor:
-        """Hidden states (A, L', text_width); state t knows the answer up to token t and stands for token t + 1.
+        """Hidden states (A, L', text_width); state t sees the answer up to token t and predicts token t + 1.
 
         answers: (A, L') ids. question: (A, L, text_width), of each answer's question, and mask (A, L).
         """
@@ -113,28 +113,27 @@ class AnswerModel(EmaModel):
 
     @torch.no_grad()
     def generate(self, batch: dict[str, Tensor]) -> Tensor:
-        """Answers written token by token, always the likeliest: (B, task.answer_context) ids, padding after the end.
+        """Greedy decoding: (B, task.answer_context) ids, padding after the end.
 
-        batch: image (B, 3, H, W) and text (B, L). An answer without end within the context stops there. The number of
-        forward passes is always the same, as ZeRO-3 needs it of all processes.
+        batch: image (B, 3, H, W) and text (B, L). An answer without end is cut at the context. The number of forward
+        passes is always the same, as ZeRO-3 needs it of all processes.
         """
         question, mask = self.encode(batch)
-        written = torch.full((len(question), 1), self.start_id, device=question.device)
-        ended = torch.zeros_like(written[:, 0], dtype=torch.bool)
+        answers = torch.full((len(question), 1), self.start_id, device=question.device)
+        ended = torch.zeros_like(answers[:, 0], dtype=torch.bool)
         for _ in range(self.answer_context - 1):
-            token = self._logits(self.decode(written, question, mask)[:, -1]).argmax(dim=-1)
+            token = self._logits(self.decode(answers, question, mask)[:, -1]).argmax(dim=-1)
             token = token.masked_fill(ended, self.padding_id)
             ended |= (token == self.end_id) | (token == self.padding_id)
-            written = torch.cat([written, token[:, None]], dim=1)
-        return written
+            answers = torch.cat([answers, token[:, None]], dim=1)
+        return answers
 
-    def adopt(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Adds what the decoder starts from to the weights of pre-training.
+    def starting_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The weights of pre-training and what the decoder starts from, unless they have a decoder already.
 
-        Its layers start from the last fusion layers (more layers than those start anew), its words from the text
-        encoder's, its head from masked language modelling's. Fusion layers look at image tokens, the decoder at the
-        question's: where these differ in width, keys and values of the cross attention start anew. What the weights
-        already have of a decoder stays.
+        Its layers start from the last fusion layers (further layers keep their initialisation), its words from the text
+        encoder's, its head from masked language modelling's. Fusion layers attend to image tokens, the decoder to the
+        question's: where these differ in width, keys and values of the cross attention keep their initialisation.
         """
         numbers = sorted({int(name.split(".")[3]) for name in weights if name.startswith("backbone.fusion.layer.")})
         sources = {
@@ -143,15 +142,15 @@ class AnswerModel(EmaModel):
         }
         sources |= {"backbone.words.": "words.", "language_head.": "head."}
         expected = self.state_dict()
-        adopted = {}
+        added = {}
         for name, value in weights.items():
             source = next((source for source in sources if name.startswith(source)), None)
             if source is None:
                 continue
             own = sources[source] + name.removeprefix(source)
             if not own.endswith(CROSS_ATTENTION_INPUTS) or expected[own].shape == value.shape:
-                adopted[own] = value
-        return adopted | weights
+                added[own] = value
+        return added | weights
 
     def _answer_logits(self, batch: dict[str, Tensor]) -> Tensor:
         """Logits (T, vocabulary) of all the answers' tokens, padding left out."""
@@ -182,7 +181,7 @@ class AnswerModel(EmaModel):
 def answer_tokens(answers: Tensor, padding_id: int) -> Tensor:
     """Row and place of all tokens but the first and padding, (T, 2), row by row, of answers (A, L') ids.
 
-    A GPU has to be waited for: training takes them from the host.
+    Waits for a GPU: in training, the loader makes them on the host.
     """
     real = answers != padding_id
     real[:, 0] = False
@@ -190,5 +189,5 @@ def answer_tokens(answers: Tensor, padding_id: int) -> Tensor:
 
 
 def _descending(values: Tensor) -> Tensor:
-    """Columns (B, N) of values (B, N), the largest of each row first, equal ones as they stand."""
+    """Columns (B, N) of values (B, N), the largest of each row first, equal ones in their order."""
     return values.argsort(dim=1, descending=True, stable=True)

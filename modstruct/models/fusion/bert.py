@@ -20,7 +20,7 @@ from modstruct.config import FusionTextConfig
 
 def bert_config(config: FusionTextConfig, vocabulary: int, positions: int, padding_id: int) -> BertConfig:
     """transformers' description of the BERT that a recipe sizes."""
-    return BertConfig(
+    made = BertConfig(
         vocab_size=vocabulary,
         hidden_size=config.width,
         num_hidden_layers=config.text_layers + config.fusion_layers,
@@ -31,8 +31,9 @@ def bert_config(config: FusionTextConfig, vocabulary: int, positions: int, paddi
         hidden_dropout_prob=config.dropout,
         attention_probs_dropout_prob=config.dropout,
         is_decoder=False,
-        attn_implementation="sdpa",
     )
+    made._attn_implementation = "sdpa"
+    return made
 
 
 class Words(BertEmbeddings):
@@ -44,11 +45,14 @@ class Words(BertEmbeddings):
 
 
 class TiedEmbedding(nn.Embedding):
-    """A table of vectors that is asked both ways, through one forward, since ZeRO-3 fetches weights at a call only."""
+    """Word vectors, input and output layer in one forward, since ZeRO-3 gathers weights at a call only."""
 
     def forward(self, ids: Tensor | None = None, hidden: Tensor | None = None) -> Tensor:
         """ids: (…) -> vectors (…, D). hidden: (…, D) -> products with every vector (…, vocabulary)."""
-        return super().forward(ids) if hidden is None else F.linear(hidden, self.weight)
+        if hidden is not None:
+            return F.linear(hidden, self.weight)
+        assert ids is not None
+        return super().forward(ids)
 
 
 class Layers(nn.Module):
@@ -111,10 +115,10 @@ class LanguageHead(nn.Module):
 
 
 def initialise(module: nn.Module, width: int) -> None:
-    """BERT's start: normal weights, zero biases, norms that change nothing.
+    """BERT's initialisation: normal weights, zero biases, norms that change nothing.
 
-    width: of the transformer. At BERT-base's 768 the deviation is BERT's 0.02; narrower ones get larger weights, so
-    that a layer says as much to the next as there.
+    width: of the transformer. At BERT-base's 768 the standard deviation is BERT's 0.02; narrower layers get larger
+    weights, so that activations keep their scale.
     """
     deviation = 0.02 * math.sqrt(768 / width)
     for part in module.modules():

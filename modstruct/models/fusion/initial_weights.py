@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from modstruct import checkpoints
 from modstruct.checkpoints.weight_files import read_weight_file
@@ -19,7 +19,7 @@ from modstruct.data.tokenizers import Tokenizer, build_tokenizer, load_tokenizer
 from modstruct.distributed import main_first
 from modstruct.errors import refuse, require
 from modstruct.files import read_yaml
-from modstruct.models.fusion.ema import EMA
+from modstruct.models.fusion.ema import EMA, EmaModel
 from modstruct.models.fusion.published import QUEUE, fit_positions, from_albef, is_albef
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def find_folder(init: str, option: str = "--init") -> Path | None:
 
 
 def read_everything(init: str, option: str) -> dict[str, Tensor]:
-    """All weights by our names, `momentum.` and `queue.` among them where they are there.
+    """All weights by our names, those that start with `momentum.` and `queue.` included.
 
     init: a run, checkpoint or export of ours, or a file of weights by our names or ALBEF's. option: that named it.
     """
@@ -74,17 +74,16 @@ def tokenizer_of(init: str | None, option: str = "fusion.init") -> Tokenizer | N
 
 
 def start_pretraining(model: FusionModel, init: str) -> None:
-    """Weights of fusion.init into a pre-training model, its momentum copy and, if it is of the same size, its queue.
+    """Weights of fusion.init into a pre-training model, its EMA weights and, if it has the same size, its queue.
 
-    Positions are fitted to the model's. Momentum copies that are not there start from the weights. What the weights
-    lack of the heads starts anew, as the log says. Raises ValueError naming fusion.init where they belong to another
-    model.
+    Positions are fitted to the model's. Missing EMA weights start from the weights; missing heads keep their
+    initialisation, as the log says. Raises ValueError naming fusion.init where the weights belong to another model.
     """
     given = {
         name: value.float() if value.is_floating_point() else value
         for name, value in read_everything(init, "fusion.init").items()
     }
-    given = fit_positions(given, model)
+    given = fit_positions(given, model.backbone)
     weights = {name: value for name, value in given.items() if not name.startswith((EMA, QUEUE))}
     expected = model.state_dict()
     wrong = [name for name in expected.keys() & weights.keys() if expected[name].shape != weights[name].shape]
@@ -95,18 +94,18 @@ def start_pretraining(model: FusionModel, init: str) -> None:
             "belongs to another model: give fusion.* the sizes, and tokenizer.* the tokenizer, that it was made with"
         )
         refuse("fusion.init", init, f"{remedy}; they differ in {', '.join(sorted(wrong)[:5])}")
-    anew = sorted(expected.keys() - weights.keys())
+    new = sorted(expected.keys() - weights.keys())
     started = expected | {name: value for name, value in weights.items() if name in expected}
     model.load_state_dict(started)
-    copies = {f"{EMA}{name}": value for name, value in started.items()}
-    copies |= {name: value for name, value in given.items() if name in copies and value.shape == copies[name].shape}
+    ema = {f"{EMA}{name}": value for name, value in started.items()}
+    ema |= {name: value for name, value in given.items() if name in ema and value.shape == ema[name].shape}
     queue = {name: value for name, value in given.items() if name.startswith(QUEUE)}
     own = {name: value for name, value in model.ema_state_dict().items() if name.startswith(QUEUE)}
     same = queue.keys() == own.keys() and all(own[name].shape == value.shape for name, value in queue.items())
-    model.load_ema_state_dict(copies | (queue if same else {}))
-    log.info("Started from %s%s", init, f"; new: {', '.join(anew)}" if anew else "")
+    model.load_ema_state_dict(ema | (queue if same else {}))
+    log.info("Started from %s%s", init, f"; new: {', '.join(new)}" if new else "")
     if queue and not same:
-        log.info("The queue of %s is of another size than fusion.queue and starts empty", init)
+        log.info("The queue of %s has another size than fusion.queue and starts empty", init)
 
 
 def recipe_of(init: str) -> dict:
@@ -123,12 +122,13 @@ def recipe_of(init: str) -> dict:
         recipe = json.loads(path.read_bytes())["recipe"] if exported else read_yaml(path)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         refuse("--init", init, f"the recipe in {path} cannot be read ({' '.join(str(error).split())[:200]})")
-    require(isinstance(recipe, dict), "--init", init, f"the recipe in {path} must hold fields (name: value)")
+    if not isinstance(recipe, dict):
+        refuse("--init", init, f"the recipe in {path} must hold fields (name: value)")
     return migrate_checkpoint(recipe)
 
 
 def find_initial(init: str | None, config: TokenizerConfig, cache: str, tokenizer: Tokenizer | None = None) -> Initial:
-    """Read `init`. tokenizer: of a checkpoint that the run goes on from, whose weights follow: then none are read.
+    """Read `init`. tokenizer: of a checkpoint to resume from, whose weights follow: then none are read.
 
     Raises ValueError, naming --init, for what is neither a folder of ours nor a file of weights, and naming
     tokenizer.path where the weights bring no tokenizer and the recipe names none.
@@ -151,19 +151,20 @@ def find_initial(init: str | None, config: TokenizerConfig, cache: str, tokenize
     return Initial(built, read_weight_file(init, "--init") if init else None, Path(init) if init else None)
 
 
-def start_from(model: nn.Module, initial: Initial) -> None:
-    """Weights of pre-training into a downstream model and its momentum copy, as far as both have them.
+def start_from(model: EmaModel, initial: Initial) -> None:
+    """Weights of pre-training into a downstream model and its EMA weights, as far as both have them.
 
-    A model that makes more of them than their names say has `adopt(weights)`, which adds to them (an answer decoder
-    that starts from the fusion layers, say). Positions of the image encoder are interpolated. Says in the log what was
-    not there and starts anew.
+    `starting_weights` of the model maps them (an answer decoder starts from the fusion layers, say). Positions of the
+    image encoder are interpolated. Logs what was missing and keeps its initialisation.
     """
     weights = initial.weights
+    if weights is None:
+        return
     if is_albef(weights):
         weights = from_albef(weights, len(model.backbone.text.layer))
     weights = {name: value.float() for name, value in weights.items() if not name.startswith(EMA)}
-    weights = fit_positions(weights, model)
-    weights = model.adopt(weights)
+    weights = fit_positions(weights, model.backbone)
+    weights = model.starting_weights(weights)
     expected = model.state_dict()
     wrong = sorted(n for n in expected.keys() & weights.keys() if expected[n].shape != weights[n].shape)
     missing = sorted(n for n in expected if n.startswith("backbone.") and n not in weights)
@@ -174,5 +175,5 @@ def start_from(model: nn.Module, initial: Initial) -> None:
         model.load_state_dict({name: value for name, value in weights.items() if name in expected}, strict=False)
     if model.ema:
         model.ema.module.load_state_dict(model.state_dict())
-    anew = sorted({name.split(".")[0] for name in expected.keys() - weights.keys()})
-    log.info("Started from %s%s", initial.path, f"; new: {', '.join(anew)}" if anew else "")
+    new = sorted({name.split(".")[0] for name in expected.keys() - weights.keys()})
+    log.info("Started from %s%s", initial.path, f"; new: {', '.join(new)}" if new else "")

@@ -1,9 +1,9 @@
-"""The fusion model in pre-training: encoders, heads, EMA copy and queue, and what the losses need."""
+"""The fusion model in pre-training: encoders, heads, EMA weights, queue and hard negatives."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,25 +12,29 @@ from torch.nn import functional as F
 from modstruct import distributed
 from modstruct.config import FinetuneRecipe, Recipe
 from modstruct.data.tokenizers import Tokenizer
+from modstruct.data.transforms.augment import sample_seed
 from modstruct.data.transforms.text_views import IGNORED, masked_places
 from modstruct.distributed import RowExchange
 from modstruct.losses.objective import Objective
 from modstruct.models.fusion.backbone import Backbone
 from modstruct.models.fusion.bert import LanguageHead, initialise
 from modstruct.models.fusion.ema import EmaModel, FeatureQueue
-from modstruct.models.fusion.negatives import NONE, hard_negatives
 from modstruct.models.fusion.published import QUEUE
 from modstruct.models.protocol import Batch
 
 PAIR_FIELDS = frozenset({"image_id", "text_id", "slot"})
 TRAINING_FIELDS = PAIR_FIELDS | {"text_masked", "masked_labels"}
+NONE = -1
+"""For a negative, where every candidate is a positive."""
+NUMBERS_AT_ONCE = 1 << 22
+"""Similarities, in float64, that hard negatives hold in memory together."""
 
 
 class FusionModel(EmaModel):
     """ALBEF's pre-training model (Li et al. 2021, sections 3.1 to 3.3), with independent heads on request.
 
-    Called with images or texts it embeds them; with all its `batch_fields` too, it makes all that the objective asks
-    for. `ema` and `queue` are no weights of it: see ema.py.
+    Called with images or texts it embeds them; with all its `batch_fields` too, it makes every output that the
+    objective needs. `ema` and `queue` are not among its parameters and buffers: see ema.py.
     """
 
     constants = frozenset(
@@ -111,7 +115,7 @@ class FusionModel(EmaModel):
         return made
 
     def _freeze_unused(self) -> None:
-        """What no loss reaches is not trained: weight decay would wear it away, as ZeRO gives it a gradient of 0."""
+        """Freeze what no loss reaches: ZeRO gives it a gradient of 0, and weight decay would shrink it."""
         used = {
             "matching_head": self.matches,
             "language_head": self.masks,
@@ -119,10 +123,6 @@ class FusionModel(EmaModel):
         }
         for name, reached in used.items():
             self.get_submodule(name).requires_grad_(reached)
-
-    def trunks(self) -> dict[str, nn.Module]:
-        """The three encoders."""
-        return self.backbone.trunks()
 
     def embed(self, modality: str, summary: Tensor, features: bool = False) -> dict[str, Tensor]:
         """Shared and independent embeddings, (B, D) float32 of unit norm, of the first tokens (B, width).
@@ -148,7 +148,7 @@ class FusionModel(EmaModel):
         if not masks:
             text = backbone.encode_text(batch["text"])
             return text, text
-        # The padding mask is the caption's: a word may have been replaced by any id, padding among them.
+        # The padding mask is the caption's: a masked token may have become any id, padding included.
         mask = backbone.mask(batch["text"])
         if backbone.training and backbone.bert.hidden_dropout_prob > 0:
             # The gradient cache embeds the captions alone first: on them, dropout must fall as it did there.
@@ -167,14 +167,14 @@ class FusionModel(EmaModel):
     @torch.no_grad()
     def _ema_outputs(self, batch: Batch, masks: bool) -> dict[str, Tensor]:
         """The EMA model's embeddings, which are the augmented views, its masked tokens' logits, and the queues."""
-        copy = cast(FusionModel, self._ema[0].module)
+        model = self.ema_model
         with self.autocast(batch["image"].device):
-            image = copy.backbone.encode_image(batch["image"])
-            text, masked = self._encode_texts(copy.backbone, batch, masks)
-            own = copy.embed("image", image[:, 0]) | copy.embed("text", text[:, 0])
+            image = model.backbone.encode_image(batch["image"])
+            text, masked = self._encode_texts(model.backbone, batch, masks)
+            own = model.embed("image", image[:, 0]) | model.embed("text", text[:, 0])
             made = {f"{name}_augmented": rows for name, rows in own.items()}
             if masks:
-                made["masked_logits_ema"], _ = self._masked_logits(copy, batch, image, masked)
+                made["masked_logits_ema"], _ = self._masked_logits(model, batch, image, masked)
         filled = self.queue.filled
         made |= {"image_queue": self.queue.image[:filled], "text_queue": self.queue.text[:filled]}
         return made | {"pair_ids": batch["image_id"], "queue_ids": self.queue.ids[:filled]}
@@ -191,22 +191,22 @@ class FusionModel(EmaModel):
         }
 
     def _draw_negatives(self, outputs: Mapping[str, Tensor], batch: Batch) -> tuple[RowExchange, RowExchange, Tensor]:
-        """What brings each row its wrong image, the same of captions, and labels (B, 3) of the pair, the row with the
-        wrong image, the row with the wrong caption.
+        """The exchanges of wrong images and of wrong captions, and labels (B, 3) of the pair, the row with the wrong
+        image, the row with the wrong caption.
 
-        outputs: embeddings, shared and augmented, and the scale. Where there is no negative, a row gets its own.
+        outputs: embeddings, shared and augmented, and the scale. Without a negative, a row gets its own.
         """
-        ids, scale = (batch["image_id"], batch["text_id"]), outputs["logit_scale"].detach()
-        mine = torch.arange(len(ids[0]), device=ids[0].device) + distributed.rank() * len(ids[0])
+        slots, scale = batch["slot"], outputs["logit_scale"].detach()
+        mine = torch.arange(len(slots), device=slots.device) + distributed.rank() * len(slots)
 
         def negative(rows: str, candidates: Literal["image", "text"]) -> tuple[RowExchange, Tensor]:
-            given = outputs[rows].detach(), outputs[f"{candidates}_augmented"], scale, *ids, batch["slot"]
+            given = outputs[rows].detach(), outputs[f"{candidates}_augmented"], scale, batch
             found = hard_negatives(*given, self.seed, candidates, self.negatives)
-            label = torch.where(found != NONE, torch.zeros_like(batch["slot"]), IGNORED)
+            label = torch.where(found != NONE, torch.zeros_like(slots), IGNORED)
             return RowExchange(torch.where(found == NONE, mine, found)), label
 
         (images, of_image), (texts, of_text) = negative("text", "image"), negative("image", "text")
-        return images, texts, torch.stack([torch.ones_like(batch["slot"]), of_image, of_text], dim=1)
+        return images, texts, torch.stack([torch.ones_like(slots), of_image, of_text], dim=1)
 
     def _matching(
         self, batch: Batch, image: Tensor, text: Tensor, drawn: tuple[RowExchange, RowExchange, Tensor] | None
@@ -250,3 +250,79 @@ class FusionModel(EmaModel):
     def ema_to(self, device: torch.device) -> None:
         super().ema_to(device)
         self.queue.to(device)
+
+
+@torch.no_grad()
+def hard_negatives(
+    rows: Tensor,
+    candidates: Tensor,
+    logit_scale: Tensor,
+    batch: Batch,
+    seed: int,
+    of: Literal["image", "text"],
+    scope: Literal["global", "local"] = "global",
+) -> Tensor:
+    """The row of the global batch that is the hard negative of each of this process's rows, (B,) int64, or NONE.
+
+    A candidate is drawn with probability proportional to exp(similarity / temperature), as in ALBEF (Li et al. 2021,
+    section 3.2), but from the pairs of all processes, never a positive (see `_Pairs`), and by a random number that
+    depends on the seed and the row's place in the data: neither on the process nor on the number of processes.
+
+    rows: (B, D), unit norm, of one modality; candidates: (B, D) of the other, this process's. batch: image_id and
+    text_id, (B,), equal where two pairs have the same image or the same caption, and slot, (B,), places in the data.
+    of: modality of the candidates. scope: `local` takes candidates of this process only.
+    """
+    own = batch["text_id" if of == "image" else "image_id"]
+    first, own_of, other_of = distributed.rank() * len(rows), own, batch[f"{of}_id"]
+    if scope == "global":
+        first = 0
+        candidates, own_of, other_of = map(distributed.gather, (candidates, own_of, other_of))
+    pairs, candidates = _Pairs(own_of, other_of), candidates.double()
+    aims = sample_seed(seed, 0, batch["slot"], of).double() / 2**63
+    at_once = max(1, NUMBERS_AT_ONCE // len(candidates))
+    parts = zip(*(each.split(at_once) for each in (rows, own, aims)), strict=True)
+    draws = [_draw(some, candidates, logit_scale, pairs.positive(ids), aim) for some, ids, aim in parts]
+    found = torch.cat(draws)
+    return torch.where(found == NONE, found, found + first)
+
+
+def _draw(rows: Tensor, candidates: Tensor, logit_scale: Tensor, positive: Tensor, aims: Tensor) -> Tensor:
+    """The candidate of each row (b, D), (b,), or NONE.
+
+    candidates: (N, D) float64. positive: (b, N), the ones left out. aims: (b,), in [0, 1), which decide.
+    """
+    logits = (rows.double() @ candidates.T) * logit_scale.double()
+    logits = logits.masked_fill(positive, -torch.inf)
+    best = logits.max(dim=1, keepdim=True).values
+    weights = (logits - best).exp().nan_to_num(0.0)  # a row without a candidate: -inf less -inf
+    sums = weights.cumsum(dim=1)
+    total = sums[:, -1:]
+    # The first place whose sum is above the aim; its own weight is above 0, so it is never a positive.
+    chosen = torch.searchsorted(sums, aims[:, None] * total, right=True).clamp(max=logits.shape[1] - 1).squeeze(1)
+    sound = weights.gather(1, chosen[:, None]).squeeze(1) > 0
+    chosen = torch.where(sound, chosen, weights.argmax(dim=1))  # rounding at the very end of the sums
+    return torch.where(total.squeeze(1) > 0, chosen, NONE)
+
+
+class _Pairs:
+    """The pairs of the batch as (own content, content of the candidates' modality), each by its id: two times (N,)."""
+
+    def __init__(self, own_of: Tensor, other_of: Tensor):
+        # An id's place among the sorted ones stands for it, so that two of them make one number.
+        self.own_sorted = own_of.sort().values
+        self.other = torch.searchsorted(other_of.sort().values, other_of)
+        self.pairs = self._number(own_of, self.other).sort().values
+
+    def positive(self, own: Tensor) -> Tensor:
+        """Where a row, by its own id (b,), and a candidate belong together, (b, N).
+
+        Some pair of the batch has the row's content and the candidate's, be it the row's own pair, the candidate's, or
+        a third one that shares a caption with the one and an image with the other. Every own id occurs among the
+        pairs'.
+        """
+        wanted = self._number(own[:, None], self.other)
+        places = torch.searchsorted(self.pairs, wanted).clamp(max=len(self.pairs) - 1)
+        return self.pairs[places] == wanted
+
+    def _number(self, own: Tensor, other: Tensor) -> Tensor:
+        return torch.searchsorted(self.own_sorted, own) * len(self.own_sorted) + other

@@ -192,7 +192,7 @@ def test_an_index_is_made_once_and_anew_when_its_shard_changes(tmp_path, monkeyp
 
     write_shards(tmp_path, [3, 6])
     changed = opened(pattern, data)
-    assert indexed[2:] == ["shard-000.tar", "shard-001.tar"]  # both were written anew
+    assert indexed[2:] == ["shard-000.tar", "shard-001.tar"]  # both were rewritten
     assert len(changed) == 9
     assert changed.fingerprint != first.fingerprint
     assert [ShardReader(changed, data).read(n).metadata["number"] for n in range(9)] == list(range(9))

@@ -128,7 +128,7 @@ def test_a_shard_deleted_changed_or_cut_after_it_was_indexed_is_bad(tmp_path):
 def test_a_long_chain_of_headers_is_read_without_recursion(tmp_path):
     long_name = tarfile.TarInfo("long")
     long_name.type, long_name.size = tarfile.GNUTYPE_LONGNAME, 11
-    # Each names the member anew; tarfile reads such a chain recursively, and stops at Python's limit.
+    # Each renames the member; tarfile reads such a chain recursively, and stops at Python's limit.
     chain = (long_name.tobuf(tarfile.GNU_FORMAT) + b"000001.png".ljust(512, b"\0")) * 1000
     path = write_tar(tmp_path / "x.tar", sample(1))
     path.write_bytes(chain + path.read_bytes())

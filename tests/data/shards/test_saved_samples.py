@@ -1,4 +1,4 @@
-"""Data that is hurt under a run, or between two: the order stays, and the lost samples are bad ones like others."""
+"""Shards damaged during a run, or between two: the order stays, and the lost samples count as bad ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def cut(path: str) -> None:
     os.truncate(path, os.path.getsize(path) // 2)
 
 
-HURTS = {"delete": (os.unlink, "missing shard"), "cut": (cut, "shard changed since it was indexed")}
+DAMAGES = {"delete": (os.unlink, "missing shard"), "cut": (cut, "shard changed since it was indexed")}
 
 
 @pytest.fixture
@@ -32,10 +32,10 @@ def again(pattern: str, data, fingerprint: str):
     return open_saved_samples([Source(pattern)], data, "data.train", fingerprint)
 
 
-@pytest.mark.parametrize("hurt", HURTS)
-def test_a_shard_hurt_under_an_open_reader_is_bad_at_once_as_it_is_for_a_new_one(ten_shards, hurt):
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_shard_damaged_under_an_open_reader_is_bad_at_once_as_for_a_new_reader(ten_shards, damage):
     _, data, samples = ten_shards
-    harm, cause = HURTS[hurt]
+    harm, cause = DAMAGES[damage]
     old = ShardReader(samples, data)
     before = [old.read(sample).key for sample in range(30)]
     harm(samples.shards[4])
@@ -61,14 +61,14 @@ def test_a_shard_replaced_by_the_same_file_is_read_on(ten_shards):
     assert reader.read(13).key == key
 
 
-@pytest.mark.parametrize("hurt", HURTS)
+@pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("braces", [False, True])
-def test_a_resumed_run_numbers_its_samples_as_before(ten_shards, hurt, braces):
+def test_a_resumed_run_numbers_its_samples_as_before(ten_shards, damage, braces):
     pattern, data, samples = ten_shards
     if braces:
         pattern = pattern.replace("*", "{000..009}")
     for shard in (4, 7):
-        HURTS[hurt][0](samples.shards[shard])
+        DAMAGES[damage][0](samples.shards[shard])
     found = again(pattern, data, samples.fingerprint)
     assert found.fingerprint == samples.fingerprint
     assert found.shards == samples.shards
@@ -84,7 +84,7 @@ def test_too_much_lost_is_left_to_the_caller_to_refuse(ten_shards):
         again(pattern.replace("*", "{000..009}"), data, samples.fingerprint)
 
 
-def test_other_shards_are_no_hurt_ones(ten_shards, tmp_path):
+def test_other_shards_are_not_damaged_ones(ten_shards, tmp_path):
     pattern, data, samples = ten_shards
     write_shards(tmp_path / "shards", [3], name="shard-more")
     assert again(pattern, data, samples.fingerprint).fingerprint != samples.fingerprint

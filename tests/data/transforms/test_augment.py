@@ -33,7 +33,7 @@ CONFIGS = [
 ]
 
 
-def picture(width: int = 48, height: int = 40, mode: str = "RGB") -> Image.Image:
+def drawn_image(width: int = 48, height: int = 40, mode: str = "RGB") -> Image.Image:
     """A smooth image without symmetries."""
     rows, columns = np.mgrid[0:height, 0:width]
     channels = [np.sin(0.09 * rows + 0.02 * columns), np.cos(0.05 * columns), np.sin(0.003 * rows * columns)]
@@ -73,7 +73,7 @@ def test_arrays_give_the_seeds_of_their_pairs(seed):
 
 
 def test_views_are_written_where_they_are_wanted():
-    views, image = Views(ViewsConfig(), SIZE), picture(40, 30)
+    views, image = Views(ViewsConfig(), SIZE), drawn_image(40, 30)
     for make in (views.plain_image, views.augmented_image):
         rows = np.zeros((2, 3, SIZE, SIZE), dtype=np.uint8)
         made = make(image, 5, rows[1])
@@ -98,7 +98,7 @@ def test_neighbouring_seeds_do_not_collide_or_resemble():
     "size", [(1, 1000), (1000, 1), (1, 1), (3, 700), (SIZE, SIZE), (SIZE + 1, SIZE), (2, 3), (500, 400), (1, 100_000)]
 )
 def test_any_size_gives_one_shape(config, size):
-    for view in all_views(Views(config, SIZE), picture(*size), seed=3):
+    for view in all_views(Views(config, SIZE), drawn_image(*size), seed=3):
         assert view.shape == (3, SIZE, SIZE)
         assert view.dtype == torch.uint8
         assert view.is_contiguous()
@@ -106,19 +106,19 @@ def test_any_size_gives_one_shape(config, size):
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "I", "F"])
 def test_any_mode_gives_three_channels(mode):
-    for view in all_views(Views(ViewsConfig(), SIZE), picture(mode=mode), seed=3):
+    for view in all_views(Views(ViewsConfig(), SIZE), drawn_image(mode=mode), seed=3):
         assert view.shape == (3, SIZE, SIZE)
 
 
-def test_a_image_of_the_right_size_comes_back_as_it_is():
-    image = picture(SIZE, SIZE)
+def test_an_image_of_the_right_size_comes_back_as_it_is():
+    image = drawn_image(SIZE, SIZE)
     expected = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     assert torch.equal(Views(ViewsConfig(), SIZE).evaluation_image(image), expected)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (100, 75), (75, 100), (61, 66), (20, 31), (300, 47)])
 def test_centre_crop_agrees_with_torchvision(size):
-    image = picture(*size)
+    image = drawn_image(*size)
     resize = v2.Resize(SIZE, interpolation=v2.InterpolationMode.BICUBIC)
     expected = v2.functional.pil_to_tensor(v2.CenterCrop(SIZE)(resize(image)))
     difference = (Views(ViewsConfig(), SIZE).evaluation_image(image).int() - expected.int()).abs()
@@ -126,7 +126,7 @@ def test_centre_crop_agrees_with_torchvision(size):
 
 
 def test_evaluation_is_the_centre_whatever_the_plain_view():
-    image = picture()
+    image = drawn_image()
     centre, cropped = Views(ViewsConfig(), SIZE), Views(ViewsConfig(plain="crop_flip"), SIZE)
     assert torch.equal(centre.evaluation_image(image), cropped.evaluation_image(image))
     assert torch.equal(centre.evaluation_image(image), centre.plain_image(image, 1))
@@ -135,7 +135,7 @@ def test_evaluation_is_the_centre_whatever_the_plain_view():
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_the_seed_decides_the_view(config):
-    views, image = Views(config, SIZE), picture()
+    views, image = Views(config, SIZE), drawn_image()
     copy = pickle.loads(pickle.dumps(views))
     seen = set()
     for seed in range(60):
@@ -146,7 +146,7 @@ def test_the_seed_decides_the_view(config):
 
 
 def test_auto_augment_and_flip_follow_the_recipe():
-    image = picture(SIZE, SIZE)
+    image = drawn_image(SIZE, SIZE)
     whole = {"crop_scale": (1.0, 1.0), "plain": "crop_flip"}
     off = Views(ViewsConfig(auto_augment=False, flip=False, **whole), SIZE)
     flip = Views(ViewsConfig(auto_augment=False, flip=True, **whole), SIZE)
@@ -188,7 +188,7 @@ def test_random_crops_cover_the_shares_asked_for():
 
 
 def test_no_global_generator_is_touched():
-    views, image = Views(ViewsConfig(plain="crop_flip"), SIZE), picture()
+    views, image = Views(ViewsConfig(plain="crop_flip"), SIZE), drawn_image()
     torch.manual_seed(1)
     random.seed(2)
     np.random.seed(3)  # noqa: NPY002, the global generator is what the test is about
@@ -209,12 +209,12 @@ def test_the_global_generator_is_put_back_after_an_error(monkeypatch):
     monkeypatch.setattr(v2.AutoAugment, "forward", fails)
     before = torch.get_rng_state()
     with pytest.raises(RuntimeError, match="broken"):
-        Views(ViewsConfig(), SIZE).augmented_image(picture(), 0)
+        Views(ViewsConfig(), SIZE).augmented_image(drawn_image(), 0)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_global_generators_do_not_change_the_views():
-    views, image = Views(ViewsConfig(plain="crop_flip"), SIZE), picture()
+    views, image = Views(ViewsConfig(plain="crop_flip"), SIZE), drawn_image()
     first = all_views(views, image, 5)
     torch.rand(1)
     random.random()
@@ -224,7 +224,7 @@ def test_global_generators_do_not_change_the_views():
 def fingerprint() -> str:
     """Hash of many views, to be compared between processes."""
     digest = hashlib.sha256()
-    views, image = Views(ViewsConfig(plain="crop_flip"), SIZE), picture()
+    views, image = Views(ViewsConfig(plain="crop_flip"), SIZE), drawn_image()
     for sample in range(40):
         seed = sample_seed(7, 1, sample, "view")
         for view in all_views(views, image, seed):

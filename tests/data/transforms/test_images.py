@@ -168,7 +168,7 @@ def test_what_is_no_image_is_undecodable(content):
 
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(["JPEG", "PNG", "WEBP"]), st.integers(0, 10**6), st.binary(min_size=1, max_size=8))
-def test_damage_anywhere_gives_a_image_or_a_bad_sample(kind, place, damage):
+def test_damage_anywhere_gives_an_image_or_a_bad_sample(kind, place, damage):
     content = bytearray(encoded(Image.effect_noise((24, 24), 60).convert("RGB"), kind))
     place %= len(content)
     content[place : place + len(damage)] = damage

@@ -229,7 +229,7 @@ def test_albefs_published_names_start_the_same_decoder():
 def test_cross_attention_of_another_width_starts_anew():
     recipe = answer_recipe(width=12, image_width=16)
     weights = pretrained(recipe)
-    adopted = AnswerModel(recipe, answer_tokenizer()).adopt(weights)
+    adopted = AnswerModel(recipe, answer_tokenizer()).starting_weights(weights)
     absent = AnswerModel(recipe, answer_tokenizer()).state_dict().keys() - adopted.keys()
     assert absent == {f"decoder.layer.{n}.crossattention.self.{k}.weight" for n in (0, 1) for k in ("key", "value")}
 

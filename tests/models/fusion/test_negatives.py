@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from modstruct import distributed
 from modstruct.data.transforms.augment import sample_seed
-from modstruct.models.fusion.negatives import NONE, hard_negatives
+from modstruct.models.fusion.pretraining import NONE, hard_negatives
 
 
 def unit(rows: int, width: int = 4, seed: int = 0) -> torch.Tensor:
@@ -21,17 +21,13 @@ def unit(rows: int, width: int = 4, seed: int = 0) -> torch.Tensor:
 
 def draw(image_ids, text_ids, scale=10.0, seed=0, of="image", slots=None, embeddings=0, scope="global"):
     rows = len(image_ids)
-    return hard_negatives(
-        unit(rows, seed=embeddings),
-        unit(rows, seed=embeddings + 1),
-        torch.tensor([scale]),
-        torch.tensor(image_ids),
-        torch.tensor(text_ids),
-        torch.arange(rows) if slots is None else slots,
-        seed,
-        of,
-        scope,
-    )
+    batch = {
+        "image_id": torch.tensor(image_ids),
+        "text_id": torch.tensor(text_ids),
+        "slot": torch.arange(rows) if slots is None else slots,
+    }
+    images, texts = unit(rows, seed=embeddings), unit(rows, seed=embeddings + 1)
+    return hard_negatives(images, texts, torch.tensor([scale]), batch, seed, of, scope)
 
 
 IDS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=9)
@@ -96,8 +92,9 @@ def of_all_processes(scope: str) -> torch.Tensor:
     rows, processes = 12, distributed.world_size()
     ids = torch.tensor([0, 1, 2, 3, 4, 5, 0, 1, 8, 9, 10, 11])
     mine = slice(distributed.rank() * rows // processes, (distributed.rank() + 1) * rows // processes)
-    parts = [unit(rows)[mine], unit(rows, seed=1)[mine], torch.tensor([2.0]), ids[mine], torch.arange(rows)[mine]]
-    return distributed.gather(hard_negatives(*parts, torch.arange(rows)[mine], 3, "image", scope))
+    batch = {"image_id": ids[mine], "text_id": torch.arange(rows)[mine], "slot": torch.arange(rows)[mine]}
+    given = unit(rows)[mine], unit(rows, seed=1)[mine], torch.tensor([2.0]), batch
+    return distributed.gather(hard_negatives(*given, 3, "image", scope))
 
 
 def test_the_same_for_any_number_of_processes():

@@ -11,8 +11,7 @@ from tiny_models import word_tokenizer
 
 from modstruct.config import ContrastiveConfig, LossesConfig, MatchingConfig
 from modstruct.losses.objective import build_objective
-from modstruct.models.build import build_model
-from modstruct.models.execution import recompute_activations
+from modstruct.models.build import build_model, recompute_activations
 from modstruct.models.fusion.pretraining import IGNORED
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}

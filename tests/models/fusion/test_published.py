@@ -20,9 +20,9 @@ from modstruct.config import SeparationConfig
 from modstruct.config.recipe_files import recipe_to_dict
 from modstruct.losses.objective import build_objective
 from modstruct.models.build import build_model, initial_tokenizer
+from modstruct.models.fusion.backbone import interpolate_positions
 from modstruct.models.fusion.initial_weights import read_everything
 from modstruct.models.fusion.published import from_albef, to_albef
-from modstruct.models.fusion.vision import interpolate_positions
 from modstruct.training.export import export
 
 SIZES = Sizes()

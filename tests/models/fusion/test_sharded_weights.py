@@ -10,7 +10,7 @@ from tiny_fusion import fusion_model, fusion_recipe, training_batch
 from torch import Tensor, nn
 
 from modstruct import distributed
-from modstruct.models.fusion.sharded_weights import ShardedWeights
+from modstruct.models.fusion.ema import ShardedWeights
 
 
 def own_part(parameter: nn.Parameter) -> Tensor:
@@ -36,7 +36,7 @@ def answering():
 
 
 def pair_classifier():
-    from test_two_images import batch, classifier
+    from test_classifier import batch, classifier
 
     return classifier(), batch(label=True)
 

@@ -20,11 +20,11 @@ from modstruct.config import (
     TaskConfig,
 )
 from modstruct.losses.objective import build_objective
-from modstruct.models.execution import compile_trunks
+from modstruct.models.build import compile_trunks
+from modstruct.models.fusion.classifier import PairClassifier, PairLayers
 from modstruct.models.fusion.initial_weights import Initial, start_from
 from modstruct.models.fusion.pretraining import FusionModel
 from modstruct.models.fusion.published import to_albef
-from modstruct.models.fusion.two_images import PairClassifier, PairLayers
 
 HEADS, TEXT_WIDTH, IMAGE_WIDTH, SIZE = 2, 18, 16, 16
 VISION = FusionVisionConfig(image_size=SIZE, patch_size=8, width=IMAGE_WIDTH, layers=1, heads=2)

@@ -7,7 +7,7 @@ import torch
 from tiny_models import batch_of_both_views, register_architectures, tiny_config, tiny_model, word_tokenizer
 from torch import Tensor
 
-from modstruct.models.execution import compile_trunks, recompute_activations
+from modstruct.models.build import compile_trunks, recompute_activations
 from modstruct.models.two_tower import TwoTower
 
 TOWERS = [("clip", None, 16), ("bert", None, 16), ("clip", "tiny-resnet", 64), ("clip", "tiny-timm", 160)]

@@ -21,7 +21,7 @@ from modstruct.evaluation.leakage.perceptual_hash import image_hashes, thumbnail
 from modstruct.evaluation.leakage.prints import Prints, make_prints
 from modstruct.evaluation.leakage.result import read_keys
 
-sys.path.append(str(Path(__file__).parents[3] / "tools"))
+sys.path.append(str(Path(__file__).parents[2] / "tools"))
 import find_leakage
 from crafted_shards import write_tar
 

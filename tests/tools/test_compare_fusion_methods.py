@@ -1,4 +1,4 @@
-"""tools/experiments/compare_fusion_methods.py with a launcher that only notes what it was asked for."""
+"""tools/experiments/compare_fusion_methods.py with a launcher that only notes its commands."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-TOOL = Path(__file__).parents[1] / "tools" / "experiments" / "compare_fusion_methods.py"
+TOOL = Path(__file__).parents[2] / "tools" / "experiments" / "compare_fusion_methods.py"
 LAUNCHER = """
 import json, sys
 from pathlib import Path
@@ -17,8 +17,8 @@ with open(output.parents[1] / "asked.txt", "a") as file:
     print(Path(words[0]).name, words[words.index("--recipe") + 1], *words[words.index("--recipe") + 2 :], file=file)
 if output.name == "snli_ve" and not (output.parents[1] / "mended").exists():
     sys.exit(3)
-figures = {"accuracy": {"value": 0.5, "chance": 0.25}, "consistency": {"value": 0.1}}
-(output / "metrics.json").write_text(json.dumps(figures))
+metrics = {"accuracy": {"value": 0.5, "chance": 0.25}, "consistency": {"value": 0.1}}
+(output / "metrics.json").write_text(json.dumps(metrics))
 """
 
 
