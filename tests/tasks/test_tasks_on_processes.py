@@ -117,7 +117,8 @@ def test_every_run_leaves_predictions_metrics_and_an_export(runs):
 
 
 def measure_again(run: str, out: str) -> None:
-    from modstruct.cli import FINETUNE_RECIPES, parse, recipe_parser, task_checkpoint_arguments
+    from modstruct.cli import FINETUNE_RECIPES, parse, recipe_parser
+    from modstruct.commands.arguments import task_checkpoint_arguments
     from modstruct.commands.task import measure_task
     from modstruct.config import FinetuneRecipe
 
