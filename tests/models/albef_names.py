@@ -32,7 +32,7 @@ class Sizes:
 
 
 def albef_weights(sizes: Sizes, seed: int = 0) -> Weights:
-    """Random weights by ALBEF's names; momentum copies of other values."""
+    """Random weights by ALBEF's names; EMA weights of other values."""
     generator = torch.Generator().manual_seed(seed)
     made: Weights = {}
 
@@ -97,7 +97,7 @@ def albef_weights(sizes: Sizes, seed: int = 0) -> Weights:
 
 
 class PlainAlbef:
-    """ALBEF's encoders and heads, one equation after the other, in float64. copy: `_m` for its momentum model."""
+    """ALBEF's encoders and heads, one equation after the other, in float64. copy: `_m` for its EMA model."""
 
     def __init__(self, weights: Weights, sizes: Sizes, copy: str = ""):
         self.weights = {n: w.double() if w.is_floating_point() else w for n, w in weights.items()}
@@ -167,8 +167,8 @@ class PlainAlbef:
 
     def norm(self, x: Tensor, name: str, epsilon: float) -> Tensor:
         centred = x - x.mean(-1, keepdim=True)
-        spread = (centred.square().mean(-1, keepdim=True) + epsilon).sqrt()
-        return centred / spread * self.weights[f"{name}.weight"] + self.weights[f"{name}.bias"]
+        deviation = (centred.square().mean(-1, keepdim=True) + epsilon).sqrt()
+        return centred / deviation * self.weights[f"{name}.weight"] + self.weights[f"{name}.bias"]
 
 
 def gelu(x: Tensor) -> Tensor:

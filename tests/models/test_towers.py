@@ -14,7 +14,7 @@ from tiny_models import (
     CONTEXT,
     VOCABULARY,
     clip_tokenizer,
-    pictures,
+    random_images,
     register_architectures,
     tiny_config,
     tiny_model,
@@ -66,7 +66,7 @@ class WritesAFileWhenUnpickled:
 def test_pretrained_features_are_open_clips(saved, name, independent):
     reference, path = saved(name)
     model = tiny_model(tiny_config(name=name, pretrained=str(path)), clip_tokenizer(), independent).eval()
-    images = pictures(SIDES[name])
+    images = random_images(SIDES[name])
     with torch.no_grad():
         ours = model({"image": images, "text": clip_tokenizer()(CAPTIONS)})
         theirs = F.normalize(reference.encode_image(model.normalize(images)), dim=-1)
@@ -80,7 +80,7 @@ def test_a_resnets_pretrained_pooling_stays_the_shared_head(saved):
     reference, path = saved("tiny-resnet")
     config = tiny_config(name="tiny-resnet", pretrained=str(path), independent_head="attention_pool")
     model = tiny_model(config, clip_tokenizer(), independent=True).eval()
-    images = pictures(64)
+    images = random_images(64)
     embeddings = model({"image": images})
     assert_close(embeddings["image"], F.normalize(reference.encode_image(model.normalize(images)), dim=-1))
     shared, own = (dict(model.image[head].named_parameters()) for head in ("head", "independent_head"))
@@ -101,7 +101,7 @@ def test_a_vit_has_no_attention_pooling_to_double():
 @by_name
 def test_independent_heads_stand_beside_any_image_tower(name):
     model = tiny_model(tiny_config(name=name), word_tokenizer(), independent=True)
-    embeddings = model({"image": pictures(SIDES[name]), "text": word_tokenizer()(CAPTIONS)})
+    embeddings = model({"image": random_images(SIDES[name]), "text": word_tokenizer()(CAPTIONS)})
     embeddings["image_independent"].sum().backward()
     assert model.image["independent_head"].weight.grad.any()
     # The head stands beside the shared one, where the tower lets it: on features before the projection.
@@ -113,7 +113,7 @@ def test_independent_heads_stand_beside_any_image_tower(name):
 def test_every_trained_parameter_of_a_resnet_gets_a_gradient(independent_head):
     config = tiny_config(name="tiny-resnet", independent_head=independent_head)
     model = tiny_model(config, word_tokenizer(), independent=True)
-    embeddings = model({"image": pictures(64), "text": word_tokenizer()(CAPTIONS)})
+    embeddings = model({"image": random_images(64), "text": word_tokenizer()(CAPTIONS)})
     sum((rows * torch.linspace(0, 1, rows.numel()).view_as(rows)).sum() for rows in embeddings.values()).backward()
     assert not [name for name, value in model.named_parameters() if value.grad is None]
 
@@ -157,8 +157,8 @@ def test_pretrained_text_needs_its_own_tokenizer(saved):
 def test_a_pretrained_image_tower_serves_beside_bert_with_any_tokenizer(saved):
     reference, path = saved("tiny-vit")
     model = tiny_model(tiny_config("bert", name="tiny-vit", pretrained=str(path)), word_tokenizer()).eval()
-    embeddings = model({"image": pictures(), "text": word_tokenizer()(CAPTIONS)})
-    assert_close(embeddings["image"], F.normalize(reference.encode_image(model.normalize(pictures())), dim=-1))
+    embeddings = model({"image": random_images(), "text": word_tokenizer()(CAPTIONS)})
+    assert_close(embeddings["image"], F.normalize(reference.encode_image(model.normalize(random_images())), dim=-1))
     assert embeddings["text"].shape == (len(CAPTIONS), 8)
 
 
@@ -178,7 +178,7 @@ def test_a_text_tower_that_attends_to_padding_is_refused_unless_bert_replaces_it
     with pytest.raises(ValueError, match=r"model.name = 'tiny-bidirectional'.*model.text.architecture bert"):
         tiny_model(tiny_config(name="tiny-bidirectional"), word_tokenizer())
     model = tiny_model(tiny_config("bert", name="tiny-bidirectional"), word_tokenizer())
-    assert model({"image": pictures()})["image"].shape == (len(CAPTIONS), 8)
+    assert model({"image": random_images()})["image"].shape == (len(CAPTIONS), 8)
 
 
 def test_weights_that_cannot_be_loaded_are_refused_by_name(saved, tmp_path):
@@ -220,7 +220,7 @@ def test_the_named_architecture_decides_the_size_of_the_image(name):
 def test_a_resnet_runs_with_weights_in_half_precision_and_statistics_in_float32(training):
     """DeepSpeed casts parameters and leaves buffers; BatchNorm must bear both, and its statistics must not freeze."""
     model = tiny_model(tiny_config(name="tiny-resnet"), clip_tokenizer()).train(training)
-    images = {"image": pictures(SIDES["tiny-resnet"])}
+    images = {"image": random_images(SIDES["tiny-resnet"])}
     expected = model(images)["image"].detach()
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16()

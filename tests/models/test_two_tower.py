@@ -9,7 +9,7 @@ import torch
 from tiny_models import (
     CAPTIONS,
     batch_of_both_views,
-    pictures,
+    random_images,
     register_architectures,
     tiny_config,
     tiny_model,
@@ -189,8 +189,8 @@ def test_pixels_are_normalised_as_torchvision_does():
     model = tiny_model(tiny_config(), word_tokenizer())
     views = ViewsConfig()
     expected = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(views.mean, views.std)])
-    assert_close(model.normalize(pictures()), expected(pictures()))
-    assert model.bfloat16().normalize(pictures()).dtype == torch.bfloat16
+    assert_close(model.normalize(random_images()), expected(random_images()))
+    assert model.bfloat16().normalize(random_images()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -214,6 +214,6 @@ def test_features_of_a_tower_that_projects_inside_its_pooling_are_the_pooled_out
     for independent_head in ("attention_pool", "linear"):
         config = tiny_config(name="tiny-resnet", independent_head=independent_head)
         model = tiny_model(config, word_tokenizer(), independent=True).eval()
-        made = model({"image": pictures(64)}, features=True)
+        made = model({"image": random_images(64)}, features=True)
         assert made["image_features"].shape == (len(CAPTIONS), 8)
         assert_close(F.normalize(made["image_features"], dim=-1), made["image"])

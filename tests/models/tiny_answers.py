@@ -33,7 +33,7 @@ def answer_recipe(width: int = 12, image_width: int = 16, **task) -> FinetuneRec
 
 
 def answer_model(recipe: FinetuneRecipe | None = None, seed: int = 0) -> AnswerModel:
-    """With weights large enough for answers to differ, and a momentum copy that is another model."""
+    """With weights large enough for answers to differ, and an EMA model that differs."""
     torch.manual_seed(seed)
     model = AnswerModel(recipe or answer_recipe(), answer_tokenizer())
     with torch.no_grad():
@@ -46,8 +46,8 @@ def answer_model(recipe: FinetuneRecipe | None = None, seed: int = 0) -> AnswerM
 
 def question_batch(rows: slice = slice(None)) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(3)
-    pictures = torch.randint(256, (len(QUESTIONS), 3, 16, 16), dtype=torch.uint8, generator=generator)
-    return {"image": pictures[rows], "text": answer_tokenizer()(QUESTIONS[rows])}
+    images = torch.randint(256, (len(QUESTIONS), 3, 16, 16), dtype=torch.uint8, generator=generator)
+    return {"image": images[rows], "text": answer_tokenizer()(QUESTIONS[rows])}
 
 
 def with_answers(batch: dict[str, Tensor], answers: list[dict[str, float]], context: int = 6) -> dict[str, Tensor]:

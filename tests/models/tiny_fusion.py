@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from tiny_models import CAPTIONS, pictures, word_tokenizer
+from tiny_models import CAPTIONS, random_images, word_tokenizer
 from torch import Tensor
 
 from modstruct.config import (
@@ -73,7 +73,7 @@ def training_batch(rows: int = 6, seed: int = 0, size: int = 16, rate: float = 0
     seeds = [seed * 1000 + row for row in range(rows)]
     masked, labels = mask_tokens(text, seeds, rate, tokenizer)
     return {
-        "image": pictures(size, rows, seed + 1),
+        "image": random_images(size, rows, seed + 1),
         "text": text,
         "text_masked": masked,
         "masked_labels": labels,

@@ -78,7 +78,7 @@ def tiny_model(config: ModelConfig, tokenizer: Tokenizer, independent: bool = Fa
     return TwoTower(config, ViewsConfig(), tokenizer, build_objective(losses))
 
 
-def pictures(size: int = 16, count: int = len(CAPTIONS), seed: int = 1) -> Tensor:
+def random_images(size: int = 16, count: int = len(CAPTIONS), seed: int = 1) -> Tensor:
     """(count, 3, size, size), uint8."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
@@ -87,8 +87,8 @@ def pictures(size: int = 16, count: int = len(CAPTIONS), seed: int = 1) -> Tenso
 def batch_of_both_views(tokenizer: Tokenizer, size: int = 16) -> dict[str, Tensor]:
     texts = tokenizer(CAPTIONS)
     return {
-        "image": pictures(size, seed=1),
-        "image_augmented": pictures(size, seed=2),
+        "image": random_images(size, seed=1),
+        "image_augmented": random_images(size, seed=2),
         "text": texts,
         "text_augmented": texts.flip(0),
     }

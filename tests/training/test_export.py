@@ -15,7 +15,7 @@ from tiny_models import (
     CAPTIONS,
     CONTEXT,
     clip_tokenizer,
-    pictures,
+    random_images,
     register_architectures,
     tiny_config,
     tiny_model,
@@ -73,8 +73,8 @@ def features(model, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
 def assert_same_embeddings(ours: TwoTower, folder: Path, size: int, ids: Tensor, their_ids: Tensor) -> None:
     theirs = open_clip.create_model(f"local-dir:{folder}").eval()  # strict: it raises on a missing or unknown weight
     with torch.no_grad():
-        embeddings = ours({"image": pictures(size), "text": ids})
-    image, text = features(theirs, ours.normalize(pictures(size)), their_ids)
+        embeddings = ours({"image": random_images(size), "text": ids})
+    image, text = features(theirs, ours.normalize(random_images(size)), their_ids)
     assert_close(embeddings["image"], image, atol=1e-5, rtol=0)
     assert_close(embeddings["text"], text, atol=1e-5, rtol=0)
     assert_close(theirs.logit_scale.exp(), embeddings["logit_scale"])
@@ -146,7 +146,7 @@ def test_a_bert_text_tower_is_exported_under_our_names_and_not_for_open_clip(tmp
     assert described["recipe"]["model"]["text"]["architecture"] == "bert"
     rebuilt = tiny_model(tiny_config("bert"), load_tokenizer(folder / "tokenizer"), independent=True, seed=9).eval()
     rebuilt.load_state_dict(load_file(folder / "modstruct_model.safetensors"))
-    batch = {"image": pictures(), "text": tokenizer(CAPTIONS)}
+    batch = {"image": random_images(), "text": tokenizer(CAPTIONS)}
     assert_close(rebuilt(batch), model(batch))
 
 
@@ -154,7 +154,7 @@ def test_a_bert_text_tower_is_exported_under_our_names_and_not_for_open_clip(tmp
 def test_open_clips_preprocessing_gives_our_pixels_but_for_rounding(tmp_path, image_size):
     model, folder = exported(tmp_path, tiny_config(), word_tokenizer())
     _, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
-    noise = pictures(max(image_size), count=1)[0, :, : image_size[1], : image_size[0]]
+    noise = random_images(max(image_size), count=1)[0, :, : image_size[1], : image_size[0]]
     picture = Image.fromarray(noise.permute(1, 2, 0).numpy())
     views = ViewsConfig(mean=MEAN, std=STD)
     model.mean, model.std = views.mean, views.std

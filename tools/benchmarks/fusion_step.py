@@ -4,7 +4,7 @@ python tools/benchmarks/fusion_step.py --recipe albef_scenes                    
 
 Each part runs forward and backward by itself, on what the parts before it made, and the whole step beside them; parts
 take turns, and medians are shown. The fusion encoder sees four times the batch: the pairs, two wrong ones of each, and
-the captions with blanks. Left out: the optimizer, reading, and the processes' collectives.
+the masked captions. Left out: the optimizer, reading, and the processes' collectives.
 """
 
 from __future__ import annotations

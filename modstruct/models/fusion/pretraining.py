@@ -129,9 +129,9 @@ class FusionModel(EmaModel):
 
         features: the first tokens too, as `modality`_features, and what normalisation takes, as `modality`_projected.
         """
-        heads = {modality: getattr(self, f"{modality}_head")}
+        heads = {modality: self.get_submodule(f"{modality}_head")}
         if self.independent:
-            heads[f"{modality}_independent"] = getattr(self, f"{modality}_independent_head")
+            heads[f"{modality}_independent"] = self.get_submodule(f"{modality}_independent_head")
         projected = {name: head(summary).float() for name, head in heads.items()}
         made = {name: F.normalize(rows, dim=-1) for name, rows in projected.items()}
         if features:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import CAPTIONS, pictures, word_tokenizer
+from tiny_models import CAPTIONS, random_images, word_tokenizer
 from tiny_run import tiny_recipe
 
 from modstruct import checkpoints
@@ -49,7 +49,7 @@ def test_a_checkpoint_embeds_as_its_model(made):
     assert (embedding.name, embedding.dimension) == ("run/step-00000004", 15)
     # Features of texts bring the texts along, which the set counts its texts by.
     assert embedding.chosen_arrays(["text_features"]) == ["image", "text", "text_features"]
-    images, texts = pictures(32), word_tokenizer()(CAPTIONS)
+    images, texts = random_images(32), word_tokenizer()(CAPTIONS)
     with torch.no_grad():
         rows = embedding.encode({"image": images}) | embedding.encode({"text": embedding.tokenize(CAPTIONS)})
         expected = model({"image": images, "text": texts}, features=True)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_fusion import fusion_model, fusion_recipe
-from tiny_models import CAPTIONS, pictures, word_tokenizer
+from tiny_models import CAPTIONS, random_images, word_tokenizer
 
 from modstruct.errors import RunError
 from modstruct.evaluation.embeddings.in_memory import EmbeddedPairs
@@ -55,7 +55,7 @@ def matched(model, seen: torch.Tensor, caption: str) -> float:
 @torch.no_grad()
 def test_both_stages_are_as_a_plain_program_has_them(candidates, by):
     model = fusion_model(fusion_recipe()).eval()
-    images, captions = pictures(16, 5, 3), list(CAPTIONS[:4])
+    images, captions = random_images(16, 5, 3), list(CAPTIONS[:4])
     image = model({"image": images})["image"].numpy()
     text = model({"text": word_tokenizer()(captions)})["text"].numpy()
     pairs = np.array([[0, 0], [1, 1], [2, 2], [3, 3], [4, 0]])
@@ -90,7 +90,7 @@ def test_all_candidates_and_a_perfect_matching_find_everything():
 def test_an_image_that_is_lost_between_the_stages_ends_the_measurement():
     model, captions = fusion_model(fusion_recipe()).eval(), list(CAPTIONS[:4])
     image, text = np.eye(5, 8, dtype=np.float32), np.eye(4, 8, dtype=np.float32)
-    found = iter([pictures(16, 2, 3), pictures(16, 2, 4)])
+    found = iter([random_images(16, 2, 3), random_images(16, 2, 4)])
     embedded = EmbeddedPairs(image, text, np.array([[0, 0]]), captions)
     with pytest.raises(RunError, match="4 instead of 5"):
         reranked_retrieval(model, found, word_tokenizer(), embedded, Reranking(2, "both", [1], 2), torch.device("cpu"))

@@ -41,7 +41,7 @@ def likelihood(model: AnswerModel, batch: dict[str, Tensor], question: int, answ
 
 def transcribed_loss(model: AnswerModel, batch: dict[str, Tensor], alpha: float) -> float:
     """Li et al. 2021, VQA: for each question, the weighted sum over its answers of the sum over tokens of
-    (1 - alpha) times the cross entropy plus alpha times that against the momentum model; the mean over questions."""
+    (1 - alpha) times the cross entropy plus alpha times that against the EMA model; the mean over questions."""
     model = model.double()
     copy = model.ema.module.double() if model.ema else model
     total = 0.0
@@ -226,11 +226,11 @@ def test_albefs_published_names_start_the_same_decoder():
         assert torch.equal(value, ours.state_dict()[name]), name
 
 
-def test_cross_attention_of_another_width_starts_anew():
+def test_cross_attention_of_another_width_keeps_its_initialisation():
     recipe = answer_recipe(width=12, image_width=16)
     weights = pretrained(recipe)
-    adopted = AnswerModel(recipe, answer_tokenizer()).starting_weights(weights)
-    absent = AnswerModel(recipe, answer_tokenizer()).state_dict().keys() - adopted.keys()
+    starting = AnswerModel(recipe, answer_tokenizer()).starting_weights(weights)
+    absent = AnswerModel(recipe, answer_tokenizer()).state_dict().keys() - starting.keys()
     assert absent == {f"decoder.layer.{n}.crossattention.self.{k}.weight" for n in (0, 1) for k in ("key", "value")}
 
 

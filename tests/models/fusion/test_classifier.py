@@ -78,10 +78,10 @@ def doubled_blocks(weights: dict[str, Tensor], text: Tensor, mask: Tensor, left:
     """The paper's figure, line by line; weights by the names of PairLayers."""
     x = text
     for number in sorted({name.split(".")[1] for name in weights}, key=int):
-        for side, picture in (("left", left), ("right", right)):
+        for side, image in (("left", left), ("right", right)):
             block, shared = f"{side}.{number}", f"left.{number}.crossattention"
             x = attend(weights, f"{block}.attention", f"{block}.attention", x, x, mask)
-            x = attend(weights, f"{block}.crossattention", shared, x, picture, None)
+            x = attend(weights, f"{block}.crossattention", shared, x, image, None)
             inner = F.gelu(linear(x, weights, f"{block}.intermediate.dense"))
             x = norm(linear(inner, weights, f"{block}.output.dense") + x, weights, f"{block}.output.LayerNorm")
     return x
@@ -130,13 +130,13 @@ def test_the_logits_are_the_head_s_of_the_first_token():
 def test_of_one_image_twice_each_pre_trained_block_runs_twice():
     layers = pretrained().backbone.fusion
     pair = PairLayers(copy.deepcopy(layers))
-    text, picture = torch.randn(2, 5, TEXT_WIDTH), torch.randn(2, 4, IMAGE_WIDTH)
+    text, image = torch.randn(2, 5, TEXT_WIDTH), torch.randn(2, 4, IMAGE_WIDTH)
     mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
     expected = text
     for block in layers.layer.values():
         for _ in range(2):
-            expected = block(expected, mask[:, None, None, :], picture, None)
-    assert torch.equal(pair(text, mask, picture, picture), expected)
+            expected = block(expected, mask[:, None, None, :], image, None)
+    assert torch.equal(pair(text, mask, image, image), expected)
 
 
 def test_swapping_the_images_changes_the_answer():
@@ -165,7 +165,7 @@ def test_shared_projections_are_one_module_that_is_listed_once():
     assert kept == [f"backbone.fusion.left.{number}.crossattention.self.key.weight" for number in "23"]
 
 
-def test_copies_and_the_momentum_model_share_among_themselves_and_with_nobody_else():
+def test_copies_and_the_ema_model_share_among_themselves_and_with_nobody_else():
     model = classifier()
     for made in (model.ema.module, copy.deepcopy(model), copy.deepcopy(model).bfloat16()):
         assert is_shared(made)
@@ -173,7 +173,7 @@ def test_copies_and_the_momentum_model_share_among_themselves_and_with_nobody_el
         assert own.isdisjoint(parameter.data_ptr() for parameter in made.parameters())
 
 
-def test_the_momentum_model_follows_a_shared_projection_once():
+def test_the_ema_model_averages_a_shared_projection_once():
     model = classifier()
     with torch.no_grad():
         model.backbone.fusion.left["2"].crossattention.self.key.weight.add_(1)
@@ -222,7 +222,7 @@ def test_training_gives_what_the_objective_takes(alpha):
     assert model(batch()).keys() == {"logits"}
 
 
-def test_a_half_precision_model_has_a_float32_momentum_model():
+def test_a_half_precision_model_has_a_float32_ema_model():
     model = classifier().bfloat16()
     made = model(batch(label=True))
     assert made["logits"].dtype == torch.float32

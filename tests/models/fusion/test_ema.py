@@ -1,4 +1,4 @@
-"""Momentum copies are exponential averages; the queue holds the last pairs, whatever the batches' sizes."""
+"""EMA weights are exponential averages; the queue holds the last pairs, whatever the batches' sizes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tiny_fusion import fusion_model, fusion_recipe, training_batch
 from modstruct.models.fusion.ema import FeatureQueue
 
 
-def follow(model, batch):
+def updated(model, batch):
     with torch.no_grad():
         # Cloned: the queue in the outputs is a view of what the next push writes into.
         outputs = {name: value.clone() for name, value in model(batch).items()}
@@ -20,7 +20,7 @@ def follow(model, batch):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.995])
-def test_momentum_weights_are_the_exponential_average(share):
+def test_ema_weights_are_the_exponential_average(share):
     model = fusion_model(fusion_recipe(independent=True, momentum=share))
     generator = torch.Generator().manual_seed(1)
     expected = {name: p.detach().double() for name, p in model.named_parameters()}
@@ -28,7 +28,7 @@ def test_momentum_weights_are_the_exponential_average(share):
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(0.1 * torch.randn(p.shape, generator=generator))
-        follow(model, training_batch())
+        updated(model, training_batch())
         for name, p in model.named_parameters():
             expected[name] = share * expected[name] + (1 - share) * p.detach().double()
     found = dict(model.ema.module.named_parameters())
@@ -37,7 +37,7 @@ def test_momentum_weights_are_the_exponential_average(share):
         torch.testing.assert_close(found[name].double(), value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_momentum_and_queue_are_no_part_of_the_module():
+def test_ema_weights_and_queue_are_no_part_of_the_module():
     model = fusion_model()
     for names in (model.state_dict(), dict(model.named_parameters()), dict(model.named_buffers())):
         assert not [name for name in names if "momentum" in name or "queue" in name or "outside" in name]
@@ -48,15 +48,15 @@ def test_momentum_and_queue_are_no_part_of_the_module():
     assert not model.train().ema.module.training
 
 
-def test_outside_state_comes_back():
+def test_the_ema_state_is_restored():
     model, other = fusion_model(seed=0), fusion_model(seed=1)
-    follow(model, training_batch())
+    updated(model, training_batch())
     state = {name: value.clone() for name, value in model.ema_state_dict().items()}
     other.load_ema_state_dict(state)
     assert state.keys() == other.ema_state_dict().keys()
     assert all(torch.equal(value, other.ema_state_dict()[name]) for name, value in state.items())
     assert other.queue.filled == 6
-    follow(model, training_batch(seed=1))  # the loaded state is a copy of its own
+    updated(model, training_batch(seed=1))  # the loaded state is a copy of its own
     assert all(torch.equal(value, other.ema_state_dict()[name]) for name, value in state.items())
 
 
@@ -77,7 +77,7 @@ def test_the_queue_holds_the_last_pairs(size, batches):
 
 
 @given(size=st.integers(1, 12), batches=st.lists(st.integers(1, 30), min_size=1, max_size=6), cut=st.integers(0, 5))
-def test_a_queue_goes_on_where_it_was_saved(size, batches, cut):
+def test_a_restored_queue_continues(size, batches, cut):
     whole, begun, resumed = (FeatureQueue(size, 1) for _ in range(3))
 
     def push(queue, numbers):
@@ -93,12 +93,12 @@ def test_a_queue_goes_on_where_it_was_saved(size, batches, cut):
     assert all(torch.equal(value, resumed.state()[name]) for name, value in whole.state().items())
 
 
-def test_the_queue_takes_momentum_embeddings_of_the_batch():
+def test_the_queue_takes_ema_embeddings_of_the_batch():
     model = fusion_model(fusion_recipe(queue=8))
     batch = training_batch(rows=6)
-    first = follow(model, batch)
+    first = updated(model, batch)
     assert first["image_queue"].shape == (0, 8)
-    second = follow(model, training_batch(rows=6, seed=1))
+    second = updated(model, training_batch(rows=6, seed=1))
     assert torch.equal(second["image_queue"][:6], first["image_augmented"])
     assert second["queue_ids"].tolist() == batch["image_id"].tolist()
     assert model.queue.filled == 8
@@ -109,17 +109,17 @@ def test_the_queue_takes_momentum_embeddings_of_the_batch():
 
 def test_a_queue_of_none():
     model = fusion_model(fusion_recipe(queue=0))
-    follow(model, training_batch())
-    assert follow(model, training_batch())["text_queue"].shape == (0, 8)
+    updated(model, training_batch())
+    assert updated(model, training_batch())["text_queue"].shape == (0, 8)
 
 
-def test_in_bfloat16_the_momentum_copy_stays_float32_and_moves():
+def test_in_bfloat16_the_ema_model_stays_float32_and_moves():
     model = fusion_model(fusion_recipe(momentum=0.995)).to(torch.bfloat16)
     before = model.ema.module.image_head.weight.clone()
     with torch.no_grad():
         model.image_head.weight.add_(0.5)
     for _ in range(3):
-        outputs = follow(model, training_batch())
+        outputs = updated(model, training_batch())
         floating = [value for value in outputs.values() if value.is_floating_point()]
         assert all(value.isfinite().all() for value in floating)
     assert {p.dtype for p in model.ema.module.parameters()} == {torch.float32}

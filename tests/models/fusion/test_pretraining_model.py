@@ -177,7 +177,7 @@ def gradients(model, recipe) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in model.named_parameters()}
 
 
-def test_activations_computed_anew_give_the_same_gradients():
+def test_recomputed_activations_give_the_same_gradients():
     recipe = fusion_recipe(independent=True)
     plain = gradients(fusion_model(recipe), recipe)
     model = fusion_model(recipe)

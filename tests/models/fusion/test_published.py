@@ -142,7 +142,7 @@ def test_the_forward_pass_is_albef_s(published):
     batch["text_masked"][0, 1] = word_tokenizer().padding_id  # a word replaced by padding is seen nevertheless
     with torch.no_grad():
         made = model(batch)
-    blanks = batch["masked_labels"] != -100
+    places = batch["masked_labels"] != -100
     assert mask.sum() < mask.numel()
     torch.testing.assert_close(made["logit_scale"], torch.tensor([20.0]))
     for copy, ending in (("", ""), ("_m", "_augmented")):
@@ -150,7 +150,7 @@ def test_the_forward_pass_is_albef_s(published):
         image, text = plain.image(pixels), plain.text(batch["text"], mask)
         torch.testing.assert_close(made[f"image{ending}"].double(), plain.embed(image, "vision_proj"), **CLOSE)
         torch.testing.assert_close(made[f"text{ending}"].double(), plain.embed(text, "text_proj"), **CLOSE)
-        filled = plain.fill(batch["text_masked"], mask, image)[blanks]
+        filled = plain.fill(batch["text_masked"], mask, image)[places]
         name = "masked_logits" + ("_ema" if copy else "")
         torch.testing.assert_close(made[name].double(), filled, rtol=1e-5, atol=1e-4)
     plain = PlainAlbef(weights, SIZES)
@@ -162,7 +162,7 @@ def test_the_forward_pass_is_albef_s(published):
     torch.testing.assert_close(made["matching_logits"][:6].double(), right, **CLOSE)
 
 
-def test_the_queue_and_momentum_come_with_the_weights(published):
+def test_the_queue_and_ema_weights_come_with_the_weights(published):
     model = model_from(published[0])
     assert model.queue.filled == 10
     assert torch.equal(model.queue.image, published[1]["image_queue"].T)
@@ -177,7 +177,7 @@ def test_a_queue_of_another_size_starts_empty(published):
     assert model_from(published[0], queue=12).queue.filled == 0
 
 
-def test_missing_momentum_copies_start_from_the_weights(tmp_path):
+def test_missing_ema_weights_start_from_the_weights(tmp_path):
     weights = {n: v for n, v in albef_weights(SIZES).items() if n.split(".")[0] not in {f"{c}_m" for c in COPIED}}
     torch.save(weights, tmp_path / "plain.pth")
     model = model_from(tmp_path / "plain.pth")
@@ -185,7 +185,7 @@ def test_missing_momentum_copies_start_from_the_weights(tmp_path):
     assert all(torch.equal(value, theirs[name]) for name, value in model.named_parameters())
 
 
-def test_heads_that_albef_lacks_start_anew(published):
+def test_heads_that_albef_lacks_keep_their_initialisation(published):
     recipe = fusion_recipe(init=str(published[0]), losses=albef_losses(separation=SeparationConfig(weight=1.0)))
     model = build_model(recipe, word_tokenizer(), build_objective(recipe.losses))
     copy = model.ema.module.image_independent_head.weight
@@ -264,8 +264,8 @@ def test_a_checkpoint_a_run_and_an_export_of_ours_are_starts(tmp_path):
         started = model_from(init)
         for name, value in started.state_dict().items():
             torch.testing.assert_close(value, model.state_dict()[name])
-        of_momentum = torch.equal(started.ema.module.image_head.weight, model.ema.module.image_head.weight)
-        assert of_momentum == (init != exported)
+        of_ema = torch.equal(started.ema.module.image_head.weight, model.ema.module.image_head.weight)
+        assert of_ema == (init != exported)
         assert started.queue.filled == (0 if init == exported else 3)
         assert initial_tokenizer(fusion_recipe(init=str(init))).model == word_tokenizer().model
         theirs = tmp_path / f"{init.name}.pth"

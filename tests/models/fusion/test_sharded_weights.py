@@ -1,4 +1,4 @@
-"""Momentum weights that are spread over the processes compute, follow and are saved as whole ones."""
+"""EMA weights sharded over the processes compute, are averaged and are saved as whole ones."""
 
 from __future__ import annotations
 
@@ -56,22 +56,22 @@ def most_seen(model: nn.Module, kept: ShardedWeights) -> list[int]:
     return seen
 
 
-def spread_beside_whole(make: str) -> dict[str, bool | int]:
-    (whole, batch), (spread, _) = MODELS[make](), MODELS[make]()
-    spread.shard_ema(own_part)
-    kept = spread.ema.sharded
+def sharded_beside_whole(make: str) -> dict[str, bool | int]:
+    (whole, batch), (sharded, _) = MODELS[make](), MODELS[make]()
+    sharded.shard_ema(own_part)
+    kept = sharded.ema.sharded
     at_rest = kept.local_elements
-    most = most_seen(spread.ema.module, kept)
+    most = most_seen(sharded.ema.module, kept)
     same = True
     for seed in range(3):
         with torch.no_grad():
-            right, ours = whole(batch), spread(batch)
-        of_momentum = [name for name in right if "ema" in name or "augmented" in name]
-        same &= bool(of_momentum) and all(torch.equal(right[name], ours[name]) for name in of_momentum)
-        for model in (whole, spread):
+            right, ours = whole(batch), sharded(batch)
+        of_ema = [name for name in right if "ema" in name or "augmented" in name]
+        same &= bool(of_ema) and all(torch.equal(right[name], ours[name]) for name in of_ema)
+        for model in (whole, sharded):
             moved(model, seed)
             model.ema.update(dict(model.named_parameters()))
-    right, ours = whole.ema_state_dict(), spread.ema_state_dict()
+    right, ours = whole.ema_state_dict(), sharded.ema_state_dict()
     if distributed.is_main():
         same &= right.keys() == ours.keys() and all(torch.equal(value, ours[name]) for name, value in right.items())
     sizes = [sum(shape.numel() for shape in block.shapes) for block in kept.blocks]
@@ -87,11 +87,11 @@ def spread_beside_whole(make: str) -> dict[str, bool | int]:
 
 
 def each_model() -> dict[str, dict[str, bool | int]]:
-    return {name: spread_beside_whole(name) for name in MODELS}
+    return {name: sharded_beside_whole(name) for name in MODELS}
 
 
 @pytest.mark.parametrize("processes", [1, 3])
-def test_spread_weights_are_whole_ones_in_parts(processes):
+def test_sharded_weights_act_as_whole_ones(processes):
     for models in [each_model()] if processes == 1 else run_on_processes(each_model, processes):
         for name, found in models.items():
             assert found["same"], name
