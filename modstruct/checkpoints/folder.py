@@ -21,6 +21,7 @@ import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import yaml
@@ -28,13 +29,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from modstruct.data.tokenizers import Tokenizer, load_tokenizer
 from modstruct.errors import refuse
 from modstruct.files import atomic_write, read_yaml, sync_folder
 
 FORMAT = 1
 MOMENTUM_FILE = "momentum.safetensors"
 _COMPLETE = re.compile(r"step-(\d{8,})")
+
+
+class Saved(Protocol):
+    """What writes itself into a folder: the tokenizer."""
+
+    def save(self, folder: Path) -> None: ...
 
 
 @dataclass
@@ -105,7 +111,7 @@ def find(which: str, output: str | Path, option: str = "--resume") -> Path | Non
     return Path(which)
 
 
-def write(target: Path, checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
+def write(target: Path, checkpoint: Checkpoint, tokenizer: Saved) -> None:
     """Write the folder `target`, whole or not at all. Raises OSError or SafetensorError; nothing is left behind."""
     aside = target.with_name(f"{target.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
@@ -170,10 +176,6 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def _damaged(path: Path, error: Exception) -> None:
     refuse("checkpoint", str(path), f"is damaged ({error}); use another folder of {path.parent}")
-
-
-def read_tokenizer(path: Path) -> Tokenizer:
-    return load_tokenizer(path / "tokenizer")
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:

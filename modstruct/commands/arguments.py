@@ -7,8 +7,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from modstruct.cli import DEFAULT_RECIPE, plain_parser, read_recipe_file, recipe_path
-from modstruct.cli_errors import sections_of
+from modstruct.cli import DEFAULT_RECIPE, plain_parser, read_recipe_file, recipe_path, sections_of
 from modstruct.config.migrations import is_fine_tuning
 from modstruct.errors import require
 

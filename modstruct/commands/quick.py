@@ -20,6 +20,7 @@ from typing import Any
 from modstruct.cli import parse, recipe_parser, run
 from modstruct.commands.arguments import checkpoint_arguments
 from modstruct.config import Recipe
+from modstruct.data.tokenizers import load_tokenizer
 from modstruct.errors import refuse
 
 USAGE = "deepspeed [launcher options] launch_scripts/evaluate.py --checkpoint FOLDER [--FIELD VALUE …]"
@@ -41,7 +42,7 @@ def evaluate_checkpoint(recipe: Recipe, checkpoint: str, out: str | None = None)
     ValueError naming the option or field that is wrong.
     """
     # After the parsing: --help needs no torch.
-    from modstruct import checkpoints, distributed
+    from modstruct import distributed
     from modstruct.data.classification.class_files import load_classes
     from modstruct.data.run_data import open_evaluation_data
     from modstruct.evaluation.embeddings.model import find_checkpoint, load_model
@@ -51,7 +52,7 @@ def evaluate_checkpoint(recipe: Recipe, checkpoint: str, out: str | None = None)
 
     distributed.start_processes()
     path = find_checkpoint(checkpoint)
-    tokenizer = checkpoints.read_tokenizer(path)
+    tokenizer = load_tokenizer(path / "tokenizer")
     data = open_evaluation_data(recipe, image_size(recipe), tokenizer)
     if data.eval is None:
         refuse("data.eval", None, "name the shards to measure")

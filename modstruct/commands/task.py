@@ -12,6 +12,7 @@ from pathlib import Path
 from modstruct.cli import FINETUNE_RECIPES, parse, recipe_parser, run
 from modstruct.commands.arguments import task_checkpoint_arguments
 from modstruct.config import FinetuneRecipe
+from modstruct.data.tokenizers import load_tokenizer
 from modstruct.errors import refuse
 
 USAGE = "deepspeed [launcher options] launch_scripts/evaluate.py task --checkpoint FOLDER [--FIELD VALUE …]"
@@ -31,7 +32,7 @@ def measure_task(recipe: FinetuneRecipe, checkpoint: str, split: str, out: str |
 
     recipe: the checkpoint's, with overrides. Raises ValueError naming the option or field that is wrong.
     """
-    from modstruct import checkpoints, distributed
+    from modstruct import distributed
     from modstruct.evaluation.embeddings.model import find_checkpoint
     from modstruct.evaluation.tables import save_metrics, task_table
     from modstruct.tasks import build_task
@@ -42,7 +43,7 @@ def measure_task(recipe: FinetuneRecipe, checkpoint: str, split: str, out: str |
         refuse("--split", split, f"is none of {', '.join(SPLITS)}")
     distributed.start_processes()
     path = find_checkpoint(checkpoint)
-    task = build_task(recipe, checkpoints.read_tokenizer(path))
+    task = build_task(recipe, load_tokenizer(path / "tokenizer"))
     # VQA ranks the most frequent answers of the training split.
     needed = dict.fromkeys(["train", split] if recipe.task.name == "vqa" else [split])
     entries = read_splits(recipe, task, tuple(needed)).get(split)

@@ -24,7 +24,7 @@ from modstruct.config.recipe_files import check_resumable, decisive_fields
 from modstruct.data.faults import BadSampleCounter
 from modstruct.data.shards.loader import steps_of
 from modstruct.data.shards.workers import WorkerLoader
-from modstruct.data.tokenizers import Tokenizer
+from modstruct.data.tokenizers import Tokenizer, load_tokenizer
 from modstruct.distributed import hosts
 from modstruct.distributed.heartbeat import Heartbeat
 from modstruct.errors import RunError, refuse, require
@@ -192,7 +192,7 @@ class Trainer(ABC, Generic[RecipeT]):
         saved = hosts.on_all(lambda: checkpoints.read(path)) if path else None
         if saved:
             check_resumable(saved.recipe, recipe)
-        return Start(resolved, path, saved, checkpoints.read_tokenizer(path) if path else None)
+        return Start(resolved, path, saved, load_tokenizer(path / "tokenizer") if path else None)
 
     def _starting_point(self) -> Path | None:
         """The checkpoint to resume from; None for a fresh run."""

@@ -15,6 +15,7 @@ from modstruct import checkpoints
 from modstruct.checkpoints import Checkpoint, TrainState
 from modstruct.config import Recipe
 from modstruct.config.recipe_files import recipe_to_dict
+from modstruct.data.tokenizers import load_tokenizer
 
 FILES = ("weights.safetensors", "moments.safetensors", "rng.safetensors", "state.json", "recipe.yaml")
 
@@ -59,7 +60,7 @@ def test_what_is_read_is_what_was_written(tmp_path):
     assert (read.state, read.optimizer, read.recipe) == (written.state, written.optimizer, written.recipe)
     assert same(checkpoints.read_weights(path), written.weights)
     texts = ["a red square", "star"]
-    assert torch.equal(checkpoints.read_tokenizer(path)(texts), word_tokenizer()(texts))
+    assert torch.equal(load_tokenizer(path / "tokenizer")(texts), word_tokenizer()(texts))
 
 
 def test_a_folder_holds_no_pickle(tmp_path):

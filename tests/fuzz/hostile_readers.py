@@ -26,7 +26,7 @@ from modstruct.data.downstream.vqa import read_answer_list, read_vqa
 from modstruct.data.faults import BadSample
 from modstruct.data.shards.index import ShardIndex, index_tar
 from modstruct.data.shards.reader import RawSample, ShardReader, _metadata
-from modstruct.data.tokenizers import ClipTokenizer, SentencePieceTokenizer, WordPieceTokenizer
+from modstruct.data.tokenizers import ClipTokenizer, SentencePieceTokenizer, WordPieceTokenizer, load_tokenizer
 from modstruct.data.transforms.augment import Views
 from modstruct.data.transforms.decoding import decode_image
 from modstruct.files import read_yaml
@@ -137,7 +137,7 @@ def checkpoint(folder: Path) -> Reader:
             assert checkpoints.find("best", folder) == path, "it never leads out of the run"
         try:
             with suppress(ValueError):
-                checkpoints.read_tokenizer(path)
+                load_tokenizer(path / "tokenizer")
             checkpoints.read(path)
         finally:
             files[changed].write_bytes(sound[changed])

@@ -13,7 +13,7 @@ from torch import Tensor
 from modstruct import checkpoints, distributed
 from modstruct.config import Recipe
 from modstruct.data.shards.evaluation_samples import EvaluationViews
-from modstruct.data.tokenizers import Tokenizer
+from modstruct.data.tokenizers import Tokenizer, load_tokenizer
 from modstruct.data.transforms.augment import Views
 from modstruct.distributed.collect import on_main
 from modstruct.errors import refuse, require
@@ -106,7 +106,7 @@ def checkpoint_model(recipe: Recipe, checkpoint: str, name: str | None = None) -
     default the run's and the step's. Raises ValueError naming what is wrong.
     """
     path = find_checkpoint(checkpoint)
-    tokenizer = checkpoints.read_tokenizer(path)
+    tokenizer = load_tokenizer(path / "tokenizer")
     model = load_model(recipe, path, tokenizer)
     size = image_size(recipe)
     # Captions are embedded as they are: WordNet, which only augmented ones need, may be missing.

@@ -19,6 +19,7 @@ from tiny_run import ROOT, ds_config, tiny_recipe
 
 from modstruct import checkpoints
 from modstruct.config.recipe_files import recipe_to_dict
+from modstruct.data.tokenizers import load_tokenizer
 
 LAUNCHER = str(Path(sys.executable).with_name("deepspeed"))
 SECONDS = 600  # for a whole run; a busy machine with two cores starts one in forty, or in two hundred
@@ -168,7 +169,7 @@ def whole_checkpoints(output: Path) -> list[int]:
     steps = []
     for path in checkpoints.list_checkpoints(output):
         saved = checkpoints.read(path)
-        checkpoints.read_tokenizer(path)
+        load_tokenizer(path / "tokenizer")
         assert checkpoints.step_folder(output, saved.state.step) == path
         assert all(torch.isfinite(weight).all() for weight in saved.weights.values())
         steps.append(saved.state.step)
