@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from modstruct.cli import FINETUNE_RECIPES, is_first_process, parse, recipe_parser, run, take_initial_sizes
+from modstruct.cli import FINETUNE_RECIPES, is_first_process, parse, recipe_parser, run
+from modstruct.commands.arguments import take_initial_sizes
 from modstruct.config import FinetuneRecipe
 
 USAGE = "deepspeed [launcher options] launch_scripts/finetune.py --recipe NAME --init CHECKPOINT [--FIELD VALUE …]"

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from modstruct import cli
+from modstruct.commands.arguments import checkpoint_arguments
 from modstruct.config import LossesConfig, Recipe, Source
 from modstruct.config.recipe_files import recipe_to_yaml
 
@@ -335,12 +336,12 @@ def test_a_checkpoints_recipe_is_the_base_that_overrides_change(parser, recipe_f
     (folder / "state.json").write_text("{}")
     (folder / "recipe.yaml").write_text("output: runs/saved\ntrain: {seed: 4, steps: 7}")
     for given in (folder, tmp_path):
-        arguments = cli.checkpoint_arguments(["--train.seed", "5", "--checkpoint", str(given)])
+        arguments = checkpoint_arguments(["--train.seed", "5", "--checkpoint", str(given)])
         words = [word for word in arguments if word not in ("--checkpoint", str(given))]
         recipe, _ = cli.parse(parser, words)
         assert (recipe.output, recipe.train.steps, recipe.train.seed) == ("runs/saved", 7, 5)
     with pytest.raises(ValueError, match=r"--checkpoint = 'nowhere': is no checkpoint"):
-        cli.checkpoint_arguments(["--checkpoint", "nowhere"])
+        checkpoint_arguments(["--checkpoint", "nowhere"])
 
 
 @pytest.mark.parametrize(("rank", "speaks"), [(0, True), (1, True), (3, False)])

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from modstruct import cli
+from modstruct.commands.arguments import checkpoint_arguments, take_initial_sizes
 from modstruct.config import FinetuneRecipe, TokenizerConfig
 from modstruct.models.fusion.initial_weights import find_initial
 from modstruct.tasks import TASKS
@@ -23,7 +24,7 @@ def parser():
 
 @pytest.fixture
 def parse(parser):
-    return lambda *arguments: cli.parse(parser, arguments, prepare=partial(cli.take_initial_sizes, parser))[0]
+    return lambda *arguments: cli.parse(parser, arguments, prepare=partial(take_initial_sizes, parser))[0]
 
 
 def checkpoint(folder: Path, recipe: object) -> str:
@@ -100,4 +101,4 @@ def test_a_run_without_a_checkpoint_is_said_to_have_none(parse, tmp_path, capsys
 def test_evaluate_refuses_a_fine_tuned_model_in_its_words(tmp_path):
     given = checkpoint(tmp_path, {"task": {"name": "vqa"}})
     with pytest.raises(ValueError, match=r"--checkpoint = .*a fine-tuned model"):
-        cli.checkpoint_arguments(["--checkpoint", given])
+        checkpoint_arguments(["--checkpoint", given])

@@ -20,6 +20,7 @@ from tiny_models import clip_tokenizer, register_architectures, tiny_config, tin
 
 from modstruct import checkpoints, cli
 from modstruct.checkpoints.weight_files import read_weight_file
+from modstruct.commands.arguments import checkpoint_arguments
 from modstruct.data.classification.class_files import load_classes
 from modstruct.data.faults import BadSample
 from modstruct.data.shards import index as index_module
@@ -237,7 +238,7 @@ def test_a_checkpoints_recipe_cannot_permit_shell_commands(tmp_path):
 
     def allowed(*more: str) -> bool:
         arguments = ["--checkpoint", str(path), *more]
-        return cli.parse(parser, arguments, prepare=cli.checkpoint_arguments)[0].data.allow_pipe
+        return cli.parse(parser, arguments, prepare=checkpoint_arguments)[0].data.allow_pipe
 
     assert not allowed()
     assert allowed("--data.allow_pipe", "true")

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from modstruct.cli import checkpoint_arguments, parse, recipe_parser, run
+from modstruct.cli import parse, recipe_parser, run
+from modstruct.commands.arguments import checkpoint_arguments
 from modstruct.config import Recipe
 from modstruct.config.training import EmbeddingConfig
 from modstruct.errors import refuse, require

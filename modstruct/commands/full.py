@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from modstruct.cli import checkpoint_arguments, parse, recipe_parser, run
+from modstruct.cli import parse, recipe_parser, run
+from modstruct.commands.arguments import checkpoint_arguments
 from modstruct.commands.embed import add_options, embed
 
 USAGE = "deepspeed [launcher options] launch_scripts/evaluate.py full --checkpoint FOLDER --out FOLDER [--sets SET …]"

@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from modstruct.cli import checkpoint_arguments, parse, recipe_parser, run
+from modstruct.cli import parse, recipe_parser, run
+from modstruct.commands.arguments import checkpoint_arguments
 from modstruct.config import Recipe
 from modstruct.errors import refuse
 

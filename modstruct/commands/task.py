@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from modstruct.cli import FINETUNE_RECIPES, parse, recipe_parser, run, task_checkpoint_arguments
+from modstruct.cli import FINETUNE_RECIPES, parse, recipe_parser, run
+from modstruct.commands.arguments import task_checkpoint_arguments
 from modstruct.config import FinetuneRecipe
 from modstruct.errors import refuse
 

@@ -22,7 +22,6 @@ from modstruct.distributed.processes import (
     on_gpu,
     own_store,
     rank,
-    speaks_for_its_host,
     start_processes,
     world_size,
 )
@@ -48,7 +47,6 @@ __all__ = [
     "own_store",
     "rank",
     "require_equal_rows",
-    "speaks_for_its_host",
     "start_processes",
     "sum_over_processes",
     "world_size",

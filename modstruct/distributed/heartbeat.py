@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from modstruct import distributed
+from modstruct.cli import speaks_for_its_host
 
 log = logging.getLogger("modstruct")
 MOST_SECONDS_BETWEEN_BEATS = 10.0
@@ -195,7 +196,7 @@ class Heartbeat:
 
     def _end(self, found: str | None = None) -> None:
         """End this process; the training thread cannot, it waits. found: None if another process says it."""
-        if found and distributed.speaks_for_its_host():  # without the main process all others find the same
+        if found and speaks_for_its_host():  # without the main process all others find the same
             message = (
                 f"train.hang_timeout_minutes = {self.timeout_minutes:g}: {found}; every process ends here, "
                 "`--resume latest` goes on from the last checkpoint"

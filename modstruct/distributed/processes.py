@@ -118,12 +118,6 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def speaks_for_its_host() -> bool:
-    """Whether this process tells what all others of its host notice too; on the main process's host, two may, since
-    the main process may be what they have lost."""
-    return int(os.environ.get("RANK", 0)) <= 1 or local_rank() == 0
-
-
 def barrier() -> None:
     if is_distributed():
         dist.barrier()

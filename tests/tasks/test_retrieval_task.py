@@ -67,7 +67,7 @@ def test_measures_both_stages_and_travels_to_loader_processes(task):
     assert 0 <= task.score(metrics) <= 1
 
 
-def test_a_image_that_cannot_be_read_is_left_out(task, tmp_path):
+def test_an_image_that_cannot_be_read_is_left_out(task, tmp_path):
     entries = list(task.entries("test", None).entries)
     task.recipe.data.max_bad_share = 0.5
     broken = tmp_path / "broken.jpg"

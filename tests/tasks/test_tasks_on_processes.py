@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from processes import run_on_processes
 from tiny_run import ds_config
-from tiny_tasks import fine_tune_several, write_files, zero3_that_spreads_all
+from tiny_tasks import fine_tune_several, write_files, zero3_that_shards_all
 
 from modstruct import checkpoints
 from modstruct.models.fusion.ema import EMA
@@ -29,7 +28,7 @@ def runs(tmp_path_factory, root) -> dict[str, Path]:
     made = {}
     for processes in (1, 2):
         folder = tmp_path_factory.mktemp(f"on{processes}")
-        stage = ds_config("zero0") if processes == 1 else zero3_that_spreads_all(folder)
+        stage = ds_config("zero0") if processes == 1 else zero3_that_shards_all(folder)
         assigned, whole = str(folder / "text_assignment"), str(folder / "nlvr2")
         listed = [
             {"task": "text_assignment", "output": assigned},
@@ -117,7 +116,8 @@ def test_every_run_leaves_predictions_metrics_and_an_export(runs):
 
 
 def measure_again(run: str, out: str) -> None:
-    from modstruct.cli import FINETUNE_RECIPES, parse, recipe_parser, task_checkpoint_arguments
+    from modstruct.cli import FINETUNE_RECIPES, parse, recipe_parser
+    from modstruct.commands.arguments import task_checkpoint_arguments
     from modstruct.commands.task import measure_task
     from modstruct.config import FinetuneRecipe
 
@@ -142,7 +142,7 @@ def test_a_saved_run_is_measured_again_to_the_same_metrics(runs, tmp_path, task)
 def test_the_best_checkpoint_by_validation_is_measured_and_not_the_last(tmp_path):
     for step in (2, 4):
         checkpoints.step_folder(tmp_path, step).mkdir(parents=True)
-    run, last = SimpleNamespace(output=tmp_path), checkpoints.step_folder(tmp_path, 4)
-    assert best_checkpoint(run, last) == last
+    last = checkpoints.step_folder(tmp_path, 4)
+    assert best_checkpoint(tmp_path, last) == last
     checkpoints.note_score(checkpoints.step_folder(tmp_path, 2), 0.5)
-    assert best_checkpoint(run, last) == checkpoints.step_folder(tmp_path, 2)
+    assert best_checkpoint(tmp_path, last) == checkpoints.step_folder(tmp_path, 2)

@@ -144,7 +144,7 @@ def test_a_split_without_annotations_has_predictions_only(questions):
     assert all(p["answer"] in task.answer_list for p in predictions)
 
 
-def test_a_image_that_cannot_be_read_gets_the_priors_answer(questions, tmp_path):
+def test_an_image_that_cannot_be_read_gets_the_priors_answer(questions, tmp_path):
     task = task_of(questions)
     broken = replace(questions[1], image=tmp_path / "none.png")
     metrics, predictions = task.measure(answer_model(task.recipe), [questions[0], broken, *questions[2:]])

@@ -108,7 +108,7 @@ class Stubborn(Knowing):
         return torch.eye(self.classes)[0].expand(len(batch["text"]), -1)
 
 
-def zero3_that_spreads_all(folder: Path) -> str:
+def zero3_that_shards_all(folder: Path) -> str:
     """DeepSpeed's file of stage 3, which otherwise leaves weights as small as these whole on every process."""
     config = json.loads((Path(__file__).parents[2] / "ds_configs" / "zero3.json").read_text())
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
