@@ -18,7 +18,7 @@ from jsonargparse import ArgumentParser, Namespace
 from modstruct.cli import parse, recipe_parser, run
 from modstruct.commands.arguments import checkpoint_arguments
 from modstruct.config import Recipe
-from modstruct.config.embedding import EmbeddingConfig
+from modstruct.config.training import EmbeddingConfig
 from modstruct.errors import refuse, require
 from modstruct.evaluation.embeddings.set_files import MODEL_FILE, is_set_name
 

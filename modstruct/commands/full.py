@@ -29,12 +29,12 @@ def main(words: Sequence[str]) -> None:
 
     def all_of_it() -> None:
         from modstruct.commands.measure import METRICS, MeasureConfig, measure, require_all
-        from modstruct.commands.report import report
         from modstruct.distributed.collect import on_main
+        from modstruct.reporting.report import write_report
 
         out: Path = embed(recipe, options, ["evaluate.py", "full", *words])
         problems = measure(out, MeasureConfig(), METRICS, [str(out)])
-        on_main(lambda: report([out], out / "report"))
+        on_main(lambda: print(write_report([out], out / "report")))
         require_all(problems)
 
     run(all_of_it)

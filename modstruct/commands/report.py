@@ -23,12 +23,6 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args(words)
     if is_first_process():
-        run(lambda: report(options.folders, options.out))
+        from modstruct.reporting.report import write_report  # after the parsing: --help needs no torch
 
-
-def report(folders: Sequence[Path], out: Path) -> None:
-    """Write the page and its tables, on the main process, and print their paths."""
-    from modstruct.reporting.report import write_report
-
-    files = write_report([folder.expanduser() for folder in folders], out.expanduser())
-    print(f"report: {files.html}\ntables: {files.csv}, {files.tex}")
+        run(lambda: print(write_report(options.folders, options.out)))

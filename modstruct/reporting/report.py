@@ -38,6 +38,9 @@ class ReportFiles:
     csv: Path
     tex: Path
 
+    def __str__(self) -> str:
+        return f"report: {self.html}\ntables: {self.csv}, {self.tex}"
+
 
 def write_report(folders: Sequence[str | Path], out: str | Path) -> ReportFiles:
     """Compare evaluation folders on one page, OUT.html, with the metrics as OUT.csv and OUT.tex beside it.
@@ -47,7 +50,7 @@ def write_report(folders: Sequence[str | Path], out: str | Path) -> ReportFiles:
     """
     out = Path(out).expanduser()
     stem = out.with_suffix("") if out.suffix == ".html" else out
-    runs = load_evaluations(folders)
+    runs = load_evaluations([Path(folder).expanduser() for folder in folders])
     sections = compare(runs)
     contents = {
         "html": html_page(sections, runs),

@@ -9,7 +9,7 @@ import torch
 from numbered_images import LastNumberTokenizer, LookUp, views
 from PIL import Image
 
-from modstruct.config.embedding import EmbeddingConfig
+from modstruct.config.training import EmbeddingConfig
 from modstruct.data.faults import BadSample
 from modstruct.data.shards.evaluation_samples import EvaluationSample
 from modstruct.evaluation.embeddings.model import EmbeddingModel

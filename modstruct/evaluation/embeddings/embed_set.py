@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from modstruct import distributed
-from modstruct.config.embedding import EmbeddingConfig
+from modstruct.config.training import EmbeddingConfig
 from modstruct.data.shards.evaluation_samples import EvaluationBatch, evaluation_loader
 from modstruct.distributed.collect import on_main
 from modstruct.distributed.hosts import require_same, require_shared_folder

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from modstruct.config.embedding import EmbeddingConfig
+from modstruct.config.training import EmbeddingConfig
 from modstruct.data.classification.class_files import ZeroShotClasses
 from modstruct.data.faults import BadSampleCounter
 from modstruct.data.shards.evaluation_samples import EvaluationSamples
