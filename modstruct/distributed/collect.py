@@ -55,7 +55,7 @@ def collect_rows(
     Returns (n, D) float32 on the main process, in the order of the batches; (0, D) elsewhere.
     """
     rounds, mine = rounds_of(batches), []
-    collected = [[] for _ in range(world_size())]
+    collected: list[list[np.ndarray]] = [[] for _ in range(world_size())]
     for _ in tqdm(range(rounds), desc=title, unit="batch", leave=False, disable=not is_main()):
         batch = next(inputs, filler[:0])
         mine.append(len(batch))
@@ -88,7 +88,7 @@ def collect_tokens(
     store: the device that keeps them.
     """
     rounds, mine = rounds_of(batches), []
-    collected = [[] for _ in range(world_size())]
+    collected: list[list[Tensor]] = [[] for _ in range(world_size())]
     for _ in tqdm(range(rounds), desc=title, unit="batch", leave=False, disable=not is_main()):
         batch = next(inputs, filler[:0])
         mine.append(len(batch))
@@ -116,7 +116,8 @@ def collect_values(value: Any, device: torch.device) -> list[Any]:
 
 def on_main(measure: Callable[[], Any]) -> Any:
     """What the main process measures, on every process; its error too, so that none waits for ever."""
-    outcome, error = None, None
+    outcome: dict[str, Any] = {}
+    error: Exception | None = None
     if is_main():
         try:
             outcome = {"measured": measure()}

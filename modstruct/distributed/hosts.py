@@ -45,7 +45,7 @@ def on_all(build: Callable[[], Any]) -> Any:
 def require_shared_folder(folder: str | Path, field: str) -> None:
     """Refuse a folder that cannot be written, or that is not the same one on every host; it is made if need be."""
     file = Path(folder) / f".shared-{distributed.broadcast_object(secrets.token_hex(8))}"
-    trouble = None
+    trouble: str | None = None
     if distributed.is_main():
         try:
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -123,7 +123,7 @@ def barrier() -> None:
         dist.barrier()
 
 
-def broadcast_object(value: object, source: int = 0) -> object:
+def broadcast_object(value: T, source: int = 0) -> T:
     """The source process's value, on every process (a plain Python object of our own, never file contents)."""
     if not is_distributed():
         return value
