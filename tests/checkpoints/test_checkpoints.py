@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,7 +98,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch, failing
     elif failing == "sync":
         monkeypatch.setattr(checkpoints.os, "fsync", fail)
     else:
-        monkeypatch.setattr("modstruct.checkpoints.folder.save_file", save_file)
+        monkeypatch.setattr(sys.modules[checkpoints.write.__module__], "save_file", save_file)
     with pytest.raises(OSError, match=r"No space left|Input/output"):
         checkpoints.write(checkpoints.step_folder(tmp_path, 500), checkpoint(), word_tokenizer())
     monkeypatch.undo()
@@ -111,7 +112,7 @@ def test_an_interrupt_leaves_nothing_half_written(tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("modstruct.checkpoints.folder.save_file", interrupted)
+    monkeypatch.setattr(sys.modules[checkpoints.write.__module__], "save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path, 500)
     assert steps(tmp_path) == []
