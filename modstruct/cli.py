@@ -79,10 +79,17 @@ def plain_parser() -> argparse.ArgumentParser:
     return argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
 
 
-def config_parser(description: str, usage: str, config_type: type) -> ArgumentParser:
+class ConfigParser(ArgumentParser):
+    """A parser that knows the dataclass it fills, and, of a recipe, the folder of those known by name."""
+
+    config_type: type
+    recipes: Path | None = None
+
+
+def config_parser(description: str, usage: str, config_type: type) -> ConfigParser:
     """Parser with every field of a dataclass; the caller adds its own options."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(
+    parser = ConfigParser(
         description=description,
         usage=usage,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -91,11 +98,11 @@ def config_parser(description: str, usage: str, config_type: type) -> ArgumentPa
     )
     parser.add_argument("--local_rank", type=int, default=0, help="Set by the launcher.")
     parser.add_class_arguments(config_type, as_group=True)
-    parser.config_type, parser.recipes = config_type, None
+    parser.config_type = config_type
     return parser
 
 
-def recipe_parser(description: str, usage: str, recipe_type: type = Recipe, recipes: Path = RECIPES) -> ArgumentParser:
+def recipe_parser(description: str, usage: str, recipe_type: type = Recipe, recipes: Path = RECIPES) -> ConfigParser:
     """The same of a recipe, which comes first by its name or file. recipes: folder of those known by name."""
     parser = config_parser(description, usage, recipe_type)
     parser.add_argument(
@@ -111,7 +118,7 @@ def recipe_parser(description: str, usage: str, recipe_type: type = Recipe, reci
 
 
 def parse(
-    parser: ArgumentParser,
+    parser: ConfigParser,
     arguments: Sequence[str] | None = None,
     prepare: Callable[[Sequence[str]], Sequence[str]] = list,
 ) -> tuple[Any, Namespace]:
@@ -148,7 +155,7 @@ def parse_recipe_text(text: str) -> Recipe:
         raise ValueError(one_line(parser, error, sections_of(Recipe))) from error
 
 
-def _config_of(parser: ArgumentParser, built: Namespace) -> Any:
+def _config_of(parser: ConfigParser, built: Namespace) -> Any:
     config = parser.config_type(**{field.name: built[field.name] for field in fields(parser.config_type)})
     if isinstance(config, Recipe):
         config.losses.require_any()
@@ -206,14 +213,15 @@ _UNKNOWN = (
 )
 
 
-def one_line(parser: ArgumentParser, error: Exception, sections: dict[str, list[str]]) -> str:
+def one_line(parser: ConfigParser, error: Exception, sections: dict[str, list[str]]) -> str:
     """The message of an error that parsing raised."""
     text = str(error)
     options = {option.removeprefix("--"): action for action in parser._actions for option in action.option_strings}
     for pattern in _UNKNOWN:
         if found := pattern.search(text):
             return _unknown(".".join(found.groups()), list(options), sections)
-    name = (re.search(r'Parser key "([\w.]+)"', text) or [None, None])[1]
+    key = re.search(r'Parser key "([\w.]+)"', text)
+    name = key[1] if key else ""
     if name in sections:
         return not_a_section(name, sections)
     expected = getattr(options.get(name), "_typehint", None)
@@ -238,7 +246,7 @@ def allowed(expected: object) -> str:
         return f"a list of {allowed(parts[0])}"
     if dataclasses.is_dataclass(expected):
         return f"{{{', '.join(field.name for field in dataclasses.fields(expected))}}}"
-    return _NAMES.get(expected, str(expected))
+    return next((name for kind, name in _NAMES.items() if kind is expected), str(expected))
 
 
 def not_a_section(name: str, sections: dict[str, list[str]]) -> str:
@@ -261,7 +269,7 @@ def _unknown(name: str, options: list[str], sections: dict[str, list[str]]) -> s
     return f"{name}: no such field; --help lists every field"
 
 
-def _sections(value: object, name: str = "") -> dict[str, list[str]]:
+def _sections(value: Any, name: str = "") -> dict[str, list[str]]:
     """The names of the fields inside value and inside each section in it, by dotted name."""
     inside = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     found = {name: list(inside)} if name else {}

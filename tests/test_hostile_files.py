@@ -19,7 +19,7 @@ import torch
 from tiny_models import clip_tokenizer, register_architectures, tiny_config, tiny_model, word_tokenizer
 
 from modstruct import checkpoints, cli
-from modstruct.checkpoints.weight_files import read_weight_file
+from modstruct.checkpoints import read_weight_file
 from modstruct.commands.arguments import checkpoint_arguments
 from modstruct.data.classification.class_files import load_classes
 from modstruct.data.faults import BadSample

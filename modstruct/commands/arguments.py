@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
-
-from modstruct.cli import DEFAULT_RECIPE, plain_parser, read_recipe_file, recipe_path, sections_of
+from modstruct.cli import (
+    DEFAULT_RECIPE,
+    RECIPES,
+    ConfigParser,
+    plain_parser,
+    read_recipe_file,
+    recipe_path,
+    sections_of,
+)
 from modstruct.config.migrations import is_fine_tuning
 from modstruct.errors import require
 
@@ -41,18 +47,19 @@ def _with_recipe_of_checkpoint(arguments: Sequence[str], fine_tuned: bool, safel
     return ["--recipe", str(recipe), *safely, *arguments]
 
 
-def take_initial_sizes(parser: ArgumentParser, arguments: Sequence[str]) -> Sequence[str]:
+def take_initial_sizes(parser: ConfigParser, arguments: Sequence[str]) -> Sequence[str]:
     """Make sizes and colours of the --init model, where that is a run or checkpoint of ours, the recipe's defaults.
 
     Whoever made it wrote its recipe, so what that names to be read or fetched is left out: its weights are all there.
     """
     from modstruct.models.fusion.initial_weights import recipe_of  # here, so that --help needs no torch
 
+    recipes = parser.recipes or RECIPES
     option = plain_parser()
     option.add_argument("--init")
-    option.add_argument("--recipe", default=DEFAULT_RECIPE[parser.recipes])
+    option.add_argument("--recipe", default=DEFAULT_RECIPE[recipes])
     given = option.parse_known_args(arguments)[0]
-    named_by_recipe = read_recipe_file(recipe_path(given.recipe, parser.recipes)).get("init")
+    named_by_recipe = read_recipe_file(recipe_path(given.recipe, recipes)).get("init")
     chosen = named_by_recipe if given.init is None else given.init
     # Published files bring no sizes, and one that the recipe names need not be there when only --help is wanted.
     chosen = chosen if isinstance(chosen, str) and chosen != "null" and Path(chosen).expanduser().is_dir() else None

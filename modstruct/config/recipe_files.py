@@ -71,7 +71,7 @@ def recipe_to_yaml(recipe: Recipe | FinetuneRecipe) -> str:
 
 def _leaves(tree: dict, prefix: str = "") -> dict[str, object]:
     """A nested dictionary's values by their dotted names."""
-    flat = {}
+    flat: dict[str, object] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
             flat |= _leaves(value, f"{prefix}{key}.")

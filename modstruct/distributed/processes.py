@@ -9,12 +9,14 @@ import sys
 import threading
 import warnings
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from modstruct.errors import FailedElsewhere, RunError, refuse
 
+T = TypeVar("T")
 WAIT_SECONDS = 60
 """After which a process that waits for the others at the start says so."""
 NETWORK_REMEDY = (
@@ -136,7 +138,7 @@ def gather_objects(value: object) -> list:
     """Every process's value, on every process, in order of rank (small Python objects of our own)."""
     if not is_distributed():
         return [value]
-    values = [None] * world_size()
+    values: list = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from modstruct.checkpoints import require_same_names
 from modstruct.losses.protocol import SharedScalar
 
 Batch = dict[str, Tensor]
@@ -105,6 +107,12 @@ class TrainableModel(nn.Module):
 
     def ema_to(self, device: torch.device) -> None:
         """Move EMA weights and queues, which are no part of the module."""
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    """A checkpoint's weights and buffers into the model. path: for the error if they belong to another one."""
+    require_same_names(model.state_dict(), weights, path)
+    model.load_state_dict(weights)
 
 
 class Clamp(torch.autograd.Function):

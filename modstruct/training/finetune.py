@@ -24,6 +24,7 @@ from modstruct.files import atomic_write
 from modstruct.models.fusion.backbone import without_files
 from modstruct.models.fusion.ema import EmaModel
 from modstruct.models.fusion.initial_weights import find_initial, start_from
+from modstruct.models.protocol import load_weights
 from modstruct.tasks import Task, build_task
 from modstruct.tasks.task import SPLITS
 from modstruct.training.export import export_task
@@ -133,7 +134,7 @@ def measure_checkpoint(task: Task, checkpoint: Path, entries: TaskEntries) -> tu
     Each holds the whole model, whatever the ZeRO stage of the run.
     """
     model = task.build_model()
-    checkpoints.load_weights(model, checkpoints.read_weights(checkpoint), checkpoint)
+    load_weights(model, checkpoints.read_weights(checkpoint), checkpoint)
     return task.measure(model.to(distributed.device()).eval(), entries.entries)
 
 

@@ -39,6 +39,7 @@ class Pretraining(Trainer[Recipe]):
     """Of the training source."""
 
     def build(self) -> Pretraining:
+        self.recipe.losses.require_any()
         recipe, start = self.recipe, self.find_start()
         tokenizer = start.tokenizer or initial_tokenizer(recipe)
         self.data = data = open_run_data(recipe, image_size(recipe), tokenizer, fingerprint=start.samples)

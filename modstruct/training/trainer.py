@@ -31,7 +31,7 @@ from modstruct.errors import RunError, refuse, require
 from modstruct.evaluation.tables import save_metrics
 from modstruct.losses.objective import Objective
 from modstruct.models.build import compile_trunks, recompute_activations
-from modstruct.models.protocol import TrainableModel
+from modstruct.models.protocol import TrainableModel, load_weights
 from modstruct.training.checkpoint import restore, save
 from modstruct.training.deepspeed_adapter import Engine, local_part, start_engine
 from modstruct.training.ds_config import build_optimizer, read_ds_config, resolve_ds_config
@@ -218,8 +218,9 @@ class Trainer(ABC, Generic[RecipeT]):
         """The model, with a checkpoint's weights if there is one, in DeepSpeed's hands. samples: for the log."""
         recipe = self.recipe
         if start.saved and start.path:
-            checkpoints.load_weights(model, start.saved.weights, start.path)
-            checkpoints.load_ema(model, start.saved.momentum, start.path)
+            load_weights(model, start.saved.weights, start.path)
+            checkpoints.require_same_names(model.ema_state_dict(), start.saved.momentum, start.path)
+            model.load_ema_state_dict(start.saved.momentum)
         else:
             # Of EMA copies too: DeepSpeed does not broadcast them.
             hosts.require_same({"the first weights": _checksum(model)}, "hosts must read the same weight files")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from modstruct.checkpoints import Checkpoint, TrainState
 from modstruct.config import Recipe
 from modstruct.config.recipe_files import recipe_to_dict
 from modstruct.data.tokenizers import load_tokenizer
+from modstruct.models.protocol import load_weights
 
 FILES = ("weights.safetensors", "moments.safetensors", "rng.safetensors", "state.json", "recipe.yaml")
 
@@ -98,7 +98,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch, failing
     elif failing == "sync":
         monkeypatch.setattr(checkpoints.os, "fsync", fail)
     else:
-        monkeypatch.setattr(sys.modules[checkpoints.write.__module__], "save_file", save_file)
+        monkeypatch.setattr(checkpoints, "save_file", save_file)
     with pytest.raises(OSError, match=r"No space left|Input/output"):
         checkpoints.write(checkpoints.step_folder(tmp_path, 500), checkpoint(), word_tokenizer())
     monkeypatch.undo()
@@ -112,7 +112,7 @@ def test_an_interrupt_leaves_nothing_half_written(tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules[checkpoints.write.__module__], "save_file", interrupted)
+    monkeypatch.setattr(checkpoints, "save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path, 500)
     assert steps(tmp_path) == []
@@ -255,7 +255,7 @@ def test_a_recipe_that_asks_for_code_is_damaged_and_does_not_run(tmp_path):
 def test_weights_go_into_the_model_they_belong_to_and_no_other(tmp_path):
     model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
     weights = {name: torch.full_like(value, 3) for name, value in model.state_dict().items()}
-    checkpoints.load_weights(model, weights, tmp_path)
+    load_weights(model, weights, tmp_path)
     assert same(model.state_dict(), weights)
     others = [
         {name: value for name, value in weights.items() if name != "1.running_mean"},
@@ -264,4 +264,4 @@ def test_weights_go_into_the_model_they_belong_to_and_no_other(tmp_path):
     ]
     for other, name in zip(others, ("1.running_mean", "2.weight", "0.weight"), strict=True):
         with pytest.raises(ValueError, match=rf"belongs to another model; they differ in {name}"):
-            checkpoints.load_weights(model, other, tmp_path)
+            load_weights(model, other, tmp_path)

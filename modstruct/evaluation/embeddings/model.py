@@ -21,7 +21,7 @@ from modstruct.evaluation.embeddings.in_memory import Encode
 from modstruct.evaluation.embeddings.set_files import IMAGE_ARRAYS, TEXT_ARRAYS
 from modstruct.losses.objective import build_objective
 from modstruct.models.build import build_model, image_size
-from modstruct.models.protocol import TrainableModel
+from modstruct.models.protocol import TrainableModel, load_weights
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def find_checkpoint(checkpoint: str) -> Path:
 def load_model(recipe: Recipe, path: Path, tokenizer: Tokenizer) -> TrainableModel:
     """The model of a checkpoint's folder, whole and in evaluation mode, on this process's device."""
     model = build_model(recipe, tokenizer, build_objective(recipe.losses), read_weights=False)
-    checkpoints.load_weights(model, checkpoints.read_weights(path), path)
+    load_weights(model, checkpoints.read_weights(path), path)
     return model.to(distributed.device()).eval()
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from modstruct.checkpoints.weight_files import read_weight_file
+from modstruct.checkpoints import read_weight_file
 from modstruct.config import FusionConfig, FusionVisionConfig, ViewsConfig
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.distributed import main_first

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from modstruct import checkpoints
-from modstruct.checkpoints.weight_files import read_weight_file
+from modstruct.checkpoints import read_weight_file
 from modstruct.config import TokenizerConfig
 from modstruct.config.migrations import migrate_checkpoint
 from modstruct.data.tokenizers import Tokenizer, build_tokenizer, load_tokenizer

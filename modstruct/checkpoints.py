@@ -1,10 +1,10 @@
-"""The folder format of a checkpoint: everything a run needs to go on, complete or not there.
+"""The folder format of a checkpoint: everything that a run resumes from, complete or not there; and published weights.
 
     OUTPUT/checkpoints/step-00000500/
         weights.safetensors     float32 weights and buffers by name
         moments.safetensors     exp_avg.NAME and exp_avg_sq.NAME
         rng.safetensors         random state of each process
-        momentum.safetensors    momentum weights and queues of a fusion model
+        momentum.safetensors    EMA weights and queues of a fusion model
         state.json              step, which is the position in the data too; optimizer groups, counters
         recipe.yaml             the run's recipe
         tokenizer/              the tokenizer
@@ -21,15 +21,15 @@ import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol, cast
 
 import torch
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from modstruct.errors import refuse
+from modstruct.errors import refuse, require
 from modstruct.files import atomic_write, read_yaml, sync_folder
 
 FORMAT = 1
@@ -88,7 +88,7 @@ def list_checkpoints(output: str | Path) -> list[Path]:
 
 
 def _step(path: Path) -> int:
-    return int(_COMPLETE.fullmatch(path.name)[1])
+    return int(path.name.removeprefix("step-"))
 
 
 def find(which: str, output: str | Path, option: str = "--resume") -> Path | None:
@@ -143,7 +143,7 @@ def read(path: Path) -> Checkpoint:
             rng=load_file(path / "rng.safetensors"),
             state=TrainState(**described["train"]),
             optimizer=described["optimizer"],
-            recipe=dict(read_yaml(path / "recipe.yaml")),
+            recipe=dict(cast(dict, read_yaml(path / "recipe.yaml"))),
             momentum=load_file(path / MOMENTUM_FILE) if (path / MOMENTUM_FILE).exists() else {},
         )
         if checkpoint:
@@ -174,23 +174,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         _damaged(path, e)
 
 
-def _damaged(path: Path, error: Exception) -> None:
+def _damaged(path: Path, error: Exception) -> NoReturn:
     refuse("checkpoint", str(path), f"is damaged ({error}); use another folder of {path.parent}")
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
-    """A checkpoint's weights and buffers into the model. path: for the error if they belong to another one."""
-    _require_same(model.state_dict(), weights, path)
-    model.load_state_dict(weights)
-
-
-def load_ema(model: nn.Module, momentum: dict[str, Tensor], path: Path) -> None:
-    """A checkpoint's momentum weights and queues into a model that has them."""
-    _require_same(model.ema_state_dict(), momentum, path)
-    model.load_ema_state_dict(momentum)
-
-
-def _require_same(expected: dict[str, Tensor], given: dict[str, Tensor], path: Path) -> None:
+def require_same_names(expected: dict[str, Tensor], given: dict[str, Tensor], path: Path) -> None:
+    """Refuse tensors of other names or shapes than a model's. path: where they came from, for the error."""
     names = expected.keys() ^ given.keys()
     names |= {n for n in expected.keys() & given.keys() if expected[n].shape != given[n].shape}
     if names:
@@ -273,3 +262,26 @@ def sync_tree(path: Path) -> None:
         else:
             sync_folder(file)
     sync_folder(path)
+
+
+WRAPPERS = ("model", "state_dict")
+"""Keys under which published files keep the weights beside other things (DeiT's and ALBEF's `model`)."""
+
+
+def read_weight_file(path: str | Path, option: str) -> dict[str, Tensor]:
+    """Weights by name. option: the field that named the file, for the error (ValueError)."""
+    path = Path(path).expanduser()
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's reader has a type of error for each kind of damage
+        refuse(
+            option, str(path), f"cannot be read as safetensors or weights alone: {' '.join(str(error).split())[:300]}"
+        )
+    for wrapper in WRAPPERS:
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    fits = isinstance(content, dict) and all(isinstance(value, Tensor) for value in content.values())
+    require(fits, option, str(path), "holds more than tensors by name; give a file of weights")
+    return content
