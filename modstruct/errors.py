@@ -6,11 +6,15 @@ from typing import NoReturn
 
 
 def refuse(field_name: str, value: object, remedy: str) -> NoReturn:
-    """Raise the one kind of error that a wrong recipe gets: field, value, remedy."""
+    """Raise the one kind of error that a wrong value gets, ValueError("FIELD = VALUE: REMEDY").
+
+    remedy: what would be right, or what to do.
+    """
     raise ValueError(f"{field_name} = {value!r}: {remedy}")
 
 
 def require(condition: bool, field_name: str, value: object, remedy: str) -> None:
+    """Refuse a value unless the condition holds. field_name: as the user writes it; remedy: what would be right."""
     if not condition:
         refuse(field_name, value, remedy)
 
