@@ -17,7 +17,7 @@ export DS_ENV_FILE
 trap 'rm -f "$DS_ENV_FILE"' EXIT
 printf '%s\n' "GLOO_SOCKET_IFNAME=$INTERFACE" "NCCL_SOCKET_IFNAME=$INTERFACE" > "$DS_ENV_FILE"
 
-# --resume latest: the same command starts the run and goes on with it.
+# --resume latest: the same command starts the run and resumes it.
 deepspeed --hostfile "$HOSTFILE" --master_addr "$FIRST_HOST" --master_port "$PORT" \
     ${NODE_RANK:+--no_ssh --node_rank "$NODE_RANK"} \
     launch_scripts/pretrain.py --ds_config "$DS_CONFIG" --resume latest "$@"

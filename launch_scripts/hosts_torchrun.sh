@@ -14,7 +14,7 @@ DS_CONFIG=${DS_CONFIG:-ds_configs/zero2.json}
 export GLOO_SOCKET_IFNAME=$INTERFACE NCCL_SOCKET_IFNAME=$INTERFACE
 
 # The static rendezvous: the number of hosts never changes within a run, and no host has to find out by its own name
-# whether it is the first. --resume latest: the same command starts the run and goes on with it.
+# whether it is the first. --resume latest: the same command starts the run and resumes it.
 exec torchrun --nnodes "$HOSTS" --node_rank "$NODE_RANK" --nproc_per_node "$PROCESSES" \
     --master_addr "$FIRST_HOST" --master_port "$PORT" \
     launch_scripts/pretrain.py --ds_config "$DS_CONFIG" --resume latest "$@"

@@ -14,7 +14,7 @@ USAGE = "deepspeed [launcher options] launch_scripts/pretrain.py [--recipe NAME]
 def main() -> None:
     parser = recipe_parser(__doc__, USAGE)
     parser.add_argument("--ds_config", default="ds_configs/zero2.json", help="DeepSpeed's JSON file.")
-    parser.add_argument("--resume", help="`latest`, `best`, or a checkpoint folder to go on from.")
+    parser.add_argument("--resume", help="`latest`, `best`, or a checkpoint folder to resume from.")
     parser.add_argument(
         "--profile",
         type=int,

@@ -156,7 +156,7 @@ def read(path: Path) -> Checkpoint:
 
 
 def _check_state(checkpoint: Checkpoint) -> None:
-    """Refuse values of kinds that a run cannot go on from."""
+    """Refuse values of kinds that a run cannot resume from."""
     state, steps = checkpoint.state, checkpoint.optimizer["step"]
     if any(type(n) is not int or not 0 <= n < 1 << 62 for n in (state.step, state.skipped_in_a_row, steps)):
         raise ValueError("state.json: steps are whole numbers of 0 or more")

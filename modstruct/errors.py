@@ -1,4 +1,4 @@
-"""The kinds of error that a user meets: a wrong value by field, value and remedy; a run that cannot go on."""
+"""The kinds of error that a user meets: a wrong value by field, value and remedy; a run that cannot continue."""
 
 from __future__ import annotations
 
@@ -48,5 +48,5 @@ class LostProcess(RunError):
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 _LOST_MEANS = (
     "another process has ended; if it does not say why, it was killed, as the kernel does where memory runs out. "
-    "`--resume latest` goes on from the last checkpoint"
+    "`--resume latest` resumes from the last checkpoint"
 )

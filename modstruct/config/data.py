@@ -15,7 +15,7 @@ class Source:
     shards: str
     """Path, glob or brace pattern of tar shards, or `pipe:COMMAND` (COMMAND writes a tar to its standard output)."""
     weight: float | None = None
-    """Share of the samples drawn from this source, relative to the other weights."""
+    """Fraction of the samples drawn from this source, relative to the other weights."""
     index: str | None = None
     """Folder of indexes made by tools/index_shards.py; needed for `pipe:` sources only."""
 
@@ -63,7 +63,7 @@ class DataConfig:
     pipe_cache_gib: float = 50.0
     """Disk that spooled `pipe:` shards may take in the cache, in GiB."""
     max_bad_share: float = 0.1
-    """Largest share of unreadable samples that a run puts up with."""
+    """Tolerated fraction of unreadable samples."""
     max_image_pixels: int = 25_000_000
     """Pixels above which an image counts as a decompression bomb; decoding takes 8 bytes of memory each, WebP 20."""
     scenes: ScenesConfig = field(default_factory=ScenesConfig)
@@ -73,7 +73,7 @@ class DataConfig:
         require(self.workers >= 0, "data.workers", self.workers, "0 or more")
         require(self.shuffle_block >= 1, "data.shuffle_block", self.shuffle_block, "at least 1")
         require(self.shuffle_window >= 1, "data.shuffle_window", self.shuffle_window, "at least 1")
-        require(0 <= self.max_bad_share <= 1, "data.max_bad_share", self.max_bad_share, "a share from 0 to 1")
+        require(0 <= self.max_bad_share <= 1, "data.max_bad_share", self.max_bad_share, "a fraction from 0 to 1")
         require(self.max_image_pixels >= 1, "data.max_image_pixels", self.max_image_pixels, "at least 1")
         require(self.pipe_cache_gib > 0, "data.pipe_cache_gib", self.pipe_cache_gib, "above 0")
 
@@ -108,13 +108,13 @@ class ViewsConfig:
     rand_augment: bool = False
     """RandAugment on crop_flip views (Cubuk et al. 2020): two of ALBEF's ten operations, magnitude 7 of 10."""
     crop_scale: tuple[float, float] = (0.5, 1.0)
-    """Range of the share of the area that a random crop keeps."""
+    """Range of the fraction of the area that a random crop keeps."""
     flip: bool = True
     """Flip random views left to right with probability 1/2."""
     auto_augment: bool = True
     """AutoAugment (ImageNet policy) on the augmented view."""
     eda_rate: float = 0.1
-    """Share of a caption's words that its augmented view changes (Wei & Zou 2019)."""
+    """Fraction of a caption's words that its augmented view changes (Wei & Zou 2019)."""
     eda_synonyms: bool = False
     """Let EDA replace words by synonyms; needs nltk and its WordNet data."""
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
@@ -127,5 +127,5 @@ class ViewsConfig:
         require(fits, "views.rand_augment", self.rand_augment, "needs views.plain: crop_flip")
         low, high = self.crop_scale
         require(0 < low <= high <= 1, "views.crop_scale", self.crop_scale, "two shares with 0 < low <= high <= 1")
-        require(0 <= self.eda_rate <= 1, "views.eda_rate", self.eda_rate, "a share from 0 to 1")
+        require(0 <= self.eda_rate <= 1, "views.eda_rate", self.eda_rate, "a fraction from 0 to 1")
         require(all(s > 0 for s in self.std), "views.std", self.std, "three numbers above 0")

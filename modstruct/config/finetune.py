@@ -53,7 +53,7 @@ class TaskDataConfig:
     workers: int = 1
     """Loader processes beside each training process; 0 loads in the training process itself."""
     max_bad_share: float = 0.1
-    """Largest share of unreadable images that a run puts up with."""
+    """Tolerated fraction of unreadable images."""
     max_image_pixels: int = 25_000_000
     """Pixels above which an image counts as a decompression bomb; decoding takes 8 bytes of memory each, WebP 20."""
     scenes: ScenesConfig = field(default_factory=ScenesConfig)
@@ -61,7 +61,7 @@ class TaskDataConfig:
 
     def __post_init__(self):
         require(self.workers >= 0, "data.workers", self.workers, "0 or more")
-        require(0 <= self.max_bad_share <= 1, "data.max_bad_share", self.max_bad_share, "a share from 0 to 1")
+        require(0 <= self.max_bad_share <= 1, "data.max_bad_share", self.max_bad_share, "a fraction from 0 to 1")
         require(self.max_image_pixels >= 1, "data.max_image_pixels", self.max_image_pixels, "at least 1")
 
 
@@ -70,9 +70,9 @@ class TaskConfig:
     name: TaskName = "vqa"
     """The downstream task."""
     momentum: float = 0.995
-    """Share of itself that a momentum weight keeps at an optimizer step (retrieval: fusion.momentum)."""
+    """Fraction of itself that an EMA weight keeps at an optimizer step (retrieval: fusion.momentum)."""
     alpha: float = 0.4
-    """Share of the momentum model's softened targets; 0 leaves them out (retrieval: losses.queue_contrast.alpha)."""
+    """Weight of the EMA model's softened targets; 0 leaves them out (retrieval: losses.queue_contrast.alpha)."""
     ramp_steps: int | None = None
     """Steps over which alpha rises from 0; null takes the first epoch, as ALBEF (retrieval: as alpha)."""
     answer_context: int = 8
@@ -84,13 +84,13 @@ class TaskConfig:
     first_token_candidates: int = 128
     """vqa, rank: answers kept by their first token's probability, which are then ranked by their whole likelihood."""
     rerank: int = 16
-    """retrieval: the best of the contrast that matching ranks anew (ALBEF: 128 for Flickr30K, 256 for COCO)."""
+    """retrieval: the best of the contrast that matching reranks (ALBEF: 128 for Flickr30K, 256 for COCO)."""
     rerank_by: RerankBy = "both"
     """retrieval: both: contrast and matching together; matching: its logit alone, as ALBEF."""
 
     def __post_init__(self):
         require(0 <= self.momentum < 1, "task.momentum", self.momentum, "from 0 to below 1")
-        require(0 <= self.alpha <= 1, "task.alpha", self.alpha, "a share from 0 to 1")
+        require(0 <= self.alpha <= 1, "task.alpha", self.alpha, "a fraction from 0 to 1")
         fits = self.ramp_steps is None or self.ramp_steps >= 0
         require(fits, "task.ramp_steps", self.ramp_steps, "0 or more, or null")
         require(self.answer_context >= 3, "task.answer_context", self.answer_context, "at least 3")

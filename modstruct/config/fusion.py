@@ -79,12 +79,12 @@ class FusionConfig:
     text: FusionTextConfig = field(default_factory=FusionTextConfig)
     """Text and fusion encoder."""
     momentum: float = 0.995
-    """Share of itself that a momentum weight keeps at an optimizer step."""
+    """Fraction of itself that an EMA weight keeps at an optimizer step."""
     queue: int = 4096
-    """Pairs of momentum embeddings of earlier steps that the contrast sees besides the batch's; any number, 0 for none.
+    """Pairs of EMA embeddings of earlier steps that the contrast sees besides the batch's; any number, 0 for none.
     Empty at the start, where ALBEF's is random."""
     queue_after: int = 0
-    """Steps before the queue begins to fill. At the start momentum embeddings turn so fast that all new ones can leave
+    """Steps before the queue begins to fill. At the start EMA embeddings turn so fast that all new ones can leave
     the old ones behind by moving in one direction, and a short run collapses there (seen on the scenes)."""
     temperature_init: float = 0.07
     """Temperature of the contrast at the start; it is learned."""

@@ -37,7 +37,7 @@ class BridgeConfig:
     weight: float = 0.0
     """Weight of the Brownian bridge; 0 turns it off."""
     t: float | None = 0.25
-    """Weight of the image in the bridge's mean; null draws it anew, uniform in [0, 1], each step."""
+    """Weight of the image in the bridge's mean; null draws it uniformly from [0, 1] at each step."""
 
     def __post_init__(self):
         require(self.t is None or 0 <= self.t <= 1, "losses.bridge.t", self.t, "from 0 to 1, or null to draw it")
@@ -64,9 +64,9 @@ class SigmoidConfig:
 @dataclass
 class QueueContrastConfig:
     weight: float = 0.0
-    """Weight of the image-text contrast against momentum embeddings and their queue (ALBEF's ITC); 0 turns it off."""
+    """Weight of the image-text contrast against EMA embeddings and their queue (ALBEF's ITC); 0 turns it off."""
     alpha: float = 0.4
-    """Share of the momentum encoders' softened targets."""
+    """Weight of the EMA encoders' softened targets."""
     ramp_steps: int | None = None
     """Steps over which alpha rises from 0; null takes the first epoch, as ALBEF."""
     positives: Literal["pair", "image"] = "pair"
@@ -74,7 +74,7 @@ class QueueContrastConfig:
     ALBEF fine-tunes retrieval."""
 
     def __post_init__(self):
-        require(0 <= self.alpha <= 1, "losses.queue_contrast.alpha", self.alpha, "a share from 0 to 1")
+        require(0 <= self.alpha <= 1, "losses.queue_contrast.alpha", self.alpha, "a fraction from 0 to 1")
         fits = self.ramp_steps is None or self.ramp_steps >= 0
         require(fits, "losses.queue_contrast.ramp_steps", self.ramp_steps, "0 or more, or null")
 
@@ -92,15 +92,15 @@ class MaskedLanguageConfig:
     weight: float = 0.0
     """Weight of masked language modelling over the image (ALBEF's MLM); 0 turns it off."""
     rate: float = 0.15
-    """Share of a caption's tokens that are to be found: four fifths masked, a tenth replaced, a tenth left."""
+    """Fraction of a caption's tokens that are predicted: four fifths masked, a tenth replaced, a tenth left."""
     alpha: float = 0.4
-    """Share of the momentum model's softened targets."""
+    """Weight of the EMA model's softened targets."""
     ramp_steps: int | None = None
     """Steps over which alpha rises from 0; null takes the first epoch, as ALBEF."""
 
     def __post_init__(self):
-        require(0 < self.rate < 1, "losses.masked_language.rate", self.rate, "a share between 0 and 1")
-        require(0 <= self.alpha <= 1, "losses.masked_language.alpha", self.alpha, "a share from 0 to 1")
+        require(0 < self.rate < 1, "losses.masked_language.rate", self.rate, "a fraction between 0 and 1")
+        require(0 <= self.alpha <= 1, "losses.masked_language.alpha", self.alpha, "a fraction from 0 to 1")
         fits = self.ramp_steps is None or self.ramp_steps >= 0
         require(fits, "losses.masked_language.ramp_steps", self.ramp_steps, "0 or more, or null")
 

@@ -68,7 +68,7 @@ class TrainConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """What the towers compute in; losses are always float32. fp16 needs a GPU."""
     activation_checkpointing: bool = False
-    """Keep the input of each layer of the towers alone, and compute what lies inside anew for the backward pass: less
+    """Keep the input of each layer of the towers alone, and recompute what lies inside in the backward pass: less
     memory for a third more work, the same gradient."""
     compile: bool = False
     """Compile the towers by torch.compile (inductor): minutes at the start, faster steps. ZeRO stages 0 to 2."""
@@ -110,7 +110,7 @@ class EvaluationConfig:
     top_k: list[int] = field(default_factory=lambda: [1, 3, 5])
     """The k of zero-shot top-k accuracy."""
     rerank: int = 0
-    """Fusion model: so many of the best by contrast are ranked anew by matching (ALBEF: 128, 256); 0 for none."""
+    """Fusion model: so many of the best by contrast are reranked by matching (ALBEF: 128, 256); 0 for none."""
     rerank_by: RerankBy = "both"
     """both: contrast and matching together; matching: its logit alone, as ALBEF."""
 
@@ -168,16 +168,16 @@ class EmbeddingConfig:
     workers: int = 1
     """Loader processes beside each process; 0 loads in the process itself."""
     max_bad_share: float = 0.1
-    """Largest share of unreadable images of a set that is put up with."""
+    """Tolerated fraction of unreadable images of a set."""
     seed: int = 0
     """Seed of the augmented views, beside each image's number."""
     overwrite: bool = False
-    """Start anew where a set is there, finished or begun."""
+    """Start again where a set is there, finished or interrupted."""
 
     def __post_init__(self):
         require(bool(self.arrays), "embedding.arrays", self.arrays, "at least one name, such as image")
         for name in ("batch", "part_batches"):
             require(getattr(self, name) >= 1, f"embedding.{name}", getattr(self, name), "at least 1")
         require(self.workers >= 0, "embedding.workers", self.workers, "0 or more")
-        require(0 <= self.max_bad_share <= 1, "embedding.max_bad_share", self.max_bad_share, "a share from 0 to 1")
+        require(0 <= self.max_bad_share <= 1, "embedding.max_bad_share", self.max_bad_share, "a fraction from 0 to 1")
         require(0 <= self.seed < inf, "embedding.seed", self.seed, "0 or more")

@@ -108,7 +108,7 @@ class _Exchange(torch.autograd.Function):
 
 
 class HostCopy:
-    """Small numbers of a device on their way to the host: asked for early and read late, so that meanwhile the device
+    """Small numbers of a device on their way to the host: requested early and read late, so that meanwhile the device
     has other work to do."""
 
     def __init__(self, values: Tensor):

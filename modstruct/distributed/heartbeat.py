@@ -120,7 +120,7 @@ class Heartbeat:
             self._thread.join(timeout=1)
 
     def following(self, batches: Iterable, first_step: int) -> Iterator:
-        """The same batches; the time to the next one, and the time until it is asked for, are watched."""
+        """The same batches; the time to the next one, and the time until it is requested, are watched."""
         step, iterator = first_step, iter(batches)
         self.hurried = True
         try:
@@ -181,7 +181,7 @@ class Heartbeat:
         looked = time.monotonic()
         while not self._ended.wait(self.interval):
             slept, looked = time.monotonic() - looked, time.monotonic()
-            if slept > self.timeout_seconds / 2:  # a suspended job goes on
+            if slept > self.timeout_seconds / 2:  # a suspended job continues
                 self._answered = looked
             if looked - self._answered > self.timeout_seconds + self.interval:
                 self._end("process 0 gives no sign of life (stopped, or its host is lost): the store does not answer")
@@ -199,7 +199,7 @@ class Heartbeat:
         if found and speaks_for_its_host():  # without the main process all others find the same
             message = (
                 f"train.hang_timeout_minutes = {self.timeout_minutes:g}: {found}; every process ends here, "
-                "`--resume latest` goes on from the last checkpoint"
+                "`--resume latest` resumes from the last checkpoint"
             )
             print(f"\nerror (process {distributed.rank()}): {message}", file=sys.stderr, flush=True)
             log.debug(message)  # into the log file

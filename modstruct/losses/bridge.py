@@ -16,7 +16,7 @@ SHORTEST_MEAN = 1e-3  # a shorter one, of near-opposite image and text at t near
 
 
 class Bridge(Loss):
-    """L_Br = 1/N sum_j |zV^a_j - mu_j|^2 (Jiang et al. 2023, section 4.2), with t fixed or drawn anew each step."""
+    """L_Br = 1/N sum_j |zV^a_j - mu_j|^2 (Jiang et al. 2023, section 4.2), with t fixed or drawn at each step."""
 
     needs = frozenset({"image", "text", "image_augmented"})
 

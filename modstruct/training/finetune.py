@@ -129,7 +129,7 @@ def read_splits(recipe: FinetuneRecipe, task: Task, wanted: Sequence[str] = SPLI
 
 
 def measure_checkpoint(task: Task, checkpoint: Path, entries: TaskEntries) -> tuple[dict, object]:
-    """Figures and predictions of a split with a checkpoint's weights in float32; every process calls it.
+    """Metrics and predictions of a split with a checkpoint's weights in float32; every process calls it.
 
     Each holds the whole model, whatever the ZeRO stage of the run.
     """

@@ -3,7 +3,7 @@
 In one piece, the graph of the whole batch is in memory. The gradient cache (Gao et al. 2021, "Scaling Deep Contrastive
 Learning Batch Size under Memory Limited Setup", section 3.2) gives the same gradient in the memory of one micro-batch:
 every micro-batch is embedded without a graph, the losses see all embeddings at once, and then every micro-batch is
-embedded anew, its random draws repeated, and takes the gradient that the losses gave its embeddings. The towers run
+embedded again, its random draws repeated, and takes the gradient that the losses gave its embeddings. The towers run
 forward twice for it. The gradients are reduced over the processes once.
 
 Exact for float32 up to the order of sums, dropout included. Not so for BatchNorm, whose statistics are those of a
@@ -54,7 +54,7 @@ class WholeBatch:
 
 
 class CachedBatch:
-    """Outputs of a batch in parts, as leaves; `backward` goes on from their gradients, part by part.
+    """Outputs of a batch in parts, as leaves; `backward` continues from their gradients, part by part.
 
     parts: at least one, as many on every process, or all ranks would wait for ever.
     """

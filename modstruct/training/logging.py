@@ -68,8 +68,10 @@ class Telemetry:
         self.clock = StepClock()
         self._since = (time.perf_counter(), first_step)
 
-    def step(self, step: int, report: StepReport, every: int, learning_rate: float, figures) -> None:
-        """After step `step` (counted from 1). `figures`: callable for further scalars; all processes call it."""
+    def step(
+        self, step: int, report: StepReport, every: int, learning_rate: float, more: Callable[[], dict[str, float]]
+    ) -> None:
+        """After step `step` (counted from 1). more: further scalars; all processes call it."""
         self.bar.update(1)
         if step % every and step != self.steps:
             return
@@ -77,7 +79,7 @@ class Telemetry:
         self._since = (now, step)
         rate = self.global_batch * (step - before) / max(now - then, 1e-9)
         seconds = self.clock.read(step - before)
-        extra = figures()
+        extra = more()
         if self.curves is None:
             return
         loss = report.total.item()
@@ -101,15 +103,15 @@ class Telemetry:
         if self.curves is not None:
             self.curves.scalars(values, step)
 
-    def image(self, name: str, picture: Tensor, step: int) -> None:
+    def image(self, name: str, image: Tensor, step: int) -> None:
         """image: uint8 (3, H, W)."""
         if self.curves is not None:
-            self.curves.image(name, picture, step)
+            self.curves.image(name, image, step)
 
     def pause(self) -> None:
         """Time from here to `resume` (evaluation, checkpoint) does not count as training throughput.
 
-        What was written goes to the disk: a run that is killed goes on from this checkpoint, and would leave a gap in
+        What was written goes to the disk: a killed run resumes from this checkpoint, and would leave a gap in
         its curves before it.
         """
         if self.curves is not None:
@@ -140,9 +142,9 @@ class Curves:
         for name, value in values.items():
             self._try(lambda writer, name=name, value=value: writer.add_scalar(name, value, step))
 
-    def image(self, name: str, picture: Tensor, step: int) -> None:
+    def image(self, name: str, image: Tensor, step: int) -> None:
         """image: uint8 (3, H, W)."""
-        self._try(lambda writer: writer.add_image(name, picture, step))
+        self._try(lambda writer: writer.add_image(name, image, step))
 
     def flush(self) -> None:
         self._try(lambda writer: writer.flush())
@@ -157,7 +159,7 @@ class Curves:
             action(self.writer)
         except OSError as error:
             self.writer = None
-            log.warning("%s cannot be written (%s): the run goes on without curves", self.folder, error)
+            log.warning("%s cannot be written (%s): the run continues without curves", self.folder, error)
 
 
 def _leave_the_word_to_us() -> None:

@@ -44,7 +44,7 @@ def train_step(
     """Forward, losses over the global batch, backward, optimizer, and the EMA weights.
 
     parts: this process's batch, in one part or in micro-batches, whose second forward pass counts as backward.
-    clock: is told how long each phase takes.
+    clock: measures each phase.
     A non-finite loss or gradient leaves the weights and moments as they are, on every process alike.
     """
     clock = clock or StepClock()
