@@ -14,6 +14,8 @@ from modstruct.losses.protocol import GlobalBatch, Loss, LossSettings, Sums
 from modstruct.pairwise.contrast import contrastive_statistics, row_contrast_sum
 from modstruct.pairwise.global_batch import softplus
 
+SHIFT = 700.0  # of exponents; float64 holds exp(-708) to exp(709)
+
 
 class Contrastive(Loss):
     """L_Con of Jiang et al. 2023, section 3; the cross-modal half of it is CLIP's loss (Radford et al. 2021).
@@ -33,20 +35,26 @@ class Contrastive(Loss):
         return frozenset({"text", "image_augmented", "text_augmented"} if self.in_modal else {"text"})
 
     def partial(self, rows: Outputs, batch: GlobalBatch) -> Sums:
-        """row_lse, column_sum and positive: (N,), zeros where other processes have their rows."""
+        """row_lse and positive: (N,), zeros where other processes have their rows; column_sums: (2, N)."""
         row_lse, column_lse, positive = contrastive_statistics(
             rows["image"], batch.columns["text"], rows["logit_scale"], batch.first, self.precision
         )
         place = (batch.first, batch.pairs - batch.first - len(row_lse))
         sums = {"row_lse": F.pad(row_lse, place), "positive": F.pad(positive, place)}
-        # Unit vectors' logits lie within plus and minus the scale: up to 700 float64 holds their exponentials.
-        sums["column_sum"] = column_lse.double().exp()
+        # Exponentials of logits to plus and minus 1400, in float64 without a maximum over processes first: those above
+        # 0 apart from those below. Unit vectors' lie within the scale, at most 1000 at fusion's lowest temperature.
+        lse = column_lse.double()
+        above = lse >= 0
+        sums["column_sums"] = torch.stack([(lse - SHIFT).exp() * above, (lse.clamp(max=0) + SHIFT).exp() * ~above])
         return sums | in_modal_sums(rows, batch, "", self.precision) if self.in_modal else sums
 
     def value(self, sums: Sums, batch: GlobalBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and its two or four terms."""
-        negatives = sums["column_sum"].clamp(min=torch.finfo(torch.float64).tiny)  # a batch of one has none
-        column_lse = negatives.log().to(batch.dtype)
+        above, below = sums["column_sums"]
+        none = above == 0
+        high = above.masked_fill(none, 1.0).log().masked_fill(none, -torch.inf) + SHIFT
+        low = below.clamp(min=torch.finfo(torch.float64).tiny).log() - SHIFT  # a batch of one has no negatives
+        column_lse = torch.logaddexp(high, low).to(batch.dtype)
         losses = softplus(torch.stack((sums["row_lse"], column_lse)) - sums["positive"]).sum(1) / batch.pairs
         terms = {"image_to_text": losses[0], "text_to_image": losses[1]}
         if self.in_modal:

@@ -124,17 +124,15 @@ class Objective:
 
 def in_float32(outputs: Outputs) -> Outputs:
     """The same with half precision taken to float32, contiguous; float64 stays, for checks, and so do labels."""
-    given = outputs
-    floating = {name: z for name, z in given.items() if z.is_floating_point()}
+    floating = {name: z for name, z in outputs.items() if z.is_floating_point()}
     widened = {name: z.to(torch.promote_types(z.dtype, torch.float32)).contiguous() for name, z in floating.items()}
-    return given | widened
+    return outputs | widened
 
 
 def _global_batch(rows: Outputs, losses: Mapping[str, Loss], step: int) -> GlobalBatch:
     """One gather of each modality's embeddings for all losses together."""
     if "image" not in rows:  # a downstream task's rows are not paired with one another
         return GlobalBatch({}, 0, 0, step, torch.float32)
-    given = rows
     count, dimension = rows["image"].shape
     pairs = count * distributed.world_size()
     wanted = sorted(frozenset[str]().union(*(loss.columns(pairs, dimension) for loss in losses.values())))
@@ -142,10 +140,13 @@ def _global_batch(rows: Outputs, losses: Mapping[str, Loss], step: int) -> Globa
     for modality in ("image", "text", "pair"):
         names = [name for name in wanted if name.startswith(modality)]
         if distributed.world_size() == 1 or len(names) < 2:
-            columns |= {name: distributed.gather(given[name]) for name in names}
+            columns |= {name: distributed.gather(rows[name]) for name in names}
             continue
-        gathered = distributed.gather(torch.stack([given[name] for name in names], dim=1))  # (N, names, D)
-        columns |= {name: gathered[:, i].contiguous() for i, name in enumerate(names)}
+        gathered = distributed.gather(torch.stack([rows[name] for name in names], dim=1))  # (N, names, D)
+        for i, name in enumerate(names):
+            of_all = gathered[:, i].contiguous()
+            # Constants (EMA embeddings) stay constant beside others, or the losses would make gradients for nobody.
+            columns[name] = of_all if rows[name].requires_grad else of_all.detach()
     return GlobalBatch(columns, count * distributed.rank(), pairs, step, rows["image"].dtype)
 
 

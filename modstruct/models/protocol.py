@@ -47,8 +47,9 @@ class TrainableModel(nn.Module):
     """Outputs that have no gradient."""
     shared_outputs: frozenset[str] = frozenset({"logit_scale"})
     """Outputs that it makes once for a batch and not for each row."""
-    place_fields: frozenset[str] = frozenset()
-    """Fields of a batch that name places in it and are not by row."""
+    whole_fields: frozenset[str] = frozenset()
+    """Fields that it takes of the whole batch, by row, where that comes in micro-batches: for `exchange`, `update_ema`
+    and the counts of labelled rows."""
     to_open_clip: Mapping[str, str] = {}
     """Prefixes of its weights' names -> open_clip's; a `.T` at the end of the latter transposes the weight."""
 

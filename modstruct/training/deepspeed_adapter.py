@@ -260,5 +260,6 @@ class GradientSums:
     def write(self) -> None:
         """The sums become the parameters' gradients."""
         for parameter in self.parameters:
-            if id(parameter) in self.sums and parameter.grad is not None:
+            if id(parameter) in self.sums:
+                assert parameter.grad is not None  # `add` leaves it there, as zeros
                 parameter.grad.copy_(self.sums[id(parameter)])

@@ -76,8 +76,8 @@ class CachedBatch:
             for name, values in (rows | once).items()
         }
         self.outputs = self.leaves
-        by_row = [name for name in parts[0] if name not in model.place_fields]
-        self.batch = on_device({name: torch.cat([part[name] for part in parts]) for name in by_row})
+        whole = parts[0].keys() & model.whole_fields
+        self.batch = on_device({name: torch.cat([part[name] for part in parts]) for name in whole})
 
     def backward(self, total: Tensor) -> Terms:
         """Gradients of the total and of the deferred losses, reduced over the processes, to the engine.

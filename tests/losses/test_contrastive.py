@@ -6,10 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import cross_entropy, normalize
 from towers import assert_same, computed, modalities_exchanged, random_embeddings, transformed, value_and_gradients
 
 from modstruct.config import ContrastiveConfig
 from modstruct.losses.contrastive import Contrastive
+from modstruct.losses.objective import Objective
 from modstruct.losses.protocol import LossSettings
 
 
@@ -67,3 +69,20 @@ def test_symmetries(in_modal, pairs, seed):
     torch.testing.assert_close(loss(in_modal)(modalities_exchanged(e)), right)
     torch.testing.assert_close(loss(in_modal)(transformed(e, lambda z: z[order])), right)
     torch.testing.assert_close(loss(in_modal)(transformed(e, lambda z: z @ rotation)), right)
+
+
+@pytest.mark.parametrize("cone", [1.0, -2.0])
+def test_largest_scale_of_the_fusion_model_neither_overflows_nor_underflows(cone):
+    """Logits of plus and minus 900, whose exponentials float64 does not hold."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(6, 8, dtype=torch.float64, generator=generator) + mean for mean in (cone, abs(cone)))
+    image, text = (normalize(rows, dim=1).requires_grad_() for rows in (x, y))
+    scale = torch.tensor([1000.0], dtype=torch.float64)
+    contrastive = Contrastive(ContrastiveConfig(weight=1.0), LossSettings())
+    objective = Objective({"contrastive": contrastive}, {"contrastive": 1.0})
+    total, _ = objective({"image": image, "text": text, "logit_scale": scale}, 0)
+    logits, own = scale * image @ text.T, torch.arange(6)
+    expected = (cross_entropy(logits, own) + cross_entropy(logits.T, own)) / 2
+    torch.testing.assert_close(total, expected)
+    inputs = (image, text)
+    torch.testing.assert_close(torch.autograd.grad(total, inputs), torch.autograd.grad(expected, inputs))

@@ -41,7 +41,7 @@ class FusionModel(EmaModel):
         f"{kind}_augmented" for kind in ("image", "text", "image_independent", "text_independent")
     ) | frozenset({"image_queue", "text_queue", "pair_ids", "queue_ids"})
     shared_outputs = frozenset({"logit_scale", "image_queue", "text_queue", "queue_ids"})
-    place_fields = frozenset({"masked_places"})
+    whole_fields = PAIR_FIELDS | {"image", "text", "masked_labels"}
 
     def __init__(self, recipe: Recipe | FinetuneRecipe, tokenizer: Tokenizer, objective: Objective):
         super().__init__()
