@@ -159,5 +159,6 @@ class FinetuneRecipe:
         require(self.schema == SCHEMA, "schema", self.schema, f"recipes of this version say {SCHEMA}")
         init = self.fusion.init
         require(init is None, "fusion.init", init, "fine-tuning starts from --init: null")
+        self.losses.require_any()
         micro = self.train.micro_batch
         require(micro is None, "train.micro_batch", micro, "fine-tuning takes its batch whole: null")

@@ -1,4 +1,4 @@
-"""The rows that one process brings to the global batch: checked, counted, averaged."""
+"""The rows that one process brings to the global batch: checked and counted."""
 
 from __future__ import annotations
 
@@ -72,11 +72,6 @@ def check_pairs(queries: Tensor, gallery: Tensor, pair_query: Tensor, pair_galle
 def global_rows(rows: Tensor) -> int:
     """N, the rows of all processes together; every process brings the same number, (B, ...)."""
     return len(rows) * distributed.world_size()
-
-
-def global_mean(values: Tensor) -> Tensor:
-    """Mean over the pairs of all processes, of this process's (B,); a scalar, the same on every process."""
-    return distributed.all_sum(values.sum()) / global_rows(values)
 
 
 def times_scale(x: Tensor, x_grad: Tensor, y_grad: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -92,7 +92,7 @@ def _export_to_open_clip(
 def _config(recipe: Recipe, tokenizer: Tokenizer) -> dict:
     described = open_clip_config(recipe.model)
     described["text_cfg"] |= text_sizes(tokenizer)
-    described.pop("init_logit_bias", None)  # a bias of the sigmoid loss, which is not ours
+    described.pop("init_logit_bias", None)  # of the published model; ours follows where the recipe has one
     # CustomTextCLIP names the weights as our towers do; a logit scale of shape (1,) is what DeepSpeed trained.
     described |= {"custom_text": True, "nonscalar_logit_scale": True}
     preprocess = {"mean": list(recipe.views.mean), "std": list(recipe.views.std), "size": image_size(recipe.model)}

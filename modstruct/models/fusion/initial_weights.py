@@ -88,7 +88,8 @@ def start_pretraining(model: FusionModel, init: str) -> None:
     expected = model.state_dict()
     wrong = [name for name in expected.keys() & weights.keys() if expected[name].shape != weights[name].shape]
     wrong += [name for name in expected.keys() - weights.keys() if name.startswith("backbone.")]
-    wrong += [name for name in weights.keys() - expected.keys() if "independent_head" not in name]
+    # What its losses alone had, heads and learnt numbers, may go.
+    wrong += [name for name in weights.keys() - expected.keys() if "independent_head" not in name and "." in name]
     if wrong:
         remedy = (
             "belongs to another model: give fusion.* the sizes, and tokenizer.* the tokenizer, that it was made with"
