@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -58,7 +58,7 @@ class TrainableModel(nn.Module):
         self.scalar_limits: dict[str, tuple[float, float]] = {}
         """Learnt numbers by name, with the limits that training keeps them in."""
 
-    def add_scalars(self, scalars: Iterable[SharedScalar]) -> None:
+    def add_scalars(self, scalars: Sequence[SharedScalar]) -> None:
         """Own the numbers that losses declare."""
         for scalar in scalars:
             # Shape (1,): DeepSpeed cannot broadcast a parameter without dimensions at stages 2 and 3.

@@ -189,10 +189,11 @@ class Trainer(ABC, Generic[RecipeT]):
         described = {"--ds_config": json.dumps(resolved, sort_keys=True), "the version of torch": torch.__version__}
         hosts.require_same(decisive_fields(recipe) | described, "start every host with the same command and versions")
         path = self._starting_point()
-        saved = hosts.on_all(lambda: checkpoints.read(path)) if path else None
-        if saved:
-            check_resumable(saved.recipe, recipe)
-        return Start(resolved, path, saved, load_tokenizer(path / "tokenizer") if path else None)
+        if path is None:
+            return Start(resolved, None, None, None)
+        saved, tokenizer = hosts.on_all(lambda: (checkpoints.read(path), load_tokenizer(path / "tokenizer")))
+        check_resumable(saved.recipe, recipe)
+        return Start(resolved, path, saved, tokenizer)
 
     def _starting_point(self) -> Path | None:
         """The checkpoint to resume from; None for a fresh run."""
