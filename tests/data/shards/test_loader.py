@@ -11,7 +11,7 @@ import sys
 import textwrap
 import time
 from dataclasses import replace
-from multiprocessing import active_children
+from multiprocessing import active_children, forkserver
 from pathlib import Path
 
 import pytest
@@ -371,6 +371,8 @@ def test_loading_leaves_the_random_state_alone(damaged):
 
 
 def test_workers_outlive_the_signals_that_end_a_run(damaged):
+    # Workers inherit the blocked signals from the server that their loader starts: not one of an earlier test.
+    forkserver._forkserver._stop()
     samples, data = damaged
     alone = load(samples, data, stop=12)
     data.workers = 2
