@@ -106,7 +106,9 @@ def test_from_start_to_table_through_two_interruptions(tmp_path, recipe_file):
 
 def test_a_run_without_a_launcher_trains_alone(tmp_path, recipe_file):
     arguments = ["--recipe", recipe_file, "--ds_config", ds_config("zero0"), "--output", str(tmp_path / "run")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    # Without a launcher's variables, which an earlier test may have left in this process.
+    launcher = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    environment = {name: value for name, value in os.environ.items() if name not in launcher} | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "launch_scripts/pretrain.py", *arguments, "--train.steps", "2", "--train.precision", "bf16"],
         cwd=ROOT,

@@ -85,7 +85,7 @@ def recipe_weights(method: str) -> list[str]:
     folder = ROOT / "modstruct" / "config" / "recipes"
     recipe = yaml.safe_load((folder / "albef_scenes.yaml").read_text())["losses"]
     losses = yaml.safe_load((folder / "methods" / f"{method}.yaml").read_text())["losses"]
-    chosen = [name for name in ("separation", "bridge", "geometry") if losses[name]["weight"]]
+    chosen = [name for name in ("separation", "bridge", "geometry") if name in losses]
     return [word for name in chosen for word in (f"--losses.{name}.weight", str(recipe[name]["weight"]))]
 
 
