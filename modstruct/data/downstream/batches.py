@@ -70,7 +70,7 @@ class TaskBatches(Dataset):
         self.composer, self.entries = composer, entries
         self.read = partial(read_image, max_pixels=config.max_image_pixels)
         self.order = task_order(len(entries), seed)
-        self.global_batch, self.rows, self.parts = global_batch, global_batch // world_size, 1
+        self.global_batch, self.rows = global_batch, global_batch // world_size
         self.first_row = rank * self.rows
         self.seed = seed
 
