@@ -27,7 +27,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 from modstruct.config import DataConfig
-from modstruct.data.shards.index import ShardIndex, UnreadableShard, index_file_name, index_shards, index_tar
+from modstruct.data.shards.index import (
+    REPEATED_KEY,
+    ShardIndex,
+    UnreadableShard,
+    index_file_name,
+    index_shards,
+    index_tar,
+)
+from modstruct.data.shards.members import LAYOUT
 from modstruct.data.shards.pipes import PipeCache, PipeFailed
 from modstruct.data.shards.reader import pipe_cache
 from modstruct.data.shards.sources import expand_pattern, is_pipe
@@ -94,18 +102,31 @@ def _index_pipes(shards: list[tuple[str, Path]], pipes: PipeCache, jobs: int, re
 
 
 def _report(files: dict[str, Path]) -> None:
-    samples, left_out = 0, Counter()
+    samples = 0
+    left_out: Counter[str] = Counter()
+    unused: Counter[str] = Counter()
+    examples: dict[str, str] = {}
     for shard, file in files.items():
         index = ShardIndex.load(file)
         if index is None:
             continue
         samples += len(index.rows)
         left_out.update(index.faults)
+        unused.update(index.unused)
+        for cause, keys in index.examples.items():
+            examples.setdefault(cause, f"{shard}: {', '.join(keys)}")
         if index.broken:
             print(f"bad shard {shard}: {index.broken}", file=sys.stderr)
     print(f"{samples} samples in {len(files)} shards")
     for cause, count in left_out.most_common():
-        print(f"{count} samples left out: {cause}")
+        print(f"{count} samples left out: {cause} (first {examples[cause]})")
+    read = unused.pop(REPEATED_KEY, 0)
+    for cause, count in unused.most_common():
+        print(f"{count} {cause}: not used (first {examples[cause]})")
+    if unused:
+        print(LAYOUT)
+    if read:
+        print(f"{read} {REPEATED_KEY}, which are read all the same (first {examples[REPEATED_KEY]})")
 
 
 if __name__ == "__main__":

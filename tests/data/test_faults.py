@@ -66,7 +66,7 @@ def test_a_source_too_bad_to_train_on_is_refused_at_start(tmp_path, share, refus
     else:
         with caplog.at_level(logging.WARNING):
             assert len(open_samples([Source(str(path))], data, "data.train", progress=True)) == 8
-        assert f"data.train: 2 samples left out: no image (first {path}: 000000)" in caplog.text
+        assert f"data.train: 2 samples left out: no image (first {path}: 000000, 000001)" in caplog.text
 
 
 @pytest.mark.parametrize(("share", "refused"), [(0.3, True), (0.4, False)])

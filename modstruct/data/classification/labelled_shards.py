@@ -16,20 +16,21 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
 
+from modstruct import distributed
 from modstruct.config import DataConfig, Source
 from modstruct.data.classification.class_files import ZeroShotClasses, load_classes
 from modstruct.data.classification.labelled_images import FoundImages, hashed
 from modstruct.data.classification.set_folder import SetFolder
 from modstruct.data.faults import BadSample
 from modstruct.data.shards.evaluation_samples import EvaluationSample
-from modstruct.data.shards.index import KINDS, LARGEST_BYTES, printable
+from modstruct.data.shards.index import LARGEST_BYTES
+from modstruct.data.shards.members import IMAGES, MemberGroups, SampleMembers, Tally, printable
 from modstruct.data.shards.reader import ShardReader
 from modstruct.data.shards.samples import open_samples
 from modstruct.data.shards.tar_headers import CutOff, DamagedHeader, next_member
@@ -37,6 +38,8 @@ from modstruct.data.synthetic.splits import SPLITS
 from modstruct.data.transforms.decoding import decode_image
 
 NAMES, TEMPLATES, COUNT = "classnames.txt", "zeroshot_classification_templates.txt", "nshards.txt"
+LABELLED_KINDS = dict.fromkeys(IMAGES, "image") | {"cls": "label"}
+LABELLED = "a sample is KEY.webp (or png, jpg, jpeg) and KEY.cls, one after the other in the tar"
 LONGEST_LABEL = 32  # bytes of a .cls
 BUFFER_BYTES = 1 << 20
 SCENES_LABELS = {"colour": "zero_shot.yaml", "shape": "zero_shot_shape.yaml"}
@@ -123,45 +126,41 @@ def labelled_shards(
     places: list[tuple[int, int, int]] = []
     labels: list[int] = []
     keys: list[str] = []
-    left_out: Counter[str] = Counter()
+    left_out, unused = Tally(), Tally()
     for number, shard in enumerate(shards):
-        for key, span, label in _samples(source, shard):
-            if span is None:
-                left_out["no image"] += 1
+        for sample, label in _samples(source, shard, unused):
+            image = sample.found.get("image")
+            if image is None:
+                left_out.add("no image", f"{shard}: {sample.key}")
             elif label is None:
-                left_out["no label"] += 1
+                left_out.add("no label", f"{shard}: {sample.key}")
             elif not label.isdigit():
-                left_out["malformed label"] += 1
-            elif span[1] > LARGEST_BYTES["image"]:
-                left_out["oversized member"] += 1
+                left_out.add("malformed label", f"{shard}: {sample.key}")
+            elif image.size > LARGEST_BYTES["image"]:
+                left_out.add("oversized member", f"{shard}: {sample.key}")
             elif int(label) >= len(classes):
-                text = f"the label {int(label)} of {printable(key)} is none of the {len(classes)} classes"
+                text = f"the label {int(label)} of {printable(sample.key)} is none of the {len(classes)} classes"
                 source.refuse(f"{shard}: {text}")
             else:
-                places.append((number, *span))
+                places.append((number, image.data, image.size))
                 labels.append(int(label))
-                keys.append(key)
+                keys.append(sample.key)
     if not places:
-        source.refuse(f"no sample of {len(shards)} shards has image and label ({dict(left_out)})")
+        ignored = f"; not used: {dict(unused.counts)}" if unused.counts else ""
+        source.refuse(
+            f"no sample of {len(shards)} shards has image and label ({dict(left_out.counts)}{ignored}); {LABELLED}"
+        )
+    for cause, count in left_out.counts.items():
+        source.note(f"{count} samples left out: {cause}", left_out.examples[cause])
+    for cause, count in unused.counts.items():
+        source.note(f"{count} {cause} are not used", unused.examples[cause])
     store = ShardImages(shards, np.array(places, dtype=np.int64), keys)
-    return FoundImages(store, np.array(labels, dtype=np.int64), classes, templates, dict(left_out))
+    return FoundImages(store, np.array(labels, dtype=np.int64), classes, templates, dict(left_out.counts))
 
 
-def _samples(source: SetFolder, shard: Path) -> Iterator[tuple[str, tuple[int, int] | None, str | None]]:
-    """Yields key, (first byte, bytes) of the image, and label as text, of each run of members with one key."""
-    for key, members in groupby(_members(source, shard), key=itemgetter(0)):
-        span, label = None, None
-        for _, extension, start, size, content in members:
-            if KINDS.get(extension) == "image":
-                span = span or (start, size)
-            elif extension == "cls":
-                label = content.decode("ascii", "replace").strip()
-        if span is not None or label is not None:
-            yield key, span, label
-
-
-def _members(source: SetFolder, shard: Path) -> Iterator[tuple[str, str, int, int, bytes]]:
-    """Yields (key, extension, first byte, bytes, content of a .cls) of each ordinary member."""
+def _samples(source: SetFolder, shard: Path, unused: Tally) -> Iterator[tuple[SampleMembers, str | None]]:
+    """Yields each sample that has an image or a label, and its label as text."""
+    groups = MemberGroups(LABELLED_KINDS, ("image", "label"), unused)
     try:
         with open(shard, "rb", buffering=BUFFER_BYTES) as file:
             total, start = os.fstat(file.fileno()).st_size, 0
@@ -169,19 +168,23 @@ def _members(source: SetFolder, shard: Path) -> Iterator[tuple[str, str, int, in
                 if member.data + member.size > total:
                     raise CutOff
                 start = member.end
-                if not member.ordinary:
-                    continue
-                folder, slash, base = member.name.rpartition("/")
-                stem, _, extension = base.partition(".")
-                extension, content = extension.lower(), b""
-                if extension == "cls" and member.size <= LONGEST_LABEL:
-                    file.seek(member.data)
-                    content = file.read(member.size)
-                yield f"{folder}{slash}{stem}", extension, member.data, member.size, content
+                if member.ordinary:
+                    yield from ((sample, _label(file, sample)) for sample in groups.add(member))
+            yield from ((sample, _label(file, sample)) for sample in groups.end())
     except (CutOff, DamagedHeader):
         source.refuse(f"{shard} is damaged or cut off")
     except OSError as error:
         source.refuse(f"{shard} cannot be read ({error.strerror or error})")
+
+
+def _label(file: BinaryIO, sample: SampleMembers) -> str | None:
+    member = sample.found.get("label")
+    if member is None:
+        return None
+    if member.size > LONGEST_LABEL:
+        return ""
+    file.seek(member.data)
+    return file.read(member.size).decode("ascii", "replace").strip()
 
 
 def _by_number(path: Path) -> list:
@@ -200,7 +203,7 @@ class LabelledSamples:
         self.name, self.split, self.config = name, split, config
         self.classes: Sequence[str] = tuple(classes.classes.values())
         self.templates: Sequence[str] = classes.templates
-        self.samples = open_samples([Source(shards)], config, name)
+        self.samples = open_samples([Source(shards)], config, name, distributed.is_main())
         faults: Counter[str] = sum((Counter(shard["faults"]) for shard in self.samples.shard_faults), Counter())
         self.left_out: Mapping[str, int] = dict(faults)
         self.fingerprint = hashed(self.samples.fingerprint, classes.label, list(classes.classes.items()))

@@ -12,6 +12,7 @@ from typing import NoReturn
 
 import numpy as np
 
+from modstruct import distributed
 from modstruct.data.classification.labelled_images import EXTENSIONS, FoundImages, ImageFiles
 from modstruct.data.classification.prompts import readable
 
@@ -33,6 +34,11 @@ class SetFolder:
 
     def refuse(self, problem: str) -> NoReturn:
         raise ValueError(f"{self.name}@{self.root}: {problem}; {self.remedy}")
+
+    def note(self, what: str, examples: Sequence[str]) -> None:
+        """Say in the log, on the main process, what is left out of the set."""
+        if distributed.is_main():
+            log.warning("%s@%s: %s (first %s)", self.name, self.root, what, ", ".join(examples[:NAMES_SHOWN]))
 
     def folder_with(self, content: str, *folders: str) -> Path:
         """The first of the folders in root, or root itself, that holds `content`; refused where none does."""

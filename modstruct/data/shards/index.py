@@ -1,8 +1,8 @@
 """Where the members of each sample lie in a tar shard, read once from the tar's headers.
 
-A sample is a run of members with one key (their name up to the first dot of its last part): KEY.jpg, KEY.txt, KEY.json,
-the layout of img2dataset and webdataset. Only ordinary files count; a link, a device or an absolute name in a tar is
-never followed and never used as a path.
+A sample is a run of members with one key (modstruct.data.shards.members): KEY.jpg, KEY.txt, KEY.json, the layout of
+img2dataset and webdataset. Only ordinary files count; a link, a device or an absolute name in a tar is never followed
+and never used as a path.
 """
 
 from __future__ import annotations
@@ -20,7 +20,15 @@ from typing import BinaryIO
 
 import numpy as np
 
-from modstruct.data.shards.tar_headers import BLOCK_BYTES, LARGEST_HEADER_BYTES, CutOff, DamagedHeader, next_member
+from modstruct.data.shards.members import KINDS, MemberGroups, SampleMembers, Tally, may_be_of
+from modstruct.data.shards.tar_headers import (
+    BLOCK_BYTES,
+    LARGEST_HEADER_BYTES,
+    CutOff,
+    DamagedHeader,
+    Member,
+    next_member,
+)
 from modstruct.files import atomic_write
 
 # One row a sample, 28 bytes. Offsets count tar blocks of 512 bytes, so that 4 bytes reach 2 TiB into a shard.
@@ -35,7 +43,6 @@ ROW = np.dtype(
         ("header_blocks", "<u4"),  # length of the image's tar header, which ends where the image begins
     ]
 )
-KINDS = dict.fromkeys(("jpg", "jpeg", "png", "webp"), "image") | {"txt": "text", "json": "metadata"}
 COMPRESSIONS = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ\0": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 LARGEST_BLOCK = np.iinfo(np.uint32).max
 # No image, caption or description is as large; reading such a member would only cost memory (JSON takes twenty times
@@ -43,10 +50,13 @@ LARGEST_BLOCK = np.iinfo(np.uint32).max
 LARGEST_BYTES = {"image": 1 << 28, "text": 1 << 20, "metadata": 1 << 20}
 LARGEST_INDEX_BYTES = 1 << 28  # of one shard, unpacked: nine million samples
 
+REPEATED_KEY = "samples with the key of an earlier one"
+NO_FILE = "links and other members that are no plain files"
+
 # With a large buffer, reading headers in order is sequential reading, the fastest on any disk or network.
 BUFFER_BYTES = 1 << 20
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2  # 1: without dots in keys, and without what is not used
 # Below this many shards a pool of processes takes longer to start than the indexing itself.
 SHARDS_WORTH_A_POOL = 16
 
@@ -61,8 +71,10 @@ class ShardIndex:
     """Size of the shard when it was indexed."""
     faults: dict[str, int] = field(default_factory=dict)
     """Samples left out, by cause."""
-    examples: dict[str, str] = field(default_factory=dict)
-    """The first key of each cause."""
+    unused: dict[str, int] = field(default_factory=dict)
+    """Members that are no part of a sample, and samples of a repeated key, by cause."""
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    """Up to three keys or members of each cause."""
     broken: str | None = None
     """What is wrong with the shard as a whole; None if it is a complete tar."""
 
@@ -84,6 +96,8 @@ class ShardIndex:
                     return None
             with np.load(path, allow_pickle=False) as saved:
                 index = ShardIndex(rows=saved["rows"], **json.loads(saved["report"].tobytes()))
+            if all(type(example) is str for example in index.examples.values()):  # version 1, of a pipe
+                index.examples = {cause: [str(example)] for cause, example in index.examples.items()}
             return index if index._is_sound() else None
         except Exception:  # a damaged file raises nearly anything, from zlib.error to RecursionError
             return None
@@ -92,9 +106,10 @@ class ShardIndex:
         rows = self.rows
         if rows.dtype != ROW or rows.ndim != 1 or type(self.size_bytes) is not int:
             return False
-        if not all(type(count) is int for count in self.faults.values()):
+        if not all(type(count) is int for count in (*self.faults.values(), *self.unused.values())):
             return False
-        if not all(type(word) is str for word in (*self.faults, *self.examples, *self.examples.values())):
+        examples = [example for of_cause in self.examples.values() for example in of_cause]
+        if not all(type(word) is str for word in (*self.faults, *self.unused, *self.examples, *examples)):
             return False
         if not isinstance(self.broken, str | None) or (rows["header_blocks"] > rows["image_block"]).any():
             return False
@@ -108,55 +123,56 @@ class ShardIndex:
 class _Cut(Exception):
     """The tar ends before its end mark."""
 
-    def __init__(self, reason: str, key: str | None = None):
+    def __init__(self, reason: str, name: str = ""):
         super().__init__(reason)
-        self.key = key  # of the sample whose member was cut
+        self.name = name  # of the member that was cut, if known
 
 
 class _Rows:
-    """Groups members into samples."""
+    """Rows of the samples that can be used, and a tally of the others."""
 
     def __init__(self):
         self.rows: list[tuple[int, ...]] = []
-        self.faults: dict[str, int] = {}
-        self.examples: dict[str, str] = {}
-        self.key = ""  # no member's
-        self.found: dict[str, tuple[int, int, int]] = {}
+        self.faults, self.unused = Tally(), Tally()
+        self._keys: set[int] = set()  # hashes of the keys, a third of their memory
 
-    def add(self, key: str, kind: str, header_blocks: int, block: int, size: int) -> None:
-        if key != self.key:
-            self.close_sample()
-            self.key = key
-        self.found.setdefault(kind, (block, size, header_blocks))  # the first of two images counts
-
-    def close_sample(self, cause: str | None = None) -> None:
-        """End the current sample; cause: why it cannot be used, if known already."""
-        found, key = self.found, self.key
-        self.found, self.key = {}, ""
-        if not found:
-            return
+    def add(self, sample: SampleMembers, cause: str | None = None) -> None:
+        """cause: why the sample cannot be used, if known already."""
+        found = sample.found
         if cause is None:
             if "image" not in found:
                 cause = "no image"
             elif "text" not in found:
                 cause = "no caption"
-            elif any(block > LARGEST_BLOCK or size > LARGEST_BYTES[kind] for kind, (block, size, _) in found.items()):
+            elif any(_is_oversized(kind, member) for kind, member in found.items()):
                 cause = "oversized member"
         if cause is not None:
-            self.faults[cause] = self.faults.get(cause, 0) + 1
-            self.examples.setdefault(cause, printable(key))
+            self.faults.add(cause, sample.key)
             return
-        (image, image_bytes, header), (text, text_bytes, _) = found["image"], found["text"]
-        metadata, metadata_bytes, _ = found.get("metadata", (0, 0, 0))
-        self.rows.append((image, image_bytes, text, text_bytes, metadata, metadata_bytes, header))
+        image, text, metadata = found["image"], found["text"], found.get("metadata")
+        described = (0, 0) if metadata is None else (metadata.data // BLOCK_BYTES, metadata.size)
+        header_blocks = (image.data - image.header) // BLOCK_BYTES
+        places = (image.data // BLOCK_BYTES, image.size, text.data // BLOCK_BYTES, text.size)
+        self.rows.append((*places, *described, header_blocks))
+        number = hash(sample.key)
+        if number in self._keys:
+            self.unused.add(REPEATED_KEY, sample.key)
+        self._keys.add(number)
 
-    def close_cut_sample(self, cut_key: str | None) -> None:
-        """End the sample in or after which the tar is cut off. cut_key: key of the member that was cut, if known."""
+    def add_cut(self, samples: list[SampleMembers], cut_name: str) -> None:
+        """Add the samples in or after the last of which the tar is cut off. cut_name: of the member that was cut."""
+        for sample in samples[:-1]:
+            self.add(sample)
         kinds = {"image", "text"}
         if self.rows and self.rows[-1][5]:  # the sample before has metadata, so this one should
             kinds.add("metadata")
-        whole = kinds <= self.found.keys() and cut_key != self.key
-        self.close_sample(None if whole else "truncated shard")
+        for sample in samples[-1:]:
+            whole = kinds <= sample.found.keys() and not may_be_of(cut_name, sample.key)
+            self.add(sample, None if whole else "truncated shard")
+
+
+def _is_oversized(kind: str, member: Member) -> bool:
+    return member.data // BLOCK_BYTES > LARGEST_BLOCK or member.size > LARGEST_BYTES[kind]
 
 
 def index_tar(path: str | os.PathLike[str] | int) -> ShardIndex:
@@ -165,24 +181,31 @@ def index_tar(path: str | os.PathLike[str] | int) -> ShardIndex:
     A damaged one gives the samples before the damage. Raises OSError if it cannot be read.
     """
     collected = _Rows()
+    groups = MemberGroups(KINDS, ("image", "text"), collected.unused)
     broken = None
     with open(path, "rb", buffering=BUFFER_BYTES) as file:
         size_bytes = os.fstat(file.fileno()).st_size
         try:
-            for name, header, data, size in _regular_members(file, size_bytes):
-                key, kind = split_name(name)
-                if kind is not None:
-                    collected.add(key, kind, (data - header) // BLOCK_BYTES, data // BLOCK_BYTES, size)
+            for member in _members(file, size_bytes):
+                if member.ordinary:
+                    for sample in groups.add(member):
+                        collected.add(sample)
+                elif not member.name.endswith("/"):  # a folder
+                    collected.unused.add(NO_FILE, member.name)
         except _Cut as cut:
             broken = str(cut)
-            collected.close_cut_sample(cut.key)
-    collected.close_sample()
+            collected.add_cut(groups.end(), cut.name)
+    for sample in groups.end():
+        collected.add(sample)
     rows = np.array(collected.rows, dtype=ROW)
-    return ShardIndex(rows, size_bytes, collected.faults, collected.examples, broken)
+    faults, unused = collected.faults, collected.unused
+    return ShardIndex(
+        rows, size_bytes, dict(faults.counts), dict(unused.counts), faults.examples | unused.examples, broken
+    )
 
 
-def _regular_members(file: BinaryIO, size_bytes: int) -> Iterator[tuple[str, int, int, int]]:
-    """(name, offset of header, offset of data, size) of each ordinary file; raises _Cut where the tar is cut off."""
+def _members(file: BinaryIO, size_bytes: int) -> Iterator[Member]:
+    """Each member in order; raises _Cut where the tar is cut off."""
     start = 0
     while True:
         try:
@@ -194,9 +217,8 @@ def _regular_members(file: BinaryIO, size_bytes: int) -> Iterator[tuple[str, int
         if member is None:
             return
         if member.data + member.size > size_bytes:
-            raise _Cut(f"cut off after {size_bytes} bytes", split_name(member.name)[0])
-        if member.ordinary:
-            yield member.name, member.header, member.data, member.size
+            raise _Cut(f"cut off after {size_bytes} bytes", member.name)
+        yield member
         start = member.end
 
 
@@ -211,21 +233,6 @@ def _other_kind(file: BinaryIO, size_bytes: int) -> str:
     return "not a tar"
 
 
-def split_name(name: str) -> tuple[str, str | None]:
-    """Key and kind ("image", "text", "metadata"; None for what is not read) of a member, by webdataset's rule."""
-    folder, slash, base = name.rpartition("/")
-    stem, dot, extension = base.partition(".")
-    kind = KINDS.get(extension.lower()) if stem and dot else None
-    return f"{folder}{slash}{stem}", kind
-
-
-def printable(name: str) -> str:
-    """A name from a tar, safe for a log: undecodable bytes and control characters escaped."""
-    if name.isprintable():
-        return name
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in name)
-
-
 class UnreadableShard(OSError):
     """A shard whose bytes could not be read."""
 
@@ -237,9 +244,9 @@ class UnreadableShard(OSError):
         return f"{self.shard}: {self.reason}"
 
 
-def index_file_name(shard: str, size_bytes: int = -1, modified_ns: int = -1) -> str:
+def index_file_name(shard: str, size_bytes: int = -1, modified_ns: int = -1, version: int = INDEX_VERSION) -> str:
     """Name of a shard's index file; a local shard (given with size and time) that changes gets another name."""
-    identity = json.dumps([INDEX_VERSION, shard, size_bytes, modified_ns])
+    identity = json.dumps([version, shard, size_bytes, modified_ns])
     return f"{hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()}.npz"
 
 

@@ -14,7 +14,7 @@ from zlib import adler32
 
 from modstruct.config import DataConfig
 from modstruct.data.faults import BadSample
-from modstruct.data.shards.index import printable, split_name
+from modstruct.data.shards.members import key_of, printable
 from modstruct.data.shards.pipes import PipeCache, PipeFailed
 from modstruct.data.shards.samples import Samples
 from modstruct.data.shards.sources import is_pipe
@@ -93,7 +93,7 @@ class ShardReader:
         where = f"{self.samples.shards[shard]}: {printable(name)}"
         caption = _caption(text, where)
         metadata = _metadata(described[0], where) if described else {}
-        return RawSample(printable(split_name(name)[0]), both[header_bytes:], caption, metadata, where)
+        return RawSample(printable(key_of(name)), both[header_bytes:], caption, metadata, where)
 
     def caption(self, sample: int) -> str:
         """The caption alone, without reading the image. Raises BadSample."""

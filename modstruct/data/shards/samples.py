@@ -14,7 +14,16 @@ import numpy as np
 
 from modstruct.config import DataConfig, Source
 from modstruct.data.faults import NAMED
-from modstruct.data.shards.index import INDEX_VERSION, ROW, ShardIndex, UnreadableShard, index_file_name, index_shards
+from modstruct.data.shards.index import (
+    INDEX_VERSION,
+    REPEATED_KEY,
+    ROW,
+    ShardIndex,
+    UnreadableShard,
+    index_file_name,
+    index_shards,
+)
+from modstruct.data.shards.members import LAYOUT
 from modstruct.data.shards.sources import SourceShards, expand_sources, is_pipe
 from modstruct.errors import refuse
 from modstruct.files import atomic_write, locked
@@ -45,7 +54,8 @@ class Samples:
         self.source_starts = _starts(description["source_shards"])
         """(sources + 1,) number of the first shard of each source, and the total."""
         self.shard_faults: list[dict] = description["shard_faults"]
-        """For each shard: {"faults": samples left out by cause, "examples": a key for each cause, "broken": reason}."""
+        """For each shard: {"faults": samples left out by cause, "unused": members likewise, "examples": up to three of
+        each cause, "broken": reason}."""
         self.fingerprint: str = description["fingerprint"]
         """Hash of the places and sizes of all members: equal for equal shards in any folder."""
         self._rows: np.ndarray | None = None
@@ -141,24 +151,34 @@ def _judge_sources(samples: Samples, patterns: Sequence[str], max_bad_share: flo
         shards = range(*samples.source_starts[number : number + 2])
         usable = int(samples.shard_starts[shards.stop] - samples.shard_starts[shards.start])
         left_out: Counter[str] = Counter()
-        examples: dict[str, str] = {}
+        unused: Counter[str] = Counter()
+        examples: dict[str, list[str]] = {}
         broken = []
         empty = 0
         for shard in shards:
             faults, name = samples.shard_faults[shard], samples.shards[shard]
             left_out.update(faults["faults"])
-            for cause, key in faults["examples"].items():
-                examples.setdefault(cause, f"{name}: {key}")
+            unused.update(faults.get("unused", {}))  # an older table has none
+            for cause, found_there in faults["examples"].items():
+                keys = [found_there] if isinstance(found_there, str) else found_there  # an older table has one
+                if len(of_cause := examples.setdefault(cause, [])) < NAMED:
+                    of_cause += [f"{name}: {keys[0]}", *keys[1:]]
             if faults["broken"]:
                 broken.append(f"bad shard {name}: {faults['broken']}")
                 empty += samples.shard_starts[shard] == samples.shard_starts[shard + 1]
-        found = [f"{count} samples left out: {cause} (first {examples[cause]})" for cause, count in left_out.items()]
+        named = {cause: ", ".join(of_cause[:NAMED]) for cause, of_cause in examples.items()}
+        found = [f"{count} samples left out: {cause} (first {named[cause]})" for cause, count in left_out.items()]
+        repeated = unused.pop(REPEATED_KEY, 0)
+        ignored = [f"{count} {cause} (first {named[cause]})" for cause, count in unused.most_common()]
+        if ignored:
+            found.append(f"not used: {'; '.join(ignored)}; {LAYOUT}")
+        if repeated:
+            found.append(f"{repeated} {REPEATED_KEY}, which are read all the same (first {named[REPEATED_KEY]})")
         found += broken[:NAMED]
         if len(broken) > NAMED:
             found.append(f"{len(broken) - NAMED} more bad shards")
         if usable == 0:
-            layout = "a sample is KEY.jpg (or png, webp) and KEY.txt, one after the other in the tar"
-            refuse(field, pattern, "; ".join(["holds no usable sample", *found, layout]))
+            refuse(field, pattern, "; ".join(["holds no usable sample", *found, *([] if ignored else [LAYOUT])]))
         # A shard without any sample hides an unknown number of them, so the fraction of such shards counts as well.
         bad_share = max(left_out.total() / (usable + left_out.total()), empty / len(shards))
         if bad_share > max_bad_share:
@@ -180,7 +200,9 @@ class _Shard:
             status = os.stat(name)
             self.size_bytes, self.modified_ns = status.st_size, status.st_mtime_ns
         file = index_file_name(name, self.size_bytes, self.modified_ns)
-        places = [folder / file for folder in (source.index, cache) if folder is not None]
+        # The index of a pipe costs a pass over all of it, so one that an older version made still counts.
+        files = [file, index_file_name(name, version=1)] if is_pipe(name) else [file]
+        places = [folder / file for folder in (source.index, cache) if folder is not None for file in files]
         self.index_file = next((place for place in places if place.exists()), cache / file)
         self.identity = [name, self.size_bytes, self.modified_ns]
         if is_pipe(name):
@@ -209,7 +231,8 @@ def _write_table(
                 fingerprint.update(len(rows).to_bytes(8, "little") + rows)
                 counts.append(len(index.rows))
                 sizes.append(index.size_bytes)
-                shard_faults.append({"faults": index.faults, "examples": index.examples, "broken": index.broken})
+                report = {"faults": index.faults, "unused": index.unused, "examples": index.examples}
+                shard_faults.append(report | {"broken": index.broken})
     except UnreadableShard as error:
         refuse(field, error.shard, f"could not be read ({error.reason}); repair it or leave it out of the pattern")
     description = {

@@ -13,9 +13,12 @@ from crafted_shards import config, opened, sample, write_shards, write_tar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from modstruct.config import Source
 from modstruct.data.shards import index as index_module
-from modstruct.data.shards.index import ROW, ShardIndex, index_tar, printable, split_name
+from modstruct.data.shards.index import ROW, ShardIndex, index_file_name, index_tar
+from modstruct.data.shards.members import key_of, printable
 from modstruct.data.shards.reader import ShardReader
+from modstruct.data.shards.samples import open_samples
 
 BLOCK = 512
 
@@ -72,7 +75,20 @@ def test_what_is_no_sample_is_left_out_and_counted(tmp_path):
     assert [metadata for _, _, metadata in contents(path, index)] == [b'{"number": 3}', b'{"number": 8}']
     assert contents(path, index)[1][0].startswith(b"\x89PNG")
     assert index.faults == {"no image": 4, "no caption": 1}
-    assert index.examples == {"no image": "000001", "no caption": "000002"}
+    assert index.unused == {
+        "members hidden or without a name": 3,
+        "members named .seg.png": 1,
+        "links and other members that are no plain files": 1,
+        "a second image of a key": 1,
+    }
+    assert index.examples == {
+        "no image": ["000001", "000004", "000005"],
+        "no caption": ["000002"],
+        "members hidden or without a name": ["readme", ".hidden.png", "._000001.png"],
+        "members named .seg.png": ["000005.seg.png"],
+        "links and other members that are no plain files": ["000007.png"],
+        "a second image of a key": ["000008.jpg"],
+    }
     assert index.broken is None
 
 
@@ -225,11 +241,90 @@ def test_a_damaged_index_in_the_cache_is_made_anew(tmp_path):
     assert len(opened(pattern, data)) == 3
 
 
-def test_names_are_split_by_webdatasets_rule():
-    assert split_name("a.b/00.JPG") == ("a.b/00", "image")
-    assert split_name("00.seg.png") == ("00", None)
-    assert split_name("00") == ("00", None)
-    assert split_name("../../00.txt") == ("../../00", "text")
+def named(*names: str) -> list[tuple[str, bytes]]:
+    """Members whose content is their name."""
+    return [(name, name.encode()) for name in names]
+
+
+def keys(path) -> list[str]:
+    """Of the samples of a shard, as their images tell them."""
+    return [key_of(image.decode()) for image, _, _ in contents(path, index_tar(path))]
+
+
+def test_keys_with_dots_are_read_beside_others(tmp_path):
+    dotted = [f"v1.{n}.{kind}" for n in range(3) for kind in ("jpg", "txt", "json")]
+    path = write_tar(
+        tmp_path / "x.tar", named("0.jpg", "0.txt", *dotted, "a.b/c.d.png", "a.b/c.d.txt", "1.jpg", "1.txt")
+    )
+    index = index_tar(path)
+    assert keys(path) == ["0", "v1.0", "v1.1", "v1.2", "a.b/c.d", "1"]
+    assert contents(path, index)[1] == (b"v1.0.jpg", b"v1.0.txt", b"v1.0.json")
+    assert (index.faults, index.unused) == ({}, {})
+
+
+def test_faults_of_keys_with_dots_are_counted(tmp_path):
+    names = named("v1.0.jpg", "v1.0.txt", "v1.1.jpg", "v1.2.txt", "v1.3.jpg", "v1.3.jpeg", "v1.3.txt", "v1.3.cls")
+    index = index_tar(write_tar(tmp_path / "x.tar", [*names, *named("v2.4.jpg")]))
+    assert len(index.rows) == 2
+    assert index.faults == {"no caption": 2, "no image": 1}
+    assert index.unused == {"a second image of a key": 1, "members named .cls": 1}
+    assert index.examples["no caption"] == ["v1.1", "v2.4"]
+
+
+def test_members_of_several_parts_stay_what_they_are(tmp_path):
+    names = [f"{n}.{kind}" for n in range(4) for kind in ("jpg", "seg.png", "cls.txt", "txt", "caption")]
+    path = write_tar(tmp_path / "x.tar", named(*names, "5.full.jpg", "5.caption.txt", "6.txt", "6.jpg"))
+    index = index_tar(path)
+    assert keys(path) == ["0", "1", "2", "3", "6"]
+    assert index.unused == {
+        "members named .seg.png": 4,
+        "members named .cls.txt": 4,
+        "members named .caption": 4,
+        "members named .full.jpg": 1,
+        "members named .caption.txt": 1,
+    }
+
+
+def test_repeated_keys_are_read_and_counted(tmp_path):
+    apart = index_tar(write_tar(tmp_path / "x.tar", [*sample(0), *sample(1), *sample(0)]))
+    assert (len(apart.rows), apart.unused) == (3, {"samples with the key of an earlier one": 1})
+    adjacent = index_tar(write_tar(tmp_path / "y.tar", [*sample(0), *sample(0)]))
+    assert (len(adjacent.rows), adjacent.unused) == (
+        1,
+        {f"a second {k} of a key": 1 for k in ("image", "text", "metadata")},
+    )
+
+
+def test_names_of_a_hostile_tar_do_not_fill_the_index(tmp_path):
+    names = [f"{n}.{'x' * 90}{n}" for n in range(300)]
+    index = index_tar(write_tar(tmp_path / "x.tar", [*sample(0), *named(*names)]))
+    assert sum(index.unused.values()) == 300
+    assert len(index.unused) <= 25
+    assert max(map(len, index.unused)) < 90
+
+
+def test_what_is_not_used_is_named_with_the_layout(tmp_path, caplog):
+    path = write_tar(tmp_path / "x.tar", [*sample(0), ("000000.caption", b"x"), *sample(1)])
+    open_samples([Source(str(path))], config(tmp_path), "data.train", progress=True)
+    (line,) = [record.message for record in caplog.records]
+    assert line.startswith(
+        f"data.train: not used: 1 members named .caption (first {path}: 000000.caption); a sample is"
+    )
+    only = write_tar(tmp_path / "y.tar", sample(0, txt=None, caption=b"words"))
+    with pytest.raises(ValueError, match=r"no usable sample; .*: no caption .* 1 members named \.caption"):
+        opened(only, config(tmp_path))
+
+
+def test_an_index_of_the_first_version_still_serves_a_pipe(tmp_path):
+    path = write_tar(tmp_path / "x.tar", [*sample(0), *sample(1, txt=None)])
+    index = index_tar(path)
+    index.unused, index.examples = {}, {"no caption": "000001"}
+    (tmp_path / "index").mkdir()
+    command = f"pipe:cat {path}"
+    index.save(tmp_path / "index" / index_file_name(command, version=1))
+    data = config(tmp_path, allow_pipe=True, max_bad_share=1)
+    samples = open_samples([Source(command, index=str(tmp_path / "index"))], data, "data.train", progress=True)
+    assert ShardReader(samples, data).read(0).key == "000000"
 
 
 def test_names_in_the_log_hold_no_control_characters():
