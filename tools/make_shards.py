@@ -10,31 +10,39 @@ captions; every other column goes into KEY.json:
 
     python tools/make_shards.py captions.tsv --image_column file --caption_column title --output shards/
 
-An image or caption that no run could use is left out, counted and named. The shards are read with
---data.train 'shards/*.tar'.
+Images of other kinds that Pillow reads (GIF, AVIF, BMP, TIFF, …) are stored as PNG, of an animation its first frame.
+What no run could use, and every file that is passed over, is counted and named. The shards are read with --data.train
+'shards/*.tar'.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
 import os
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import webdataset
+from PIL import Image
 from tqdm import tqdm
 
 from modstruct.config import DataConfig
 from modstruct.data.faults import BadSample
-from modstruct.data.transforms.decoding import decode_image
+from modstruct.data.shards.members import Tally
+from modstruct.data.transforms.decoding import FORMATS, decode_image
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
-NAMED = 10  # bad samples, in the log
+# Of others than FORMATS, those that Pillow reads by itself: no EPS, which runs Ghostscript, and no films.
+CONVERTED = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG2000", "PCX", "PPM", "QOI", "SGI", "TGA", "TIFF")
+Entry = tuple[Path, str | None, dict]
+"""Image, caption or None, metadata."""
+NAMED = 10  # bad samples, while packing
+EXTRA_CELLS = None  # csv's key of the cells beyond the header
 
 
 def main() -> int:
@@ -52,68 +60,107 @@ def main() -> int:
     options = parser.parse_args()
     if options.samples_per_shard < 1:
         parser.error(f"--samples_per_shard = {options.samples_per_shard}: at least 1")
+    passed_over = Tally()
     try:
         if options.input.is_dir():
-            found = list(from_folder(options.input))
+            found = list(from_folder(options.input, passed_over))
         else:
             found = list(from_table(options.input, options.image_column, options.caption_column))
     except (OSError, ValueError, csv.Error) as error:
         parser.error(str(error))
     if not found:
+        say(passed_over, "passed over")
         parser.error(f"{options.input}: no image ({', '.join(EXTENSIONS)}) in it")
     if options.join_captions:
-        found = joined(found)
+        found = joined(found, passed_over)
     options.output.mkdir(parents=True, exist_ok=True)
     if any(options.output.glob("*.tar")):
         parser.error(f"--output = {options.output}: holds shards already; choose another folder")
 
-    bad: Counter[str] = Counter()
-    with AtomicShardWriter(options.output, options.samples_per_shard) as shards:
+    left_out, changed = Tally(), Tally()
+    with AtomicShardWriter(options.output, options.samples_per_shard, changed) as shards:
         for image, caption, metadata in tqdm(found, "packing", unit="sample"):
             try:
-                shards.write(*checked(image, caption, metadata))
+                shards.write(*checked(image, caption, metadata, changed))
             except BadSample as error:
-                bad[error.cause] += 1
-                if bad.total() <= NAMED:
+                left_out.add(error.cause, error.where)
+                if left_out.counts.total() <= NAMED:
                     tqdm.write(f"left out: {error}", file=sys.stderr)
-    print(f"{len(found) - bad.total()} samples in {options.output}")
-    for cause, count in bad.most_common():
-        print(f"{count} left out: {cause}")
-    return 0 if bad.total() < len(found) else 1
+    packed = len(found) - left_out.counts.total()
+    print(f"{packed} samples in {options.output}")
+    say(changed, "changed")
+    say(left_out, "left out")
+    say(passed_over, "passed over")
+    return 0 if packed else 1
 
 
-def from_folder(folder: Path) -> Iterator[tuple[Path, str | None, dict]]:
-    """(image, caption, metadata) of each image in the folder, in order of path; caption None without a text."""
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in EXTENSIONS and path.is_file():
-            text, about = path.with_suffix(".txt"), path.with_suffix(".json")
-            caption = text.read_text("utf-8-sig", errors="surrogateescape") if text.is_file() else None
-            try:
-                metadata = dict(json.loads(about.read_bytes())) if about.is_file() else {}
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{about}: must hold a JSON object, {{...}}: {error}") from None
-            yield path, caption, metadata
+def say(tally: Tally, what: str) -> None:
+    for cause, count in tally.counts.most_common():
+        print(f"{count} {what}: {cause} ({', '.join(tally.examples[cause])}{', …' if count > 3 else ''})")
 
 
-def from_table(table: Path, image_column: str, caption_column: str) -> Iterator[tuple[Path, str | None, dict]]:
+def from_folder(folder: Path, passed_over: Tally) -> Iterator[Entry]:
+    """Each image in the folder, in order of path, with the caption and metadata of its name."""
+    known = {
+        *EXTENSIONS,
+        *(end for end, kind in Image.registered_extensions().items() if kind in (*FORMATS, *CONVERTED)),
+    }
+    images, texts, about = [], {}, {}
+    for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
+        ending, name = path.suffix.lower(), path.with_suffix("")
+        if path.name.startswith("."):
+            passed_over.add("hidden files", str(path))
+        elif ending in known and path.is_file():
+            images.append(path)
+        elif ending == ".txt" and path.is_file():
+            texts[name] = path  # of a.TXT and a.txt the latter, which is sorted behind
+        elif ending == ".json" and path.is_file():
+            about[name] = path
+        else:
+            passed_over.add(f"files {ending}" if ending else "files without an ending", str(path))
+    for path in images:
+        name = path.with_suffix("")
+        caption = texts[name].read_text("utf-8-sig", errors="surrogateescape") if name in texts else None
+        yield path, caption, _metadata(about[name]) if name in about else {}
+    names = {path.with_suffix("") for path in images}
+    for name, path in (texts | about).items():
+        if name not in names:
+            passed_over.add(f"files {path.suffix.lower()} without an image", str(path))
+
+
+def _metadata(path: Path) -> dict:
+    try:
+        metadata = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: must hold a JSON object, {{...}}: {error}") from None
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{path}: must hold a JSON object, {{...}}, not a {type(metadata).__name__}")
+    return metadata
+
+
+def from_table(table: Path, image_column: str, caption_column: str) -> Iterator[Entry]:
     """(image, caption, other columns) of each row."""
     with open(table, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         rows = csv.DictReader(file, delimiter="\t" if table.suffix.lower() in (".tsv", ".tab") else ",")
+        columns = rows.fieldnames or ()
         for option, column in (("--image_column", image_column), ("--caption_column", caption_column)):
-            if column not in (rows.fieldnames or ()):
-                raise ValueError(
-                    f"{option} = {column!r}: the columns of {table} are {', '.join(rows.fieldnames or ())}"
-                )
+            if column not in columns:
+                raise ValueError(f"{option} = {column!r}: the columns of {table} are {', '.join(columns)}")
+        twice = next((column for column in columns if columns.count(column) > 1), None)
+        if twice is not None:
+            raise ValueError(f"{table}: two columns are called {twice!r}, and only one of them would count: rename one")
         for row in rows:
-            metadata = {name: value for name, value in row.items() if name not in (None, image_column, caption_column)}
+            metadata = {name: value for name, value in row.items() if name not in (image_column, caption_column)}
             yield table.parent / (row[image_column] or ""), row[caption_column], metadata
 
 
-def joined(found: list[tuple[Path, str | None, dict]]) -> list[tuple[Path, str | None, dict]]:
+def joined(found: list[Entry], passed_over: Tally) -> list[Entry]:
     """One entry an image, with all its captions under "captions" in the metadata of its first row."""
     captions: dict[Path, list[str]] = {}
     first: dict[Path, dict] = {}
     for image, caption, metadata in found:
+        if image in first and not (caption and caption.strip()):
+            passed_over.add("rows without a caption", str(image))
         captions.setdefault(image, []).extend([caption] if caption and caption.strip() else [])
         first.setdefault(image, metadata)
     return [
@@ -121,11 +168,11 @@ def joined(found: list[tuple[Path, str | None, dict]]) -> list[tuple[Path, str |
     ]
 
 
-def checked(image: Path, caption: str | None, metadata: dict) -> tuple[str, bytes, bytes, dict]:
+def checked(image: Path, caption: str | None, metadata: dict, changed: Tally) -> tuple[str, bytes, bytes, dict]:
     """Extension, image, caption and metadata, all of which a run can read. Raises BadSample."""
     where = str(image)
-    if image.suffix.lower() not in EXTENSIONS:
-        raise BadSample(f"an image must be one of {', '.join(EXTENSIONS)}", where)
+    if EXTRA_CELLS in metadata:
+        raise BadSample("a row of more cells than columns: put a caption that holds the separator in quotes", where)
     if caption is None:
         raise BadSample("no caption", where)
     try:
@@ -138,14 +185,34 @@ def checked(image: Path, caption: str | None, metadata: dict) -> tuple[str, byte
         content = image.read_bytes()
     except OSError as error:
         raise BadSample("unreadable file", f"{where}: {error.strerror}") from None
-    decode_image(content, DataConfig().max_image_pixels, where)
-    return image.suffix.lower().lstrip("."), content, text, {**metadata, "file": where, "caption": text.decode()}
+    content, extension = _as_read_by_runs(content, image, changed)
+    own = {"file": where, "caption": text.decode()}
+    for name, value in own.items():
+        if metadata.get(name, value) != value:
+            changed.add(f"metadata field `{name}` replaced", where)
+    return extension, content, text, metadata | own
+
+
+def _as_read_by_runs(content: bytes, image: Path, changed: Tally) -> tuple[bytes, str]:
+    """The image as it is, or as PNG where runs do not read its kind, and its extension. Raises BadSample."""
+    most, where, ending = DataConfig().max_image_pixels, str(image), image.suffix.lower()
+    try:
+        decode_image(content, most, where)
+        return content, (ending if ending in EXTENSIONS else ".jpg").lstrip(".")
+    except BadSample as error:
+        if error.cause != "undecodable image":
+            raise
+    decoded, made = decode_image(content, most, where, CONVERTED), io.BytesIO()
+    decoded.save(made, "PNG")
+    changed.add(f"{ending} stored as PNG", where)
+    return made.getvalue(), "png"
 
 
 class AtomicShardWriter:
     """webdataset's writer; a shard gets its final name when it is complete."""
 
-    def __init__(self, folder: Path, samples_per_shard: int):
+    def __init__(self, folder: Path, samples_per_shard: int, changed: Tally):
+        self._changed = changed
         self._samples_per_shard = samples_per_shard
         self._count = 0
         self._file: BinaryIO | None = None
@@ -172,6 +239,8 @@ class AtomicShardWriter:
     def write(self, extension: str, image: bytes, text: bytes, metadata: dict) -> None:
         shard, place = divmod(self._count, self._samples_per_shard)
         key = f"{shard:05d}{place:06d}"
+        if metadata.get("key", key) != key:
+            self._changed.add("metadata field `key` replaced", metadata["file"])
         about = json.dumps({**metadata, "key": key}, ensure_ascii=True).encode()
         self._writer.write({"__key__": key, extension: image, "txt": text, "json": about})
         self._count += 1

@@ -50,6 +50,7 @@ def test_a_folder_becomes_shards(tmp_path, make, capsys):
     assert "3 samples in" in said.out
     assert "1 left out: no caption" in said.out
     assert f"undecodable image: {source / 'broken.png'}" in said.err
+    assert f"1 passed over: files .md ({source / 'notes.md'})" in said.out
     samples, raws = read_all(tmp_path)
     assert [Path(shard).name for shard in samples.shards] == ["00000.tar", "00001.tar"]
     assert [raw.key for raw in raws] == ["00000000000", "00000000001", "00001000000"]
@@ -93,3 +94,52 @@ def test_what_cannot_work_is_said(tmp_path, make, capsys):
     (tmp_path / "shards" / "00000.tar").write_bytes(b"")
     assert make(tmp_path / "t.csv") == 2
     assert "holds shards already" in capsys.readouterr().err
+
+
+def test_what_pillow_opens_is_packed_and_every_other_file_is_counted(tmp_path, make, capsys):
+    source = tmp_path / "in"
+    source.mkdir()
+    for number, (name, kind) in enumerate(
+        {"a.GIF": "GIF", "b.avif": "AVIF", "c.JPG": "JPEG", "d.jfif": "JPEG"}.items()
+    ):
+        (source / name).write_bytes(encoded_image(number, kind=kind))
+        (source / name).with_suffix(".TXT" if name == "c.JPG" else ".txt").write_text(f"caption {number}")
+    (source / "e.jpg").write_bytes(encoded_image(4, kind="BMP"))  # by a wrong name
+    (source / "e.txt").write_text("caption 4")
+    (source / "a.json").write_text('{"key": "mine", "caption": "of the file"}')
+    (source / "lonely.txt").write_text("no image")
+    (source / "film.heic").write_bytes(b"x")
+    (source / ".DS_Store").write_bytes(b"x")
+    assert make(source) == 0
+    said = capsys.readouterr().out
+    _, raws = read_all(tmp_path)
+    assert [raw.caption for raw in raws] == [f"caption {n}" for n in range(5)]
+    first_bytes = [raw.image[:4] for raw in raws]
+    assert first_bytes == [b"\x89PNG", b"\x89PNG", b"\xff\xd8\xff\xe0", b"\xff\xd8\xff\xe0", b"\x89PNG"]
+    for line in (
+        f"1 changed: .gif stored as PNG ({source / 'a.GIF'})",
+        f"1 changed: .jpg stored as PNG ({source / 'e.jpg'})",
+        f"1 changed: metadata field `key` replaced ({source / 'a.GIF'})",
+        f"1 changed: metadata field `caption` replaced ({source / 'a.GIF'})",
+        f"1 passed over: files .heic ({source / 'film.heic'})",
+        f"1 passed over: hidden files ({source / '.DS_Store'})",
+        f"1 passed over: files .txt without an image ({source / 'lonely.txt'})",
+    ):
+        assert line in said
+
+
+def test_a_table_that_would_lose_text_says_so(tmp_path, make, capsys):
+    (tmp_path / "0.png").write_bytes(encoded_image(0))
+    (tmp_path / "1.png").write_bytes(encoded_image(1))
+    (tmp_path / "t.csv").write_text("image,caption\n0.png,a dog, running\n1.png,a cat\n")
+    assert make(tmp_path / "t.csv") == 0
+    assert "1 left out: a row of more cells than columns" in capsys.readouterr().out
+    assert [raw.caption for raw in read_all(tmp_path)[1]] == ["a cat"]
+    (tmp_path / "u.csv").write_text("image,caption,caption\n0.png,a,b\n")
+    assert make(tmp_path / "u.csv") == 2
+    assert "two columns are called 'caption'" in capsys.readouterr().err
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(encoded_image(0))
+    (tmp_path / "in" / "a.json").write_text("[]")
+    assert make(tmp_path / "in") == 2
+    assert "must hold a JSON object, {...}, not a list" in capsys.readouterr().err
