@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from modstruct.config import LossesConfig, Recipe
 from modstruct.config.migrations import migrate, migrate_checkpoint, migrate_method
-from modstruct.errors import FailedElsewhere, LostProcess, RunError, refuse, require
-from modstruct.files import read_yaml
+from modstruct.errors import FailedElsewhere, LostProcess, RunError, refuse
+from modstruct.files import parse_yaml, read_yaml
 
 RECIPES = Path(__file__).parent / "config" / "recipes"
 FINETUNE_RECIPES = RECIPES / "finetune"
@@ -51,11 +51,33 @@ def read_recipe_file(path: Path) -> dict[str, Any]:
     """The fields in a file; refused, by the file's name, where it holds anything else."""
     try:
         content = read_yaml(path)
+        fields = nested(content) if isinstance(content, dict) else None
     except (OSError, ValueError) as error:
         refuse("--recipe", str(path), f"cannot be read as YAML: {' '.join(str(error).split())}")
-    if not isinstance(content, dict):
+    if fields is None:
         refuse("--recipe", str(path), "must hold fields (name: value) and nothing else")
-    return content
+    return fields
+
+
+def nested(recipe: dict[str, Any], into: dict[str, Any] | None = None, prefix: str = "") -> dict[str, Any]:
+    """A recipe's fields, dotted ones (`train.steps: 5`) in their sections.
+
+    Raises ValueError for a field given both ways, of which one would silently replace the other.
+    """
+    made = {} if into is None else into
+    for name, value in recipe.items():
+        *sections, field = name.split(".")
+        place: Any = made
+        for section in sections:
+            place = place.setdefault(section, {}) if isinstance(place, dict) else None
+        both_sections = isinstance(value, dict) and isinstance(place, dict) and isinstance(place.get(field, {}), dict)
+        if not both_sections and (not isinstance(place, dict) or field in place):
+            raise ValueError(f"{prefix}{name} is given twice, and only one of the two would count; leave one out")
+        if isinstance(value, dict):
+            nested(value, place.setdefault(field, {}), f"{prefix}{name}.")
+        else:
+            place[field] = value
+    return made
 
 
 def _expand(arguments: Sequence[str], recipes: Path) -> list[str]:
@@ -145,12 +167,11 @@ def parse_recipe_text(text: str) -> Recipe:
     """The recipe that `recipe_files.recipe_to_yaml` wrote; ValueError where it cannot be one."""
     parser = recipe_parser("", "")
     try:
-        content = yaml.safe_load(text)
-        require(isinstance(content, dict), "recipe", text[:40], "must hold fields (name: value) and nothing else")
-        written = yaml.safe_dump(migrate_checkpoint(content), sort_keys=False)
+        content = parse_yaml(text.encode("utf-8", "surrogatepass"))
+        if not isinstance(content, dict):
+            refuse("recipe", text[:40], "must hold fields (name: value) and nothing else")
+        written = yaml.safe_dump(migrate_checkpoint(nested(content)), sort_keys=False)
         return _config_of(parser, parser.instantiate(parser.parse_string(written)))
-    except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from error
     except (ValueError, argparse.ArgumentError) as error:
         raise ValueError(one_line(parser, error, sections_of(Recipe))) from error
 
@@ -229,7 +250,9 @@ def one_line(parser: ConfigParser, error: Exception, sections: dict[str, list[st
         return " ".join(text.split())
     value = text.rpartition("alue: ")[2].strip()  # "Given value: …" or "Got value: …"
     given = "" if "Namespace(" in value else f" = {value}"  # a source that jsonargparse has half built
-    return f"{name}{given}: give {allowed(expected)}"
+    quoted = value in ("True", "False") or ("text" in allowed(expected) and value[:1] not in "[{")
+    hint = " (in quotes, where YAML takes a word for something else: no, 2024)" if quoted else ""
+    return f"{name}{given}: give {allowed(expected)}{hint}"
 
 
 def allowed(expected: object) -> str:

@@ -257,6 +257,15 @@ def test_a_wrong_command_line_ends_with_one_line_that_says_what_is_right(refused
         ("optimizer: 5", ["optimizer: a section", "it has learning_rate"]),
         ("data: {train: [{shards: a, weight: -1}]}", ["data.train"]),
         ("optimizer: {learning_rate: [1", ["--recipe", "recipe.yaml", "cannot be read as YAML", "line 1"]),
+        (
+            "train: {steps: 3, seed: 1,\n  steps: 4}",
+            ["recipe.yaml", "line 2: the key 'steps' is there already, in line 1"],
+        ),
+        ("train.steps: 3\ntrain: {steps: 4}", ["recipe.yaml", "train.steps is given twice"]),
+        ("train: {steps: 4}\ntrain.steps.x: 3", ["recipe.yaml", "train.steps.x is given twice"]),
+        ("on: 3", ["on: no such field"]),
+        ("output: no", ["output = False: give text (in quotes"]),
+        ("output: 2024", ["output = 2024: give text (in quotes"]),
         ("- scenes", ["--recipe", "recipe.yaml", "must hold fields"]),
         ("", ["--recipe", "recipe.yaml", "must hold fields"]),
         ("output: !!python/object/apply:os.getcwd []", ["--recipe", "recipe.yaml", "cannot be read as YAML"]),
@@ -266,6 +275,12 @@ def test_a_wrong_recipe_file_ends_with_one_line_too(refused, recipe_file, conten
     line = refused("--recipe", recipe_file(content))
     for part in parts:
         assert part in line
+
+
+def test_dotted_names_in_a_recipe_file_are_its_sections(parse, recipe_file):
+    """A recipe of version 1 has losses.contrastive.weight = 1 only where it does not say otherwise."""
+    recipe = parse("--recipe", recipe_file("losses.contrastive.weight: 0.5\ntrain.steps: 3\ntrain: {seed: 4}"))
+    assert (recipe.losses.contrastive.weight, recipe.train.steps, recipe.train.seed) == (0.5, 3, 4)
 
 
 def test_help_lists_every_field_with_its_text(parser, capsys):

@@ -35,6 +35,7 @@ from modstruct.config import DataConfig
 from modstruct.data.faults import BadSample
 from modstruct.data.shards.members import Tally
 from modstruct.data.transforms.decoding import FORMATS, decode_image
+from modstruct.files import parse_json
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 # Of others than FORMATS, those that Pillow reads by itself: no EPS, which runs Ghostscript, and no films.
@@ -130,8 +131,8 @@ def from_folder(folder: Path, passed_over: Tally) -> Iterator[Entry]:
 
 def _metadata(path: Path) -> dict:
     try:
-        metadata = json.loads(path.read_bytes())
-    except ValueError as error:
+        metadata = parse_json(path.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: must hold a JSON object, {{...}}: {error}") from None
     if not isinstance(metadata, dict):
         raise ValueError(f"{path}: must hold a JSON object, {{...}}, not a {type(metadata).__name__}")

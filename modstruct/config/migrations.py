@@ -94,7 +94,9 @@ def _apply(change: Change, recipe: Tree) -> None:
     for old, new in change.renamed.items():
         section, key = _find(recipe, old)
         if section is not None:
-            _set_if_missing(recipe, new, section.pop(key))
+            value = section.pop(key)
+            require(_find(recipe, new)[0] is None, old, value, f"it is now called {new}, which the recipe gives, too")
+            _set_if_missing(recipe, new, value)
     for name, values in change.values.items():
         section, key = _find(recipe, name)
         if section is not None and isinstance(section[key], str):

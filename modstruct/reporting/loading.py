@@ -15,6 +15,7 @@ import numpy as np
 
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.embeddings.set_files import MODEL_FILE
+from modstruct.files import unique_keys
 
 METRIC_NUMBERS = ("value", "chance", "low", "high")
 RENAMED = {"linear_probe_sgd": "linear_probe_adamw"}
@@ -126,7 +127,11 @@ def load_evaluation(folder: Path) -> Evaluation:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; ValueError naming the file if it is none."""
     try:
-        content = json.loads(path.read_bytes(), parse_constant=lambda name: _refuse(path, f"it holds {name}"))
+        content = json.loads(
+            path.read_bytes(),
+            parse_constant=lambda name: _refuse(path, f"it holds {name}"),
+            object_pairs_hook=unique_keys,
+        )
     except (OSError, ValueError, RecursionError) as error:
         if str(error).startswith(str(path)):
             raise

@@ -10,6 +10,7 @@ from torch import nn
 
 from modstruct.config import FinetuneRecipe, OptimizerConfig, Recipe
 from modstruct.errors import refuse, require
+from modstruct.files import RepeatedKey, parse_json
 
 AUTO = "auto"
 
@@ -17,10 +18,12 @@ AUTO = "auto"
 def read_ds_config(path: str) -> dict:
     """The DeepSpeed JSON file as a dictionary. Raises ValueError that names what is wrong with it."""
     try:
-        config = json.loads(Path(path).read_text())
+        config = parse_json(Path(path).read_text())
     except OSError as e:
         refuse("--ds_config", path, f"cannot be read ({e.strerror}); ds_configs/ holds zero0 to zero3 and offload")
-    except ValueError as e:
+    except RepeatedKey as e:
+        refuse("--ds_config", path, str(e))
+    except (ValueError, RecursionError) as e:
         refuse("--ds_config", path, f"is not JSON: {e}")
     require(isinstance(config, dict), "--ds_config", path, "must hold one JSON object")
     return config

@@ -64,6 +64,13 @@ def test_renamed_and_removed_fields(added):
     assert saved["views"] == {"flip": True}
 
 
+def test_a_field_under_both_its_names_is_refused(added):
+    with pytest.raises(
+        ValueError, match=r"data\.old_cache = 'a': it is now called data\.cache, which the recipe gives"
+    ):
+        migrate({"data": {"old_cache": "a", "cache": "b"}})
+
+
 def test_version_1():
     saved = {"losses": {"queue_contrast": {"positives": "picture"}}}
     migrated = migrate(saved)

@@ -114,6 +114,8 @@ def test_a_batch_that_does_not_divide_over_the_processes_is_refused():
         (b"{stage: 2}", "is not JSON"),
         (b"\xff\xfe", "is not JSON"),
         (b"[1]", "one JSON object"),
+        (b'{"zero_optimization": {"stage": 2, "stage": 3}}', "the key 'stage' stands twice"),
+        (b"[" * 100_000, "is not JSON"),
     ],
 )
 def test_a_file_that_is_no_json_object_is_refused_by_name(tmp_path, content, complaint):

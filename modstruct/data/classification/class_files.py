@@ -39,12 +39,15 @@ class ZeroShotClasses:
         value = fields.get(self.label)
         if value is None:
             return -1
-        if str(value) not in self._rows:
+        label = str(value)
+        if isinstance(value, bool) and label not in self._rows:
+            label = label.lower()  # as YAML and JSON write it
+        if label not in self._rows:
             raise ValueError(
                 f"the label {self.label} = {value!r} of a sample is not among the classes {_some(self.classes)}: "
                 "add it to `classes` of the zero-shot file, or make it null in the sample's json"
             )
-        return self._rows[str(value)]
+        return self._rows[label]
 
     def rows_of(self, metadata: Iterable[dict]) -> np.ndarray:
         """Class row of each sample, (n,) int64, as `row_of`."""
@@ -106,15 +109,11 @@ def check_classes(path: Path, classes: object) -> dict[str, str]:
     """Name of each label. Labels are compared as text, so that 3 in YAML and "3" in a sample's json are one class."""
     if not isinstance(classes, dict) or len(classes) < 2:
         refuse_key(path, "classes", classes, "a mapping of at least two labels to readable names")
-    for value, name in classes.items():
+    for label, name in classes.items():
         if not isinstance(name, str) or not name.strip():
-            refuse_key(
-                path, f"classes.{value}", name, "a readable name, as text (in quotes if YAML reads it otherwise)"
-            )
-    named = {str(value): name for value, name in classes.items()}
-    if len(named) < len(classes):
-        refuse_key(path, "classes", list(classes), "labels that differ as text")
-    return named
+            remedy = "a readable name, as text (in quotes, where YAML takes a word for something else: no, 2024)"
+            refuse_key(path, f"classes.{label}", name, remedy)
+    return {str(label): name for label, name in classes.items()}
 
 
 def refuse_key(path: Path, key: str, value: object, remedy: str) -> NoReturn:

@@ -64,6 +64,8 @@ class SetFolder:
         """The values of some columns of a CSV file, row by row. old_names: former names of columns, still read."""
         rows = csv.DictReader(self.text(path).splitlines(), delimiter=delimiter, skipinitialspace=True)
         header = rows.fieldnames or []
+        if twice := [name for name in header if header.count(name) > 1]:
+            self.refuse(f"{path} has two columns called {twice[0]!r}")
         for column, old in (old_names or {}).items():
             if column not in header and old in header:
                 log.warning("%s: the column %r is now called %r; the old name is still read", path, old, column)

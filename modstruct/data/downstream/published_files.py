@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 from modstruct.errors import refuse
+from modstruct.files import RepeatedKey, unique_keys
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -143,7 +144,7 @@ def read_json(path: Path, keys: Collection[str] | None = None) -> Any:
 
     Raises ValueError that names the file and what is wrong with it.
     """
-    kept = None if keys is None else lambda fields: {key: fields[key] for key in keys if key in fields}
+    kept = None if keys is None else frozenset(keys)
     return _parsed(path.read_bytes(), str(path), kept)
 
 
@@ -175,9 +176,14 @@ def read_json_lines(path: Path) -> Iterator[Record]:
                 yield record
 
 
-def _parsed(content: bytes, where: str, object_hook: Any = None) -> Any:
+def _parsed(content: bytes, where: str, keys: frozenset[str] | None = None) -> Any:
+    def kept(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        return unique_keys(pairs if keys is None else [pair for pair in pairs if pair[0] in keys])
+
     try:
-        return json.loads(content.decode("utf-8-sig"), object_hook=object_hook)
+        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=kept)
+    except RepeatedKey as error:
+        raise ValueError(f"{where}: {error}") from None
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, a number of thousands of digits, too deep
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{where}: not JSON in UTF-8 ({reason}); download the file again") from None

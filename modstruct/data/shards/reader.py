@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import io
-import json
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from modstruct.data.shards.pipes import PipeCache, PipeFailed
 from modstruct.data.shards.samples import Samples
 from modstruct.data.shards.sources import is_pipe
 from modstruct.data.shards.tar_headers import BLOCK_BYTES, CutOff, DamagedHeader, next_member
+from modstruct.files import RepeatedKey, parse_json
 
 # Shards a process keeps open; a window of shuffled blocks may reach into a thousand.
 OPEN_SHARDS = 256
@@ -211,7 +211,9 @@ def _caption(content: bytes, where: str) -> str:
 
 def _metadata(content: bytes, where: str) -> dict:
     try:
-        metadata = json.loads(content)
+        metadata = parse_json(content)
+    except RepeatedKey as error:
+        raise BadSample("malformed metadata", f"{where}: {error}") from None
     except (ValueError, RecursionError):
         raise BadSample("malformed metadata", where) from None
     # Walking the values takes longer than parsing them, and few brackets cannot nest deeply.

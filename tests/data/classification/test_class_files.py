@@ -52,7 +52,7 @@ def test_a_label_that_is_no_class_is_refused_by_name(class_file):
         ("one {}", "{} and {}", "exactly one"),
         ('["an image of a {}", "one {}"]', "[]", r"templates = \[\]"),
         ("square: box", "square: 7", r"classes.square = 7.*readable name"),
-        ("square: box", "'3': box", "differ as text"),
+        ("square: box", "'3': box", "line 4: the key '3' is there already, in the same line"),
         ('{circle: round thing, square: box, 3: "three"}', "[circle, square]", "a mapping"),
         ("label: shape", "label: shape\nnames: {}", "unknown key 'names'"),
         ("label: shape", "label: [", "not a YAML file"),
