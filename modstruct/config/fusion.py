@@ -97,8 +97,9 @@ class FusionConfig:
         require(self.queue >= 0, "fusion.queue", self.queue, "0 (none) or more")
         require(self.queue_after >= 0, "fusion.queue_after", self.queue_after, "0 or more")
         low, high = self.temperature_range
-        fits = 0 < low <= self.temperature_init <= high
-        require(fits, "fusion.temperature_init", self.temperature_init, f"above 0 and from {low} to {high}")
+        require(low >= 1e-3, "fusion.temperature_range", [low, high], "a smallest temperature of at least 0.001")
+        fits = low <= self.temperature_init <= high
+        require(fits, "fusion.temperature_init", self.temperature_init, f"from {low} to {high}")
 
     @property
     def log_scale_range(self) -> tuple[float, float]:

@@ -58,11 +58,8 @@ def is_fine_tuning(recipe: Tree) -> bool:
 
 def migrate(recipe: Tree) -> Tree:
     """A recipe file's content as this version writes it. Raises ValueError for a version that is not known."""
-    version = recipe.get("schema", 1)
-    known = type(version) is int and 1 <= version <= SCHEMA
-    require(known, "schema", version, f"this version of modstruct reads recipes of versions 1 to {SCHEMA}")
     migrated = copy.deepcopy(recipe)
-    for change in _changes_since(version):
+    for change in _changes_since(_version(recipe)):
         _apply(change, migrated)
         for name, value in {} if is_fine_tuning(recipe) else change.defaults.items():
             _set_if_missing(migrated, name, value)
@@ -71,8 +68,9 @@ def migrate(recipe: Tree) -> Tree:
 
 def migrate_method(method: Tree) -> Tree:
     """The content of a method's file, whose fields go by the same names; a method has no defaults."""
-    migrated = copy.deepcopy(method)
-    for change in _changes_since(1):
+    version = _version(method)
+    migrated = {name: copy.deepcopy(value) for name, value in method.items() if name != "schema"}
+    for change in _changes_since(version):
         _apply(change, migrated)
     return migrated
 
@@ -86,6 +84,13 @@ def migrate_checkpoint(recipe: Tree) -> Tree:
     return migrated
 
 
+def _version(recipe: Tree) -> int:
+    version = recipe.get("schema", 1)
+    known = type(version) is int and 1 <= version <= SCHEMA
+    require(known, "schema", version, f"this version of modstruct reads recipes of versions 1 to {SCHEMA}")
+    return version
+
+
 def _changes_since(version: int) -> list[Change]:
     return [CHANGES[later] for later in sorted(CHANGES) if later > version]
 
@@ -97,6 +102,7 @@ def _apply(change: Change, recipe: Tree) -> None:
             value = section.pop(key)
             require(_find(recipe, new)[0] is None, old, value, f"it is now called {new}, which the recipe gives, too")
             _set_if_missing(recipe, new, value)
+            _drop_if_empty(recipe, old)
     for name, values in change.values.items():
         section, key = _find(recipe, name)
         if section is not None and isinstance(section[key], str):
@@ -105,6 +111,7 @@ def _apply(change: Change, recipe: Tree) -> None:
         section, key = _find(recipe, name)
         if section is not None:
             del section[key]
+            _drop_if_empty(recipe, name)
 
 
 def _find(recipe: Tree, name: str) -> tuple[Tree | None, str]:
@@ -114,6 +121,15 @@ def _find(recipe: Tree, name: str) -> tuple[Tree | None, str]:
     for section in sections:
         node = node.get(section) if isinstance(node, dict) else None
     return (node if isinstance(node, dict) and key in node else None), key
+
+
+def _drop_if_empty(recipe: Tree, name: str) -> None:
+    """Remove the sections of a field that has gone if nothing else is in them: this version may not know them."""
+    section = name.rpartition(".")[0]
+    parent, key = _find(recipe, section)
+    if parent is not None and parent[key] == {}:
+        del parent[key]
+        _drop_if_empty(recipe, section)
 
 
 def _set_if_missing(recipe: Tree, name: str, value: object) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import log
 from typing import Literal
 
 from modstruct.errors import require, require_counts
+
+LARGEST_LOG_SCALE = log(1000)
 
 
 @dataclass
@@ -82,7 +85,7 @@ class ModelConfig:
     logit_scale_init: float = 2.6592600369327779
     """Initial log of the logit scale, ln(1 / tau); ln(1 / 0.07) by default."""
     logit_scale_max: float = 4.6051701859880918
-    """Largest log of the logit scale; the smallest is 0."""
+    """Largest log of the logit scale; the smallest is 0. At most ln 1000, up to which the losses were checked."""
 
     def __post_init__(self):
         require(self.embed_dim >= 1, "model.embed_dim", self.embed_dim, "at least 1")
@@ -91,6 +94,12 @@ class ModelConfig:
             "model.pretrained",
             self.pretrained,
             "needs model.name, the architecture the weights belong to",
+        )
+        require(
+            self.logit_scale_max <= LARGEST_LOG_SCALE,
+            "model.logit_scale_max",
+            self.logit_scale_max,
+            f"at most ln 1000 = {LARGEST_LOG_SCALE:.4f}: it is the log of the scale, ln 100 by default",
         )
         require(
             0 <= self.logit_scale_init <= self.logit_scale_max,

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field, fields
 import pytest
 
 from modstruct.config import LossesConfig, Recipe, migrations
+from modstruct.config.fusion import FusionConfig
 from modstruct.config.losses import BridgeConfig
 from modstruct.config.migrations import Change, migrate, migrate_checkpoint, migrate_method
+from modstruct.config.model import ModelConfig
 from modstruct.config.recipe_files import check_resumable, recipe_to_dict
 
 
@@ -80,6 +82,28 @@ def test_version_1():
     assert "contrastive" not in migrate(saved | {"task": {}})["losses"]
     assert migrate_method(saved) == {"losses": {"queue_contrast": {"positives": "image"}}}
     assert migrate({"losses": 3}) == {"losses": 3, "schema": migrations.SCHEMA}  # the parser refuses it
+
+
+def test_a_section_that_a_change_leaves_empty_goes_too(monkeypatch):
+    change = Change(renamed={"old.part.field": "data.field"}, removed=("gone.field",))
+    monkeypatch.setitem(migrations.CHANGES, 2, change)
+    old = {"old": {"part": {"field": 1}}, "gone": {"field": 2, "kept": 3}}
+    assert migrate_method(old) == {"data": {"field": 1}, "gone": {"kept": 3}}
+
+
+def test_a_method_is_migrated_from_its_own_version():
+    old = {"losses": {"queue_contrast": {"positives": "picture"}}}
+    assert migrate_method({"schema": migrations.SCHEMA, **old}) == old
+    with pytest.raises(ValueError, match="schema = 99"):
+        migrate_method({"schema": 99})
+
+
+@pytest.mark.parametrize("scale", [7.0, float("nan"), float("inf")])
+def test_scales_beyond_what_the_losses_were_checked_at_are_refused(scale):
+    with pytest.raises(ValueError, match=r"model\.logit_scale_max = .*at most ln 1000"):
+        ModelConfig(logit_scale_max=scale)
+    with pytest.raises(ValueError, match=r"fusion\.temperature_range = \[0\.0001, 0\.5\]"):
+        FusionConfig(temperature_range=(1e-4, 0.5))
 
 
 @pytest.mark.parametrize("version", [0, 3, "2", None, True])

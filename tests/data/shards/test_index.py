@@ -167,7 +167,7 @@ def test_a_forged_header_ends_the_reading_and_keeps_the_samples_before_it(tmp_pa
     [
         (b"", "an empty file"),
         (b"<html>no such key</html>" * 100, "not a tar"),
-        (gzip.compress(b"x" * 2000), "a compressed tar.*gunzip"),
+        (gzip.compress(b"x" * 2000, mtime=0), "a compressed tar.*gunzip"),
         (os.urandom(5000), "not a tar"),
     ],
 )

@@ -229,7 +229,7 @@ def test_wrong_settings_are_refused_by_name(tmp_path):
         fusion_recipe(vision={"pretrained": "a.pth"})
     with refusal(r"fusion\.text\.heads = 5: a divisor of fusion\.text\.width = 12"):
         fusion_recipe(text={"heads": 5})
-    with refusal(r"fusion\.temperature_init = 0\.6: above 0 and from 0\.001 to 0\.5"):
+    with refusal(r"fusion\.temperature_init = 0\.6: from 0\.001 to 0\.5"):
         fusion_recipe(temperature_init=0.6)
     missing = tmp_path / "bert.safetensors"
     missing.write_bytes(b"no weights")
