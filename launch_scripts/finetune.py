@@ -6,8 +6,9 @@ deepspeed launch_scripts/finetune.py --recipe snli_ve --init runs/albef_scenes -
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
-from modstruct.cli import FINETUNE_RECIPES, is_first_process, parse, recipe_parser, run
+from modstruct.cli import FINETUNE_RECIPES, parse, recipe_parser, run, say_start
 from modstruct.commands.arguments import take_initial_sizes
 from modstruct.config import FinetuneRecipe
 
@@ -26,8 +27,7 @@ def main() -> None:
         help="Trace so many steps, after a few to warm up, into OUTPUT/profile (for ui.perfetto.dev or TensorBoard).",
     )
     recipe, options = parse(parser, prepare=partial(take_initial_sizes, parser))
-    if is_first_process():
-        print("Starting; DeepSpeed compiles a small operator at its first start (about 40 s).", flush=True)
+    say_start(f"log: {Path(recipe.output, 'log.txt')}")
     from modstruct.training.finetune import finetune  # after the parsing: --help needs no torch
 
     run(lambda: finetune(recipe, options.ds_config, options.resume, options.profile))

@@ -6,7 +6,9 @@ deepspeed launch_scripts/pretrain.py --recipe emoji --method sep --train.seed 1 
 
 from __future__ import annotations
 
-from modstruct.cli import is_first_process, parse, recipe_parser, run
+from pathlib import Path
+
+from modstruct.cli import parse, recipe_parser, run, say_start
 
 USAGE = "deepspeed [launcher options] launch_scripts/pretrain.py [--recipe NAME] [--method NAME] [--FIELD VALUE …]"
 
@@ -23,8 +25,7 @@ def main() -> None:
         help="Trace so many steps, after a few to warm up, into OUTPUT/profile (for ui.perfetto.dev or TensorBoard).",
     )
     recipe, options = parse(parser)
-    if is_first_process():
-        print("Starting; DeepSpeed compiles a small operator at its first start (about 40 s).", flush=True)
+    say_start(f"log: {Path(recipe.output, 'log.txt')}")
     from modstruct.training.pretrain import pretrain  # after the parsing: --help needs no torch
 
     run(lambda: pretrain(recipe, options.ds_config, options.resume, options.profile))

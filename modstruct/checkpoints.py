@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from modstruct.errors import refuse, require
-from modstruct.files import atomic_write, read_yaml, sync_folder
+from modstruct.files import atomic_write, naming, read_yaml, sync_folder
 
 FORMAT = 1
 MOMENTUM_FILE = "momentum.safetensors"
@@ -111,21 +111,34 @@ def find(which: str, output: str | Path, option: str = "--resume") -> Path | Non
     return Path(which)
 
 
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write safetensors. Raises OSError that names the path, where safetensors has an error of its own."""
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        with naming(path):
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+
+
 def write(target: Path, checkpoint: Checkpoint, tokenizer: Saved) -> None:
     """Write the folder `target`, whole or not at all. Raises OSError or SafetensorError; nothing is left behind."""
     aside = target.with_name(f"{target.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        save_file(checkpoint.weights, aside / "weights.safetensors")
-        save_file(checkpoint.moments, aside / "moments.safetensors")
-        save_file(checkpoint.rng, aside / "rng.safetensors")
+        save_tensors(checkpoint.weights, aside / "weights.safetensors")
+        save_tensors(checkpoint.moments, aside / "moments.safetensors")
+        save_tensors(checkpoint.rng, aside / "rng.safetensors")
         if checkpoint.momentum:
-            save_file(checkpoint.momentum, aside / MOMENTUM_FILE)
+            save_tensors(checkpoint.momentum, aside / MOMENTUM_FILE)
         described = {"format": FORMAT, "train": vars(checkpoint.state), "optimizer": checkpoint.optimizer}
-        (aside / "state.json").write_text(json.dumps(described, indent=1))
-        (aside / "recipe.yaml").write_text(yaml.safe_dump(checkpoint.recipe, sort_keys=False))
-        tokenizer.save(aside / "tokenizer")
+        with naming(aside):
+            (aside / "state.json").write_text(json.dumps(described, indent=1))
+            (aside / "recipe.yaml").write_text(yaml.safe_dump(checkpoint.recipe, sort_keys=False))
+            tokenizer.save(aside / "tokenizer")
         replace_folder(aside, target)  # the same step may be there, from before a resume
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)

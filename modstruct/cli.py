@@ -25,13 +25,15 @@ from tqdm import tqdm
 
 from modstruct.config import LossesConfig, Recipe
 from modstruct.config.migrations import migrate, migrate_checkpoint, migrate_method
-from modstruct.errors import FailedElsewhere, LostProcess, RunError, refuse
-from modstruct.files import parse_yaml, read_yaml
+from modstruct.errors import FailedElsewhere, LostProcess, RunError, refuse, require
+from modstruct.files import disk_error, parse_yaml, read_yaml
 
 RECIPES = Path(__file__).parent / "config" / "recipes"
 FINETUNE_RECIPES = RECIPES / "finetune"
 
 
+NO_HOME = "Could not determine home directory"  # as pathlib says it
+HOME_REMEDY = "this user has no home directory: set it, or give data.cache, and what else begins with ~, as full paths"
 DEFAULT_RECIPE = {RECIPES: "scenes", FINETUNE_RECIPES: "vqa"}
 
 
@@ -201,25 +203,38 @@ def speaks_for_its_host() -> bool:
     return int(os.environ.get("RANK", 0)) <= 1 or int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
+def say_start(what: str) -> None:
+    """The first line of a command, said before PyTorch is loaded, which takes a minute on a busy machine."""
+    if is_first_process():
+        print(f"Starting on {process_count()} process(es), loading PyTorch; {what}", file=sys.stderr, flush=True)
+
+
+def process_count() -> int:
+    """Of the run, before torch.distributed is up."""
+    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+
+
 def run(command: Callable[[], object]) -> None:
     """Carry out a command; an error that the user can mend is one line, and its traceback stands in the run's log."""
     try:
         try:
             command()
         except RuntimeError as error:
+            require(NO_HOME not in str(error), "HOME", os.environ.get("HOME"), HOME_REMEDY)
             lost = LostProcess.if_it_is(error)
             if lost is None:
                 raise
             raise lost from error
     except (ValueError, RunError, OSError) as error:
         logging.getLogger("modstruct").debug("traceback", exc_info=True)
+        told = disk_error(error) if isinstance(error, OSError) else str(error)
         quiet = not is_first_process() and isinstance(error, FailedElsewhere)
         if isinstance(error, LostProcess):  # all that are left notice
             quiet = not speaks_for_its_host()
         if not quiet:
             # On a line of its own, not at the end of the progress bar, which the main process may have left unfinished.
             begin = "" if is_first_process() else "\n"
-            tqdm.write(f"{begin}error (process {os.environ.get('RANK', 0)}): {error}", file=sys.stderr)
+            tqdm.write(f"{begin}error (process {os.environ.get('RANK', 0)}): {told}", file=sys.stderr)
             sys.stderr.flush()
         sys.exit(1)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
+import pwd
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,10 +15,96 @@ from typing import Any, BinaryIO
 
 import yaml
 
+from modstruct.errors import refuse
+
 # YAML of others (recipes, class files): plain values only, and no more of them than the file is long.
 LARGEST_FILE_BYTES = 4 << 20
 # A few aliases of aliases stand for more values than any memory holds ("a billion laughs").
 MOST_VALUES = 1_000_000
+PROBE_BYTES = 4096
+"""Written to see whether a folder takes files; a full disk takes empty ones."""
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def disk_error(error: OSError, path: str | Path | None = None) -> str:
+    """What is wrong, where, and what tells why: the room on the disk, or whose the place is.
+
+    path: what was written, where the error itself does not name it.
+    """
+    place = error.filename or path
+    if place is None or error.errno is None:
+        return str(error)
+    there, about = _nearest(Path(os.fsdecode(place))), ""
+    if error.errno in FULL and " MiB are free" not in str(error):
+        about = f" ({free_space(there)})"
+    elif error.errno in (errno.EACCES, errno.EPERM):
+        with suppress(OSError):
+            about = f" ({there} belongs to {_user(there.stat().st_uid)}, this process to {_user(os.geteuid())})"
+    elif error.errno in (errno.EEXIST, errno.ENOTDIR) and there.is_file():
+        about = f" ({there} is a file, where a folder is needed)"
+    return f"{error.strerror}: {os.fsdecode(place)}{about}"
+
+
+def free_space(path: Path) -> str:
+    """How much room the disk of a path has, in words."""
+    try:
+        disk = shutil.disk_usage(_nearest(path))
+    except OSError as error:
+        return f"its disk does not say how much is free: {error.strerror}"
+    return f"{disk.free / 2**20:,.1f} of {disk.total / 2**20:,.0f} MiB are free there"
+
+
+def _nearest(path: Path) -> Path:
+    """The path, or, of one that is not there yet, the nearest folder above it."""
+    path = path.absolute()
+    return next((part for part in (path, *path.parents) if os.path.exists(part)), path)
+
+
+def _user(number: int) -> str:
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return f"user {number}"
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Give a path to an error of the disk that names none, as one of a full disk does, and note how full it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+            if error.errno in FULL:  # now: what was written so far is about to be removed
+                error.strerror = f"{error.strerror} ({free_space(Path(path))})"
+        raise
+
+
+@contextmanager
+def refusing(field: str, folder: str | Path) -> Iterator[None]:
+    """Name the field that chose a folder where something in it cannot be written or read (ValueError)."""
+    try:
+        yield
+    except OSError as error:
+        inside = error.filename and Path(os.fsdecode(error.filename)).is_relative_to(Path(folder).expanduser())
+        if not inside:
+            raise
+        refuse(field, str(folder), f"{disk_error(error)}; make room, or name a folder that you may write to")
+
+
+def require_writable(field: str, folder: str | Path) -> None:
+    """Refuse a folder that no file can be written into, by the field that chose it; it is made if need be."""
+    with refusing(field, folder):
+        folder = Path(folder).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable-{os.getpid()}-{os.urandom(4).hex()}"
+        try:
+            with naming(probe):
+                probe.write_bytes(bytes(PROBE_BYTES))
+        finally:
+            probe.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -25,7 +114,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     # The process number alone may occur on two hosts that share the folder.
     part = path.with_name(f"{path.name}.{os.getpid()}-{os.urandom(4).hex()}.part")
     try:
-        with open(part, "wb") as file:
+        with naming(path), open(part, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

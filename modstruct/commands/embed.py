@@ -57,11 +57,12 @@ def embed(recipe: Recipe, options: Namespace, command: list[str]) -> Path:
     from modstruct import distributed
     from modstruct.commands.sets import open_sets, splits_beside
     from modstruct.distributed.collect import on_main
-    from modstruct.distributed.hosts import on_all
+    from modstruct.distributed.hosts import on_all, require_shared_folder
     from modstruct.evaluation.embeddings.embed_set import embed_sets
 
     distributed.start_processes()
     out = Path(options.out).expanduser()
+    require_shared_folder(out, "--out")
     model = _model(recipe, options)
     sources = open_sets(options.sets, recipe, model.views.image_size, options.all_splits)
     on_all(lambda: _require_same_model(out, model))

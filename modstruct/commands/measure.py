@@ -35,7 +35,7 @@ from modstruct.evaluation.leakage.result import LEAKED_KEYS, leave_out, read_key
 from modstruct.evaluation.retrieval.measure import RetrievalConfig, measure_set_retrieval
 from modstruct.evaluation.structure.measure import measure_set_structure
 from modstruct.evaluation.structure.sampling import SamplingConfig
-from modstruct.files import atomic_write
+from modstruct.files import atomic_write, require_writable
 
 USAGE = "[deepspeed [launcher options] | python] launch_scripts/evaluate.py measure EVALUATION… [--FIELD VALUE …]"
 METRICS = ("retrieval", "zero_shot", "structure", "linear_probe", "linear_probe_adamw", "few_shot", "information")
@@ -163,6 +163,7 @@ def _measure_one(
     if not config.again and on_main(lambda: _measured(path) == identity(embedded)):
         _print(f"{title}: measured before ({path}); --again true measures it again")
         return
+    on_main(lambda: require_writable("results", results))
     _print(f"{title} …")
     device, progress = distributed.device(), distributed.is_main()
 

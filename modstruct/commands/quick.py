@@ -22,6 +22,7 @@ from modstruct.commands.arguments import checkpoint_arguments
 from modstruct.config import Recipe
 from modstruct.data.tokenizers import load_tokenizer
 from modstruct.errors import refuse
+from modstruct.files import require_writable
 
 USAGE = "deepspeed [launcher options] launch_scripts/evaluate.py --checkpoint FOLDER [--FIELD VALUE …]"
 
@@ -45,6 +46,7 @@ def evaluate_checkpoint(recipe: Recipe, checkpoint: str, out: str | None = None)
     from modstruct import distributed
     from modstruct.data.classification.class_files import load_classes
     from modstruct.data.run_data import open_evaluation_data
+    from modstruct.distributed.collect import on_main
     from modstruct.evaluation.embeddings.model import find_checkpoint, load_model
     from modstruct.evaluation.evaluate import evaluate
     from modstruct.evaluation.tables import save_metrics, table
@@ -52,6 +54,8 @@ def evaluate_checkpoint(recipe: Recipe, checkpoint: str, out: str | None = None)
 
     distributed.start_processes()
     path = find_checkpoint(checkpoint)
+    file = Path(out or path.resolve().parents[1] / "evaluation.json").expanduser()
+    on_main(lambda: require_writable("--out", file.parent))
     tokenizer = load_tokenizer(path / "tokenizer")
     data = open_evaluation_data(recipe, image_size(recipe), tokenizer)
     if data.eval is None:
@@ -62,7 +66,6 @@ def evaluate_checkpoint(recipe: Recipe, checkpoint: str, out: str | None = None)
     metrics = evaluate(model, data.eval, data, recipe.evaluation, distributed.device(), model=model)
     if distributed.is_main():
         print(f"\n{path}\n\n{table(metrics)}")
-        file = Path(out or path.resolve().parents[1] / "evaluation.json")
         save_metrics(metrics, file)
         print(f"\nmetrics: {file}")
     return metrics

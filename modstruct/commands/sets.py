@@ -15,6 +15,7 @@ from modstruct.data.shards.sources import as_sources
 from modstruct.data.synthetic.shards import ensure_scenes
 from modstruct.errors import refuse
 from modstruct.evaluation.embeddings.source import EmbeddingSource
+from modstruct.files import refusing
 
 RECIPES_OWN = "eval"
 
@@ -45,6 +46,11 @@ def open_sets(words: Sequence[str], recipe: Recipe, image_size: int, all_splits:
 
 def read_set(word: str, recipe: Recipe, image_size: int) -> EmbeddingSource:
     """The set that a word names, opened by this process."""
+    with refusing("data.cache", recipe.data.cache):
+        return _read_set(word, recipe, image_size)
+
+
+def _read_set(word: str, recipe: Recipe, image_size: int) -> EmbeddingSource:
     data = recipe.data
     if word == RECIPES_OWN:
         if data.eval is None:

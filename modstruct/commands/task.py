@@ -14,6 +14,7 @@ from modstruct.commands.arguments import task_checkpoint_arguments
 from modstruct.config import FinetuneRecipe
 from modstruct.data.tokenizers import load_tokenizer
 from modstruct.errors import refuse
+from modstruct.files import require_writable
 
 USAGE = "deepspeed [launcher options] launch_scripts/evaluate.py task --checkpoint FOLDER [--FIELD VALUE …]"
 
@@ -33,6 +34,7 @@ def measure_task(recipe: FinetuneRecipe, checkpoint: str, split: str, out: str |
     recipe: the checkpoint's, with overrides. Raises ValueError naming the option or field that is wrong.
     """
     from modstruct import distributed
+    from modstruct.distributed.collect import on_main
     from modstruct.evaluation.embeddings.model import find_checkpoint
     from modstruct.evaluation.tables import save_metrics, task_table
     from modstruct.tasks import build_task
@@ -43,6 +45,8 @@ def measure_task(recipe: FinetuneRecipe, checkpoint: str, split: str, out: str |
         refuse("--split", split, f"is none of {', '.join(SPLITS)}")
     distributed.start_processes()
     path = find_checkpoint(checkpoint)
+    folder = Path(out or path.resolve().parents[1]).expanduser()
+    on_main(lambda: require_writable("--out", folder))
     task = build_task(recipe, load_tokenizer(path / "tokenizer"))
     # VQA ranks the most frequent answers of the training split.
     needed = dict.fromkeys(["train", split] if recipe.task.name == "vqa" else [split])
@@ -50,7 +54,6 @@ def measure_task(recipe: FinetuneRecipe, checkpoint: str, split: str, out: str |
     if entries is None:
         refuse("--split", split, f"data.{split} names no files")
     metrics, predictions = measure_checkpoint(task, path, entries)
-    folder = Path(out or path.resolve().parents[1]).expanduser()
     write_predictions(predictions, folder / f"{split}-predictions.json")
     if distributed.is_main():
         save_metrics(metrics, folder / f"{split}.json")

@@ -18,6 +18,7 @@ from modstruct.data.tokenizers import Tokenizer, build_tokenizer
 from modstruct.data.transforms.augment import Views
 from modstruct.distributed import is_main, main_first
 from modstruct.distributed.hosts import require_same
+from modstruct.files import refusing
 
 BUILT_IN = "scenes"
 Value = TypeVar("Value")
@@ -81,7 +82,9 @@ def open_run_data(
             tokenizer=tokenizer or _tokenizer(recipe, train),
         )
 
-    return _same_on_all(main_first(build))
+    with refusing("data.cache", recipe.data.cache):
+        data = main_first(build)
+    return _same_on_all(data)
 
 
 def open_evaluation_data(recipe: Recipe, image_size: int, tokenizer: Tokenizer) -> EvaluationData:
@@ -95,7 +98,9 @@ def open_evaluation_data(recipe: Recipe, image_size: int, tokenizer: Tokenizer) 
         samples = _evaluation("data.eval", config.eval, config)
         return EvaluationData(Views(recipe.views, image_size), tokenizer, samples, config.zero_shot)
 
-    return _same_on_all(main_first(build))
+    with refusing("data.cache", recipe.data.cache):
+        data = main_first(build)
+    return _same_on_all(data)
 
 
 Data = TypeVar("Data", bound=EvaluationData)

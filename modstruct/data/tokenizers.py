@@ -17,6 +17,7 @@ import shutil
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -343,7 +344,8 @@ def _trained_tokenizer(
     # Training does not depend on the context length, so runs that differ in it alone share the model.
     identity = json.dumps([TRAINING_SETTINGS, config.vocab_size, source_fingerprint], sort_keys=True)
     folder = cache / "tokenizers" / hashlib.sha256(identity.encode()).hexdigest()[:32]
-    with locked(folder.with_suffix(".lock")):
+    # One that is there needs no lock: a prepared cache may be read-only.
+    with nullcontext() if folder.exists() else locked(folder.with_suffix(".lock")):
         if not folder.exists():
             print(f"Training a sentencepiece tokenizer on the captions, once; it is kept in {folder}", flush=True)
             model = train_sentencepiece(captions(), config.vocab_size)

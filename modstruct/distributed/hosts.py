@@ -15,6 +15,7 @@ from typing import Any
 
 from modstruct import distributed
 from modstruct.errors import refuse
+from modstruct.files import PROBE_BYTES, disk_error
 
 # A network file system may show a new file this much later on another host.
 LAG_SECONDS = 10.0
@@ -49,9 +50,9 @@ def require_shared_folder(folder: str | Path, field: str) -> None:
     if distributed.is_main():
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.touch()
+            file.write_bytes(bytes(PROBE_BYTES))
         except OSError as error:
-            trouble = f"cannot be written ({error.strerror}); choose another"
+            trouble = f"cannot be written: {disk_error(error, file)}; make room, or choose another"
     trouble = distributed.broadcast_object(trouble)
     if trouble is None:
         seen = distributed.gather_objects((socket.gethostname(), _appears(file)))

@@ -2,71 +2,77 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import socket
 import sys
 import threading
-import warnings
 from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from modstruct.errors import FailedElsewhere, RunError, refuse
+from modstruct.errors import FailedElsewhere, RunError, refuse, require
 
 T = TypeVar("T")
 WAIT_SECONDS = 60
-"""After which a process that waits for the others at the start says so."""
+"""After which, and as long again each time, a process that waits for the others at the start says so."""
+MINUTES = 240
+"""That a collective may take: while one process indexes a large source at its first use, or searches, the others wait
+in one."""
 NETWORK_REMEDY = (
     "on several hosts MASTER_ADDR must be the first host's address in a network that all share, and on each host "
     "GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME on GPUs) the name of its interface in that network, as `ip addr` says"
 )
+PORT_REMEDY = (
+    "another program of this host listens there, such as another run: give a free one "
+    "(`--master_port` of deepspeed and torchrun; MASTER_PORT where you set it yourself, as under SLURM)"
+)
 
 
 def start_processes() -> None:
-    """Join the other processes of the launcher (deepspeed, torchrun, SLURM); alone if there is no launcher."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it had to guess
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    import deepspeed
+    """Join the other processes of the launcher (deepspeed, torchrun, SLURM); alone if there is no launcher.
 
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # DeepSpeed 0.19 calls them so at every step of stage 3, and torch 2.14 complains each time.
-    renamed = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
-    warnings.filterwarnings("ignore", renamed, FutureWarning)
+    DeepSpeed finds torch.distributed started, and what only measures needs no DeepSpeed. Raises ValueError for a
+    MASTER_PORT that cannot be used, RunError where the others cannot be joined.
+    """
+    if is_distributed():
+        return
     if "RANK" not in os.environ:
-        os.environ.update(_slurm_task() or _alone())
+        os.environ.update(_slurm_task() or ALONE)
     if on_gpu():
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())  # SLURM may show each task its own GPU only
-    if int(os.environ["WORLD_SIZE"]) == 1:
-        return _join(deepspeed)
-    waiting = threading.Timer(WAIT_SECONDS, _say, [f"still waits for the others {_through()} after {WAIT_SECONDS} s"])
-    waiting.daemon = True
-    waiting.start()
+    backend = "nccl" if on_gpu() else "gloo"
+    timeout = timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", MINUTES)))
+    if int(os.environ["WORLD_SIZE"]) == 1:  # needs no port, which another run may hold
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    joined = threading.Event()
+    threading.Thread(target=_say_while_waiting, args=[joined], daemon=True).start()
     try:
-        _join(deepspeed)
-    except RuntimeError as error:
+        dist.init_process_group(backend, timeout=timeout, device_id=device() if on_gpu() else None)
+    except (RuntimeError, ValueError) as error:  # torch has its own wording for each
         cause = str(error).strip().splitlines()[0][:300]
+        port = os.environ.get("MASTER_PORT")
+        require("EADDRINUSE" not in str(error), "MASTER_PORT", port, PORT_REMEDY)
         raise RunError(f"this process cannot join the others {_through()} ({cause}): {NETWORK_REMEDY}") from error
     finally:
-        waiting.cancel()
-
-
-def _join(deepspeed) -> None:
-    # While one process indexes a large source at its first use, or searches, the others wait in a collective, and
-    # DeepSpeed's ten minutes are too few for that.
-    timeout = timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", 240)))
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
+        joined.set()
 
 
 def _through() -> str:
     return f"through {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
 
 
-def _say(trouble: str) -> None:
-    print(f"process {os.environ['RANK']} {trouble}: {NETWORK_REMEDY}", file=sys.stderr, flush=True)
+def _say_while_waiting(joined: threading.Event) -> None:
+    world, waited = os.environ["WORLD_SIZE"], 0
+    here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")  # torchrun's and DeepSpeed's word
+    means = "those of this host are still starting, which takes minutes on a busy machine"
+    if here != world:
+        means = f"they have not started yet, or cannot be reached; {NETWORK_REMEDY}"
+    while not joined.wait(WAIT_SECONDS):
+        waited += WAIT_SECONDS
+        told = f"process {os.environ['RANK']} still waits for the others of {world} {_through()} after {waited} s"
+        print(f"{told}: {means}", file=sys.stderr, flush=True)
 
 
 def _slurm_task() -> dict[str, str]:
@@ -80,12 +86,8 @@ def _slurm_task() -> dict[str, str]:
     return {ours: os.environ[theirs] for ours, theirs in names.items() if theirs in os.environ}
 
 
-def _alone() -> dict[str, str]:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return {name: str(value) for name, value in alone.items()}
+# What a launcher would say.
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
 def on_gpu() -> bool:

@@ -16,7 +16,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from modstruct.files import atomic_write
+from modstruct.files import atomic_write, require_writable
 from modstruct.reporting.comparison import ALPHA, Cell, Row, Section, compare
 from modstruct.reporting.examples import galleries
 from modstruct.reporting.line_chart import STYLES, mark
@@ -50,6 +50,7 @@ def write_report(folders: Sequence[str | Path], out: str | Path) -> ReportFiles:
     """
     out = Path(out).expanduser()
     stem = out.with_suffix("") if out.suffix == ".html" else out
+    require_writable("--out", stem.parent)
     runs = load_evaluations([Path(folder).expanduser() for folder in folders])
     sections = compare(runs)
     contents = {

@@ -29,7 +29,6 @@ class Nlvr2(Task[PairClassifier, Nlvr2Statement]):
     """
 
     files = ("images", "statements")
-    images_of_entry = 2
 
     def read(self, files: TaskFiles, option: str, split: str) -> TaskEntries[Nlvr2Statement]:
         leave_out = self.recipe.data.leave_out_missing

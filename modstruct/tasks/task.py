@@ -17,7 +17,6 @@ from modstruct.config import FinetuneRecipe, TaskFiles
 from modstruct.data.downstream.batches import EntryBatch, Seed, entry_batches
 from modstruct.data.downstream.published_files import Entry, TaskEntries
 from modstruct.data.faults import BadSampleCounter
-from modstruct.data.shards.workers import require_shared_memory
 from modstruct.data.synthetic.task_files import SceneTaskPaths
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.data.transforms.augment import Views
@@ -36,7 +35,6 @@ class Task(ABC, Generic[Model, Entry]):
 
     files: tuple[str, str]
     """Fields of TaskFiles that a split needs: the images', and the entries'."""
-    images_of_entry: int = 1
 
     def __init__(self, recipe: FinetuneRecipe, tokenizer: Tokenizer):
         self.recipe, self.tokenizer = recipe, tokenizer
@@ -112,11 +110,6 @@ class Task(ABC, Generic[Model, Entry]):
         """The images and the entries' file of a split; `entries` has checked that they are given."""
         images, entries = (getattr(files, name) for name in self.files)
         return images, entries
-
-    def check_shared_memory(self) -> None:
-        """Refuse batches, of training or evaluation, that loader processes could not hand over."""
-        rows = max(self.recipe.train.global_batch // distributed.world_size(), self.recipe.evaluation.batch)
-        require_shared_memory(rows * self.images_of_entry * 3 * self.views.image_size**2, self.recipe.data.workers)
 
     def identity(self) -> dict[str, str]:
         """What else must be equal on all hosts, by the field that it comes from."""

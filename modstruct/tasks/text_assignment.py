@@ -57,7 +57,6 @@ class TextAssignment(Task[PairClassifier, SplitImage]):
     """predictions.json: [{"image_id": …, "assignment": "first" | "second" | "neither" | null}, …]."""
 
     files = ("images", "captions")
-    images_of_entry = 2
 
     def __init__(self, recipe: FinetuneRecipe, tokenizer: Tokenizer):
         super().__init__(recipe, tokenizer)

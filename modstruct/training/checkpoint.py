@@ -13,6 +13,7 @@ from modstruct.config import FinetuneRecipe, Recipe
 from modstruct.config.recipe_files import recipe_to_dict
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.errors import RunError
+from modstruct.files import disk_error
 from modstruct.training.deepspeed_adapter import MOMENTS, Engine
 
 
@@ -35,7 +36,8 @@ def save(engine: Engine, state: TrainState, recipe: Recipe | FinetuneRecipe, tok
             checkpoints.write(target, checkpoint, tokenizer)
             checkpoints.remove_old(recipe.output, recipe.checkpoints.keep_last, state.step)
         except Exception as e:  # whatever it is, the other processes wait below
-            error = f"checkpoint {target} was not written: {e}. Free space or choose another --output"
+            told = disk_error(e, target) if isinstance(e, OSError) else e
+            error = f"checkpoint {target} was not written: {told}. Free space or choose another --output"
     error = distributed.broadcast_object(error)
     if error:
         raise RunError(str(error)) if distributed.is_main() else distributed.FailedElsewhere(str(error))

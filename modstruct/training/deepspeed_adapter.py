@@ -9,8 +9,15 @@ DeepSpeed keeps float32 master weights and moments in a different place at each 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import io
+import logging
+import os
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from functools import wraps
 from typing import Any
 
 import torch
@@ -18,17 +25,73 @@ from torch import Tensor, nn
 
 from modstruct import distributed
 from modstruct.embeddings import Outputs
+from modstruct.errors import refuse
+from modstruct.files import disk_error
 from modstruct.models.protocol import Batch, TrainableModel
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+SECONDS_OF_A_LOAD = 2
+"""In which an operator is loaded that was compiled before."""
+SECONDS_BETWEEN_LINES = 30
+log = logging.getLogger("modstruct")
 
 
 def start_engine(model: TrainableModel, optimizer: torch.optim.Optimizer, ds_config: dict) -> Engine:
-    """The model in DeepSpeed's hands. ds_config: resolved (ds_config.py)."""
-    import deepspeed
+    """The model in DeepSpeed's hands. ds_config: resolved (ds_config.py). What DeepSpeed says goes into the log."""
+    if not distributed.on_gpu():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it had to guess
+    # DeepSpeed 0.19 calls them so at every step of stage 3, and torch 2.14 complains each time.
+    renamed = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
+    warnings.filterwarnings("ignore", renamed, FutureWarning)
+    with redirect_stdout(_IntoTheLog()):  # its logger keeps what it finds here
+        import deepspeed
+        from deepspeed.ops.op_builder.builder import OpBuilder
 
-    deepspeed_engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+        # Its shared-memory all-reduce serves inference alone, takes a compiler half a minute or more, and leaves 66 MiB
+        # a process in /dev/shm, of which a container often has 64. DeepSpeed looks here which operators it may build.
+        deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
+        if not hasattr(OpBuilder.jit_load, "__wrapped__"):
+            OpBuilder.jit_load = _announced(OpBuilder.jit_load)
+        deepspeed_engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     return Engine(deepspeed_engine, model)
+
+
+class _IntoTheLog(io.TextIOBase):
+    """A screen whose lines are the log's."""
+
+    def write(self, text: str) -> int:
+        for line in text.splitlines():
+            if line.strip():
+                log.debug("DeepSpeed: %s", line)
+        return len(text)
+
+
+def _announced(compile_operator: Callable) -> Callable:
+    """DeepSpeed's compiling of an operator, which its JSON may ask for, with a line at once and each half minute."""
+
+    @wraps(compile_operator)
+    def announced(builder: Any, verbose: bool = False) -> Any:
+        ended = threading.Event()
+        threading.Thread(target=_say_what_is_compiled, args=[builder.name, ended], daemon=True).start()
+        try:
+            return compile_operator(builder, verbose=False)
+        except OSError as error:
+            remedy = f"{disk_error(error)}; name a folder that you may write to, for what DeepSpeed compiles"
+            refuse("TORCH_EXTENSIONS_DIR", os.environ.get("TORCH_EXTENSIONS_DIR"), remedy)
+        finally:
+            ended.set()
+
+    return announced
+
+
+def _say_what_is_compiled(operator: str, ended: threading.Event) -> None:
+    began = time.monotonic()
+    wait = SECONDS_OF_A_LOAD
+    while not ended.wait(wait):
+        if distributed.local_rank() == 0:
+            seconds = time.monotonic() - began
+            log.info("DeepSpeed compiles its operator %s, once on a machine: %.0f s so far", operator, seconds)
+        wait = SECONDS_BETWEEN_LINES
 
 
 def local_part(parameter: nn.Parameter) -> Tensor:

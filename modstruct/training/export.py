@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
-from modstruct.checkpoints import replace_folder
+from modstruct.checkpoints import replace_folder, save_tensors
 from modstruct.config import FinetuneRecipe, Recipe
 from modstruct.config.recipe_files import recipe_to_dict
 from modstruct.data.tokenizers import Tokenizer
+from modstruct.files import naming
 from modstruct.models.build import log_scale_range
 from modstruct.models.fusion.initial_weights import EXPORTED, EXPORTED_CONFIG
 from modstruct.models.towers import image_size, open_clip_config, text_sizes
@@ -53,12 +53,13 @@ def replaced(folder: Path) -> Iterator[Path]:
     aside = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    yield aside
+    with naming(aside):
+        yield aside
     replace_folder(aside, folder)
 
 
 def _export_as_ours(folder: Path, weights: dict[str, Tensor], recipe: Recipe | FinetuneRecipe) -> None:
-    save_file({name: value.contiguous() for name, value in weights.items()}, folder / EXPORTED)
+    save_tensors({name: value.contiguous() for name, value in weights.items()}, folder / EXPORTED)
     (folder / EXPORTED_CONFIG).write_text(json.dumps({"recipe": recipe_to_dict(recipe)}, indent=1))
 
 
@@ -83,9 +84,9 @@ def _export_to_open_clip(
     if "logit_bias" in shared:
         # open_clip has the parameter where this is given.
         config["model_cfg"]["init_logit_bias"] = shared["logit_bias"].item()
-    save_file(shared, folder / "open_clip_model.safetensors")
+    save_tensors(shared, folder / "open_clip_model.safetensors")
     if own:
-        save_file(own, folder / "independent_heads.safetensors")
+        save_tensors(own, folder / "independent_heads.safetensors")
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1))
 
 

@@ -18,9 +18,9 @@ from modstruct.data.downstream.published_files import TaskEntries
 from modstruct.data.shards.workers import WorkerLoader
 from modstruct.data.synthetic.task_files import ensure_scene_tasks
 from modstruct.distributed.collect import on_main
-from modstruct.distributed.hosts import on_all, require_same
+from modstruct.distributed.hosts import require_same
 from modstruct.evaluation.tables import flatten, task_table
-from modstruct.files import atomic_write
+from modstruct.files import atomic_write, refusing
 from modstruct.models.fusion.backbone import without_files
 from modstruct.models.fusion.ema import EmaModel
 from modstruct.models.fusion.initial_weights import find_initial, start_from
@@ -51,13 +51,13 @@ class Finetuning(Trainer[FinetuneRecipe]):
 
     def build(self) -> Finetuning:
         recipe, start = self.recipe, self.find_start()
-        initial = find_initial(recipe.init, recipe.tokenizer, recipe.data.cache, start.tokenizer)
+        with refusing("data.cache", recipe.data.cache):
+            initial = find_initial(recipe.init, recipe.tokenizer, recipe.data.cache, start.tokenizer)
         self.tokenizer = initial.tokenizer
         # Weights of a checkpoint or of --init follow: the encoders' own are not read, and need not be there any more.
         follow = start.saved is not None or initial.weights is not None
         described = replace(recipe, fusion=without_files(recipe.fusion)) if follow else recipe
         self.task = build_task(described, initial.tokenizer)
-        on_all(self.task.check_shared_memory)
         self.splits = read_splits(recipe, self.task)
         self.has_validation = "validation" in self.splits
         train = self.splits["train"]
@@ -88,11 +88,8 @@ class Finetuning(Trainer[FinetuneRecipe]):
         self.engine.eval()
         metrics, _ = self.task.measure(self.model, self.splits["validation"].entries)
         self.engine.train()
-        self._log("validation", metrics)
+        self.telemetry.measured("validation", flatten(metrics), self.state.step)
         return self.task.score(metrics)
-
-    def _log(self, split: str, metrics: dict) -> None:
-        self.telemetry.scalars({f"{split}/{key}": value for key, value in flatten(metrics).items()}, self.state.step)
 
     def finish(self) -> dict:
         """Export the best weights by validation, measure the test split with them, and print where everything lies."""
@@ -103,7 +100,7 @@ class Finetuning(Trainer[FinetuneRecipe]):
         metrics: dict = {}
         if "test" in self.splits:
             metrics, predictions = measure_checkpoint(self.task, best, self.splits["test"])
-            self._log("test", metrics)
+            self.telemetry.measured("test", flatten(metrics), self.state.step)
             write_predictions(predictions, self.output / "predictions.json")
         self.conclude(best, metrics, partial(task_table, self.recipe.task.name))
         return metrics
@@ -114,9 +111,10 @@ def read_splits(recipe: FinetuneRecipe, task: Task, wanted: Sequence[str] = SPLI
 
     def read() -> dict[str, TaskEntries]:
         paths = None
-        if recipe.data.source == "scenes":
-            paths = ensure_scene_tasks(recipe.data.scenes, recipe.data.cache, recipe.fusion.vision.image_size)
-        found = {split: task.entries(split, paths) for split in wanted}
+        with refusing("data.cache", recipe.data.cache):
+            if recipe.data.source == "scenes":
+                paths = ensure_scene_tasks(recipe.data.scenes, recipe.data.cache, recipe.fusion.vision.image_size)
+            found = {split: task.entries(split, paths) for split in wanted}
         return {split: entries for split, entries in found.items() if entries is not None}
 
     splits = distributed.main_first(read)

@@ -7,7 +7,10 @@ said once. The next checkpoint, which needs room too, ends the run with a clear 
 from __future__ import annotations
 
 import logging
+import platform
 import resource
+import shlex
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -17,7 +20,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from modstruct import distributed
+from modstruct import __version__, distributed
+from modstruct.files import disk_error
 from modstruct.training.step import StepReport
 from modstruct.training.timing import StepClock
 
@@ -25,7 +29,10 @@ log = logging.getLogger("modstruct")
 
 
 def start_logging(output: Path) -> None:
-    """Messages to the screen, above the progress bar, and to OUTPUT/log.txt; of other processes only warnings."""
+    """Messages to the screen, above the progress bar, and to OUTPUT/log.txt; of other processes only warnings.
+
+    What libraries say goes into the log alone, their errors to the screen too. A resumed run adds to its log.
+    """
     log.setLevel(logging.DEBUG)
     log.propagate = False
     handler = _AboveTheBar()
@@ -33,11 +40,37 @@ def start_logging(output: Path) -> None:
     handler.setFormatter(logging.Formatter(f"{rank}%(message)s"))
     handler.setLevel(logging.INFO if distributed.is_main() else logging.WARNING)
     log.handlers = [handler]
+    libraries = _AboveTheBar(logging.ERROR)
+    libraries.setFormatter(logging.Formatter(f"{rank}%(name)s: %(message)s"))
+    logging.root.handlers = [libraries]
+    logging.captureWarnings(True)
     if distributed.is_main():
         output.mkdir(parents=True, exist_ok=True)
         to_file = LogFile(output / "log.txt")
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(to_file)
+        logging.root.addHandler(to_file)
+    quiet_libraries()
+    log.debug(
+        "Started: %s (modstruct %s, torch %s, Python %s, process 0 of %d on %s)",
+        shlex.join(sys.argv),
+        __version__,
+        torch.__version__,
+        platform.python_version(),
+        distributed.world_size(),
+        platform.node(),
+    )
+
+
+def quiet_libraries() -> None:
+    """Send to the log what the libraries imported so far would write on the screen."""
+    for name, library in list(logging.root.manager.loggerDict.items()):
+        if isinstance(library, logging.Logger) and library.handlers and library is not log:
+            ours = name.partition(".")[0] == log.name
+            screens = [h for h in library.handlers if getattr(h, "stream", None) in (sys.stdout, sys.stderr)]
+            for screen in () if ours else screens:
+                library.removeHandler(screen)
+                library.propagate = True
 
 
 class _AboveTheBar(logging.Handler):
@@ -98,10 +131,18 @@ class Telemetry:
         if distributed.on_gpu():
             scalars["memory/gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self.scalars(scalars | extra, step)
+        shown = {"loss": loss} | {name: value.item() for name, value in report.terms.items()}
+        told = ", ".join(f"{name} {value:.4f}" for name, value in shown.items())
+        log.debug("step %d of %d: %s; rate %.3g, %.0f samples/s", step, self.steps, told, learning_rate, rate)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         if self.curves is not None:
             self.curves.scalars(values, step)
+
+    def measured(self, name: str, metrics: dict[str, float], step: int) -> None:
+        """Metrics of a split: curves, and a line of the log."""
+        self.scalars({f"{name}/{key}": value for key, value in metrics.items()}, step)
+        log.debug("%s after step %d: %s", name, step, ", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
 
     def image(self, name: str, image: Tensor, step: int) -> None:
         """image: uint8 (3, H, W)."""
@@ -135,7 +176,11 @@ class Curves:
         from torch.utils.tensorboard import SummaryWriter
 
         self.folder = folder
-        self.writer: SummaryWriter | None = SummaryWriter(str(folder), purge_step=purge_step)
+        self.writer: SummaryWriter | None = None
+        try:
+            self.writer = SummaryWriter(str(folder), purge_step=purge_step)
+        except OSError as error:
+            self._give_up(error)
         _leave_the_word_to_us()
 
     def scalars(self, values: dict[str, float], step: int) -> None:
@@ -158,8 +203,11 @@ class Curves:
         try:
             action(self.writer)
         except OSError as error:
-            self.writer = None
-            log.warning("%s cannot be written (%s): the run continues without curves", self.folder, error)
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        self.writer = None
+        log.warning("%s cannot be written (%s): the run continues without curves", self.folder, disk_error(error))
 
 
 def _leave_the_word_to_us() -> None:

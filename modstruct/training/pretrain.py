@@ -14,6 +14,7 @@ from modstruct.data.shards.evaluation_samples import EvaluationSamples
 from modstruct.data.shards.loader import BatchContents, BatchPlan, train_loader, train_order
 from modstruct.data.shards.samples import Samples
 from modstruct.data.shards.workers import WorkerLoader
+from modstruct.distributed.collect import on_main
 from modstruct.evaluation.evaluate import evaluate
 from modstruct.evaluation.examples import retrieved_examples
 from modstruct.evaluation.structure.basic import structure
@@ -95,16 +96,15 @@ class Pretraining(Trainer[Recipe]):
             self.engine.model,
         )
         self.engine.train()
-        self.telemetry.scalars({f"{name}/{key}": value for key, value in flatten(metrics).items()}, self.state.step)
+        self.telemetry.measured(name, flatten(metrics), self.state.step)
         return metrics
 
     def finish(self) -> dict:
         """Export the last weights, measure data.eval with them, and print where everything lies."""
         self.telemetry.bar.close()
-        last = self.last_checkpoint()
-        if distributed.is_main():
-            names, weights = self.engine.model.to_open_clip, checkpoints.read_weights(last)
-            export(self.output / "export", weights, names, self.recipe, self.tokenizer)
+        last, names = self.last_checkpoint(), self.engine.model.to_open_clip
+        folder = self.output / "export"
+        on_main(lambda: export(folder, checkpoints.read_weights(last), names, self.recipe, self.tokenizer))
         metrics = self.measure(self.data.eval, "eval") if self.data.eval else {}
         self.conclude(last, metrics, table)
         return metrics

@@ -26,6 +26,7 @@ from modstruct.data.shards.loader import steps_of
 from modstruct.data.shards.workers import WorkerLoader
 from modstruct.data.tokenizers import Tokenizer, load_tokenizer
 from modstruct.distributed import hosts
+from modstruct.distributed.collect import on_main
 from modstruct.distributed.heartbeat import Heartbeat
 from modstruct.errors import RunError, refuse, require
 from modstruct.evaluation.tables import save_metrics
@@ -127,6 +128,7 @@ class Trainer(ABC, Generic[RecipeT]):
         Raises ValueError naming the field for what cannot work, before the first step.
         """
         distributed.start_processes()
+        hosts.require_shared_folder(self.output, "output")
         start_logging(self.output)
         self.build()
         profiling = profiled(self.output / "profile", profile_steps, self.state.step, self.steps)
@@ -198,7 +200,6 @@ class Trainer(ABC, Generic[RecipeT]):
     def _starting_point(self) -> Path | None:
         """The checkpoint to resume from; None for a fresh run."""
         output, resume = self.recipe.output, self.resume
-        hosts.require_shared_folder(output, "output")
         if resume is None:
             require(
                 not checkpoints.list_checkpoints(output),
@@ -257,19 +258,22 @@ class Trainer(ABC, Generic[RecipeT]):
     def conclude(self, checkpoint: Path, metrics: dict, table: Callable[[dict], str]) -> None:
         """Save the metrics, print them, and say where everything lies."""
         self.telemetry.close()
-        if distributed.is_main():
+        places = {
+            "checkpoint": checkpoint,
+            "exported weights": self.output / "export",
+            "TensorBoard": self.telemetry.folder,
+            "metrics": self.output / "metrics.json",
+            "predictions": self.output / "predictions.json",
+        }
+
+        def tell() -> None:
             if metrics:
-                save_metrics(metrics, self.output / "metrics.json")
+                save_metrics(metrics, places["metrics"])
                 print(f"\n{table(metrics)}\n")
-            places = {
-                "checkpoint": checkpoint,
-                "exported weights": self.output / "export",
-                "TensorBoard": self.telemetry.folder,
-                "metrics": self.output / "metrics.json",
-                "predictions": self.output / "predictions.json",
-            }
+                log.debug("measured after step %d:\n%s", self.state.step, table(metrics))
             print("\n".join(f"{name + ':':<18}{place}" for name, place in places.items() if place.exists()))
-        distributed.barrier()
+
+        on_main(tell)
 
 
 def build_engine(model: TrainableModel, recipe: Recipe | FinetuneRecipe, ds_config: dict) -> Engine:
@@ -279,6 +283,7 @@ def build_engine(model: TrainableModel, recipe: Recipe | FinetuneRecipe, ds_conf
     if recipe.train.activation_checkpointing:
         recompute_activations(model)
     if recipe.train.compile:
+        log.info("train.compile: PyTorch compiles the towers in the first steps, which takes minutes")
         compile_trunks(model, ds_config.get("zero_optimization", {}).get("stage", 0))
     return start_engine(model, build_optimizer(model, recipe.optimizer), ds_config)
 

@@ -53,7 +53,7 @@ def test_a_folder_that_is_not_shared_or_not_writable_is_refused_on_every_process
     for rank, (shared, split, below) in enumerate(run_on_processes(folders_that_differ, 2, str(tmp_path))):
         assert shared == ""
         assert re.match(rf"output = '.*/{rank}': process 1 \(.+\) cannot see what process 0 \(.+\) writes", split)
-        assert "cannot be written (Not a directory)" in below
+        assert "cannot be written: Not a directory: " in below
     assert [path.name for path in tmp_path.rglob(".shared-*")] == []
 
 

@@ -1,10 +1,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -107,21 +105,3 @@ def test_a_training_split_without_files_is_refused_by_name(root):
     task.recipe.data.train.statements = None
     with pytest.raises(ValueError, match=r"data\.train\.statements = None: nlvr2 needs it"):
         task.entries("train", None)
-
-
-def test_batches_that_do_not_fit_the_shared_memory_are_refused(root, monkeypatch):
-    """Twelve rows of two images in training: one being made, two ready, one in use."""
-    task = tiny_task(root, "nlvr2")
-    task.recipe.data.workers = 1
-    needed = 12 * 2 * 3 * SIZE**2 * 4
-
-    def free(count: int) -> None:
-        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=count))
-
-    free(needed)
-    task.check_shared_memory()
-    free(needed - 1)
-    with pytest.raises(ValueError, match=r"data\.workers = 1"):
-        task.check_shared_memory()
-    task.recipe.data.workers = 0
-    task.check_shared_memory()

@@ -17,7 +17,7 @@ from modstruct.data.faults import BadSample
 from modstruct.data.shards.reader import ShardReader
 from modstruct.data.shards.samples import Samples, open_samples
 from modstruct.data.shards.sources import is_pipe
-from modstruct.data.shards.workers import WorkerLoader, require_shared_memory
+from modstruct.data.shards.workers import WorkerLoader
 from modstruct.data.transforms.augment import sample_seed
 from modstruct.data.transforms.decoding import decode_image
 
@@ -67,8 +67,6 @@ class EvaluationViews(Protocol):
 
     image_size: int
     """Side in pixels."""
-    value_bytes: int
-    """Memory of one colour of one pixel."""
 
     def evaluation_image(self, image: Image.Image) -> Tensor:
         """(3, image_size, image_size)."""
@@ -146,14 +144,11 @@ def evaluation_loader(
 
     indices: numbers of the samples, such as one process's share;
     None for all. augmented_seed: makes an augmented view of each image too, drawn from this seed and its
-    number. workers: loader processes; None for the samples' data.workers. Raises ValueError if the batches do not fit
-    the shared memory.
+    number. workers: loader processes; None for the samples' data.workers.
     """
     indices = range(len(samples)) if indices is None else indices
     chunks = [indices[first : first + batch] for first in range(0, len(indices), batch)]
     workers = min(samples.config.workers if workers is None else workers, len(chunks))
-    values = min(batch, len(indices)) * 3 * views.image_size**2 * (1 if augmented_seed is None else 2)
-    require_shared_memory(values * views.value_bytes, workers)
     dataset = _EvaluationBatches(samples, views, augmented_seed)
     return WorkerLoader(dataset, chunks, workers, pin_memory=False)
 

@@ -19,7 +19,7 @@ from modstruct.data.shards.order import SampleOrder
 from modstruct.data.shards.reader import RawSample, ShardReader
 from modstruct.data.shards.samples import Samples
 from modstruct.data.shards.sources import is_pipe
-from modstruct.data.shards.workers import OutgoingRows, WorkerLoader, require_shared_memory
+from modstruct.data.shards.workers import OutgoingRows, WorkerLoader
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.data.transforms.augment import Views, sample_seed
 from modstruct.data.transforms.decoding import decode_image
@@ -238,8 +238,7 @@ def train_loader(
     """Loader of the plan's TrainBatches; any start is as quick as the first. `steps_of` groups the parts of a step.
 
     process, processes: rank of this process and their number, by default those of torch.distributed. Raises ValueError
-    if global_batch is no multiple of the number of processes, if pipes do not fit their cache, or if batches do not fit
-    the shared memory.
+    if global_batch is no multiple of the number of processes, or if pipes do not fit their cache.
     """
     _require_pipe_room(samples, config)
     dataset = LocalBatches(
@@ -251,8 +250,6 @@ def train_loader(
         process=distributed.rank() if process is None else process,
         processes=distributed.world_size() if processes is None else processes,
     )
-    image_bytes = 3 * contents.views.image_size**2 * len(dataset.image_views)
-    require_shared_memory(dataset.part_rows * image_bytes, config.workers)
     items = range(plan.start_step * dataset.parts, plan.stop_step * dataset.parts)
     return WorkerLoader(dataset, items, config.workers, pin_memory=distributed.on_gpu(), parts=dataset.parts)
 

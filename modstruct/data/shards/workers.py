@@ -6,23 +6,25 @@ import atexit
 import logging
 import multiprocessing
 import os
-import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from multiprocessing import resource_tracker
+from multiprocessing import resource_tracker, util
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import ForkingPickler
+from multiprocessing.synchronize import SemLock
 from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import reduce_storage
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from modstruct.errors import RunError, refuse
+from modstruct.errors import RunError
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +33,6 @@ log = logging.getLogger(__name__)
 OUTLIVED_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 BATCHES_AHEAD = 2  # prefetched by each loader process
 LOSSES_IN_A_ROW = 3  # of loader processes without a batch in between, that a run tolerates
-SHARED_MEMORY = "/dev/shm"
-
 
 Batch = TypeVar("Batch")
 
@@ -89,12 +89,13 @@ class WorkerLoader(DataLoader[Batch]):
             batches = self._from_processes()
 
     def _from_processes(self) -> Iterator:
-        before = set(multiprocessing.active_children())
+        before, named_before = set(multiprocessing.active_children()), _named_semaphores()
         with _inherited_block():
             batches = super().__iter__()
+        named = _named_semaphores() - named_before
         end = partial(_end, [child for child in multiprocessing.active_children() if child not in before])
         atexit.register(end)  # for an iteration that an error interrupts
-        return _until_the_end(batches, end)
+        return _until_the_end(_unnamed_after(batches, self.num_workers, named), end)
 
 
 def _is_a_loss(error: Exception) -> bool:
@@ -126,6 +127,22 @@ def _until_the_end(batches: Iterator, end: Callable[[], None]) -> Iterator:
         atexit.unregister(end)
 
 
+def _named_semaphores() -> set[util.Finalize]:
+    """What removes the names of this process's semaphores from /dev/shm at its end, one each."""
+    finalizers = list(util._finalizer_registry.values())  # type: ignore[attr-defined]
+    return {f for f in finalizers if f._callback is SemLock._cleanup}  # type: ignore[attr-defined]
+
+
+def _unnamed_after(batches: Iterator, workers: int, named: set[util.Finalize]) -> Iterator:
+    """The batches; once each loader process has brought one, it has opened its semaphores, whose names can go: those
+    that are there when everything is killed stay in /dev/shm."""
+    for number, batch in enumerate(batches, 1):
+        if number == workers:
+            for remove in named:
+                remove()
+        yield batch
+
+
 def _end(workers: list[BaseProcess]) -> None:
     """End the running loader processes.
 
@@ -137,32 +154,10 @@ def _end(workers: list[BaseProcess]) -> None:
             worker.kill()
 
 
-def require_shared_memory(batch_bytes: int, workers: int) -> None:
-    """Refuse a loader whose batches do not fit the shared memory that carries them (containers often have 64 MiB).
-
-    batch_bytes, workers: of this process. All processes of the host share that memory and need as much each; the
-    launcher gives their number: torchrun in LOCAL_WORLD_SIZE, DeepSpeed in LOCAL_SIZE.
-    """
-    if workers == 0 or not os.path.isdir(SHARED_MEMORY):
-        return
-    # Batches in progress, those ready, and the one that the training process holds.
-    of_each = batch_bytes * (workers * (BATCHES_AHEAD + 1) + 1)
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-    needed, free = of_each * processes, shutil.disk_usage(SHARED_MEMORY).free
-    if needed > free:
-        refuse(
-            "data.workers",
-            workers,
-            f"prefetched batches of {processes} process{'es' if processes > 1 else ''} need {needed / 2**20:.0f} MiB "
-            f"of {SHARED_MEMORY}, {free / 2**20:.0f} MiB are free; "
-            "give fewer workers or 0, a smaller train.global_batch, or enlarge it (docker run --shm-size)",
-        )
-
-
 class OutgoingRows:
     """Buffer that the rows of a batch are written to and that becomes a tensor.
 
-    In a loader process the tensor is a copy in shared memory, so the next batch reuses the buffer. Left to torch, which
+    In a loader process the tensor is a copy in a memory file, so the next batch reuses the buffer. Left to torch, which
     shares a tensor when it is sent, every batch would cost a page fault for each 4 KiB of either memory.
     """
 
@@ -182,12 +177,30 @@ class OutgoingRows:
         """The filled rows; do not write to them again before the next `empty`."""
         if get_worker_info() is None:
             return torch.from_numpy(rows)
-        storage = torch.UntypedStorage._new_shared(rows.nbytes)
-        file, content = storage._share_fd_cpu_()[0], rows.reshape(-1).data  # the file stays the storage's
-        written = 0
+        storage = _memory_file(rows.reshape(-1).data)
+        return torch.empty(0, dtype=torch.uint8).set_(storage).view(rows.shape)
+
+
+def _memory_file(content: memoryview) -> torch.UntypedStorage:
+    """A copy that other processes can map.
+
+    Its file has no name: /dev/shm, of which a container often has 64 MiB, does not limit it, and whatever end the
+    processes meet, nothing is left there.
+    """
+    file, written = os.memfd_create("modstruct-batch"), 0
+    try:
         while written < len(content):  # one call writes 2 GiB at most
             written += os.pwrite(file, content[written:], written)
-        return torch.empty(0, dtype=torch.uint8).set_(storage).view(rows.shape)
+        return torch.UntypedStorage._new_shared_fd_cpu(file, len(content))  # type: ignore[attr-defined]
+    finally:
+        os.close(file)  # the storage has one of its own
+
+
+def _share_storage(storage: torch.UntypedStorage) -> tuple:
+    """How a loader process hands a tensor's memory over: torch's way, but never through a file in /dev/shm."""
+    if storage.nbytes() and not storage.is_shared():
+        storage = _memory_file(torch.empty(0, dtype=torch.uint8).set_(storage).numpy().data)
+    return reduce_storage(storage)
 
 
 def _context() -> BaseContext:
@@ -205,6 +218,7 @@ def _unchanged(batch: object) -> object:
 
 
 def _start_worker(_: int) -> None:
+    ForkingPickler.register(torch.UntypedStorage, _share_storage)
     for number in OUTLIVED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, OUTLIVED_SIGNALS)

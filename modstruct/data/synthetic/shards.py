@@ -27,7 +27,7 @@ from modstruct.data.synthetic.drawing import draw
 from modstruct.data.synthetic.factors import COLOURS, SHAPES, Scene
 from modstruct.data.synthetic.splits import SPLITS, scenes
 from modstruct.errors import refuse, require
-from modstruct.files import locked, sync_folder
+from modstruct.files import disk_error, locked, naming, sync_folder
 
 # Part of the folder's name: raise it when the same configuration would give other images, captions or factors.
 GENERATOR_VERSION = 3
@@ -179,8 +179,8 @@ def ensure_folder(folder: Path, write: Callable[[Path], None], what: str) -> Non
             if not folder.is_dir():
                 _write_folder(folder, write, what)
     except OSError as error:
-        remedy = f"{what} cannot be written there ({error}); make room, or name a folder you may write to"
-        refuse("data.cache", str(folder.parent), remedy)
+        told = f"{what} cannot be written there ({disk_error(error, folder)})"
+        refuse("data.cache", str(folder.parent), f"{told}; make room, or name a folder you may write to")
 
 
 def _write_folder(folder: Path, write: Callable[[Path], None], what: str) -> None:
@@ -191,7 +191,8 @@ def _write_folder(folder: Path, write: Callable[[Path], None], what: str) -> Non
     part.mkdir()
     print(f"Built-in data: drawing {what} once, into {folder}", file=sys.stderr, flush=True)
     try:
-        write(part)
+        with naming(part):
+            write(part)
         sync_folder(part)
         try:
             os.rename(part, folder)

@@ -39,9 +39,6 @@ class ImageViews:
     into: an array of that shape to write the view to, such as a row of a batch.
     """
 
-    value_bytes = 1
-    """Bytes of one value of a view."""
-
     def __init__(self, config: ViewsConfig, image_size: int):
         """image_size: side of the square view, in pixels."""
         require(image_size >= 1, "model.vision.image_size", image_size, "at least 1 pixel")

@@ -30,8 +30,6 @@ class OpenClipViews:
     """open_clip's preprocessing. Augmented views: a random crop, a flip and AutoAugment as our recipes make them by
     default, at the model's size, and then its preprocessing."""
 
-    value_bytes = 4
-
     def __init__(self, preprocess: Callable[[Image.Image], Tensor], image_size: int):
         self._preprocess = preprocess
         self.image_size = image_size

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from modstruct.data.shards.workers import WorkerLoader, require_shared_memory
+from modstruct.data.shards.workers import WorkerLoader
 from modstruct.distributed import FailedElsewhere, fail_together, is_main, own_store, world_size
 from modstruct.errors import refuse
 from modstruct.evaluation.embeddings.set_files import RowStream
@@ -110,10 +110,6 @@ def _plain(value: object) -> object:
     raise TypeError(f"metadata hold {value!r}, which JSON has no kind for")
 
 
-LONGEST_IDS_BYTES = 8 * 1024
-"""Memory that a text's ids take at most in any model that there is, for the check of the shared memory."""
-
-
 def read_texts(path: Path) -> Iterator[str]:
     """The texts of a file of one JSON text a line, one after the other."""
     with open(path, "rb") as file:
@@ -165,7 +161,6 @@ def token_loader(
 ) -> WorkerLoader:
     """Loader of the ids (B, L) of each batch of consecutive places."""
     workers = min(workers, len(batches))
-    require_shared_memory(max(map(len, batches), default=0) * LONGEST_IDS_BYTES, workers)
     return WorkerLoader(_TokenBatches(texts, tokenize), batches, workers, pin_memory=False)
 
 

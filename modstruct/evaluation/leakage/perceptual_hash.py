@@ -60,7 +60,6 @@ class ThumbnailViews:
     """Views of `evaluation_loader`: each image's thumbnail."""
 
     image_size = SIDE
-    value_bytes = 1
 
     def evaluation_image(self, image: Image.Image) -> Tensor:
         """(3, SIDE, SIDE) uint8 of an image in mode RGB."""

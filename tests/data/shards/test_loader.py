@@ -34,7 +34,6 @@ from tiny_models import word_tokenizer
 from modstruct.config import Source, ViewsConfig
 from modstruct.data.faults import TooManyBadSamples
 from modstruct.data.shards import loader as loader_module
-from modstruct.data.shards import workers as workers_module
 from modstruct.data.shards.loader import EXTRA_FIELDS, BatchContents, BatchPlan, TrainBatch, train_loader, train_order
 from modstruct.data.shards.samples import open_samples
 from modstruct.data.transforms.augment import Views
@@ -341,27 +340,6 @@ def test_pipes_that_would_be_fetched_again_and_again_are_refused(tmp_path):
     room.shuffle_block, room.shuffle_window = 8, 2
     numbers = sorted(number_of(i) for b in load(samples, room, stop=4) for i in b.tensors["image"])
     assert numbers == list(range(48))
-
-
-def test_batches_larger_than_the_shared_memory_are_refused(monkeypatch):
-    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(workers_module.shutil, "disk_usage", lambda _: type("", (), {"free": 64 * 2**20}))
-    workers_module.require_shared_memory(20 * 2**20, 0)
-    workers_module.require_shared_memory(9 * 2**20, 2)
-    with pytest.raises(ValueError, match=r"^data\.workers = 2: prefetched batches .*need 70 MiB .*--shm-size"):
-        workers_module.require_shared_memory(10 * 2**20, 2)
-
-
-@pytest.mark.parametrize("name", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])  # torchrun's and DeepSpeed's
-def test_the_shared_memory_must_hold_the_batches_of_all_processes_of_the_host(monkeypatch, name):
-    for other in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
-        monkeypatch.delenv(other, raising=False)
-    monkeypatch.setenv(name, "8")
-    monkeypatch.setattr(workers_module.shutil, "disk_usage", lambda _: type("", (), {"free": 64 * 2**20}))
-    workers_module.require_shared_memory(2**20, 2)
-    with pytest.raises(ValueError, match=r"^data\.workers = 2: .*of 8 processes need 112 MiB"):
-        workers_module.require_shared_memory(2 * 2**20, 2)
 
 
 def test_loading_leaves_the_random_state_alone(damaged):
