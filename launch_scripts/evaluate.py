@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-from modstruct.cli import is_first_process, say_start
+from modstruct.cli import is_first_process
 
 COMMANDS = ("full", "embed", "measure", "report", "task")
 QUICK = "quick"
@@ -20,8 +20,6 @@ def main() -> None:
             print(f"error: {words[0]!r} is no command; give {', '.join(COMMANDS)} or --checkpoint", file=sys.stderr)
         sys.exit(2)
     command = words.pop(0) if named else QUICK
-    if not {"--help", "-h", "--print_config"} & {word.partition("=")[0] for word in words}:
-        say_start(f"evaluate.py {command}" if named else "evaluate.py")
     importlib.import_module(f"modstruct.commands.{command}").main(words)
 
 

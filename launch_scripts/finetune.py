@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from modstruct.cli import FINETUNE_RECIPES, parse, recipe_parser, run, say_start
+from modstruct.cli import FINETUNE_RECIPES, parse, recipe_parser, run
 from modstruct.commands.arguments import take_initial_sizes
 from modstruct.config import FinetuneRecipe
 
@@ -27,10 +27,13 @@ def main() -> None:
         help="Trace so many steps, after a few to warm up, into OUTPUT/profile (for ui.perfetto.dev or TensorBoard).",
     )
     recipe, options = parse(parser, prepare=partial(take_initial_sizes, parser))
-    say_start(f"log: {Path(recipe.output, 'log.txt')}")
-    from modstruct.training.finetune import finetune  # after the parsing: --help needs no torch
 
-    run(lambda: finetune(recipe, options.ds_config, options.resume, options.profile))
+    def start() -> None:
+        from modstruct.training.finetune import finetune  # after the parsing: --help needs no torch
+
+        finetune(recipe, options.ds_config, options.resume, options.profile)
+
+    run(start, f"log: {Path(recipe.output, 'log.txt')}")
 
 
 if __name__ == "__main__":

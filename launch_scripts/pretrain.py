@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from modstruct.cli import parse, recipe_parser, run, say_start
+from modstruct.cli import parse, recipe_parser, run
 
 USAGE = "deepspeed [launcher options] launch_scripts/pretrain.py [--recipe NAME] [--method NAME] [--FIELD VALUE …]"
 
@@ -25,10 +25,13 @@ def main() -> None:
         help="Trace so many steps, after a few to warm up, into OUTPUT/profile (for ui.perfetto.dev or TensorBoard).",
     )
     recipe, options = parse(parser)
-    say_start(f"log: {Path(recipe.output, 'log.txt')}")
-    from modstruct.training.pretrain import pretrain  # after the parsing: --help needs no torch
 
-    run(lambda: pretrain(recipe, options.ds_config, options.resume, options.profile))
+    def start() -> None:
+        from modstruct.training.pretrain import pretrain  # after the parsing: --help needs no torch
+
+        pretrain(recipe, options.ds_config, options.resume, options.profile)
+
+    run(start, f"log: {Path(recipe.output, 'log.txt')}")
 
 
 if __name__ == "__main__":

@@ -203,19 +203,15 @@ def speaks_for_its_host() -> bool:
     return int(os.environ.get("RANK", 0)) <= 1 or int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
-def say_start(what: str) -> None:
-    """The first line of a command, said before PyTorch is loaded, which takes a minute on a busy machine."""
+def run(command: Callable[[], object], told: str = "") -> None:
+    """Carry out a command; an error that the user can mend is one line, and its traceback stands in the run's log.
+
+    told: what the first line says besides; it comes before PyTorch is loaded, which takes a minute on a busy machine.
+    """
     if is_first_process():
-        print(f"Starting on {process_count()} process(es), loading PyTorch; {what}", file=sys.stderr, flush=True)
-
-
-def process_count() -> int:
-    """Of the run, before torch.distributed is up."""
-    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
-
-
-def run(command: Callable[[], object]) -> None:
-    """Carry out a command; an error that the user can mend is one line, and its traceback stands in the run's log."""
+        count = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+        processes = "one process" if count == 1 else f"{count} processes"
+        print(f"Starting on {processes}{told and '; '}{told}", file=sys.stderr, flush=True)
     try:
         try:
             command()
