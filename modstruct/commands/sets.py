@@ -8,6 +8,7 @@ from pathlib import Path
 from modstruct import distributed
 from modstruct.config import Recipe, Source
 from modstruct.data.classification.class_files import load_classes
+from modstruct.data.classification.labelled_shards import check_labels
 from modstruct.data.classification.registry import SCENES, open_labelled, parse_set, set_splits
 from modstruct.data.run_data import BUILT_IN
 from modstruct.data.shards.evaluation_samples import EvaluationSamples
@@ -62,7 +63,11 @@ def _read_set(word: str, recipe: Recipe, image_size: int) -> EmbeddingSource:
             classes = None if classes == BUILT_IN and shards != scenes.test else classes
             classes = scenes.zero_shot if classes == BUILT_IN else classes
         samples = EvaluationSamples(as_sources(shards), data, "data.eval", distributed.is_main())
-        return EmbeddingSource.of_samples(RECIPES_OWN, samples, load_classes(classes) if classes else None)
+        named = load_classes(classes) if classes else None
+        missing = named and distributed.is_main() and check_labels(named, samples.samples, data, "data.eval")
+        if missing:
+            refuse("data.zero_shot", classes, f"{missing}; correct `label` in the file, or give null")
+        return EmbeddingSource.of_samples(RECIPES_OWN, samples, named)
     if _is_captioned(word):
         name, _, shards = word.partition("=")
         samples = EvaluationSamples([Source(shards)], data, f"--sets {name}", distributed.is_main())

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from modstruct.config import DataConfig, Recipe
+from modstruct.data.classification.class_files import load_classes
+from modstruct.data.classification.labelled_shards import check_labels
 from modstruct.data.sentencepiece_training import TRAINING_CAPTIONS
 from modstruct.data.shards.evaluation_samples import EvaluationSamples, train_captions
 from modstruct.data.shards.samples import Samples, open_saved_samples
@@ -18,6 +20,7 @@ from modstruct.data.tokenizers import Tokenizer, build_tokenizer
 from modstruct.data.transforms.augment import Views
 from modstruct.distributed import is_main, main_first
 from modstruct.distributed.hosts import require_same
+from modstruct.errors import refuse
 from modstruct.files import refusing
 
 BUILT_IN = "scenes"
@@ -35,6 +38,10 @@ class EvaluationData:
     zero_shot: str | None
     """Class file."""
 
+    def measured(self) -> dict[str, EvaluationSamples]:
+        """The sources that a model is measured on, by their fields."""
+        return {} if self.eval is None else {"data.eval": self.eval}
+
     def identity(self) -> dict[str, str | None]:
         """What tells these data from others, by the field that they came from."""
         classes = self.zero_shot and Path(self.zero_shot).expanduser()
@@ -51,6 +58,9 @@ class RunData(EvaluationData):
 
     train: Samples
     validation: EvaluationSamples | None
+
+    def measured(self) -> dict[str, EvaluationSamples]:
+        return super().measured() | ({} if self.validation is None else {"data.validation": self.validation})
 
     def identity(self) -> dict[str, str | None]:
         validation = None if self.validation is None else self.validation.samples.fingerprint
@@ -73,7 +83,7 @@ def open_run_data(
             log.warning("data.validation or data.eval is `scenes` beside your own data.train: name your own, or null")
         config = _with_scenes(recipe.data, image_size)
         train = open_saved_samples(as_sources(config.train), config, "data.train", fingerprint, is_main())
-        return RunData(
+        data = RunData(
             views=Views(recipe.views, image_size),
             train=train,
             validation=_evaluation("data.validation", config.validation, config),
@@ -81,6 +91,8 @@ def open_run_data(
             zero_shot=config.zero_shot,
             tokenizer=tokenizer or _tokenizer(recipe, train),
         )
+        _check_labels(data, config, recipe.data.zero_shot)
+        return data
 
     with refusing("data.cache", recipe.data.cache):
         data = main_first(build)
@@ -96,7 +108,9 @@ def open_evaluation_data(recipe: Recipe, image_size: int, tokenizer: Tokenizer) 
             wanted = replace(wanted, zero_shot=None)
         config = _with_scenes(wanted, image_size)
         samples = _evaluation("data.eval", config.eval, config)
-        return EvaluationData(Views(recipe.views, image_size), tokenizer, samples, config.zero_shot)
+        data = EvaluationData(Views(recipe.views, image_size), tokenizer, samples, config.zero_shot)
+        _check_labels(data, config, wanted.zero_shot)
+        return data
 
     with refusing("data.cache", recipe.data.cache):
         data = main_first(build)
@@ -109,6 +123,20 @@ Data = TypeVar("Data", bound=EvaluationData)
 def _same_on_all(data: Data) -> Data:
     require_same(data.identity(), "hosts must see the same files: share the folder, or copy it to each of them")
     return data
+
+
+def _check_labels(data: EvaluationData, config: DataConfig, named: str | None) -> None:
+    """Refuse a class file that does not fit the sources, on the main process. named: it in the recipe."""
+    if data.zero_shot is None or not is_main():
+        return
+    classes = load_classes(data.zero_shot)
+    found = {field: check_labels(classes, of.samples, config, field) for field, of in data.measured().items()}
+    missing = [text for text in found.values() if text is not None]
+    # The built-in classes are a default, which other data need not have.
+    if named != BUILT_IN and missing and len(missing) == len(found):
+        refuse("data.zero_shot", named, f"{'; '.join(missing)}; correct `label` in the file, or give null")
+    for text in missing:
+        log.warning("zero-shot classification is left out: %s", text)
 
 
 def _evaluation(field: str, source: str | None, config: DataConfig) -> EvaluationSamples | None:

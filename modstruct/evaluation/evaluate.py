@@ -73,7 +73,7 @@ def evaluate(
 
             def classify() -> dict[str, Any]:
                 rows = class_embeddings(prompts[places], templates)
-                return zero_shot(source.image[kept], rows, truth[kept], config.top_k)
+                return zero_shot(source.image[kept], rows, truth[kept], config.top_k, list(classes.classes.values()))
 
     embedded = time.monotonic()
     reranked = {}

@@ -1,13 +1,18 @@
-"""The data of a run: found by the recipe, and no more captions read for its tokenizer than its trainer wants."""
+"""The data of a run: found by the recipe, labels and class file compared at once, no more captions read than wanted."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
-from crafted_shards import write_shards
+import pytest
+from crafted_shards import sample, write_shards, write_tar
 
 from modstruct.config import Recipe
 from modstruct.data import run_data
+from modstruct.data.classification import labelled_shards
+from modstruct.data.shards.reader import ShardReader
 
 
 def test_a_tokenizer_learns_from_as_many_captions_as_its_trainer_wants(tmp_path, monkeypatch):
@@ -25,3 +30,70 @@ def test_a_tokenizer_learns_from_as_many_captions_as_its_trainer_wants(tmp_path,
     monkeypatch.setattr(run_data, "build_tokenizer", build)
     run_data.open_run_data(recipe, 8)
     assert learned == ["thing 0", "thing 5", "thing 10", "thing 15"]
+
+
+def labelled(path: Path, labels: list[object]) -> str:
+    """A shard with these values of the field `colour`, None for a sample without it."""
+    about = [{} if label is None else {"colour": label} for label in labels]
+    members = [m for n, fields in enumerate(about) for m in sample(n, json=json.dumps(fields | {"x": 1}).encode())]
+    return str(write_tar(path, members))
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """Opens the evaluation data of a recipe with these labels in data.eval and a class file of red, blue and 3."""
+
+    def run(labels: list[object], label: str = "colour", validation: list[object] | None = None, training: bool = True):
+        classes = tmp_path / "classes.yaml"
+        classes.write_text(f"label: {label}\ntemplates: ['a {{}}']\nclasses: {{red: red, blue: blue, 3: three}}")
+        recipe = Recipe()
+        recipe.data.cache, recipe.data.workers = str(tmp_path / "cache"), 0
+        recipe.data.train, recipe.data.zero_shot = write_shards(tmp_path / "shards", [5]), str(classes)
+        recipe.data.eval = labelled(tmp_path / "eval.tar", labels)
+        recipe.data.validation = validation and labelled(tmp_path / "validation.tar", validation)
+        tokenizer = SimpleNamespace(model=b"")
+        if training:
+            return run_data.open_run_data(recipe, 8, tokenizer)
+        return run_data.open_evaluation_data(recipe, 8, tokenizer)
+
+    return run
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_labels_that_the_class_file_lacks_are_refused_before_the_work(opened, training):
+    with pytest.raises(
+        ValueError, match=r"data.eval: of 3 samples .* 2 have a label colour .* red, blue, 3 \('green': .*"
+    ):
+        opened(["red", "green", "green"], training=training)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_class_file_whose_label_no_sample_has_is_refused(opened, training):
+    message = r"data\.zero_shot = .*none of 2 samples of data\.eval has a label 'colr' .* fields are colour, x"
+    with pytest.raises(ValueError, match=message):
+        opened(["red", "blue"], label="colr", training=training)
+
+
+def test_a_source_without_labels_beside_one_with_them_is_named(opened, caplog):
+    opened(["red", 3, "blue"], validation=[None, None])
+    assert caplog.messages == [
+        "zero-shot classification is left out: none of 2 samples of data.validation has a label 'colour' in its "
+        "KEY.json (its fields are x)"
+    ]
+
+
+def test_classes_without_a_sample_are_named(opened, caplog):
+    opened(["red", "red", None])
+    assert caplog.messages == ["data.eval: no sample is of these classes, which chance counts: blue, 3"]
+
+
+def test_of_many_samples_only_some_are_looked_at(opened, monkeypatch):
+    read = []
+    metadata = ShardReader.metadata
+    monkeypatch.setattr(ShardReader, "metadata", lambda self, number: read.append(number) or metadata(self, number))
+    monkeypatch.setattr(labelled_shards, "LABELS_CHECKED", 4)
+    opened([None, "red", *[None] * 6], label="colour")
+    assert read == [0, 2, 4, 6, 0, 1]  # none of those evenly spaced has a label
+    read.clear()
+    opened(["red"] * 8)
+    assert read == [0, 2, 4, 6]

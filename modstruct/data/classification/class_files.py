@@ -36,18 +36,25 @@ class ZeroShotClasses:
 
         Raises ValueError for a label that is not among the classes.
         """
+        label = self.label_of(fields)
+        if label is None:
+            return -1
+        if label not in self._rows:
+            raise ValueError(
+                f"the label {self.label} = {fields[self.label]!r} of a sample is not among the classes "
+                f"{some_of(self.classes)}: add it to `classes` of the class file, or make it null in KEY.json"
+            )
+        return self._rows[label]
+
+    def label_of(self, fields: dict) -> str | None:
+        """The label of a sample as the classes have it, if they do; None where it has no label, or null."""
         value = fields.get(self.label)
         if value is None:
-            return -1
+            return None
         label = str(value)
         if isinstance(value, bool) and label not in self._rows:
             label = label.lower()  # as YAML and JSON write it
-        if label not in self._rows:
-            raise ValueError(
-                f"the label {self.label} = {value!r} of a sample is not among the classes {_some(self.classes)}: "
-                "add it to `classes` of the zero-shot file, or make it null in the sample's json"
-            )
-        return self._rows[label]
+        return label
 
     def rows_of(self, metadata: Iterable[dict]) -> np.ndarray:
         """Class row of each sample, (n,) int64, as `row_of`."""
@@ -120,6 +127,7 @@ def refuse_key(path: Path, key: str, value: object, remedy: str) -> NoReturn:
     raise ValueError(f"{path}: {key} = {value!r}: give {remedy}")
 
 
-def _some(classes: dict[str, str], shown: int = 10) -> str:
-    labels = list(classes)
+def some_of(texts: Iterable[str], shown: int = 10) -> str:
+    """The first texts, and how many there are."""
+    labels = list(texts)
     return ", ".join(labels[:shown]) + (f", … ({len(labels)} in all)" if len(labels) > shown else "")

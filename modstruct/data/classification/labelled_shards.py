@@ -12,10 +12,13 @@ Image-text shards have the label in the metadata, KEY.json: any such data with a
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,15 +27,16 @@ from PIL import Image
 
 from modstruct import distributed
 from modstruct.config import DataConfig, Source
-from modstruct.data.classification.class_files import ZeroShotClasses, load_classes
+from modstruct.data.classification.class_files import ZeroShotClasses, load_classes, some_of
 from modstruct.data.classification.labelled_images import FoundImages, hashed
 from modstruct.data.classification.set_folder import SetFolder
-from modstruct.data.faults import BadSample
-from modstruct.data.shards.evaluation_samples import EvaluationSample
+from modstruct.data.faults import NAMED, BadSample
+from modstruct.data.shards.evaluation_samples import EvaluationSample, spaced
 from modstruct.data.shards.index import LARGEST_BYTES
 from modstruct.data.shards.members import IMAGES, MemberGroups, SampleMembers, Tally, printable
 from modstruct.data.shards.reader import ShardReader
-from modstruct.data.shards.samples import open_samples
+from modstruct.data.shards.samples import Samples, open_samples
+from modstruct.data.shards.sources import is_pipe
 from modstruct.data.shards.tar_headers import CutOff, DamagedHeader, next_member
 from modstruct.data.synthetic.splits import SPLITS
 from modstruct.data.transforms.decoding import decode_image
@@ -42,7 +46,10 @@ LABELLED_KINDS = dict.fromkeys(IMAGES, "image") | {"cls": "label"}
 LABELLED = "a sample is KEY.webp (or png, jpg, jpeg) and KEY.cls, one after the other in the tar"
 LONGEST_LABEL = 32  # bytes of a .cls
 BUFFER_BYTES = 1 << 20
+LABELS_CHECKED, MOST_FIELDS = 10_000, 20
 SCENES_LABELS = {"colour": "zero_shot.yaml", "shape": "zero_shot_shape.yaml"}
+
+log = logging.getLogger(__name__)
 
 
 class ShardImages:
@@ -192,6 +199,49 @@ def _by_number(path: Path) -> list:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", path.name)]
 
 
+def check_labels(classes: ZeroShotClasses, samples: Samples, config: DataConfig, field: str) -> str | None:
+    """Compare the labels of image-text shards with a class file before anything is embedded, reading KEY.json alone.
+
+    Of a large source some 10,000 samples, evenly spaced, are read, and the others only where none of these has a label.
+    field: the recipe's field of the source, for messages. Returns None if a sample has a label, else what is wrong.
+    Raises ValueError for labels that are not among the classes.
+    """
+    reader = ShardReader(samples, config)
+    unknown, seen = Tally(), set[str]()
+    fields: dict[str, None] = {}
+    whole = len(samples) <= LABELS_CHECKED
+    # A pipe is fetched whole, so not all of them are looked through.
+    rest = range(0) if whole or any(map(is_pipe, samples.shards)) else range(len(samples))
+    read = 0
+    for sample in chain(spaced(samples, LABELS_CHECKED), rest):
+        if read >= LABELS_CHECKED and (seen or unknown.counts):
+            break
+        read += 1
+        with suppress(BadSample):  # counted where it is read with its image
+            metadata = reader.metadata(sample)
+            label = classes.label_of(metadata)
+            if label is None:
+                fields |= dict.fromkeys(list(metadata)[:MOST_FIELDS])
+            elif label in classes.classes:
+                seen.add(label)
+            else:
+                unknown.add(repr(metadata[classes.label])[:LONGEST_LABEL], samples.place(sample))
+    if unknown.counts:
+        named = "; ".join(f"{label}: {unknown.examples[label][0]}" for label, _ in unknown.counts.most_common(NAMED))
+        raise ValueError(
+            f"{field}: of {read} samples that were looked at, {unknown.counts.total()} have a label "
+            f"{classes.label} that is not among the classes {some_of(classes.classes)} ({named}): add it to `classes` "
+            "of the class file, or make it null in KEY.json"
+        )
+    absent = [label for label in classes.classes if label not in seen]
+    if seen and absent and whole:
+        log.warning("%s: no sample is of these classes, which chance counts: %s", field, some_of(absent, NAMED))
+    if seen:
+        return None
+    there = f"its fields are {some_of(map(printable, fields))}" if fields else "there is none, or an empty one"
+    return f"none of {read} samples of {field} has a label {classes.label!r} in its KEY.json ({there})"
+
+
 class LabelledSamples:
     """The LabelledImages of image-text shards: the label is in each sample's KEY.json, and the captions stay.
 
@@ -208,6 +258,9 @@ class LabelledSamples:
         self.left_out: Mapping[str, int] = dict(faults)
         self.fingerprint = hashed(self.samples.fingerprint, classes.label, list(classes.classes.items()))
         self._named, self._reader = classes, ShardReader(self.samples, config)
+        missing = check_labels(classes, self.samples, config, name) if distributed.is_main() else None
+        if missing:
+            raise ValueError(f"{shards}: {missing}: correct `label` of the class file")
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -21,8 +21,7 @@ from modstruct.data.shards.workers import WorkerLoader
 from modstruct.data.transforms.augment import sample_seed
 from modstruct.data.transforms.decoding import decode_image
 
-# Most pipe: shards that captions are taken from, because each is fetched whole.
-PIPES_FOR_CAPTIONS = 8
+FEW_PIPES = 8  # that are fetched where some samples are wanted and not all
 
 
 @dataclass
@@ -154,22 +153,28 @@ def evaluation_loader(
 
 
 def train_captions(samples: Samples, config: DataConfig, limit: int) -> Iterator[str]:
-    """Up to `limit` captions, evenly spaced over the samples, always the same; bad ones are left out.
+    """The captions of `spaced` samples, always the same; bad ones are left out."""
+    reader = ShardReader(samples, config)
+    for sample in spaced(samples, limit):
+        try:
+            yield reader.caption(sample)
+        except BadSample:
+            continue
 
-    Only eight `pipe:` shards, evenly spaced, give captions, because each is fetched whole.
+
+def spaced(samples: Samples, limit: int) -> Iterator[int]:
+    """Numbers of up to `limit` samples, evenly spaced and ascending.
+
+    Only eight `pipe:` shards, evenly spaced, have a part in it, because each is fetched whole.
     """
     counts = np.diff(samples.shard_starts)
     pipes = np.flatnonzero([is_pipe(shard) for shard in samples.shards])
-    if len(pipes) > PIPES_FOR_CAPTIONS:
-        chosen = pipes[np.arange(PIPES_FOR_CAPTIONS) * len(pipes) // PIPES_FOR_CAPTIONS]
+    if len(pipes) > FEW_PIPES:
+        chosen = pipes[np.arange(FEW_PIPES) * len(pipes) // FEW_PIPES]
         counts[np.setdiff1d(pipes, chosen)] = 0
     ends = np.cumsum(counts)
     total = int(ends[-1])
     taken = min(limit, total)
-    reader = ShardReader(samples, config)
     for place in (np.arange(taken) * total // max(taken, 1)).tolist():
         shard = int(np.searchsorted(ends, place, side="right"))
-        try:
-            yield reader.caption(int(samples.shard_starts[shard] + place - (ends[shard] - counts[shard])))
-        except BadSample:
-            continue
+        yield int(samples.shard_starts[shard] + place - (ends[shard] - counts[shard]))

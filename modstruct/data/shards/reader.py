@@ -102,6 +102,15 @@ class ShardReader:
         span = int(row["text_block"]) * BLOCK_BYTES, int(row["text_bytes"])
         return _caption(self._spans(shard, sample, [span])[0], self._place(shard, sample))
 
+    def metadata(self, sample: int) -> dict:
+        """The content of KEY.json alone, without reading the image; empty if there is none. Raises BadSample."""
+        shard = self.samples.shard_of(sample)
+        row = self.samples.rows[sample]
+        if not row["metadata_bytes"]:
+            return {}
+        span = int(row["metadata_block"]) * BLOCK_BYTES, int(row["metadata_bytes"])
+        return _metadata(self._spans(shard, sample, [span])[0], self._place(shard, sample))
+
     def _spans(self, shard: int, sample: int, spans: Sequence[tuple[int, int]]) -> list[bytes]:
         """Content of spans (start, length) of a shard: members of one sample, mostly adjacent."""
         descriptor = self._descriptor(shard, sample)

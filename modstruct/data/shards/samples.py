@@ -77,6 +77,11 @@ class Samples:
         """Number of a sample's shard."""
         return int(self.shard_starts.searchsorted(sample, side="right")) - 1
 
+    def place(self, sample: int) -> str:
+        """Shard and number of a sample, for messages."""
+        shard = self.shard_of(sample)
+        return f"{self.shards[shard]}: sample {sample - int(self.shard_starts[shard])}"
+
     def shard_sizes(self) -> list[np.ndarray]:
         """For each source, the number of samples in each of its shards."""
         sizes = np.diff(self.shard_starts)

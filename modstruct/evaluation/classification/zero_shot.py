@@ -91,16 +91,22 @@ def class_embeddings(prompts: np.ndarray, templates: int) -> np.ndarray:
 
 
 def zero_shot(
-    image: np.ndarray, classes: np.ndarray, truth: np.ndarray, top_k: Sequence[int]
+    image: np.ndarray,
+    classes: np.ndarray,
+    truth: np.ndarray,
+    top_k: Sequence[int],
+    names: Sequence[str] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Top-k accuracy of images among the classes, and top-1 accuracy averaged over classes, each beside chance.
 
-    image: (n, D), classes: (c, D), float32. truth: (n,), the class row of each image.
+    image: (n, D), classes: (c, D), float32. truth: (n,), the class row of each image. names: of the classes, where
+    some may be equal.
     Returns {"top_1": {"value": …, "chance": …}, …, "mean_per_class": {…}}, shares from 0 to 1. A k above the number of
-    classes is left out; classes without an image do not enter the average; a tie counts against the model.
+    classes is left out; classes without an image do not enter the average; a tie counts against the model, except
+    between classes of one name.
     """
     truth = np.asarray(truth, dtype=np.int64)
-    ahead = classes_ahead(image, classes, truth)
+    ahead = classes_ahead(image, classes, truth, same=None if names is None else same_names(names))
     metrics = {
         f"top_{k}": {"value": float(np.mean(ahead < k)), "chance": k / len(classes)} for k in top_k if k <= len(classes)
     }

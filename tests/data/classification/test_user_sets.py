@@ -112,14 +112,18 @@ def test_shards_hold_labels_in_cls_or_in_metadata(tmp_path, config):
     assert (other.name, other.templates, read(other)) == ("colours", ("a {} thing",), read(images))
 
 
-def test_a_label_that_is_no_class_is_refused_when_it_is_read(tmp_path, config):
-    about = json.dumps({"colour": "green"}).encode()
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"colour": "green"}, r"1 have a label colour that is not among the classes red, blue \('green': .*sample 0\)"),
+        ({"color": "red"}, r"none of 1 samples of birds has a label 'colour' in its KEY.json \(its fields are color\)"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused_when_the_set_is_opened(tmp_path, config, fields, message):
+    about = json.dumps(fields).encode()
     layouts.tar(tmp_path / "0.tar", [("0.png", layouts.image(0)), ("0.txt", b"a thing"), ("0.json", about)])
-    images = open_labelled(
-        str(described(tmp_path, "images: 0.tar\nlabel: colour\nclasses: {red: red, blue: blue}")), config
-    )
-    with pytest.raises(ValueError, match=r"colour = 'green' of a sample is not among the classes red, blue"):
-        images[0]
+    with pytest.raises(ValueError, match=message):
+        open_labelled(str(described(tmp_path, "images: 0.tar\nlabel: colour\nclasses: {red: red, blue: blue}")), config)
 
 
 @pytest.mark.parametrize(

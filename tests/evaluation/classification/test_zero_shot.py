@@ -71,6 +71,14 @@ def test_class_embeddings_average_directions_not_lengths():
     np.testing.assert_allclose(embedded, expected, atol=1e-6)
 
 
+def test_classes_of_one_name_are_one_to_the_table_too():
+    classes = unit(np.array([[1, 0], [0, 1], [0, 1]], dtype=np.float32))
+    image = classes[[0, 1, 2]]
+    metrics = zero_shot(image, classes, [0, 1, 2], [1], ["cat", "missile", "missile"])
+    assert metrics["top_1"]["value"] == pytest.approx(2 / 3)  # the first of the two goes ahead
+    assert zero_shot(image, classes, [0, 1, 2], [1])["top_1"]["value"] == pytest.approx(1 / 3)
+
+
 def test_accuracy_agrees_with_sorting():
     random = np.random.default_rng(1)
     image, classes = unit(random.normal(size=(500, 6))), unit(random.normal(size=(7, 6)))
