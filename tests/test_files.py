@@ -11,7 +11,7 @@ from modstruct.data.classification.class_files import load_classes
 from modstruct.data.classification.user_sets import load_user_set
 from modstruct.data.downstream.vqa import read_vqa
 from modstruct.data.faults import BadSample
-from modstruct.data.shards.reader import _metadata
+from modstruct.data.shards.texts import parse_metadata
 from modstruct.files import RepeatedKey, parse_json, parse_yaml, read_yaml
 
 WORDS = ("no", "on", "yes", "off", "true", "null", "010", "1_000", "12:30", "2020-01-01", "1.50", "0x10", "~")
@@ -66,8 +66,8 @@ def test_a_repeated_key_of_json_is_refused_in_files_of_others(tmp_path):
     with pytest.raises(RepeatedKey, match="the key 'a' stands twice"):
         parse_json(b'{"b": [{"a": 1, "a": 2}]}')
     with pytest.raises(BadSample, match=r"malformed metadata.*'label' stands twice"):
-        _metadata(b'{"label": 1, "label": 2}', "here")
-    assert _metadata(b'{"label": 1, "other": {"label": 2}}', "here") == {"label": 1, "other": {"label": 2}}
+        parse_metadata(b'{"label": 1, "label": 2}', "here")
+    assert parse_metadata(b'{"label": 1, "other": {"label": 2}}', "here") == {"label": 1, "other": {"label": 2}}
     questions = tmp_path / "questions.json"
     question = '{"question_id": 1, "image_id": 2, "question": "a?", "question": "b?"}'
     questions.write_text(f'{{"data_subtype": "val2014", "questions": [{question}]}}')

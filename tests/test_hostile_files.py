@@ -25,7 +25,7 @@ from modstruct.data.classification.class_files import load_classes
 from modstruct.data.faults import BadSample
 from modstruct.data.shards import index as index_module
 from modstruct.data.shards.index import ROW, ShardIndex, index_tar
-from modstruct.data.shards.reader import DEEPEST_METADATA, _metadata
+from modstruct.data.shards.texts import DEEPEST_METADATA, parse_metadata
 from modstruct.data.tokenizers import ClipTokenizer, load_tokenizer
 from modstruct.files import read_yaml
 
@@ -107,7 +107,7 @@ def test_no_reader_unpickles(trap, kind, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"not a YAML|three keys"):
         load_classes(tmp_path / "file")
     with pytest.raises(BadSample):
-        _metadata(content, "here")
+        parse_metadata(content, "here")
     written = checkpoints.Checkpoint(
         {"a": torch.ones(1)}, {}, {}, checkpoints.TrainState(), {"step": 0}, {"output": "x"}
     )
@@ -170,10 +170,10 @@ def nested(depth: int) -> bytes:
 
 def test_metadata_deeper_than_what_travels_between_processes_is_malformed():
     """JSON of 500 levels parses, and breaks the pickling in a loader process, whose consumer would wait for ever."""
-    assert _metadata(nested(DEEPEST_METADATA), "here")
+    assert parse_metadata(nested(DEEPEST_METADATA), "here")
     for depth in (DEEPEST_METADATA + 1, 500, 100_000):
         with pytest.raises(BadSample, match="malformed metadata"):
-            _metadata(nested(depth), "here")
+            parse_metadata(nested(depth), "here")
 
 
 def test_a_caption_of_a_megabyte_is_augmented_in_no_time(tmp_path):

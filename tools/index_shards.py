@@ -36,8 +36,7 @@ from modstruct.data.shards.index import (
     index_tar,
 )
 from modstruct.data.shards.members import LAYOUT
-from modstruct.data.shards.pipes import PipeCache, PipeFailed
-from modstruct.data.shards.reader import pipe_cache
+from modstruct.data.shards.pipes import PipeCache, PipeFailed, pipe_cache
 from modstruct.data.shards.sources import expand_pattern, is_pipe
 
 

@@ -51,6 +51,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=TRAINING_CAPTIONS,
         help="Captions to train on at most, evenly spaced over the shards (default: %(default)s).",
     )
+    parser.add_argument(
+        "--caption_lines",
+        choices=("auto", "true", "false"),
+        default="auto",
+        help="Whether each line of KEY.txt is a caption, as data.caption_lines of a recipe (default: %(default)s).",
+    )
     parser.add_argument("--cache", default=data.cache, help="Folder of shard indexes (default: %(default)s).")
     parser.add_argument("--allow_pipe", action="store_true", help="Permit pipe:COMMAND, which runs a shell command.")
     parser.add_argument("--index", metavar="FOLDER", help="Indexes made by tools/index_shards.py, for pipe: shards.")
@@ -64,7 +70,8 @@ def train(options: argparse.Namespace) -> None:
     taken = (options.out / DESCRIPTION_FILE).exists()
     require(not taken, "--out", str(options.out), "holds a tokenizer already; delete it or name another folder")
 
-    config = DataConfig(cache=options.cache, allow_pipe=options.allow_pipe)
+    lines = {"true": True, "false": False}.get(options.caption_lines, "auto")
+    config = DataConfig(cache=options.cache, allow_pipe=options.allow_pipe, caption_lines=lines)
     sources = [Source(shards=pattern, index=options.index) for pattern in options.shards]
     samples = open_samples(sources, config, "--shards", progress=True)
     total = min(options.limit, len(samples))

@@ -75,8 +75,9 @@ def embed(recipe: Recipe, options: Namespace, command: list[str]) -> Path:
     sets = {source.name: word for word, source in sources.items()}
     on_main(lambda: _note(out, recipe, options, model, sets, command))
     for one in made if distributed.is_main() else ():
-        rows = one.manifest["rows"]
-        print(f"{one.folder}: {rows['image']:,} images, {rows.get('text', 0):,} captions")
+        rows, copies = one.manifest["rows"], len(one.copies)
+        among = f" ({rows['image'] - copies:,} distinct)" if copies else ""
+        print(f"{one.folder}: {rows['image']:,} images{among}, {rows.get('text', 0):,} captions")
     return out
 
 

@@ -228,6 +228,7 @@ def identity(embedded: EmbeddedSet) -> str:
         embedded.source,
         embedded.manifest.get("settings"),
         embedded.manifest["dtype"],
+        *(["copies apart"] if len(embedded.copies) else []),  # an earlier version measured them as images
     ]
     return hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=16).hexdigest()
 

@@ -18,6 +18,8 @@ class Source:
     """Fraction of the samples drawn from this source, relative to the other weights."""
     index: str | None = None
     """Folder of indexes made by tools/index_shards.py; needed for `pipe:` sources only."""
+    caption_lines: bool | Literal["auto"] | None = None
+    """As data.caption_lines, for this source; null: as that."""
 
     def __post_init__(self):
         require(self.weight is None or self.weight > 0, "data.train.weight", self.weight, "give a number above 0")
@@ -52,6 +54,9 @@ class DataConfig:
     """YAML file with `label` (a field of each sample's key.json), `templates` and `classes`; null for none."""
     cache: str = "~/.cache/modstruct"
     """Folder for what is built once: scenes, shard indexes, trained tokenizers, spooled pipes."""
+    caption_lines: bool | Literal["auto"] = "auto"
+    """Each line of KEY.txt is a caption: evaluation takes all, training draws one an epoch. auto: where nearly every
+    KEY.txt has several lines, and no KEY.json holds one as a whole, as img2dataset's do."""
     workers: int = 1
     """Loader processes beside each training process; 0 loads in the training process itself."""
     shuffle_block: int = 64

@@ -2,9 +2,9 @@
 
 A recipe names its version in `schema`; one that does not is of version 1. What a version changed is a `Change` in
 CHANGES, under the version that it leads to. To rename losses.bridge.t to losses.bridge.position, drop
-views.flip and add train.ema_decay (off: null), raise SCHEMA to 3 and write
+views.flip and add train.ema_decay (off: null), raise SCHEMA to 4 and write
 
-    3: Change(
+    4: Change(
         renamed={"losses.bridge.t": "losses.bridge.position"},
         removed=("views.flip",),
         added={"train.ema_decay": None},
@@ -22,7 +22,7 @@ from typing import Any
 
 from modstruct.errors import require
 
-SCHEMA = 2
+SCHEMA = 3
 Tree = dict[str, Any]
 
 
@@ -39,8 +39,8 @@ class Change:
     defaults: Mapping[str, object] = field(default_factory=dict)
     """Fields of a pre-training recipe whose default changed: the earlier one, for files that do not name them."""
     added: Mapping[str, object] = field(default_factory=dict)
-    """Fields -> the value with which this version computes what the one before did. For checkpoints alone: a recipe
-    file that does not name a field takes its default."""
+    """Fields of a pre-training recipe -> the value with which this version computes what the one before did. For
+    checkpoints alone: a recipe file that does not name a field takes its default."""
 
 
 CHANGES: dict[int, Change] = {
@@ -48,6 +48,7 @@ CHANGES: dict[int, Change] = {
         values={"losses.queue_contrast.positives": {"picture": "image"}},
         defaults={"losses.contrastive.weight": 1.0},
     ),
+    3: Change(added={"data.caption_lines": False}),
 }
 
 
@@ -79,7 +80,7 @@ def migrate_checkpoint(recipe: Tree) -> Tree:
     """A checkpoint's recipe: fields younger than it take the values that reproduce the code that wrote it."""
     migrated = migrate(recipe)
     for change in _changes_since(recipe.get("schema", 1)):
-        for name, value in change.added.items():
+        for name, value in {} if is_fine_tuning(recipe) else change.added.items():
             _set_if_missing(migrated, name, value)
     return migrated
 

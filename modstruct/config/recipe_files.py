@@ -29,6 +29,7 @@ CHANGEABLE = (
     "checkpoints",
     "output",
     "data.train",  # where the samples lie; that they are the same is checked by their fingerprint
+    "data.caption_lines",  # what is read by it likewise
     "data.allow_pipe",
     "data.validation",
     "data.test",

@@ -46,7 +46,7 @@ class EvaluationData:
         """What tells these data from others, by the field that they came from."""
         classes = self.zero_shot and Path(self.zero_shot).expanduser()
         return {
-            "data.eval": None if self.eval is None else self.eval.samples.fingerprint,
+            "data.eval": None if self.eval is None else self.eval.samples.content,
             "data.zero_shot": hashlib.sha256(classes.read_bytes()).hexdigest() if classes else None,
             "tokenizer": hashlib.sha256(self.tokenizer.model).hexdigest(),
         }
@@ -63,8 +63,8 @@ class RunData(EvaluationData):
         return super().measured() | ({} if self.validation is None else {"data.validation": self.validation})
 
     def identity(self) -> dict[str, str | None]:
-        validation = None if self.validation is None else self.validation.samples.fingerprint
-        trained = {"data.train": f"{self.train.fingerprint} {self.train.weights}", "data.validation": validation}
+        validation = None if self.validation is None else self.validation.samples.content
+        trained = {"data.train": f"{self.train.content} {self.train.weights}", "data.validation": validation}
         return trained | super().identity()
 
 
@@ -165,4 +165,4 @@ def _tokenizer(recipe: Recipe, train: Samples) -> Tokenizer:
     def captions():
         return train_captions(train, recipe.data, TRAINING_CAPTIONS)
 
-    return build_tokenizer(recipe.tokenizer, captions, recipe.data.cache, train.fingerprint)
+    return build_tokenizer(recipe.tokenizer, captions, recipe.data.cache, train.content)

@@ -46,7 +46,8 @@ def evaluate(
       reranked    as retrieval, after reranking; only where `model` matches
       zero_shot   top_k and mean_per_class: value and chance; only where an image has a label
       structure   alignment, uniformity_image, uniformity_text, modality_gap
-      sizes       images, texts, pairs, and for zero-shot: classes, images_with_label, images_without_label
+      sizes       images and texts that are distinct, pairs, samples where these are more than the images, and for
+                  zero-shot, which counts samples: classes, images_with_label, images_without_label
       skipped     samples left out, by cause
       seconds     embedding, total
     Metrics are the same on any number of processes, as long as encode gives a batch the same rows on each of them.
@@ -55,7 +56,8 @@ def evaluate(
     classes = None if data.zero_shot is None else load_classes(data.zero_shot)
     fields = () if classes is None else (classes.label,)
     source = embed_source(encode, samples, data.views, data.tokenizer, config.batch, device, fields, field_name)
-    sizes = {"images": len(source.indices), "texts": len(source.captions), "pairs": len(source.pairs)}
+    merged = {"samples": len(source.image_row)} if len(source.image_row) > len(source.indices) else {}
+    sizes = merged | {"images": len(source.indices), "texts": len(source.captions), "pairs": len(source.pairs)}
     classify: Callable[[], dict[str, Any]] | None = None
     if classes is not None:
         truth = classes.rows_of(source.metadata)
@@ -73,7 +75,8 @@ def evaluate(
 
             def classify() -> dict[str, Any]:
                 rows = class_embeddings(prompts[places], templates)
-                return zero_shot(source.image[kept], rows, truth[kept], config.top_k, list(classes.classes.values()))
+                names = list(classes.classes.values())
+                return zero_shot(source.image[source.image_row[kept]], rows, truth[kept], config.top_k, names)
 
     embedded = time.monotonic()
     reranked = {}
@@ -85,7 +88,7 @@ def evaluate(
         if inspect is not None:
             inspect(source)
         recall_at = sorted({1, *config.recall_at})
-        found = measure_recall(source.image, source.text, source.pairs, recall_at, counting_device())
+        found = measure_recall(source.image, source.text, source.pairs, recall_at, counting_device(), field_name)
         metrics: dict[str, Any] = {"retrieval": found}
         if reranked:
             metrics["reranked"] = reranked

@@ -157,7 +157,7 @@ def write_retrieved_examples(
     rank: of the best right item. Results are the RESULTS exact nearest; "right": one of the query's pairs. An image
     that can no longer be read has no "image". Images of earlier examples are removed at the end.
     """
-    image, text, pairs = embedded.rows("image"), embedded.rows("text"), np.asarray(embedded.pairs)
+    image, text, pairs = embedded.distinct_rows("image"), embedded.rows("text"), np.asarray(embedded.distinct_pairs)
     examples: list[dict[str, Any]] = []
     shown: set[int] = set()
     for direction in DIRECTIONS:

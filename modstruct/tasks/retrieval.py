@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,15 @@ from modstruct.config import FinetuneRecipe, TaskFiles
 from modstruct.data.downstream.batches import Seed
 from modstruct.data.downstream.karpathy import SPLIT_OF_RUN, CaptionedImage, read_karpathy
 from modstruct.data.downstream.published_files import TaskEntries
+from modstruct.data.shards.evaluation_samples import digest_of
 from modstruct.data.shards.loader import identity
 from modstruct.data.synthetic.task_files import SceneTaskPaths
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.data.transforms.text_views import mask_tokens, masked_places
 from modstruct.distributed.collect import on_main
 from modstruct.evaluation.embeddings.in_memory import EmbeddedPairs, embed_texts
+from modstruct.evaluation.embeddings.set_files import merged_pairs
+from modstruct.evaluation.embeddings.source import distinct, say_merged
 from modstruct.evaluation.retrieval.exact import counting_device
 from modstruct.evaluation.retrieval.measure import measure_recall
 from modstruct.evaluation.retrieval.reranking import Reranking, reranked_retrieval
@@ -98,9 +102,14 @@ class Retrieval(Task[FusionModel, CaptionPair | CaptionedImage]):
         rows = self.predict(of_split, lambda some: _listed(model, some), "embedding images")
         image = np.array([row for row in rows if row is not None], dtype=np.float32)
         kept = [entry for entry, row in zip(of_split, rows, strict=True) if row is not None]
+        first, image_row = distinct(np.array(on_main(lambda: _file_kinds(kept)), dtype=np.int64))
         row_of: dict[str, int] = {}
         pairs = np.array([(n, row_of.setdefault(c, len(row_of))) for n, e in enumerate(kept) for c in e.captions])
         captions = list(row_of)
+        if len(first) < len(kept):
+            if distributed.is_main():
+                say_merged("task retrieval", len(kept), len(first))
+            image, pairs, kept = image[first], merged_pairs(pairs, image_row), [kept[row] for row in first]
 
         def encode(some: dict[str, Tensor]) -> dict[str, Tensor]:
             return model.embed("text", model.backbone.encode_text(some["text"])[:, 0])
@@ -111,7 +120,7 @@ class Retrieval(Task[FusionModel, CaptionPair | CaptionedImage]):
         embedded = EmbeddedPairs(image, text, pairs, captions)
         images = self._images(kept, batch, device)
         matched = reranked_retrieval(model, images, self.tokenizer, embedded, settings, device)
-        found = on_main(lambda: measure_recall(image, text, pairs, recall_at, counting_device()))
+        found = on_main(lambda: measure_recall(image, text, pairs, recall_at, counting_device(), "task retrieval"))
         metrics = _flat("", found) | _flat("matched ", matched)
         return metrics | {"sizes": {"images": len(image), "captions": len(captions)}}, None
 
@@ -124,6 +133,17 @@ class Retrieval(Task[FusionModel, CaptionPair | CaptionedImage]):
     def score(self, metrics: dict[str, Any]) -> float:
         """Mean R@1 of both directions after matching."""
         return (metrics["matched text -> image R@1"]["value"] + metrics["matched image -> text R@1"]["value"]) / 2
+
+
+def _file_kinds(entries: Sequence[CaptionedImage]) -> list[int]:
+    """Numbers, (n,), that are equal where images have equal bytes; only files of equal size are read."""
+    sizes = [entry.image.stat().st_size for entry in entries]
+    of_size, kinds = Counter(sizes), dict[tuple[int, bytes], int]()
+    found = []
+    for entry, size in zip(entries, sizes, strict=True):
+        content = digest_of(entry.image.read_bytes()) if of_size[size] > 1 else b""
+        found.append(kinds.setdefault((size, content), len(kinds)))
+    return found
 
 
 def _listed(model: FusionModel, batch: dict[str, Tensor]) -> list[list[float]]:

@@ -49,7 +49,7 @@ class Pretraining(Trainer[Recipe]):
         assert data.train is not None  # opened for training
         self.samples = data.train
         self.tokenizer, self.has_validation = data.tokenizer, data.validation is not None
-        self.state = start.state(f"{self.samples.fingerprint} {self.samples.weights}", recipe.data.train)
+        self.state = start.state(f"{self.samples.content} {self.samples.weights}", recipe.data.train)
         epoch_samples = train_order(self.samples, recipe.data, recipe.train.seed).epoch_samples
         epoch_steps = math.ceil(epoch_samples / recipe.train.global_batch)
         settings = LossSettings(recipe.train.pairwise_precision, epoch_steps, recipe.train.seed)

@@ -76,7 +76,11 @@ class Start:
         if self.saved is None:
             return TrainState(data_fingerprint=fingerprint)
         if self.saved.state.data_fingerprint != fingerprint:
-            refuse("data.train", named, "holds other samples, or other weights, than the checkpoint's")
+            remedy = "holds other samples, other weights, or other lines that are captions, than the checkpoint's"
+            before, now = (" lines " in text for text in (self.saved.state.data_fingerprint, fingerprint))
+            if before != now:
+                remedy += f": give data.caption_lines: {str(before).lower()}, as it was read before"
+            refuse("data.train", named, remedy)
         return self.saved.state
 
 

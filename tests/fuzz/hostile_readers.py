@@ -25,7 +25,8 @@ from modstruct.data.downstream.snli_ve import read_snli_ve
 from modstruct.data.downstream.vqa import read_answer_list, read_vqa
 from modstruct.data.faults import BadSample
 from modstruct.data.shards.index import ShardIndex, index_tar
-from modstruct.data.shards.reader import RawSample, ShardReader, _metadata
+from modstruct.data.shards.reader import RawSample, ShardReader
+from modstruct.data.shards.texts import parse_metadata
 from modstruct.data.tokenizers import ClipTokenizer, SentencePieceTokenizer, WordPieceTokenizer, load_tokenizer
 from modstruct.data.transforms.augment import Views
 from modstruct.data.transforms.decoding import decode_image
@@ -93,7 +94,7 @@ def caption(folder: Path) -> Reader:
 
 def metadata(folder: Path) -> Reader:
     def read(content: bytes) -> None:
-        found = _metadata(content, "here")
+        found = parse_metadata(content, "here")
         assert all(RawSample("k", b"", "c", found).captions)
         pickle.dumps(found)  # so it travels from a loader process
         json.dumps(found)  # and so between training processes

@@ -88,7 +88,7 @@ def retrieval_result(folder: Path, set_name: str, made: Embeddings) -> None:
         ("text_to_image", made.text, made.image),
         ("image_to_text", made.image, made.text),
     ):
-        _, ahead = pairs_ahead(queries, gallery, made.pairs)
+        _, ahead, _ = pairs_ahead(queries, gallery, made.pairs)
         for k in (1, 5, 10):
             name = f"recall_at_{k}"
             outcomes |= {f"{direction}/{name}": ahead < k, f"{direction}/query": np.arange(len(queries))}

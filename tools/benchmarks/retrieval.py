@@ -229,8 +229,8 @@ def dense_metrics(scores: torch.Tensor, positive: torch.Tensor) -> dict[str, flo
 
 def exact(queries: str, gallery: str) -> dict:
     queries, gallery = (np.load(path, mmap_mode="r", allow_pickle=False) for path in (queries, gallery))
-    pairs, ahead = pairs_ahead(queries, gallery, np.stack([np.arange(len(queries))] * 2, axis=1), progress=True)
-    return {"metrics": values(ranking_metrics(ranked_queries(pairs, ahead, len(gallery)), RECALL_AT))}
+    counted = pairs_ahead(queries, gallery, np.stack([np.arange(len(queries))] * 2, axis=1), progress=True)
+    return {"metrics": values(ranking_metrics(ranked_queries(*counted, len(gallery)), RECALL_AT))}
 
 
 def approximate(queries: str, gallery: str, config: IndexConfig) -> dict:
@@ -239,9 +239,9 @@ def approximate(queries: str, gallery: str, config: IndexConfig) -> dict:
     index = AnnIndex(gallery, config, progress=True)
     built = time.perf_counter() - start
     pairs = np.stack([np.arange(len(queries))] * 2, axis=1)
-    pairs, ahead = ann_pairs_ahead(queries, index, pairs, max(RECALL_AT), progress=True)
+    counted = ann_pairs_ahead(queries, index, pairs, max(RECALL_AT), progress=True)
     return {
-        "metrics": values(ranking_metrics(ranked_queries(pairs, ahead, len(gallery)), RECALL_AT)),
+        "metrics": values(ranking_metrics(ranked_queries(*counted, len(gallery)), RECALL_AT)),
         "recall": ann_recall(queries, index, RECALL_AT),
         "built_seconds": built,
     }

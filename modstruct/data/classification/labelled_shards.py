@@ -31,7 +31,7 @@ from modstruct.data.classification.class_files import ZeroShotClasses, load_clas
 from modstruct.data.classification.labelled_images import FoundImages, hashed
 from modstruct.data.classification.set_folder import SetFolder
 from modstruct.data.faults import NAMED, BadSample
-from modstruct.data.shards.evaluation_samples import EvaluationSample, spaced
+from modstruct.data.shards.evaluation_samples import EvaluationSample, digest_of, spaced
 from modstruct.data.shards.index import LARGEST_BYTES
 from modstruct.data.shards.members import IMAGES, MemberGroups, SampleMembers, Tally, printable
 from modstruct.data.shards.reader import ShardReader
@@ -256,7 +256,7 @@ class LabelledSamples:
         self.samples = open_samples([Source(shards)], config, name, distributed.is_main())
         faults: Counter[str] = sum((Counter(shard["faults"]) for shard in self.samples.shard_faults), Counter())
         self.left_out: Mapping[str, int] = dict(faults)
-        self.fingerprint = hashed(self.samples.fingerprint, classes.label, list(classes.classes.items()))
+        self.fingerprint = hashed(self.samples.content, classes.label, list(classes.classes.items()))
         self._named, self._reader = classes, ShardReader(self.samples, config)
         missing = check_labels(classes, self.samples, config, name) if distributed.is_main() else None
         if missing:
@@ -271,9 +271,8 @@ class LabelledSamples:
             raise IndexError(f"sample {index} of {len(self)} of {self.name}")
         raw = self._reader.read(index)
         metadata = raw.metadata | {"label": self._named.row_of(raw.metadata), "key": raw.key}
-        return EvaluationSample(
-            decode_image(raw.image, self.config.max_image_pixels, raw.where), raw.captions, metadata
-        )
+        image = decode_image(raw.image, self.config.max_image_pixels, raw.where)
+        return EvaluationSample(image, raw.captions, metadata, digest=digest_of(raw.image))
 
 
 def open_scenes(name: str, source: SetFolder, split: str, label: str, config: DataConfig) -> LabelledSamples:

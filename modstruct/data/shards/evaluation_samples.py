@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -23,6 +24,14 @@ from modstruct.data.transforms.decoding import decode_image
 
 FEW_PIPES = 8  # that are fetched where some samples are wanted and not all
 
+DIGEST = np.dtype([("high", np.uint64), ("low", np.uint64)])
+"""128 bits of BLAKE2b: of 10^9 contents, two would share them once in 10^20 sets."""
+
+
+def digest_of(content: bytes) -> bytes:
+    """What equal contents have in common, the bytes of one DIGEST."""
+    return hashlib.blake2b(content, digest_size=DIGEST.itemsize).digest()
+
 
 @dataclass
 class EvaluationSample:
@@ -34,6 +43,8 @@ class EvaluationSample:
     metadata: dict
     key: str = ""
     """Name in the source; if empty, `key` of the metadata counts."""
+    digest: bytes = b""
+    """`digest_of` the image as it is stored; empty where it is not known: no other image is taken for its equal."""
 
 
 @dataclass
@@ -54,6 +65,8 @@ class EvaluationBatch:
     """Key of each image."""
     image_augmented: Tensor | None = None
     """As image, Views.augmented_image of each image; None without augmented_seed."""
+    digests: np.ndarray | None = None
+    """(B,) of DIGEST: EvaluationSample.digest of each image; None where one is not known."""
 
     @property
     def tried(self) -> int:
@@ -94,7 +107,7 @@ class EvaluationSamples:
             raise IndexError(f"sample {index} of {len(self)}")
         raw = self._reader.read(index)
         image = decode_image(raw.image, self.config.max_image_pixels, raw.where)
-        return EvaluationSample(image, raw.captions, raw.metadata, raw.key)
+        return EvaluationSample(image, raw.captions, raw.metadata, raw.key, digest_of(raw.image))
 
 
 class _EvaluationBatches(Dataset):
@@ -104,7 +117,7 @@ class _EvaluationBatches(Dataset):
         self.samples, self.views, self.augmented_seed = samples, views, augmented_seed
 
     def __getitem__(self, indices: Sequence[int]) -> EvaluationBatch:
-        kept, images, captions, metadata, faults, keys, augmented = [], [], [], [], [], [], []
+        kept, images, captions, metadata, faults, keys, augmented, digests = [], [], [], [], [], [], [], []
         for index in indices:
             try:
                 sample = self.samples[index]
@@ -119,6 +132,7 @@ class _EvaluationBatches(Dataset):
             captions.append(sample.captions)
             metadata.append(sample.metadata)
             keys.append(sample.key or str(sample.metadata.get("key", index)))
+            digests.append(sample.digest)
         side = self.views.image_size
         return EvaluationBatch(
             indices=torch.tensor(kept, dtype=torch.int64),
@@ -128,6 +142,7 @@ class _EvaluationBatches(Dataset):
             faults=faults,
             keys=keys,
             image_augmented=torch.stack(augmented) if augmented else None,
+            digests=np.frombuffer(b"".join(digests), dtype=DIGEST) if all(digests) else None,
         )
 
 
@@ -153,13 +168,19 @@ def evaluation_loader(
 
 
 def train_captions(samples: Samples, config: DataConfig, limit: int) -> Iterator[str]:
-    """The captions of `spaced` samples, always the same; bad ones are left out."""
-    reader = ShardReader(samples, config)
-    for sample in spaced(samples, limit):
+    """Captions of `spaced` samples, `limit` at most, always the same; bad ones are left out.
+
+    Where lines are captions, a sample gives as many as the limit allows, at least one, and not always its first ones.
+    """
+    reader, numbers = ShardReader(samples, config), list(spaced(samples, limit))
+    of_sample = limit // max(len(numbers), 1)
+    for number in numbers:
         try:
-            yield reader.caption(sample)
+            texts = reader.texts(number)
         except BadSample:
             continue
+        first = number % len(texts)
+        yield from (texts[first:] + texts[:first])[:of_sample]
 
 
 def spaced(samples: Samples, limit: int) -> Iterator[int]:

@@ -41,6 +41,8 @@ RUN_SAMPLES, RUN_BYTES = 64, 8 << 20
 Seeds = dict[str, int]
 """Of each random view of a sample."""
 RANDOM_VIEWS = ("image", "image_augmented", "text_augmented", "text_masked")
+CAPTION = "caption"
+"""The draw of a line of KEY.txt, where each is a caption."""
 
 
 @dataclass
@@ -118,6 +120,7 @@ class LocalBatches(Dataset[TrainBatch]):
         self.parts = math.ceil(self.rows / self.part_rows)
         self.first_row = process * self.rows
         self.seed = plan.seed
+        self.draws = (*RANDOM_VIEWS, CAPTION) if any(reader.samples.caption_lines) else RANDOM_VIEWS
         self._outgoing = OutgoingRows()
 
     def __getitem__(self, index: int) -> TrainBatch:
@@ -134,7 +137,7 @@ class LocalBatches(Dataset[TrainBatch]):
             # Views are written straight to their rows, which saves a copy.
             into = [array[row] for array in images.values()]
             raw, seeds = self._pair(slot, raw, seeds, into, batch)
-            captions.append(raw.caption)
+            captions.append(raw.drawn_caption(seeds.get(CAPTION, 0)))
             drawn.append(seeds)
             if "image_id" in self.fields:
                 image_ids.append(identity(raw.image))
@@ -184,8 +187,8 @@ class LocalBatches(Dataset[TrainBatch]):
             return bad
 
     def _seeds(self, epochs: np.ndarray, samples: np.ndarray) -> list[Seeds]:
-        columns = [sample_seed(self.seed, epochs, samples, name).tolist() for name in RANDOM_VIEWS]
-        return [dict(zip(RANDOM_VIEWS, seeds, strict=True)) for seeds in zip(*columns, strict=True)]
+        columns = [sample_seed(self.seed, epochs, samples, name).tolist() for name in self.draws]
+        return [dict(zip(self.draws, seeds, strict=True)) for seeds in zip(*columns, strict=True)]
 
     def _pair(
         self, slot: int, raw: RawSample | BadSample, seeds: Seeds, into: Sequence[np.ndarray], batch: TrainBatch

@@ -11,6 +11,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from modstruct.config import DataConfig
 from modstruct.data.shards.sources import PIPE
 from modstruct.files import atomic_write, locked
 
@@ -99,6 +100,11 @@ class PipeCache:
             taken += size
             if removable and taken > self.limit_bytes:
                 path.unlink(missing_ok=True)
+
+
+def pipe_cache(config: DataConfig) -> PipeCache:
+    """Cache of a host's spooled pipes."""
+    return PipeCache(Path(config.cache).expanduser() / "pipes", config.pipe_cache_gib * 2**30)
 
 
 def _run(shard: str, path: Path, size_bytes: int | None) -> None:

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import codecs
 import io
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from zlib import adler32
 
 from modstruct.config import DataConfig
 from modstruct.data.faults import BadSample
 from modstruct.data.shards.members import key_of, printable
-from modstruct.data.shards.pipes import PipeCache, PipeFailed
+from modstruct.data.shards.pipes import PipeFailed, pipe_cache
 from modstruct.data.shards.samples import Samples
 from modstruct.data.shards.sources import is_pipe
 from modstruct.data.shards.tar_headers import BLOCK_BYTES, CutOff, DamagedHeader, next_member
-from modstruct.files import RepeatedKey, parse_json
+from modstruct.data.shards.texts import caption_lines, parse_caption, parse_metadata
 
 # Shards a process keeps open; a window of shuffled blocks may reach into a thousand.
 OPEN_SHARDS = 256
-# Levels of KEY.json. Deeper ones would pass the parser, but break the pickling to another process.
-DEEPEST_METADATA = 32
 # Bytes between the members of a sample, mostly a header each, up to which one read fetches all of them.
 LARGEST_GAPS = 16 << 10
 
@@ -37,21 +33,27 @@ class RawSample:
     image: bytes
     """JPEG, PNG or WebP."""
     caption: str
-    """Stripped, never empty."""
+    """The whole of KEY.txt, stripped, never empty."""
     metadata: dict
     """Content of KEY.json; empty if there is none."""
     where: str = ""
     """Shard and member, for messages."""
+    lines: tuple[str, ...] = ()
+    """Lines of KEY.txt where each is a caption; else none."""
 
     @property
     def captions(self) -> list[str]:
-        """All captions of the image: "captions" of the metadata if that is a list of texts, else the one caption."""
+        """All captions of the image: "captions" of the metadata if that is a list of texts, else those of KEY.txt."""
         several = self.metadata.get("captions")
         if isinstance(several, list):
             stripped = [caption.strip() for caption in several if isinstance(caption, str) and caption.strip()]
             if stripped:
                 return stripped
-        return [self.caption]
+        return list(self.lines) or [self.caption]
+
+    def drawn_caption(self, seed: int) -> str:
+        """What training takes: a line drawn by the seed, or the whole text."""
+        return self.lines[seed % len(self.lines)] if self.lines else self.caption
 
 
 class ShardReader:
@@ -91,16 +93,21 @@ class ShardReader:
         if name is None:  # a pipe: command may deliver other content of equal size
             raise BadSample("shard changed since it was indexed", self._place(shard, sample))
         where = f"{self.samples.shards[shard]}: {printable(name)}"
-        caption = _caption(text, where)
-        metadata = _metadata(described[0], where) if described else {}
-        return RawSample(printable(key_of(name)), both[header_bytes:], caption, metadata, where)
+        caption = parse_caption(text, where)
+        metadata = parse_metadata(described[0], where) if described else {}
+        lines = self._lines(shard, caption)
+        return RawSample(printable(key_of(name)), both[header_bytes:], caption, metadata, where, lines)
 
-    def caption(self, sample: int) -> str:
-        """The caption alone, without reading the image. Raises BadSample."""
+    def texts(self, sample: int) -> tuple[str, ...]:
+        """The captions of KEY.txt alone, without reading the image. Raises BadSample."""
         shard = self.samples.shard_of(sample)
         row = self.samples.rows[sample]
         span = int(row["text_block"]) * BLOCK_BYTES, int(row["text_bytes"])
-        return _caption(self._spans(shard, sample, [span])[0], self._place(shard, sample))
+        caption = parse_caption(self._spans(shard, sample, [span])[0], self._place(shard, sample))
+        return self._lines(shard, caption) or (caption,)
+
+    def _lines(self, shard: int, caption: str) -> tuple[str, ...]:
+        return caption_lines(caption) if self.samples.lines_are_captions(shard) else ()
 
     def metadata(self, sample: int) -> dict:
         """The content of KEY.json alone, without reading the image; empty if there is none. Raises BadSample."""
@@ -170,11 +177,6 @@ class ShardReader:
         return f"{self.samples.shards[shard]}: sample {sample - int(self.samples.shard_starts[shard])}"
 
 
-def pipe_cache(config: DataConfig) -> PipeCache:
-    """Cache of a host's spooled pipes."""
-    return PipeCache(Path(config.cache).expanduser() / "pipes", config.pipe_cache_gib * 2**30)
-
-
 def _member_name(header: bytes) -> str | None:
     """Name of the one member whose tar header, long-name blocks included, this is; None if it is no header."""
     name = _short_name(header)
@@ -206,35 +208,3 @@ def _sum(header: bytes) -> int:
     # The lower half of Adler-32 is 1 + the sum modulo 65,521, which 256 bytes do not reach.
     half = BLOCK_BYTES // 2
     return (adler32(header[:half]) & 0xFFFF) + (adler32(header[half:]) & 0xFFFF) - 2
-
-
-def _caption(content: bytes, where: str) -> str:
-    try:
-        caption = content.removeprefix(codecs.BOM_UTF8).decode().strip()
-    except UnicodeDecodeError:
-        raise BadSample("undecodable text", where) from None
-    if not caption:
-        raise BadSample("empty caption", where)
-    return caption
-
-
-def _metadata(content: bytes, where: str) -> dict:
-    try:
-        metadata = parse_json(content)
-    except RepeatedKey as error:
-        raise BadSample("malformed metadata", f"{where}: {error}") from None
-    except (ValueError, RecursionError):
-        raise BadSample("malformed metadata", where) from None
-    # Walking the values takes longer than parsing them, and few brackets cannot nest deeply.
-    shallow = content.count(b"{") + content.count(b"[") <= DEEPEST_METADATA
-    if not isinstance(metadata, dict) or not (shallow or _is_shallow(metadata)):
-        raise BadSample("malformed metadata", where)
-    return metadata
-
-
-def _is_shallow(metadata: dict) -> bool:
-    level: list[dict | list] = [metadata]
-    for _ in range(DEEPEST_METADATA):
-        values = [value for node in level for value in (node.values() if isinstance(node, dict) else node)]
-        level = [value for value in values if isinstance(value, (dict, list))]
-    return not level

@@ -8,6 +8,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,9 @@ from modstruct.data.shards.index import (
     index_shards,
 )
 from modstruct.data.shards.members import LAYOUT
+from modstruct.data.shards.pipes import pipe_cache
 from modstruct.data.shards.sources import SourceShards, expand_sources, is_pipe
+from modstruct.data.shards.texts import Look, look
 from modstruct.errors import refuse
 from modstruct.files import atomic_write, locked
 
@@ -39,7 +42,7 @@ class Samples:
     """
 
     def __init__(self, table: Path, weights: Sequence[float] | None = None):
-        self._table = table
+        self.table = table
         self.weights = weights
         """Weight of each source; None if no source has one."""
         description = json.loads(table.with_suffix(".json").read_text())
@@ -58,6 +61,8 @@ class Samples:
         each cause, "broken": reason}."""
         self.fingerprint: str = description["fingerprint"]
         """Hash of the places and sizes of all members: equal for equal shards in any folder."""
+        self.caption_lines: list[bool] = [False] * (len(self.source_starts) - 1)
+        """For each source, whether the lines of KEY.txt are captions of their own."""
         self._rows: np.ndarray | None = None
 
     def __getstate__(self) -> dict:
@@ -67,10 +72,22 @@ class Samples:
         return int(self.shard_starts[-1])
 
     @property
+    def content(self) -> str:
+        """The fingerprint, and of which sources lines are captions: equal for equal samples and captions."""
+        lines = "".join(str(int(of_source)) for of_source in self.caption_lines)
+        return f"{self.fingerprint} lines {lines}" if any(self.caption_lines) else self.fingerprint
+
+    def lines_are_captions(self, shard: int) -> bool:
+        """Whether the lines of KEY.txt are captions of their own in a shard."""
+        if not any(self.caption_lines):
+            return False
+        return self.caption_lines[int(self.source_starts.searchsorted(shard, side="right")) - 1]
+
+    @property
     def rows(self) -> np.ndarray:
         """(samples,) of modstruct.data.shards.index.ROW, memory-mapped at first use in each process."""
         if self._rows is None:
-            self._rows = np.memmap(self._table, dtype=ROW, mode="r")
+            self._rows = np.memmap(self.table, dtype=ROW, mode="r")
         return self._rows
 
     def shard_of(self, sample: int) -> int:
@@ -108,6 +125,7 @@ def open_samples(sources: Sequence[Source], config: DataConfig, field: str, prog
                 _write_table(table, shards, expanded, field, progress)
     samples = Samples(table, _weights(sources))
     _judge_sources(samples, [source.pattern for source in expanded], config.max_bad_share, field, say=progress)
+    _decide_captions(samples, sources, config, field, say=progress)
     return samples
 
 
@@ -136,6 +154,7 @@ def open_saved_samples(
                     names = ", ".join(saved.shards[shard] for shard in stale[:NAMED])
                     changed = f"{len(stale)} of {len(saved.shards)} shards are missing or changed since the checkpoint"
                     log.warning("%s: %s (%s); other samples replace theirs", field, changed, names)
+                _decide_captions(saved, sources, config, field, say=progress)
                 return saved
     if isinstance(found, ValueError):
         raise found
@@ -193,6 +212,45 @@ def _judge_sources(samples: Samples, patterns: Sequence[str], max_bad_share: flo
         if say:
             for line in found:
                 log.warning("%s: %s", field, line)
+
+
+def _decide_captions(samples: Samples, sources: Sequence[Source], config: DataConfig, field: str, say: bool) -> None:
+    """Set samples.caption_lines as the sources or data.caption_lines want it, and log what is not as they may think.
+
+    What a source looks like is kept beside its table, so that it is decided once. say: write to the log.
+    """
+    wanted = [config.caption_lines if source.caption_lines is None else source.caption_lines for source in sources]
+    looks = _looks(samples, wanted, config)
+    for number, (want, found) in enumerate(zip(wanted, looks, strict=True)):
+        lines = samples.caption_lines[number] = found.lines_are_captions if want == "auto" else want
+        if not say or found.several == 0 or found.several == found.whole:
+            continue
+        log.warning(
+            "%s: %d of %d KEY.txt looked at in %s hold several lines: each %s is a caption; data.caption_lines: %s",
+            field,
+            found.several,
+            found.texts,
+            sources[number].shards,
+            "line" if lines else "whole text",
+            "false takes each text for one" if lines else "true takes each line for one",
+        )
+
+
+def _looks(samples: Samples, wanted: Sequence[bool | str], config: DataConfig) -> list[Look]:
+    """Of each source; empty where nothing depends on it and looking would fetch a pipe."""
+    path = samples.table.with_suffix(".captions")
+    known: list[list[int] | None] = json.loads(path.read_text()) if path.exists() else [None] * len(wanted)
+    before = list(known)
+    for number, want in enumerate(wanted):
+        shards = slice(*samples.source_starts[number : number + 2])
+        names, starts = samples.shards[shards], samples.shard_starts[shards.start : shards.stop + 1]
+        if known[number] is None and (want == "auto" or not is_pipe(names[0])):
+            found = look(names, np.diff(starts), samples.rows[starts[0] : starts[-1]], pipe_cache(config))
+            known[number] = [found.texts, found.several, found.whole] if found.texts else None
+    if known != before:
+        with suppress(OSError), atomic_write(path) as file:  # a cache that cannot be written is no reason to stop
+            file.write(json.dumps(known).encode())
+    return [Look(*(counts or (0, 0, 0))) for counts in known]
 
 
 class _Shard:

@@ -7,11 +7,12 @@ assembles the finished set from them, in bounded memory.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from modstruct.data.shards.evaluation_samples import EvaluationBatch, evaluation
 from modstruct.distributed.collect import on_main
 from modstruct.distributed.hosts import require_same, require_shared_folder
 from modstruct.errors import refuse, require
-from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet, SetContents, clear, write_embedded_set
+from modstruct.evaluation.embeddings.assembly import Assembly
+from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet, clear, write_embedded_set
 from modstruct.evaluation.embeddings.model import EmbeddingModel
 from modstruct.evaluation.embeddings.parts import (
     FOLDER,
@@ -34,12 +36,13 @@ from modstruct.evaluation.embeddings.parts import (
     TextLines,
     TextList,
     apart,
-    read_texts,
     token_loader,
 )
-from modstruct.evaluation.embeddings.set_files import IMAGE_ARRAYS, MANIFEST, TEXT_ARRAYS
-from modstruct.evaluation.embeddings.source import DistinctCaptions, EmbeddingSource, at_places
+from modstruct.evaluation.embeddings.set_files import FORMAT, IMAGE_ARRAYS, MANIFEST, TEXT_ARRAYS
+from modstruct.evaluation.embeddings.source import EmbeddingSource
 from modstruct.files import atomic_write
+
+log = logging.getLogger(__name__)
 
 AUGMENTED = "image_augmented"
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -93,7 +96,7 @@ def embed_set(
     _embed_images(model, source, images, missing, config, of_images)
 
     lines = TextLines(folder / FOLDER / CAPTIONS)
-    assembly = _Assembly(source, images, lines.path)
+    assembly = Assembly(source, images, lines.path)
     captions, missing = parts("text", on_main(lambda: assembly.gather(config)))
     if of_texts and captions.items:
         _embed_texts(model, lines, captions, missing, config, of_texts, f"captions of {source.name}")
@@ -139,7 +142,11 @@ def _begin(folder: Path, settings: dict[str, Any], overwrite: bool) -> bool:
     if overwrite:
         clear(folder)
     elif finished:
-        _require_equal(EmbeddedSet.open(folder).manifest.get("settings", {}), settings, folder)
+        before = EmbeddedSet.open(folder)
+        _require_equal(before.manifest.get("settings", {}), settings, folder)
+        if before.manifest["format"] < FORMAT and len(before.pairs):
+            remedy = "--embedding.overwrite true embeds it again"
+            log.warning("%s: of an earlier version, and equal images are not merged; %s", folder, remedy)
         shutil.rmtree(parts, ignore_errors=True)  # of a run that was interrupted between its last two steps
         return True
     elif (parts / BEGUN).is_file():
@@ -170,7 +177,8 @@ def _embed_images(
     """Make the missing parts of a source's images, with all that is read beside them.
 
     Notes of a part: keys, captions, metadata of the images; faults, the [cause, where] of those left out. Its arrays
-    beside the embeddings: indices, numbers of the images in the source; labels, where it has classes.
+    beside the embeddings: indices, numbers of the images in the source; labels, where it has classes; digests, where
+    they are known.
     """
     mine = _share(missing)
     counter = source.bad_sample_counter(config, distributed.rank())
@@ -189,6 +197,8 @@ def _embed_images(
                 rows = {"indices": batch.indices.numpy()}
                 if source.class_names:
                     rows["labels"] = source.labels_of(batch.metadata)
+                if batch.digests is not None:
+                    rows["digests"] = batch.digests
                 made.append(rows | encoder.images(batch))
                 notes["keys"] += batch.keys
                 notes["captions"] += batch.captions
@@ -270,67 +280,3 @@ def _share(missing: Sequence[int]) -> Sequence[int]:
 def _joined(made: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     names = {name for rows in made for name in rows}
     return {name: np.concatenate([rows[name] for rows in made if name in rows]) for name in sorted(names)}
-
-
-class _Assembly:
-    """Joins the parts of one set: `gather` when all images are embedded, `contents` when all texts are too."""
-
-    def __init__(self, source: EmbeddingSource, images: Parts, captions_file: Path):
-        self._source, self._images, self._captions_file = source, images, captions_file
-
-    def gather(self, config: EmbeddingConfig) -> int:
-        """Count what was read, and write the distinct captions to their file. Returns how many they are.
-
-        Raises TooManyBadSamples above config.max_bad_share, ValueError where no image could be read.
-        """
-        counter, captions = self._source.bad_sample_counter(config), DistinctCaptions()
-        total = len(self._source.samples)
-        counter.add(self._noted("faults"), total, say=False)  # the process that met them has reported them
-        for of_part in self._images.notes("captions"):
-            captions.add(of_part)
-        # The whole source was tried, so its share is exact, however small it is.
-        counter.check(counter.bad, total, fewest=1)
-        if counter.bad == total:
-            refuse("set", self._source.name, f"none of its {total} samples could be used: {counter.summary()}")
-        self._skipped = self._source.left_out_before() + counter.counts
-        places, self._pairs = captions.rows()
-        with atomic_write(self._captions_file) as file:
-            for caption in at_places(chain.from_iterable(self._noted("captions")), places):
-                file.write((json.dumps(caption) + "\n").encode())
-        return len(places)
-
-    def contents(
-        self, model: dict[str, Any], captions: Parts | None, prompts: Parts, arrays: Sequence[str], dtype: str
-    ) -> SetContents:
-        """The set of these arrays, most of it as streams. captions: None where no texts are wanted."""
-        source, kind = self._source, np.dtype(dtype)
-        indices = self._column("indices")
-        streams = {a: self._images.stream(a, len(indices), kind) for a in arrays if a in IMAGE_ARRAYS}
-        made = SetContents(
-            source.name,
-            model,
-            streams,
-            indices=indices,
-            keys=self._noted("keys"),
-            metadata=self._noted("metadata"),
-            source={"name": source.name, "fingerprint": source.fingerprint},
-            skipped=dict(self._skipped),
-            left_out=({"cause": cause, "where": where} for cause, where in self._noted("faults")),
-        )
-        if captions is not None:
-            streams |= {a: captions.stream(a, captions.items, kind) for a in arrays if a in TEXT_ARRAYS}
-            made.pairs, made.captions = self._pairs, read_texts(self._captions_file)
-        if source.class_names:
-            made.class_names, made.templates, made.label = source.class_names, source.templates, source.label_field
-            made.labels = self._column("labels")
-            rows = list(prompts.pieces("text"))
-            if rows:
-                made.class_prompts = np.concatenate(rows).reshape(len(source.class_names), len(source.templates), -1)
-        return made
-
-    def _noted(self, name: str) -> Iterator[Any]:
-        """The notes of this name, of all images."""
-        return chain.from_iterable(self._images.notes(name))
-
-    def _column(self, name: str) -> np.ndarray:
-        return np.concatenate(list(self._images.pieces(name)))

@@ -11,8 +11,13 @@ FOLDER/
     labels.npy              (n,) int64, -1 where there is none, only with classes
     class_prompts.npy       (c, t, D) float32, unit norm: class c's name in template t
     classes.json            {"names": […], "templates": […], "label": field of the metadata or null}
+    copies.npy              (c,) int64, only where images have equal bytes: the last c of the n rows of images are
+                            copies of earlier rows, of these
     keys.jsonl, metadata.jsonl      one JSON text, one JSON object an image, in the order of rows
     captions.jsonl          one JSON text a text row
+
+Rows of images are samples in the order of the source, but copies come last: what compares images with each other or
+with captions takes the rows before them and `distinct_pairs`; what counts labels takes all rows.
 """
 
 from __future__ import annotations
@@ -34,13 +39,16 @@ from modstruct.evaluation.embeddings.set_files import (
     IMAGE_ARRAYS,
     LISTS,
     MANIFEST,
+    READABLE,
     TABLES,
     TEXT_ARRAYS,
     RowStream,
     as_stream,
     check_manifest,
+    copies_within,
     counted,
     damaged,
+    merged_pairs,
     open_array,
     within,
     write_array,
@@ -81,9 +89,9 @@ class EmbeddedSet:
             manifest = json.loads(path.read_bytes())
         except (ValueError, RecursionError) as error:
             damaged(path, str(error))
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        if not isinstance(manifest, dict) or manifest.get("format") not in READABLE:
             found = manifest.get("format") if isinstance(manifest, dict) else None
-            raise ValueError(f"{path}: format {found!r}, this version reads {FORMAT}: embed the set again")
+            raise ValueError(f"{path}: format {found!r}, this version reads 1 to {FORMAT}: embed the set again")
         check_manifest(manifest, path)
         opened = cls(folder, manifest)
         for name, shape in (manifest["arrays"] | manifest["tables"]).items():
@@ -107,6 +115,30 @@ class EmbeddedSet:
     def pairs(self) -> np.ndarray:
         """(p, 2) int64, (image row, text row); (0, 2) without captions."""
         return self._open["pairs"] if "pairs" in self._open else np.empty((0, 2), dtype=np.int64)
+
+    @cached_property
+    def copies(self) -> np.ndarray:
+        """(c,) int64, the row that each of the last c rows of images is a copy of."""
+        if "copies" not in self._open:
+            return np.empty(0, dtype=np.int64)
+        return copies_within(self._open["copies"], self.manifest["rows"]["image"])
+
+    def distinct_rows(self, array: str) -> np.ndarray:
+        """As `rows`, of images without the copies."""
+        rows = self.rows(array)
+        return rows[: len(rows) - len(self.copies)] if array in IMAGE_ARRAYS else rows
+
+    @property
+    def distinct_pairs(self) -> np.ndarray:
+        """(p', 2) int64: `pairs` of the images that are no copies, with those of their copies."""
+        if not len(self.copies):
+            return self.pairs
+        return merged_pairs(within(self.pairs, self.manifest["rows"]), self.image_row)
+
+    @property
+    def image_row(self) -> np.ndarray:
+        """(n,) int64, for each row of images the row of the same image that is no copy."""
+        return np.concatenate([np.arange(self.manifest["rows"]["image"] - len(self.copies)), self.copies])
 
     @cached_property
     def indices(self) -> np.ndarray:
@@ -190,6 +222,8 @@ class SetContents:
     arrays: Mapping[str, np.ndarray | RowStream] = field(kw_only=False)
     """By name, of IMAGE_ARRAYS and TEXT_ARRAYS, "image" at least; float16 and float32 are kept, else made float32."""
     pairs: np.ndarray | None = None
+    copies: np.ndarray | None = None
+    """None where no images are equal."""
     indices: np.ndarray | None = None
     labels: np.ndarray | None = None
     class_prompts: np.ndarray | None = None
@@ -217,6 +251,8 @@ class SetContents:
         tables: dict[str, np.ndarray] = {}
         if self.pairs is not None:
             tables["pairs"] = within(np.asarray(self.pairs, dtype=np.int64).reshape(-1, 2), rows)
+        if self.copies is not None:
+            tables["copies"] = copies_within(np.asarray(self.copies, dtype=np.int64), rows["image"])
         if self.indices is not None:
             indices = tables["indices"] = np.asarray(self.indices, dtype=np.int64)
             require(indices.shape == (rows["image"],), "indices", indices.shape, "one for each image")

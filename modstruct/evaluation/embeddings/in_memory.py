@@ -13,12 +13,19 @@ import torch
 from torch import Tensor
 
 from modstruct.data.faults import BadSampleCounter
-from modstruct.data.shards.evaluation_samples import EvaluationSamples, evaluation_loader
+from modstruct.data.shards.evaluation_samples import DIGEST, EvaluationSamples, evaluation_loader
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.data.transforms.augment import Views
-from modstruct.distributed import rank
+from modstruct.distributed import is_main, rank
 from modstruct.distributed.collect import collect_rows, collect_values, my_batches
-from modstruct.evaluation.embeddings.source import DistinctCaptions, at_places, left_out_when_indexed
+from modstruct.evaluation.embeddings.set_files import merged_pairs
+from modstruct.evaluation.embeddings.source import (
+    DistinctCaptions,
+    at_places,
+    distinct,
+    left_out_when_indexed,
+    say_merged,
+)
 
 Encode = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 """A batch that holds "image" or "text" -> the fields of Embeddings that it allows: the engine in evaluation mode."""
@@ -26,7 +33,7 @@ Encode = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 @dataclass
 class EmbeddedPairs:
-    """Embedded images and distinct captions, and which belong together.
+    """Embedded images and captions, each distinct, and which belong together.
 
     image and text hold their rows on the main process only, and no rows elsewhere; the rest is the same everywhere.
     """
@@ -43,12 +50,14 @@ class EmbeddedPairs:
 
 @dataclass
 class EmbeddedSource(EmbeddedPairs):
-    """Every readable image of a source and every distinct caption, in order of first appearance."""
+    """Every distinct image and caption of a source's readable samples, in order of first appearance."""
 
     indices: np.ndarray
-    """(n,) int64, number of each image in its EvaluationSamples."""
+    """(n,) int64, number of each image in its EvaluationSamples, where it came first."""
+    image_row: np.ndarray
+    """(s,) int64, row of the image of each readable sample; several samples have one where images have equal bytes."""
     metadata: list[dict]
-    """Of each image, the requested fields that its metadata has."""
+    """Of each readable sample, the requested fields that its metadata has."""
     skipped: dict[str, int] = field(default_factory=dict)
     """Samples left out, by cause."""
 
@@ -89,16 +98,24 @@ def embed_source(
     if not everyone["indices"]:
         raise ValueError(f"{field_name}: none of its {len(samples)} samples could be used: {dict(skipped)}")
 
+    indices = np.array(everyone["indices"], dtype=np.int64)
+    first, image_row = distinct(everyone["digests"])
+    if len(first) < len(indices):
+        if is_main():
+            say_merged(field_name, len(indices), len(first))
+            image = image[first]
+        indices = indices[first]
     texts = [[views.plain_text(caption) for caption in captions] for captions in everyone["captions"]]
-    distinct = DistinctCaptions()
-    distinct.add(texts)
-    places, pairs = distinct.rows()
+    distinct_captions = DistinctCaptions()
+    distinct_captions.add(texts)
+    places, pairs = distinct_captions.rows()
     captions = list(at_places(chain.from_iterable(texts), places))
     return EmbeddedSource(
         image=image,
         text=embed_texts(encode, captions, tokenizer, batch, device, "embedding captions"),
-        pairs=pairs,
-        indices=np.array(everyone["indices"], dtype=np.int64),
+        pairs=merged_pairs(pairs, image_row),
+        indices=indices,
+        image_row=image_row,
         captions=captions,
         metadata=everyone["metadata"],
         skipped=dict(skipped),
@@ -133,6 +150,7 @@ class _Read:
         self.indices: list[int] = []
         self.captions: list[list[str]] = []
         self.metadata: list[dict] = []
+        self.digests: list[np.ndarray] = []
 
     def images(self, batches, device: torch.device) -> Iterator[Tensor]:
         """The images of each EvaluationBatch, the rest of it noted down."""
@@ -142,6 +160,8 @@ class _Read:
             self.captions += batch.captions
             for metadata in batch.metadata:
                 self.metadata.append({name: metadata[name] for name in self.metadata_fields if name in metadata})
+            assert batch.digests is not None  # shards give the bytes of every image
+            self.digests.append(batch.digests)
             yield batch.image.to(device)
 
     def values(self) -> dict:
@@ -150,6 +170,7 @@ class _Read:
             "indices": self.indices,
             "captions": self.captions,
             "metadata": self.metadata,
+            "digests": b"".join(digests.tobytes() for digests in self.digests).hex(),
             "skipped": dict(self.counter.counts),
         }
 
@@ -157,4 +178,6 @@ class _Read:
     def joined(parts: Sequence[dict]) -> dict:
         """The values of all processes, in order of rank, as one."""
         whole = {name: [item for part in parts for item in part[name]] for name in ("indices", "captions", "metadata")}
-        return whole | {"skipped": sum((Counter(part["skipped"]) for part in parts), Counter())}
+        digests = np.frombuffer(bytes.fromhex("".join(part["digests"] for part in parts)), dtype=DIGEST)
+        skipped: Counter[str] = sum((Counter(part["skipped"]) for part in parts), Counter())
+        return whole | {"digests": digests, "skipped": skipped}

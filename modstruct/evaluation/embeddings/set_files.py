@@ -98,12 +98,14 @@ def open_array(path: Path, shape: Sequence[int], remedy: str) -> np.ndarray:
     return array
 
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)
+"""Format 1 knew no equal images: each sample of such a set is an image of its own."""
 MANIFEST = "manifest.json"
 IMAGE_ARRAYS = ("image", "image_features", "image_projected", "image_independent", "image_augmented")
 TEXT_ARRAYS = ("text", "text_features", "text_projected", "text_independent")
 FEATURE_ARRAYS = frozenset({"image_features", "image_projected", "text_features", "text_projected"})
-TABLES = ("pairs", "indices", "labels", "class_prompts")
+TABLES = ("pairs", "indices", "labels", "class_prompts", "copies")
 LISTS = {"keys": "image", "metadata": "image", "captions": "text"}
 """Files of one JSON value a line, and the modality whose rows they follow."""
 CLASSES_FILE = "classes.json"
@@ -178,6 +180,18 @@ def within(pairs: np.ndarray, rows: dict[str, int]) -> np.ndarray:
         fits, "pairs", pairs.max(axis=0, initial=0).tolist(), f"must be below {limits.tolist()}, the rows there are"
     )
     return pairs
+
+
+def merged_pairs(pairs: np.ndarray, image_row: np.ndarray) -> np.ndarray:
+    """(p', 2): pairs (p, 2), sorted and without repetition, of images whose row is now image_row (n,)."""
+    return np.unique(np.stack([image_row[pairs[:, 0]], pairs[:, 1]], axis=1), axis=0)
+
+
+def copies_within(copies: np.ndarray, images: int) -> np.ndarray:
+    """Copies (c,): the last c of the images equal earlier ones, which are no copies themselves."""
+    fits = len(copies) < images and bool(np.all((copies >= 0) & (copies < images - len(copies))))
+    require(fits, "copies", copies.shape, f"must be rows of the {images} images before the copies")
+    return copies
 
 
 def write_json(path: Path, value: object) -> None:

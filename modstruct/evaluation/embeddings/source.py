@@ -1,12 +1,18 @@
-"""What is embedded: images with captions, images with classes, or both; equal captions are one text."""
+"""What is embedded: images with captions, images with classes, or both.
+
+Equal captions are one text, and images of equal bytes one image, with the captions of all, wherever images and captions
+are compared (retrieval, structure). What counts labels counts every sample, with its own metadata.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -14,9 +20,11 @@ import numpy as np
 from modstruct.config.training import EmbeddingConfig
 from modstruct.data.classification.class_files import ZeroShotClasses
 from modstruct.data.faults import BadSampleCounter
-from modstruct.data.shards.evaluation_samples import EvaluationSamples
+from modstruct.data.shards.evaluation_samples import DIGEST, EvaluationSamples, digest_of
 from modstruct.errors import refuse, require
 from modstruct.evaluation.embeddings.set_files import is_set_name
+
+log = logging.getLogger(__name__)
 
 LABEL = "label"
 """Field of a labelled set's metadata that holds the number of the class."""
@@ -49,9 +57,9 @@ class EmbeddingSource:
     ) -> EmbeddingSource:
         """Captioned images; classes: of a zero-shot file, for the samples whose metadata have its label."""
         if classes is None:
-            return cls(name, samples, samples.samples.fingerprint)
+            return cls(name, samples, samples.samples.content)
         names = tuple(classes.classes.values())
-        return cls(name, samples, samples.samples.fingerprint, names, classes.templates, classes)
+        return cls(name, samples, samples.samples.content, names, classes.templates, classes)
 
     @classmethod
     def of_labelled(cls, images: Any) -> EmbeddingSource:
@@ -95,14 +103,32 @@ class EmbeddingSource:
         return left_out_when_indexed(self.samples) if isinstance(self.samples, EvaluationSamples) else Counter()
 
 
-DIGEST = np.dtype([("high", np.uint64), ("low", np.uint64)])
+def distinct(digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Kinds of digests, (n,) of DIGEST or numbers, numbered in order of first appearance.
+
+    Returns (u,) int64, the place at which each kind came first, and (n,) int64, the kind of each.
+    """
+    _, first, kind = np.unique(digests, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    number = np.empty(len(first), dtype=np.int64)
+    number[order] = np.arange(len(first))
+    return first[order].astype(np.int64), number[kind.reshape(-1)]
+
+
+@cache
+def say_merged(field: str, samples: int, images: int) -> None:
+    """Log, once a source, that so many samples hold fewer images."""
+    log.warning(
+        "%s: %d samples hold %d distinct images: byte-equal images are merged for retrieval and structure, with all "
+        "their captions",
+        field,
+        samples,
+        images,
+    )
 
 
 class DistinctCaptions:
-    """Text rows and pairs of captions that come image by image; keeps 24 bytes a caption, not the texts.
-
-    Texts are told apart by 128 bits of BLAKE2b: of 10^9 texts, two would share them once in 10^20 sets.
-    """
+    """Text rows and pairs of captions that come image by image; keeps 24 bytes a caption, not the texts."""
 
     def __init__(self):
         self._digests: list[np.ndarray] = []
@@ -112,8 +138,7 @@ class DistinctCaptions:
         """The captions of each of the next images."""
         captions = list(captions)
         texts = (text.encode(errors="surrogatepass") for of_image in captions for text in of_image)
-        digests = b"".join(hashlib.blake2b(text, digest_size=DIGEST.itemsize).digest() for text in texts)
-        self._digests.append(np.frombuffer(digests, dtype=DIGEST))
+        self._digests.append(np.frombuffer(b"".join(map(digest_of, texts)), dtype=DIGEST))
         self._counts.append(np.array([len(of_image) for of_image in captions], dtype=np.int64))
 
     def rows(self) -> tuple[np.ndarray, np.ndarray]:
@@ -124,12 +149,9 @@ class DistinctCaptions:
         """
         digests = np.concatenate([np.empty(0, dtype=DIGEST), *self._digests])
         counts = np.concatenate([np.empty(0, dtype=np.int64), *self._counts])
-        _, first, distinct = np.unique(digests, return_index=True, return_inverse=True)
-        order = np.argsort(first)
-        row = np.empty(len(first), dtype=np.int64)
-        row[order] = np.arange(len(first))
-        pairs = np.stack([np.repeat(np.arange(len(counts)), counts), row[distinct.reshape(-1)]], axis=1)
-        return first[order].astype(np.int64), np.unique(pairs, axis=0).reshape(-1, 2).astype(np.int64)
+        places, rows = distinct(digests)
+        pairs = np.stack([np.repeat(np.arange(len(counts)), counts), rows], axis=1)
+        return places, np.unique(pairs, axis=0).reshape(-1, 2).astype(np.int64)
 
 
 def at_places(texts: Iterable[str], places: np.ndarray) -> Iterator[str]:

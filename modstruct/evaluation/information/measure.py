@@ -83,11 +83,12 @@ def measure_information(
         numbers, names = label_numbers(embedded, label)
         pairs = _drawn_pairs(embedded.pairs, numbers, config)
         features, questions = _features(embedded, pairs, numbers[pairs[:, 0]], split, config)
-        found = held_out_losses(features, questions, pairs[:, 0], len(names), config, device)
+        groups = embedded.image_row[pairs[:, 0]]  # copies of an image are no independent evidence
+        found = held_out_losses(features, questions, groups, len(names), config, device)
         surprise = label_surprise(numbers[pairs[:, 0]], len(names))
         losses = {name: loss.rows for name, loss in found.items()}
         exact = exact_information(label, split) if split else None
-        metrics[label] = information_metrics(surprise, losses, pairs[:, 0], config, exact)
+        metrics[label] = information_metrics(surprise, losses, groups, config, exact)
         outcomes |= {f"{label}/{name}": (surprise - loss).astype(np.float32) for name, loss in losses.items()}
         chosen[label] = {name: loss.chosen for name, loss in found.items()}
         rows[label] = len(pairs)

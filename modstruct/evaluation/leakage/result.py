@@ -173,8 +173,9 @@ def read_keys(path: str | Path) -> list[str]:
 def rows_kept(embedded: EmbeddedSet, keys: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
     """Rows of the images, and of the texts, that remain without the images of these keys.
 
-    A text remains if it belongs to an image that does, or belonged to none. All images of a key are left out. Returns
-    two ascending arrays int64. Raises ValueError for a key that the set does not have, and if no image remains.
+    A text remains if it belongs to an image that does, or belonged to none. All images of a key are left out, and
+    their copies under other keys. Returns two ascending arrays int64. Raises ValueError for a key that the set does not
+    have, and if no image remains.
     """
     left_out = set(keys)
     own = embedded.keys
@@ -185,7 +186,9 @@ def rows_kept(embedded: EmbeddedSet, keys: Iterable[str]) -> tuple[np.ndarray, n
         unknown[:3],
         f"{len(unknown)} of {len(left_out)} are not in {embedded.folder}: find the leakage of this very set",
     )
-    stays = np.array([key not in left_out for key in own], dtype=bool)
+    leaves = np.array([key in left_out for key in own], dtype=bool)
+    same = embedded.image_row
+    stays = np.bincount(same, weights=leaves, minlength=len(own))[same] == 0
     require(bool(stays.any()), "keys to leave out", len(left_out), f"no image of {embedded.folder} would be left")
     texts = embedded.manifest["rows"]["text"]
     pairs = np.asarray(embedded.pairs)
@@ -229,7 +232,8 @@ def leave_out(embedded: EmbeddedSet, keys: Iterable[str], folder: str | Path) ->
     pairs = np.asarray(embedded.pairs)
     pairs = pairs[np.isin(pairs[:, 0], images)]
     renumbered = np.stack((np.searchsorted(images, pairs[:, 0]), np.searchsorted(texts, pairs[:, 1])), axis=1)
-    labels = embedded.labels
+    labels, same = embedded.labels, embedded.image_row
+    copies = np.searchsorted(images, same[images[same[images] != images]])
     return write_embedded_set(
         folder,
         SetContents(
@@ -237,6 +241,7 @@ def leave_out(embedded: EmbeddedSet, keys: Iterable[str], folder: str | Path) ->
             embedded.model,
             arrays,
             pairs=renumbered if "text" in embedded.arrays else None,
+            copies=copies if len(copies) else None,
             indices=np.asarray(embedded.indices)[images],
             labels=None if labels is None else np.asarray(labels)[images],
             class_prompts=embedded.class_prompts,

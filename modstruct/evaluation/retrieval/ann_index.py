@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from modstruct.errors import refuse, require, require_counts
+from modstruct.evaluation.retrieval.exact import PairsAhead
 from modstruct.evaluation.retrieval.nearest import (
     LARGEST_GPU_LIST,
     ShardedIndex,
@@ -216,7 +217,7 @@ RESULTS_AT_ONCE = 1 << 20
 
 def ann_pairs_ahead(
     queries: np.ndarray, index: AnnIndex, pairs: np.ndarray, longest_k: int, progress: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
+) -> PairsAhead:
     """`exact.pairs_ahead` by the lists of an approximate index.
 
     For each query the best longest_k + R distinct rows are listed, R being the most positives of one query, at most
@@ -230,6 +231,7 @@ def ann_pairs_ahead(
     distinct, query_of_pair = np.unique(pairs[:, 0], return_inverse=True)
     positives = np.bincount(query_of_pair.reshape(-1))
     key_ahead = (len(index.gallery) - positives)[np.searchsorted(distinct, keys // rows)]
+    key_tied = np.zeros_like(key_ahead)
     length = min(longest_k + int(positives.max()), rows, index.longest_list)
     step = max(1, RESULTS_AT_ONCE // length)
     for start in tqdm(range(0, len(distinct), step), desc="searching", disable=not progress, leave=False):
@@ -239,16 +241,23 @@ def ann_pairs_ahead(
         place = np.minimum(np.searchsorted(keys, found_keys), len(keys) - 1)
         positive = (keys[place] == found_keys) & (found >= 0)
         others = np.where(found >= 0, index.occurrences[found] - np.where(positive, positive_items[place], 0), 0)
-        key_ahead[place[positive]] = _ahead_in_list(scores, others)[positive]
-    pair_keys = pairs[:, 0] * rows + index.row_of_item[pairs[:, 1]]
-    return pairs, key_ahead[np.searchsorted(keys, pair_keys)]
+        ahead, tied = _ahead_in_list(scores, others)
+        key_ahead[place[positive]], key_tied[place[positive]] = ahead[positive], tied[positive]
+    pair = np.searchsorted(keys, pairs[:, 0] * rows + index.row_of_item[pairs[:, 1]])
+    return pairs, key_ahead[pair], key_tied[pair]
 
 
-def _ahead_in_list(scores: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """For each place, how many others score at least as high. scores: (b, k), descending; others: (b, k), counts."""
+def _ahead_in_list(scores: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each place, how many others score at least as high, and as high.
+
+    scores: (b, k), descending; others: (b, k), counts.
+    """
     ahead = others.cumsum(axis=1)
-    ahead[:, :-1][scores[:, :-1] == scores[:, 1:]] = np.iinfo(np.int64).max  # not the last of its tie
-    return np.minimum.accumulate(ahead[:, ::-1], axis=1)[:, ::-1]
+    above, goes_on = ahead - others, scores[:, :-1] == scores[:, 1:]
+    above[:, 1:][goes_on] = 0  # not the first of its tie
+    ahead[:, :-1][goes_on] = np.iinfo(np.int64).max  # not the last
+    ahead = np.minimum.accumulate(ahead[:, ::-1], axis=1)[:, ::-1]
+    return ahead, ahead - np.maximum.accumulate(above, axis=1)
 
 
 def ann_recall(queries: np.ndarray, index: AnnIndex, recall_at: Sequence[int]) -> dict[str, dict[str, float]]:

@@ -22,6 +22,8 @@ PAIRS_AT_ONCE = 4096
 GALLERY_BYTES = 256 << 20
 """Of float32 gallery rows that are in memory at once."""
 CPU = torch.device("cpu")
+PairsAhead = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Pairs (p, 2), and for each of them the items ahead and those of them that tie, (p,) each."""
 
 
 def counting_device() -> torch.device:
@@ -36,7 +38,7 @@ def counting_device() -> torch.device:
 
 def items_ahead(queries: np.ndarray, gallery: np.ndarray, pairs: np.ndarray, device: torch.device = CPU) -> np.ndarray:
     """Items ahead of each query's best positive, (q,) int64, as `pairs_ahead` counts them; g where it has none."""
-    pairs, ahead = pairs_ahead(queries, gallery, pairs, device)
+    pairs, ahead, _ = pairs_ahead(queries, gallery, pairs, device)
     least = np.full(len(queries), len(gallery), dtype=np.int64)
     np.minimum.at(least, pairs[:, 0], ahead)
     return least
@@ -48,14 +50,15 @@ def pairs_ahead(
     pairs: np.ndarray,
     device: torch.device = CPU,
     progress: bool = False,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> PairsAhead:
     """For each pair, how many items that are no positive of its query score at least as high as its item.
 
     queries: (q, D), gallery: (g, D), float16 or float32, in memory or memory-mapped, scored by inner product, in
     float32. pairs: (p, 2), positives as (query row, gallery row). device: where scores are formed. progress: show a
     bar.
-    Returns the pairs, each once and ascending, (p', 2), and the items ahead, (p',) int64: a tie counts against the
-    model, and other positives of the query count neither way. So collapsed embeddings get the last ranks. Cost: 2 q g D
+    Returns the pairs, each once and ascending, (p', 2), the items ahead, (p',) int64, and those of them whose score is
+    exactly the same, (p',) int64: a tie counts against the model, and other positives of the query count neither way.
+    So collapsed embeddings get the last ranks. Cost: 2 q g D
     operations, q being the queries that have a positive. Memory: O(p') and two blocks of rows, whatever g is. On a GPU
     without modstruct's kernels rows tie as far as torch's products do; see `counting_device`.
     """
@@ -64,11 +67,12 @@ def pairs_ahead(
     check_dimensions("query", queries, "gallery", gallery)
     pairs = checked_pairs(pairs, len(queries), len(gallery))
     above, ties = _counts(queries, gallery, pairs, device, progress)
-    return pairs, above + ties + 1 - _positives_as_high(pairs[:, 0], above)
+    as_high, equal = _positives_as_high(pairs[:, 0], above)
+    return pairs, above + ties + 1 - as_high, ties + 1 - equal
 
 
-def _positives_as_high(query: np.ndarray, above: np.ndarray) -> np.ndarray:
-    """For each pair, the positives of its query that score as high or higher, itself among them, (p,).
+def _positives_as_high(query: np.ndarray, above: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each pair, the positives of its query that score as high or higher, and as high, itself among them, (p,).
 
     query: (p,), ascending. The more items are above an item, the lower it scores; equal counts are equal scores.
     """
@@ -79,9 +83,10 @@ def _positives_as_high(query: np.ndarray, above: np.ndarray) -> np.ndarray:
     ends = np.flatnonzero(last_of_tie) + 1
     end = np.repeat(ends, np.diff(ends, prepend=0))
     start = np.repeat(first, np.diff(first, append=len(query)))
-    counts = np.empty_like(above)
-    counts[order] = end - start
-    return counts
+    as_high, equal = np.empty_like(above), np.empty_like(above)
+    as_high[order] = end - start
+    equal[order] = np.repeat(np.diff(ends, prepend=0), np.diff(ends, prepend=0))
+    return as_high, equal
 
 
 def _counts(
@@ -135,7 +140,7 @@ def shared_pairs_ahead(
     pairs: np.ndarray,
     device: torch.device = CPU,
     progress: bool = False,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> PairsAhead:
     """`pairs_ahead` by all processes: every one calls it with the same arrays, and gets the whole.
 
     A process counts for consecutive queries, about as many as any other, and reads the whole gallery. A score depends
@@ -143,18 +148,20 @@ def shared_pairs_ahead(
     """
     pairs = checked_pairs(pairs, len(queries), len(gallery))
     shares = query_shares(pairs[:, 0], distributed.world_size())
-    mine, ahead, error = shares[distributed.rank()], np.empty(0, dtype=np.int64), None
+    mine, error = shares[distributed.rank()], None
+    ahead = tied = np.empty(0, dtype=np.int64)
     try:
         if len(mine):
             show = progress and distributed.is_main()
-            _, ahead = pairs_ahead(queries, gallery, pairs[mine.start : mine.stop], device, show)
+            _, ahead, tied = pairs_ahead(queries, gallery, pairs[mine.start : mine.stop], device, show)
     except Exception as e:  # raised below, here as it is and elsewhere by its text
         error = e
     distributed.fail_together(error, f"{type(error).__name__}: {error}")
-    padded = torch.zeros((1, max(map(len, shares))), dtype=torch.int64)
-    padded[0, : len(mine)] = torch.from_numpy(ahead)
+    padded = torch.zeros((1, 2, max(map(len, shares))), dtype=torch.int64)
+    padded[0, :, : len(mine)] = torch.from_numpy(np.stack([ahead, tied]))
     everyone = distributed.gather(padded.to(distributed.device())).cpu().numpy()
-    return pairs, np.concatenate([row[: len(share)] for row, share in zip(everyone, shares, strict=True)])
+    ahead, tied = np.concatenate([row[:, : len(share)] for row, share in zip(everyone, shares, strict=True)], axis=1)
+    return pairs, ahead, tied
 
 
 def query_shares(query: np.ndarray, processes: int) -> list[range]:

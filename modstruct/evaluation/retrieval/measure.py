@@ -5,6 +5,7 @@ Of a set: metrics with intervals, curves, and the outcome of each query.
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from modstruct import distributed
 from modstruct.distributed.collect import on_main
 from modstruct.errors import require
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
@@ -25,10 +27,18 @@ from modstruct.evaluation.retrieval.ann_index import (
     ann_recall,
     require_searchable,
 )
-from modstruct.evaluation.retrieval.exact import CPU, counting_device, pairs_ahead, shared_pairs_ahead
+from modstruct.evaluation.retrieval.exact import (
+    CPU,
+    PairsAhead,
+    counting_device,
+    pairs_ahead,
+    shared_pairs_ahead,
+)
 from modstruct.evaluation.retrieval.metrics import RankedQueries, ranked_queries, ranking_metrics, recall_metrics
 from modstruct.evaluation.retrieval.rows import check_dimensions, check_recall_at, check_rows, checked_pairs
 from modstruct.evaluation.statistics import bootstrap_mean, bootstrap_statistic
+
+log = logging.getLogger(__name__)
 
 EXACT = IndexConfig()
 DIRECTIONS = ("text_to_image", "image_to_text")
@@ -65,13 +75,41 @@ def measure_retrieval(
 
 
 def measure_recall(
-    image: np.ndarray, text: np.ndarray, pairs: np.ndarray, recall_at: Sequence[int], device: torch.device = CPU
+    image: np.ndarray,
+    text: np.ndarray,
+    pairs: np.ndarray,
+    recall_at: Sequence[int],
+    device: torch.device = CPU,
+    name: str = "retrieval",
 ) -> dict[str, Metrics]:
-    """The recall of `measure_retrieval` alone, exact: {"text_to_image": {"recall_at_1": …, …}, "image_to_text": …}."""
-    return {
-        name: recall_metrics(ranked.rank, ranked.positives, ranked.gallery_size, recall_at)
-        for name, ranked, _ in rankings(image, text, pairs, recall_at, device=device)
-    }
+    """The recall of `measure_retrieval` alone, exact: {"text_to_image": {"recall_at_1": …, …}, "image_to_text": …}.
+
+    name: of what is measured, for the log.
+    """
+    found = {}
+    for direction, ranked, _ in rankings(image, text, pairs, recall_at, device=device):
+        say_ties(name, direction, ranked)
+        found[direction] = recall_metrics(ranked.rank, ranked.positives, ranked.gallery_size, recall_at)
+    return found
+
+
+_said_ties: set[tuple[str, str]] = set()
+
+
+def say_ties(name: str, direction: str, ranked: RankedQueries) -> None:
+    """Log, once for each name and direction, how many queries have an item that no score tells from their positive."""
+    tied = int(np.count_nonzero(ranked.tied))
+    if tied and (name, direction) not in _said_ties:
+        _said_ties.add((name, direction))
+        log.warning(
+            "%s, %s: the best positive of %d of %d queries ties exactly with an item that is no positive, and a tie "
+            "counts against the model: images of the same pixels in other bytes, captions of the same tokens, or "
+            "collapsed embeddings",
+            name,
+            direction.replace("_", " "),
+            tied,
+            len(ranked.tied),
+        )
 
 
 def rankings(
@@ -101,11 +139,11 @@ def rankings(
         recall = None
         if index.kind == "exact":
             count = shared_pairs_ahead if shared else pairs_ahead
-            positives, ahead = count(queries, gallery, positives, device, progress)
+            counted = count(queries, gallery, positives, device, progress)
         else:
             search = partial(_searched, queries, gallery, positives, recall_at, index, progress)
-            positives, ahead, recall = on_main(search) if shared else search()
-        yield name, ranked_queries(positives, ahead, len(gallery)), recall
+            counted, recall = on_main(search) if shared else search()
+        yield name, ranked_queries(*counted, len(gallery)), recall
 
 
 def _searched(
@@ -115,9 +153,9 @@ def _searched(
     recall_at: Sequence[int],
     index: IndexConfig,
     progress: bool,
-) -> tuple[np.ndarray, np.ndarray, Metrics]:
+) -> tuple[PairsAhead, Metrics]:
     made = AnnIndex(gallery, index, progress)
-    return *ann_pairs_ahead(queries, made, pairs, max(recall_at), progress), ann_recall(queries, made, recall_at)
+    return ann_pairs_ahead(queries, made, pairs, max(recall_at), progress), ann_recall(queries, made, recall_at)
 
 
 @dataclass(frozen=True)
@@ -154,14 +192,16 @@ def measure_set_retrieval(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Retrieval both ways of a set's shared embeddings; every process calls this and gets the whole result.
 
-    embedded: with texts and pairs, its folder readable by every process. device: where exact ranks are counted, by
-    default counting_device(). Exact ranks are counted by all processes, the queries divided among them, with the same
-    result on any number; an approximate index is built and searched by the main process, on all GPUs of its host.
-    Returns the result (metric, set, figures, curves, settings, rows, source_fingerprint, seconds, command) and
+    embedded: with texts and pairs, its folder readable by every process; copies of images are left out, and their
+    captions are those of the image. device: where exact ranks are counted, by default counting_device(). Exact ranks
+    are counted by all processes, the queries divided among them, with the same result on any number; an approximate
+    index is built and searched by the main process, on all GPUs of its host.
+    Returns the result (metric, set, figures, curves, settings, rows, ties, source_fingerprint, seconds, command) and
     outcomes:
       figures   text_to_image, image_to_text: metrics of `ranking_metrics`, each with its 95 % interval "low" and "high"
                 where there are two independent queries; of an approximate index index_text_to_image and
                 index_image_to_text too, its recall against exact search
+      ties      of each direction, the queries whose best positive ties exactly with an item that is no positive
       curves    k, and text_to_image/recall, image_to_text/recall at each of them
       outcomes  of each direction's queries that have a positive, under DIRECTION/…: recall_at_K (0 or 1),
                 mean_reciprocal_rank and map_at_r (whose means over the queries are the metrics of these names), rank
@@ -172,15 +212,17 @@ def measure_set_retrieval(
     """
     started = time.monotonic()
     require_searchable(config.index)
-    image, text, pairs = embedded.rows("image"), embedded.rows("text"), np.asarray(embedded.pairs)
+    image, text, pairs = embedded.distinct_rows("image"), embedded.rows("text"), np.asarray(embedded.distinct_pairs)
     require(len(pairs) > 0, "pairs", str(embedded.folder), "this set has none: embed one whose images have captions")
-    sizes = {"image": len(image), "text": len(text), "pairs": len(pairs)}
+    merged = {"samples": len(image) + len(embedded.copies)} if len(embedded.copies) else {}
+    sizes = merged | {"image": len(image), "text": len(text), "pairs": len(pairs)}
     most = min(len(image), len(text))
     curve_at = sorted(k for k in set(config.curve_at) if k <= most)
     device = counting_device() if device is None else device
     metrics: dict[str, Any] = {}
     curves: dict[str, list[float]] = {"k": [float(k) for k in curve_at]}
     outcomes: dict[str, np.ndarray] = {}
+    ties: dict[str, int] = {}
     recall_at = sorted({*config.recall_at, *curve_at})
     for name, ranked, recall in rankings(image, text, pairs, recall_at, config.index, device, progress, shared=True):
         group = _first_image(pairs, ranked.query) if name == "text_to_image" else ranked.query
@@ -191,6 +233,9 @@ def measure_set_retrieval(
         curves[f"{name}/recall"] = [float(np.mean(ranked.rank <= k)) for k in curve_at]
         outcomes |= {f"{name}/{outcome}": values for outcome, values in found.items()}
         sizes[f"{name}_queries"] = len(ranked.query)
+        ties[name] = int(np.count_nonzero(ranked.tied))
+        if distributed.is_main():
+            say_ties(f"set {embedded.name}", name, ranked)
     result = {
         "metric": "retrieval",
         "set": embedded.name,
@@ -198,6 +243,7 @@ def measure_set_retrieval(
         "curves": curves,
         "settings": asdict(config) | {"device": device.type, "ties": "against the model"},
         "rows": sizes,
+        "ties": ties,
         "source_fingerprint": embedded.source.get("fingerprint"),
         "seconds": time.monotonic() - started,
         "command": list(sys.argv),

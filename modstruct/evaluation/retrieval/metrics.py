@@ -24,19 +24,22 @@ class RankedQueries:
     average_precision_at_r: np.ndarray
     """(q,), from 0 to 1."""
     gallery_size: int
+    tied: np.ndarray
+    """(q,) int64, items that are no positive and score exactly as high as the best positive."""
 
 
-def ranked_queries(pairs: np.ndarray, ahead: np.ndarray, gallery_size: int) -> RankedQueries:
+def ranked_queries(pairs: np.ndarray, ahead: np.ndarray, tied: np.ndarray, gallery_size: int) -> RankedQueries:
     """The queries of pairs whose ranks are known.
 
-    pairs: (p, 2), (query row, gallery row), each once, ascending by query. ahead: (p,), items ahead of each pair's
-    that are no positives of its query, as `pairs_ahead` gives them.
+    pairs: (p, 2), (query row, gallery row), each once, ascending by query. ahead, tied: (p,), items ahead of each
+    pair's that are no positives of its query, and those that tie with it, as `pairs_ahead` gives them.
     """
     first = np.flatnonzero(np.append(True, pairs[1:, 0] != pairs[:-1, 0]))
     positives = np.diff(first, append=len(pairs))
     precision = average_precision_at_r(pairs[:, 0], ahead, first, positives)
     best = np.minimum.reduceat(ahead, first)
-    return RankedQueries(pairs[first, 0], positives, best + 1, precision, gallery_size)
+    of_best = np.maximum.reduceat(np.where(ahead == np.repeat(best, positives), tied, 0), first)
+    return RankedQueries(pairs[first, 0], positives, best + 1, precision, gallery_size, of_best)
 
 
 def ranking_metrics(ranked: RankedQueries, recall_at: Sequence[int]) -> dict[str, dict[str, float]]:

@@ -38,9 +38,9 @@ def measure_set_structure(embedded: EmbeddedSet, config: SamplingConfig = DEFAUL
     the set has no texts or no pairs.
     """
     started = time.monotonic()
-    image, text, pairs = embedded.rows("image"), embedded.rows("text"), np.asarray(embedded.pairs)
+    image, text, pairs = embedded.distinct_rows("image"), embedded.rows("text"), np.asarray(embedded.distinct_pairs)
     require(len(pairs) > 0, "pairs", str(embedded.folder), "this set has none: embed one whose images have captions")
-    more = {name: embedded.rows(name) for name in OPTIONAL if name in embedded.arrays}
+    more = {name: embedded.distinct_rows(name) for name in OPTIONAL if name in embedded.arrays}
     metrics = structure_metrics(image, text, pairs, config=config, **more)
     return {
         "metric": "structure",

@@ -26,7 +26,7 @@ def test_every_sample_is_read_as_written(tmp_path):
         raw = reader.read(number)
         assert (raw.key, raw.image, raw.caption) == (f"{number:06d}", encoded_image(number), f"thing {number}")
         assert raw.metadata == {"number": number}
-        assert reader.caption(number) == raw.caption
+        assert reader.texts(number) == (raw.caption,)
     assert raw.where == f"{tmp_path / 'shard-000.tar'}: 000002.png"
 
 

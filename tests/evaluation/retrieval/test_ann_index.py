@@ -66,7 +66,7 @@ def test_an_item_that_is_not_listed_comes_last(monkeypatch):
     image, text, pairs = similar(200, 8, noise=5.0)
     monkeypatch.setattr(ann_index, "RESULTS_AT_ONCE", 40)  # several searches
     made = AnnIndex(image, IndexConfig("ivf", lists=1))
-    _, ahead = ann_pairs_ahead(text, made, pairs, 4)
+    _, ahead, _ = ann_pairs_ahead(text, made, pairs, 4)
     scores = text @ image.T
     truth = (scores >= np.diag(scores)[:, None]).sum(1) - 1
     np.testing.assert_array_equal(ahead, np.where(truth < 5, truth, 199))

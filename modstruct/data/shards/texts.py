@@ -1,0 +1,127 @@
+"""Texts of samples: the caption or captions of KEY.txt, the metadata of KEY.json.
+
+KEY.txt holds one caption (img2dataset), whatever line breaks it has, or several, one a line (the retrieval sets of
+CLIP_benchmark). Which of the two a source is made by is looked up in a sample of it, by `look`.
+"""
+
+from __future__ import annotations
+
+import codecs
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+
+from modstruct.data.faults import BadSample
+from modstruct.data.shards.pipes import PipeCache, PipeFailed
+from modstruct.data.shards.sources import is_pipe
+from modstruct.data.shards.tar_headers import BLOCK_BYTES
+from modstruct.files import RepeatedKey, parse_json
+
+# Levels of KEY.json. Deeper ones would pass the parser, but break the pickling to another process.
+DEEPEST_METADATA = 32
+LOOKED_AT = 1000
+"""Samples of a source, evenly spaced, by which it is judged; of pipes those of the first shard alone."""
+SEVERAL_SHARE = 0.9
+"""Fraction of them that must hold several lines."""
+
+
+def parse_caption(content: bytes, where: str) -> str:
+    """The whole text of KEY.txt, stripped, never empty. Raises BadSample."""
+    try:
+        caption = content.removeprefix(codecs.BOM_UTF8).decode().strip()
+    except UnicodeDecodeError:
+        raise BadSample("undecodable text", where) from None
+    if not caption:
+        raise BadSample("empty caption", where)
+    return caption
+
+
+def caption_lines(caption: str) -> tuple[str, ...]:
+    """The lines of a text that are not empty, stripped."""
+    return tuple(stripped for line in caption.split("\n") if (stripped := line.strip()))
+
+
+def parse_metadata(content: bytes, where: str) -> dict:
+    """The object of KEY.json. Raises BadSample."""
+    try:
+        metadata = parse_json(content)
+    except RepeatedKey as error:
+        raise BadSample("malformed metadata", f"{where}: {error}") from None
+    except (ValueError, RecursionError):
+        raise BadSample("malformed metadata", where) from None
+    # Walking the values takes longer than parsing them, and few brackets cannot nest deeply.
+    shallow = content.count(b"{") + content.count(b"[") <= DEEPEST_METADATA
+    if not isinstance(metadata, dict) or not (shallow or _is_shallow(metadata)):
+        raise BadSample("malformed metadata", where)
+    return metadata
+
+
+def _is_shallow(metadata: dict) -> bool:
+    level: list[dict | list] = [metadata]
+    for _ in range(DEEPEST_METADATA):
+        values = [value for node in level for value in (node.values() if isinstance(node, dict) else node)]
+        level = [value for value in values if isinstance(value, (dict, list))]
+    return not level
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a sample of a source's KEY.txt looks like."""
+
+    texts: int
+    """Read."""
+    several: int
+    """Of these, texts of several lines."""
+    whole: int
+    """Of these, texts that KEY.json holds as a whole, line breaks included: one caption each."""
+
+    @property
+    def lines_are_captions(self) -> bool:
+        """Nearly every text has several lines, and no KEY.json says that they are one caption."""
+        return self.whole == 0 and self.several > 0 and self.several >= SEVERAL_SHARE * self.texts
+
+
+def look(shards: Sequence[str], counts: np.ndarray, rows: np.ndarray, pipes: PipeCache) -> Look:
+    """Look at a source. counts: (shards,) samples in each. rows: (samples,) of index.ROW. Bad samples do not count."""
+    ends = np.cumsum(counts)
+    total = int(ends[0] if is_pipe(shards[0]) else ends[-1])
+    places = np.arange(min(LOOKED_AT, total)) * total // max(1, min(LOOKED_AT, total))
+    texts = several = whole = 0
+    for shard, of_shard in groupby(places.tolist(), key=lambda place: int(ends.searchsorted(place, side="right"))):
+        for text, metadata in _members(shards[shard], [rows[place] for place in of_shard], pipes):
+            try:
+                caption = parse_caption(text, "")
+                texts += 1
+                if len(caption_lines(caption)) > 1:
+                    several += 1
+                    whole += _holds(parse_metadata(metadata, ""), caption) if metadata else 0
+            except BadSample:
+                continue
+    return Look(texts, several, whole)
+
+
+def _members(shard: str, rows: Sequence[np.void], pipes: PipeCache) -> Iterator[tuple[bytes, bytes]]:
+    """Content of KEY.txt and of KEY.json, empty if there is none, of samples of one shard."""
+    try:
+        descriptor = pipes.open(shard) if is_pipe(shard) else os.open(shard, os.O_RDONLY | os.O_CLOEXEC)
+    except (PipeFailed, OSError):
+        return
+    try:
+        for row in rows:
+            yield tuple(  # type: ignore[misc]
+                os.pread(descriptor, int(row[f"{kind}_bytes"]), int(row[f"{kind}_block"]) * BLOCK_BYTES)
+                for kind in ("text", "metadata")
+            )
+    except OSError:
+        return
+    finally:
+        os.close(descriptor)
+
+
+def _holds(metadata: dict, caption: str) -> bool:
+    """Whether a field of the metadata is this text; white space may differ."""
+    words = caption.split()
+    return any(isinstance(value, str) and value.split() == words for value in metadata.values())
