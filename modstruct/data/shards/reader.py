@@ -116,7 +116,7 @@ class ShardReader:
         if not row["metadata_bytes"]:
             return {}
         span = int(row["metadata_block"]) * BLOCK_BYTES, int(row["metadata_bytes"])
-        return _metadata(self._spans(shard, sample, [span])[0], self._place(shard, sample))
+        return parse_metadata(self._spans(shard, sample, [span])[0], self._place(shard, sample))
 
     def _spans(self, shard: int, sample: int, spans: Sequence[tuple[int, int]]) -> list[bytes]:
         """Content of spans (start, length) of a shard: members of one sample, mostly adjacent."""
