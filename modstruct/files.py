@@ -155,7 +155,7 @@ class RepeatedKey(ValueError):
 class _Loader(yaml.SafeLoader):
     """Plain values; a key is text as it is written (`no`, `on`, `010`), and stands in a mapping once."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         lines: dict[str, int] = {}
         for key, _ in node.value:

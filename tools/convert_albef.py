@@ -1,12 +1,13 @@
-"""Convert the weights of a fusion model to ALBEF's names or from them.
+"""Convert the weights of a fusion model, pre-trained or fine-tuned, to ALBEF's names or from them.
 
 python tools/convert_albef.py --to albef --weights runs/albef_scenes --out albef.pth
 python tools/convert_albef.py --to ours --weights ALBEF.pth --out albef.safetensors
 
---weights is a run, a checkpoint, an export, or a file of weights by either names; nothing in it is unpickled. A recipe
-reads either file by `--fusion.init FILE`. ALBEF's code reads `albef.pth` where its settings say the same sizes, also
-its BERT's `max_position_embeddings`: ours has as many as tokenizer.context_length. An export holds neither momentum
-copies nor queue: the copies then start from the weights, and ALBEF's queue is to be left as it starts
+--weights is a run, a checkpoint, an export, or a file of weights by either names (ALBEF's of pre-training, retrieval,
+VQA, SNLI-VE, text assignment and NLVR2 are known); nothing in it is unpickled. A recipe reads either file by
+`--fusion.init FILE`, or `--init FILE` where it fine-tunes. ALBEF's code reads `albef.pth` where its settings say the
+same sizes, also its BERT's `max_position_embeddings`: ours has as many as tokenizer.context_length. An export holds
+neither momentum copies nor queue: the copies then start from the weights, and ALBEF's queue is to be left as it starts
 (`load_state_dict(…, strict=False)`).
 """
 
@@ -20,9 +21,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
+from modstruct.config.migrations import is_fine_tuning
 from modstruct.errors import require
 from modstruct.files import atomic_write
-from modstruct.models.fusion.initial_weights import read_everything
+from modstruct.models.fusion.initial_weights import read_everything, recipe_of
 from modstruct.models.fusion.published import to_albef
 
 ENDINGS = {"ours": ".safetensors", "albef": ".pth"}
@@ -50,7 +52,8 @@ def convert(options: argparse.Namespace) -> None:
     require(options.out.parent.is_dir(), "--out", str(options.out), f"make the folder {options.out.parent} first")
     weights = read_everything(options.weights, "--weights")
     if options.to == "albef":
-        weights = to_albef(weights)
+        recipe = recipe_of(options.weights)  # a file of weights has none
+        weights = to_albef(weights, is_fine_tuning(recipe) if recipe else None)
     weights = {name: value.contiguous() for name, value in weights.items()}
     with atomic_write(options.out) as file:
         if options.to == "albef":

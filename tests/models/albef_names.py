@@ -1,9 +1,9 @@
-"""ALBEF's pre-training model (salesforce/ALBEF) in plain float64: its names and shapes, and its forward pass."""
+"""ALBEF's models (salesforce/ALBEF) in plain float64: their names and shapes, and their forward pass."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -96,11 +96,55 @@ def albef_weights(sizes: Sizes, seed: int = 0) -> Weights:
     return made
 
 
+TASKS = ("retrieval", "snli_ve", "nlvr2", "text_assignment", "vqa")
+
+
+def task_sizes(task: str) -> Sizes:
+    """Text assignment and NLVR2 have each fusion layer twice."""
+    doubled = task in ("nlvr2", "text_assignment")
+    return replace(Sizes(), layers=5) if doubled else Sizes()
+
+
+def task_weights(task: str, seed: int = 0) -> Weights:
+    """The file of a fine-tuned model: BERT's names without `bert`, no head of masked language modelling."""
+    s, generator = task_sizes(task), torch.Generator().manual_seed(seed + 1)
+    made = {n.replace(".bert.", "."): w for n, w in albef_weights(s, seed).items() if ".cls.predictions." not in n}
+    if task == "retrieval":
+        return made | {"idx_queue": torch.tensor([[3, 0, 3, 7, -100, -100, 2, 1, -100, 5]])}
+    kept = ("visual_encoder", "text_encoder")
+    if task == "text_assignment":
+        kept = ("visual_encoder.", "text_encoder.", "vision_proj.", "text_proj.", "temp")
+    made = {n: w for n, w in made.items() if n.startswith(kept)}
+
+    def linear(name: str, inputs: int, outputs: int) -> None:
+        made[f"{name}.weight"] = torch.randn(outputs, inputs, generator=generator) / math.sqrt(inputs)
+        made[f"{name}.bias"] = torch.randn(outputs, generator=generator)
+
+    for copy in ("", "_m"):
+        if task in ("nlvr2", "snli_ve"):
+            linear(f"cls_head{copy}.0", s.text_width, s.text_width)
+            linear(f"cls_head{copy}.2", s.text_width, 2 if task == "nlvr2" else 3)
+        for name in [n for n in made if f"text_encoder{copy}." in n and ".crossattention.self." in n]:
+            number = int(name.split(".")[3])
+            if s.layers == 5 and (number - s.text_layers) % 2 and (".key." in name or ".value." in name):
+                made[name] = made[name.replace(f"layer.{number}.", f"layer.{number - 1}.")]
+    if task == "text_assignment":
+        linear("ta_head", s.text_width, 3)
+    if task == "vqa":  # a BERT of its own, all of whose layers look at the question
+        decoder = albef_weights(replace(s, image_width=s.text_width, text_layers=0, layers=2), seed + 2)
+        made |= {
+            n.replace("text_encoder", "text_decoder", 1): w for n, w in decoder.items() if n.startswith("text_encoder")
+        }
+    return made
+
+
 class PlainAlbef:
     """ALBEF's encoders and heads, one equation after the other, in float64. copy: `_m` for its EMA model."""
 
     def __init__(self, weights: Weights, sizes: Sizes, copy: str = ""):
-        self.weights = {n: w.double() if w.is_floating_point() else w for n, w in weights.items()}
+        named = {n: n.replace("text_encoder.", "text_encoder.bert.", 1) for n in weights if ".bert." not in n}
+        named |= {n: n for n in weights if ".cls." in n}
+        self.weights = {named.get(n, n): w.double() if w.is_floating_point() else w for n, w in weights.items()}
         self.sizes, self.copy = sizes, copy
 
     def image(self, pixels: Tensor) -> Tensor:
@@ -127,16 +171,41 @@ class PlainAlbef:
         x = x + self.weights[f"{name}.position_embeddings.weight"][: ids.shape[1]]
         return self.layers(self.norm(x, f"{name}.LayerNorm", 1e-12), mask, range(self.sizes.text_layers))
 
-    def fuse(self, text: Tensor, mask: Tensor, image: Tensor) -> Tensor:
-        return self.layers(text, mask, range(self.sizes.text_layers, self.sizes.layers), image)
+    def fuse(self, text: Tensor, mask: Tensor, *images: Tensor) -> Tensor:
+        """Of two images the layers look at each in turn."""
+        return self.layers(text, mask, range(self.sizes.text_layers, self.sizes.layers), images)
 
-    def layers(self, x: Tensor, mask: Tensor, numbers: range, image: Tensor | None = None) -> Tensor:
+    def first_word(self, start_id: int, question: Tensor, mask: Tensor) -> Tensor:
+        """Logits (B, vocabulary) of an answer's first token."""
+        name = f"text_decoder{self.copy}.bert.embeddings"
+        x = (
+            self.weights[f"{name}.word_embeddings.weight"][start_id]
+            + self.weights[f"{name}.token_type_embeddings.weight"][0]
+        )
+        x = self.norm(x + self.weights[f"{name}.position_embeddings.weight"][0], f"{name}.LayerNorm", 1e-12)
+        x = x.expand(len(question), 1, -1)
+        seen = torch.ones(len(question), 1, dtype=torch.bool)
+        x = self.layers(x, seen, range(2), (question,), mask, f"text_decoder{self.copy}")
+        return self.words_of(x[:, 0], f"text_decoder{self.copy}.cls.predictions")
+
+    def classes(self, fused: Tensor) -> Tensor:
+        return self.linear(self.linear(fused[:, 0], f"cls_head{self.copy}.0").relu(), f"cls_head{self.copy}.2")
+
+    def layers(
+        self,
+        x: Tensor,
+        mask: Tensor,
+        numbers: range,
+        seen: tuple[Tensor, ...] = (),
+        seen_mask: Tensor | None = None,
+        stack: str = "",
+    ) -> Tensor:
         """BERT's post-norm layers, those of the fusion encoder with cross attention between the two."""
         for number in numbers:
-            layer = f"text_encoder{self.copy}.bert.encoder.layer.{number}"
+            layer = f"{stack or f'text_encoder{self.copy}'}.bert.encoder.layer.{number}"
             x = self.attention(x, x, f"{layer}.attention", mask)
-            if image is not None:
-                x = self.attention(x, image, f"{layer}.crossattention")
+            if seen:
+                x = self.attention(x, seen[(number - numbers[0]) % len(seen)], f"{layer}.crossattention", seen_mask)
             y = self.linear(gelu(self.linear(x, f"{layer}.intermediate.dense")), f"{layer}.output.dense")
             x = self.norm(x + y, f"{layer}.output.LayerNorm", 1e-12)
         return x
@@ -157,8 +226,10 @@ class PlainAlbef:
 
     def fill(self, ids: Tensor, mask: Tensor, image: Tensor) -> Tensor:
         """Logits (B, L, vocabulary) at every token."""
-        name = f"text_encoder{self.copy}.cls.predictions"
-        hidden = gelu(self.linear(self.fuse(self.text(ids, mask), mask, image), f"{name}.transform.dense"))
+        return self.words_of(self.fuse(self.text(ids, mask), mask, image), f"text_encoder{self.copy}.cls.predictions")
+
+    def words_of(self, hidden: Tensor, name: str) -> Tensor:
+        hidden = gelu(self.linear(hidden, f"{name}.transform.dense"))
         hidden = self.norm(hidden, f"{name}.transform.LayerNorm", 1e-12)
         return hidden @ self.weights[f"{name}.decoder.weight"].T + self.weights[f"{name}.bias"]
 
