@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-from modstruct.cli import is_first_process
+from modstruct import stopping
 
 COMMANDS = ("full", "embed", "measure", "report", "task")
 QUICK = "quick"
@@ -16,7 +16,7 @@ def main() -> None:
     words = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]
     named = bool(words) and not words[0].startswith("-")
     if named and words[0] not in COMMANDS:
-        if is_first_process():
+        if stopping.is_first_process():
             print(f"error: {words[0]!r} is no command; give {', '.join(COMMANDS)} or --checkpoint", file=sys.stderr)
         sys.exit(2)
     command = words.pop(0) if named else QUICK
@@ -24,4 +24,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    stopping.listen()
     main()

@@ -5,6 +5,11 @@ deepspeed launch_scripts/finetune.py --recipe snli_ve --init runs/albef_scenes -
 
 from __future__ import annotations
 
+from modstruct import stopping
+
+if __name__ == "__main__":
+    stopping.listen()  # before the imports that take long
+
 from functools import partial
 from pathlib import Path
 

@@ -6,6 +6,11 @@ deepspeed launch_scripts/pretrain.py --recipe emoji --method sep --train.seed 1 
 
 from __future__ import annotations
 
+from modstruct import stopping
+
+if __name__ == "__main__":
+    stopping.listen()  # before the imports that take long
+
 from pathlib import Path
 
 from modstruct.cli import parse, recipe_parser, run

@@ -9,6 +9,7 @@ import io
 import logging
 import os
 import re
+import signal
 import sys
 import types
 import typing
@@ -27,6 +28,7 @@ from modstruct.config import LossesConfig, Recipe
 from modstruct.config.migrations import migrate, migrate_checkpoint, migrate_method
 from modstruct.errors import FailedElsewhere, LostProcess, RunError, refuse, require
 from modstruct.files import disk_error, parse_yaml, read_yaml
+from modstruct.stopping import is_first_process, requested
 
 RECIPES = Path(__file__).parent / "config" / "recipes"
 FINETUNE_RECIPES = RECIPES / "finetune"
@@ -192,11 +194,6 @@ def _check_sections(options: Namespace, sections: dict[str, list[str]]) -> None:
             raise ValueError(not_a_section(name, sections))
 
 
-def is_first_process() -> bool:
-    """True on the process that speaks for all, before torch.distributed is up."""
-    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
-
-
 def speaks_for_its_host() -> bool:
     """Whether this process reports what all others of its host notice too; on the main process's host, two may, since
     the main process may be what they have lost."""
@@ -226,7 +223,8 @@ def run(command: Callable[[], object], told: str = "") -> None:
         told = disk_error(error) if isinstance(error, OSError) else str(error)
         quiet = not is_first_process() and isinstance(error, FailedElsewhere)
         if isinstance(error, LostProcess):  # all that are left notice
-            quiet = not speaks_for_its_host()
+            # A Ctrl-C ends all, and the first to go is missed by the others.
+            quiet = not speaks_for_its_host() or requested() == signal.SIGINT
         if not quiet:
             # On a line of its own, not at the end of the progress bar, which the main process may have left unfinished.
             begin = "" if is_first_process() else "\n"

@@ -21,6 +21,7 @@ from modstruct.config import Recipe
 from modstruct.config.training import EmbeddingConfig
 from modstruct.errors import refuse, require
 from modstruct.evaluation.embeddings.set_files import MODEL_FILE, is_set_name
+from modstruct.stopping import stage
 
 if TYPE_CHECKING:
     from modstruct.evaluation.embeddings.model import EmbeddingModel
@@ -55,14 +56,22 @@ def add_options(parser: ArgumentParser) -> None:
 def embed(recipe: Recipe, options: Namespace, command: list[str]) -> Path:
     """Embed every requested set and note model, sets and command; every process calls it. Returns --out."""
     from modstruct import distributed
-    from modstruct.commands.sets import open_sets, splits_beside
-    from modstruct.distributed.collect import on_main
-    from modstruct.distributed.hosts import on_all, require_shared_folder
-    from modstruct.evaluation.embeddings.embed_set import embed_sets
+    from modstruct.distributed.run_lock import held
 
     distributed.start_processes()
     out = Path(options.out).expanduser()
-    require_shared_folder(out, "--out")
+    with held(out, "--out"), stage("the same command resumes from what is embedded"):
+        _embed_into(out, recipe, options, command)
+    return out
+
+
+def _embed_into(out: Path, recipe: Recipe, options: Namespace, command: list[str]) -> None:
+    from modstruct import distributed
+    from modstruct.commands.sets import open_sets, splits_beside
+    from modstruct.distributed.collect import on_main
+    from modstruct.distributed.hosts import on_all
+    from modstruct.evaluation.embeddings.embed_set import embed_sets
+
     model = _model(recipe, options)
     sources = open_sets(options.sets, recipe, model.views.image_size, options.all_splits)
     on_all(lambda: _require_same_model(out, model))
@@ -78,7 +87,6 @@ def embed(recipe: Recipe, options: Namespace, command: list[str]) -> Path:
         rows, copies = one.manifest["rows"], len(one.copies)
         among = f" ({rows['image'] - copies:,} distinct)" if copies else ""
         print(f"{one.folder}: {rows['image']:,} images{among}, {rows.get('text', 0):,} captions")
-    return out
 
 
 def _model(recipe: Recipe, options: Namespace) -> EmbeddingModel:

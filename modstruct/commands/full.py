@@ -16,6 +16,7 @@ from pathlib import Path
 from modstruct.cli import parse, recipe_parser, run
 from modstruct.commands.arguments import checkpoint_arguments
 from modstruct.commands.embed import add_options, embed
+from modstruct.stopping import stage
 
 USAGE = "deepspeed [launcher options] launch_scripts/evaluate.py full --checkpoint FOLDER --out FOLDER [--sets SET …]"
 EVERYTHING = {"all_splits": True, "embedding.arrays": ["all"]}
@@ -29,12 +30,17 @@ def main(words: Sequence[str]) -> None:
 
     def all_of_it() -> None:
         from modstruct.commands.measure import METRICS, MeasureConfig, measure, require_all
+        from modstruct.distributed import start_processes
         from modstruct.distributed.collect import on_main
+        from modstruct.distributed.run_lock import held
         from modstruct.reporting.report import write_report
 
-        out: Path = embed(recipe, options, ["evaluate.py", "full", *words])
-        problems = measure(out, MeasureConfig(), METRICS, [str(out)])
-        on_main(lambda: print(write_report([out], out / "report")))
-        require_all(problems)
+        start_processes()
+        out = Path(options.out).expanduser()
+        with held(out, "--out"), stage("what was embedded and measured is kept; the same command does the rest"):
+            embed(recipe, options, ["evaluate.py", "full", *words])
+            problems = measure(out, MeasureConfig(), METRICS, [str(out)])
+            on_main(lambda: print(write_report([out], out / "report")))
+            require_all(problems)
 
     run(all_of_it)

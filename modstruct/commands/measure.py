@@ -23,6 +23,7 @@ from modstruct.commands.embed import read_model
 from modstruct.commands.sets import read_set, splits_beside
 from modstruct.distributed import FailedElsewhere
 from modstruct.distributed.collect import on_main
+from modstruct.distributed.run_lock import held
 from modstruct.errors import LostProcess, RunError
 from modstruct.evaluation.classification.few_shot import FewShotConfig, measure_few_shot
 from modstruct.evaluation.classification.linear_probe import LinearProbeConfig, measure_linear_probe
@@ -36,6 +37,7 @@ from modstruct.evaluation.retrieval.measure import RetrievalConfig, measure_set_
 from modstruct.evaluation.structure.measure import measure_set_structure
 from modstruct.evaluation.structure.sampling import SamplingConfig
 from modstruct.files import atomic_write, require_writable
+from modstruct.stopping import stage
 
 USAGE = "[deepspeed [launcher options] | python] launch_scripts/evaluate.py measure EVALUATION… [--FIELD VALUE …]"
 METRICS = ("retrieval", "zero_shot", "structure", "linear_probe", "linear_probe_adamw", "few_shot", "information")
@@ -78,8 +80,10 @@ def main(words: Sequence[str]) -> None:
     def measure_all() -> None:
         distributed.start_processes()
         problems = []
-        for folder in options.folders:
-            problems += measure(Path(folder).expanduser(), config, options.metrics, words)
+        for folder in (Path(folder).expanduser() for folder in options.folders):
+            on_main(partial(read_model, folder))  # before the lock, which would make a folder that is misspelt
+            with held(folder, "EVALUATION"), stage("what was measured is kept; the same command measures the rest"):
+                problems += measure(folder, config, options.metrics, words)
         require_all(problems)
 
     run(measure_all)

@@ -12,6 +12,7 @@ from modstruct.checkpoints import Checkpoint, TrainState
 from modstruct.config import FinetuneRecipe, Recipe
 from modstruct.config.recipe_files import recipe_to_dict
 from modstruct.data.tokenizers import Tokenizer
+from modstruct.distributed import run_lock
 from modstruct.errors import RunError
 from modstruct.files import disk_error
 from modstruct.training.deepspeed_adapter import MOMENTS, Engine
@@ -33,12 +34,15 @@ def save(engine: Engine, state: TrainState, recipe: Recipe | FinetuneRecipe, tok
     error: object = None
     if distributed.is_main():
         try:
+            run_lock.require_held()
             checkpoints.write(target, checkpoint, tokenizer)
             checkpoints.remove_old(recipe.output, recipe.checkpoints.keep_last, state.step)
+        except run_lock.LostLock as e:
+            error = e
         except Exception as e:  # whatever it is, the other processes wait below
             told = disk_error(e, target) if isinstance(e, OSError) else e
             error = f"checkpoint {target} was not written: {told}. Free space or choose another --output"
-    error = distributed.broadcast_object(error)
+    error = distributed.broadcast_object(error and str(error))
     if error:
         raise RunError(str(error)) if distributed.is_main() else distributed.FailedElsewhere(str(error))
     return target

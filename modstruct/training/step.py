@@ -28,8 +28,8 @@ class StepReport:
     """Why the weights did not move; None if they did."""
     overflow: bool = False
     """The loss was finite, its gradient was not."""
-    stop: bool = False
-    """Some process was asked to stop (SIGTERM)."""
+    stop: int = 0
+    """Number of the signal by which some process was asked to stop."""
 
 
 def train_step(
@@ -38,7 +38,7 @@ def train_step(
     parts: list[Batch],
     step: int,
     learning_rate: float,
-    stop_requested: bool = False,
+    stop_requested: int = 0,
     clock: StepClock | None = None,
 ) -> StepReport:
     """Forward, losses over the global batch, backward, optimizer, and the EMA weights.
@@ -73,11 +73,11 @@ def train_step(
     return report
 
 
-def _agree(total: Tensor, stop_requested: bool) -> tuple[bool, bool]:
-    """Whether any process's total is not finite, and whether any was asked to stop.
+def _agree(total: Tensor, stop_requested: int) -> tuple[bool, int]:
+    """Whether any process's total is not finite, and the number of the signal that asked any to stop.
 
     One small maximum a step, so that all processes skip, and stop, together.
     """
     flags = torch.stack([(~torch.isfinite(total)).float(), torch.full_like(total, float(stop_requested))])
     non_finite, stop = distributed.max_over_processes(flags).tolist()
-    return bool(non_finite), bool(stop)
+    return bool(non_finite), int(stop)

@@ -6,8 +6,6 @@ import hashlib
 import json
 import logging
 import math
-import signal
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +15,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from modstruct import checkpoints, distributed
+from modstruct import checkpoints, distributed, stopping
 from modstruct.checkpoints import Checkpoint, TrainState
 from modstruct.config import FinetuneRecipe, OptimizerConfig, Recipe
 from modstruct.config.recipe_files import check_resumable, decisive_fields
@@ -25,7 +23,7 @@ from modstruct.data.faults import BadSampleCounter
 from modstruct.data.shards.loader import steps_of
 from modstruct.data.shards.workers import WorkerLoader
 from modstruct.data.tokenizers import Tokenizer, load_tokenizer
-from modstruct.distributed import hosts
+from modstruct.distributed import hosts, run_lock
 from modstruct.distributed.collect import on_main
 from modstruct.distributed.heartbeat import Heartbeat
 from modstruct.errors import RunError, refuse, require
@@ -41,20 +39,8 @@ from modstruct.training.step import StepReport, train_step
 from modstruct.training.timing import profiled
 
 log = logging.getLogger("modstruct")
-STOPPED_BY_SIGNAL = 128 + signal.SIGTERM
 CHECK_SAMPLES_EVERY = 20  # steps
 RecipeT = TypeVar("RecipeT", Recipe, FinetuneRecipe)
-
-
-class StopRequest:
-    """Set by SIGTERM. The processes agree on it in the next step, since each may hear of it at another time."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        signal.signal(signal.SIGTERM, self._request)
-
-    def _request(self, *_: object) -> None:
-        self.requested = True
 
 
 @dataclass
@@ -104,7 +90,6 @@ class Trainer(ABC, Generic[RecipeT]):
         self.recipe: RecipeT = recipe
         self.ds_config, self.resume = ds_config, resume
         self.output = Path(recipe.output)
-        self.stop = StopRequest()
 
     @abstractmethod
     def build(self) -> Trainer:
@@ -131,18 +116,27 @@ class Trainer(ABC, Generic[RecipeT]):
 
         Raises ValueError naming the field for what cannot work, before the first step.
         """
+        stopping.listen()
         distributed.start_processes()
-        hosts.require_shared_folder(self.output, "output")
-        start_logging(self.output)
-        self.build()
-        profiling = profiled(self.output / "profile", profile_steps, self.state.step, self.steps)
-        with self.heartbeat:
-            with profiling as after_step:
-                self.train(after_step)
-            return self.finish()
+        with run_lock.held(self.output, "output"), stopping.stage("no step was taken, so there is nothing to save"):
+            start_logging(self.output)
+            self.build()
+            profiling = profiled(self.output / "profile", profile_steps, self.state.step, self.steps)
+            with self.heartbeat:
+                with profiling as after_step:
+                    self.train(after_step)
+                with stopping.stage(f"step {self.state.step} is saved, and `--resume latest` ends the run from there"):
+                    return self.finish()
 
     def train(self, after_step: Callable[[], None] = lambda: None) -> None:
-        """Take the steps that are left; measure and save on the way. Ends the process after a save if asked to stop."""
+        """Take the steps that are left; measure and save on the way. Ends the process after a save if asked to stop.
+
+        The processes agree on that in a step, since each may hear of it at another time.
+        """
+        with stopping.stage("no step was taken, so there is nothing to save") as stage:
+            self._take_steps(after_step, stage)
+
+    def _take_steps(self, after_step: Callable[[], None], stage: stopping.Stage) -> None:
         recipe, state = self.recipe, self.state
         bad_samples = BadSampleCounter("data.train", recipe.data.max_bad_share, distributed.rank())
         self.engine.train()
@@ -151,7 +145,9 @@ class Trainer(ABC, Generic[RecipeT]):
         for batches in self.heartbeat.following(batches_of_steps, state.step):
             parts = [batch.tensors for batch in batches]
             rate = learning_rate(recipe.optimizer, state.step, self.steps)
-            report = train_step(self.engine, self.objective, parts, state.step, rate, self.stop.requested, clock)
+            stop = stopping.requested()
+            report = train_step(self.engine, self.objective, parts, state.step, rate, stop, clock)
+            stage.deferred = True
             state.step += 1
             note_skip(report, state, recipe)
             for batch in batches:
@@ -162,28 +158,30 @@ class Trainer(ABC, Generic[RecipeT]):
                 check_samples(bad_samples)
             after_step()
             with self.heartbeat.unhurried():
-                self.validate_and_save(report.stop)
+                self.validate_and_save(bool(report.stop))
             if report.stop:
-                log.warning("Stopped by SIGTERM after step %d; `--resume latest` resumes from there", state.step)
+                by = stopping.name_of(report.stop)
+                log.warning("Stopped by %s after step %d; `--resume latest` resumes from there", by, state.step)
                 self.telemetry.close()
                 distributed.barrier()
-                sys.exit(STOPPED_BY_SIGNAL)
+                raise stopping.Stopped(report.stop)
 
     def _logged(self, report: StepReport, bad_samples: BadSampleCounter) -> dict[str, float]:
         return self.step_metrics(report) | {"data/bad_samples": bad_samples.bad}
 
-    def validate_and_save(self, stopping: bool) -> None:
+    def validate_and_save(self, stop: bool) -> None:
         """Checkpoint and validation that are due after the current step; saved first, so that no error loses a step."""
         recipe, step, last = self.recipe, self.state.step, self.state.step == self.steps
         every, validate_every = recipe.checkpoints.every_steps, recipe.evaluation.every_steps
         validate = self.has_validation and (last or bool(validate_every and step % validate_every == 0))
-        if not (stopping or last or validate or (every and step % every == 0)):
+        if not (stop or last or validate or (every and step % every == 0)):
             return
         self.telemetry.pause()
         self.engine.agree_on_statistics()
         path = save(self.engine, self.state, recipe, self.tokenizer)
-        if validate and not stopping:
-            score = self.validate()
+        if validate and not stop:
+            with stopping.stage(f"step {step} is saved, and `--resume latest` resumes from there"):
+                score = self.validate()
             if distributed.is_main():
                 checkpoints.note_score(path, score)
         self.telemetry.resume()

@@ -20,6 +20,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from modstruct import stopping
 from modstruct.data.shards.members import KINDS, MemberGroups, SampleMembers, Tally, may_be_of
 from modstruct.data.shards.tar_headers import (
     BLOCK_BYTES,
@@ -283,5 +284,17 @@ def _mapping(workers: int) -> Iterator[Callable]:
     from concurrent.futures import ProcessPoolExecutor
 
     # spawn: a fork hangs in a process that has used torch or OpenMP
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        yield pool.map
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=stopping.outlive_signals)
+
+    def run(function: Callable, jobs: Sequence) -> Iterator:
+        with stopping.children_inherit_block():  # they start here
+            return pool.map(function, jobs)
+
+    try:
+        yield run
+    except BaseException:  # an interruption, say: what is being indexed is not waited for
+        for process in (pool._processes or {}).values():
+            process.kill()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)

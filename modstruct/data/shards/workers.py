@@ -6,12 +6,9 @@ import atexit
 import logging
 import multiprocessing
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
-from multiprocessing import resource_tracker, util
+from multiprocessing import util
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
@@ -24,13 +21,11 @@ from torch import Tensor
 from torch.multiprocessing.reductions import reduce_storage
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from modstruct import stopping
 from modstruct.errors import RunError
 
 log = logging.getLogger(__name__)
 
-# The launcher ends whole process trees on SIGTERM, and Ctrl-C reaches every process of the terminal. The training
-# process answers both with a last checkpoint, for which it may still need a batch, so its loader must survive.
-OUTLIVED_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 BATCHES_AHEAD = 2  # prefetched by each loader process
 LOSSES_IN_A_ROW = 3  # of loader processes without a batch in between, that a run tolerates
 
@@ -90,7 +85,7 @@ class WorkerLoader(DataLoader[Batch]):
 
     def _from_processes(self) -> Iterator:
         before, named_before = set(multiprocessing.active_children()), _named_semaphores()
-        with _inherited_block():
+        with stopping.children_inherit_block():
             batches = super().__iter__()
         named = _named_semaphores() - named_before
         end = partial(_end, [child for child in multiprocessing.active_children() if child not in before])
@@ -219,29 +214,4 @@ def _unchanged(batch: object) -> object:
 
 def _start_worker(_: int) -> None:
     ForkingPickler.register(torch.UntypedStorage, _share_storage)
-    for number in OUTLIVED_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, OUTLIVED_SIGNALS)
-    threading.Thread(target=_end_with_the_parent, daemon=True).start()
-
-
-def _end_with_the_parent() -> None:
-    """End this worker when the training process has ended, for any reason.
-
-    torch's workers watch their parent, which here is the server, and that lives as long as they do.
-    """
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-    os._exit(1)
-
-
-@contextmanager
-def _inherited_block() -> Iterator[None]:
-    """Block the signals while processes start: these inherit the block, and signals that arrive meanwhile wait."""
-    resource_tracker.ensure_running()  # starting it later would lift the block
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, OUTLIVED_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    stopping.outlive_signals()

@@ -80,7 +80,8 @@ class HurtRun:
         """Until the progress bar shows so many steps."""
 
         def shown() -> bool:
-            return any(int(done) >= step for done in re.findall(r"train: .*\| (\d+)/\d+ \[", self.screen[-400:]))
+            bars = re.findall(r"^train: .*\| (\d+)/\d+ \[", self.screen[-400:], re.MULTILINE)
+            return any(int(done) >= step for done in bars)
 
         self.wait_until(shown, f"step {step} was shown")
 
