@@ -161,7 +161,7 @@ class Trainer(ABC, Generic[RecipeT]):
                 self.validate_and_save(bool(report.stop))
             if report.stop:
                 by = stopping.name_of(report.stop)
-                log.warning("Stopped by %s after step %d; `--resume latest` resumes from there", by, state.step)
+                log.info("Stopped by %s after step %d; `--resume latest` resumes from there", by, state.step)
                 self.telemetry.close()
                 distributed.barrier()
                 raise stopping.Stopped(report.stop)
