@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -109,6 +110,7 @@ def test_a_run_without_a_launcher_trains_alone(tmp_path, recipe_file):
     # Without a launcher's variables, which an earlier test may have left in this process.
     launcher = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     environment = {name: value for name, value in os.environ.items() if name not in launcher} | {"OMP_NUM_THREADS": "1"}
+    environment["TORCH_EXTENSIONS_DIR"] = str(tmp_path / "compiled")
     done = subprocess.run(
         [sys.executable, "launch_scripts/pretrain.py", *arguments, "--train.steps", "2", "--train.precision", "bf16"],
         cwd=ROOT,
@@ -122,3 +124,13 @@ def test_a_run_without_a_launcher_trains_alone(tmp_path, recipe_file):
     weights = checkpoints.read_weights(checkpoints.list_checkpoints(tmp_path / "run")[-1])
     assert all(torch.isfinite(value).all() for value in weights.values())
     assert {value.dtype for value in weights.values()} == {torch.float32}
+    # The screen: ours from the first line on; the log: all of it, the losses and the table too.
+    screen = done.stderr.replace("\r", "\n").splitlines()
+    assert screen[0] == f"Starting on one process; log: {tmp_path / 'run' / 'log.txt'}"
+    assert not [line for line in screen if re.search(r"Warning|\[W|\w+\.py:\d+", line)]
+    logged = (tmp_path / "run" / "log.txt").read_text()
+    assert re.search(r"Started: launch_scripts/pretrain\.py --recipe .*torch \d", logged)
+    assert re.search(r"step 2 of 2: loss \d.*, contrastive \d.*; rate \S+, \d+ samples/s", logged)
+    assert "validation after step 2: retrieval/" in logged
+    assert re.search(r"text -> image +R@1 ", logged)
+    assert not (tmp_path / "compiled").exists()

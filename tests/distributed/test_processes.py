@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
+import threading
+
 import pytest
 import torch
 from processes import run_on_processes
 
 from modstruct import distributed
+from modstruct.distributed import processes
 
 
 def sums_over_ranks(offset: int) -> dict:
@@ -29,3 +36,74 @@ def test_results_come_back_in_order_of_rank():
 def test_a_failure_on_one_process_is_raised_here():
     with pytest.raises(Exception, match="rank 1 gave up"):
         run_on_processes(fails_on_one_rank, 2)
+
+
+START = """
+import os, socket, sys, torch
+from modstruct import distributed
+
+with socket.socket() as other:  # another program on the port
+    other.bind(("", 0))
+    other.listen()
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    os.environ["MASTER_PORT"] = str(other.getsockname()[1])
+    try:
+        distributed.start_processes()
+    except ValueError as error:
+        print(error)
+    os.environ["WORLD_SIZE"] = "1"
+    distributed.start_processes()
+    distributed.start_processes()  # again: nothing happens
+    print(distributed.world_size(), distributed.gather_objects("mine"), "deepspeed" in sys.modules)
+
+from modstruct.training.deepspeed_adapter import start_engine
+for config in {}, {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}:
+    model = torch.nn.Linear(3, 3)
+    settings = {"train_batch_size": 4, "zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True}
+    start_engine(model, torch.optim.AdamW(model.parameters()), settings | config)
+left = [name for name in os.listdir("/dev/shm") if os.environ["MASTER_PORT"] in name]
+print(left, os.path.exists(os.environ["TORCH_EXTENSIONS_DIR"]))
+"""
+
+
+def test_a_busy_port_is_named_and_one_process_needs_none_nor_a_compiler_nor_shared_memory(tmp_path):
+    """DeepSpeed names its buffers in /dev/shm by MASTER_PORT, and compiles into TORCH_EXTENSIONS_DIR."""
+    environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path / "compiled")}
+    done = subprocess.run([sys.executable, "-c", START], env=environment, text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert re.match(r"MASTER_PORT = '\d+': another program .*`--master_port`", lines[0])
+    assert lines[1:] == ["1 ['mine'] False", "[] False"]
+
+
+@pytest.mark.parametrize(("here", "means"), [("2", "those of this host are still starting"), ("1", "MASTER_ADDR")])
+def test_who_waits_says_what_for_and_how_long(monkeypatch, capsys, here, means):
+    """On one host the network is not the cause."""
+    monkeypatch.setattr(processes, "WAIT_SECONDS", 0.05)
+    variables = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": here, "MASTER_ADDR": "a", "MASTER_PORT": "7"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    joined = threading.Event()
+    waiting = threading.Thread(target=processes._say_while_waiting, args=[joined])
+    waiting.start()
+    waiting.join(0.5)
+    joined.set()
+    waiting.join()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) > 1
+    assert lines[0].startswith("process 1 still waits for the others of 2 through a:7 after 0.05 s: ")
+    assert all(means in line for line in lines)
+    assert ("MASTER_ADDR" in lines[0]) == (here == "1")
+
+
+def test_waiting_threads_sleep_unless_the_user_says_otherwise():
+    """libgomp reads OMP_WAIT_POLICY when torch is imported; it shows what it found."""
+    code = "import modstruct.cli, sys; assert 'torch' not in sys.modules; import torch"
+    for given, found in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
+        environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+        environment |= {"OMP_DISPLAY_ENV": "true"} | ({"OMP_WAIT_POLICY": given} if given else {})
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, text=True, capture_output=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        assert f"OMP_WAIT_POLICY = '{found}'" in done.stderr

@@ -34,6 +34,7 @@ from tiny_models import word_tokenizer
 from modstruct.config import Source, ViewsConfig
 from modstruct.data.faults import TooManyBadSamples
 from modstruct.data.shards import loader as loader_module
+from modstruct.data.shards import workers as workers_module
 from modstruct.data.shards.loader import EXTRA_FIELDS, BatchContents, BatchPlan, TrainBatch, train_loader, train_order
 from modstruct.data.shards.samples import open_samples
 from modstruct.data.transforms.augment import Views
@@ -370,6 +371,29 @@ def test_workers_outlive_the_signals_that_end_a_run(damaged):
     signal_all()
     assert_same(alone, found + list(batches))
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
+
+
+def test_batches_of_loader_processes_need_nothing_in_the_shared_memory(damaged):
+    """A container's /dev/shm often has 64 MiB, and what lies there when everything is killed stays."""
+    samples, data = damaged
+    data.workers = 2
+    loader = train_loader(samples, data, BatchContents(views(), LengthTokenizer(), BOTH), BatchPlan(12, 3, 0, 12))
+    named_before = workers_module._named_semaphores()
+    batches = iter(loader)
+    found = [next(batches), next(batches)]
+    assert workers_module._named_semaphores() == named_before
+    mapped = Path("/proc/self/maps").read_text()
+    assert "memfd:modstruct-batch" in mapped
+    for batch in found:
+        for name, tensor in batch.tensors.items():
+            place = next(line for line in mapped.splitlines() if _holds(line, tensor.data_ptr()))
+            assert "/dev/shm" not in place, (name, place)
+    assert_same(load(samples, replace(data, workers=0), stop=12), found + list(batches))
+
+
+def _holds(line: str, address: int) -> bool:
+    start, end = (int(part, 16) for part in line.split()[0].split("-"))
+    return start <= address < end
 
 
 def runs(pid: str) -> bool:
