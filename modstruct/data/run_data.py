@@ -38,10 +38,6 @@ class EvaluationData:
     zero_shot: str | None
     """Class file."""
 
-    def measured(self) -> dict[str, EvaluationSamples]:
-        """The sources that a model is measured on, by their fields."""
-        return {} if self.eval is None else {"data.eval": self.eval}
-
     def identity(self) -> dict[str, str | None]:
         """What tells these data from others, by the field that they came from."""
         classes = self.zero_shot and Path(self.zero_shot).expanduser()
@@ -58,9 +54,6 @@ class RunData(EvaluationData):
 
     train: Samples
     validation: EvaluationSamples | None
-
-    def measured(self) -> dict[str, EvaluationSamples]:
-        return super().measured() | ({} if self.validation is None else {"data.validation": self.validation})
 
     def identity(self) -> dict[str, str | None]:
         validation = None if self.validation is None else self.validation.samples.content
@@ -83,16 +76,17 @@ def open_run_data(
             log.warning("data.validation or data.eval is `scenes` beside your own data.train: name your own, or null")
         config = _with_scenes(recipe.data, image_size)
         train = open_saved_samples(as_sources(config.train), config, "data.train", fingerprint, is_main())
-        data = RunData(
+        measured = {"data.validation": config.validation, "data.eval": config.eval}
+        found = {field: _evaluation(field, source, config) for field, source in measured.items()}
+        _check_labels(found, config, recipe.data.zero_shot)
+        return RunData(
             views=Views(recipe.views, image_size),
             train=train,
-            validation=_evaluation("data.validation", config.validation, config),
-            eval=_evaluation("data.eval", config.eval, config),
+            validation=found["data.validation"],
+            eval=found["data.eval"],
             zero_shot=config.zero_shot,
             tokenizer=tokenizer or _tokenizer(recipe, train),
         )
-        _check_labels(data, config, recipe.data.zero_shot)
-        return data
 
     with refusing("data.cache", recipe.data.cache):
         data = main_first(build)
@@ -108,9 +102,8 @@ def open_evaluation_data(recipe: Recipe, image_size: int, tokenizer: Tokenizer) 
             wanted = replace(wanted, zero_shot=None)
         config = _with_scenes(wanted, image_size)
         samples = _evaluation("data.eval", config.eval, config)
-        data = EvaluationData(Views(recipe.views, image_size), tokenizer, samples, config.zero_shot)
-        _check_labels(data, config, wanted.zero_shot)
-        return data
+        _check_labels({"data.eval": samples}, config, wanted.zero_shot)
+        return EvaluationData(Views(recipe.views, image_size), tokenizer, samples, config.zero_shot)
 
     with refusing("data.cache", recipe.data.cache):
         data = main_first(build)
@@ -125,13 +118,14 @@ def _same_on_all(data: Data) -> Data:
     return data
 
 
-def _check_labels(data: EvaluationData, config: DataConfig, named: str | None) -> None:
-    """Refuse a class file that does not fit the sources, on the main process. named: it in the recipe."""
-    if data.zero_shot is None or not is_main():
+def _check_labels(measured: dict[str, EvaluationSamples | None], config: DataConfig, named: str | None) -> None:
+    """Refuse a class file that does not fit the sources, on the main process. named: the file in the recipe."""
+    if config.zero_shot is None or not is_main():
         return
-    classes = load_classes(data.zero_shot)
-    found = {field: check_labels(classes, of.samples, config, field) for field, of in data.measured().items()}
-    missing = [text for text in found.values() if text is not None]
+    classes = load_classes(config.zero_shot)
+    found = {field: of for field, of in measured.items() if of is not None}
+    texts = [check_labels(classes, of.samples, config, field) for field, of in found.items()]
+    missing = [text for text in texts if text is not None]
     # The built-in classes are a default, which other data need not have.
     if named != BUILT_IN and missing and len(missing) == len(found):
         refuse("data.zero_shot", named, f"{'; '.join(missing)}; correct `label` in the file, or give null")

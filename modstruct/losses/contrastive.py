@@ -24,6 +24,8 @@ class Contrastive(Loss):
     clip_inmodal:  1/4 (L_V2T + L_T2V + L_V2V + L_T2T)
     """
 
+    compares = True
+
     def __init__(self, config: ContrastiveConfig, settings: LossSettings):
         self.precision = settings.precision
         self.in_modal = config.in_modal

@@ -27,6 +27,8 @@ class Geometry(Loss):
     whole of it by N once more. That quotient is always among the terms, as per_pair.
     """
 
+    compares = True
+
     def __init__(self, config: GeometryConfig, settings: LossSettings):
         self.precision = settings.precision
         self.augmented = config.augmented

@@ -49,6 +49,7 @@ class Objective:
     independent: whether they need the independent embeddings, and so their heads.
     scalars: learnt numbers that the model must own.
     row_losses: names of those that are means over labelled rows.
+    comparing: names of those that compare the pairs of a batch with each other.
     """
 
     def __init__(self, losses: Mapping[str, Loss], weights: Mapping[str, float]):
@@ -58,7 +59,14 @@ class Objective:
         self.independent = any("independent" in name for name in needs)
         self.scalars: tuple[SharedScalar, ...] = tuple(s for loss in losses.values() for s in loss.scalars)
         self.row_losses = frozenset(name for name, loss in losses.items() if loss.row_labels is not None)
+        self.comparing = [name for name, loss in losses.items() if loss.compares]
         self.rows_agree = False
+
+    def require_pairs(self, global_batch: int) -> None:
+        """Refuse a batch of a single pair for losses that compare pairs with each other."""
+        named = ", ".join(f"losses.{name}" for name in self.comparing)
+        remedy = f"at least 2, since of a single pair nothing is learnt by what compares the pairs of a batch ({named})"
+        require(global_batch > 1 or not self.comparing, "train.global_batch", global_batch, remedy)
 
     def __call__(self, outputs: Outputs, step: int, without: frozenset[str] = frozenset()) -> tuple[Tensor, Terms]:
         """The objective of the global batch, a scalar with a gradient, and its terms; the same on every process.

@@ -70,6 +70,8 @@ class Loss(ABC):
     needs: frozenset[str] = frozenset()
     """Outputs of the model that it takes."""
     scalars: tuple[SharedScalar, ...] = ()
+    compares: bool = False
+    """It compares the pairs of a batch with each other: it needs two, and takes each for a sample of its own."""
     row_labels: str | None = None
     """For a mean over labelled rows (0 or more): the output that holds the labels. Its sums are then `total` and the
     components, the value is their quotient by the number of rows, and micro-batches bring their parts one by one."""

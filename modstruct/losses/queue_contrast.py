@@ -26,6 +26,7 @@ class QueueContrast(Loss):
         {"image", "text", "logit_scale", "image_augmented", "text_augmented", "image_queue", "text_queue"}
         | {"pair_ids", "queue_ids"}
     )
+    compares = True
 
     def __init__(self, config: QueueContrastConfig, settings: LossSettings):
         self.precision = settings.precision

@@ -30,6 +30,7 @@ class Matching(RowLoss):
 
     needs = frozenset({"matching_logits", "matching_labels"})
     row_labels = "matching_labels"
+    compares = True
 
     def __init__(self, config: MatchingConfig, settings: LossSettings):
         pass

@@ -37,6 +37,7 @@ class Separation(Loss):
             "text_independent_augmented",
         }
     )
+    compares = True
 
     def __init__(self, config: SeparationConfig, settings: LossSettings):
         self.precision = settings.precision

@@ -17,6 +17,7 @@ class Sigmoid(Loss):
     """
 
     needs = frozenset({"image", "text", "logit_scale", "logit_bias"})
+    compares = True
 
     def __init__(self, config: SigmoidConfig, settings: LossSettings):
         self.precision = settings.precision

@@ -62,14 +62,18 @@ class Finetuning(Trainer[FinetuneRecipe]):
         self.has_validation = "validation" in self.splits
         train = self.splits["train"]
         self.state = start.state(train.fingerprint, "its files")
-        self.objective = self.task.objective(-(-len(train.entries) // recipe.train.global_batch))
+        entries, batch = len(train.entries), recipe.train.global_batch
+        self.objective = self.task.objective(-(-entries // batch))
+        self.objective.require_pairs(batch)
+        if batch > entries:
+            log.warning(
+                "train.global_batch = %d: data.train has %d entries, so a step takes some twice", batch, entries
+            )
         torch.manual_seed(recipe.train.seed)
         self.model = self.task.build_model()
         if start.saved is None and initial.weights is not None:
             start_from(self.model, initial)
-        self.start(
-            self.model, start, len(train.entries), task_order(len(train.entries), recipe.train.seed).epoch_samples
-        )
+        self.start(self.model, start, entries, task_order(entries, recipe.train.seed).epoch_samples)
         return self
 
     def loader(self, first_step: int) -> WorkerLoader:

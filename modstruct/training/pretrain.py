@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -13,18 +15,22 @@ from modstruct.data.run_data import RunData, open_run_data
 from modstruct.data.shards.evaluation_samples import EvaluationSamples
 from modstruct.data.shards.loader import BatchContents, BatchPlan, train_loader, train_order
 from modstruct.data.shards.samples import Samples
+from modstruct.data.shards.sources import as_sources
 from modstruct.data.shards.workers import WorkerLoader
 from modstruct.distributed.collect import on_main
+from modstruct.errors import refuse
 from modstruct.evaluation.evaluate import evaluate
 from modstruct.evaluation.examples import retrieved_examples
 from modstruct.evaluation.structure.basic import structure
 from modstruct.evaluation.tables import flatten, table, validation_recall_at_1
-from modstruct.losses.objective import build_objective
+from modstruct.losses.objective import Objective, build_objective
 from modstruct.losses.protocol import LossSettings
 from modstruct.models.build import build_model, image_size, initial_tokenizer
 from modstruct.training.export import export
 from modstruct.training.step import StepReport
 from modstruct.training.trainer import Trainer
+
+log = logging.getLogger("modstruct")
 
 
 def pretrain(recipe: Recipe, ds_config: str, resume: str | None = None, profile_steps: int = 0) -> dict:
@@ -50,10 +56,17 @@ class Pretraining(Trainer[Recipe]):
         self.samples = data.train
         self.tokenizer, self.has_validation = data.tokenizer, data.validation is not None
         self.state = start.state(f"{self.samples.content} {self.samples.weights}", recipe.data.train)
-        epoch_samples = train_order(self.samples, recipe.data, recipe.train.seed).epoch_samples
+        order = train_order(self.samples, recipe.data, recipe.train.seed)
+        epoch_samples = order.epoch_samples
         epoch_steps = math.ceil(epoch_samples / recipe.train.global_batch)
         settings = LossSettings(recipe.train.pairwise_precision, epoch_steps, recipe.train.seed)
         self.objective = build_objective(recipe.losses, settings)
+        try:
+            check_batch(recipe, self.objective, order.largest_batches())
+        except ValueError as error:
+            if start.saved is None:
+                raise
+            log.warning("%s", error)  # the run was begun so
         torch.manual_seed(recipe.train.seed)
         model = build_model(recipe, data.tokenizer, self.objective, read_weights=start.saved is None)
         self.start(model, start, len(self.samples), epoch_samples)
@@ -108,3 +121,42 @@ class Pretraining(Trainer[Recipe]):
         metrics = self.measure(self.data.eval, "eval") if self.data.eval else {}
         self.conclude(last, metrics, table)
         return metrics
+
+
+def check_batch(recipe: Recipe, objective: Objective, largest: Sequence[int]) -> None:
+    """Refuse a global batch that holds a single pair, or samples twice, where losses compare its pairs.
+
+    largest: of SampleOrder. What is only in part so is said in the log.
+    """
+    batch, queue = recipe.train.global_batch, recipe.fusion.queue
+    objective.require_pairs(batch)
+    local = recipe.losses.matching.weight > 0 and recipe.losses.matching.negatives == "local"
+    if local and batch == distributed.world_size():
+        remedy = (
+            "each process has one pair and no negative for it: give two a process, or losses.matching.negatives global"
+        )
+        refuse("train.global_batch", batch, remedy)
+    most, number = min((most, number) for number, most in enumerate(largest))
+    source = as_sources(recipe.data.train)[number] if len(largest) > 1 else None
+    name = "data.train" if source is None else f"{source.shards!r} of data.train, of weight {source.weight},"
+    if batch > most and objective.comparing:
+        why = f"{name} has so few samples that a batch holds some twice, each its own negative"
+        lower = "" if source is None else ", or a lower weight"
+        refuse("train.global_batch", batch, f"{why}; give at most {most}{lower}, or more samples")
+    if 4 * batch > most:
+        log.warning(
+            "%s has so few samples that train.global_batch = %d %s; up to %d keeps that rare",
+            name,
+            batch,
+            "takes some of them twice a step" if batch > most else "often spans the end of an epoch and has some twice",
+            max(most // 4, 1),
+        )
+    earlier = objective.losses.keys() & {"queue_contrast"} and recipe.losses.queue_contrast.positives == "pair"
+    if earlier and queue + batch > most:
+        log.warning(
+            "fusion.queue = %d: %s has so few samples that the queue holds earlier embeddings of a batch's own pairs, "
+            "which count as their negatives; at most %d, or losses.queue_contrast.positives image",
+            queue,
+            name,
+            max(most - batch, 0),
+        )

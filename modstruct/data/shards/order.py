@@ -71,6 +71,11 @@ class SampleOrder:
         for pool, count in enumerate(counts):
             self._earlier[self._pattern == pool] = np.arange(count)
 
+    def largest_batches(self) -> list[int]:
+        """For the whole, or with weights for each source: neighbouring slots that take each of its samples once, as far
+        as they lie within one epoch of it."""
+        return [pool.size * len(self._pattern) // int(n) for pool, n in zip(self._pools, self._counts, strict=True)]
+
     def locate(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Slots (n,), in any order -> epoch of the source that the slot draws from, and sample, each (n,) int64.
 
