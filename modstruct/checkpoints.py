@@ -16,9 +16,12 @@ is written aside, synced to disk and renamed, so that a name step-… is always 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn, Protocol, cast
@@ -31,6 +34,8 @@ from torch import Tensor
 
 from modstruct.errors import refuse, require
 from modstruct.files import atomic_write, naming, read_yaml, sync_folder
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 MOMENTUM_FILE = "momentum.safetensors"
@@ -99,7 +104,11 @@ def find(which: str, output: str | Path, option: str = "--resume") -> Path | Non
     if which == "best":
         best = read_best(output)
         if best is None:
-            refuse(option, which, f"{output} has no best checkpoint; it needs data.validation")
+            score = _noted_best(output).get("score")
+            noted = (
+                "it needs data.validation" if score is None else f"best.json names none that is there, score {score!r}"
+            )
+            refuse(option, which, f"{output} has no best checkpoint; {noted}")
         return folder(output) / best["checkpoint"]
     if which == "latest" or folder(which).is_dir():
         found = list_checkpoints(output if which == "latest" else which)
@@ -165,6 +174,9 @@ def read(path: Path) -> Checkpoint:
         _damaged(path, e)
     if not checkpoint:
         refuse("checkpoint", str(path), f"has format {version}, this version reads {FORMAT}")
+    files = {"weights": checkpoint.weights, "moments": checkpoint.moments, "momentum": checkpoint.momentum}
+    for name, tensors in files.items():
+        require_finite(tensors, "checkpoint", str(path), f"{name}.safetensors: ", _another(path))
     return checkpoint
 
 
@@ -182,13 +194,35 @@ def _check_state(checkpoint: Checkpoint) -> None:
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The weights alone."""
     try:
-        return load_file(path / "weights.safetensors")
+        weights = load_file(path / "weights.safetensors")
     except (OSError, SafetensorError) as e:
         _damaged(path, e)
+    require_finite(weights, "checkpoint", str(path), "weights.safetensors: ", _another(path))
+    return weights
+
+
+def require_finite(
+    tensors: Mapping[str, Tensor], option: str, value: str, where: str = "", remedy: str = "give other weights"
+) -> None:
+    """Refuse weights with NaN or infinity, which no later step would mend, naming the first such tensor.
+
+    option, value: what named the file, for the error; where: which part of it.
+    """
+    bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if bad:
+        number, total = int((~tensors[bad[0]].isfinite()).sum()), tensors[bad[0]].numel()
+        more = f", and {len(bad) - 1} more tensors" if len(bad) > 1 else ""
+        refuse(
+            option, value, f"{where}{bad[0]} has {number} of {total} values that are NaN or infinite{more}; {remedy}"
+        )
 
 
 def _damaged(path: Path, error: Exception) -> NoReturn:
-    refuse("checkpoint", str(path), f"is damaged ({error}); use another folder of {path.parent}")
+    refuse("checkpoint", str(path), f"is damaged ({error}); {_another(path)}")
+
+
+def _another(path: Path) -> str:
+    return f"use another folder of {path.parent}"
 
 
 def require_same_names(expected: dict[str, Tensor], given: dict[str, Tensor], path: Path) -> None:
@@ -200,26 +234,43 @@ def require_same_names(expected: dict[str, Tensor], given: dict[str, Tensor], pa
 
 
 def read_best(output: str | Path) -> dict | None:
-    """{"checkpoint": folder name, "score": …} of the best checkpoint of a run by validation; None without one."""
-    try:
-        best = json.loads((folder(output) / "best.json").read_bytes())
-        name, score = best["checkpoint"], best["score"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
+    """{"checkpoint": folder name, "score": …} of the best checkpoint of a run by validation; None without one.
+
+    A score that is NaN or infinite is none: nothing would ever be above it.
+    """
+    best = _noted_best(output)
+    name, score = best.get("checkpoint"), best.get("score")
     # A name and no path: it must not lead out of the run.
-    if not isinstance(name, str) or not _COMPLETE.fullmatch(name) or not isinstance(score, (int, float)):
+    if not isinstance(name, str) or not _COMPLETE.fullmatch(name) or not _is_score(score):
         return None
     return best if (folder(output) / name).is_dir() else None
+
+
+def _noted_best(output: str | Path) -> dict:
+    try:
+        best = json.loads((folder(output) / "best.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return best if isinstance(best, dict) else {}
+
+
+def _is_score(score: object) -> bool:
+    return isinstance(score, (int, float)) and abs(score) <= sys.float_info.max  # which holds of no NaN
 
 
 def note_score(path: Path, score: float) -> bool:
     """Make the checkpoint `path` the best of its run if its score is above the best so far; say whether.
 
-    score: of the validation source, R@1 or a task's accuracy.
+    score: of the validation source, R@1 or a task's accuracy; NaN or infinity is none, which the log says.
     """
-    best = read_best(path.parents[1])
+    if not _is_score(score):
+        log.warning("%s: its score by data.validation is %s, so it is not taken for the best", path.name, score)
+        return False
+    best, before = read_best(path.parents[1]), _noted_best(path.parents[1]).get("score")
     if best and best["score"] >= score:
         return False
+    if before is not None and not _is_score(before):
+        log.warning("best.json: the score %r is none and is replaced by that of %s", before, path.name)
     with atomic_write(path.with_name("best.json")) as file:
         file.write(json.dumps({"checkpoint": path.name, "score": score}).encode())
     return True
@@ -285,16 +336,16 @@ def read_weight_file(path: str | Path, option: str) -> dict[str, Tensor]:
     """Weights by name. option: the field that named the file, for the error (ValueError)."""
     path = Path(path).expanduser()
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        safe = path.suffix == ".safetensors"
+        content = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's reader has a type of error for each kind of damage
         refuse(
             option, str(path), f"cannot be read as safetensors or weights alone: {' '.join(str(error).split())[:300]}"
         )
     for wrapper in WRAPPERS:
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+        if not safe and isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
     fits = isinstance(content, dict) and all(isinstance(value, Tensor) for value in content.values())
     require(fits, option, str(path), "holds more than tensors by name; give a file of weights")
+    require_finite(content, option, str(path))
     return content

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from modstruct.checkpoints import require_finite
 from modstruct.config import ModelConfig
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.distributed import main_first
@@ -137,6 +138,7 @@ def load_pretrained(config: ModelConfig, tokenizer: Tokenizer) -> CustomTextCLIP
             config.pretrained,
             f"cannot be loaded; give a local file, or one of the tags {', '.join(tags) or '(it has none)'} ({cause})",
         )
+    require_finite(clip.state_dict(), "model.pretrained", config.pretrained or "")
     if keeps_text:
         _fit_text_tower(clip.text, tokenizer)
     return clip

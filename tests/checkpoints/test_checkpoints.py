@@ -265,3 +265,43 @@ def test_weights_go_into_the_model_they_belong_to_and_no_other(tmp_path):
     for other, name in zip(others, ("1.running_mean", "2.weight", "0.weight"), strict=True):
         with pytest.raises(ValueError, match=rf"belongs to another model; they differ in {name}"):
             load_weights(model, other, tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("part", ["weights", "moments", "momentum"])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, part, value):
+    written = checkpoint()
+    written.momentum = {"queue": torch.ones(3, 4)}
+    tensors = getattr(written, part)
+    name = next(iter(tensors))
+    tensors[name][1, 2] = value
+    target = checkpoints.step_folder(tmp_path, 500)
+    checkpoints.write(target, written, word_tokenizer())
+    reason = rf"{part}\.safetensors: {name} has 1 of 12 values that are NaN or infinite; use another folder"
+    with pytest.raises(ValueError, match=rf"checkpoint = '{target}': {reason}"):
+        checkpoints.read(target)
+    if part == "weights":
+        with pytest.raises(ValueError, match=reason):
+            checkpoints.read_weights(target)
+    with pytest.raises(ValueError, match=rf"--init = .*: {name} has 1 of 12 values"):
+        checkpoints.read_weight_file(target / f"{part}.safetensors", "--init")
+
+
+@pytest.mark.parametrize("score", ["Infinity", "NaN", "1" + "0" * 400])
+def test_a_score_that_is_none_is_replaced_and_named(tmp_path, score, caplog):
+    first, second = write(tmp_path, 1), write(tmp_path, 2)
+    first.with_name("best.json").write_text(f'{{"checkpoint": "{first.name}", "score": {score}}}')
+    assert checkpoints.read_best(tmp_path) is None
+    with pytest.raises(ValueError, match=r"no best checkpoint; best\.json names none that is there, score"):
+        checkpoints.find("best", tmp_path)
+    assert checkpoints.note_score(second, score=0.1)
+    assert "is none and is replaced by that of step-00000002" in caplog.text
+    assert checkpoints.find("best", tmp_path) == second
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf")])
+def test_a_score_that_is_none_is_not_noted(tmp_path, score, caplog):
+    first, second = write(tmp_path, 1), write(tmp_path, 2)
+    assert not checkpoints.note_score(first, score=score)
+    assert f"step-00000001: its score by data.validation is {score}" in caplog.text
+    assert checkpoints.note_score(second, score=0.0)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modstruct import distributed
+from modstruct.checkpoints import require_finite
 from modstruct.config import ViewsConfig
 from modstruct.data.transforms.image_views import ImageViews
 from modstruct.errors import refuse, require
@@ -78,6 +79,7 @@ def open_clip_model(spec: str, random_weights: bool = False, name: str | None = 
         cause = " ".join(str(error).split())[:300]
         remedy = f"give NAME:FILE with a local file, or one of the tags {', '.join(tags) or '(it has none)'}, which are"
         refuse(OPTION, spec, f"cannot be loaded ({cause}); {remedy} downloaded once and kept in open_clip's cache")
+    require_finite(model.state_dict(), OPTION, spec)
     fingerprint = weights_fingerprint(model.state_dict())
     model.to(distributed.device()).eval()
     size = model.visual.image_size
