@@ -22,15 +22,16 @@ class TaskFiles:
     images: str | None = None
     """Folder of the images."""
     questions: str | None = None
-    """vqa: v2_OpenEnded_mscoco_…_questions.json."""
+    """vqa: v2_OpenEnded_mscoco_…_questions.json, or ALBEF's vqa_….json, which has the answers, too."""
     annotations: str | None = None
     """vqa: v2_mscoco_…_annotations.json; null where the answers are not public."""
     statements: str | None = None
-    """nlvr2: train.json, dev.json, test1.json."""
+    """nlvr2: train.json, dev.json, test1.json, or ALBEF's nlvr_….json."""
     hypotheses: str | None = None
-    """snli_ve: snli_ve_train.jsonl and its like."""
+    """snli_ve: snli_ve_train.jsonl and its like, or ALBEF's ve_….json."""
     captions: str | None = None
-    """retrieval and text_assignment: Karpathy's dataset_coco.json or dataset_flickr30k.json."""
+    """retrieval and text_assignment: Karpathy's dataset_coco.json or dataset_flickr30k.json, or ALBEF's list of a
+    split."""
 
 
 @dataclass

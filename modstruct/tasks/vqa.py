@@ -16,7 +16,7 @@ from torch import Tensor
 from modstruct import distributed
 from modstruct.config import FinetuneRecipe, TaskFiles
 from modstruct.data.downstream.batches import Seed
-from modstruct.data.downstream.published_files import TaskEntries
+from modstruct.data.downstream.published_files import TaskEntries, is_list
 from modstruct.data.downstream.vqa import VqaQuestion, answer_weights, build_answer_list, read_answer_list, read_vqa
 from modstruct.data.synthetic.task_files import SceneTaskPaths
 from modstruct.data.tokenizers import Tokenizer
@@ -44,12 +44,17 @@ class Vqa(Task[AnswerModel, VqaQuestion]):
         """The best answer to each question type, under None to any."""
 
     def read(self, files: TaskFiles, option: str, split: str) -> TaskEntries[VqaQuestion]:
-        if files.annotations is None and split != "test":
-            purpose = "trained on" if split == "train" else "what the best checkpoint is chosen by"
-            refuse(f"{option}.annotations", None, f"the answers are {purpose}: give the published file")
         leave_out = self.recipe.data.leave_out_missing
         images, questions = self.required(files)
-        return read_vqa(questions, images, files.annotations, option=option, leave_out_missing=leave_out)
+        purpose = "trained on" if split == "train" else "what the best checkpoint is chosen by"
+        remedy = f"the answers are {purpose}: give the published file"
+        holds_answers = Path(questions).expanduser().is_file() and is_list(Path(questions).expanduser())  # ALBEF's
+        if files.annotations is None and split != "test" and not holds_answers:
+            refuse(f"{option}.annotations", None, remedy)
+        found = read_vqa(questions, images, files.annotations, option=option, leave_out_missing=leave_out)
+        if holds_answers and split != "test" and not any(entry.answers for entry in found.entries):
+            refuse(f"{option}.questions", questions, f"a list without answers; {remedy}, or ALBEF's with answers")
+        return found
 
     def entries(self, split: str, paths: SceneTaskPaths | None) -> TaskEntries[VqaQuestion] | None:
         found = super().entries(split, paths)

@@ -6,13 +6,14 @@ number of the entry and key. Nothing in a file is used as a path, except names t
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import hashlib
 import json
 import os
 import re
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
@@ -98,6 +99,37 @@ class Record:
             self.refuse(key, "a plain file name: letters, digits, '.', '_' and '-', without a folder")
         return value
 
+    def flickr_image(self, key: str) -> str:
+        """The file of an image of Flickr30K, ID.jpg, whose number may be a text, have the ending, or be a number."""
+        value = self._value(key)
+        if isinstance(value, int) and not isinstance(value, bool):
+            value = str(self.whole(key))
+        elif isinstance(value, str) and PLAIN_NAME.fullmatch(value):
+            value = value.removesuffix(".jpg")
+        else:
+            self.refuse(key, "the number of an image of Flickr30K, such as 2407214681 or 2407214681.jpg,")
+        return f"{value}.jpg"
+
+    def texts(self, key: str, *, empty: bool = False) -> tuple[str, ...]:
+        """The texts of the list at a key; empty: whether a text may be."""
+        value = self._value(key)
+        if not isinstance(value, list):
+            self.refuse(key, "a list of texts")
+        return tuple(Record({key: text}, (key, n), self).text(key, empty=empty) for n, text in enumerate(value))
+
+    def image_path(self, key: str, folders: ImageFolders, side: int | None = None) -> Path:
+        """An image by its path from the folder of all images on; folders that are not there are left out of it.
+
+        side: which of two paths in a list.
+        """
+        value = self._value(key)
+        if side is not None:
+            value = value[side] if isinstance(value, list) and len(value) == 2 else None
+        *names, image = value.split("/") if isinstance(value, str) else [""]
+        if not all(map(PLAIN_NAME.fullmatch, (*names, image))):
+            self.refuse(key, "a path of plain file names, such as val2014/COCO_val2014_000000000042.jpg,")
+        return folders.inside(names) / image
+
     def choice(self, key: str, choices: Collection[str]) -> str:
         """One of several texts."""
         value = self._value(key)
@@ -154,6 +186,21 @@ def read_json_object(path: Path, keys: Collection[str] | None = None) -> Record:
     if not isinstance(record.fields, dict):
         record.refuse_whole("a JSON object")
     return record
+
+
+def is_list(path: Path) -> bool:
+    """Whether a file holds a JSON list, as ALBEF's annotation files do, and none of the published ones."""
+    with path.open("rb") as file:
+        return file.read(1 << 10).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
+
+
+def read_list(path: Path, keys: Collection[str]) -> Iterator[Record]:
+    """The objects of a JSON file that holds a list of them; of every object only these keys."""
+    for number, fields in enumerate(read_json(path, keys)):
+        record = Record(fields, f"{path}, entry {number}")
+        if not isinstance(fields, dict):
+            record.refuse_whole("a JSON object")
+        yield record
 
 
 def read_json_lines(path: Path) -> Iterator[Record]:
@@ -232,10 +279,17 @@ class ImageFolders:
 
     def subfolder(self, name: str) -> Path:
         """`root/name` if that is a folder, else root itself: images unpacked without their folder are found too."""
-        if name not in self._subfolders:
-            there = name in self._listing(self.root) and (self.root / name).is_dir()
-            self._subfolders[name] = self.root / name if there else self.root
-        return self._subfolders[name]
+        return self.inside([name])
+
+    def inside(self, names: Sequence[str]) -> Path:
+        """The folder of these names, one in the other, from root on, without those that are not there."""
+        path = "/".join(names)
+        if path not in self._subfolders:
+            here = self.root
+            for name in names:
+                here = here / name if name in self._listing(here) and (here / name).is_dir() else here
+            self._subfolders[path] = here
+        return self._subfolders[path]
 
     def has(self, image: Path) -> bool:
         """Whether an image is there; if not, it is recorded for `refuse_missing`."""
@@ -256,6 +310,14 @@ class ImageFolders:
         if self.missing and not self.leave_out_missing:
             waiver = f"{self.option.partition('.')[0]}.leave_out_missing"  # one field for all splits
             refuse(self.option, str(self.root), f"{counts}; {self.remedy}, or go without them by {waiver}")
+
+    def keep(self, entries: Iterable[Entry], images: Callable[[Entry], Iterable[Path]]) -> TaskEntries[Entry]:
+        """The entries whose images are all there. Raises ValueError as `refuse_missing`."""
+        # All are looked up, so that each counts as missing.
+        there = [(entry, all([self.has(image) for image in images(entry)])) for entry in entries]
+        self.refuse_missing()
+        kept = tuple(entry for entry, found in there if found)
+        return TaskEntries(kept, {"image missing": len(there) - len(kept)} if len(kept) < len(there) else {})
 
     def _listing(self, folder: Path) -> frozenset[str]:
         if folder not in self._listings:

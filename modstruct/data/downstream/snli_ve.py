@@ -1,16 +1,25 @@
 """SNLI-VE: does an image entail a sentence, contradict it, or leave it open? (Xie et al. 2019)
 
-Files, from https://github.com/necla-ml/SNLI-VE: snli_ve_train.jsonl, snli_ve_dev.jsonl, snli_ve_test.jsonl; the
-images are Flickr30K's, `flickr30k-images/2407214681.jpg`.
+Files, from https://github.com/necla-ml/SNLI-VE: snli_ve_train.jsonl, snli_ve_dev.jsonl, snli_ve_test.jsonl; or ALBEF's
+ve_train.json, ve_dev.json, ve_test.json, lists of {"image", "sentence", "label"}. The images are Flickr30K's,
+`flickr30k-images/2407214681.jpg`, whose number may be written with or without `.jpg`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from modstruct.data.downstream.published_files import ImageFolders, TaskEntries, published_file, read_json_lines
+from modstruct.data.downstream.published_files import (
+    ImageFolders,
+    TaskEntries,
+    is_list,
+    published_file,
+    read_json_lines,
+    read_list,
+)
 
 HYPOTHESES_REMEDY = "download it by the links in https://github.com/necla-ml/SNLI-VE"
 IMAGES_REMEDY = (
@@ -44,6 +53,8 @@ def read_snli_ve(
     """
     path = published_file(hypotheses, f"{option}.hypotheses", HYPOTHESES_REMEDY)
     folders = ImageFolders(Path(images), f"{option}.images", IMAGES_REMEDY, leave_out_missing=leave_out_missing)
+    if is_list(path):
+        return folders.keep(_of_albef(path, folders), lambda pair: [pair.image])
     entries = []
     left_out: Counter[str] = Counter()
     for record in read_json_lines(path):
@@ -55,10 +66,18 @@ def read_snli_ve(
                 continue
             label = ENTAILMENT_LABELS.index(name)
         image_key = next((key for key in IMAGE_KEYS if key in record.fields), IMAGE_KEYS[0])
-        image = folders.root / f"{record.file_name(image_key)}.jpg"
+        image = folders.root / record.flickr_image(image_key)
         if folders.has(image):
             entries.append(EntailmentPair(record.text("pairID"), image, record.text("sentence2"), label))
         else:
             left_out["image missing"] += 1
     folders.refuse_missing()
     return TaskEntries(tuple(entries), dict(left_out))
+
+
+def _of_albef(path: Path, folders: ImageFolders) -> Iterator[EntailmentPair]:
+    """The hypotheses of ALBEF's list, which have no id but their number in the file."""
+    for number, record in enumerate(read_list(path, ("image", "sentence", "label"))):
+        label = ENTAILMENT_LABELS.index(record.choice("label", ENTAILMENT_LABELS)) if "label" in record.fields else None
+        image = folders.root / record.flickr_image("image")
+        yield EntailmentPair(str(number), image, record.text("sentence"), label)

@@ -2,13 +2,14 @@
 
 Files, from https://visualqa.org/download.html: `v2_OpenEnded_mscoco_train2014_questions.json` and, except for the
 test splits, `v2_mscoco_train2014_annotations.json`; the images are COCO's,
-`train2014/COCO_train2014_000000000009.jpg`.
+`train2014/COCO_train2014_000000000009.jpg`. Or ALBEF's vqa_train.json, vqa_val.json, vqa_test.json, lists of
+{"question_id", "question", "answer": [...], "image", "dataset": "vqa"}, answers and all.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from re import fullmatch
@@ -17,9 +18,11 @@ from modstruct.data.downstream.published_files import (
     ImageFolders,
     Record,
     TaskEntries,
+    is_list,
     published_file,
     read_json,
     read_json_object,
+    read_list,
 )
 from modstruct.errors import require
 
@@ -65,6 +68,12 @@ def read_vqa(
     without annotation.
     """
     path = published_file(questions, f"{option}.questions", QUESTIONS_REMEDY)
+    if is_list(path):
+        remedy = "null: ALBEF's list holds the answers, too"
+        require(annotations is None, f"{option}.annotations", str(annotations), remedy)
+        any_images = IMAGES_REMEDY.format(folder="train2014, val2014 or test2015")
+        folders = ImageFolders(Path(images), f"{option}.images", any_images, leave_out_missing=leave_out_missing)
+        return folders.keep(_of_albef(path, folders), lambda question: [question.image])
     content = read_json_object(path, QUESTION_KEYS)
     subset = _image_subset(content)
     folders = ImageFolders(
@@ -101,6 +110,20 @@ def read_vqa(
             left_out["image missing"] += 1
     folders.refuse_missing()
     return TaskEntries(tuple(entries), dict(left_out))
+
+
+def _of_albef(path: Path, folders: ImageFolders) -> Iterator[VqaQuestion]:
+    """The questions of ALBEF's list."""
+    seen = set()
+    for record in read_list(path, ("question_id", "question", "answer", "image", "dataset")):
+        if record.fields.get("dataset") != "vqa":
+            record.refuse("dataset", "vqa (vg, Visual Genome's questions, have one answer each and are not read)")
+        number = record.whole("question_id")
+        if number in seen:
+            record.refuse("question_id", "an id that no other question has")
+        seen.add(number)
+        answers = record.texts("answer", empty=True) if "answer" in record.fields else ()
+        yield VqaQuestion(number, record.image_path("image", folders), record.text("question"), answers=answers)
 
 
 @dataclass(frozen=True)

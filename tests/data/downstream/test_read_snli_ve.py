@@ -29,12 +29,19 @@ def test_the_first_release_spelt_the_key_otherwise(dev):
     assert read_snli_ve(as_lines(dev[0], [line]), dev[1]).entries[0].image.name == "2407214681.jpg"
 
 
+@pytest.mark.parametrize("written", ["2407214681", "2407214681.jpg", 2407214681])
+def test_an_image_s_number_may_have_an_ending_or_be_a_number(dev, written):
+    as_lines(dev[0], [SNLI_VE[0] | {"Flickr30K_ID": written}])
+    assert read_snli_ve(*dev).entries[0].image == dev[1] / "2407214681.jpg"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"Flickr30K_ID": "../secret"}, r"line 1: Flickr30K_ID = '\.\./secret': a plain file name"),
+        ({"Flickr30K_ID": "../secret"}, r"line 1: Flickr30K_ID = '\.\./secret': the number of an image"),
         ({"Flickr30K_ID": ".hidden"}, r"Flickr30K_ID"),
-        ({"Flickr30K_ID": 2407214681}, r"Flickr30K_ID = 2407214681"),
+        ({"Flickr30K_ID": True}, r"Flickr30K_ID = True: the number of an image"),
+        ({"Flickr30K_ID": -3}, r"Flickr30K_ID = -3"),
         ({"gold_label": "perhaps"}, r"gold_label = 'perhaps': one of contradiction, neutral, entailment, -"),
         ({"sentence2": ""}, r"sentence2 = ''"),
         ({"pairID": 3}, r"pairID = 3"),
