@@ -1,11 +1,18 @@
-"""Lets every test import the helpers of other folders (processes, tiny_models); spawned children inherit this path."""
+"""Lets every test import the helpers of other folders (processes, tiny_models); spawned children inherit this path.
+
+Counts the faults and surroundings that a session has tried and survived, and tells them at its end.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 for folder in sorted(path for path in Path(__file__).parent.rglob("*") if path.is_dir() and path.name != "__pycache__"):
@@ -14,3 +21,30 @@ for folder in sorted(path for path in Path(__file__).parent.rglob("*") if path.i
 # No deadlines: a busy machine is slow, not wrong. In CI the same examples every time.
 settings.register_profile("modstruct", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("modstruct")
+
+TRIED: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+
+
+@contextmanager
+def _tried(kind: str) -> Iterator[None]:
+    TRIED[kind][0] += 1
+    yield
+    TRIED[kind][1] += 1
+
+
+@pytest.fixture
+def tried():
+    """`with tried(kind):` holds one fault or surrounding and what must be true in it."""
+    return _tried
+
+
+def pytest_terminal_summary(terminalreporter):
+    if not TRIED:
+        return
+    width = max(map(len, TRIED))
+    terminalreporter.section("tried and survived")
+    terminalreporter.write_line(f"{'':<{width}}  tried  survived")
+    for kind, (tried, survived) in TRIED.items():
+        terminalreporter.write_line(f"{kind:<{width}}  {tried:>5}  {survived:>8}")
+    tried, survived = (sum(column) for column in zip(*TRIED.values(), strict=True))
+    terminalreporter.write_line(f"{'all':<{width}}  {tried:>5}  {survived:>8}")
