@@ -70,7 +70,7 @@ def _embed_into(out: Path, recipe: Recipe, options: Namespace, command: list[str
     from modstruct.commands.sets import open_sets, splits_beside
     from modstruct.distributed.collect import on_main
     from modstruct.distributed.hosts import on_all
-    from modstruct.evaluation.embeddings.embed_set import embed_sets
+    from modstruct.evaluation.embeddings.embed_set import check_sets, embed_sets
 
     model = _model(recipe, options)
     sources = open_sets(options.sets, recipe, model.views.image_size, options.all_splits)
@@ -78,8 +78,11 @@ def _embed_into(out: Path, recipe: Recipe, options: Namespace, command: list[str
     of_images = [name for name in model.chosen_arrays(options.embedding.arrays) if name in FOR_PROBES]
     for_probes = replace(options.embedding, arrays=of_images)
     other_splits, made = splits_beside([source.name for source in sources.values()]), []
-    for source in sources.values():
-        wanted = for_probes if source.name in other_splits else options.embedding
+    planned = [
+        (source, for_probes if source.name in other_splits else options.embedding) for source in sources.values()
+    ]
+    check_sets(model, planned, out / "embeddings")
+    for source, wanted in planned:
         made += embed_sets(model, [source], out / "embeddings", wanted, command)
     sets = {source.name: word for word, source in sources.items()}
     on_main(lambda: _note(out, recipe, options, model, sets, command))

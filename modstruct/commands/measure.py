@@ -112,6 +112,12 @@ def measure(out: Path, config: MeasureConfig, metrics: Sequence[str], words: Seq
     noted = on_main(lambda: read_model(out))
     beside = splits_beside(list(noted["sets"]))
     opened = {name: EmbeddedSet.open(out / "embeddings" / name) for name in noted["sets"]}
+
+    def check() -> None:
+        for embedded in opened.values():
+            embedded.check()
+
+    on_main(check)  # or damage is found hours later
     for name in noted["sets"]:
         if name in beside:
             continue

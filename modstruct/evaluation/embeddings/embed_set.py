@@ -38,7 +38,7 @@ from modstruct.evaluation.embeddings.parts import (
     apart,
     token_loader,
 )
-from modstruct.evaluation.embeddings.set_files import FORMAT, IMAGE_ARRAYS, MANIFEST, TEXT_ARRAYS
+from modstruct.evaluation.embeddings.set_files import FORMAT, IMAGE_ARRAYS, MANIFEST, TEXT_ARRAYS, damaged
 from modstruct.evaluation.embeddings.source import EmbeddingSource
 from modstruct.files import atomic_write
 
@@ -65,9 +65,28 @@ def embed_sets(
     existing set differs in model, source or settings, unless config.overwrite replaces it; TooManyBadSamples above
     config.max_bad_share, FailedElsewhere where another process failed.
     """
-    names = [source.name for source in sets]
-    require(len(set(names)) == len(names), "sets", names, "each needs a name of its own")
+    check_sets(model, [(source, config) for source in sets], folder)
     return [embed_set(model, source, Path(folder).expanduser() / source.name, config, command) for source in sets]
+
+
+def check_sets(
+    model: EmbeddingModel, planned: Sequence[tuple[EmbeddingSource, EmbeddingConfig]], folder: str | Path
+) -> None:
+    """Refuse sets of one name, and what is in the folder already and could not be used, before anything is embedded.
+
+    planned: each set and how it will be embedded. Every process calls it.
+    """
+    names = [source.name for source, _ in planned]
+    require(len(set(names)) == len(names), "sets", names, "each needs a name of its own")
+
+    def check() -> None:
+        for source, config in planned:
+            settings = _settings(model, source, config, model.chosen_arrays(config.arrays))
+            found = _found(Path(folder).expanduser() / source.name, settings, config.overwrite)
+            if found is not None:
+                found.check()
+
+    on_main(check)
 
 
 def embed_set(
@@ -138,24 +157,39 @@ def _settings(
 def _begin(folder: Path, settings: dict[str, Any], overwrite: bool) -> bool:
     """Prepare the folder for a start or a resumption; true where the set is finished already."""
     parts = folder / FOLDER
-    finished = (folder / MANIFEST).is_file()
+    before = _found(folder, settings, overwrite)
     if overwrite:
         clear(folder)
-    elif finished:
-        before = EmbeddedSet.open(folder)
-        _require_equal(before.manifest.get("settings", {}), settings, folder)
+    elif before is not None:
         if before.manifest["format"] < FORMAT and len(before.pairs):
             remedy = "--embedding.overwrite true embeds it again"
             log.warning("%s: of an earlier version, and equal images are not merged; %s", folder, remedy)
         shutil.rmtree(parts, ignore_errors=True)  # of a run that was interrupted between its last two steps
         return True
     elif (parts / BEGUN).is_file():
-        _require_equal(json.loads((parts / BEGUN).read_bytes()), settings, folder)
         return False
     shutil.rmtree(parts, ignore_errors=True)  # left by an interrupted removal
     with atomic_write(parts / BEGUN) as file:
         file.write(json.dumps(settings).encode())
     return False
+
+
+def _found(folder: Path, settings: dict[str, Any], overwrite: bool) -> EmbeddedSet | None:
+    """The finished set in the folder, if there is one; refused, as an interrupted one, where its settings differ."""
+    begun = folder / FOLDER / BEGUN
+    if overwrite:
+        return None
+    if (folder / MANIFEST).is_file():
+        found = EmbeddedSet.open(folder)
+        _require_equal(found.manifest.get("settings", {}), settings, folder)
+        return found
+    if begun.is_file():
+        try:
+            before = dict(json.loads(begun.read_bytes()))
+        except (ValueError, TypeError, RecursionError) as error:
+            damaged(begun, str(error))
+        _require_equal(before, settings, folder)
+    return None
 
 
 def _require_equal(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:

@@ -44,6 +44,7 @@ from modstruct.evaluation.embeddings.set_files import (
     TEXT_ARRAYS,
     RowStream,
     as_stream,
+    check_line_count,
     check_manifest,
     copies_within,
     counted,
@@ -56,6 +57,9 @@ from modstruct.evaluation.embeddings.set_files import (
     write_lines,
 )
 from modstruct.files import sync_folder
+
+PARSED_BYTES = 64 << 20
+"""Of a list that `check` reads line by line."""
 
 
 class EmbeddedSet:
@@ -99,6 +103,30 @@ class EmbeddedSet:
                 folder / f"{name}.npy", shape, "embed the set again with --embedding.overwrite true"
             )
         return opened
+
+    def check(self) -> None:
+        """Read what metrics read beside the embeddings: lists (large ones are only counted), classes, labels, pairs.
+
+        Raises ValueError naming the file and the remedy.
+        """
+        for name, kind in (("keys", str), ("metadata", dict), ("captions", str)):
+            path, expected = self.folder / f"{name}.jsonl", self.manifest["rows"].get(LISTS[name], 0)
+            if path.is_file() and path.stat().st_size > PARSED_BYTES:
+                check_line_count(path, expected)
+            else:
+                self._lines(name, kind)
+        classes = len(self.class_names)
+        if self.labels is not None and not np.all((self.labels >= -1) & (self.labels < classes)):
+            damaged(self.folder / "labels.npy", f"a label that is none of the {classes} classes, nor -1")
+        if self.class_prompts is not None and self.class_prompts.shape[:2] != (classes, len(self.templates)):
+            damaged(self.folder / "class_prompts.npy", f"not of {classes} classes and {len(self.templates)} templates")
+        limits = [self.manifest["rows"]["image"], self.manifest["rows"]["text"]]
+        if not np.all((self.pairs >= 0) & (self.pairs < limits)):
+            damaged(self.folder / "pairs.npy", f"a pair beyond the {limits} rows of images and texts")
+        try:
+            _ = self.copies
+        except ValueError as error:
+            damaged(self.folder / "copies.npy", str(error))
 
     def rows(self, array: str) -> np.ndarray:
         """The rows of an embedding, a read-only memory map; ValueError where the set was embedded without it."""

@@ -209,3 +209,14 @@ def write_lines(folder: Path, name: str, values: Iterable, expected: int | None 
             count += 1
         fits = expected is None or count == expected
         require(fits, name, f"{count} of them", f"give {expected}, one for each {LISTS.get(name)}")
+
+
+def check_line_count(path: Path, expected: int) -> None:
+    """Refuse a file of one value a line that has another number of them, without parsing it."""
+    try:
+        with open(path, "rb") as file:
+            count = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+    except OSError as error:
+        damaged(path, str(error))
+    if count != expected:
+        damaged(path, f"{count} lines where there are {expected} rows")

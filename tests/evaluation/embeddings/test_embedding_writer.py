@@ -10,6 +10,7 @@ from numbered_sets import ARRAYS, Encode, LabelledNumbers, config, content, numb
 
 from modstruct.data.classification.class_files import load_classes
 from modstruct.data.faults import TooManyBadSamples
+from modstruct.evaluation.embeddings import embedded_set
 from modstruct.evaluation.embeddings.embed_set import embed_set, embed_sets
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.embeddings.in_memory import embed_source
@@ -134,6 +135,44 @@ def test_a_restart_with_another_setting_is_refused_by_its_name(tmp_path, source,
         embed_set(numbered_model(), source, tmp_path, config(**changes))
     again = embed_set(numbered_model(), source, tmp_path, config(overwrite=True, **changes))
     assert again.manifest["settings"].items() >= {f"embedding.{name}": value for name, value in changes.items()}.items()
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda of: cut(of / "keys.jsonl"), r"keys\.jsonl': is damaged .* embed the set again"),
+        (lambda of: cut(of / "metadata.jsonl"), r"metadata\.jsonl': is damaged"),
+        (lambda of: cut(of / "image.npy"), r"image\.npy': is damaged"),
+        (lambda of: (of / "classes.json").write_text("{}"), r"classes\.json': is damaged"),
+        (
+            lambda of: np.save(of / "labels.npy", np.full(9, 3)),
+            r"labels\.npy': is damaged \(a label that is none of the 3",
+        ),
+        (lambda of: cut(of / "manifest.json"), r"manifest\.json': is damaged"),
+    ],
+)
+@pytest.mark.parametrize("parsed", [1 << 20, 0])
+def test_a_damaged_set_is_found_before_another_is_embedded(tmp_path, source, monkeypatch, damage, message, parsed):
+    monkeypatch.setattr(embedded_set, "PARSED_BYTES", parsed)
+    numbers = EmbeddingSource.of_labelled(LabelledNumbers(9))
+    (made,) = embed_sets(numbered_model(), [numbers], tmp_path, config())
+    encode = Encode()
+    damage(made.folder)
+    with pytest.raises(ValueError, match=message):
+        embed_sets(numbered_model(encode), [source, numbers], tmp_path, config())
+    assert encode.calls == []
+
+
+def test_an_interrupted_set_whose_settings_are_damaged_says_so(tmp_path, source):
+    with pytest.raises(ArithmeticError):
+        embed_sets(numbered_model(Encode(stop_after=3)), [source], tmp_path, config())
+    (tmp_path / "things" / "parts" / "begun.json").write_text("{")
+    with pytest.raises(ValueError, match=r"begun\.json': is damaged .*overwrite true"):
+        embed_sets(numbered_model(), [source], tmp_path, config())
 
 
 def test_another_model_or_source_is_refused(tmp_path, source):
