@@ -129,6 +129,8 @@ def _check_labels(measured: dict[str, EvaluationSamples | None], config: DataCon
     # The built-in classes are a default, which other data need not have.
     if named != BUILT_IN and missing and len(missing) == len(found):
         refuse("data.zero_shot", named, f"{'; '.join(missing)}; correct `label` in the file, or give null")
+    if named != BUILT_IN and not found:
+        missing = [f"data.zero_shot = {named!r}, and {' and '.join(measured)} are null"]
     for text in missing:
         log.warning("zero-shot classification is left out: %s", text)
 

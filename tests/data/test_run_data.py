@@ -82,6 +82,15 @@ def test_a_source_without_labels_beside_one_with_them_is_named(opened, caplog):
     ]
 
 
+def test_a_class_file_that_nothing_is_measured_with_is_named(tmp_path, caplog):
+    recipe = Recipe()
+    recipe.data.cache, recipe.data.zero_shot = str(tmp_path / "cache"), str(tmp_path / "classes.yaml")
+    recipe.data.train, recipe.data.eval, recipe.data.validation = write_shards(tmp_path / "shards", [5]), None, None
+    (tmp_path / "classes.yaml").write_text("label: x\ntemplates: ['a {}']\nclasses: {a: a, b: b}")
+    run_data.open_run_data(recipe, 8, SimpleNamespace(model=b""))
+    assert "classes.yaml', and data.validation and data.eval are null" in caplog.text
+
+
 def test_classes_without_a_sample_are_named(opened, caplog):
     opened(["red", "red", None])
     assert caplog.messages == ["data.eval: no sample is of these classes, which chance counts: blue, 3"]

@@ -77,6 +77,10 @@ class SetFolder:
             for row in rows:
                 if any(row[column] is None for column in columns):
                     self.refuse(f"{path}, line {rows.line_num}: a value is missing")
+                if row.get(None):  # type: ignore[call-overload]  # csv's key of the values beyond the header
+                    self.refuse(
+                        f"{path}, line {rows.line_num}: more values than columns; put one with {delimiter!r} in quotes"
+                    )
                 yield [row[column] for column in columns]
         except csv.Error as error:
             self.refuse(f"{path}, line {rows.line_num}: {error}")
@@ -154,15 +158,23 @@ class SetFolder:
     def class_folders(self, folder: Path, labels: dict[str, int]) -> tuple[ImageFiles, np.ndarray]:
         """The images in class folders, in order of label and file name, and their labels (n,).
 
-        labels: class of each subfolder to read. Files without an image's extension are skipped.
+        labels: class of each subfolder to read. Files without an image's extension are skipped, and named in the log.
         """
-        paths, found = [], []
+        paths, found, empty = [], [], []
+        others = sorted(_files(folder))
         for name, label in sorted(labels.items(), key=lambda item: item[1]):
-            files = sorted(file for file in _files(folder / name) if file.lower().endswith(EXTENSIONS))
+            there = _files(folder / name)
+            files = sorted(file for file in there if file.lower().endswith(EXTENSIONS))
             paths += [f"{name}/{file}" for file in files]
             found += [label] * len(files)
+            others += sorted(f"{name}/{file}" for file in there.difference(files))
+            empty += [] if files else [name]
         if not paths:
             self.refuse(f"there is no image ({', '.join(EXTENSIONS)}) in the folders of {folder}")
+        if others:
+            self.note(f"{len(others)} files in {folder} that are no images in a class folder are left out", others)
+        if empty:
+            self.note(f"{len(empty)} class folders of {folder} hold no image", empty)
         return ImageFiles(folder, paths), np.array(found, dtype=np.int64)
 
     def split_folder(self, split: str) -> Path:
@@ -207,6 +219,9 @@ def read_class_folders(source: SetFolder, base: Path, names: dict[str, str] | No
         source.refuse(f"the folder {base / unknown[0]} is none of the {len(names)} classes")
     if len(names) < 2:
         source.refuse(f"{base} has {len(names)} class folders, where there must be at least two")
+    without = [name for name in names if name not in folders]
+    if without:
+        source.note(f"{len(without)} classes have no folder in {base}", without)
     label = {name: number for number, name in enumerate(names)}
     store, labels = source.class_folders(base, {name: label[name] for name in folders})
     return FoundImages(store, labels, list(names.values()))

@@ -13,6 +13,7 @@ templates: ["a photo of a {}, a bird"]        # default: the paper's single one
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,4 +111,9 @@ def open_user_set(path: Path, split: str | None, config: DataConfig) -> Labelled
 def _from_table(source: SetFolder, file: Path, label: str, classes: dict[str, str]) -> FoundImages:
     rows = list(source.table(file, ("image", label), old_names=OLD_COLUMNS))
     labels = source.labels([text for _, text in rows], list(classes), file)
+    paths = Counter(path for path, _ in rows)
+    if repeated := [path for path, times in paths.items() if times > 1]:
+        source.note(f"{len(repeated)} images occur in several rows of {file}, each of which counts", repeated)
+    if absent := sorted(set(classes) - {text for _, text in rows}):
+        source.note(f"{len(absent)} classes have no image in {file}", absent)
     return FoundImages(source.images(file.parent, [path for path, _ in rows]), labels, list(classes.values()))

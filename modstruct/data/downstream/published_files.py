@@ -10,6 +10,7 @@ import codecs
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import re
 import sys
@@ -18,11 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
+from modstruct import distributed
 from modstruct.errors import refuse
 from modstruct.files import RepeatedKey, unique_keys
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+
+log = logging.getLogger(__name__)
 
 LARGEST_FILE_BYTES = 2 << 30  # VQA v2's training annotations, the largest we read, take 0.4 GiB
 LARGEST_LINE_BYTES = 1 << 20
@@ -310,6 +314,8 @@ class ImageFolders:
         if self.missing and not self.leave_out_missing:
             waiver = f"{self.option.partition('.')[0]}.leave_out_missing"  # one field for all splits
             refuse(self.option, str(self.root), f"{counts}; {self.remedy}, or go without them by {waiver}")
+        if self.missing and distributed.is_main():
+            log.warning("%s = %r: %s; the entries that name them are left out", self.option, str(self.root), counts)
 
     def keep(self, entries: Iterable[Entry], images: Callable[[Entry], Iterable[Path]]) -> TaskEntries[Entry]:
         """The entries whose images are all there. Raises ValueError as `refuse_missing`."""

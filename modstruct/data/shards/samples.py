@@ -150,10 +150,12 @@ def open_saved_samples(
             named = isinstance(found, ValueError) or set(found.shards) <= set(saved.shards)
             lost = sum(int(saved.shard_starts[shard + 1] - saved.shard_starts[shard]) for shard in stale)
             if named and len(saved.source_starts) == len(sources) + 1 and lost <= config.max_bad_share * len(saved):
-                if progress:
-                    names = ", ".join(saved.shards[shard] for shard in stale[:NAMED])
-                    changed = f"{len(stale)} of {len(saved.shards)} shards are missing or changed since the checkpoint"
+                names = ", ".join(saved.shards[shard] for shard in stale[:NAMED])
+                changed = f"{len(stale)} of {len(saved.shards)} shards are missing or changed since the checkpoint"
+                if progress and len(stale):
                     log.warning("%s: %s (%s); other samples replace theirs", field, changed, names)
+                elif progress and not isinstance(found, ValueError):  # as indexes of version 1 have no keys with dots
+                    log.warning("%s: %d of %d samples, as in the checkpoint", field, len(saved), len(found))
                 _decide_captions(saved, sources, config, field, say=progress)
                 return saved
     if isinstance(found, ValueError):
@@ -212,6 +214,9 @@ def _judge_sources(samples: Samples, patterns: Sequence[str], max_bad_share: flo
         if say:
             for line in found:
                 log.warning("%s: %s", field, line)
+    twice = [name for name, times in Counter(samples.shards).items() if times > 1]
+    if say and twice:
+        log.warning("%s: %d shards are named more than once (first %s)", field, len(twice), twice[0])
 
 
 def _decide_captions(samples: Samples, sources: Sequence[Source], config: DataConfig, field: str, say: bool) -> None:

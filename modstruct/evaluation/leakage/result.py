@@ -13,7 +13,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +32,8 @@ from modstruct.evaluation.leakage.duplicates import Duplicates, Thresholds
 from modstruct.evaluation.leakage.prints import Prints
 from modstruct.evaluation.retrieval.rows import evenly_spaced
 from modstruct.files import atomic_write
+
+log = logging.getLogger(__name__)
 
 LARGEST_SIDE = 384
 QUALITY = 90
@@ -187,6 +191,10 @@ def rows_kept(embedded: EmbeddedSet, keys: Iterable[str]) -> tuple[np.ndarray, n
         f"{len(unknown)} of {len(left_out)} are not in {embedded.folder}: find the leakage of this very set",
     )
     leaves = np.array([key in left_out for key in own], dtype=bool)
+    if more := int(leaves.sum()) - len(left_out):
+        twice = next(key for key, times in Counter(own).items() if times > 1 and key in left_out)
+        text = "%s: %d images leave with another of the same key (first %r); keys that differ would tell them apart"
+        log.warning(text, embedded.folder, more, twice)
     same = embedded.image_row
     stays = np.bincount(same, weights=leaves, minlength=len(own))[same] == 0
     require(bool(stays.any()), "keys to leave out", len(left_out), f"no image of {embedded.folder} would be left")

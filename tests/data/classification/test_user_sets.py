@@ -57,6 +57,34 @@ def test_classes_give_order_and_names_and_may_lack_images(tmp_path, config):
     assert read(images) == [(10, 0), (11, 0), (0, 2), (1, 2)]
 
 
+def test_what_is_left_out_of_class_folders_is_named(tmp_path, config, caplog):
+    class_folders(tmp_path / "images")
+    layouts.put(tmp_path / "images/jay/0.heic", b"x")
+    layouts.put(tmp_path / "images/lonely.png", layouts.image(1))
+    (tmp_path / "images/wren").mkdir()
+    text = "images: images\nclasses: {jay: jay, owl: owl, blue_tit: tit, wren: wren}"
+    open_labelled(str(described(tmp_path, text)), config)
+    said = caplog.text
+    assert "2 files in" in said
+    assert "that are no images in a class folder are left out (first lonely.png, jay/0.heic)" in said
+    assert "1 class folders of" in said
+    assert "hold no image (first wren)" in said
+    assert "1 classes have no folder in" in said
+    assert "(first owl)" in said
+
+
+def test_what_a_table_repeats_or_lacks_is_named(tmp_path, config, caplog):
+    layouts.put(tmp_path / "0.png", layouts.image(0))
+    layouts.put(tmp_path / "list.csv", "image,label\n0.png,A\n0.png,B\n")
+    text = "images: list.csv\nclasses: {A: jay, B: tit, C: owl}"
+    assert len(open_labelled(str(described(tmp_path, text)), config)) == 2
+    assert "1 images occur in several rows of" in caplog.text
+    assert "1 classes have no image in" in caplog.text
+    layouts.put(tmp_path / "list.csv", "image,label\n0.png,A,B\n")
+    with pytest.raises(ValueError, match=r"list\.csv, line 2: more values than columns; put one"):
+        open_labelled(str(described(tmp_path, text)), config)
+
+
 def test_splits_are_places_of_their_own(tmp_path, config):
     class_folders(tmp_path / "one")
     class_folders(tmp_path / "two/deep", "jay owl")

@@ -48,13 +48,16 @@ def test_the_folder_of_the_split_itself_may_be_given(files):
     assert found.entries[0].image.is_file()
 
 
-def test_missing_images_are_counted_named_and_may_be_left_out(files):
+def test_missing_images_are_counted_named_and_may_be_left_out(files, caplog):
     (files["images"] / "train2014" / "COCO_train2014_000000458752.jpg").unlink()
     with pytest.raises(ValueError, match=r"data\.train\.images = .*1 of 2 images are not there.*000000458752\.jpg"):
         read_vqa(**files)
     found = read_vqa(**files, leave_out_missing=True)
     assert [question.question_id for question in found.entries] == [262146000]
     assert found.left_out == {"image missing": 2}
+    assert (
+        "1 of 2 images are not there, the first train2014/COCO_train2014_000000458752.jpg; the entries" in caplog.text
+    )
 
 
 def test_a_folder_without_any_of_the_images_is_the_wrong_folder(files):

@@ -6,6 +6,7 @@ import gzip
 import os
 import re
 import tarfile
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,9 +17,9 @@ from hypothesis import strategies as st
 from modstruct.config import Source
 from modstruct.data.shards import index as index_module
 from modstruct.data.shards.index import ROW, ShardIndex, index_file_name, index_tar
-from modstruct.data.shards.members import key_of, printable
+from modstruct.data.shards.members import MemberGroups, key_of, printable
 from modstruct.data.shards.reader import ShardReader
-from modstruct.data.shards.samples import open_samples
+from modstruct.data.shards.samples import open_samples, open_saved_samples
 
 BLOCK = 512
 
@@ -313,6 +314,30 @@ def test_what_is_not_used_is_named_with_the_layout(tmp_path, caplog):
     only = write_tar(tmp_path / "y.tar", sample(0, txt=None, caption=b"words"))
     with pytest.raises(ValueError, match=r"no usable sample; .*: no caption .* 1 members named \.caption"):
         opened(only, config(tmp_path))
+
+
+def test_shards_that_are_named_twice_are_said(tmp_path, caplog):
+    pattern, data = write_shards(tmp_path, [2, 2]), config(tmp_path)
+    samples = open_samples(
+        [Source(pattern), Source(str(tmp_path / "shard-001.tar"))], data, "data.train", progress=True
+    )
+    assert len(samples) == 6
+    assert f"data.train: 1 shards are named more than once (first {tmp_path / 'shard-001.tar'})" in caplog.text
+
+
+def test_a_resumed_run_keeps_the_samples_that_an_older_index_had(tmp_path, caplog):
+    names = [f"v1.{n}.{kind}" for n in range(3) for kind in ("jpg", "txt")]
+    pattern, data = str(write_tar(tmp_path / "x.tar", [*sample(0), *sample(1), *named(*names)])), config(tmp_path)
+    with mock.patch.object(MemberGroups, "_kinds", return_value=set()):  # as no key with a dot was one
+        old = opened(pattern, data)
+    (old.table.with_suffix(".json")).rename(tmp_path / "cache/indexes/sets/older.json")
+    old.table.rename(tmp_path / "cache/indexes/sets/older.rows")
+    for file in (tmp_path / "cache/indexes").glob("*.npz"):
+        file.unlink()
+    assert len(opened(pattern, data)) == 5
+    saved = open_saved_samples([Source(pattern)], data, "data.train", old.fingerprint, progress=True)
+    assert (len(saved), saved.fingerprint) == (2, old.fingerprint)
+    assert "data.train: 2 of 5 samples, as in the checkpoint" in caplog.text
 
 
 def test_an_index_of_the_first_version_still_serves_a_pipe(tmp_path):

@@ -128,3 +128,12 @@ def test_keys_are_read_one_a_line(tmp_path):
     path.write_text('"a"\nplain\n')
     with pytest.raises(ValueError, match="line 2: 'plain'"):
         read_keys(path)
+
+
+def test_images_that_leave_for_their_key_alone_are_counted(tmp_path, caplog):
+    folder = tmp_path / "repeated"
+    written(folder, range(IMAGES))
+    (folder / "keys.jsonl").write_text("".join(f'"k{n % 20}"\n' for n in range(IMAGES)))
+    images, _ = rows_kept(EmbeddedSet.open(folder), ["k3", "k12"])
+    assert len(images) == IMAGES - 3
+    assert "1 images leave with another of the same key (first 'k3')" in caplog.text
