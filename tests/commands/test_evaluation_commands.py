@@ -12,9 +12,11 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from crafted_shards import encoded_image, write_tar
 from processes import run_on_processes
 from tiny_run import ds_config, tiny_recipe
 
+from modstruct.evaluation.embeddings import source as source_module
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 
 SCRIPT = Path(__file__).parents[2] / "launch_scripts" / "evaluate.py"
@@ -206,3 +208,35 @@ def test_a_wrong_command_is_one_line_that_names_it(words, said, tmp_path, monkey
     assert said in error
     assert "Traceback" not in error
     assert not list(tmp_path.iterdir())
+
+
+def test_equal_images_and_captions_a_line_each_are_counted_in_the_table(made, tmp_path, capsys, caplog):
+    """A retrieval set as CLIP_benchmark converts it, each of whose images is there twice."""
+    captions = [[f"a thing {number} seen {way}" for way in ("near", "far", "above")] for number in range(24)]
+    images = [encoded_image(number // 2) for number in range(24)]
+    members = [
+        (f"{number:04d}.{extension}", content)
+        for number, (image, lines) in enumerate(zip(images, captions, strict=True))
+        for extension, content in (("png", image), ("txt", "\n".join(lines).encode()))
+    ]
+    shard = write_tar(tmp_path / "things.tar", members)
+    source_module.say_merged.cache_clear()
+    chosen = ["--checkpoint", str(made / "run"), "--data.cache", str(tmp_path / "cache"), "--data.workers", "0"]
+    table = ["--data.eval", str(shard), "--data.zero_shot", "null", "--out", str(tmp_path / "metrics.json")]
+    assert evaluate(*chosen, *table) == 0
+    assert "24 samples, 12 images, 72 texts, 72 pairs" in capsys.readouterr().out
+    assert "data.eval: 24 samples hold 12 distinct images: byte-equal images are merged" in caplog.text
+    assert f"data.eval: 24 of 24 KEY.txt looked at in {shard} hold several lines: each line is a caption" in caplog.text
+    assert evaluate(*chosen, *table, "--data.caption_lines", "false") == 0
+    assert "24 samples, 12 images, 24 texts, 24 pairs" in capsys.readouterr().out
+    assert "each whole text is a caption; data.caption_lines: true takes each line for one" in caplog.text
+    embedding = ["--embedding.batch", "16", "--embedding.workers", "0", "--sets", f"things={shard}"]
+    assert evaluate("embed", *chosen, "--out", str(tmp_path / "evaluation"), *embedding) == 0
+    assert "24 images (12 distinct), 72 captions" in capsys.readouterr().out
+    assert evaluate("measure", str(tmp_path / "evaluation"), "--metrics", "retrieval", "structure") == 0
+    for metric in ("retrieval", "structure"):
+        rows = json.loads((tmp_path / "evaluation" / "results" / "things" / f"{metric}.json").read_text())["rows"]
+        assert (rows["image"], rows["text"], rows["pairs"]) == (12, 72, 72)
+    examples = tmp_path / "evaluation" / "results" / "things" / "examples" / "examples.json"
+    shown = json.loads(examples.read_text())["examples"]
+    assert all(len({item["key"] for item in example["results"]}) == 5 for example in shown)
