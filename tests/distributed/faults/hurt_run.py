@@ -23,6 +23,7 @@ from modstruct.data.tokenizers import load_tokenizer
 
 LAUNCHER = str(Path(sys.executable).with_name("deepspeed"))
 SECONDS = 600  # for a whole run; a busy machine with two cores starts one in forty, or in two hundred
+OF_A_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PRODUCT, INJECTING = "launch_scripts/pretrain.py", "tests/distributed/faults/injected.py"
 
 
@@ -38,18 +39,27 @@ def write_recipe(folder: Path, steps: int = 60, every_steps: int = 5, **data) ->
     return str(path)
 
 
-class HurtRun:
-    """A started run. script: the product's own, or the one that injects what `faults` says (see injected.py)."""
+class HurtCommand:
+    """A started command that writes into a folder. words: the script and its options.
 
-    def __init__(self, recipe: str, output: Path, *options: str, faults: str = "", processes: int = 2):
+    launcher: `deepspeed`, `torchrun` or `python`, which starts one process. faults: for injected.py, if that is it.
+    """
+
+    def __init__(self, output: Path, words: list[str], launcher: str = "deepspeed", faults: str = "", processes=2):
         self.output = output
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         port = ["--master_port", str(29_900 + os.getpid() % 1_000)]
-        words = ["--recipe", recipe, "--ds_config", ds_config("zero2"), "--output", str(output), *options]
+        begin = {
+            "deepspeed": [LAUNCHER, "--num_gpus", str(processes), *port],
+            "torchrun": [str(Path(LAUNCHER).with_name("torchrun")), "--nproc_per_node", str(processes), *port],
+            "python": [sys.executable],
+        }
+        environment = {name: value for name, value in os.environ.items() if name not in OF_A_LAUNCHER}
+        environment |= {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TEST_FAULTS": faults}
         self.popen = subprocess.Popen(
-            [LAUNCHER, "--num_gpus", str(processes), *port, INJECTING if faults else PRODUCT, *words],
+            [*begin[launcher], *words],
             cwd=ROOT,
-            env=os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TEST_FAULTS": faults},
+            env=environment,
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -76,14 +86,9 @@ class HurtRun:
             assert time.monotonic() < end, f"never {what}:\n{self.screen[-4000:]}"
             time.sleep(0.01)
 
-    def wait_for_step(self, step: int) -> None:
-        """Until the progress bar shows so many steps."""
-
-        def shown() -> bool:
-            bars = re.findall(r"^train: .*\| (\d+)/\d+ \[", self.screen[-400:], re.MULTILINE)
-            return any(int(done) >= step for done in bars)
-
-        self.wait_until(shown, f"step {step} was shown")
+    def wait_for(self, words: str) -> None:
+        """Until they are on the screen."""
+        self.wait_until(lambda: words in self.screen, f"{words!r} was shown")
 
     def ranks(self) -> dict[int, psutil.Process]:
         """The training processes by rank."""
@@ -94,7 +99,7 @@ class HurtRun:
                 rank = next((w for w in words if w.startswith("--local_rank=")), None)
             except psutil.Error:
                 continue
-            if rank and words[1:2] == ["-u"] and words[2].endswith(".py"):
+            if rank and words[1:2] == ["-u"] and words[2].endswith(".py"):  # of DeepSpeed's launcher
                 found[int(rank.partition("=")[2])] = process
         self.seen |= found
         return found
@@ -132,6 +137,24 @@ class HurtRun:
                 break
             time.sleep(0.2)
         return left
+
+
+class HurtRun(HurtCommand):
+    """A started pre-training run: the product's own script, or the one that injects what `faults` says."""
+
+    def __init__(self, recipe: str, output: Path, *options: str, faults: str = "", processes=2, launcher="deepspeed"):
+        script = INJECTING if faults else PRODUCT
+        words = [script, "--recipe", recipe, "--ds_config", ds_config("zero2"), "--output", str(output), *options]
+        super().__init__(output, words, launcher, faults, processes)
+
+    def wait_for_step(self, step: int) -> None:
+        """Until the progress bar shows so many steps."""
+
+        def shown() -> bool:
+            bars = re.findall(r"^train: .*\| (\d+)/\d+ \[", self.screen[-400:], re.MULTILINE)
+            return any(int(done) >= step for done in bars)
+
+        self.wait_until(shown, f"step {step} was shown")
 
 
 def _workers(rank: psutil.Process) -> list[psutil.Process]:

@@ -5,11 +5,15 @@ The environment variable TEST_FAULTS names faults, separated by commas:
   hang:RANK:STEP     a process sleeps in the middle of a step
   delete:STEP:FILE   a shard is removed before a step; reads of a loader without workers see it at once
   truncate:STEP:FILE a shard loses its second half
+  hold:STAGE         says "holds in STAGE" and stays there, in a call of C that no signal interrupts; two seconds
+                     in a checkpoint, which is finished whatever comes. STAGE: a key of STAGES
 Steps count from 1.
 """
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 import os
 import runpy
 import sys
@@ -17,6 +21,16 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[3]
+STAGES = {
+    "data": "modstruct.data.run_data:open_run_data",
+    "tokenizer": "modstruct.data.tokenizers:train_sentencepiece",
+    "first step": "modstruct.training.trainer:train_step",
+    "validation": "modstruct.training.pretrain:Pretraining.validate",
+    "checkpoint": "modstruct.checkpoints:replace_folder",
+    "finish": "modstruct.training.pretrain:Pretraining.finish",
+    "embedding": "modstruct.evaluation.embeddings.embed_set:_embed_texts",
+    "measurement": "modstruct.evaluation.retrieval.measure:measure_set_retrieval",
+}
 
 
 def put_in(fault: str) -> None:
@@ -55,6 +69,29 @@ def put_in(fault: str) -> None:
     trainer.train_step = train_step
 
 
+def hold(stage: str) -> None:
+    """Wrap the function at which a stage begins."""
+    module, _, name = STAGES[stage].partition(":")
+    owner: object = importlib.import_module(module)
+    *path, name = name.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    harmless = getattr(owner, name)
+
+    def holding(*arguments, **options):
+        print(f"holds in {stage}", flush=True)
+        if stage == "checkpoint":
+            time.sleep(2)
+        else:
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+        return harmless(*arguments, **options)
+
+    setattr(owner, name, holding)
+    for user in list(sys.modules.values()):  # who has imported it by name
+        if getattr(user, "__name__", "").startswith("modstruct") and vars(user).get(name) is harmless:
+            setattr(user, name, holding)
+
+
 def hurt_file(kind: str, path: Path) -> None:
     if kind == "delete":
         path.unlink(missing_ok=True)
@@ -67,6 +104,12 @@ def hurt_file(kind: str, path: Path) -> None:
 
 if __name__ == "__main__":
     for each in filter(None, os.environ["TEST_FAULTS"].split(",")):
-        put_in(each)
-    sys.argv[0] = str(ROOT / "launch_scripts" / "pretrain.py")
+        if each.startswith("hold:"):
+            import modstruct.training.pretrain  # noqa: F401  # which imports what is wrapped
+
+            hold(each.removeprefix("hold:"))
+        else:
+            put_in(each)
+    evaluate = {"embed", "measure"} & set(sys.argv[1:3])  # behind the launcher's --local_rank
+    sys.argv[0] = str(ROOT / "launch_scripts" / ("evaluate.py" if evaluate else "pretrain.py"))
     runpy.run_path(sys.argv[0], run_name="__main__")
