@@ -135,13 +135,26 @@ def end_now(status: int) -> None:
     for release in [*_state.at_end]:
         with suppress(Exception):
             release()
-    multiprocessing = sys.modules.get("multiprocessing")
     with suppress(Exception):
-        for child in multiprocessing.active_children() if multiprocessing else ():
-            child.kill()
-        # It would end by itself, but has torch to take down first.
-        os.kill(sys.modules["multiprocessing.forkserver"]._forkserver._forkserver_pid, signal.SIGKILL)
+        _end_children()
     os._exit(status)
+
+
+def _end_children() -> None:
+    """Kill what multiprocessing has started, servers included, which have torch to take down, and those that only just
+    start, which would tell of semaphores that are gone. Its tracker stays: it removes what they leave."""
+    parents = {int(name): _parent_of(int(name)) for name in os.listdir("/proc") if name.isdecimal()}
+    doomed = {child for child, parent in parents.items() if parent == os.getpid() and _is_worker(child)}
+    while more := {child for child, parent in parents.items() if parent in doomed} - doomed:
+        doomed |= more
+    for child in doomed:
+        with suppress(OSError):
+            os.kill(child, signal.SIGKILL)
+
+
+def _is_worker(process: int) -> bool:
+    words = " ".join(_words(process))
+    return "multiprocessing." in words and "resource_tracker" not in words
 
 
 def _interrupt(number: int, _: object) -> None:
@@ -153,6 +166,8 @@ def _interrupt(number: int, _: object) -> None:
 def _end_if_due() -> None:
     if _state.number and not _state.stages[-1].deferred and not _state.ending:
         _state.ending = True  # a second exception would break what the first one cleans up
+        with suppress(OSError):
+            _end_children()
         _state.said.wait(1)
         raise Stopped(_state.number)
 
