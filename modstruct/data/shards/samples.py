@@ -8,7 +8,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ from modstruct.data.shards.index import (
 from modstruct.data.shards.members import LAYOUT
 from modstruct.data.shards.pipes import pipe_cache
 from modstruct.data.shards.sources import SourceShards, expand_sources, is_pipe
-from modstruct.data.shards.texts import Look, look
+from modstruct.data.shards.texts import SourceRows, kept_looks
 from modstruct.errors import refuse
 from modstruct.files import atomic_write, locked
 
@@ -225,7 +225,13 @@ def _decide_captions(samples: Samples, sources: Sequence[Source], config: DataCo
     What a source looks like is kept beside its table, so that it is decided once. say: write to the log.
     """
     wanted = [config.caption_lines if source.caption_lines is None else source.caption_lines for source in sources]
-    looks = _looks(samples, wanted, config)
+    shards = [slice(*edge) for edge in pairwise(samples.source_starts)]
+    starts = [samples.shard_starts[of.start : of.stop + 1] for of in shards]
+    contents = [
+        SourceRows(samples.shards[of], np.diff(edges), samples.rows[edges[0] : edges[-1]])
+        for of, edges in zip(shards, starts, strict=True)
+    ]
+    looks = kept_looks(samples.table.with_suffix(".captions"), contents, wanted, pipe_cache(config))
     for number, (want, found) in enumerate(zip(wanted, looks, strict=True)):
         lines = samples.caption_lines[number] = found.lines_are_captions if want == "auto" else want
         if not say or found.several == 0 or found.several == found.whole:
@@ -239,23 +245,6 @@ def _decide_captions(samples: Samples, sources: Sequence[Source], config: DataCo
             "line" if lines else "whole text",
             "false takes each text for one" if lines else "true takes each line for one",
         )
-
-
-def _looks(samples: Samples, wanted: Sequence[bool | str], config: DataConfig) -> list[Look]:
-    """Of each source; empty where nothing depends on it and looking would fetch a pipe."""
-    path = samples.table.with_suffix(".captions")
-    known: list[list[int] | None] = json.loads(path.read_text()) if path.exists() else [None] * len(wanted)
-    before = list(known)
-    for number, want in enumerate(wanted):
-        shards = slice(*samples.source_starts[number : number + 2])
-        names, starts = samples.shards[shards], samples.shard_starts[shards.start : shards.stop + 1]
-        if known[number] is None and (want == "auto" or not is_pipe(names[0])):
-            found = look(names, np.diff(starts), samples.rows[starts[0] : starts[-1]], pipe_cache(config))
-            known[number] = [found.texts, found.several, found.whole] if found.texts else None
-    if known != before:
-        with suppress(OSError), atomic_write(path) as file:  # a cache that cannot be written is no reason to stop
-            file.write(json.dumps(known).encode())
-    return [Look(*(counts or (0, 0, 0))) for counts in known]
 
 
 class _Shard:

@@ -7,10 +7,13 @@ CLIP_benchmark). Which of the two a source is made by is looked up in a sample o
 from __future__ import annotations
 
 import codecs
+import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 
 import numpy as np
 
@@ -18,7 +21,7 @@ from modstruct.data.faults import BadSample
 from modstruct.data.shards.pipes import PipeCache, PipeFailed
 from modstruct.data.shards.sources import is_pipe
 from modstruct.data.shards.tar_headers import BLOCK_BYTES
-from modstruct.files import RepeatedKey, parse_json
+from modstruct.files import RepeatedKey, atomic_write, parse_json
 
 # Levels of KEY.json. Deeper ones would pass the parser, but break the pickling to another process.
 DEEPEST_METADATA = 32
@@ -84,14 +87,43 @@ class Look:
         return self.whole == 0 and self.several > 0 and self.several >= SEVERAL_SHARE * self.texts
 
 
-def look(shards: Sequence[str], counts: np.ndarray, rows: np.ndarray, pipes: PipeCache) -> Look:
-    """Look at a source. counts: (shards,) samples in each. rows: (samples,) of index.ROW. Bad samples do not count."""
-    ends = np.cumsum(counts)
-    total = int(ends[0] if is_pipe(shards[0]) else ends[-1])
+@dataclass(frozen=True)
+class SourceRows:
+    """The samples of one source."""
+
+    shards: Sequence[str]
+    counts: np.ndarray
+    """(shards,) samples in each."""
+    rows: np.ndarray
+    """(samples,) of index.ROW."""
+
+
+def kept_looks(path: Path, sources: Sequence[SourceRows], wanted: Sequence[bool | str], pipes: PipeCache) -> list[Look]:
+    """Each source as it looks, kept in a file, so that it is decided once.
+
+    wanted: "auto" where it matters. Elsewhere no pipe is fetched for it, and the look is empty, as of a source of which
+    nothing can be read.
+    """
+    known: list[list[int] | None] = json.loads(path.read_text()) if path.exists() else [None] * len(sources)
+    before = list(known)
+    for number, (source, want) in enumerate(zip(sources, wanted, strict=True)):
+        if known[number] is None and (want == "auto" or not is_pipe(source.shards[0])):
+            found = look(source, pipes)
+            known[number] = [found.texts, found.several, found.whole] if found.texts else None
+    if known != before:
+        with suppress(OSError), atomic_write(path) as file:  # a cache that cannot be written is no reason to stop
+            file.write(json.dumps(known).encode())
+    return [Look(*(counts or (0, 0, 0))) for counts in known]
+
+
+def look(source: SourceRows, pipes: PipeCache) -> Look:
+    """Look at a source; samples that cannot be read do not count."""
+    ends = np.cumsum(source.counts)
+    total = int(ends[0] if is_pipe(source.shards[0]) else ends[-1])
     places = np.arange(min(LOOKED_AT, total)) * total // max(1, min(LOOKED_AT, total))
     texts = several = whole = 0
     for shard, of_shard in groupby(places.tolist(), key=lambda place: int(ends.searchsorted(place, side="right"))):
-        for text, metadata in _members(shards[shard], [rows[place] for place in of_shard], pipes):
+        for text, metadata in _members(source.shards[shard], [source.rows[place] for place in of_shard], pipes):
             try:
                 caption = parse_caption(text, "")
                 texts += 1

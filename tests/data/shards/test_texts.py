@@ -10,7 +10,7 @@ from crafted_shards import LengthTokenizer, config, encoded_image, number_of, sa
 
 from modstruct.config import DataConfig, Source
 from modstruct.config.migrations import SCHEMA, migrate_checkpoint
-from modstruct.data.shards import samples as samples_module
+from modstruct.data.shards import texts as texts_module
 from modstruct.data.shards.evaluation_samples import EvaluationSamples, train_captions
 from modstruct.data.shards.loader import BatchContents, BatchPlan, train_loader
 from modstruct.data.shards.samples import Samples, open_saved_samples
@@ -92,7 +92,7 @@ def test_it_is_decided_once_for_each_source(several, tmp_path, monkeypatch):
     assert samples.caption_lines == [True, False, False]
     assert samples.content == f"{samples.fingerprint} lines 100"
     with monkeypatch.context() as later:
-        later.setattr(samples_module, "look", lambda *_: pytest.fail("looked at twice"))
+        later.setattr(texts_module, "look", lambda *_: pytest.fail("looked at twice"))
         again = EvaluationSamples(sources, config(tmp_path), "data.train").samples
     assert again.caption_lines == [True, False, False]
     kept = open_saved_samples(sources, config(tmp_path), "data.train", samples.fingerprint)
