@@ -10,6 +10,8 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,13 +26,13 @@ PRETRAIN, EVALUATE = str(ROOT / "launch_scripts" / "pretrain.py"), str(ROOT / "l
 
 
 @pytest.fixture
-def mine(tmp_path) -> Path:
-    """A folder of the user's in which the command runs, below folders that all may enter."""
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
-    folder = tmp_path / "mine"
-    folder.mkdir()
-    return folder
+def mine() -> Iterator[Path]:
+    """A folder of the user's in which the command runs; pytest's own ones are closed to others."""
+    with tempfile.TemporaryDirectory(prefix="modstruct-new-user-") as folder:
+        os.chmod(folder, 0o755)
+        mine = Path(folder, "mine")
+        mine.mkdir()
+        yield mine
 
 
 def write_recipe(folder: Path, steps: int = 4, **changes) -> list[str]:
@@ -177,12 +179,12 @@ def test_a_busy_port(mine, tried):
 
 
 def _other_pythons() -> list[str]:
-    """Interpreters from 3.11 on that have the project's dependencies; PYTHONS names more, with colons between."""
+    """Interpreters from 3.11 on that the project is installed for; PYTHONS names more, with colons between."""
     named = [name for name in os.environ.get("PYTHONS", "").split(":") if name]
     found = [shutil.which(f"python3.{minor}") for minor in range(11, 20)]
     usable = []
     for python in [*named, *filter(None, found)]:
-        probe = "import sys, torch, deepspeed, open_clip; print(sys.version_info[:2])"
+        probe = "import sys, deepspeed, modstruct._C; print(sys.version_info[:2])"
         known = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         done = subprocess.run([python, "-c", probe], capture_output=True, text=True, env=known, check=False)
         if done.returncode == 0 and done.stdout.splitlines()[-1] != str(sys.version_info[:2]):
@@ -193,9 +195,9 @@ def _other_pythons() -> list[str]:
 def test_every_python_that_is_here(mine, tried):
     pythons = _other_pythons()
     if not pythons:
-        pytest.skip("no other Python from 3.11 on has the dependencies here; PYTHONS=/path/to/python names one")
+        pytest.skip("the project is installed for no other Python from 3.11 on; PYTHONS=/path/to/python names one")
     for number, python in enumerate(pythons):
         version = subprocess.run([python, "--version"], capture_output=True, text=True, check=True).stdout.strip()
         options = write_recipe(mine, output=f"run{number}")
         with tried(version):
-            succeeded(run([python, PRETRAIN, *options], mine))
+            succeeded(run([python, PRETRAIN, *options], mine, Surroundings(variables={"PYTHONPATH": ""})))
