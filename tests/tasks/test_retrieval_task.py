@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ import torch
 from PIL import Image
 from tiny_tasks import SIZE, tiny_task, write_files
 
+from modstruct.data.downstream.karpathy import CaptionedImage
 from modstruct.data.transforms.text_views import IGNORED
+from modstruct.evaluation.embeddings.source import say_merged
 from modstruct.tasks import Task
 
 
@@ -75,3 +78,17 @@ def test_an_image_that_cannot_be_read_is_left_out(task, tmp_path):
     entries[3] = type(entries[3])(broken, entries[3].captions, entries[3].image_id)
     metrics, _ = task.measure(task.build_model().eval(), entries)
     assert metrics["sizes"]["images"] == 19
+
+
+def test_files_of_equal_bytes_are_one_image_with_all_their_captions(task, tmp_path, caplog):
+    say_merged.cache_clear()
+    first, *rest = task.entries("test", None).entries
+    copy = tmp_path / "copy.jpg"
+    copy.write_bytes(first.image.read_bytes())
+    torch.manual_seed(0)
+    model = task.build_model().eval()
+    whole, _ = task.measure(model, [replace(first, captions=(*first.captions, "one more caption")), *rest])
+    copied, _ = task.measure(model, [first, CaptionedImage(copy, ("one more caption",), 10**9), *rest])
+    assert copied == whole
+    assert copied["sizes"]["images"] == 20
+    assert "task retrieval: 21 samples hold 20 distinct images" in caplog.text
