@@ -28,6 +28,7 @@ from modstruct.config import LossesConfig, Recipe
 from modstruct.config.migrations import migrate, migrate_checkpoint, migrate_method
 from modstruct.errors import FailedElsewhere, LostProcess, RunError, refuse, require
 from modstruct.files import disk_error, parse_yaml, read_yaml
+from modstruct.list_options import list_words
 from modstruct.stopping import is_first_process, requested
 
 RECIPES = Path(__file__).parent / "config" / "recipes"
@@ -156,7 +157,7 @@ def parse(
     sections = sections_of(parser.config_type)
     try:
         with nullcontext() if is_first_process() else redirect_stdout(io.StringIO()):  # --help is said once, too
-            given = prepare(sys.argv[1:] if arguments is None else arguments)
+            given = prepare(list_words(parser, sys.argv[1:] if arguments is None else arguments))
             options = parser.parse_args(_expand(given, parser.recipes) if parser.recipes else list(given))
         _check_sections(options, sections)
         built = parser.instantiate(options)

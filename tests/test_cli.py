@@ -13,6 +13,7 @@ import yaml
 from modstruct import cli
 from modstruct.commands.arguments import checkpoint_arguments
 from modstruct.config import LossesConfig, Recipe, Source
+from modstruct.config.migrations import SCHEMA
 from modstruct.config.recipe_files import recipe_to_yaml
 
 SCRIPTS = Path(__file__).parents[1] / "launch_scripts"
@@ -139,7 +140,7 @@ def test_a_recipe_file_of_version_1_means_what_it_meant(parse, recipe_file):
     [
         (["--losses.queue_contrast.positives", "picture"], "give one of pair, image"),
         (["--method", "clip", "--losses.contrastive.weight", "0"], "losses.*.weight"),
-        (["--schema", "3"], "schema"),
+        (["--schema", str(SCHEMA + 1)], "schema"),
     ],
 )
 def test_what_a_version_no_longer_has_is_refused_by_name(parse, capsys, words, said):
@@ -215,7 +216,7 @@ def test_sources_with_weights_can_be_given_in_a_file_and_on_the_line(parse, reci
         (["--views.flip", "maybe"], ["views.flip = maybe", "true or false"]),
         (["--views.mean", "[0.5,0.5]"], ["views.mean = [0.5, 0.5]", "[a number, a number, a number]"]),
         (["--evaluation.top_k", "[one]"], ["evaluation.top_k", "a list of a whole number"]),
-        (["--data.train", "[{weight: 3}]"], ["data.train: give", "a list of {shards, weight, index}"]),
+        (["--data.train", "[{weight: 3}]"], ["data.train: give", "a list of {shards, weight, index"]),
         (["--train", "5"], ["train: a section", "it has global_batch, micro_batch"]),
         (["--views.crop_scale", "[0.9,0.1]"], ["views.crop_scale = (0.9, 0.1)", "0 < low <= high <= 1"]),
         (["--model.vision.patch_size", "0"], ["model.vision.patch_size = 0", "at least 1"]),

@@ -32,6 +32,7 @@ from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.leakage.duplicates import Thresholds, find_duplicates
 from modstruct.evaluation.leakage.prints import Prints, make_prints, rows_by_key
 from modstruct.evaluation.leakage.result import Comparison, write_result
+from modstruct.list_options import list_words
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -65,7 +66,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
     parser.add_argument("--max_image_pixels", type=int, default=data.max_image_pixels, help="default: %(default)s")
     parser.add_argument("--allow_pipe", action="store_true", help="permit pipe: sources, which run a shell command")
     parser.add_argument("--device", default="cpu", help="where embeddings are compared (default: %(default)s)")
-    return parser, parser.parse_args(arguments)
+    return parser, parser.parse_args(list_words(parser, sys.argv[1:] if arguments is None else arguments))
 
 
 def find(options: argparse.Namespace) -> dict:

@@ -21,6 +21,7 @@ from modstruct.data.shards.evaluation_samples import train_captions
 from modstruct.data.shards.samples import open_samples
 from modstruct.data.tokenizers import DESCRIPTION_FILE, SentencePieceTokenizer
 from modstruct.errors import require
+from modstruct.list_options import list_words
 
 EXAMPLES = 5
 
@@ -60,7 +61,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cache", default=data.cache, help="Folder of shard indexes (default: %(default)s).")
     parser.add_argument("--allow_pipe", action="store_true", help="Permit pipe:COMMAND, which runs a shell command.")
     parser.add_argument("--index", metavar="FOLDER", help="Indexes made by tools/index_shards.py, for pipe: shards.")
-    return parser.parse_args(arguments)
+    return parser.parse_args(list_words(parser, sys.argv[1:] if arguments is None else arguments))
 
 
 def train(options: argparse.Namespace) -> None:

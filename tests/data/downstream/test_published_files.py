@@ -78,6 +78,18 @@ def spoilt(draw, content: object) -> object:
     return content
 
 
+ALBEF_LIST = [
+    {
+        "image": "val2014/1.jpg",
+        "caption": ["a", "b"],
+        "sentence": "c",
+        "label": label,
+        "question_id": 3,
+        "question": "d",
+    }
+    | {"images": ["dev/dev-1-0-img0.png", "dev/dev-1-0-img1.png"], "answer": ["e"], "dataset": "vqa"}
+    for label in ("True", "neutral")
+]
 READERS = {
     "questions": (VQA_QUESTIONS, lambda path, folder: read_vqa(path, folder)),
     "annotations": (
@@ -88,6 +100,10 @@ READERS = {
     "answers": (["a", "b"], lambda path, folder: read_answer_list(path)),
     "nlvr2": (NLVR2_DEV, lambda path, folder: read_nlvr2(path, folder)),
     "snli_ve": (SNLI_VE, lambda path, folder: read_snli_ve(path, folder)),
+    "albef questions": (ALBEF_LIST, lambda path, folder: read_vqa(path, folder)),
+    "albef captions": (ALBEF_LIST, lambda path, folder: read_karpathy(path, folder, "train")),
+    "albef statements": (ALBEF_LIST, lambda path, folder: read_nlvr2(path, folder)),
+    "albef hypotheses": (ALBEF_LIST, lambda path, folder: read_snli_ve(path, folder)),
 }
 
 
