@@ -22,6 +22,22 @@ for folder in sorted(path for path in Path(__file__).parent.rglob("*") if path.i
 settings.register_profile("modstruct", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("modstruct")
 
+LAUNCHERS_WORDS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+GIVEN = {name: os.environ[name] for name in LAUNCHERS_WORDS if name in os.environ}
+
+
+@pytest.fixture(autouse=True)
+def _no_processes_left():
+    """A command that a test calls in this process leaves no process group and no words of a launcher to the next."""
+    yield
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        distributed.destroy_process_group()
+    for name in LAUNCHERS_WORDS:
+        os.environ.pop(name, None)
+    os.environ.update(GIVEN)
+
+
 TRIED: dict[str, list[int]] = defaultdict(lambda: [0, 0])
 
 

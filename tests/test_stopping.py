@@ -34,7 +34,7 @@ with stopping.stage('nothing to save') as stage:
 
 
 def start(body: str | list[str], **settings) -> subprocess.Popen:
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "SLURM_PROCID")}
+    environment = {name: value for name, value in os.environ.items() if name != "SLURM_PROCID"}
     process = subprocess.Popen(
         [sys.executable, "-c", BEGIN + body] if isinstance(body, str) else body,
         env=environment | {"PYTHONPATH": str(ROOT)},
@@ -122,6 +122,29 @@ print("ready", child.pid, flush=True)
     assert gone(child)
 
 
+def test_processes_that_index_shards_end_without_a_word(tmp_path):
+    """They are in the middle of shards that take for ever."""
+    for number in range(40):
+        os.mkfifo(tmp_path / f"{number}.tar")
+    body = """
+from pathlib import Path
+from modstruct.data.shards import index
+if __name__ == "__main__":
+    stopping.listen()
+    folder = Path(sys.argv[1])
+    threading.Timer(6, ready).start()
+    index.index_shards([(str(folder / f"{n}.tar"), folder / f"{n}.npz") for n in range(40)], progress=False)
+"""
+    script = tmp_path / "script.py"
+    script.write_text(BEGIN.replace("stopping.listen()\n", "") + body)
+    process = start([sys.executable, str(script), str(tmp_path)], start_new_session=True)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) > 1
+    os.killpg(process.pid, signal.SIGINT)
+    assert end_of(process) == (130, "", "Ctrl-C: stopping\n")
+    assert all(gone(child.pid) for child in children)
+
+
 def gone(process: int) -> bool:
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
@@ -160,7 +183,6 @@ def test_a_lost_launcher_stops_the_run(launcher, tmp_path, lost):
     script = tmp_path / "script.py"
     script.write_text(BEGIN.replace("ready()", "pids()") + LOST)
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
-    environment.pop("RANK", None)
     runner = subprocess.Popen(
         [sys.executable, str(launcher), str(script)],
         env=environment,

@@ -25,8 +25,10 @@ from pathlib import Path
 
 import torch
 
+from modstruct import stopping
 from modstruct.config import DataConfig, Source
 from modstruct.data.shards.evaluation_samples import EvaluationSamples
+from modstruct.distributed.run_lock import held
 from modstruct.errors import RunError
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.leakage.duplicates import Thresholds, find_duplicates
@@ -81,10 +83,22 @@ def find(options: argparse.Namespace) -> dict:
         max_image_pixels=options.max_image_pixels,
         allow_pipe=options.allow_pipe,
     )
-    samples, prints = {}, {}
+    samples = {}
     for name in ("evaluation", "train"):  # the smaller first: an error in the command shows early
         sources = [Source(pattern) for pattern in getattr(options, name)]
         samples[name] = EvaluationSamples(sources, config, name, progress=True)
+    with held(options.out, "--out"), stopping.stage("the same command resumes from the hashes that are made"):
+        return _compare(options, thresholds, samples, embedded, start)
+
+
+def _compare(
+    options: argparse.Namespace,
+    thresholds: Thresholds,
+    samples: dict[str, EvaluationSamples],
+    embedded: dict[str, EmbeddedSet] | None,
+    start: float,
+) -> dict:
+    prints = {}
     for name, source in samples.items():
         folder = Path(options.cache).expanduser() / "prints" / source.fingerprint
         prints[name] = make_prints(source, folder, name, progress=True)
@@ -130,4 +144,5 @@ def _rows(prints: Prints, embedded: EmbeddedSet):
 
 
 if __name__ == "__main__":
+    stopping.listen()
     sys.exit(main())

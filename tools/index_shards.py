@@ -26,6 +26,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from modstruct import stopping
 from modstruct.config import DataConfig
 from modstruct.data.shards.index import (
     REPEATED_KEY,
@@ -129,4 +130,5 @@ def _report(files: dict[str, Path]) -> None:
 
 
 if __name__ == "__main__":
+    stopping.listen()
     sys.exit(main())

@@ -24,6 +24,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
 
@@ -31,10 +32,12 @@ import webdataset
 from PIL import Image
 from tqdm import tqdm
 
+from modstruct import stopping
 from modstruct.config import DataConfig
 from modstruct.data.faults import BadSample
 from modstruct.data.shards.members import Tally
 from modstruct.data.transforms.decoding import FORMATS, decode_image
+from modstruct.distributed.run_lock import held
 from modstruct.files import parse_json
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
@@ -79,7 +82,12 @@ def main() -> int:
         parser.error(f"--output = {options.output}: holds shards already; choose another folder")
 
     left_out, changed = Tally(), Tally()
-    with AtomicShardWriter(options.output, options.samples_per_shard, changed) as shards:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(held(options.output, "--output"))
+        except ValueError as error:
+            parser.error(str(error))
+        shards = stack.enter_context(AtomicShardWriter(options.output, options.samples_per_shard, changed))
         for image, caption, metadata in tqdm(found, "packing", unit="sample"):
             try:
                 shards.write(*checked(image, caption, metadata, changed))
@@ -258,4 +266,5 @@ class AtomicShardWriter:
 
 
 if __name__ == "__main__":
+    stopping.listen()
     sys.exit(main())

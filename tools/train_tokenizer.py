@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from modstruct import stopping
 from modstruct.config import DataConfig, Source, TokenizerConfig
 from modstruct.data.faults import TooManyBadSamples
 from modstruct.data.sentencepiece_training import TRAINING_CAPTIONS, train_sentencepiece
@@ -101,4 +102,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    stopping.listen()
     sys.exit(main())

@@ -18,6 +18,7 @@ from tiny_run import ROOT, ds_config, tiny_recipe
 
 from modstruct import checkpoints
 from modstruct.config.recipe_files import recipe_to_dict
+from modstruct.distributed.run_lock import RunLock
 
 LAUNCHER = str(Path(sys.executable).with_name("deepspeed"))
 SECONDS = 240
@@ -78,12 +79,16 @@ def test_from_start_to_table_through_two_interruptions(tmp_path, recipe_file):
     stopped = start(2, "pretrain", *arguments, "--resume", "latest")
     while stopped.poll() is None and checkpoints.list_checkpoints(output)[-1] == after_kill:
         time.sleep(0.05)
+    with pytest.raises(ValueError, match="has been writing there since"):
+        RunLock(output, "output").acquire()
     os.killpg(stopped.pid, signal.SIGTERM)
     text, _ = stopped.communicate(timeout=SECONDS)
     assert "Stopped by SIGTERM" in text, text[-3000:]
     state = checkpoints.read(checkpoints.list_checkpoints(output)[-1]).state
     assert reached < state.step < 400
     assert f"Stopped by SIGTERM after step {state.step};" in text
+    assert "has ended without giving it up: taken over" in text
+    assert not (output / "run.lock").exists()
 
     end = str(state.step + 3)
     text = finish(start(2, "pretrain", *arguments, "--resume", "latest", "--train.steps", end))
@@ -107,9 +112,7 @@ def test_from_start_to_table_through_two_interruptions(tmp_path, recipe_file):
 
 def test_a_run_without_a_launcher_trains_alone(tmp_path, recipe_file):
     arguments = ["--recipe", recipe_file, "--ds_config", ds_config("zero0"), "--output", str(tmp_path / "run")]
-    # Without a launcher's variables, which an earlier test may have left in this process.
-    launcher = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    environment = {name: value for name, value in os.environ.items() if name not in launcher} | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     environment["TORCH_EXTENSIONS_DIR"] = str(tmp_path / "compiled")
     done = subprocess.run(
         [sys.executable, "launch_scripts/pretrain.py", *arguments, "--train.steps", "2", "--train.precision", "bf16"],

@@ -107,3 +107,11 @@ def test_waiting_threads_sleep_unless_the_user_says_otherwise():
         )
         assert done.returncode == 0, done.stderr
         assert f"OMP_WAIT_POLICY = '{found}'" in done.stderr
+
+
+@pytest.mark.parametrize("time", ["first", "second"])
+def test_a_command_in_this_process_leaves_nothing_to_the_next_test(time):
+    """See conftest.py."""
+    assert not distributed.is_distributed()
+    assert not {"RANK", "WORLD_SIZE"} & os.environ.keys()
+    distributed.start_processes()

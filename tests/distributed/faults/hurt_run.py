@@ -23,7 +23,6 @@ from modstruct.data.tokenizers import load_tokenizer
 
 LAUNCHER = str(Path(sys.executable).with_name("deepspeed"))
 SECONDS = 600  # for a whole run; a busy machine with two cores starts one in forty, or in two hundred
-OF_A_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PRODUCT, INJECTING = "launch_scripts/pretrain.py", "tests/distributed/faults/injected.py"
 
 
@@ -54,12 +53,11 @@ class HurtCommand:
             "torchrun": [str(Path(LAUNCHER).with_name("torchrun")), "--nproc_per_node", str(processes), *port],
             "python": [sys.executable],
         }
-        environment = {name: value for name, value in os.environ.items() if name not in OF_A_LAUNCHER}
-        environment |= {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TEST_FAULTS": faults}
+        settings = {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TEST_FAULTS": faults}
         self.popen = subprocess.Popen(
             [*begin[launcher], *words],
             cwd=ROOT,
-            env=environment,
+            env=os.environ | settings,
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
