@@ -287,10 +287,18 @@ class _Encoder:
 
     @torch.no_grad()
     def encoded(self, batch: dict[str, Tensor]) -> dict[str, np.ndarray]:
-        """The wanted arrays of a batch of images or texts, (B, …) each."""
+        """The wanted arrays of a batch of images or texts, (B, …) each.
+
+        Raises ValueError for a row that is not finite: the set could not be finished with it.
+        """
         with self._autocast():
             made = self._encode({name: inputs.to(self._device) for name, inputs in batch.items()})
-        return {name: made[name].to(self._dtype).cpu().numpy() for name in made.keys() & self._arrays}
+        wanted = {name: made[name].to(self._dtype).cpu().numpy() for name in made.keys() & self._arrays}
+        for name, rows in wanted.items():
+            if not np.isfinite(rows).all():
+                remedy = "it has diverged, or overflows: --embedding.dtype float32 and --embedding.precision fp32"
+                refuse("embedding.arrays", name, f"the model makes rows that are not finite: {remedy}")
+        return wanted
 
     def images(self, batch: EvaluationBatch) -> dict[str, np.ndarray]:
         """The same, augmented images included; nothing of a batch of which no image could be read."""

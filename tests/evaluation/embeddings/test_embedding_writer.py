@@ -167,6 +167,18 @@ def test_a_damaged_set_is_found_before_another_is_embedded(tmp_path, source, mon
     assert encode.calls == []
 
 
+@pytest.mark.parametrize("value", [float("nan"), 1e5])
+def test_rows_that_are_not_finite_end_the_embedding_at_once(tmp_path, source, value):
+    encode = Encode()
+
+    def overflowing(batch):
+        return {name: value * rows if "features" in name else rows for name, rows in encode(batch).items()}
+
+    with pytest.raises(ValueError, match=r"embedding\.arrays = 'image_features': .* not finite: .* float32"):
+        embed_sets(numbered_model(overflowing), [source], tmp_path, config())
+    assert len(encode.calls) == 1
+
+
 def test_an_interrupted_set_whose_settings_are_damaged_says_so(tmp_path, source):
     with pytest.raises(ArithmeticError):
         embed_sets(numbered_model(Encode(stop_after=3)), [source], tmp_path, config())
