@@ -1,15 +1,17 @@
-"""The learning rate over a run: up in a line, down in half a cosine."""
+"""The learning rate over a run: up in a line, down in half a cosine; what a resumed run reads."""
 
 from __future__ import annotations
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from modstruct.checkpoints import TrainState
 from modstruct.config import OptimizerConfig
-from modstruct.training.trainer import learning_rate
+from modstruct.training.trainer import Start, learning_rate
 
 
 @st.composite
@@ -57,3 +59,19 @@ def test_half_way_through_the_cosine_is_half_the_way_down():
 
 def test_without_warm_up_the_first_step_has_the_peak():
     assert learning_rate(OptimizerConfig(learning_rate=0.3, warmup_steps=0), 0, 5) == 0.3
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "remedy"),
+    [
+        ("a1 None", "a1 lines 1 None", "give data.caption_lines: false, as it was read before"),
+        ("a1 lines 1 None", "a1 None", "give data.caption_lines: true, as it was read before"),
+        ("a1 None", "b2 None", "holds other samples"),
+    ],
+)
+def test_a_resumed_run_reads_the_captions_that_it_was_trained_on(before, now, remedy):
+    start = Start({}, None, SimpleNamespace(state=TrainState(data_fingerprint=before)), None)
+    assert start.samples == "a1"
+    with pytest.raises(ValueError, match=remedy):
+        start.state(now, "x.tar")
+    assert start.state(before, "x.tar").data_fingerprint == before
