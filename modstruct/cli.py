@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from modstruct.config import LossesConfig, Recipe
 from modstruct.config.migrations import migrate, migrate_checkpoint, migrate_method
-from modstruct.errors import FailedElsewhere, LostProcess, RunError, refuse, require
+from modstruct.errors import FailedElsewhere, LostProcess, RunError, escape_what_cannot_be_shown, refuse, require
 from modstruct.files import disk_error, parse_yaml, read_yaml
 from modstruct.list_options import list_words
 from modstruct.stopping import is_first_process, requested
@@ -154,6 +154,7 @@ def parse(
     prepare: applied to the arguments first. A wrong key or value is said in one line, by one process, and all end with
     exit status 2.
     """
+    escape_what_cannot_be_shown()
     sections = sections_of(parser.config_type)
     try:
         with nullcontext() if is_first_process() else redirect_stdout(io.StringIO()):  # --help is said once, too

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from typing import NoReturn
 
 
@@ -17,6 +19,13 @@ def require(condition: bool, field_name: str, value: object, remedy: str) -> Non
     """Refuse a value unless the condition holds. field_name: as the user writes it; remedy: what would be right."""
     if not condition:
         refuse(field_name, value, remedy)
+
+
+def escape_what_cannot_be_shown() -> None:
+    """Print what the terminal's encoding lacks (a C locale) as an escape, instead of ending the command by it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 class RunError(RuntimeError):

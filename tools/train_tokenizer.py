@@ -8,6 +8,9 @@ A recipe reads it with `--tokenizer.path tokenizers/cc3m`. The same captions giv
 from __future__ import annotations
 
 import argparse
+import os
+import secrets
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +24,7 @@ from modstruct.data.sentencepiece_training import TRAINING_CAPTIONS, train_sente
 from modstruct.data.shards.evaluation_samples import train_captions
 from modstruct.data.shards.samples import open_samples
 from modstruct.data.tokenizers import DESCRIPTION_FILE, SentencePieceTokenizer
-from modstruct.errors import require
+from modstruct.errors import escape_what_cannot_be_shown, require
 from modstruct.list_options import list_words
 
 EXAMPLES = 5
@@ -69,9 +72,20 @@ def train(options: argparse.Namespace) -> None:
     """Read the captions, train, write, and show examples."""
     TokenizerConfig(vocab_size=options.vocab_size, context_length=options.context_length)  # refuses impossible sizes
     require(options.limit >= 1, "--limit", options.limit, "at least 1")
-    taken = (options.out / DESCRIPTION_FILE).exists()
+    out = options.out.expanduser()
+    taken = (out / DESCRIPTION_FILE).exists()
     require(not taken, "--out", str(options.out), "holds a tokenizer already; delete it or name another folder")
+    require(out.is_dir() or not out.exists(), "--out", str(options.out), "is a file; name a folder")
+    aside = out.with_name(f"{out.name}.{secrets.token_hex(4)}.part")
+    aside.mkdir(parents=True)  # a place that cannot be written to is found out now
+    try:
+        _train(options, aside, out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
+
+def _train(options: argparse.Namespace, aside: Path, out: Path) -> None:
+    """The same in two steps: the tokenizer is written aside first, so that `out` gets it whole or not at all."""
     lines = {"true": True, "false": False}.get(options.caption_lines, "auto")
     config = DataConfig(cache=options.cache, allow_pipe=options.allow_pipe, caption_lines=lines)
     sources = [Source(shards=pattern, index=options.index) for pattern in options.shards]
@@ -83,7 +97,12 @@ def train(options: argparse.Namespace) -> None:
     print(f"Training on {len(captions)} captions", flush=True)
     model = train_sentencepiece(captions, options.vocab_size)
     tokenizer = SentencePieceTokenizer(model, options.context_length)
-    tokenizer.save(options.out)
+    tokenizer.save(aside)
+    if out.is_dir() and any(out.iterdir()):  # other files: the description, without which it is none, comes last
+        for name in (tokenizer.model_file, DESCRIPTION_FILE):
+            os.replace(aside / name, out / name)
+    else:
+        os.rename(aside, out)
 
     tokens = sum(len(tokenizer.segment(caption)) for caption in captions[:1000]) / min(len(captions), 1000)
     smaller = "" if tokenizer.vocab_size == options.vocab_size else f" (too few captions for {options.vocab_size})"
@@ -93,6 +112,7 @@ def train(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    escape_what_cannot_be_shown()
     try:
         train(parse(arguments))
     except (ValueError, OSError, TooManyBadSamples) as error:

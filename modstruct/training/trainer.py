@@ -220,7 +220,8 @@ class Trainer(ABC, Generic[RecipeT]):
 
     def start(self, model: TrainableModel, start: Start, samples: int, epoch_samples: int) -> None:
         """The model, with a checkpoint's weights if there is one, in DeepSpeed's hands. samples: for the log."""
-        recipe = self.recipe
+        recipe, self.steps = self.recipe, run_length(self.recipe, epoch_samples)
+        check_length(recipe, self.steps, self.state.step)
         if start.saved and start.path:
             load_weights(model, start.saved.weights, start.path)
             checkpoints.require_same_names(model.ema_state_dict(), start.saved.momentum, start.path)
@@ -238,7 +239,6 @@ class Trainer(ABC, Generic[RecipeT]):
         else:
             # Weights start equal on every process; what is drawn from here on (dropout) must not be.
             torch.manual_seed(recipe.train.seed * 1_000_003 + distributed.rank())
-        self.steps = run_length(recipe, epoch_samples)
         self.heartbeat = Heartbeat(recipe.train.hang_timeout_minutes)
         self.telemetry = Telemetry(self.output, self.state.step, self.steps, recipe.train.global_batch)
         log.info(
@@ -312,6 +312,22 @@ def run_length(recipe: Recipe | FinetuneRecipe, epoch_samples: int) -> int:
     if recipe.train.steps is not None:
         return recipe.train.steps
     return max(1, math.ceil((recipe.train.epochs or 0) * epoch_samples / recipe.train.global_batch))
+
+
+def check_length(recipe: Recipe | FinetuneRecipe, steps: int, taken: int) -> None:
+    """Say that a resumed run has no step left, and refuse one that is to end before its checkpoint.
+
+    steps: length of the run; taken: steps of the checkpoint.
+    """
+    named = "steps" if recipe.train.steps is not None else "epochs"
+    field, value = f"train.{named}", getattr(recipe.train, named)
+    length = f"{steps:,} steps" if named == "steps" else f"{value:g} epochs, {steps:,} steps"
+    if taken > steps:
+        remedy = f"the checkpoint is at step {taken:,}, beyond the {length} of the run: nothing to train; raise {field}"
+        refuse(field, value, f"{remedy}, or resume from an earlier checkpoint")
+    if taken == steps:
+        last = f"The checkpoint is at step {taken:,}, the last of {field} = {value}"
+        log.info("%s: nothing to train, only to measure and export; raise %s to train longer", last, field)
 
 
 def _checksum(model: TrainableModel) -> str:

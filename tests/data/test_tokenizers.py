@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -379,15 +380,19 @@ def run_tool(*arguments: str) -> int:
     return runpy.run_path(str(TOOL))["main"](list(arguments))
 
 
-def test_the_tool_trains_on_shards_and_says_what_came_out(tmp_path, capsys):
+def write_shard(path: Path, captions: list[str]) -> None:
     image = io.BytesIO()
     Image.new("RGB", (2, 2)).save(image, "PNG")
-    with tarfile.open(tmp_path / "shard-0.tar", "w") as shard:
-        for key, caption in enumerate(scene_captions(50)):
+    with tarfile.open(path, "w") as shard:
+        for key, caption in enumerate(captions):
             for extension, content in (("png", image.getvalue()), ("txt", caption.encode())):
                 member = tarfile.TarInfo(f"{key:04d}.{extension}")
                 member.size = len(content)
                 shard.addfile(member, io.BytesIO(content))
+
+
+def test_the_tool_trains_on_shards_and_says_what_came_out(tmp_path, capsys):
+    write_shard(tmp_path / "shard-0.tar", scene_captions(50))
     folder = tmp_path / "tokenizer"
     arguments = ("--shards", str(tmp_path / "shard-*.tar"), "--out", str(folder), "--cache", str(tmp_path / "cache"))
     assert run_tool(*arguments, "--vocab_size", "500") == 0
@@ -399,3 +404,53 @@ def test_the_tool_trains_on_shards_and_says_what_came_out(tmp_path, capsys):
     assert "--out" in capsys.readouterr().err
     assert run_tool("--shards", str(tmp_path / "none-*.tar"), "--out", str(tmp_path / "other")) == 2
     assert "--shards" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_the_tool_writes_whole_whatever_the_terminal_can_show(tmp_path, encoding):
+    write_shard(tmp_path / "shard-0.tar", [f"ein grünes Häuschen, {text} 😀" for text in scene_captions(20)])
+    arguments = ["--shards", str(tmp_path / "shard-0.tar"), "--vocab_size", "300", "--cache", str(tmp_path / "cache")]
+    command = [sys.executable, str(TOOL), *arguments, "--out", str(tmp_path / "made")]
+    there = os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    done = subprocess.run(command, capture_output=True, env=there, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert b"H\\xe4uschen" in done.stdout or "Häuschen".encode("latin-1") in done.stdout
+    assert load_tokenizer(tmp_path / "made").vocab_size <= 300
+    assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("failing", ["tokenizer.json", SentencePieceTokenizer.model_file])
+def test_the_tool_leaves_nothing_where_the_disk_is_full(tmp_path, capsys, monkeypatch, failing):
+    write_shard(tmp_path / "shard-0.tar", scene_captions(20))
+    write = os.fsync
+
+    def full(descriptor: int) -> None:
+        if failing in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    for folder, kept in (("new", None), ("used", "notes.txt")):
+        out = tmp_path / folder
+        if kept:
+            out.mkdir()
+            (out / kept).touch()
+        arguments = ["--shards", str(tmp_path / "shard-0.tar"), "--out", str(out), "--cache", str(tmp_path / "cache")]
+        assert run_tool(*arguments, "--vocab_size", "300") == 2
+        assert "No space left on device" in capsys.readouterr().err
+        assert [path.name for path in out.glob("*")] == ([kept] if kept else [])
+    assert not list(tmp_path.glob("*.part"))
+    monkeypatch.undo()
+    assert run_tool(*arguments, "--vocab_size", "300") == 0
+    assert load_tokenizer(out).vocab_size <= 300
+
+
+def test_the_tool_refuses_a_file_and_a_place_that_cannot_be_written_before_the_work(tmp_path, capsys, monkeypatch):
+    write_shard(tmp_path / "shard-0.tar", scene_captions(20))
+    (tmp_path / "file").touch()
+    arguments = ["--shards", str(tmp_path / "shard-0.tar"), "--cache", str(tmp_path / "cache")]
+    assert run_tool(*arguments, "--out", str(tmp_path / "file")) == 2
+    assert "is a file; name a folder" in capsys.readouterr().err
+    assert run_tool(*arguments, "--out", str(tmp_path / "file" / "below")) == 2
+    assert "Not a directory" in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()

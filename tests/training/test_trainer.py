@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -10,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modstruct.checkpoints import TrainState
-from modstruct.config import OptimizerConfig
-from modstruct.training.trainer import Start, learning_rate
+from modstruct.config import FinetuneRecipe, OptimizerConfig, Recipe, TrainConfig
+from modstruct.training.trainer import Start, check_length, learning_rate
 
 
 @st.composite
@@ -75,3 +76,18 @@ def test_a_resumed_run_reads_the_captions_that_it_was_trained_on(before, now, re
     with pytest.raises(ValueError, match=remedy):
         start.state(now, "x.tar")
     assert start.state(before, "x.tar").data_fingerprint == before
+
+
+def test_a_resume_at_or_past_the_end_says_so(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("modstruct"), "propagate", True)
+    caplog.set_level(logging.INFO, "modstruct")
+    by_steps = Recipe(train=TrainConfig(steps=7))
+    by_epochs = FinetuneRecipe(train=TrainConfig(steps=None, epochs=2.5))
+    check_length(by_steps, 7, 6)
+    assert caplog.text == ""
+    check_length(by_steps, 7, 7)
+    assert "The checkpoint is at step 7, the last of train.steps = 7: nothing to train" in caplog.text
+    with pytest.raises(ValueError, match=r"^train\.steps = 7: the checkpoint is at step 9, beyond the 7 steps"):
+        check_length(by_steps, 7, 9)
+    with pytest.raises(ValueError, match=r"^train\.epochs = 2\.5: .*step 1,001, .*2\.5 epochs, 1,000 .*raise"):
+        check_length(by_epochs, 1000, 1001)
