@@ -51,6 +51,8 @@ def table(metrics: dict) -> str:
     structure = [("structure", "value")]
     structure += [(name.replace("_", " "), f"{value:.4f}") for name, value in metrics["structure"].items()]
     notes = [", ".join(f"{number:,.0f} {name.replace('_', ' ')}" for name, number in metrics["sizes"].items())]
+    if "classes" in metrics["sizes"] and "zero_shot" not in metrics:
+        notes.append("zero-shot: left out, since no image has a label of the class file")
     if metrics["skipped"]:
         notes.append("left out: " + ", ".join(f"{n:,.0f} {cause}" for cause, n in metrics["skipped"].items()))
     notes.append(f"{metrics['seconds']['total']:.1f} s")

@@ -7,12 +7,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from crafted_shards import sample, write_shards, write_tar
+from crafted_shards import config, sample, write_shards, write_tar
 
-from modstruct.config import Recipe
+from modstruct.config import Recipe, Source
 from modstruct.data import run_data
 from modstruct.data.classification import labelled_shards
+from modstruct.data.classification.class_files import ZeroShotClasses
+from modstruct.data.shards.index import index_file_name, index_tar
 from modstruct.data.shards.reader import ShardReader
+from modstruct.data.shards.samples import open_samples
 
 
 def test_a_tokenizer_learns_from_as_many_captions_as_its_trainer_wants(tmp_path, monkeypatch):
@@ -80,6 +83,18 @@ def test_a_source_without_labels_beside_one_with_them_is_named(opened, caplog):
         "zero-shot classification is left out: none of 2 samples of data.validation has a label 'colour' in its "
         "KEY.json (its fields are x)"
     ]
+
+
+def test_of_pipes_that_were_not_looked_at_nothing_is_refused(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(labelled_shards, "LABELS_CHECKED", 2)
+    path = labelled(tmp_path / "x.tar", [None, "red", None, None])
+    command, data = f"pipe:cat {path}", config(tmp_path, allow_pipe=True)
+    (tmp_path / "index").mkdir()
+    index_tar(path).save(tmp_path / "index" / index_file_name(command))
+    samples = open_samples([Source(command, index=str(tmp_path / "index"))], data, "data.eval")
+    classes = ZeroShotClasses("colour", ("a {}",), {"red": "red", "blue": "blue"})
+    assert labelled_shards.check_labels(classes, samples, data, "data.eval") is None
+    assert "none of 2 samples of data.eval has a label 'colour'" in caplog.text
 
 
 def test_a_class_file_that_nothing_is_measured_with_is_named(tmp_path, caplog):

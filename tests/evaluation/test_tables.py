@@ -51,6 +51,12 @@ def test_the_table_does_without_zero_shot_and_skipped_samples():
     assert "left out" not in text
 
 
+def test_the_table_says_where_zero_shot_is_left_out():
+    sizes = METRICS["sizes"] | {"classes": 8.0, "images_with_label": 0.0}
+    text = table({name: value for name, value in METRICS.items() if name != "zero_shot"} | {"sizes": sizes})
+    assert "zero-shot: left out, since no image has a label of the class file" in text
+
+
 def test_flat_scalars_keep_every_metric_under_its_own_name():
     flat = flatten(METRICS)
     assert flat["retrieval/text_to_image/recall_at_10"] == 0.75

@@ -239,7 +239,11 @@ def check_labels(classes: ZeroShotClasses, samples: Samples, config: DataConfig,
     if seen:
         return None
     there = f"its fields are {some_of(map(printable, fields))}" if fields else "there is none, or an empty one"
-    return f"none of {read} samples of {field} has a label {classes.label!r} in its KEY.json ({there})"
+    missing = f"none of {read} samples of {field} has a label {classes.label!r} in its KEY.json ({there})"
+    if read < len(samples):  # of pipes, the rest of which may have labels
+        log.warning("%s; zero-shot classification is left out where the others have none either", missing)
+        return None
+    return missing
 
 
 class LabelledSamples:
