@@ -222,7 +222,7 @@ def run(command: Callable[[], object], told: str = "") -> None:
             raise lost from error
     except (ValueError, RunError, OSError) as error:
         logging.getLogger("modstruct").debug("traceback", exc_info=True)
-        told = disk_error(error) if isinstance(error, OSError) else str(error)
+        trouble = disk_error(error)
         quiet = not is_first_process() and isinstance(error, FailedElsewhere)
         if isinstance(error, LostProcess):  # all that are left notice
             # A Ctrl-C ends all, and the first to go is missed by the others.
@@ -230,7 +230,7 @@ def run(command: Callable[[], object], told: str = "") -> None:
         if not quiet:
             # On a line of its own, not at the end of the progress bar, which the main process may have left unfinished.
             begin = "" if is_first_process() else "\n"
-            tqdm.write(f"{begin}error (process {os.environ.get('RANK', 0)}): {told}", file=sys.stderr)
+            tqdm.write(f"{begin}error (process {os.environ.get('RANK', 0)}): {trouble}", file=sys.stderr)
             sys.stderr.flush()
         sys.exit(1)
 

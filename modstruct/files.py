@@ -26,13 +26,18 @@ PROBE_BYTES = 4096
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+NO_TEMPORARY_FOLDER = "No usable temporary directory"  # as tempfile says it
 
 
-def disk_error(error: OSError, path: str | Path | None = None) -> str:
+def disk_error(error: Exception, path: str | Path | None = None) -> str:
     """What is wrong, where, and what tells why: the room on the disk, or whose the place is.
 
-    path: what was written, where the error itself does not name it.
+    path: what was written, where the error itself does not name it. Other errors than the disk's say it themselves.
     """
+    if not isinstance(error, OSError):
+        return str(error)
+    if NO_TEMPORARY_FOLDER in str(error):
+        return f"TMPDIR: {error.strerror}: set it to a folder that you may write to"
     place = error.filename or path
     if place is None or error.errno is None:
         return str(error)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import re
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from crafted_shards import encoded_image, sample, write_tar
 from safetensors import SafetensorError
 
 from modstruct import checkpoints, cli
@@ -97,3 +101,30 @@ def test_without_a_home_the_field_that_needs_one_is_named(capfd, monkeypatch):
     assert "error (process 0): HOME = None: this user has no home directory: set it, or give data.cache" in (
         capfd.readouterr().err
     )
+
+
+def test_without_a_folder_for_temporary_files_the_variable_is_named(monkeypatch):
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/nowhere"])
+    with pytest.raises(FileNotFoundError) as raised:
+        tempfile._get_default_tempdir()
+    assert disk_error(raised.value).startswith("TMPDIR: No usable temporary directory found in ['/nowhere']: set it")
+
+
+@pytest.mark.parametrize(
+    "words", [["make_shards", "--output"], ["index_shards", "--output"], ["index_shards", "--cache"]]
+)
+def test_tools_refuse_a_place_that_cannot_be_written_by_its_option(tmp_path, words):
+    tool, option = words
+    (tmp_path / "file").write_text("")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(encoded_image())
+    (tmp_path / "images" / "a.txt").write_text("a caption")
+    write_tar(tmp_path / "x.tar", sample(0))
+    source = tmp_path / ("images" if tool == "make_shards" else "x.tar")
+    script = Path(__file__).parents[1] / "tools" / f"{tool}.py"
+    command = [sys.executable, script, source, option, tmp_path / "file" / "below"]
+    done = subprocess.run(command, text=True, capture_output=True, check=False)
+    assert done.returncode == 2
+    told = done.stderr.splitlines()[-1]
+    assert f"{option} = '{tmp_path}/file/below" in told
+    assert "is a file, where a folder is needed" in told

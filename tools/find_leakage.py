@@ -34,6 +34,7 @@ from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.leakage.duplicates import Thresholds, find_duplicates
 from modstruct.evaluation.leakage.prints import Prints, make_prints, rows_by_key
 from modstruct.evaluation.leakage.result import Comparison, write_result
+from modstruct.files import disk_error
 from modstruct.list_options import list_words
 
 
@@ -43,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         find(options)
     except (ValueError, RunError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
+        parser.exit(2, f"{parser.prog}: {disk_error(error)}\n")
     return 0
 
 

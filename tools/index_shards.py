@@ -39,9 +39,18 @@ from modstruct.data.shards.index import (
 from modstruct.data.shards.members import LAYOUT
 from modstruct.data.shards.pipes import PipeCache, PipeFailed, pipe_cache
 from modstruct.data.shards.sources import expand_pattern, is_pipe
+from modstruct.files import disk_error, require_writable
 
 
 def main() -> int:
+    try:
+        return index()
+    except OSError as error:
+        print(f"error: {disk_error(error)}", file=sys.stderr)
+        return 2
+
+
+def index() -> int:
     defaults = DataConfig()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", nargs="+", help="path, glob or brace pattern, or pipe:COMMAND, in quotes")
@@ -66,8 +75,10 @@ def main() -> int:
     missing = [(name, file) for name, file in files.items() if not file.exists() or (options.renew and is_pipe(name))]
 
     try:
+        if missing:
+            require_writable("--output" if options.output else "--cache", output)
         index_shards([(name, file) for name, file in missing if not is_pipe(name)], progress=True)
-    except UnreadableShard as error:
+    except (UnreadableShard, ValueError) as error:
         parser.error(str(error))
     failed = _index_pipes([(name, file) for name, file in missing if is_pipe(name)], pipes, options.jobs, options.renew)
     _report(files)

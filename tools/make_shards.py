@@ -38,7 +38,7 @@ from modstruct.data.faults import BadSample
 from modstruct.data.shards.members import Tally
 from modstruct.data.transforms.decoding import FORMATS, decode_image
 from modstruct.distributed.run_lock import held
-from modstruct.files import parse_json
+from modstruct.files import disk_error, parse_json, require_writable
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 # Of others than FORMATS, those that Pillow reads by itself: no EPS, which runs Ghostscript, and no films.
@@ -50,6 +50,14 @@ EXTRA_CELLS = None  # csv's key of the cells beyond the header
 
 
 def main() -> int:
+    try:
+        return pack()
+    except OSError as error:
+        print(f"error: {disk_error(error)}", file=sys.stderr)
+        return 2
+
+
+def pack() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("input", type=Path, help="folder, or CSV or TSV table with a header line")
     parser.add_argument("--output", type=Path, required=True, help="folder for the shards; made if missing")
@@ -77,7 +85,10 @@ def main() -> int:
         parser.error(f"{options.input}: no image ({', '.join(EXTENSIONS)}) in it")
     if options.join_captions:
         found = joined(found, passed_over)
-    options.output.mkdir(parents=True, exist_ok=True)
+    try:
+        require_writable("--output", options.output)
+    except ValueError as error:
+        parser.error(str(error))
     if any(options.output.glob("*.tar")):
         parser.error(f"--output = {options.output}: holds shards already; choose another folder")
 

@@ -25,6 +25,7 @@ from modstruct.data.shards.evaluation_samples import train_captions
 from modstruct.data.shards.samples import open_samples
 from modstruct.data.tokenizers import DESCRIPTION_FILE, SentencePieceTokenizer
 from modstruct.errors import escape_what_cannot_be_shown, require
+from modstruct.files import disk_error
 from modstruct.list_options import list_words
 
 EXAMPLES = 5
@@ -116,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         train(parse(arguments))
     except (ValueError, OSError, TooManyBadSamples) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {disk_error(error)}", file=sys.stderr)
         return 2
     return 0
 

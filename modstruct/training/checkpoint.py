@@ -40,8 +40,9 @@ def save(engine: Engine, state: TrainState, recipe: Recipe | FinetuneRecipe, tok
         except run_lock.LostLock as e:
             error = e
         except Exception as e:  # whatever it is, the other processes wait below
-            told = disk_error(e, target) if isinstance(e, OSError) else e
-            error = f"checkpoint {target} was not written: {told}. Free space or choose another --output"
+            error = (
+                f"checkpoint {target} was not written: {disk_error(e, target)}. Free space or choose another --output"
+            )
     error = distributed.broadcast_object(error and str(error))
     if error:
         raise RunError(str(error)) if distributed.is_main() else distributed.FailedElsewhere(str(error))

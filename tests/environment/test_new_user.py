@@ -148,14 +148,6 @@ def test_without_home_and_cache_the_field_is_named(mine, tried):
         refused(run([sys.executable, PRETRAIN, *options], mine), "HOME = None", "data.cache")
 
 
-def test_no_temporary_folder_is_named(mine, tried):
-    options = write_recipe(mine)
-    with tried("no TMPDIR"):
-        places = [place for place in ("/tmp", "/var/tmp", "/usr/tmp") if os.path.isdir(place)]
-        outcome = run([sys.executable, PRETRAIN, *options], mine, Surroundings(disks_mib=dict.fromkeys(places, 0)))
-        assert outcome.status is not None
-
-
 @pytest.mark.parametrize("mebibytes", [1, 2])
 def test_a_full_disk_names_path_and_room(mine, tried, mebibytes):
     """Full when the run starts to save, or later."""
@@ -186,7 +178,7 @@ def _other_pythons() -> list[str]:
     for python in [*named, *filter(None, found)]:
         probe = "import sys, deepspeed, modstruct._C; print(sys.version_info[:2])"
         known = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        done = subprocess.run([python, "-c", probe], capture_output=True, text=True, env=known, check=False)
+        done = subprocess.run([python, "-P", "-c", probe], capture_output=True, text=True, env=known, check=False)
         if done.returncode == 0 and done.stdout.splitlines()[-1] != str(sys.version_info[:2]):
             usable.append(python)
     return usable
