@@ -166,34 +166,44 @@ def test_a_copy_leaves_with_its_image(tmp_path, labelled):
     assert recall_at_1(measure_set_retrieval(rest)[0]["figures"]) == [1, 1]
 
 
-def test_sets_of_earlier_versions_open_as_they_are(tmp_path, caplog):
-    source = EmbeddingSource.of_samples("things", write_source(tmp_path / "source", NUMBERS[::COPIES]))
+@pytest.fixture
+def earlier(monkeypatch):
+    """While it lasts, images are embedded as by earlier versions, which took no digest of them."""
+    with monkeypatch.context() as context:
+        context.setattr("modstruct.data.shards.evaluation_samples.digest_of", lambda content: b"")
+        yield context
+
+
+def test_sets_of_earlier_versions_open_as_they_are(tmp_path, labelled, caplog, earlier):
     folder = tmp_path / "set"
-    embed_set(numbered_model(perfect()), source, folder, config())
+    embed_set(numbered_model(perfect()), labelled, folder, config())
+    earlier.undo()
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {"format": 1}))
-    older = embed_set(numbered_model(perfect()), source, folder, config())
-    assert older.manifest["format"] == 1
-    assert len(older.copies) == 0
+    caplog.clear()
+    older = embed_set(numbered_model(perfect()), labelled, folder, config())
+    assert (older.manifest["format"], older.keys) == (1, [f"{place:05d}" for place in range(60)])
     assert "equal images are not merged; --embedding.overwrite true" in caplog.text
+    assert recall_at_1(measure_set_retrieval(older)[0]["figures"]) == [0, 0]
+    assert "(embedded by an earlier version, which merged no equal images), text to image" in caplog.text
 
 
-def test_an_embedding_that_an_earlier_version_began_goes_on_as_it_was(tmp_path, labelled, caplog, monkeypatch):
-    with monkeypatch.context() as earlier:
-        earlier.setattr("modstruct.data.shards.evaluation_samples.digest_of", lambda content: b"")
-        stopped = perfect()
-        stopped._stop_after = 20
-        with pytest.raises(ArithmeticError):
-            embed_set(numbered_model(stopped), labelled, tmp_path / "set", config())
+def test_an_embedding_that_an_earlier_version_began_goes_on_as_it_was(tmp_path, labelled, caplog, earlier):
+    stopped = perfect()
+    stopped._stop_after = 20
+    with pytest.raises(ArithmeticError):
+        embed_set(numbered_model(stopped), labelled, tmp_path / "set", config())
+    earlier.undo()
     embedded = embed_set(numbered_model(perfect()), labelled, tmp_path / "set", config())
     assert "set things: 40 of 60 images were embedded by an earlier version" in caplog.text
     assert len(embedded.copies) == 0
     assert embedded.keys == [f"{place:05d}" for place in range(60)]
 
 
-def test_damaged_copies_are_refused_by_name(tmp_path, labelled):
+@pytest.mark.parametrize("damage", [30, -1, 0.5])
+def test_damaged_copies_are_refused_by_name(tmp_path, labelled, damage):
     embed_set(numbered_model(perfect()), labelled, tmp_path / "set", config())
-    np.save(tmp_path / "set" / "copies.npy", np.full(48, 30))
+    np.save(tmp_path / "set" / "copies.npy", np.full(48, damage))
     with pytest.raises(ValueError, match="copies = "):
         measure_set_retrieval(EmbeddedSet.open(tmp_path / "set"))
 

@@ -38,7 +38,7 @@ from modstruct.evaluation.embeddings.parts import (
     apart,
     token_loader,
 )
-from modstruct.evaluation.embeddings.set_files import FORMAT, IMAGE_ARRAYS, MANIFEST, TEXT_ARRAYS, damaged
+from modstruct.evaluation.embeddings.set_files import IMAGE_ARRAYS, MANIFEST, TEXT_ARRAYS, damaged
 from modstruct.evaluation.embeddings.source import EmbeddingSource
 from modstruct.files import atomic_write
 
@@ -161,7 +161,7 @@ def _begin(folder: Path, settings: dict[str, Any], overwrite: bool) -> bool:
     if overwrite:
         clear(folder)
     elif before is not None:
-        if before.manifest["format"] < FORMAT and len(before.pairs):
+        if not before.merged and len(before.pairs):
             remedy = "--embedding.overwrite true embeds it again"
             log.warning("%s: of an earlier version, and equal images are not merged; %s", folder, remedy)
         shutil.rmtree(parts, ignore_errors=True)  # of a run that was interrupted between its last two steps

@@ -144,6 +144,11 @@ class EmbeddedSet:
         """(p, 2) int64, (image row, text row); (0, 2) without captions."""
         return self._open["pairs"] if "pairs" in self._open else np.empty((0, 2), dtype=np.int64)
 
+    @property
+    def merged(self) -> bool:
+        """Whether equal images were looked for; formats before the second did not."""
+        return self.manifest["format"] > 1
+
     @cached_property
     def copies(self) -> np.ndarray:
         """(c,) int64, the row that each of the last c rows of images is a copy of."""

@@ -189,7 +189,8 @@ def merged_pairs(pairs: np.ndarray, image_row: np.ndarray) -> np.ndarray:
 
 def copies_within(copies: np.ndarray, images: int) -> np.ndarray:
     """Copies (c,): the last c of the images equal earlier ones, which are no copies themselves."""
-    fits = len(copies) < images and bool(np.all((copies >= 0) & (copies < images - len(copies))))
+    fits = copies.ndim == 1 and copies.dtype.kind == "i" and len(copies) < images
+    fits = fits and bool(np.all((copies >= 0) & (copies < images - len(copies))))
     require(fits, "copies", copies.shape, f"must be rows of the {images} images before the copies")
     return copies
 

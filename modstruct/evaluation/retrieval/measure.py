@@ -240,7 +240,8 @@ def measure_set_retrieval(
         sizes[f"{name}_queries"] = len(ranked.query)
         ties[name] = int(np.count_nonzero(ranked.tied))
         if distributed.is_main():
-            say_ties(f"set {embedded.name}", name, ranked)
+            unmerged = "" if embedded.merged else " (embedded by an earlier version, which merged no equal images)"
+            say_ties(f"set {embedded.name}{unmerged}", name, ranked)
     result = {
         "metric": "retrieval",
         "set": embedded.name,
