@@ -21,6 +21,7 @@ from modstruct.distributed.collect import on_main
 from modstruct.distributed.hosts import require_same
 from modstruct.evaluation.tables import flatten, task_table
 from modstruct.files import atomic_write, refusing
+from modstruct.losses.objective import Objective
 from modstruct.models.fusion.backbone import without_files
 from modstruct.models.fusion.ema import EmaModel
 from modstruct.models.fusion.initial_weights import find_initial, start_from
@@ -108,6 +109,13 @@ class Finetuning(Trainer[FinetuneRecipe]):
             write_predictions(predictions, self.output / "predictions.json")
         self.conclude(best, metrics, partial(task_table, self.recipe.task.name))
         return metrics
+
+
+def check_batch(objective: Objective, batch: int, entries: int) -> None:
+    """Refuse a batch of one pair for losses that compare pairs; name one that takes entries twice."""
+    objective.require_pairs(batch)
+    if batch > entries:  # no negatives of themselves: retrieval tells pairs by their images
+        log.warning("train.global_batch = %d: of %d entries of data.train a step takes some twice", batch, entries)
 
 
 def read_splits(recipe: FinetuneRecipe, task: Task, wanted: Sequence[str] = SPLITS) -> dict[str, TaskEntries]:

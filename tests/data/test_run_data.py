@@ -46,9 +46,9 @@ def labelled(path: Path, labels: list[object]) -> str:
 def opened(tmp_path):
     """Opens the evaluation data of a recipe with these labels in data.eval and a class file of red, blue and 3."""
 
-    def run(labels: list[object], label: str = "colour", validation: list[object] | None = None, training: bool = True):
+    def run(labels: list[object], label="colour", validation: list[object] | None = None, training=True, blue="blue"):
         classes = tmp_path / "classes.yaml"
-        classes.write_text(f"label: {label}\ntemplates: ['a {{}}']\nclasses: {{red: red, blue: blue, 3: three}}")
+        classes.write_text(f"label: {label}\ntemplates: ['a {{}}']\nclasses: {{red: red, blue: {blue}, 3: three}}")
         recipe = Recipe()
         recipe.data.cache, recipe.data.workers = str(tmp_path / "cache"), 0
         recipe.data.train, recipe.data.zero_shot = write_shards(tmp_path / "shards", [5]), str(classes)
@@ -109,6 +109,11 @@ def test_a_class_file_that_nothing_is_measured_with_is_named(tmp_path, caplog):
 def test_classes_without_a_sample_are_named(opened, caplog):
     opened(["red", "red", None])
     assert caplog.messages == ["data.eval: no sample is of these classes, which chance counts: blue, 3"]
+
+
+def test_classes_of_one_name_are_named(opened, caplog):
+    opened(["red", "blue", 3], blue="red")
+    assert caplog.messages == ["data.eval: no prompt tells classes of one name apart: red"]
 
 
 def test_of_many_samples_only_some_are_looked_at(opened, monkeypatch):

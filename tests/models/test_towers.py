@@ -191,6 +191,13 @@ def test_weights_that_cannot_be_loaded_are_refused_by_name(saved, tmp_path):
         assert "\n" not in str(refusal.value)
 
 
+def test_pretrained_weights_that_are_not_finite_are_refused_by_name(saved, tmp_path):
+    weights = {name: value.contiguous() for name, value in saved("tiny-vit")[0].state_dict().items()}
+    save_file(weights | {"visual.proj": weights["visual.proj"] * float("inf")}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"model\.pretrained = .*visual\.proj has 128 of 128 values that are NaN"):
+        tiny_model(tiny_config(name="tiny-vit", pretrained=str(tmp_path / "x.safetensors")), clip_tokenizer())
+
+
 def test_a_weights_file_with_code_in_it_does_not_run(tmp_path):
     ran = tmp_path / "ran"
     path = tmp_path / "weights.pt"

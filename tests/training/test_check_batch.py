@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from modstruct import distributed
-from modstruct.config import Recipe, Source
+from modstruct.config import FinetuneRecipe, Recipe, Source
 from modstruct.data.shards.order import SampleOrder
-from modstruct.losses.objective import build_objective
+from modstruct.losses.objective import Objective, build_objective
+from modstruct.training import finetune
 from modstruct.training.pretrain import check_batch
 
 
@@ -77,3 +78,14 @@ def test_a_queue_longer_than_the_set_is_named(caplog):
     check(made, [107])
     assert "fusion.queue = 100: data.train has so few samples" in caplog.text
     assert "at most 99" in caplog.text
+
+
+def test_a_task_s_batch_is_judged_too(caplog):
+    objective = build_objective(FinetuneRecipe().losses)  # of retrieval
+    with pytest.raises(ValueError, match=r"train\.global_batch = 1: at least 2"):
+        finetune.check_batch(objective, 1, 100)
+    finetune.check_batch(objective, 12, 12)
+    assert not caplog.text
+    finetune.check_batch(objective, 12, 11)
+    assert "train.global_batch = 12: of 11 entries of data.train a step takes some twice" in caplog.text
+    finetune.check_batch(Objective({}, {}), 1, 100)

@@ -233,6 +233,9 @@ def check_labels(classes: ZeroShotClasses, samples: Samples, config: DataConfig,
             f"{classes.label} that is not among the classes {some_of(classes.classes)} ({named}): add it to `classes` "
             "of the class file, or make it null in KEY.json"
         )
+    repeated = [name for name, times in Counter(classes.classes.values()).items() if times > 1]
+    if repeated:
+        log.warning("%s: no prompt tells classes of one name apart: %s", field, some_of(repeated, NAMED))
     absent = [label for label in classes.classes if label not in seen]
     if seen and absent and whole:
         log.warning("%s: no sample is of these classes, which chance counts: %s", field, some_of(absent, NAMED))

@@ -56,6 +56,14 @@ def test_a_model_embeds_as_open_clip_does(tmp_path, architecture):
     }
 
 
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path):
+    weights = open_clip.create_model("tiny-vit").state_dict()
+    weights["visual.proj"][0, 1] = float("nan")
+    save_file(weights, tmp_path / "weights.safetensors")
+    with pytest.raises(ValueError, match=rf"{OPTION} = 'tiny-vit:.*visual\.proj has 1 of 128 values that are NaN"):
+        open_clip_model(f"tiny-vit:{tmp_path / 'weights.safetensors'}")
+
+
 def test_features_are_what_the_projection_takes(tmp_path):
     torch.manual_seed(1)
     theirs = open_clip.create_model("tiny-vit").eval()
