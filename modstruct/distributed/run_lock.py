@@ -217,6 +217,7 @@ def held(folder: Path, field: str) -> Iterator[None]:
     Raises ValueError on the main process, naming the holder, and FailedElsewhere on the others. Does nothing where a
     part of the same command holds it already.
     """
+    made = not folder.exists()
     require_shared_folder(folder, field)
     lock = RunLock(folder, field)
     on_main(lambda: None if any(other.folder.resolve() == folder.resolve() for other in _held) else lock.acquire())
@@ -224,6 +225,9 @@ def held(folder: Path, field: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+        if made:  # nothing is left of a command that is refused later
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def require_held() -> None:

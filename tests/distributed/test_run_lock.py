@@ -70,8 +70,8 @@ def test_it_is_free_again_after_an_orderly_end(tmp_path, locks):
 
 
 def test_parts_of_one_command_hold_it_together(tmp_path):
-    with held(tmp_path, "--out"), held(tmp_path, "EVALUATION"):
-        pass
+    with held(tmp_path / "made", "--out"), held(tmp_path / "made", "EVALUATION"):
+        assert (tmp_path / "made" / run_lock.FILE).exists()
     assert list(tmp_path.iterdir()) == []
 
 
