@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hurt_run import INJECTING, HurtCommand, HurtRun, whole_checkpoints, write_recipe
+from hurt_run import INJECTING, HurtCommand, HurtRun, processes_that_mention, whole_checkpoints, write_recipe
 
 pytestmark = pytest.mark.slow
 STEPS = 30
@@ -136,8 +136,9 @@ def test_a_launcher_that_is_ended_alone_leaves_no_orphans(tmp_path, recipe, trie
 def test_sigterm_to_deepspeed_alone_at_the_start(tmp_path, recipe, tried):
     with tried("SIGTERM to deepspeed alone"):
         run = HurtRun(recipe, tmp_path / "run")
-        run.wait_until(run.tree, "the launcher was started")
-        time.sleep(0.5)  # it imports torch; the training processes come after its parent has gone
+        launcher, mine = "-m deepspeed.launcher.launch", str(run.output)
+        run.wait_until(lambda: any(launcher in line for line in processes_that_mention(mine)), "it was started")
+        # It imports torch now; the training processes come after its parent has gone.
         os.kill(run.popen.pid, signal.SIGTERM)
         said = ended(run)
         assert [line.partition(" (")[0] for line in said] == ["the launcher"]
