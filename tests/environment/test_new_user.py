@@ -78,9 +78,12 @@ def test_from_the_first_line_to_the_report(mine, tried, processes):
         more = ["--resume", "latest", "--train.steps", "6"]
         succeeded(run([*launched(processes), PRETRAIN, *options, *more], mine))
     with tried(f"embedding, measuring and reporting, {processes} process(es)"):
-        command = ["full", "--checkpoint", "run", "--out", "evaluation", "--data.cache", "cache"]
+        command = ["embed", "--checkpoint", "run", "--out", "evaluation", "--data.cache", "cache"]
         succeeded(run([*launched(processes), EVALUATE, *command], mine))
-        assert (mine / "evaluation" / "report.html").is_file()
+        metrics = ["--metrics", "retrieval", "structure"]
+        succeeded(run([*launched(processes), EVALUATE, "measure", "evaluation", *metrics], mine))
+        succeeded(run([sys.executable, EVALUATE, "report", "evaluation", "--out", "report"], mine))
+        assert (mine / "report.html").is_file()
 
 
 def test_the_default_recipe_and_large_batches(mine, tried):
