@@ -26,7 +26,15 @@ from tqdm import tqdm
 
 from modstruct.config import LossesConfig, Recipe
 from modstruct.config.migrations import migrate, migrate_checkpoint, migrate_method
-from modstruct.errors import FailedElsewhere, LostProcess, RunError, escape_what_cannot_be_shown, refuse, require
+from modstruct.errors import (
+    FailedElsewhere,
+    LostProcess,
+    RunError,
+    escape_what_cannot_be_shown,
+    printable,
+    refuse,
+    require,
+)
 from modstruct.files import disk_error, parse_yaml, read_yaml
 from modstruct.list_options import list_words
 from modstruct.stopping import is_first_process, requested
@@ -165,7 +173,7 @@ def parse(
         return _config_of(parser, built), built
     except (ValueError, argparse.ArgumentError) as error:
         if is_first_process():
-            print(f"error: {one_line(parser, error, sections)}", file=sys.stderr)
+            print(f"error: {printable(one_line(parser, error, sections))}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -230,7 +238,7 @@ def run(command: Callable[[], object], told: str = "") -> None:
         if not quiet:
             # On a line of its own, not at the end of the progress bar, which the main process may have left unfinished.
             begin = "" if is_first_process() else "\n"
-            tqdm.write(f"{begin}error (process {os.environ.get('RANK', 0)}): {trouble}", file=sys.stderr)
+            tqdm.write(f"{begin}error (process {os.environ.get('RANK', 0)}): {printable(trouble)}", file=sys.stderr)
             sys.stderr.flush()
         sys.exit(1)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import logging
 import sys
 from typing import NoReturn
+from unicodedata import category
 
 
 def refuse(field_name: str, value: object, remedy: str) -> NoReturn:
@@ -21,8 +23,29 @@ def require(condition: bool, field_name: str, value: object, remedy: str) -> Non
         refuse(field_name, value, remedy)
 
 
+_SHOWN = "\n\t\u200c\u200d"
+"""Of what is no printable character: what lines and columns are made of, and joiners within words and emoji."""
+
+
+def printable(text: str) -> str:
+    """Text as a terminal may show it: control characters, which could command it, and such that reorder a line are
+    escaped. Names and texts of others are in most of what is said."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in _SHOWN or category(c) == "Zs" else repr(c)[1:-1] for c in text)
+
+
+class PrintableFormatter(logging.Formatter):
+    """Messages as a terminal may show them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def escape_what_cannot_be_shown() -> None:
-    """Print what the terminal's encoding lacks (a C locale) as an escape, instead of ending the command by it."""
+    """Print what the terminal's encoding lacks (a C locale), and what could command it, as an escape."""
+    if logging.lastResort is not None:  # by which warnings are shown where nothing else is set up
+        logging.lastResort.setFormatter(PrintableFormatter())
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -6,6 +6,7 @@ import ast
 import gzip
 import io
 import json
+import logging
 import pickle
 import re
 import subprocess
@@ -16,18 +17,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_fusion import fusion_recipe
 from tiny_models import clip_tokenizer, register_architectures, tiny_config, tiny_model, word_tokenizer
 
 from modstruct import checkpoints, cli
 from modstruct.checkpoints import read_weight_file
-from modstruct.commands.arguments import checkpoint_arguments
+from modstruct.commands.arguments import checkpoint_arguments, task_checkpoint_arguments
 from modstruct.data.classification.class_files import load_classes
 from modstruct.data.faults import BadSample
 from modstruct.data.shards import index as index_module
 from modstruct.data.shards.index import ROW, ShardIndex, index_tar
 from modstruct.data.shards.texts import DEEPEST_METADATA, parse_metadata
 from modstruct.data.tokenizers import ClipTokenizer, load_tokenizer
+from modstruct.evaluation.tables import task_table
 from modstruct.files import read_yaml
+from modstruct.losses.objective import build_objective
+from modstruct.models.bounded import no_larger_than
+from modstruct.models.fusion.pretraining import FusionModel
+from modstruct.training.logging import start_logging
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [
@@ -244,6 +251,78 @@ def test_a_checkpoints_recipe_cannot_permit_shell_commands(tmp_path):
     assert allowed("--data.allow_pipe", "true")
 
 
+def checkpoint_of(recipe: dict, path: Path) -> Path:
+    folder = checkpoints.step_folder(path, 1)
+    weights = {"a": torch.zeros(3)}
+    written = checkpoints.Checkpoint(weights, {}, {}, checkpoints.TrainState(), {"step": 0}, recipe)
+    checkpoints.write(folder, written, word_tokenizer())
+    return folder
+
+
+def test_a_checkpoints_recipe_cannot_choose_where_is_written(tmp_path, capsys):
+    cache = tmp_path / "precious"
+    folder = checkpoint_of({"data": {"cache": str(cache)}}, tmp_path / "run")
+    parser = cli.recipe_parser("", "")
+    parser.add_argument("--checkpoint")
+
+    def used(*more: str) -> str:
+        arguments = ["--checkpoint", str(folder), *more]
+        return cli.parse(parser, arguments, prepare=checkpoint_arguments)[0].data.cache
+
+    assert used() == "~/.cache/modstruct"
+    assert (
+        f"data.cache = {cache} in the checkpoint's recipe is no cache of yours: ~/.cache/modstruct"
+        in capsys.readouterr().out
+    )
+    cache.mkdir()
+    (cache / "letters").mkdir()
+    assert used() == "~/.cache/modstruct"
+    assert used("--data.cache", str(cache)) == used(f"--data.cache={cache}") == str(cache)
+    (cache / "indexes").mkdir()  # a run of this user's own made it
+    assert used() == str(cache)
+    fine_tuned = checkpoint_of({"task": {"name": "vqa"}, "data": {"cache": str(tmp_path / "other")}}, tmp_path / "vqa")
+    words = task_checkpoint_arguments(["--checkpoint", str(fine_tuned)])
+    assert words[words.index("--data.cache") + 1] == "~/.cache/modstruct"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "option"),
+    [
+        ({"data": {"scenes": {"test_samples": 10**9}}}, "data.scenes.test_samples"),
+        ({"data": {"workers": 10_000}}, "data.workers"),
+        ({"evaluation": {"batch": 10**9}}, "evaluation.batch"),
+        ({"model": {"vision": {"image_size": 10**6}}}, "model.vision.image_size"),
+    ],
+)
+def test_a_checkpoints_recipe_asks_for_no_more_than_is_usual(tmp_path, recipe, option, capsys):
+    folder = checkpoint_of(recipe, tmp_path)
+    parser = cli.recipe_parser("", "")
+    parser.add_argument("--checkpoint")
+    arguments = ["--checkpoint", str(folder)]
+    with pytest.raises(SystemExit):
+        cli.parse(parser, arguments, prepare=checkpoint_arguments)
+    assert f"error: {option} = 10" in (said := capsys.readouterr().err)
+    assert f"in a checkpoint's recipe, which others may have written; give --{option} yourself" in said
+    assert cli.parse(parser, [*arguments, f"--{option}", "64"], prepare=checkpoint_arguments)
+
+
+def test_a_model_far_larger_than_its_weights_is_not_built(tmp_path):
+    """A terabyte's worth of layers, widths or positions, beside a file of three numbers."""
+    weights = {"a": torch.zeros(3)}
+    for part in ({"width": 1 << 21, "heads": 1}, {"layers": 1 << 30}):
+        recipe = fusion_recipe(text=part) if "width" in part else fusion_recipe(vision=part | {"width": 64})
+        with (
+            pytest.raises(
+                ValueError, match=r"--checkpoint = 'x': its recipe describes a model far larger than its 3 w"
+            ),
+            no_larger_than(weights, "--checkpoint", "x"),
+        ):
+            FusionModel(recipe, word_tokenizer(), build_objective(recipe.losses))
+    with no_larger_than(weights, "--checkpoint", "x"):
+        made = FusionModel(fusion_recipe(), word_tokenizer(), build_objective(fusion_recipe().losses))
+    assert sum(parameter.numel() for parameter in made.parameters()) > 1000
+
+
 def test_a_tokenizer_that_unpacks_to_gigabytes_is_refused(tmp_path):
     bomb = gzip.compress(bytes(1 << 25))
     with pytest.raises(ValueError, match=r"not CLIP's merges .*16 MiB unpacked"):
@@ -272,3 +351,32 @@ def test_a_weight_file_that_holds_more_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "weights.pth")
     with pytest.raises(ValueError, match=r"fusion\.init = .*: holds more than tensors by name"):
         read_weight_file(tmp_path / "weights.pth", "fusion.init")
+
+
+ESCAPES = "\x1b]0;title\x07\x1b[2J\x9b31m\u202e"
+
+
+def test_what_others_wrote_commands_no_terminal(tmp_path, capsys, monkeypatch):
+    """Keys of a recipe, state.json, and what is said of them, in errors, log lines and tables."""
+    (tmp_path / "recipe.yaml").write_text(json.dumps({f"tr{ESCAPES}ain": 1, "output": ESCAPES}))
+    with pytest.raises(SystemExit):
+        cli.parse(cli.recipe_parser("", ""), ["--recipe", str(tmp_path / "recipe.yaml")])
+
+    def fail() -> None:
+        raise ValueError(f"state.json: {ESCAPES}")
+
+    with pytest.raises(SystemExit):
+        cli.run(fail)
+    logger = logging.getLogger("modstruct.test")
+    monkeypatch.setattr(logging.getLogger("modstruct"), "handlers", [])
+    monkeypatch.setattr(logging.getLogger("modstruct"), "propagate", False)
+    logger.warning("data.train: sample left out: %s", ESCAPES)
+    start_logging(tmp_path)
+    logger.warning("key %s\nits second line \u732b", ESCAPES)
+    figures = {f"accuracy {ESCAPES}": {"value": 0.5}, "sizes": {}}
+    print(task_table("vqa", figures))
+    out, err = capsys.readouterr()
+    said = out + err + (tmp_path / "log.txt").read_text()
+    assert said.count("title") >= 5
+    assert "its second line \u732b" in said
+    assert all(c.isprintable() or c in "\n\r" for c in said), [c for c in said if not c.isprintable()]

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save
 
 from modstruct.config.migrations import is_fine_tuning
-from modstruct.errors import require
+from modstruct.errors import printable, require
 from modstruct.files import atomic_write, disk_error
 from modstruct.models.fusion.initial_weights import read_everything, recipe_of
 from modstruct.models.fusion.published import to_albef
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         convert(parse(arguments))
     except (ValueError, OSError) as error:
-        print(f"error: {disk_error(error)}", file=sys.stderr)
+        print(printable(f"error: {disk_error(error)}"), file=sys.stderr)
         return 2
     return 0
 

@@ -39,14 +39,16 @@ from modstruct.data.shards.index import (
 from modstruct.data.shards.members import LAYOUT
 from modstruct.data.shards.pipes import PipeCache, PipeFailed, pipe_cache
 from modstruct.data.shards.sources import expand_pattern, is_pipe
+from modstruct.errors import escape_what_cannot_be_shown, printable
 from modstruct.files import disk_error, require_writable
 
 
 def main() -> int:
+    escape_what_cannot_be_shown()
     try:
         return index()
     except OSError as error:
-        print(f"error: {disk_error(error)}", file=sys.stderr)
+        print(printable(f"error: {disk_error(error)}"), file=sys.stderr)
         return 2
 
 
@@ -83,7 +85,7 @@ def index() -> int:
     failed = _index_pipes([(name, file) for name, file in missing if is_pipe(name)], pipes, options.jobs, options.renew)
     _report(files)
     for failure in failed:
-        print(f"failed: {failure}", file=sys.stderr)
+        print(printable(f"failed: {failure}"), file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -127,13 +129,13 @@ def _report(files: dict[str, Path]) -> None:
         for cause, keys in index.examples.items():
             examples.setdefault(cause, f"{shard}: {', '.join(keys)}")
         if index.broken:
-            print(f"bad shard {shard}: {index.broken}", file=sys.stderr)
+            print(printable(f"bad shard {shard}: {index.broken}"), file=sys.stderr)
     print(f"{samples} samples in {len(files)} shards")
     for cause, count in left_out.most_common():
-        print(f"{count} samples left out: {cause} (first {examples[cause]})")
+        print(printable(f"{count} samples left out: {cause} (first {examples[cause]})"))
     read = unused.pop(REPEATED_KEY, 0)
     for cause, count in unused.most_common():
-        print(f"{count} {cause}: not used (first {examples[cause]})")
+        print(printable(f"{count} {cause}: not used (first {examples[cause]})"))
     if unused:
         print(LAYOUT)
     if read:

@@ -38,6 +38,7 @@ from modstruct.data.faults import BadSample
 from modstruct.data.shards.members import Tally
 from modstruct.data.transforms.decoding import FORMATS, decode_image
 from modstruct.distributed.run_lock import held
+from modstruct.errors import escape_what_cannot_be_shown, printable
 from modstruct.files import disk_error, parse_json, require_writable
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
@@ -50,10 +51,11 @@ EXTRA_CELLS = None  # csv's key of the cells beyond the header
 
 
 def main() -> int:
+    escape_what_cannot_be_shown()
     try:
         return pack()
     except OSError as error:
-        print(f"error: {disk_error(error)}", file=sys.stderr)
+        print(printable(f"error: {disk_error(error)}"), file=sys.stderr)
         return 2
 
 
@@ -105,7 +107,7 @@ def pack() -> int:
             except BadSample as error:
                 left_out.add(error.cause, error.where)
                 if left_out.counts.total() <= NAMED:
-                    tqdm.write(f"left out: {error}", file=sys.stderr)
+                    tqdm.write(printable(f"left out: {error}"), file=sys.stderr)
     packed = len(found) - left_out.counts.total()
     print(f"{packed} samples in {options.output}")
     say(changed, "changed")
@@ -116,7 +118,8 @@ def pack() -> int:
 
 def say(tally: Tally, what: str) -> None:
     for cause, count in tally.counts.most_common():
-        print(f"{count} {what}: {cause} ({', '.join(tally.examples[cause])}{', …' if count > 3 else ''})")
+        examples = f"{', '.join(tally.examples[cause])}{', …' if count > 3 else ''}"
+        print(printable(f"{count} {what}: {cause} ({examples})"))
 
 
 def from_folder(folder: Path, passed_over: Tally) -> Iterator[Entry]:

@@ -24,7 +24,7 @@ from modstruct.data.sentencepiece_training import TRAINING_CAPTIONS, train_sente
 from modstruct.data.shards.evaluation_samples import train_captions
 from modstruct.data.shards.samples import open_samples
 from modstruct.data.tokenizers import DESCRIPTION_FILE, SentencePieceTokenizer
-from modstruct.errors import escape_what_cannot_be_shown, require
+from modstruct.errors import escape_what_cannot_be_shown, printable, require
 from modstruct.files import disk_error
 from modstruct.list_options import list_words
 
@@ -109,7 +109,7 @@ def _train(options: argparse.Namespace, aside: Path, out: Path) -> None:
     smaller = "" if tokenizer.vocab_size == options.vocab_size else f" (too few captions for {options.vocab_size})"
     print(f"{tokenizer.vocab_size} pieces{smaller}, {tokens:.1f} tokens a caption, written to {options.out}")
     for caption in captions[:: max(1, len(captions) // EXAMPLES)][:EXAMPLES]:
-        print(f"  {caption}\n    {' '.join(tokenizer.segment(caption))}")
+        print(printable(f"  {caption}\n    {' '.join(tokenizer.segment(caption))}"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         train(parse(arguments))
     except (ValueError, OSError, TooManyBadSamples) as error:
-        print(f"error: {disk_error(error)}", file=sys.stderr)
+        print(printable(f"error: {disk_error(error)}"), file=sys.stderr)
         return 2
     return 0
 

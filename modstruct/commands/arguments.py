@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from modstruct.cli import (
     DEFAULT_RECIPE,
@@ -14,14 +17,17 @@ from modstruct.cli import (
     recipe_path,
     sections_of,
 )
+from modstruct.config import DataConfig
 from modstruct.config.migrations import is_fine_tuning
-from modstruct.errors import require
+from modstruct.errors import printable, refuse, require
+from modstruct.stopping import is_first_process
 
 
 def checkpoint_arguments(arguments: Sequence[str]) -> list[str]:
     """The command line with the recipe of its --checkpoint in front, as the base of all overrides.
 
-    Whoever made the checkpoint wrote that recipe, so shell commands need the user's own data.allow_pipe.
+    Whoever made the checkpoint wrote that recipe, so shell commands need the user's own data.allow_pipe; it writes to
+    no folder that is no cache already, and is refused where it asks for more than MOST.
     """
     return _with_recipe_of_checkpoint(arguments, fine_tuned=False, safely=["--data.allow_pipe", "false"])
 
@@ -41,10 +47,64 @@ def _with_recipe_of_checkpoint(arguments: Sequence[str], fine_tuned: bool, safel
     if not found:
         return list(arguments)
     recipe = found / "recipe.yaml"
-    is_fine_tuned = is_fine_tuning(read_recipe_file(recipe))
+    content = read_recipe_file(recipe)
+    is_fine_tuned = is_fine_tuning(content)
     remedy = "a fine-tuned model: `evaluate.py task`" if is_fine_tuned else "a pre-trained model: `evaluate.py`"
     require(is_fine_tuned == fine_tuned, "--checkpoint", chosen, f"{remedy} measures it")
+    given = {word.partition("=")[0] for word in arguments}
+    require_modest(content, given)
+    cache = _field(content, "data.cache")
+    if "--data.cache" not in given and (own := own_cache(cache)) != cache:
+        safely = [*safely, "--data.cache", str(own)]
     return ["--recipe", str(recipe), *safely, *arguments]
+
+
+MOST = {
+    "data.scenes.train_samples": 250_000,
+    "data.scenes.validation_samples": 250_000,
+    "data.scenes.test_samples": 250_000,
+    "data.workers": 256,
+    "data.max_image_pixels": 1_000_000_000,
+    "evaluation.batch": 65_536,
+    "model.vision.image_size": 4_096,
+    "fusion.vision.image_size": 4_096,
+}
+"""Of what a recipe that others may have written asks of this machine; the sizes of its model are bounded by its weights
+(models/bounded.py)."""
+CACHED = ("indexes", "pipes", "scene-tasks-", "scenes-", "tokenizers")
+"""With what the names of folders in a cache begin."""
+
+
+def require_modest(recipe: Mapping[str, Any], given: Collection[str] = ()) -> None:
+    """Refuse a checkpoint's recipe that asks for more than MOST. given: options of the user's own, which may."""
+    for name, most in MOST.items():
+        value = _field(recipe, name)
+        if isinstance(value, (int, float)) and value > most and f"--{name}" not in given:
+            remedy = f"at most {most:,} in a checkpoint's recipe, which others may have written"
+            refuse(name, value, f"{remedy}; give --{name} yourself if it is right")
+
+
+def own_cache(cache: object) -> object:
+    """The data.cache of a recipe that others may have written, if it is a cache of this user's; else the default."""
+    default = DataConfig().cache
+    if cache is None or cache == default:
+        return cache
+    folder = Path(str(cache)).expanduser()
+    with suppress(OSError):
+        if folder.stat().st_uid == os.getuid() and any(name.startswith(CACHED) for name in os.listdir(folder)):
+            return cache
+    if is_first_process():
+        told = f"data.cache = {cache} in the checkpoint's recipe is no cache of yours: {default} is used"
+        print(printable(told), flush=True)
+    return default
+
+
+def _field(recipe: Mapping[str, Any], name: str) -> Any:
+    """The value of a dotted field; None where the recipe does not give it."""
+    node: Any = recipe
+    for part in name.split("."):
+        node = node.get(part) if isinstance(node, Mapping) else None
+    return node
 
 
 def take_initial_sizes(parser: ConfigParser, arguments: Sequence[str]) -> Sequence[str]:
@@ -64,6 +124,7 @@ def take_initial_sizes(parser: ConfigParser, arguments: Sequence[str]) -> Sequen
     # Published files bring no sizes, and one that the recipe names need not be there when only --help is wanted.
     chosen = chosen if isinstance(chosen, str) and chosen != "null" and Path(chosen).expanduser().is_dir() else None
     made_with = recipe_of(chosen) if chosen else {}
+    require_modest({"fusion": made_with.get("fusion")}, {word.partition("=")[0] for word in arguments})
     colours = made_with.get("views") or {}
     sizes = _dotted(made_with.get("fusion", {}), "fusion")
     sizes |= {f"views.{name}": colours[name] for name in ("mean", "std") if name in colours}

@@ -19,12 +19,14 @@ import numpy as np
 
 from modstruct import distributed
 from modstruct.cli import config_parser, parse, parse_recipe_text, run
+from modstruct.commands.arguments import own_cache, require_modest
 from modstruct.commands.embed import read_model
 from modstruct.commands.sets import read_set, splits_beside
+from modstruct.config.recipe_files import recipe_to_dict
 from modstruct.distributed import FailedElsewhere
 from modstruct.distributed.collect import on_main
 from modstruct.distributed.run_lock import held
-from modstruct.errors import LostProcess, RunError
+from modstruct.errors import LostProcess, RunError, printable
 from modstruct.evaluation.classification.few_shot import FewShotConfig, measure_few_shot
 from modstruct.evaluation.classification.linear_probe import LinearProbeConfig, measure_linear_probe
 from modstruct.evaluation.classification.zero_shot import measure_zero_shot
@@ -264,7 +266,7 @@ def _save(
 
 def _print(line: str) -> None:
     if distributed.is_main():
-        print(line, flush=True)
+        print(printable(line), flush=True)
 
 
 def _write_examples(results: Path, noted: dict[str, Any], embedded: EmbeddedSet, noted_set: dict[str, str]) -> None:
@@ -277,7 +279,8 @@ def _write_examples(results: Path, noted: dict[str, Any], embedded: EmbeddedSet,
     if not retrieval.is_file() or (listed.is_file() and listed.stat().st_mtime_ns > retrieval.stat().st_mtime_ns):
         return
     recipe = parse_recipe_text(noted_set["recipe"])
-    recipe.data.allow_pipe = False  # whoever made the folder wrote it
+    require_modest(recipe_to_dict(recipe))  # whoever made the folder wrote it
+    recipe.data.allow_pipe, recipe.data.cache = False, str(own_cache(recipe.data.cache))
     source = read_set(noted_set["word"], recipe, noted["image_size"])
     embedded_of = embedded.source.get("of", embedded.source.get("fingerprint"))
     if source.fingerprint != embedded_of:

@@ -57,12 +57,14 @@ def evaluate_checkpoint(recipe: Recipe, checkpoint: str, out: str | None = None)
     file = Path(out or path.resolve().parents[1] / "evaluation.json").expanduser()
     on_main(lambda: require_writable("--out", file.parent))
     tokenizer = load_tokenizer(path / "tokenizer")
-    data = open_evaluation_data(recipe, image_size(recipe), tokenizer)
-    if data.eval is None:
+    if recipe.data.eval is None:
         refuse("data.eval", None, "name the shards to measure")
+    # First the model: the sizes of a recipe of others are held against its weights before any scene is drawn by them.
+    model = load_model(recipe, path, tokenizer)
+    data = open_evaluation_data(recipe, image_size(recipe), tokenizer)
+    assert data.eval is not None  # as recipe.data.eval
     if data.zero_shot:
         load_classes(data.zero_shot)  # an error in it is reported before the work
-    model = load_model(recipe, path, tokenizer)
     metrics = evaluate(model, data.eval, data, recipe.evaluation, distributed.device(), model=model)
     if distributed.is_main():
         print(f"\n{path}\n\n{table(metrics)}")

@@ -14,7 +14,7 @@ from modstruct.data.run_data import BUILT_IN
 from modstruct.data.shards.evaluation_samples import EvaluationSamples
 from modstruct.data.shards.sources import as_sources
 from modstruct.data.synthetic.shards import ensure_scenes
-from modstruct.errors import refuse
+from modstruct.errors import printable, refuse
 from modstruct.evaluation.embeddings.source import EmbeddingSource
 from modstruct.files import refusing
 
@@ -37,7 +37,7 @@ def open_sets(words: Sequence[str], recipe: Recipe, image_size: int, all_splits:
                 sources[other] = distributed.main_first(lambda other=other: read_set(other, recipe, image_size))
             except (ValueError, OSError, distributed.FailedElsewhere) as error:
                 if distributed.is_main():
-                    print(f"{other}: left out: {error}", flush=True)
+                    print(printable(f"{other}: left out: {error}"), flush=True)
     names = [source.name for source in sources.values()]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:

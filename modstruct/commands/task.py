@@ -7,6 +7,7 @@ deepspeed launch_scripts/evaluate.py task --checkpoint runs/retrieval --split va
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from modstruct.cli import FINETUNE_RECIPES, parse, recipe_parser, run
@@ -37,9 +38,10 @@ def measure_task(recipe: FinetuneRecipe, checkpoint: str, split: str, out: str |
     from modstruct.distributed.collect import on_main
     from modstruct.evaluation.embeddings.model import find_checkpoint
     from modstruct.evaluation.tables import save_metrics, task_table
+    from modstruct.models.fusion.backbone import without_files
     from modstruct.tasks import build_task
     from modstruct.tasks.task import SPLITS
-    from modstruct.training.finetune import measure_checkpoint, read_splits, write_predictions
+    from modstruct.training.finetune import load_task_model, read_splits, write_predictions
 
     if split not in SPLITS:
         refuse("--split", split, f"is none of {', '.join(SPLITS)}")
@@ -47,13 +49,17 @@ def measure_task(recipe: FinetuneRecipe, checkpoint: str, split: str, out: str |
     path = find_checkpoint(checkpoint)
     folder = Path(out or path.resolve().parents[1]).expanduser()
     on_main(lambda: require_writable("--out", folder))
-    task = build_task(recipe, load_tokenizer(path / "tokenizer"))
+    # The weights are the checkpoint's: its recipe, which others may have written, names no files to read for them.
+    described = replace(recipe, fusion=without_files(recipe.fusion))
+    task = build_task(described, load_tokenizer(path / "tokenizer"))
+    # First the model: its sizes are held against the weights before any scene is drawn by them.
+    model = load_task_model(task, path)
     # VQA ranks the most frequent answers of the training split.
     needed = dict.fromkeys(["train", split] if recipe.task.name == "vqa" else [split])
     entries = read_splits(recipe, task, tuple(needed)).get(split)
     if entries is None:
         refuse("--split", split, f"data.{split} names no files")
-    metrics, predictions = measure_checkpoint(task, path, entries)
+    metrics, predictions = task.measure(model, entries.entries)
     write_predictions(predictions, folder / f"{split}-predictions.json")
     if distributed.is_main():
         save_metrics(metrics, folder / f"{split}.json")

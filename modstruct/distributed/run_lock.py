@@ -25,7 +25,7 @@ from pathlib import Path
 from modstruct import distributed, stopping
 from modstruct.distributed.collect import on_main
 from modstruct.distributed.hosts import require_shared_folder
-from modstruct.errors import RunError, refuse
+from modstruct.errors import RunError, printable, refuse
 from modstruct.files import naming, refusing
 
 log = logging.getLogger("modstruct")
@@ -186,7 +186,7 @@ class RunLock:
         refuse(self.field, str(self.folder), remedy)
 
     def _say(self, what: str) -> None:
-        print(f"{self.field} = {str(self.folder)!r}: {what}", file=sys.stderr, flush=True)
+        print(printable(f"{self.field} = {str(self.folder)!r}: {what}"), file=sys.stderr, flush=True)
 
     def _beat_on(self) -> None:
         while not self._ended.wait(BEAT_SECONDS):

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from modstruct.errors import printable
 from modstruct.files import atomic_write
 
 RETRIEVAL_NAMES = {"text_to_image": "text -> image", "image_to_text": "image -> text"}
@@ -54,7 +55,9 @@ def table(metrics: dict) -> str:
     if "classes" in metrics["sizes"] and "zero_shot" not in metrics:
         notes.append("zero-shot: left out, since no image has a label of the class file")
     if metrics["skipped"]:
-        notes.append("left out: " + ", ".join(f"{n:,.0f} {cause}" for cause, n in metrics["skipped"].items()))
+        notes.append(
+            printable("left out: " + ", ".join(f"{n:,.0f} {cause}" for cause, n in metrics["skipped"].items()))
+        )
     notes.append(f"{metrics['seconds']['total']:.1f} s")
     return "\n\n".join([_aligned(rows, text_columns=2), _aligned(structure, text_columns=1), "\n".join(notes)])
 
@@ -77,6 +80,7 @@ def _percent(metric: dict[str, float]) -> tuple[str, str, str]:
 
 def _aligned(rows: Sequence[tuple[str, ...]], text_columns: int) -> str:
     """Rows under a ruled head: text columns to the left, numbers to the right."""
+    rows = [tuple(" ".join(printable(cell).split()) for cell in row) for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "  ".join(

@@ -6,7 +6,9 @@ import csv
 import io
 import re
 from collections.abc import Iterator, Sequence
+from unicodedata import normalize
 
+from modstruct.errors import printable
 from modstruct.reporting.comparison import Cell, Group, Row, Section
 from modstruct.reporting.loading import Evaluation
 from modstruct.reporting.vocabulary import shown
@@ -30,6 +32,8 @@ COLUMNS = (
     "p_corrected",
     "source_fingerprint",
 )
+FORMULA = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20", "\t", "\r", "\n", " ")
+"""What a spreadsheet may read as the beginning of a formula, the fullwidth forms included."""
 LONGEST_LATEX_GROUP = 24
 """Longest group in a LaTeX table; longer ones (a row for each class) are left to the CSV."""
 SPECIAL = {
@@ -44,7 +48,42 @@ SPECIAL = {
     "<": "$<$",
     ">": "$>$",
     "|": "$|$",
+    "\u2014": "---",
+    "\u2018": "`",
+    "\u2019": "'",
+    "\u201c": "``",
+    "\u201d": "''",
+    "\u00d7": r"$\times$",
+    "\u00b1": r"$\pm$",
+    "\u00b0": r"$^\circ$",
+    "\u03bc": r"$\mu$",
+    "\u00b5": r"$\mu$",
+    "\u00df": r"\ss{}",
+    "\u00e6": r"\ae{}",
+    "\u00c6": r"\AE{}",
+    "\u00f8": r"\o{}",
+    "\u00d8": r"\O{}",
+    "\u0142": r"\l{}",
+    "\u0141": r"\L{}",
 } | {c: f"\\{c}" for c in "&%$#_{}"}
+
+# Combining characters -> LaTeX's commands.
+ACCENTS = {
+    "\u0300": "`",
+    "\u0301": "'",
+    "\u0302": "^",
+    "\u0303": "~",
+    "\u0304": "=",
+    "\u0306": "u",
+    "\u0307": ".",
+    "\u0308": '"',
+    "\u030a": "r",
+    "\u030b": "H",
+    "\u030c": "v",
+    "\u0323": "d",
+    "\u0327": "c",
+    "\u0328": "k",
+}
 
 
 def csv_table(sections: Sequence[Section], runs: Sequence[Evaluation]) -> str:
@@ -68,19 +107,23 @@ def _csv_row(run: Evaluation, row: Row, cell: Cell) -> list:
     if lead:
         ahead = [sign * lead.difference, *sorted((sign * lead.low, sign * lead.high)), lead.p]
     return [
-        run.name,
-        row.set,
-        row.metric,
-        "/".join(row.names),
+        *map(as_cell, (run.name, row.set, row.metric, "/".join(row.names))),
         *(None if number is None else repr(number) for number in (value.value, value.low, value.high)),
         None if value.chance is None else repr(value.chance),
         value.rows,
         int(cell.best),
         int(cell.marked),
-        row.test,
+        as_cell(row.test),
         *ahead,
-        run.results[row.set, row.metric].source_fingerprint,
+        as_cell(run.results[row.set, row.metric].source_fingerprint),
     ]
+
+
+def as_cell(text: str | None) -> str | None:
+    """Text of others as a cell of a CSV file, without control characters, and no formula to a spreadsheet."""
+    if text is None:
+        return None
+    return printable("'" + text if text.startswith(FORMULA) else text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def latex_tables(sections: Sequence[Section], runs: Sequence[Evaluation]) -> str:
@@ -126,7 +169,9 @@ def _latex_group(group: Group, columns: int, with_chance: bool) -> Iterator[str]
         return
     for row in group.rows:
         chance = [] if not with_chance else ["" if row.chance is None else escaped(shown(row.chance, row.share))]
-        yield " & ".join([escaped(group.label(row)), *chance, *(_latex_cell(row, cell) for cell in row.cells)]) + r" \\"
+        label = escaped(group.label(row))
+        label = f"{{}}{label}" if label.startswith(("[", "*")) else label  # else an argument of the line break before
+        yield " & ".join([label, *chance, *(_latex_cell(row, cell) for cell in row.cells)]) + r" \\"
 
 
 def _latex_cell(row: Row, cell: Cell | None) -> str:
@@ -143,5 +188,14 @@ def _latex_cell(row: Row, cell: Cell | None) -> str:
 
 
 def escaped(text: str) -> str:
-    """Text as LaTeX prints it, on one line."""
-    return "".join(SPECIAL.get(c, c) for c in " ".join(text.split()))
+    """Text as LaTeX prints it, on one line, in ASCII: accents as commands, what has none by its code point."""
+    return "".join(SPECIAL.get(c) or _in_ascii(c) for c in " ".join(text.split()))
+
+
+def _in_ascii(character: str) -> str:
+    if " " <= character <= "~":
+        return character
+    letter, *accents = list(normalize("NFD", character))
+    if letter.isascii() and letter.isalpha() and len(accents) == 1 and accents[0] in ACCENTS:
+        return f"\\{ACCENTS[accents[0]]}{{{letter}}}"
+    return f"\\texttt{{U+{ord(character):04X}}}"

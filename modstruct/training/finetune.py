@@ -22,6 +22,7 @@ from modstruct.distributed.hosts import require_same
 from modstruct.evaluation.tables import flatten, task_table
 from modstruct.files import atomic_write, refusing
 from modstruct.losses.objective import Objective
+from modstruct.models.bounded import no_larger_than
 from modstruct.models.fusion.backbone import without_files
 from modstruct.models.fusion.ema import EmaModel
 from modstruct.models.fusion.initial_weights import find_initial, start_from
@@ -71,7 +72,11 @@ class Finetuning(Trainer[FinetuneRecipe]):
                 "train.global_batch = %d: data.train has %d entries, so a step takes some twice", batch, entries
             )
         torch.manual_seed(recipe.train.seed)
-        self.model = self.task.build_model()
+        if initial.weights is None:
+            self.model = self.task.build_model()
+        else:
+            with no_larger_than(initial.weights, "--init", initial.path):
+                self.model = self.task.build_model()
         if start.saved is None and initial.weights is not None:
             start_from(self.model, initial)
         self.start(self.model, start, entries, task_order(entries, recipe.train.seed).epoch_samples)
@@ -104,7 +109,8 @@ class Finetuning(Trainer[FinetuneRecipe]):
         on_main(lambda: export_task(folder, checkpoints.read_weights(best), self.recipe, self.tokenizer))
         metrics: dict = {}
         if "test" in self.splits:
-            metrics, predictions = measure_checkpoint(self.task, best, self.splits["test"])
+            model = load_task_model(self.task, best)
+            metrics, predictions = self.task.measure(model, self.splits["test"].entries)
             self.telemetry.measured("test", flatten(metrics), self.state.step)
             write_predictions(predictions, self.output / "predictions.json")
         self.conclude(best, metrics, partial(task_table, self.recipe.task.name))
@@ -138,14 +144,13 @@ def read_splits(recipe: FinetuneRecipe, task: Task, wanted: Sequence[str] = SPLI
     return splits
 
 
-def measure_checkpoint(task: Task, checkpoint: Path, entries: TaskEntries) -> tuple[dict, object]:
-    """Metrics and predictions of a split with a checkpoint's weights in float32; every process calls it.
-
-    Each holds the whole model, whatever the ZeRO stage of the run.
-    """
-    model = task.build_model()
-    load_weights(model, checkpoints.read_weights(checkpoint), checkpoint)
-    return task.measure(model.to(distributed.device()).eval(), entries.entries)
+def load_task_model(task: Task, checkpoint: Path) -> EmaModel:
+    """The model of a checkpoint's folder in float32, in evaluation mode, whole on each process."""
+    weights = checkpoints.read_weights(checkpoint)
+    with no_larger_than(weights, "--checkpoint", checkpoint):
+        model = task.build_model()
+    load_weights(model, weights, checkpoint)
+    return model.to(distributed.device()).eval()
 
 
 def write_predictions(predictions: object, path: Path) -> None:

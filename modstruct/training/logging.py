@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from modstruct import __version__, distributed
+from modstruct.errors import PrintableFormatter
 from modstruct.files import disk_error
 from modstruct.training.step import StepReport
 from modstruct.training.timing import StepClock
@@ -37,17 +38,17 @@ def start_logging(output: Path) -> None:
     log.propagate = False
     handler = _AboveTheBar()
     rank = "" if distributed.is_main() else f"[process {distributed.rank()}] "
-    handler.setFormatter(logging.Formatter(f"{rank}%(message)s"))
+    handler.setFormatter(PrintableFormatter(f"{rank}%(message)s"))
     handler.setLevel(logging.INFO if distributed.is_main() else logging.WARNING)
     log.handlers = [handler]
     libraries = _AboveTheBar(logging.ERROR)
-    libraries.setFormatter(logging.Formatter(f"{rank}%(name)s: %(message)s"))
+    libraries.setFormatter(PrintableFormatter(f"{rank}%(name)s: %(message)s"))
     logging.root.handlers = [libraries]
     logging.captureWarnings(True)
     if distributed.is_main():
         output.mkdir(parents=True, exist_ok=True)
         to_file = LogFile(output / "log.txt")
-        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        to_file.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(to_file)
         logging.root.addHandler(to_file)
     quiet_libraries()

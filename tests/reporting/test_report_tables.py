@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import re
+import shutil
+
+import pytest
 
 from modstruct.reporting.comparison import compare
 from modstruct.reporting.loading import load_evaluations
-from modstruct.reporting.tables import csv_table, escaped, latex_tables
+from modstruct.reporting.tables import as_cell, csv_table, escaped, latex_tables
 
 
 def test_the_csv_gives_back_every_metric_exactly(run_folders, report):
@@ -45,6 +49,65 @@ def test_latex_escapes_all_that_it_reads_as_a_command():
         r"50 \% of \$x\_1 \& \{y\} \textasciitilde{}\textasciicircum{}\#\textbackslash{}end"
     )
     assert escaped("two\n\nlines") == "two lines"
+
+
+@pytest.mark.parametrize(
+    ("text", "printed"),
+    [
+        ("caf\u00e9 na\u00efve \u0160", r"caf\'{e} na\"{i}ve \v{S}"),
+        ("\u732b \U0001f600", r"\texttt{U+732B} \texttt{U+1F600}"),
+        ("a\x1b[31m\x07b", r"a\texttt{U+001B}[31m\texttt{U+0007}b"),
+        ("\u201cx\u201d \u2014 3 \u00d7 \u00b5", r"``x'' --- 3 $\times$ $\mu$"),
+        ("\ud800\u202e", r"\texttt{U+D800}\texttt{U+202E}"),
+    ],
+)
+def test_latex_is_ascii_without_control_characters(text, printed):
+    assert escaped(text) == printed
+
+
+@pytest.mark.parametrize(
+    ("text", "cell"),
+    [
+        ('=HYPERLINK("http://x")', '\'=HYPERLINK("http://x")'),
+        ("+1", "'+1"),
+        ("-0.5", "'-0.5"),
+        ("@SUM(A1)", "'@SUM(A1)"),
+        ("\uff1dx", "'\uff1dx"),
+        ("\t=x", r"'\t=x"),
+        ("\r=x\x1b[2J", r"'\r=x\x1b[2J"),
+        (" =x", "' =x"),
+        ("a=b, c-d", "a=b, c-d"),
+        ("\u732b", "\u732b"),
+        (None, None),
+    ],
+)
+def test_a_cell_of_others_is_no_formula(text, cell):
+    assert as_cell(text) == cell
+
+
+def test_names_of_others_command_neither_spreadsheet_nor_latex(run_folders, tmp_path):
+    folder = tmp_path / "hostile"
+    shutil.copytree(run_folders[0], folder)
+    model = json.loads((folder / "model.json").read_text()) | {"name": "=cmd|' /C calc'!A1\x1b]0;x\x07"}
+    (folder / "model.json").write_text(json.dumps(model))
+    file = next(folder.glob("results/*/zero_shot.json"))
+    content = json.loads(file.read_text())
+    found = {"value": 0.5, "chance": 0.1}
+    content["figures"] = {"[2cm]": found, "*x": found, "-0.5": found | {"value": -0.25}}
+    file.write_text(json.dumps(content))
+    file.with_suffix(".npz").unlink(missing_ok=True)
+    runs = load_evaluations([folder])
+    sections = compare(runs)
+    text = csv_table(sections, runs)
+    lines = [line for line in csv.DictReader(io.StringIO(text)) if line["metric"] == "zero_shot"]
+    assert {line["run"] for line in lines} == {r"'=cmd|' /C calc'!A1\x1b]0;x\x07"}
+    assert {line["figure"]: float(line["value"]) for line in lines}["'-0.5"] == -0.25
+    made = latex_tables(sections, runs)
+    assert made.isascii()
+    assert all(c.isprintable() or c == "\n" for c in text + made)
+    rows = [line.strip() for line in made.splitlines()]
+    assert any(row.startswith("{}[2cm]") for row in rows)
+    assert not any(row.startswith(("[", "*")) for row in rows)
 
 
 def test_latex_tables_are_balanced_and_mark_the_best_in_bold(run_folders, report):

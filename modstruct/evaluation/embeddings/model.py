@@ -20,6 +20,7 @@ from modstruct.errors import refuse, require
 from modstruct.evaluation.embeddings.in_memory import Encode
 from modstruct.evaluation.embeddings.set_files import IMAGE_ARRAYS, TEXT_ARRAYS
 from modstruct.losses.objective import build_objective
+from modstruct.models.bounded import no_larger_than
 from modstruct.models.build import build_model, image_size
 from modstruct.models.protocol import TrainableModel, load_weights
 
@@ -94,8 +95,10 @@ def find_checkpoint(checkpoint: str) -> Path:
 
 def load_model(recipe: Recipe, path: Path, tokenizer: Tokenizer) -> TrainableModel:
     """The model of a checkpoint's folder, whole and in evaluation mode, on this process's device."""
-    model = build_model(recipe, tokenizer, build_objective(recipe.losses), read_weights=False)
-    load_weights(model, checkpoints.read_weights(path), path)
+    weights = checkpoints.read_weights(path)
+    with no_larger_than(weights, "--checkpoint", path):
+        model = build_model(recipe, tokenizer, build_objective(recipe.losses), read_weights=False)
+    load_weights(model, weights, path)
     return model.to(distributed.device()).eval()
 
 
