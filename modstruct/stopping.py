@@ -50,11 +50,15 @@ class Stage:
 
 
 class _State:
+    pending = 0
+    """The first signal that the main thread heard of."""
     number = 0
+    """The one that is answered."""
     cause = ""
     ending = False
     status = 0
     listening = False
+    launcher: _Launcher | None = None
 
     def __init__(self) -> None:
         self.stages = [Stage("")]
@@ -76,7 +80,10 @@ def requested() -> int:
 
 
 def name_of(number: int) -> str:
-    """A signal in the user's words."""
+    """What asked for a stop, in the user's words. number: the signal that the processes agreed on."""
+    # Another process may have noticed first.
+    if number == signal.SIGTERM and _state.launcher is not None and (_state.cause or _state.launcher.gone()):
+        return "the end of the launcher"
     return NAMES[signal.Signals(number)]
 
 
@@ -87,7 +94,7 @@ def listen() -> None:
     _state.listening = True
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    launcher = _Launcher()
+    _state.launcher = launcher = _Launcher()
     for number in NAMES:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _interrupt)
@@ -159,17 +166,17 @@ def _is_worker(process: int) -> bool:
 
 def _interrupt(number: int, _: object) -> None:
     """The handler, in the main thread."""
-    _state.number = _state.number or number
+    _state.pending = _state.pending or number
     _end_if_due()
 
 
 def _end_if_due() -> None:
-    if _state.number and not _state.stages[-1].deferred and not _state.ending:
+    if _state.pending and not _state.stages[-1].deferred and not _state.ending:
         _state.ending = True  # a second exception would break what the first one cleans up
         with suppress(OSError):
             _end_children()
         _state.said.wait(1)
-        raise Stopped(_state.number)
+        raise Stopped(_state.number or _state.pending)
 
 
 def _watch(reader: int, launcher: _Launcher) -> None:
@@ -178,16 +185,16 @@ def _watch(reader: int, launcher: _Launcher) -> None:
     while True:
         ready, _, _ = select.select([reader], [], [], 0.1 if since else LOOK_SECONDS)
         now = time.monotonic()
-        for number in os.read(reader, 64) if ready else b"":
-            if number not in NAMES:
-                continue
-            _state.number = _state.number or number
-            if not since:
-                since = now
-                _say_first()
-            elif number == signal.SIGINT and now - since >= AGAIN_SECONDS:
-                _say("Ctrl-C again: stopping at once, without saving")
-                end_now(128 + number)
+        if ready and not since:
+            time.sleep(0.05)  # a launcher's SIGTERM, sent upon a Ctrl-C, may overtake that
+        numbers = [number for number in (os.read(reader, 64) if ready else b"") if number in NAMES]
+        if numbers and not since:
+            since = now
+            _state.number = signal.SIGINT if signal.SIGINT in numbers else numbers[0]
+            _say_first()
+        elif signal.SIGINT in numbers and now - since >= AGAIN_SECONDS:
+            _say("Ctrl-C again: stopping at once, without saving")
+            end_now(128 + signal.SIGINT)
         if not since:
             gone = launcher.gone()
             if gone:

@@ -81,6 +81,14 @@ def test_a_deferred_stop_saves_and_the_launchers_sigterm_is_no_second_one():
     assert end_of(process) == (130, "saved\n", line)
 
 
+def test_a_sigterm_that_overtakes_a_ctrl_c_is_part_of_it():
+    process = start(IN_PYTHON)
+    process.send_signal(signal.SIGSTOP)  # both are there when it continues: the kernel runs the later handler first
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCONT):
+        process.send_signal(number)
+    assert end_of(process) == (130, "", "Ctrl-C: stopping; nothing to save\n")
+
+
 def test_a_second_ctrl_c_stops_at_once():
     process = start(DEFERRED.format(save=1000))
     process.send_signal(signal.SIGINT)

@@ -127,9 +127,10 @@ def test_a_launcher_that_is_ended_alone_leaves_no_orphans(tmp_path, recipe, trie
         run = HurtRun(recipe, tmp_path / "run", "--data.workers", "1", launcher=launcher)
         run.wait_for_step(6)
         os.kill(run.popen.pid, number)
-        first, second = ended(run)
-        assert re.fullmatch(r"the launcher \(.*\) is gone: saving and stopping after this step", first)
-        assert second.startswith("Stopped by SIGTERM after step")
+        *first, last = ended(run)  # the second process may notice first
+        assert all(re.fullmatch(r"the launcher \(.*\) is gone: saving and stopping after this step", x) for x in first)
+        assert len(first) <= 1
+        assert last.startswith("Stopped by the end of the launcher after step")
         assert whole_checkpoints(run.output)[-1] >= 6
 
 
