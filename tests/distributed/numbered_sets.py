@@ -56,7 +56,7 @@ class LabelledNumbers:
     classes, templates = ("number 7", "number 8", "number 9"), ("a {}", "one {}")
 
     def __init__(self, count: int, broken: tuple[int, ...] = ()):
-        self._count, self._broken = count, broken
+        self._count, self._broken, self.left_out = count, broken, {"no label": 2}
 
     def __len__(self) -> int:
         return self._count

@@ -99,8 +99,10 @@ class EmbeddingSource:
         return BadSampleCounter(f"set {self.name}", config.max_bad_share, process, "embedding.max_bad_share")
 
     def left_out_before(self) -> Counter[str]:
-        """Samples, by cause, that indexing found unusable; they are not among `samples`."""
-        return left_out_when_indexed(self.samples) if isinstance(self.samples, EvaluationSamples) else Counter()
+        """Samples, by cause, that opening the set found unusable; they are not among `samples`."""
+        if isinstance(self.samples, EvaluationSamples):
+            return left_out_when_indexed(self.samples)
+        return Counter(self.samples.left_out)
 
 
 def distinct(digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -80,6 +80,7 @@ def test_labelled_images_have_no_texts(tmp_path):
     )
     assert embedded.arrays == {"image", "image_features", "image_augmented"}
     assert embedded.captions == []
+    assert embedded.manifest["skipped"] == {"no label": 2, "undecodable image": 1}
     assert len(embedded.pairs) == 0
 
 
