@@ -163,6 +163,9 @@ def _metadata(path: Path) -> dict:
 
 def from_table(table: Path, image_column: str, caption_column: str) -> Iterator[Entry]:
     """(image, caption, other columns) of each row."""
+    if table.suffix.lower() in (".json", ".jsonl"):
+        other = "this is JSON (COCO's captions file keeps images and captions apart, and ALBEF's lists have several)"
+        raise ValueError(f"{table}: {other}: give a CSV or TSV table with a column of image files and one of captions")
     with open(table, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         rows = csv.DictReader(file, delimiter="\t" if table.suffix.lower() in (".tsv", ".tab") else ",")
         columns = rows.fieldnames or ()

@@ -279,7 +279,8 @@ def _write_examples(results: Path, noted: dict[str, Any], embedded: EmbeddedSet,
     if not retrieval.is_file() or (listed.is_file() and listed.stat().st_mtime_ns > retrieval.stat().st_mtime_ns):
         return
     recipe = parse_recipe_text(noted_set["recipe"])
-    require_modest(recipe_to_dict(recipe))  # whoever made the folder wrote it
+    # Whoever made the folder wrote them.
+    require_modest(recipe_to_dict(recipe) | {"model": {"vision": {"image_size": noted["image_size"]}}})
     recipe.data.allow_pipe, recipe.data.cache = False, str(own_cache(recipe.data.cache))
     source = read_set(noted_set["word"], recipe, noted["image_size"])
     embedded_of = embedded.source.get("of", embedded.source.get("fingerprint"))

@@ -86,6 +86,9 @@ def test_what_cannot_work_is_said(tmp_path, make, capsys):
     assert make(tmp_path / "t.csv", "--image_column", "file") == 2
     assert "--image_column = 'file': the columns of" in capsys.readouterr().err
     assert make(tmp_path / "none.csv") == 2
+    (tmp_path / "captions_val2014.json").write_text('{"images": [], "annotations": []}')
+    assert make(tmp_path / "captions_val2014.json") == 2
+    assert "this is JSON (COCO's captions file" in capsys.readouterr().err
     (tmp_path / "twice.csv").write_text("image,caption,caption\na.png,p,q\n")
     assert make(tmp_path / "twice.csv") == 2
     assert "two columns are called 'caption'" in capsys.readouterr().err
