@@ -30,7 +30,7 @@ def list_words(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> lis
         given = waiting[:end]
         if not given or option not in actions:
             continue
-        if given[0][:1] in ("[", "{"):
+        if given[0][:1] + given[0][-1:] in ("[]", "{}"):  # no pattern such as {a,b}.tar
             _require_unique_keys(option, given[0])
         words = _of_words(given) if actions[option].nargs in ("+", "*") else _of_list(actions[option], given)
         if words is not None:

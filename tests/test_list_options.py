@@ -80,3 +80,4 @@ def test_a_repeated_key_on_the_command_line_is_refused(capsys):
     with pytest.raises(SystemExit):
         cli.parse(PARSERS["pretrain"](), ["--data.train", "[{shards: a.tar, weight: 1, shards: b.tar}]"])
     assert "error: --data.train: line 1: the key 'shards' is there already" in capsys.readouterr().err
+    assert cli.parse(PARSERS["pretrain"](), ["--data.train", "{a,a}.tar"])[0].data.train == "{a,a}.tar"
