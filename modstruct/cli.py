@@ -37,7 +37,7 @@ from modstruct.errors import (
 )
 from modstruct.files import disk_error, parse_yaml, read_yaml
 from modstruct.list_options import list_words
-from modstruct.stopping import is_first_process, requested
+from modstruct.stopping import has_failed, is_first_process, requested
 
 RECIPES = Path(__file__).parent / "config" / "recipes"
 FINETUNE_RECIPES = RECIPES / "finetune"
@@ -240,6 +240,7 @@ def run(command: Callable[[], object], told: str = "") -> None:
             begin = "" if is_first_process() else "\n"
             tqdm.write(f"{begin}error (process {os.environ.get('RANK', 0)}): {printable(trouble)}", file=sys.stderr)
             sys.stderr.flush()
+        has_failed(1)
         sys.exit(1)
 
 

@@ -55,7 +55,7 @@ class _State:
     number = 0
     """The one that is answered."""
     cause = ""
-    ending = False
+    ending = failed = False
     status = 0
     listening = False
     launcher: _Launcher | None = None
@@ -126,6 +126,13 @@ def not_at_end(release: Callable[[], object]) -> None:
     """Undo `at_end`."""
     with suppress(ValueError):
         _state.at_end.remove(release)
+
+
+def has_failed(status: int) -> None:
+    """The command has ended by an error, which it has told: a launcher's signal upon it has nothing to add."""
+    if _state.listening:
+        _state.failed = _state.ending = True
+        _state.status = status
 
 
 def _skip_the_rest() -> None:
@@ -206,7 +213,7 @@ def _watch(reader: int, launcher: _Launcher) -> None:
         else:
             ends = ends or now + GRACE_SECONDS
             if now > ends:
-                end_now(128 + _state.number)
+                end_now(_state.status or 128 + _state.number)
 
 
 def _say_first() -> None:
@@ -220,7 +227,7 @@ def _say_first() -> None:
 
 
 def _say(line: str) -> None:
-    if is_first_process():
+    if is_first_process() and not _state.failed:
         with suppress(Exception):
             logging.getLogger("modstruct").warning(line)
 

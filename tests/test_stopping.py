@@ -130,6 +130,21 @@ print("ready", child.pid, flush=True)
     assert gone(child)
 
 
+def test_a_launchers_sigterm_after_an_error_adds_nothing():
+    body = """
+import atexit
+from modstruct import cli
+from modstruct.errors import RunError
+def fail(): raise RunError("as planned")
+atexit.register(lambda: (ready(), time.sleep(1.5)))
+cli.run(fail)
+"""
+    process = start(body)
+    process.send_signal(signal.SIGTERM)
+    status, _, errors = end_of(process)
+    assert (status, errors.splitlines()[-1]) == (1, "error (process 0): as planned")
+
+
 def test_processes_that_index_shards_end_without_a_word(tmp_path):
     """They are in the middle of shards that take for ever."""
     for number in range(40):
