@@ -271,7 +271,7 @@ def test_a_checkpoints_recipe_cannot_choose_where_is_written(tmp_path, capsys):
 
     assert used() == "~/.cache/modstruct"
     assert (
-        f"data.cache = {cache} in the checkpoint's recipe is no cache of yours: ~/.cache/modstruct"
+        f"data.cache = {cache} in the checkpoint's recipe is no cache here: ~/.cache/modstruct"
         in capsys.readouterr().out
     )
     cache.mkdir()

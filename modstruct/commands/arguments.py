@@ -85,16 +85,16 @@ def require_modest(recipe: Mapping[str, Any], given: Collection[str] = ()) -> No
 
 
 def own_cache(cache: object) -> object:
-    """The data.cache of a recipe that others may have written, if it is a cache of this user's; else the default."""
+    """The data.cache of a recipe that others may have written, if it is a cache on this machine; else the default."""
     default = DataConfig().cache
     if cache is None or cache == default:
         return cache
     folder = Path(str(cache)).expanduser()
     with suppress(OSError):
-        if folder.stat().st_uid == os.getuid() and any(name.startswith(CACHED) for name in os.listdir(folder)):
+        if any(name.startswith(CACHED) for name in os.listdir(folder)):
             return cache
     if is_first_process():
-        told = f"data.cache = {cache} in the checkpoint's recipe is no cache of yours: {default} is used"
+        told = f"data.cache = {cache} in the checkpoint's recipe is no cache here: {default} is used (--data.cache)"
         print(printable(told), flush=True)
     return default
 
