@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -32,9 +31,6 @@ def run_on_processes(function: Callable, world_size: int, *args: object) -> list
     # The store lives in this process on a port that the system picks: no other program can take it in between.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     environment = os.environ | {
-        # As in an activated environment and in the runs that tests start: another ninja would build DeepSpeed's
-        # operator anew, and the next run again.
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),
