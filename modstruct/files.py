@@ -93,8 +93,8 @@ def refusing(field: str, folder: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        inside = error.filename and Path(os.fsdecode(error.filename)).is_relative_to(Path(folder).expanduser())
-        if not inside:
+        place = Path(os.fsdecode(error.filename)).absolute() if error.filename else None
+        if place is None or not place.is_relative_to(Path(folder).expanduser().absolute()):
             raise
         refuse(field, str(folder), f"{disk_error(error)}; make room, or name a folder that you may write to")
 

@@ -71,6 +71,12 @@ def test_an_error_elsewhere_is_not_blamed_on_a_field(tmp_path):
         (tmp_path / "shards.tar").read_bytes()
 
 
+def test_a_relative_folder_is_blamed_for_its_absolute_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"^data\.cache = 'cache': No such file"), refusing("data.cache", "cache"):
+        (tmp_path / "cache" / "x").read_bytes()
+
+
 def test_what_a_run_cannot_keep_is_refused_by_data_cache(tmp_path):
     """Indexes of the shards of others, not the built-in data alone."""
     (tmp_path / "file").write_text("")
