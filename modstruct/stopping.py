@@ -81,8 +81,9 @@ def requested() -> int:
 
 def name_of(number: int) -> str:
     """What asked for a stop, in the user's words. number: the signal that the processes agreed on."""
-    # Another process may have noticed first.
-    if number == signal.SIGTERM and _state.launcher is not None and (_state.cause or _state.launcher.gone()):
+    # Another process may have noticed first; one that got the signal itself has the word.
+    launcher = None if _state.pending else _state.launcher
+    if number == signal.SIGTERM and (_state.cause or (launcher is not None and launcher.gone())):
         return "the end of the launcher"
     return NAMES[signal.Signals(number)]
 

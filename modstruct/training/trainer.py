@@ -118,15 +118,17 @@ class Trainer(ABC, Generic[RecipeT]):
         """
         stopping.listen()
         distributed.start_processes()
-        with run_lock.held(self.output, "output"), stopping.stage("no step was taken, so there is nothing to save"):
+        nothing = "no step was taken, so there is nothing to save"
+        with run_lock.held(self.output, "output"), stopping.stage(nothing) as stage:
             start_logging(self.output)
             self.build()
             profiling = profiled(self.output / "profile", profile_steps, self.state.step, self.steps)
+            # What holds after the training, which is a stage of its own.
+            stage.meaning = f"step {self.steps} is saved, and `--resume latest` ends the run from there"
             with self.heartbeat:
                 with profiling as after_step:
                     self.train(after_step)
-                with stopping.stage(f"step {self.state.step} is saved, and `--resume latest` ends the run from there"):
-                    return self.finish()
+                return self.finish()
 
     def train(self, after_step: Callable[[], None] = lambda: None) -> None:
         """Take the steps that are left; measure and save on the way. Ends the process after a save if asked to stop.
