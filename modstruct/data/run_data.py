@@ -124,12 +124,12 @@ def _check_labels(measured: dict[str, EvaluationSamples | None], config: DataCon
         return
     classes = load_classes(config.zero_shot)
     found = {field: of for field, of in measured.items() if of is not None}
-    texts = [check_labels(classes, of.samples, config, field) for field, of in found.items()]
+    thorough = named != BUILT_IN  # its classes are a default, which other data need not have
+    texts = [check_labels(classes, of.samples, config, field, thorough) for field, of in found.items()]
     missing = [text for text in texts if text is not None]
-    # The built-in classes are a default, which other data need not have.
-    if named != BUILT_IN and missing and len(missing) == len(found):
+    if thorough and missing and len(missing) == len(found):
         refuse("data.zero_shot", named, f"{'; '.join(missing)}; correct `label` in the file, or give null")
-    if named != BUILT_IN and not found:
+    if thorough and not found:
         missing = [f"data.zero_shot = {named!r}, and {' and '.join(measured)} are null"]
     for text in missing:
         log.warning("zero-shot classification is left out: %s", text)

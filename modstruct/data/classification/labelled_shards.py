@@ -18,7 +18,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
@@ -36,7 +35,6 @@ from modstruct.data.shards.index import LARGEST_BYTES
 from modstruct.data.shards.members import IMAGES, MemberGroups, SampleMembers, Tally, printable
 from modstruct.data.shards.reader import ShardReader
 from modstruct.data.shards.samples import Samples, open_samples
-from modstruct.data.shards.sources import is_pipe
 from modstruct.data.shards.tar_headers import CutOff, DamagedHeader, next_member
 from modstruct.data.synthetic.splits import SPLITS
 from modstruct.data.transforms.decoding import decode_image
@@ -199,37 +197,36 @@ def _by_number(path: Path) -> list:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", path.name)]
 
 
-def check_labels(classes: ZeroShotClasses, samples: Samples, config: DataConfig, field: str) -> str | None:
+def check_labels(
+    classes: ZeroShotClasses, samples: Samples, config: DataConfig, field: str, thorough: bool = True
+) -> str | None:
     """Compare the labels of image-text shards with a class file before anything is embedded, reading KEY.json alone.
 
-    Of a large source some 10,000 samples, evenly spaced, are read, and the others only where none of these has a label.
-    field: the recipe's field of the source, for messages. Returns None if a sample has a label, else what is wrong.
-    Raises ValueError for labels that are not among the classes.
+    Of a large source some 10,000 samples, evenly spaced, are read; thorough: ten times as many where none of them has a
+    label. field: the recipe's field of the source, for messages. Returns None if a sample has a label, else what is
+    wrong. Raises ValueError for labels that are not among the classes.
     """
     reader = ShardReader(samples, config)
     unknown, seen = Tally(), set[str]()
     fields: dict[str, None] = {}
-    whole = len(samples) <= LABELS_CHECKED
-    # A pipe is fetched whole, so not all of them are looked through.
-    rest = range(0) if whole or any(map(is_pipe, samples.shards)) else range(len(samples))
-    read = 0
-    for sample in chain(spaced(samples, LABELS_CHECKED), rest):
-        if read >= LABELS_CHECKED and (seen or unknown.counts):
+    for limit in (LABELS_CHECKED, 10 * LABELS_CHECKED) if thorough else (LABELS_CHECKED,):
+        numbers = list(spaced(samples, limit))
+        for sample in numbers:
+            with suppress(BadSample):  # counted where it is read with its image
+                metadata = reader.metadata(sample)
+                label = classes.label_of(metadata)
+                if label is None:
+                    fields |= dict.fromkeys(list(metadata)[:MOST_FIELDS])
+                elif label in classes.classes:
+                    seen.add(label)
+                else:
+                    unknown.add(repr(metadata[classes.label])[:LONGEST_LABEL], samples.place(sample))
+        if seen or unknown.counts or len(numbers) == len(samples):
             break
-        read += 1
-        with suppress(BadSample):  # counted where it is read with its image
-            metadata = reader.metadata(sample)
-            label = classes.label_of(metadata)
-            if label is None:
-                fields |= dict.fromkeys(list(metadata)[:MOST_FIELDS])
-            elif label in classes.classes:
-                seen.add(label)
-            else:
-                unknown.add(repr(metadata[classes.label])[:LONGEST_LABEL], samples.place(sample))
     if unknown.counts:
         named = "; ".join(f"{label}: {unknown.examples[label][0]}" for label, _ in unknown.counts.most_common(NAMED))
         raise ValueError(
-            f"{field}: of {read} samples that were looked at, {unknown.counts.total()} have a label "
+            f"{field}: of {len(numbers)} samples that were looked at, {unknown.counts.total()} have a label "
             f"{classes.label} that is not among the classes {some_of(classes.classes)} ({named}): add it to `classes` "
             "of the class file, or make it null in KEY.json"
         )
@@ -237,13 +234,13 @@ def check_labels(classes: ZeroShotClasses, samples: Samples, config: DataConfig,
     if repeated:
         log.warning("%s: no prompt tells classes of one name apart: %s", field, some_of(repeated, NAMED))
     absent = [label for label in classes.classes if label not in seen]
-    if seen and absent and whole:
+    if seen and absent and len(numbers) == len(samples):
         log.warning("%s: no sample is of these classes, which chance counts: %s", field, some_of(absent, NAMED))
     if seen:
         return None
     there = f"its fields are {some_of(map(printable, fields))}" if fields else "there is none, or an empty one"
-    missing = f"none of {read} samples of {field} has a label {classes.label!r} in its KEY.json ({there})"
-    if read < len(samples):  # of pipes, the rest of which may have labels
+    missing = f"none of {len(numbers)} samples of {field} has a label {classes.label!r} in its KEY.json ({there})"
+    if len(numbers) < len(samples):  # the rest may have labels
         log.warning("%s; zero-shot classification is left out where the others have none either", missing)
         return None
     return missing

@@ -83,8 +83,9 @@ def measure_linear_probe(
     lbfgs: the strength of the penalty is searched with fits on the training set, scored on the validation set or on a
     share of the training set; the last fit has both. adamw: fitted on the training set; the validation set is not used.
     train, test, validation: of one model and the same classes. Runs on one process.
-    Outcomes: "top_1" and "top_5", (rows,) float32, of the test set's labelled rows in their order. "low" and "high" of
-    a metric are its 95 % interval over test rows. Raises ValueError as `probe_inputs` does.
+    Outcomes: "top_1" and "top_5", (rows,) float32, of the test set's labelled rows in their order, and "group", the
+    image of each, where some are copies. "low" and "high" of a metric are its 95 % interval over test images. Raises
+    ValueError as `probe_inputs` does.
     """
     config = config or LinearProbeConfig()
     started = time.perf_counter()
@@ -92,8 +93,11 @@ def measure_linear_probe(
     fit = _by_adamw if config.method == "adamw" else _by_lbfgs
     (classifier, fitted_on, ahead), curves, used = fit(inputs, config, device, progress)
     metrics, outcomes = accuracy_metrics(ahead, inputs.test.labels, inputs.classes), hits(ahead, inputs.classes)
+    copies = test.groups(inputs.test.pieces[0].rows)
     for name, hit in outcomes.items():
-        metrics[name]["low"], metrics[name]["high"] = bootstrap_mean(hit, seed=config.seed)
+        metrics[name]["low"], metrics[name]["high"] = bootstrap_mean(hit, seed=config.seed, groups=copies)
+    if copies is not None:
+        outcomes["group"] = copies
     settings = asdict(config) | described(inputs, train, validation)
     settings |= used | {"iterations": classifier.iterations, "end": classifier.end}
     result = {

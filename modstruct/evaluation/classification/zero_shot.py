@@ -33,8 +33,9 @@ def measure_zero_shot(
     them, or over all but the first where that is the paper's own, so that CLIP's ensembles stay as published. device:
     where scores are computed. Memory: a block of images and its scores.
     Returns the content of METRIC.json but for "command", and outcomes of each labelled image: row (of the set), label,
-    and by templates `…/classes_ahead` and `…/top_K`. Ties count as in `classes_ahead`. Raises ValueError if the set has
-    no labels, no prompts or no labelled image, and for a K below 1.
+    group (the image, where some are copies, which intervals take together), and by templates `…/classes_ahead` and
+    `…/top_K`. Ties count as in `classes_ahead`. Raises ValueError if the set has no labels, no prompts or no labelled
+    image, and for a K below 1.
     """
     started = time.monotonic()
     image, prompts, labels = embedded.rows("image"), embedded.class_prompts, embedded.labels
@@ -49,11 +50,14 @@ def measure_zero_shot(
     truth, names = np.asarray(labels[rows]), embedded.class_names
     metrics: dict[str, Any] = {}
     outcomes = {"row": rows, "label": truth}
+    copies = embedded.groups(rows)
+    if copies is not None:
+        outcomes["group"] = copies
     groups = template_groups(embedded.templates)
     for group, chosen in groups.items():
         classes = class_embeddings(prompts[:, chosen].reshape(-1, prompts.shape[2]), len(chosen))
         ahead = classes_ahead(image, classes, truth, rows, same_names(names), device)
-        metrics[group] = _metrics(ahead, truth, names, top_k)
+        metrics[group] = _metrics(ahead, truth, names, top_k, copies)
         outcomes[f"{group}/classes_ahead"] = ahead.astype(np.int32)
         outcomes |= {f"{group}/top_{k}": ahead < k for k in top_k if k <= len(names)}
     result = {
@@ -171,14 +175,16 @@ def _later_of_one_name(place: np.ndarray, same: np.ndarray) -> np.ndarray:
     return later
 
 
-def _metrics(ahead: np.ndarray, truth: np.ndarray, names: Sequence[str], top_k: Sequence[int]) -> dict[str, Any]:
+def _metrics(
+    ahead: np.ndarray, truth: np.ndarray, names: Sequence[str], top_k: Sequence[int], copies: np.ndarray | None
+) -> dict[str, Any]:
     count = len(names)
-    metrics: dict[str, Any] = {f"top_{k}": _accuracy(ahead < k, k / count) for k in top_k if k <= count}
+    metrics: dict[str, Any] = {f"top_{k}": _accuracy(ahead < k, k / count, copies) for k in top_k if k <= count}
     there, accuracy, images = _by_class(ahead < 1, truth)
     times = Counter(names)
     labels = [names[c] if times[names[c]] == 1 else f"{names[c]} ({c})" for c in there]
     metrics["mean_per_class"] = {"value": float(accuracy.mean()), "chance": 1 / count, "rows": len(there)}
-    metrics["mean_per_class"] |= _mean_per_class_interval(ahead < 1, truth)
+    metrics["mean_per_class"] |= _mean_per_class_interval(ahead < 1, truth, copies)
     metrics["per_class"] = {
         label: {"value": float(value), "chance": 1 / count, "rows": int(rows)}
         for label, value, rows in zip(labels, accuracy, images, strict=True)
@@ -186,12 +192,14 @@ def _metrics(ahead: np.ndarray, truth: np.ndarray, names: Sequence[str], top_k: 
     return metrics
 
 
-def _accuracy(right: np.ndarray, chance: float) -> dict[str, float]:
-    low, high = bootstrap_mean(right)
+def _accuracy(right: np.ndarray, chance: float, copies: np.ndarray | None) -> dict[str, float]:
+    low, high = bootstrap_mean(right, groups=copies)
     return {"value": float(right.mean()), "chance": chance, "low": low, "high": high, "rows": len(right)}
 
 
-def _mean_per_class_interval(right: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+def _mean_per_class_interval(
+    right: np.ndarray, truth: np.ndarray, copies: np.ndarray | None = None
+) -> dict[str, float]:
     """Interval over resampled images, each weighted so that every class counts alike.
 
     The linear part of the mean of the classes' means is resampled, value + w (right - accuracy of the class). A class
@@ -203,7 +211,7 @@ def _mean_per_class_interval(right: np.ndarray, truth: np.ndarray) -> dict[str, 
     one_each, single = images.max() == 1, images.min() == 1
     centre = value if single else accuracy[np.searchsorted(there, truth)]
     alike = right.all() or not right.any() or one_each
-    low, high = bootstrap_mean(right if alike else value + weight * (right - centre))
+    low, high = bootstrap_mean(right if alike else value + weight * (right - centre), groups=copies)
     return {"low": max(0.0, low), "high": min(1.0, high)}
 
 

@@ -173,6 +173,12 @@ class EmbeddedSet:
         """(n,) int64, for each row of images the row of the same image that is no copy."""
         return np.concatenate([np.arange(self.manifest["rows"]["image"] - len(self.copies)), self.copies])
 
+    def groups(self, rows: np.ndarray) -> np.ndarray | None:
+        """(r,) int64, equal where rows (r,) of images are of one image, which are no independent evidence; None where
+        no two are, or all."""
+        found = self.image_row[rows]
+        return found if 1 < len(np.unique(found)) < len(found) else None
+
     @cached_property
     def indices(self) -> np.ndarray:
         """(n,) int64, number of each image in its source."""

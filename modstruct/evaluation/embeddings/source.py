@@ -110,11 +110,15 @@ def distinct(digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     Returns (u,) int64, the place at which each kind came first, and (n,) int64, the kind of each.
     """
-    _, first, kind = np.unique(digests, return_index=True, return_inverse=True)
-    order = np.argsort(first)
-    number = np.empty(len(first), dtype=np.int64)
-    number[order] = np.arange(len(first))
-    return first[order].astype(np.int64), number[kind.reshape(-1)]
+    # By columns of plain numbers: np.unique compares the records themselves, which takes several times as long.
+    names = digests.dtype.names
+    order = np.lexsort([digests[name] for name in names] if names else [digests])  # of equal ones the first comes first
+    ordered = digests[order]
+    new = np.append(True, ordered[1:] != ordered[:-1])[: len(order)]
+    came_first = np.empty(len(order), dtype=np.int64)
+    came_first[order] = order[new][np.cumsum(new) - 1]
+    first = np.flatnonzero(came_first == np.arange(len(order)))
+    return first, first.searchsorted(came_first)
 
 
 @cache
