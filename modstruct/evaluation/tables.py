@@ -51,7 +51,8 @@ def table(metrics: dict) -> str:
 
     structure = [("structure", "value")]
     structure += [(name.replace("_", " "), f"{value:.4f}") for name, value in metrics["structure"].items()]
-    notes = [", ".join(f"{number:,.0f} {name.replace('_', ' ')}" for name, number in metrics["sizes"].items())]
+    sizes = ", ".join(f"{number:,.0f} {name.replace('_', ' ')}" for name, number in metrics["sizes"].items())
+    notes = [sizes.replace("images with", "samples with") if "samples" in metrics["sizes"] else sizes]
     if "classes" in metrics["sizes"] and "zero_shot" not in metrics:
         notes.append("zero-shot: left out, since no image has a label of the class file")
     if metrics["skipped"]:

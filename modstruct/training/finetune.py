@@ -66,11 +66,7 @@ class Finetuning(Trainer[FinetuneRecipe]):
         self.state = start.state(train.fingerprint, "its files")
         entries, batch = len(train.entries), recipe.train.global_batch
         self.objective = self.task.objective(-(-entries // batch))
-        self.objective.require_pairs(batch)
-        if batch > entries:
-            log.warning(
-                "train.global_batch = %d: data.train has %d entries, so a step takes some twice", batch, entries
-            )
+        check_batch(self.objective, batch, entries)
         torch.manual_seed(recipe.train.seed)
         if initial.weights is None:
             self.model = self.task.build_model()
