@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from modstruct.files import read_yaml
+from modstruct.files import RepeatedKey, read_yaml
 
 KEYS = ("label", "templates", "classes")
 
@@ -88,6 +88,8 @@ def read_keys(path: Path, keys: Sequence[str], old_names: Mapping[str, str] | No
     listed = f"{', '.join(keys[:-1])} and {keys[-1]}"
     try:
         content = read_yaml(path)
+    except RepeatedKey as error:
+        raise ValueError(f"{path}: {error}") from None
     except ValueError as error:
         raise ValueError(f"{path}: not a YAML file in UTF-8: {error}") from error
     if not isinstance(content, dict):
