@@ -114,7 +114,7 @@ def stage(meaning: str) -> Iterator[Stage]:
         _end_if_due()
         yield entered
     finally:
-        _state.stages.remove(entered)
+        _state.stages.pop()
     _end_if_due()
 
 

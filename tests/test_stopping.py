@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -166,6 +167,23 @@ if __name__ == "__main__":
     os.killpg(process.pid, signal.SIGINT)
     assert end_of(process) == (130, "", "Ctrl-C: stopping\n")
     assert all(gone(child.pid) for child in children)
+
+
+def test_loader_processes_that_only_start_end_without_a_word(tmp_path):
+    """Python's tracker would warn of the semaphores that they share, since the main thread, in C, does not unwind."""
+    body = """
+from modstruct.data.shards.workers import WorkerLoader
+class Slow:
+    def __getitem__(self, index): time.sleep(60)
+if __name__ == "__main__":
+    stopping.listen()
+    batches = iter(WorkerLoader(Slow(), range(9), 2, pin_memory=False))
+"""
+    script = tmp_path / "script.py"
+    script.write_text(BEGIN.replace("stopping.listen()\n", "") + body + textwrap.indent(IN_C, "    "))
+    process = start([sys.executable, str(script)], start_new_session=True)
+    os.killpg(process.pid, signal.SIGINT)
+    assert end_of(process) == (130, "", "Ctrl-C: stopping\n")
 
 
 def gone(process: int) -> bool:

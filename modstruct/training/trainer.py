@@ -114,9 +114,9 @@ class Trainer(ABC, Generic[RecipeT]):
     def run(self, profile_steps: int = 0) -> dict:
         """The whole run. profile_steps: steps to trace into OUTPUT/profile. Returns the final metrics.
 
-        Raises ValueError naming the field for what cannot work, before the first step.
+        Signals end the process as Python has it, without saving, unless `stopping.listen` was called before, as launch
+        scripts do. Raises ValueError naming the field for what cannot work, before the first step.
         """
-        stopping.listen()
         distributed.start_processes()
         nothing = "no step was taken, so there is nothing to save"
         with run_lock.held(self.output, "output"), stopping.stage(nothing) as stage:

@@ -88,8 +88,9 @@ class WorkerLoader(DataLoader[Batch]):
         with stopping.children_inherit_block():
             batches = super().__iter__()
         named = _named_semaphores() - named_before
-        end = partial(_end, [child for child in multiprocessing.active_children() if child not in before])
+        end = partial(_end, [child for child in multiprocessing.active_children() if child not in before], named)
         atexit.register(end)  # for an iteration that an error interrupts
+        stopping.at_end(end)
         return _until_the_end(_unnamed_after(batches, self.num_workers, named), end)
 
 
@@ -120,6 +121,7 @@ def _until_the_end(batches: Iterator, end: Callable[[], None]) -> Iterator:
     finally:
         end()
         atexit.unregister(end)
+        stopping.not_at_end(end)
 
 
 def _named_semaphores() -> set[util.Finalize]:
@@ -133,13 +135,17 @@ def _unnamed_after(batches: Iterator, workers: int, named: set[util.Finalize]) -
     that are there when everything is killed stay in /dev/shm."""
     for number, batch in enumerate(batches, 1):
         if number == workers:
-            for remove in named:
-                remove()
+            _remove(named)
         yield batch
 
 
-def _end(workers: list[BaseProcess]) -> None:
-    """End the running loader processes.
+def _remove(named: set[util.Finalize]) -> None:
+    for remove in named:
+        remove()  # once; again, it does nothing
+
+
+def _end(workers: list[BaseProcess], named: set[util.Finalize]) -> None:
+    """End the running loader processes, and remove their semaphores, of which Python's tracker would warn.
 
     torch and multiprocessing would send SIGTERM, which these ignore, and wait for ever. torch reports a killed worker
     as an error if it is a child of this process; ours are children of the server.
@@ -147,6 +153,7 @@ def _end(workers: list[BaseProcess]) -> None:
     for worker in workers:
         if worker.is_alive():
             worker.kill()
+    _remove(named)
 
 
 class OutgoingRows:
