@@ -6,6 +6,7 @@ Counts the faults and surroundings that a session has tried and survived, and te
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -21,6 +22,11 @@ for folder in sorted(path for path in Path(__file__).parent.rglob("*") if path.i
 # No deadlines: a busy machine is slow, not wrong. In CI the same examples every time.
 settings.register_profile("modstruct", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("modstruct")
+
+# Ignored in the background of a script and under nohup; the processes that tests start would inherit that.
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)  # a handler ends with the exec, so children have the default
 
 LAUNCHERS_WORDS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 GIVEN = {name: os.environ[name] for name in LAUNCHERS_WORDS if name in os.environ}
