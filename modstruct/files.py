@@ -100,9 +100,10 @@ def refusing(field: str, folder: str | Path) -> Iterator[None]:
 
 
 def require_writable(field: str, folder: str | Path) -> None:
-    """Refuse a folder that no file can be written into, by the field that chose it; it is made if need be."""
+    """Refuse a folder that no file can be written into, or made in, by the field that chose it. Leaves no trace."""
     with refusing(field, folder):
         folder = Path(folder).expanduser()
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".writable-{os.getpid()}-{os.urandom(4).hex()}"
         try:
@@ -110,6 +111,9 @@ def require_writable(field: str, folder: str | Path) -> None:
                 probe.write_bytes(bytes(PROBE_BYTES))
         finally:
             probe.unlink(missing_ok=True)
+            with suppress(OSError):
+                for path in made:
+                    path.rmdir()
 
 
 @contextmanager
