@@ -116,7 +116,7 @@ class Finetuning(Trainer[FinetuneRecipe]):
 def check_batch(objective: Objective, batch: int, entries: int) -> None:
     """Refuse a batch of one pair for losses that compare pairs; name one that takes entries twice."""
     objective.require_pairs(batch)
-    if batch > entries:  # no negatives of themselves: retrieval tells pairs by their images
+    if batch > entries and distributed.is_main():  # no negatives of themselves: retrieval tells pairs by their images
         log.warning("train.global_batch = %d: of %d entries of data.train a step takes some twice", batch, entries)
 
 

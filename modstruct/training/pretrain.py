@@ -66,7 +66,8 @@ class Pretraining(Trainer[Recipe]):
         except ValueError as error:
             if start.saved is None:
                 raise
-            log.warning("%s", error)  # the run was begun so
+            if distributed.is_main():
+                log.warning("%s", error)  # the run was begun so
         torch.manual_seed(recipe.train.seed)
         model = build_model(recipe, data.tokenizer, self.objective, read_weights=start.saved is None)
         self.start(model, start, len(self.samples), epoch_samples)
@@ -143,6 +144,8 @@ def check_batch(recipe: Recipe, objective: Objective, largest: Sequence[int]) ->
         why = f"{name} has so few samples that a batch holds some twice, each its own negative"
         lower = "" if source is None else ", or a lower weight"
         refuse("train.global_batch", batch, f"{why}; give at most {most}{lower}, or more samples")
+    if not distributed.is_main():
+        return
     if 4 * batch > most:
         log.warning(
             "%s has so few samples that train.global_batch = %d %s; up to %d keeps that rare",

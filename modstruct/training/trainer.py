@@ -347,7 +347,8 @@ def note_skip(report: StepReport, state: TrainState, recipe: Recipe | FinetuneRe
     if recipe.train.precision == "fp16" and report.overflow:
         return  # DeepSpeed answers with a smaller loss scale, and ends the run when there is none
     state.skipped_in_a_row += 1
-    log.warning("Step %d skipped: %s", state.step, report.skipped)
+    if distributed.is_main():
+        log.warning("Step %d skipped: %s", state.step, report.skipped)
     if state.skipped_in_a_row > recipe.train.max_skipped_steps:
         raise RunError(
             f"train.max_skipped_steps = {recipe.train.max_skipped_steps}: {state.skipped_in_a_row} steps in a row "
