@@ -97,6 +97,7 @@ def test_what_cannot_work_is_said(tmp_path, make, capsys):
     assert make(tmp_path / "t.csv") == 1
     assert "unreadable file: " in capsys.readouterr().err
     assert not (tmp_path / "shards").exists()
+    (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / "00000.tar").write_bytes(b"")
     assert make(tmp_path / "t.csv") == 2
     assert "holds shards already" in capsys.readouterr().err

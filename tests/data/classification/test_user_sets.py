@@ -175,7 +175,7 @@ def test_labels_that_are_no_classes_are_refused_when_the_set_is_opened(tmp_path,
         ("images: away.csv\nclasses: [a, b]", r"'../../jay.png' points out of"),
         ("images: gone.csv\nclasses: [a, b]", r"1 of 1 images are not in .*, the first one/jay/7.png"),
         ("images: none-*.tar\nclasses: [a, b]", r"no file matches"),
-        ("name: ../up\nimages: one", r"name = '../up': give a plain file name"),
+        ("name: ../up\nimages: one", r"line 2: the key 'name' is there already"),
     ],
 )
 def test_a_wrong_file_is_refused_by_key_value_and_remedy(tmp_path, config, text, message):
@@ -189,6 +189,12 @@ def test_a_wrong_file_is_refused_by_key_value_and_remedy(tmp_path, config, text,
     layouts.put(tmp_path / "gone.csv", "image,label\none/jay/7.png,1\n")
     with pytest.raises(ValueError, match=message):
         open_labelled(str(described(tmp_path, text)), config)
+
+
+def test_a_name_is_no_path(tmp_path, config):
+    class_folders(tmp_path / "one")
+    with pytest.raises(ValueError, match=r"name = '../up': give a plain file name"):
+        open_labelled(str(layouts.put(tmp_path / "birds.yaml", "name: ../up\nimages: one")), config)
 
 
 def test_a_missing_file_is_named(tmp_path, config):
