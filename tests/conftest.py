@@ -17,9 +17,9 @@ import pytest
 from hypothesis import settings
 
 # Before numpy and torch are imported: workers of xdist that each take all cores wait for each other.
-cores = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))
-for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ.setdefault(name, str(cores))
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ.setdefault(name, str(max(1, (os.cpu_count() or 1) // workers)))
 
 for folder in sorted(path for path in Path(__file__).parent.rglob("*") if path.is_dir() and path.name != "__pycache__"):
     sys.path.insert(0, str(folder))
