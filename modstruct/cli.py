@@ -244,6 +244,16 @@ def run(command: Callable[[], object], told: str = "") -> None:
         sys.exit(1)
 
 
+def run_tool(command: Callable[[], int | None], errors: tuple[type[Exception], ...] = (OSError,)) -> int:
+    """The exit status of a tool: its command's (None is 0), or 2 where one of `errors` ends it, said in one line."""
+    escape_what_cannot_be_shown()
+    try:
+        return command() or 0
+    except errors as error:
+        print(printable(f"error: {disk_error(error)}"), file=sys.stderr)
+        return 2
+
+
 # What is wrong with a command line or a recipe, in one line: field, value and what is allowed. jsonargparse says it in
 # up to ten lines and in Python's types; where its wording is not known here, it is joined to one line as it is.
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}

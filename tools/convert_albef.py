@@ -21,9 +21,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
+from modstruct.cli import run_tool
 from modstruct.config.migrations import is_fine_tuning
-from modstruct.errors import printable, require
-from modstruct.files import atomic_write, disk_error
+from modstruct.errors import require
+from modstruct.files import atomic_write
 from modstruct.models.fusion.initial_weights import read_everything, recipe_of
 from modstruct.models.fusion.published import to_albef
 
@@ -64,12 +65,7 @@ def convert(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    try:
-        convert(parse(arguments))
-    except (ValueError, OSError) as error:
-        print(printable(f"error: {disk_error(error)}"), file=sys.stderr)
-        return 2
-    return 0
+    return run_tool(lambda: convert(parse(arguments)), (ValueError, OSError))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from modstruct import stopping
+from modstruct.cli import run_tool
 from modstruct.config import DataConfig
 from modstruct.data.shards.index import (
     REPEATED_KEY,
@@ -39,17 +40,8 @@ from modstruct.data.shards.index import (
 from modstruct.data.shards.members import LAYOUT
 from modstruct.data.shards.pipes import PipeCache, PipeFailed, pipe_cache
 from modstruct.data.shards.sources import expand_pattern, is_pipe
-from modstruct.errors import escape_what_cannot_be_shown, printable
-from modstruct.files import disk_error, require_writable
-
-
-def main() -> int:
-    escape_what_cannot_be_shown()
-    try:
-        return index()
-    except OSError as error:
-        print(printable(f"error: {disk_error(error)}"), file=sys.stderr)
-        return 2
+from modstruct.errors import printable
+from modstruct.files import require_writable
 
 
 def index() -> int:
@@ -144,4 +136,4 @@ def _report(files: dict[str, Path]) -> None:
 
 if __name__ == "__main__":
     stopping.listen()
-    sys.exit(main())
+    sys.exit(run_tool(index))

@@ -33,13 +33,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from modstruct import stopping
+from modstruct.cli import run_tool
 from modstruct.config import DataConfig
 from modstruct.data.faults import BadSample
 from modstruct.data.shards.members import Tally
 from modstruct.data.transforms.decoding import FORMATS, decode_image
 from modstruct.distributed.run_lock import held
-from modstruct.errors import escape_what_cannot_be_shown, printable
-from modstruct.files import disk_error, parse_json, require_writable
+from modstruct.errors import printable
+from modstruct.files import parse_json, require_writable
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 # Of others than FORMATS, those that Pillow reads by itself: no EPS, which runs Ghostscript, and no films.
@@ -48,15 +49,6 @@ Entry = tuple[Path, str | None, dict]
 """Image, caption or None, metadata."""
 NAMED = 10  # bad samples, while packing
 EXTRA_CELLS = None  # csv's key of the cells beyond the header
-
-
-def main() -> int:
-    escape_what_cannot_be_shown()
-    try:
-        return pack()
-    except OSError as error:
-        print(printable(f"error: {disk_error(error)}"), file=sys.stderr)
-        return 2
 
 
 def pack() -> int:
@@ -284,4 +276,4 @@ class AtomicShardWriter:
 
 if __name__ == "__main__":
     stopping.listen()
-    sys.exit(main())
+    sys.exit(run_tool(pack))

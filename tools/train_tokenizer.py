@@ -18,14 +18,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from modstruct import stopping
+from modstruct.cli import run_tool
 from modstruct.config import DataConfig, Source, TokenizerConfig
 from modstruct.data.faults import TooManyBadSamples
 from modstruct.data.sentencepiece_training import TRAINING_CAPTIONS, train_sentencepiece
 from modstruct.data.shards.evaluation_samples import train_captions
 from modstruct.data.shards.samples import open_samples
 from modstruct.data.tokenizers import DESCRIPTION_FILE, SentencePieceTokenizer
-from modstruct.errors import escape_what_cannot_be_shown, printable, require
-from modstruct.files import disk_error
+from modstruct.errors import printable, require
 from modstruct.list_options import list_words
 
 EXAMPLES = 5
@@ -113,13 +113,7 @@ def _train(options: argparse.Namespace, aside: Path, out: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    escape_what_cannot_be_shown()
-    try:
-        train(parse(arguments))
-    except (ValueError, OSError, TooManyBadSamples) as error:
-        print(printable(f"error: {disk_error(error)}"), file=sys.stderr)
-        return 2
-    return 0
+    return run_tool(lambda: train(parse(arguments)), (ValueError, OSError, TooManyBadSamples))
 
 
 if __name__ == "__main__":

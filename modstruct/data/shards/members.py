@@ -59,14 +59,14 @@ class MemberGroups:
         self.kinds, self.needed, self.unused = kinds, frozenset(needed), unused
         self._run = ""  # what precedes the first dot; no member's
         self._plain: SampleMembers | None = None
-        self._dotted: list[tuple[SampleMembers, list[Member]]] = []
+        self._dotted: list[tuple[SampleMembers, list[tuple[str, Member]]]] = []  # members by kind
         self._keys_have_dots = False
 
     def add(self, member: Member) -> list[SampleMembers]:
         """Take the next member. Returns the samples that ended before it."""
         run, extension = _parted(member.name)
-        plain = self.kinds.get(extension)
-        if plain is None and self.kinds.get(extension.rpartition(".")[2]) is None:
+        plain, dotted = self.kinds.get(extension), self.kinds.get(extension.rpartition(".")[2])
+        if dotted is None:
             self.unused.add(_cause(extension), member.name)
             return []
         ended = self.end() if run != self._run else []
@@ -78,7 +78,7 @@ class MemberGroups:
             key = member.name.rpartition(".")[0]
             if not self._dotted or self._dotted[-1][0].key != key:
                 self._dotted.append((SampleMembers(key), []))
-            self._dotted[-1][1].append(member)
+            self._dotted[-1][1].append((dotted, member))
         return ended
 
     def end(self) -> list[SampleMembers]:
@@ -87,20 +87,20 @@ class MemberGroups:
         self._run, self._plain, self._dotted = "", None, []
         by_first_dot = plain is not None and not self.needed.isdisjoint(plain.found)
         if not by_first_dot and dotted:
-            self._keys_have_dots |= any(self.needed <= self._kinds(members) for _, members in dotted)
+            self._keys_have_dots |= any(self._is_whole(members) for _, members in dotted)
         samples = [] if plain is None else [plain]
         for sample, members in dotted:
             if by_first_dot or not self._keys_have_dots:
-                for member in members:
+                for _, member in members:
                     self.unused.add(_cause(_parted(member.name)[1]), member.name)
                 continue
-            for member in members:
-                self._keep(sample, self.kinds[_parted(member.name)[1].rpartition(".")[2]], member)
+            for kind, member in members:
+                self._keep(sample, kind, member)
             samples.append(sample)
         return samples
 
-    def _kinds(self, members: list[Member]) -> set[str]:
-        return {self.kinds[_parted(member.name)[1].rpartition(".")[2]] for member in members}
+    def _is_whole(self, members: list[tuple[str, Member]]) -> bool:
+        return self.needed <= {kind for kind, _ in members}
 
     def _keep(self, sample: SampleMembers, kind: str, member: Member) -> None:
         if kind in sample.found:

@@ -328,7 +328,7 @@ def test_shards_that_are_named_twice_are_said(tmp_path, caplog):
 def test_a_resumed_run_keeps_the_samples_that_an_older_index_had(tmp_path, caplog):
     names = [f"v1.{n}.{kind}" for n in range(3) for kind in ("jpg", "txt")]
     pattern, data = str(write_tar(tmp_path / "x.tar", [*sample(0), *sample(1), *named(*names)])), config(tmp_path)
-    with mock.patch.object(MemberGroups, "_kinds", return_value=set()):  # as no key with a dot was one
+    with mock.patch.object(MemberGroups, "_is_whole", return_value=False):  # as no key with a dot was one
         old = opened(pattern, data)
     (old.table.with_suffix(".json")).rename(tmp_path / "cache/indexes/sets/older.json")
     old.table.rename(tmp_path / "cache/indexes/sets/older.rows")
