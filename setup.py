@@ -1,7 +1,8 @@
 """Builds the extension modstruct._C; everything else about the package is in pyproject.toml.
 
 The CUDA half is built where nvcc is found: on the PATH, in CUDA_HOME/bin or in /usr/local/cuda/bin. MODSTRUCT_CUDA=0 in
-the environment leaves it out, MODSTRUCT_CUDA=1 makes a missing nvcc an error.
+the environment leaves it out, MODSTRUCT_CUDA=1 makes a missing nvcc an error. Files are compiled side by side, MAX_JOBS
+at once or one a core.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import re
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 from setuptools.modified import newer_group
@@ -28,7 +30,7 @@ CUDA_ARCHITECTURES = {  # name: what nvcc is told
     "compute_80": "arch=compute_80,code=compute_80",  # the driver compiles it for all later ones
 }
 CUDA_SOURCES = sorted(glob("csrc/cuda/*.cu"))
-CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-Wall,-Wextra,-fPIC", "-Icsrc/cuda", "-Icsrc/cuda/gpu"]
+CUDA_FLAGS = ["-std=c++17", "-O3", "--threads=0", "-Xcompiler", "-Wall,-Wextra,-fPIC", "-Icsrc/cuda", "-Icsrc/cuda/gpu"]
 HEADERS = sorted(path for kind in ("h", "cuh", "inc") for path in glob(f"csrc/**/*.{kind}", recursive=True))
 
 
@@ -94,11 +96,14 @@ class BuildExtension(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         targets = [f"-gencode={CUDA_ARCHITECTURES[name]}" for name in architectures]
         (extension,) = self.extensions
+        commands = []
         for source in CUDA_SOURCES:
             target = str(folder / f"{Path(source).stem}.o")
             if self.force or newer_group([source, *HEADERS, "setup.py"], target):
-                self.spawn([nvcc, *CUDA_FLAGS, *targets, "-c", source, "-o", target])
+                commands.append([nvcc, *CUDA_FLAGS, *targets, "-c", source, "-o", target])
             extension.extra_objects.append(target)
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", 0)) or os.cpu_count()) as pool:
+            list(pool.map(self.spawn, commands))
         extension.sources += sorted(glob("csrc/cuda/*.cpp"))
         extension.define_macros += [
             ("MODSTRUCT_WITH_CUDA", None),
@@ -132,6 +137,7 @@ def cuda_libraries(nvcc: str) -> list[str]:
     return [folder for folder in re.findall(r'-L([^"\s]+)', line) if Path(folder, "libcudart_static.a").exists()]
 
 
+ParallelCompile("MAX_JOBS").install()
 setup(
     ext_modules=[
         Pybind11Extension(

@@ -1,49 +1,149 @@
 #!/usr/bin/env bash
-# Everything about the pairwise kernels that only a GPU can tell, in one call of less than ten minutes: build, tests
-# against float64, compute-sanitizer, times beside the plain forms, and the share of a step that the losses take.
-#   tools/gpu_check.sh [OUT]         # tables on the screen, logs and plots in OUT (default: runs/gpu_check)
-# Needs nvcc, torch, pybind11, pytest, hypothesis, matplotlib and tqdm; no DeepSpeed. Stops where the tests fail, so
-# that wrong kernels are not timed; what the sanitizers find is reported at the end, by the exit status too.
+# What only a GPU can tell, in parts of less than eight minutes, each of which starts from a bare machine:
+#   tools/gpu_check.sh kernels [OUT]    # tests against float64 on the GPU, times beside the plain and the compiled forms
+#   tools/gpu_check.sh runs [OUT]       # real runs side by side: every ZeRO stage, precisions, gradient cache, compile,
+#                                       # kill and resume, fusion, fine-tuning, evaluation; ends with a table of them
+#   tools/gpu_check.sh speed [OUT]      # steps of ViT-B/32, ViT-B/16 and RN50 beside open_clip's, alone on the machine
+#   tools/gpu_check.sh sanitize [OUT]   # the kernels under compute-sanitizer, if it works here
+# Tables on the screen, logs in OUT (default: runs/gpu_check), eight files at most. Every part needs the checkout, nvcc,
+# g++, torch, pybind11 and setuptools; kernels and sanitize pytest and hypothesis, kernels matplotlib and tqdm besides;
+# runs and speed what pyproject.toml lists (of which a CUDA image of torch lacks about 30 MB: deepspeed, open_clip,
+# webdataset, jsonargparse, pydantic and faiss-cpu with what they need). The exit status is that of the worst step.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-out=${1:-runs/gpu_check}
+part=${1:?kernels, runs, speed or sanitize}
+out=${2:-runs/gpu_check}
 mkdir -p "$out"
 out=$(realpath "$out")
-export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
-gpu_tests=(python3 -m pytest -q -p no:cacheprovider tests/pairwise/test_cuda_kernels_emulated.py)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+gpu_tests=(python3 -m pytest -q -p no:cacheprovider -n 4 tests/pairwise/test_cuda_kernels_emulated.py)
+status=0
 
-echo "== build"
-MODSTRUCT_CUDA=1 timeout 100 python3 setup.py -q build_ext --inplace >"$out/build.log" 2>&1 || { cat "$out/build.log"; exit 1; }
-python3 -c "
+build() {
+  echo "== build"
+  MODSTRUCT_CUDA=1 timeout 200 python3 setup.py -q build_ext --inplace >"$out/build.log" 2>&1 || { cat "$out/build.log"; exit 1; }
+  python3 -c "
 import torch
 from modstruct.pairwise.operators import load_extension
 print(torch.cuda.get_device_name(), 'torch', torch.__version__, load_extension().features())"
+}
 
-echo "== tests on the GPU"
-timeout 120 "${gpu_tests[@]}" -k gpu 2>&1 | tee "$out/tests.log" | tail -5
+kernels() {
+  echo "== tests on the GPU"
+  # Where they fail the kernels are not timed.
+  timeout 150 "${gpu_tests[@]}" -k gpu >"$out/tests.log" 2>&1 || { tail -60 "$out/tests.log"; exit 1; }
+  tail -3 "$out/tests.log"
+  echo "== times"
+  timeout 240 python3 tools/benchmarks/pairwise.py --device cuda --rounds 5 --out "$out" >"$out/pairwise.log" 2>&1 || status=1
+  cat "$out/pairwise.log"
+  echo "== share of a step"
+  for precision in tf32 bf16; do
+    timeout 60 python3 tools/benchmarks/loss_share.py --device cuda --precision $precision --tower_batch 256 || status=1
+  done
+}
 
-status=0
-if command -v compute-sanitizer >/dev/null; then
+# begin NAME COMMAND…: the command in the background, with --output; its end is noted.
+begin() {
+  local name=$1
+  shift
+  (
+    begun=$SECONDS
+    timeout "$limit" "$@" --output "$work/$name" >"$work/$name.log" 2>&1 && code=0 || code=$?
+    echo "$name: exit $code after $((SECONDS - begun)) s" >>"$work/ends"
+  ) &
+}
+
+runs() {
+  export OMP_NUM_THREADS=1
+  limit=240
+  local train=(python3 launch_scripts/pretrain.py)
+  local tiny=(--train.steps 30 --evaluation.every_steps 0 --checkpoints.every_steps 10 --checkpoints.keep_last 9 --logging.every_steps 10)
+  local bf16=("${tiny[@]}" --train.precision bf16)
+  echo "== runs"
+  # The first draws the scenes and trains the tokenizer, for which the others wait.
+  begin first_line deepspeed launch_scripts/pretrain.py --ds_config ds_configs/zero2.json
+  sleep 5
+  for stage in zero0 zero1 zero2 zero3 zero2_offload zero3_offload; do
+    begin "$stage" "${train[@]}" "${bf16[@]}" --ds_config "ds_configs/$stage.json"
+  done
+  begin twice "${train[@]}" "${bf16[@]}"
+  begin fp32 "${train[@]}" "${tiny[@]}"
+  begin fp16 "${train[@]}" "${tiny[@]}" --train.precision fp16
+  begin cache "${train[@]}" "${bf16[@]}" --train.micro_batch 32
+  begin cache3 "${train[@]}" "${bf16[@]}" --train.micro_batch 32 --ds_config ds_configs/zero3.json
+  begin recomputed "${train[@]}" "${bf16[@]}" --train.activation_checkpointing true
+  begin compiled "${train[@]}" "${bf16[@]}" --train.compile true
+  begin siglip "${train[@]}" "${bf16[@]}" --method siglip
+  begin fusion "${train[@]}" "${bf16[@]}" --recipe albef_scenes --fusion.queue_after 10
+  begin killed "${train[@]}" "${bf16[@]}"
+  until ls -d "$work"/killed/checkpoints/*10 2>/dev/null || grep -q killed "$work/ends" 2>/dev/null; do sleep 0.1; done >/dev/null
+  pkill -9 -f "output $work/killed" || true
+  wait
+  begin killed "${train[@]}" "${bf16[@]}" --resume latest
+  begin vqa python3 launch_scripts/finetune.py --recipe vqa --init "$work/fusion" --train.steps 20 --train.precision bf16
+  begin nlvr2 python3 launch_scripts/finetune.py --recipe nlvr2 --init "$work/fusion" --train.steps 20 --train.precision bf16
+  (timeout "$limit" python3 launch_scripts/evaluate.py full --checkpoint "$work/first_line" --out "$work/full" >"$work/full.log" 2>&1 && code=0 || code=$?
+    echo "full: exit $code" >>"$work/ends") &
+  wait
+  sort "$work/ends"
+  ! grep -v "exit 0" "$work/ends" | grep -v "killed: exit 137" || status=1
+  for log in "$work"/*.log; do echo "=== $log"; tr '\r' '\n' <"$log" | grep -v 'step/s\|batch/s' ; done >"$out/runs.log"
+  tail -40 "$work/first_line.log" | tr '\r' '\n' | grep -v 'step/s\|batch/s' || true
+  cp "$work"/first_line/log.txt "$out/first_line.txt" || true
+  python3 - "$work" <<'END' || status=1
+import sys
+from pathlib import Path
+
+import torch
+from modstruct import checkpoints
+
+work = Path(sys.argv[1])
+reference = None
+for name in ("zero2", "twice", "killed", "zero0", "zero1", "zero3", "zero2_offload", "zero3_offload", "cache", "cache3", "recomputed", "compiled", "fp32", "fp16"):
+    try:
+        weights = checkpoints.read_weights(checkpoints.find("latest", work / name))
+    except Exception as error:
+        print(f"{name:12} no checkpoint: {error}")
+        continue
+    reference = reference or weights
+    far = sum((weights[n].double() - w.double()).norm() ** 2 for n, w in reference.items()) ** 0.5
+    size = sum(w.double().norm() ** 2 for w in reference.values()) ** 0.5
+    print(f"{name:12} |weights - zero2's| / |zero2's| = {far / size:.2e} after 30 steps")
+END
+}
+
+speed() {
+  local clip=(python3 tools/benchmarks/step.py --recipe clip_rn50_cc3m --method clip)
+  for words in \
+    "--model.name ViT-B-32 --train.global_batch 1024" \
+    "--model.name ViT-B-32 --train.global_batch 1024 --ds_config ds_configs/zero0.json" \
+    "--model.name ViT-B-32 --train.global_batch 1024 --train.compile true" \
+    "--model.name ViT-B-16 --train.global_batch 512" \
+    "--model.name RN50 --train.global_batch 512" \
+    "--model.name ViT-B-32 --train.global_batch 1024 --method all --without_plain" \
+    "--model.name ViT-B-32 --train.global_batch 4096 --train.micro_batch 512 --without_plain"; do
+    echo "== step.py $words"
+    # shellcheck disable=SC2086
+    timeout 120 "${clip[@]}" $words 2>"$work/error" | tee -a "$out/speed.log" || { status=1; tail -15 "$work/error"; }
+  done
+}
+
+sanitize() {
+  command -v compute-sanitizer >/dev/null || { echo "no compute-sanitizer here"; exit 1; }
   for tool in memcheck racecheck; do
     echo "== compute-sanitizer $tool"
     # Sizes that fill no tile: where an access out of bounds, or a missing barrier, would show.
     # Without torch's cache of memory, in which an access beyond one array falls into another unseen.
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 80 compute-sanitizer --tool $tool --error-exitcode 9 \
-      --target-processes application-only "${gpu_tests[@]}" -k "gpu and 129-300" >"$out/$tool.log" 2>&1 ||
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 150 compute-sanitizer --tool $tool --error-exitcode 9 \
+      --target-processes application-only "${gpu_tests[@]}" -n 0 -k "gpu and 129-300" >"$out/$tool.log" 2>&1 ||
       { status=9; echo "$tool: failed or ran out of time, see $out/$tool.log"; }
     tail -3 "$out/$tool.log"
   done
-else
-  echo "== no compute-sanitizer here"
-fi
+}
 
-echo "== times"
-timeout 160 python3 tools/benchmarks/pairwise.py --device cuda --rounds 5 --out "$out" 2>&1 | tee "$out/bench.log"
-
-echo "== share of a step"
-for precision in tf32 bf16; do
-  timeout 35 python3 tools/benchmarks/loss_share.py --device cuda --precision $precision --tower_batch 256 |
-    tee -a "$out/loss_share.log"
-done
+build
+"$part"
 exit $status

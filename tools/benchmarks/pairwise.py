@@ -60,6 +60,9 @@ class Term:
     plain_seconds: list[float] = field(default_factory=list)
     ours: Callable[[], object] | None = field(default=None, repr=False)
     plain: Callable[[], object] | None = field(default=None, repr=False)
+    compiled: Callable[[], object] | None = field(default=None, repr=False)
+    """The plain form by torch.compile."""
+    compiled_seconds: list[float] = field(default_factory=list)
 
     @property
     def ratio(self) -> float | None:
@@ -75,11 +78,17 @@ def main(arguments: list[str] | None = None) -> None:
     device = torch.device(options.device)
     print(machine(device))
     terms, product = cuda_terms(device) if device.type == "cuda" else cpu_terms(options)
-    for _ in tqdm(range(options.rounds), desc="rounds", leave=False):
+    for turn in tqdm(range(options.rounds + 1), desc="rounds", leave=False):
         for term in (product, *terms):
-            term.seconds.append(timed(term.ours, device))
-            if term.plain is not None:
-                term.plain_seconds.append(timed(term.plain, device))
+            forms = (
+                (term.ours, term.seconds),
+                (term.plain, term.plain_seconds),
+                (term.compiled, term.compiled_seconds),
+            )
+            for form, seconds in forms:
+                if form is not None:
+                    taken = timed(form, device)
+                    seconds += [taken] * (turn > 0)  # the first round warms up, and compiles
     print_times(terms, product)
     memory = cuda_memory(device) if device.type == "cuda" else cpu_memory(options)
     print_memory(memory)
@@ -173,6 +182,10 @@ def ours_potential(precision: str) -> Callable[..., Tensor]:
     return lambda z: gaussian_potential(z, T, precision)
 
 
+def plain_potential(z: Tensor) -> Tensor:
+    return reference.gaussian_potential_of_unit_rows(z, T)
+
+
 def ours_geometry(precision: str) -> Callable[..., Tensor]:
     return lambda a, b: geometric_consistency(a, b, precision)
 
@@ -203,7 +216,7 @@ def cpu_terms(options: argparse.Namespace) -> tuple[list[Term], Term]:
         ),
         (
             forward_and_backward(ours_potential("float32"), x),
-            forward_and_backward(lambda z: reference.gaussian_potential_of_unit_rows(z, T), x),
+            forward_and_backward(plain_potential, x),
         ),
         (
             forward_and_backward(ours_geometry("float32"), x, y),
@@ -226,71 +239,40 @@ def cuda_terms(device: torch.device) -> tuple[list[Term], Term]:
         y = rows(n, d, 2, like=x, device=device)
         scale = torch.tensor([LOGIT_SCALE], device=device)
         for precision in ("bf16", "tf32"):
-            size = f"N = {n:,}, D = {d}, {precision}"
-            # A plain form at N = 131,072 would need 64 GiB for each array of logits.
-            small = n <= 32_768
             cast = torch.bfloat16 if precision == "bf16" else torch.float32
-            x_plain, y_plain = x.to(cast), y.to(cast)
-            terms += [
-                Term(
-                    "contrastive",
-                    size,
-                    8 * n * n * d,
-                    0.5 if small and precision == "bf16" else None,
-                    ours=forward_and_backward(ours_contrastive(precision), x, y, scale),
-                    plain=forward_and_backward(in_tf32(reference.contrastive), x_plain, y_plain, scale.to(cast))
-                    if small
-                    else None,
-                ),
-                Term(
-                    "sigmoid_contrastive",
-                    size,
-                    6 * n * n * d,
-                    ours=forward_and_backward(ours_sigmoid(precision), x, y, scale),
-                    plain=forward_and_backward(in_tf32(plain_sigmoid), x_plain, y_plain, scale.to(cast))
-                    if small
-                    else None,
-                ),
-                Term(
-                    "gaussian_potential",
-                    size,
-                    3 * n * n * d,
-                    ours=forward_and_backward(ours_potential(precision), x),
-                    plain=forward_and_backward(
-                        in_tf32(lambda z: reference.gaussian_potential_of_unit_rows(z, T)), x_plain
-                    )
-                    if small
-                    else None,
-                ),
-                Term(
-                    "geometric_consistency",
-                    size,
-                    8 * n * d * d,
-                    ours=forward_and_backward(ours_geometry(precision), x, y),
-                    plain=forward_and_backward(in_tf32(reference.geometric_consistency), x_plain, y_plain)
-                    if small
-                    else None,
-                ),
+            cases = [
+                ("contrastive", 8 * n * n * d, ours_contrastive, reference.contrastive, (x, y, scale)),
+                ("sigmoid_contrastive", 6 * n * n * d, ours_sigmoid, plain_sigmoid, (x, y, scale)),
+                ("gaussian_potential", 3 * n * n * d, ours_potential, plain_potential, (x,)),
+                ("geometric_consistency", 8 * n * d * d, ours_geometry, reference.geometric_consistency, (x, y)),
             ]
+            for name, operations, ours, plain, inputs in cases:
+                term = Term(name, f"N = {n:,}, D = {d}, {precision}", operations)
+                term.ours = forward_and_backward(ours(precision), *inputs)
+                if n <= 32_768:  # a plain form at N = 131,072 would need 64 GiB for each array of logits
+                    low = [z.to(cast) for z in inputs]
+                    term.plain = in_tf32(forward_and_backward(plain, *low))
+                    if precision == "bf16":
+                        term.compiled = in_tf32(forward_and_backward(torch.compile(plain, dynamic=False), *low))
+                        term.limit = 0.5 if name == "contrastive" else None
+                terms.append(term)
     queries, gallery = rows(10_000, 512, 3, device=device), rows(50_000, 512, 4, device=device)
     positives = torch.stack((torch.arange(10_000), torch.arange(10_000)), 1).to(device)
-    terms.append(
-        Term(
-            "nearest_counts",
-            "10,000 x 50,000, D = 512, float32",
-            2 * 10_000 * 50_000 * 512,
-            ours=lambda: nearest_counts(queries, gallery, positives),
-            plain=lambda: reference.nearest_counts(queries, gallery, positives),
-        )
-    )
+    counts = Term("nearest_counts", "10,000 x 50,000, D = 512, float32", 2 * 10_000 * 50_000 * 512)
+    counts.ours = lambda: nearest_counts(queries, gallery, positives)
+    counts.plain = lambda: reference.nearest_counts(queries, gallery, positives)
     a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
-    return terms, Term("product of matrices", "8,192^3, bf16", 2 * 8192**3, ours=lambda: a @ b)
+    return [*terms, counts], Term("product of matrices", "8,192^3, bf16", 2 * 8192**3, ours=lambda: a @ b)
 
 
-def in_tf32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def run(*inputs: Tensor) -> Tensor:
+def in_tf32(function: Callable[[], object]) -> Callable[[], object]:
+    """Forward and backward of float32 in tf32, and nothing that is timed beside it."""
+
+    def run() -> None:
+        before = torch.backends.cuda.matmul.fp32_precision
         torch.backends.cuda.matmul.fp32_precision = "tf32"
-        return function(*inputs)
+        function()
+        torch.backends.cuda.matmul.fp32_precision = before
 
     return run
 
@@ -406,20 +388,25 @@ def gradients(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
 
 
 def as_json(term: Term) -> dict:
-    record = {k: v for k, v in asdict(term).items() if k not in ("ours", "plain")}
+    record = {k: v for k, v in asdict(term).items() if k not in ("ours", "plain", "compiled")}
     return record | {"ratio": term.ratio, "operations_per_second": term.rate()}
 
 
 def print_times(terms: list[Term], product: Term) -> None:
     print(f"\nproducts of matrices run at {product.rate() / 1e9:,.0f} GFLOP/s here ({product.size})\n")
-    heads = f"{'ours, ms':>10}{'plain, ms':>11}{'ratio':>8}{'allowed':>9}{'GFLOP/s':>10}{'of products':>13}"
+    heads = (
+        f"{'ours, ms':>10}{'plain, ms':>11}{'compiled':>10}{'ratio':>8}{'allowed':>9}{'GFLOP/s':>10}{'of products':>13}"
+    )
     print(f"{'term':22}{'size':30}{heads}")
     for term in terms:
         ours = statistics.median(term.seconds) * 1e3
-        plain = f"{statistics.median(term.plain_seconds) * 1e3:.1f}" if term.plain_seconds else "-"
+        plain, compiled = (
+            f"{statistics.median(seconds) * 1e3:.1f}" if seconds else "-"
+            for seconds in (term.plain_seconds, term.compiled_seconds)
+        )
         ratio = f"{term.ratio:.3f}" if term.ratio is not None else "-"
         allowed = f"{term.limit:.3f}" if term.limit is not None else "-"
-        times = f"{ours:>10.1f}{plain:>11}{ratio:>8}{allowed:>9}"
+        times = f"{ours:>10.1f}{plain:>11}{compiled:>10}{ratio:>8}{allowed:>9}"
         print(f"{term.name:22}{term.size:30}{times}{term.rate() / 1e9:>10,.0f}{term.rate() / product.rate():>13.0%}")
 
 
