@@ -58,7 +58,7 @@ begin() {
 
 runs() {
   export OMP_NUM_THREADS=1
-  limit=240
+  limit=150
   local train=(python3 launch_scripts/pretrain.py)
   local tiny=(--train.steps 30 --evaluation.every_steps 0 --checkpoints.every_steps 10 --checkpoints.keep_last 9 --logging.every_steps 10)
   local bf16=("${tiny[@]}" --train.precision bf16)
