@@ -45,89 +45,96 @@ kernels() {
   done
 }
 
-# begin NAME COMMAND…: the command in the background, with --output; its end is noted.
+# begin NAME COMMAND…: the command in the background, with --output; its end is noted. One that hangs shows where.
 begin() {
   local name=$1
   shift
   (
     begun=$SECONDS
-    timeout "$limit" "$@" --output "$work/$name" >"$work/$name.log" 2>&1 && code=0 || code=$?
+    PYTHONFAULTHANDLER=1 timeout -s ABRT -k 5 "$limit" "$@" --output "$work/$name" >"$work/$name.log" 2>&1 && code=0 || code=$?
     echo "$name: exit $code after $((SECONDS - begun)) s" >>"$work/ends"
   ) &
 }
 
+collect() {
+  sort "$work/ends"
+  for log in "$work"/*.log; do echo "=== $log"; without_bars "$log"; done >"$out/runs.log"
+}
+
+without_bars() { tr '\r' '\n' <"$1" | grep -v 'step/s\|batch/s\|s/step\|s/batch\|^ *$' || true; }
+
 runs() {
   export OMP_NUM_THREADS=1
-  limit=150
+  limit=80
+  trap 'collect; rm -rf "$work"' EXIT
+  trap 'exit 1' TERM
   local train=(python3 launch_scripts/pretrain.py)
   local tiny=(--train.steps 30 --evaluation.every_steps 0 --checkpoints.every_steps 10 --checkpoints.keep_last 9 --logging.every_steps 10)
   local bf16=("${tiny[@]}" --train.precision bf16)
   echo "== runs"
   # The first draws the scenes and trains the tokenizer, for which the others wait.
   begin first_line deepspeed launch_scripts/pretrain.py --ds_config ds_configs/zero2.json
-  sleep 5
-  for stage in zero0 zero1 zero2 zero3 zero2_offload zero3_offload; do
+  sleep 3
+  begin zero2 "${train[@]}" "${bf16[@]}"
+  begin zero3 "${train[@]}" "${bf16[@]}" --ds_config ds_configs/zero3.json
+  begin fp16 "${train[@]}" "${tiny[@]}" --train.precision fp16
+  begin cache "${train[@]}" "${bf16[@]}" --train.micro_batch 32
+  begin fusion "${train[@]}" "${bf16[@]}" --recipe albef_scenes --fusion.queue_after 10
+  begin killed "${train[@]}" "${bf16[@]}"
+  until ls -d "$work"/killed/checkpoints/*10 || grep -q killed "$work/ends"; do sleep 0.1; done >/dev/null 2>&1
+  pkill -9 -f "output $work/killed" || true
+  wait
+  for stage in zero0 zero1 zero2_offload zero3_offload; do
     begin "$stage" "${train[@]}" "${bf16[@]}" --ds_config "ds_configs/$stage.json"
   done
   begin twice "${train[@]}" "${bf16[@]}"
   begin fp32 "${train[@]}" "${tiny[@]}"
-  begin fp16 "${train[@]}" "${tiny[@]}" --train.precision fp16
-  begin cache "${train[@]}" "${bf16[@]}" --train.micro_batch 32
   begin cache3 "${train[@]}" "${bf16[@]}" --train.micro_batch 32 --ds_config ds_configs/zero3.json
   begin recomputed "${train[@]}" "${bf16[@]}" --train.activation_checkpointing true
   begin compiled "${train[@]}" "${bf16[@]}" --train.compile true
   begin siglip "${train[@]}" "${bf16[@]}" --method siglip
-  begin fusion "${train[@]}" "${bf16[@]}" --recipe albef_scenes --fusion.queue_after 10
-  begin killed "${train[@]}" "${bf16[@]}"
-  until ls -d "$work"/killed/checkpoints/*10 2>/dev/null || grep -q killed "$work/ends" 2>/dev/null; do sleep 0.1; done >/dev/null
-  pkill -9 -f "output $work/killed" || true
-  wait
   begin killed "${train[@]}" "${bf16[@]}" --resume latest
   begin vqa python3 launch_scripts/finetune.py --recipe vqa --init "$work/fusion" --train.steps 20 --train.precision bf16
-  begin nlvr2 python3 launch_scripts/finetune.py --recipe nlvr2 --init "$work/fusion" --train.steps 20 --train.precision bf16
-  (timeout "$limit" python3 launch_scripts/evaluate.py full --checkpoint "$work/first_line" --out "$work/full" >"$work/full.log" 2>&1 && code=0 || code=$?
-    echo "full: exit $code" >>"$work/ends") &
   wait
-  sort "$work/ends"
-  ! grep -v "exit 0" "$work/ends" | grep -v "killed: exit 137" || status=1
-  for log in "$work"/*.log; do echo "=== $log"; tr '\r' '\n' <"$log" | grep -v 'step/s\|batch/s' ; done >"$out/runs.log"
-  tail -40 "$work/first_line.log" | tr '\r' '\n' | grep -v 'step/s\|batch/s' || true
-  cp "$work"/first_line/log.txt "$out/first_line.txt" || true
+  [ "$(grep -cv 'exit 0' "$work/ends")" = 1 ] || status=1 # the one that was killed
   python3 - "$work" <<'END' || status=1
 import sys
 from pathlib import Path
 
-import torch
 from modstruct import checkpoints
 
-work = Path(sys.argv[1])
-reference = None
-for name in ("zero2", "twice", "killed", "zero0", "zero1", "zero3", "zero2_offload", "zero3_offload", "cache", "cache3", "recomputed", "compiled", "fp32", "fp16"):
-    try:
-        weights = checkpoints.read_weights(checkpoints.find("latest", work / name))
-    except Exception as error:
-        print(f"{name:12} no checkpoint: {error}")
+work, reference = Path(sys.argv[1]), None
+same = "zero2 twice killed"
+near = "zero0 zero1 zero3 zero2_offload zero3_offload cache cache3 recomputed compiled fp32 fp16"
+for name in (same + " " + near).split():
+    path = work / name / "checkpoints" / "step-00000030"
+    if not path.exists():
+        print(f"{name:14} has no checkpoint of step 30")
         continue
+    weights = checkpoints.read_weights(path)
     reference = reference or weights
     far = sum((weights[n].double() - w.double()).norm() ** 2 for n, w in reference.items()) ** 0.5
     size = sum(w.double().norm() ** 2 for w in reference.values()) ** 0.5
-    print(f"{name:12} |weights - zero2's| / |zero2's| = {far / size:.2e} after 30 steps")
+    print(f"{name:14} weights {far / size:.1e} from zero2's after 30 steps, relative")
 END
+  without_bars "$work/first_line.log" | tail -30
+  timeout 60 python3 launch_scripts/evaluate.py full --checkpoint "$work/first_line" --out "$work/full" >"$work/full.log" 2>&1 ||
+    { status=1; tail -5 "$work/full.log"; }
 }
 
 speed() {
   local clip=(python3 tools/benchmarks/step.py --recipe clip_rn50_cc3m --method clip)
   for words in \
     "--model.name ViT-B-32 --train.global_batch 1024" \
-    "--model.name ViT-B-32 --train.global_batch 1024 --ds_config ds_configs/zero0.json" \
-    "--model.name ViT-B-32 --train.global_batch 1024 --train.compile true" \
     "--model.name ViT-B-16 --train.global_batch 512" \
     "--model.name RN50 --train.global_batch 512" \
+    "--model.name ViT-B-32 --train.global_batch 1024 --train.compile true" \
     "--model.name ViT-B-32 --train.global_batch 1024 --method all --without_plain" \
-    "--model.name ViT-B-32 --train.global_batch 4096 --train.micro_batch 512 --without_plain"; do
+    "--model.name ViT-B-32 --train.global_batch 4096 --train.micro_batch 512 --without_plain" \
+    "--model.name ViT-B-32 --train.global_batch 1024 --ds_config ds_configs/zero0.json"; do
     echo "== step.py $words"
     # shellcheck disable=SC2086
-    timeout 120 "${clip[@]}" $words 2>"$work/error" | tee -a "$out/speed.log" || { status=1; tail -15 "$work/error"; }
+    timeout 90 "${clip[@]}" $words 2>"$work/error" | tee -a "$out/speed.log" || { status=1; tail -15 "$work/error"; }
   done
 }
 
