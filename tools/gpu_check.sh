@@ -61,7 +61,7 @@ collect() {
   for log in "$work"/*.log; do echo "=== $log"; without_bars "$log"; done >"$out/runs.log"
 }
 
-without_bars() { tr '\r' '\n' <"$1" | grep -v 'step/s\|batch/s\|s/step\|s/batch\|^ *$' || true; }
+without_bars() { tr '\r' '\n' <"$1" | grep -Ev '(step|batch|images)/s|[0-9?]s/(step|batch)|^ *(.\[A)?$' || true; }
 
 runs() {
   export OMP_NUM_THREADS=1
@@ -94,7 +94,7 @@ runs() {
   begin compiled "${train[@]}" "${bf16[@]}" --train.compile true
   begin siglip "${train[@]}" "${bf16[@]}" --method siglip
   begin killed "${train[@]}" "${bf16[@]}" --resume latest
-  begin vqa python3 launch_scripts/finetune.py --recipe vqa --init "$work/fusion" --train.steps 20 --train.precision bf16
+  limit=150 begin vqa python3 launch_scripts/finetune.py --recipe vqa --init "$work/fusion" --train.steps 20 --train.precision bf16
   wait
   [ "$(grep -cv 'exit 0' "$work/ends")" = 1 ] || status=1 # the one that was killed
   python3 - "$work" <<'END' || status=1
@@ -125,7 +125,7 @@ END
 speed() {
   local clip=(python3 tools/benchmarks/step.py --recipe clip_rn50_cc3m --method clip)
   for words in \
-    "--model.name ViT-B-32 --train.global_batch 1024" \
+    "--model.name ViT-B-32 --train.global_batch 1024 --profile" \
     "--model.name ViT-B-16 --train.global_batch 512" \
     "--model.name RN50 --train.global_batch 512" \
     "--model.name ViT-B-32 --train.global_batch 1024 --train.compile true" \
@@ -134,7 +134,7 @@ speed() {
     "--model.name ViT-B-32 --train.global_batch 1024 --ds_config ds_configs/zero0.json"; do
     echo "== step.py $words"
     # shellcheck disable=SC2086
-    timeout 90 "${clip[@]}" $words 2>"$work/error" | tee -a "$out/speed.log" || { status=1; tail -15 "$work/error"; }
+    timeout 90 "${clip[@]}" $words 2>"$work/error" | cut -c1-170 | tee -a "$out/speed.log" || { status=1; tail -15 "$work/error"; }
   done
 }
 

@@ -23,6 +23,7 @@ from collections.abc import Callable
 import open_clip
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from modstruct import distributed
@@ -46,6 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=10, help="Rounds that medians are taken of (default: 10).")
     parser.add_argument("--ds_config", default="ds_configs/zero2.json", help="DeepSpeed's JSON (default: %(default)s).")
     parser.add_argument("--without_plain", action="store_true", help="Leave open_clip's step out.")
+    parser.add_argument("--profile", action="store_true", help="And say what each step spends its time on.")
     options, words = parser.parse_known_args(arguments)
     recipe, _ = parse(recipe_parser(__doc__, "%(prog)s"), ["--recipe", "scenes", *words])
     distributed.start_processes()
@@ -55,6 +57,10 @@ def main(arguments: list[str] | None = None) -> None:
     if not options.without_plain:
         steps["plain"] = plain_step(recipe, batch)
     report(recipe, options, steps)
+    if options.profile:
+        for name, step in steps.items():
+            print(f"\n{name}, by operation")
+            print_profile(step)
 
 
 def batch_of(recipe: Recipe, tokenizer: ClipTokenizer) -> dict[str, Tensor]:
@@ -153,6 +159,22 @@ def report(recipe: Recipe, options: argparse.Namespace, steps: dict[str, Step]) 
         print(line)
     if "plain" in taken:
         print(f"ours / plain, pairs a second: {taken['plain'] / taken['ours']:.3f}")
+
+
+def print_profile(step: Step) -> None:
+    """The dearest operations of one step, and how much of it the device computes: the rest waits for the host."""
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * distributed.on_gpu()
+    start = time.perf_counter()
+    with profile(activities=activities) as profiled:
+        step()
+        if distributed.on_gpu():
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+    where = "device" if distributed.on_gpu() else "cpu"
+    averages = profiled.key_averages()
+    print(averages.table(sort_by=f"self_{where}_time_total", row_limit=25, max_name_column_width=70))
+    busy = sum(getattr(event, f"self_{where}_time_total") for event in averages) / 1e6
+    print(f"{where} busy for {1e3 * busy:.1f} ms of {1e3 * seconds:.1f} ms, the profiler's own cost included")
 
 
 def device_name() -> str:
