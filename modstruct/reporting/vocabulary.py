@@ -104,8 +104,10 @@ WORDS = {
     "geometry_intra": "Geometry, intra-modality term",
 }
 ALWAYS_SHARES = ("linear_separability",)
-NOT_SHARES = re.compile(r"rank|loss|count|number|distance|similarity|norm|temperature|decay|strength")
-LOWER_IS_BETTER = re.compile(r"median_rank|loss|error|nll|brier|calibration")
+NOT_SHARES = re.compile(
+    r"rank|loss|perplexity|entropy|count|number|distance|similarity|norm|temperature|decay|strength"
+)
+LOWER_IS_BETTER = re.compile(r"(median|mean)_(log_)?rank|loss|error|nll|brier|calibration|^ece$|perplexity|entropy")
 NO_DIRECTION = re.compile(
     r"^(count|number|classes|rows|queries|images|texts|seconds|weight_decay|strength)|_deviation$"
 )

@@ -8,6 +8,7 @@ from evaluation_folders import measured_mean, save_model, save_result
 
 from modstruct.reporting.comparison import compare, holm
 from modstruct.reporting.loading import load_evaluations
+from modstruct.reporting.vocabulary import direction
 
 RANDOM = np.random.default_rng(0)
 DIFFICULTY = RANDOM.random(400)
@@ -131,3 +132,12 @@ def test_holm_is_the_step_down_procedure():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.5, 0.9]) == [1.0, 1.0]
     assert holm([]) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "better"),
+    [("recall_at_5", 1), ("mean_reciprocal_rank", 1), ("accuracy", 1), ("queries", 0), ("accuracy_deviation", 0)]
+    + [(name, -1) for name in ("median_rank", "mean_rank", "mean_log_rank", "ece", "perplexity", "cross_entropy")],
+)
+def test_a_metric_that_falls_as_a_model_improves_is_marked_so(name, better):
+    assert direction("retrieval", (name,)) == better
