@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What only a GPU can tell, in parts of less than eight minutes, each of which starts from a bare machine:
+# What only a GPU can tell, in parts for about eight minutes each, each of which starts from a bare machine:
 #   tools/gpu_check.sh kernels [OUT]    # tests against float64 on the GPU, times beside the plain and the compiled forms
 #   tools/gpu_check.sh runs [OUT]       # real runs side by side: every ZeRO stage, precisions, gradient cache, compile,
 #                                       # kill and resume, fusion, fine-tuning, evaluation; ends with a table of them
@@ -101,21 +101,23 @@ runs() {
 import sys
 from pathlib import Path
 
-from modstruct import checkpoints
+from modstruct.checkpoints import step_folder
 
-work, reference = Path(sys.argv[1]), None
-same = "zero2 twice killed"
-near = "zero0 zero1 zero3 zero2_offload zero3_offload cache cache3 recomputed compiled fp32 fp16"
-for name in (same + " " + near).split():
-    path = work / name / "checkpoints" / "step-00000030"
-    if not path.exists():
-        print(f"{name:14} has no checkpoint of step 30")
+sys.path.insert(0, "tests/distributed")
+from small_runs import distance
+
+work, moved = Path(sys.argv[1]), []
+same = ["twice", "killed"]
+near = "zero0 zero1 zero3 zero2_offload zero3_offload cache cache3 recomputed compiled fp32 fp16".split()
+for name in same + near:
+    missing = [run for run in ("zero2", name) if not step_folder(work / run, 30).exists()]
+    if missing:
+        print(f"{name:14} no checkpoint of step 30 in {', '.join(missing)}")
         continue
-    weights = checkpoints.read_weights(path)
-    reference = reference or weights
-    far = sum((weights[n].double() - w.double()).norm() ** 2 for n, w in reference.items()) ** 0.5
-    size = sum(w.double().norm() ** 2 for w in reference.values()) ** 0.5
-    print(f"{name:14} weights {far / size:.1e} from zero2's after 30 steps, relative")
+    far = distance(work / "zero2", work / name)
+    print(f"{name:14} weights {far:.1e} from zero2's after 30 steps, relative")
+    moved += [name] * (name in same and far > 0)
+sys.exit(f"not bit for bit as zero2: {', '.join(moved)}" if moved else 0)
 END
   without_bars "$work/first_line.log" | tail -30
   timeout 60 python3 launch_scripts/evaluate.py full --checkpoint "$work/first_line" --out "$work/full" >"$work/full.log" 2>&1 ||

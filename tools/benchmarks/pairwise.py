@@ -3,11 +3,12 @@
 python tools/benchmarks/pairwise.py                     # two CPU cores: about 4 minutes
 python tools/benchmarks/pairwise.py --device cuda  # bf16 and tf32, N = 32,768 and 131,072, whatever --rows says
 
-Every round times each form once, one after the other, so that a busy machine slows all alike; the table has the medians
-over the rounds and their ratio. A count of operations and the machine's own rate for products of matrices, measured in
-the same rounds, give each kernel's share of that rate. Memory is measured in a process of its own, as the growth of its
-peak beyond the inputs and their gradients. The last table is the error of float32 at logit scale 100, by the size of
-the loss. Writes bench_pairwise.json and bench_pairwise.png to --out.
+Every round times each form once, one after the other, so that a busy machine slows all alike; after one that warms up,
+the table has the medians over the rounds and their ratio, on a GPU beside the plain form by torch.compile. A count of
+operations and the machine's own rate for products of matrices, measured in the same rounds, give each kernel's share of
+that rate. Memory is measured in a process of its own, as the growth of its peak beyond the inputs and their gradients.
+The last table is the error of float32 at logit scale 100, by the size of the loss. Writes bench_pairwise.json and
+bench_pairwise.png to --out.
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ def main(arguments: list[str] | None = None) -> None:
             for form, seconds in forms:
                 if form is not None:
                     taken = timed(form, device)
-                    seconds += [taken] * (turn > 0)  # the first round warms up, and compiles
+                    if turn:  # the first round warms up, and compiles
+                        seconds.append(taken)
     print_times(terms, product)
     memory = cuda_memory(device) if device.type == "cuda" else cpu_memory(options)
     print_memory(memory)

@@ -15,13 +15,12 @@ the CPU 2,048 x 2,048) in the step's precision.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import statistics
-import time
 from collections.abc import Callable
 
 import open_clip
 import torch
+from pairwise import machine, timed
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -33,7 +32,7 @@ from modstruct.data.tokenizers import ClipTokenizer
 from modstruct.losses.objective import build_objective
 from modstruct.losses.protocol import LossSettings
 from modstruct.models.build import build_model, image_size
-from modstruct.models.towers import standardised
+from modstruct.models.towers import open_clip_config, standardised, text_sizes
 from modstruct.training.ds_config import read_ds_config, resolve_ds_config
 from modstruct.training.step import train_step
 from modstruct.training.trainer import build_engine
@@ -55,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
     batch = batch_of(recipe, tokenizer)
     steps = {"ours": our_step(recipe, tokenizer, batch, options.ds_config)}
     if not options.without_plain:
-        steps["plain"] = plain_step(recipe, batch)
+        steps["plain"] = plain_step(recipe, tokenizer, batch)
     report(recipe, options, steps)
     if options.profile:
         for name, step in steps.items():
@@ -84,39 +83,26 @@ def our_step(recipe: Recipe, tokenizer: ClipTokenizer, batch: dict[str, Tensor],
     return lambda: train_step(engine, objective, parts, 0, 1e-5)
 
 
-def plain_step(recipe: Recipe, batch: dict[str, Tensor]) -> Step:
+def plain_step(recipe: Recipe, tokenizer: ClipTokenizer, batch: dict[str, Tensor]) -> Step:
+    described = open_clip_config(recipe.model)
+    described["text_cfg"] |= text_sizes(tokenizer)
     torch.manual_seed(0)
-    model = plain_model(recipe).to(distributed.device()).train()
+    model = open_clip.CLIP(**described).to(distributed.device()).train()
     if recipe.train.compile:
         model.compile()
     loss = open_clip.ClipLoss()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     dtype, device = DTYPES[recipe.train.precision], distributed.device().type
-    captions = batch["text"].where(batch["text"] < 49_408, 0)  # ours pads with an id of its own
 
     def step() -> None:
         optimizer.zero_grad()
         images = standardised(batch["image"], recipe.views.mean, recipe.views.std)
-        with torch.autocast(device, dtype) if dtype is not torch.float32 else contextlib.nullcontext():
-            total = loss(*model(images, captions))
+        with torch.autocast(device, dtype, enabled=dtype is not torch.float32):
+            total = loss(*model(images, batch["text"]))
         total.backward()
         optimizer.step()
 
     return step
-
-
-def plain_model(recipe: Recipe) -> torch.nn.Module:
-    """open_clip's model of the recipe's sizes."""
-    if recipe.model.name:
-        return open_clip.create_model(recipe.model.name)
-    vision, text = recipe.model.vision, recipe.model.text
-    sizes = {"image_size": vision.image_size, "patch_size": vision.patch_size, "head_width": vision.head_width}
-    return open_clip.CLIP(
-        recipe.model.embed_dim,
-        sizes | {"width": vision.width, "layers": vision.layers},
-        {"width": text.width, "layers": text.layers, "heads": text.heads}
-        | {"context_length": recipe.tokenizer.context_length},
-    )
 
 
 def report(recipe: Recipe, options: argparse.Namespace, steps: dict[str, Step]) -> None:
@@ -130,55 +116,45 @@ def report(recipe: Recipe, options: argparse.Namespace, steps: dict[str, Step]) 
         for name, form in forms.items():
             if distributed.on_gpu():
                 torch.cuda.reset_peak_memory_stats()
-            start = time.perf_counter()
-            form()
+            taken = timed(form, distributed.device())
             if distributed.on_gpu():
-                torch.cuda.synchronize()
                 peaks[name] = torch.cuda.max_memory_allocated() / 2**30
             if number >= 3:
-                seconds[name].append(time.perf_counter() - start)
-    taken = {name: statistics.median(values) for name, values in seconds.items()}
-    rate = 2 * side**3 / taken.pop("product")
+                seconds[name].append(taken)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    rate = 2 * side**3 / medians.pop("product")
     operations = None
     if "plain" in steps and not recipe.train.compile:
         with FlopCounterMode(display=False) as counter:
             steps["plain"]()
         operations = counter.get_total_flops()
     pairs, train = recipe.train.global_batch, recipe.train
-    print(f"{device_name()}, torch {torch.__version__}, products at {rate / 1e12:,.1f} TFLOP/s")
+    print(f"{machine(distributed.device())}, products at {rate / 1e12:,.1f} TFLOP/s")
     size = f"{recipe.model.name or 'towers by sizes'}, {pairs} pairs"
     if train.micro_batch:
         size += f" in micro-batches of {train.micro_batch}"
     print(f"{size}, {train.precision}, {'compiled, ' * train.compile}{options.ds_config}")
-    for name, value in taken.items():
+    for name, value in medians.items():
         line = f"{name:8}{1e3 * value:>10.1f} ms{pairs / value:>10,.0f} pairs/s"
         if name in peaks:
             line += f"{peaks[name]:>8.1f} GiB in all"
         if operations:
             line += f"{operations / value / 1e12:>8.1f} TFLOP/s{operations / value / rate:>8.1%}"
         print(line)
-    if "plain" in taken:
-        print(f"ours / plain, pairs a second: {taken['plain'] / taken['ours']:.3f}")
+    if "plain" in medians:
+        print(f"ours / plain, pairs a second: {medians['plain'] / medians['ours']:.3f}")
 
 
 def print_profile(step: Step) -> None:
     """The dearest operations of one step, and how much of it the device computes: the rest waits for the host."""
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * distributed.on_gpu()
-    start = time.perf_counter()
     with profile(activities=activities) as profiled:
-        step()
-        if distributed.on_gpu():
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
+        seconds = timed(step, distributed.device())
     where = "device" if distributed.on_gpu() else "cpu"
     averages = profiled.key_averages()
     print(averages.table(sort_by=f"self_{where}_time_total", row_limit=25, max_name_column_width=70))
     busy = sum(getattr(event, f"self_{where}_time_total") for event in averages) / 1e6
     print(f"{where} busy for {1e3 * busy:.1f} ms of {1e3 * seconds:.1f} ms, the profiler's own cost included")
-
-
-def device_name() -> str:
-    return torch.cuda.get_device_name() if distributed.on_gpu() else f"CPU, {torch.get_num_threads()} threads"
 
 
 if __name__ == "__main__":
