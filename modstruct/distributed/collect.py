@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,12 +16,17 @@ from tqdm import tqdm
 from modstruct.distributed import (
     FailedElsewhere,
     broadcast_object,
+    fail_together,
     gather,
+    gather_objects,
     is_main,
     max_over_processes,
     rank,
     world_size,
 )
+
+T = TypeVar("T")
+Found = TypeVar("Found")
 
 
 def rounds_of(batches: int) -> int:
@@ -129,3 +134,20 @@ def on_main(measure: Callable[[], Any]) -> Any:
     if "error" in outcome:
         raise FailedElsewhere(f"the main process failed first: {outcome['error']}")
     return outcome["measured"]
+
+
+def share_out(items: Sequence[T], measure: Callable[[T], Found]) -> list[Found]:
+    """measure(item) of every item, in order, on every process; strided by world size, each is measured once.
+
+    items: the same on every process. measure: calls no collective, and gives the same wherever it runs: seeds belong
+    to items, not to processes. What it raises on one process is raised on all.
+    """
+    mine: list[Found] = []
+    error: Exception | None = None
+    try:
+        mine += [measure(item) for item in items[rank() :: world_size()]]
+    except Exception as e:  # raised below, here as it is and elsewhere by its text
+        error = e
+    fail_together(error, f"process {rank()}: {type(error).__name__}: {error}")
+    everyone = gather_objects(mine)
+    return [everyone[number % world_size()][number // world_size()] for number in range(len(items))]

@@ -12,7 +12,7 @@ from modstruct.evaluation.statistics import (
     bootstrap_statistic,
     mean_interval,
     paired_difference,
-    student_quantile,
+    t_interval,
     wilson,
 )
 
@@ -187,9 +187,11 @@ def test_the_interval_of_a_function_of_means_covers_it_as_often_as_it_says():
     assert abs(hits / TRIALS - 0.95) < band(0.95)
 
 
-@pytest.mark.parametrize("freedom", [5, 9, 30, 1000])
-def test_the_quantile_of_students_t(freedom):
-    assert student_quantile(0.975, freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=0.01)
+def test_the_interval_of_a_mean_of_batches_is_students():
+    values = np.random.default_rng(0).normal(size=10)
+    half = stats.t.ppf(0.975, 9) * values.std(ddof=1) / 10**0.5
+    assert t_interval(values) == pytest.approx((values.mean() - half, values.mean() + half))
+    assert t_interval(np.ones(10)) == (1, 1)
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,8 @@ class EmbeddedSet:
         self.model: dict = manifest["model"]
         self.source: dict = manifest.get("source") or {}
         self.arrays: frozenset[str] = frozenset(manifest["arrays"])
+        self.splits: dict[str, EmbeddedSet] = {}
+        """Embedded splits beside this one, "train" and "validation", which probes need."""
         self._open: dict[str, np.ndarray] = {}
 
     @classmethod
