@@ -70,20 +70,18 @@ def _embed_into(out: Path, recipe: Recipe, options: Namespace, command: list[str
     from modstruct.commands.sets import open_sets, splits_beside
     from modstruct.distributed.collect import on_main
     from modstruct.distributed.hosts import on_all
-    from modstruct.evaluation.embeddings.embed_set import check_sets, embed_sets
+    from modstruct.evaluation.embeddings.embed import embed_sets
 
     model = _model(recipe, options)
     sources = open_sets(options.sets, recipe, model.views.image_size, options.all_splits)
     on_all(lambda: _require_same_model(out, model))
     of_images = [name for name in model.chosen_arrays(options.embedding.arrays) if name in FOR_PROBES]
     for_probes = replace(options.embedding, arrays=of_images)
-    other_splits, made = splits_beside([source.name for source in sources.values()]), []
+    other_splits = splits_beside([source.name for source in sources.values()])
     planned = [
         (source, for_probes if source.name in other_splits else options.embedding) for source in sources.values()
     ]
-    check_sets(model, planned, out / "embeddings")
-    for source, wanted in planned:
-        made += embed_sets(model, [source], out / "embeddings", wanted, command)
+    made = embed_sets(model, planned, out / "embeddings", command)
     sets = {source.name: word for word, source in sources.items()}
     on_main(lambda: _note(out, recipe, options, model, sets, command))
     for one in made if distributed.is_main() else ():

@@ -27,6 +27,7 @@ from modstruct.distributed import (
 
 T = TypeVar("T")
 Found = TypeVar("Found")
+ROWS_AT_ONCE = 1 << 14
 
 
 def rounds_of(batches: int) -> int:
@@ -104,6 +105,27 @@ def collect_tokens(
             collected[process].append(rows.to(store))
     counts = gather(torch.tensor([mine], device=filler.device)).flatten().tolist()
     return torch.cat([rows[:n] for rows, n in zip(chain.from_iterable(collected), counts, strict=True)])
+
+
+def rows_to_main(rows: np.ndarray, device: torch.device) -> np.ndarray:
+    """Rows (n, …) of each process, in order of rank, on the main process; every process calls it.
+
+    device: where collectives run. Elsewhere the result has the same shape and holds NaN, and takes no memory.
+    """
+    counts = gather(torch.tensor([len(rows)], device=device)).tolist()
+    shape = (sum(counts), *rows.shape[1:])
+    found = np.empty(shape, rows.dtype) if is_main() else np.broadcast_to(np.array(np.nan, rows.dtype), shape)
+    starts = np.cumsum([0, *counts])
+    for first in range(0, max(counts), ROWS_AT_ONCE):
+        padded = torch.zeros((min(ROWS_AT_ONCE, max(counts) - first), *rows.shape[1:]), device=device)
+        some = torch.from_numpy(rows[first : first + len(padded)])
+        padded = padded.to(some.dtype)
+        padded[: len(some)] = some.to(device)
+        for process, gathered in enumerate(gather(padded).split(len(padded))):
+            own = min(max(counts[process] - first, 0), len(padded))
+            if is_main():
+                found[starts[process] + first : starts[process] + first + own] = gathered[:own].cpu().numpy()
+    return found
 
 
 def collect_values(value: Any, device: torch.device) -> list[Any]:

@@ -11,12 +11,16 @@ import numpy as np
 import torch
 
 from modstruct.config import EvaluationConfig
+from modstruct.config.training import EmbeddingConfig
 from modstruct.data.classification.class_files import load_classes
 from modstruct.data.run_data import EvaluationData
 from modstruct.data.shards.evaluation_samples import EvaluationSamples, evaluation_loader
 from modstruct.distributed.collect import my_batches, on_main
 from modstruct.evaluation.classification.zero_shot import class_embeddings, zero_shot
-from modstruct.evaluation.embeddings.in_memory import EmbeddedSource, Encode, embed_source, embed_texts
+from modstruct.evaluation.embeddings.embed import embed
+from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
+from modstruct.evaluation.embeddings.model import EmbeddingModel, Encode
+from modstruct.evaluation.embeddings.source import EmbeddingSource
 from modstruct.evaluation.retrieval.exact import counting_device
 from modstruct.evaluation.retrieval.measure import measure_recall
 from modstruct.evaluation.retrieval.reranking import Reranking, reranked_retrieval
@@ -32,7 +36,7 @@ def evaluate(
     config: EvaluationConfig,
     device: torch.device,
     field_name: str = "data.eval",
-    inspect: Callable[[EmbeddedSource], None] | None = None,
+    inspect: Callable[[EmbeddedSet], None] | None = None,
     model: TrainableModel | None = None,
 ) -> dict[str, Any]:
     """Measure a source with all processes; every process calls this and gets the same metrics.
@@ -54,16 +58,19 @@ def evaluate(
     """
     started = time.monotonic()
     classes = None if data.zero_shot is None else load_classes(data.zero_shot)
-    fields = () if classes is None else (classes.label,)
-    source = embed_source(encode, samples, data.views, data.tokenizer, config.batch, device, fields, field_name)
-    merged = {"samples": len(source.image_row)} if len(source.image_row) > len(source.indices) else {}
-    sizes = merged | {"images": len(source.indices), "texts": len(source.captions), "pairs": len(source.pairs)}
+    name, limits = field_name.rpartition(".")[2], samples.config
+    settings = EmbeddingConfig(
+        dtype="float32", batch=config.batch, workers=limits.workers, max_bad_share=limits.max_bad_share
+    )
+    embedder = EmbeddingModel(encode=encode, views=data.views, tokenize=data.tokenizer)
+    source = embed(embedder, EmbeddingSource.of_samples(name, samples, classes, field_name), settings)
+    copies, images = len(source.copies), len(source.indices)
+    sizes = {"samples": images} if copies else {}
+    sizes |= {"images": images - copies, "texts": len(source.captions), "pairs": len(source.distinct_pairs)}
     classify: Callable[[], dict[str, Any]] | None = None
     if classes is not None:
-        truth = classes.rows_of(source.metadata)
-        # Equal prompts are embedded once, since a batch's other rows may move the last bit of an embedding.
-        distinct, places = np.unique(classes.prompts, return_inverse=True)
-        prompts = embed_texts(encode, distinct.tolist(), data.tokenizer, config.batch, device, "embedding class names")
+        truth = source.labels
+        assert truth is not None  # the source has classes
         kept, templates = truth >= 0, len(classes.templates)
         labelled = int(np.sum(kept))
         sizes |= {
@@ -74,9 +81,10 @@ def evaluate(
         if labelled:
 
             def classify() -> dict[str, Any]:
-                rows = class_embeddings(prompts[places], templates)
-                names = list(classes.classes.values())
-                return zero_shot(source.image[source.image_row[kept]], rows, truth[kept], config.top_k, names)
+                prompts = source.class_prompts
+                assert prompts is not None  # the source has classes
+                rows = class_embeddings(prompts.reshape(-1, prompts.shape[2]), templates)
+                return zero_shot(source.rows("image")[kept], rows, truth[kept], config.top_k, source.class_names)
 
     embedded = time.monotonic()
     reranked = {}
@@ -88,16 +96,17 @@ def evaluate(
         if inspect is not None:
             inspect(source)
         recall_at = sorted({1, *config.recall_at})
-        found = measure_recall(source.image, source.text, source.pairs, recall_at, counting_device(), field_name)
+        compared = (source.distinct_rows("image"), source.rows("text"), source.distinct_pairs)
+        found = measure_recall(*compared, recall_at, counting_device(), field_name)
         metrics: dict[str, Any] = {"retrieval": found}
         if reranked:
             metrics["reranked"] = reranked
         if classify is not None:
             metrics["zero_shot"] = classify()
-        on_device = (torch.from_numpy(rows).to(device) for rows in (source.image, source.text, source.pairs))
+        on_device = (torch.from_numpy(rows).to(device) for rows in compared)
         metrics["structure"] = structure(*on_device)
         metrics["sizes"] = {name: float(size) for name, size in sizes.items()}
-        metrics["skipped"] = {cause: float(number) for cause, number in source.skipped.items()}
+        metrics["skipped"] = {cause: float(number) for cause, number in source.manifest["skipped"].items()}
         ended = time.monotonic()
         metrics["seconds"] = {"embedding": embedded - started, "total": ended - started}
         return metrics
@@ -107,14 +116,14 @@ def evaluate(
 
 def _reranked(
     model: Matcher,
-    source: EmbeddedSource,
+    source: EmbeddedSet,
     samples: EvaluationSamples,
     data: EvaluationData,
     config: EvaluationConfig,
     device: torch.device,
 ) -> dict[str, Any]:
     """Recall after matching; the source's images are read once more, for their tokens."""
-    batch, count = config.batch, len(source.indices)
+    batch, count = config.batch, len(source.indices) - len(source.copies)
     mine = my_batches(math.ceil(count / batch))
     numbers = source.indices[mine.start * batch : min(mine.stop * batch, count)].tolist()
     images = (found.image.to(device) for found in evaluation_loader(samples, data.views, batch, numbers))

@@ -21,7 +21,6 @@ from modstruct.data.faults import BadSample
 from modstruct.data.shards.evaluation_samples import EvaluationSamples
 from modstruct.data.transforms.augment import Views
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
-from modstruct.evaluation.embeddings.in_memory import EmbeddedSource
 from modstruct.evaluation.retrieval.measure import DIRECTIONS
 from modstruct.evaluation.retrieval.nearest import nearest
 from modstruct.evaluation.retrieval.rows import evenly_spaced
@@ -46,17 +45,18 @@ SIDE_PIXELS = 256
 QUALITY = 85
 
 
-def retrieved_examples(source: EmbeddedSource, samples: EvaluationSamples, views: Views, count: int) -> Tensor:
+def retrieved_examples(source: EmbeddedSet, samples: EvaluationSamples, views: Views, count: int) -> Tensor:
     """Draw `count` images of the source, each with the caption nearest to it.
 
     For the main process, which holds the rows of `source`; `samples` and `views` are those that it was embedded with.
     Returns (3, H, W) uint8, as `example_grid` draws it.
     """
-    rows = evenly_spaced(len(source.image), count)
-    best = (source.image[rows] @ source.text.T).argmax(axis=1)
+    image, pairs = source.distinct_rows("image"), source.distinct_pairs
+    rows = evenly_spaced(len(image), count)
+    best = (image[rows] @ source.rows("text").T).argmax(axis=1)
     own, found = [], []
     for row, text in zip(rows, best, strict=True):
-        positives = source.pairs[source.pairs[:, 0] == row, 1]
+        positives = pairs[pairs[:, 0] == row, 1]
         own.append(source.captions[text if text in positives else positives[0]])
         found.append(source.captions[text])
     images = [views.evaluation_image(samples[int(index)].image) for index in source.indices[rows]]

@@ -24,7 +24,8 @@ from modstruct.data.synthetic.task_files import SceneTaskPaths
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.data.transforms.text_views import mask_tokens, masked_places
 from modstruct.distributed.collect import on_main
-from modstruct.evaluation.embeddings.in_memory import EmbeddedPairs, embed_texts
+from modstruct.evaluation.embeddings.embed import embed_texts
+from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.embeddings.set_files import merged_pairs
 from modstruct.evaluation.embeddings.source import distinct, say_merged
 from modstruct.evaluation.retrieval.exact import counting_device
@@ -114,10 +115,10 @@ class Retrieval(Task[FusionModel, CaptionPair | CaptionedImage]):
         def encode(some: dict[str, Tensor]) -> dict[str, Tensor]:
             return model.embed("text", model.backbone.encode_text(some["text"])[:, 0])
 
-        text = embed_texts(encode, captions, self.tokenizer, batch, device, "embedding captions")
+        text = embed_texts(encode, captions, self.tokenizer, batch, "embedding captions")
         recall_at = sorted({1, *self.recipe.evaluation.recall_at})
         settings = Reranking(self.recipe.task.rerank, self.recipe.task.rerank_by, recall_at, batch)
-        embedded = EmbeddedPairs(image, text, pairs, captions)
+        embedded = EmbeddedSet("retrieval", {}, {"image": image, "text": text}, pairs=pairs, captions=captions)
         images = self._images(kept, batch, device)
         matched = reranked_retrieval(model, images, self.tokenizer, embedded, settings, device)
         found = on_main(lambda: measure_recall(image, text, pairs, recall_at, counting_device(), "task retrieval"))

@@ -10,7 +10,7 @@ from numbered_sets import Encode, LabelledNumbers, config, content, numbered_mod
 from processes import run_on_processes
 
 from modstruct.distributed import rank
-from modstruct.evaluation.embeddings.embed_set import embed_sets
+from modstruct.evaluation.embeddings.embed import embed_sets
 from modstruct.evaluation.embeddings.source import EmbeddingSource
 
 NUMBERS = [i % 37 for i in range(43)]
@@ -26,7 +26,7 @@ def embed(folder: str, out: str, stop_after: int | None = None) -> dict:
     """What one process sees; stop_after: batches after which process 1 fails."""
     encode = Encode(stop_after if rank() == 1 else None)
     try:
-        sets = embed_sets(numbered_model(encode), sources(folder), out, config())
+        sets = embed_sets(numbered_model(encode), [(source, config()) for source in sources(folder)], out)
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}", "calls": len(encode.calls)}
     return {"rows": [embedded.manifest["rows"] for embedded in sets], "calls": len(encode.calls)}

@@ -19,7 +19,7 @@ from modstruct.data.run_data import EvaluationData
 from modstruct.evaluation.classification.linear_probe import LinearProbeConfig, measure_linear_probe
 from modstruct.evaluation.classification.zero_shot import measure_zero_shot
 from modstruct.evaluation.embeddings import source as source_module
-from modstruct.evaluation.embeddings.embed_set import embed_set
+from modstruct.evaluation.embeddings.embed import embed
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.embeddings.source import EmbeddingSource
 from modstruct.evaluation.evaluate import evaluate
@@ -135,7 +135,7 @@ def labelled(tmp_path):
 
 
 def test_an_embedded_set_keeps_all_samples_and_measures_distinct_images(tmp_path, labelled, caplog):
-    embedded = embed_set(numbered_model(perfect()), labelled, tmp_path / "set", config())
+    embedded = embed(numbered_model(perfect()), labelled, config(), tmp_path / "set")
     assert "set things: 60 samples hold 12 distinct images" in caplog.text
     assert embedded.manifest["rows"] == {"image": 60, "text": 60}
     firsts = [f"{COPIES * number:05d}" for number in range(IMAGES)]
@@ -161,7 +161,7 @@ def test_an_embedded_set_keeps_all_samples_and_measures_distinct_images(tmp_path
 
 
 def test_copies_are_no_independent_evidence_of_an_accuracy(tmp_path, labelled):
-    embedded = embed_set(numbered_model(perfect()), labelled, tmp_path / "set", config())
+    embedded = embed(numbered_model(perfect()), labelled, config(), tmp_path / "set")
     probed = measure_linear_probe(embedded, embedded, None, LinearProbeConfig(features="image", strength=100.0))
     for result, outcomes in (measure_zero_shot(embedded), probed):
         metric = result["figures"].get("ensemble", result["figures"])["top_1"]
@@ -172,7 +172,7 @@ def test_copies_are_no_independent_evidence_of_an_accuracy(tmp_path, labelled):
 
 
 def test_a_copy_leaves_with_its_image(tmp_path, labelled):
-    embedded = embed_set(numbered_model(perfect()), labelled, tmp_path / "set", config())
+    embedded = embed(numbered_model(perfect()), labelled, config(), tmp_path / "set")
     rest = leave_out(embedded, ["00007", "00050"], tmp_path / "rest")  # a copy of image 1, and image 10 itself
     assert {int(key) // COPIES for key in rest.keys} == set(range(IMAGES)) - {1, 10}
     assert rest.manifest["rows"] == {"image": 50, "text": 50}
@@ -190,12 +190,12 @@ def earlier(monkeypatch):
 
 def test_sets_of_earlier_versions_open_as_they_are(tmp_path, labelled, caplog, earlier):
     folder = tmp_path / "set"
-    embed_set(numbered_model(perfect()), labelled, folder, config())
+    embed(numbered_model(perfect()), labelled, config(), folder)
     earlier.undo()
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {"format": 1}))
     caplog.clear()
-    older = embed_set(numbered_model(perfect()), labelled, folder, config())
+    older = embed(numbered_model(perfect()), labelled, config(), folder)
     assert (older.manifest["format"], older.keys) == (1, [f"{place:05d}" for place in range(60)])
     assert "equal images are not merged; --embedding.overwrite true" in caplog.text
     assert recall_at_1(measure_set_retrieval(older)[0]["figures"]) == [0, 0]
@@ -206,9 +206,9 @@ def test_an_embedding_that_an_earlier_version_began_goes_on_as_it_was(tmp_path, 
     stopped = perfect()
     stopped._stop_after = 20
     with pytest.raises(ArithmeticError):
-        embed_set(numbered_model(stopped), labelled, tmp_path / "set", config())
+        embed(numbered_model(stopped), labelled, config(), tmp_path / "set")
     earlier.undo()
-    embedded = embed_set(numbered_model(perfect()), labelled, tmp_path / "set", config())
+    embedded = embed(numbered_model(perfect()), labelled, config(), tmp_path / "set")
     assert "set things: 40 of 60 images were embedded by an earlier version" in caplog.text
     assert len(embedded.copies) == 0
     assert embedded.keys == [f"{place:05d}" for place in range(60)]
@@ -216,15 +216,15 @@ def test_an_embedding_that_an_earlier_version_began_goes_on_as_it_was(tmp_path, 
 
 @pytest.mark.parametrize("damage", [30, -1, 0.5])
 def test_damaged_copies_are_refused_by_name(tmp_path, labelled, damage):
-    embed_set(numbered_model(perfect()), labelled, tmp_path / "set", config())
+    embed(numbered_model(perfect()), labelled, config(), tmp_path / "set")
     np.save(tmp_path / "set" / "copies.npy", np.full(48, damage))
-    with pytest.raises(ValueError, match="copies = "):
-        measure_set_retrieval(EmbeddedSet.open(tmp_path / "set"))
+    with pytest.raises(ValueError, match=r"copies\.npy': is damaged"):
+        EmbeddedSet.open(tmp_path / "set").check()
 
 
 def on_this_process(folder: str, out: str) -> dict:
     source = EmbeddingSource.of_samples("things", open_source(Path(folder)))
-    embedded = embed_set(numbered_model(perfect()), source, Path(out), config())
+    embedded = embed(numbered_model(perfect()), source, config(), Path(out))
     retrieval = measure_set_retrieval(embedded, RetrievalConfig(resamples=100))[0]
     return {"during training": measured(open_source(Path(folder))), "of the set": retrieval["figures"]}
 

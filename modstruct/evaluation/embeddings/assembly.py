@@ -1,134 +1,105 @@
-"""Parts of an embedded set joined into its contents, in bounded memory: equal captions are one, copies come last."""
+"""What one pass over a source's images made, joined into a set: equal captions are one, copies of images come last."""
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain, compress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from modstruct.config.training import EmbeddingConfig
 from modstruct.data.shards.evaluation_samples import DIGEST
+from modstruct.distributed import is_main
 from modstruct.errors import refuse
-from modstruct.evaluation.embeddings.embedded_set import SetContents
-from modstruct.evaluation.embeddings.parts import Parts, read_texts
-from modstruct.evaluation.embeddings.set_files import IMAGE_ARRAYS, TEXT_ARRAYS, merged_pairs
-from modstruct.evaluation.embeddings.source import DistinctCaptions, EmbeddingSource, at_places, distinct, say_merged
-from modstruct.files import atomic_write
+from modstruct.evaluation.embeddings.passes import Made, stream_of
+from modstruct.evaluation.embeddings.set_files import RowStream, merged_pairs
+from modstruct.evaluation.embeddings.source import (
+    EmbeddingSource,
+    at_places,
+    distinct,
+    distinct_captions,
+    say_merged,
+)
 
 log = logging.getLogger(__name__)
 
 
 class Assembly:
-    """Joins the parts of one set: `gather` when all images are embedded, `contents` when all texts are too."""
+    """The order of a set's rows, and its arrays and lists in that order, read piece by piece.
 
-    def __init__(self, source: EmbeddingSource, images: Parts, captions_file: Path):
-        self._source, self._images, self._captions_file = source, images, captions_file
+    pairs: (p, 2) of all images. copies: as in EmbeddedSet. texts: number of distinct captions. skipped: samples left
+    out, by cause.
+    """
 
-    def gather(self, config: EmbeddingConfig) -> int:
-        """Count what was read, find copies, and write the distinct captions to their file. Returns how many they are.
-
-        Raises TooManyBadSamples above config.max_bad_share, ValueError where no image could be read.
-        """
-        counter, captions = self._source.bad_sample_counter(config), DistinctCaptions()
-        total = len(self._source.samples)
-        counter.add(self._noted("faults"), total, say=False)  # the process that met them has reported them
-        for of_part in self._images.notes("captions"):
-            captions.add(of_part)
-        # The whole source was tried, so its share is exact, however small it is.
+    def __init__(self, source: EmbeddingSource, images: Made, max_bad_share: float):
+        """Raises TooManyBadSamples above max_bad_share, ValueError where no image could be read."""
+        self._images = images
+        counter, total = source.bad_sample_counter(max_bad_share), len(source.samples)
+        counter.add(images.notes("faults"), total, say=False)  # the process that met them has reported them
+        # The whole source was tried, so its fraction is exact, however small it is.
         counter.check(counter.bad, total, fewest=1)
         if counter.bad == total:
-            refuse("set", self._source.name, f"none of its {total} samples could be used: {counter.summary()}")
-        self._skipped = self._source.left_out_before() + counter.counts
-        places, pairs = captions.rows()
-        self._pairs = merged_pairs(pairs, self._put_copies_last(total - counter.bad, len(places) > 0))
-        with atomic_write(self._captions_file) as file:
-            for caption in at_places(chain.from_iterable(self._noted("captions")), places):
-                file.write((json.dumps(caption) + "\n").encode())
-        return len(places)
-
-    def _put_copies_last(self, samples: int, captioned: bool) -> np.ndarray:
-        """Find the images of equal bytes, and the row that each of the readable samples gets, (samples,)."""
-        digests = np.concatenate([np.empty(0, dtype=DIGEST), *self._images.pieces("digests")])
-        self._copied, self._copies = np.zeros(samples, dtype=bool), np.empty(0, dtype=np.int64)
-        if len(digests) == samples:
-            first, image_row = distinct(digests)
-            self._copied[:] = True
-            self._copied[first] = False
-            self._copies = image_row[self._copied]
-        elif captioned:
-            log.warning(
-                "set %s: %d of %d images were embedded by an earlier version, and equal images are not merged; "
-                "--embedding.overwrite true embeds the set again",
-                self._source.name,
-                samples - len(digests),
-                samples,
+            refuse(
+                source.field or "set", source.name, f"none of its {total} samples could be used: {counter.summary()}"
             )
-        if len(self._copies):
-            say_merged(f"set {self._source.name}", samples, samples - len(self._copies))
-        rows = np.empty(samples, dtype=np.int64)
-        rows[np.concatenate([np.flatnonzero(~self._copied), np.flatnonzero(self._copied)])] = np.arange(samples)
-        return rows
+        self.skipped = dict(source.left_out_before() + counter.counts)
+        self.images = total - counter.bad
+        self._places, pairs = distinct_captions(images.notes("captions"))
+        self.texts = len(self._places)
+        self.copies, self._copied = self._find_copies(source)
+        order = np.argsort(self._copied, kind="stable")
+        rows = np.empty(self.images, dtype=np.int64)
+        rows[order] = np.arange(self.images)
+        self.pairs = merged_pairs(pairs, rows)
 
-    def contents(
-        self, model: dict[str, Any], captions: Parts | None, prompts: Parts, arrays: Sequence[str], dtype: str
-    ) -> SetContents:
-        """The set of these arrays, most of it as streams. captions: None where no texts are wanted."""
-        source, kind = self._source, np.dtype(dtype)
-        indices = self._column("indices")
-        streams = {
-            a: replace(self._images.stream(a, len(indices), kind), pieces=self._pieces(a))
-            for a in arrays
-            if a in IMAGE_ARRAYS
-        }
-        made = SetContents(
-            source.name,
-            model,
-            streams,
-            copies=self._copies if len(self._copies) else None,
-            indices=indices,
-            keys=self._copies_last("keys"),
-            metadata=self._copies_last("metadata"),
-            source={"name": source.name, "fingerprint": source.fingerprint},
-            skipped=dict(self._skipped),
-            left_out=({"cause": cause, "where": where} for cause, where in self._noted("faults")),
-        )
-        if captions is not None:
-            streams |= {a: captions.stream(a, captions.items, kind) for a in arrays if a in TEXT_ARRAYS}
-            made.pairs, made.captions = self._pairs, read_texts(self._captions_file)
-        if source.class_names:
-            made.class_names, made.templates, made.label = source.class_names, source.templates, source.label_field
-            made.labels = self._column("labels")
-            rows = list(prompts.pieces("text"))
-            if rows:
-                made.class_prompts = np.concatenate(rows).reshape(len(source.class_names), len(source.templates), -1)
-        return made
+    def _find_copies(self, source: EmbeddingSource) -> tuple[np.ndarray, np.ndarray]:
+        """Rows that the copies are copies of, (c,), and (n,) whether each image is a copy of an earlier one."""
+        digests = np.concatenate([np.empty(0, dtype=DIGEST), *self._images.pieces("digests")])
+        copied = np.zeros(self.images, dtype=bool)
+        if len(digests) < self.images:
+            if self.texts:
+                log.warning(
+                    "%s: %d of %d images were embedded by an earlier version, and equal images are not merged; "
+                    "--embedding.overwrite true embeds the set again",
+                    source.described,
+                    self.images - len(digests),
+                    self.images,
+                )
+            return np.empty(0, dtype=np.int64), copied
+        first, image_row = distinct(digests)
+        copied[:] = True
+        copied[first] = False
+        if copied.any() and is_main():
+            say_merged(source.described, self.images, len(first))
+        return image_row[copied], copied
 
-    def _noted(self, name: str) -> Iterator[Any]:
-        """The notes of this name, of all images."""
-        return chain.from_iterable(self._images.notes(name))
+    def captions(self) -> Iterator[str]:
+        """The distinct captions."""
+        return at_places(chain.from_iterable(self._images.notes("captions")), self._places)
 
-    def _copies_last(self, name: str) -> Iterator[Any]:
-        """The notes of this name in the order of rows."""
-        if not len(self._copies):
-            return self._noted(name)
-        return chain(compress(self._noted(name), ~self._copied), compress(self._noted(name), self._copied))
+    def notes(self, name: str) -> Iterator[Any]:
+        """A list of the images; what was made is read twice where there are copies."""
+        if not len(self.copies):
+            return self._images.notes(name)
+        of_copies = compress(self._images.notes(name), self._copied)
+        return chain(compress(self._images.notes(name), ~self._copied), of_copies)
 
-    def _pieces(self, name: str) -> Iterator[np.ndarray]:
-        """An array of the images, in the order of rows; the parts are read twice where there are copies."""
-        if not len(self._copies):
-            yield from self._images.pieces(name)
-            return
-        for copies in (False, True):
+    def faults(self) -> Iterator[dict[str, str]]:
+        return ({"cause": cause, "where": where} for cause, where in self._images.notes("faults"))
+
+    def column(self, array: str) -> np.ndarray:
+        """A small array of the images."""
+        return np.concatenate(list(self._pieces(array)))
+
+    def stream(self, array: str, dtype: str) -> RowStream:
+        """An array of the images."""
+        return replace(stream_of(self._images, array, self.images, dtype), pieces=self._pieces(array))
+
+    def _pieces(self, array: str) -> Iterator[np.ndarray]:
+        for copies in (False, True) if len(self.copies) else (None,):
             start = 0
-            for piece in self._images.pieces(name):
-                yield piece[self._copied[start : start + len(piece)] == copies]
+            for piece in self._images.pieces(array):
+                yield piece if copies is None else piece[self._copied[start : start + len(piece)] == copies]
                 start += len(piece)
-
-    def _column(self, name: str) -> np.ndarray:
-        return np.concatenate(list(self._pieces(name)))

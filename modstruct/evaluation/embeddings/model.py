@@ -17,32 +17,33 @@ from modstruct.data.tokenizers import Tokenizer, load_tokenizer
 from modstruct.data.transforms.augment import Views
 from modstruct.distributed.collect import on_main
 from modstruct.errors import refuse, require
-from modstruct.evaluation.embeddings.in_memory import Encode
 from modstruct.evaluation.embeddings.set_files import IMAGE_ARRAYS, TEXT_ARRAYS
 from modstruct.losses.objective import build_objective
 from modstruct.models.bounded import no_larger_than
 from modstruct.models.build import build_model, image_size
 from modstruct.models.protocol import TrainableModel, load_weights
 
+Encode = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
+"""{"image": (B, 3, H, W) views} -> image and what else of `arrays` one pass gives; {"text": ids} alike; (B, …) each."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class EmbeddingModel:
-    """A model in evaluation mode, whole on each process, with its own preprocessing and tokenizer."""
+    """A model in evaluation mode, whole on each process or an engine, with its own preprocessing and tokenizer."""
 
-    name: str
-    """What tables call it."""
-    fingerprint: str
-    """Of its weights: `weights_fingerprint`."""
-    dimension: int
-    """D of the shared embeddings."""
-    arrays: frozenset[str]
-    """What it can make, of IMAGE_ARRAYS and TEXT_ARRAYS."""
+    encode: Encode
     views: EvaluationViews
     tokenize: Callable[[Sequence[str]], Tensor]
     """Texts -> ids (B, L); pickles to loader workers."""
-    encode: Encode
-    """{"image": (B, 3, H, W) views} -> image and what else of `arrays` one pass gives; {"text": ids} alike. (B, …)."""
-    preprocessing: str
+    name: str = "model"
+    """What tables call it."""
+    fingerprint: str = ""
+    """Of its weights: `weights_fingerprint`; needed for sets that are kept."""
+    dimension: int = 0
+    """D of the shared embeddings; needed for sets that are kept."""
+    arrays: frozenset[str] = frozenset({"image", "text"})
+    """What it can make, of IMAGE_ARRAYS and TEXT_ARRAYS."""
+    preprocessing: str = ""
     """Views and tokenizer in words: equal words, equal inputs of the towers."""
     details: dict = field(default_factory=dict)
     """Further entries of the manifest, in plain JSON types."""

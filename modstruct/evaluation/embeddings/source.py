@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from modstruct.config.training import EmbeddingConfig
 from modstruct.data.classification.class_files import ZeroShotClasses
 from modstruct.data.faults import BadSampleCounter
 from modstruct.data.shards.evaluation_samples import DIGEST, EvaluationSamples, digest_of
@@ -41,25 +40,21 @@ class EmbeddingSource:
     templates: tuple[str, ...] = ()
     classes: ZeroShotClasses | None = None
     """Of captioned samples, whose metadata hold labels of their own."""
+    field: str = ""
+    """The recipe's field that it comes from, for messages; empty for a set that is embedded by its name."""
 
     def __post_init__(self):
-        require(
-            is_set_name(self.name),
-            "set",
-            self.name,
-            "a name of letters, digits, - _ . and +, since a folder is called by it",
-        )
+        remedy = "a name of letters, digits, - _ . and +, since a folder is called by it"
+        require(is_set_name(self.name), "set", self.name, remedy)
         require(len(self.samples) > 0, "set", self.name, "holds no samples")
 
     @classmethod
     def of_samples(
-        cls, name: str, samples: EvaluationSamples, classes: ZeroShotClasses | None = None
+        cls, name: str, samples: EvaluationSamples, classes: ZeroShotClasses | None = None, field: str = ""
     ) -> EmbeddingSource:
         """Captioned images; classes: of a zero-shot file, for the samples whose metadata have its label."""
-        if classes is None:
-            return cls(name, samples, samples.samples.content)
-        names = tuple(classes.classes.values())
-        return cls(name, samples, samples.samples.content, names, classes.templates, classes)
+        names, templates = (tuple(classes.classes.values()), classes.templates) if classes else ((), ())
+        return cls(name, samples, samples.samples.content, names, templates, classes, field)
 
     @classmethod
     def of_labelled(cls, images: Any) -> EmbeddingSource:
@@ -94,15 +89,21 @@ class EmbeddingSource:
                 refuse(f"label of set {self.name}", label, f"must be one of the {len(self.class_names)} classes, or -1")
         return np.array([-1 if label is None else int(label) for label in labels], dtype=np.int64)
 
-    def bad_sample_counter(self, config: EmbeddingConfig, process: int = 0) -> BadSampleCounter:
+    @property
+    def described(self) -> str:
+        """What messages call it."""
+        return self.field or f"set {self.name}"
+
+    def bad_sample_counter(self, max_bad_share: float, process: int = 0) -> BadSampleCounter:
         """For counting its unreadable images."""
-        return BadSampleCounter(f"set {self.name}", config.max_bad_share, process, "embedding.max_bad_share")
+        section = "data" if self.field else "embedding"
+        return BadSampleCounter(self.described, max_bad_share, process, f"{section}.max_bad_share")
 
     def left_out_before(self) -> Counter[str]:
         """Samples, by cause, that opening the set found unusable; they are not among `samples`."""
-        if isinstance(self.samples, EvaluationSamples):
-            return left_out_when_indexed(self.samples)
-        return Counter(self.samples.left_out)
+        if not isinstance(self.samples, EvaluationSamples):
+            return Counter(self.samples.left_out)
+        return sum((Counter(shard["faults"]) for shard in self.samples.samples.shard_faults), Counter())
 
 
 def distinct(digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -133,31 +134,20 @@ def say_merged(field: str, samples: int, images: int) -> None:
     )
 
 
-class DistinctCaptions:
-    """Text rows and pairs of captions that come image by image; keeps 24 bytes a caption, not the texts."""
+def distinct_captions(captions: Iterable[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
+    """Text rows and pairs of captions that come image by image; keeps 24 bytes a caption, not the texts.
 
-    def __init__(self):
-        self._digests: list[np.ndarray] = []
-        self._counts: list[np.ndarray] = []
-
-    def add(self, captions: Iterable[Sequence[str]]) -> None:
-        """The captions of each of the next images."""
-        captions = list(captions)
-        texts = (text.encode(errors="surrogatepass") for of_image in captions for text in of_image)
-        self._digests.append(np.frombuffer(b"".join(map(digest_of, texts)), dtype=DIGEST))
-        self._counts.append(np.array([len(of_image) for of_image in captions], dtype=np.int64))
-
-    def rows(self) -> tuple[np.ndarray, np.ndarray]:
-        """Places and pairs.
-
-        places: (m,) int64, the place, among all captions added, at which each distinct one came first, in this order.
-        pairs: (p, 2) int64, (image, text row) of each image and each of its captions, sorted, without repetition.
-        """
-        digests = np.concatenate([np.empty(0, dtype=DIGEST), *self._digests])
-        counts = np.concatenate([np.empty(0, dtype=np.int64), *self._counts])
-        places, rows = distinct(digests)
-        pairs = np.stack([np.repeat(np.arange(len(counts)), counts), rows], axis=1)
-        return places, np.unique(pairs, axis=0).reshape(-1, 2).astype(np.int64)
+    Returns (m,) int64, the place, among all captions, at which each distinct one came first, in this order; and (p, 2)
+    int64, (image, text row) of each image and each of its captions, sorted, without repetition.
+    """
+    counts, digests = [], bytearray()
+    for of_image in captions:
+        counts.append(len(of_image))
+        for text in of_image:
+            digests += digest_of(text.encode(errors="surrogatepass"))
+    places, rows = distinct(np.frombuffer(bytes(digests), dtype=DIGEST))
+    pairs = np.stack([np.repeat(np.arange(len(counts)), counts), rows], axis=1)
+    return places, np.unique(pairs, axis=0).reshape(-1, 2).astype(np.int64)
 
 
 def at_places(texts: Iterable[str], places: np.ndarray) -> Iterator[str]:
@@ -168,8 +158,3 @@ def at_places(texts: Iterable[str], places: np.ndarray) -> Iterator[str]:
         if number == place:
             yield text
             place = next(wanted, None)
-
-
-def left_out_when_indexed(samples: EvaluationSamples) -> Counter[str]:
-    """Samples, by cause, that indexing found unusable: they are not among `samples`."""
-    return sum((Counter(shard["faults"]) for shard in samples.samples.shard_faults), Counter())

@@ -23,7 +23,7 @@ from modstruct.config import RerankBy
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.distributed.collect import collect_rows, collect_tokens, my_batches, on_main
 from modstruct.errors import RunError
-from modstruct.evaluation.embeddings.in_memory import EmbeddedPairs
+from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.retrieval.exact import counting_device, items_ahead
 from modstruct.evaluation.retrieval.metrics import recall_metrics
 from modstruct.evaluation.retrieval.nearest import nearest
@@ -51,18 +51,18 @@ def reranked_retrieval(
     model: Matcher,
     images: Iterator[Tensor],
     tokenizer: Tokenizer,
-    embedded: EmbeddedPairs,
+    embedded: EmbeddedSet,
     settings: Reranking,
     device: torch.device,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Recall at K both ways after matching has reranked each query's candidates; every process calls it.
 
     images: this process's batches of the n images (see collect.my_batches), uint8 (b, 3, H, W) on the device, in the
-    order of embedded.image. Returns the same as `measure_recall`, on every process. Raises RunError, on every process,
-    where `images` yields another number than embedded.image has rows.
+    order of embedded's distinct images. Returns the same as `measure_recall`, on every process. Raises RunError, on
+    every process, where `images` yields another number.
     """
     backbone, batch = model.backbone, settings.batch
-    rows: int = on_main(lambda: len(embedded.image))
+    rows: int = embedded.manifest["rows"]["image"] - len(embedded.copies)
     grey = torch.zeros((1, 3, backbone.image_size, backbone.image_size), dtype=torch.uint8, device=device)
     image_tokens = _gathered(backbone.encode_image, images, grey, rows, batch, device, "encoding images")
     if len(image_tokens) != rows:  # images are read a second time; one that is lost would shift those after it
@@ -79,7 +79,7 @@ def reranked_retrieval(
         logits = model.match(rows.to(device), mask[texts], seen.to(device))
         return logits[:, 1] - logits[:, 0]
 
-    image, text, pairs = embedded.image, embedded.text, embedded.pairs
+    image, text, pairs = embedded.distinct_rows("image"), embedded.rows("text"), embedded.distinct_pairs
     # A forward pass gathers the scale under ZeRO-3.
     scale = float(model({"text": ids[:1]})["logit_scale"]) if settings.by == "both" else 0.0
     return {

@@ -28,7 +28,7 @@ STAGES = {
     "validation": "modstruct.training.pretrain:Pretraining.validate",
     "checkpoint": "modstruct.checkpoints:replace_folder",
     "finish": "modstruct.training.pretrain:Pretraining.finish",
-    "embedding": "modstruct.evaluation.embeddings.embed_set:_embed_texts",
+    "embedding": "modstruct.evaluation.embeddings.embed:_embed_texts",
     "measurement": "modstruct.evaluation.retrieval.measure:measure_set_retrieval",
 }
 

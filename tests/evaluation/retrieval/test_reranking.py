@@ -9,7 +9,7 @@ from tiny_fusion import fusion_model, fusion_recipe
 from tiny_models import CAPTIONS, random_images, word_tokenizer
 
 from modstruct.errors import RunError
-from modstruct.evaluation.embeddings.in_memory import EmbeddedPairs
+from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.retrieval.exact import items_ahead
 from modstruct.evaluation.retrieval.metrics import recall_metrics
 from modstruct.evaluation.retrieval.nearest import nearest
@@ -59,7 +59,8 @@ def test_both_stages_are_as_a_plain_program_has_them(candidates, by):
     image = model({"image": images})["image"].numpy()
     text = model({"text": word_tokenizer()(captions)})["text"].numpy()
     pairs = np.array([[0, 0], [1, 1], [2, 2], [3, 3], [4, 0]])
-    embedded, settings = EmbeddedPairs(image, text, pairs, captions), Reranking(candidates, by, [1, 2], 2)
+    embedded = EmbeddedSet("images", {}, {"image": image, "text": text}, pairs=pairs, captions=captions)
+    settings = Reranking(candidates, by, [1, 2], 2)
     batches = iter(images.split(2))
     found = reranked_retrieval(model, batches, word_tokenizer(), embedded, settings, torch.device("cpu"))
     scores = np.array([[matched(model, seen, caption) for caption in captions] for seen in images])
@@ -91,6 +92,6 @@ def test_an_image_that_is_lost_between_the_stages_ends_the_measurement():
     model, captions = fusion_model(fusion_recipe()).eval(), list(CAPTIONS[:4])
     image, text = np.eye(5, 8, dtype=np.float32), np.eye(4, 8, dtype=np.float32)
     found = iter([random_images(16, 2, 3), random_images(16, 2, 4)])
-    embedded = EmbeddedPairs(image, text, np.array([[0, 0]]), captions)
+    embedded = EmbeddedSet("images", {}, {"image": image, "text": text}, pairs=[[0, 0]], captions=captions)
     with pytest.raises(RunError, match="4 instead of 5"):
         reranked_retrieval(model, found, word_tokenizer(), embedded, Reranking(2, "both", [1], 2), torch.device("cpu"))

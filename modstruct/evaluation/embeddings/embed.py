@@ -1,0 +1,387 @@
+"""The embedder: a source's images, then its distinct captions, then its class prompts, by all processes.
+
+Into memory for validation in training, or into a folder that metrics read (`EmbeddedSet`), from parts that an
+interrupted run is resumed from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from modstruct import distributed
+from modstruct.config.training import EmbeddingConfig
+from modstruct.data.shards.evaluation_samples import evaluation_loader
+from modstruct.data.shards.workers import WorkerLoader
+from modstruct.distributed.collect import on_main
+from modstruct.distributed.hosts import require_same, require_shared_folder
+from modstruct.errors import refuse, require
+from modstruct.evaluation.embeddings.assembly import Assembly
+from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet, clear
+from modstruct.evaluation.embeddings.model import EmbeddingModel, Encode
+from modstruct.evaluation.embeddings.passes import Batch, Gathered, Made, Parts, stream_of
+from modstruct.evaluation.embeddings.set_files import (
+    IMAGE_ARRAYS,
+    MANIFEST,
+    TEXT_ARRAYS,
+    RowStream,
+    open_array,
+    read_json,
+    read_lines,
+    write_array,
+    write_json,
+    write_lines,
+)
+from modstruct.evaluation.embeddings.source import EmbeddingSource
+
+log = logging.getLogger(__name__)
+
+PARTS = "parts"
+BEGUN = "begun.json"
+CAPTIONS = "captions.jsonl"
+AUGMENTED = "image_augmented"
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"float16": torch.float16, "float32": torch.float32}
+
+
+def embed_sets(
+    model: EmbeddingModel,
+    planned: Sequence[tuple[EmbeddingSource, EmbeddingConfig]],
+    folder: str | Path,
+    command: Sequence[str] = (),
+) -> list[EmbeddedSet]:
+    """Embed sets one after the other, each into folder/NAME; every process calls it and gets the finished sets.
+
+    planned: each set and how it is embedded; sets of one name, and what is in the folder and cannot be used, are
+    refused before anything is embedded. See `embed`.
+    """
+    names, folder = [source.name for source, _ in planned], Path(folder).expanduser()
+    require(len(set(names)) == len(names), "sets", names, "each needs a name of its own")
+
+    def check() -> None:
+        for source, config in planned:
+            found = _found(folder / source.name, _settings(model, source, config), config.overwrite)
+            if found is not None:
+                found.check()
+
+    on_main(check)
+    return [embed(model, source, config, folder / source.name, command) for source, config in planned]
+
+
+def embed(
+    model: EmbeddingModel,
+    source: EmbeddingSource,
+    config: EmbeddingConfig,
+    folder: Path | None = None,
+    command: Sequence[str] = (),
+) -> EmbeddedSet:
+    """Embed one set; every process calls it and gets the set.
+
+    With a folder, the set is written there and opened. A finished set of the same model and settings is left as it is;
+    an interrupted one is resumed, on any number of processes: its arrays and lists are the same to the byte. Class
+    prompts are kept beside the folder, for other sets of the same classes. command: for the manifest.
+    Without one, the set is in memory, without metadata; all processes make equally many forward passes (ZeRO-3), and
+    embeddings and class prompts are on the MAIN process alone: elsewhere they have the same shape and hold NaN.
+    Raises ValueError where an existing set differs in model, source or settings, unless config.overwrite replaces it;
+    TooManyBadSamples above config.max_bad_share, FailedElsewhere where another process failed.
+    """
+    started, settings = time.monotonic(), _settings(model, source, config)
+    if folder is not None:
+        folder = folder.expanduser()
+        remedy = "processes must see the same model and files: share the folders, or copy them to each host"
+        require_same(settings, remedy)
+        require_shared_folder(folder, "--out")
+        if on_main(lambda: _begin(folder, settings, config.overwrite)):
+            return EmbeddedSet.open(folder)
+    parts = None if folder is None else folder / PARTS
+    of_images, of_texts = ([a for a in settings["embedding.arrays"] if a in of] for of in (IMAGE_ARRAYS, TEXT_ARRAYS))
+    images = _embed_images(model, source, config, of_images, parts)
+    held: list[Assembly] = []  # in memory by every process, else by the main one, which writes the set
+
+    def assemble() -> int:
+        held.append(Assembly(source, images, config.max_bad_share))
+        if parts is not None:
+            write_lines(parts / CAPTIONS, held[0].captions())
+        return held[0].texts
+
+    count = assemble() if parts is None else on_main(assemble)
+    captions = list(held[0].captions()) if parts is None else TextLines(parts / CAPTIONS)
+    texts: Made | None = None
+    if of_texts and count:
+        made = _kept(parts, "text", count, config)
+        title = f"captions of {source.name}"
+        texts = _embed_texts(model.encode, model.tokenize, captions, made, config, of_texts, title)
+    prompts = _class_prompts(model, source, config, folder) if source.class_names else None
+
+    def contents() -> EmbeddedSet:
+        assembly = held[0]
+        rows = {a: assembly.stream(a, config.dtype) for a in of_images}
+        if texts is not None:
+            rows |= {a: stream_of(texts, a, count, config.dtype) for a in of_texts}
+        return EmbeddedSet(
+            source.name,
+            model.described(),
+            rows if parts else {a: _in_memory(stream) for a, stream in rows.items()},
+            pairs=assembly.pairs if texts else None,
+            copies=assembly.copies if len(assembly.copies) else None,
+            indices=assembly.column("indices"),
+            labels=assembly.column("labels") if source.class_names else None,
+            class_prompts=prompts() if prompts else None,
+            class_names=source.class_names,
+            templates=source.templates,
+            label_field=source.label_field,
+            keys=assembly.notes("keys") if parts else list(assembly.notes("keys")),
+            captions=(read_lines(parts / CAPTIONS) if parts else captions) if texts else None,
+            metadata=assembly.notes("metadata") if parts else None,
+            source={"name": source.name, "fingerprint": source.fingerprint},
+            skipped=assembly.skipped,
+            left_out=assembly.faults() if parts else list(assembly.faults()),
+            settings=settings,
+            command=command,
+            seconds=time.monotonic() - started,
+        )
+
+    if folder is None or parts is None:
+        return contents()
+
+    def finish() -> None:
+        contents().save(folder)
+        shutil.rmtree(parts)
+
+    on_main(finish)
+    return EmbeddedSet.open(folder)
+
+
+def _settings(model: EmbeddingModel, source: EmbeddingSource, config: EmbeddingConfig) -> dict[str, Any]:
+    """All that decides the bytes of a set."""
+    arrays = model.chosen_arrays(config.arrays)
+    fits = config.precision != "fp16" or distributed.device().type == "cuda"
+    require(fits, "embedding.precision", config.precision, "needs a GPU; use fp32 or bf16")
+    return {
+        "model fingerprint": model.fingerprint,
+        "preprocessing": model.preprocessing,
+        "source fingerprint": source.fingerprint,
+        "samples": len(source.samples),
+        "classes": source.classes_fingerprint,
+        "embedding.arrays": arrays,
+        "embedding.dtype": config.dtype,
+        "embedding.precision": config.precision,
+        "embedding.batch": config.batch,
+        "embedding.part_batches": config.part_batches,
+        "embedding.seed": config.seed if AUGMENTED in arrays else None,
+    }
+
+
+def _begin(folder: Path, settings: dict[str, Any], overwrite: bool) -> bool:
+    """Prepare the folder for a start or a resumption; true where the set is finished already."""
+    parts = folder / PARTS
+    before = _found(folder, settings, overwrite)
+    if overwrite:
+        clear(folder)
+    elif before is not None:
+        if not before.merged and len(before.pairs):
+            remedy = "--embedding.overwrite true embeds it again"
+            log.warning("%s: of an earlier version, and equal images are not merged; %s", folder, remedy)
+        shutil.rmtree(parts, ignore_errors=True)  # of a run that was interrupted between its last two steps
+        return True
+    elif (parts / BEGUN).is_file():
+        return False
+    shutil.rmtree(parts, ignore_errors=True)  # left by an interrupted removal
+    write_json(parts / BEGUN, settings)
+    return False
+
+
+def _found(folder: Path, settings: dict[str, Any], overwrite: bool) -> EmbeddedSet | None:
+    """The finished set in the folder, if there is one; refused, as an interrupted one, where its settings differ."""
+    begun = folder / PARTS / BEGUN
+    if overwrite:
+        return None
+    found = EmbeddedSet.open(folder) if (folder / MANIFEST).is_file() else None
+    if found is None and not begun.is_file():
+        return None
+    before = read_json(begun, lambda _: True) if found is None else found.manifest.get("settings", {})
+    for name, value in settings.items():
+        if before.get(name) != value:
+            was = f"{folder} was embedded with {before.get(name)!r}"
+            refuse(name, value, f"{was}; give that, another folder, or --embedding.overwrite true to start again")
+    return found
+
+
+def _kept(parts: Path | None, kind: str, items: int, config: EmbeddingConfig) -> Parts | Gathered:
+    if parts is None:
+        return Gathered(items, config.batch)
+    return Parts(parts, kind, items, config.batch, config.part_batches)
+
+
+def _embed_images(
+    model: EmbeddingModel, source: EmbeddingSource, config: EmbeddingConfig, arrays: Sequence[str], parts: Path | None
+) -> Made:
+    """A source's images, with all that is read beside them.
+
+    Lists: keys, captions, metadata (unless in memory) of the images; faults, the [cause, where] of those left out.
+    Arrays beside the embeddings: indices, numbers of the images in the source; labels, where it has classes; digests,
+    where they are known.
+    """
+    counter = source.bad_sample_counter(config.max_bad_share, distributed.rank())
+    seed = config.seed if AUGMENTED in arrays else None
+    side = model.views.image_size
+    grey = model.views.evaluation_image(Image.new("RGB", (side, side), "grey"))[None]
+    encoded = _encoder(model.encode, config, arrays, "image", grey)
+
+    def rows_of(images: Tensor, augmented: Tensor | None) -> Batch:
+        """Nothing read of any image still takes the forward passes."""
+        rows = encoded(images)
+        if seed is not None:
+            rows[AUGMENTED] = encoded(grey[:0] if augmented is None else augmented)["image"]
+        return rows
+
+    def batches(numbers: Sequence[range]) -> Iterator[Batch]:
+        # Batches are whole but for the source's last, so a loader of all of them cuts them where they end.
+        wanted = list(chain.from_iterable(numbers))
+        for batch in evaluation_loader(source.samples, model.views, config.batch, wanted, seed, config.workers):
+            counter.add(batch.faults, batch.tried)
+            # Of the whole source: the samples of the other processes may all be sound.
+            counter.check(counter.bad, len(source.samples), fewest=1)
+            rows = {"indices": batch.indices.numpy(), "keys": batch.keys, "captions": batch.captions}
+            rows |= {"faults": batch.faults} | ({"metadata": batch.metadata} if parts else {})
+            if source.class_names:
+                rows["labels"] = source.labels_of(batch.metadata)
+            if batch.digests is not None:
+                rows["digests"] = batch.digests
+            yield rows | rows_of(batch.image, batch.image_augmented)
+        for empty in numbers:
+            if not empty:
+                yield rows_of(grey[:0], None)
+
+    return _kept(parts, "image", len(source.samples), config).make(batches, f"images of {source.name}")
+
+
+def _embed_texts(
+    encode: Encode,
+    tokenize: Callable[[Sequence[str]], Tensor],
+    texts: Sequence[str] | TextLines,
+    made: Parts | Gathered,
+    config: EmbeddingConfig,
+    arrays: Sequence[str],
+    title: str,
+) -> Made:
+    """Texts, in a pass to be made; of TextLines, loader processes make ids."""
+    encoded = _encoder(encode, config, arrays, "text", tokenize([""]))
+    workers = config.workers if isinstance(made, Parts) else 0
+
+    def batches(numbers: Sequence[range]) -> Iterator[Batch]:
+        full = [some for some in numbers if some]
+        for ids in WorkerLoader(_Tokens(texts, tokenize), full, min(workers, len(full)), pin_memory=False):
+            yield encoded(ids)
+        for _ in numbers[len(full) :]:
+            yield encoded(tokenize([""])[:0])
+
+    return made.make(batches, title)
+
+
+def embed_texts(
+    encode: Encode, texts: Sequence[str], tokenize: Callable[[Sequence[str]], Tensor], batch: int, title: str
+) -> np.ndarray:
+    """Embed texts, the same list on every process, into memory, (n, D) float32, as `embed` does without a folder."""
+    config = EmbeddingConfig(batch=batch, dtype="float32")
+    return next(
+        _embed_texts(encode, tokenize, texts, Gathered(len(texts), batch), config, ["text"], title).pieces("text")
+    )
+
+
+def _encoder(
+    encode: Encode, config: EmbeddingConfig, arrays: Sequence[str], modality: str, filler: Tensor
+) -> Callable[[Tensor], dict[str, np.ndarray]]:
+    """Images or ids (B, …) -> the wanted arrays, (B, …) each, in the configured precision and dtype.
+
+    filler: (1, …), takes the forward pass where there are none.
+    """
+    device, autocast = distributed.device(), AUTOCAST.get(config.precision)
+
+    @torch.no_grad()
+    def encoded(inputs: Tensor) -> dict[str, np.ndarray]:
+        some = (inputs if len(inputs) else filler).to(device)
+        with nullcontext() if autocast is None else torch.autocast(device.type, autocast):
+            made = encode({modality: some})
+        wanted = [name for name in arrays if name in made]
+        return {name: made[name][: len(inputs)].to(DTYPES[config.dtype]).cpu().numpy() for name in wanted}
+
+    return encoded
+
+
+def _class_prompts(
+    model: EmbeddingModel, source: EmbeddingSource, config: EmbeddingConfig, folder: Path | None
+) -> Callable[[], np.ndarray]:
+    """(c, t, D) float32 of the classes of a source, to be read where the set is put together.
+
+    Equal prompts are embedded once, since a batch's other rows may move the last bit of an embedding, and, in a file
+    beside the folder, once for all sets of a model that have these classes.
+    """
+    distinct = list(dict.fromkeys(source.prompts))
+    row = {prompt: n for n, prompt in enumerate(distinct)}
+    places = np.array([row[prompt] for prompt in source.prompts]).reshape(len(source.class_names), -1)
+    config, title = replace(config, dtype="float32"), f"class names of {source.name}"
+
+    def pass_() -> Made:
+        made = _kept(folder and folder / PARTS, "prompts", len(distinct), config)
+        return _embed_texts(model.encode, model.tokenize, distinct, made, config, ["text"], title)
+
+    if folder is None:
+        rows = next(pass_().pieces("text"))
+        shape = (*places.shape, rows.shape[1])
+        return lambda: rows[places] if distributed.is_main() else np.broadcast_to(np.float32(np.nan), shape)
+    about = [model.fingerprint, model.preprocessing, config.precision, config.batch, distinct]
+    key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+    file, shape = folder.parent / f"class_prompts-{key}.npy", (len(distinct), model.dimension)
+    if config.overwrite or not on_main(file.is_file):
+        made = pass_()
+        on_main(lambda: write_array(file, stream_of(made, "text", len(distinct), "float32"), unit=True))
+    return lambda: open_array(file, shape)[places]
+
+
+def _in_memory(stream: RowStream) -> np.ndarray:
+    if distributed.is_main():
+        return np.concatenate(list(stream.pieces))
+    return np.broadcast_to(np.array(np.nan, stream.dtype), stream.shape)
+
+
+class TextLines:
+    """A file of one JSON text a line, read on demand; pickles to loader workers."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._starts: np.ndarray | None = None
+
+    def __getitem__(self, lines: slice) -> list[str]:
+        """The texts of some consecutive lines."""
+        if self._starts is None:  # 8 bytes a line, found once in each process
+            with open(self.path, "rb") as file:
+                self._starts = np.cumsum([0, *map(len, file)], dtype=np.int64)
+        with open(self.path, "rb") as file:
+            file.seek(self._starts[lines.start])
+            return [json.loads(file.readline()) for _ in range(lines.start, lines.stop)]
+
+
+class _Tokens(Dataset):
+    """Map from consecutive places to ids (B, L)."""
+
+    def __init__(self, texts: Sequence[str] | TextLines, tokenize: Callable[[Sequence[str]], Tensor]):
+        self._texts, self._tokenize = texts, tokenize
+
+    def __getitem__(self, places: range) -> Tensor:
+        return self._tokenize(self._texts[places.start : places.stop])
