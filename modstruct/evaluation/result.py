@@ -155,7 +155,7 @@ class Result:
         elif content["schema"] != SCHEMA:
             refuse_file(path, f'"schema" is {content["schema"]!r}, and this version reads {SCHEMA} and older')
         else:
-            result = _from_json(content, path)
+            result = from_json(content, path)
         return replace(result, outcomes=read_outcomes(path.with_suffix(".npz"))) if outcomes else result
 
 
@@ -211,7 +211,8 @@ LISTS = ("x", "y", "low", "high", "chance")
 TEXTS = ("label", "about", "title", "x_label", "y_label", "plot", "metric", "set", "fingerprint", "embeddings")
 
 
-def _from_json(content: dict[str, Any], path: Path) -> Result:
+def from_json(content: dict[str, Any], path: Path) -> Result:
+    """A result from what `Result.to_json` makes; ValueError naming the file and field that is not as it writes it."""
     content = {name: value for name, value in content.items() if name != "schema"}
     for name, kind in (("values", dict), ("curves", dict), ("groups", dict), ("settings", dict), ("rows", dict)):
         if not isinstance(content.get(name, {}), kind):

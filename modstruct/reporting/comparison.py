@@ -2,118 +2,84 @@
 
 In each row the best run is compared with every other one: where outcomes per row of the set were kept, by a paired test
 of their difference (random sign flips), with p values corrected for the number of runs in the row (Holm 1979) but not
-for the number of rows on the page; else by whether the 95 % intervals overlap, a coarser test, since runs whose
-intervals overlap a little may still differ; else not at all. A run is marked if it is the best or not shown to be worse
-than the best; if no run is shown to be worse, nothing is marked.
+for the number of rows on the page; else by whether the 95 % intervals overlap, a coarser test; else not at all. A run
+is marked if it is the best or not shown to be worse than the best; if no run is shown to be worse, nothing is marked.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from modstruct.evaluation.statistics import paired_difference
-from modstruct.reporting.loading import Evaluation, Metric, Result
-from modstruct.reporting.vocabulary import (
-    TASKS,
-    Task,
-    direction,
-    is_share,
-    label,
-    task_of,
-)
+from modstruct.evaluation.result import Result, Value
+from modstruct.evaluation.statistics import Difference, holm, paired_difference
+from modstruct.files import parse_yaml
+from modstruct.reporting.loading import Evaluation
 
 ALPHA = 0.05
 SAME_VALUE = 1e-6
 """Largest difference of a metric and the mean of its outcomes, of which one may be float32."""
-
-
-@dataclass(frozen=True)
-class Lead:
-    """How far the best run is ahead of another, positive for better; low and high: 95 % interval."""
-
-    difference: float
-    low: float
-    high: float
-    p: float
-    """Corrected for the number of runs in the row."""
-
-
-@dataclass(frozen=True)
-class Outcomes:
-    """What a metric is the mean of. values: (rows,). rows: identities of the rows, where kept. groups: (rows,)."""
-
-    values: np.ndarray
-    rows: tuple[np.ndarray | None, ...]
-    groups: np.ndarray | None
+ROWS = ("query", "row", "group")
+"""Outcomes that are identities of rows; the last, which rows count as one."""
+ORDER = ("retrieval", "zero_shot", "linear_probe", "linear_probe_adamw", "few_shot", "structure", "information")
+"""Of the sections; others follow by name."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A metric of one run in one row."""
+    """A metric of one run in one row. lead: how far the best run is ahead, positive for better, p corrected."""
 
-    metric: Metric
+    value: Value
     marked: bool = False
     best: bool = False
-    lead: Lead | None = None
-    """Of the best run over this one, where a paired test was made."""
+    lead: Difference | None = None
 
 
 @dataclass(frozen=True)
 class Row:
-    """One metric of all runs. cells: one a run, None where it was not measured. test: "paired", "intervals" or None."""
+    """One metric of all runs. like: its value in a run, for label, unit and direction. cells: by the number of
+    the run, where it was measured. test: "paired", "intervals" or None."""
 
     set: str
     metric: str
-    names: tuple[str, ...]
-    share: bool
-    better: int
-    chance: float | None
-    cells: tuple[Cell | None, ...]
+    name: str
+    like: Value
+    cells: dict[int, Cell]
     test: str | None
 
     @property
-    def measured(self) -> dict[int, Cell]:
-        """The cells that there are, by the number of the run."""
-        return {i: cell for i, cell in enumerate(self.cells) if cell}
+    def label(self) -> str:
+        return self.like.label or self.name.rpartition("/")[2]
 
     @property
     def marked(self) -> list[int]:
-        return [i for i, cell in self.measured.items() if cell.marked]
-
-    @property
-    def best(self) -> int | None:
-        """The run with the best value, None if no direction is better or only one was measured."""
-        return next((i for i, cell in self.measured.items() if cell.best), None)
+        return [i for i, cell in self.cells.items() if cell.marked]
 
 
 @dataclass(frozen=True)
 class Group:
-    """Rows of one set whose names begin with `names`. note: what a reader must know before comparing."""
+    """Rows of one set that belong together. note: what a reader must know before comparing."""
 
     set: str
-    names: tuple[str, ...]
+    title: str
     rows: tuple[Row, ...]
     note: str | None
-
-    @property
-    def title(self) -> str:
-        return " · ".join(part for part in (self.set, label(self.names)) if part)
-
-    def label(self, row: Row) -> str:
-        """A row's name within the group."""
-        return label(row.names[len(self.names) :])
 
 
 @dataclass(frozen=True)
 class Section:
-    """Everything measured of one kind (retrieval, …), for all sets and runs."""
+    """Everything measured of one kind (retrieval, …). results: by set and number of the run."""
 
     metric: str
-    task: Task
+    title: str
+    about: str
     groups: tuple[Group, ...]
+    results: dict[str, dict[int, Result]]
 
     @property
     def rows(self) -> Iterator[Row]:
@@ -122,132 +88,134 @@ class Section:
 
 
 def compare(runs: Sequence[Evaluation]) -> list[Section]:
-    """Every result of every run as sections, the known ones first; rows in the order in which runs name them."""
-    metrics = list(dict.fromkeys(metric for run in runs for _, metric in run.results))
-    known = [metric for metric in TASKS if metric in metrics]
-    others = sorted(set(metrics) - set(known))
-    return [Section(metric, task_of(metric), tuple(_groups(runs, metric))) for metric in known + others]
+    """Every result of every run as sections, by ORDER; rows in the order in which the results name them."""
+    metrics = {metric for run in runs for _, metric in run.results}
+    return [_section(metric, runs) for metric in sorted(metrics, key=lambda m: ((*ORDER, m).index(m), m))]
 
 
-def _groups(runs: Sequence[Evaluation], metric: str) -> Iterator[Group]:
-    sets = sorted({set_name for run in runs for set_name, m in run.results if m == metric})
-    for set_name in sets:
-        results = [run.results.get((set_name, metric)) for run in runs]
-        note = _different_data(runs, results)
-        names = dict.fromkeys(names for result in results if result for names in result.metrics)
-        grouped: dict[tuple[str, ...], list[Row]] = {}
-        for path in names:
-            grouped.setdefault(path[:-1], []).append(compare_metric(results, path, comparable=note is None))
-        alone = [rows[0] for rows in grouped.values() if len(rows) == 1]
-        if alone:
-            yield Group(set_name, (), tuple(alone), note)
-        for start, rows in grouped.items():
-            if len(rows) > 1:
-                yield Group(set_name, start, tuple(rows), note)
+def _section(metric: str, runs: Sequence[Evaluation]) -> Section:
+    results: dict[str, dict[int, Result]] = {}
+    for set_name in sorted({name for run in runs for name, of in run.results if of == metric}):
+        found = {i: run.results.get((set_name, metric)) for i, run in enumerate(runs)}
+        results[set_name] = {i: result for i, result in found.items() if result}
+    groups = []
+    for set_name, of_set in results.items():
+        note = None
+        if len({result.fingerprint for result in of_set.values()}) > 1:
+            prints = {i: (result.fingerprint or "no fingerprint")[:12] for i, result in of_set.items()}
+            of_runs = ", ".join(f"{runs[i].name}: {found}" for i, found in prints.items())
+            note = f"Not the same data: measured on sets of different content ({of_runs}), so none is marked."
+        rows: dict[str, list[Row]] = {}
+        for name in dict.fromkeys(name for result in of_set.values() for name in result.values):
+            rows.setdefault(name.rpartition("/")[0], []).append(_row(name, set_name, of_set, comparable=note is None))
+        titles = {name: title for result in of_set.values() for name, title in result.groups.items()}
+        for name, members in rows.items():
+            title = " · ".join(part for part in (set_name, titles.get(name, name)) if part)
+            groups.append(Group(set_name, title, tuple(members), note))
+    first = next(result for of_set in results.values() for result in of_set.values())
+    abouts = [result.about for of_set in results.values() for result in of_set.values() if result.about]
+    return Section(metric, first.title or metric, (abouts or [""])[0], tuple(groups), results)
 
 
-def _different_data(runs: Sequence[Evaluation], results: Sequence[Result | None]) -> str | None:
-    """A warning if the runs' results come from sets of different content."""
-    measured = [(run.name, result) for run, result in zip(runs, results, strict=True) if result]
-    fingerprints = {result.source_fingerprint for _, result in measured}
-    if len(measured) < 2 or len(fingerprints) == 1:
-        return None
-    of_runs = ", ".join(f"{name}: {_short(result.source_fingerprint)}" for name, result in measured)
-    return f"Not the same data: the runs were measured on sets of different content ({of_runs}), so none is marked."
-
-
-def _short(fingerprint: str | None) -> str:
-    return "no fingerprint" if fingerprint is None else fingerprint[:12]
-
-
-def compare_metric(results: Sequence[Result | None], names: tuple[str, ...], comparable: bool = True) -> Row:
-    """One metric of all runs as a row. results: one a run, all of one kind and set, None where there is none.
-
-    comparable: False leaves all unmarked, for results on different data.
-    """
-    found = {i: result for i, result in enumerate(results) if result and names in result.metrics}
-    values = {i: result.metrics[names] for i, result in found.items()}
-    first = next(iter(found.values()))
-    better = direction(first.metric, names)
-    share = is_share(first.metric, names, [value.value for value in values.values()])
-    chance = next((value.chance for value in values.values() if value.chance is not None), None)
-
-    best: int | None = None
-    leads: dict[int, Lead] = {}
-    worse: set[int] = set()
-    test: str | None = None
-    if better and comparable and len(values) > 1:
-        best = max(values, key=lambda i: better * values[i].value)
+def _row(name: str, set_name: str, of_set: dict[int, Result], comparable: bool) -> Row:
+    results = {i: result for i, result in of_set.items() if name in result.values}
+    values = {i: result.values[name] for i, result in results.items()}
+    like = next((value for value in values.values() if value.about), next(iter(values.values())))
+    best, test, worse = None, None, set[int]()
+    leads: dict[int, Difference] = {}
+    if like.higher_is_better is not None and comparable and len(values) > 1:
+        sign = 1 if like.higher_is_better else -1
+        best = max(values, key=lambda i: sign * values[i].value)
         rivals = [i for i in values if i != best]
-        outcomes = {i: kept for i, result in found.items() if (kept := _outcomes(result, names))}
-        if len(outcomes) == len(found) and all(_same_rows(outcomes[best], outcomes[i]) for i in rivals):
-            test, leads = "paired", _leads(outcomes, best, rivals, better)
+        top = values[best]
+        if paired := paired_outcomes(list(results.values()), name):
+            test, outcomes = "paired", dict(zip(results, paired[0], strict=True))
+            found = [paired_difference(sign * outcomes[best], sign * outcomes[i], groups=paired[1]) for i in rivals]
+            corrected = holm([difference.p for difference in found])
+            leads = {i: replace(lead, p=p) for i, lead, p in zip(rivals, found, corrected, strict=True)}
             worse = {i for i in rivals if leads[i].p < ALPHA}
         elif all(value.low is not None and value.high is not None for value in values.values()):
-            test, worse = "intervals", {i for i in rivals if _apart(values[best], values[i])}
-    cells = (
-        Cell(
-            values[i],
-            marked=bool(worse) and i not in worse,
-            best=best is not None and values[i].value == values[best].value,
-            lead=leads.get(i),
-        )
-        if i in values
-        else None
-        for i in range(len(results))
-    )
-    return Row(first.set, first.metric, names, share, better, chance, tuple(cells), test)
+            test = "intervals"
+            worse = {i for i in rivals if top.low > values[i].high or values[i].low > top.high}  # type: ignore[operator]
+    bests = {i for i, value in values.items() if best is not None and value.value == values[best].value}
+    cells = {i: Cell(value, bool(worse) and i not in worse, i in bests, leads.get(i)) for i, value in values.items()}
+    return Row(set_name, next(iter(results.values())).metric, name, like, cells, test)
 
 
-def _outcomes(result: Result, names: tuple[str, ...]) -> Outcomes | None:
-    """A metric's outcomes, or None if there are none whose mean it is."""
-    kept = result.outcomes.get("/".join(names))
-    if kept is None or kept.ndim != 1 or not len(kept) or kept.dtype.kind not in "biuf":
+def paired_outcomes(results: Sequence[Result], name: str) -> tuple[list[np.ndarray], np.ndarray | None] | None:
+    """Outcomes (n,) of each result, float64, whose mean the value is, and the groups of their rows, (n,) or None.
+
+    None unless all results have them, of the same rows as far as is known.
+    """
+    kept = [np.asarray(result.outcomes[name], np.float64) for result in results if name in result.outcomes]
+    if len(kept) < len(results) or len({array.shape for array in kept}) > 1:
         return None
-    values = kept.astype(np.float64)
-    if not abs(float(values.mean()) - result.metrics[names].value) <= SAME_VALUE:
+    values = [result.values[name].value for result in results]
+    if not all(abs(of.mean() - value) <= SAME_VALUE for of, value in zip(kept, values, strict=True)):
         return None
-    beside = ["/".join((*names[:-1], "{}"))] if len(names) > 1 else []
-    found = {
-        kind: next(
-            (result.outcomes[key] for start in [*beside, "{}"] if (key := start.format(kind)) in result.outcomes), None
-        )
-        for kind in ("query", "row", "group")
-    }
-    return Outcomes(values, tuple(found[kind] for kind in ("query", "row")), found["group"])
+    groups = []
+    for kind in ROWS:
+        own, common = f"{name.rpartition('/')[0]}/{kind}", kind
+        groups = [of for result in results if (of := result.outcomes.get(own, result.outcomes.get(common))) is not None]
+        if not all(np.array_equal(groups[0], others) for others in groups):
+            return None
+    return kept, groups[0] if groups else None
 
 
-def _same_rows(a: Outcomes, b: Outcomes) -> bool:
-    """Whether two runs' outcomes are of the same rows, as far as is known."""
-    if a.values.shape != b.values.shape:
-        return False
-    mine, others = (*a.rows, a.groups), (*b.rows, b.groups)
-    return all(x is None or y is None or np.array_equal(x, y) for x, y in zip(mine, others, strict=True))
+def group_seeds(runs: Sequence[Evaluation]) -> list[Evaluation]:
+    """The runs, with those that differ in nothing but train.seed and output made one, at the place of the first.
+
+    Values and curves become means over the seeds, deviations and bands the standard deviation (n - 1) over them;
+    outcomes become means row by row, so that a paired test compares the means. There are no intervals, which over rows
+    would leave out the seeds. Runs of one recipe and seed, such as two checkpoints of a run, stay apart.
+    """
+    families: dict[Any, dict[Any, list[Evaluation]]] = {}
+    for run in runs:
+        recipe, seed = _without_seed(run)
+        families.setdefault(recipe, {}).setdefault(seed, []).append(run)
+    grouped = []
+    for of_seeds in families.values():
+        members = [run for found in of_seeds.values() for run in found]
+        grouped += [_merged(members)] if 1 < len(of_seeds) == len(members) else members
+    return sorted(grouped, key=lambda run: runs.index((run.seeds or (run,))[0]))
 
 
-def _leads(outcomes: dict[int, Outcomes], best: int, rivals: list[int], better: int) -> dict[int, Lead]:
-    first = outcomes[best]
-    tested = [
-        paired_difference(better * first.values, better * outcomes[i].values, groups=first.groups) for i in rivals
-    ]
-    corrected = holm([found.p for found in tested])
-    return {
-        i: Lead(found.difference, found.low, found.high, p)
-        for i, found, p in zip(rivals, tested, corrected, strict=True)
-    }
+def _without_seed(run: Evaluation) -> tuple[Any, Any]:
+    """What runs of several seeds have in common, and the seed."""
+    try:
+        recipe: Any = parse_yaml(str(run.model.get("recipe")).encode())
+        seed = recipe["train"].pop("seed")
+    except (ValueError, TypeError, KeyError, AttributeError):  # a model of others, or text that is no recipe
+        return run.folder, None
+    return repr([recipe | {"output": None}, Path(run.model["name"]).name]), seed
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """p values corrected for their number by Holm's step-down procedure (1979), in the order given."""
-    corrected, largest = [0.0] * len(p_values), 0.0
-    for place, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
-        largest = max(largest, min(1.0, (len(p_values) - place) * p_values[i]))
-        corrected[i] = largest
-    return corrected
+def _merged(family: Sequence[Evaluation]) -> Evaluation:
+    keys = dict.fromkeys(key for run in family for key in run.results)
+    results = {key: _mean([run.results[key] for run in family if key in run.results]) for key in keys}
+    first = family[0]
+    name = re.sub(rf"[-_/@ .]*(seed|s)?[-_=]?{_without_seed(first)[1]}$", "", first.name)
+    return replace(first, name=name or first.name, results=results, seeds=tuple(family))
 
 
-def _apart(a: Metric, b: Metric) -> bool:
-    """Whether two intervals, which both are there, do not overlap."""
-    if a.low is None or a.high is None or b.low is None or b.high is None:
-        return False
-    return a.low > b.high or b.low > a.high
+def _mean(results: Sequence[Result]) -> Result:
+    """One result of several seeds, with what all of them have."""
+    first, values, curves, outcomes = results[0], {}, {}, {}
+    if len(results) == 1:
+        return first
+    for name in [name for name in first.values if all(name in result.values for result in results)]:
+        found = [result.values[name].value for result in results]
+        mean, deviation = float(np.mean(found)), float(np.std(found, ddof=1))
+        values[name] = replace(first.values[name], value=mean, deviation=deviation, low=None, high=None)
+        if paired := paired_outcomes(results, name):
+            outcomes[name] = np.mean(paired[0], axis=0)
+    for name, like in first.curves.items():
+        if all(name in result.curves and result.curves[name].x == like.x for result in results):
+            y = np.array([result.curves[name].y for result in results])
+            mean, spread = y.mean(0), y.std(0, ddof=1)
+            low, high = (mean - spread).tolist(), (mean + spread).tolist()
+            curves[name] = replace(like, y=mean.tolist(), low=low, high=high, chosen=None)
+    rows = {name: of for name, of in first.outcomes.items() if name.rpartition("/")[2] in ROWS}
+    alike = len({result.fingerprint for result in results}) == 1
+    fingerprint = first.fingerprint if alike else "several"
+    return replace(first, values=values, curves=curves, outcomes=rows | outcomes, fingerprint=fingerprint)

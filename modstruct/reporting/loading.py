@@ -2,108 +2,58 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from functools import cached_property
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
-from typing import Any, NoReturn
-
-import numpy as np
+from typing import Any
 
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.embeddings.set_files import MODEL_FILE
-from modstruct.files import unique_keys
-
-METRIC_NUMBERS = ("value", "chance", "low", "high")
-RENAMED = {"linear_probe_sgd": "linear_probe_adamw"}
-"""Results of older versions, by their present names."""
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One number with what was measured beside it; low and high are its 95 % interval."""
-
-    value: float
-    chance: float | None = None
-    low: float | None = None
-    high: float | None = None
-    rows: int | None = None
-
-
-@dataclass(frozen=True)
-class Result:
-    """One METRIC.json: what one kind of measurement found of a model on a set. metric: its name, such as retrieval."""
-
-    path: Path
-    set: str
-    metric: str
-    metrics: dict[tuple[str, ...], Metric]
-    """By the names on the way to the number, such as ("image_to_text", "recall_at_1")."""
-    curves: dict[str, list[float]]
-    settings: dict[str, Any]
-    rows: dict[str, int]
-    source_fingerprint: str | None
-    seconds: float | None
-    command: list[str]
-    written: datetime
-
-    @cached_property
-    def outcomes(self) -> dict[str, np.ndarray]:
-        """Outcomes per row, (rows,) each, by the metric's names joined with "/"; empty if none were kept."""
-        path = self.path.with_suffix(".npz")
-        if not path.is_file():
-            return {}
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                return {name: arrays[name] for name in arrays.files}
-        except (OSError, ValueError, EOFError, KeyError, NotImplementedError) as error:
-            _refuse(path, str(error))
-        except Exception as error:  # a damaged archive: zipfile and zlib raise their own errors
-            _refuse(path, f"{type(error).__name__}: {error}")
+from modstruct.evaluation.result import Result, read_json, refuse_file
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation folder: a model and everything measured of it."""
+    """One evaluation folder: a model and everything measured of it; or several that differ only in their seed."""
 
     folder: Path
     name: str
+    """What tables call it: its model's name without what the names of all have in common."""
     model: dict[str, Any]
+    """model.json: name, fingerprint, checkpoint or open_clip, recipe, commands."""
     results: dict[tuple[str, str], Result] = field(default_factory=dict)
     """By (set, metric)."""
+    seeds: tuple[Evaluation, ...] = ()
+    """The runs that `results` are the means of; empty for a run alone."""
+
+    @property
+    def full_name(self) -> str:
+        return ", ".join(f"{run.model['name']} ({run.folder})" for run in self.seeds or (self,))
 
     def embedded_set(self, name: str) -> EmbeddedSet | None:
         """The embedded set of that name, or None if the folder has no finished one."""
         folder = self.folder / "embeddings" / name
         return EmbeddedSet.open(folder) if (folder / "manifest.json").is_file() else None
 
-    def examples_folder(self, set_name: str) -> Path:
-        return self.folder / "results" / set_name / "examples"
-
 
 def load_evaluations(folders: Sequence[str | Path]) -> list[Evaluation]:
-    """Read several evaluation folders, in the order given.
+    """Read several evaluation folders, in the order given, with short names that differ.
 
-    Models of equal names get their folders appended. Raises FileNotFoundError or ValueError naming the file that is
-    missing or broken, and the remedy.
+    Raises FileNotFoundError or ValueError naming the file that is missing or broken, and the remedy.
     """
     paths = [Path(folder).expanduser() for folder in folders]
     if not paths:
         raise ValueError("report: no evaluation folder is named; give at least one")
-    seen: set[Path] = set()
-    for path in paths:
-        if path.resolve() in seen:
+    for i, path in enumerate(paths):
+        if path.resolve() in [earlier.resolve() for earlier in paths[:i]]:
             raise ValueError(f"{path}: named twice; name each evaluation folder once")
-        seen.add(path.resolve())
     loaded = [load_evaluation(path) for path in paths]
-    names = [evaluation.name for evaluation in loaded]
-    return [
-        Evaluation(e.folder, f"{e.name} ({e.folder})" if names.count(e.name) > 1 else e.name, e.model, e.results)
-        for e in loaded
-    ]
+    names = [run.name for run in loaded]
+    if len(set(names)) < len(names):
+        names = [f"{run.name}/{path}" for run, path in zip(loaded, paths, strict=True)]
+    return [replace(run, name=name) for run, name in zip(loaded, short_names(names), strict=True)]
 
 
 def load_evaluation(folder: Path) -> Evaluation:
@@ -113,81 +63,28 @@ def load_evaluation(folder: Path) -> Evaluation:
         raise FileNotFoundError(f"{path}: there is no such file; {folder} is no evaluation folder: embed a set first")
     model = read_json(path)
     if not isinstance(model.get("name"), str) or not model["name"]:
-        _refuse(path, f'"name" = {model.get("name")!r}: the model\'s name must be a text')
+        refuse_file(path, f'"name" = {model.get("name")!r}: the model\'s name must be a text')
     commands = model.setdefault("commands", [])
     if not isinstance(commands, list) or not all(isinstance(words, list) for words in commands):
-        _refuse(path, '"commands" must be a list of commands, each a list of words')
-    results = [_result(file) for file in sorted(folder.glob("results/*/*.json"))]
-    if not results:
+        refuse_file(path, '"commands" must be a list of commands, each a list of words')
+    # Backwards: where an older version's linear_probe_sgd lies beside linear_probe_adamw, the latter counts.
+    found = {file: Result.load(file) for file in sorted(folder.glob("results/*/*.json"), reverse=True)}
+    if not found:
         raise FileNotFoundError(f"{folder / 'results'}: there are no results; measure a set first")
-    results.sort(key=lambda result: result.path.stem not in RENAMED)  # a result of the present version counts
-    return Evaluation(folder, model["name"], model, {(r.set, r.metric): r for r in results})
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; ValueError naming the file if it is none."""
-    try:
-        content = json.loads(
-            path.read_bytes(),
-            parse_constant=lambda name: _refuse(path, f"it holds {name}"),
-            object_pairs_hook=unique_keys,
-        )
-    except (OSError, ValueError, RecursionError) as error:
-        if str(error).startswith(str(path)):
-            raise
-        _refuse(path, str(error))
-    if not isinstance(content, dict):
-        _refuse(path, f"it holds a {type(content).__name__} instead of an object")
-    return content
-
-
-def _result(path: Path) -> Result:
-    content = read_json(path)
-    metrics = content.get("figures")
-    if not isinstance(metrics, dict) or not metrics:
-        _refuse(path, '"figures" is missing or empty')
-    curves = content.get("curves") or {}
-    if not isinstance(curves, dict):
-        _refuse(path, '"curves" must be an object of lists of numbers')
-    for name, values in curves.items():
-        if not isinstance(values, list) or not all(_is_number(value) for value in values):
-            _refuse(path, f'"curves" has {name!r}, which is no list of finite numbers')
-    seconds, command, fingerprint = (content.get(key) for key in ("seconds", "command", "source_fingerprint"))
-    return Result(
-        path=path,
-        set=path.parent.name,
-        metric=RENAMED.get(path.stem, path.stem),
-        metrics=dict(_leaves(metrics, (), path)),
-        curves=curves,
-        settings=content.get("settings") or {},
-        rows=content.get("rows") or {},
-        source_fingerprint=None if fingerprint is None else str(fingerprint),
-        seconds=seconds if _is_number(seconds) else None,
-        command=[str(word) for word in command] if isinstance(command, list) else [],
-        written=datetime.fromtimestamp(path.stat().st_mtime, UTC),
+    return Evaluation(
+        folder, model["name"], model, {(file.parent.name, result.metric): result for file, result in found.items()}
     )
 
 
-def _leaves(node: dict, names: tuple[str, ...], path: Path) -> Iterator[tuple[tuple[str, ...], Metric]]:
-    for name, inner in node.items():
-        here = (*names, name)
-        if not isinstance(inner, dict):
-            _refuse(path, f'the metric {"/".join(here)} is {inner!r}: it must be {{"value": …}}')
-        if "value" not in inner:
-            yield from _leaves(inner, here, path)
-            continue
-        numbers = {key: inner[key] for key in METRIC_NUMBERS if inner.get(key) is not None}
-        bad = next((key for key, number in numbers.items() if not _is_number(number)), None)
-        if bad is not None or "value" not in numbers:
-            key = bad or "value"
-            _refuse(path, f"the metric {'/'.join(here)} has {key} = {inner[key]!r}: it must be a finite number")
-        rows = inner.get("rows")
-        yield here, Metric(**numbers, rows=int(rows) if rows is not None and _is_number(rows) else None)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _refuse(path: Path, what: str) -> NoReturn:
-    raise ValueError(f"{path}: {what}; the file is damaged or of another version: measure this set again")
+def short_names(names: Sequence[str]) -> list[str]:
+    """Names without the words at their beginnings and ends that all have in common; each keeps a word of its own."""
+    parts = [re.findall(r"step-\d+|[^/_@ -]+|[/_@ -]", name) for name in names]
+    start, end = (
+        len(list(takewhile(lambda words: len(set(words)) == 1, zip(*of, strict=False))))
+        for of in (parts, [part[::-1] for part in parts])
+    )
+    # Words that are in all names are kept where a name would be nothing without them, as of clip and clip_sep.
+    while min(len(part) for part in parts) <= start + end and start + end:
+        start, end = (start - 1, end) if start else (0, end - 1)
+    cut = ["".join(part[start : len(part) - end]).strip("/_@ -") for part in parts]
+    return cut if all(cut) and len(names) > 1 else list(names)

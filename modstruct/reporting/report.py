@@ -1,4 +1,12 @@
-"""A report: its three files, and the page that needs nothing else: style, plots and images inline, no script."""
+"""A report: the page, which needs nothing else (style, plots and images inline, no script), and its files beside it.
+
+OUT.html           the page
+OUT.csv            every value of every run, in full precision, shares from 0 to 1
+OUT.tex            the same as LaTeX tables
+OUT.json           {"schema": 1, "runs": [{"name": the short name, "folder": …, "model": model.json, "results": [RESULT,
+                   …]}, …]}; a RESULT is what evaluation/result.py writes as METRIC.json. Every seed is a run
+OUT-figures/       every plot as PDF and PNG, 3.25 inches wide
+"""
 
 from __future__ import annotations
 
@@ -9,27 +17,39 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from functools import cache
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from modstruct.evaluation.result import Result
 from modstruct.files import atomic_write, require_writable
-from modstruct.reporting.comparison import ALPHA, Cell, Row, Section, compare
+from modstruct.reporting.comparison import ALPHA, Row, Section, compare, group_seeds
 from modstruct.reporting.examples import galleries
-from modstruct.reporting.line_chart import STYLES, mark
 from modstruct.reporting.loading import Evaluation, load_evaluations
-from modstruct.reporting.plots import SHOWN_PAIRS, charts, project, projection_chart, widest
-from modstruct.reporting.tables import csv_table, latex_tables
-from modstruct.reporting.vocabulary import TIES, Task, humanised, label, lowered, shown
+from modstruct.reporting.plots import Plot, planes, plots
+from modstruct.reporting.tables import csv_table, latex_tables, shown
 
 HERE = Path(__file__).parent
+SCHEMA = 1
+"""Of OUT.json."""
 LONG_GROUP = 24
 """Longest group in the table; longer ones (a row for each class) are folded."""
-CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 SHOWN_FINDINGS = 8
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+ROWS = {"image": "images", "text": "captions", "labelled": "labelled images", "train": "training images"}
+SWATCHES = (
+    "M6 2a4 4 0 1 0 .01 0z",
+    "M2 2h8v8h-8z",
+    "M6 1l5 5-5 5-5-5z",
+    "M6 1.5l5 9h-10z",
+    "M6 10.5l5-9h-10z",
+    "M4.5 1h3v3.5H11v3H7.5V11h-3V7.5H1v-3h3.5z",
+    "M1 3l2-2 3 3 3-3 2 2-3 3 3 3-2 2-3-3-3 3-2-2 3-3z",
+    "M6 .5l1.5 3.8 4 .2-3.1 2.6 1 4L6 8.9l-3.4 2.2 1-4L.5 4.5l4-.2z",
+)
+"""Markers of the plots, as paths of a 12 x 12 square."""
 
 
 @dataclass(frozen=True)
@@ -37,218 +57,178 @@ class ReportFiles:
     html: Path
     csv: Path
     tex: Path
+    json: Path
+    figures: Path
 
     def __str__(self) -> str:
-        return f"report: {self.html}\ntables: {self.csv}, {self.tex}"
+        beside = (self.csv, self.tex, self.json, self.figures)
+        return f"report: {self.html}\nbeside it: {', '.join(path.name for path in beside)}"
 
 
-def write_report(folders: Sequence[str | Path], out: str | Path) -> ReportFiles:
-    """Compare evaluation folders on one page, OUT.html, with the metrics as OUT.csv and OUT.tex beside it.
+def report(folders: Sequence[str | Path], out: str | Path, with_interval: bool = True) -> ReportFiles:
+    """Compare evaluation folders on one page, OUT.html, with the files of this module's docstring beside it.
 
-    folders: one for each run, in the order of the columns. out: with or without ".html". No file is written before all
-    are made. Raises FileNotFoundError or ValueError naming the file that is missing or broken, and the remedy.
+    folders: one for each run, in the order of the columns; runs that differ in their seed alone share one. out: with or
+    without ".html". with_interval: whether tables show intervals. No file is written before all are made. Raises
+    FileNotFoundError or ValueError naming the file that is missing or broken, and the remedy.
     """
     out = Path(out).expanduser()
     stem = out.with_suffix("") if out.suffix == ".html" else out
     require_writable("--out", stem.parent)
-    runs = load_evaluations([Path(folder).expanduser() for folder in folders])
+    kinds = {"html": ".html", "csv": ".csv", "tex": ".tex", "json": ".json", "figures": "-figures"}
+    files = ReportFiles(**{kind: stem.with_name(f"{stem.name}{ending}") for kind, ending in kinds.items()})
+    loaded = load_evaluations(folders)
+    runs = group_seeds(loaded)
     sections = compare(runs)
-    contents = {
-        "html": html_page(sections, runs),
-        "csv": csv_table(sections, runs),
-        "tex": latex_tables(sections, runs),
+    drawn = {section.metric: plots(section, runs) for section in sections} | {"planes": planes(runs)}
+    texts = {
+        files.csv: csv_table(sections, runs),
+        files.tex: latex_tables(sections, runs, with_interval),
+        files.json: results_json(loaded),
+        files.html: html_page(sections, runs, drawn, files, with_interval),
     }
-    paths = {kind: stem.with_name(f"{stem.name}.{kind}") for kind in contents}
-    for kind, text in contents.items():
-        with atomic_write(paths[kind]) as file:
-            file.write(text.encode("utf-8", errors="replace"))
-    return ReportFiles(**paths)
+    contents = {path: text.encode("utf-8", errors="replace") for path, text in texts.items()}
+    for plot in (plot for of_section in drawn.values() for plot in of_section):
+        contents |= {files.figures / f"{plot.name}.{kind}": data for kind, data in plot.files.items()}
+    files.figures.mkdir(exist_ok=True)
+    for path, data in contents.items():
+        with atomic_write(path) as file:
+            file.write(data)
+    return files
 
 
-@dataclass(frozen=True)
-class Plane:
-    """The projections of one set, one a run."""
-
-    set: str
-    shown: int
-    total: int
-    charts: tuple[tuple[int, str, Markup], ...]
-    """(number of the run, its name, SVG)."""
+def results_json(runs: Sequence[Evaluation]) -> str:
+    """OUT.json, as this module's docstring says."""
+    made = []
+    for run in runs:
+        results = [result.to_json() for result in run.results.values()]
+        made.append({"name": run.name, "folder": str(run.folder), "model": run.model, "results": results})
+    return json.dumps({"schema": SCHEMA, "runs": made}, indent=1, allow_nan=False) + "\n"
 
 
-def html_page(sections: Sequence[Section], runs: Sequence[Evaluation]) -> str:
-    """The whole page. All data are escaped; the page's policy forbids scripts and requests."""
+def html_page(
+    sections: Sequence[Section],
+    runs: Sequence[Evaluation],
+    drawn: dict[str, list[Plot]],
+    files: ReportFiles,
+    with_interval: bool = True,
+) -> str:
+    """The whole page. All data are escaped; the page's policy forbids scripts and requests.
+
+    drawn: plots by section, and "planes".
+    """
     style = (HERE / "page.css").read_text(encoding="utf-8")
+    sha256 = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"shown": shown, "words": lambda words: shlex.join(map(str, words)), "weights": _weights}
+    environment.filters["pretty"] = lambda value: json.dumps(value, indent=1, ensure_ascii=False)
     chosen = headlines(sections)
-    results = [result for run in runs for result in run.results.values()]
-    page = (
-        _environment()
-        .get_template("page.html")
-        .render(
-            runs=runs,
-            sections=sections,
-            headlines=chosen,
-            findings=findings(chosen, runs),
-            notes=list(notes(sections, runs)),
-            charts={section.metric: charts(section, runs) for section in sections},
-            planes=_planes(runs),
-            galleries=galleries(runs),
-            sets=sorted({result.set for result in results}),
-            first=min(result.written for result in results),
-            last=max(result.written for result in results),
-            style=Markup(style),
-            policy=f"default-src 'none'; img-src data:; style-src 'sha256-{_sha256(style)}'; base-uri 'none'; "
-            "form-action 'none'",
-            ties=TIES,
-            alpha=ALPHA,
-            long_group=LONG_GROUP,
-        )
+    titles = list(dict.fromkeys(headline.title for headline in chosen))
+    page = environment.get_template("page.html").render(
+        runs=runs,
+        sections=sections,
+        drawn=drawn,
+        headlines=[(title, None, [(f"{h.group}, ", h.row) for h in chosen if h.title == title]) for title in titles],
+        findings=findings(chosen, runs),
+        notes=list(notes(sections, runs)),
+        galleries=galleries(runs),
+        sets=sorted({set_name for run in runs for set_name, _ in run.results}),
+        files=files,
+        with_interval=with_interval,
+        tables=tables,
+        facts=facts,
+        tip=lambda row, i: _tip(row, i, runs),
+        units={"share": "%", "nats": "nats"},
+        swatches=SWATCHES,
+        style=Markup(style),
+        policy=f"default-src 'none'; img-src data:; style-src 'sha256-{sha256}'; base-uri 'none'; form-action 'none'",
+        alpha=ALPHA,
     )
     return CONTROL.sub("\ufffd", page)
 
 
-@cache
-def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {
-        "humanised": humanised,
-        "shown": shown,
-        "words": lambda words: shlex.join(str(word) for word in words),
-        "pretty": lambda value: json.dumps(value, indent=1, ensure_ascii=False),
-        "swatch": _swatch,
-        "weights": _weights,
-    }
-    environment.tests["at_most"] = lambda items, most: len(items) <= most
-    environment.globals |= {"tip": _tip, "period": _period, "commands_of": _commands_of}
-    return environment
-
-
-def _sha256(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-def _swatch(style: int) -> Markup:
-    """The mark of a run in the charts, to be placed beside its name."""
-    svg = '<svg class="swatch run-{}" viewBox="0 0 12 12" aria-hidden="true">{}</svg>'
-    return Markup(svg).format(style % STYLES, mark(style, 6, 6, 4.2))
-
-
-def _weights(model: dict) -> str:
+def _weights(model: dict[str, Any]) -> str:
     """Where a model's weights came from."""
-    if model.get("checkpoint"):
-        return str(model["checkpoint"])
-    named = model.get("open_clip")
-    if isinstance(named, dict):
-        named = " ".join(str(value) for value in named.values())
-    return f"OpenCLIP {named}" if named else "not said"
+    named = model.get("checkpoint") or model.get("open_clip") or "not said"
+    return " ".join(["OpenCLIP", *map(str, named.values())]) if isinstance(named, dict) else str(named)
 
 
-def _tip(row: Row, cell: Cell) -> str:
+def tables(section: Section) -> list[tuple[str, bool, list[tuple[str, str | None, list[tuple[str, Row]]]]]]:
+    """(title, whether it is folded, (title, note, rows) of each group) of a section's tables."""
+    made = [(group.title, group.note, [("", row) for row in group.rows]) for group in section.groups]
+    short = [group for group in made if len(group[2]) <= LONG_GROUP]
+    folded = [(group[0], True, [group]) for group in made if len(group[2]) > LONG_GROUP]
+    return ([(section.title, False, short)] if short else []) + folded
+
+
+def facts(result: Result) -> str:
+    """What was measured and how: rows, features, templates."""
+    parts = [f"{count:,} {ROWS.get(name, name.replace('_', ' '))}" for name, count in result.rows.items()]
+    if features := result.settings.get("features"):
+        parts.append(f"features {features}")
+    templates = result.settings.get("templates")
+    for group, found in templates.items() if isinstance(templates, dict) else []:
+        number = f"{len(found)} templates, the first" if len(found) > 1 else "template"
+        parts.append(f"{result.groups.get(group, group).lower()}: {number} “{found[0]}”")
+    return " · ".join(parts)
+
+
+def _tip(row: Row, i: int, runs: Sequence[Evaluation]) -> str:
     """Tooltip of a cell."""
-    parts = [f"{cell.metric.rows:,} rows"] if cell.metric.rows else []
+    cell = row.cells[i]
+    parts = [f"{cell.value.rows:,} rows"] if cell.value.rows else []
+    for seed in runs[i].seeds:
+        if result := seed.results.get((row.set, row.metric)):
+            parts.append(f"{seed.name}: {shown(result.values[row.name].value, row.like.unit)}")
     if cell.lead:
-        numbers = [shown(n, row.share) for n in (cell.lead.difference, cell.lead.low, cell.lead.high)]
+        lead = (cell.lead.difference, cell.lead.low, cell.lead.high)
+        difference, low, high = (shown(number, row.like.unit) for number in lead)
         p = f"p = {cell.lead.p:.3f}" if cell.lead.p >= 0.001 else "p < 0.001"
-        parts.append(f"the best is ahead by {numbers[0]} [{numbers[1]}, {numbers[2]}], {p}")
-    elif cell.best:
-        parts.append("the best value")
+        parts.append(f"the best is ahead by {difference} [{low}, {high}], {p}")
     return "; ".join(parts)
-
-
-def _period(first: datetime, last: datetime) -> str:
-    days = sorted({f"{moment:%Y-%m-%d}" for moment in (first, last)})
-    return " to ".join(days)
-
-
-def _commands_of(run: Evaluation) -> list[str]:
-    """The distinct commands that measured a run."""
-    return list(dict.fromkeys(shlex.join(r.command) for r in run.results.values() if r.command))
-
-
-def _planes(runs: Sequence[Evaluation]) -> list[Plane]:
-    planes = []
-    for set_name in sorted({set_name for run in runs for set_name, _ in run.results}):
-        sources = [(style, run.embedded_set(set_name)) for style, run in enumerate(runs)]
-        drawn = [(style, found) for style, source in sources if source and (found := project(source))]
-        if drawn:
-            span = widest([projection for _, projection in drawn])
-            total = max(projection.total for _, projection in drawn)
-            charts = ((i, runs[i].name, projection_chart(found, runs[i].name, span)) for i, found in drawn)
-            planes.append(Plane(set_name, min(SHOWN_PAIRS, total), total, tuple(charts)))
-    return planes
 
 
 @dataclass(frozen=True)
 class Headline:
-    """A row of the summary, and its name there."""
+    """A row of the summary. title: of its section. group: title of its group, with the set."""
 
-    task: Task
+    title: str
+    group: str
     row: Row
-
-    @property
-    def metric(self) -> str:
-        return label(self.row.names)
-
-    @property
-    def name(self) -> str:
-        """In a sentence."""
-        first, *others = [part for part in (self.task.short, *map(humanised, self.row.names)) if part]
-        return f"{', '.join([first, *map(lowered, others)])} on {self.row.set}"
 
 
 def headlines(sections: Sequence[Section]) -> list[Headline]:
-    """The summary's metrics of each set and section in which a direction is better, or else its first metric."""
+    """The values that results name as their headlines."""
     found = []
     for section in sections:
-        for set_name in dict.fromkeys(group.set for group in section.groups):
-            rows = [row for row in section.rows if row.set == set_name and row.better]
-            wanted = [row for name in section.task.headlines for row in rows if "/".join(row.names) == name]
-            found += [Headline(section.task, row) for row in wanted or rows[:1]]
+        of_set = {name: {h for r in results.values() for h in r.headlines} for name, results in section.results.items()}
+        for group in section.groups:
+            found += [Headline(section.title, group.title, row) for row in group.rows if row.name in of_set[row.set]]
     return found
 
 
 def findings(chosen: Sequence[Headline], runs: Sequence[Evaluation]) -> list[str]:
-    """Sentences on the headlines: first those in which a run is shown to be ahead, then one on the others."""
-    sentences = [sentence for headline in chosen if (sentence := _finding(headline, runs))]
-    hidden = len(sentences) - SHOWN_FINDINGS
-    if hidden > 1:
-        sentences = [*sentences[:SHOWN_FINDINGS], f"{hidden} further metrics in which a run is ahead: see the table."]
-    undecided = [f"{h.name}" for h in chosen if h.row.test and not h.row.marked]
+    """Sentences on the headlines: in which a run is shown to be ahead, and how many of the others there are."""
+    sentences, undecided = [], 0
+    for headline in chosen:
+        row = headline.row
+        if not row.marked:
+            undecided += row.test is not None
+            continue
+        behind = [runs[i].name for i in row.cells if i not in row.marked]
+        value = next(shown(cell.value.value, row.like.unit) for cell in row.cells.values() if cell.best)
+        value += "\u00a0%" if row.like.unit == "share" else ""
+        names = _listed([runs[i].name for i in row.marked])
+        several = f"{names} (up to {value}) do not differ significantly and lead"
+        lead = several if len(row.marked) > 1 else f"{names} reaches {value} and leads"
+        sentences.append(f"{headline.title}, {headline.group}, {row.label}: {lead} {_listed(behind)}.")
+    if (hidden := len(sentences) - SHOWN_FINDINGS) > 0:
+        sentences[SHOWN_FINDINGS:] = [f"{hidden} more in which runs are shown to be ahead: see the table."]
     if undecided:
-        sentences.append(f"No run is shown to be ahead of another on {_listed(undecided)}.")
-    untested = [f"{h.name}" for h in chosen if len(h.row.measured) > 1 and not h.row.test]
-    if untested:
-        sentences.append(f"Not tested, for want of intervals or of the same data: {_listed(untested)}.")
+        sentences.append(f"No run is shown to be ahead of another in {undecided} of {len(chosen)} main metrics.")
     return sentences
-
-
-def _finding(headline: Headline, runs: Sequence[Evaluation]) -> str | None:
-    row, measured = headline.row, headline.row.measured
-    unit = "\u00a0%" if row.share else ""
-    if len(measured) == 1:
-        ((i, cell),) = measured.items()
-        beside = "" if row.chance is None else f" (chance {shown(row.chance, row.share)}{unit})"
-        return f"{headline.name}: {runs[i].name} reaches {shown(cell.metric.value, row.share)}{unit}{beside}."
-    ahead, best = row.marked, row.best
-    if not ahead or best is None:
-        return None
-    behind = [i for i in measured if i not in ahead]
-    others = _listed([runs[i].name for i in behind])
-    value = f"{shown(measured[best].metric.value, row.share)}{unit}"
-    if len(ahead) > 1:
-        names = _listed([runs[i].name for i in sorted(ahead, key=lambda i: i != best)])
-        return f"{headline.name}: {names} (up to {value}) do not differ significantly, and are ahead of {others}."
-    nearest = max(behind, key=lambda i: row.better * measured[i].metric.value)
-    start = f"{headline.name}: {runs[best].name} reaches {value}"
-    lead = measured[nearest].lead
-    if lead is None:
-        return f"{start}, ahead of {others} by intervals that do not overlap."
-    difference, low, high = (shown(number, row.share) for number in (lead.difference, lead.low, lead.high))
-    points = "\u00a0points" if row.share else ""
-    next_best = ", the next best" if len(behind) > 1 else ""
-    return f"{start}, {difference}{points} [{low},\u00a0{high}] ahead of {runs[nearest].name}{next_best}."
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -259,26 +239,16 @@ def _listed(names: Sequence[str]) -> str:
 def notes(sections: Sequence[Section], runs: Sequence[Evaluation]) -> Iterator[str]:
     """What a reader must know before comparing: different data, leakage, results that only some runs have."""
     for section in sections:
-        if section.metric == "leakage":
-            yield from _leaks(section, runs)
-        said = dict.fromkeys((group.set, group.note) for group in section.groups if group.note)
-        for set_name, note in said:
-            yield f"{section.task.title}, {set_name}. {note}"
-        for set_name in dict.fromkeys(group.set for group in section.groups):
-            lacking = [run.name for run in runs if (set_name, section.metric) not in run.results]
+        for set_name, note in dict.fromkeys((group.set, group.note) for group in section.groups if group.note):
+            yield f"{section.title}, {set_name}. {note}"
+        for set_name, results in section.results.items():
+            lacking = [run.name for i, run in enumerate(runs) if i not in results]
             if lacking:
-                yield f"{section.task.title} on {set_name} was not measured for {_listed(lacking)}."
-
-
-def _leaks(section: Section, runs: Sequence[Evaluation]) -> Iterator[str]:
-    """The largest share of each set that was found in a run's training data."""
-    for set_name in dict.fromkeys(group.set for group in section.groups):
-        rows = [row for row in section.rows if row.set == set_name and row.share]
-        by_share: dict[str, list[str]] = {}
-        for i, run in enumerate(runs):
-            found = max((row.measured[i].metric.value for row in rows if i in row.measured), default=0)
-            if found > 0:
-                by_share.setdefault(shown(found, True), []).append(run.name)
-        for share, names in by_share.items():
-            trained = f"{_listed(names)} {'was' if len(names) == 1 else 'were'} trained on"
-            yield f"Leakage: {share}\u00a0% of {set_name} also occur in what {trained}."
+                yield f"{section.title} on {set_name} was not measured for {_listed(lacking)}."
+            leaked: dict[float, list[str]] = {}
+            for i, result in results.items() if section.metric == "leakage" else ():
+                leaked.setdefault(max(value.value for value in result.values.values()), []).append(runs[i].name)
+            for share, names in leaked.items():
+                if share > 0:
+                    found = f"{shown(share, 'share')}\u00a0% of {set_name}"
+                    yield f"Leakage: {found} also occur in the training data of {_listed(names)}."

@@ -9,19 +9,21 @@ from collections.abc import Iterator, Sequence
 from unicodedata import normalize
 
 from modstruct.errors import printable
+from modstruct.evaluation.result import Unit
 from modstruct.reporting.comparison import Cell, Group, Row, Section
 from modstruct.reporting.loading import Evaluation
-from modstruct.reporting.vocabulary import shown
 
-COLUMNS = (
+COLUMNS = [
     "run",
     "set",
     "metric",
-    "figure",
+    "name",
     "value",
     "low",
     "high",
+    "deviation",
     "chance",
+    "unit",
     "rows",
     "best",
     "marked",
@@ -30,8 +32,8 @@ COLUMNS = (
     "best_minus_this_low",
     "best_minus_this_high",
     "p_corrected",
-    "source_fingerprint",
-)
+    "fingerprint",
+]
 FORMULA = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20", "\t", "\r", "\n", " ")
 """What a spreadsheet may read as the beginning of a formula, the fullwidth forms included."""
 LONGEST_LATEX_GROUP = 24
@@ -86,6 +88,17 @@ ACCENTS = {
 }
 
 
+def shown(value: float, unit: Unit) -> str:
+    """A value as it is printed: a share in percent with one decimal, others with four digits; a true minus sign."""
+    if unit == "share":
+        text = f"{100 * value:.1f}"
+    elif value == int(value) and abs(value) < 1e9:
+        text = f"{int(value):,}"
+    else:
+        text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) < 1e-3 else f"{value:#.4g}"
+    return text.replace("-", "\u2212")
+
+
 def csv_table(sections: Sequence[Section], runs: Sequence[Evaluation]) -> str:
     """One line for each metric of each run, values in full precision, shares from 0 to 1; empty if there is none."""
     text = io.StringIO()
@@ -93,29 +106,23 @@ def csv_table(sections: Sequence[Section], runs: Sequence[Evaluation]) -> str:
     writer.writerow(COLUMNS)
     for section in sections:
         for row in section.rows:
-            for run, cell in zip(runs, row.cells, strict=True):
-                if cell:
-                    writer.writerow(_csv_row(run, row, cell))
+            for i, cell in row.cells.items():
+                writer.writerow(_csv_row(runs[i], row, cell))
     return text.getvalue()
 
 
 def _csv_row(run: Evaluation, row: Row, cell: Cell) -> list:
-    value, lead = cell.metric, cell.lead
-    sign = row.better or 1
-    # In the metric's own sign, so that adding it to the value gives the best run's value.
-    ahead: list[float | None] = [None] * 4
-    if lead:
-        ahead = [sign * lead.difference, *sorted((sign * lead.low, sign * lead.high)), lead.p]
+    value, lead = cell.value, cell.lead
+    # In the value's own sign, so that adding it to the value gives the best run's value.
+    ahead = () if lead is None else (lead.difference, lead.low, lead.high)
+    if row.like.higher_is_better is False:
+        ahead = tuple(-number for number in (ahead[0], ahead[2], ahead[1])) if ahead else ()
     return [
-        *map(as_cell, (run.name, row.set, row.metric, "/".join(row.names))),
-        *(None if number is None else repr(number) for number in (value.value, value.low, value.high)),
-        None if value.chance is None else repr(value.chance),
-        value.rows,
-        int(cell.best),
-        int(cell.marked),
-        as_cell(row.test),
-        *ahead,
-        as_cell(run.results[row.set, row.metric].source_fingerprint),
+        *map(as_cell, (run.name, row.set, row.metric, row.name)),
+        *(value.value, value.low, value.high, value.deviation, value.chance, value.unit, value.rows),
+        *(int(cell.best), int(cell.marked), row.test),
+        *((*ahead, lead.p) if lead else (None,) * 4),
+        as_cell(run.results[row.set, row.metric].fingerprint),
     ]
 
 
@@ -126,40 +133,41 @@ def as_cell(text: str | None) -> str | None:
     return printable("'" + text if text.startswith(FORMULA) else text).replace("\n", "\\n").replace("\t", "\\t")
 
 
-def latex_tables(sections: Sequence[Section], runs: Sequence[Evaluation]) -> str:
+def latex_tables(sections: Sequence[Section], runs: Sequence[Evaluation], with_interval: bool = True) -> str:
     """A table for each section, for \\usepackage{booktabs}; marked values are bold, intervals small."""
     parts = ["% Tables of a modstruct report. The preamble needs \\usepackage{booktabs}.\n"]
-    parts += [_latex_table(section, runs) for section in sections]
+    parts += [_latex_table(section, runs, with_interval) for section in sections]
     return "\n".join(parts)
 
 
-def _latex_table(section: Section, runs: Sequence[Evaluation]) -> str:
-    with_chance = any(row.chance is not None for row in section.rows)
+def _latex_table(section: Section, runs: Sequence[Evaluation], with_interval: bool) -> str:
+    with_chance = any(row.like.chance is not None for row in section.rows)
     columns = 1 + with_chance + len(runs)
     head = ["", *(["chance"] if with_chance else []), *(run.name for run in runs)]
     lines = [
         r"\begin{table}",
         r"  \centering",
-        f"  \\caption{{{escaped(section.task.title)}. {_legend(section)}}}",
+        f"  \\caption{{{escaped(section.title)}. {_legend(section)}}}",
         f"  \\label{{tab:{re.sub('[^a-z0-9]+', '-', section.metric.lower())}}}",
         f"  \\begin{{tabular}}{{l{'r' * (columns - 1)}}}",
         r"    \toprule",
         f"    {' & '.join(escaped(name) for name in head)} \\\\",
     ]
     for group in section.groups:
-        lines += [f"    {line}" for line in _latex_group(group, columns, with_chance)]
+        lines += [f"    {line}" for line in _latex_group(group, len(runs), with_chance, with_interval)]
     return "\n".join([*lines, r"    \bottomrule", r"  \end{tabular}", r"\end{table}", ""])
 
 
 def _legend(section: Section) -> str:
-    shares = any(row.share for row in section.rows)
+    shares = any(row.like.unit == "share" for row in section.rows)
     parts = [r"Shares in percent, 95\,\% intervals in brackets." if shares else r"95\,\% intervals in brackets."]
-    if any(cell and cell.marked for row in section.rows for cell in row.cells):
+    if any(row.marked for row in section.rows):
         parts.append("Bold: the best, and what is not shown to be worse than it.")
     return " ".join(parts)
 
 
-def _latex_group(group: Group, columns: int, with_chance: bool) -> Iterator[str]:
+def _latex_group(group: Group, runs: int, with_chance: bool, with_interval: bool) -> Iterator[str]:
+    columns = 1 + with_chance + runs
     yield r"\midrule"
     yield f"\\multicolumn{{{columns}}}{{l}}{{\\emph{{{escaped(group.title)}}}}} \\\\"
     if group.note:
@@ -168,22 +176,25 @@ def _latex_group(group: Group, columns: int, with_chance: bool) -> Iterator[str]
         yield f"\\multicolumn{{{columns}}}{{l}}{{{len(group.rows)} metrics: see the CSV file}} \\\\"
         return
     for row in group.rows:
-        chance = [] if not with_chance else ["" if row.chance is None else escaped(shown(row.chance, row.share))]
-        label = escaped(group.label(row))
+        chance = "" if row.like.chance is None else escaped(shown(row.like.chance, row.like.unit))
+        label = escaped(row.label)
         label = f"{{}}{label}" if label.startswith(("[", "*")) else label  # else an argument of the line break before
-        yield " & ".join([label, *chance, *(_latex_cell(row, cell) for cell in row.cells)]) + r" \\"
+        cells = [_latex_cell(row, row.cells.get(i), with_interval) for i in range(runs)]
+        yield " & ".join([label, *([chance] if with_chance else []), *cells]) + r" \\"
 
 
-def _latex_cell(row: Row, cell: Cell | None) -> str:
+def _latex_cell(row: Row, cell: Cell | None, with_interval: bool) -> str:
     if cell is None:
         return "--"
-    value = cell.metric
-    text = escaped(shown(value.value, row.share))
+    value, unit = cell.value, row.like.unit
+    text = escaped(shown(value.value, unit))
     if cell.marked:
         text = f"\\textbf{{{text}}}"
-    if value.low is None or value.high is None:
+    if value.deviation is not None:
+        return f"{text} $\\pm$ {escaped(shown(value.deviation, unit))}"
+    if value.low is None or value.high is None or not with_interval:
         return text
-    low, high = (escaped(shown(bound, row.share)) for bound in (value.low, value.high))
+    low, high = (escaped(shown(bound, unit)) for bound in (value.low, value.high))
     return f"{text} {{\\scriptsize [{low}, {high}]}}"
 
 

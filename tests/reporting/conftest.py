@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from evaluation_folders import write_run
 
-from modstruct.reporting.report import ReportFiles, write_report
+from modstruct.reporting.report import ReportFiles, report
 
 
 @pytest.fixture(scope="session")
@@ -22,4 +22,4 @@ def run_folders(tmp_path_factory) -> list[Path]:
 
 @pytest.fixture(scope="session")
 def report(run_folders, tmp_path_factory) -> ReportFiles:
-    return write_report(run_folders, tmp_path_factory.mktemp("report") / "report.html")
+    return report(run_folders, tmp_path_factory.mktemp("report") / "report.html")

@@ -10,7 +10,7 @@ import pytest
 from evaluation_folders import save_model, save_result
 
 from modstruct.reporting.loading import load_evaluation, load_evaluations
-from modstruct.reporting.report import write_report
+from modstruct.reporting.report import report
 
 
 def test_metrics_are_read_by_their_names(tmp_path):
@@ -57,7 +57,7 @@ def test_broken_outcomes_are_refused_by_name_and_nothing_is_written(run_folders,
     path = folders[1] / "results/scenes/retrieval.npz"
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(ValueError, match=r"retrieval\.npz"):
-        write_report(folders, tmp_path / "out" / "report")
+        report(folders, tmp_path / "out" / "report")
     assert not (tmp_path / "out").exists()
 
 

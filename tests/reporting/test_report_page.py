@@ -13,7 +13,7 @@ from evaluation_folders import save_result
 
 from modstruct.reporting.examples import Images, galleries
 from modstruct.reporting.loading import load_evaluations
-from modstruct.reporting.report import write_report
+from modstruct.reporting.report import report
 
 VOID = {"meta", "img", "br", "hr", "link", "input", "circle", "rect", "path", "polygon"}
 HOSTILE = "</style></title><script>alert(1)</script><img src=x onerror=alert(1)>\"'&\u202e\x00"
@@ -119,7 +119,7 @@ def test_hostile_texts_stay_texts(run_folders, tmp_path):
     (folder / "results/scenes/examples/examples.json").write_text(json.dumps(examples))
     named = {HOSTILE: {"value": 0.5}, "group": {HOSTILE: {"value": 1.5}}}
     save_result(folder, "scenes", "new_metric", named, settings={HOSTILE: HOSTILE}, curves={HOSTILE: [1.0, 2.0]})
-    files = write_report([folder], tmp_path / "report")
+    files = report([folder], tmp_path / "report")
     hostile = Page(files.html.read_text())
     assert hostile.all("script") == []
     assert len(hostile.all("style")) == 1
@@ -133,13 +133,13 @@ def test_other_data_are_said_on_the_page(run_folders, tmp_path):
     path = folder / "results/scenes/retrieval.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"source_fingerprint": "another"}))
     (folder / "results/shapes/few_shot.json").unlink()
-    text = write_report([run_folders[0], folder], tmp_path / "report").html.read_text()
+    text = report([run_folders[0], folder], tmp_path / "report").html.read_text()
     assert "Not the same data" in text
     assert "Few-shot classification on shapes was not measured for clip_sep." in text
 
 
 def test_one_run_alone_makes_a_page_without_comparison(run_folders, tmp_path):
-    alone = Page(write_report(run_folders[:1], tmp_path / "alone.html").html.read_text())
+    alone = Page(report(run_folders[:1], tmp_path / "alone.html").html.read_text())
     assert "Text → image, R@1 on scenes: clip reaches" in " ".join(alone.text)
     assert not any(re.fullmatch(r"\d+\.\d", text) for text in alone.strong)
 
