@@ -33,14 +33,14 @@ def main(words: Sequence[str]) -> None:
         from modstruct.distributed import start_processes
         from modstruct.distributed.collect import on_main
         from modstruct.distributed.run_lock import held
-        from modstruct.reporting.report import report
+        from modstruct.reporting.report import write_report
 
         start_processes()
         out = Path(options.out).expanduser()
         with held(out, "--out"), stage("what was embedded and measured is kept; the same command does the rest"):
             embed(recipe, options, ["evaluate.py", "full", *words])
             problems = measure(out, MeasureConfig(), METRICS, [str(out)])
-            on_main(lambda: print(report([out], out / "report")))
+            on_main(lambda: print(write_report([out], out / "report")))
             require_all(problems)
 
     run(all_of_it)

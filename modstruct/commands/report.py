@@ -23,6 +23,6 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args(words)
     if is_first_process():
-        from modstruct.reporting.report import report  # after the parsing: --help needs no torch
+        from modstruct.reporting.report import write_report  # after the parsing: --help needs no torch
 
-        run(lambda: print(report(options.folders, options.out)))
+        run(lambda: print(write_report(options.folders, options.out)))

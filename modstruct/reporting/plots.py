@@ -117,7 +117,9 @@ def _lines(axes: Axes, curves: dict[str, dict[int, Curve]]) -> None:
             axes.annotate("chance", (chance.x[-1], y[-1]), (0, 3), color=QUIET, textcoords="offset points", ha="right")
     if len(curves) > 1:
         titles = [printable(next(iter(of.values())).title or name) for name, of in curves.items()]
-        axes.legend([Line2D([], [], color=QUIET, linestyle=dashes) for dashes in DASHES * len(titles)], titles)
+        axes.legend(
+            [Line2D([], [], color=QUIET, linestyle=dashes) for dashes in (DASHES * len(titles))[: len(titles)]], titles
+        )
     x = sorted({value for curve in every for value in curve.x})
     axes.ticklabel_format(style="plain", useOffset=False)
     if all(curve.logarithmic for curve in every) and x[0] > 0:

@@ -65,7 +65,7 @@ class ReportFiles:
         return f"report: {self.html}\nbeside it: {', '.join(path.name for path in beside)}"
 
 
-def report(folders: Sequence[str | Path], out: str | Path, with_interval: bool = True) -> ReportFiles:
+def write_report(folders: Sequence[str | Path], out: str | Path, with_interval: bool = True) -> ReportFiles:
     """Compare evaluation folders on one page, OUT.html, with the files of this module's docstring beside it.
 
     folders: one for each run, in the order of the columns; runs that differ in their seed alone share one. out: with or
@@ -238,12 +238,16 @@ def _listed(names: Sequence[str]) -> str:
 
 def notes(sections: Sequence[Section], runs: Sequence[Evaluation]) -> Iterator[str]:
     """What a reader must know before comparing: different data, leakage, results that only some runs have."""
+    sets = sorted({set_name for run in runs for set_name, _ in run.results})
+    of_run = [{set_name for set_name, _ in run.results} for run in runs]
+    for run, has in zip(runs, of_run, strict=True):
+        if lacking := [set_name for set_name in sets if set_name not in has]:
+            yield f"{run.name} was not measured on {_listed(lacking)}."
     for section in sections:
         for set_name, note in dict.fromkeys((group.set, group.note) for group in section.groups if group.note):
             yield f"{section.title}, {set_name}. {note}"
         for set_name, results in section.results.items():
-            lacking = [run.name for i, run in enumerate(runs) if i not in results]
-            if lacking:
+            if lacking := [run.name for i, run in enumerate(runs) if i not in results and set_name in of_run[i]]:
                 yield f"{section.title} on {set_name} was not measured for {_listed(lacking)}."
             leaked: dict[float, list[str]] = {}
             for i, result in results.items() if section.metric == "leakage" else ():

@@ -92,6 +92,8 @@ def shown(value: float, unit: Unit) -> str:
     """A value as it is printed: a share in percent with one decimal, others with four digits; a true minus sign."""
     if unit == "share":
         text = f"{100 * value:.1f}"
+    elif unit == "rank":
+        text = f"{value:,.1f}".removesuffix(".0")
     elif value == int(value) and abs(value) < 1e9:
         text = f"{int(value):,}"
     else:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from modstruct.reporting.report import report
+from modstruct.reporting.report import write_report
 
 SCRIPT = Path(__file__).parents[2] / "launch_scripts" / "evaluate.py"
 WRITTEN = Path(__file__).parent / "written_by_0.1.0" / "evaluation"
@@ -60,7 +60,7 @@ def test_its_results_count_as_measured(older, monkeypatch, capsys):
 
 
 def test_it_is_reported(older, tmp_path):
-    report([older], tmp_path / "report")
+    write_report([older], tmp_path / "report")
     page = (tmp_path / "report.html").read_text()
     assert "scenes_colour" in page
     assert "data:image/jpeg" in page, "the retrieved examples are missing"

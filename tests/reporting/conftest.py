@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from evaluation_folders import write_run
 
-from modstruct.reporting.report import ReportFiles, report
+from modstruct.reporting.report import ReportFiles, write_report
 
 
 @pytest.fixture(scope="session")
@@ -22,4 +22,4 @@ def run_folders(tmp_path_factory) -> list[Path]:
 
 @pytest.fixture(scope="session")
 def report(run_folders, tmp_path_factory) -> ReportFiles:
-    return report(run_folders, tmp_path_factory.mktemp("report") / "report.html")
+    return write_report(run_folders, tmp_path_factory.mktemp("report") / "report.html")

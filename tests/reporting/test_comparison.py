@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from evaluation_folders import measured_mean, save_model, save_result
+from evaluation_folders import Embeddings, measured_mean, retrieval_result, save_model, save_result
 
-from modstruct.reporting.comparison import compare, holm
+from modstruct.evaluation.result import Curve, Value, share
+from modstruct.reporting.comparison import compare, group_seeds
 from modstruct.reporting.loading import load_evaluations
-from modstruct.reporting.vocabulary import direction
 
 RANDOM = np.random.default_rng(0)
 DIFFICULTY = RANDOM.random(400)
@@ -25,18 +25,18 @@ def row_of(tmp_path, results: list[dict], metric: str = "zero_shot"):
 
 
 def with_outcomes(right: np.ndarray, **more) -> dict:
-    return {"metrics": {"top_1": measured_mean(right)}, "outcomes": {"top_1": right}} | more
+    return {"values": {"top_1": measured_mean(right)}, "outcomes": {"top_1": right}} | more
 
 
 def marked(row) -> list[bool]:
-    return [cell.marked for cell in row.cells]
+    return [cell.marked for cell in row.cells.values()]
 
 
 def test_paired_runs_that_differ_little_are_distinguished_where_intervals_overlap(tmp_path):
     worse, better = DIFFICULTY < 0.50, DIFFICULTY < 0.54
     row = row_of(tmp_path, [with_outcomes(worse), with_outcomes(better)])
-    low, high = row.cells
-    assert low.metric.high > high.metric.low
+    low, high = row.cells.values()
+    assert low.value.high > high.value.low
     assert row.test == "paired"
     assert marked(row) == [False, True]
     assert low.lead.difference == pytest.approx(better.mean() - worse.mean())
@@ -54,11 +54,11 @@ def test_nothing_is_marked_where_no_run_is_shown_to_be_worse(tmp_path):
     row = row_of(tmp_path, [with_outcomes(right), with_outcomes(right)])
     assert row.test == "paired"
     assert marked(row) == [False, False]
-    assert [cell.best for cell in row.cells] == [True, True]
+    assert [cell.best for cell in row.cells.values()] == [True, True]
 
 
 def test_other_data_are_never_compared(tmp_path):
-    results = [with_outcomes(DIFFICULTY < 0.9), with_outcomes(DIFFICULTY < 0.1, source_fingerprint="other")]
+    results = [with_outcomes(DIFFICULTY < 0.9), with_outcomes(DIFFICULTY < 0.1, fingerprint="other")]
     row = row_of(tmp_path, results)
     assert row.test is None
     assert marked(row) == [False, False]
@@ -94,50 +94,92 @@ def test_rows_of_one_group_count_once(tmp_path):
 def test_without_outcomes_intervals_decide_and_without_intervals_nothing_does(tmp_path):
     def metric(value, half=None):
         interval = {} if half is None else {"low": value - half, "high": value + half}
-        return {"metrics": {"top_1": {"value": value} | interval}}
+        return {"values": {"top_1": share(value, **interval)}}
 
     row = row_of(tmp_path / "apart", [metric(0.5, 0.05), metric(0.58, 0.05), metric(0.7, 0.05)])
     assert (row.test, marked(row)) == ("intervals", [False, False, True])
     row = row_of(tmp_path / "overlap", [metric(0.5, 0.05), metric(0.58, 0.05)])
     assert (row.test, marked(row)) == ("intervals", [False, False])
     row = row_of(tmp_path / "none", [metric(0.5), metric(0.9)])
-    assert (row.test, marked(row), row.best) == (None, [False, False], 1)
-
-
-def test_lower_is_better_for_ranks_and_structure_has_no_better(tmp_path):
-    def metric(name, value):
-        return {"metrics": {name: {"value": value, "low": value - 0.1, "high": value + 0.1}}}
-
-    row = row_of(tmp_path / "rank", [metric("median_rank", 3), metric("median_rank", 9)], "retrieval")
-    assert (row.best, row.share, marked(row)) == (0, False, [True, False])
-    row = row_of(tmp_path / "gap", [metric("modality_gap", 0.3), metric("modality_gap", 0.9)], "structure")
-    assert (row.better, row.share, marked(row)) == (0, False, [False, False])
-    row = row_of(tmp_path / "new", [metric("surprise", 0.3), metric("surprise", 0.9)], "a_new_metric")
-    assert (row.better, marked(row)) == (0, [False, False])
+    assert (row.test, marked(row), row.cells[1].best) == (None, [False, False], True)
 
 
 def test_a_run_without_the_metric_leaves_its_place_empty(tmp_path):
     row = row_of(tmp_path, [with_outcomes(DIFFICULTY < 0.5), with_outcomes(DIFFICULTY < 0.9)])
     save_model(tmp_path / "empty", "empty")
-    save_result(tmp_path / "empty", "scenes", "structure", {"alignment": {"value": 1}})
+    save_result(tmp_path / "empty", "scenes", "structure", {"alignment": Value(1.0)})
     sections = compare(load_evaluations([tmp_path / "run-0", tmp_path / "empty", tmp_path / "run-1"]))
-    zero_shot = next(section for section in sections if section.metric == "zero_shot")
-    (with_gap,) = zero_shot.rows
-    assert with_gap.cells[1] is None
-    assert [with_gap.cells[0], with_gap.cells[2]] == list(row.cells)
+    assert [section.metric for section in sections] == ["zero_shot", "structure"]
+    (with_gap,) = sections[0].rows
+    assert with_gap.cells == {0: row.cells[0], 2: row.cells[1]}
 
 
-def test_holm_is_the_step_down_procedure():
-    # Holm (1979): the smallest times 4, the next times 3, …, never below an earlier one.
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.5, 0.9]) == [1.0, 1.0]
-    assert holm([]) == []
+def test_the_direction_is_what_the_result_declares(tmp_path):
+    def of(value, better):
+        return {"values": {"ece": Value(value, "error", "share", better, low=value - 0.01, high=value + 0.01)}}
+
+    for better, expected in ((False, [True, False]), (True, [False, True]), (None, [False, False])):
+        row = row_of(tmp_path / str(better), [of(0.1, better), of(0.3, better)])
+        assert marked(row) == expected
 
 
-@pytest.mark.parametrize(
-    ("name", "better"),
-    [("recall_at_5", 1), ("mean_reciprocal_rank", 1), ("accuracy", 1), ("queries", 0), ("accuracy_deviation", 0)]
-    + [(name, -1) for name in ("median_rank", "mean_rank", "mean_log_rank", "ece", "perplexity", "cross_entropy")],
-)
-def test_a_metric_that_falls_as_a_model_improves_is_marked_so(name, better):
-    assert direction("retrieval", (name,)) == better
+def seeds(tmp_path, methods: dict[str, list[np.ndarray]], **more):
+    """Runs by method and seed, each with its outcomes."""
+    folders = []
+    for method, outcomes in methods.items():
+        for seed, right in enumerate(outcomes):
+            folders.append(tmp_path / f"{method}-s{seed}")
+            save_model(folders[-1], f"{method}-s{seed}/step-9", seed, method)
+            save_result(folders[-1], "shapes", "zero_shot", **with_outcomes(right, **more))
+    return load_evaluations(folders)
+
+
+def test_seeds_of_one_method_become_a_column_of_means_with_deviations(tmp_path):
+    drawn = [most > DIFFICULTY for most in (0.5, 0.52, 0.54)]
+    curve = {"c": Curve([1.0, 2.0], [0.1, 0.2], chosen=1.0)}
+    runs = group_seeds(seeds(tmp_path, {"clip": drawn, "gc": [drawn[0]]}, curves=curve))
+    assert [(run.name, [seed.name for seed in run.seeds]) for run in runs] == [
+        ("clip", ["clip-s0", "clip-s1", "clip-s2"]),
+        ("gc-s0", []),
+    ]
+    result = runs[0].results["shapes", "zero_shot"]
+    value, means = result.values["top_1"], [right.mean() for right in drawn]
+    assert (value.value, value.deviation) == (pytest.approx(np.mean(means)), pytest.approx(np.std(means, ddof=1)))
+    assert value.low is value.high is None
+    np.testing.assert_allclose(result.outcomes["top_1"], np.mean(drawn, 0))
+    assert result.curves["c"].low == pytest.approx([0.1, 0.2])
+    assert result.curves["c"].chosen is None
+
+
+def test_the_means_of_seeds_are_compared_by_the_paired_test(tmp_path):
+    methods = {"clip": [DIFFICULTY < 0.5, DIFFICULTY < 0.52], "gc": [DIFFICULTY < 0.6, DIFFICULTY < 0.62]}
+    ((row,),) = ([*section.rows] for section in compare(group_seeds(seeds(tmp_path, methods))))
+    assert row.test == "paired"
+    assert marked(row) == [False, True]
+
+
+def test_checkpoints_of_one_run_and_other_recipes_are_no_seeds(tmp_path):
+    for folder, name, seed, method in (("a", "m/step-1", 0, "x"), ("b", "m/step-2", 0, "x"), ("c", "m/step-2", 1, "y")):
+        save_model(tmp_path / folder, name, seed, method)
+        save_result(tmp_path / folder, "shapes", "zero_shot", {"top_1": Value(0.5)})
+    save_model(tmp_path / "d", "ViT-B-32", recipe=None, checkpoint=None, open_clip={"name": "ViT-B-32"})
+    save_result(tmp_path / "d", "shapes", "zero_shot", {"top_1": Value(0.5)})
+    runs = load_evaluations([tmp_path / folder for folder in "abcd"])
+    assert group_seeds(runs) == runs
+
+
+def test_seeds_measured_on_other_data_are_not_compared(tmp_path):
+    runs = seeds(tmp_path, {"clip": [DIFFICULTY < 0.5, DIFFICULTY < 0.52], "gc": [DIFFICULTY < 0.9]})
+    save_result(tmp_path / "clip-s1", "shapes", "zero_shot", **with_outcomes(DIFFICULTY < 0.52, fingerprint="other"))
+    runs = load_evaluations([run.folder for run in runs])
+    (section,) = compare(group_seeds(runs))
+    assert "Not the same data" in section.groups[0].note
+
+
+def test_results_of_equal_models_differ_nowhere(tmp_path):
+    for folder in ("a", "b"):
+        save_model(tmp_path / folder, folder)
+        retrieval_result(tmp_path / folder, "scenes", Embeddings(60, 0.5, 0.5, seed=1))
+    (section,) = compare(load_evaluations([tmp_path / "a", tmp_path / "b"]))
+    assert not any(row.marked for row in section.rows)
+    assert {row.test for row in section.rows} == {"paired", None}

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from evaluation_folders import Embeddings, unit
+from evaluation_folders import Embeddings, save_model, save_result, unit
 
-from modstruct.evaluation.embeddings.embedded_set import SetContents, write_embedded_set
-from modstruct.reporting.plots import SHOWN_PAIRS, project, projection_chart, widest
+from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
+from modstruct.evaluation.result import Value
+from modstruct.reporting.loading import load_evaluations
+from modstruct.reporting.plots import SHOWN_PAIRS, planes, project
 
 
-def embedded(folder, made: Embeddings, **more):
+def embedded(made: Embeddings) -> EmbeddedSet:
     arrays = {"image": made.image, "text": made.text}
-    return write_embedded_set(
-        folder,
-        SetContents(
-            "scenes", {"name": "m", "fingerprint": "f"}, arrays, pairs=made.pairs, captions=made.captions, **more
-        ),
-    )
+    more = {"pairs": made.pairs, "captions": made.captions, "keys": made.keys}
+    return EmbeddedSet("scenes", {"name": "m", "fingerprint": "f"}, arrays, **more)
 
 
-def test_it_agrees_with_the_singular_vectors_of_the_joint_cloud(tmp_path):
+def drawn(tmp_path, source: EmbeddedSet):
+    """The plot of the set of one run."""
+    save_model(tmp_path, "run")
+    source.save(tmp_path / "embeddings" / "scenes")
+    save_result(tmp_path, "scenes", "structure", {"a": Value(1.0)})
+    return planes(load_evaluations([tmp_path]))
+
+
+def test_it_agrees_with_the_singular_vectors_of_the_joint_cloud():
     made = Embeddings(100, 0.3, 0.8, 0)
-    found = project(embedded(tmp_path, made))
+    found = project(embedded(made))
     cloud = np.concatenate([made.image, made.text]).astype(np.float64)
     cloud -= cloud.mean(0)
     u, s, _ = np.linalg.svd(cloud, full_matrices=False)
@@ -32,24 +38,26 @@ def test_it_agrees_with_the_singular_vectors_of_the_joint_cloud(tmp_path):
     assert found.explained == pytest.approx(s[:2] ** 2 / (s**2).sum())
 
 
-def test_distances_do_not_change_under_rotation_of_the_embeddings(tmp_path):
+def test_distances_do_not_change_under_rotation_of_the_embeddings():
     made = Embeddings(60, 0.3, 0.8, 0)
-    first = project(embedded(tmp_path / "a", made))
+    first = project(embedded(made))
     rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(16, 16)))[0]
     made.image, made.text = unit(made.image @ rotation), unit(made.text @ rotation)
-    second = project(embedded(tmp_path / "b", made))
+    second = project(embedded(made))
     joins = [np.linalg.norm(one.image - one.text, axis=1) for one in (first, second)]
     np.testing.assert_allclose(*joins, atol=1e-5)
 
 
 def test_of_many_pairs_evenly_spread_ones_are_shown_always_the_same(tmp_path):
-    source = embedded(tmp_path, Embeddings(1000, 0.3, 0.8, 0))
+    source = embedded(Embeddings(1000, 0.3, 0.8, 0))
     first, second = project(source), project(source)
     assert len(first.image) == len(first.text) == len(first.names) == SHOWN_PAIRS
     assert first.total == 1000
     np.testing.assert_array_equal(first.image, second.image)
-    svg = projection_chart(first, "run", widest([first]))
-    assert svg.count("<circle") == svg.count("<title>image of") == SHOWN_PAIRS
+    (plot,) = drawn(tmp_path, source)
+    assert plot.svg.count("<title>image of scene-") == plot.svg.count("<title>text of scene-") == SHOWN_PAIRS
+    assert plot.files["pdf"].startswith(b"%PDF")
+    assert plot.files["png"].startswith(b"\x89PNG")
 
 
 def test_images_without_captions_are_paired_with_their_classes(tmp_path):
@@ -57,33 +65,33 @@ def test_images_without_captions_are_paired_with_their_classes(tmp_path):
     labels = np.arange(40) % 4
     labels[:3] = -1
     prompts = unit(np.random.default_rng(0).normal(size=(4 * 2, 16))).reshape(4, 2, 16)
-    source = write_embedded_set(
-        tmp_path,
-        SetContents(
-            "shapes",
-            {"name": "m", "fingerprint": "f"},
-            {"image": made.image},
-            labels=labels,
-            class_prompts=prompts,
-            class_names=["<a>", "b", "c", "d"],
-            templates=["a {}", "the {}"],
-        ),
+    source = EmbeddedSet(
+        "shapes",
+        {"name": "m", "fingerprint": "f"},
+        {"image": made.image},
+        labels=labels,
+        class_prompts=prompts,
+        class_names=["<a>", "b", "c", "d"],
+        templates=["a {}", "the {}"],
+        keys=made.keys,
     )
     found = project(source)
     assert found.total == 37
     assert len(np.unique(found.text.round(6), axis=0)) == 4
-    assert "&lt;a&gt;" in projection_chart(found, "run", widest([found]))
+    (plot,) = drawn(tmp_path, source)
+    assert "&lt;a&gt;" in plot.svg
 
 
-def test_a_set_without_two_pairs_has_none(tmp_path):
+def test_a_set_without_two_pairs_has_none():
     made = Embeddings(3, 0.3, 0.8, 0)
     made.pairs = made.pairs[:1]
-    assert project(embedded(tmp_path, made)) is None
+    assert project(embedded(made)) is None
 
 
 def test_collapsed_embeddings_are_drawn_as_one_point(tmp_path):
     made = Embeddings(5, 0.3, 0.8, 0)
     made.image[:] = made.text[:] = made.image[0]
-    found = project(embedded(tmp_path, made))
+    found = project(embedded(made))
     assert np.abs(found.image).max() < 1e-6
-    assert "nan" not in projection_chart(found, "run", widest([found]))
+    (plot,) = drawn(tmp_path, embedded(made))
+    assert "nan" not in plot.svg

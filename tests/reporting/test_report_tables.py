@@ -9,7 +9,9 @@ import re
 import shutil
 
 import pytest
+from evaluation_folders import save_result
 
+from modstruct.evaluation.result import Value
 from modstruct.reporting.comparison import compare
 from modstruct.reporting.loading import load_evaluations
 from modstruct.reporting.tables import as_cell, csv_table, escaped, latex_tables
@@ -18,18 +20,18 @@ from modstruct.reporting.tables import as_cell, csv_table, escaped, latex_tables
 def test_the_csv_gives_back_every_metric_exactly(run_folders, report):
     runs = load_evaluations(run_folders)
     lines = list(csv.DictReader(io.StringIO(report.csv.read_text())))
-    found = {(line["run"], line["set"], line["metric"], line["figure"]): line for line in lines}
+    found = {(line["run"], line["set"], line["metric"], line["name"]): line for line in lines}
     assert len(found) == len(lines)
     expected = {
-        (run.name, result.set, result.metric, "/".join(names)): metric
+        (run.name, set_name, metric, name): value
         for run in runs
-        for result in run.results.values()
-        for names, metric in result.metrics.items()
+        for (set_name, metric), result in run.results.items()
+        for name, value in result.values.items()
     }
     assert found.keys() == expected.keys()
     for key, metric in expected.items():
-        read = [found[key][name] for name in ("value", "low", "high", "chance", "rows")]
-        written = [metric.value, metric.low, metric.high, metric.chance, metric.rows]
+        read = [found[key][name] for name in ("value", "low", "high", "deviation", "chance", "rows")]
+        written = [metric.value, metric.low, metric.high, metric.deviation, metric.chance, metric.rows]
         assert [float(text) if text else None for text in read] == written
 
 
@@ -37,9 +39,9 @@ def test_the_lead_in_the_csv_is_the_best_value_minus_this_one(report):
     lines = list(csv.DictReader(io.StringIO(report.csv.read_text())))
     led = [line for line in lines if line["best_minus_this"]]
     assert led
-    best = {(line["set"], line["metric"], line["figure"]): line for line in lines if line["best"] == "1"}
+    best = {(line["set"], line["metric"], line["name"]): line for line in lines if line["best"] == "1"}
     for line in led:
-        difference = float(best[line["set"], line["metric"], line["figure"]]["value"]) - float(line["value"])
+        difference = float(best[line["set"], line["metric"], line["name"]]["value"]) - float(line["value"])
         assert abs(difference - float(line["best_minus_this"])) < 1e-6
         assert float(line["best_minus_this_low"]) <= float(line["best_minus_this_high"])
 
@@ -90,18 +92,14 @@ def test_names_of_others_command_neither_spreadsheet_nor_latex(run_folders, tmp_
     shutil.copytree(run_folders[0], folder)
     model = json.loads((folder / "model.json").read_text()) | {"name": "=cmd|' /C calc'!A1\x1b]0;x\x07"}
     (folder / "model.json").write_text(json.dumps(model))
-    file = next(folder.glob("results/*/zero_shot.json"))
-    content = json.loads(file.read_text())
-    found = {"value": 0.5, "chance": 0.1}
-    content["figures"] = {"[2cm]": found, "*x": found, "-0.5": found | {"value": -0.25}}
-    file.write_text(json.dumps(content))
-    file.with_suffix(".npz").unlink(missing_ok=True)
+    values = {name: Value(0.5, chance=0.1) for name in ("[2cm]", "*x")} | {"-0.5": Value(-0.25)}
+    save_result(folder, "shapes", "zero_shot", values)
     runs = load_evaluations([folder])
     sections = compare(runs)
     text = csv_table(sections, runs)
     lines = [line for line in csv.DictReader(io.StringIO(text)) if line["metric"] == "zero_shot"]
     assert {line["run"] for line in lines} == {r"'=cmd|' /C calc'!A1\x1b]0;x\x07"}
-    assert {line["figure"]: float(line["value"]) for line in lines}["'-0.5"] == -0.25
+    assert {line["name"]: float(line["value"]) for line in lines}["'-0.5"] == -0.25
     made = latex_tables(sections, runs)
     assert made.isascii()
     assert all(c.isprintable() or c == "\n" for c in text + made)
