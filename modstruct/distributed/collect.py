@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from modstruct.distributed import (
     gather_objects,
     is_main,
     max_over_processes,
+    own_store,
     rank,
     world_size,
 )
@@ -28,6 +30,8 @@ from modstruct.distributed import (
 T = TypeVar("T")
 Found = TypeVar("Found")
 ROWS_AT_ONCE = 1 << 14
+STORE_TIMEOUT_SECONDS = 60.0
+_number = itertools.count()
 
 
 def rounds_of(batches: int) -> int:
@@ -173,3 +177,27 @@ def share_out(items: Sequence[T], measure: Callable[[T], Found]) -> list[Found]:
     fail_together(error, f"process {rank()}: {type(error).__name__}: {error}")
     everyone = gather_objects(mine)
     return [everyone[number % world_size()][number // world_size()] for number in range(len(items))]
+
+
+def together(work: Callable[[Callable[[int], None]], None], title: str, total: int) -> None:
+    """Do this process's share of some work; returns when all have done theirs. Every process calls it alike.
+
+    work: calls `done(n)` for each n of the `total` that all do; the main process shows them. An error of one process
+    ends the work of all, at their next `done`: there it is raised as it is, and elsewhere FailedElsewhere.
+    """
+    store = own_store(f"together {next(_number)}", STORE_TIMEOUT_SECONDS) if world_size() > 1 else None
+    error: Exception | None = None
+    with tqdm(total=total, desc=title, leave=False, disable=not is_main()) as bar:
+
+        def done(more: int) -> None:
+            bar.update(more if store is None else store.add("done", more) - bar.n)
+            if store is not None and store.check(["failed"]):
+                raise FailedElsewhere(f"another process failed first: {store.get('failed').decode()}")
+
+        try:
+            work(done)
+        except Exception as caught:  # reported to the others first
+            error = caught
+            if store is not None and not isinstance(error, FailedElsewhere):
+                store.set("failed", f"{type(error).__name__}: {error}")
+    fail_together(error, f"{type(error).__name__}: {error}")

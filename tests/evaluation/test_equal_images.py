@@ -202,18 +202,6 @@ def test_sets_of_earlier_versions_open_as_they_are(tmp_path, labelled, caplog, e
     assert "(embedded by an earlier version, which merged no equal images), text to image" in caplog.text
 
 
-def test_an_embedding_that_an_earlier_version_began_goes_on_as_it_was(tmp_path, labelled, caplog, earlier):
-    stopped = perfect()
-    stopped._stop_after = 20
-    with pytest.raises(ArithmeticError):
-        embed(numbered_model(stopped), labelled, config(), tmp_path / "set")
-    earlier.undo()
-    embedded = embed(numbered_model(perfect()), labelled, config(), tmp_path / "set")
-    assert "set things: 40 of 60 images were embedded by an earlier version" in caplog.text
-    assert len(embedded.copies) == 0
-    assert embedded.keys == [f"{place:05d}" for place in range(60)]
-
-
 @pytest.mark.parametrize("damage", [30, -1, 0.5])
 def test_damaged_copies_are_refused_by_name(tmp_path, labelled, damage):
     embed(numbered_model(perfect()), labelled, config(), tmp_path / "set")

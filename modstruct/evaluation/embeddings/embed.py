@@ -1,7 +1,11 @@
 """The embedder: a source's images, then its distinct captions, then its class prompts, by all processes.
 
-Into memory for validation in training, or into a folder that metrics read (`EmbeddedSet`), from parts that an
-interrupted run is resumed from.
+Into memory for validation in training, or into a folder that metrics read (`EmbeddedSet`). An interrupted run into a
+folder is resumed from FOLDER/parts, which holds
+    begun.json              model, source and settings: a restart with others is refused
+    image-00003.npz         rows of the batches of part 3, and what else was read with them (see passes.py)
+    text-…, prompts-…       alike, of captions and class prompts
+    captions.jsonl          the distinct captions, once all images are there
 """
 
 from __future__ import annotations
@@ -32,17 +36,15 @@ from modstruct.distributed.collect import on_main
 from modstruct.distributed.hosts import require_same, require_shared_folder
 from modstruct.errors import refuse, require
 from modstruct.evaluation.embeddings.assembly import Assembly
-from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet, clear
+from modstruct.evaluation.embeddings.embedded_set import MANIFEST, EmbeddedSet, clear
 from modstruct.evaluation.embeddings.model import EmbeddingModel, Encode
-from modstruct.evaluation.embeddings.passes import Batch, Gathered, Made, Parts, stream_of
+from modstruct.evaluation.embeddings.passes import Batch, Gathered, Parts
 from modstruct.evaluation.embeddings.set_files import (
     IMAGE_ARRAYS,
-    MANIFEST,
     TEXT_ARRAYS,
     RowStream,
     open_array,
     read_json,
-    read_lines,
     write_array,
     write_json,
     write_lines,
@@ -51,12 +53,10 @@ from modstruct.evaluation.embeddings.source import EmbeddingSource
 
 log = logging.getLogger(__name__)
 
-PARTS = "parts"
-BEGUN = "begun.json"
-CAPTIONS = "captions.jsonl"
 AUGMENTED = "image_augmented"
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
+Tokenize = Callable[[Sequence[str]], Tensor]
 
 
 def embed_sets(
@@ -101,59 +101,58 @@ def embed(
     TooManyBadSamples above config.max_bad_share, FailedElsewhere where another process failed.
     """
     started, settings = time.monotonic(), _settings(model, source, config)
+    arrays, parts = settings["embedding.arrays"], None if folder is None else folder / "parts"
     if folder is not None:
-        folder = folder.expanduser()
         remedy = "processes must see the same model and files: share the folders, or copy them to each host"
         require_same(settings, remedy)
         require_shared_folder(folder, "--out")
         if on_main(lambda: _begin(folder, settings, config.overwrite)):
             return EmbeddedSet.open(folder)
-    parts = None if folder is None else folder / PARTS
-    of_images, of_texts = ([a for a in settings["embedding.arrays"] if a in of] for of in (IMAGE_ARRAYS, TEXT_ARRAYS))
-    images = _embed_images(model, source, config, of_images, parts)
+
+    images = _embed_images(model, source, config, arrays, parts)
     held: list[Assembly] = []  # in memory by every process, else by the main one, which writes the set
 
     def assemble() -> int:
         held.append(Assembly(source, images, config.max_bad_share))
         if parts is not None:
-            write_lines(parts / CAPTIONS, held[0].captions())
+            write_lines(parts / "captions.jsonl", held[0].captions())
         return held[0].texts
 
     count = assemble() if parts is None else on_main(assemble)
-    captions = list(held[0].captions()) if parts is None else TextLines(parts / CAPTIONS)
-    texts: Made | None = None
-    if of_texts and count:
-        made = _kept(parts, "text", count, config)
-        title = f"captions of {source.name}"
-        texts = _embed_texts(model.encode, model.tokenize, captions, made, config, of_texts, title)
+    captions = list(held[0].captions()) if parts is None else TextLines(parts / "captions.jsonl")
+    texts = None
+    if count and {*arrays} & {*TEXT_ARRAYS}:
+        made = _pass(count, config, parts, "text")
+        texts = _embed_texts(model.encode, model.tokenize, captions, made, config, f"captions of {source.name}", arrays)
     prompts = _class_prompts(model, source, config, folder) if source.class_names else None
 
     def contents() -> EmbeddedSet:
-        assembly = held[0]
-        rows = {a: assembly.stream(a, config.dtype) for a in of_images}
+        rows = held[0]
+        streams = {name: rows.stream(name, config.dtype) for name in arrays if name in IMAGE_ARRAYS}
+        more: dict[str, Any] = {"keys": rows.notes("keys"), "left_out": rows.faults()}
         if texts is not None:
-            rows |= {a: stream_of(texts, a, count, config.dtype) for a in of_texts}
+            streams |= {name: texts.stream(name, config.dtype) for name in arrays if name in TEXT_ARRAYS}
+            more |= {"pairs": rows.pairs, "captions": captions}
+        if prompts is not None:
+            names = {"class_names": source.class_names, "templates": source.templates}
+            more |= names | {"label_field": source.label_field, "labels": rows.column("labels")}
+            more |= {"class_prompts": prompts()}
+        if parts is None:
+            more |= {name: list(more[name]) for name in ("keys", "left_out")}
+        else:
+            more["metadata"] = rows.notes("metadata")
         return EmbeddedSet(
             source.name,
             model.described(),
-            rows if parts else {a: _in_memory(stream) for a, stream in rows.items()},
-            pairs=assembly.pairs if texts else None,
-            copies=assembly.copies if len(assembly.copies) else None,
-            indices=assembly.column("indices"),
-            labels=assembly.column("labels") if source.class_names else None,
-            class_prompts=prompts() if prompts else None,
-            class_names=source.class_names,
-            templates=source.templates,
-            label_field=source.label_field,
-            keys=assembly.notes("keys") if parts else list(assembly.notes("keys")),
-            captions=(read_lines(parts / CAPTIONS) if parts else captions) if texts else None,
-            metadata=assembly.notes("metadata") if parts else None,
+            streams if parts else {name: _in_memory(stream) for name, stream in streams.items()},
+            copies=rows.copies,
+            indices=rows.column("indices"),
             source={"name": source.name, "fingerprint": source.fingerprint},
-            skipped=assembly.skipped,
-            left_out=assembly.faults() if parts else list(assembly.faults()),
+            skipped=rows.skipped,
             settings=settings,
-            command=command,
+            command=list(command),
             seconds=time.monotonic() - started,
+            **more,
         )
 
     if folder is None or parts is None:
@@ -165,6 +164,12 @@ def embed(
 
     on_main(finish)
     return EmbeddedSet.open(folder)
+
+
+def embed_texts(encode: Encode, texts: Sequence[str], tokenize: Tokenize, batch: int, title: str) -> np.ndarray:
+    """Embed texts, the same list on every process, into memory, (n, D) float32, as `embed` does without a folder."""
+    config, made = EmbeddingConfig(batch=batch, dtype="float32"), Gathered(len(texts), batch)
+    return next(_embed_texts(encode, tokenize, texts, made, config, title).pieces("text"))
 
 
 def _settings(model: EmbeddingModel, source: EmbeddingSource, config: EmbeddingConfig) -> dict[str, Any]:
@@ -179,42 +184,34 @@ def _settings(model: EmbeddingModel, source: EmbeddingSource, config: EmbeddingC
         "samples": len(source.samples),
         "classes": source.classes_fingerprint,
         "embedding.arrays": arrays,
-        "embedding.dtype": config.dtype,
-        "embedding.precision": config.precision,
-        "embedding.batch": config.batch,
-        "embedding.part_batches": config.part_batches,
+        **{f"embedding.{name}": getattr(config, name) for name in ("dtype", "precision", "batch", "part_batches")},
         "embedding.seed": config.seed if AUGMENTED in arrays else None,
     }
 
 
 def _begin(folder: Path, settings: dict[str, Any], overwrite: bool) -> bool:
     """Prepare the folder for a start or a resumption; true where the set is finished already."""
-    parts = folder / PARTS
-    before = _found(folder, settings, overwrite)
+    parts, before = folder / "parts", _found(folder, settings, overwrite)
     if overwrite:
         clear(folder)
-    elif before is not None:
-        if not before.merged and len(before.pairs):
-            remedy = "--embedding.overwrite true embeds it again"
-            log.warning("%s: of an earlier version, and equal images are not merged; %s", folder, remedy)
-        shutil.rmtree(parts, ignore_errors=True)  # of a run that was interrupted between its last two steps
-        return True
-    elif (parts / BEGUN).is_file():
+    elif before is None and (parts / "begun.json").is_file():
         return False
-    shutil.rmtree(parts, ignore_errors=True)  # left by an interrupted removal
-    write_json(parts / BEGUN, settings)
-    return False
+    shutil.rmtree(parts, ignore_errors=True)  # of a run that was interrupted between its last two steps
+    if before is None:
+        write_json(parts / "begun.json", settings)
+    elif not before.merged and len(before.pairs):
+        remedy = "--embedding.overwrite true embeds it again"
+        log.warning("%s: of an earlier version, and equal images are not merged; %s", folder, remedy)
+    return before is not None
 
 
 def _found(folder: Path, settings: dict[str, Any], overwrite: bool) -> EmbeddedSet | None:
     """The finished set in the folder, if there is one; refused, as an interrupted one, where its settings differ."""
-    begun = folder / PARTS / BEGUN
-    if overwrite:
+    begun = folder / "parts" / "begun.json"
+    found = EmbeddedSet.open(folder) if not overwrite and (folder / MANIFEST).is_file() else None
+    if overwrite or (found is None and not begun.is_file()):
         return None
-    found = EmbeddedSet.open(folder) if (folder / MANIFEST).is_file() else None
-    if found is None and not begun.is_file():
-        return None
-    before = read_json(begun, lambda _: True) if found is None else found.manifest.get("settings", {})
+    before = read_json(begun) if found is None else found.settings
     for name, value in settings.items():
         if before.get(name) != value:
             was = f"{folder} was embedded with {before.get(name)!r}"
@@ -222,15 +219,15 @@ def _found(folder: Path, settings: dict[str, Any], overwrite: bool) -> EmbeddedS
     return found
 
 
-def _kept(parts: Path | None, kind: str, items: int, config: EmbeddingConfig) -> Parts | Gathered:
+def _pass(items: int, config: EmbeddingConfig, parts: Path | None, kind: str) -> Gathered:
     if parts is None:
         return Gathered(items, config.batch)
-    return Parts(parts, kind, items, config.batch, config.part_batches)
+    return Parts(items, config.batch, parts, kind, config.part_batches)
 
 
 def _embed_images(
     model: EmbeddingModel, source: EmbeddingSource, config: EmbeddingConfig, arrays: Sequence[str], parts: Path | None
-) -> Made:
+) -> Gathered:
     """A source's images, with all that is read beside them.
 
     Lists: keys, captions, metadata (unless in memory) of the images; faults, the [cause, where] of those left out.
@@ -238,14 +235,13 @@ def _embed_images(
     where they are known.
     """
     counter = source.bad_sample_counter(config.max_bad_share, distributed.rank())
-    seed = config.seed if AUGMENTED in arrays else None
-    side = model.views.image_size
+    seed, side = config.seed if AUGMENTED in arrays else None, model.views.image_size
     grey = model.views.evaluation_image(Image.new("RGB", (side, side), "grey"))[None]
     encoded = _encoder(model.encode, config, arrays, "image", grey)
 
     def rows_of(images: Tensor, augmented: Tensor | None) -> Batch:
-        """Nothing read of any image still takes the forward passes."""
-        rows = encoded(images)
+        """Where no image could be read, it still takes the forward passes."""
+        rows: Batch = encoded(images)
         if seed is not None:
             rows[AUGMENTED] = encoded(grey[:0] if augmented is None else augmented)["image"]
         return rows
@@ -264,23 +260,21 @@ def _embed_images(
             if batch.digests is not None:
                 rows["digests"] = batch.digests
             yield rows | rows_of(batch.image, batch.image_augmented)
-        for empty in numbers:
-            if not empty:
-                yield rows_of(grey[:0], None)
+        yield from (rows_of(grey[:0], None) for empty in numbers if not empty)
 
-    return _kept(parts, "image", len(source.samples), config).make(batches, f"images of {source.name}")
+    return _pass(len(source.samples), config, parts, "image").make(batches, f"images of {source.name}")
 
 
 def _embed_texts(
     encode: Encode,
-    tokenize: Callable[[Sequence[str]], Tensor],
+    tokenize: Tokenize,
     texts: Sequence[str] | TextLines,
-    made: Parts | Gathered,
+    made: Gathered,
     config: EmbeddingConfig,
-    arrays: Sequence[str],
     title: str,
-) -> Made:
-    """Texts, in a pass to be made; of TextLines, loader processes make ids."""
+    arrays: Sequence[str] = ("text",),
+) -> Gathered:
+    """Texts, in a pass to be made; into files, with ids from loader processes."""
     encoded = _encoder(encode, config, arrays, "text", tokenize([""]))
     workers = config.workers if isinstance(made, Parts) else 0
 
@@ -288,20 +282,9 @@ def _embed_texts(
         full = [some for some in numbers if some]
         for ids in WorkerLoader(_Tokens(texts, tokenize), full, min(workers, len(full)), pin_memory=False):
             yield encoded(ids)
-        for _ in numbers[len(full) :]:
-            yield encoded(tokenize([""])[:0])
+        yield from (encoded(tokenize([""])[:0]) for empty in numbers if not empty)
 
     return made.make(batches, title)
-
-
-def embed_texts(
-    encode: Encode, texts: Sequence[str], tokenize: Callable[[Sequence[str]], Tensor], batch: int, title: str
-) -> np.ndarray:
-    """Embed texts, the same list on every process, into memory, (n, D) float32, as `embed` does without a folder."""
-    config = EmbeddingConfig(batch=batch, dtype="float32")
-    return next(
-        _embed_texts(encode, tokenize, texts, Gathered(len(texts), batch), config, ["text"], title).pieces("text")
-    )
 
 
 def _encoder(
@@ -336,22 +319,17 @@ def _class_prompts(
     row = {prompt: n for n, prompt in enumerate(distinct)}
     places = np.array([row[prompt] for prompt in source.prompts]).reshape(len(source.class_names), -1)
     config, title = replace(config, dtype="float32"), f"class names of {source.name}"
-
-    def pass_() -> Made:
-        made = _kept(folder and folder / PARTS, "prompts", len(distinct), config)
-        return _embed_texts(model.encode, model.tokenize, distinct, made, config, ["text"], title)
-
+    made = _pass(len(distinct), config, folder and folder / "parts", "prompts")
     if folder is None:
-        rows = next(pass_().pieces("text"))
+        rows = next(_embed_texts(model.encode, model.tokenize, distinct, made, config, title).pieces("text"))
         shape = (*places.shape, rows.shape[1])
         return lambda: rows[places] if distributed.is_main() else np.broadcast_to(np.float32(np.nan), shape)
     about = [model.fingerprint, model.preprocessing, config.precision, config.batch, distinct]
-    key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
-    file, shape = folder.parent / f"class_prompts-{key}.npy", (len(distinct), model.dimension)
+    file = folder.parent / f"class_prompts-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}.npy"
     if config.overwrite or not on_main(file.is_file):
-        made = pass_()
-        on_main(lambda: write_array(file, stream_of(made, "text", len(distinct), "float32"), unit=True))
-    return lambda: open_array(file, shape)[places]
+        _embed_texts(model.encode, model.tokenize, distinct, made, config, title)
+        on_main(lambda: write_array(file, made.stream("text", "float32"), unit=True))
+    return lambda: open_array(file, (len(distinct), model.dimension))[places]
 
 
 def _in_memory(stream: RowStream) -> np.ndarray:
@@ -367,12 +345,15 @@ class TextLines:
         self.path = path
         self._starts: np.ndarray | None = None
 
+    def __iter__(self) -> Iterator[str]:
+        with open(self.path, "rb") as file:
+            yield from map(json.loads, file)
+
     def __getitem__(self, lines: slice) -> list[str]:
         """The texts of some consecutive lines."""
-        if self._starts is None:  # 8 bytes a line, found once in each process
-            with open(self.path, "rb") as file:
-                self._starts = np.cumsum([0, *map(len, file)], dtype=np.int64)
         with open(self.path, "rb") as file:
+            if self._starts is None:  # 8 bytes a line, found once in each process
+                self._starts = np.cumsum([0, *map(len, file)], dtype=np.int64)
             file.seek(self._starts[lines.start])
             return [json.loads(file.readline()) for _ in range(lines.start, lines.stop)]
 
@@ -380,7 +361,7 @@ class TextLines:
 class _Tokens(Dataset):
     """Map from consecutive places to ids (B, L)."""
 
-    def __init__(self, texts: Sequence[str] | TextLines, tokenize: Callable[[Sequence[str]], Tensor]):
+    def __init__(self, texts: Sequence[str] | TextLines, tokenize: Tokenize):
         self._texts, self._tokenize = texts, tokenize
 
     def __getitem__(self, places: range) -> Tensor:

@@ -26,8 +26,8 @@ with captions takes the rows before them and `distinct_pairs`; what counts label
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,99 +35,88 @@ import numpy as np
 
 from modstruct.errors import refuse, require
 from modstruct.evaluation.embeddings.set_files import (
-    CLASSES_FILE,
     FEATURE_ARRAYS,
-    FORMAT,
     IMAGE_ARRAYS,
-    LISTS,
-    MANIFEST,
-    READABLE,
-    TABLES,
     TEXT_ARRAYS,
+    Lines,
     RowStream,
     damaged,
     is_set_name,
     merged_pairs,
     open_array,
     read_json,
-    read_lines,
     write_array,
     write_json,
     write_lines,
 )
 from modstruct.files import sync_folder
 
-PARSED_BYTES = 64 << 20
-"""A longer list is only counted by `check`, not parsed."""
+FORMAT = 2
+READABLE = (1, 2)
+"""Format 1 knew no equal images: each sample of such a set is an image of its own."""
+MANIFEST, CLASSES_FILE, LEFT_OUT = "manifest.json", "classes.json", "left_out.jsonl"
+TABLES = ("pairs", "indices", "labels", "class_prompts", "copies")
+LISTS = ("keys", "metadata", "captions")
 
 
+@dataclass(eq=False, repr=False)
 class EmbeddedSet:
     """Made of arrays in memory, or opened by `EmbeddedSet.open`; then rows stay on the disk until they are used.
 
-    model: {"name", "fingerprint", …}. arrays: by name, of IMAGE_ARRAYS and TEXT_ARRAYS, "image" at least; the attribute
-    of this name holds the names. class_names, templates: empty without classes. label_field: of the metadata, where the
-    labels came from it. source: {"name", "fingerprint"} or nothing. skipped: samples left out, by cause; left_out:
-    which. settings, command, seconds: how the set was made. Arrays and lists that only `save` is to read may be streams
-    and iterators. folder: where an opened set lies. manifest: what is noted of it. splits: embedded splits of the same
-    set, "train" and "validation", which probes need.
+    Embeddings and lists that only `save` is to read may be streams and iterators.
     """
 
-    def __init__(
-        self,
-        name: str,
-        model: dict[str, Any],
-        arrays: Mapping[str, np.ndarray | RowStream],
-        *,
-        pairs: np.ndarray | Sequence | None = None,
-        copies: np.ndarray | None = None,
-        indices: np.ndarray | Sequence[int] | None = None,
-        labels: np.ndarray | Sequence[int] | None = None,
-        class_prompts: np.ndarray | None = None,
-        class_names: Sequence[str] = (),
-        templates: Sequence[str] = (),
-        label_field: str | None = None,
-        keys: Iterable[str] | None = None,
-        captions: Iterable[str] | None = None,
-        metadata: Iterable[dict] | None = None,
-        source: dict[str, Any] | None = None,
-        skipped: dict[str, int] | None = None,
-        left_out: Iterable[dict[str, str]] = (),
-        settings: dict[str, Any] | None = None,
-        command: Sequence[str] = (),
-        seconds: float = 0.0,
-    ):
-        self.name, self.model, self.source = name, model, source or {}
-        self.arrays = frozenset(arrays)
-        self.class_names, self.templates, self.label_field = list(class_names), list(templates), label_field
-        self.folder: Path | None = None
-        self.splits: dict[str, EmbeddedSet] = {}
-        self._rows = dict(arrays)
-        given = {"pairs": pairs, "indices": indices, "labels": labels, "class_prompts": class_prompts, "copies": copies}
-        self._tables = {table: _table(table, values) for table, values in given.items() if values is not None}
-        self._lists = {"keys": keys, "captions": captions, "metadata": metadata}
-        self._left_out = left_out
-        self._noted = {
-            "skipped": skipped or {},
-            "settings": settings or {},
-            "command": list(command),
-            "seconds": seconds,
-        }
+    name: str
+    model: dict[str, Any]
+    """{"name", "fingerprint", …}."""
+    embeddings: Mapping[str, np.ndarray | RowStream]
+    """By name, of IMAGE_ARRAYS and TEXT_ARRAYS, "image" at least."""
+    _: KW_ONLY
+    pairs: np.ndarray = field(default_factory=lambda: np.empty((0, 2), dtype=np.int64))
+    """(p, 2) int64, (image row, text row)."""
+    copies: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    """(c,) int64, the row that each of the last c rows of images is a copy of."""
+    indices: np.ndarray = None  # type: ignore[assignment]  # made below
+    """(n,) int64, number of each image in its source; by default its row."""
+    labels: np.ndarray | None = None
+    """(n,) int64, class row of each image or -1; None without classes."""
+    class_prompts: np.ndarray | None = None
+    """(c, t, D) float32, unit norm; None without classes."""
+    class_names: Sequence[str] = ()
+    templates: Sequence[str] = ()
+    label_field: str | None = None
+    """Field of the metadata that the labels came from; None where they came otherwise."""
+    keys: list[str] = None  # type: ignore[assignment]  # made below
+    """Key of each image; by default its row."""
+    captions: list[str] = field(default_factory=list)
+    """Caption of each text row."""
+    metadata: list[dict] = None  # type: ignore[assignment]  # made below
+    """Metadata of each image; by default empty."""
+    source: dict[str, Any] = field(default_factory=dict)
+    """{"name", "fingerprint"}, or empty."""
+    skipped: dict[str, int] = field(default_factory=dict)
+    """Number of samples left out, by cause."""
+    left_out: Iterable[dict[str, str]] = ()
+    """Which samples; not read again."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """How the set was made, with command and seconds."""
+    command: Sequence[str] = ()
+    seconds: float = 0.0
+    splits: dict[str, EmbeddedSet] = field(default_factory=dict)
+    """Embedded splits beside this one, "train" and "validation", which probes need."""
+    folder: Path | None = None
+    """Where an opened set lies."""
+    format: int = FORMAT
 
-    @cached_property
-    def manifest(self) -> dict[str, Any]:
-        """The content of manifest.json; "rows" has the numbers of images and texts."""
-        shapes = {name: list(rows.shape) for name, rows in self._rows.items()}
-        return {
-            "format": FORMAT,
-            "name": self.name,
-            "model": self.model,
-            "source": self.source or None,
-            "rows": {"image": shapes["image"][0], "text": shapes.get("text", [0])[0]},
-            "arrays": shapes,
-            "tables": {name: list(table.shape) for name, table in self._tables.items()},
-            "dtype": self._rows["image"].dtype.name,
-            **self._noted,
-        }
+    def __post_init__(self) -> None:
+        self.embeddings = {name: _real(rows) for name, rows in self.embeddings.items()}
+        count = self.rows_of("image")
+        self.indices = np.arange(count) if self.indices is None else self.indices
+        self.keys = [str(n) for n in range(count)] if self.keys is None else self.keys
+        self.metadata = [{} for _ in range(count)] if self.metadata is None else self.metadata
+        self.pairs, self.copies, self.indices = map(_whole, (self.pairs, self.copies, self.indices))
+        self.labels = None if self.labels is None else _whole(self.labels)
+        self.class_names, self.templates = list(self.class_names), list(self.templates)
 
     @classmethod
     def open(cls, folder: str | Path) -> EmbeddedSet:
@@ -141,26 +130,29 @@ class EmbeddedSet:
         if not path.is_file():
             state = "an unfinished embedded set: `evaluate.py embed` resumes it" if folder.is_dir() else "missing"
             raise FileNotFoundError(f"{path}: {state}; embed the set first")
-        manifest = read_json(path, lambda found: found.get("format") not in READABLE or _sound_manifest(found))
-        if manifest.get("format") not in READABLE:
-            found = manifest.get("format")
+        noted = read_json(path)
+        if noted.get("format") not in READABLE:
+            found = noted.get("format")
             raise ValueError(f"{path}: format {found!r}, this version reads 1 to {FORMAT}: embed the set again")
-        arrays = {name: open_array(folder / f"{name}.npy", shape) for name, shape in manifest["arrays"].items()}
-        tables = {name: open_array(folder / f"{name}.npy", shape) for name, shape in manifest["tables"].items()}
-        classes: dict[str, Any] = {"names": [], "templates": [], "label": None}
-        if "labels" in tables:
-            classes = read_json(folder / CLASSES_FILE, _sound_classes)
-        opened = cls(
-            manifest["name"],
-            manifest["model"],
-            arrays,
-            class_names=classes["names"],
-            templates=classes["templates"],
-            label_field=classes["label"],
-            source=manifest.get("source"),
-        )
-        opened.folder, opened.manifest, opened._tables = folder, manifest, tables
-        return opened
+        try:
+            shapes = noted["arrays"] | noted["tables"]
+            known = [name for name in (*IMAGE_ARRAYS, *TEXT_ARRAYS, *TABLES) if name in shapes]
+            arrays = {name: open_array(folder / f"{name}.npy", shapes[name]) for name in known}
+            if not (is_set_name(noted["name"]) and isinstance(noted["model"], dict) and "image" in arrays):
+                raise TypeError("name, model or image is missing or of another kind")
+            tables: dict[str, Any] = {name: arrays.pop(name) for name in TABLES if name in arrays}
+            own: dict[str, Any] = {name: noted.get(name) or kind() for name, kind in NOTED.items()}
+        except (ArithmeticError, AttributeError, KeyError, TypeError) as error:
+            damaged(path, f"{type(error).__name__}: {error}")
+        images, texts = len(arrays["image"]), len(arrays.get("text", ()))
+        lists: dict[str, Any] = {
+            "keys": Lines(folder / "keys.jsonl", images, str),
+            "metadata": Lines(folder / "metadata.jsonl", images, dict),
+            "captions": Lines(folder / "captions.jsonl", texts, str) if texts else [],
+        }
+        classes = _classes(folder / CLASSES_FILE) if "labels" in tables else {}
+        made: dict[str, Any] = {"folder": folder, "format": noted["format"]}
+        return cls(noted["name"], noted["model"], arrays, **tables, **lists, **classes, **own, **made)
 
     def save(self, folder: str | Path) -> EmbeddedSet:
         """Write the set into a folder, over one that is there, and open it; row by row where arrays are streams.
@@ -172,40 +164,54 @@ class EmbeddedSet:
         require(folder != self.folder, "folder", str(folder), "is the set itself; name another")
         self.check()
         clear(folder)
-        for name, rows in self._rows.items():
+        for name, rows in self.embeddings.items():
             write_array(folder / f"{name}.npy", rows, unit=name not in FEATURE_ARRAYS)
-        for name, table in self._tables.items():
+        for name, table in self._tables().items():
             write_array(folder / f"{name}.npy", table)
-        if self.class_names:
+        if self.labels is not None:
             classes = {"names": self.class_names, "templates": self.templates, "label": self.label_field}
             write_json(folder / CLASSES_FILE, classes)
-        write_lines(folder / "left_out.jsonl", self._left_out)
-        for name, (modality, _) in LISTS.items():
-            expected = self.manifest["rows"][modality]
-            if expected or modality == "image":
-                values = self._lists[name]
-                count = write_lines(folder / f"{name}.jsonl", self._list(name) if values is None else values)
-                require(count == expected, name, f"{count} of them", f"give {expected}, one for each {modality}")
+        write_lines(folder / LEFT_OUT, self.left_out)
+        write_lines(folder / "keys.jsonl", self.keys, self.rows_of("image"))
+        write_lines(folder / "metadata.jsonl", self.metadata, self.rows_of("image"))
+        if self.rows_of("text"):
+            write_lines(folder / "captions.jsonl", self.captions, self.rows_of("text"))
         write_json(folder / MANIFEST, self.manifest)
         sync_folder(folder)
         return EmbeddedSet.open(folder)
 
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The content of manifest.json; "rows" has the numbers of images and texts."""
+        return {
+            "format": self.format,
+            "name": self.name,
+            "model": self.model,
+            "rows": {"image": self.rows_of("image"), "text": self.rows_of("text")},
+            "arrays": {name: list(rows.shape) for name, rows in self.embeddings.items()},
+            "tables": {name: list(table.shape) for name, table in self._tables().items()},
+            "dtype": self.embeddings["image"].dtype.name,
+            **{name: getattr(self, name) for name in NOTED},
+        }
+
+    def _tables(self) -> dict[str, np.ndarray]:
+        """The tables that there are."""
+        there = {"pairs": "text" in self.arrays, "copies": len(self.copies) > 0}
+        tables = {name: getattr(self, name) for name in TABLES if there.get(name, True)}
+        return {name: table for name, table in tables.items() if table is not None}
+
     def check(self) -> None:
-        """Read what metrics read beside the embeddings: labels, pairs and, of an opened set, lists (long ones are only
-        counted). Raises ValueError naming what does not fit: of an opened set the file, with the remedy."""
+        """Read what metrics read beside the embeddings: pairs, labels and lists (long ones are only counted).
+
+        Raises ValueError naming what does not fit; of an opened set the file, with the remedy.
+        """
         for name, found, fault in self._misfits():
             if self.folder is not None:
                 damaged(self.folder / f"{name}.npy", fault)
             refuse(name, found, fault)
-        for name, (modality, _) in LISTS.items() if self.folder is not None else ():
-            path = self.folder / f"{name}.jsonl"
-            if path.is_file() and path.stat().st_size > PARSED_BYTES:
-                with open(path, "rb") as file:
-                    count = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
-                if count != self.manifest["rows"].get(modality, 0):
-                    damaged(path, f"{count} lines where there are {self.manifest['rows']} rows")
-            else:
-                self._list(name)
+        for lines in (self.keys, self.metadata, self.captions):
+            if isinstance(lines, Lines):
+                lines.check()
 
     def _misfits(self) -> Iterator[tuple[str, object, str]]:
         """Arrays that do not fit the others: name, what was found, and what it must be."""
@@ -213,36 +219,45 @@ class EmbeddedSet:
         if not {"image"} <= self.arrays <= {*known}:
             yield "arrays", sorted(self.arrays), f"must have image, and may have {', '.join(known)}"
             return
-        shapes = {name: tuple(rows.shape) for name, rows in self._rows.items()}
-        counts, dimension = self.manifest["rows"], shapes["image"][-1]
+        shapes = {name: tuple(rows.shape) for name, rows in self.embeddings.items()}
+        images, texts, dimension = self.rows_of("image"), self.rows_of("text"), shapes["image"][-1]
         for name, shape in shapes.items():
-            count = counts["image" if name in IMAGE_ARRAYS else "text"]
+            count = images if name in IMAGE_ARRAYS else texts
             if len(shape) != 2 or shape[0] != count:
                 yield name, shape, f"must be of shape ({count}, dimension), one row for each image or text"
             if name in ("text", "image_augmented") and shape[-1] != dimension:
                 yield name, shape, f"must have one dimension with image, {dimension}"
-        images, classes = counts["image"], len(self.class_names)
-        tables: dict[str, tuple[Any, Any, Any]] = {  # shape, least value, values stay below
-            "pairs": ((len(self.pairs), 2), 0, [images, counts["text"]]),
+        classes, copies = len(self.class_names), len(self.copies)
+        wanted: dict[str, tuple[tuple[int, ...], Any, Any]] = {  # shape, least value, what values stay below
+            "pairs": ((len(self.pairs), 2), 0, [images, texts]),
             "indices": ((images,), 0, np.inf),
             "labels": ((images,), -1, classes),
-            "copies": ((len(self.copies),), 0, images - len(self.copies)),
+            "copies": ((copies,), 0, images - copies),
             "class_prompts": ((classes, len(self.templates), dimension), -np.inf, np.inf),
         }
-        for name, table in self._tables.items():
-            shape, low, high = tables[name]
+        for name, table in self._tables().items():
+            shape, low, high = wanted[name]
+            whole = name == "class_prompts" or table.dtype.kind == "i"
             if table.shape != shape:
                 yield name, table.shape, f"must be of shape {shape}"
-            elif (name != "class_prompts" and table.dtype.kind != "i") or not np.all((table >= low) & (table < high)):
-                found = [np.min(table, axis=0).tolist(), np.max(table, axis=0).tolist()]
+            elif not (whole and np.all((table >= low) & (table < high))):
+                found = [table.min(axis=0).tolist(), table.max(axis=0).tolist()]
                 yield name, found, f"least and largest value; must be from {low} to below {high}, the rows there are"
+
+    @property
+    def arrays(self) -> KeysView[str]:
+        """Names of the embeddings there are."""
+        return self.embeddings.keys()
+
+    def rows_of(self, modality: str) -> int:
+        """Number of rows of "image" or "text"."""
+        return self.embeddings[modality].shape[0] if modality in self.embeddings else 0
 
     def rows(self, array: str) -> np.ndarray:
         """The rows of an embedding, (n, D), of an opened set a read-only memory map; ValueError where there is none."""
-        place = self.folder or f"set {self.name}"
-        has = f"{place} has {', '.join(sorted(self.arrays))}"
+        has = f"{self.folder or self.name} has {', '.join(sorted(self.arrays))}"
         require(array in self.arrays, "array", array, f"{has}: embed it with --embedding.arrays '[…, {array}]'")
-        rows = self._rows[array]
+        rows = self.embeddings[array]
         assert isinstance(rows, np.ndarray)  # streams are for `save`
         return rows
 
@@ -252,11 +267,6 @@ class EmbeddedSet:
         return rows[: len(rows) - len(self.copies)] if array in IMAGE_ARRAYS else rows
 
     @property
-    def pairs(self) -> np.ndarray:
-        """(p, 2) int64, (image row, text row); (0, 2) without captions."""
-        return self._tables.get("pairs", np.empty((0, 2), dtype=np.int64))
-
-    @property
     def distinct_pairs(self) -> np.ndarray:
         """(p', 2) int64: `pairs` of the images that are no copies, with those of their copies."""
         return merged_pairs(self.pairs, self.image_row) if len(self.copies) else self.pairs
@@ -264,17 +274,12 @@ class EmbeddedSet:
     @property
     def merged(self) -> bool:
         """Whether equal images were looked for; formats before the second did not."""
-        return self.manifest["format"] > 1
-
-    @property
-    def copies(self) -> np.ndarray:
-        """(c,) int64, the row that each of the last c rows of images is a copy of."""
-        return self._tables.get("copies", np.empty(0, dtype=np.int64))
+        return self.format > 1
 
     @property
     def image_row(self) -> np.ndarray:
         """(n,) int64, for each row of images the row of the same image that is no copy."""
-        return np.concatenate([np.arange(self.manifest["rows"]["image"] - len(self.copies)), self.copies])
+        return np.concatenate([np.arange(self.rows_of("image") - len(self.copies)), self.copies])
 
     def groups(self, rows: np.ndarray) -> np.ndarray | None:
         """(r,) int64, equal where rows (r,) of images are of one image, which are no independent evidence; None where
@@ -282,95 +287,46 @@ class EmbeddedSet:
         found = self.image_row[rows]
         return found if 1 < len(np.unique(found)) < len(found) else None
 
-    @property
-    def indices(self) -> np.ndarray:
-        """(n,) int64, number of each image in its source."""
-        found = self._tables.get("indices")
-        return np.arange(self.manifest["rows"]["image"]) if found is None else found
 
-    @property
-    def labels(self) -> np.ndarray | None:
-        """(n,) int64, class row of each image or -1; None without classes."""
-        return self._tables.get("labels")
-
-    @property
-    def class_prompts(self) -> np.ndarray | None:
-        """(c, t, D) float32, unit norm; None without classes."""
-        return self._tables.get("class_prompts")
-
-    @cached_property
-    def keys(self) -> list[str]:
-        """Key of each image, by default its number."""
-        return self._list("keys")
-
-    @cached_property
-    def captions(self) -> list[str]:
-        """Caption of each text row."""
-        return self._list("captions")
-
-    @cached_property
-    def metadata(self) -> list[dict]:
-        """Metadata of each image."""
-        return self._list("metadata")
-
-    def _list(self, name: str) -> list:
-        modality, kind = LISTS[name]
-        expected, given = self.manifest["rows"].get(modality, 0), self._lists[name]
-        if given is not None:
-            return list(given)
-        if self.folder is None:
-            return {"keys": [str(n) for n in range(expected)], "metadata": [{} for _ in range(expected)]}.get(name, [])
-        path = self.folder / f"{name}.jsonl"
-        if expected == 0 and not path.exists():
-            return []
-        try:
-            values = list(read_lines(path))
-        except (OSError, ValueError, RecursionError) as error:
-            damaged(path, str(error))
-        if len(values) != expected or not all(isinstance(value, kind) for value in values):
-            damaged(path, f"{len(values)} lines where there are {expected} rows, each of kind {kind.__name__}")
-        return values
+NOTED: dict[str, type] = {
+    "source": dict,
+    "skipped": dict,
+    "settings": dict,
+    "command": list,
+    "seconds": float,
+}
+"""Entries of the manifest that are kept as they are."""
 
 
 def clear(folder: Path) -> None:
     """Remove the files of a set, its manifest first; others in the folder stay."""
-    names = [MANIFEST, CLASSES_FILE, *(f"{name}.npy" for name in (*IMAGE_ARRAYS, *TEXT_ARRAYS, *TABLES))]
-    for name in [*names, *(f"{name}.jsonl" for name in (*LISTS, "left_out"))]:
+    arrays = [f"{name}.npy" for name in (*IMAGE_ARRAYS, *TEXT_ARRAYS, *TABLES)]
+    for name in [MANIFEST, CLASSES_FILE, LEFT_OUT, *arrays, *(f"{name}.jsonl" for name in LISTS)]:
         (folder / name).unlink(missing_ok=True)
 
 
-def _table(name: str, values: Any) -> np.ndarray:
-    table = np.asarray(values)
-    if name == "class_prompts":
-        return table.astype(np.float32, copy=False)
-    table = table.reshape(-1, 2) if name == "pairs" and table.size == 0 else table
-    return table.astype(np.int64, copy=False) if table.dtype.kind in "iu" or table.size == 0 else table
+def _real(rows: Any) -> np.ndarray | RowStream:
+    """float16 and float32 are kept, other numbers become float32."""
+    kept = isinstance(rows, RowStream) or getattr(rows, "dtype", None) in (np.float16, np.float32)
+    return rows if kept else np.asarray(rows, dtype=np.float32)
 
 
-def _sound_manifest(manifest: dict) -> bool:
-    """Whether `save` can have written it."""
-
-    def shapes(found: Any, known: Sequence[str]) -> bool:
-        return all(name in known and all(type(side) is int and side >= 0 for side in found[name]) for name in found)
-
-    return (
-        is_set_name(manifest["name"])
-        and isinstance(manifest["model"], dict)
-        and isinstance(manifest.get("source"), (dict, type(None)))
-        and all(type(manifest["rows"][modality]) is int for modality in ("image", "text"))
-        and shapes(manifest["arrays"], (*IMAGE_ARRAYS, *TEXT_ARRAYS))
-        and shapes(manifest["tables"], TABLES)
-        and "image" in manifest["arrays"]
-    )
+def _whole(values: Any) -> np.ndarray:
+    values = np.asarray(values)
+    return values.astype(np.int64, copy=False) if values.dtype.kind in "iu" or not values.size else values
 
 
-def _sound_classes(classes: dict) -> bool:
-    return "label" in classes and all(isinstance(text, str) for text in (*classes["names"], *classes["templates"]))
+def _classes(path: Path) -> dict[str, Any]:
+    classes = read_json(path)
+    texts = [classes.get("names"), classes.get("templates")]
+    if not all(isinstance(some, list) and all(isinstance(text, str) for text in some) for some in texts):
+        damaged(path, "names and templates are lists of texts")
+    return {"class_names": texts[0], "templates": texts[1], "label_field": classes.get("label")}
 
 
-def SetContents(name, model, arrays, label=None, **more):  # until its users have moved
-    arrays = {a: rows if isinstance(rows, RowStream) else np.asarray(rows) for a, rows in arrays.items()}
-    return EmbeddedSet(name, model, arrays, label_field=label, **more)
+def SetContents(name, model, arrays, label=None, source=None, skipped=None, **more):  # until 09:20
+    given = {key: value for key, value in more.items() if value is not None}
+    return EmbeddedSet(name, model, arrays, label_field=label, source=source or {}, skipped=skipped or {}, **given)
 
 
 def write_embedded_set(folder: str | Path, contents: EmbeddedSet) -> EmbeddedSet:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import UserList
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NoReturn
 
@@ -13,17 +15,9 @@ import numpy as np
 from modstruct.errors import refuse, require
 from modstruct.files import atomic_write
 
-FORMAT = 2
-READABLE = (1, 2)
-"""Format 1 knew no equal images: each sample of such a set is an image of its own."""
-MANIFEST = "manifest.json"
 IMAGE_ARRAYS = ("image", "image_features", "image_projected", "image_independent", "image_augmented")
 TEXT_ARRAYS = ("text", "text_features", "text_projected", "text_independent")
 FEATURE_ARRAYS = frozenset({"image_features", "image_projected", "text_features", "text_projected"})
-TABLES = ("pairs", "indices", "labels", "class_prompts", "copies")
-LISTS = {"keys": ("image", str), "metadata": ("image", dict), "captions": ("text", str)}
-"""Files of one JSON value a line: the modality whose rows they follow, and the kind of value."""
-CLASSES_FILE = "classes.json"
 MODEL_FILE = "model.json"  # beside the sets of an evaluation: of what model they are
 ROWS_AT_ONCE = 1 << 14
 UNIT_TOLERANCE = 2e-3
@@ -51,16 +45,6 @@ class RowStream:
     pieces: Iterable[np.ndarray]
     """(r, …) each, of this dtype; together all rows, in order."""
 
-    @classmethod
-    def of(cls, rows: np.ndarray | RowStream) -> RowStream:
-        """An array in pieces. Real numbers of other kinds than float16 and float32 become float32, integers stay."""
-        if isinstance(rows, RowStream):
-            return rows
-        wide = rows.dtype.kind == "f" and rows.dtype not in (np.float16, np.float32)
-        dtype = np.dtype(np.float32) if wide else rows.dtype
-        starts = range(0, len(rows), ROWS_AT_ONCE)
-        return cls(rows.shape, dtype, (rows[a : a + ROWS_AT_ONCE].astype(dtype, copy=False) for a in starts))
-
 
 def write_array(path: Path, rows: np.ndarray | RowStream, unit: bool = False) -> None:
     """Write an array as a .npy file, whole or not at all.
@@ -68,18 +52,23 @@ def write_array(path: Path, rows: np.ndarray | RowStream, unit: bool = False) ->
     unit: refuse rows that are not of unit norm. Raises ValueError, naming the row, for one that is not finite or not
     of unit norm, and where the pieces are not of the stream's shape or dtype.
     """
-    stream, written = RowStream.of(rows), 0
+    if isinstance(rows, RowStream):
+        shape, dtype, pieces = rows.shape, rows.dtype, rows.pieces
+    else:
+        shape, dtype, whole = rows.shape, rows.dtype, rows
+        pieces = (whole[first : first + ROWS_AT_ONCE] for first in range(0, len(whole), ROWS_AT_ONCE))
+    written = 0
     with atomic_write(path) as file:
-        header = {"descr": np.lib.format.dtype_to_descr(stream.dtype), "fortran_order": False, "shape": stream.shape}
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
-        for piece in stream.pieces:
-            fits = piece.shape[1:] == tuple(stream.shape[1:]) and piece.dtype == stream.dtype
-            require(fits, path.name, (piece.shape, piece.dtype.name), f"must be {stream.dtype.name} {stream.shape}")
-            if piece.dtype.kind == "f":
-                _check_rows(piece.reshape(len(piece), -1 if piece.size else 0), path.name, written, unit)
+        for piece in pieces:
+            fits = piece.shape[1:] == tuple(shape[1:]) and piece.dtype == dtype
+            require(fits, path.name, (piece.shape, piece.dtype.name), f"must be {dtype.name} {shape}")
+            if piece.dtype.kind == "f" and piece.size:
+                _check_rows(piece.reshape(len(piece), -1), path.name, written, unit)
             file.write(np.ascontiguousarray(piece).data)
             written += len(piece)
-        require(written == stream.shape[0], path.name, f"{written} rows", f"must have {stream.shape[0]}")
+        require(written == shape[0], path.name, f"{written} rows", f"must have {shape[0]}")
 
 
 def _check_rows(rows: np.ndarray, name: str, first: int, unit: bool) -> None:
@@ -88,9 +77,8 @@ def _check_rows(rows: np.ndarray, name: str, first: int, unit: bool) -> None:
         row = first + int(np.argmin(finite))
         raise ValueError(f"{name}: row {row} is not finite; the model has diverged, or overflows float16: use float32")
     norms = np.linalg.norm(rows.astype(np.float32), axis=1) if unit else np.ones(1)
-    wrong = np.abs(norms - 1) > UNIT_TOLERANCE
-    if wrong.any():
-        row = int(np.argmax(wrong))
+    row = int(np.argmax(np.abs(norms - 1)))
+    if abs(norms[row] - 1) > UNIT_TOLERANCE:
         raise ValueError(f"{name}: row {first + row} has norm {norms[row]:.4g}; it must have unit norm")
 
 
@@ -112,30 +100,54 @@ def write_json(path: Path, value: object) -> None:
         file.write((json.dumps(value, indent=1) + "\n").encode())
 
 
-def read_json(path: Path, sound: Callable[[dict], bool]) -> dict:
-    """An object from a JSON file; damaged unless it is sound."""
+def read_json(path: Path) -> dict:
+    """An object from a JSON file."""
     try:
-        value = json.loads(path.read_bytes())
-        if isinstance(value, dict) and sound(value):
-            return value
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        damaged(path, f"{type(error).__name__}: {error}")
-    damaged(path, "entries are missing or of another kind")
+        return dict(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        damaged(path, str(error))
 
 
-def write_lines(path: Path, values: Iterable) -> int:
-    """Values, one a line, whole or not at all. Returns how many there were."""
+def write_lines(path: Path, values: Iterable, expected: int | None = None) -> None:
+    """Values, one a line, whole or not at all. expected: how many there must be; None for any number."""
     count = 0
     with atomic_write(path) as file:
-        for count, value in enumerate(values, 1):  # noqa: B007  # counted for the caller
+        for value in values:
             file.write((json.dumps(value) + "\n").encode())
-    return count
+            count += 1
+        require(expected in (None, count), path.stem, f"{count} of them", f"give {expected}, one for each row")
 
 
-def read_lines(path: Path) -> Iterator:
-    """The values of a file of one JSON value a line, one after the other."""
-    with open(path, "rb") as file:
-        yield from map(json.loads, file)
+class Lines(UserList):
+    """The list in a file of one JSON value a line, which is read when it is used.
+
+    expected, kind: number and kind of its values; ValueError names the file where they are others.
+    """
+
+    def __init__(self, path: Path, expected: int, kind: type):
+        self.path, self.expected, self.kind = path, expected, kind
+
+    @cached_property
+    def data(self) -> list:  # type: ignore[override]  # of UserList, which all its methods read
+        try:
+            with open(self.path, "rb") as file:
+                values = [json.loads(line) for line in file]
+        except (OSError, ValueError, RecursionError) as error:
+            damaged(self.path, str(error))
+        if len(values) != self.expected or not all(isinstance(value, self.kind) for value in values):
+            rows = f"{len(values)} lines where there are {self.expected} rows"
+            damaged(self.path, f"{rows}, each of kind {self.kind.__name__}")
+        return values
+
+    def check(self) -> None:
+        """Count the values, without reading them."""
+        try:
+            with open(self.path, "rb") as file:
+                count = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+        except OSError as error:
+            damaged(self.path, str(error))
+        if count != self.expected:
+            damaged(self.path, f"{count} lines where there are {self.expected} rows")
 
 
 def merged_pairs(pairs: np.ndarray, image_row: np.ndarray) -> np.ndarray:

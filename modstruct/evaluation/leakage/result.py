@@ -229,9 +229,8 @@ def leave_out(embedded: EmbeddedSet, keys: Iterable[str], folder: str | Path) ->
             return there
     except (FileNotFoundError, ValueError):
         pass  # there is none, or an unfinished or damaged one, which is overwritten
-    require(
-        Path(folder).resolve() != embedded.folder.resolve(), "folder", str(folder), "is the set itself; name another"
-    )
+    apart = embedded.folder is None or Path(folder).resolve() != embedded.folder.resolve()
+    require(apart, "folder", str(folder), "is the set itself; name another")
     arrays: dict[str, np.ndarray | RowStream] = {}
     for array in sorted(embedded.arrays):
         rows = embedded.rows(array)

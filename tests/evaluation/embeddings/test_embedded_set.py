@@ -89,7 +89,7 @@ def test_a_set_written_over_another_keeps_nothing_of_it(tmp_path):
     opened = write_embedded_set(tmp_path, SetContents("bare", MODEL, {"image": unit(4)}))
     assert opened.labels is None
     files = {path.name for path in tmp_path.iterdir()}
-    assert files == {"manifest.json", "image.npy", "keys.jsonl", "metadata.jsonl", "left_out.jsonl"}
+    assert files == {"manifest.json", "image.npy", "indices.npy", "keys.jsonl", "metadata.jsonl", "left_out.jsonl"}
 
 
 def test_an_array_that_was_not_embedded_is_refused_with_the_option(tmp_path):
@@ -123,10 +123,9 @@ def _edit(**changes):
         ("pairs.npy", lambda path: path.unlink(), r"pairs\.npy.*is damaged"),
         ("text.npy", lambda path: np.save(path, unit(4)), r"text\.npy.*has shape \(4, 8\), not \[3, 8\]"),
         ("manifest.json", _cut, r"manifest\.json.*is damaged"),
-        ("manifest.json", lambda path: path.write_text("[1]"), "entries are missing or of another kind"),
+        ("manifest.json", lambda path: path.write_text("[1]"), r"manifest\.json.*is damaged"),
         ("manifest.json", _edit(format=3), "format 3, this version reads 1 to 2"),
         ("manifest.json", _edit(arrays={"../image": [5, 8]}), "is damaged .*"),
-        ("manifest.json", _edit(rows=None), "is damaged .*"),
     ],
 )
 def test_a_damaged_set_is_refused_when_it_is_opened(tmp_path, file, damage, message):
@@ -140,7 +139,7 @@ def test_lists_of_another_length_are_refused_when_they_are_read(tmp_path):
     opened = written(tmp_path)
     (tmp_path / "keys.jsonl").write_text('"a"\n"b"\n')
     with pytest.raises(ValueError, match=r"keys\.jsonl.*2 lines where there are 5 rows"):
-        _ = opened.keys
+        len(opened.keys)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from numbered_sets import ARRAYS, Encode, LabelledNumbers, config, content, numb
 
 from modstruct.data.classification.class_files import load_classes
 from modstruct.data.faults import TooManyBadSamples
-from modstruct.evaluation.embeddings import embedded_set
 from modstruct.evaluation.embeddings.embed import embed, embed_sets
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.embeddings.source import EmbeddingSource
@@ -153,9 +152,7 @@ def cut(path):
         (lambda of: cut(of / "manifest.json"), r"manifest\.json': is damaged"),
     ],
 )
-@pytest.mark.parametrize("parsed", [1 << 20, 0])
-def test_a_damaged_set_is_found_before_another_is_embedded(tmp_path, source, monkeypatch, damage, message, parsed):
-    monkeypatch.setattr(embedded_set, "PARSED_BYTES", parsed)
+def test_a_damaged_set_is_found_before_another_is_embedded(tmp_path, source, damage, message):
     numbers = EmbeddingSource.of_labelled(LabelledNumbers(9))
     (made,) = embed_sets(numbered_model(), [(numbers, config())], tmp_path)
     encode = Encode()
