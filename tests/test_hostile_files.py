@@ -22,7 +22,7 @@ from tiny_models import clip_tokenizer, register_architectures, tiny_config, tin
 
 from modstruct import checkpoints, cli
 from modstruct.checkpoints import read_weight_file
-from modstruct.commands.arguments import checkpoint_arguments, task_checkpoint_arguments
+from modstruct.commands.arguments import checkpoint_arguments
 from modstruct.data.classification.class_files import load_classes
 from modstruct.data.faults import BadSample
 from modstruct.data.shards import index as index_module
@@ -281,7 +281,7 @@ def test_a_checkpoints_recipe_cannot_choose_where_is_written(tmp_path, capsys):
     (cache / "indexes").mkdir()  # a run of this user's own made it
     assert used() == str(cache)
     fine_tuned = checkpoint_of({"task": {"name": "vqa"}, "data": {"cache": str(tmp_path / "other")}}, tmp_path / "vqa")
-    words = task_checkpoint_arguments(["--checkpoint", str(fine_tuned)])
+    words = checkpoint_arguments(["--checkpoint", str(fine_tuned)], fine_tuned=True)
     assert words[words.index("--data.cache") + 1] == "~/.cache/modstruct"
 
 

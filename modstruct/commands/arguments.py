@@ -23,21 +23,12 @@ from modstruct.errors import printable, refuse, require
 from modstruct.stopping import is_first_process
 
 
-def checkpoint_arguments(arguments: Sequence[str]) -> list[str]:
+def checkpoint_arguments(arguments: Sequence[str], fine_tuned: bool = False) -> list[str]:
     """The command line with the recipe of its --checkpoint in front, as the base of all overrides.
 
     Whoever made the checkpoint wrote that recipe, so shell commands need the user's own data.allow_pipe; it writes to
     no folder that is no cache already, and is refused where it asks for more than MOST.
     """
-    return _with_recipe_of_checkpoint(arguments, fine_tuned=False, safely=["--data.allow_pipe", "false"])
-
-
-def task_checkpoint_arguments(arguments: Sequence[str]) -> list[str]:
-    """The same of a fine-tuned --checkpoint."""
-    return _with_recipe_of_checkpoint(arguments, fine_tuned=True, safely=[])
-
-
-def _with_recipe_of_checkpoint(arguments: Sequence[str], fine_tuned: bool, safely: list[str]) -> list[str]:
     from modstruct.checkpoints import find  # here, so that --help needs no torch
 
     option = plain_parser()
@@ -53,6 +44,7 @@ def _with_recipe_of_checkpoint(arguments: Sequence[str], fine_tuned: bool, safel
     require(is_fine_tuned == fine_tuned, "--checkpoint", chosen, f"{remedy} measures it")
     given = {word.partition("=")[0] for word in arguments}
     require_modest(content, given)
+    safely = [] if fine_tuned else ["--data.allow_pipe", "false"]
     cache = _field(content, "data.cache")
     if "--data.cache" not in given and (own := own_cache(cache)) != cache:
         safely = [*safely, "--data.cache", str(own)]

@@ -24,6 +24,7 @@ from typing import Any, Literal, NoReturn, get_args
 
 import numpy as np
 
+from modstruct.evaluation.statistics import bootstrap_mean
 from modstruct.files import atomic_write, unique_keys
 
 SCHEMA = 3
@@ -162,6 +163,18 @@ class Result:
 def share(value: float, **more: Any) -> Value:
     """A share of rows, of which more is better: a recall or an accuracy."""
     return Value(float(value), **{"unit": "share", "higher_is_better": True} | more)
+
+
+def mean_share(outcomes: np.ndarray, groups: np.ndarray | None = None, **more: Any) -> Value:
+    """The mean of outcomes (n,) from 0 to 1 with its 95 % interval, where there are two independent rows.
+
+    groups: (n,), rows that `bootstrap_mean` resamples together.
+    """
+    bounds = {}
+    if len(outcomes if groups is None else np.unique(groups)) > 1:
+        low, high = bootstrap_mean(outcomes, groups=groups)
+        bounds = {"low": max(0.0, low), "high": min(1.0, high)}
+    return share(np.mean(outcomes), rows=len(outcomes), **bounds | more)
 
 
 def read_json(path: Path) -> dict[str, Any]:

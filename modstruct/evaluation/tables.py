@@ -1,93 +1,73 @@
-"""Metrics as a JSON file, as a table for the terminal, and as flat scalars."""
+"""Results of one pass over a source: as a JSON file, as a table for the terminal, and as scalars for TensorBoard."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from modstruct.errors import printable
+from modstruct.evaluation.result import SCHEMA, Result, Value
 from modstruct.files import atomic_write
 
-RETRIEVAL_NAMES = {"text_to_image": "text -> image", "image_to_text": "image -> text"}
 
-
-def save_metrics(metrics: dict, path: str | Path) -> None:
-    """Write the metrics as JSON; the file is either complete or what it was before."""
+def save_results(results: Iterable[Result], path: str | Path) -> None:
+    """Write {"schema": …, "results": {metric: Result}} as JSON; the file is either complete or what it was before."""
+    content = {"schema": SCHEMA, "results": {result.metric: result.to_json() for result in results}}
     with atomic_write(Path(path).expanduser()) as file:
-        file.write((json.dumps(metrics, indent=2, allow_nan=False) + "\n").encode())
+        file.write((json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
 
-def flatten(metrics: dict) -> dict[str, float]:
-    """Nested metrics -> scalars for TensorBoard, such as "retrieval/text_to_image/recall_at_1" and "…_at_1_chance"."""
-    flat = {}
-    for name, value in metrics.items():
-        if not isinstance(value, dict):
-            flat[name] = float(value)
-        elif "value" in value:
-            flat[name] = value["value"]
-            if "chance" in value:
-                flat[f"{name}_chance"] = value["chance"]
-        else:
-            flat |= {f"{name}/{inner}": metric for inner, metric in flatten(value).items()}
-    return flat
+def scalars(results: Iterable[Result]) -> dict[str, float]:
+    """Every value, such as "retrieval/text_to_image/recall_at_1", and its chance, "…_at_1_chance"."""
+    found = {}
+    for result in results:
+        for name, value in result.values.items():
+            found[f"{result.metric}/{name}"] = value.value
+            if value.chance is not None:
+                found[f"{result.metric}/{name}_chance"] = value.chance
+    return found
 
 
-def validation_recall_at_1(metrics: dict) -> float:
-    """Mean of both directions' recall at 1, from 0 to 1: the metric by which the best checkpoint is chosen."""
-    directions = metrics["retrieval"].values()
-    return sum(direction["recall_at_1"]["value"] for direction in directions) / len(directions)
+def table(results: Sequence[Result]) -> str:
+    """Shares in percent beside chance, with 95 % intervals; other values; what was counted, and what was left out."""
+    shares = [("task", "metric", "value %", "95 % interval", "chance %", "times chance")]
+    others = [("structure", "value")]
+    for result in results:
+        for group, values in result.grouped.items():
+            for name, value in values.items():
+                label = value.label or name.replace("_", " ")
+                if value.unit == "share":
+                    shares.append((result.groups.get(group) or result.title, label, *_percent(value)))
+                else:
+                    others.append((label, f"{value.value:.4f}"))
+    tables = [_aligned(rows, text_columns) for rows, text_columns in ((shares, 2), (others, 1)) if len(rows) > 1]
+    counts = {name: number for result in results for name, number in result.rows.items()}
+    left_out = {cause: n for result in results for cause, n in result.settings.get("left_out", {}).items()}
+    notes = [", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in counts.items())]
+    if left_out:
+        notes.append(printable("left out: " + ", ".join(f"{n:,} {cause}" for cause, n in left_out.items())))
+    if seconds := sum(result.seconds or 0.0 for result in results):
+        notes.append(f"{seconds:.1f} s")
+    return "\n\n".join([*tables, "\n".join(notes)])
 
 
-def table(metrics: dict) -> str:
-    """Metrics as plain text: every metric beside chance; then the structure, the sizes, and what was left out."""
-    rows = [("task", "metric", "value %", "chance %", "times chance")]
-    for stage, suffix in (("retrieval", ""), ("reranked", ", matched")):
-        for direction, name in RETRIEVAL_NAMES.items():
-            for metric, found in metrics.get(stage, {}).get(direction, {}).items():
-                rows.append((f"{name}{suffix}", metric.replace("recall_at_", "R@"), *_percent(found)))
-    for metric, found in metrics.get("zero_shot", {}).items():
-        rows.append(("zero-shot", metric.replace("top_", "top-").replace("_", " "), *_percent(found)))
-
-    structure = [("structure", "value")]
-    structure += [(name.replace("_", " "), f"{value:.4f}") for name, value in metrics["structure"].items()]
-    sizes = ", ".join(f"{number:,.0f} {name.replace('_', ' ')}" for name, number in metrics["sizes"].items())
-    notes = [sizes.replace("images with", "samples with") if "samples" in metrics["sizes"] else sizes]
-    if "classes" in metrics["sizes"] and "zero_shot" not in metrics:
-        notes.append("zero-shot: left out, since no image has a label of the class file")
-    if metrics["skipped"]:
-        notes.append(
-            printable("left out: " + ", ".join(f"{n:,.0f} {cause}" for cause, n in metrics["skipped"].items()))
-        )
-    notes.append(f"{metrics['seconds']['total']:.1f} s")
-    return "\n\n".join([_aligned(rows, text_columns=2), _aligned(structure, text_columns=1), "\n".join(notes)])
-
-
-def task_table(task: str, metrics: dict) -> str:
-    """Metrics of a downstream task as plain text, each beside its prior where it has one; then the sizes."""
-    rows = [("task", "metric", "value %", "prior %")]
-    for metric, found in metrics.items():
-        if isinstance(found, dict) and "value" in found:
-            prior = f"{100 * found['chance']:.2f}" if "chance" in found else ""
-            rows.append((task, metric.replace("_", " "), f"{100 * found['value']:.2f}", prior))
-    notes = ", ".join(f"{number:,.0f} {name.replace('_', ' ')}" for name, number in metrics["sizes"].items())
-    return f"{_aligned(rows, text_columns=2)}\n\n{notes}"
-
-
-def _percent(metric: dict[str, float]) -> tuple[str, str, str]:
-    value, chance = metric["value"], metric["chance"]
-    return f"{100 * value:.2f}", f"{100 * chance:.2f}", f"{value / chance:.1f}"
+def _percent(value: Value) -> tuple[str, str, str, str]:
+    interval = chance = times = ""
+    if value.low is not None and value.high is not None:
+        interval = f"{100 * value.low:.2f} to {100 * value.high:.2f}"
+    if value.chance is not None:
+        chance, times = f"{100 * value.chance:.2f}", f"{value.value / value.chance:.1f}" if value.chance else ""
+    return f"{100 * value.value:.2f}", interval, chance, times
 
 
 def _aligned(rows: Sequence[tuple[str, ...]], text_columns: int) -> str:
-    """Rows under a ruled head: text columns to the left, numbers to the right."""
-    rows = [tuple(" ".join(printable(cell).split()) for cell in row) for row in rows]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    """Rows under a ruled head, without empty columns: text columns to the left, numbers to the right."""
+    rows = [tuple(" ".join(printable(cell).replace("→", "->").split()) for cell in row) for row in rows]
+    columns = [column for column in range(len(rows[0])) if any(row[column] for row in rows[1:])]
+    widths = {column: max(len(row[column]) for row in rows) for column in columns}
     lines = [
-        "  ".join(
-            cell.ljust(width) if column < text_columns else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
+        "  ".join(row[c].ljust(widths[c]) if c < text_columns else row[c].rjust(widths[c]) for c in columns).rstrip()
         for row in rows
     ]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths.values()), *lines[1:]])

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -14,11 +15,13 @@ from modstruct.data.downstream.batches import Seed
 from modstruct.data.downstream.nlvr2 import Nlvr2Statement, read_nlvr2
 from modstruct.data.downstream.published_files import TaskEntries
 from modstruct.data.synthetic.task_files import SceneTaskPaths
+from modstruct.evaluation.result import Result, mean_share
 from modstruct.evaluation.statistics import majority_label
 from modstruct.models.fusion.classifier import PairClassifier
-from modstruct.tasks.metrics import nlvr2_metrics
+from modstruct.tasks.metrics import nlvr2_metrics, sentence_of
 from modstruct.tasks.task import Task
 
+ABOUT = "Accuracy over statements; consistency: the share of sentences that are right for all their image pairs."
 SIDES = ("left", "right")
 
 
@@ -49,8 +52,8 @@ class Nlvr2(Task[PairClassifier, Nlvr2Statement]):
         return made if entry.label is None else made | {"label": int(entry.label)}
 
     def measure(
-        self, model: PairClassifier, entries: Sequence[Nlvr2Statement]
-    ) -> tuple[dict[str, Any], list[dict[str, str | None]]]:
+        self, model: PairClassifier, entries: Sequence[Nlvr2Statement], split: str = "test"
+    ) -> tuple[Result | None, list[dict[str, str | None]]]:
         predicted = self.predict(entries, lambda batch: model.classify(batch).argmax(dim=1).tolist(), "NLVR2")
         found = {e.identifier: bool(n) for e, n in zip(entries, predicted, strict=True) if n is not None}
         predictions = [
@@ -58,14 +61,17 @@ class Nlvr2(Task[PairClassifier, Nlvr2Statement]):
             for e in entries
         ]
         judged = [e for e in entries if e.identifier in found and e.label is not None]
-        return self._metrics(found, judged) if judged else {}, predictions
+        return self._result(found, judged, split) if judged else None, predictions
 
     @staticmethod
-    def _metrics(found: dict[str, bool], judged: list[Nlvr2Statement]) -> dict[str, Any]:
+    def _result(found: dict[str, bool], judged: list[Nlvr2Statement], split: str) -> Result:
         most = majority_label(statement.label for statement in judged)
         prior = nlvr2_metrics(dict.fromkeys(found, most), judged)
-        shares = {name: {"value": share, "chance": prior[name]} for name, share in nlvr2_metrics(found, judged).items()}
-        return shares | {"sizes": {"statements": len(judged)}}
-
-    def score(self, metrics: dict[str, Any]) -> float:
-        return metrics["accuracy"]["value"]
+        right = np.array([found[statement.identifier] == statement.label for statement in judged])
+        sentence = np.unique([sentence_of(statement.identifier) for statement in judged], return_inverse=True)[1]
+        whole = np.bincount(sentence, ~right) == 0
+        values = {
+            "accuracy": mean_share(right, sentence, label="accuracy", chance=prior["accuracy"]),
+            "consistency": mean_share(whole, label="consistency", chance=prior["consistency"]),
+        }
+        return Result("nlvr2", split, values, "NLVR2", ABOUT, rows={"statements": len(judged)})

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from modstruct.config import TaskFiles
@@ -13,10 +14,13 @@ from modstruct.data.downstream.batches import Seed
 from modstruct.data.downstream.published_files import TaskEntries
 from modstruct.data.downstream.snli_ve import ENTAILMENT_LABELS, EntailmentPair, read_snli_ve
 from modstruct.data.synthetic.task_files import SceneTaskPaths
+from modstruct.evaluation.result import Result, mean_share, share
 from modstruct.evaluation.statistics import majority_label
 from modstruct.models.fusion.classifier import Classifier
 from modstruct.tasks.metrics import entailment_metrics
 from modstruct.tasks.task import Task
+
+ABOUT = "Accuracy over hypotheses, and over those of each label; intervals take the hypotheses of an image together."
 
 
 class SnliVe(Task[Classifier, EntailmentPair]):
@@ -40,20 +44,20 @@ class SnliVe(Task[Classifier, EntailmentPair]):
         return made if entry.label is None else made | {"label": entry.label}
 
     def measure(
-        self, model: Classifier, entries: Sequence[EntailmentPair]
-    ) -> tuple[dict[str, Any], list[dict[str, str | None]]]:
+        self, model: Classifier, entries: Sequence[EntailmentPair], split: str = "test"
+    ) -> tuple[Result | None, list[dict[str, str | None]]]:
         predicted = self.predict(entries, lambda batch: model.classify(batch).argmax(dim=1).tolist(), "SNLI-VE")
         named = [None if number is None else ENTAILMENT_LABELS[number] for number in predicted]
         predictions = [{"pairID": e.pair_id, "label": label} for e, label in zip(entries, named, strict=True)]
         judged = [(n, e) for n, e in zip(predicted, entries, strict=True) if n is not None and e.label is not None]
-        return self._metrics(judged) if judged else {}, predictions
+        return self._result(judged, split) if judged else None, predictions
 
-    def _metrics(self, judged: list[tuple[int, EntailmentPair]]) -> dict[str, Any]:
+    def _result(self, judged: list[tuple[int, EntailmentPair]], split: str) -> Result:
         numbers, pairs = zip(*judged, strict=True)
-        shares = {name: {"value": share} for name, share in entailment_metrics(numbers, pairs).items()}
+        right = np.array([number == pair.label for number, pair in judged])
+        images = np.unique([str(pair.image) for pair in pairs], return_inverse=True)[1]
         most = majority_label(pair.label for pair in pairs)
-        shares["accuracy"]["chance"] = sum(pair.label == most for pair in pairs) / len(pairs)
-        return shares | {"sizes": {"hypotheses": len(pairs)}}
-
-    def score(self, metrics: dict[str, Any]) -> float:
-        return metrics["accuracy"]["value"]
+        prior = sum(pair.label == most for pair in pairs) / len(pairs)
+        values = {name: share(value, label=name) for name, value in entailment_metrics(numbers, pairs).items()}
+        values["accuracy"] = mean_share(right, images, label="accuracy", chance=prior)
+        return Result("snli_ve", split, values, "SNLI-VE", ABOUT, rows={"hypotheses": len(pairs)})

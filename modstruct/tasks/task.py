@@ -22,6 +22,7 @@ from modstruct.data.tokenizers import Tokenizer
 from modstruct.data.transforms.augment import Views
 from modstruct.distributed.collect import collect_values, rounds_of
 from modstruct.errors import refuse, require
+from modstruct.evaluation.result import Result
 from modstruct.losses.distillation import Distillation
 from modstruct.losses.objective import Objective
 from modstruct.models.fusion.ema import EmaModel
@@ -67,15 +68,15 @@ class Task(ABC, Generic[Model, Entry]):
         return batch
 
     @abstractmethod
-    def measure(self, model: Model, entries: Sequence[Entry]) -> tuple[dict[str, Any], Any]:
-        """Metrics of a split, nested as in evaluation/tables.py, and the predictions, written beside them as JSON.
+    def measure(self, model: Model, entries: Sequence[Entry], split: str = "test") -> tuple[Result | None, Any]:
+        """The result on a split, None where no entry could be judged, and the predictions, written beside it as JSON.
 
         Every process calls it and gets the same; ZeRO-3 needs the same number of forward passes on each.
         """
 
-    @abstractmethod
-    def score(self, metrics: dict[str, Any]) -> float:
-        """The metric by which the best checkpoint is chosen, from 0 to 1."""
+    def score(self, result: Result) -> float:
+        """The value by which the best checkpoint is chosen, from 0 to 1."""
+        return result.values["accuracy"].value
 
     def objective(self, epoch_steps: int) -> Objective:
         """epoch_steps: length of an epoch, over which distillation rises by default."""

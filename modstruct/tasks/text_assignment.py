@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -26,6 +27,7 @@ from modstruct.data.synthetic.task_files import SceneTaskPaths
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.data.transforms.augment import sample_seed
 from modstruct.errors import require
+from modstruct.evaluation.result import Result, mean_share
 from modstruct.models.fusion.classifier import PairClassifier
 from modstruct.tasks.nlvr2 import SIDES
 from modstruct.tasks.task import Task
@@ -123,8 +125,8 @@ class TextAssignment(Task[PairClassifier, SplitImage]):
         }
 
     def measure(
-        self, model: PairClassifier, entries: Sequence[SplitImage]
-    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        self, model: PairClassifier, entries: Sequence[SplitImage], split: str = "test"
+    ) -> tuple[Result | None, list[dict[str, Any]]]:
         predicted = self.predict(entries, lambda batch: model.classify(batch).argmax(dim=1).tolist(), "text assignment")
         named = [None if number is None else ANSWERS[number] for number in predicted]
         predictions = [
@@ -132,10 +134,8 @@ class TextAssignment(Task[PairClassifier, SplitImage]):
         ]
         judged = [(e.number % len(ANSWERS), n) for e, n in zip(entries, predicted, strict=True) if n is not None]
         if not judged:
-            return {}, predictions
-        accuracy = sum(label == number for label, number in judged) / len(judged)
-        shares = {"accuracy": {"value": accuracy, "chance": 1 / len(ANSWERS)}}
-        return shares | {"sizes": {"images": len(judged)}}, predictions
-
-    def score(self, metrics: dict[str, Any]) -> float:
-        return metrics["accuracy"]["value"]
+            return None, predictions
+        right = np.array([label == number for label, number in judged])
+        values = {"accuracy": mean_share(right, label="accuracy", chance=1 / len(ANSWERS))}
+        title = "Text assignment"
+        return Result("text_assignment", split, values, title, rows={"images": len(judged)}), predictions

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -21,10 +22,12 @@ from modstruct.data.downstream.vqa import VqaQuestion, answer_weights, build_ans
 from modstruct.data.synthetic.task_files import SceneTaskPaths
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.errors import refuse
+from modstruct.evaluation.result import Result, mean_share, share
 from modstruct.models.fusion.answering import AnswerModel, answer_tokens
-from modstruct.tasks.metrics import best_answers, prior_predictions, vqa_accuracy
+from modstruct.tasks.metrics import answer_accuracy, best_answers, prior_predictions, vqa_accuracy
 from modstruct.tasks.task import Task
 
+ABOUT = "Official accuracy: an answer counts fully if three other annotators gave it. Chance: each type's best answer."
 log = logging.getLogger("modstruct")
 ANSWERS_AT_ONCE = 1024
 """Answers that a process scores together when it ranks: some of each of evaluation.batch questions."""
@@ -108,9 +111,9 @@ class Vqa(Task[AnswerModel, VqaQuestion]):
         return batch | {"answer_tokens": answer_tokens(answer, self.answer_tokenizer.padding_id)}
 
     def measure(
-        self, model: AnswerModel, entries: Sequence[VqaQuestion]
-    ) -> tuple[dict[str, Any], list[dict[str, int | str]]]:
-        """Metrics, none without annotations, and what the evaluation server takes: an answer to every question.
+        self, model: AnswerModel, entries: Sequence[VqaQuestion], split: str = "test"
+    ) -> tuple[Result | None, list[dict[str, int | str]]]:
+        """The result, None without annotations, and what the evaluation server takes: an answer to every question.
 
         A question whose image cannot be read gets the prior's answer there, and no part in the metrics.
         """
@@ -118,9 +121,9 @@ class Vqa(Task[AnswerModel, VqaQuestion]):
         answered = {e.question_id: answer for e, answer in zip(entries, predicted, strict=True) if answer is not None}
         prior = prior_predictions(self.prior, entries)
         judged = [e for e in entries if e.answers and e.question_id in answered]
-        metrics = self._metrics(answered, prior, judged) if judged else {}
+        result = self._result(answered, prior, judged, split) if judged else None
         full = prior | answered
-        return metrics, [{"question_id": e.question_id, "answer": full[e.question_id]} for e in entries]
+        return result, [{"question_id": e.question_id, "answer": full[e.question_id]} for e in entries]
 
     def _answers_of(self, model: AnswerModel) -> Callable[[dict[str, Tensor]], list[str]]:
         """A batch -> the answer to each of its questions."""
@@ -141,18 +144,19 @@ class Vqa(Task[AnswerModel, VqaQuestion]):
 
         return best
 
-    def _metrics(self, answered: dict[int, str], prior: dict[int, str], judged: list[VqaQuestion]) -> dict[str, Any]:
+    def _result(self, answered: dict[int, str], prior: dict[int, str], judged: list[VqaQuestion], split: str) -> Result:
         ours, chance = (
             vqa_accuracy({e.question_id: answers[e.question_id] for e in judged}, judged)
             for answers in (answered, prior)
         )
-        metrics = {"accuracy": {"value": ours["overall"], "chance": chance["overall"]}}
+        right = np.array([answer_accuracy(answered[e.question_id], e.answers) for e in judged])
+        images = np.unique([str(e.image) for e in judged], return_inverse=True)[1]
+        values = {"accuracy": mean_share(right, images, label="accuracy", chance=chance["overall"])}
         for kind, value in ours["answer_type"].items():
-            metrics[f"accuracy {kind}"] = {"value": value, "chance": chance["answer_type"][kind]}
-        return metrics | {"sizes": {"questions": len(judged), "listed answers": len(self.answer_list)}}
-
-    def score(self, metrics: dict[str, Any]) -> float:
-        return metrics["accuracy"]["value"]
+            label = f"accuracy {kind}"
+            values[label] = share(value, label=label, chance=chance["answer_type"][kind])
+        rows = {"questions": len(judged), "listed_answers": len(self.answer_list)}
+        return Result("vqa", split, values, "VQA v2", ABOUT, rows=rows)
 
 
 def _narrow(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:

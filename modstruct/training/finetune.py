@@ -6,7 +6,6 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +18,8 @@ from modstruct.data.shards.workers import WorkerLoader
 from modstruct.data.synthetic.task_files import ensure_scene_tasks
 from modstruct.distributed.collect import on_main
 from modstruct.distributed.hosts import require_same
-from modstruct.evaluation.tables import flatten, task_table
+from modstruct.evaluation.result import Result
+from modstruct.evaluation.tables import scalars
 from modstruct.files import atomic_write, refusing
 from modstruct.losses.objective import Objective
 from modstruct.models.bounded import no_larger_than
@@ -35,8 +35,10 @@ from modstruct.training.trainer import Trainer, best_checkpoint
 log = logging.getLogger("modstruct")
 
 
-def finetune(recipe: FinetuneRecipe, ds_config: str, resume: str | None = None, profile_steps: int = 0) -> dict:
-    """Train a task, measure it and export; every process calls it. Returns the final metrics of the test split.
+def finetune(
+    recipe: FinetuneRecipe, ds_config: str, resume: str | None = None, profile_steps: int = 0
+) -> dict[str, Result]:
+    """Train a task, measure it and export; every process calls it. Returns the result of the test split, by its name.
 
     Arguments and errors as Trainer has them.
     """
@@ -92,25 +94,27 @@ class Finetuning(Trainer[FinetuneRecipe]):
 
     def validate(self) -> float:
         self.engine.eval()
-        metrics, _ = self.task.measure(self.model, self.splits["validation"].entries)
+        result, _ = self.task.measure(self.model, self.splits["validation"].entries, "validation")
         self.engine.train()
-        self.telemetry.measured("validation", flatten(metrics), self.state.step)
-        return self.task.score(metrics)
+        assert result is not None  # a validation split without labels is refused
+        self.telemetry.measured("validation", scalars([result]), self.state.step)
+        return self.task.score(result)
 
-    def finish(self) -> dict:
+    def finish(self) -> dict[str, Result]:
         """Export the best weights by validation, measure the test split with them, and print where everything lies."""
         self.telemetry.bar.close()
         best = best_checkpoint(self.output, self.last_checkpoint())
         folder = self.output / "export"
         on_main(lambda: export_task(folder, checkpoints.read_weights(best), self.recipe, self.tokenizer))
-        metrics: dict = {}
+        results: dict[str, Result] = {}
         if "test" in self.splits:
             model = load_task_model(self.task, best)
-            metrics, predictions = self.task.measure(model, self.splits["test"].entries)
-            self.telemetry.measured("test", flatten(metrics), self.state.step)
+            result, predictions = self.task.measure(model, self.splits["test"].entries)
+            results = {} if result is None else {result.metric: result}
+            self.telemetry.measured("test", scalars(results.values()), self.state.step)
             write_predictions(predictions, self.output / "predictions.json")
-        self.conclude(best, metrics, partial(task_table, self.recipe.task.name))
-        return metrics
+        self.conclude(best, results)
+        return results
 
 
 def check_batch(objective: Objective, batch: int, entries: int) -> None:

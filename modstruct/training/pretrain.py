@@ -21,8 +21,10 @@ from modstruct.distributed.collect import on_main
 from modstruct.errors import refuse
 from modstruct.evaluation.evaluate import evaluate
 from modstruct.evaluation.examples import retrieved_examples
+from modstruct.evaluation.result import Result
+from modstruct.evaluation.retrieval.measure import DIRECTIONS
 from modstruct.evaluation.structure.basic import structure
-from modstruct.evaluation.tables import flatten, table, validation_recall_at_1
+from modstruct.evaluation.tables import scalars
 from modstruct.losses.objective import Objective, build_objective
 from modstruct.losses.protocol import LossSettings
 from modstruct.models.build import build_model, image_size, initial_tokenizer
@@ -33,7 +35,7 @@ from modstruct.training.trainer import Trainer
 log = logging.getLogger("modstruct")
 
 
-def pretrain(recipe: Recipe, ds_config: str, resume: str | None = None, profile_steps: int = 0) -> dict:
+def pretrain(recipe: Recipe, ds_config: str, resume: str | None = None, profile_steps: int = 0) -> dict[str, Result]:
     """Train, evaluate and export; every process calls it. Arguments, result and errors as Trainer has them."""
     return Pretraining(recipe, ds_config, resume).run(profile_steps)
 
@@ -88,9 +90,10 @@ class Pretraining(Trainer[Recipe]):
 
     def validate(self) -> float:
         assert self.data.validation is not None  # has_validation
-        return validation_recall_at_1(self.measure(self.data.validation, "validation"))
+        found = self.measure(self.data.validation, "validation")["retrieval"].values
+        return sum(found[f"{direction}/recall_at_1"].value for direction in DIRECTIONS) / len(DIRECTIONS)
 
-    def measure(self, samples: EvaluationSamples, name: str) -> dict:
+    def measure(self, samples: EvaluationSamples, name: str) -> dict[str, Result]:
         """Evaluate a source with all processes; scalars and an example grid go to TensorBoard under `name`."""
 
         def inspect(source) -> None:
@@ -99,7 +102,7 @@ class Pretraining(Trainer[Recipe]):
                 self.telemetry.image(f"{name}/examples", grid, self.state.step)
 
         self.engine.eval()
-        metrics = evaluate(
+        results = evaluate(
             self.engine,
             samples,
             self.data,
@@ -110,18 +113,18 @@ class Pretraining(Trainer[Recipe]):
             self.engine.model,
         )
         self.engine.train()
-        self.telemetry.measured(name, flatten(metrics), self.state.step)
-        return metrics
+        self.telemetry.measured(name, scalars(results.values()), self.state.step)
+        return results
 
-    def finish(self) -> dict:
+    def finish(self) -> dict[str, Result]:
         """Export the last weights, measure data.eval with them, and print where everything lies."""
         self.telemetry.bar.close()
         last, names = self.last_checkpoint(), self.engine.model.to_open_clip
         folder = self.output / "export"
         on_main(lambda: export(folder, checkpoints.read_weights(last), names, self.recipe, self.tokenizer))
-        metrics = self.measure(self.data.eval, "eval") if self.data.eval else {}
-        self.conclude(last, metrics, table)
-        return metrics
+        results = self.measure(self.data.eval, "eval") if self.data.eval else {}
+        self.conclude(last, results)
+        return results
 
 
 def check_batch(recipe: Recipe, objective: Objective, largest: Sequence[int]) -> None:

@@ -27,7 +27,8 @@ from modstruct.distributed import hosts, run_lock
 from modstruct.distributed.collect import on_main
 from modstruct.distributed.heartbeat import Heartbeat
 from modstruct.errors import RunError, refuse, require
-from modstruct.evaluation.tables import save_metrics
+from modstruct.evaluation.result import Result
+from modstruct.evaluation.tables import save_results, table
 from modstruct.losses.objective import Objective
 from modstruct.models.build import compile_trunks, recompute_activations
 from modstruct.models.protocol import TrainableModel, load_weights
@@ -259,8 +260,8 @@ class Trainer(ABC, Generic[RecipeT]):
             save(self.engine, self.state, self.recipe, self.tokenizer)
         return path
 
-    def conclude(self, checkpoint: Path, metrics: dict, table: Callable[[dict], str]) -> None:
-        """Save the metrics, print them, and say where everything lies."""
+    def conclude(self, checkpoint: Path, results: dict[str, Result]) -> None:
+        """Save the results, print them, and say where everything lies."""
         self.telemetry.close()
         places = {
             "checkpoint": checkpoint,
@@ -271,10 +272,10 @@ class Trainer(ABC, Generic[RecipeT]):
         }
 
         def tell() -> None:
-            if metrics:
-                save_metrics(metrics, places["metrics"])
-                print(f"\n{table(metrics)}\n")
-                log.debug("measured after step %d:\n%s", self.state.step, table(metrics))
+            if results:
+                save_results(results.values(), places["metrics"])
+                print(f"\n{table([*results.values()])}\n")
+                log.debug("measured after step %d:\n%s", self.state.step, table([*results.values()]))
             print("\n".join(f"{name + ':':<18}{place}" for name, place in places.items() if place.exists()))
 
         on_main(tell)

@@ -59,9 +59,9 @@ def test_a_batch_has_both_images_the_text_and_the_label(task):
 
 def test_a_perfect_model_is_always_right(task):
     entries = task.entries("validation", None).entries
-    metrics, predictions = task.measure(Knowing(2), entries)
-    assert metrics["accuracy"]["value"] == metrics["consistency"]["value"] == task.score(metrics) == 1
-    assert metrics["sizes"] == {"statements": len(entries)}
+    result, predictions = task.measure(Knowing(2), entries)
+    assert result.values["accuracy"].value == result.values["consistency"].value == task.score(result) == 1
+    assert result.rows == {"statements": len(entries)}
     # The words of the published files, by which lil-lab/nlvr's metrics.py compares.
     assert predictions == [{"identifier": e.identifier, "prediction": str(e.label)} for e in entries]
     assert json.loads(json.dumps(predictions)) == predictions
@@ -69,23 +69,23 @@ def test_a_perfect_model_is_always_right(task):
 
 def test_always_one_answer_is_the_prior(task):
     entries = task.entries("validation", None).entries
-    metrics, predictions = task.measure(Stubborn(2), entries)
+    result, predictions = task.measure(Stubborn(2), entries)
     for name, share in (("accuracy", 0.5), ("consistency", 0.0)):  # each sentence is true of two of its four pairs
-        assert metrics[name] == {"value": share, "chance": share}
+        assert (result.values[name].value, result.values[name].chance) == (share, share)
     assert {prediction["prediction"] for prediction in predictions} == {"False"}
 
 
 def test_the_prior_is_of_the_more_frequent_label(task):
     entries = task.entries("validation", None).entries
     some = [entry for entry in entries if entry.label] + [entry for entry in entries if not entry.label][:2]
-    metrics, _ = task.measure(Stubborn(2), some)
-    assert metrics["accuracy"] == {"value": 2 / 10, "chance": 8 / 10}
+    result, _ = task.measure(Stubborn(2), some)
+    assert (result.values["accuracy"].value, result.values["accuracy"].chance) == (2 / 10, 8 / 10)
 
 
 def test_without_labels_there_are_predictions_alone(task):
     entries = [replace(entry, label=None) for entry in task.entries("test", None).entries]
-    metrics, predictions = task.measure(Stubborn(2), entries)
-    assert metrics == {}
+    result, predictions = task.measure(Stubborn(2), entries)
+    assert result is None
     assert len(predictions) == len(entries)
 
 
@@ -94,10 +94,10 @@ def test_an_unreadable_image_is_predicted_nothing(root):
     task.recipe.data.max_bad_share = 1.0
     entries = list(task.entries("test", None).entries)
     entries[2] = replace(entries[2], images=(entries[2].images[0], root / "none.png"))
-    metrics, predictions = task.measure(Knowing(2), entries)
+    result, predictions = task.measure(Knowing(2), entries)
     assert [number for number, p in enumerate(predictions) if p["prediction"] is None] == [2]
-    assert metrics["accuracy"]["value"] == 1
-    assert metrics["sizes"] == {"statements": len(entries) - 1}
+    assert result.values["accuracy"].value == 1
+    assert result.rows == {"statements": len(entries) - 1}
 
 
 def test_a_training_split_without_files_is_refused_by_name(root):

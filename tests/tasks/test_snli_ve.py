@@ -33,20 +33,20 @@ def test_a_batch_has_images_hypotheses_and_labels(task):
 def test_a_perfect_model_is_always_right_and_a_stubborn_one_as_often_as_its_label_occurs(task):
     entries = task.entries("test", None).entries
     right, predictions = task.measure(Knowing(3), entries)
-    assert all(right[name]["value"] == 1 for name in ("accuracy", *ENTAILMENT_LABELS))
+    assert all(right.values[name].value == 1 for name in ("accuracy", *ENTAILMENT_LABELS))
     assert [p["label"] for p in predictions] == [ENTAILMENT_LABELS[entry.label] for entry in entries]
     assert [p["pairID"] for p in predictions] == [entry.pair_id for entry in entries]
     stubborn, _ = task.measure(Stubborn(3), entries)
-    assert stubborn["accuracy"]["value"] == pytest.approx(1 / 3)
-    assert stubborn["accuracy"]["chance"] == pytest.approx(1 / 3)
-    assert (stubborn["contradiction"]["value"], stubborn["neutral"]["value"]) == (1, 0)
-    assert task.score(stubborn) == stubborn["accuracy"]["value"]
+    assert stubborn.values["accuracy"].value == pytest.approx(1 / 3)
+    assert stubborn.values["accuracy"].chance == pytest.approx(1 / 3)
+    assert (stubborn.values["contradiction"].value, stubborn.values["neutral"].value) == (1, 0)
+    assert task.score(stubborn) == stubborn.values["accuracy"].value
 
 
 def test_a_split_without_labels_gets_predictions_and_no_metrics(task):
     entries = [replace(entry, label=None) for entry in task.entries("test", None).entries]
-    metrics, predictions = task.measure(Stubborn(3), entries)
-    assert metrics == {}
+    result, predictions = task.measure(Stubborn(3), entries)
+    assert result is None
     assert {p["label"] for p in predictions} == {"contradiction"}
 
 

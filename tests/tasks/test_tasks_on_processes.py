@@ -108,7 +108,7 @@ def test_every_run_leaves_predictions_metrics_and_an_export(runs):
     for task, size in (("text_assignment", 20), ("nlvr2", 16)):
         run = runs["2"] / task
         assert len(json.loads((run / "predictions.json").read_text())) == size
-        accuracy = json.loads((run / "metrics.json").read_text())["accuracy"]
+        accuracy = json.loads((run / "metrics.json").read_text())["results"][task]["values"]["accuracy"]
         assert 0 <= accuracy["value"] <= 1
         assert accuracy["chance"] == pytest.approx(0.5 if task == "nlvr2" else 1 / 3)
         assert checkpoints.read_best(run) is not None
@@ -117,11 +117,11 @@ def test_every_run_leaves_predictions_metrics_and_an_export(runs):
 
 def measure_again(run: str, out: str) -> None:
     from modstruct.cli import FINETUNE_RECIPES, parse, recipe_parser
-    from modstruct.commands.arguments import task_checkpoint_arguments
+    from modstruct.commands.arguments import checkpoint_arguments
     from modstruct.commands.task import measure_task
     from modstruct.config import FinetuneRecipe
 
-    words = task_checkpoint_arguments(["--checkpoint", run])
+    words = checkpoint_arguments(["--checkpoint", run], fine_tuned=True)
     parser = recipe_parser("", "", FinetuneRecipe, FINETUNE_RECIPES)
     parser.add_argument("--checkpoint")
     recipe, _ = parse(parser, words)
@@ -134,7 +134,8 @@ def test_a_saved_run_is_measured_again_to_the_same_metrics(runs, tmp_path, task)
     run_on_processes(measure_again, 1, str(run), str(tmp_path))
     best = checkpoints.read_best(run)["checkpoint"]
     assert best == checkpoints.list_checkpoints(run)[-1].name, "else the two measured other weights"
-    assert json.loads((tmp_path / "test.json").read_text()) == json.loads((run / "metrics.json").read_text())
+    measured = json.loads((run / "metrics.json").read_text())["results"][task]
+    assert json.loads((tmp_path / "test.json").read_text()) == measured
     said = json.loads((tmp_path / "test-predictions.json").read_text())
     assert said == json.loads((run / "predictions.json").read_text())
 

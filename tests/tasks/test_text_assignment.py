@@ -147,14 +147,14 @@ def test_the_fingerprint_tells_images_and_captions(root, task):
 
 def test_accuracy_stands_beside_one_third(task):
     entries = entries_of(task, "validation")
-    metrics, predictions = task.measure(Knowing(3), entries)
-    assert metrics["accuracy"] == {"value": 1.0, "chance": 1 / 3}
-    assert metrics["sizes"] == {"images": len(entries)}
-    assert task.score(metrics) == 1
+    result, predictions = task.measure(Knowing(3), entries)
+    assert (result.values["accuracy"].value, result.values["accuracy"].chance) == (1.0, 1 / 3)
+    assert result.rows == {"images": len(entries)}
+    assert task.score(result) == 1
     said = [{"image_id": e.captioned.image_id, "assignment": ANSWERS[e.number % 3]} for e in entries]
     assert predictions == said
-    metrics, _ = task.measure(Stubborn(3), entries)
-    assert metrics["accuracy"]["value"] == sum(e.number % 3 == 0 for e in entries) / len(entries)
+    result, _ = task.measure(Stubborn(3), entries)
+    assert result.values["accuracy"].value == sum(e.number % 3 == 0 for e in entries) / len(entries)
 
 
 def test_the_image_of_each_place_is_the_one_that_is_asked_about(task):

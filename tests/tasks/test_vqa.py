@@ -106,25 +106,25 @@ def test_metrics_and_predictions(questions, answering, monkeypatch):
     model = answer_model(task.recipe)
     said = ["blue", "yes", "yes", "red", "no"]
     monkeypatch.setattr(Vqa, "predict", lambda *_: list(said))
-    metrics, predictions = task.measure(model, questions)
+    result, predictions = task.measure(model, questions)
     assert predictions == [{"question_id": 11 + n, "answer": answer} for n, answer in enumerate(said)]
-    assert metrics["sizes"] == {"questions": 5, "listed answers": 4}
+    assert result.rows == {"questions": 5, "listed_answers": 4}
     # Officially: 4 of 10 -> 1; 10 of 10 -> 1; 3 of 10 -> 0.9 (7 leave-one-outs at 1, 3 at 2/3); 0; 1.
-    assert metrics["accuracy"]["value"] == pytest.approx((1 + 1 + 0.9 + 0 + 1) / 5)
-    assert metrics["accuracy yes/no"]["value"] == pytest.approx((1 + 0.9 + 1) / 3)
-    assert metrics["accuracy other"]["value"] == pytest.approx(1 / 2)
+    assert result.values["accuracy"].value == pytest.approx((1 + 1 + 0.9 + 0 + 1) / 5)
+    assert result.values["accuracy yes/no"].value == pytest.approx((1 + 0.9 + 1) / 3)
+    assert result.values["accuracy other"].value == pytest.approx(1 / 2)
     # The prior says "dark blue" ("blue" is as right, and later), or "" which is right of one of two, to what colour.
     assert task.prior == {"what colour": "", "is there": "no", None: "no"}
-    assert metrics["accuracy"]["chance"] == pytest.approx((0 + 0 + 1 + 1 + 1) / 5)
-    assert metrics["accuracy yes/no"]["chance"] == pytest.approx(2 / 3)
-    assert task.score(metrics) == metrics["accuracy"]["value"]
+    assert result.values["accuracy"].chance == pytest.approx((0 + 0 + 1 + 1 + 1) / 5)
+    assert result.values["accuracy yes/no"].chance == pytest.approx(2 / 3)
+    assert task.score(result) == result.values["accuracy"].value
 
 
 @pytest.mark.parametrize("answering", ["rank", "generate"])
 def test_predictions_are_the_models(questions, answering):
     task = task_of(questions, answering=answering)
     model = answer_model(task.recipe)
-    metrics, predictions = task.measure(model, questions)
+    result, predictions = task.measure(model, questions)
     batch = task.collate([task.sample(q, lambda path: Image.open(path), None) for q in questions])
     if answering == "rank":
         numbers, _ = model.rank(batch, task.answer_tokenizer(task.answer_list), 128)
@@ -132,14 +132,14 @@ def test_predictions_are_the_models(questions, answering):
     else:
         expected = [task.answer_tokenizer.decode(row) for row in model.generate(batch).tolist()]
     assert [p["answer"] for p in predictions] == expected
-    assert 0 <= metrics["accuracy"]["value"] <= 1
+    assert 0 <= result.values["accuracy"].value <= 1
 
 
 def test_a_split_without_annotations_has_predictions_only(questions):
     task = task_of(questions)
     bare = [question(q.question_id, q.image, q.question, []) for q in questions]
-    metrics, predictions = task.measure(answer_model(task.recipe), bare)
-    assert metrics == {}
+    result, predictions = task.measure(answer_model(task.recipe), bare)
+    assert result is None
     assert [p["question_id"] for p in predictions] == [11, 12, 13, 14, 15]
     assert all(p["answer"] in task.answer_list for p in predictions)
 
@@ -147,9 +147,9 @@ def test_a_split_without_annotations_has_predictions_only(questions):
 def test_an_image_that_cannot_be_read_gets_the_priors_answer(questions, tmp_path):
     task = task_of(questions)
     broken = replace(questions[1], image=tmp_path / "none.png")
-    metrics, predictions = task.measure(answer_model(task.recipe), [questions[0], broken, *questions[2:]])
+    result, predictions = task.measure(answer_model(task.recipe), [questions[0], broken, *questions[2:]])
     assert predictions[1] == {"question_id": 12, "answer": "no"}
-    assert metrics["sizes"]["questions"] == 4
+    assert result.rows["questions"] == 4
 
 
 def test_training_and_validation_need_annotations(tmp_path):
@@ -171,8 +171,8 @@ def test_published_files_are_read(tmp_path):
     assert task.entries("validation", None) is None
     assert task.answer_list
     assert task.prior.keys() >= {None, train.entries[0].question_type}
-    metrics, predictions = task.measure(answer_model(task.recipe), test.entries)
-    assert metrics == {}
+    result, predictions = task.measure(answer_model(task.recipe), test.entries)
+    assert result is None
     assert [p["question_id"] for p in predictions] == [q.question_id for q in test.entries]
 
 
