@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
 import numpy as np
 
+from modstruct.errors import refuse
 from modstruct.files import RepeatedKey, read_yaml
 
 KEYS = ("label", "templates", "classes")
@@ -31,30 +32,25 @@ class ZeroShotClasses:
         """Every name in every template, class by class: (classes x templates)."""
         return [template.replace("{}", name) for name in self.classes.values() for template in self.templates]
 
+    def label_of(self, fields: dict) -> str | None:
+        """The label of a sample as the classes have it, if they do; None where it has no label, or null."""
+        value = fields.get(self.label)
+        if isinstance(value, bool) and str(value) not in self.classes:
+            return str(value).lower()  # as YAML and JSON write it
+        return None if value is None else str(value)
+
     def row_of(self, fields: dict) -> int:
         """Class row of a sample by its metadata; -1 where that has no label, or null.
 
         Raises ValueError for a label that is not among the classes.
         """
         label = self.label_of(fields)
-        if label is None:
-            return -1
-        if label not in self._rows:
+        if label is not None and label not in self._rows:
             raise ValueError(
                 f"the label {self.label} = {fields[self.label]!r} of a sample is not among the classes "
                 f"{some_of(self.classes)}: add it to `classes` of the class file, or make it null in KEY.json"
             )
-        return self._rows[label]
-
-    def label_of(self, fields: dict) -> str | None:
-        """The label of a sample as the classes have it, if they do; None where it has no label, or null."""
-        value = fields.get(self.label)
-        if value is None:
-            return None
-        label = str(value)
-        if isinstance(value, bool) and label not in self._rows:
-            label = label.lower()  # as YAML and JSON write it
-        return label
+        return -1 if label is None else self._rows[label]
 
     def rows_of(self, metadata: Iterable[dict]) -> np.ndarray:
         """Class row of each sample, (n,) int64, as `row_of`."""
@@ -76,57 +72,51 @@ def load_classes(path: str | Path) -> ZeroShotClasses:
     content = read_keys(path, KEYS)
     label, templates, classes = (content.get(key) for key in KEYS)
     if not isinstance(label, str) or not label:
-        refuse_key(path, "label", label, "the name of a field of each sample's json, as text")
+        refuse(f"{path}: label", label, "give the name of a field of each sample's json, as text")
     return ZeroShotClasses(label, check_templates(path, templates), check_classes(path, classes))
 
 
-def read_keys(path: Path, keys: Sequence[str], old_names: Mapping[str, str] | None = None) -> dict:
-    """The content of a YAML file that may have these keys at its top level. old_names: former names, still read.
+def read_keys(path: Path, keys: Sequence[str], old_names: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The content of a YAML file that may have these keys at its top level. old_names: keys by former names.
 
     Raises ValueError that names the file.
     """
     listed = f"{', '.join(keys[:-1])} and {keys[-1]}"
     try:
         content = read_yaml(path)
-    except RepeatedKey as error:
-        raise ValueError(f"{path}: {error}") from None
     except ValueError as error:
-        raise ValueError(f"{path}: not a YAML file in UTF-8: {error}") from error
+        about = "" if isinstance(error, RepeatedKey) else "not a YAML file in UTF-8: "
+        raise ValueError(f"{path}: {about}{error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: write the keys {listed} at the top level")
-    for key, old in (old_names or {}).items():
+    for old, key in (old_names or {}).items():
         if old in content and key not in content:
             log.warning("%s: the key %r is now called %r; the old name is still read", path, old, key)
             content[key] = content.pop(old)
-    unknown = sorted(str(key) for key in content.keys() - set(keys))
-    if unknown:
+    if unknown := sorted(str(key) for key in content.keys() - set(keys)):
         raise ValueError(f"{path}: unknown key {unknown[0]!r}; the keys are {listed}")
     return content
 
 
-def check_templates(path: Path, templates: object) -> tuple[str, ...]:
+def check_templates(path: Path, templates: Any) -> tuple[str, ...]:
     """The templates of a file, each of which must have one {}."""
     if not isinstance(templates, list) or not templates:
-        refuse_key(path, "templates", templates, 'a list of at least one text, such as "an image of a {}"')
+        refuse(f"{path}: templates", templates, 'give a list of at least one text, such as "an image of a {}"')
     for template in templates:
         if not isinstance(template, str) or template.count("{}") != 1:
-            refuse_key(path, "templates", template, "a text with exactly one {}, where the name of the class goes")
+            refuse(f"{path}: templates", template, "give a text with exactly one {}, where the name of the class goes")
     return tuple(templates)
 
 
-def check_classes(path: Path, classes: object) -> dict[str, str]:
+def check_classes(path: Path, classes: Any) -> dict[str, str]:
     """Name of each label. Labels are compared as text, so that 3 in YAML and "3" in a sample's json are one class."""
     if not isinstance(classes, dict) or len(classes) < 2:
-        refuse_key(path, "classes", classes, "a mapping of at least two labels to readable names")
+        refuse(f"{path}: classes", classes, "give a mapping of at least two labels to readable names")
     for label, name in classes.items():
         if not isinstance(name, str) or not name.strip():
-            remedy = "a readable name, as text (in quotes, where YAML takes a word for something else: no, 2024)"
-            refuse_key(path, f"classes.{label}", name, remedy)
+            remedy = "give a readable name, as text (in quotes, where YAML takes a word for something else: no, 2024)"
+            refuse(f"{path}: classes.{label}", name, remedy)
     return {str(label): name for label, name in classes.items()}
-
-
-def refuse_key(path: Path, key: str, value: object, remedy: str) -> NoReturn:
-    raise ValueError(f"{path}: {key} = {value!r}: give {remedy}")
 
 
 def some_of(texts: Iterable[str], shown: int = 10) -> str:

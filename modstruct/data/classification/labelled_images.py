@@ -1,169 +1,166 @@
-"""A set of images with class labels, by index, and where its images are stored: as files or as rows of one array."""
+"""A set of images with class labels; its folder, with one kind of error for what is missing or wrong in it."""
 
 from __future__ import annotations
 
-import hashlib
-import json
+import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn
 
 import numpy as np
-from PIL import Image
+from torchvision.datasets.folder import make_dataset
 
+from modstruct import distributed
 from modstruct.config import DataConfig
-from modstruct.data.faults import BadSample
+from modstruct.data.classification.image_stores import EXTENSIONS, ImageFiles, ImageStore, hashed
 from modstruct.data.shards.evaluation_samples import EvaluationSample
-from modstruct.data.transforms.decoding import FORMATS, decode_image
 
-# GTSRB is published as PPM, and some files of Oxford Pets that are called .jpg are GIF or BMP.
-FILE_FORMATS = (*FORMATS, "PPM", "GIF", "BMP")
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".ppm", ".gif", ".bmp")
-LARGEST_FILE_BYTES = 1 << 28
+SPLIT_FOLDERS = {"train": ("train",), "validation": ("validation", "val", "valid"), "test": ("test",)}
+NAMES_SHOWN = 3
 
-
-class LabelledImages(Protocol):
-    """What every set is, however its images are stored. Usable where EvaluationSamples are (`evaluation_loader`)."""
-
-    name: str
-    """A plain file name, such as cifar10; with -SPLIT behind it where that is not the set's usual split."""
-    split: str
-    """train, validation or test."""
-    fingerprint: str
-    """Hash of classes, labels and image keys: equal wherever the same files lie."""
-    classes: Sequence[str]
-    """Readable name of each class, by label."""
-    templates: Sequence[str]
-    """Prompts with one {} each, where the name of the class goes."""
-    config: DataConfig
-    left_out: Mapping[str, int]
-    """Number of images left out when the set was opened, by cause."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> EvaluationSample:
-        """Image, captions (mostly none) and metadata: "label" (-1: none) and "key". Raises BadSample, IndexError."""
-        ...
-
-
-class ImageStore(Protocol):
-    """Images by index; picklable, since each loader process opens its own files."""
-
-    fingerprint: str
-
-    def __len__(self) -> int: ...
-
-    def key(self, index: int) -> str:
-        """Name of an image within its set."""
-        ...
-
-    def image(self, index: int, max_pixels: int) -> Image.Image:
-        """Mode RGB, upright. Raises BadSample."""
-        ...
-
-
-class ImageFiles:
-    """Image files by their paths in a folder, which are their keys."""
-
-    def __init__(self, folder: Path, paths: Sequence[str]):
-        """paths: relative to the folder, at least one."""
-        self.folder = folder
-        self._paths = np.array([os.fsencode(path) for path in paths])  # a third of the memory of a list of str
-        self.fingerprint = hashed(list(paths))
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def key(self, index: int) -> str:
-        return os.fsdecode(self._paths[index].item())
-
-    def image(self, index: int, max_pixels: int) -> Image.Image:
-        path = self.folder / self.key(index)
-        try:
-            with open(path, "rb") as file:
-                content = file.read(LARGEST_FILE_BYTES + 1)
-        except OSError as error:
-            raise BadSample("unreadable image", f"{path}: {error.strerror or error}") from None
-        if len(content) > LARGEST_FILE_BYTES:
-            raise BadSample("oversized image", str(path))
-        return decode_image(content, max_pixels, str(path), FILE_FORMATS)
-
-
-class ImageArray:
-    """Images as rows of an array (n, H, W, 3) uint8, which each process loads at first use.
-
-    load: returns the array; picklable. key: what stands before the number in an image's key.
-    """
-
-    def __init__(self, load: Callable[[], np.ndarray], key: str):
-        self._load, self._key = load, key
-        self._pixels: np.ndarray | None = load()
-        self.fingerprint = hashed(self._pixels)
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_pixels": None}  # SVHN's gigabyte would be sent to every loader process
-
-    def __len__(self) -> int:
-        return len(self._array())
-
-    def key(self, index: int) -> str:
-        return f"{self._key}{index:06d}"
-
-    def image(self, index: int, max_pixels: int) -> Image.Image:
-        pixels = self._array()[index]
-        if pixels.shape[0] * pixels.shape[1] > max_pixels:
-            raise BadSample("decompression bomb", self.key(index))
-        return Image.fromarray(np.ascontiguousarray(pixels))
-
-    def _array(self) -> np.ndarray:
-        if self._pixels is None:
-            self._pixels = self._load()
-        return self._pixels
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class FoundImages:
-    """What the reader of a set found in its files."""
+class SetFolder:
+    """A set that is to be read: its name in the registry (or its own), where it lies, and what is said of it.
 
-    store: ImageStore
-    labels: np.ndarray
-    """(n,) integers, the class of each image."""
-    classes: Sequence[str]
-    templates: Sequence[str] | None = None
-    """Where the files name some."""
-    left_out: Mapping[str, int] = field(default_factory=dict)
+    remedy: what to download if it is incomplete. name, split, templates, config: as LabelledImages has them.
+    """
+
+    known: str
+    root: Path
+    remedy: str
+    name: str
+    split: str
+    templates: Sequence[str]
+    config: DataConfig
+
+    def refuse(self, problem: str) -> NoReturn:
+        raise ValueError(f"{self.known}@{self.root}: {problem}; {self.remedy}")
+
+    def note(self, what: str, examples: Sequence[str], count: int = 0) -> None:
+        """Say in the log, on the main process, what is left out of the set. count: of them; 0 for that of examples."""
+        if examples and distributed.is_main():
+            first = ", ".join(examples[:NAMES_SHOWN])
+            log.warning("%s@%s: %d %s (first %s)", self.known, self.root, count or len(examples), what, first)
+
+    def folder_with(self, content: str, *folders: str) -> Path:
+        """The first of the folders in root, or root itself, that holds `content`; refused where none does."""
+        for folder in (*(self.root / name for name in folders), self.root):
+            if (folder / content).exists():
+                return folder
+        self.refuse(f"there is no {content} in it" + "".join(f", nor in {name}" for name in folders))
+
+    def first_folder(self, *folders: str) -> Path:
+        """The first of the folders that is in root, or root itself."""
+        return next((self.root / name for name in folders if (self.root / name).is_dir()), self.root)
+
+    def split_folder(self, split: str) -> Path:
+        """The folder of a split in root; for test, root itself where no split has a folder."""
+        found = self.first_folder(*SPLIT_FOLDERS[split])
+        any_split = self.first_folder(*sum(SPLIT_FOLDERS.values(), ()))
+        if found == self.root and (any_split != self.root or split != "test"):
+            self.refuse(f"there is no folder {' or '.join(SPLIT_FOLDERS[split])} of the split {split} in it")
+        return found
+
+    def subfolders(self, folder: Path) -> list[str]:
+        """Names of the folders in a folder, sorted as text; hidden ones are skipped."""
+        if not folder.is_dir():
+            self.refuse(f"there is no folder {folder}")
+        return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+
+    def text(self, path: Path) -> str:
+        """The content of a text file in UTF-8."""
+        if not path.is_file():
+            self.refuse(f"there is no file {path}")
+        try:
+            return path.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            self.refuse(f"{path} cannot be read ({error})")
+
+    def lines(self, path: Path) -> list[str]:
+        """The lines of a text file that are not empty, stripped."""
+        return [line.strip() for line in self.text(path).splitlines() if line.strip()]
+
+    def images(self, folder: Path, paths: Sequence[str]) -> ImageFiles:
+        """The files at paths in a folder; all must exist. Each subfolder is listed once."""
+        if not paths:
+            self.refuse(f"no image of this split is named for {folder}")
+        if outside := [path for path in paths if os.path.isabs(path) or ".." in path.split("/")]:
+            self.refuse(f"the image path {outside[0]!r} points out of {folder}")
+        parents = {os.path.dirname(path): folder / os.path.dirname(path) for path in paths}
+        there = {name: set(os.listdir(parent)) if parent.is_dir() else set() for name, parent in parents.items()}
+        if missing := [path for path in paths if os.path.basename(path) not in there[os.path.dirname(path)]]:
+            first = ", ".join(missing[:NAMES_SHOWN])
+            self.refuse(f"{len(missing):,} of {len(paths):,} images are not in {folder}, the first {first}")
+        return ImageFiles(folder, paths)
 
 
-class LabelledSet:
-    """The LabelledImages of a set whose labels are known before its images are read."""
+class LabelledImages:
+    """A set, however its images are stored. Usable where EvaluationSamples are (`evaluation_loader`).
 
-    def __init__(self, name: str, split: str, found: FoundImages, templates: Sequence[str], config: DataConfig):
-        self.name, self.split, self.config = name, split, config
-        self.classes: Sequence[str] = tuple(found.classes)
-        self.templates: Sequence[str] = tuple(templates)
-        self.labels = np.asarray(found.labels, dtype=np.int64)
-        """(n,), the class of each image."""
-        self.left_out: Mapping[str, int] = dict(found.left_out)
-        self._store = found.store
-        self.fingerprint = hashed(self.classes, self.labels, found.store.fingerprint)
+    name: a plain file name, such as cifar10; with -SPLIT behind it where that is not the set's usual split.
+    split: train, validation or test. labels: (n,) int64. classes: readable names, by label. templates: prompts with one
+    {} each, where the name of the class goes. left_out: number of images that opening the set left out, by cause.
+    fingerprint: hash of classes, labels and image keys (or pixels): equal wherever the same files lie.
+    """
+
+    left_out: Mapping[str, int]
+
+    def __init__(self, source: SetFolder, store: ImageStore, labels: np.ndarray, classes: Sequence[str]):
+        self.name, self.split, self.config = source.name, source.split, source.config
+        self.templates: Sequence[str] = tuple(source.templates)
+        self.classes: Sequence[str] = tuple(classes)
+        self.labels, self.store, self.left_out = labels, store, {}
+        self.fingerprint = hashed(self.classes, labels, store.fingerprint)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> EvaluationSample:
+        """Image, captions (mostly none) and metadata: "label" (-1: none) and "key". Raises BadSample, IndexError."""
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)} of {self.name}")
-        image = self._store.image(index, self.config.max_image_pixels)
-        return EvaluationSample(image, [], {"label": int(self.labels[index]), "key": self._store.key(index)})
+        image = self.store.image(index, self.config.max_image_pixels)
+        return EvaluationSample(image, [], {"label": int(self.labels[index]), "key": self.store.key(index)})
 
 
-def hashed(*parts: object) -> str:
-    """A hash of arrays, by their bytes, and of plain values, by their JSON."""
-    content = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        encoded = np.ascontiguousarray(part).data if isinstance(part, np.ndarray) else json.dumps(part).encode()
-        content.update(len(encoded).to_bytes(8, "little"))
-        content.update(encoded)
-    return content.hexdigest()
+def read_class_folders(
+    source: SetFolder, base: Path, folders: Sequence[str], classes: Sequence[str], whole: str = ""
+) -> LabelledImages:
+    """Images in class folders, or in folders within these, in order of label and path.
+
+    folders: by label, there or not (torchvision's ImageFolder numbers those that are there, sorted as text). whole:
+    what they are, in words, where all must be there. Files without an image's extension are left out and named in the
+    log, as are classes without an image.
+    """
+    labels = {name: label for label, name in enumerate(folders)}
+    there = source.subfolders(base)
+    absent = [name for name in folders if name not in there]
+    if unknown := [name for name in there if name not in labels]:
+        source.refuse(f"the folder {base / unknown[0]} is none of the {len(labels):,} {whole or 'classes'}")
+    if len(labels) < 2:
+        source.refuse(f"{base} has {len(labels)} class folders, where there must be at least two")
+    if absent and whole:
+        source.refuse(f"{len(absent)} of the {len(labels):,} class folders are not in {base}, the first {absent[0]}")
+    start = len(os.path.join(base, ""))
+    others = sorted(entry.name for entry in os.scandir(base) if entry.is_file() and not entry.name.startswith("."))
+
+    def is_image(path: str) -> bool:
+        shown, image = "/." not in path[start:], path.lower().endswith(EXTENSIONS)
+        others.extend([path[start:]] if shown and not image else [])
+        return shown and image
+
+    found = make_dataset(base, {name: labels[name] for name in there}, None, is_image, True) if there else []
+    if not found:
+        source.refuse(f"there is no image ({', '.join(EXTENSIONS)}) in the folders of {base}")
+    found.sort(key=lambda image: image[1])  # stable: by path within a class
+    rows = np.array([label for _, label in found], dtype=np.int64)
+    counts = np.bincount(rows, minlength=len(labels))
+    source.note(f"files in {base} that are no images in a class folder are left out", others)
+    source.note(f"classes have no folder in {base}", absent)
+    source.note(f"class folders of {base} hold no image", [name for name in there if not counts[labels[name]]])
+    return LabelledImages(source, ImageFiles(base, [path[start:] for path, _ in found]), rows, classes)

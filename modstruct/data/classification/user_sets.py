@@ -13,42 +13,35 @@ templates: ["a photo of a {}, a bird"]        # default: the paper's single one
 
 from __future__ import annotations
 
+import csv
+import logging
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from modstruct.config import DataConfig
-from modstruct.data.classification.class_files import (
-    ZeroShotClasses,
-    check_classes,
-    check_templates,
-    read_keys,
-    refuse_key,
-)
-from modstruct.data.classification.labelled_images import FoundImages, LabelledImages, LabelledSet
-from modstruct.data.classification.labelled_shards import LabelledSamples, labelled_shards
-from modstruct.data.classification.prompts import PAPER_TEMPLATE
-from modstruct.data.classification.set_folder import SPLIT_FOLDERS, SetFolder, read_class_folders
+from modstruct.data.classification.class_files import ZeroShotClasses, check_classes, check_templates, read_keys
+from modstruct.data.classification.labelled_images import SPLIT_FOLDERS, LabelledImages, SetFolder, read_class_folders
+from modstruct.data.classification.labelled_shards import LabelledSamples, read_labelled_shards
+from modstruct.data.classification.prompts import PAPER_TEMPLATE, published_sets
 from modstruct.data.downstream.published_files import PLAIN_NAME
 from modstruct.data.shards.sources import expand_pattern
+from modstruct.errors import refuse, require
 
+log = logging.getLogger(__name__)
 KEYS = ("name", "images", "label", "classes", "templates")
-OLD_NAMES = {"images": "pictures"}
-OLD_COLUMNS = {"image": "picture"}
-SPLITS = tuple(SPLIT_FOLDERS)
 
 
 @dataclass(frozen=True)
 class UserSet:
-    """What a YAML file says, checked."""
+    """What a YAML file says, checked. images: place of each split. classes: readable name by label or folder."""
 
-    path: Path
     name: str
     images: dict[str, str]
-    """Folder, CSV file or pattern of shards of each split."""
     label: str | None
     classes: dict[str, str] | None
-    """Readable name by label or folder, in order of class."""
     templates: tuple[str, ...]
 
 
@@ -56,31 +49,23 @@ def load_user_set(path: Path) -> UserSet:
     """Read and check a set's YAML file. Raises FileNotFoundError or ValueError, naming file, key and remedy."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file; give a YAML file that describes the set")
-    content = read_keys(path, KEYS, OLD_NAMES)
-    name, images, label = content.get("name"), content.get("images"), content.get("label")
+    content = read_keys(path, KEYS, {"pictures": "images"})
+    name, images, label, classes, templates = (content.get(key) for key in KEYS)
     if not isinstance(name, str) or not PLAIN_NAME.fullmatch(name):
-        refuse_key(path, "name", name, "a plain file name: letters, digits, '.', '_' and '-', the first no dot")
-    if isinstance(images, str):
-        images = {"test": images}
+        refuse(f"{path}: name", name, "give a plain file name: letters, digits, '.', '_' and '-', the first no dot")
+    images = {"test": images} if isinstance(images, str) else images
     if not isinstance(images, dict) or not images or not all(isinstance(p, str) and p for p in images.values()):
-        refuse_key(path, "images", images, "a folder, a CSV file or a pattern of shards, or one of them a split")
+        wanted = "give a folder, a CSV file or a pattern of shards, or one of them a split"
+        refuse(f"{path}: images", images, wanted)
     for split in images:
-        if split not in SPLITS:
-            refuse_key(path, f"images.{split}", images[split], f"only the splits {', '.join(SPLITS)}")
-    if label is not None and (not isinstance(label, str) or not label):
-        refuse_key(path, "label", label, "the name of a CSV column or of a field of KEY.json, as text, or leave it out")
-    classes = content.get("classes")
-    if isinstance(classes, list):
-        classes = dict(enumerate(classes))
-    templates = content.get("templates", [PAPER_TEMPLATE])
-    return UserSet(
-        path,
-        name,
-        images,
-        label,
-        None if classes is None else check_classes(path, classes),
-        check_templates(path, templates),
-    )
+        wanted = f"give only the splits {', '.join(SPLIT_FOLDERS)}"
+        require(split in SPLIT_FOLDERS, f"{path}: images.{split}", images[split], wanted)
+    wanted = "give the name of a CSV column or of a field of KEY.json, as text, or leave it out"
+    require(label is None or (isinstance(label, str) and label != ""), f"{path}: label", label, wanted)
+    classes = dict(enumerate(classes)) if isinstance(classes, list) else classes
+    named = None if classes is None else check_classes(path, classes)
+    templates = [PAPER_TEMPLATE] if "templates" not in content else templates
+    return UserSet(name, images, label, named, check_templates(path, templates))
 
 
 def open_user_set(path: Path, split: str | None, config: DataConfig) -> LabelledImages:
@@ -88,32 +73,49 @@ def open_user_set(path: Path, split: str | None, config: DataConfig) -> Labelled
     described = load_user_set(path)
     usual = next(split for split in ("test", "validation", "train") if split in described.images)
     split = split or usual
-    if split not in described.images:
-        refuse_key(path, "images", described.images, f"a place for the split {split}")
+    require(split in described.images, f"{path}: images", described.images, f"give a place for the split {split}")
     name = described.name if split == usual else f"{described.name}-{split}"
-    source = SetFolder(name, path.parent, f"correct `images` or `classes` in {path}")
-    images = str(path.parent / Path(described.images[split]).expanduser())
-    if Path(images).is_dir():
-        found = read_class_folders(source, Path(images), described.classes)
-    elif described.classes is None:
-        refuse_key(path, "classes", None, "a mapping or a list of them; only a folder of class folders names its own")
-    elif images.lower().endswith(".csv"):
-        found = _from_table(source, Path(images), described.label or "label", described.classes)
-    elif described.label is not None:
-        named = ZeroShotClasses(described.label, described.templates, described.classes)
-        return LabelledSamples(name, split, images, named, config)
-    else:
-        shards = [Path(shard) for shard in expand_pattern(images, False, f"{path}: images")]
-        found = labelled_shards(source, shards, list(described.classes.values()))
-    return LabelledSet(name, split, found, described.templates, config)
+    remedy = f"correct `images` or `classes` in {path}"
+    source = SetFolder(name, path.parent, remedy, name, split, described.templates, config)
+    images, classes = path.parent / Path(described.images[split]).expanduser(), described.classes
+    if images.is_dir():
+        folders = source.subfolders(images) if classes is None else list(classes)
+        names = published_sets()["folder"].named(folders) if classes is None else list(classes.values())
+        return read_class_folders(source, images, folders, names)
+    if classes is None:
+        wanted = "give a mapping or a list of them; only a folder of class folders names its own"
+        refuse(f"{path}: classes", None, wanted)
+    if images.suffix.lower() == ".csv":
+        return _from_table(source, images, described.label or "label", classes)
+    if described.label is not None:
+        named = ZeroShotClasses(described.label, described.templates, classes)
+        return LabelledSamples(name, split, str(images), named, config)
+    shards = [Path(shard) for shard in expand_pattern(str(images), False, f"{path}: images")]
+    return read_labelled_shards(source, shards, list(classes.values()))
 
 
-def _from_table(source: SetFolder, file: Path, label: str, classes: dict[str, str]) -> FoundImages:
-    rows = list(source.table(file, ("image", label), old_names=OLD_COLUMNS))
-    labels = source.labels([text for _, text in rows], list(classes), file)
-    paths = Counter(path for path, _ in rows)
-    if repeated := [path for path, times in paths.items() if times > 1]:
-        source.note(f"{len(repeated)} images occur in several rows of {file}, each of which counts", repeated)
-    if absent := sorted(set(classes) - {text for _, text in rows}):
-        source.note(f"{len(absent)} classes have no image in {file}", absent)
-    return FoundImages(source.images(file.parent, [path for path, _ in rows]), labels, list(classes.values()))
+def _from_table(source: SetFolder, file: Path, label: str, classes: dict[str, str]) -> LabelledImages:
+    rows = csv.reader(source.text(file).splitlines(), skipinitialspace=True)
+    paths, labels, row_of = [], [], {name: row for row, name in enumerate(classes)}
+    try:
+        header = next(rows, [])
+        if "image" not in header and "picture" in header:
+            header[header.index("picture")] = "image"
+            log.warning("%s: the column 'picture' is now called 'image'; the old name is still read", file)
+        if wrong := [column for column in ("image", label) if header.count(column) != 1]:
+            source.refuse(f"{file} has {'two columns' if wrong[0] in header else 'no column'} called {wrong[0]!r}")
+        for row in filter(None, rows):
+            where, text = f"{file}, line {rows.line_num}", dict(zip(header, row, strict=False)).get(label)
+            if len(row) != len(header):
+                source.refuse(f"{where}: {len(row)} values in {len(header)} columns; put one with ',' in quotes")
+            if text not in row_of:
+                source.refuse(f"{where}: the label {text!r} is none of the {len(classes)} classes")
+            paths.append(row[header.index("image")])
+            labels.append(row_of[text])
+    except csv.Error as error:
+        source.refuse(f"{file}, line {rows.line_num}: {error}")
+    repeated = [path for path, times in Counter(paths).items() if times > 1]
+    source.note(f"images occur in several rows of {file}, each of which counts", repeated)
+    source.note(f"classes have no image in {file}", [name for name in classes if row_of[name] not in labels])
+    images = source.images(file.parent, paths)
+    return LabelledImages(source, images, np.array(labels, dtype=np.int64), list(classes.values()))

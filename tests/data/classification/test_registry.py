@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from modstruct.config import DataConfig, ScenesConfig, ViewsConfig
-from modstruct.data.classification.registry import SETS, NamedSet, open_labelled, parse_set, set_splits
+from modstruct.data.classification.prompts import published_sets
+from modstruct.data.classification.registry import NamedSet, open_labelled, parse_set, set_splits
 from modstruct.data.shards.evaluation_samples import evaluation_loader
 from modstruct.data.synthetic.factors import COLOURS, SHAPES
 from modstruct.data.synthetic.shards import ensure_scenes
@@ -51,7 +52,7 @@ def test_a_wrong_name_is_refused(text, message):
 
 
 def test_a_missing_folder_is_named_with_what_to_download_for_every_set(tmp_path):
-    for name, published in SETS.items():
+    for name, published in published_sets().items():
         with pytest.raises(ValueError, match=rf"{name}@{tmp_path}/none: there is no such folder; ") as refusal:
             open_labelled(f"{name}@{tmp_path}/none", DataConfig())
         assert str(refusal.value).endswith(published.download)
@@ -65,7 +66,7 @@ def test_the_sets_of_the_papers_tables_are_all_there():
     t3 = {"caltech101", "svhn", "stl10", "cifar10", "cifar100", "dtd", "fgvc_aircraft", "oxford_pets", "rendered_sst2"}
     t3 |= {"food101", "gtsrb", "stanford_cars", "flowers102", "imagenet"}
     assert len(t3) == 14
-    assert t1_and_t2 | t3 <= SETS.keys()
+    assert t1_and_t2 | t3 <= published_sets().keys()
     for name in t3:  # linear probes
         assert set_splits(f"{name}@x")[0] == "train"
         assert set_splits(f"{name}@x")[-1] in ("test", "validation")

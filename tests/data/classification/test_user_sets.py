@@ -48,6 +48,15 @@ def test_a_folder_of_class_folders_names_its_classes(tmp_path, config):
     assert (same.name, same.fingerprint) == ("images", images.fingerprint)
 
 
+def test_folders_in_class_folders_are_read_too(tmp_path, config):
+    class_folders(tmp_path / "images")
+    layouts.put(tmp_path / "images/blue_tit/more/9.png", layouts.image(9))
+    layouts.put(tmp_path / "images/blue_tit/.cache/8.png", layouts.image(8))
+    images = open_labelled(str(described(tmp_path, "images: images")), config)
+    assert read(images) == [(0, 0), (1, 0), (9, 0), (10, 1), (11, 1)]
+    assert images[2].metadata["key"] == "blue_tit/more/9.png"
+
+
 def test_classes_give_order_and_names_and_may_lack_images(tmp_path, config):
     class_folders(tmp_path / "images")
     text = 'images: images\ntemplates: ["a {} bird"]\nclasses: {jay: Eurasian jay, owl: owl, blue_tit: blue tit}'
@@ -81,7 +90,7 @@ def test_what_a_table_repeats_or_lacks_is_named(tmp_path, config, caplog):
     assert "1 images occur in several rows of" in caplog.text
     assert "1 classes have no image in" in caplog.text
     layouts.put(tmp_path / "list.csv", "image,label\n0.png,A,B\n")
-    with pytest.raises(ValueError, match=r"list\.csv, line 2: more values than columns; put one"):
+    with pytest.raises(ValueError, match=r"list\.csv, line 2: 3 values in 2 columns; put one"):
         open_labelled(str(described(tmp_path, text)), config)
 
 
@@ -170,8 +179,8 @@ def test_labels_that_are_no_classes_are_refused_when_the_set_is_opened(tmp_path,
         ("images: bare", r"there is no image \(.jpg, .*\) in the folders of .*bare"),
         ("images: none.csv", r"classes = None: give a mapping or a list of them; only a folder"),
         ("images: none.csv\nclasses: [a, b]", r"birds@.*there is no file .*none.csv; correct `images`"),
-        ("images: wrong.csv\nclasses: [a, b]", r"wrong.csv has no column 'image'"),
-        ("images: other.csv\nclasses: [a, b]", r"the label 'x' is none of the 2 classes"),
+        ("images: wrong.csv\nclasses: [a, b]", r"wrong.csv has no column called 'image'"),
+        ("images: other.csv\nclasses: [a, b]", r"other.csv, line 2: the label 'x' is none of the 2 classes"),
         ("images: away.csv\nclasses: [a, b]", r"'../../jay.png' points out of"),
         ("images: gone.csv\nclasses: [a, b]", r"1 of 1 images are not in .*, the first one/jay/7.png"),
         ("images: none-*.tar\nclasses: [a, b]", r"no file matches"),

@@ -1,9 +1,7 @@
-"""ImageNet and its variants: folders by WordNet id or by number give the label that ImageNet gives."""
+"""Sets in class folders: Caltech-101 with its split; ImageNet and its variants, by WordNet id or by number."""
 
 from __future__ import annotations
 
-import csv
-import io
 import pkgutil
 import re
 import shutil
@@ -11,7 +9,6 @@ import shutil
 import numpy as np
 import published_layouts as layouts
 import pytest
-from scipy.io import savemat
 from timm.data import ImageNetInfo
 
 from modstruct.config import DataConfig
@@ -57,62 +54,20 @@ def test_a_missing_or_unknown_class_folder_is_named(by_wnid, tmp_path):
     root = tmp_path / "copy"
     shutil.copytree(by_wnid, root)
     (root / "val/n00000001").mkdir()
-    with pytest.raises(ValueError, match=r"the folder .*n00000001 is none of ImageNet's 1,000 WordNet ids; download"):
+    with pytest.raises(ValueError, match=r"the folder .*n00000001 is none of the 1,000 WordNet ids of ImageNet; "):
         open_labelled(f"imagenet@{root}", CONFIG)
     (root / "val/n00000001").rmdir()
     shutil.rmtree(root / "val" / WNIDS[7])
-    with pytest.raises(ValueError, match=rf"999 class folders instead of 1000, {WNIDS[7]} for one is not there"):
+    with pytest.raises(ValueError, match=rf"1 of the 1,000 class folders are not in .*, the first {WNIDS[7]};"):
         open_labelled(f"imagenet@{root}", CONFIG)
     with pytest.raises(ValueError, match=r"there is no train in it, nor in ILSVRC/Data/CLS-LOC"):
         open_labelled(f"imagenet:train@{root}", CONFIG)
 
 
-@pytest.fixture(scope="module")
-def validation(tmp_path_factory):
-    """The published validation images in one folder, their labels in no order, and the development kit's numbers."""
-    root = tmp_path_factory.mktemp("flat")
-    labels = np.random.default_rng(0).integers(0, 1000, 30)
-    for number, label in enumerate(labels.tolist(), 1):
-        layouts.put(root / f"val/ILSVRC2012_val_{number:08d}.JPEG", IMAGES[label])
-    return root, labels
-
-
-def test_the_published_validation_folder_is_labelled_by_the_development_kit(validation, tmp_path):
-    root, labels = validation
-    base = tmp_path / "set"
-    shutil.copytree(root, base)
-    with pytest.raises(ValueError, match=r"neither ILSVRC2012_devkit_t12 nor LOC_val_solution.csv is there"):
-        open_labelled(f"imagenet@{base}", CONFIG)
-    # The kit numbers its classes in an order of its own, from 1, and lists inner nodes of the tree behind them.
-    order = np.random.default_rng(1).permutation(1000)
-    synsets = np.zeros(1001, dtype=[("ILSVRC2012_ID", object), ("WNID", object), ("words", object)])
-    for number, label in enumerate(order):
-        synsets[number] = (number + 1, WNIDS[label], "words")
-    synsets[1000] = (1001, "n99999999", "an inner node")
-    kit = layouts.put_folder(base / "ILSVRC2012_devkit_t12/data")
-    savemat(kit / "meta.mat", {"synsets": synsets})
-    truth = [str(np.flatnonzero(order == label)[0] + 1) for label in labels]
-    layouts.put(kit / "ILSVRC2012_validation_ground_truth.txt", "\n".join(truth) + "\n")
-    images = open_labelled(f"imagenet@{base}", CONFIG)
-    assert images.labels.tolist() == labels.tolist()
-    assert [layouts.number_of(images[n].image) for n in range(30)] == labels.tolist()
-    layouts.put(kit / "ILSVRC2012_validation_ground_truth.txt", "\n".join([*truth[1:], "1001"]) + "\n")
-    with pytest.raises(ValueError, match=r"the label 'n99999999' is none of the 1000 classes"):
-        open_labelled(f"imagenet@{base}", CONFIG)
-
-
-def test_the_published_validation_folder_is_labelled_by_kaggles_table(validation, tmp_path):
-    root, labels = validation
-    base = tmp_path / "set"
-    shutil.copytree(root / "val", base / "ILSVRC/Data/CLS-LOC/val")
-    rows = io.StringIO()
-    writer = csv.writer(rows)
-    writer.writerow(["ImageId", "PredictionString"])
-    for number in np.random.default_rng(2).permutation(30):
-        boxes = f"{WNIDS[labels[number]]} 85 1 499 272 {WNIDS[labels[number]]} 1 2 3 4 "
-        writer.writerow([f"ILSVRC2012_val_{number + 1:08d}", boxes])
-    layouts.put(base / "LOC_val_solution.csv", rows.getvalue())
-    assert open_labelled(f"imagenet@{base}", CONFIG).labels.tolist() == labels.tolist()
+def test_validation_images_in_one_folder_are_refused_with_the_remedy(tmp_path):
+    layouts.put(tmp_path / "val/ILSVRC2012_val_00000001.JPEG", IMAGES[0])
+    with pytest.raises(ValueError, match=r"1000 of the 1,000 class folders are not .*val/n01440764/, as torchvision"):
+        open_labelled(f"imagenet@{tmp_path}", CONFIG)
 
 
 def test_the_folders_of_v2_are_sorted_as_numbers(tmp_path):
@@ -125,7 +80,7 @@ def test_the_folders_of_v2_are_sorted_as_numbers(tmp_path):
     assert images.classes == imagenet()
     folder = tmp_path / "imagenetv2-matched-frequency-format-val"
     (folder / "31").rename(folder / "031")
-    with pytest.raises(ValueError, match=r"the folder .*031 is no class number from 0 to 999"):
+    with pytest.raises(ValueError, match=r"the folder .*031 is none of the 1,000 class numbers from 0 to 999"):
         open_labelled(f"imagenet_v2@{folder}", CONFIG)
     (folder / "031").rename(tmp_path / "away")
     with pytest.raises(ValueError, match=r"1 of the 1,000 class folders are not in .*, the first 31"):
@@ -148,3 +103,17 @@ def test_the_200_classes_of_a_and_r_are_those_of_their_folders(tmp_path, variant
     shutil.rmtree(tmp_path / f"imagenet-{variant}" / subset[0])
     with pytest.raises(ValueError, match=re.escape("has 199 class folders instead of 200")):
         open_labelled(f"imagenet_{variant}@{tmp_path}", CONFIG)
+
+
+def test_caltech101_draws_30_of_each_class_for_training_and_tests_on_the_others(tmp_path):
+    root = layouts.caltech101(tmp_path)
+    train, test = (open_labelled(f"caltech101:{split}@{root}", CONFIG) for split in ("train", "test"))
+    assert np.bincount(train.labels).tolist() == [30, 30, 30]
+    assert np.bincount(test.labels).tolist() == [2, 1, 3]
+    keys = [{s[n].metadata["key"] for n in range(len(s))} for s in (train, test)]
+    assert not keys[0] & keys[1]
+    assert len(keys[0] | keys[1]) == 96
+    assert not any("BACKGROUND" in key for key in keys[0] | keys[1])
+    again = open_labelled(f"caltech101:train@{layouts.caltech101(tmp_path / 'other')}", CONFIG)
+    assert again.fingerprint == train.fingerprint
+    assert again.classes == ("centered face", "head of a crocodile", "wrench")

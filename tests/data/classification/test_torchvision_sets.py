@@ -1,4 +1,4 @@
-"""Each published set is read as torchvision reads the same files: images, labels and their order."""
+"""Sets that torchvision reads: its images and labels in its order; our errors, bounds and names."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import pytest
 import torchvision.datasets as peers
 
 from modstruct.config import DataConfig
-from modstruct.data.classification.prompts import ENSEMBLES, PAPER_TEMPLATE
-from modstruct.data.classification.registry import SETS, open_labelled
+from modstruct.data.classification.prompts import PAPER_TEMPLATE, published_sets
+from modstruct.data.classification.registry import open_labelled
 from modstruct.data.faults import BadSample
 
 CONFIG = DataConfig(workers=0)
+pytestmark = pytest.mark.usefixtures("unchecked")
 # Our name, our split, and torchvision's reader of the same split.
 PEERS: list[tuple[str, str, Callable[[Path], object]]] = [
     *(("dtd", ours, lambda root, s=theirs: peers.DTD(root, s)) for ours, theirs in
@@ -34,17 +35,11 @@ PEERS: list[tuple[str, str, Callable[[Path], object]]] = [
       (("train", "train"), ("validation", "val"), ("test", "test"))),
     *(("svhn", split, lambda root, s=split: peers.SVHN(root, s)) for split in ("train", "test")),
     *(("stl10", split, lambda root, s=split: peers.STL10(root, s)) for split in ("train", "test")),
+    *(("cifar10", split, lambda root, s=split: peers.CIFAR10(root, s == "train")) for split in ("train", "test")),
+    *(("cifar100", split, lambda root, s=split: peers.CIFAR100(root, s == "train")) for split in ("train", "test")),
 ]  # fmt: skip
 
 
-@pytest.fixture
-def unchecked(monkeypatch):
-    """torchvision without its checksums, which no tiny set has."""
-    for module in ("flowers102", "svhn", "stl10"):
-        monkeypatch.setattr(f"torchvision.datasets.{module}.check_integrity", lambda *_: True)
-
-
-@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(("name", "split", "peer"), PEERS, ids=lambda value: value if isinstance(value, str) else "")
 def test_a_set_agrees_with_torchvision(tmp_path, name, split, peer):
     root = getattr(layouts, name)(tmp_path)
@@ -70,7 +65,7 @@ def test_a_set_agrees_with_torchvision(tmp_path, name, split, peer):
         ("stanford_cars", ("AM General Hummer SUV 2000", "Acura RL Sedan 2012", "smart fortwo Convertible 2012")),
         ("svhn", tuple("0123456789")),
         ("stl10", ("airplane", "bird", "car")),
-        ("caltech101", ("centered face", "head of a crocodile", "wrench")),
+        ("cifar10", ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")),
     ],
 )
 def test_class_names_are_readable(tmp_path, name, classes):
@@ -90,25 +85,10 @@ def test_numbered_classes_have_names(tmp_path):
     assert flowers.classes[flowers[0].metadata["label"]] == "pink primrose"
 
 
-def test_caltech101_draws_30_of_each_class_for_training_and_tests_on_the_others(tmp_path):
-    root = layouts.caltech101(tmp_path)
-    train, test = (open_labelled(f"caltech101:{split}@{root}", CONFIG) for split in ("train", "test"))
-    assert np.bincount(train.labels).tolist() == [30, 30, 30]
-    assert np.bincount(test.labels).tolist() == [2, 1, 3]
-    keys = [{s[n].metadata["key"] for n in range(len(s))} for s in (train, test)]
-    assert not keys[0] & keys[1]
-    assert len(keys[0] | keys[1]) == 96
-    assert not any("BACKGROUND" in key for key in keys[0] | keys[1])
-    again = open_labelled(f"caltech101:train@{layouts.caltech101(tmp_path / 'other')}", CONFIG)
-    assert again.fingerprint == train.fingerprint
-
-
 @pytest.mark.parametrize("name", ["dtd", "svhn", "stl10", "oxford_pets"])
 def test_a_set_survives_the_way_to_a_loader_process(tmp_path, name):
     images = open_labelled(f"{name}@{getattr(layouts, name)(tmp_path)}", CONFIG)
-    sent = pickle.dumps(images)
-    assert len(sent) < 20_000  # pixels stay behind
-    copy = pickle.loads(sent)
+    copy = pickle.loads(pickle.dumps(images))
     assert np.array_equal(np.asarray(copy[1].image), np.asarray(images[1].image))
     assert copy[1].metadata == images[1].metadata
     assert copy.fingerprint == images.fingerprint
@@ -123,28 +103,33 @@ def test_the_archives_own_folder_is_found_too(tmp_path):
 
 
 def test_every_published_set_has_the_papers_template_first_and_an_ensemble_behind_it(tmp_path):
-    for name in set(SETS) - {"folder", "shards"}:
-        assert name.startswith("imagenet") or len(ENSEMBLES[name]) == len(set(ENSEMBLES[name])) >= 1
+    listed = {name: published.templates for name, published in published_sets().items()}
+    for name in listed.keys() - {"folder", "shards"}:
+        assert name.startswith("imagenet") or len(listed[name]) == len(set(listed[name])) >= 1
     sizes = {"cifar10": 18, "caltech101": 34, "dtd": 8, "stanford_cars": 8, "gtsrb": 3, "fgvc_aircraft": 2, "stl10": 2}
-    assert {name: len(ENSEMBLES[name]) for name in sizes} == sizes  # as many as CLIP was released with
+    assert {name: len(listed[name]) for name in sizes} == sizes  # as many as CLIP was released with
     images = open_labelled(f"stl10@{layouts.stl10(tmp_path)}", CONFIG)
     assert images.templates == (PAPER_TEMPLATE, "a photo of a {}.", "a photo of the {}.")
-    assert all(template.count("{}") == 1 for listed in ENSEMBLES.values() for template in listed)
+    assert all(template.count("{}") == 1 for templates in listed.values() for template in templates)
 
 
 @pytest.mark.parametrize(
     ("name", "gone", "message"),
     [
-        ("dtd", "dtd/dtd/labels/test1.txt", r"dtd@.*there is no file .*test1\.txt; download dtd-r1\.0\.1"),
+        ("dtd", "dtd/dtd/labels/test1.txt", r"dtd@.*there is no .*/dtd/dtd/labels/test1\.txt; download dtd-r1\.0\.1"),
         ("dtd", "dtd/dtd/images/banded/banded_0004.jpg", r"1 of 2 images are not in .*first banded/banded_0004\.jpg"),
-        ("fgvc_aircraft", "fgvc-aircraft-2013b/data/variants.txt", "there is no variants.txt in it, nor in fgvc-air"),
-        ("oxford_pets", "oxford-iiit-pet/annotations/test.txt", "no file .*annotations/test.txt; download images.tar"),
-        ("food101", "food-101/meta/test.json", "food101@.*no file .*test.json; download food-101"),
-        ("gtsrb", "gtsrb/GT-final_test.csv", "there is no GT-final_test.csv in it, nor in gtsrb; download GTSRB"),
-        ("stanford_cars", "stanford_cars/devkit/cars_meta.mat", "no file .*cars_meta.mat; put cars_train"),
-        ("flowers102", "flowers-102/imagelabels.mat", "no file .*imagelabels.mat; download 102flowers"),
+        ("fgvc_aircraft", "fgvc-aircraft-2013b/data/variants.txt", "no .*/data/variants.txt; download fgvc-air"),
+        ("oxford_pets", "oxford-iiit-pet/annotations/test.txt", "no .*/annotations/test.txt; download images.tar"),
+        ("food101", "food-101/meta/test.json", "food101@.*there is no .*/test.json; download food-101"),
+        ("gtsrb", "gtsrb/GT-final_test.csv", "there is no .*/GT-final_test.csv; download GTSRB"),
+        ("stanford_cars", "stanford_cars/devkit/cars_meta.mat", "there is no .*/cars_meta.mat; put cars_train"),
+        ("stanford_cars", "stanford_cars/cars_test_annos_withlabels.mat", "there is no .*/cars_test_annos_withlabels"),
+        ("flowers102", "flowers-102/imagelabels.mat", "there is no .*/imagelabels.mat; download 102flowers"),
         ("svhn", "test_32x32.mat", "svhn@.*there is no test_32x32.mat in it, nor in svhn; download"),
-        ("stl10", "stl10_binary/test_y.bin", "there is no file .*test_y.bin; download stl10_binary.tar.gz"),
+        ("stl10", "stl10_binary/test_y.bin", "there is no .*/test_y.bin; download stl10_binary.tar.gz"),
+        ("stl10", "stl10_binary/class_names.txt", "there is no .*/class_names.txt; download stl10_binary.tar.gz"),
+        ("cifar10", "cifar-10-batches-py/data_batch_2", "there is no .*/data_batch_2; download cifar-10-python"),
+        ("cifar100", "cifar-100-python/meta", "there is no meta in it, nor in cifar-100-python; download cifar-100-py"),
     ],
 )
 def test_a_missing_file_is_named_with_the_set_and_what_to_download(tmp_path, name, gone, message):
@@ -157,30 +142,39 @@ def test_a_missing_file_is_named_with_the_set_and_what_to_download(tmp_path, nam
 @pytest.mark.parametrize(
     ("name", "file", "content", "message"),
     [
-        ("dtd", "dtd/dtd/labels/test1.txt", "banded/banded_0004.jpg\nblue/x.jpg\n", "'blue' is none of the 2 classes"),
-        ("dtd", "dtd/dtd/labels/test1.txt", "banded/../../../../passwd", "points out of"),
-        ("dtd", "dtd/dtd/labels/test1.txt", b"\xff\xfe\xff", "cannot be read"),
-        ("fgvc_aircraft", "fgvc-aircraft-2013b/data/images_variant_test.txt", "1 Zeppelin\n", "'Zeppelin' is none of"),
-        ("oxford_pets", "oxford-iiit-pet/annotations/test.txt", "a_1 1 1\n", "'a_1 1 1' is no image, class"),
-        ("oxford_pets", "oxford-iiit-pet/annotations/test.txt", "a_1 1 1 1\nb_1 1 1 1\n", "class 1 is a and b"),
-        ("oxford_pets", "oxford-iiit-pet/annotations/test.txt", "a_1 1 1 1\nb_1 3 1 1\n", "have no image each"),
-        ("food101", "food-101/meta/test.json", '{"waffles": "waffles/5"}', "no object of lists"),
-        ("gtsrb", "gtsrb/GT-final_test.csv", "Filename;Class\n1.ppm;2\n", "no column 'ClassId'"),
-        ("gtsrb", "gtsrb/GT-final_test.csv", "Filename;ClassId\n00000.ppm;43\n", "a label outside the 43 classes"),
-        ("gtsrb", "gtsrb/GT-final_test.csv", "Filename;ClassId\n00000.ppm\n", "line 2: a value is missing"),
-        ("stanford_cars", "stanford_cars/devkit/cars_meta.mat", b"no mat", "is no MATLAB file"),
-        ("svhn", "test_32x32.mat", b"", "is no MATLAB file"),
-        ("stl10", "stl10_binary/test_X.bin", b"123", "has 3 bytes, no multiple of the 27648 of an image"),
-        ("stl10", "stl10_binary/test_y.bin", b"\x01\x02\x04", "label outside the 3 classes"),
-        ("stl10", "stl10_binary/test_y.bin", b"\x01", "3 images and 1 labels"),
+        ("dtd", "labels/test1.txt", "banded/banded_0004.jpg\nblue/x.jpg\n", "not in .*/images, the first blue/x.jpg"),
+        (
+            "dtd",
+            "labels/test1.txt",
+            "banded/../../../../passwd",
+            "torchvision cannot read labels/test1.txt in .*/dtd",
+        ),
+        ("dtd", "labels/test1.txt", "../passwd", r"the image path '\.\./passwd' points out of"),
+        ("dtd", "labels/test1.txt", "", "no image of this split is named for .*images"),
+        ("dtd", "labels/test1.txt", b"\xff\xfe\xff", "cannot read labels/test1.txt .*UnicodeDecodeError"),
+        ("fgvc_aircraft", "images_variant_test.txt", "1 Zeppelin\n", "images_variant_test.txt .*KeyError: 'Zeppelin'"),
+        ("oxford_pets", "annotations/test.txt", "a_1 1 1\n", "annotations/test.txt .*not enough values"),
+        ("oxford_pets", "annotations/test.txt", "a_1 1 1 1\nb_1 1 1 1\n", "annotations/test.txt .*two breeds have one"),
+        ("oxford_pets", "annotations/test.txt", "a_1 1 1 1\nb_1 3 1 1\n", "annotations/test.txt .*KeyError: 1"),
+        ("food101", "meta/test.json", "{", "cannot read meta/test.json .*JSONDecodeError"),
+        ("gtsrb", "GT-final_test.csv", "Filename;Class\n1.ppm;2\n", "GT-final_test.csv .*KeyError: 'ClassId'"),
+        ("gtsrb", "GT-final_test.csv", "Filename;ClassId\n00000.ppm;43\n", "a label outside the 43 classes"),
+        ("gtsrb", "GT-final_test.csv", "Filename;ClassId\n00000.ppm;-1\n", "a label outside the 43 classes"),
+        ("stanford_cars", "devkit/cars_meta.mat", b"no mat", "cannot read devkit/cars_meta.mat, .*MatReadError"),
+        ("svhn", "../test_32x32.mat", b"", "/test_32x32.mat is not the published file: its MD5 is another"),
+        ("stl10", "test_X.bin", b"123", "_X.bin is not the published file: its MD5 is another"),
+        ("stl10", "test_y.bin", b"\x01\x02\x04", "label outside the 3 classes"),
+        ("stl10", "test_y.bin", b"\x01", "3 images and 1 labels"),
+        ("cifar10", "test_batch", b"no pickle", "batches.meta is not the published file: its MD5 is another"),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path, name, file, content, message):
     root = getattr(layouts, name)(tmp_path)
-    layouts.put(root / file, content)
+    layouts.put(root / published_sets()[name].folder / file, content)
     with pytest.raises(ValueError, match=message) as refusal:
         open_labelled(f"{name}@{root}", CONFIG)
     assert str(refusal.value).startswith(f"{name}@{root}: ")
+    assert str(refusal.value).endswith(published_sets()[name].download)
 
 
 def test_an_image_that_cannot_be_decoded_is_a_bad_sample(tmp_path):
@@ -202,3 +196,24 @@ def test_the_largest_image_allowed_holds_for_arrays_and_files(tmp_path):
     for name in ("svhn", "dtd"):
         with pytest.raises(BadSample, match="decompression bomb"):
             open_labelled(f"{name}@{getattr(layouts, name)(tmp_path)}", small)[0]
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_the_binary_version_of_cifar_is_refused_by_name(tmp_path, name):
+    folder, listed = published_sets()[name].unread
+    layouts.put(tmp_path / folder / listed, "a\nb\n")
+    for given in (tmp_path, tmp_path / folder):
+        with pytest.raises(ValueError, match=rf"{name}@.*is of the binary version, which is not read; .*python"):
+            open_labelled(f"{name}@{given}", CONFIG)
+    assert len(open_labelled(f"{name}@{getattr(layouts, name)(tmp_path)}", CONFIG)) == 3  # both are there
+
+
+def test_a_published_set_in_another_folder_is_found_too(tmp_path):
+    names = ("dtd", "fgvc_aircraft", "flowers102", "oxford_pets", "cifar10", "stl10")
+    for name in names:
+        known, root = published_sets()[name], getattr(layouts, name)(tmp_path / name)
+        renamed = tmp_path / f"my {name}"
+        (root / known.folder).rename(renamed)
+        images = open_labelled(f"{name}@{renamed}", CONFIG)
+        assert images.fingerprint == open_labelled(f"{name}@{getattr(layouts, name)(root)}", CONFIG).fingerprint
+        assert images[0].image.mode == "RGB"

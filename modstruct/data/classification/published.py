@@ -1,0 +1,175 @@
+"""Readers of the published sets, by their own files; nothing is downloaded.
+
+torchvision.datasets says which images and labels there are. The check of every path and label, the error for what is
+missing or damaged, and the decoding (data.max_image_pixels, bad samples) are ours. torchvision compares the files of
+CIFAR, SVHN, STL10 and Flowers102 with their published MD5 before it reads them: CIFAR's are pickles, which could run
+any code, so no others than the published ones are opened.
+Not by torchvision: Caltech-101, to which that gives no split; ImageNet, since that unpacks archives into the user's
+folder; and what it does not know: V2 (Recht et al. 2019), Sketch (Wang et al. 2019), A and R (Hendrycks et al. 2021).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from torchvision import datasets
+from torchvision.datasets.utils import calculate_md5
+
+from modstruct.data.classification.image_stores import ImageArray
+from modstruct.data.classification.labelled_images import LabelledImages, SetFolder, read_class_folders
+from modstruct.data.classification.prompts import imagenet, imagenet_labels, published_sets
+
+CALTECH101_TRAINING = 30
+"""Images of each class for training, as most work on it has (and Radford et al. 2021)."""
+BACKGROUND = "BACKGROUND_Google"  # no class of Caltech-101
+V2_FOLDERS = ("matched-frequency-format-val", "matched-frequency", "threshold0.7-format-val", "top-images-format-val")
+WORDNET_IDS = "WordNet ids of ImageNet"
+SUBSET_CLASSES = 200  # of ImageNet-A and -R
+CHECKSUMS = ("train_list", "test_list", "meta", "split_list", "_file_dict")  # where torchvision's classes have them
+
+
+class LabelledSTL10(datasets.STL10):
+    """Without the images that have no label, whose 2.7 GB would be needed and summed."""
+
+    train_list = datasets.STL10.train_list[:2]
+
+
+def read_by_torchvision(source: SetFolder) -> LabelledImages:
+    """A split of a set that torchvision reads. Raises ValueError that names the set, its file and what to download."""
+    known = published_sets()[source.known]
+    theirs, first, *others = known.splits[source.split]
+    for other in known.unread:
+        if (source.root / other).exists() and not (source.root / known.folder).exists():
+            source.refuse(f"{source.root / other} is of the binary version, which is not read")
+    parts = known.folder.split("/")
+    base = source.folder_with(first, *("/".join(parts[start:]) for start in range(len(parts))))
+    if missing := [base / file for file in others if not (base / file).exists()]:
+        source.refuse(f"there is no {missing[0]}")
+    with TemporaryDirectory() as root:  # in which the set lies where torchvision looks for it
+        link = Path(root, known.folder)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(base.resolve())
+        try:
+            images, labels, names = _contents(source.known, Path(root), theirs)
+        except Exception as error:  # torchvision, pickle, scipy and csv raise nearly anything for a damaged file
+            published = repr([getattr(getattr(datasets, known.torchvision), name, None) for name in CHECKSUMS])
+            for file in (first, *others):
+                if repr(file) in published and calculate_md5(base / file) not in published:
+                    source.refuse(f"{base / file} is not the published file: its MD5 is another")
+            problem = f"{type(error).__name__}: {error}".replace(str(link), str(base))
+            source.refuse(f"torchvision cannot read {', '.join(others or [first])} in {base} ({problem})")
+    rows, classes = np.array(labels, dtype=np.int64), known.named(names)
+    if len(images) != len(rows):
+        source.refuse(f"the split {source.split} has {len(images)} images and {len(rows)} labels")
+    if len(rows) and not 0 <= rows.min() <= rows.max() < len(classes):
+        source.refuse(f"the split {source.split} has a label outside the {len(classes)} classes")
+    if isinstance(images, np.ndarray):
+        return LabelledImages(source, ImageArray(images, source.split), rows, classes)
+    paths = [os.path.relpath(path, link / first) for path in images]
+    return LabelledImages(source, source.images(base / first, paths), rows, classes)
+
+
+def _contents(name: str, root: Path, split: str) -> tuple[Sequence[str] | np.ndarray, Sequence[int], Sequence[str]]:
+    """Paths, or pixels (n, H, W, 3); labels (n,); names of the classes, none where torchvision has none."""
+    dataset = getattr(datasets, published_sets()[name].torchvision)
+    classes: Sequence[str] = ()
+    if name.startswith("cifar"):
+        found = dataset(root, split == "train")
+        return found.data, found.targets, found.classes
+    if name in ("stl10", "svhn"):
+        found = LabelledSTL10(root, split) if name == "stl10" else dataset(root / "svhn", split)
+        return found.data.transpose(0, 2, 3, 1), found.labels, getattr(found, "classes", ())
+    if name == "gtsrb":
+        samples = dataset(root, split)._samples
+    elif name == "oxford_pets":  # torchvision's own names have every word with a capital
+        found = dataset(root, split)
+        samples = list(zip(found._images, found._labels, strict=True))
+        breeds = {label: path.stem.rpartition("_")[0] for path, label in samples}
+        if len(breeds) != len(found.classes):
+            raise ValueError("two breeds have one number")
+        classes = [breeds[label] for label in range(len(breeds))]
+    else:  # the others take a loader of images: one that gives the path
+        found = dataset(root, split, loader=str)
+        samples, classes = [found[number] for number in range(len(found))], found.classes
+    return [path for path, _ in samples], [label for _, label in samples], classes
+
+
+def read_folder(source: SetFolder) -> LabelledImages:
+    """Class folders of any names, in the split's folder (train; validation, val or valid; test) or in the root itself.
+
+    Without a folder of any split, the root is the split test.
+    """
+    base = source.split_folder(source.split)
+    folders = source.subfolders(base)
+    return read_class_folders(source, base, folders, published_sets()["folder"].named(folders))
+
+
+def read_caltech101(source: SetFolder) -> LabelledImages:
+    """Objects (Fei-Fei et al. 2004), 101 classes without the background class.
+
+    No split is published. Here 30 images of each class, those with the smallest hash of their name, are for training
+    and all others for test: a draw that is the same everywhere.
+    """
+    base = source.folder_with("101_ObjectCategories", "caltech101", "caltech-101") / "101_ObjectCategories"
+    folders = sorted(source.subfolders(base), key=lambda name: (name == BACKGROUND, name))
+    every = read_class_folders(source, base, folders, folders)
+    named = published_sets()["caltech101"].named([name for name in folders if name != BACKGROUND])
+    classes = [name.lower() for name in named]
+    keys = [every.store.key(number) for number in range(len(every))]
+    hashes = [hashlib.blake2b(key.encode(), digest_size=16).digest() for key in keys]
+    by_hash = sorted(range(len(keys)), key=lambda number: (every.labels[number], hashes[number]))
+    place = np.arange(len(keys)) - np.searchsorted(every.labels, every.labels)  # within the class; labels ascend
+    of_split = (place < CALTECH101_TRAINING) == (source.split == "train")
+    kept = np.sort(np.array(by_hash)[of_split & (every.labels < len(classes))])
+    return LabelledImages(source, source.images(base, [keys[number] for number in kept]), every.labels[kept], classes)
+
+
+def read_imagenet(source: SetFolder) -> LabelledImages:
+    """In folders by WordNet id (Russakovsky et al. 2015)."""
+    folder = {"train": "train", "validation": "val"}[source.split]
+    base = source.folder_with(folder, "ILSVRC/Data/CLS-LOC", "imagenet") / folder
+    return read_class_folders(source, base, list(imagenet_labels()), imagenet(), WORDNET_IDS)
+
+
+def read_imagenet_sketch(source: SetFolder) -> LabelledImages:
+    """50,889 drawings of the 1,000 classes."""
+    base = source.first_folder("sketch", "imagenet-sketch")
+    return read_class_folders(source, base, list(imagenet_labels()), imagenet(), WORDNET_IDS)
+
+
+def read_imagenet_v2(source: SetFolder) -> LabelledImages:
+    """10,000 images in folders 0 to 999, in order of number (sorted as text, 10 would come before 2)."""
+    base = source.folder_with("0", *(f"imagenetv2-{name}" for name in V2_FOLDERS))
+    numbers = [str(label) for label in range(1000)]
+    return read_class_folders(source, base, numbers, imagenet(), "class numbers from 0 to 999")
+
+
+def read_imagenet_subset(source: SetFolder) -> LabelledImages:
+    """A: 7,500 images that a ResNet-50 gets wrong; R: 30,000 renditions (art, cartoons, …). 200 classes each.
+
+    Labels count these, in ImageNet's order.
+    """
+    base = source.first_folder(source.known.replace("_", "-"))
+    there, known = set(source.subfolders(base)), imagenet_labels()
+    if len(there) != SUBSET_CLASSES:
+        own = "a set of your own that has other classes is described by a YAML file"
+        source.refuse(f"{base} has {len(there)} class folders instead of {SUBSET_CLASSES} ({own})")
+    subset = [wnid for wnid in known if wnid in there]
+    return read_class_folders(source, base, subset, [imagenet()[known[wnid]] for wnid in subset], WORDNET_IDS)
+
+
+READERS: dict[str, Callable[[SetFolder], LabelledImages]] = {
+    "caltech101": read_caltech101,
+    "folder": read_folder,
+    "imagenet": read_imagenet,
+    "imagenet_a": read_imagenet_subset,
+    "imagenet_r": read_imagenet_subset,
+    "imagenet_sketch": read_imagenet_sketch,
+    "imagenet_v2": read_imagenet_v2,
+}
+"""Of the sets that torchvision.datasets does not read as they should be."""
