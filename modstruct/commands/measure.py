@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -27,25 +27,22 @@ from modstruct.distributed import FailedElsewhere
 from modstruct.distributed.collect import on_main
 from modstruct.distributed.run_lock import held
 from modstruct.errors import LostProcess, RunError, printable
-from modstruct.evaluation.classification.few_shot import FewShotConfig, measure_few_shot
-from modstruct.evaluation.classification.linear_probe import LinearProbeConfig, measure_linear_probe
-from modstruct.evaluation.classification.zero_shot import measure_zero_shot
+from modstruct.evaluation.classification import few_shot, linear_probe, zero_shot
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.examples import write_retrieved_examples
 from modstruct.evaluation.information.measure import measure_information
 from modstruct.evaluation.information.probes import ProbeConfig
 from modstruct.evaluation.leakage.result import LEAKED_KEYS, leave_out, read_keys
+from modstruct.evaluation.result import Result
 from modstruct.evaluation.retrieval.measure import RetrievalConfig, measure_set_retrieval
-from modstruct.evaluation.structure.measure import measure_set_structure
-from modstruct.evaluation.structure.sampling import SamplingConfig
+from modstruct.evaluation.structure.measure import StructureConfig
+from modstruct.evaluation.structure.measure import measure as measure_structure
 from modstruct.files import atomic_write, require_writable
 from modstruct.stopping import stage
 
 USAGE = "[deepspeed [launcher options] | python] launch_scripts/evaluate.py measure EVALUATION… [--FIELD VALUE …]"
 METRICS = ("retrieval", "zero_shot", "structure", "linear_probe", "linear_probe_adamw", "few_shot", "information")
 PROBES = ("linear_probe", "linear_probe_adamw", "few_shot")
-DEFAULT_FEATURES = ("image_features", "image_projected")
-Probe = TypeVar("Probe", LinearProbeConfig, FewShotConfig)
 Found = tuple[dict[str, Any], dict[str, np.ndarray]]
 
 
@@ -59,12 +56,12 @@ class MeasureConfig:
     """Needs captions."""
     top_k: list[int] = field(default_factory=lambda: [1, 3, 5])
     """Of zero-shot classification, which needs classes."""
-    structure: SamplingConfig = field(default_factory=SamplingConfig)
+    structure: StructureConfig = field(default_factory=StructureConfig)
     """Needs captions."""
-    linear_probe: LinearProbeConfig = field(default_factory=LinearProbeConfig)
+    linear_probe: linear_probe.LinearProbeConfig = field(default_factory=linear_probe.LinearProbeConfig)
     """Needs classes and the training split (embed --all_splits). linear_probe_adamw is the same by CyCLIP's protocol,
     on image_projected."""
-    few_shot: FewShotConfig = field(default_factory=FewShotConfig)
+    few_shot: few_shot.FewShotConfig = field(default_factory=few_shot.FewShotConfig)
     """Needs classes and the training split."""
     information: ProbeConfig = field(default_factory=ProbeConfig)
     """Needs captions, and classes or information_labels."""
@@ -178,39 +175,27 @@ def _measure_one(
     on_main(lambda: require_writable("results", results))
     _print(f"{title} …")
     device, progress = distributed.device(), distributed.is_main()
-
-    def alone() -> Found:
-        if metric == "zero_shot":
-            return measure_zero_shot(embedded, config.top_k, device)
-        if metric == "structure":
-            return measure_set_structure(embedded, config.structure), {}
-        if metric == "information":
-            return measure_information(embedded, config.information_labels, config.information, device, progress)
-        train, validation = splits["train"], splits.get("validation")
-        if metric == "few_shot":
-            few_shot = _with_features(config.few_shot, train)
-            return measure_few_shot(train, embedded, validation, few_shot, device, progress)
-        probe = _by_adamw(config.linear_probe) if metric == "linear_probe_adamw" else config.linear_probe
-        return measure_linear_probe(train, embedded, validation, _with_features(probe, train), device, progress)
-
-    if metric == "retrieval":  # which all processes share
+    embedded.splits = splits
+    measures: dict[str, Callable[[], Result]] = {
+        "zero_shot": lambda: zero_shot.measure(embedded, zero_shot.ZeroShotConfig(tuple(config.top_k))),
+        "structure": lambda: measure_structure(embedded, config.structure),
+        "linear_probe": lambda: linear_probe.measure(embedded, config.linear_probe),
+        "linear_probe_adamw": lambda: linear_probe.measure_adamw(embedded, config.linear_probe),
+        "few_shot": lambda: few_shot.measure(embedded, config.few_shot),
+    }
+    if metric in measures:
+        result = measures[metric]()
+        command = ("evaluate.py", "measure", *words)
+        on_main(lambda: replace(result, command=command, embeddings=identity(embedded)).save(path))
+    elif metric == "retrieval":  # which all processes share
         found = measure_set_retrieval(embedded, config.retrieval, progress=progress)
         on_main(lambda: _save(path, *found, embedded, words))
     else:
+
+        def alone() -> Found:
+            return measure_information(embedded, config.information_labels, config.information, device, progress)
+
         on_main(lambda: _save(path, *alone(), embedded, words))
-
-
-def _by_adamw(probe: LinearProbeConfig) -> LinearProbeConfig:
-    features = "image_projected" if probe.features == LinearProbeConfig().features else probe.features
-    return replace(probe, method="adamw", features=features)
-
-
-def _with_features(probe: Probe, train: EmbeddedSet) -> Probe:
-    """The probe on the shared embeddings, where its own default was not embedded."""
-    if probe.features not in DEFAULT_FEATURES or probe.features in train.arrays:
-        return probe
-    _print(f"  on image, since {probe.features} is not embedded (embed --embedding.arrays '[all]')")
-    return replace(probe, features="image")
 
 
 def _missing(metric: str, embedded: EmbeddedSet, splits: dict[str, EmbeddedSet], config: MeasureConfig) -> str | None:

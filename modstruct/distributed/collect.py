@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -32,6 +33,8 @@ Found = TypeVar("Found")
 ROWS_AT_ONCE = 1 << 14
 STORE_TIMEOUT_SECONDS = 60.0
 _number = itertools.count()
+_alone = ContextVar("alone", default=False)
+"""Whether what runs now runs on this process alone, within `on_main` or `share_out`."""
 
 
 def rounds_of(batches: int) -> int:
@@ -145,13 +148,27 @@ def collect_values(value: Any, device: torch.device) -> list[Any]:
     return [json.loads(row[:n].tobytes()) for row, n in zip(everyone, lengths, strict=True)]
 
 
+def _by_itself(measure: Callable[[], T]) -> T:
+    token = _alone.set(True)
+    try:
+        return measure()
+    finally:
+        _alone.reset(token)
+
+
 def on_main(measure: Callable[[], Any]) -> Any:
-    """What the main process measures, on every process; its error too, so that none waits for ever."""
+    """What the main process measures, on every process; its error too, so that none waits for ever.
+
+    Within it `on_main`, `share_out` and `together` are this process's alone, so that measure may be what else all
+    processes call, such as a metric of a set whose rows the main process alone has.
+    """
+    if _alone.get():
+        return measure()
     outcome: dict[str, Any] = {}
     error: Exception | None = None
     if is_main():
         try:
-            outcome = {"measured": measure()}
+            outcome = {"measured": _by_itself(measure)}
         except Exception as e:  # raised below, here as it is and elsewhere by its text
             error, outcome = e, {"error": f"{type(e).__name__}: {e}"}
     outcome = broadcast_object(outcome)
@@ -165,13 +182,16 @@ def on_main(measure: Callable[[], Any]) -> Any:
 def share_out(items: Sequence[T], measure: Callable[[T], Found]) -> list[Found]:
     """measure(item) of every item, in order, on every process; strided by world size, each is measured once.
 
-    items: the same on every process. measure: calls no collective, and gives the same wherever it runs: seeds belong
-    to items, not to processes. What it raises on one process is raised on all.
+    items: the same on every process. measure: calls no collective but `on_main` and `share_out`, which within it are
+    this process's alone, and gives the same wherever it runs: seeds belong to items, not to processes. What it raises
+    on one process is raised on all.
     """
+    if _alone.get():
+        return [measure(item) for item in items]
     mine: list[Found] = []
     error: Exception | None = None
     try:
-        mine += [measure(item) for item in items[rank() :: world_size()]]
+        mine += _by_itself(lambda: [measure(item) for item in items[rank() :: world_size()]])
     except Exception as e:  # raised below, here as it is and elsewhere by its text
         error = e
     fail_together(error, f"process {rank()}: {type(error).__name__}: {error}")
@@ -185,7 +205,8 @@ def together(work: Callable[[Callable[[int], None]], None], title: str, total: i
     work: calls `done(n)` for each n of the `total` that all do; the main process shows them. An error of one process
     ends the work of all, at their next `done`: there it is raised as it is, and elsewhere FailedElsewhere.
     """
-    store = own_store(f"together {next(_number)}", STORE_TIMEOUT_SECONDS) if world_size() > 1 else None
+    shared = world_size() > 1 and not _alone.get()
+    store = own_store(f"together {next(_number)}", STORE_TIMEOUT_SECONDS) if shared else None
     error: Exception | None = None
     with tqdm(total=total, desc=title, leave=False, disable=not is_main()) as bar:
 
@@ -200,4 +221,7 @@ def together(work: Callable[[Callable[[int], None]], None], title: str, total: i
             error = caught
             if store is not None and not isinstance(error, FailedElsewhere):
                 store.set("failed", f"{type(error).__name__}: {error}")
-    fail_together(error, f"{type(error).__name__}: {error}")
+    if shared:
+        fail_together(error, f"{type(error).__name__}: {error}")
+    elif error is not None:
+        raise error

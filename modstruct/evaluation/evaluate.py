@@ -16,7 +16,8 @@ from modstruct.data.classification.class_files import load_classes
 from modstruct.data.run_data import EvaluationData
 from modstruct.data.shards.evaluation_samples import EvaluationSamples, evaluation_loader
 from modstruct.distributed.collect import my_batches, on_main
-from modstruct.evaluation.classification.zero_shot import class_embeddings, zero_shot
+from modstruct.evaluation.classification.accuracy import accuracies
+from modstruct.evaluation.classification.zero_shot import class_embeddings, images_ahead
 from modstruct.evaluation.embeddings.embed import embed
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.embeddings.model import EmbeddingModel, Encode
@@ -71,7 +72,7 @@ def evaluate(
     if classes is not None:
         truth = source.labels
         assert truth is not None  # the source has classes
-        kept, templates = truth >= 0, len(classes.templates)
+        kept = truth >= 0
         labelled = int(np.sum(kept))
         sizes |= {
             "classes": len(classes.classes),
@@ -83,8 +84,11 @@ def evaluate(
             def classify() -> dict[str, Any]:
                 prompts = source.class_prompts
                 assert prompts is not None  # the source has classes
-                rows = class_embeddings(prompts.reshape(-1, prompts.shape[2]), templates)
-                return zero_shot(source.rows("image")[kept], rows, truth[kept], config.top_k, source.class_names)
+                rows, names = class_embeddings(prompts), source.class_names
+                ahead = images_ahead(source.rows("image")[kept], rows, truth[kept], names)
+                top_k = [k for k in config.top_k if k <= len(names)]
+                found = accuracies(ahead, truth[kept], len(names), top_k, intervals=False)
+                return {name: {"value": value.value, "chance": value.chance} for name, value in found.items()}
 
     embedded = time.monotonic()
     reranked = {}

@@ -16,8 +16,8 @@ from processes import run_on_processes
 from modstruct.config import EvaluationConfig
 from modstruct.data.classification.class_files import load_classes
 from modstruct.data.run_data import EvaluationData
-from modstruct.evaluation.classification.linear_probe import LinearProbeConfig, measure_linear_probe
-from modstruct.evaluation.classification.zero_shot import measure_zero_shot
+from modstruct.evaluation.classification import linear_probe, zero_shot
+from modstruct.evaluation.classification.linear_probe import LinearProbeConfig
 from modstruct.evaluation.embeddings import source as source_module
 from modstruct.evaluation.embeddings.embed import embed
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
@@ -31,7 +31,7 @@ from modstruct.evaluation.retrieval.exact import pairs_ahead
 from modstruct.evaluation.retrieval.measure import DIRECTIONS, RetrievalConfig, measure_set_retrieval
 from modstruct.evaluation.retrieval.metrics import ranked_queries
 from modstruct.evaluation.statistics import wilson
-from modstruct.evaluation.structure.measure import measure_set_structure
+from modstruct.evaluation.structure.measure import measure as measure_structure
 
 IMAGES, COPIES = 12, 5
 NUMBERS = [number for number in range(IMAGES) for _ in range(COPIES)]
@@ -156,19 +156,20 @@ def test_an_embedded_set_keeps_all_samples_and_measures_distinct_images(tmp_path
     shown = json.loads((tmp_path / "examples" / "examples.json").read_text())["examples"]
     assert all(example["results"][0]["right"] for example in shown)
     assert all(len({item["key"] for item in example["results"]}) == 5 for example in shown)
-    structure = measure_set_structure(embedded)
-    assert structure["rows"] == {"image": 12, "text": 60, "pairs": 60}
+    structure = measure_structure(embedded)
+    assert structure.rows == {"image": 12, "text": 60, "pairs": 60}
 
 
 def test_copies_are_no_independent_evidence_of_an_accuracy(tmp_path, labelled):
     embedded = embed(numbered_model(perfect()), labelled, config(), tmp_path / "set")
-    probed = measure_linear_probe(embedded, embedded, None, LinearProbeConfig(features="image", strength=100.0))
-    for result, outcomes in (measure_zero_shot(embedded), probed):
-        metric = result["figures"].get("ensemble", result["figures"])["top_1"]
-        assert 0 < metric["value"] < 1
-        assert outcomes["group"].tolist() == [int(key) // COPIES for key in embedded.keys]
-        low, high = wilson(metric["value"], IMAGES)
-        assert metric["high"] - metric["low"] > 0.8 * (high - low)
+    embedded.splits = {"train": embedded}
+    probed = linear_probe.measure(embedded, LinearProbeConfig(features="image", strength=100.0))
+    for result, name in ((zero_shot.measure(embedded), "ensemble/top_1"), (probed, "top_1")):
+        metric = result.values[name]
+        assert 0 < metric.value < 1
+        assert result.outcomes["group"].tolist() == [int(key) // COPIES for key in embedded.keys]
+        low, high = wilson(metric.value, IMAGES)
+        assert metric.high - metric.low > 0.8 * (high - low)
 
 
 def test_a_copy_leaves_with_its_image(tmp_path, labelled):

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from scipy.optimize import minimize
 
-from modstruct.evaluation.classification.features import Features, Piece, RowBlocks
+from modstruct.evaluation.classification.features import Features, RowBlocks
 from modstruct.evaluation.classification.logistic_regression import CORRECTIONS, mean_objective
 
 GIB = 2**30
@@ -107,11 +107,11 @@ def write_rows(path: Path, options: argparse.Namespace) -> np.ndarray:
 
 def evaluation(rows: np.ndarray, labels: np.ndarray, options: argparse.Namespace, device: torch.device) -> dict:
     weights = np.random.default_rng(1).standard_normal(options.classes * (options.dimension + 1)) / 100
-    small = Features((Piece((rows[:64],), np.arange(min(64, len(rows)))),), labels[:64])
+    small = Features((rows[:64],), np.arange(min(64, len(rows))), labels[:64])
     mean_objective(RowBlocks(small, device, width=options.classes), options.classes, 1.0)(weights)  # libraries load
 
     def timed() -> list[tuple[float, float]]:
-        features = Features((Piece((rows,), np.arange(len(rows))),), labels)
+        features = Features((rows,), np.arange(len(rows)), labels)
         blocks = RowBlocks(features, device, width=options.classes, hold_bytes=None if options.held else 0)
         objective = mean_objective(blocks, options.classes, 1.0)
         seconds = []

@@ -1,203 +1,155 @@
-"""Classification from a few images of each class: several draws, and a probe fitted on each."""
+"""Classification from a few images of each class: several draws, and a logistic regression fitted on each."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
-from typing import Literal
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
+from modstruct import distributed
+from modstruct.distributed.collect import share_out
 from modstruct.errors import refuse, require, require_counts
-from modstruct.evaluation.classification.features import ProbeInputs, drawn_order, paired_blocks, probe_inputs
-from modstruct.evaluation.classification.linear_probe import Result, accuracy_metrics, described, hits
-from modstruct.evaluation.classification.logistic_regression import (
-    FitConfig,
-    Split,
-    classes_ahead,
-    fit_logistic_regression,
-    sweep_strength,
-)
+from modstruct.evaluation.classification.accuracy import accuracies, in_top
+from modstruct.evaluation.classification.logistic_regression import FitConfig
+from modstruct.evaluation.classification.probe import Probe, ProbeConfig, drawn_order
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
+from modstruct.evaluation.result import Curve, Result, Value
+from modstruct.evaluation.statistics import t_interval
 
-CPU = torch.device("cpu")
 HELD_OUT_SHOTS = 4
 """Most images of each class on which the strength is chosen, as in CoOp's linear probe (Zhou et al. 2022)."""
-FOLDS = 4
-STRENGTH_OF_ONE_SHOT = 1.0
-"""Used by strength = shots where there is a single shot: scikit-learn's default."""
 
 
 @dataclass(frozen=True)
-class FewShotConfig:
-    """Which images are drawn, and how the strength of the penalty is chosen. The test set takes no part in either."""
+class FewShotConfig(ProbeConfig):
+    """Which images are drawn. If no strength is given it is chosen, for each draw, on min(shots, 4) more images of each
+    class, from the validation set or else the training set; the test set takes no part."""
 
-    features: str = "image_features"
-    """Embeddings of the set, several joined by "+"."""
-    unit_norm: bool = False
-    """Divide each embedding's rows by their norm."""
-    standardize: bool = False
-    """Shift and scale columns to mean 0 and deviation 1 over the rows to fit on."""
+    section = "few_shot"
     shots: tuple[int, ...] = (1, 2, 4, 8, 16)
     draws: int = 5
-    strength: Literal["held_out", "shots"] | float = "held_out"
-    """held_out: CLIP's search on min(shots, 4) more images of each class, not trained on, from the validation set or
-    else the training set. shots: the same search by 4-fold cross-validation within the shots (2-fold for 2 shots), and
-    1 for one shot. Or a number, the same for all."""
-    seed: int = 0
     fit: FitConfig = field(default_factory=lambda: FitConfig(precision="float64"))
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_counts("few_shot", self, ("draws",))
         rising = bool(self.shots) and all(a < b for a, b in zip((0, *self.shots), self.shots, strict=False))
         require(rising, "few_shot.shots", self.shots, "whole numbers from 1 on, rising")
-        known = self.strength in ("held_out", "shots") if isinstance(self.strength, str) else self.strength > 0
-        require(known, "few_shot.strength", self.strength, "held_out, shots or a number above 0")
 
 
-def measure_few_shot(
-    train: EmbeddedSet,
-    test: EmbeddedSet,
-    validation: EmbeddedSet | None = None,
-    config: FewShotConfig | None = None,
-    device: torch.device = CPU,
-    progress: bool = False,
-) -> Result:
-    """Classify the test set from a few training images of each class, for each number of shots and each draw.
+DEFAULT = FewShotConfig()
 
-    Draws are the same for every model. Metrics, by number of shots: "shots_4": {"top_1": mean over draws, …,
-    "top_1_deviation": standard deviation over draws (n - 1; absent for one draw)}. Curves: over shots, and of each
-    draw. Outcomes: "shots_4/top_1", (rows,) float32, the share of draws in which the row was right; rows as in
-    `measure_linear_probe`. There are no intervals: those over test rows would leave out the variation over draws.
-    Raises ValueError as `probe_inputs` does, and for a class with fewer images than shots.
+
+def measure(embedded: EmbeddedSet, config: FewShotConfig = DEFAULT) -> Result:
+    """Classify the set from a few images of each class of its training split, for each number of shots and each draw.
+
+    Draws are the same for every model. Values are means over draws with their standard deviation (n - 1), without
+    intervals: those over test rows would leave out the variation over draws; the curves' bands are Student's over
+    draws. Outcomes: "shots_4/top_1", (rows,) float32, the share of draws in which the row was right; rows as in
+    `linear_probe.measure`. Raises ValueError as `Probe.of` does, and for a class with fewer images than shots.
     """
-    config = config or FewShotConfig()
-    started = time.perf_counter()
-    inputs = probe_inputs(train, test, validation, config.features, config.unit_norm)
+    probe, draws = Probe.of(embedded, config), config.draws
     # All are drawn before the first fit, so that a class that is too small is named at once.
-    drawn = [draw_episodes(inputs, config, draw) for draw in range(config.draws)]
-    metrics: dict[str, dict] = {}
-    curves: dict[str, list[float]] = {"shots": [float(shots) for shots in config.shots]}
+    drawn = [draw_episodes(probe, config, draw) for draw in range(draws)]
+    work = [(shots, draw) for shots in config.shots for draw in range(draws)]
+    with tqdm(total=len(work), desc="draws", disable=not distributed.is_main(), leave=False) as bar:
+
+        def run(item: tuple[int, int]) -> tuple[np.ndarray, float]:
+            shots, draw = item
+            found = run_episode(probe, *drawn[draw][shots])
+            bar.update(distributed.world_size())
+            return found
+
+        found = dict(zip(work, share_out(work, run), strict=True))
+    values: dict[str, Value] = {}
     outcomes: dict[str, np.ndarray] = {}
-    with tqdm(total=len(config.shots) * config.draws, desc="draws", disable=not progress, leave=False) as bar:
-        for shots in config.shots:
-            found = []
-            for episodes in drawn:
-                found.append(run_episode(inputs, episodes[shots], shots, config, device))
-                bar.update()
-            each = [accuracy_metrics(one.ahead, inputs.test.labels, inputs.classes) for one in found]
-            metrics[f"shots_{shots}"] = over = metrics_over_draws(each)
-            for name in each[0]:
-                curves.setdefault(name, []).append(over[name]["value"])
-                curves[f"shots_{shots}/{name}"] = [one[name]["value"] for one in each]
-                if config.draws > 1:
-                    curves.setdefault(f"{name}_deviation", []).append(over[f"{name}_deviation"]["value"])
-            curves[f"shots_{shots}/strength"] = [one.strength for one in found]
-            right = [hits(one.ahead, inputs.classes) for one in found]
-            for name in right[0]:
-                outcomes[f"shots_{shots}/{name}"] = np.stack([one[name] for one in right]).mean(0, dtype=np.float32)
-    result = {
-        "metric": "few_shot",
-        "set": test.name,
-        "figures": metrics,
-        "curves": curves,
-        "settings": asdict(config) | described(inputs, train, validation),
-        "rows": inputs.rows,
-        "source_fingerprint": test.source.get("fingerprint"),
-        "seconds": time.perf_counter() - started,
-    }
-    return result, outcomes
+    curves: dict[str, Curve] = {}
+    by_draw: dict[str, list[float]] = {}
+    for shots in config.shots:
+        ahead, strengths = zip(*(found[shots, draw] for draw in range(draws)), strict=True)
+        each = [accuracies(a, probe.test.labels, len(probe.names), probe.top_k, intervals=False) for a in ahead]
+        by_draw[f"shots_{shots}/strength"] = list(strengths)
+        for name, first in each[0].items():
+            numbers = by_draw[f"shots_{shots}/{name}"] = [one[name].value for one in each]
+            deviation = float(np.std(numbers, ddof=1)) if draws > 1 else None
+            values[f"shots_{shots}/{name}"] = replace(first, value=float(np.mean(numbers)), deviation=deviation)
+        for name in in_top(ahead[0], probe.top_k):
+            right = [in_top(a, probe.top_k)[name] for a in ahead]
+            outcomes[f"shots_{shots}/{name}"] = np.mean(right, axis=0, dtype=np.float32)
+    for name in each[0]:
+        curves[name] = _over_shots(name, config.shots, values, by_draw)
+    shown = [count for count in (1, 4, 16) if count in config.shots] or config.shots[:1]
+    return Result(
+        "few_shot",
+        embedded.name,
+        values,
+        "Few-shot classification",
+        "Accuracy of a logistic regression trained on frozen image features with only a few labelled images of each "
+        f"class: mean and standard deviation over {draws} draws of them, which are the same for every run.",
+        {f"shots_{shots}": f"{shots} shot{'s' * (shots > 1)}" for shots in config.shots},
+        tuple(f"shots_{shots}/top_1" for shots in shown),
+        curves,
+        probe.used | {"by_draw": by_draw},
+        probe.rows,
+        embedded.source.get("fingerprint"),
+        outcomes=outcomes,
+    )
 
 
-def metrics_over_draws(each: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """Mean of each metric over draws and, of several draws, its standard deviation (n - 1) as "…_deviation"."""
-    metrics = {}
-    for name, one in each[0].items():
-        values = [metrics_of_draw[name]["value"] for metrics_of_draw in each]
-        metrics[name] = one | {"value": float(np.mean(values))}
-        if len(values) > 1:
-            metrics[f"{name}_deviation"] = {"value": float(np.std(values, ddof=1)), "rows": len(values)}
-    return metrics
+def _over_shots(name: str, shots: Sequence[int], values: dict[str, Value], by_draw: dict[str, list[float]]) -> Curve:
+    """An accuracy by the number of shots, its band over draws."""
+    found = [values[f"shots_{count}/{name}"] for count in shots]
+    low = high = None
+    if found[0].deviation is not None:
+        bands = [t_interval(np.array(by_draw[f"shots_{count}/{name}"])) for count in shots]
+        low, high = [max(0.0, band[0]) for band in bands], [min(1.0, band[1]) for band in bands]
+    return Curve(
+        [float(count) for count in shots],
+        [value.value for value in found],
+        x_label="images of each class",
+        y_label=found[0].label,
+        unit="share",
+        low=low,
+        high=high,
+        chance=[value.chance or 0.0 for value in found],
+        logarithmic=True,
+    )
 
 
-@dataclass(frozen=True)
-class Episode:
-    """One draw's positions in the training set, and those held out in it or in the validation set."""
+def draw_episodes(probe: Probe, config: FewShotConfig, draw: int) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """One draw by number of shots: positions in the training set, and held-out ones in it or in the validation set.
 
-    shots: np.ndarray
-    held_out: np.ndarray
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Of one draw: number of classes ahead of each test row's own, (n,), and the strength of the penalty."""
-
-    ahead: np.ndarray
-    strength: float
-
-
-def draw_episodes(inputs: ProbeInputs, config: FewShotConfig, draw: int) -> dict[int, Episode]:
-    """One draw's episodes by number of shots: the first images of each class in the draw's order.
-
-    The images of fewer shots are among those of more shots. The held-out ones follow the shots in the same order, or
-    are the first ones of the validation set. Raises ValueError for a class with fewer images.
+    The first images of each class in the draw's order, so that those of fewer shots are among those of more shots. The
+    held-out ones follow the shots in the same order, or are the first ones of the validation set. Raises ValueError for
+    a class with fewer images.
     """
-    order = drawn_order(inputs.train.labels, inputs.train_keys, config.seed, draw)
+    order = drawn_order(probe.train.labels, probe.keys["train"], config.seed, draw)
     other = None
-    if inputs.validation is not None and config.strength == "held_out":
-        other = drawn_order(inputs.validation.labels, inputs.validation_keys, config.seed, draw)
-        missing = np.setdiff1d(np.arange(inputs.classes), inputs.validation.labels)
+    if probe.validation is not None and config.strength is None:
+        missing = np.setdiff1d(np.arange(len(probe.names)), probe.validation.labels)
         if len(missing):
-            refuse("validation", inputs.names[missing[0]], "has no image in the validation set: add some, or give none")
+            refuse("validation", probe.names[missing[0]], "has no image in the validation set: add some, or give none")
+        other = drawn_order(probe.validation.labels, probe.keys["validation"], config.seed, draw)
     episodes = {}
     for shots in config.shots:
-        held_out = min(shots, HELD_OUT_SHOTS) if config.strength == "held_out" else 0
-        if other is None:
-            chosen = _first_of_each(order, shots + held_out, inputs.names, "training", shots)
-            episodes[shots] = Episode(np.sort(chosen[:, :shots].ravel()), np.sort(chosen[:, shots:].ravel()))
-        else:
-            chosen = _first_of_each(order, shots, inputs.names, "training", shots)
-            after = _first_of_each(other, held_out, inputs.names, "validation", shots)
-            episodes[shots] = Episode(np.sort(chosen.ravel()), np.sort(after.ravel()))
+        held_out = min(shots, HELD_OUT_SHOTS) if config.strength is None else 0
+        chosen = _first_of_each(order, shots + (held_out if other is None else 0), probe.names, "training", shots)
+        after = (
+            chosen[:, shots:] if other is None else _first_of_each(other, held_out, probe.names, "validation", shots)
+        )
+        episodes[shots] = np.sort(chosen[:, :shots].ravel()), np.sort(after.ravel())
     return episodes
 
 
-def run_episode(
-    inputs: ProbeInputs, episode: Episode, shots: int, config: FewShotConfig, device: torch.device
-) -> Outcome:
-    """Choose the strength, fit on the shots alone, and classify the test set."""
-    standardize, classes = config.standardize, inputs.classes
-    blocks = partial(paired_blocks, standardize=standardize, width=classes, device=device, dtype=config.fit.dtype)
-    chosen = inputs.train.take(episode.shots)
-    strength, start = config.strength, None
-    if strength == "shots" and shots == 1:
-        strength = STRENGTH_OF_ONE_SHOT
-    if isinstance(strength, str):
-        if strength == "held_out":
-            source = inputs.train if inputs.validation is None else inputs.validation
-            pairs = [(chosen, source.take(episode.held_out))]
-        else:
-            fold = _folds(chosen.labels, min(shots, FOLDS))
-            parts = [(np.flatnonzero(fold != f), np.flatnonzero(fold == f)) for f in np.unique(fold)]
-            pairs = [(chosen.take(rest), chosen.take(held_out)) for rest, held_out in parts]
-        sweep, start = sweep_strength([Split(*blocks(*pair)) for pair in pairs], classes, config.fit)
-        strength = sweep.best
-    fitted, test = blocks(chosen, inputs.test)
-    classifier = fit_logistic_regression(fitted, classes, strength, config.fit, start)
-    return Outcome(classes_ahead(classifier, test)[0], float(strength))
-
-
-def _folds(labels: np.ndarray, folds: int) -> np.ndarray:
-    """Fold of each row, (n,): the rows of a class are dealt to the folds in turn."""
-    order = np.argsort(labels, kind="stable")
-    within = np.arange(len(labels)) - np.searchsorted(labels[order], labels[order])
-    fold = np.empty(len(labels), dtype=np.int64)
-    fold[order] = within % folds
-    return fold
+def run_episode(probe: Probe, shots: np.ndarray, held_out: np.ndarray) -> tuple[np.ndarray, float]:
+    """Choose the strength, fit on the shots alone, and classify the test set: classes ahead (n,), and the strength."""
+    chosen, strength = probe.train.take(shots), probe.config.strength
+    if strength is None:
+        watched = (probe.train if probe.validation is None else probe.validation).take(held_out)
+        strength, _ = probe.search(chosen, watched)
+    return probe.classify([chosen], strength)[0], strength
 
 
 def _first_of_each(order: Sequence[np.ndarray], count: int, names: list[str], which: str, shots: int) -> np.ndarray:
@@ -208,6 +160,6 @@ def _first_of_each(order: Sequence[np.ndarray], count: int, names: list[str], wh
                 "few_shot.shots",
                 shots,
                 f"class {name!r} has {len(places)} images in the {which} set and {count} are needed (those on which "
-                'the strength is chosen included): take fewer shots, or few_shot.strength = "shots" or a number',
+                "the strength is chosen included): take fewer shots, or give few_shot.strength a number",
             )
     return np.stack([places[:count] for places in order])

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from modstruct.data.synthetic.drawing import draw
 from modstruct.data.synthetic.factors import Scene
 from modstruct.errors import refuse, require
-from modstruct.evaluation.classification.features import Features, Piece
+from modstruct.evaluation.classification.features import Features
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.information.probes import ProbeConfig, held_out_losses
 from modstruct.evaluation.information.scenes import TARGETS, ExactInformation, exact_information, split_of_scenes
@@ -181,7 +181,7 @@ def _features(
     }
     used = {name for answers in questions.values() for name in answers}
     rows = np.arange(len(pairs))
-    return {n: Features((Piece(tuple(found[n]), rows),), labels) for n in sorted(used)}, questions
+    return {n: Features(tuple(found[n]), rows, labels) for n in sorted(used)}, questions
 
 
 def label_surprise(labels: np.ndarray, classes: int) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -27,34 +29,35 @@ def structure(image: Tensor, text: Tensor, pairs: Tensor | None = None) -> dict[
     Pairs with j = k are left out of uniformity, so that the size of a batch does not shift it.
     """
     image, text = image.detach().float(), text.detach().float()
-    if pairs is None:
-        if len(image) != len(text):
-            raise ValueError(f"{len(image)} image and {len(text)} text rows: without pairs they must be as many")
-        difference = image - text
-    else:
-        difference = image[pairs[:, 0]] - text[pairs[:, 1]]
+    if pairs is None and len(image) != len(text):
+        raise ValueError(f"{len(image)} image and {len(text)} text rows: without pairs they must be as many")
+    a, b = (image, text) if pairs is None else (image[pairs[:, 0]], text[pairs[:, 1]])
     metrics = {
-        "alignment": difference.square().sum(1).mean(),
+        "alignment": float((a - b).square().sum(1).mean()),
         "uniformity_image": uniformity(image),
         "uniformity_text": uniformity(text),
-        "modality_gap": (image.mean(0) - text.mean(0)).norm(),
+        "modality_gap": float((image.mean(0) - text.mean(0)).norm()),
     }
-    return {name: float(value) for name, value in metrics.items() if value is not None}
+    return {name: value for name, value in metrics.items() if value is not None}
+
+
+def uniformity(z: Tensor) -> float | None:
+    """log of `mean_potential`; None for fewer than two rows. Beyond UNIFORMITY_ROWS rows that of evenly spaced ones."""
+    if len(z) > UNIFORMITY_ROWS:
+        z = z[torch.linspace(0, len(z) - 1, UNIFORMITY_ROWS, dtype=torch.float64, device=z.device).round().long()]
+    return log_potential(mean_potential(z)) if len(z) > 1 else None
 
 
 @torch.no_grad()
-def uniformity(z: Tensor, t: float = UNIFORMITY_T) -> Tensor | None:
-    """log of the mean of exp(-t |z_j - z_k|^2) over j != k (Wang & Isola 2020, equation 5), without an N x N matrix.
+def mean_potential(z: Tensor) -> float:
+    """Mean of exp(-t |z_j - z_k|^2) over j != k (Wang & Isola 2020, equation 5), without an N x N matrix.
 
-    z: (N, D), float32. Returns a scalar, or None for fewer than two rows. Beyond UNIFORMITY_ROWS rows it is that of
-    evenly spaced ones.
+    z: (N, D), float32, unit norm, N > 1. Not `gaussian_potential`, which sums over all processes.
     """
-    if len(z) > UNIFORMITY_ROWS:
-        z = z[torch.linspace(0, len(z) - 1, UNIFORMITY_ROWS, dtype=torch.float64, device=z.device).round().long()]
-    n = len(z)
-    if n < 2:
-        return None
-    z = z.contiguous()
-    # Not `gaussian_potential`, which sums over all processes: the rows of a set lie on the main process alone.
-    total, _, _ = potential_sum(z, None, t, False, "float32")
-    return torch.log((total - n) / (n * (n - 1)))  # without each row's potential with itself
+    total, _, _ = potential_sum(z.contiguous(), None, UNIFORMITY_T, False, "float32")
+    return (float(total) - len(z)) / (len(z) * (len(z) - 1))  # without each row's potential with itself
+
+
+def log_potential(mean: float) -> float:
+    """Uniformity; of unit rows at least -4 t, below which rounding, or the end of an interval, may fall."""
+    return math.log(max(mean, math.exp(-4 * UNIFORMITY_T)))

@@ -2,73 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
+from modstruct import distributed
+from modstruct.evaluation.classification.features import Features, paired_blocks
+from modstruct.evaluation.classification.logistic_regression import FitConfig, fit_logistic_regression
 from modstruct.evaluation.retrieval.nearest import nearest
 from modstruct.evaluation.retrieval.rows import as_float32, distinct_rows, row_blocks
-from modstruct.evaluation.structure.alignment import mean_row
-from modstruct.evaluation.structure.sampling import (
-    SamplingConfig,
-    bootstrap_interval,
-    mean_interval,
-    metric,
-    random_batches,
-)
+from modstruct.evaluation.statistics import bootstrap_mean
+from modstruct.evaluation.structure.pairs import mean_row
 
 K = 10
+"""Nearest items that count for hubness."""
 FLOAT64_ROWS = 8192
 FOLDS = 5
 WIDENING = (1 + FOLDS / (FOLDS - 1)) ** 0.5
 DECAY = 1e-3
 """Weight of |w|^2 / 2 beside the mean logistic loss, of features in units of their deviation."""
-STEPS = 200
-FLATTEST = 1e-6
-"""Deviation below which a feature is not scaled up."""
+FIT = FitConfig(max_iterations=200, gradient_tolerance=1e-7, precision="float64")
 
 
-def hubness(
-    image: np.ndarray, text: np.ndarray, pairs: np.ndarray, config: SamplingConfig, k: int = K
-) -> dict[str, dict[str, float]]:
-    """Skewness of k-occurrence (Radovanović et al. 2010): 0 without hubs, several units where there are some.
+def hubness(image: np.ndarray, text: np.ndarray, pairs: np.ndarray, chosen: np.ndarray) -> tuple[float, float]:
+    """Skewness of k-occurrence (Radovanović et al. 2010) of texts, and of images: 0 without hubs.
 
-    image: (n, D), text: (m, D). pairs: (p, 2), (image row, text row); rows in no pair are left out. Returns
-      hubness_text   of how often each text is among the k nearest of an image
-      hubness_image  of how often each image is among the k nearest of a text
-    Equal rows of a gallery are one item. Beyond config.exact_rows pairs it is measured within random batches of
-    config.hubness_batch pairs, and is then the hubness of that many pairs, since it depends on their number.
+    Of how often each text is among the K nearest of an image, and each image of a text, within the images and texts of
+    the chosen pairs. Equal rows of a gallery are one item.
     """
-    if len(pairs) <= config.exact_rows:
-        return {name: metric(value) for name, value in _both_ways(image, text, pairs, k).items()}
-    batches = list(random_batches(len(pairs), config.hubness_batch, config.hubness_batches, config.seed))
-    found = [_both_ways(image, text, pairs[batch], k) for batch in batches]
-    metrics = {}
-    for name in found[0]:
-        values = np.array([one[name] for one in found])
-        metrics[name] = metric(values.mean(), mean_interval(values, config.confidence), len(batches[0]))
-    return metrics
+    images, texts = (as_float32(rows[np.unique(pairs[chosen, i])]).numpy() for i, rows in enumerate((image, text)))
+    return skewness(occurrences(images, texts)), skewness(occurrences(texts, images))
 
 
-def _both_ways(image: np.ndarray, text: np.ndarray, pairs: np.ndarray, k: int) -> dict[str, float]:
-    image, text = (as_float32(rows[np.unique(pairs[:, i])]).numpy() for i, rows in enumerate((image, text)))
-    return {
-        "hubness_text": skewness(occurrences(image, text, k)),
-        "hubness_image": skewness(occurrences(text, image, k)),
-    }
-
-
-def occurrences(queries: np.ndarray, gallery: np.ndarray, k: int) -> np.ndarray:
+def occurrences(queries: np.ndarray, gallery: np.ndarray, k: int = K) -> np.ndarray:
     """(u,): how many queries have each distinct gallery row among their k nearest."""
     first, _, _ = distinct_rows(gallery)
     return np.bincount(nearest(queries, gallery, k, first).reshape(-1), minlength=len(first))
 
 
 def skewness(values: np.ndarray) -> float:
-    """E (x - mean)^3 / deviation^3; 0 where all are equal."""
+    """E (x - mean)^3 / deviation^3; 0 where all are equal, of which scipy's is no number."""
     centred = values - np.mean(values)
     deviation = np.sqrt(np.mean(centred**2))
     return float(np.mean(centred**3) / deviation**3) if deviation > 0 else 0.0
@@ -80,7 +53,7 @@ def spectra(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     rows: Z, (n, D). The centred ones are the standard deviations along the principal axes. Both are square roots of
     eigenvalues of D x D products, so values below 1e-8 of the largest are rounding. Memory: O(D^2) and a block.
     """
-    mean = torch.from_numpy(mean_row(rows))
+    mean = mean_row(rows)
     products = torch.zeros(len(mean), len(mean), dtype=torch.float64)
     for _, block in row_blocks(rows, FLOAT64_ROWS):
         centred = block.double() - mean
@@ -98,38 +71,41 @@ def effective_rank(singular_values: np.ndarray) -> float:
 
     From 1 to the number of singular values; 1 where all are 0.
     """
-    total = singular_values.sum()
-    if total == 0:
-        return 1.0
-    shares = singular_values[singular_values > 0] / total
+    found = singular_values[singular_values > 0]
+    shares = found / found.sum()
     return float(np.exp(-np.sum(shares * np.log(shares))))
 
 
-def linear_separability(
-    image: np.ndarray, text: np.ndarray, pairs: np.ndarray, config: SamplingConfig
-) -> dict[str, float] | None:
-    """Cross-validated accuracy of a logistic regression that tells image from text embeddings; chance is 0.5.
+def separated(image: np.ndarray, text: np.ndarray, held_out: int) -> np.ndarray:
+    """Share of each pair's two rows that are classified right by a logistic regression on the other folds, (q,).
 
-    image: (n, D), text: (m, D). pairs: (p, 2); each image and each text is used at most once, with the other of its
-    pair in the same fold: otherwise a classifier that was trained on the image would take its aligned text for an
-    image. At most config.separability_pairs pairs, drawn at random. The interval is a bootstrap over pairs, widened
-    for what the folds' classifiers share (Nadeau & Bengio 2003: a variance of 1/K + 1/(K-1) instead of 1/K folds);
-    without this a 95 % interval covered 89 % on indistinguishable modalities. None for fewer than FOLDS pairs.
+    image, text: (p, D), row by row a pair, so that both are in the same fold: otherwise a classifier that was trained
+    on the image would take its aligned text for an image. Pair j is in fold j % FOLDS.
     """
-    random = np.random.default_rng(config.seed)
-    chosen = random.permutation(one_to_one(pairs))[: config.separability_pairs]
-    if len(chosen) < FOLDS:
-        return None
-    rows = torch.stack([as_float32(image[chosen[:, 0]]), as_float32(text[chosen[:, 1]])], 1)  # (p, 2, D)
-    fold = np.arange(len(chosen)) % FOLDS
-    right = np.empty(len(chosen))  # share of each pair's two rows that are classified correctly
-    for held_out in range(FOLDS):
-        known = torch.from_numpy(fold != held_out)
-        logits = _fitted(rows[known])(rows[~known])  # (q, 2)
-        right[fold == held_out] = ((logits > 0) == torch.tensor([True, False])).double().mean(1).numpy()
+    known = np.arange(len(image)) % FOLDS != held_out
+    fitted, others = (
+        Features((np.concatenate([image[rows], text[rows]]),), np.arange(2 * rows.sum()), np.repeat([1, 0], rows.sum()))
+        for rows in (known, ~known)
+    )
+    blocks, watched = paired_blocks([fitted], others, True, 2, distributed.device(), FIT.dtype)
+    # Two rows of weights that differ by w have at least |w|^2 / 2, and the penalty is weighed against a sum over rows.
+    classifier = fit_logistic_regression(blocks, 2, 2 * DECAY * len(blocks), FIT)
+    right = [
+        ((scores[:, 1] > scores[:, 0]) == (labels == 1)).cpu().numpy()
+        for _, scores, labels in classifier.scores(watched)
+    ]
+    return np.concatenate(right).reshape(2, -1).mean(0)
+
+
+def separability_interval(right: np.ndarray) -> tuple[float, float]:
+    """Of the mean of `separated` over all pairs, (p,), widened for what the folds' classifiers share.
+
+    (Nadeau & Bengio 2003: a variance of 1/K + 1/(K-1) instead of 1/K folds); without this a 95 % interval covered 89 %
+    on indistinguishable modalities.
+    """
     value = right.mean()
-    widened = value + WIDENING * (np.array(bootstrap_interval(right, config.confidence, config.seed)) - value)
-    return metric(value, widened.clip(0, 1), len(chosen))
+    low, high = (value + WIDENING * (end - value) for end in bootstrap_mean(right))
+    return max(0.0, float(low)), min(1.0, float(high))
 
 
 def one_to_one(pairs: np.ndarray) -> np.ndarray:
@@ -137,25 +113,3 @@ def one_to_one(pairs: np.ndarray) -> np.ndarray:
     for column in (0, 1):
         pairs = pairs[np.sort(np.unique(pairs[:, column], return_index=True)[1])]
     return pairs
-
-
-@torch.no_grad()
-def _fitted(rows: Tensor) -> Callable[[Tensor], Tensor]:
-    """Logistic regression by L-BFGS of (p, 2, D), image and text: a function of (…, D) that is > 0 for an image."""
-    flat = rows.flatten(0, 1).double()
-    mean, deviation = flat.mean(0), flat.std(0, correction=0).clamp(min=FLATTEST)
-    features = (flat - mean) / deviation
-    sign = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(len(rows))
-    weights = torch.zeros(features.shape[1] + 1, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weights], max_iter=STEPS, tolerance_grad=1e-7, line_search_fn="strong_wolfe")
-
-    @torch.enable_grad()
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        logits = features @ weights[:-1] + weights[-1]
-        value = softplus(-sign * logits).mean() + DECAY / 2 * weights[:-1].square().sum()
-        value.backward()
-        return value
-
-    optimizer.step(loss)
-    return lambda z: ((z.double() - mean) / deviation) @ weights[:-1] + weights[-1]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from modstruct.evaluation.classification.features import Features, Piece
-from modstruct.evaluation.embeddings.embedded_set import SetContents, write_embedded_set
+from modstruct.evaluation.classification.features import Features
+from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 
 MODEL = {"name": "tiny", "fingerprint": "f0"}
 
@@ -19,25 +19,24 @@ def clouds(count, dimension, classes, seed, spread=1.0):
 
 
 def features_of(rows, labels, **options):
-    return Features((Piece((np.asarray(rows),), np.arange(len(rows))),), np.asarray(labels, dtype=np.int64), **options)
+    return Features((np.asarray(rows),), np.arange(len(rows)), np.asarray(labels, dtype=np.int64), **options)
 
 
 def unit(rows):
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
-def embedded(folder, rows, labels, names=None, model=MODEL, keys=None, **arrays):
+def embedded(name, rows, labels, names=None, model=MODEL, keys=None, splits=None, **arrays):
     """A set whose image_features are `rows`, and whose image is `rows` at unit norm."""
     names = [f"class {c}" for c in range(int(np.max(labels)) + 1)] if names is None else names
-    return write_embedded_set(
-        folder,
-        SetContents(
-            folder.name,
-            model,
-            {"image": unit(rows), "image_features": np.asarray(rows)} | arrays,
-            labels=np.asarray(labels),
-            class_names=names,
-            keys=keys,
-            source={"name": folder.name, "fingerprint": "s0"},
-        ),
+    made = EmbeddedSet(
+        name,
+        model,
+        {"image": unit(rows), "image_features": np.asarray(rows)} | arrays,
+        labels=np.asarray(labels),
+        class_names=names,
+        keys=keys,
+        source={"name": name, "fingerprint": "s0"},
     )
+    made.splits = splits or {}
+    return made

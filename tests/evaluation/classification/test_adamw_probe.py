@@ -9,10 +9,9 @@ import pytest
 import torch
 from probe_cases import clouds, features_of
 
-from modstruct.evaluation.classification import adamw_probe
-from modstruct.evaluation.classification.adamw_probe import AdamWProbeConfig, cosine_rate, fit_by_adamw
+from modstruct.evaluation.classification import linear_probe
 from modstruct.evaluation.classification.features import RowBlocks
-from modstruct.evaluation.classification.logistic_regression import classes_ahead
+from modstruct.evaluation.classification.linear_probe import AdamWProbeConfig, fit_by_adamw
 
 CPU = torch.device("cpu")
 
@@ -51,7 +50,7 @@ def test_rows_from_the_file_and_rows_in_memory_give_the_same(monkeypatch, tmp_pa
     rows, labels = clouds(64, 5, 3, seed=1)
     np.save(tmp_path / "rows.npy", rows)
     held, _ = fit_by_adamw(features_of(rows, labels), 3, AdamWProbeConfig(epochs=2, batch=10), 0, CPU)
-    monkeypatch.setattr(adamw_probe, "HELD_ON_CPU", 0)
+    monkeypatch.setattr(linear_probe, "HELD_ON_CPU", 0)
     mapped = features_of(np.load(tmp_path / "rows.npy", mmap_mode="r"), labels)
     np.testing.assert_array_equal(
         fit_by_adamw(mapped, 3, AdamWProbeConfig(epochs=2, batch=10), 0, CPU)[0].weight, held.weight
@@ -61,14 +60,10 @@ def test_rows_from_the_file_and_rows_in_memory_give_the_same(monkeypatch, tmp_pa
 def test_it_learns_separable_classes():
     (rows, labels), (others, truth) = clouds(600, 16, 5, seed=2), clouds(200, 16, 5, seed=3)
     found, losses = fit_by_adamw(features_of(rows, labels), 5, AdamWProbeConfig(), 0, CPU)
-    ahead, _ = classes_ahead(found, RowBlocks(features_of(others, truth), CPU))
+    ahead, _ = found.ahead(RowBlocks(features_of(others, truth), CPU))
     assert np.mean(ahead == 0) > 0.95
     assert losses[-1] < losses[0] / 5
     assert len(losses) == 32
-
-
-def test_the_rate_falls_from_the_first_to_nothing():
-    assert [cosine_rate(0.4, step, 4) for step in (0, 2, 4)] == pytest.approx([0.4, 0.2, 0.0])
 
 
 @pytest.mark.parametrize("wrong", [{"epochs": 0}, {"batch": 0}, {"learning_rate": 0.0}, {"weight_decay": -0.1}])

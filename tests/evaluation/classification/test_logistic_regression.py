@@ -13,7 +13,6 @@ from modstruct.evaluation.classification.features import RowBlocks
 from modstruct.evaluation.classification.logistic_regression import (
     FitConfig,
     LinearClassifier,
-    classes_ahead,
     fit_logistic_regression,
     mean_objective,
 )
@@ -81,7 +80,7 @@ def test_default_settings_classify_as_scikit_learn_does(strength):
     (rows, labels), (others, truth) = clouds(600, 32, 8, seed=4, spread=2.5), clouds(800, 32, 8, seed=5, spread=2.5)
     ours = fit_logistic_regression(blocks_of(rows, labels, torch.float32), 8, strength, FitConfig())
     theirs = LogisticRegression(C=1 / strength, max_iter=1000).fit(rows, labels)
-    ahead, loss = classes_ahead(ours, blocks_of(others, truth, torch.float32))
+    ahead, loss = ours.ahead(blocks_of(others, truth, torch.float32))
     assert abs(np.mean(ahead == 0) - theirs.score(others, truth)) <= 0.005
     probability = theirs.predict_proba(others)[np.arange(800), truth]
     assert loss == pytest.approx(-np.log(probability).mean(), rel=0.02)
@@ -105,7 +104,7 @@ def test_the_bias_is_not_penalised():
 
 def test_one_row_a_class_is_learnt():
     found = fit_logistic_regression(blocks_of(np.eye(5, dtype=np.float32), np.arange(5)), 5, 1.0, EXACT)
-    ahead, _ = classes_ahead(found, blocks_of(np.eye(5, dtype=np.float32), np.arange(5)))
+    ahead, _ = found.ahead(blocks_of(np.eye(5, dtype=np.float32), np.arange(5)))
     assert (ahead == 0).all()
 
 
@@ -128,7 +127,7 @@ def test_the_end_of_a_fit_is_reported():
 
 def test_a_tie_counts_against_the_classifier():
     same = LinearClassifier(np.zeros((3, 2)), np.array([0.0, 0.0, -1.0]))
-    ahead, loss = classes_ahead(same, blocks_of(np.ones((3, 2)), np.arange(3)))
+    ahead, loss = same.ahead(blocks_of(np.ones((3, 2)), np.arange(3)))
     assert ahead.tolist() == [1, 1, 2]
     assert loss == pytest.approx(np.log(2 + np.exp(-1)) + 1 / 3)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from modstruct.evaluation.classification.features import Features, Piece
+from modstruct.evaluation.classification.features import Features
 from modstruct.evaluation.information.measure import information_metrics, label_surprise
 from modstruct.evaluation.information.probes import ProbeConfig, held_out_losses
 from modstruct.evaluation.information.scenes import ExactInformation, entropy, mutual_information
@@ -19,7 +19,7 @@ ROWS = 900
 
 
 def features_of(labels, *arrays):
-    return Features((Piece(tuple(a.astype(np.float32) for a in arrays), np.arange(len(labels))),), labels)
+    return Features(tuple(a.astype(np.float32) for a in arrays), np.arange(len(labels)), labels)
 
 
 def toy(seed, rows=ROWS):

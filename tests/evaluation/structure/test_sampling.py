@@ -6,20 +6,12 @@ import math
 
 import numpy as np
 import pytest
-from scipy import stats
 
-from modstruct.evaluation.structure.alignment import geometric_consistency, uniformity
-from modstruct.evaluation.structure.sampling import (
-    SamplingConfig,
-    bootstrap_interval,
-    mean_interval,
-    random_batches,
-    t_quantile,
-)
-from modstruct.evaluation.structure.shape import linear_separability
+from modstruct.evaluation.structure.measure import StructureConfig, random_batches, structure_metrics
+from modstruct.evaluation.structure.shape import FOLDS, separability_interval, separated
 
-TRIALS = 300
-AT_90 = (0.90 - 4 * math.sqrt(0.09 / TRIALS), 0.90 + 4 * math.sqrt(0.09 / TRIALS))  # 4 standard deviations: 0.83, 0.97
+TRIALS = 100
+LEAST = 0.95 - 4 * math.sqrt(0.05 * 0.95 / TRIALS)  # 4 standard deviations
 
 
 def sphere(random, count, dimension=3):
@@ -27,56 +19,27 @@ def sphere(random, count, dimension=3):
     return (z / np.linalg.norm(z, axis=1, keepdims=True)).astype(np.float32)
 
 
-@pytest.mark.parametrize("degrees", [9, 31, 63])
-@pytest.mark.parametrize("probability", [0.9, 0.975, 0.995])
-def test_quantiles_are_students(probability, degrees):
-    assert t_quantile(probability, degrees) == pytest.approx(stats.t.ppf(probability, degrees), rel=1e-3)
-
-
-def test_intervals_of_a_mean_cover_as_often_as_they_say():
-    random = np.random.default_rng(0)
-    for interval in (mean_interval, lambda values, c: bootstrap_interval(values, c, seed=0, resamples=300)):
-        hits = 0
-        for _ in range(TRIALS):
-            low, high = interval(random.exponential(size=60), 0.90)
-            hits += low <= 1 <= high
-        assert AT_90[0] - 0.02 <= hits / TRIALS <= AT_90[1]  # slightly less for skewed values
-
-
-def test_the_interval_of_uniformity_covers_the_value_of_the_sphere():
-    """On the sphere in three dimensions a cosine c is uniform: E exp(-2 (2 - 2 c)) = exp(-4) sinh(4) / 4."""
-    truth = math.log(math.exp(-4) * math.sinh(4) / 4)
-    config = SamplingConfig(exact_rows=10, batch=32, batches=20, confidence=0.90)
-    random = np.random.default_rng(1)
-    hits = 0
+def test_the_intervals_of_uniformity_and_geometry_cover_what_they_estimate():
+    """On the sphere in three dimensions a cosine c is uniform: E exp(-2 (2 - 2 c)) = exp(-4) sinh(4) / 4; cosines of
+    independent rows in D dimensions have variance 1/D, their differences 2/D."""
+    uniform = math.log(math.exp(-4) * math.sinh(4) / 4)
+    truth = {"uniformity_image": uniform, "geometry_inter": 2 / 3, "geometry_intra": 2 / 3}
+    config = StructureConfig(exact_rows=10, batch=16, batches=20, hubness_batch=10, separability_pairs=4)
+    random, hits = np.random.default_rng(1), dict.fromkeys(truth, 0)
     for _ in range(TRIALS):
-        found = uniformity(sphere(random, 700), config)
-        hits += found["low"] <= truth <= found["high"]
-    assert AT_90[0] <= hits / TRIALS <= AT_90[1]
-
-
-def test_the_interval_of_geometry_covers_its_expectation():
-    """Independent rows in D dimensions: cosines have variance 1/D, their differences 2/D."""
-    config = SamplingConfig(exact_rows=10, batch=32, batches=20, confidence=0.90)
-    random = np.random.default_rng(2)
-    hits = {"geometry_inter": 0, "geometry_intra": 0}
-    pairs = np.repeat(np.arange(700)[:, None], 2, axis=1)
-    for _ in range(TRIALS):
-        for name, found in geometric_consistency(sphere(random, 700), sphere(random, 700), pairs, config).items():
-            hits[name] += found["low"] <= 2 / 3 <= found["high"]
-    for count in hits.values():
-        assert AT_90[0] <= count / TRIALS <= AT_90[1]
+        found, _ = structure_metrics(sphere(random, 320), sphere(random, 320), config=config)
+        for name, value in truth.items():
+            hits[name] += found[name].low <= value <= found[name].high
+    assert all(LEAST <= count / TRIALS < 1 for count in hits.values()), hits
 
 
 def test_the_interval_of_separability_covers_a_half_without_any_difference():
-    config = SamplingConfig(confidence=0.90)
-    random = np.random.default_rng(3)
-    pairs = np.repeat(np.arange(100)[:, None], 2, axis=1)
-    hits = 0
+    random, hits = np.random.default_rng(3), 0
     for _ in range(TRIALS):
-        found = linear_separability(sphere(random, 100, 8), sphere(random, 100, 8), pairs, config)
-        hits += found["low"] <= 0.5 <= found["high"]
-    assert hits / TRIALS >= AT_90[0]  # the interval is conservative
+        rows = sphere(random, 100, 8), sphere(random, 100, 8)
+        low, high = separability_interval(np.concatenate([separated(*rows, fold) for fold in range(FOLDS)]))
+        hits += low <= 0.5 <= high
+    assert hits / TRIALS >= LEAST  # the interval is conservative
 
 
 @pytest.mark.parametrize(("rows", "batch", "batches"), [(1000, 30, 20), (100, 50, 20), (105, 10, 10)])
@@ -92,11 +55,10 @@ def test_batches_are_disjoint_and_at_least_ten(rows, batch, batches):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"batches": 3}, "sampling.batches = 3: at least 10"),
-        ({"confidence": 1.0}, "confidence"),
+        ({"batches": 3}, "structure.batches = 3: at least 10"),
         ({"batch": 1}, "batch"),
     ],
 )
 def test_a_setting_that_cannot_be_is_refused(setting, message):
     with pytest.raises(ValueError, match=message):
-        SamplingConfig(**setting)
+        StructureConfig(**setting)

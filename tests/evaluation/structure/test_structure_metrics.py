@@ -12,20 +12,12 @@ from torch.nn import functional as F
 
 from modstruct.evaluation.retrieval import rows as rows_module
 from modstruct.evaluation.structure import basic, shape
-from modstruct.evaluation.structure.alignment import GRID, bridge_deviation
-from modstruct.evaluation.structure.measure import structure_metrics
-from modstruct.evaluation.structure.sampling import SamplingConfig
-from modstruct.evaluation.structure.shape import (
-    effective_rank,
-    linear_separability,
-    occurrences,
-    one_to_one,
-    skewness,
-    spectra,
-)
+from modstruct.evaluation.structure.measure import StructureConfig, structure_metrics
+from modstruct.evaluation.structure.pairs import GRID, bridge
+from modstruct.evaluation.structure.shape import effective_rank, occurrences, one_to_one, skewness, spectra
 from modstruct.losses.bridge import bridge_distances
 
-SMALL = SamplingConfig(exact_rows=300, batch=64, batches=30, hubness_batch=100, separability_pairs=200)
+SMALL = StructureConfig(exact_rows=300, batch=64, batches=30, hubness_batch=100, separability_pairs=200)
 
 
 def unit(*shape, seed=0):
@@ -101,26 +93,28 @@ def plain(image, text, pairs, augmented, image_independent, text_independent):
 
 def test_metrics_agree_with_their_definitions(source, monkeypatch):
     right = plain(*source)
-    found = structure_metrics(*source)
-    curves = found.pop("curves")
+    found, curves = structure_metrics(*source)
     assert set(found) == {*right, "linear_separability"}
     for name, value in right.items():
         tolerance = 1e-4 if name == "bridge_best_t" else 2e-6
-        assert found[name] == {"value": pytest.approx(value, rel=tolerance)}, name
+        assert found[name].value == pytest.approx(value, rel=tolerance), name
+        assert (found[name].low, found[name].rows) == (None, None)
     image = source[0].astype(np.float64)
     deviations = np.linalg.svd(image - image.mean(0), compute_uv=False) / len(image) ** 0.5
-    np.testing.assert_allclose(curves["spectrum_image"], deviations, rtol=1e-6)
+    np.testing.assert_allclose(curves["spectrum_image"].y, deviations, rtol=1e-6)
+    assert curves["bridge_deviation"].x == GRID.tolist()
+    assert curves["bridge_deviation"].chosen == found["bridge_best_t"].value
     monkeypatch.setattr(rows_module, "BLOCK_BYTES", 4 * 12 * 7)  # blocks of 7 rows
-    for name, again in structure_metrics(*source).items():
-        if name != "curves":
-            assert again["value"] == pytest.approx(found[name]["value"], rel=1e-9), name
+    for name, again in structure_metrics(*source)[0].items():
+        # The best t is where a smooth function is flat.
+        assert again.value == pytest.approx(found[name].value, rel=1e-6 if name == "bridge_best_t" else 1e-9), name
 
 
 def test_the_metrics_of_training_are_the_same(source):
     image, text, pairs = source[:3]
-    found = structure_metrics(image, text, pairs)
+    found, _ = structure_metrics(image, text, pairs, config=StructureConfig(metrics="basic"))
     metrics = basic.structure(*(torch.from_numpy(x) for x in (image, text, pairs)))
-    assert {name: found[name]["value"] for name in metrics} == pytest.approx(metrics, rel=1e-5)
+    assert {name: value.value for name, value in found.items()} == pytest.approx(metrics, rel=1e-5)
 
 
 def test_sampled_metrics_have_an_interval_around_the_exact_value(tmp_path):
@@ -129,61 +123,64 @@ def test_sampled_metrics_have_an_interval_around_the_exact_value(tmp_path):
     np.save(tmp_path / "image.npy", image)
     mapped = np.load(tmp_path / "image.npy", mmap_mode="r")
     given_rows = {"image_augmented": mapped, "image_independent": independent}
-    sampled = structure_metrics(mapped, text, config=SMALL, **given_rows)
-    exact = structure_metrics(image, text, config=SamplingConfig(separability_pairs=200), **given_rows)
+    sampled, _ = structure_metrics(mapped, text, config=SMALL, **given_rows)
+    exact, _ = structure_metrics(image, text, config=StructureConfig(separability_pairs=200), **given_rows)
     over_pairs = {"uniformity_image", "uniformity_text", "uniformity_image_independent"}
     over_pairs |= {"geometry_inter", "geometry_intra"}
     for name, right in exact.items():
         if name in over_pairs:
-            assert set(right) == {"value"}
-            assert sampled[name]["rows"] == 64 * 30
-            width = sampled[name]["high"] - sampled[name]["low"]
-            assert sampled[name]["low"] - width <= right["value"] <= sampled[name]["high"] + width  # 6 deviations
-            assert 0 < width < 0.1 * abs(right["value"])
+            assert right.rows is None
+            assert sampled[name].rows == 64 * 30
+            width = sampled[name].high - sampled[name].low
+            assert sampled[name].low - width <= right.value <= sampled[name].high + width  # 6 deviations
+            assert 0 < width < 0.1 * abs(right.value)
         elif not name.startswith("hubness"):
             assert sampled[name] == right, name
     for name in ("hubness_image", "hubness_text"):
-        assert sampled[name]["low"] < sampled[name]["value"] < sampled[name]["high"]
-        assert sampled[name]["rows"] == 100
+        assert sampled[name].low < sampled[name].value < sampled[name].high
+        assert sampled[name].rows == 100
 
 
 def test_extremes():
     z = unit(200, 8)
-    same = structure_metrics(z, z, image_augmented=z, image_independent=z)
+    same, _ = structure_metrics(z, z, image_augmented=z, image_independent=z)
     expected = {"alignment": 0, "modality_gap": 0, "linear_separability": 0.5, "geometry_inter": 0, "geometry_intra": 0}
     expected |= {"bridge_deviation": 0, "orthogonality_image": 1}
     for name, value in expected.items():
-        assert same[name]["value"] == pytest.approx(value, abs=1e-7), name
-    opposite = structure_metrics(z, -z, image_augmented=-z, image_independent=np.roll(np.eye(8), 1, 0)[[0] * 200])
-    assert opposite["alignment"]["value"] == pytest.approx(4)
-    assert opposite["bridge_best_t"]["value"] < 0.5  # anywhere nearer to the text than to the image
-    assert opposite["bridge_deviation"]["value"] == pytest.approx(0, abs=1e-9)
-    assert opposite["geometry_intra"]["value"] == pytest.approx(0, abs=1e-9)
+        assert same[name].value == pytest.approx(value, abs=1e-7), name
+    opposite, _ = structure_metrics(z, -z, image_augmented=-z, image_independent=np.roll(np.eye(8), 1, 0)[[0] * 200])
+    assert opposite["alignment"].value == pytest.approx(4)
+    assert opposite["bridge_best_t"].value < 0.5  # anywhere nearer to the text than to the image
+    assert opposite["bridge_deviation"].value == pytest.approx(0, abs=1e-9)
+    assert opposite["geometry_intra"].value == pytest.approx(0, abs=1e-9)
     north = np.repeat(np.eye(4)[:1], 30, axis=0)
-    apart = structure_metrics(north, -north)
-    assert apart["modality_gap"]["value"] == 2
-    assert apart["uniformity_image"]["value"] == pytest.approx(0, abs=1e-6)
-    assert apart["effective_rank_image"]["value"] == 1
-    assert apart["linear_separability"] == {"value": 1, "low": 1, "high": 1, "rows": 30}
+    apart, _ = structure_metrics(north, -north)
+    assert apart["modality_gap"].value == 2
+    assert apart["uniformity_image"].value == pytest.approx(0, abs=1e-6)
+    assert apart["effective_rank_image"].value == 1
+    assert (apart["linear_separability"].value, apart["linear_separability"].rows) == (1, 30)
+    assert apart["linear_separability"].low < 1 == apart["linear_separability"].high
 
 
 def test_one_pair_has_only_what_it_can_have():
-    found = structure_metrics(unit(1, 4), unit(1, 4, seed=1))
+    found, _ = structure_metrics(unit(1, 4), unit(1, 4, seed=1))
     missing = {"uniformity_image", "uniformity_text", "linear_separability", "geometry_inter", "geometry_intra"}
     assert not missing & set(found)
-    assert found["hubness_text"] == {"value": 0.0}
+    assert found["hubness_text"].value == 0
 
 
 # The bridge
 
 
 @settings(max_examples=30)
-@given(st.floats(0, 1), st.integers(0, 999))
-def test_the_deviation_is_the_loss_of_the_bridge(t, seed):
+@given(st.integers(0, 999))
+def test_the_deviation_is_the_loss_of_the_bridge(seed):
     image, text, augmented = (unit(9, 5, seed=3 * seed + i) for i in range(3))
-    found = bridge_deviation(image, text, augmented, row_pairs(9)).at(t)
-    loss = bridge_distances(*(torch.from_numpy(x).double() for x in (image, text, augmented)), t).mean()
-    assert found == pytest.approx(float(loss), rel=1e-6)
+    best, deviations = bridge(image, text, augmented, row_pairs(9))
+    for t, found in zip((*GRID, best), deviations, strict=True):
+        loss = bridge_distances(*(torch.from_numpy(x).double() for x in (image, text, augmented)), t).mean()
+        assert found == pytest.approx(float(loss), rel=1e-6)
+    assert deviations[-1] == min(deviations)
 
 
 @settings(max_examples=30)
@@ -192,9 +189,9 @@ def test_the_best_t_is_found_where_it_was_put(t):
     image, text = unit(50, 8), unit(50, 8, seed=1)
     mean = t * image + (1 - t) * text
     augmented = mean / np.linalg.norm(mean, axis=1, keepdims=True)
-    deviation = bridge_deviation(image, text, augmented.astype(np.float32), row_pairs(50))
-    assert deviation.best_t() == pytest.approx(t, abs=1e-3)
-    assert all(deviation.at(deviation.best_t()) <= deviation.at(other) for other in GRID)
+    best, deviations = bridge(image, text, augmented.astype(np.float32), row_pairs(50))
+    assert best == pytest.approx(t, abs=1e-3)
+    assert deviations[-1] == min(deviations)
 
 
 # The linear classifier
@@ -227,10 +224,10 @@ def newton_accuracy(image, text, config):
 def test_separability_is_that_of_the_classifier_by_newtons_method(gap):
     image = unit(150, 6)
     text = near(unit(150, 6, seed=1) + gap * np.eye(6)[0], 0)
-    found = linear_separability(image, text, row_pairs(150), SamplingConfig())
-    assert found["value"] == pytest.approx(newton_accuracy(image, text, SamplingConfig()), abs=1e-9)
-    assert found["low"] <= found["value"] <= found["high"]
-    assert found["low"] <= 0.5 or gap > 0
+    found = structure_metrics(image, text)[0]["linear_separability"]
+    assert found.value == pytest.approx(newton_accuracy(image, text, StructureConfig()), abs=1e-9)
+    assert found.low <= found.value <= found.high
+    assert found.low <= 0.5 or gap > 0
 
 
 def test_each_row_is_in_one_pair_at_most():
@@ -290,4 +287,4 @@ def test_what_cannot_be_measured_is_refused(arguments, message):
 
 def test_uniformity_of_normalised_rows_stays_in_its_range():
     z = F.normalize(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), dim=1).numpy()
-    assert structure_metrics(z, z)["uniformity_image"]["value"] == pytest.approx(-8, abs=1e-6)
+    assert structure_metrics(z, z)[0]["uniformity_image"].value == pytest.approx(-8, abs=1e-6)

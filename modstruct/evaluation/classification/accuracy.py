@@ -1,0 +1,70 @@
+"""Accuracy of a classification: from scores to how many classes lie ahead, and from those to values with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from torch import Tensor
+
+from modstruct.evaluation.result import Value, share
+from modstruct.evaluation.statistics import bootstrap_mean
+
+
+def classes_ahead(scores: Tensor, own: Tensor, times: Tensor | int = 1) -> Tensor:
+    """How many other classes score at least as high as each row's own, (b,) int64: below k means right in the top k.
+
+    scores: (b, C). own: (b,), the column of each row's class. times: (C,), how many classes share a column. A tie
+    counts against the model, and so does a score that is no number.
+    """
+    return (~(scores < scores.gather(1, own[:, None])) * times).sum(1) - 1
+
+
+def in_top(ahead: np.ndarray, top_k: Sequence[int]) -> dict[str, np.ndarray]:
+    """Whether each row is right, (n,) bool, by the name of the accuracy."""
+    return {f"top_{k}": ahead < k for k in top_k}
+
+
+def accuracies(
+    ahead: np.ndarray,
+    truth: np.ndarray,
+    classes: int,
+    top_k: Sequence[int],
+    copies: np.ndarray | None = None,
+    intervals: bool = True,
+) -> dict[str, Value]:
+    """Top-k accuracy for each k, and top-1 accuracy averaged over classes, beside chance, with 95 % intervals.
+
+    ahead: (n,), as `classes_ahead` gives. truth: (n,), the class of each row. copies: (n,), equal for rows of one
+    image, which are no independent evidence. Classes without a row do not enter the average, whose interval is over
+    resampled images, each weighted so that every class counts alike: the linear part of the mean of the classes' means
+    is resampled, value + w (right - accuracy of the class). A class of one image says nothing of how its images vary:
+    if there is one, images are taken to vary alike in all classes.
+    """
+    _, place, images = np.unique(truth, return_inverse=True, return_counts=True)
+    right = ahead < 1
+    accuracy = np.bincount(place, right) / images
+    mean = accuracy.mean()
+    values = {
+        f"top_{k}": share((ahead < k).mean(), label=f"top-{k}", chance=k / classes, rows=len(ahead)) for k in top_k
+    }
+    about = "Top-1 accuracy of each class that has an image, averaged over these classes."
+    average = share(mean, label="mean per class", chance=1 / classes, rows=len(images), about=about)
+    values["mean_per_class"] = average
+    if not intervals:
+        return values
+    alike = right.all() or not right.any() or images.max() == 1
+    centre = mean if images.min() == 1 else accuracy[place]
+    weighted = mean + len(right) / (len(images) * images[place]) * (right - centre)
+    resampled = in_top(ahead, top_k) | {"mean_per_class": right if alike else weighted}
+    return {name: with_interval(value, resampled[name], copies) for name, value in values.items()}
+
+
+def with_interval(value: Value, outcomes: np.ndarray, copies: np.ndarray | None) -> Value:
+    """The value, which is the mean of the outcomes (n,), with its interval within 0 and 1; none where all rows are
+    copies of one image, since there is then nothing to tell it from."""
+    if copies is not None and len(copies) > 1 and (copies == copies[0]).all():
+        return value
+    low, high = bootstrap_mean(outcomes, groups=copies)
+    return replace(value, low=max(0.0, low), high=min(1.0, high))
