@@ -66,16 +66,13 @@ class Table:
     paper: list[Row]
     common: list[str] = field(default_factory=list)
 
-    def ranks(self, row: Row, column: str) -> list[int]:
-        """For each value of a cell its place among our rows, from 0; equal values share one. Empty for the paper's."""
-        if not row.seeds:
-            return []
-        ranks = []
-        for place, value in enumerate(row.cells[column]):
-            others = [other.cells[column][place] for other in self.ours]
-            ahead = {round(other.value, 9) for other in others if other and value and other.value > value.value + 1e-9}
-            ranks.append(len(ahead) if value and len(self.ours) > 1 else 9)
-        return ranks
+    def rank(self, row: Row, column: str, place: int) -> int | None:
+        """Of a value of a cell among our rows, from 0; equal values share one. None where there is nothing to rank."""
+        values = [v.value for other in self.ours if (v := other.cells[column][place])]
+        own = row.cells[column][place]
+        if not row.seeds or own is None or len(values) < 2:
+            return None
+        return len({value for value in values if value > own.value + 1e-9})
 
 
 def paper_table(name: str, runs: Sequence[Evaluation], options: Options) -> Table:
@@ -102,8 +99,10 @@ def paper_table(name: str, runs: Sequence[Evaluation], options: Options) -> Tabl
     ours = [Row(run.name, cells, len(run.seeds) or 1) for run, cells in merged if any(map(any, cells.values()))]
     paper = []
     for method, printed in form["paper"].items() if options.paper_rows else ():
-        cells = {c: _printed(text) for c, text in zip(form["sets"], printed, strict=True)}
-        paper.append(Row(f"{method} (paper)", {c: cells.get(c, (None,) * len(ours[0].cells[c])) for c in columns}, 0))
+        there = {c: _printed(text) for c, text in zip(form["sets"], printed, strict=True) if c in columns}
+        if there:
+            nothing = (None,) * len(next(iter(there.values())))
+            paper.append(Row(f"{method} (paper)", {c: there.get(c, nothing) for c in columns}, 0))
     common = [c for c in columns if all(all(row.cells[c]) for row in ours)]
     labels = {c: form["sets"].get(c, c) for c in columns}
     caption = f"{form['title']}: {'/'.join(form['values'].values())} in percent, {form['about']}."
@@ -196,7 +195,7 @@ def markdown(table: Table, options: Options) -> str:
     """The table as Markdown, its caption first."""
 
     def shown(value: Value | None, rank: int | None) -> str:
-        text = "–" if value is None else _percent(value)
+        text = "\u2013" if value is None else _percent(value)
         text = f"**{text}**" if rank == 0 else f"<u>{text}</u>" if rank == 1 else text
         return text + _beside(value, options, " ± {}", " [{}, {}]")
 
@@ -237,11 +236,12 @@ def latex(table: Table, options: Options) -> str:
 
 
 def _cells(table: Table, row: Row, shown: Callable[[Value | None, int | None], str]) -> list[str]:
-    cells = []
-    for column in table.columns:
-        values, ranks = row.cells[column], table.ranks(row, column)
-        cells.append("/".join(shown(v, ranks[place] if ranks else None) for place, v in enumerate(values)))
-    return cells
+    def cell(column: str, values: Values) -> str:
+        if not any(values):
+            return shown(None, None)
+        return "/".join(shown(value, table.rank(row, column, place)) for place, value in enumerate(values))
+
+    return [cell(column, row.cells[column]) for column in table.columns]
 
 
 def _percent(value: Value) -> str:
