@@ -27,8 +27,7 @@ import numpy as np
 from modstruct import distributed
 from modstruct.config import DataConfig, Source
 from modstruct.data.classification.class_files import ZeroShotClasses, some_of
-from modstruct.data.classification.image_stores import ShardImages, hashed
-from modstruct.data.classification.labelled_images import LabelledImages, SetFolder
+from modstruct.data.classification.labelled_images import LabelledImages, SetFolder, ShardImages, hashed
 from modstruct.data.classification.prompts import PAPER_TEMPLATE
 from modstruct.data.faults import NAMED, BadSample
 from modstruct.data.shards.evaluation_samples import EvaluationSample, EvaluationSamples, spaced

@@ -20,15 +20,13 @@ import numpy as np
 from torchvision import datasets
 from torchvision.datasets.utils import calculate_md5
 
-from modstruct.data.classification.image_stores import ImageArray
-from modstruct.data.classification.labelled_images import LabelledImages, SetFolder, read_class_folders
+from modstruct.data.classification.labelled_images import ImageArray, LabelledImages, SetFolder, read_class_folders
 from modstruct.data.classification.prompts import imagenet, imagenet_labels, published_sets
 
 CALTECH101_TRAINING = 30
 """Images of each class for training, as most work on it has (and Radford et al. 2021)."""
 BACKGROUND = "BACKGROUND_Google"  # no class of Caltech-101
 V2_FOLDERS = ("matched-frequency-format-val", "matched-frequency", "threshold0.7-format-val", "top-images-format-val")
-WORDNET_IDS = "WordNet ids of ImageNet"
 SUBSET_CLASSES = 200  # of ImageNet-A and -R
 CHECKSUMS = ("train_list", "test_list", "meta", "split_list", "_file_dict")  # where torchvision's classes have them
 
@@ -96,6 +94,8 @@ def _contents(name: str, root: Path, split: str) -> tuple[Sequence[str] | np.nda
     else:  # the others take a loader of images: one that gives the path
         found = dataset(root, split, loader=str)
         samples, classes = [found[number] for number in range(len(found))], found.classes
+        if name == "dtd" and len(classes) != sum(path.is_dir() for path in (root / "dtd/dtd/images").iterdir()):
+            raise ValueError("its classes, which torchvision would number, are not those of the images")
     return [path for path, _ in samples], [label for _, label in samples], classes
 
 
@@ -130,46 +130,33 @@ def read_caltech101(source: SetFolder) -> LabelledImages:
 
 
 def read_imagenet(source: SetFolder) -> LabelledImages:
-    """In folders by WordNet id (Russakovsky et al. 2015)."""
-    folder = {"train": "train", "validation": "val"}[source.split]
-    base = source.folder_with(folder, "ILSVRC/Data/CLS-LOC", "imagenet") / folder
-    return read_class_folders(source, base, list(imagenet_labels()), imagenet(), WORDNET_IDS)
+    """ImageNet-1K (Russakovsky et al. 2015) and its classes under a shift of distribution.
 
-
-def read_imagenet_sketch(source: SetFolder) -> LabelledImages:
-    """50,889 drawings of the 1,000 classes."""
-    base = source.first_folder("sketch", "imagenet-sketch")
-    return read_class_folders(source, base, list(imagenet_labels()), imagenet(), WORDNET_IDS)
-
-
-def read_imagenet_v2(source: SetFolder) -> LabelledImages:
-    """10,000 images in folders 0 to 999, in order of number (sorted as text, 10 would come before 2)."""
-    base = source.folder_with("0", *(f"imagenetv2-{name}" for name in V2_FOLDERS))
-    numbers = [str(label) for label in range(1000)]
-    return read_class_folders(source, base, numbers, imagenet(), "class numbers from 0 to 999")
-
-
-def read_imagenet_subset(source: SetFolder) -> LabelledImages:
-    """A: 7,500 images that a ResNet-50 gets wrong; R: 30,000 renditions (art, cartoons, …). 200 classes each.
-
-    Labels count these, in ImageNet's order.
+    In folders by WordNet id; those of V2 are numbers (sorted as text, 10 would come before 2). Labels of A and R count
+    their 200 classes, in ImageNet's order.
     """
-    base = source.first_folder(source.known.replace("_", "-"))
-    there, known = set(source.subfolders(base)), imagenet_labels()
-    if len(there) != SUBSET_CLASSES:
-        own = "a set of your own that has other classes is described by a YAML file"
-        source.refuse(f"{base} has {len(there)} class folders instead of {SUBSET_CLASSES} ({own})")
-    subset = [wnid for wnid in known if wnid in there]
-    return read_class_folders(source, base, subset, [imagenet()[known[wnid]] for wnid in subset], WORDNET_IDS)
+    folders, classes, kind = list(imagenet_labels()), imagenet(), "WordNet ids of ImageNet"
+    if source.known == "imagenet":
+        split = {"train": "train", "validation": "val"}[source.split]
+        base = source.folder_with(split, "ILSVRC/Data/CLS-LOC", "imagenet") / split
+    elif source.known == "imagenet_v2":
+        base = source.folder_with("0", *(f"imagenetv2-{name}" for name in V2_FOLDERS))
+        folders, kind = [str(label) for label in range(1000)], "class numbers from 0 to 999"
+    else:
+        base = source.first_folder(source.known.replace("_", "-"), source.known.removeprefix("imagenet_"))
+    if source.known in ("imagenet_a", "imagenet_r"):
+        there = set(source.subfolders(base))
+        if len(there) != SUBSET_CLASSES:
+            own = "a set of your own that has other classes is described by a YAML file"
+            source.refuse(f"{base} has {len(there)} class folders instead of {SUBSET_CLASSES} ({own})")
+        rows = [row for row, wnid in enumerate(folders) if wnid in there]
+        folders, classes = [folders[row] for row in rows], tuple(classes[row] for row in rows)
+    return read_class_folders(source, base, folders, classes, kind)
 
 
 READERS: dict[str, Callable[[SetFolder], LabelledImages]] = {
+    **dict.fromkeys(("imagenet", "imagenet_a", "imagenet_r", "imagenet_sketch", "imagenet_v2"), read_imagenet),
     "caltech101": read_caltech101,
     "folder": read_folder,
-    "imagenet": read_imagenet,
-    "imagenet_a": read_imagenet_subset,
-    "imagenet_r": read_imagenet_subset,
-    "imagenet_sketch": read_imagenet_sketch,
-    "imagenet_v2": read_imagenet_v2,
 }
 """Of the sets that torchvision.datasets does not read as they should be."""

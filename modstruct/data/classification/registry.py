@@ -32,18 +32,11 @@ SCENES_REMEDY = "give the folder that the scenes' shards were written to (data.c
 
 @dataclass(frozen=True)
 class NamedSet:
-    """A set as a command line names it."""
+    """name: of published_sets or SCENES, or a YAML file. split: None for the usual one. location: behind the @."""
 
     name: str
-    """Of published_sets or SCENES; or a YAML file."""
     split: str | None
-    """None for the usual one."""
     location: str | None
-    """Behind the @: a folder, or a pattern of shards."""
-
-    @property
-    def is_file(self) -> bool:
-        return self.name.endswith(YAML)
 
 
 def parse_set(text: str) -> NamedSet:
@@ -53,14 +46,13 @@ def parse_set(text: str) -> NamedSet:
         if not condition:
             raise ValueError(f"the set {text!r}: {problem}")
 
-    named, at, location = text.partition("@")
-    head, colon, behind = named.rpartition(":")
-    whole = not colon or named.endswith(YAML)  # a colon in a file's name
-    name, split = (named, None) if whole else (head, behind)
+    head, at, location = text.partition("@")
+    # A file's name may have a colon.
+    name, _, split = (head, "", None) if head.endswith(YAML) or ":" not in head else head.rpartition(":")
     parsed = NamedSet(name, split, location or None)
     need(split in (None, *SPLITS), f"the split {split!r} is none of {', '.join(SPLITS)}")
     need(location or not at, "nothing is named behind the @")
-    if parsed.is_file:
+    if parsed.name.endswith(YAML):
         need(not location or not split, "shards with a class file have no splits: name the shards of one split")
         return parsed
     known = (*published_sets(), *SCENES)
@@ -73,7 +65,7 @@ def parse_set(text: str) -> NamedSet:
 def set_splits(text: str) -> tuple[str, ...]:
     """The splits that a set can have, training first."""
     parsed = parse_set(text)
-    if parsed.is_file:
+    if parsed.name.endswith(YAML):
         there = () if parsed.location else load_user_set(Path(parsed.name).expanduser()).images
         return tuple(split for split in SPLITS if split in there) or ("test",)
     return _splits(parsed.name)
@@ -90,7 +82,7 @@ def open_labelled(text: str, config: DataConfig) -> LabelledImages:
     file = Path(parsed.name).expanduser()
     if parsed.location is None:
         return open_user_set(file, parsed.split, config)
-    if parsed.is_file:
+    if parsed.name.endswith(YAML):
         return LabelledSamples(file.stem, "test", parsed.location, load_classes(file), config)
     known, usual = parsed.name, _splits(parsed.name)[-1]
     root, split = Path(parsed.location).expanduser(), parsed.split or usual

@@ -94,28 +94,28 @@ def open_user_set(path: Path, split: str | None, config: DataConfig) -> Labelled
     return read_labelled_shards(source, shards, list(classes.values()))
 
 
-def _from_table(source: SetFolder, file: Path, label: str, classes: dict[str, str]) -> LabelledImages:
-    rows = csv.reader(source.text(file).splitlines(), skipinitialspace=True)
-    paths, labels, row_of = [], [], {name: row for row, name in enumerate(classes)}
+def _from_table(source: SetFolder, file: Path, column: str, classes: dict[str, str]) -> LabelledImages:
+    """column: of the labels."""
     try:
-        header = next(rows, [])
-        if "image" not in header and "picture" in header:
-            header[header.index("picture")] = "image"
-            log.warning("%s: the column 'picture' is now called 'image'; the old name is still read", file)
-        if wrong := [column for column in ("image", label) if header.count(column) != 1]:
-            source.refuse(f"{file} has {'two columns' if wrong[0] in header else 'no column'} called {wrong[0]!r}")
-        for row in filter(None, rows):
-            where, text = f"{file}, line {rows.line_num}", dict(zip(header, row, strict=False)).get(label)
-            if len(row) != len(header):
-                source.refuse(f"{where}: {len(row)} values in {len(header)} columns; put one with ',' in quotes")
-            if text not in row_of:
-                source.refuse(f"{where}: the label {text!r} is none of the {len(classes)} classes")
-            paths.append(row[header.index("image")])
-            labels.append(row_of[text])
+        header, *rows = csv.reader(source.text(file).splitlines() or [""], skipinitialspace=True)
     except csv.Error as error:
-        source.refuse(f"{file}, line {rows.line_num}: {error}")
+        source.refuse(f"{file} is no CSV file ({error})")
+    if "image" not in header and "picture" in header:
+        header[header.index("picture")] = "image"
+        log.warning("%s: the column 'picture' is now called 'image'; the old name is still read", file)
+    if wrong := [name for name in ("image", column) if header.count(name) != 1]:
+        source.refuse(f"{file} has {'two columns' if wrong[0] in header else 'no column'} called {wrong[0]!r}")
+    of_class = {label: row for row, label in enumerate(classes)}
+    for line, row in enumerate(rows, 2):
+        label = dict(zip(header, row, strict=False)).get(column)
+        if row and len(row) != len(header):
+            source.refuse(f"{file}, line {line}: {len(row)} values in {len(header)} columns; quote one with ','")
+        if row and label not in of_class:
+            source.refuse(f"{file}, line {line}: the label {label!r} is none of the {len(classes)} classes")
+    paths = [row[header.index("image")] for row in rows if row]
+    labels = np.array([of_class[row[header.index(column)]] for row in rows if row], dtype=np.int64)
+    present = set(labels.tolist())
     repeated = [path for path, times in Counter(paths).items() if times > 1]
     source.note(f"images occur in several rows of {file}, each of which counts", repeated)
-    source.note(f"classes have no image in {file}", [name for name in classes if row_of[name] not in labels])
-    images = source.images(file.parent, paths)
-    return LabelledImages(source, images, np.array(labels, dtype=np.int64), list(classes.values()))
+    source.note(f"classes have no image in {file}", [name for name, row in of_class.items() if row not in present])
+    return LabelledImages(source, source.images(file.parent, paths), labels, list(classes.values()))

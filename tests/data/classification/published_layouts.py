@@ -45,6 +45,7 @@ def dtd(folder: Path) -> Path:
             ("train", "banded"),
             ("train", "polka-dotted"),
             ("val", "banded"),
+            ("val", "polka-dotted"),
             ("test", "polka-dotted"),
             ("test", "banded"),
         ]

@@ -90,7 +90,7 @@ def test_what_a_table_repeats_or_lacks_is_named(tmp_path, config, caplog):
     assert "1 images occur in several rows of" in caplog.text
     assert "1 classes have no image in" in caplog.text
     layouts.put(tmp_path / "list.csv", "image,label\n0.png,A,B\n")
-    with pytest.raises(ValueError, match=r"list\.csv, line 2: 3 values in 2 columns; put one"):
+    with pytest.raises(ValueError, match=r"list\.csv, line 2: 3 values in 2 columns; quote one"):
         open_labelled(str(described(tmp_path, text)), config)
 
 

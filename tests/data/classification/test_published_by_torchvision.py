@@ -117,7 +117,7 @@ def test_every_published_set_has_the_papers_template_first_and_an_ensemble_behin
     ("name", "gone", "message"),
     [
         ("dtd", "dtd/dtd/labels/test1.txt", r"dtd@.*there is no .*/dtd/dtd/labels/test1\.txt; download dtd-r1\.0\.1"),
-        ("dtd", "dtd/dtd/images/banded/banded_0004.jpg", r"1 of 2 images are not in .*first banded/banded_0004\.jpg"),
+        ("dtd", "dtd/dtd/images/banded/banded_0005.jpg", r"1 of 2 images are not in .*first banded/banded_0005\.jpg"),
         ("fgvc_aircraft", "fgvc-aircraft-2013b/data/variants.txt", "no .*/data/variants.txt; download fgvc-air"),
         ("oxford_pets", "oxford-iiit-pet/annotations/test.txt", "no .*/annotations/test.txt; download images.tar"),
         ("food101", "food-101/meta/test.json", "food101@.*there is no .*/test.json; download food-101"),
@@ -142,15 +142,21 @@ def test_a_missing_file_is_named_with_the_set_and_what_to_download(tmp_path, nam
 @pytest.mark.parametrize(
     ("name", "file", "content", "message"),
     [
-        ("dtd", "labels/test1.txt", "banded/banded_0004.jpg\nblue/x.jpg\n", "not in .*/images, the first blue/x.jpg"),
+        ("dtd", "labels/test1.txt", "banded/banded_0005.jpg\nblue/x.jpg\n", "not in .*/images, the first blue/x.jpg"),
         (
             "dtd",
             "labels/test1.txt",
             "banded/../../../../passwd",
             "torchvision cannot read labels/test1.txt in .*/dtd",
         ),
-        ("dtd", "labels/test1.txt", "../passwd", r"the image path '\.\./passwd' points out of"),
-        ("dtd", "labels/test1.txt", "", "no image of this split is named for .*images"),
+        ("dtd", "labels/test1.txt", "../passwd\nbanded/x", r"the image path '\.\./passwd' points out of"),
+        (
+            "dtd",
+            "labels/test1.txt",
+            "banded/banded_0005.jpg\n",
+            "labels/test1.txt .*its classes, which",
+        ),
+        ("dtd", "labels/test1.txt", "", "cannot read labels/test1.txt"),
         ("dtd", "labels/test1.txt", b"\xff\xfe\xff", "cannot read labels/test1.txt .*UnicodeDecodeError"),
         ("fgvc_aircraft", "images_variant_test.txt", "1 Zeppelin\n", "images_variant_test.txt .*KeyError: 'Zeppelin'"),
         ("oxford_pets", "annotations/test.txt", "a_1 1 1\n", "annotations/test.txt .*not enough values"),
@@ -179,13 +185,13 @@ def test_a_damaged_file_is_named(tmp_path, name, file, content, message):
 
 def test_an_image_that_cannot_be_decoded_is_a_bad_sample(tmp_path):
     root = layouts.dtd(tmp_path)
-    layouts.put(root / "dtd/dtd/images/polka-dotted/polka-dotted_0003.jpg", b"no image")
+    layouts.put(root / "dtd/dtd/images/polka-dotted/polka-dotted_0004.jpg", b"no image")
     images = open_labelled(f"dtd@{root}", CONFIG)
-    with pytest.raises(BadSample, match=r"undecodable image: .*polka-dotted_0003"):
+    with pytest.raises(BadSample, match=r"undecodable image: .*polka-dotted_0004"):
         images[0]
-    assert layouts.number_of(images[1].image) == 4
-    (root / "dtd/dtd/images/banded/banded_0004.jpg").unlink()
-    with pytest.raises(BadSample, match=r"unreadable image: .*banded_0004"):
+    assert layouts.number_of(images[1].image) == 5
+    (root / "dtd/dtd/images/banded/banded_0005.jpg").unlink()
+    with pytest.raises(BadSample, match=r"unreadable image: .*banded_0005"):
         images[1]
     with pytest.raises(IndexError, match="image 2 of 2 of dtd"):
         images[2]
