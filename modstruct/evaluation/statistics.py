@@ -96,7 +96,7 @@ def sign_flip_p(totals: np.ndarray, samples: int = 1000, seed: int = 0) -> float
     scipy's permutation test: all signs where there are fewer than `samples` of them, else random ones.
     """
     told = totals[totals != 0]
-    if not len(told):
+    if len(told) < 2:
         return 1.0
     test = stats.permutation_test(
         (told,),

@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,18 +31,18 @@ ORDER = ("retrieval", "zero_shot", "linear_probe", "linear_probe_adamw", "few_sh
 
 @dataclass(frozen=True)
 class Cell:
-    """A metric of one run in one row. lead: how far the best run is ahead, positive for better, p corrected."""
+    """A metric of one run. lead: how far the best run is ahead, positive for better, its p value corrected."""
 
     value: Value
-    marked: bool = False
-    best: bool = False
-    lead: Difference | None = None
+    marked: bool
+    best: bool
+    lead: Difference | None
 
 
 @dataclass(frozen=True)
 class Row:
-    """One metric of all runs. like: its value in a run, for label, unit and direction. cells: by the number of
-    the run, where it was measured. test: "paired", "intervals" or None."""
+    """One metric of all runs. like: one of its values, for label, unit and direction. cells: by the number of the run,
+    where it was measured. test: "paired", "intervals" or None. headline: whether a summary shows it."""
 
     set: str
     metric: str
@@ -51,6 +50,7 @@ class Row:
     like: Value
     cells: dict[int, Cell]
     test: str | None
+    headline: bool
 
     @property
     def label(self) -> str:
@@ -94,10 +94,13 @@ def compare(runs: Sequence[Evaluation]) -> list[Section]:
 
 
 def _section(metric: str, runs: Sequence[Evaluation]) -> Section:
-    results: dict[str, dict[int, Result]] = {}
-    for set_name in sorted({name for run in runs for name, of in run.results if of == metric}):
-        found = {i: run.results.get((set_name, metric)) for i, run in enumerate(runs)}
-        results[set_name] = {i: result for i, result in found.items() if result}
+    found = {
+        (set_name, i): of for i, run in enumerate(runs) for (set_name, m), of in run.results.items() if m == metric
+    }
+    results = {
+        set_name: {i: result for (of, i), result in found.items() if of == set_name}
+        for set_name in sorted({set_name for set_name, _ in found})
+    }
     groups = []
     for set_name, of_set in results.items():
         note = None
@@ -112,22 +115,20 @@ def _section(metric: str, runs: Sequence[Evaluation]) -> Section:
         for name, members in rows.items():
             title = " · ".join(part for part in (set_name, titles.get(name, name)) if part)
             groups.append(Group(set_name, title, tuple(members), note))
-    first = next(result for of_set in results.values() for result in of_set.values())
-    abouts = [result.about for of_set in results.values() for result in of_set.values() if result.about]
-    return Section(metric, first.title or metric, (abouts or [""])[0], tuple(groups), results)
+    title, about = (next(filter(None, (getattr(of, text) for of in found.values())), "") for text in ("title", "about"))
+    return Section(metric, title or metric, about, tuple(groups), results)
 
 
 def _row(name: str, set_name: str, of_set: dict[int, Result], comparable: bool) -> Row:
     results = {i: result for i, result in of_set.items() if name in result.values}
     values = {i: result.values[name] for i, result in results.items()}
     like = next((value for value in values.values() if value.about), next(iter(values.values())))
-    best, test, worse = None, None, set[int]()
+    top, test, worse = None, None, set[int]()
     leads: dict[int, Difference] = {}
     if like.higher_is_better is not None and comparable and len(values) > 1:
         sign = 1 if like.higher_is_better else -1
         best = max(values, key=lambda i: sign * values[i].value)
-        rivals = [i for i in values if i != best]
-        top = values[best]
+        top, rivals = values[best], [i for i in values if i != best]
         if paired := paired_outcomes(list(results.values()), name):
             test, outcomes = "paired", dict(zip(results, paired[0], strict=True))
             found = [paired_difference(sign * outcomes[best], sign * outcomes[i], groups=paired[1]) for i in rivals]
@@ -137,9 +138,12 @@ def _row(name: str, set_name: str, of_set: dict[int, Result], comparable: bool) 
         elif all(value.low is not None and value.high is not None for value in values.values()):
             test = "intervals"
             worse = {i for i in rivals if top.low > values[i].high or values[i].low > top.high}  # type: ignore[operator]
-    bests = {i for i, value in values.items() if best is not None and value.value == values[best].value}
-    cells = {i: Cell(value, bool(worse) and i not in worse, i in bests, leads.get(i)) for i, value in values.items()}
-    return Row(set_name, next(iter(results.values())).metric, name, like, cells, test)
+    cells = {
+        i: Cell(value, bool(worse) and i not in worse, top is not None and value.value == top.value, leads.get(i))
+        for i, value in values.items()
+    }
+    headline = any(name in result.headlines for result in results.values())
+    return Row(set_name, next(iter(results.values())).metric, name, like, cells, test, headline)
 
 
 def paired_outcomes(results: Sequence[Result], name: str) -> tuple[list[np.ndarray], np.ndarray | None] | None:
@@ -187,7 +191,7 @@ def _without_seed(run: Evaluation) -> tuple[Any, Any]:
         seed = recipe["train"].pop("seed")
     except (ValueError, TypeError, KeyError, AttributeError):  # a model of others, or text that is no recipe
         return run.folder, None
-    return repr([recipe | {"output": None}, Path(run.model["name"]).name]), seed
+    return repr([recipe | {"output": None}, re.findall(r"step-\d+$", run.model["name"])]), seed
 
 
 def _merged(family: Sequence[Evaluation]) -> Evaluation:
@@ -200,22 +204,23 @@ def _merged(family: Sequence[Evaluation]) -> Evaluation:
 
 def _mean(results: Sequence[Result]) -> Result:
     """One result of several seeds, with what all of them have."""
-    first, values, curves, outcomes = results[0], {}, {}, {}
+    first, values, curves = results[0], {}, {}
+    outcomes = {name: of for name, of in first.outcomes.items() if name.rpartition("/")[2] in ROWS}
     if len(results) == 1:
         return first
     for name in [name for name in first.values if all(name in result.values for result in results)]:
         found = [result.values[name].value for result in results]
-        mean, deviation = float(np.mean(found)), float(np.std(found, ddof=1))
-        values[name] = replace(first.values[name], value=mean, deviation=deviation, low=None, high=None)
+        deviation = float(np.std(found, ddof=1))
+        values[name] = replace(
+            first.values[name], value=float(np.mean(found)), deviation=deviation, low=None, high=None
+        )
         if paired := paired_outcomes(results, name):
             outcomes[name] = np.mean(paired[0], axis=0)
     for name, like in first.curves.items():
         if all(name in result.curves and result.curves[name].x == like.x for result in results):
             y = np.array([result.curves[name].y for result in results])
             mean, spread = y.mean(0), y.std(0, ddof=1)
-            low, high = (mean - spread).tolist(), (mean + spread).tolist()
-            curves[name] = replace(like, y=mean.tolist(), low=low, high=high, chosen=None)
-    rows = {name: of for name, of in first.outcomes.items() if name.rpartition("/")[2] in ROWS}
-    alike = len({result.fingerprint for result in results}) == 1
-    fingerprint = first.fingerprint if alike else "several"
-    return replace(first, values=values, curves=curves, outcomes=rows | outcomes, fingerprint=fingerprint)
+            band = {"low": (mean - spread).tolist(), "high": (mean + spread).tolist()}
+            curves[name] = replace(like, y=mean.tolist(), chosen=None, **band)
+    fingerprint = first.fingerprint if len({result.fingerprint for result in results}) == 1 else "several"
+    return replace(first, values=values, curves=curves, outcomes=outcomes, fingerprint=fingerprint)

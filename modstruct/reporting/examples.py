@@ -22,7 +22,6 @@ from modstruct.reporting.loading import Evaluation
 
 SIDE_PIXELS = 192
 """Longest side of an embedded image: sharp at the 96 pixels it is shown with on a high-resolution screen."""
-QUALITY = 82
 SHOWN_QUERIES = 6
 """Of each set and direction."""
 SHOWN_RESULTS = 5
@@ -43,69 +42,56 @@ class Item:
 
 @dataclass(frozen=True)
 class Retrieved:
-    """What one run found. run: its number. rank: of the best right item, from 1. right: that item."""
+    """What one run found of a query. run: its number. rank: of the best right item, from 1. right: that item."""
 
     run: int
     rank: int | None
+    query: Item
     right: Item | None
     results: tuple[Item, ...]
 
 
-@dataclass(frozen=True)
-class Query:
-    item: Item
-    found: tuple[Retrieved, ...]
+def galleries(
+    runs: Sequence[Evaluation], limit: int = LARGEST_PAGE_BYTES
+) -> dict[tuple[str, str], list[list[Retrieved]]]:
+    """By set and direction the queries, each with what the runs found of it. limit: bytes of all images.
 
-
-@dataclass(frozen=True)
-class Gallery:
-    """Queries of one set in one direction, each with what the runs found."""
-
-    set: str
-    direction: str
-    queries: tuple[Query, ...]
-
-
-def galleries(runs: Sequence[Evaluation], limit: int = LARGEST_PAGE_BYTES) -> list[Gallery]:
-    """The examples of all runs by set and direction; a query of several runs appears once, with what each found.
-
-    limit: bytes of all images. Raises ValueError naming a file that is broken or missing.
+    Raises ValueError naming a file that is broken or missing.
     """
     found: dict[tuple[str, str], dict[tuple, list[tuple[int, Path, dict[str, Any]]]]] = {}
     for i, run in enumerate(runs):
         for path in sorted(run.folder.glob("results/*/examples/*.json")):
             for example in _read(path):
-                direction, query = str(example.get("direction", "retrieved")), example["query"]
+                of_set = found.setdefault((path.parents[1].name, str(example.get("direction", "retrieved"))), {})
+                query = example["query"]
                 # The key identifies an image; its file may have another name in each run.
-                identity = (query.get("key") or query.get("image"), query.get("text"))
-                of_set = found.setdefault((path.parents[1].name, direction), {})
-                of_set.setdefault(identity, []).append((i, path, example))
-    images, made = _Images(limit), []
-    for (set_name, direction), of_query in sorted(found.items(), key=lambda entry: entry[0][0]):
-        # Queries of most runs come first: they can be compared.
-        chosen = sorted(of_query.values(), key=lambda entries: -len(entries))[:SHOWN_QUERIES]
-        made.append(Gallery(set_name, direction, tuple(_query(entries, images) for entries in chosen)))
-    return made
+                of_set.setdefault((query.get("key") or query.get("image"), query.get("text")), []).append(
+                    (i, path, example)
+                )
+    images = _Images(limit)
+
+    def retrieved(i: int, path: Path, example: dict[str, Any]) -> Retrieved:
+        query, *results = (images.item(item, path) for item in (example["query"], *example["results"][:SHOWN_RESULTS]))
+        right = images.item(example["right"], path) if "right" in example else None
+        return Retrieved(i, example.get("rank"), query, right, tuple(results))
+
+    # Queries of most runs come first: they can be compared.
+    return {
+        place: [
+            [retrieved(*one) for one in of] for of in sorted(queries.values(), key=len, reverse=True)[:SHOWN_QUERIES]
+        ]
+        for place, queries in sorted(found.items(), key=lambda entry: entry[0][0])
+    }
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    examples = read_json(path).get("examples")
+    examples: Any = read_json(path).get("examples")
     for example in examples if isinstance(examples, list) else [None]:
         results = example.get("results") if isinstance(example, dict) else None
-        items = [example["query"], *results, example.get("right", {})] if isinstance(results, list) else [None]
+        items = [example.get("query"), *results, example.get("right", {})] if isinstance(results, list) else [None]
         if not all(isinstance(item, dict) for item in items):
             refuse_file(path, '"examples" must be a list of objects with a query and its results')
     return examples
-
-
-def _query(entries: list[tuple[int, Path, dict[str, Any]]], images: _Images) -> Query:
-    found = []
-    for i, path, example in entries:
-        results = tuple(images.item(item, path) for item in example["results"][:SHOWN_RESULTS])
-        right = images.item(example["right"], path) if example.get("right") else None
-        found.append(Retrieved(i, example.get("rank"), right, results))
-    _, path, example = entries[0]
-    return Query(images.item(example["query"], path), tuple(found))
 
 
 class _Images:
@@ -116,17 +102,17 @@ class _Images:
         self._made: dict[Path, str | None] = {}
 
     def item(self, item: dict[str, Any], beside: Path) -> Item:
-        text, right, score, file = (item.get(key) for key in ("text", "right", "score", "image"))
-        file = file or item.get("picture")  # the older name of the field
+        text, right, score = (item.get(key) for key in ("text", "right", "score"))
+        file = item.get("image", item.get("picture"))  # the older name of the field
         # A name only: a results file must not make the page read other files.
         if file is not None and (not isinstance(file, str) or Path(file).name != file):
             refuse_file(beside, f'"image" = {file!r}: it must name a file of this folder')
         return Item(
-            name=str(item.get("key") or file or ""),
-            text=None if text is None else str(text),
-            image=self._uri(beside.parent / file) if file else None,
-            right=right if isinstance(right, bool) else None,
-            score=score if is_number(score) else None,
+            str(item.get("key") or file or ""),
+            None if text is None else str(text),
+            self._uri(beside.parent / file) if file else None,
+            right if isinstance(right, bool) else None,
+            score if is_number(score) else None,
         )
 
     def _uri(self, path: Path) -> str | None:
@@ -140,7 +126,7 @@ class _Images:
                 refuse_file(path, f"not an image that can be read ({error})")
             image.thumbnail((SIDE_PIXELS, SIDE_PIXELS))
             data = io.BytesIO()
-            image.save(data, "JPEG", quality=QUALITY, optimize=True)
+            image.save(data, "JPEG", quality=82, optimize=True)
             uri = f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
             self._made[path] = uri if len(uri) <= self._left else None
             self._left -= len(self._made[path] or "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,10 @@ class Evaluation:
     """What tables call it: its model's name without what the names of all have in common."""
     model: dict[str, Any]
     """model.json: name, fingerprint, checkpoint or open_clip, recipe, commands."""
-    results: dict[tuple[str, str], Result] = field(default_factory=dict)
+    results: dict[tuple[str, str], Result]
     """By (set, metric)."""
     seeds: tuple[Evaluation, ...] = ()
     """The runs that `results` are the means of; empty for a run alone."""
-
-    @property
-    def full_name(self) -> str:
-        return ", ".join(f"{run.model['name']} ({run.folder})" for run in self.seeds or (self,))
 
     def embedded_set(self, name: str) -> EmbeddedSet | None:
         """The embedded set of that name, or None if the folder has no finished one."""
@@ -39,7 +35,7 @@ class Evaluation:
 
 
 def load_evaluations(folders: Sequence[str | Path]) -> list[Evaluation]:
-    """Read several evaluation folders, in the order given, with short names that differ.
+    """Read several evaluation folders, in the order given, with short names.
 
     Raises FileNotFoundError or ValueError naming the file that is missing or broken, and the remedy.
     """
@@ -52,7 +48,7 @@ def load_evaluations(folders: Sequence[str | Path]) -> list[Evaluation]:
     loaded = [load_evaluation(path) for path in paths]
     names = [run.name for run in loaded]
     if len(set(names)) < len(names):
-        names = [f"{run.name}/{path}" for run, path in zip(loaded, paths, strict=True)]
+        names = [f"{run.name}/{run.folder}" for run in loaded]
     return [replace(run, name=name) for run, name in zip(loaded, short_names(names), strict=True)]
 
 
@@ -61,19 +57,15 @@ def load_evaluation(folder: Path) -> Evaluation:
     path = folder / MODEL_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file; {folder} is no evaluation folder: embed a set first")
-    model = read_json(path)
+    model = {"commands": []} | read_json(path)
     if not isinstance(model.get("name"), str) or not model["name"]:
         refuse_file(path, f'"name" = {model.get("name")!r}: the model\'s name must be a text')
-    commands = model.setdefault("commands", [])
-    if not isinstance(commands, list) or not all(isinstance(words, list) for words in commands):
-        refuse_file(path, '"commands" must be a list of commands, each a list of words')
     # Backwards: where an older version's linear_probe_sgd lies beside linear_probe_adamw, the latter counts.
     found = {file: Result.load(file) for file in sorted(folder.glob("results/*/*.json"), reverse=True)}
     if not found:
         raise FileNotFoundError(f"{folder / 'results'}: there are no results; measure a set first")
-    return Evaluation(
-        folder, model["name"], model, {(file.parent.name, result.metric): result for file, result in found.items()}
-    )
+    results = {(file.parent.name, result.metric): result for file, result in found.items()}
+    return Evaluation(folder, model["name"], model, results)
 
 
 def short_names(names: Sequence[str]) -> list[str]:

@@ -35,21 +35,9 @@ HERE = Path(__file__).parent
 SCHEMA = 1
 """Of OUT.json."""
 LONG_GROUP = 24
-"""Longest group in the table; longer ones (a row for each class) are folded."""
-SHOWN_FINDINGS = 8
+"""Longest group in a section's table; longer ones (a row for each class) are folded."""
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 ROWS = {"image": "images", "text": "captions", "labelled": "labelled images", "train": "training images"}
-SWATCHES = (
-    "M6 2a4 4 0 1 0 .01 0z",
-    "M2 2h8v8h-8z",
-    "M6 1l5 5-5 5-5-5z",
-    "M6 1.5l5 9h-10z",
-    "M6 10.5l5-9h-10z",
-    "M4.5 1h3v3.5H11v3H7.5V11h-3V7.5H1v-3h3.5z",
-    "M1 3l2-2 3 3 3-3 2 2-3 3 3 3-2 2-3-3-3 3-2-2 3-3z",
-    "M6 .5l1.5 3.8 4 .2-3.1 2.6 1 4L6 8.9l-3.4 2.2 1-4L.5 4.5l4-.2z",
-)
-"""Markers of the plots, as paths of a 12 x 12 square."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +63,8 @@ def write_report(folders: Sequence[str | Path], out: str | Path, with_interval: 
     out = Path(out).expanduser()
     stem = out.with_suffix("") if out.suffix == ".html" else out
     require_writable("--out", stem.parent)
-    kinds = {"html": ".html", "csv": ".csv", "tex": ".tex", "json": ".json", "figures": "-figures"}
-    files = ReportFiles(**{kind: stem.with_name(f"{stem.name}{ending}") for kind, ending in kinds.items()})
+    endings = (".html", ".csv", ".tex", ".json", "-figures")
+    files = ReportFiles(*(stem.with_name(stem.name + ending) for ending in endings))
     loaded = load_evaluations(folders)
     runs = group_seeds(loaded)
     sections = compare(runs)
@@ -123,25 +111,19 @@ def html_page(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"shown": shown, "words": lambda words: shlex.join(map(str, words)), "weights": _weights}
-    environment.filters["pretty"] = lambda value: json.dumps(value, indent=1, ensure_ascii=False)
-    chosen = headlines(sections)
-    titles = list(dict.fromkeys(headline.title for headline in chosen))
+    environment.tests |= {"long": lambda group: len(group.rows) > LONG_GROUP}
     page = environment.get_template("page.html").render(
         runs=runs,
         sections=sections,
         drawn=drawn,
-        headlines=[(title, None, [(f"{h.group}, ", h.row) for h in chosen if h.title == title]) for title in titles],
-        findings=findings(chosen, runs),
         notes=list(notes(sections, runs)),
         galleries=galleries(runs),
         sets=sorted({set_name for run in runs for set_name, _ in run.results}),
         files=files,
         with_interval=with_interval,
-        tables=tables,
         facts=facts,
         tip=lambda row, i: _tip(row, i, runs),
         units={"share": "%", "nats": "nats"},
-        swatches=SWATCHES,
         style=Markup(style),
         policy=f"default-src 'none'; img-src data:; style-src 'sha256-{sha256}'; base-uri 'none'; form-action 'none'",
         alpha=ALPHA,
@@ -153,14 +135,6 @@ def _weights(model: dict[str, Any]) -> str:
     """Where a model's weights came from."""
     named = model.get("checkpoint") or model.get("open_clip") or "not said"
     return " ".join(["OpenCLIP", *map(str, named.values())]) if isinstance(named, dict) else str(named)
-
-
-def tables(section: Section) -> list[tuple[str, bool, list[tuple[str, str | None, list[tuple[str, Row]]]]]]:
-    """(title, whether it is folded, (title, note, rows) of each group) of a section's tables."""
-    made = [(group.title, group.note, [("", row) for row in group.rows]) for group in section.groups]
-    short = [group for group in made if len(group[2]) <= LONG_GROUP]
-    folded = [(group[0], True, [group]) for group in made if len(group[2]) > LONG_GROUP]
-    return ([(section.title, False, short)] if short else []) + folded
 
 
 def facts(result: Result) -> str:
@@ -177,82 +151,31 @@ def facts(result: Result) -> str:
 
 def _tip(row: Row, i: int, runs: Sequence[Evaluation]) -> str:
     """Tooltip of a cell."""
-    cell = row.cells[i]
-    parts = [f"{cell.value.rows:,} rows"] if cell.value.rows else []
+    value, lead = row.cells[i].value, row.cells[i].lead
+    parts = [f"{value.rows:,} rows"] if value.rows else []
     for seed in runs[i].seeds:
         if result := seed.results.get((row.set, row.metric)):
             parts.append(f"{seed.name}: {shown(result.values[row.name].value, row.like.unit)}")
-    if cell.lead:
-        lead = (cell.lead.difference, cell.lead.low, cell.lead.high)
-        difference, low, high = (shown(number, row.like.unit) for number in lead)
-        p = f"p = {cell.lead.p:.3f}" if cell.lead.p >= 0.001 else "p < 0.001"
+    if lead:
+        difference, low, high = (shown(n, row.like.unit) for n in (lead.difference, lead.low, lead.high))
+        p = f"p = {lead.p:.3f}" if lead.p >= 0.001 else "p < 0.001"
         parts.append(f"the best is ahead by {difference} [{low}, {high}], {p}")
     return "; ".join(parts)
 
 
-@dataclass(frozen=True)
-class Headline:
-    """A row of the summary. title: of its section. group: title of its group, with the set."""
-
-    title: str
-    group: str
-    row: Row
-
-
-def headlines(sections: Sequence[Section]) -> list[Headline]:
-    """The values that results name as their headlines."""
-    found = []
-    for section in sections:
-        of_set = {name: {h for r in results.values() for h in r.headlines} for name, results in section.results.items()}
-        for group in section.groups:
-            found += [Headline(section.title, group.title, row) for row in group.rows if row.name in of_set[row.set]]
-    return found
-
-
-def findings(chosen: Sequence[Headline], runs: Sequence[Evaluation]) -> list[str]:
-    """Sentences on the headlines: in which a run is shown to be ahead, and how many of the others there are."""
-    sentences, undecided = [], 0
-    for headline in chosen:
-        row = headline.row
-        if not row.marked:
-            undecided += row.test is not None
-            continue
-        behind = [runs[i].name for i in row.cells if i not in row.marked]
-        value = next(shown(cell.value.value, row.like.unit) for cell in row.cells.values() if cell.best)
-        value += "\u00a0%" if row.like.unit == "share" else ""
-        names = _listed([runs[i].name for i in row.marked])
-        several = f"{names} (up to {value}) do not differ significantly and lead"
-        lead = several if len(row.marked) > 1 else f"{names} reaches {value} and leads"
-        sentences.append(f"{headline.title}, {headline.group}, {row.label}: {lead} {_listed(behind)}.")
-    if (hidden := len(sentences) - SHOWN_FINDINGS) > 0:
-        sentences[SHOWN_FINDINGS:] = [f"{hidden} more in which runs are shown to be ahead: see the table."]
-    if undecided:
-        sentences.append(f"No run is shown to be ahead of another in {undecided} of {len(chosen)} main metrics.")
-    return sentences
-
-
-def _listed(names: Sequence[str]) -> str:
-    *start, last = names
-    return f"{', '.join(start)} and {last}" if start else last
-
-
 def notes(sections: Sequence[Section], runs: Sequence[Evaluation]) -> Iterator[str]:
     """What a reader must know before comparing: different data, leakage, results that only some runs have."""
-    sets = sorted({set_name for run in runs for set_name, _ in run.results})
     of_run = [{set_name for set_name, _ in run.results} for run in runs]
-    for run, has in zip(runs, of_run, strict=True):
-        if lacking := [set_name for set_name in sets if set_name not in has]:
-            yield f"{run.name} was not measured on {_listed(lacking)}."
+    for run, sets in zip(runs, of_run, strict=True):
+        if lacking := sorted(set().union(*of_run) - sets):
+            yield f"{run.name} was not measured on {', '.join(lacking)}."
     for section in sections:
         for set_name, note in dict.fromkeys((group.set, group.note) for group in section.groups if group.note):
             yield f"{section.title}, {set_name}. {note}"
         for set_name, results in section.results.items():
             if lacking := [run.name for i, run in enumerate(runs) if i not in results and set_name in of_run[i]]:
-                yield f"{section.title} on {set_name} was not measured for {_listed(lacking)}."
-            leaked: dict[float, list[str]] = {}
-            for i, result in results.items() if section.metric == "leakage" else ():
-                leaked.setdefault(max(value.value for value in result.values.values()), []).append(runs[i].name)
-            for share, names in leaked.items():
-                if share > 0:
-                    found = f"{shown(share, 'share')}\u00a0% of {set_name}"
-                    yield f"Leakage: {found} also occur in the training data of {_listed(names)}."
+                yield f"{section.title} on {set_name} was not measured for {', '.join(lacking)}."
+            for i, result in results.items():
+                most = max(value.value for value in result.values.values())
+                if section.metric == "leakage" and most > 0:
+                    yield f"Leakage: {shown(most, 'share')}\u00a0% of {set_name} are in {runs[i].name}'s training data."

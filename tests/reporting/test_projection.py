@@ -33,7 +33,7 @@ def test_it_agrees_with_the_singular_vectors_of_the_joint_cloud():
     cloud -= cloud.mean(0)
     u, s, _ = np.linalg.svd(cloud, full_matrices=False)
     expected = u[:, :2] * s[:2]
-    mine = np.concatenate([found.image, found.text])
+    mine = np.concatenate(found.points)
     np.testing.assert_allclose(np.abs(mine), np.abs(expected), atol=1e-9)
     assert found.explained == pytest.approx(s[:2] ** 2 / (s**2).sum())
 
@@ -44,18 +44,18 @@ def test_distances_do_not_change_under_rotation_of_the_embeddings():
     rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(16, 16)))[0]
     made.image, made.text = unit(made.image @ rotation), unit(made.text @ rotation)
     second = project(embedded(made))
-    joins = [np.linalg.norm(one.image - one.text, axis=1) for one in (first, second)]
+    joins = [np.linalg.norm(one.points[0] - one.points[1], axis=1) for one in (first, second)]
     np.testing.assert_allclose(*joins, atol=1e-5)
 
 
 def test_of_many_pairs_evenly_spread_ones_are_shown_always_the_same(tmp_path):
     source = embedded(Embeddings(1000, 0.3, 0.8, 0))
     first, second = project(source), project(source)
-    assert len(first.image) == len(first.text) == len(first.names) == SHOWN_PAIRS
+    assert first.points.shape == (2, len(first.names), 2) == (2, SHOWN_PAIRS, 2)
     assert first.total == 1000
-    np.testing.assert_array_equal(first.image, second.image)
+    np.testing.assert_array_equal(first.points, second.points)
     (plot,) = drawn(tmp_path, source)
-    assert plot.svg.count("<title>image of scene-") == plot.svg.count("<title>text of scene-") == SHOWN_PAIRS
+    assert plot.svg.count("<title>image of scene-") == plot.svg.count("<title>caption of scene-") == SHOWN_PAIRS
     assert plot.files["pdf"].startswith(b"%PDF")
     assert plot.files["png"].startswith(b"\x89PNG")
 
@@ -77,7 +77,7 @@ def test_images_without_captions_are_paired_with_their_classes(tmp_path):
     )
     found = project(source)
     assert found.total == 37
-    assert len(np.unique(found.text.round(6), axis=0)) == 4
+    assert len(np.unique(found.points[1].round(6), axis=0)) == 4
     (plot,) = drawn(tmp_path, source)
     assert "&lt;a&gt;" in plot.svg
 
@@ -92,6 +92,6 @@ def test_collapsed_embeddings_are_drawn_as_one_point(tmp_path):
     made = Embeddings(5, 0.3, 0.8, 0)
     made.image[:] = made.text[:] = made.image[0]
     found = project(embedded(made))
-    assert np.abs(found.image).max() < 1e-6
+    assert np.abs(found.points).max() < 1e-6
     (plot,) = drawn(tmp_path, embedded(made))
     assert "nan" not in plot.svg

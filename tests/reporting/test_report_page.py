@@ -131,8 +131,7 @@ def test_seeds_share_a_column_and_are_listed(tmp_path):
     files = write_report(folders, tmp_path / "report")
     grouped = Page(files.html.read_text())
     assert "mean of 2 seeds" in " ".join(grouped.text)
-    heads = [attrs for attrs in grouped.all("svg") if attrs["class"].startswith("swatch run-2")]
-    assert heads == []
+    assert not any("run-2" in attrs.get("class", "") for attrs in grouped.all("span"))
     assert any("clip-s1: " in attrs.get("title", "") for attrs in grouped.all("td"))
     assert len(json.loads(files.json.read_text())["runs"]) == 4
 
@@ -221,20 +220,18 @@ def test_one_run_alone_makes_a_page_without_comparison(run_folders, tmp_path):
 
 def test_queries_of_several_runs_stand_together(run_folders):
     found = galleries(load_evaluations(run_folders))
-    assert {(gallery.set, gallery.direction) for gallery in found} == {
-        ("scenes", "text_to_image"),
-        ("scenes", "image_to_text"),
-    }
-    for gallery in found:
-        assert len(gallery.queries) == 3
-        for query in gallery.queries:
-            assert [one.run for one in query.found] == [0, 1, 2]
-            assert all(one.right.name == query.item.name for one in query.found)
+    assert found.keys() == {("scenes", "text_to_image"), ("scenes", "image_to_text")}
+    for queries in found.values():
+        assert len(queries) == 3
+        for query in queries:
+            assert [one.run for one in query] == [0, 1, 2]
+            assert all(one.right.name == one.query.name for one in query)
 
 
 def test_images_beyond_the_limit_are_named_instead(run_folders):
     found = galleries(load_evaluations(run_folders), limit=3000)
-    items = [item for g in found for q in g.queries for one in q.found for item in one.results if item.text is None]
+    retrieved = [one for queries in found.values() for query in queries for one in query]
+    items = [item for one in retrieved for item in one.results if item.text is None]
     shown = [item for item in items if item.image]
     assert 0 < sum(len(uri) for uri in {item.image for item in shown}) <= 3000
     assert len(shown) < len(items)
