@@ -198,7 +198,7 @@ def _merged(family: Sequence[Evaluation]) -> Evaluation:
     keys = dict.fromkeys(key for run in family for key in run.results)
     results = {key: _mean([run.results[key] for run in family if key in run.results]) for key in keys}
     first = family[0]
-    name = re.sub(rf"[-_/@ .]*(seed|s)?[-_=]?{_without_seed(first)[1]}$", "", first.name)
+    name = re.sub(rf"[-_/@ .]+(seed|s)?[-_=]?{_without_seed(first)[1]}(?=/|$)", "", first.name)
     return replace(first, name=name or first.name, results=results, seeds=tuple(family))
 
 

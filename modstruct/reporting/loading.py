@@ -70,6 +70,8 @@ def load_evaluation(folder: Path) -> Evaluation:
 
 def short_names(names: Sequence[str]) -> list[str]:
     """Names without the words at their beginnings and ends that all have in common; each keeps a word of its own."""
+    without_step = [re.sub(r"/step-\d+$", "", name) for name in names]
+    names = without_step if len(set(without_step)) == len(names) else names
     parts = [re.findall(r"step-\d+|[^/_@ -]+|[/_@ -]", name) for name in names]
     start, end = (
         len(list(takewhile(lambda words: len(set(words)) == 1, zip(*of, strict=False))))

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from textwrap import fill
 from typing import Any
 from xml.etree import ElementTree
 
@@ -85,7 +86,7 @@ def plots(section: Section, runs: Sequence[Evaluation]) -> list[Plot]:
 
 def _axes(x_label: str, y_label: str, height: float) -> Axes:
     axes = Figure((WIDTH, height), layout="constrained").add_subplot()
-    axes.set(xlabel=printable(x_label)[:60], ylabel=printable(y_label)[:60])
+    axes.set(xlabel=fill(printable(x_label)[:80], 40), ylabel=fill(printable(y_label)[:80], 40))
     return axes
 
 

@@ -117,7 +117,8 @@ def test_models_of_one_name_are_distinguished_by_their_folders(tmp_path):
         (["clip/step-00000220", "clip_gc/step-00000220"], ["clip", "clip_gc"]),
         (["clip/step-00000110", "clip/step-00000220"], ["step-00000110", "step-00000220"]),
         (["scenes-clip-s0/step-1", "scenes-cyclip-s0/step-1"], ["clip", "cyclip"]),
-        (["alone/step-1"], ["alone/step-1"]),
+        (["clip/step-110", "gc/step-220"], ["clip", "gc"]),
+        (["alone/step-1"], ["alone"]),
         (["same", "same"], ["same", "same"]),
     ],
 )
