@@ -35,14 +35,13 @@ from modstruct.data.shards.workers import WorkerLoader
 from modstruct.distributed.collect import on_main
 from modstruct.distributed.hosts import require_same, require_shared_folder
 from modstruct.errors import refuse, require
-from modstruct.evaluation.embeddings.assembly import Assembly
+from modstruct.evaluation.embeddings.assembly import assembled
 from modstruct.evaluation.embeddings.embedded_set import MANIFEST, EmbeddedSet, clear
 from modstruct.evaluation.embeddings.model import EmbeddingModel, Encode
 from modstruct.evaluation.embeddings.passes import Batch, Gathered, Parts
 from modstruct.evaluation.embeddings.set_files import (
     IMAGE_ARRAYS,
     TEXT_ARRAYS,
-    RowStream,
     open_array,
     read_json,
     write_array,
@@ -57,6 +56,8 @@ AUGMENTED = "image_augmented"
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 Tokenize = Callable[[Sequence[str]], Tensor]
+BATCHES_FOR_WORKERS = 32
+"""Of texts: the ids of fewer are made sooner than loader processes start, which takes seconds."""
 
 
 def embed_sets(
@@ -109,61 +110,43 @@ def embed(
         if on_main(lambda: _begin(folder, settings, config.overwrite)):
             return EmbeddedSet.open(folder)
 
-    images = _embed_images(model, source, config, arrays, parts)
-    held: list[Assembly] = []  # in memory by every process, else by the main one, which writes the set
+    of_images, of_texts = ([name for name in arrays if name in known] for known in (IMAGE_ARRAYS, TEXT_ARRAYS))
+    images = _embed_images(model, source, config, of_images, parts)
+    held: list[EmbeddedSet] = []  # in memory by every process, else by the main one, which writes the set
 
     def assemble() -> int:
-        held.append(Assembly(source, images, config.max_bad_share))
+        made = assembled(source, images, model, config, of_images)
+        held.append(made)
         if parts is not None:
-            write_lines(parts / "captions.jsonl", held[0].captions())
-        return held[0].texts
+            write_lines(parts / "captions.jsonl", made.captions)
+        return int(made.pairs[:, 1].max(initial=-1)) + 1
 
     count = assemble() if parts is None else on_main(assemble)
-    captions = list(held[0].captions()) if parts is None else TextLines(parts / "captions.jsonl")
-    texts = None
-    if count and {*arrays} & {*TEXT_ARRAYS}:
-        made = _pass(count, config, parts, "text")
-        texts = _embed_texts(model.encode, model.tokenize, captions, made, config, f"captions of {source.name}", arrays)
-    prompts = _class_prompts(model, source, config, folder) if source.class_names else None
-
-    def contents() -> EmbeddedSet:
-        rows = held[0]
-        streams = {name: rows.stream(name, config.dtype) for name in arrays if name in IMAGE_ARRAYS}
-        more: dict[str, Any] = {"keys": rows.notes("keys"), "left_out": rows.faults()}
-        if texts is not None:
-            streams |= {name: texts.stream(name, config.dtype) for name in arrays if name in TEXT_ARRAYS}
-            more |= {"pairs": rows.pairs, "captions": captions}
-        if prompts is not None:
-            names = {"class_names": source.class_names, "templates": source.templates}
-            more |= names | {"label_field": source.label_field, "labels": rows.column("labels")}
-            more |= {"class_prompts": prompts()}
-        if parts is None:
-            more |= {name: list(more[name]) for name in ("keys", "left_out")}
-        else:
-            more["metadata"] = rows.notes("metadata")
-        return EmbeddedSet(
-            source.name,
-            model.described(),
-            streams if parts else {name: _in_memory(stream) for name, stream in streams.items()},
-            copies=rows.copies,
-            indices=rows.column("indices"),
-            source={"name": source.name, "fingerprint": source.fingerprint},
-            skipped=rows.skipped,
-            settings=settings,
-            command=list(command),
-            seconds=time.monotonic() - started,
-            **more,
-        )
-
-    if folder is None or parts is None:
-        return contents()
+    captions: Any = list(held[0].captions) if parts is None else TextLines(parts / "captions.jsonl")
+    made, title = _pass(count if of_texts else 0, config, parts, "text"), f"captions of {source.name}"
+    texts = _embed_texts(model.encode, model.tokenize, captions, made, config, title, of_texts)
+    prompts = _class_prompts(model, source, config, folder)
 
     def finish() -> None:
-        contents().save(folder)
-        shutil.rmtree(parts)
+        made = held[0]
+        made.captions = captions if texts.items else []
+        made.pairs = made.pairs if texts.items else made.pairs[:0]
+        of = {name: texts.stream(name, config.dtype) for name in of_texts} if texts.items else {}
+        made.embeddings = {**made.embeddings, **of}
+        made.class_prompts = prompts()
+        made.settings, made.command, made.seconds = settings, list(command), time.monotonic() - started
+        if folder is not None and parts is not None:
+            made.save(folder)
+            shutil.rmtree(parts)
 
-    on_main(finish)
-    return EmbeddedSet.open(folder)
+    if folder is not None:
+        on_main(finish)
+        return EmbeddedSet.open(folder)
+    finish()
+    whole = held[0]
+    whole.embeddings = {name: _in_memory(rows) for name, rows in whole.embeddings.items()}
+    whole.keys, whole.metadata, whole.left_out = list(whole.keys), [{} for _ in whole.indices], list(whole.left_out)
+    return whole
 
 
 def embed_texts(encode: Encode, texts: Sequence[str], tokenize: Tokenize, batch: int, title: str) -> np.ndarray:
@@ -274,13 +257,13 @@ def _embed_texts(
     title: str,
     arrays: Sequence[str] = ("text",),
 ) -> Gathered:
-    """Texts, in a pass to be made; into files, with ids from loader processes."""
+    """Texts, in a pass to be made; into files, with ids of many from loader processes."""
     encoded = _encoder(encode, config, arrays, "text", tokenize([""]))
-    workers = config.workers if isinstance(made, Parts) else 0
 
     def batches(numbers: Sequence[range]) -> Iterator[Batch]:
         full = [some for some in numbers if some]
-        for ids in WorkerLoader(_Tokens(texts, tokenize), full, min(workers, len(full)), pin_memory=False):
+        workers = config.workers if isinstance(made, Parts) and len(full) >= BATCHES_FOR_WORKERS else 0
+        for ids in WorkerLoader(_Tokens(texts, tokenize), full, workers, pin_memory=False):
             yield encoded(ids)
         yield from (encoded(tokenize([""])[:0]) for empty in numbers if not empty)
 
@@ -309,12 +292,14 @@ def _encoder(
 
 def _class_prompts(
     model: EmbeddingModel, source: EmbeddingSource, config: EmbeddingConfig, folder: Path | None
-) -> Callable[[], np.ndarray]:
+) -> Callable[[], np.ndarray | None]:
     """(c, t, D) float32 of the classes of a source, to be read where the set is put together.
 
     Equal prompts are embedded once, since a batch's other rows may move the last bit of an embedding, and, in a file
     beside the folder, once for all sets of a model that have these classes.
     """
+    if not source.class_names:
+        return lambda: None
     distinct = list(dict.fromkeys(source.prompts))
     row = {prompt: n for n, prompt in enumerate(distinct)}
     places = np.array([row[prompt] for prompt in source.prompts]).reshape(len(source.class_names), -1)
@@ -332,7 +317,7 @@ def _class_prompts(
     return lambda: open_array(file, (len(distinct), model.dimension))[places]
 
 
-def _in_memory(stream: RowStream) -> np.ndarray:
+def _in_memory(stream: Any) -> np.ndarray:
     if distributed.is_main():
         return np.concatenate(list(stream.pieces))
     return np.broadcast_to(np.array(np.nan, stream.dtype), stream.shape)

@@ -57,14 +57,11 @@ class EmbeddingModel:
         """The wanted arrays, `all` being those the model makes. Raises ValueError for one that it does not make."""
         known = (*IMAGE_ARRAYS, *TEXT_ARRAYS)
         for name in wanted:
-            require(name in known or name == "all", "embedding.arrays", name, f"may be {', '.join(known)} or all")
-            has = name == "all" or name in self.arrays
+            require(name in (*known, "all"), "embedding.arrays", name, f"may be {', '.join(known)} or all")
             remedy = f"{self.name} does not make it; it makes {', '.join(sorted(self.arrays))}"
-            require(has, "embedding.arrays", name, remedy)
-        chosen = (
-            self.arrays if "all" in wanted else {"image", *wanted, *(["text"] if {*wanted} & {*TEXT_ARRAYS} else [])}
-        )
-        return [name for name in known if name in chosen]
+            require(name in (*self.arrays, "all"), "embedding.arrays", name, remedy)
+        needed = {"image"} | ({"text"} if {*wanted} & {*TEXT_ARRAYS} else set())
+        return [name for name in known if name in (self.arrays if "all" in wanted else {*wanted} | needed)]
 
 
 def weights_fingerprint(weights: Mapping[str, Tensor]) -> str:
@@ -77,8 +74,6 @@ def weights_fingerprint(weights: Mapping[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-OF_BOTH = ("", "_features", "_projected")
-SHARED = (*(f"{modality}{kind}" for modality in ("image", "text") for kind in OF_BOTH), "image_augmented")
 INDEPENDENT = ("image_independent", "text_independent")
 
 
@@ -115,13 +110,13 @@ def checkpoint_model(recipe: Recipe, checkpoint: str, name: str | None = None) -
     size = image_size(recipe)
     # Captions are embedded as they are: WordNet, which only augmented ones need, may be missing.
     views = replace(recipe.views, eda_synonyms=False)
-    independent = INDEPENDENT if build_objective(recipe.losses).independent else ()
+    left_out = () if build_objective(recipe.losses).independent else INDEPENDENT
     tokenizer_print = hashlib.sha256(tokenizer.model).hexdigest()[:16]
     return EmbeddingModel(
         name=name or "/".join((path.resolve().parents[1].name, path.name)),
         fingerprint=weights_fingerprint(model.state_dict()),
         dimension=model.embed_dim,
-        arrays=frozenset((*SHARED, *independent)),
+        arrays=frozenset({*IMAGE_ARRAYS, *TEXT_ARRAYS} - {*left_out}),
         views=Views(views, size),
         tokenize=tokenizer,
         encode=lambda batch: model(batch, features=True),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -19,17 +19,18 @@ from modstruct.data.transforms.image_views import ImageViews
 from modstruct.errors import refuse, require
 from modstruct.evaluation.embeddings.model import EmbeddingModel, weights_fingerprint
 
-if TYPE_CHECKING:
-    from open_clip.model import CLIP, CustomTextCLIP
-
 OPTION = "--open_clip"
 SCHEMES = ("hf-hub:", "local-dir:")
 """Of open_clip's names; what they name brings its weights along."""
 
 
+PROJECTIONS = {"VisionTransformer": "proj", "HFTextEncoder": "proj"}
+PROJECTIONS |= {"TextTransformer": "text_projection", "CLIP": "text_projection"}
+"""Attribute of a tower that is its last step."""
+
+
 class OpenClipViews:
-    """open_clip's preprocessing. Augmented views: a random crop, a flip and AutoAugment as our recipes make them by
-    default, at the model's size, and then its preprocessing."""
+    """open_clip's preprocessing; augmented views are those of our recipes' defaults, and then preprocessed."""
 
     def __init__(self, preprocess: Callable[[Image.Image], Tensor], image_size: int):
         self._preprocess = preprocess
@@ -54,12 +55,7 @@ def open_clip_model(spec: str, random_weights: bool = False, name: str | None = 
     """
     import open_clip
 
-    architecture, weights = _parts(spec)
-    if not architecture.startswith(SCHEMES):
-        known = open_clip.list_models()
-        require(architecture in known, OPTION, spec, f"not known to open_clip; it has {', '.join(known)}")
-        _check_weights(spec, architecture, weights, random_weights)
-    require(not (random_weights and weights), OPTION, spec, "names weights; leave them out, or random weights")
+    architecture, weights = _parts(spec, random_weights)
 
     def build() -> tuple[nn.Module, Callable, Callable]:
         with torch.random.fork_rng(devices=[]):
@@ -75,21 +71,37 @@ def open_clip_model(spec: str, random_weights: bool = False, name: str | None = 
     except distributed.FailedElsewhere:
         raise
     except Exception as error:  # the libraries behind it have a type of error each
-        tags = open_clip.list_pretrained_tags_by_model(architecture)
         cause = " ".join(str(error).split())[:300]
-        remedy = f"give NAME:FILE with a local file, or one of the tags {', '.join(tags) or '(it has none)'}, which are"
+        remedy = f"give NAME:FILE with a local file, or one of the tags {_tags(architecture)}, which are"
         refuse(OPTION, spec, f"cannot be loaded ({cause}); {remedy} downloaded once and kept in open_clip's cache")
     require_finite(model.state_dict(), OPTION, spec)
     fingerprint = weights_fingerprint(model.state_dict())
     model.to(distributed.device()).eval()
     size = model.visual.image_size
     size = max(size) if isinstance(size, (list, tuple)) else size
-    encode, arrays, dimension = _encoder(model, size)
+    projections = {"image": _take_projection(model.visual), "text": _take_projection(getattr(model, "text", model))}
+    encoders = {"image": model.encode_image, "text": model.encode_text}
+
+    def encode(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        made = {}
+        for modality, inputs in batch.items():
+            rows, projection = encoders[modality](inputs), projections[modality]
+            if projection is not None:
+                made[f"{modality}_features"] = rows.float()
+                rows = projection(rows)
+            made[f"{modality}_projected"] = rows.float()
+            made[modality] = F.normalize(rows.float(), dim=-1)
+        return made
+
+    with torch.no_grad():
+        image = torch.zeros((1, 3, size, size), device=distributed.device())
+        dimension = encode({"image": image})["image"].shape[1]
+    features = {f"{modality}_features" for modality, projection in projections.items() if projection is not None}
     return EmbeddingModel(
         name=name or spec,
         fingerprint=fingerprint,
         dimension=dimension,
-        arrays=arrays,
+        arrays=frozenset({"image", "text", "image_projected", "text_projected", "image_augmented"} | features),
         views=OpenClipViews(preprocess, size),
         tokenize=tokenizer,
         encode=encode,
@@ -99,99 +111,57 @@ def open_clip_model(spec: str, random_weights: bool = False, name: str | None = 
     )
 
 
-def _parts(spec: str) -> tuple[str, str | None]:
-    """Architecture and weights."""
-    if spec.startswith(SCHEMES):
-        return spec, None
-    architecture, _, weights = spec.partition(":")
-    if weights and (os.sep in weights or Path(weights).suffix in (".pt", ".pth", ".bin", ".safetensors")):
-        path = Path(weights).expanduser()
-        require(path.is_file(), OPTION, spec, f"there is no file {path}")
-        weights = str(path)
-    return architecture, weights or None
+def _tags(architecture: str) -> str:
+    import open_clip
+
+    return ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "(it has none)"
 
 
-def _check_weights(spec: str, architecture: str, weights: str | None, random_weights: bool) -> None:
-    """Refuse weights that are missing, unknown, or trained with another activation than the architecture's."""
+def _parts(spec: str, random_weights: bool) -> tuple[str, str | None]:
+    """Architecture and weights; refused where they are missing, unknown, or trained with another activation."""
     import open_clip
     from open_clip.pretrained import get_pretrained_cfg
 
-    tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "(it has none)"
-    missing = weights is None and not random_weights
-    require(not missing, OPTION, spec, f"give its weights, {architecture}:FILE or {architecture}:TAG of {tags}")
-    if weights is None or Path(weights).is_file():
-        return
+    architecture, _, weights = (spec, "", "") if spec.startswith(SCHEMES) else spec.partition(":")
+    require(not (random_weights and weights), OPTION, spec, "names weights; leave them out, or random weights")
+    if architecture.startswith(SCHEMES):
+        return architecture, None
+    known = open_clip.list_models()
+    require(architecture in known, OPTION, spec, f"not known to open_clip; it has {', '.join(known)}")
+    tags = _tags(architecture)
+    remedy = f"give its weights, {architecture}:FILE or {architecture}:TAG of {tags}"
+    require(bool(weights) or random_weights, OPTION, spec, remedy)
+    path = Path(weights).expanduser()
+    if os.sep in weights or path.suffix in (".pt", ".pth", ".bin", ".safetensors"):
+        require(path.is_file(), OPTION, spec, f"there is no file {path}")
+    if not weights or path.is_file():
+        return architecture, str(path) if weights else None
     tag = get_pretrained_cfg(architecture, weights)
     require(bool(tag), OPTION, spec, f"{weights} is neither a file nor one of its tags {tags}")
     quick = [bool(about.get("quick_gelu", False)) for about in (tag, open_clip.get_model_config(architecture))]
     base = architecture.removesuffix("-quickgelu")
     remedy = f"{weights} was trained with another activation: use {base}{'-quickgelu' if quick[0] else ''}:{weights}"
     require(quick[0] == quick[1], OPTION, spec, remedy)
+    return architecture, weights
 
 
-def _encoder(model: CLIP | CustomTextCLIP, size: int) -> tuple[Callable, frozenset[str], int]:
-    """encode of EmbeddingModel, what it can make, and the dimension; the model's projections are taken out of it."""
-    project = {"image": _take_image_projection(model.visual), "text": _take_text_projection(model)}
-    arrays = {"image", "text", "image_projected", "text_projected", "image_augmented"} | {
-        f"{name}_features" for name in project if project[name]
-    }
-    encoders = {"image": model.encode_image, "text": model.encode_text}
-
-    def encode(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        made = {}
-        for modality, inputs in batch.items():
-            rows, projection = encoders[modality](inputs), project[modality]
-            if projection is not None:
-                made[f"{modality}_features"] = rows.float()
-                rows = projection(rows)
-            made[f"{modality}_projected"] = rows.float()
-            made[modality] = F.normalize(rows.float(), dim=-1)
-        return made
-
-    device = next(model.parameters()).device
-    with torch.no_grad():
-        dimension = encode({"image": torch.zeros((1, 3, size, size), device=device)})["image"].shape[1]
-    return encode, frozenset(arrays), dimension
-
-
-def _take_image_projection(visual: nn.Module) -> Callable[[Tensor], Tensor] | None:
+def _take_projection(tower: nn.Module) -> Callable[[Tensor], Tensor] | None:
     """The tower's last step, which it then leaves out; None for a tower whose last step is not known.
 
     A CLIP ResNet projects inside its attention pooling: there the pooled output is features and embedding both.
     """
-    from open_clip.modified_resnet import ModifiedResNet
-    from open_clip.timm_model import TimmModel
-    from open_clip.transformer import VisionTransformer
-
-    if isinstance(visual, VisionTransformer) and not visual.output_tokens:
-        return _taken(visual, "proj")
-    if isinstance(visual, TimmModel):
-        name = "proj" if hasattr(visual.head, "proj") else "mlp"
-        return _taken(visual.head, name) if hasattr(visual.head, name) else nn.Identity()
-    return nn.Identity() if isinstance(visual, ModifiedResNet) else None
-
-
-def _take_text_projection(model: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """As `_take_image_projection`."""
-    from open_clip.hf_model import HFTextEncoder
-    from open_clip.model import CLIP, CustomTextCLIP
-    from open_clip.transformer import TextTransformer
-
-    if type(model) is CLIP:
-        return _taken(model, "text_projection")
-    if type(model) is CustomTextCLIP and isinstance(model.text, TextTransformer) and not model.text.output_tokens:
-        return _taken(model.text, "text_projection")
-    if type(model) is CustomTextCLIP and isinstance(model.text, HFTextEncoder) and not model.text.output_tokens:
-        return _taken(model.text, "proj")
-    return None
-
-
-def _taken(owner: nn.Module, name: str) -> Callable[[Tensor], Tensor]:
-    projection = getattr(owner, name)
+    kind, owner = type(tower).__name__, cast(Any, tower)
+    name = PROJECTIONS.get(kind, "")
+    if kind == "TimmModel":
+        owner = owner.head
+        name = "proj" if hasattr(owner, "proj") else "mlp"
+    if kind != "ModifiedResNet" and (not name or getattr(tower, "output_tokens", False)):
+        return None
+    projection = getattr(owner, name, None)
+    if projection is None:
+        return nn.Identity()
     if isinstance(projection, nn.Module):
         setattr(owner, name, nn.Identity())
         return projection
-    if projection is None:
-        return nn.Identity()
     setattr(owner, name, None)
     return lambda rows: rows @ projection

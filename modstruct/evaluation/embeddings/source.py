@@ -68,7 +68,7 @@ class EmbeddingSource:
 
     @property
     def prompts(self) -> list[str]:
-        """Every class name in every template, class by class."""
+        """Class by class."""
         return [template.replace("{}", name) for name in self.class_names for template in self.templates]
 
     @property
@@ -125,13 +125,8 @@ def distinct(digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 @cache
 def say_merged(field: str, samples: int, images: int) -> None:
     """Log, once a source, that so many samples hold fewer images."""
-    log.warning(
-        "%s: %d samples hold %d distinct images: byte-equal images are merged for retrieval and structure, with all "
-        "their captions",
-        field,
-        samples,
-        images,
-    )
+    merged = "byte-equal images are merged for retrieval and structure, with all their captions"
+    log.warning("%s: %d samples hold %d distinct images: %s", field, samples, images, merged)
 
 
 def distinct_captions(captions: Iterable[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
