@@ -186,7 +186,8 @@ def t_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
 
 def wilson(share: float, rows: int, level: float = 0.95) -> tuple[float, float]:
     """Wilson's interval (1927) of a probability whose observed share in `rows` rows is `share`; never of no width."""
-    found = stats.binomtest(round(share * rows), rows).proportion_ci(level, method="wilson")
+    right = round(share * rows)
+    found = stats.binomtest(right, rows, right / rows).proportion_ci(level, method="wilson")  # of p = 1, for speed
     return float(found.low), float(found.high)
 
 

@@ -106,9 +106,9 @@ def test_cyclips_protocol_is_measured_on_projected_features(caplog):
     curve = result.curves["train_loss"]
     assert (curve.x, len(curve.y), curve.x_label) == ([float(e) for e in range(1, 61)], 60, "epoch")
     caplog.clear()
-    rows = {role: one.rows("image_features") for role, one in {"test": test, **test.splits}.items()}
-    for role, one in {"test": test, **test.splits}.items():
-        one._rows["image_projected"], one.arrays = rows[role], one.arrays | {"image_projected"}
+    rows, labels = clouds(70, 12, CLASSES, 0, spread=1.5)
+    test = embedded("test", rows, labels, image_projected=rows)
+    test.splits = {"train": test}
     assert linear_probe.measure_adamw(test, config).settings["features"] == "image_projected"
     assert caplog.text == ""
 

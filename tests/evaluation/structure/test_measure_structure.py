@@ -7,7 +7,7 @@ import pytest
 
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.result import Result
-from modstruct.evaluation.structure.measure import OPTIONAL, StructureConfig, measure, structure_metrics
+from modstruct.evaluation.structure.measure import OPTIONAL, StructureConfig, measure
 
 CONFIG = StructureConfig(separability_pairs=50)
 BASIC = {"alignment", "modality_gap", "uniformity_image", "uniformity_text"}
@@ -30,9 +30,6 @@ def a_set(more=(), pairs=None):
 def test_metrics_are_those_of_the_arrays_the_set_has(tmp_path, more):
     embedded = a_set(more)
     result = measure(embedded, CONFIG)
-    given = {name: embedded.rows(name) for name in more}
-    expected = structure_metrics(embedded.rows("image"), embedded.rows("text"), embedded.pairs, **given, config=CONFIG)
-    assert (result.values, result.curves) == expected
     assert ("bridge_best_t" in result.values) == ("bridge_deviation" in result.curves) == ("image_augmented" in more)
     assert ("orthogonality_text" in result.values) == ("text_independent" in more)
     assert result.settings["arrays"] == ["image", "text", *more]

@@ -6,9 +6,10 @@ import math
 
 import numpy as np
 import pytest
+from structure_cases import structure_metrics
 
-from modstruct.evaluation.structure.measure import StructureConfig, random_batches, structure_metrics
-from modstruct.evaluation.structure.shape import FOLDS, separability_interval, separated
+from modstruct.evaluation.structure.measure import StructureConfig, random_batches
+from modstruct.evaluation.structure.metrics import FOLDS, separability_interval, separated
 
 TRIALS = 100
 LEAST = 0.95 - 4 * math.sqrt(0.05 * 0.95 / TRIALS)  # 4 standard deviations
