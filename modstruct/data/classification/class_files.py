@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,26 +38,21 @@ class ZeroShotClasses:
             return str(value).lower()  # as YAML and JSON write it
         return None if value is None else str(value)
 
-    def row_of(self, fields: dict) -> int:
-        """Class row of a sample by its metadata; -1 where that has no label, or null.
+    def rows_of(self, metadata: Iterable[dict]) -> np.ndarray:
+        """Class row of each sample by its metadata, (n,) int64; -1 where that has no label, or null.
 
         Raises ValueError for a label that is not among the classes.
         """
-        label = self.label_of(fields)
-        if label is not None and label not in self._rows:
-            raise ValueError(
-                f"the label {self.label} = {fields[self.label]!r} of a sample is not among the classes "
-                f"{some_of(self.classes)}: add it to `classes` of the class file, or make it null in KEY.json"
-            )
-        return -1 if label is None else self._rows[label]
-
-    def rows_of(self, metadata: Iterable[dict]) -> np.ndarray:
-        """Class row of each sample, (n,) int64, as `row_of`."""
-        return np.array([self.row_of(fields) for fields in metadata], dtype=np.int64)
-
-    @cached_property
-    def _rows(self) -> dict[str, int]:
-        return {label: number for number, label in enumerate(self.classes)}
+        row_of, rows = {label: row for row, label in enumerate(self.classes)}, []
+        for fields in metadata:
+            label = self.label_of(fields)
+            if label is not None and label not in row_of:
+                raise ValueError(
+                    f"the label {self.label} = {fields[self.label]!r} of a sample is not among the classes "
+                    f"{some_of(self.classes)}: add it to `classes` of the class file, or make it null in KEY.json"
+                )
+            rows.append(-1 if label is None else row_of[label])
+        return np.array(rows, dtype=np.int64)
 
 
 def load_classes(path: str | Path) -> ZeroShotClasses:

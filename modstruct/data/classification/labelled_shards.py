@@ -13,14 +13,12 @@ Image-text shards have the label in the metadata, KEY.json: any such data with a
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -31,14 +29,14 @@ from modstruct.data.classification.labelled_images import LabelledImages, SetFol
 from modstruct.data.classification.prompts import PAPER_TEMPLATE
 from modstruct.data.faults import NAMED, BadSample
 from modstruct.data.shards.evaluation_samples import EvaluationSample, EvaluationSamples, spaced
-from modstruct.data.shards.index import BUFFER_BYTES, LARGEST_BYTES
-from modstruct.data.shards.members import IMAGES, MemberGroups, SampleMembers, Tally, printable
+from modstruct.data.shards.index import ShardIndex, index_tar
+from modstruct.data.shards.members import IMAGES, Tally, key_of, printable
 from modstruct.data.shards.reader import ShardReader
 from modstruct.data.shards.samples import Samples
-from modstruct.data.shards.tar_headers import CutOff, DamagedHeader, next_member
+from modstruct.data.shards.tar_headers import BLOCK_BYTES, next_member
 
 NAMES, TEMPLATES, COUNT = "classnames.txt", "zeroshot_classification_templates.txt", "nshards.txt"
-LABELLED_KINDS = dict.fromkeys(IMAGES, "image") | {"cls": "label"}
+LABELLED_KINDS = dict.fromkeys(IMAGES, "image") | {"cls": "text"}
 LABELLED = "a sample is KEY.webp (or png, jpg, jpeg) and KEY.cls, one after the other in the tar"
 LONGEST_LABEL = 32  # bytes of a .cls
 LABELS_CHECKED, MOST_FIELDS = 10_000, 20
@@ -73,64 +71,49 @@ def _numbers_and_text(path: Path) -> list[int | str]:
 def read_labelled_shards(source: SetFolder, shards: Sequence[Path], classes: Sequence[str]) -> LabelledImages:
     """The images of tars with a label beside each, from 0 to the number of classes less one."""
     places, labels, keys = [], [], []
-    left_out, unused = Tally(), Tally()
+    left_out, unused, examples = Counter[str](), Counter[str](), dict[str, list[str]]()
     for number, shard in enumerate(shards):
-        for sample, label in _samples(source, shard, unused):
-            image = sample.found.get("image")
-            if image is None:
-                left_out.add("no image", f"{shard}: {sample.key}")
-            elif label is None:
-                left_out.add("no label", f"{shard}: {sample.key}")
-            elif not label.isdigit():
-                left_out.add("malformed label", f"{shard}: {sample.key}")
-            elif image.size > LARGEST_BYTES["image"]:
-                left_out.add("oversized member", f"{shard}: {sample.key}")
+        try:
+            index = index_tar(shard, LABELLED_KINDS, "label")
+            found = list(_labels(shard, index))
+        except OSError as error:
+            source.refuse(f"{shard} cannot be read ({error.strerror or error})")
+        if index.broken:
+            source.refuse(f"{shard} is damaged or cut off: {index.broken}")
+        for key, label, start, size in found:
+            if not label.isdigit():
+                left_out["malformed label"] += 1
+                examples.setdefault("malformed label", []).append(f"{shard}: {printable(key)}")
             elif int(label) >= len(classes):
-                key = printable(sample.key)
-                source.refuse(f"{shard}: the label {int(label)} of {key} is none of the {len(classes)} classes")
+                source.refuse(f"{shard}: the label {label} of {printable(key)} is none of the {len(classes)} classes")
             else:
-                places.append((number, image.data, image.size))
+                places.append((number, start, size))
                 labels.append(int(label))
-                keys.append(sample.key)
+                keys.append(key)
+        left_out, unused = left_out + Counter(index.faults), unused + Counter(index.unused)
+        for cause, names in index.examples.items():
+            examples.setdefault(cause, [f"{shard}: {name}" for name in names])
     if not places:
-        counts = {**left_out.counts, **unused.counts}
-        source.refuse(f"no sample of {len(shards)} shards has image and label ({counts}); {LABELLED}")
-    for cause, count in left_out.counts.items():
-        source.note(f"samples left out: {cause}", left_out.examples[cause], count)
-    for cause, count in unused.counts.items():
-        source.note(f"{cause} are not used", unused.examples[cause], count)
+        source.refuse(f"no sample of {len(shards)} shards has image and label ({dict(left_out + unused)}); {LABELLED}")
+    for cause, count in left_out.items():
+        source.note(f"samples left out: {cause}", examples[cause], count)
+    for cause, count in unused.items():
+        source.note(f"{cause} are not used", examples[cause], count)
     store = ShardImages(shards, np.array(places, dtype=np.int64), keys)
     images = LabelledImages(source, store, np.array(labels, dtype=np.int64), classes)
-    images.left_out = dict(left_out.counts)
+    images.left_out = dict(left_out)
     return images
 
 
-def _samples(source: SetFolder, shard: Path, unused: Tally) -> Iterator[tuple[SampleMembers, str | None]]:
-    """Yields each sample that has an image or a label, and its label as text."""
-    groups = MemberGroups(LABELLED_KINDS, ("image", "label"), unused)
-    try:
-        with open(shard, "rb", buffering=BUFFER_BYTES) as file:
-            total, start = os.fstat(file.fileno()).st_size, 0
-            while (member := next_member(file, start)) is not None:
-                if member.data + member.size > total:
-                    raise CutOff
-                start = member.end
-                for sample in groups.add(member) if member.ordinary else []:
-                    yield sample, _label(file, sample)
-            for sample in groups.end():
-                yield sample, _label(file, sample)
-    except (CutOff, DamagedHeader):
-        source.refuse(f"{shard} is damaged or cut off")
-    except OSError as error:
-        source.refuse(f"{shard} cannot be read ({error.strerror or error})")
-
-
-def _label(file: BinaryIO, sample: SampleMembers) -> str | None:
-    member = sample.found.get("label")
-    if member is None:
-        return None
-    file.seek(member.data)
-    return file.read(min(member.size, LONGEST_LABEL + 1)).decode("ascii", "replace").strip()
+def _labels(shard: Path, index: ShardIndex) -> Iterator[tuple[str, str, int, int]]:
+    """Yields key and label of each sample, first byte and bytes of its image."""
+    with open(shard, "rb", buffering=BLOCK_BYTES) as file:
+        for image, size, text, length, _, _, header in index.rows.tolist():
+            file.seek(text * BLOCK_BYTES)
+            label = file.read(min(length, LONGEST_LABEL + 1)).decode("ascii", "replace").strip()
+            member = next_member(file, (image - header) * BLOCK_BYTES)
+            if member is not None:
+                yield key_of(member.name), label, image * BLOCK_BYTES, size
 
 
 def check_labels(
@@ -205,5 +188,5 @@ class LabelledSamples(LabelledImages):
     def __getitem__(self, index: int) -> EvaluationSample:
         """Raises BadSample, IndexError, and ValueError for a label that is none of the classes."""
         sample = self._samples[index]
-        added = {"label": self._named.row_of(sample.metadata), "key": sample.key}
+        added = {"label": int(self._named.rows_of([sample.metadata])[0]), "key": sample.key}
         return replace(sample, metadata=sample.metadata | added, key="")

@@ -94,7 +94,7 @@ def _contents(name: str, root: Path, split: str) -> tuple[Sequence[str] | np.nda
     else:  # the others take a loader of images: one that gives the path
         found = dataset(root, split, loader=str)
         samples, classes = [found[number] for number in range(len(found))], found.classes
-        if name == "dtd" and len(classes) != sum(path.is_dir() for path in (root / "dtd/dtd/images").iterdir()):
+        if name == "dtd" and len(classes) != sum(path.is_dir() for path in (root / "dtd/dtd/images").glob("[!.]*")):
             raise ValueError("its classes, which torchvision would number, are not those of the images")
     return [path for path, _ in samples], [label for _, label in samples], classes
 

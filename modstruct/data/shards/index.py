@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
@@ -132,7 +132,8 @@ class _Cut(Exception):
 class _Rows:
     """Rows of the samples that can be used, and a tally of the others."""
 
-    def __init__(self):
+    def __init__(self, text: str):
+        self.text = text
         self.rows: list[tuple[int, ...]] = []
         self.faults, self.unused = Tally(), Tally()
         self._keys: set[int] = set()  # hashes of the keys, a third of their memory
@@ -144,7 +145,7 @@ class _Rows:
             if "image" not in found:
                 cause = "no image"
             elif "text" not in found:
-                cause = "no caption"
+                cause = f"no {self.text}"
             elif any(_is_oversized(kind, member) for kind, member in found.items()):
                 cause = "oversized member"
         if cause is not None:
@@ -176,13 +177,16 @@ def _is_oversized(kind: str, member: Member) -> bool:
     return member.data // BLOCK_BYTES > LARGEST_BLOCK or member.size > LARGEST_BYTES[kind]
 
 
-def index_tar(path: str | os.PathLike[str] | int) -> ShardIndex:
+def index_tar(
+    path: str | os.PathLike[str] | int, kinds: Mapping[str, str] = KINDS, text: str = "caption"
+) -> ShardIndex:
     """Index one tar file, given by path or by a file descriptor (which is closed).
 
-    A damaged one gives the samples before the damage. Raises OSError if it cannot be read.
+    kinds: image, text or metadata, by extension. text: what a text is, in words. A damaged tar gives the samples before
+    the damage. Raises OSError if it cannot be read.
     """
-    collected = _Rows()
-    groups = MemberGroups(KINDS, ("image", "text"), collected.unused)
+    collected = _Rows(text)
+    groups = MemberGroups(kinds, ("image", "text"), collected.unused)
     broken = None
     with open(path, "rb", buffering=BUFFER_BYTES) as file:
         size_bytes = os.fstat(file.fileno()).st_size
