@@ -179,19 +179,20 @@ def on_main(measure: Callable[[], Any]) -> Any:
     return outcome["measured"]
 
 
-def share_out(items: Sequence[T], measure: Callable[[T], Found]) -> list[Found]:
+def share_out(items: Sequence[T], measure: Callable[[T], Found], title: str = "") -> list[Found]:
     """measure(item) of every item, in order, on every process; strided by world size, each is measured once.
 
     items: the same on every process. measure: calls no collective but `on_main` and `share_out`, which within it are
     this process's alone, and gives the same wherever it runs: seeds belong to items, not to processes. What it raises
-    on one process is raised on all.
+    on one process is raised on all. title: what the main process's progress bar says of its own; none without.
     """
     if _alone.get():
         return [measure(item) for item in items]
     mine: list[Found] = []
     error: Exception | None = None
     try:
-        mine += _by_itself(lambda: [measure(item) for item in items[rank() :: world_size()]])
+        own = tqdm(items[rank() :: world_size()], title, leave=False, disable=not (title and is_main()))
+        mine += _by_itself(lambda: [measure(item) for item in own])
     except Exception as e:  # raised below, here as it is and elsewhere by its text
         error = e
     fail_together(error, f"process {rank()}: {type(error).__name__}: {error}")

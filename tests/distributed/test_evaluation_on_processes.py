@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from numbered_images import CLASS_FILE, LastNumberTokenizer, LookUp, open_source, views, write_source
@@ -12,7 +13,14 @@ from processes import run_on_processes
 from modstruct.config import EvaluationConfig
 from modstruct.data.run_data import EvaluationData
 from modstruct.distributed import is_main
+from modstruct.distributed.collect import on_main
+from modstruct.evaluation.classification import few_shot, linear_probe, zero_shot
+from modstruct.evaluation.classification.few_shot import FewShotConfig
+from modstruct.evaluation.classification.linear_probe import AdamWProbeConfig, LinearProbeConfig
+from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.evaluate import evaluate
+from modstruct.evaluation.structure import measure as structure
+from modstruct.evaluation.structure.measure import StructureConfig
 
 SIZES = {"many": 43, "few": 5}  # with batches of four, "few" leaves the third of three processes without a sample
 
@@ -22,13 +30,57 @@ def measure(folder: str, broken: tuple[int, ...] = ()) -> dict:
     results = {}
     for name in SIZES:
         encode, seen = LookUp(noise=0.8), []
-        metrics = run(Path(folder) / name, encode, lambda source, seen=seen: seen.append(source.image.tolist()))
+        metrics = run(Path(folder) / name, encode, lambda source, seen=seen: seen.append(source.rows("image").tolist()))
         del metrics["seconds"]
         results[name] = {"metrics": metrics, "calls": [call for call, _ in encode.calls], "seen": seen}
+    made = labelled_set()
+    results["set"] = {"shared": metrics_of(made), "alone": on_main(lambda: metrics_of(made))}
+    made.splits = {"train": labelled_set(broken=True)}
+    results["probe error"] = error_of(lambda: few_shot.measure(made, FewShotConfig(shots=(1,), strength=1.0)))
     results["label error"] = error_of(lambda: run(Path(folder) / "unlabelled", LookUp()))
     results["main error"] = error_of(lambda: run(Path(folder) / "few", LookUp(), fail_on_main))
     results["bad share"] = error_of(lambda: run(Path(folder) / "bad", LookUp()))
     return results
+
+
+def labelled_set(broken: bool = False) -> EmbeddedSet:
+    """Images in three classes with two captions each, and a training split of its own."""
+    random, labels = np.random.default_rng(0), np.arange(90) % 3
+    features = np.eye(3)[labels] @ random.normal(size=(3, 8)) + random.normal(size=(90, 8))
+    arrays = {"image_features": features, "image": features, "image_augmented": features[::-1]}
+    arrays["text"] = np.repeat(features, 2, axis=0) + random.normal(size=(180, 8))
+    for name in ("image", "image_augmented", "text"):
+        arrays[name] = arrays[name] / np.linalg.norm(arrays[name], axis=1, keepdims=True)
+    arrays = {name: rows.astype(np.float32) for name, rows in arrays.items()}
+    if broken:
+        arrays["image_features"][5] = np.nan
+    pairs = np.stack([np.arange(180) // 2, np.arange(180)], axis=1)
+    prompts = random.normal(size=(3, 4, 8)).astype(np.float32)
+    names, templates = ["a", "b", "c"], [f"{n} {{}}" for n in range(4)]
+    classes = {"labels": labels, "class_prompts": prompts, "class_names": names, "templates": templates}
+    return EmbeddedSet("made", {}, arrays, pairs=pairs, **classes)
+
+
+def metrics_of(made: EmbeddedSet) -> dict[str, list[float]]:
+    """Each metric's values and intervals, and how all its outcomes add up."""
+    made.splits = {"train": made}
+    sampled = StructureConfig(exact_rows=60, batch=10, batches=10, hubness_batch=20, separability_pairs=40)
+    found = (
+        zero_shot.measure(made),
+        structure.measure(made),
+        structure.measure(made, sampled),
+        linear_probe.measure(made),
+        linear_probe.measure_adamw(made, LinearProbeConfig(adamw=AdamWProbeConfig(epochs=3))),
+        few_shot.measure(made, FewShotConfig(shots=(1, 2), draws=3)),
+    )
+    numbers = {}
+    for place, result in enumerate(found):
+        for name, value in result.values.items():
+            several = value.value, value.low, value.high, value.deviation
+            numbers[f"{place} {result.metric} {name}"] = [-1.0 if n is None else n for n in several]
+        for name, outcome in result.outcomes.items():
+            numbers[f"{place} {result.metric} outcome {name}"] = [float(outcome.sum()), float(len(outcome))]
+    return numbers
 
 
 def run(folder, encode, inspect=None):
@@ -73,6 +125,24 @@ def test_metrics_are_equal_on_any_number_of_processes_and_on_each(results, name)
         for result in results[processes]:
             assert result[name]["metrics"] == alone[name]["metrics"]
     assert alone["many"]["metrics"]["skipped"] == {"undecodable image": 2}
+
+
+def test_metrics_of_a_set_are_equal_on_any_number_of_processes_and_within_on_main(results):
+    (alone,) = results[1]
+    expected = alone["set"]["shared"]
+    assert len(expected) > 50
+    for processes in (1, 2, 3):
+        for result in results[processes]:
+            for found in result["set"].values():
+                assert found.keys() == expected.keys()
+                for name, numbers in found.items():
+                    assert numbers == pytest.approx(expected[name], rel=1e-7, abs=1e-7), name
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_a_set_that_cannot_be_measured_is_refused_on_every_process(results, processes):
+    for result in results[processes]:
+        assert "1 of 90 made's image_features embeddings are not finite" in result["probe error"]
 
 
 @pytest.mark.parametrize("name", SIZES)

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from tqdm import tqdm
 
-from modstruct import distributed
 from modstruct.distributed.collect import share_out
 from modstruct.errors import refuse, require, require_counts
 from modstruct.evaluation.classification.accuracy import accuracies, in_top
@@ -54,32 +52,20 @@ def measure(embedded: EmbeddedSet, config: FewShotConfig = DEFAULT) -> Result:
     # All are drawn before the first fit, so that a class that is too small is named at once.
     drawn = [draw_episodes(probe, config, draw) for draw in range(draws)]
     work = [(shots, draw) for shots in config.shots for draw in range(draws)]
-    with tqdm(total=len(work), desc="draws", disable=not distributed.is_main(), leave=False) as bar:
-
-        def run(item: tuple[int, int]) -> tuple[np.ndarray, float]:
-            shots, draw = item
-            found = run_episode(probe, *drawn[draw][shots])
-            bar.update(distributed.world_size())
-            return found
-
-        found = dict(zip(work, share_out(work, run), strict=True))
+    found = share_out(work, lambda item: run_episode(probe, *drawn[item[1]][item[0]]), "draws")
     values: dict[str, Value] = {}
     outcomes: dict[str, np.ndarray] = {}
-    curves: dict[str, Curve] = {}
     by_draw: dict[str, list[float]] = {}
-    for shots in config.shots:
-        ahead, strengths = zip(*(found[shots, draw] for draw in range(draws)), strict=True)
+    for number, shots in enumerate(config.shots):
+        ahead, strengths = zip(*found[number * draws : (number + 1) * draws], strict=True)
         each = [accuracies(a, probe.test.labels, len(probe.names), probe.top_k, intervals=False) for a in ahead]
         by_draw[f"shots_{shots}/strength"] = list(strengths)
         for name, first in each[0].items():
             numbers = by_draw[f"shots_{shots}/{name}"] = [one[name].value for one in each]
             deviation = float(np.std(numbers, ddof=1)) if draws > 1 else None
             values[f"shots_{shots}/{name}"] = replace(first, value=float(np.mean(numbers)), deviation=deviation)
-        for name in in_top(ahead[0], probe.top_k):
-            right = [in_top(a, probe.top_k)[name] for a in ahead]
-            outcomes[f"shots_{shots}/{name}"] = np.mean(right, axis=0, dtype=np.float32)
-    for name in each[0]:
-        curves[name] = _over_shots(name, config.shots, values, by_draw)
+        for name, k in zip(in_top(ahead[0], probe.top_k), probe.top_k, strict=True):
+            outcomes[f"shots_{shots}/{name}"] = np.asarray(np.stack(ahead) < k).mean(0, dtype=np.float32)
     shown = [count for count in (1, 4, 16) if count in config.shots] or config.shots[:1]
     return Result(
         "few_shot",
@@ -90,7 +76,7 @@ def measure(embedded: EmbeddedSet, config: FewShotConfig = DEFAULT) -> Result:
         f"class: mean and standard deviation over {draws} draws of them, which are the same for every run.",
         {f"shots_{shots}": f"{shots} shot{'s' * (shots > 1)}" for shots in config.shots},
         tuple(f"shots_{shots}/top_1" for shots in shown),
-        curves,
+        {name: _over_shots(name, config.shots, values, by_draw) for name in each[0]},
         probe.used | {"by_draw": by_draw},
         probe.rows,
         embedded.source.get("fingerprint"),
@@ -101,18 +87,16 @@ def measure(embedded: EmbeddedSet, config: FewShotConfig = DEFAULT) -> Result:
 def _over_shots(name: str, shots: Sequence[int], values: dict[str, Value], by_draw: dict[str, list[float]]) -> Curve:
     """An accuracy by the number of shots, its band over draws."""
     found = [values[f"shots_{count}/{name}"] for count in shots]
-    low = high = None
-    if found[0].deviation is not None:
-        bands = [t_interval(np.array(by_draw[f"shots_{count}/{name}"])) for count in shots]
-        low, high = [max(0.0, band[0]) for band in bands], [min(1.0, band[1]) for band in bands]
+    draws = np.array([by_draw[f"shots_{count}/{name}"] for count in shots])
+    bands = np.clip([t_interval(of_shots) for of_shots in draws], 0, 1) if draws.shape[1] > 1 else None
     return Curve(
         [float(count) for count in shots],
         [value.value for value in found],
         x_label="images of each class",
         y_label=found[0].label,
         unit="share",
-        low=low,
-        high=high,
+        low=None if bands is None else bands[:, 0].tolist(),
+        high=None if bands is None else bands[:, 1].tolist(),
         chance=[value.chance or 0.0 for value in found],
         logarithmic=True,
     )

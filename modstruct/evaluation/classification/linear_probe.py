@@ -17,10 +17,10 @@ from modstruct.distributed.collect import on_main
 from modstruct.errors import require, require_counts
 from modstruct.evaluation.classification.accuracy import accuracies, in_top
 from modstruct.evaluation.classification.features import HELD_ON_CPU, Features
-from modstruct.evaluation.classification.logistic_regression import LinearClassifier
+from modstruct.evaluation.classification.logistic_regression import FitConfig, LinearClassifier
 from modstruct.evaluation.classification.probe import BEFORE_PROJECTION, Probe, ProbeConfig, drawn_order
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
-from modstruct.evaluation.result import Curve, Result
+from modstruct.evaluation.result import Curve, Result, Unit
 from modstruct.evaluation.statistics import wilson
 
 PROJECTED = "image_projected"
@@ -67,9 +67,10 @@ def measure(embedded: EmbeddedSet, config: LinearProbeConfig = DEFAULT) -> Resul
     of the training split; the last fit has both. Outcomes: "top_1" and "top_5", (rows,), of the set's labelled rows in
     their order, and "group", the image of each, where some are copies. Raises ValueError as `Probe.of` does.
     """
-    probe = Probe.of(embedded, config)
+    probe, strength = Probe.of(embedded, config), config.strength
     whole = [probe.train] if probe.validation is None else [probe.train, probe.validation]
-    strength, used, curves = config.strength, {}, {}
+    used: dict[str, Any] = {}
+    curves: dict[str, Curve] = {}
     if strength is None:
         fitted, held_out = probe.train, probe.validation
         if held_out is None:
@@ -85,51 +86,57 @@ def measure(embedded: EmbeddedSet, config: LinearProbeConfig = DEFAULT) -> Resul
         return ahead, {"iterations": classifier.iterations, "end": classifier.end}
 
     ahead, fit = on_main(classify)
-    about = "Accuracy of a logistic regression trained on frozen image features and tested on held-out images."
-    result = Result("linear_probe", embedded.name, {}, "Linear probe", about, curves=curves)
     used |= {"strength": strength, "c": 1 / strength} | fit
-    return _completed(result, embedded, probe, ahead, used, sum(map(len, whole)))
+    about = "Accuracy of a logistic regression trained on frozen image features and tested on held-out images."
+    names = "linear_probe", "Linear probe", about
+    return _result(embedded, probe, names, ahead, curves, used, sum(map(len, whole)))
 
 
 def measure_adamw(embedded: EmbeddedSet, config: LinearProbeConfig = DEFAULT) -> Result:
     """The same by CyCLIP's protocol (Goel et al. 2022, its public code): AdamW on the training split in small batches.
 
-    On the projected features before normalisation where config.features names no others; the validation split is not
-    used.
+    On the projected features before normalisation where config.features names no others, in float32; the validation
+    split is not used.
     """
-    if config.features == BEFORE_PROJECTION:
-        config = replace(config, features=PROJECTED)
-    probe = Probe.of(embedded, replace(config, fit=replace(config.fit, precision="float32")), PROJECTED)
+    features = PROJECTED if config.features == BEFORE_PROJECTION else config.features
+    probe = Probe.of(embedded, replace(config, features=features, fit=FitConfig()), PROJECTED)
 
     def fit() -> tuple[np.ndarray, list[float], int]:
-        train, test = probe.blocks([probe.train], probe.test)
-        classifier, losses = fit_by_adamw(
-            train.features[0], len(probe.names), config.adamw, config.seed, distributed.device()
-        )
-        return classifier.ahead(test)[0], losses, classifier.iterations
+        (train, test), classes = probe.blocks([probe.train], probe.test), len(probe.names)
+        fitted, losses = fit_by_adamw(train.features[0], classes, config.adamw, config.seed, distributed.device())
+        return fitted.ahead(test)[0], losses, fitted.iterations
 
     ahead, losses, iterations = on_main(fit)
-    epochs = [float(epoch) for epoch in range(1, len(losses) + 1)]
-    curve = Curve(epochs, losses, "Training", "epoch", "mean cross-entropy", "nats")
+    epochs = np.arange(1.0, len(losses) + 1).tolist()
+    curves = {"train_loss": Curve(epochs, losses, "Training", "epoch", "mean cross-entropy", "nats")}
     about = (
         "Accuracy of a linear classifier trained on frozen image features by CyCLIP's protocol: "
         f"{config.adamw.epochs} epochs of AdamW on the projected features before normalisation."
     )
-    result = Result(
-        "linear_probe_adamw", embedded.name, {}, "Linear probe by AdamW", about, curves={"train_loss": curve}
-    )
-    return _completed(result, embedded, probe, ahead, {"iterations": iterations, "end": "epochs"}, len(probe.train))
+    names = "linear_probe_adamw", "Linear probe by AdamW", about
+    return _result(embedded, probe, names, ahead, curves, {"iterations": iterations, "end": "epochs"}, len(probe.train))
 
 
-def _completed(
-    result: Result, embedded: EmbeddedSet, probe: Probe, ahead: np.ndarray, used: dict[str, Any], fitted: int
+def _result(
+    embedded: EmbeddedSet,
+    probe: Probe,
+    names: tuple[str, str, str],
+    ahead: np.ndarray,
+    curves: dict[str, Curve],
+    used: dict[str, Any],
+    fitted: int,
 ) -> Result:
-    """With accuracies, outcomes, and what else both probes have."""
+    """names: metric, title, about. fitted: rows that the classifier was fitted on."""
+    metric, title, about = names
     copies = embedded.groups(probe.test.rows)
-    return replace(
-        result,
-        values=accuracies(ahead, probe.test.labels, len(probe.names), probe.top_k, copies),
+    return Result(
+        metric,
+        embedded.name,
+        accuracies(ahead, probe.test.labels, len(probe.names), probe.top_k, copies),
+        title,
+        about,
         headlines=("top_1",),
+        curves=curves,
         settings=probe.used | used,
         rows=probe.rows | {"fitted": fitted},
         fingerprint=embedded.source.get("fingerprint"),
@@ -138,14 +145,17 @@ def _completed(
 
 
 def _search_curves(chosen: float, tried: dict[float, tuple[float, float]], rows: int, classes: int) -> dict[str, Curve]:
-    found, losses = map(list, zip(*tried.values(), strict=True))
-    low, high = map(list, zip(*(wilson(accuracy, rows) for accuracy in found), strict=True))
-    common: dict[str, Any] = {"x": list(tried), "x_label": "penalty λ", "logarithmic": True, "chosen": chosen}
-    accuracy = {"y_label": "top-1 on held-out rows", "unit": "share", "low": low, "high": high}
-    loss = {"y_label": "cross-entropy on held-out rows", "unit": "nats"}
+    def curve(y: Sequence[float], label: str, unit: Unit, chance: float) -> Curve:
+        y_label, at_chance = f"{label} on held-out rows", [chance] * len(y)
+        axis: dict[str, Any] = {"x_label": "penalty λ", "logarithmic": True, "chosen": chosen}
+        return Curve(list(tried), list(y), y_label=y_label, unit=unit, chance=at_chance, **axis)
+
+    found, losses = zip(*tried.values(), strict=True)
+    low, high = zip(*(wilson(accuracy, rows) for accuracy in found), strict=True)
+    accuracy = curve(found, "top-1", "share", 1 / classes)
     return {
-        "held_out_accuracy": Curve(y=found, **common, **accuracy, chance=[1 / classes] * len(found)),
-        "held_out_loss": Curve(y=losses, **common, **loss, chance=[math.log(classes)] * len(found)),
+        "held_out_accuracy": replace(accuracy, low=list(low), high=list(high)),
+        "held_out_loss": curve(losses, "cross-entropy", "nats", math.log(classes)),
     }
 
 

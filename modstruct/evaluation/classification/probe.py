@@ -142,7 +142,7 @@ class Probe:
             ahead, loss = fit_logistic_regression(blocks, len(self.names), strength, self.config.fit).ahead(watched)
             return float(np.mean(ahead == 0)), loss
 
-        return search_strength(lambda strengths: share_out(strengths, score))
+        return search_strength(lambda strengths: share_out(strengths, score, "penalties"))
 
     def classify(self, fitted: Sequence[Features], strength: float) -> tuple[np.ndarray, LinearClassifier]:
         """`classes_ahead` of each test row by a fit on some rows, and that fit."""

@@ -159,7 +159,7 @@ def _values_and_curves(
     values: dict[str, Value] = {}
     curves: dict[str, Curve] = {}
 
-    def add(name: str, value: float, interval: tuple[float, float] | tuple[None, None] = (None, None), **more: Any):
+    def add(name: str, value: float, interval: tuple[float | None, float | None] = (None, None), **more: Any) -> None:
         start = next(start for start in ABOUT if name.startswith(start))
         of, _, kind = name.removeprefix(start).removeprefix("_").partition("_")
         label = ", ".join(filter(None, (start.replace("_", " "), MODALITIES.get(of), kind)))

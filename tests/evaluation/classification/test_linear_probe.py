@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from probe_cases import clouds, embedded
+from probe_cases import clouds, embedded, unit
 from sklearn.linear_model import LogisticRegression
 
 from modstruct.evaluation.classification import few_shot, linear_probe
 from modstruct.evaluation.classification.few_shot import FewShotConfig
 from modstruct.evaluation.classification.linear_probe import AdamWProbeConfig, LinearProbeConfig
 from modstruct.evaluation.classification.logistic_regression import FitConfig
+from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.result import Result
 
 CLASSES = 7
@@ -20,7 +21,7 @@ def overlapping(name, count, seed):
     return embedded(name, *clouds(count, 12, CLASSES, seed=seed, spread=1.5))
 
 
-def a_set(validation=True, **arrays):
+def a_set(validation=True):
     """Seven classes that overlap, with splits."""
     made = overlapping("test", 140, 1)
     made.splits = {"train": overlapping("train", 210, 0)}
@@ -114,9 +115,10 @@ def test_cyclips_protocol_is_measured_on_projected_features(caplog):
 
 
 def test_default_features_that_are_not_embedded_give_way_and_others_do_not():
-    test = a_set(validation=False)
-    for one in (test, test.splits["train"]):
-        one.arrays = one.arrays - {"image_features"}
+    rows, labels = clouds(70, 12, CLASSES, 0, spread=1.5)
+    names = [f"class {c}" for c in range(CLASSES)]
+    test = EmbeddedSet("test", {}, {"image": unit(rows)}, labels=labels, class_names=names)
+    test.splits = {"train": test}
     assert linear_probe.measure(test, LinearProbeConfig(strength=1.0)).settings["features"] == "image"
     assert few_shot.measure(test, FewShotConfig(shots=(1,), strength=1.0)).settings["features"] == "image"
     with pytest.raises(ValueError, match="image_independent"):
