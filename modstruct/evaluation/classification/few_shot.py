@@ -64,8 +64,8 @@ def measure(embedded: EmbeddedSet, config: FewShotConfig = DEFAULT) -> Result:
             numbers = by_draw[f"shots_{shots}/{name}"] = [one[name].value for one in each]
             deviation = float(np.std(numbers, ddof=1)) if draws > 1 else None
             values[f"shots_{shots}/{name}"] = replace(first, value=float(np.mean(numbers)), deviation=deviation)
-        for name, k in zip(in_top(ahead[0], probe.top_k), probe.top_k, strict=True):
-            outcomes[f"shots_{shots}/{name}"] = np.asarray(np.stack(ahead) < k).mean(0, dtype=np.float32)
+        for name, right in in_top(np.stack(ahead), probe.top_k).items():
+            outcomes[f"shots_{shots}/{name}"] = right.mean(0, dtype=np.float32)
     shown = [count for count in (1, 4, 16) if count in config.shots] or config.shots[:1]
     return Result(
         "few_shot",
@@ -120,9 +120,9 @@ def draw_episodes(probe: Probe, config: FewShotConfig, draw: int) -> dict[int, t
     for shots in config.shots:
         held_out = min(shots, HELD_OUT_SHOTS) if config.strength is None else 0
         chosen = _first_of_each(order, shots + (held_out if other is None else 0), probe.names, "training", shots)
-        after = (
-            chosen[:, shots:] if other is None else _first_of_each(other, held_out, probe.names, "validation", shots)
-        )
+        after = chosen[:, shots:]
+        if other is not None:
+            after = _first_of_each(other, held_out, probe.names, "validation", shots)
         episodes[shots] = np.sort(chosen[:, :shots].ravel()), np.sort(after.ravel())
     return episodes
 

@@ -97,10 +97,8 @@ class Probe:
         found: dict[str, Features] = {}
         for role, one in sets.items():
             lost = [train.class_names[c] for c in np.setdiff1d(labels[role][labels[role] >= 0], known)]
-            remedy = (
-                f"has images of {lost[:1]}, of which {train.name} has none to learn from ({len(lost)} such classes)"
-            )
-            require(not lost, role, one.name, f"{remedy}: add some, or take the class out of {one.name}")
+            remedy = f"of which {train.name} has none ({len(lost)} such classes): add some, or take the class out"
+            require(not lost, role, one.name, f"has images of {lost[:1]}, {remedy}")
             found[role] = select_features(one, features, place[labels[role]], config.unit_norm)
             columns, expected = found[role].dimension, found["train"].dimension
             remedy = f"has {columns} columns of {features}, {train.name} has {expected}: embed both with one model"

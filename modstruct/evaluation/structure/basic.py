@@ -21,12 +21,8 @@ def structure(image: Tensor, text: Tensor, pairs: Tensor | None = None) -> dict[
 
     Nothing is gathered over processes: pass gathered rows for the metrics of a global batch.
     image: (n, D), text: (m, D), unit norm, any floating type; measured in float32. pairs: (p, 2) rows of image and
-    text that belong together; None pairs row j with row j. No gradient flows. Returns
-      alignment         mean |z_V - z_T|^2 over pairs, from 0 to 4 (Wang & Isola 2020, alpha = 2)
-      uniformity_image  log of the mean of exp(-2 |z_j - z_k|^2) over j != k, from -8 to 0, lower is more uniform
-      uniformity_text   (Wang & Isola 2020, t = 2); left out where there are fewer than two rows
-      modality_gap      |mean z_V - mean z_T|, from 0 to 2 (Liang et al. 2022)
-    Pairs with j = k are left out of uniformity, so that the size of a batch does not shift it.
+    text that belong together; None pairs row j with row j. Definitions are those of `metrics.py`; uniformity is left
+    out where there are fewer than two rows. Pairs j, j do not count in it, so the size of a batch does not shift it.
     """
     image, text = image.detach().float(), text.detach().float()
     if pairs is None and len(image) != len(text):

@@ -138,7 +138,7 @@ def _planned(
     if len(chosen) >= metrics.FOLDS:
         known = partial(metrics.separated, image[chosen[:, 0]], text[chosen[:, 1]])
         jobs["linear_separability",] = [partial(known, fold) for fold in range(metrics.FOLDS)]
-    geometry, hubness = (partial(f, image, text, pairs) for f in (metrics.geometric_consistency, metrics.hubness))
+    geometry, hubness = (partial(f, image, text, pairs) for f in (metrics.geometry, metrics.hubness))
     plan(("geometry_inter", "geometry_intra"), geometry, len(pairs))
     plan(("hubness_text", "hubness_image"), hubness, len(pairs), hubs=True)
     jobs |= {(f"spectrum_{name}",): [partial(metrics.spectra, arrays[name])] for name in MODALITIES}

@@ -66,9 +66,7 @@ def orthogonality(shared: np.ndarray, independent: np.ndarray) -> float:
     return sum(float((a * b).sum(1).square().sum()) for a, b in blocks) / len(shared)
 
 
-def geometric_consistency(
-    image: np.ndarray, text: np.ndarray, pairs: np.ndarray, chosen: np.ndarray
-) -> tuple[float, float]:
+def geometry(image: np.ndarray, text: np.ndarray, pairs: np.ndarray, chosen: np.ndarray) -> tuple[float, float]:
     """Both terms of L_GC (Jiang et al. 2023, section 4.3) per pair, over pairs of chosen pairs j != k.
 
     image: (n, D), text: (m, D). pairs: (p, 2), (image row, text row). chosen: (c,) of the pairs, c > 1. Returns the
@@ -88,17 +86,15 @@ def geometric_consistency(
     return max(float(inter), 0.0) / (n * (n - 1)), max(float(intra - own), 0.0) / (n * (n - 1))
 
 
-def bridge(
-    image: np.ndarray, text: np.ndarray, image_augmented: np.ndarray, pairs: np.ndarray
-) -> tuple[float, list[float]]:
+def bridge(image: np.ndarray, text: np.ndarray, augmented: np.ndarray, pairs: np.ndarray) -> tuple[float, list[float]]:
     """The t in [0, 1] with the least deviation, and the deviations at each t of GRID and at that t.
 
     The deviation is the mean over pairs of |zV^a - mu|^2, mu = (t zV + (1-t) zT) / |t zV + (1-t) zT| (Jiang et al.
-    2023, section 4.2), from six inner products of each pair. image, image_augmented: (n, D), text: (m, D), unit norm.
+    2023, section 4.2), from six inner products of each pair. image, augmented: (n, D), text: (m, D), unit norm.
     pairs: (p, 2), (image row, text row).
     """
     parts = []
-    for a, v, z in _paired_blocks((image_augmented, pairs[:, 0]), (image, pairs[:, 0]), (text, pairs[:, 1])):
+    for a, v, z in _paired_blocks((augmented, pairs[:, 0]), (image, pairs[:, 0]), (text, pairs[:, 1])):
         products = ((a, a), (a, v), (a, z), (v, v), (z, z), (v, z))
         parts.append(np.stack([(x * y).sum(1).numpy() for x, y in products]))
     own, to_image, to_text, of_image, of_text, between = np.concatenate(parts, axis=1)
@@ -167,10 +163,7 @@ def spectra(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def effective_rank(singular_values: np.ndarray) -> float:
-    """exp of the entropy of the singular values over their sum (Roy & Vetterli 2007, definition 1).
-
-    From 1 to the number of singular values; 1 where all are 0.
-    """
+    """exp of the entropy of the singular values over their sum (Roy & Vetterli 2007, definition 1); 1 if all are 0."""
     found = singular_values[singular_values > 0]
     shares = found / found.sum()
     return float(np.exp(-np.sum(shares * np.log(shares))))
@@ -190,22 +183,15 @@ def separated(image: np.ndarray, text: np.ndarray, held_out: int) -> np.ndarray:
     blocks, watched = paired_blocks([fitted], others, True, 2, distributed.device(), FIT.dtype)
     # Two rows of weights that differ by w have at least |w|^2 / 2, and the penalty is weighed against a sum over rows.
     classifier = fit_logistic_regression(blocks, 2, 2 * DECAY * len(blocks), FIT)
-    right = [
-        ((scores[:, 1] > scores[:, 0]) == (labels == 1)).cpu().numpy()
-        for _, scores, labels in classifier.scores(watched)
-    ]
-    return np.concatenate(right).reshape(2, -1).mean(0)
+    right = [(scores[:, 1] > scores[:, 0]) == (labels == 1) for _, scores, labels in classifier.scores(watched)]
+    return torch.cat(right).cpu().numpy().reshape(2, -1).mean(0)
 
 
 def separability_interval(right: np.ndarray) -> tuple[float, float]:
-    """Of the mean of `separated` over all pairs, (p,), widened for what the folds' classifiers share.
-
-    (Nadeau & Bengio 2003: a variance of 1/K + 1/(K-1) instead of 1/K folds); without this a 95 % interval covered 89 %
-    on indistinguishable modalities.
-    """
-    value = right.mean()
-    low, high = (value + WIDENING * (end - value) for end in bootstrap_mean(right))
-    return max(0.0, float(low)), min(1.0, float(high))
+    """Of the mean of `separated` over all pairs, (p,), widened for what the folds' classifiers share (Nadeau & Bengio
+    2003: a variance of 1/K + 1/(K-1) instead of 1/K folds); else 95 % covered 89 % on indistinguishable modalities."""
+    low, high = np.clip(right.mean() + WIDENING * (np.array(bootstrap_mean(right)) - right.mean()), 0, 1)
+    return float(low), float(high)
 
 
 def one_to_one(pairs: np.ndarray) -> np.ndarray:
