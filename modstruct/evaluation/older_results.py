@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from modstruct.evaluation.result import Result, from_json, is_number, refuse_file
 
 RENAMED = {"linear_probe_sgd": "linear_probe_adamw"}
 TITLES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -36,7 +33,7 @@ VALUES: tuple[tuple[str, str, bool | None], ...] = (
 CURVES: tuple[tuple[str, str, str, str, str, str, bool], ...] = (
     ("retrieval:*/recall", "k", "Recall at K", "K", "recall", "share", True),
     ("linear_probe:held_out_accuracy", "strength", "Search of the penalty", "penalty", "accuracy", "share", True),
-    ("linear_probe_adamw:train_loss", "", "Training loss of the probe", "epoch", "loss", "nats", False),
+    ("linear_probe_adamw:train_loss", "", "Training of the probe", "epoch", "loss", "nats", False),
     ("few_shot:top_?", "shots", "Accuracy by shots", "labelled images a class", "accuracy", "share", True),
     ("structure:spectrum_*", "", "Spectrum", "principal axis", "standard deviation", "number", True),
     ("structure:bridge_deviation", "bridge_t", "Deviation from the bridge", "t", "squared distance", "number", False),
@@ -45,54 +42,51 @@ CURVES: tuple[tuple[str, str, str, str, str, str, bool], ...] = (
 SHORT = {"recall_at_": "R@", "top_": "top-", "map_at_r": "mAP@R", "_to_": " → ", "_": " ", "/": ", "}
 
 
-def converted(content: dict[str, Any], path: Path) -> Result:
-    """A METRIC.json without "schema". What no pattern knows is a plain number without a direction.
+def converted(content: dict[str, Any], set_name: str, metric: str) -> dict[str, Any]:
+    """A METRIC.json without "schema" as `Result.to_json` makes it; ValueError for what is no result.
 
-    Raises ValueError naming the file and what in it is no result.
+    What no pattern knows is a plain number without a direction.
     """
-    metric = RENAMED.get(path.stem, path.stem)
-    found, values = dict(_leaves(content.get("figures"), "figures", path)), {}
-    for name, value in found.items():
-        if (of := name.removesuffix("_deviation")) in found and of != name:
+    metric = RENAMED.get(metric, metric)
+    values: dict[str, dict[str, Any]] = {}
+    for name, value in _leaves(content.get("figures"), "figures"):
+        if (of := name.removesuffix("_deviation")) in values and of != name:
             values[of]["deviation"] = value["value"]
             continue
         fits = (pattern[1:] for pattern in VALUES if fnmatchcase(f"{metric}:{name}", pattern[0]))
         unit, higher = next(fits, ("number", None))
-        last = name.rpartition("/")[2]
-        label = last if "per_class/" in name else _words(last)
+        label = name.rpartition("/")[2] if "per_class/" in name else _words(name.rpartition("/")[2])
         values[name] = value | {"unit": unit, "higher_is_better": higher, "label": label}
     title, headlines = TITLES.get(metric, (_words(metric).capitalize(), ()))
-    made = {"metric": metric, "set": path.parent.name, "title": title, "values": values}
+    made = {"metric": metric, "set": set_name, "title": title, "values": values}
     made["groups"] = {group: _words(group) for name in values if (group := name.rpartition("/")[0])}
     made["headlines"] = [name for name in headlines if name in values]
     made["curves"] = dict(_curves(metric, content.get("curves") or {}, content.get("settings") or {}))
-    made |= {name: content[name] for name in ("settings", "seconds", "command") if content.get(name)}
-    made["rows"] = {name: count for name, count in (content.get("rows") or {}).items() if is_number(count)}
-    texts = {"fingerprint": content.get("source_fingerprint"), "embeddings": content.get("embeddings")}
-    return from_json(made | {name: text for name, text in texts.items() if text is not None}, path)
+    made["rows"] = {name: count for name, count in (content.get("rows") or {}).items() if isinstance(count, int)}
+    made |= {name: content[name] for name in ("settings", "seconds", "command", "embeddings") if content.get(name)}
+    return made | ({"fingerprint": content["source_fingerprint"]} if content.get("source_fingerprint") else {})
 
 
-def _leaves(node: Any, name: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _leaves(node: Any, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, {"value": …}) of nested figures."""
     if not isinstance(node, dict) or not node:
-        refuse_file(path, f'"{name}" is missing or no object of figures')
+        raise ValueError(f'"{name}" is missing or no object of figures')
     if "value" in node:
         yield name.partition("/")[2], {key: node.get(key) for key in ("value", "low", "high", "chance", "rows")}
         return
     for key, inner in node.items():
-        yield from _leaves(inner, f"{name}/{key}", path)
+        yield from _leaves(inner, f"{name}/{key}")
 
 
-def _curves(metric: str, curves: Any, settings: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+def _curves(metric: str, curves: dict[str, Any], settings: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, curve) of those that are known."""
     known = ((name, of) for name in curves for of in CURVES if fnmatchcase(f"{metric}:{name}", of[0]))
-    for name, (pattern, axis, title, x_label, y_label, unit, logarithmic) in known:
+    for name, (_, axis, title, x_label, y_label, unit, logarithmic) in known:
         y = curves[name]
         made = {"x": curves.get(axis) or list(range(1, len(y) + 1)), "y": y, "unit": unit, "logarithmic": logarithmic}
         if deviation := curves.get(f"{name}_deviation"):
             made |= {"low": np.subtract(y, deviation).tolist(), "high": np.add(y, deviation).tolist()}
-        group = name.rpartition("/")[0] or (name.rpartition("_")[2] if "*" in pattern or "?" in pattern else "")
-        made |= {"title": ", ".join(filter(None, (title, _words(group)))), "x_label": x_label, "y_label": y_label}
+        made |= {"title": f"{title}: {_words(name)}", "x_label": x_label, "y_label": y_label}
         yield name, made | ({"chosen": settings.get("strength")} if axis == "strength" else {})
 
 

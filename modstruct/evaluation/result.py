@@ -24,6 +24,7 @@ from typing import Any, Literal, NoReturn, get_args
 
 import numpy as np
 
+from modstruct.evaluation.older_results import converted
 from modstruct.evaluation.statistics import bootstrap_mean
 from modstruct.files import atomic_write, unique_keys
 
@@ -148,11 +149,13 @@ class Result:
 
         Raises ValueError naming the file, what is wrong and the remedy.
         """
-        from modstruct.evaluation.older_results import converted  # which knows this module
-
         content = read_json(path)
         if "schema" not in content:
-            result = converted(content, path)
+            try:
+                content = converted(content, path.parent.name, path.stem)
+            except (ValueError, TypeError, AttributeError) as error:
+                refuse_file(path, str(error))
+            result = from_json(content, path)
         elif content["schema"] != SCHEMA:
             refuse_file(path, f'"schema" is {content["schema"]!r}, and this version reads {SCHEMA} and older')
         else:

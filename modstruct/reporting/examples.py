@@ -86,9 +86,10 @@ def galleries(
 
 def _read(path: Path) -> list[dict[str, Any]]:
     examples: Any = read_json(path).get("examples")
-    for example in examples if isinstance(examples, list) else [None]:
-        results = example.get("results") if isinstance(example, dict) else None
-        items = [example.get("query"), *results, example.get("right", {})] if isinstance(results, list) else [None]
+    for example in examples if isinstance(examples, list) else [{}]:
+        found = example if isinstance(example, dict) else {}
+        results = found.get("results")
+        items = [found.get("query"), *results, found.get("right", {})] if isinstance(results, list) else [None]
         if not all(isinstance(item, dict) for item in items):
             refuse_file(path, '"examples" must be a list of objects with a query and its results')
     return examples

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ class Evaluation:
     """What tables call it: its model's name without what the names of all have in common."""
     model: dict[str, Any]
     """model.json: name, fingerprint, checkpoint or open_clip, recipe, commands."""
-    results: dict[tuple[str, str], Result]
+    results: dict[tuple[str, str], Result] = field(default_factory=dict)
     """By (set, metric)."""
     seeds: tuple[Evaluation, ...] = ()
     """The runs that `results` are the means of; empty for a run alone."""

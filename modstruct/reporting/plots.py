@@ -76,18 +76,19 @@ def plots(section: Section, runs: Sequence[Evaluation]) -> list[Plot]:
             first = next(iter(next(iter(curves.values())).values()))
             caption = name if len(curves) > 1 else first.title or name
             with mpl.rc_context(STYLE):
-                axes = _axes(first.x_label, first.y_label + UNITS.get(first.unit, ""), 2.4)
+                figure, axes = _axes(2.4, first.x_label, first.y_label + UNITS.get(first.unit, ""))
                 _lines(axes, curves)
-                svg = _svg(axes, f"{caption}, {set_name}")
-                files = _files(axes, {i: runs[i].name for i in results if any(i in of for of in curves.values())})
+                svg = _svg(figure, f"{caption}, {set_name}")
+                files = _files(figure, {i: runs[i].name for i in results if any(i in of for of in curves.values())})
             made.append(Plot(set_name, None, _file_name(section.metric, set_name, name), caption, svg, files))
     return made
 
 
-def _axes(x_label: str, y_label: str, height: float) -> Axes:
-    axes = Figure((WIDTH, height), layout="constrained").add_subplot()
-    axes.set(xlabel=fill(printable(x_label)[:80], 40), ylabel=fill(printable(y_label)[:80], 40))
-    return axes
+def _axes(height: float, x_label: str, y_label: str) -> tuple[Figure, Axes]:
+    figure = Figure((WIDTH, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set(xlabel=fill(printable(x_label)[:64], 32), ylabel=fill(printable(y_label)[:64], 32))
+    return figure, axes
 
 
 def _lines(axes: Axes, curves: dict[str, dict[int, Curve]]) -> None:
@@ -134,9 +135,9 @@ def _file_name(*parts: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts))[:100]
 
 
-def _files(axes: Axes, names: Mapping[int, str]) -> dict[str, bytes]:
+def _files(figure: Figure, names: Mapping[int, str]) -> dict[str, bytes]:
     """PDF and PNG, with a legend of the runs above."""
-    figure, made = axes.figure, {}
+    made: dict[str, bytes] = {}
     if len(names) > 1:
         marks = [Line2D([], [], color=COLOURS[i % 8], marker=MARKERS[i % 8]) for i in names]
         labels = [printable(name)[:40] for name in names.values()]
@@ -144,19 +145,19 @@ def _files(axes: Axes, names: Mapping[int, str]) -> dict[str, bytes]:
         figure.legend(marks, labels, loc="outside upper center", ncols=columns)
     for kind, metadata in (("pdf", {"CreationDate": None}), ("png", {})):
         file = io.BytesIO()
-        figure.savefig(file, format=kind, metadata=metadata)  # type: ignore[union-attr]
+        figure.savefig(file, format=kind, metadata=metadata)
         made[kind] = file.getvalue()
     return made
 
 
-def _svg(axes: Axes, label: str, titles: Mapping[str, Sequence[str]] | None = None) -> Markup:
+def _svg(figure: Figure, label: str, titles: Mapping[str, Sequence[str]] | None = None) -> Markup:
     """A figure as SVG inside a page: colours as classes of its style sheet, whose policy allows no style attributes.
 
     titles: of the points of a collection, by its gid: shown where the pointer rests.
     """
     file = io.BytesIO()
     with mpl.rc_context({"svg.hashsalt": label}):
-        axes.figure.savefig(file, format="svg", transparent=True)
+        figure.savefig(file, format="svg", transparent=True)
     root = ElementTree.fromstring(file.getvalue())
     for parent in list(root.iter()):
         for child in [child for child in parent if child.tag in (f"{SVG}metadata", f"{SVG}style", f"{SVG}clipPath")]:
@@ -189,7 +190,8 @@ def planes(runs: Sequence[Evaluation]) -> list[Plot]:
         for i, plane in found.items():
             (left, bottom), (right, top) = plane.points.min((0, 1)), plane.points.max((0, 1))
             with mpl.rc_context(STYLE):
-                axes = _axes(*(f"axis {n + 1}, {100 * plane.explained[n]:.0f} % of variance" for n in (0, 1)), WIDTH)
+                labels = [f"axis {n}, {100 * of:.0f} % of variance" for n, of in enumerate(plane.explained, 1)]
+                figure, axes = _axes(WIDTH, *labels)
                 axes.set_xlim((left + right - span) / 2, (left + right + span) / 2)
                 axes.set_ylim((bottom + top - span) / 2, (bottom + top + span) / 2)
                 axes.set_aspect("equal")
@@ -200,9 +202,9 @@ def planes(runs: Sequence[Evaluation]) -> list[Plot]:
                     axes.scatter(x, y, 9, COLOURS[n], marker=marker, linewidth=0, gid=kind, label=kind)
                 titles = {kind: [f"{kind} of {name}" for name in plane.names] for kind in ("image", "caption")}
                 caption = f"{len(plane.names):,} of {plane.total:,} pairs"
-                svg = _svg(axes, f"{set_name}, {runs[i].name}: {caption} on two principal axes", titles)
+                svg = _svg(figure, f"{set_name}, {runs[i].name}: {caption} on two principal axes", titles)
                 axes.legend()
-                files = _files(axes, {})
+                files = _files(figure, {})
             made.append(Plot(set_name, i, _file_name("plane", set_name, str(i + 1)), caption, svg, files))
     return made
 
@@ -225,6 +227,7 @@ def project(source: EmbeddedSet) -> Projection | None:
     templates). None if the set has neither, or fewer than two pairs. Signs are chosen so that the largest component of
     each axis is positive: the same rows give the same plot.
     """
+    names: Sequence[str]
     if "text" in source.arrays:
         pairs, text, names = np.asarray(source.pairs), source.rows("text"), source.captions
     elif source.labels is not None and source.class_prompts is not None:

@@ -116,7 +116,7 @@ def csv_table(sections: Sequence[Section], runs: Sequence[Evaluation]) -> str:
 def _csv_row(run: Evaluation, row: Row, cell: Cell) -> list:
     value, lead = cell.value, cell.lead
     # In the value's own sign, so that adding it to the value gives the best run's value.
-    ahead = () if lead is None else (lead.difference, lead.low, lead.high)
+    ahead: tuple[float, ...] = () if lead is None else (lead.difference, lead.low, lead.high)
     if row.like.higher_is_better is False:
         ahead = tuple(-number for number in (ahead[0], ahead[2], ahead[1])) if ahead else ()
     return [
