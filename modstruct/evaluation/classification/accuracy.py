@@ -12,13 +12,14 @@ from modstruct.evaluation.result import Value, share
 from modstruct.evaluation.statistics import bootstrap_mean
 
 
-def classes_ahead(scores: Tensor, own: Tensor, times: Tensor | int = 1) -> Tensor:
+def classes_ahead(scores: Tensor, own: Tensor, times: Tensor | None = None) -> Tensor:
     """How many other classes score at least as high as each row's own, (b,) int64: below k means right in the top k.
 
-    scores: (b, C). own: (b,), the column of each row's class. times: (C,), how many classes share a column. A tie
-    counts against the model, and so does a score that is no number.
+    scores: (b, C). own: (b,), the column of each row's class. times: (C,), how many classes share a column, by default
+    one. A tie counts against the model, and so does a score that is no number.
     """
-    return (~(scores < scores.gather(1, own[:, None])) * times).sum(1) - 1
+    ahead = ~(scores < scores.gather(1, own[:, None]))
+    return (ahead if times is None else ahead * times).sum(1) - 1
 
 
 def in_top(ahead: np.ndarray, top_k: Sequence[int]) -> dict[str, np.ndarray]:

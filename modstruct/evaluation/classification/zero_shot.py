@@ -125,7 +125,8 @@ def images_ahead(
     # Equal rows can get scores that differ in the last bit by their place in a matrix product, so each is scored once.
     device = distributed.device()
     first, place, occurrences = distinct_rows(classes)
-    distinct, times = as_float32(classes[first]).to(device).T, torch.from_numpy(occurrences).to(device)
+    distinct = as_float32(classes[first]).to(device).T
+    times = torch.from_numpy(occurrences).to(device) if len(first) < len(classes) else None
     at_once = max(1, min(SCORES_AT_ONCE // len(first), block_rows(image.shape[1])))
 
     def block_ahead(start: int) -> np.ndarray:
