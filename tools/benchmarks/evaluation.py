@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     parts = {
         "retrieval": lambda: retrieval.measure(made, retrieval.RetrievalConfig()),
         "zero-shot": lambda: zero_shot.measure(made, zero_shot.ZeroShotConfig()),
-        "structure": lambda: structure.measure(made, structure.SamplingConfig()),
+        "structure": lambda: structure.measure(made, structure.StructureConfig()),
     }
     seconds = {name: timed(part, CPU) for name, part in parts.items()}
     print("\n".join(f"  {name:<10} {taken:6.1f} s, with intervals" for name, taken in seconds.items()))
