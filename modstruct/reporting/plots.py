@@ -87,7 +87,7 @@ def plots(section: Section, runs: Sequence[Evaluation]) -> list[Plot]:
 def _axes(height: float, x_label: str, y_label: str) -> tuple[Figure, Axes]:
     figure = Figure((WIDTH, height), layout="constrained")
     axes = figure.add_subplot()
-    axes.set(xlabel=fill(printable(x_label)[:64], 32), ylabel=fill(printable(y_label)[:64], 32))
+    axes.set(xlabel=_short(x_label), ylabel=_short(y_label))
     return figure, axes
 
 
@@ -109,8 +109,8 @@ def _lines(axes: Axes, curves: dict[str, dict[int, Curve]]) -> None:
                 axes.axvline(curve.chosen, linestyle=":", color=colour, linewidth=0.8)
                 axes.plot([curve.chosen], [np.interp(curve.chosen, x, y)], marker=marker, color=colour, markersize=7)
         if len(curves) > 1:
-            title = printable(next(iter(of_runs.values())).title or name)
-            axes.plot([], [], color=QUIET, linestyle=dashes, label=title)
+            title = next(iter(of_runs.values())).title or name
+            axes.plot([], [], color=QUIET, linestyle=dashes, label=_short(title))
     for curve in [curve for curve in every if curve.chance][:1]:
         chance = scale * np.array(curve.chance)
         axes.plot(curve.x, chance, color=QUIET, linestyle=(0, (1, 2)), linewidth=1, label="chance")
@@ -125,6 +125,11 @@ def _lines(axes: Axes, curves: dict[str, dict[int, Curve]]) -> None:
         axes.xaxis.set_major_locator(many if wide or len(ticks) > 8 else FixedLocator(ticks))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _power(value) if wide else f"{value:g}"))
         axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _short(text: str) -> str:
+    """Two lines at most."""
+    return fill(printable(text)[:64], 32)
 
 
 def _power(value: float) -> str:
