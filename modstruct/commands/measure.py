@@ -34,7 +34,8 @@ from modstruct.evaluation.information.measure import measure_information
 from modstruct.evaluation.information.probes import ProbeConfig
 from modstruct.evaluation.leakage.result import LEAKED_KEYS, leave_out, read_keys
 from modstruct.evaluation.result import Result
-from modstruct.evaluation.retrieval.measure import RetrievalConfig, measure_set_retrieval
+from modstruct.evaluation.retrieval.measure import RetrievalConfig
+from modstruct.evaluation.retrieval.measure import measure as measure_retrieval
 from modstruct.evaluation.structure.measure import StructureConfig
 from modstruct.evaluation.structure.measure import measure as measure_structure
 from modstruct.files import atomic_write, require_writable
@@ -178,6 +179,7 @@ def _measure_one(
     embedded.splits = splits
     measures: dict[str, Callable[[], Result]] = {
         "zero_shot": lambda: zero_shot.measure(embedded, zero_shot.ZeroShotConfig(tuple(config.top_k))),
+        "retrieval": lambda: measure_retrieval(embedded, config.retrieval),
         "structure": lambda: measure_structure(embedded, config.structure),
         "linear_probe": lambda: linear_probe.measure(embedded, config.linear_probe),
         "linear_probe_adamw": lambda: linear_probe.measure_adamw(embedded, config.linear_probe),
@@ -187,9 +189,6 @@ def _measure_one(
         result = measures[metric]()
         command = ("evaluate.py", "measure", *words)
         on_main(lambda: replace(result, command=command, embeddings=identity(embedded)).save(path))
-    elif metric == "retrieval":  # which all processes share
-        found = measure_set_retrieval(embedded, config.retrieval, progress=progress)
-        on_main(lambda: _save(path, *found, embedded, words))
     else:
 
         def alone() -> Found:

@@ -22,7 +22,6 @@ from modstruct.evaluation.embeddings.embed import embed
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.embeddings.model import EmbeddingModel, Encode
 from modstruct.evaluation.embeddings.source import EmbeddingSource
-from modstruct.evaluation.retrieval.exact import counting_device
 from modstruct.evaluation.retrieval.measure import measure_recall
 from modstruct.evaluation.retrieval.reranking import Reranking, reranked_retrieval
 from modstruct.evaluation.structure.basic import structure
@@ -101,7 +100,7 @@ def evaluate(
             inspect(source)
         recall_at = sorted({1, *config.recall_at})
         compared = (source.distinct_rows("image"), source.rows("text"), source.distinct_pairs)
-        found = measure_recall(*compared, recall_at, counting_device(), field_name)
+        found = measure_recall(*compared, recall_at, name=field_name)
         metrics: dict[str, Any] = {"retrieval": found}
         if reranked:
             metrics["reranked"] = reranked

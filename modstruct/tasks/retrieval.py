@@ -28,7 +28,6 @@ from modstruct.evaluation.embeddings.embed import embed_texts
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.embeddings.set_files import merged_pairs
 from modstruct.evaluation.embeddings.source import distinct, say_merged
-from modstruct.evaluation.retrieval.exact import counting_device
 from modstruct.evaluation.retrieval.measure import measure_recall
 from modstruct.evaluation.retrieval.reranking import Reranking, reranked_retrieval
 from modstruct.losses.objective import Objective, build_objective
@@ -121,7 +120,7 @@ class Retrieval(Task[FusionModel, CaptionPair | CaptionedImage]):
         embedded = EmbeddedSet("retrieval", {}, {"image": image, "text": text}, pairs=pairs, captions=captions)
         images = self._images(kept, batch, device)
         matched = reranked_retrieval(model, images, self.tokenizer, embedded, settings, device)
-        found = on_main(lambda: measure_recall(image, text, pairs, recall_at, counting_device(), "task retrieval"))
+        found = on_main(lambda: measure_recall(image, text, pairs, recall_at, name="task retrieval"))
         metrics = _flat("", found) | _flat("matched ", matched)
         return metrics | {"sizes": {"images": len(image), "captions": len(captions)}}, None
 

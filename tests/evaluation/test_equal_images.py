@@ -26,9 +26,8 @@ from modstruct.evaluation.evaluate import evaluate
 from modstruct.evaluation.examples import write_retrieved_examples
 from modstruct.evaluation.leakage.result import leave_out
 from modstruct.evaluation.retrieval import measure as measure_module
-from modstruct.evaluation.retrieval.ann_index import IndexConfig
 from modstruct.evaluation.retrieval.exact import pairs_ahead
-from modstruct.evaluation.retrieval.measure import DIRECTIONS, RetrievalConfig, measure_set_retrieval
+from modstruct.evaluation.retrieval.measure import DIRECTIONS, RetrievalConfig
 from modstruct.evaluation.retrieval.metrics import ranked_queries
 from modstruct.evaluation.statistics import wilson
 from modstruct.evaluation.structure.measure import measure as measure_structure
@@ -62,6 +61,11 @@ def perfect() -> Encode:
 
 def recall_at_1(retrieval: dict) -> list[float]:
     return [retrieval[direction]["recall_at_1"]["value"] for direction in DIRECTIONS]
+
+
+def recall_of_set(embedded: EmbeddedSet) -> list[float]:
+    found = measure_module.measure(embedded, RetrievalConfig(resamples=100))
+    return [found.values[f"{direction}/recall_at_1"].value for direction in DIRECTIONS]
 
 
 def measured(samples, zero_shot=None, encode=None) -> dict:
@@ -146,13 +150,12 @@ def test_an_embedded_set_keeps_all_samples_and_measures_distinct_images(tmp_path
     assert embedded.copies.tolist() == numbers[IMAGES:]
     assert embedded.distinct_pairs.tolist() == [[number, text] for text, number in enumerate(NUMBERS)]
     for kind in ("exact", "hnsw"):
-        measured_by = RetrievalConfig(index=IndexConfig(kind), resamples=100)
-        result, outcomes = measure_set_retrieval(embedded, measured_by)
-        assert recall_at_1(result["figures"]) == [1, 1], kind
-        assert result["rows"] | {"samples": 60, "image": 12, "text": 60, "pairs": 60} == result["rows"]
-        assert result["ties"] == {"text_to_image": 0, "image_to_text": 0}
+        result = measure_module.measure(embedded, RetrievalConfig(engine=kind, resamples=100))
+        assert [result.values[f"{direction}/recall_at_1"].value for direction in DIRECTIONS] == [1, 1], kind
+        assert result.rows | {"samples": 60, "image": 12, "text": 60, "pairs": 60} == result.rows
+        assert not any("tied" in name for name in result.values)
     images = [labelled.samples[int(row)].image for row in embedded.indices]
-    write_retrieved_examples(embedded, outcomes, images, tmp_path / "examples")
+    write_retrieved_examples(embedded, dict(result.outcomes), images.__getitem__, tmp_path / "examples")
     shown = json.loads((tmp_path / "examples" / "examples.json").read_text())["examples"]
     assert all(example["results"][0]["right"] for example in shown)
     assert all(len({item["key"] for item in example["results"]}) == 5 for example in shown)
@@ -178,7 +181,7 @@ def test_a_copy_leaves_with_its_image(tmp_path, labelled):
     assert {int(key) // COPIES for key in rest.keys} == set(range(IMAGES)) - {1, 10}
     assert rest.manifest["rows"] == {"image": 50, "text": 50}
     assert len(rest.copies) == 40
-    assert recall_at_1(measure_set_retrieval(rest)[0]["figures"]) == [1, 1]
+    assert recall_of_set(rest) == [1, 1]
 
 
 @pytest.fixture
@@ -199,7 +202,7 @@ def test_sets_of_earlier_versions_open_as_they_are(tmp_path, labelled, caplog, e
     older = embed(numbered_model(perfect()), labelled, config(), folder)
     assert (older.manifest["format"], older.keys) == (1, [f"{place:05d}" for place in range(60)])
     assert "equal images are not merged; --embedding.overwrite true" in caplog.text
-    assert recall_at_1(measure_set_retrieval(older)[0]["figures"]) == [0, 0]
+    assert recall_of_set(older) == [0, 0]
     assert "(embedded by an earlier version, which merged no equal images), text to image" in caplog.text
 
 
@@ -214,13 +217,12 @@ def test_damaged_copies_are_refused_by_name(tmp_path, labelled, damage):
 def on_this_process(folder: str, out: str) -> dict:
     source = EmbeddingSource.of_samples("things", open_source(Path(folder)))
     embedded = embed(numbered_model(perfect()), source, config(), Path(out))
-    retrieval = measure_set_retrieval(embedded, RetrievalConfig(resamples=100))[0]
-    return {"during training": measured(open_source(Path(folder))), "of the set": retrieval["figures"]}
+    return {"during training": measured(open_source(Path(folder))), "of the set": recall_of_set(embedded)}
 
 
 def test_two_processes_merge_what_one_does(tmp_path):
     copies(tmp_path / "source")
     alone = on_this_process(str(tmp_path / "source"), str(tmp_path / "alone"))
     assert run_on_processes(on_this_process, 2, str(tmp_path / "source"), str(tmp_path / "two")) == [alone, alone]
-    assert recall_at_1(alone["during training"]["retrieval"]) == recall_at_1(alone["of the set"]) == [1, 1]
+    assert recall_at_1(alone["during training"]["retrieval"]) == alone["of the set"] == [1, 1]
     assert content(tmp_path / "two") == content(tmp_path / "alone")

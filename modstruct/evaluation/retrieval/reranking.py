@@ -24,8 +24,8 @@ from modstruct.data.tokenizers import Tokenizer
 from modstruct.distributed.collect import collect_rows, collect_tokens, my_batches, on_main
 from modstruct.errors import RunError
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
-from modstruct.evaluation.retrieval.exact import counting_device, items_ahead
-from modstruct.evaluation.retrieval.metrics import recall_metrics
+from modstruct.evaluation.retrieval.exact import pairs_ahead
+from modstruct.evaluation.retrieval.metrics import Metrics, ranked_queries, recall_metrics
 from modstruct.evaluation.retrieval.nearest import nearest
 from modstruct.models.protocol import Matcher
 
@@ -35,15 +35,13 @@ LARGEST_ON_DEVICE_BYTES = 8 << 30
 
 @dataclass(frozen=True)
 class Reranking:
-    """How candidates are reranked."""
+    """How many candidates of each query are reranked, by what (see above), recall at which K then, and the number of
+    images, texts or pairs in one forward pass."""
 
     candidates: int
-    """Of each query."""
     by: RerankBy
-    """What a candidate scores, see above."""
     recall_at: Sequence[int]
     batch: int
-    """Images, texts or pairs in one forward pass."""
 
 
 @torch.no_grad()
@@ -54,7 +52,7 @@ def reranked_retrieval(
     embedded: EmbeddedSet,
     settings: Reranking,
     device: torch.device,
-) -> dict[str, dict[str, dict[str, float]]]:
+) -> dict[str, Metrics]:
     """Recall at K both ways after matching has reranked each query's candidates; every process calls it.
 
     images: this process's batches of the n images (see collect.my_batches), uint8 (b, 3, H, W) on the device, in the
@@ -64,13 +62,13 @@ def reranked_retrieval(
     backbone, batch = model.backbone, settings.batch
     rows: int = embedded.manifest["rows"]["image"] - len(embedded.copies)
     grey = torch.zeros((1, 3, backbone.image_size, backbone.image_size), dtype=torch.uint8, device=device)
-    image_tokens = _gathered(backbone.encode_image, images, grey, rows, batch, device, "encoding images")
+    image_tokens = _gathered(backbone.encode_image, images, grey, rows, batch, "encoding images")
     if len(image_tokens) != rows:  # images are read a second time; one that is lost would shift those after it
         counts = f"{len(image_tokens):,} instead of {rows:,} could be read a second time"
         raise RunError(f"images changed while they were measured: {counts}; measure again")
     ids = tokenizer(embedded.captions).to(device)
     mine = (ids[n * batch : (n + 1) * batch] for n in my_batches(math.ceil(len(ids) / batch)))
-    text_tokens = _gathered(backbone.encode_text, mine, ids[:1], len(ids), batch, device, "encoding captions")
+    text_tokens = _gathered(backbone.encode_text, mine, ids[:1], len(ids), batch, "encoding captions")
     mask = backbone.mask(ids)
 
     def score(texts: Tensor, images: Tensor) -> Tensor:
@@ -96,7 +94,7 @@ def _direction(
     scale: float,
     settings: Reranking,
     device: torch.device,
-) -> dict[str, dict[str, float]]:
+) -> Metrics:
     found = on_main(lambda: nearest(queries, gallery, settings.candidates))  # (q, k)
     k = found.shape[1]
     at_once = max(1, settings.batch // k)  # queries
@@ -110,11 +108,13 @@ def _direction(
 
     scores = collect_rows(scores_of, mine, numbers[:1], batches, at_once, "reranking")
 
-    def measure() -> dict[str, dict[str, float]]:
+    def measure() -> Metrics:
         both = scores + scale * np.einsum("qd,qkd->qk", queries, gallery[found])
-        ahead = ahead_after(found, both, pairs, items_ahead(queries, gallery, pairs, counting_device()))
-        distinct, positives = np.unique(np.unique(pairs, axis=0)[:, 0], return_counts=True)
-        return recall_metrics(ahead[distinct] + 1, positives, len(gallery), settings.recall_at)
+        first = ranked_queries(*pairs_ahead(queries, gallery, pairs), len(gallery))
+        before = np.zeros(len(queries), dtype=np.int64)
+        before[first.query] = first.rank - 1
+        after = ahead_after(found, both, pairs, before)[first.query]
+        return recall_metrics(after + 1, first.positives, len(gallery), settings.recall_at)
 
     return on_main(measure)
 
@@ -133,20 +133,14 @@ def ahead_after(candidates: np.ndarray, scores: np.ndarray, pairs: np.ndarray, a
 
 
 def _gathered(
-    encode: Callable[[Tensor], Tensor],
-    inputs: Iterator[Tensor],
-    filler: Tensor,
-    rows: int,
-    batch: int,
-    device: torch.device,
-    title: str,
+    encode: Callable[[Tensor], Tensor], inputs: Iterator[Tensor], filler: Tensor, rows: int, batch: int, title: str
 ) -> Tensor:
     """Tokens of all rows on every process, in half precision on a GPU."""
-    half = torch.bfloat16 if device.type == "cuda" else torch.float32
+    half = torch.bfloat16 if filler.is_cuda else torch.float32
 
     def tokens(some: Tensor) -> Tensor:
         return encode(some).to(half)
 
-    one = tokens(filler)
-    store = device if one.nbytes * rows <= LARGEST_ON_DEVICE_BYTES else torch.device("cpu")
+    fits = tokens(filler).nbytes * rows <= LARGEST_ON_DEVICE_BYTES
+    store = filler.device if fits else torch.device("cpu")
     return collect_tokens(tokens, inputs, filler, math.ceil(rows / batch), batch, store, title)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
@@ -26,15 +26,10 @@ def check_rows(name: str, rows: np.ndarray) -> None:
         raise ValueError(f"{name} embeddings have shape {rows.shape}: give at least one row, as (rows, dimension)")
     if not np.issubdtype(rows.dtype, np.floating):
         raise ValueError(f"{name} embeddings are {rows.dtype}: give float16 or float32")
-    bad, first = 0, None
-    for start, block in row_blocks(rows):
-        broken = (~block.isfinite()).any(1).nonzero()[:, 0]
-        if len(broken) and first is None:
-            first = start + int(broken[0])
-        bad += len(broken)
-    if bad:
+    bad = np.concatenate([(~block.isfinite()).any(1).numpy() for _, block in row_blocks(rows)])
+    if bad.any():
         raise ValueError(
-            f"{bad} of {len(rows)} {name} embeddings are not finite, the first is row {first}: "
+            f"{bad.sum()} of {len(rows)} {name} embeddings are not finite, the first is row {bad.argmax()}: "
             "the weights or the precision of the forward pass are broken"
         )
 
@@ -63,12 +58,6 @@ def checked_pairs(
             f"the pair {tuple(outside.tolist())} names a row outside the {queries} {names[0]} and {gallery} {names[1]}"
         )
     return pairs
-
-
-def check_recall_at(recall_at: Iterable[int]) -> None:
-    for k in recall_at:
-        if not isinstance(k, int | np.integer) or k < 1:
-            raise ValueError(f"recall at K = {k}: K must be a whole number, at least 1")
 
 
 def evenly_spaced(count: int, most: int) -> np.ndarray:

@@ -29,7 +29,7 @@ STAGES = {
     "checkpoint": "modstruct.checkpoints:replace_folder",
     "finish": "modstruct.training.pretrain:Pretraining.finish",
     "embedding": "modstruct.evaluation.embeddings.embed:_embed_texts",
-    "measurement": "modstruct.evaluation.retrieval.measure:measure_set_retrieval",
+    "measurement": "modstruct.evaluation.retrieval.measure:measure",
 }
 
 

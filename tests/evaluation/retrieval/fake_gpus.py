@@ -8,26 +8,32 @@ import torch
 
 
 class FakeGpuIndex:
-    """A flat or any other CPU index under the name of a GPU's, out of memory at the named step."""
+    """A CPU index under the name of one that is divided among GPUs, out of memory at the named step."""
 
-    def __init__(self, index, config, fails_at):
-        self._index, self.config, self._fails_at, self._searches = index, config, fails_at, 0
+    def __init__(self, index, options, gpus, fails_at):
+        assert options.shard
+        self._index, self.options, self.gpus, self._fails_at, self.searches = index, options, gpus, fails_at, 0
 
     @property
     def ntotal(self):
         return self._index.ntotal
 
     def add(self, rows):
-        if self._fails_at == "add":
-            raise RuntimeError("out of memory")
-        assert rows.dtype == np.float32
+        assert self._index.ntotal or not isinstance(self._index, faiss.IndexFlat), "FAISS divides a filled flat index"
+        self._fail("add")
         self._index.add(rows)
 
     def search(self, queries, length):
-        self._searches += 1
-        if self._fails_at == "search" or (self._fails_at == "second search" and self._searches == 2):
-            raise RuntimeError("out of memory")
+        assert length <= 2048
+        self.searches += 1
+        self._fail("search")
+        if self.searches == 2:
+            self._fail("second search")
         return self._index.search(queries, length)
+
+    def _fail(self, step):
+        if self._fails_at == step:
+            raise RuntimeError("out of memory")
 
 
 class Settings:
@@ -35,17 +41,13 @@ class Settings:
 
 
 def pretend_gpus(monkeypatch, capabilities, fails_at=None) -> list[FakeGpuIndex]:
-    """Pretends a GPU of each compute capability; returns the list of the indexes that will be made on them."""
+    """Pretends a GPU of each compute capability; returns the list of the indexes that will be divided among them."""
     made = []
 
-    def flat(resources, dimension, config):
-        made.append(FakeGpuIndex(faiss.IndexFlatIP(dimension), config, fails_at))
-        return made[-1]
-
-    def copied(resources, gpu, index):
-        config = Settings()
-        config.device = gpu
-        made.append(FakeGpuIndex(faiss.clone_index(index), config, fails_at))
+    def divided(index, co, gpus):
+        if fails_at == "copy":
+            raise RuntimeError("out of memory")
+        made.append(FakeGpuIndex(faiss.clone_index(index), co, gpus, fails_at))
         return made[-1]
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -53,12 +55,12 @@ def pretend_gpus(monkeypatch, capabilities, fails_at=None) -> list[FakeGpuIndex]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: capabilities[gpu])
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    monkeypatch.setattr("modstruct.evaluation.retrieval.exact.has_kernels_for", lambda device: False)
     for name, fake in (
         ("get_num_gpus", lambda: len(capabilities)),
         ("StandardGpuResources", lambda: None),
-        ("GpuIndexFlatConfig", Settings),
-        ("GpuIndexFlatIP", flat),
-        ("index_cpu_to_gpu", copied),
+        ("GpuMultipleClonerOptions", Settings),
+        ("index_cpu_to_gpus_list", divided),
     ):
         monkeypatch.setattr(faiss, name, fake, raising=False)
     return made

@@ -6,6 +6,9 @@ import faiss
 import numpy as np
 from hypothesis import strategies as st
 
+from modstruct.evaluation.retrieval.exact import pairs_ahead
+from modstruct.evaluation.retrieval.metrics import ranked_queries
+
 
 def grid_rows(count: int, dimension: int, seed: int) -> np.ndarray:
     """Rows of about unit norm, multiples of 2^-11: exact in float16, as float32 scores are in any order of sums."""
@@ -49,6 +52,14 @@ def plain_metrics(queries, gallery, pairs, recall_at) -> dict[str, float]:
         "mean_reciprocal_rank": np.mean(1 / ranks),
         "map_at_r": np.mean(precisions),
     }
+
+
+def items_ahead(queries, gallery, pairs) -> np.ndarray:
+    """Items ahead of each query's best positive by counting, ties counted against it; g without one."""
+    ranked = ranked_queries(*pairs_ahead(queries, gallery, pairs), len(gallery))
+    ahead = np.full(len(queries), len(gallery))
+    ahead[ranked.query] = ranked.rank - 1
+    return ahead
 
 
 def faiss_items_ahead(queries, gallery, pairs) -> np.ndarray:

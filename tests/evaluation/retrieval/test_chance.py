@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modstruct.evaluation.retrieval.measure import measure_recall
-from modstruct.evaluation.retrieval.metrics import chance_of_hit, ranked_queries, ranking_metrics
+from modstruct.evaluation.retrieval.metrics import ranked_queries, ranking_metrics, recall_metrics
 
 
 @settings(max_examples=100, deadline=None)
@@ -20,7 +20,15 @@ def test_chance_is_the_exact_hypergeometric_metric(data):
     positives = np.array(data.draw(st.lists(st.integers(1, size), min_size=1, max_size=20)))
     k = data.draw(st.integers(1, size + 20))
     exact = [1 - comb(size - int(p), min(k, size)) / comb(size, min(k, size)) for p in positives]
-    np.testing.assert_allclose(chance_of_hit(positives, size, k), exact, atol=1e-12)
+    found = recall_metrics(np.ones(len(positives)), positives, size, [k])[f"recall_at_{k}"]
+    assert found == {"value": 1, "chance": pytest.approx(np.mean(exact), abs=1e-12)}
+
+
+@pytest.mark.parametrize(("size", "positives", "half"), [(100, 1, 50), (101, 1, 51), (1, 1, 1), (10, 10, 1), (7, 2, 2)])
+def test_chance_of_the_median_rank_is_the_least_that_half_of_random_rankings_reach(size, positives, half):
+    pairs, none = np.stack([np.zeros(positives), np.arange(positives)], axis=1).astype(int), np.zeros(positives, int)
+    metrics = ranking_metrics(ranked_queries(pairs, none, none, size), [1])
+    assert metrics["median_rank"] == {"value": 1, "chance": half}
 
 
 def test_random_embeddings_score_near_chance():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 
-import faiss
 import numpy as np
 import pytest
 import torch
@@ -12,7 +11,7 @@ from fake_gpus import pretend_gpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modstruct.evaluation.retrieval.nearest import ShardedIndex, nearest, usable_gpus
+from modstruct.evaluation.retrieval.nearest import nearest, usable_gpus
 
 module = sys.modules[nearest.__module__]  # the function has the name of its module
 
@@ -49,35 +48,27 @@ def test_what_cannot_be_searched_is_refused(queries, gallery, message):
         nearest(queries, gallery, 1)
 
 
-@pytest.mark.parametrize("storage", ["float32", "float16"])
-@pytest.mark.parametrize("gpus", [1, 2, 3, 7])
-def test_a_gallery_is_divided_among_the_gpus(monkeypatch, gpus, storage):
-    made = pretend_gpus(monkeypatch, [(9, 0)] * gpus)
-    monkeypatch.setattr(module, "RESULTS_AT_ONCE", 12)  # several searches
-    x, gallery = rows(10, 4), rows(20, 4, 1)
-    found = nearest(x, gallery, 9, storage=storage, gpus=usable_gpus())
-    np.testing.assert_array_equal(found, sorted_scores(x, gallery, 9))
-    assert sum(index.ntotal for index in made) == 20
-    assert [index.config.device for index in made] == list(range(gpus))
-    assert {index.config.useFloat16 for index in made} == {storage == "float16"}
-    assert max(index.ntotal for index in made) - min(index.ntotal for index in made) <= 1
-
-
-def test_a_process_takes_its_own_gpu_alone_unless_it_is_given_others(monkeypatch):
+def test_a_process_searches_on_its_own_gpu(monkeypatch):
     made = pretend_gpus(monkeypatch, [(9, 0)] * 3)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
-    nearest(rows(10, 4), rows(20, 4, 1), 9)
-    assert [index.config.device for index in made] == [2]
+    x, gallery = rows(10, 4), rows(20, 4, 1)
+    np.testing.assert_array_equal(nearest(x, gallery, 9), sorted_scores(x, gallery, 9))
+    assert [(index.gpus, index.ntotal, index.searches) for index in made] == [([2], 20, 1)]
 
 
-@pytest.mark.parametrize("fails_at", ["add", "search", "second search"])
+@pytest.mark.parametrize("fails_at", ["copy", "search"])
 def test_a_gpu_that_fails_leaves_the_search_to_the_cpu(monkeypatch, caplog, fails_at):
-    made = pretend_gpus(monkeypatch, [(9, 0)], fails_at)
-    monkeypatch.setattr(module, "RESULTS_AT_ONCE", 12)
+    pretend_gpus(monkeypatch, [(9, 0)], fails_at)
     x, gallery = rows(10, 4), rows(10, 4, 1)
     np.testing.assert_array_equal(nearest(x, gallery, 3), sorted_scores(x, gallery, 3))
-    assert made
     assert "searching on the CPU instead: out of memory" in caplog.text
+
+
+def test_a_list_longer_than_a_gpu_selects_is_searched_on_the_cpu(monkeypatch):
+    made = pretend_gpus(monkeypatch, [(9, 0)])
+    x, gallery = rows(2, 4), rows(2100, 4, 1)
+    np.testing.assert_array_equal(nearest(x, gallery, 2100)[:, :50], sorted_scores(x, gallery, 50))
+    assert made[0].searches == 0
 
 
 def test_only_cards_that_faiss_has_kernels_for_are_used(monkeypatch):
@@ -87,27 +78,3 @@ def test_only_cards_that_faiss_has_kernels_for_are_used(monkeypatch):
     assert usable_gpus() == [1, 2, 3]
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     assert usable_gpus() == []
-
-
-def test_parts_of_a_gallery_give_the_list_of_the_whole_one():
-    """Also where an index finds fewer than requested."""
-    x, gallery = rows(8, 4), rows(30, 4, 1)
-
-    def part(_, places):
-        index = faiss.IndexIVFFlat(faiss.IndexFlatIP(4), 4, 2, faiss.METRIC_INNER_PRODUCT)
-        index.own_fields = False
-        index.nprobe = 1 if places.start else 2
-        kept.append(index.quantizer)
-        index.train(gallery)
-        index.add(gallery[places.start : places.stop])
-        return index
-
-    kept = []
-    scores, found = ShardedIndex(30, [0, 1, 2], part).search(x, 40)
-    assert (np.diff(np.where(np.isfinite(scores), scores, -1e9), axis=1) <= 0).all()
-    for row, score, query in zip(found, scores, x, strict=True):
-        listed = row[row >= 0]
-        assert len(set(listed)) == len(listed)
-        np.testing.assert_allclose(score[row >= 0], gallery[listed] @ query, rtol=1e-5)
-        assert set(range(10)) <= set(listed)  # the first part looks everywhere
-    assert torch.isneginf(torch.from_numpy(scores[found < 0])).all()

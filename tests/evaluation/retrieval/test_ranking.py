@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranking_cases import faiss_items_ahead, grid_rows, plain_metrics, sets_with_ties
+from ranking_cases import faiss_items_ahead, grid_rows, items_ahead, plain_metrics, sets_with_ties
 
 from modstruct.evaluation.retrieval import exact
-from modstruct.evaluation.retrieval.exact import items_ahead, pairs_ahead
+from modstruct.evaluation.retrieval.exact import pairs_ahead
 from modstruct.evaluation.retrieval.measure import measure_recall, measure_retrieval
 
 DIRECTIONS = ("image_to_text", "text_to_image")

@@ -5,12 +5,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranking_cases import items_ahead
 from tiny_fusion import fusion_model, fusion_recipe
 from tiny_models import CAPTIONS, random_images, word_tokenizer
 
 from modstruct.errors import RunError
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
-from modstruct.evaluation.retrieval.exact import items_ahead
 from modstruct.evaluation.retrieval.metrics import recall_metrics
 from modstruct.evaluation.retrieval.nearest import nearest
 from modstruct.evaluation.retrieval.reranking import Reranking, ahead_after, reranked_retrieval
