@@ -1,22 +1,24 @@
-"""Time and memory of exact retrieval ranks, beside the dense matrix of scores that peers hold.
+"""Time and memory of retrieval by exact counting, by FAISS's lists, and by the dense matrix of scores that peers hold.
 
-python tools/benchmarks/retrieval.py                                                  # two CPU cores: about a minute
-python tools/benchmarks/retrieval.py --gallery 1000000 --queries 10000 --dimension 512  # 1M items: about 4 minutes
-python tools/benchmarks/retrieval.py --index ivf --storage float16                      # and an approximate index
+python tools/benchmarks/retrieval.py                                     # 100,000 x 100,000 at D = 512, both ways
+python tools/benchmarks/retrieval.py --engines exact faiss_flat ivf --storage float16
+python tools/benchmarks/retrieval.py --gallery 1000000 --queries 10000 --dense_images 0
 
-First both ways over --dense_images images with five captions each: by `measure_retrieval`, by a dense matrix as
-CLIP_benchmark's retrieval metric has it (scores = texts @ images.T, top-k), written plainly below, and recall by
-FAISS. All metrics must be equal, else the program ends with 1. The rows are multiples of 2^-11, so that scores are
-exact in float32 and a tie is a tie for all; in general two programs round differently, and a rank may move by one
-where scores differ in the last bit. Rows are isotropic around their pairs: the hardest case for approximate indexes.
-Then --queries captions over --gallery images in a file, memory-mapped, and what all pairs of such a gallery would
-take. Each part runs in a process of its own; memory is the growth of its peak: `own` without the mapped pages of
-files.
+First both ways over --dense_images images with five captions each: by each engine of `measure_retrieval`, by a dense
+matrix of scores with top-k, written plainly below, and by CLIP_benchmark's own code where `clip_benchmark` can be
+imported (pip install --no-deps clip-benchmark). All metrics of exact engines must be equal, CLIP_benchmark's recall
+within the rounding of its second normalisation, else the program ends with 1. Rows are multiples of 2^-11, so that
+scores are exact in float32 and a tie is a tie for all; in general two programs round differently, and a rank may move
+by one where scores differ in the last bit. Rows are isotropic around their pairs: the hardest case for approximate
+indexes. Then --queries captions over --gallery images in a file, memory-mapped, by each engine, and what all pairs of
+such a gallery would take. Each part runs in a process of its own, --rounds times; seconds are medians, memory is the
+growth of its peak: `own` without the mapped pages of files.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import multiprocessing
 import platform
@@ -31,14 +33,16 @@ import faiss
 import numpy as np
 import torch
 
-from modstruct.evaluation.retrieval.ann_index import AnnIndex, IndexConfig, ann_pairs_ahead, ann_recall
 from modstruct.evaluation.retrieval.exact import pairs_ahead
 from modstruct.evaluation.retrieval.measure import measure_retrieval
 from modstruct.evaluation.retrieval.metrics import ranked_queries, ranking_metrics
+from modstruct.evaluation.retrieval.nearest import IndexConfig, RankedByLists
 from modstruct.pairwise import nearest_counts
 
 RECALL_AT = [1, 5, 10]
 CAPTIONS = 5
+ENGINES = ("exact", "faiss_flat", "ivf", "hnsw")
+BATCH = 64
 GIB = 2**30
 ROWS_AT_ONCE = 1 << 16
 
@@ -47,35 +51,39 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
-        results = {"command": " ".join(sys.argv), "dense": against_dense(options, folder)}
-        results["large"] = large(options, folder)
+        results: dict = {"command": " ".join(sys.argv)}
+        if options.dense_images:
+            results["dense"] = against_dense(options, folder)
+        if options.queries:
+            results["large"] = large(options, folder)
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(results, indent=1))
         print(f"written to {options.out}")
-    return 0 if results["dense"]["equal"] else 1
+    return 0 if all(part["equal"] for part in results.values() if isinstance(part, dict)) else 1
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default, text in (
-        ("queries", 5_000, "Captions of the large part"),
+        ("queries", 100_000, "Captions of the large part, 0 for none"),
         ("gallery", 100_000, "Images of the large part"),
         ("dimension", 512, "Of all embeddings"),
-        ("dense_images", 5_000, f"Images beside the dense matrix, with {CAPTIONS} captions each"),
+        ("dense_images", 5_000, f"Images beside the dense matrix, with {CAPTIONS} captions each, 0 for none"),
+        ("rounds", 3, "Of each part"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: %(default)s).")
     parser.add_argument(
         "--storage", default="float16", choices=["float16", "float32"], help="Of files and of an index."
     )
-    parser.add_argument("--index", default="exact", choices=["exact", "ivf", "hnsw"], help="Beside exact ranks.")
-    parser.add_argument("--probes", type=int, default=32, help="Of an inverted file (default: %(default)s).")
-    parser.add_argument("--search_width", type=int, default=128, help="Of a graph (default: %(default)s).")
+    parser.add_argument(
+        "--engines", nargs="+", default=["exact", "faiss_flat"], choices=ENGINES, help="Beside each other."
+    )
     parser.add_argument("--noise", type=float, default=6.0, help="Between caption and image (default: %(default)s).")
     parser.add_argument("--scratch", type=Path, help="Folder for the embeddings (default: the system's).")
     parser.add_argument("--out", type=Path, help="JSON file to write.")
     options = parser.parse_args(arguments)
-    for name in ("queries", "gallery", "dimension", "dense_images", "probes", "search_width"):
+    for name in ("gallery", "dimension", "rounds"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} {getattr(options, name)}: give at least 1")
     if options.queries > options.gallery:
@@ -84,64 +92,68 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def against_dense(options: argparse.Namespace, folder: str) -> dict:
-    """Both forms at the size that the dense matrix can hold."""
+    """All forms at the size that the dense matrix can hold."""
     images, texts = options.dense_images, options.dense_images * CAPTIONS
     image, text = Path(folder, "image.npy"), Path(folder, "text.npy")
     write_rows(image, images, options.dimension, "float32", seed=1)
     write_rows(text, texts, options.dimension, "float32", seed=2, like=image, each=CAPTIONS, noise=options.noise)
     print(f"\nboth ways, {images:,} images, {texts:,} captions, D = {options.dimension}")
-    results = {}
-    for name, function in (("ours", counted), ("dense", dense), ("faiss", listed)):
-        results[name] = apart(function, str(image), str(text))
-        print_part(name, results[name])
-    ours, plain = results["ours"]["metrics"], results["dense"]["metrics"]
-    recall = results["faiss"]["metrics"]
-    results["equal"] = all(
-        ours[way][name] == value for other in (plain, recall) for way in ours for name, value in other[way].items()
-    )
-    for way, metrics in ours.items():
-        told = (f"{name} {value:.6g}" for name, value in metrics.items())
-        print(f"  {way}: {', '.join(told)}; top-k: {results['dense']['top_k'][way]}")
-    print("metrics equal" if results["equal"] else f"METRICS DIFFER: dense {plain}, FAISS {recall}")
-    return results
+    parts: dict[str, tuple] = {engine: (engined, engine, options.storage) for engine in options.engines}
+    parts["dense"] = (dense,)
+    if importlib.util.find_spec("clip_benchmark"):
+        parts["clip_benchmark"] = (clip_benchmark,)
+    results: dict = side_by_side(options, {name: (*part, str(image), str(text)) for name, part in parts.items()})
+    right, equal = results["dense"]["metrics"], True
+    for name, part in results.items():
+        near = 2e-4 if name == "clip_benchmark" else 0
+        if name in ("exact", "faiss_flat", "clip_benchmark"):
+            equal &= all(
+                abs(right[way][metric] - value) <= near
+                for way, metrics in part["metrics"].items()
+                for metric, value in metrics.items()
+            )
+        print(f"  {name}: {part['metrics']}")
+    print("metrics equal" if equal else "METRICS DIFFER")
+    return results | {"equal": equal}
 
 
 def large(options: argparse.Namespace, folder: str) -> dict:
     """Queries over a gallery in a file."""
     gallery, queries = Path(folder, "gallery.npy"), Path(folder, "queries.npy")
-    start = time.perf_counter()
     write_rows(gallery, options.gallery, options.dimension, options.storage, seed=3)
     write_rows(queries, options.queries, options.dimension, options.storage, seed=4, like=gallery, noise=options.noise)
     print(
         f"\n{options.queries:,} captions over {options.gallery:,} images, D = {options.dimension}, "
-        f"{options.storage}: {gallery.stat().st_size / GIB:.2f} GiB, made in {time.perf_counter() - start:.0f} s"
+        f"{options.storage}: {gallery.stat().st_size / GIB:.2f} GiB; its dense matrix of all pairs "
+        f"{4 * options.gallery**2 / GIB:,.0f} GiB"
     )
-    results = {"exact": apart(exact, str(queries), str(gallery))}
-    print_part("exact", results["exact"])
-    print(f"  {results['exact']['metrics']}")
-    seconds = results["exact"]["seconds"]
-    rate = 2 * options.queries * options.gallery * options.dimension / seconds
-    every = seconds * options.gallery / options.queries
-    matrix = 4 * options.gallery**2 / GIB
-    print(
-        f"  {rate / 1e9:.0f} GFLOP/s; {options.gallery:,} x {options.gallery:,} would take {every / 60:.1f} min "
-        f"each way by this rate; its dense matrix {matrix:,.0f} GiB"
-    )
-    results["exact"] |= {"flops_per_second": rate, "all_pairs_seconds": every, "all_pairs_matrix_gib": matrix}
-    if options.index != "exact":
-        config = IndexConfig(
-            options.index, options.storage, probes=options.probes, search_width=options.search_width, sample=200
-        )
-        results["index"] = apart(approximate, str(queries), str(gallery), config)
-        print_part(options.index, results["index"])
-        print(f"  {results['index']['metrics']}\n  built in {results['index']['built_seconds']:.1f} s")
-        print(f"  recall of the index against exact search: {results['index']['recall']}")
+    arguments = (options.storage, str(queries), str(gallery))
+    results: dict = side_by_side(options, {engine: (one_way, engine, *arguments) for engine in options.engines})
+    for name, part in results.items():
+        part["flops_per_second"] = 2 * options.queries * options.gallery * options.dimension / part["seconds"]
+        part["all_pairs_seconds"] = part["seconds"] * options.gallery / options.queries
+        rate, every = part["flops_per_second"] / 1e9, part["all_pairs_seconds"] / 60
+        print(f"  {name}: {rate:.0f} GFLOP/s, all pairs one way {every:.1f} min; {part['metrics']}")
+        print("".join(f"  recall of its lists: {part['recall']}\n" if "recall" in part else ""), end="")
+    exact = [part["metrics"] for name, part in results.items() if name in ("exact", "faiss_flat")]
+    return results | {"equal": all(metrics == exact[0] for metrics in exact)}
+
+
+def side_by_side(options: argparse.Namespace, parts: dict[str, tuple]) -> dict:
+    """Rounds of all parts in turn: the last result of each with the medians of its seconds and memory."""
+    rounds = [{name: apart(*part) for name, part in parts.items()} for _ in range(options.rounds)]
+    results = {}
+    for name in parts:
+        numbers = ("seconds", "own_gib", "resident_gib")
+        medians = {number: float(np.median([found[name][number] for found in rounds])) for number in numbers}
+        results[name] = rounds[-1][name] | medians
+        print_part(name, results[name])
     return results
 
 
 def print_part(name: str, part: dict) -> None:
     print(
-        f"  {name:6} {part['seconds']:8.1f} s   own memory {part['own_gib']:6.2f} GiB, with mapped files "
+        f"  {name:14} {part['seconds']:8.1f} s   own memory {part['own_gib']:6.2f} GiB, with mapped files "
         f"{part['resident_gib']:6.2f} GiB"
     )
 
@@ -173,29 +185,28 @@ def write_rows(
 # What the processes of their own do. Each returns its metrics; `apart` adds seconds and memory.
 
 
-def counted(image: str, text: str) -> dict:
+def engined(engine: str, storage: str, image: str, text: str) -> dict:
     image, text = (np.load(path, mmap_mode="r", allow_pickle=False) for path in (image, text))
     pairs = np.stack([np.arange(len(text)) // CAPTIONS, np.arange(len(text))], axis=1)
-    return {"metrics": values(measure_retrieval(image, text, pairs, RECALL_AT))}
+    index = IndexConfig(storage if engine in ("ivf", "hnsw") else "float32")
+    return {"metrics": values(measure_retrieval(image, text, pairs, RECALL_AT, engine, index))}
 
 
-def listed(image: str, text: str) -> dict:
-    """Recall by FAISS's exact lists, ties counted against the model: within a list's end all items score as high."""
-    image, text = (np.load(path, allow_pickle=False) for path in (image, text))
-    image_of = np.arange(len(text)) // CAPTIONS
-    metrics = {}
-    for way, queries, gallery, own in (
-        ("text_to_image", text, image, lambda found: found == image_of[:, None]),
-        ("image_to_text", image, text, lambda found: image_of[found] == np.arange(len(image))[:, None]),
-    ):
-        index = faiss.IndexFlatIP(gallery.shape[1])
-        index.add(gallery)
-        scores, found = index.search(queries, min(max(RECALL_AT) + CAPTIONS, len(gallery)))
-        positive = own(found)
-        best = np.where(positive, scores, -np.inf).max(axis=1, keepdims=True)
-        ahead = ((scores >= best) & ~positive).sum(axis=1)
-        metrics[way] = {f"recall_at_{k}": float(np.mean(ahead < k)) for k in RECALL_AT}
-    return {"metrics": metrics}
+def clip_benchmark(image: str, text: str) -> dict:
+    """Its own `evaluate`, of a model that gives its inputs back."""
+    from clip_benchmark.metrics import zeroshot_retrieval
+
+    image, text = (torch.from_numpy(np.load(path, allow_pickle=False)) for path in (image, text))
+    model = argparse.Namespace(encode_image=lambda rows: rows, encode_text=lambda rows: rows)
+    groups = text.split(CAPTIONS)
+    batches = [(image[i : i + BATCH], groups[i : i + BATCH]) for i in range(0, len(image), BATCH)]
+    found = zeroshot_retrieval.evaluate(model, batches, torch.stack, "cpu", amp=False, recall_k_list=RECALL_AT)
+    names = {"text_to_image": "image_retrieval", "image_to_text": "text_retrieval"}
+    return {
+        "metrics": {
+            way: {f"recall_at_{k}": found[f"{name}_recall@{k}"] for k in RECALL_AT} for way, name in names.items()
+        }
+    }
 
 
 def dense(image: str, text: str) -> dict:
@@ -227,24 +238,17 @@ def dense_metrics(scores: torch.Tensor, positive: torch.Tensor) -> dict[str, flo
     }
 
 
-def exact(queries: str, gallery: str) -> dict:
+def one_way(engine: str, storage: str, queries: str, gallery: str) -> dict:
     queries, gallery = (np.load(path, mmap_mode="r", allow_pickle=False) for path in (queries, gallery))
-    counted = pairs_ahead(queries, gallery, np.stack([np.arange(len(queries))] * 2, axis=1), progress=True)
-    return {"metrics": values(ranking_metrics(ranked_queries(*counted, len(gallery)), RECALL_AT))}
-
-
-def approximate(queries: str, gallery: str, config: IndexConfig) -> dict:
-    queries, gallery = (np.load(path, mmap_mode="r", allow_pickle=False) for path in (queries, gallery))
-    start = time.perf_counter()
-    index = AnnIndex(gallery, config, progress=True)
-    built = time.perf_counter() - start
     pairs = np.stack([np.arange(len(queries))] * 2, axis=1)
-    counted = ann_pairs_ahead(queries, index, pairs, max(RECALL_AT), progress=True)
-    return {
-        "metrics": values(ranking_metrics(ranked_queries(*counted, len(gallery)), RECALL_AT)),
-        "recall": ann_recall(queries, index, RECALL_AT),
-        "built_seconds": built,
-    }
+    more = {}
+    if engine == "exact":
+        counted = pairs_ahead(queries, gallery, pairs)
+    else:
+        lists = RankedByLists(gallery, engine, IndexConfig(storage, sample=200), [])
+        counted = lists.pairs_ahead(queries, pairs, max(RECALL_AT))
+        more = {} if engine == "faiss_flat" else {"recall": values(lists.recall(queries, RECALL_AT))}
+    return {"metrics": values(ranking_metrics(ranked_queries(*counted, len(gallery)), RECALL_AT))} | more
 
 
 def values(metrics: dict) -> dict:
