@@ -209,18 +209,20 @@ def _mean(results: Sequence[Result]) -> Result:
     if len(results) == 1:
         return first
     for name in [name for name in first.values if all(name in result.values for result in results)]:
-        found = [result.values[name].value for result in results]
-        deviation = float(np.std(found, ddof=1))
-        values[name] = replace(
-            first.values[name], value=float(np.mean(found)), deviation=deviation, low=None, high=None
-        )
+        each = [result.values[name].value for result in results]
+        deviation = float(np.std(each, ddof=1))
+        values[name] = replace(first.values[name], value=float(np.mean(each)), deviation=deviation, low=None, high=None)
         if paired := paired_outcomes(results, name):
             outcomes[name] = np.mean(paired[0], axis=0)
     for name, like in first.curves.items():
-        if all(name in result.curves and result.curves[name].x == like.x for result in results):
-            y = np.array([result.curves[name].y for result in results])
+        found = [result.curves[name] for result in results if name in result.curves]
+        # A search may try other values of x with each seed: the mean is over those of all.
+        x = [value for value in like.x if len(found) == len(results) and all(value in curve.x for curve in found)]
+        if x:
+            y = np.array([[curve.y[curve.x.index(value)] for value in x] for curve in found])
             mean, spread = y.mean(0), y.std(0, ddof=1)
-            band = {"low": (mean - spread).tolist(), "high": (mean + spread).tolist()}
-            curves[name] = replace(like, y=mean.tolist(), chosen=None, **band)
+            lines = {"y": mean.tolist(), "low": (mean - spread).tolist(), "high": (mean + spread).tolist()}
+            chance = like.chance and [like.chance[like.x.index(value)] for value in x]
+            curves[name] = replace(like, x=x, chance=chance, chosen=None, **lines)
     fingerprint = first.fingerprint if len({result.fingerprint for result in results}) == 1 else "several"
     return replace(first, values=values, curves=curves, outcomes=outcomes, fingerprint=fingerprint)

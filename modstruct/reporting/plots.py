@@ -74,7 +74,7 @@ def plots(section: Section, runs: Sequence[Evaluation]) -> list[Plot]:
                 shared.setdefault(curve.plot or name, {}).setdefault(name, {})[i] = curve
         for name, curves in shared.items():
             first = next(iter(next(iter(curves.values())).values()))
-            caption = name if len(curves) > 1 else first.title or name
+            caption = name if len(curves) > 1 else first.title or f"{first.y_label} by {first.x_label}"
             with mpl.rc_context(STYLE):
                 figure, axes = _axes(2.4, first.x_label, first.y_label + UNITS.get(first.unit, ""))
                 _lines(axes, curves)
