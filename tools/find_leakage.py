@@ -7,8 +7,8 @@ By perceptual hash, confirmed by comparing thumbnails; with the embeddings of bo
 
     … --train_embeddings EVAL/embeddings/TRAIN --evaluation_embeddings EVAL/embeddings/SET
 
-Into --out go leakage.json (shares and pairs), leakage.npz, examples/ with the images side by side, and
-leaked_keys.jsonl, the keys that evaluation can leave out (modstruct.evaluation.leakage.result). Thumbnails and
+Into --out go leakage.json (the shares), leaked_pairs.jsonl, examples/ with the images side by side, and
+leaked_keys.jsonl, the keys that `evaluate.py measure` leaves out (modstruct.evaluation.leakage.result). Thumbnails and
 hashes are made once a source, in --cache; an interrupted run is resumed by the same command.
 
 --hamming and --difference: tools/benchmarks/leakage.py measures what they find and miss on your data. A pair must be
@@ -21,9 +21,8 @@ import argparse
 import logging
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
-
-import torch
 
 from modstruct import stopping
 from modstruct.config import DataConfig, Source
@@ -31,9 +30,10 @@ from modstruct.data.shards.evaluation_samples import EvaluationSamples
 from modstruct.distributed.run_lock import held
 from modstruct.errors import RunError
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
-from modstruct.evaluation.leakage.duplicates import Thresholds, find_duplicates
-from modstruct.evaluation.leakage.prints import Prints, make_prints, rows_by_key
-from modstruct.evaluation.leakage.result import Comparison, write_result
+from modstruct.evaluation.leakage.duplicates import Thresholds, find_duplicates, rows_by_key
+from modstruct.evaluation.leakage.result import leakage, write_examples, write_lists
+from modstruct.evaluation.leakage.thumbnails import thumbnail_set
+from modstruct.evaluation.result import Result
 from modstruct.files import disk_error
 from modstruct.list_options import list_words
 
@@ -57,7 +57,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
     parser.add_argument("--name", help="of the set, in the results (default: the name of --out)")
     parser.add_argument("--train_embeddings", type=Path, help="embedded set of --train, an image for each image")
     parser.add_argument("--evaluation_embeddings", type=Path, help="embedded set of --evaluation, by the same model")
-    parser.add_argument("--hamming", type=int, default=defaults.hamming, help="bits of 63 (default: %(default)s)")
+    parser.add_argument("--hamming", type=int, default=defaults.hamming, help="bits of 192 (default: %(default)s)")
     parser.add_argument("--difference", type=float, default=defaults.difference, help="default: %(default)s")
     parser.add_argument("--cosine", type=float, default=defaults.cosine, help="default: %(default)s")
     parser.add_argument("--mirrored", action="store_true", help="count images that are mirrored left to right too")
@@ -68,11 +68,10 @@ def parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
     parser.add_argument("--max_bad_share", type=float, default=data.max_bad_share, help="default: %(default)s")
     parser.add_argument("--max_image_pixels", type=int, default=data.max_image_pixels, help="default: %(default)s")
     parser.add_argument("--allow_pipe", action="store_true", help="permit pipe: sources, which run a shell command")
-    parser.add_argument("--device", default="cpu", help="where embeddings are compared (default: %(default)s)")
     return parser, parser.parse_args(list_words(parser, sys.argv[1:] if arguments is None else arguments))
 
 
-def find(options: argparse.Namespace) -> dict:
+def find(options: argparse.Namespace) -> Result:
     """Make missing hashes, compare, and write the results. Raises ValueError, RunError and OSError."""
     start = time.monotonic()
     thresholds = Thresholds(options.hamming, options.difference, options.cosine, options.mirrored, options.listed)
@@ -98,30 +97,26 @@ def _compare(
     samples: dict[str, EvaluationSamples],
     embedded: dict[str, EmbeddedSet] | None,
     start: float,
-) -> dict:
-    prints = {}
+) -> Result:
+    thumbnails = {}
     for name, source in samples.items():
-        folder = Path(options.cache).expanduser() / "prints" / source.fingerprint
-        prints[name] = make_prints(source, folder, name, progress=True)
-        print(f"{name}: {len(prints[name]):,} images, {prints[name].skipped:,} left out; hashes in {folder}")
+        folder = Path(options.cache).expanduser() / "thumbnails" / source.fingerprint
+        made = thumbnails[name] = thumbnail_set(source, name, folder)
+        print(f"{name}: {len(made.keys):,} images, {sum(made.skipped.values()):,} left out; hashes in {folder}")
+    both = thumbnails["evaluation"], thumbnails["train"]
     embeddings = None
     if embedded is not None:
-        embeddings = tuple(_rows(prints[name], embedded[name]) for name in ("evaluation", "train"))
-    found = find_duplicates(
-        prints["evaluation"], prints["train"], thresholds, embeddings, torch.device(options.device), progress=True
-    )
-    result = write_result(
-        options.out,
-        options.name or options.out.resolve().name,
-        Comparison(prints["evaluation"], prints["train"], thresholds, embedded is not None, found),
-        samples=(samples["evaluation"], samples["train"]),
-        examples=options.examples,
-        command=sys.argv,
-        seconds=round(time.monotonic() - start, 3),
-    )
-    for way, share in result["figures"].items():
-        count = round(share["value"] * share["rows"])
-        print(f"{way:13} {share['value']:8.2%}   {count:,} of {share['rows']:,} evaluation images")
+        embeddings = rows_by_key(both[0], embedded["evaluation"]), rows_by_key(both[1], embedded["train"])
+    pairs = find_duplicates(*both, thresholds, embeddings, progress=True)
+    found = leakage(*both, pairs, thresholds, embedded is not None)
+    write_examples(options.out / "examples", *both, pairs, samples, options.examples)
+    write_lists(options.out, *both, pairs)
+    name, seconds = options.name or options.out.resolve().name, round(time.monotonic() - start, 3)
+    result = replace(found, set=name, seconds=seconds, command=tuple(sys.argv))
+    result.save(options.out / "leakage.json")
+    for way, share in result.values.items():
+        count = round(share.value * len(both[0].keys))
+        print(f"{way:13} {share.value:8.2%}   {count:,} of {len(both[0].keys):,} evaluation images")
     print(f"written to {options.out}")
     return result
 
@@ -138,10 +133,6 @@ def _embedded(options: argparse.Namespace) -> dict[str, EmbeddedSet] | None:
     if len(set(models.values())) > 1:
         raise ValueError(f"train_embeddings, evaluation_embeddings: of two models, {models}; embed both with one")
     return sets
-
-
-def _rows(prints: Prints, embedded: EmbeddedSet):
-    return rows_by_key(prints, embedded.keys, embedded.rows("image"))
 
 
 if __name__ == "__main__":

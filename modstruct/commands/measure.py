@@ -32,7 +32,7 @@ from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.examples import write_retrieved_examples
 from modstruct.evaluation.information.measure import measure_information
 from modstruct.evaluation.information.probes import ProbeConfig
-from modstruct.evaluation.leakage.result import LEAKED_KEYS, leave_out, read_keys
+from modstruct.evaluation.leakage.leave_out import LEAKED_KEYS, leave_out, read_keys
 from modstruct.evaluation.result import Result
 from modstruct.evaluation.retrieval.measure import RetrievalConfig
 from modstruct.evaluation.retrieval.measure import measure as measure_retrieval

@@ -24,7 +24,7 @@ from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.embeddings.source import EmbeddingSource
 from modstruct.evaluation.evaluate import evaluate
 from modstruct.evaluation.examples import write_retrieved_examples
-from modstruct.evaluation.leakage.result import leave_out
+from modstruct.evaluation.leakage.leave_out import leave_out
 from modstruct.evaluation.retrieval import measure as measure_module
 from modstruct.evaluation.retrieval.exact import pairs_ahead
 from modstruct.evaluation.retrieval.measure import DIRECTIONS, RetrievalConfig

@@ -33,9 +33,9 @@ from tqdm import tqdm
 
 from modstruct.config import DataConfig, Source
 from modstruct.data.shards.evaluation_samples import EvaluationSamples
-from modstruct.evaluation.leakage.duplicates import Duplicates, Thresholds, find_duplicates
-from modstruct.evaluation.leakage.perceptual_hash import thumbnail
-from modstruct.evaluation.leakage.prints import Prints, make_prints
+from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
+from modstruct.evaluation.leakage.duplicates import Pair, Thresholds, find_duplicates
+from modstruct.evaluation.leakage.thumbnails import of_images, thumbnail_set
 
 LISTED = 50
 
@@ -80,56 +80,50 @@ COPIES: dict[str, Callable[[Image.Image, np.random.Generator], Image.Image]] = {
 def main() -> None:
     options = parse()
     config = DataConfig(cache=options.cache)
-    train_samples, train = prints_of(options.train, config, "train")
+    train_samples, train = thumbnails_of(options.train, config, "train")
     random = np.random.default_rng(options.seed)
-    rows = np.sort(random.choice(len(train), min(options.images, len(train)), replace=False))
+    rows = np.sort(random.choice(len(train.keys), min(options.images, len(train.keys)), replace=False))
     images = [train_samples[int(train.indices[row])].image for row in rows]
-    print(f"{len(rows)} of {len(train):,} images; share of copies found / false pairs")
-    originals = search(images, train, options, mirrored=False)
+    print(f"{len(rows)} of {len(train.keys):,} images; share of copies found / false pairs")
+    originals = search(of_images(images), train, options)
     limits = list(itertools.product(options.hamming, options.difference))
     print(f"{'':26}" + "".join(f"{f'h {h} d {d:g}':>16}" for h, d in limits))
     for kind in tqdm(COPIES, leave=False):
-        copies = search([COPIES[kind](p, random) for p in images], train, options, mirrored=kind == "mirrored")
-        cells = [judged(copies, originals, rows, *limit) for limit in limits]
+        copies = of_images([COPIES[kind](image, random) for image in images])
+        pairs = search(copies, train, options, mirrored=kind == "mirrored")
+        cells = [judged(pairs, originals, rows, *limit) for limit in limits]
         tqdm.write(f"{kind:26}" + "".join(f"{f'{found:.4f} / {false}':>16}" for found, false in cells))
     if options.distinct:
-        _, distinct = prints_of(options.distinct, config, "distinct")
-        found = find_duplicates(distinct, train, loosest(options, False))
-        counts = [len(np.unique(found.evaluation[within(found, *limit)])) for limit in limits]
-        print(f"{f'found of {len(distinct)} others':26}" + "".join(f"{count:16}" for count in counts))
-        for pair in np.flatnonzero(within(found, max(options.hamming), max(options.difference)))[: options.named]:
-            keys = distinct.keys[found.evaluation[pair]], train.keys[found.train[pair]]
-            print(f"  {keys[0]}  {keys[1]}  hamming {found.hamming[pair]}, difference {found.difference[pair]:.3f}")
+        _, distinct = thumbnails_of(options.distinct, config, "distinct")
+        found = search(distinct, train, options)
+        counts = [len({pair.evaluation for pair in within(found, *limit)}) for limit in limits]
+        print(f"{f'found of {len(distinct.keys)} others':26}" + "".join(f"{count:16}" for count in counts))
+        for pair in within(found, max(options.hamming), max(options.difference))[: options.named]:
+            keys = distinct.keys[pair.evaluation], train.keys[pair.train]
+            print(f"  {keys[0]}  {keys[1]}  hamming {pair.hamming}, difference {pair.difference:.3f}")
 
 
-def prints_of(shards: list[str], config: DataConfig, name: str) -> tuple[EvaluationSamples, Prints]:
+def thumbnails_of(shards: list[str], config: DataConfig, name: str) -> tuple[EvaluationSamples, EmbeddedSet]:
     samples = EvaluationSamples([Source(pattern) for pattern in shards], config, name, progress=True)
-    folder = Path(config.cache).expanduser() / "prints" / samples.fingerprint
-    return samples, make_prints(samples, folder, name, progress=True)
+    return samples, thumbnail_set(samples, name, Path(config.cache).expanduser() / "thumbnails" / samples.fingerprint)
 
 
-def loosest(options: argparse.Namespace, mirrored: bool) -> Thresholds:
-    return Thresholds(max(options.hamming), max(options.difference), mirrored=mirrored, listed=LISTED)
+def search(images: EmbeddedSet, train: EmbeddedSet, options: argparse.Namespace, mirrored: bool = False) -> list[Pair]:
+    limits = Thresholds(max(options.hamming), max(options.difference), mirrored=mirrored, listed=LISTED)
+    return find_duplicates(images, train, limits)
 
 
-def search(images: list[Image.Image], train: Prints, options: argparse.Namespace, mirrored: bool) -> Duplicates:
-    evaluation = Prints.of_thumbnails(np.stack([thumbnail(p) for p in images]), [str(n) for n in range(len(images))])
-    return find_duplicates(evaluation, train, loosest(options, mirrored))
-
-
-def within(found: Duplicates, hamming: int, difference: float) -> np.ndarray:
-    return (found.hamming <= hamming) & (found.difference <= difference)
+def within(found: list[Pair], hamming: int, difference: float) -> list[Pair]:
+    return [pair for pair in found if pair.hamming <= hamming and (pair.difference or 0) <= difference]
 
 
 def judged(
-    copies: Duplicates, originals: Duplicates, rows: np.ndarray, hamming: int, difference: float
+    copies: list[Pair], originals: list[Pair], rows: np.ndarray, hamming: int, difference: float
 ) -> tuple[float, int]:
     """Share of the copies whose original is listed, and pairs with images that the original is not near to."""
-    near = within(copies, hamming, difference)
-    own = near & (copies.train == rows[copies.evaluation])
-    known = set(zip(originals.evaluation.tolist(), originals.train.tolist(), strict=True))
-    others = zip(copies.evaluation[near & ~own].tolist(), copies.train[near & ~own].tolist(), strict=True)
-    return own.sum() / len(rows), sum(pair not in known for pair in others)
+    near = {(pair.evaluation, pair.train) for pair in within(copies, hamming, difference)}
+    own = near & set(enumerate(rows.tolist()))
+    return len(own) / len(rows), len(near - own - {(pair.evaluation, pair.train) for pair in originals})
 
 
 def parse() -> argparse.Namespace:
@@ -140,7 +134,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--images", "--pictures", type=int, default=400, help="number that is copied (default: %(default)s)"
     )
-    parser.add_argument("--hamming", type=int, nargs="+", default=[6, defaults.hamming, 10])
+    parser.add_argument("--hamming", type=int, nargs="+", default=[40, defaults.hamming, 56])
     parser.add_argument("--difference", type=float, nargs="+", default=[0.15, defaults.difference, 0.25])
     parser.add_argument("--named", type=int, default=20, help="pairs of --distinct that are printed")
     parser.add_argument("--seed", type=int, default=0)

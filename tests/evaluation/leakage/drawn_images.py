@@ -7,8 +7,6 @@ import io
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from modstruct.evaluation.leakage.perceptual_hash import thumbnail
-
 
 def drawn(number: int, side: int = 128) -> Image.Image:
     """A smooth random image; equal numbers give equal images."""
@@ -48,10 +46,6 @@ COPIES = {
     "brighter": lambda image: brighter(image, 1.1),
     "darker": lambda image: brighter(image, 0.9),
 }
-
-
-def thumbnails(images) -> np.ndarray:
-    return np.stack([thumbnail(image) for image in images])
 
 
 def mirror(image: Image.Image) -> Image.Image:
