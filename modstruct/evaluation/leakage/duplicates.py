@@ -127,7 +127,9 @@ def _scores(
     """Hamming distance and difference of each pair, (2, p)."""
     one, other = pairs.T
     differing = np.bitwise_count(_codes(evaluation, one, mirrored) ^ _codes(train, other)).sum(axis=1, dtype=np.int64)
-    return np.stack((differing, differences(pixels(evaluation, one, mirrored), pixels(train, other), limits.difference)))
+    return np.stack(
+        (differing, differences(pixels(evaluation, one, mirrored), pixels(train, other), limits.difference))
+    )
 
 
 def _within(scores: np.ndarray, limits: Thresholds) -> np.ndarray:

@@ -64,7 +64,9 @@ def test_another_colour_or_detail_is_another_image():
     eyes, mouth = (30, 30, 42, 42), (30, 60, 66, 66)
     faces = [disc((240, 120, 40)), disc((240, 60, 180)), disc((240, 120, 40), eyes), disc((240, 120, 40), mouth)]
     one, other = np.divmod(np.arange(16), 4)
-    found = differences(pixels(of_images([coded(face, 85) for face in faces]), one), pixels(of_images(faces), other), 0.2)
+    found = differences(
+        pixels(of_images([coded(face, 85) for face in faces]), one), pixels(of_images(faces), other), 0.2
+    )
     assert np.array_equal(found <= 0.2, one == other)
 
 
@@ -75,7 +77,7 @@ def test_images_of_one_colour_are_compared_by_it_and_have_no_hash():
     rows = pixels(of_images([*images, drawn(0)]), np.arange(4))
     assert flat(rows).tolist() == [True, True, True, False]
     assert hashes(rows)[:3].sum() == 0
-    assert HASH_BITS == 8 * hashes(rows).shape[1]
+    assert 8 * hashes(rows).shape[1] == HASH_BITS
     found = differences(rows[[0, 0, 0]], rows[[1, 2, 3]], 0.2)
     assert found[:2] == pytest.approx([0.1, 0.5], abs=0.02)
     assert np.isinf(found[2])
