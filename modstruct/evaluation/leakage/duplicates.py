@@ -90,9 +90,9 @@ def find_duplicates(
     for place in np.lexsort((pairs[:, 1], -np.nan_to_num(cosine), hamming, pairs[:, 0])):
         ways = {"hash": by_hash[place] or turned[place], "embedding": cosine[place] >= limits.cosine}
         one, other = pairs[place].tolist()
-        scores = [float(score[place]) if np.isfinite(score[place]) else None for score in (difference, cosine)]
+        apart, near = (float(v[place]) if np.isfinite(v[place]) else None for v in (difference, cosine))
         by = tuple(way for way, found_so in ways.items() if found_so)
-        listed.append(Pair(one, other, int(hamming[place]), *scores, bool(turned[place]), by))
+        listed.append(Pair(one, other, int(hamming[place]), apart, near, bool(turned[place]), by))
     return listed
 
 

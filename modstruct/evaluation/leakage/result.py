@@ -2,7 +2,7 @@
 
 FOLDER/
     leakage.json, leakage.npz   a Result; its outcomes say which images leaked, by each way, in the order of rows
-    leaked_pairs.jsonl      {"evaluation": key, "train": key, "hamming", "difference", "cosine", "mirrored", "by"} a line
+    leaked_pairs.jsonl      {"evaluation": key, "train": key, "hamming", "difference", "cosine", …}, a pair a line
     leaked_keys.jsonl       key of each evaluation image with a near duplicate, one JSON text a line (see leave_out)
     examples/leakage.json   images side by side, as the report's examples, with "direction": "evaluation_to_training"
     examples/leakage-000-evaluation.jpg, leakage-000-training-0.jpg, …

@@ -61,8 +61,8 @@ class ThumbnailViews:
 def thumbnail_set(samples: EvaluationSamples, name: str, folder: Path) -> EmbeddedSet:
     """The thumbnails of a source, an interrupted run being resumed: "image_features" holds pixels, "image" signs of the
     hashes' bits. name: what the source is called in messages. Raises as `embed`."""
-    limits = {"workers": samples.config.workers, "max_bad_share": samples.config.max_bad_share}
-    config = EmbeddingConfig(arrays=["image", "image_features"], part_batches=64, **limits)
+    data, arrays = samples.config, ["image", "image_features"]
+    config = EmbeddingConfig(arrays, part_batches=64, workers=data.workers, max_bad_share=data.max_bad_share)
     about = {"name": "thumbnails", "fingerprint": "1", "dimension": HASH_BITS, "arrays": frozenset(config.arrays)}
     model = EmbeddingModel(encode=_encode, views=ThumbnailViews(), tokenize=len, **about)  # type: ignore[arg-type]
     return embed(model, EmbeddingSource.of_samples(name, samples, field=name), config, folder)
@@ -104,7 +104,7 @@ def flat(thumbnails: np.ndarray) -> np.ndarray:
 def differences(first: np.ndarray, second: np.ndarray, limit: float) -> np.ndarray:
     """Difference of each pair of thumbnails, (p,): 0 where they are equal, about 1 where they are unrelated.
 
-    first, second: (p, 3, SIDE, SIDE) uint8. The centre of each is compared with the other, fitted to it by gain, offset,
+    first, second: (p, 3, SIDE, SIDE) uint8. The centre of each is compared with the other, fitted by gain, offset,
     shift and scale, the same for all channels, so that another colour is a difference. The residual is the root mean
     square in the worst cell, relative to the deviation of the fainter image; the lesser of both counts. An image of one
     colour is compared by its mean, and no other is like it. Differences above LOOSE limits are not exact.
