@@ -30,7 +30,7 @@ from modstruct.errors import LostProcess, RunError, printable
 from modstruct.evaluation.classification import few_shot, linear_probe, zero_shot
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.examples import write_retrieved_examples
-from modstruct.evaluation.information.measure import measure_information
+from modstruct.evaluation.information.measure import measure as measure_information
 from modstruct.evaluation.information.probes import ProbeConfig
 from modstruct.evaluation.leakage.leave_out import LEAKED_KEYS, leave_out, read_keys
 from modstruct.evaluation.result import Result
@@ -44,7 +44,6 @@ from modstruct.stopping import stage
 USAGE = "[deepspeed [launcher options] | python] launch_scripts/evaluate.py measure EVALUATION… [--FIELD VALUE …]"
 METRICS = ("retrieval", "zero_shot", "structure", "linear_probe", "linear_probe_adamw", "few_shot", "information")
 PROBES = ("linear_probe", "linear_probe_adamw", "few_shot")
-Found = tuple[dict[str, Any], dict[str, np.ndarray]]
 
 
 @dataclass
@@ -175,7 +174,6 @@ def _measure_one(
         return
     on_main(lambda: require_writable("results", results))
     _print(f"{title} …")
-    device, progress = distributed.device(), distributed.is_main()
     embedded.splits = splits
     measures: dict[str, Callable[[], Result]] = {
         "zero_shot": lambda: zero_shot.measure(embedded, zero_shot.ZeroShotConfig(tuple(config.top_k))),
@@ -184,24 +182,22 @@ def _measure_one(
         "linear_probe": lambda: linear_probe.measure(embedded, config.linear_probe),
         "linear_probe_adamw": lambda: linear_probe.measure_adamw(embedded, config.linear_probe),
         "few_shot": lambda: few_shot.measure(embedded, config.few_shot),
+        "information": lambda: measure_information(embedded, _information(config)),
     }
-    if metric in measures:
-        result = measures[metric]()
-        command = ("evaluate.py", "measure", *words)
-        on_main(lambda: replace(result, command=command, embeddings=identity(embedded)).save(path))
-    else:
+    result = measures[metric]()
+    command = ("evaluate.py", "measure", *words)
+    on_main(lambda: replace(result, command=command, embeddings=identity(embedded)).save(path))
 
-        def alone() -> Found:
-            return measure_information(embedded, config.information_labels, config.information, device, progress)
 
-        on_main(lambda: _save(path, *alone(), embedded, words))
+def _information(config: MeasureConfig) -> ProbeConfig:
+    return replace(config.information, labels=config.information.labels or config.information_labels)
 
 
 def _missing(metric: str, embedded: EmbeddedSet, splits: dict[str, EmbeddedSet], config: MeasureConfig) -> str | None:
     """Why a set does not allow a metric."""
     if metric in ("retrieval", "structure", "information") and not len(embedded.pairs):
         return "it has no captions"
-    by_label = metric == "information" and not config.information_labels
+    by_label = metric == "information" and not _information(config).labels
     if (metric in ("zero_shot", *PROBES) or by_label) and embedded.labels is None:
         return "it has no classes"
     if metric in PROBES and "train" not in splits:

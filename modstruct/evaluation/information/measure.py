@@ -3,33 +3,47 @@
 from __future__ import annotations
 
 import re
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from itertools import pairwise
+from dataclasses import asdict, dataclass
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from tqdm import tqdm
 
 from modstruct.data.synthetic.drawing import draw
 from modstruct.data.synthetic.factors import Scene
+from modstruct.data.synthetic.information import TARGETS, ExactInformation, exact_information, split_of_scenes
+from modstruct.distributed.collect import share_out
 from modstruct.errors import refuse, require
 from modstruct.evaluation.classification.features import Features
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
-from modstruct.evaluation.information.probes import ProbeConfig, held_out_losses
-from modstruct.evaluation.information.scenes import TARGETS, ExactInformation, exact_information, split_of_scenes
+from modstruct.evaluation.information.probes import Answer, Fold, ProbeConfig, folds_of, probed, shares
+from modstruct.evaluation.result import Result, Value
 from modstruct.evaluation.retrieval.rows import check_rows
 from modstruct.evaluation.statistics import bootstrap_mean, mean_interval
 
-CPU = torch.device("cpu")
 SET_LABEL = "label"
 """Name of the classes that a set was embedded with, where they came from no field of the metadata."""
-PIXEL_SIDE = 16
-DEFAULT = ProbeConfig()
+PIXEL_SIDE, DRAWN_SIDE = 16, 64
+"""Pixels a side of a scene as a feature, and at which it is rendered before it is averaged down."""
+WORD = re.compile(r"\w+(?:['-]\w+)*")
+ABOUT = (
+    "How much caption and image tell of a label, in nats, and the gap between the two. By theorem 3.1 of Jiang et al. "
+    "(2023) exact alignment costs at least this gap. Probes estimate each information from below, so that a gap of two "
+    "estimates is no bound; where the exact values are known they stand beside it, with the bias."
+)
+LABELS = {
+    "entropy": ("H(Y)", "Entropy of the label."),
+    "text": ("I(caption; Y)", "What probes of the caption tell of the label."),
+    "image": ("I(image; Y)", "What probes of the image tell of the label."),
+    "joint": ("I(caption, image; Y)", "What probes of both together tell of the label."),
+    "shared": ("I(embeddings; Y)", "What probes of both shared embeddings tell of the label."),
+    "gap": ("Information gap", "Difference of caption and image, the estimate of the theorem's right side."),
+    "excess": ("Excess loss", "Loss of the shared embeddings less that of both modalities, the theorem's left side."),
+    "aligned_excess": ("Least excess loss", "The theorem's left side of the best exactly aligned features."),
+}
 NOTES = (
     "text, image, joint and shared are held-out estimates from below: H(Y) less a probe's cross-entropy is at most the "
     "information, on average over rows; a better probe may find more.",
@@ -45,65 +59,103 @@ EXACT_NOTE = (
     "exact: from the generator's probabilities. The training split is independent draws of them; validation and test "
     "redraw a scene or caption that occurred before, which makes scenes of one object slightly rarer."
 )
-DRAWN_SIDE = 64
-"""Pixels a side at which a scene is rendered, before it is averaged down."""
-WORD = re.compile(r"\w+(?:['-]\w+)*")
 
 
-def measure_information(
-    embedded: EmbeddedSet,
-    labels: Sequence[str] = (),
-    config: ProbeConfig | None = None,
-    device: torch.device = CPU,
-    progress: bool = False,
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+@dataclass(frozen=True)
+class _Probes:
+    """The probes of one label: features by name, and for each question the names of those that may answer it."""
+
+    features: dict[str, Features]
+    questions: dict[str, list[str]]
+    groups: np.ndarray
+    labels: np.ndarray
+    classes: int
+    folds: list[Fold]
+
+
+def measure(embedded: EmbeddedSet, config: ProbeConfig) -> Result:
     """Estimates of I(X_T; Y), I(X_V; Y), I(X_T, X_V; Y), Delta_p and both sides of Theorem 3.1 (Jiang et al. 2023).
 
-    embedded: with captions. labels: fields of its metadata, numbers or texts, or the field that its classes came from;
-    by default those classes, and for built-in scenes all factors whose exact values are known. Pairs whose image has no
-    value are left out; at most config.rows pairs are used, drawn at random. Features: "image_features" and
-    "text_features" where the set has them, else the shared embeddings; the words of the captions; for built-in scenes
-    small renderings. Runs on one process.
-    Returns the content of METRIC.json but for "command", with `information_metrics` by label, and the outcomes
-    "LABEL/text", … (rows,) float32: the information that the probes found in each row, H(Y) less loss. Raises
-    ValueError for a set without captions, and for a label that is missing, has values that are no classes, or fewer
-    than two of them.
+    embedded: with captions. Pairs whose image has no value of a label are left out; at most config.rows pairs are used,
+    drawn at random. Features: "image_features" and "text_features" where the set has them, else the shared embeddings;
+    the words of the captions; for built-in scenes small renderings. Every process calls it; labels, folds and features
+    are shared out. Values are those of `information_values`, named LABEL/…; the outcomes LABEL/text, … are the
+    information that the probes found in each row, H(Y) less loss. Raises ValueError for a set without captions, and for
+    a label that is missing, has values that are no classes, or fewer than two of them.
     """
-    config = config or ProbeConfig()
-    started = time.perf_counter()
-    if not len(embedded.pairs):
-        refuse("set", embedded.name, "has no captions: the information gap is between captions and images")
+    require(len(embedded.pairs) > 0, "set", embedded.name, "has no captions: the gap is between captions and images")
     for array in sorted(embedded.arrays & {"image", "text", "image_features", "text_features"}):
         check_rows(f"{embedded.name}'s {array}", embedded.rows(array))
     split = split_of_scenes(embedded.metadata)
-    metrics: dict[str, Any] = {}
-    outcomes: dict[str, np.ndarray] = {}
-    chosen, rows = {}, {}
-    for label in tqdm(labels or _known_labels(embedded, split), desc="labels", disable=not progress, leave=False):
-        numbers, names = label_numbers(embedded, label)
-        pairs = _drawn_pairs(embedded.pairs, numbers, config)
-        features, questions = _features(embedded, pairs, numbers[pairs[:, 0]], split, config)
-        groups = embedded.image_row[pairs[:, 0]]  # copies of an image are no independent evidence
-        found = held_out_losses(features, questions, groups, len(names), config, device)
-        surprise = label_surprise(numbers[pairs[:, 0]], len(names))
-        losses = {name: loss.rows for name, loss in found.items()}
-        exact = exact_information(label, split) if split else None
-        metrics[label] = information_metrics(surprise, losses, groups, config, exact)
-        outcomes |= {f"{label}/{name}": (surprise - loss).astype(np.float32) for name, loss in losses.items()}
-        chosen[label] = {name: loss.chosen for name, loss in found.items()}
-        rows[label] = len(pairs)
-    result = {
-        "metric": "information",
-        "set": embedded.name,
-        "figures": metrics,
-        "curves": {},
-        "settings": asdict(config)
-        | {"chosen": chosen, "unit": "nats", "notes": [*NOTES, *([EXACT_NOTE] if split else [])]},
-        "rows": dict(embedded.manifest["rows"]) | {"used": rows},
-        "source_fingerprint": embedded.source.get("fingerprint"),
-        "seconds": time.perf_counter() - started,
+    probes = {
+        label: _probes(embedded, label, split, config) for label in config.labels or _known_labels(embedded, split)
     }
-    return result, outcomes
+    items = [(label, fold, name) for label, p in probes.items() for fold in p.folds for name in p.features]
+
+    def one(item: tuple[str, Fold, str]) -> dict[str, Answer]:
+        label, fold, name = item
+        return probed(probes[label].features[name], fold, probes[label].classes, config)
+
+    found = share_out(items, one, "probes")
+    answers = {(label, fold.number, name): a for (label, fold, name), a in zip(items, found, strict=True)}
+    values: dict[str, Value] = {}
+    outcomes: dict[str, np.ndarray] = {}
+    chosen = {}
+    for label, own in probes.items():
+        by_fold = [{name: answers[label, fold.number, name] for name in own.features} for fold in own.folds]
+        losses, chosen[label] = best_answers(own.questions, own.folds, by_fold, own.labels, own.classes)
+        surprise = label_surprise(own.labels, own.classes)
+        exact = exact_information(label, split) if split else None
+        made = information_values(surprise, losses, own.groups, config, exact)
+        values |= {f"{label}/{name}": value for name, value in made.items()}
+        outcomes |= {f"{label}/{name}": (surprise - loss).astype(np.float32) for name, loss in losses.items()}
+    groups = {label: label for label in probes} | {f"{label}/exact": f"{label}, exact" for label in probes}
+    return Result(
+        metric="information",
+        set=embedded.name,
+        values=values,
+        title="Information",
+        about=ABOUT,
+        groups=groups | {f"{label}/bias": f"{label}, estimate less exact" for label in probes},
+        settings=asdict(config) | {"chosen": chosen, "notes": [*NOTES, *([EXACT_NOTE] if split else [])]},
+        rows={"image": embedded.rows_of("image"), "text": embedded.rows_of("text")}
+        | {f"used for {label}": len(own.labels) for label, own in probes.items()},
+        fingerprint=embedded.source.get("fingerprint"),
+        outcomes=outcomes,
+    )
+
+
+def _probes(embedded: EmbeddedSet, label: str, split: str | None, config: ProbeConfig) -> _Probes:
+    numbers, names = label_numbers(embedded, label)
+    pairs = _drawn_pairs(embedded.pairs, numbers, config)
+    labels = numbers[pairs[:, 0]]
+    features, questions = _features(embedded, pairs, labels, split, config)
+    groups = embedded.image_row[pairs[:, 0]]  # copies of an image are no independent evidence
+    return _Probes(features, questions, groups, labels, len(names), folds_of(groups, config))
+
+
+def best_answers(
+    questions: Mapping[str, Sequence[str]],
+    folds: Sequence[Fold],
+    by_fold: Sequence[Mapping[str, Mapping[str, Answer]]],
+    labels: np.ndarray,
+    classes: int,
+) -> tuple[dict[str, np.ndarray], dict[str, dict[str, int]]]:
+    """Losses of each question, (n,): in each fold the probe with the least loss on tuning rows answers.
+
+    by_fold: for each fold, by the name of the features, what `probed` found. The label's shares are among the probes
+    that may answer. Returns also how often each probe was chosen.
+    """
+    losses = {question: np.empty(len(labels)) for question in questions}
+    chosen: dict[str, Counter[str]] = {question: Counter() for question in questions}
+    for fold, found in zip(folds, by_fold, strict=True):
+        for question, names in questions.items():
+            able = {"shares": shares(labels, fold, classes)}
+            able |= {f"{n}, {kind}": answer for n in found if n in names for kind, answer in found[n].items()}
+            best = min(able, key=lambda name: able[name][0])
+            losses[question][fold.held_out] = able[best][1]
+            chosen[question][best] += 1
+    return losses, {question: dict(counts) for question, counts in chosen.items()}
 
 
 def label_numbers(embedded: EmbeddedSet, label: str) -> tuple[np.ndarray, list[str]]:
@@ -118,7 +170,7 @@ def label_numbers(embedded: EmbeddedSet, label: str) -> tuple[np.ndarray, list[s
         numbers = numbers.reshape(-1) - offset
     else:
         values = [record.get(label) for record in embedded.metadata]
-        fields = sorted({field for record in embedded.metadata[:100] for field in record})
+        fields = sorted({field for record in islice(embedded.metadata, 100) for field in record})
         require(any(v is not None for v in values), "labels", label, f"no image has it: name one of {fields}")
         broken = next((v for v in values if not isinstance(v, str | int | bool | None)), None)
         require(broken is None, "labels", label, f"has the value {broken!r}: name a field of texts or whole numbers")
@@ -189,14 +241,14 @@ def label_surprise(labels: np.ndarray, classes: int) -> np.ndarray:
     return -np.log(np.bincount(labels, minlength=classes) / len(labels))[labels]
 
 
-def information_metrics(
+def information_values(
     surprise: np.ndarray,
     losses: Mapping[str, np.ndarray],
     groups: np.ndarray,
-    config: ProbeConfig = DEFAULT,
+    config: ProbeConfig,
     exact: ExactInformation | None = None,
-) -> dict[str, dict]:
-    """Metrics {"value", "low", "high", "rows"} in nats.
+) -> dict[str, Value]:
+    """Values in nats.
 
     surprise: (n,) of `label_surprise`. losses: held-out, (n,) each, "text", "image", "joint" and, where there are
     shared embeddings, "shared". groups: (n,), rows that are resampled together. config: of the intervals. Returns
@@ -205,30 +257,29 @@ def information_metrics(
       shared                    the same of both shared embeddings, I(Z_T, Z_V; Y)
       gap                       |text - image|, the estimate of Delta_p
       excess                    loss of "shared" less loss of "joint": the left side of Theorem 3.1
-    and, where exact values are given, "exact" with entropy, text, image, joint, gap and aligned_excess (the smallest
-    left side over exactly aligned features), and "bias", the estimate less the exact value.
+    and, where exact values are given, "exact/…" with entropy, text, image, joint, gap and aligned_excess (the smallest
+    left side over exactly aligned features), and "bias/…", the estimate less the exact value.
     Intervals: over rows, for the fitted probes; they do not cover what better probes would find.
     """
     drawn = config.samples, config.level, config.seed, groups
-
-    def mean(rows: np.ndarray) -> dict[str, float]:
-        low, high = bootstrap_mean(rows, *drawn)
-        return {"value": float(rows.mean()), "low": low, "high": high, "rows": len(rows)}
-
-    metrics: dict[str, dict] = {"entropy": mean(surprise)}
-    metrics |= {name: mean(surprise - loss) for name, loss in losses.items()}
-    both = np.column_stack([losses["image"], losses["text"]])
-    low, high = mean_interval(both, gap_of_losses, *drawn)
-    metrics["gap"] = {"value": float(gap_of_losses(both.mean(0)[None])[0]), "low": low, "high": high, "rows": len(both)}
+    means = {"entropy": surprise} | {name: surprise - loss for name, loss in losses.items()}
     if "shared" in losses:
-        metrics["excess"] = mean(losses["shared"] - losses["joint"])
-    if exact is not None:
-        names = ("entropy", "text", "image", "joint", "gap")
-        known = {name: float(getattr(exact, name)) for name in names}
-        metrics["exact"] = {name: {"value": value} for name, value in known.items()}
-        metrics["exact"]["aligned_excess"] = {"value": float(exact.aligned_excess)}
-        metrics["bias"] = {name: {"value": metrics[name]["value"] - value} for name, value in known.items()}
-    return metrics
+        means["excess"] = losses["shared"] - losses["joint"]
+    found = {name: (float(rows.mean()), *bootstrap_mean(rows, *drawn)) for name, rows in means.items()}
+    both = np.column_stack([losses["image"], losses["text"]])
+    found["gap"] = float(gap_of_losses(both.mean(0)[None])[0]), *mean_interval(both, gap_of_losses, *drawn)
+
+    def value(name: str, number: float, **more: Any) -> Value:
+        label, about = LABELS[name]
+        return Value(number, label, "nats", about=about, **more)
+
+    names = [name for name in LABELS if name in found]
+    made = {n: value(n, found[n][0], low=found[n][1], high=found[n][2], rows=len(surprise)) for n in names}
+    if exact is None:
+        return made
+    known = {n: float(getattr(exact, n)) for n in ("entropy", "text", "image", "joint", "gap", "aligned_excess")}
+    made |= {f"exact/{name}": value(name, number) for name, number in known.items()}
+    return made | {f"bias/{n}": value(n, made[n].value - number) for n, number in known.items() if n in made}
 
 
 def gap_of_losses(means: np.ndarray) -> np.ndarray:

@@ -7,27 +7,32 @@ the rows that are evaluated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from modstruct import distributed
 from modstruct.errors import require, require_counts
 from modstruct.evaluation.classification.features import Features, RowBlocks, column_statistics
 from modstruct.evaluation.classification.logistic_regression import FitConfig, LinearClassifier, fit_logistic_regression
 
-LogProbabilities = Callable[[Tensor], Tensor]
-"""Rows (b, D) -> log probabilities (b, C), float32."""
+Answer = tuple[float, np.ndarray]
+"""A probe's loss on the tuning rows, and its losses on the held-out ones, in nats."""
 TUNING_SHARE = 0.2
 """Share of the training folds' rows on which penalty, probe and features are chosen."""
+PATIENCE = 5
+"""Epochs without a lower tuning loss after which the perceptron's training ends."""
 
 
 @dataclass(frozen=True)
 class ProbeConfig:
-    """The probes, and how they are fitted and chosen."""
+    """What is measured, and how the probes are fitted and chosen."""
 
+    labels: list[str] = field(default_factory=list)
+    """Fields of the metadata, of numbers or texts; by default the set's classes, of built-in scenes all factors."""
     folds: int = 5
     rows: int = 50_000
     """Most rows used, drawn at random; 0 takes all. A probe on many rows is slow and hardly better."""
@@ -52,18 +57,10 @@ class ProbeConfig:
     def __post_init__(self) -> None:
         require(self.folds >= 2, "information.folds", self.folds, "at least 2")
         require_counts("information", self, ("iterations", "epochs", "batch"))
-        for field in ("rows", "hidden", "words"):
-            require(getattr(self, field) >= 0, f"information.{field}", getattr(self, field), "at least 0")
+        for name in ("rows", "hidden", "words"):
+            require(getattr(self, name) >= 0, f"information.{name}", getattr(self, name), "at least 0")
         strengths = bool(self.strengths) and all(0 < strength < float("inf") for strength in self.strengths)
         require(strengths, "information.strengths", self.strengths, "one or more, above 0 and finite")
-
-
-@dataclass(frozen=True)
-class Losses:
-    """-log p(y | x) of each row by probes not trained on it, (n,), nats; how often each probe was chosen, by name."""
-
-    rows: np.ndarray
-    chosen: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -77,55 +74,23 @@ class Fold:
     tuning: np.ndarray
 
 
-def held_out_losses(
-    features: Mapping[str, Features],
-    questions: Mapping[str, Sequence[str]],
-    groups: np.ndarray,
-    classes: int,
-    config: ProbeConfig,
-    device: torch.device,
-) -> dict[str, Losses]:
-    """Losses of each question by cross-validation.
-
-    features: by name, of the same n rows with labels 0 … classes - 1. questions: by name, the features that may answer
-    it; in each fold the probe with the least loss on tuning rows answers. groups: (n,), rows of one value are always in
-    the same fold. The label's shares are among the probes that may answer.
-    Every probe's probabilities are mixed with the label's shares at a weight of 1 / (training rows), so that no single
-    row has an unbounded loss. Raises ValueError for fewer groups than folds.
-    """
-    first = next(iter(features.values()))
-    losses = {question: np.empty(len(first)) for question in questions}
-    chosen: dict[str, dict[str, int]] = {question: {} for question in questions}
-    for fold in _folds(groups, config):
-        answers = {"shares": _shares(first.labels, fold, classes)}
-        for name, rows in features.items():
-            for kind, fit in (("linear", _linear), ("perceptron", _perceptron)):
-                if kind == "linear" or config.hidden:
-                    tuning_loss, held = fit(rows, fold, classes, config, device)
-                    answers[f"{name}, {kind}"] = tuning_loss, _mixed(held, answers["shares"][1], len(fold.fitting))
-        for question, names in questions.items():
-            able = [a for a in answers if a == "shares" or a.rsplit(", ", 1)[0] in names]
-            best = min(able, key=lambda answer: answers[answer][0])
-            losses[question][fold.held_out] = answers[best][1]
-            chosen[question][best] = chosen[question].get(best, 0) + 1
-    return {question: Losses(losses[question], chosen[question]) for question in questions}
-
-
-def _folds(groups: np.ndarray, config: ProbeConfig) -> Iterator[Fold]:
+def folds_of(groups: np.ndarray, config: ProbeConfig) -> list[Fold]:
+    """groups: (n,), rows of one value are always in the same fold. Raises ValueError for fewer groups than folds."""
     known, numbers = np.unique(groups, return_inverse=True)
-    require(
-        len(known) >= config.folds, "information.folds", config.folds, f"at most {len(known)}, the images there are"
-    )
+    remedy = f"at most {len(known)}, the images there are"
+    require(len(known) >= config.folds, "information.folds", config.folds, remedy)
     fold_of = (np.random.default_rng([config.seed, 0]).permutation(len(known)) % config.folds)[numbers]
+    folds = []
     for fold in range(config.folds):
         training, held_out = np.flatnonzero(fold_of != fold), np.flatnonzero(fold_of == fold)
         tuned = np.random.default_rng([config.seed, 1, fold]).permutation(np.unique(groups[training]))
         tuning = np.isin(groups[training], tuned[: max(1, round(TUNING_SHARE * len(tuned)))])
-        yield Fold(fold, training, held_out, training[~tuning], training[tuning])
+        folds.append(Fold(fold, training, held_out, training[~tuning], training[tuning]))
+    return folds
 
 
-def _shares(labels: np.ndarray, fold: Fold, classes: int) -> tuple[float, np.ndarray]:
-    """The probe without features: tuning loss, and held-out losses."""
+def shares(labels: np.ndarray, fold: Fold, classes: int) -> Answer:
+    """The probe without features: the label's shares."""
 
     def fitted(rows: np.ndarray) -> np.ndarray:
         return -np.log((np.bincount(labels[rows], minlength=classes) + 1) / (len(rows) + classes))
@@ -133,75 +98,90 @@ def _shares(labels: np.ndarray, fold: Fold, classes: int) -> tuple[float, np.nda
     return float(fitted(fold.fitting)[labels[fold.tuning]].mean()), fitted(fold.training)[labels[fold.held_out]]
 
 
-def _mixed(losses: np.ndarray, by_shares: np.ndarray, rows: int) -> np.ndarray:
-    return -np.logaddexp(np.log1p(-1 / (rows + 1)) - losses, -np.log(rows + 1) - by_shares)
+def probed(features: Features, fold: Fold, classes: int, config: ProbeConfig) -> dict[str, Answer]:
+    """Each kind of probe, of features with labels 0 … classes - 1, fitted on the fitting rows, which are kept in memory.
 
-
-def _linear(
-    features: Features, fold: Fold, classes: int, config: ProbeConfig, device: torch.device
-) -> tuple[float, np.ndarray]:
-    """Logistic regression, its penalty chosen on the tuning rows, then fitted to all training rows."""
-    fit_config = FitConfig(max_iterations=config.iterations)
+    Its probabilities are mixed with the label's shares at a weight of 1 / (fitting rows), so that no single row has an
+    unbounded loss.
+    """
+    device, width, rows = distributed.device(), max(classes, config.hidden), len(fold.fitting)
     scaled = features.standardised_by(column_statistics(features.take(fold.fitting), device))
-    blocks = RowBlocks(scaled.take(fold.fitting), device, width=classes)
-    watched = RowBlocks(scaled.take(fold.tuning), device, width=classes)
+
+    def blocks(places: np.ndarray) -> RowBlocks:
+        return RowBlocks(scaled.take(places), device, width=width)
+
+    fitting, tuning, held_out = blocks(fold.fitting), blocks(fold.tuning), blocks(fold.held_out)
+    least, strength, start = _chosen_penalty(fitting, tuning, classes, config)
+    # The penalty is weighed against a sum over rows, of which there are now more.
+    strength, fit = strength * len(fold.training) / rows, FitConfig(max_iterations=config.iterations)
+    fitted = fit_logistic_regression(blocks(fold.training), classes, strength, fit, start)
+    answers = {"linear": (least, _losses(_scores(fitted), held_out))}
+    if config.hidden:
+        least, network = _perceptron(fitting, tuning, fold.number, classes, config)
+        answers["perceptron"] = least, _losses(network, held_out)
+    _, by_shares = shares(features.labels, fold, classes)
+    mixed = np.log1p(-1 / (rows + 1)), -np.log(rows + 1) - by_shares
+    return {kind: (loss, -np.logaddexp(mixed[0] - losses, mixed[1])) for kind, (loss, losses) in answers.items()}
+
+
+def _chosen_penalty(
+    fitting: RowBlocks, tuning: RowBlocks, classes: int, config: ProbeConfig
+) -> tuple[float, float, LinearClassifier | None]:
+    """Of logistic regression: the least loss on the tuning rows, the penalty and the classifier that have it."""
+    fit = FitConfig(max_iterations=config.iterations)
     least, strength = float("inf"), config.strengths[0]
-    classifier: LinearClassifier | None = None
+    last: LinearClassifier | None = None
     best: LinearClassifier | None = None
     for tried in sorted(config.strengths, reverse=True):
-        classifier = fit_logistic_regression(blocks, classes, tried, fit_config, classifier)
-        loss = float(_losses(_scores(classifier), watched).mean())
+        last = fit_logistic_regression(fitting, classes, tried, fit, last)
+        loss = float(_losses(_scores(last), tuning).mean())
         if loss < least:
-            least, strength, best = loss, tried, classifier
-    blocks = RowBlocks(scaled.take(fold.training), device, width=classes)
-    # The penalty is weighed against a sum over rows, of which there are now more.
-    strength = strength * len(fold.training) / len(fold.fitting)
-    classifier = fit_logistic_regression(blocks, classes, strength, fit_config, best)
-    return least, _losses(_scores(classifier), RowBlocks(scaled.take(fold.held_out), device, width=classes))
+            least, strength, best = loss, tried, last
+    return least, strength, best
 
 
-def _scores(classifier: LinearClassifier) -> LogProbabilities:
+def _scores(classifier: LinearClassifier) -> Callable[[Tensor], Tensor]:
     weight, bias = torch.from_numpy(classifier.weight).float(), torch.from_numpy(classifier.bias).float()
-    return lambda rows: torch.addmm(bias.to(rows), rows, weight.to(rows).T).log_softmax(1)
+    return lambda rows: torch.addmm(bias.to(rows), rows, weight.to(rows).T)
 
 
 def _perceptron(
-    features: Features, fold: Fold, classes: int, config: ProbeConfig, device: torch.device
-) -> tuple[float, np.ndarray]:
+    fitting: RowBlocks, tuning: RowBlocks, fold: int, classes: int, config: ProbeConfig
+) -> tuple[float, nn.Module]:
     """One hidden layer, trained by AdamW on the fitting rows, stopped where the tuning loss is least."""
-    scaled = features.standardised_by(column_statistics(features.take(fold.fitting), device))
-    watched = RowBlocks(scaled.take(fold.tuning), device, width=config.hidden)
+    device, held = distributed.device(), list(fitting)
+    rows, labels = torch.cat([some for _, some, _ in held]), torch.cat([some for _, _, some in held])
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed * 1_000 + fold.number)
+        torch.manual_seed(config.seed * 1_000 + fold)
         network = nn.Sequential(
-            nn.Linear(scaled.dimension, config.hidden), nn.GELU(), nn.Dropout(0.2), nn.Linear(config.hidden, classes)
+            nn.Linear(rows.shape[1], config.hidden), nn.GELU(), nn.Dropout(0.2), nn.Linear(config.hidden, classes)
         ).to(device)
         optimizer = torch.optim.AdamW(network.parameters(), config.learning_rate, weight_decay=config.weight_decay)
-        order = np.random.default_rng([config.seed, 2, fold.number])
+        order = np.random.default_rng([config.seed, 2, fold])
         best, kept, waited = float("inf"), network.state_dict(), 0
         for _ in range(config.epochs):
             network.train()
-            for places in np.array_split(order.permutation(fold.fitting), -(-len(fold.fitting) // config.batch)):
-                places = np.sort(places)
-                labels = torch.from_numpy(features.labels[places]).to(device)
+            for places in np.array_split(order.permutation(len(rows)), -(-len(rows) // config.batch)):
+                chosen = torch.from_numpy(np.sort(places)).to(device)
                 optimizer.zero_grad()
-                nn.functional.cross_entropy(network(scaled.read(places, device)), labels).backward()
+                nn.functional.cross_entropy(network(rows[chosen]), labels[chosen]).backward()
                 optimizer.step()
             network.eval()
-            loss = float(_losses(lambda rows: network(rows).log_softmax(1), watched).mean())
+            loss = float(_losses(network, tuning).mean())
             waited = 0 if loss < best else waited + 1
             if loss < best:
                 best, kept = loss, {name: value.clone() for name, value in network.state_dict().items()}
-            if waited == 5:
+            if waited == PATIENCE:
                 break
     network.load_state_dict(kept)
-    unseen = RowBlocks(scaled.take(fold.held_out), device, width=config.hidden)
-    return best, _losses(lambda rows: network(rows).log_softmax(1), unseen)
+    return best, network
 
 
 @torch.no_grad()
-def _losses(log_probabilities: LogProbabilities, blocks: RowBlocks) -> np.ndarray:
+def _losses(scores: Callable[[Tensor], Tensor], blocks: RowBlocks) -> np.ndarray:
+    """-log p(y | x) of each row, (n,) float64."""
     found = np.empty(len(blocks))
     for place, rows, labels in blocks:
-        found[place] = -log_probabilities(rows).gather(1, labels[:, None])[:, 0].double().cpu().numpy()
+        losses = nn.functional.cross_entropy(scores(rows), labels, reduction="none")
+        found[place] = losses.double().cpu().numpy()
     return found

@@ -1,6 +1,6 @@
 """The information of embedded sets, as a result."""
 
-import json
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -9,7 +9,7 @@ import pytest
 from modstruct.data.synthetic.factors import COLOURS, MOODS
 from modstruct.data.synthetic.splits import scenes
 from modstruct.evaluation.embeddings.embedded_set import SetContents, write_embedded_set
-from modstruct.evaluation.information.measure import bag_of_words, measure_information, scene_pixels
+from modstruct.evaluation.information.measure import bag_of_words, measure, scene_pixels
 from modstruct.evaluation.information.probes import ProbeConfig
 
 QUICK = ProbeConfig(folds=2, strengths=(1.0,), iterations=30, hidden=0, words=80, samples=200)
@@ -51,46 +51,44 @@ def toy_set(folder, rows=400, captions_each=1):
 
 
 def test_what_each_modality_knows_is_found(tmp_path):
-    result, outcomes = measure_information(toy_set(tmp_path / "set"), ["colour", "light", "mood"], QUICK)
-    metrics = result["figures"]
+    result = measure(toy_set(tmp_path / "set"), replace(QUICK, labels=["colour", "light", "mood"]))
+    metrics, outcomes = result.grouped, result.outcomes
     for label, entropy, text, image in (("colour", 3, True, True), ("light", 2, False, True), ("mood", 4, True, False)):
         own = metrics[label]
-        assert own["entropy"]["value"] == pytest.approx(np.log(entropy), abs=0.02)
+        assert own["entropy"].value == pytest.approx(np.log(entropy), abs=0.02)
         for name, knows in (("text", text), ("image", image), ("joint", True)):
-            assert own[name]["value"] == pytest.approx(knows * np.log(entropy), abs=0.1)
-        assert own["gap"]["value"] == pytest.approx((text != image) * np.log(entropy), abs=0.1)
+            assert own[name].value == pytest.approx(knows * np.log(entropy), abs=0.1)
+        assert own["gap"].value == pytest.approx((text != image) * np.log(entropy), abs=0.1)
         # The shared embeddings are aligned exactly and know the colour: the theorem's left side is its right one here.
-        assert own["excess"]["value"] == pytest.approx((label != "colour") * np.log(entropy), abs=0.1)
+        assert own["excess"].value == pytest.approx((label != "colour") * np.log(entropy), abs=0.1)
         for name in ("text", "image", "joint", "shared"):
-            assert outcomes[f"{label}/{name}"].mean() == pytest.approx(own[name]["value"], abs=1e-5)
-            assert own[name]["low"] <= own[name]["value"] <= own[name]["high"]
-    assert result["rows"] == {"image": 400, "text": 400, "used": {"colour": 395, "light": 400, "mood": 400}}
-    assert result["metric"] == "information"
-    assert result["source_fingerprint"] == "f"
-    assert any("no bound of Delta_p" in note for note in result["settings"]["notes"])
-    json.dumps(result, allow_nan=False)
+            assert outcomes[f"{label}/{name}"].mean() == pytest.approx(own[name].value, abs=1e-5)
+            assert own[name].low <= own[name].value <= own[name].high
+    used = {"used for colour": 395, "used for light": 400, "used for mood": 400}
+    assert result.rows == {"image": 400, "text": 400} | used
+    assert result.metric == "information"
+    assert result.fingerprint == "f"
+    assert any("no bound of Delta_p" in note for note in result.settings["notes"])
 
 
 def test_the_classes_of_a_set_are_its_label_by_default(tmp_path):
-    result, _ = measure_information(toy_set(tmp_path / "set"), config=QUICK)
-    assert list(result["figures"]) == ["colour"]
+    result = measure(toy_set(tmp_path / "set"), QUICK)
+    assert list(result.grouped) == ["colour"]
 
 
 def test_several_captions_of_an_image_are_one_piece_of_evidence(tmp_path):
-    single, _ = measure_information(toy_set(tmp_path / "one"), ["mood"], QUICK)
-    several, _ = measure_information(toy_set(tmp_path / "four", captions_each=4), ["mood"], QUICK)
-    assert several["rows"]["used"] == {"mood": 1600}
-    widths = [
-        f["entropy"]["high"] - f["entropy"]["low"] for f in (single["figures"]["mood"], several["figures"]["mood"])
-    ]
+    single = measure(toy_set(tmp_path / "one"), replace(QUICK, labels=["mood"]))
+    several = measure(toy_set(tmp_path / "four", captions_each=4), replace(QUICK, labels=["mood"]))
+    assert several.rows["used for mood"] == 1600
+    widths = [r.values["mood/entropy"].high - r.values["mood/entropy"].low for r in (single, several)]
     assert widths[0] == pytest.approx(widths[1], rel=0.2)
 
 
 def test_of_many_pairs_some_are_drawn(tmp_path):
     config = ProbeConfig(folds=2, rows=100, strengths=(10.0,), iterations=10, hidden=0, words=0, samples=100)
-    result, outcomes = measure_information(toy_set(tmp_path / "set"), ["colour"], config)
-    assert result["rows"]["used"] == {"colour": 100}
-    assert len(outcomes["colour/text"]) == 100
+    result = measure(toy_set(tmp_path / "set"), replace(config, labels=["colour"]))
+    assert result.rows["used for colour"] == 100
+    assert len(result.outcomes["colour/text"]) == 100
 
 
 def test_scenes_come_with_exact_values(tmp_path):
@@ -109,17 +107,18 @@ def test_scenes_come_with_exact_values(tmp_path):
             metadata=records,
         ),
     )
-    result, _ = measure_information(embedded, ["mood", "main_colour"], QUICK)
-    mood = result["figures"]["mood"]
-    assert {name for name, leaf in mood["exact"].items() if leaf["value"] == pytest.approx(np.log(8))} == {
+    result = measure(embedded, replace(QUICK, labels=["mood", "main_colour"]))
+    mood = result.grouped["mood"]
+    exact, bias = result.grouped["mood/exact"], result.grouped["mood/bias"]
+    assert {name for name, leaf in exact.items() if leaf.value == pytest.approx(np.log(8))} == {
         *("entropy", "text", "joint", "gap", "aligned_excess")
     }
-    assert mood["exact"]["image"] == {"value": 0.0}
+    assert exact["image"].value == 0
     for name in ("text", "image", "joint", "gap"):
-        assert mood["bias"][name]["value"] == pytest.approx(mood[name]["value"] - mood["exact"][name]["value"])
-    assert mood["text"]["value"] > 1.8
-    assert abs(mood["image"]["value"]) < 0.1
-    assert "exact" not in result["figures"]["main_colour"]
+        assert bias[name].value == pytest.approx(mood[name].value - exact[name].value)
+    assert mood["text"].value > 1.8
+    assert abs(mood["image"].value) < 0.1
+    assert "main_colour/exact" not in result.grouped
 
 
 def test_words_and_neighbours_are_counted_without_their_marks():
@@ -146,16 +145,16 @@ def test_scenes_are_drawn_again_from_their_records():
 )
 def test_what_is_no_label_is_refused(tmp_path, label, message):
     with pytest.raises(ValueError, match=message):
-        measure_information(toy_set(tmp_path / "set"), [label], QUICK)
+        measure(toy_set(tmp_path / "set"), replace(QUICK, labels=[label]))
 
 
 def test_sets_without_captions_or_classes_are_refused(tmp_path):
     rows = unit(np.ones((4, 2)))
     with pytest.raises(ValueError, match="has no captions"):
-        measure_information(write_embedded_set(tmp_path / "a", SetContents("a", MODEL, {"image": rows})))
+        measure(write_embedded_set(tmp_path / "a", SetContents("a", MODEL, {"image": rows})), QUICK)
     pairs = np.repeat(np.arange(4)[:, None], 2, 1)
     both = write_embedded_set(
         tmp_path / "b", SetContents("b", MODEL, {"image": rows, "text": rows}, pairs=pairs, captions="abcd")
     )
     with pytest.raises(ValueError, match="has no classes"):
-        measure_information(both)
+        measure(both, QUICK)

@@ -1,17 +1,16 @@
 """Held-out losses of probes on toy distributions whose information is known by enumeration."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
+from modstruct.data.synthetic.information import ExactInformation, entropy, mutual_information
 from modstruct.evaluation.classification.features import Features
-from modstruct.evaluation.information.measure import information_metrics, label_surprise
-from modstruct.evaluation.information.probes import ProbeConfig, held_out_losses
-from modstruct.evaluation.information.scenes import ExactInformation, entropy, mutual_information
+from modstruct.evaluation.information.measure import best_answers, information_values, label_surprise
+from modstruct.evaluation.information.probes import ProbeConfig, folds_of, probed
 
-CPU = torch.device("cpu")
 QUICK = ProbeConfig(
     folds=3, strengths=(1.0, 10.0), iterations=40, hidden=16, epochs=15, learning_rate=0.01, samples=200
 )
@@ -31,9 +30,12 @@ def toy(seed, rows=ROWS):
 
 
 def held_out(features, questions, config=QUICK, groups=None):
-    rows = next(iter(features.values()))
-    groups = np.arange(len(rows)) if groups is None else groups
-    return held_out_losses(features, questions, groups, int(rows.labels.max()) + 1, config, CPU)
+    """Losses of each question, and what answered it."""
+    labels = next(iter(features.values())).labels
+    classes, folds = int(labels.max()) + 1, folds_of(np.arange(len(labels)) if groups is None else groups, config)
+    by_fold = [{name: probed(rows, fold, classes, config) for name, rows in features.items()} for fold in folds]
+    losses, chosen = best_answers(questions, folds, by_fold, labels, classes)
+    return {question: SimpleNamespace(rows=losses[question], chosen=chosen[question]) for question in questions}
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -47,22 +49,23 @@ def test_estimates_are_near_the_information_and_not_above_it_beyond_chance(seed)
         "image": mutual_information(joint.sum(0)),
         "joint": mutual_information(joint.reshape(16, 3)),
     }
-    metrics = information_metrics(
+    metrics = information_values(
         label_surprise(y, 3),
         {name: loss.rows for name, loss in found.items()},
         np.arange(len(y)),
+        ProbeConfig(),
         exact=ExactInformation(entropy(joint.sum((0, 1))), **exact, aligned=0.0),
     )
     for name, value in exact.items():
-        width = metrics[name]["high"] - metrics[name]["low"]
+        width = metrics[name].high - metrics[name].low
         # Each of up to 32 free weights costs half a nat of held-out loss, over all training rows.
-        assert value - 0.05 - width < metrics[name]["value"] < value + width
-        assert metrics[name]["low"] <= metrics[name]["value"] <= metrics[name]["high"]
-        assert metrics["bias"][name]["value"] == pytest.approx(metrics[name]["value"] - value)
-        assert metrics["exact"][name] == {"value": pytest.approx(value)}
+        assert value - 0.05 - width < metrics[name].value < value + width
+        assert metrics[name].low <= metrics[name].value <= metrics[name].high
+        assert metrics[f"bias/{name}"].value == pytest.approx(metrics[name].value - value)
+        assert metrics[f"exact/{name}"].value == pytest.approx(value)
     gap = abs(exact["text"] - exact["image"])
-    assert metrics["gap"]["value"] == pytest.approx(abs(metrics["text"]["value"] - metrics["image"]["value"]))
-    assert metrics["gap"]["low"] - 0.05 < gap < metrics["gap"]["high"] + 0.05
+    assert metrics["gap"].value == pytest.approx(abs(metrics["text"].value - metrics["image"].value))
+    assert metrics["gap"].low - 0.05 < gap < metrics["gap"].high + 0.05
 
 
 def test_estimates_of_labels_that_features_do_not_tell_are_near_nothing():
@@ -127,10 +130,10 @@ def test_exactly_aligned_features_cost_at_least_the_gap_by_estimate_too():
         features, {"text": ["text"], "image": ["image"], "joint": ["text", "image"], "shared": ["aligned"]}
     )
     losses = {name: loss.rows for name, loss in found.items()}
-    metrics = information_metrics(label_surprise(own, 4), losses, np.arange(ROWS))
-    assert metrics["excess"]["value"] == pytest.approx(np.log(4), abs=0.06)
-    assert metrics["excess"]["value"] >= metrics["gap"]["value"] - 0.02
-    assert "exact" not in metrics
+    metrics = information_values(label_surprise(own, 4), losses, np.arange(ROWS), ProbeConfig())
+    assert metrics["excess"].value == pytest.approx(np.log(4), abs=0.06)
+    assert metrics["excess"].value >= metrics["gap"].value - 0.02
+    assert "exact/gap" not in metrics
 
 
 def test_what_probes_cannot_be_is_refused():

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modstruct.evaluation.information.scenes import captions_of_a_split, entropy, exact_information, mutual_information
+from modstruct.data.synthetic.information import captions_of_a_split, entropy, exact_information, mutual_information
 
 ROUNDING = 1e-9
 

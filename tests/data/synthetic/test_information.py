@@ -9,8 +9,7 @@ import pytest
 
 from modstruct.data.synthetic import captions, words
 from modstruct.data.synthetic.factors import FILLS, SIZES
-from modstruct.data.synthetic.splits import scenes, split_of
-from modstruct.evaluation.information.scenes import (
+from modstruct.data.synthetic.information import (
     BOTH,
     CAPTION_ONLY,
     IMAGE_ONLY,
@@ -23,6 +22,7 @@ from modstruct.evaluation.information.scenes import (
     objects_of_a_split,
     split_of_scenes,
 )
+from modstruct.data.synthetic.splits import scenes, split_of
 
 DRAWN = 6_000
 
