@@ -99,7 +99,7 @@ def shares(labels: np.ndarray, fold: Fold, classes: int) -> Answer:
 
 
 def probed(features: Features, fold: Fold, classes: int, config: ProbeConfig) -> dict[str, Answer]:
-    """Each kind of probe, of features with labels 0 … classes - 1, fitted on the fitting rows, which are kept in memory.
+    """Each kind of probe, of features with labels 0 … classes - 1, fitted on the fitting rows, which memory holds.
 
     Its probabilities are mixed with the label's shares at a weight of 1 / (fitting rows), so that no single row has an
     unbounded loss.
