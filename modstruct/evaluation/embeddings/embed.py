@@ -42,6 +42,7 @@ from modstruct.evaluation.embeddings.passes import Batch, Gathered, Parts
 from modstruct.evaluation.embeddings.set_files import (
     IMAGE_ARRAYS,
     TEXT_ARRAYS,
+    Lines,
     open_array,
     read_json,
     write_array,
@@ -122,7 +123,7 @@ def embed(
         return int(made.pairs[:, 1].max(initial=-1)) + 1
 
     count = assemble() if parts is None else on_main(assemble)
-    captions: Any = list(held[0].captions) if parts is None else TextLines(parts / "captions.jsonl")
+    captions: Any = list(held[0].captions) if parts is None else Lines(parts / "captions.jsonl", count, str)
     made, title = _pass(count if of_texts else 0, config, parts, "text"), f"captions of {source.name}"
     texts = _embed_texts(model.encode, model.tokenize, captions, made, config, title, of_texts)
     prompts = _class_prompts(model, source, config, folder)
@@ -251,7 +252,7 @@ def _embed_images(
 def _embed_texts(
     encode: Encode,
     tokenize: Tokenize,
-    texts: Sequence[str] | TextLines,
+    texts: Sequence[str],
     made: Gathered,
     config: EmbeddingConfig,
     title: str,
@@ -323,30 +324,10 @@ def _in_memory(stream: Any) -> np.ndarray:
     return np.broadcast_to(np.array(np.nan, stream.dtype), stream.shape)
 
 
-class TextLines:
-    """A file of one JSON text a line, read on demand; pickles to loader workers."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._starts: np.ndarray | None = None
-
-    def __iter__(self) -> Iterator[str]:
-        with open(self.path, "rb") as file:
-            yield from map(json.loads, file)
-
-    def __getitem__(self, lines: slice) -> list[str]:
-        """The texts of some consecutive lines."""
-        with open(self.path, "rb") as file:
-            if self._starts is None:  # 8 bytes a line, found once in each process
-                self._starts = np.cumsum([0, *map(len, file)], dtype=np.int64)
-            file.seek(self._starts[lines.start])
-            return [json.loads(file.readline()) for _ in range(lines.start, lines.stop)]
-
-
 class _Tokens(Dataset):
     """Map from consecutive places to ids (B, L)."""
 
-    def __init__(self, texts: Sequence[str] | TextLines, tokenize: Tokenize):
+    def __init__(self, texts: Sequence[str], tokenize: Tokenize):
         self._texts, self._tokenize = texts, tokenize
 
     def __getitem__(self, places: range) -> Tensor:

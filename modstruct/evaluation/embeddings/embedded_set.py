@@ -57,55 +57,45 @@ READABLE = (1, 2)
 MANIFEST, CLASSES_FILE, LEFT_OUT = "manifest.json", "classes.json", "left_out.jsonl"
 TABLES = ("pairs", "indices", "labels", "class_prompts", "copies")
 LISTS = ("keys", "metadata", "captions")
+NOTED = {"source": dict, "skipped": dict, "settings": dict, "command": list, "seconds": float}
+"""Entries of the manifest that are kept as they are."""
 
 
 @dataclass(eq=False, repr=False)
 class EmbeddedSet:
     """Made of arrays in memory, or opened by `EmbeddedSet.open`; then rows stay on the disk until they are used.
 
-    Embeddings and lists that only `save` is to read may be streams and iterators.
+    Arrays are those of the files above; embeddings by their names, "image" at least. model: {"name", "fingerprint", …}.
+    indices, keys: by default the numbers of rows. labels, class_prompts: None without classes. label_field: of the
+    metadata, where labels came from it. source: {"name", "fingerprint"}, or empty. skipped: number of samples left out,
+    by cause; left_out: which, for `save`. settings, command, seconds: how the set was made. splits: embedded splits
+    beside this one, "train" and "validation", which probes need. folder: where an opened set lies. Embeddings and lists
+    that only `save` is to read may be streams and iterators.
     """
 
     name: str
     model: dict[str, Any]
-    """{"name", "fingerprint", …}."""
     embeddings: Mapping[str, np.ndarray | RowStream]
-    """By name, of IMAGE_ARRAYS and TEXT_ARRAYS, "image" at least."""
     _: KW_ONLY
     pairs: np.ndarray = field(default_factory=lambda: np.empty((0, 2), dtype=np.int64))
-    """(p, 2) int64, (image row, text row)."""
     copies: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    """(c,) int64, the row that each of the last c rows of images is a copy of."""
     indices: np.ndarray = None  # type: ignore[assignment]  # made below
-    """(n,) int64, number of each image in its source; by default its row."""
     labels: np.ndarray | None = None
-    """(n,) int64, class row of each image or -1; None without classes."""
     class_prompts: np.ndarray | None = None
-    """(c, t, D) float32, unit norm; None without classes."""
     class_names: Sequence[str] = ()
     templates: Sequence[str] = ()
     label_field: str | None = None
-    """Field of the metadata that the labels came from; None where they came otherwise."""
     keys: list[str] = None  # type: ignore[assignment]  # made below
-    """Key of each image; by default its row."""
     captions: list[str] = field(default_factory=list)
-    """Caption of each text row."""
     metadata: list[dict] = None  # type: ignore[assignment]  # made below
-    """Metadata of each image; by default empty."""
     source: dict[str, Any] = field(default_factory=dict)
-    """{"name", "fingerprint"}, or empty."""
     skipped: dict[str, int] = field(default_factory=dict)
-    """Number of samples left out, by cause."""
     left_out: Iterable[dict[str, str]] = ()
-    """Which samples; not read again."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """How the set was made, with command and seconds."""
     command: Sequence[str] = ()
     seconds: float = 0.0
     splits: dict[str, EmbeddedSet] = field(default_factory=dict)
-    """Embedded splits beside this one, "train" and "validation", which probes need."""
     folder: Path | None = None
-    """Where an opened set lies."""
     format: int = FORMAT
 
     def __post_init__(self) -> None:
@@ -219,14 +209,12 @@ class EmbeddedSet:
         if not {"image"} <= self.arrays <= {*known}:
             yield "arrays", sorted(self.arrays), f"must have image, and may have {', '.join(known)}"
             return
-        shapes = {name: tuple(rows.shape) for name, rows in self.embeddings.items()}
-        images, texts, dimension = self.rows_of("image"), self.rows_of("text"), shapes["image"][-1]
-        for name, shape in shapes.items():
+        images, texts, dimension = self.rows_of("image"), self.rows_of("text"), self.embeddings["image"].shape[-1]
+        for name, rows in self.embeddings.items():
             count = images if name in IMAGE_ARRAYS else texts
-            if len(shape) != 2 or shape[0] != count:
-                yield name, shape, f"must be of shape ({count}, dimension), one row for each image or text"
-            if name in ("text", "image_augmented") and shape[-1] != dimension:
-                yield name, shape, f"must have one dimension with image, {dimension}"
+            width = dimension if name in ("text", "image_augmented") else rows.shape[-1]
+            if tuple(rows.shape) != (count, width):
+                yield name, tuple(rows.shape), f"must be of shape ({count}, {width}), a row for each image or text"
         classes, copies = len(self.class_names), len(self.copies)
         wanted: dict[str, tuple[tuple[int, ...], Any, Any]] = {  # shape, least value, what values stay below
             "pairs": ((len(self.pairs), 2), 0, [images, texts]),
@@ -286,16 +274,6 @@ class EmbeddedSet:
         no two are, or all."""
         found = self.image_row[rows]
         return found if 1 < len(np.unique(found)) < len(found) else None
-
-
-NOTED: dict[str, type] = {
-    "source": dict,
-    "skipped": dict,
-    "settings": dict,
-    "command": list,
-    "seconds": float,
-}
-"""Entries of the manifest that are kept as they are."""
 
 
 def clear(folder: Path) -> None:

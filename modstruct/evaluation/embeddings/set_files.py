@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import UserList
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -118,8 +117,8 @@ def write_lines(path: Path, values: Iterable, expected: int | None = None) -> No
         require(expected in (None, count), path.stem, f"{count} of them", f"give {expected}, one for each row")
 
 
-class Lines(UserList):
-    """The list in a file of one JSON value a line, which is read when it is used.
+class Lines(Sequence):
+    """The list in a file of one JSON value a line, which is read when a value is used.
 
     expected, kind: number and kind of its values; ValueError names the file where they are others.
     """
@@ -128,7 +127,7 @@ class Lines(UserList):
         self.path, self.expected, self.kind = path, expected, kind
 
     @cached_property
-    def data(self) -> list:  # type: ignore[override]  # of UserList, which all its methods read
+    def _values(self) -> list:
         try:
             with open(self.path, "rb") as file:
                 values = [json.loads(line) for line in file]
@@ -138,6 +137,15 @@ class Lines(UserList):
             rows = f"{len(values)} lines where there are {self.expected} rows"
             damaged(self.path, f"{rows}, each of kind {self.kind.__name__}")
         return values
+
+    def __len__(self) -> int:
+        return self.expected
+
+    def __getitem__(self, place):
+        return self._values[place]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Iterable) and list(self) == list(other)
 
     def check(self) -> None:
         """Count the values, without reading them."""

@@ -83,11 +83,12 @@ class EmbeddingSource:
         """Class row of each image, (n,) int64, -1 for none. Raises ValueError for one that is no class."""
         if self.classes is not None:
             return self.classes.rows_of(metadata)
-        labels = [fields.get(LABEL) for fields in metadata]
-        for label in labels:
-            if label is not None and not -1 <= label < len(self.class_names):
-                refuse(f"label of set {self.name}", label, f"must be one of the {len(self.class_names)} classes, or -1")
-        return np.array([-1 if label is None else int(label) for label in labels], dtype=np.int64)
+        labels = np.array([-1 if fields.get(LABEL) is None else fields[LABEL] for fields in metadata], dtype=np.int64)
+        for label in labels[(labels < -1) | (labels >= len(self.class_names))]:
+            refuse(
+                f"label of set {self.name}", int(label), f"must be one of the {len(self.class_names)} classes, or -1"
+            )
+        return labels
 
     @property
     def described(self) -> str:
