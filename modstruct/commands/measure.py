@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -30,20 +31,24 @@ from modstruct.errors import LostProcess, RunError, printable
 from modstruct.evaluation.classification import few_shot, linear_probe, zero_shot
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.examples import write_retrieved_examples
-from modstruct.evaluation.information.measure import measure as measure_information
-from modstruct.evaluation.information.probes import ProbeConfig
+from modstruct.evaluation.information import measure as information
 from modstruct.evaluation.leakage.leave_out import LEAKED_KEYS, leave_out, read_keys
 from modstruct.evaluation.result import Result
-from modstruct.evaluation.retrieval.measure import RetrievalConfig
-from modstruct.evaluation.retrieval.measure import measure as measure_retrieval
-from modstruct.evaluation.structure.measure import StructureConfig
-from modstruct.evaluation.structure.measure import measure as measure_structure
-from modstruct.files import atomic_write, require_writable
+from modstruct.evaluation.retrieval import measure as retrieval
+from modstruct.evaluation.structure import measure as structure
+from modstruct.files import require_writable
 from modstruct.stopping import stage
 
 USAGE = "[deepspeed [launcher options] | python] launch_scripts/evaluate.py measure EVALUATION… [--FIELD VALUE …]"
-METRICS = ("retrieval", "zero_shot", "structure", "linear_probe", "linear_probe_adamw", "few_shot", "information")
-PROBES = ("linear_probe", "linear_probe_adamw", "few_shot")
+RENAMED = {
+    "linear_probe_sgd": "linear_probe_adamw",
+    "--linear_probe.sgd.": "--linear_probe.adamw.",
+    "--top_k": "--zero_shot.top_k",
+    "--information_labels": "--information.labels",
+    "--retrieval.index.kind": "--retrieval.engine",
+}
+"""How options and metrics of older versions begin, and how today."""
+CAPTIONS, CLASSES, TRAINING = "captions", "classes", "embedded training split (embed --all_splits true)"
 
 
 @dataclass
@@ -52,28 +57,38 @@ class MeasureConfig:
 
     again: bool = False
     """Measure again where there is a result already."""
-    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
+    retrieval: retrieval.RetrievalConfig = field(default_factory=retrieval.RetrievalConfig)
     """Needs captions."""
-    top_k: list[int] = field(default_factory=lambda: [1, 3, 5])
-    """Of zero-shot classification, which needs classes."""
-    structure: StructureConfig = field(default_factory=StructureConfig)
+    zero_shot: zero_shot.ZeroShotConfig = field(default_factory=zero_shot.ZeroShotConfig)
+    """Needs classes."""
+    structure: structure.StructureConfig = field(default_factory=structure.StructureConfig)
     """Needs captions."""
     linear_probe: linear_probe.LinearProbeConfig = field(default_factory=linear_probe.LinearProbeConfig)
     """Needs classes and the training split (embed --all_splits). linear_probe_adamw is the same by CyCLIP's protocol,
     on image_projected."""
     few_shot: few_shot.FewShotConfig = field(default_factory=few_shot.FewShotConfig)
     """Needs classes and the training split."""
-    information: ProbeConfig = field(default_factory=ProbeConfig)
-    """Needs captions, and classes or information_labels."""
-    information_labels: list[str] = field(default_factory=list)
-    """Fields of the metadata whose information is measured; by default the set's classes, of scenes all factors."""
+    information: information.ProbeConfig = field(default_factory=information.ProbeConfig)
+    """Needs captions, and classes or information.labels."""
+
+
+METRICS: dict[str, tuple[Callable[[EmbeddedSet, Any], Result], str, set[str]]] = {
+    "retrieval": (retrieval.measure, "retrieval", {CAPTIONS}),
+    "zero_shot": (zero_shot.measure, "zero_shot", {CLASSES}),
+    "structure": (structure.measure, "structure", {CAPTIONS}),
+    "linear_probe": (linear_probe.measure, "linear_probe", {CLASSES, TRAINING}),
+    "linear_probe_adamw": (linear_probe.measure_adamw, "linear_probe", {CLASSES, TRAINING}),
+    "few_shot": (few_shot.measure, "few_shot", {CLASSES, TRAINING}),
+    "information": (information.measure, "information", {CAPTIONS, CLASSES}),
+}
+"""What measures, its section of MeasureConfig, and what a set must have."""
 
 
 def main(words: Sequence[str]) -> None:
     parser = config_parser(__doc__, USAGE, MeasureConfig)
     parser.add_argument("folders", nargs="+", help="Folders that `evaluate.py embed --out` wrote.")
     which = "Metrics; those that a set does not allow are left out, with the reason."
-    parser.add_argument("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help=which)
+    parser.add_argument("--metrics", nargs="+", choices=list(METRICS), default=list(METRICS), help=which)
     config, options = parse(parser, words, _with_present_names)
 
     def measure_all() -> None:
@@ -89,8 +104,15 @@ def main(words: Sequence[str]) -> None:
 
 
 def _with_present_names(words: Sequence[str]) -> list[str]:
-    """Options and metrics of the AdamW probe by their present names, where a command has those of older versions."""
-    return [re.sub(r"^(--)?linear_probe(_|\.)sgd(?=$|[.=])", r"\1linear_probe\2adamw", word) for word in words]
+    """The command line with the present names of options and metrics, where it has those of older versions."""
+
+    def renamed(word: str) -> str:
+        for old, new in RENAMED.items():
+            if word == old or word.startswith((old + "=", old if old.endswith(".") else old + "=")):
+                return new + word[len(old) :]
+        return word
+
+    return [renamed(word) for word in words]
 
 
 def measure(out: Path, config: MeasureConfig, metrics: Sequence[str], words: Sequence[str]) -> list[str]:
@@ -100,37 +122,33 @@ def measure(out: Path, config: MeasureConfig, metrics: Sequence[str], words: Seq
     """
     problems: list[str] = []
 
-    def attempt(title: str, step: Callable[[], None]) -> None:
+    @contextmanager
+    def attempted(title: str) -> Iterator[None]:
         try:
-            step()
-        except (ValueError, RuntimeError, OSError) as error:  # raised on all processes, by `on_main`
+            yield
+        except (ValueError, RuntimeError, OSError) as error:  # raised on all processes
             if LostProcess.if_it_is(error):
                 raise
             problems.append(f"{title}: {error}")
 
     noted = on_main(lambda: read_model(out))
-    beside = splits_beside(list(noted["sets"]))
     opened = {name: EmbeddedSet.open(out / "embeddings" / name) for name in noted["sets"]}
-
-    def check() -> None:
-        for embedded in opened.values():
-            embedded.check()
-
-    on_main(check)  # or damage is found hours later
-    for name in noted["sets"]:
-        if name in beside:
-            continue
-        splits = {split: opened[other] for other, (of, split) in beside.items() if of == name}
+    on_main(lambda: [embedded.check() for embedded in opened.values()])  # or damage is found hours later
+    beside = splits_beside(list(opened))
+    for split_set, (name, split) in beside.items():
+        opened[name].splits[split] = opened[split_set]
+    for name in (name for name in opened if name not in beside):
         sets = [opened[name]]
-        attempt(f"{name}, without what leaked", partial(_add_without_leaked, sets, out))
+        with attempted(f"{name}, without what leaked"):
+            sets += without_leaked(sets[0], out)
         for embedded in sets:
             results = out / "results" / embedded.name
-            for metric in metrics:
-                step = partial(_measure_one, metric, results, embedded, splits, config, words)
-                attempt(f"{embedded.name}, {metric}", step)
+            for kind in metrics:
+                with attempted(f"{embedded.name}, {kind}"):
+                    _measure_one(kind, results / f"{kind}.json", embedded, config, words)
             if "retrieval" in metrics and len(embedded.pairs):
-                step = partial(on_main, partial(_write_examples, results, noted, embedded, noted["sets"][name]))
-                attempt(f"{embedded.name}, retrieved examples", step)
+                with attempted(f"{embedded.name}, retrieved examples"):
+                    on_main(partial(_write_examples, results, noted, embedded, noted["sets"][name]))
     return problems
 
 
@@ -141,9 +159,8 @@ def require_all(problems: list[str]) -> None:
         raise kind("all else was measured, but not\n  " + "\n  ".join(problems))
 
 
-def _add_without_leaked(sets: list[EmbeddedSet], out: Path) -> None:
-    """To a set, add it without the images that tools/find_leakage.py found in the training source, if there are any."""
-    (embedded,) = sets
+def without_leaked(embedded: EmbeddedSet, out: Path) -> list[EmbeddedSet]:
+    """The set without the images that tools/find_leakage.py found in the training source, if there are any."""
     found = out / "results" / embedded.name / LEAKED_KEYS
     folder = out / "embeddings" / f"{embedded.name}-without-leaked"
 
@@ -151,58 +168,33 @@ def _add_without_leaked(sets: list[EmbeddedSet], out: Path) -> None:
         keys = read_keys(found) if found.is_file() else []
         return bool(keys and leave_out(embedded, keys, folder))
 
-    if on_main(write):
-        sets.append(EmbeddedSet.open(folder))
+    if not on_main(write):
+        return []
+    rest = EmbeddedSet.open(folder)
+    rest.splits = embedded.splits
+    return [rest]
 
 
-def _measure_one(
-    metric: str,
-    results: Path,
-    embedded: EmbeddedSet,
-    splits: dict[str, EmbeddedSet],
-    config: MeasureConfig,
-    words: Sequence[str],
-) -> None:
-    title = f"{embedded.name}, {metric.replace('_', ' ')}"
-    missing = _missing(metric, embedded, splits, config)
+def _measure_one(kind: str, path: Path, embedded: EmbeddedSet, config: MeasureConfig, words: Sequence[str]) -> None:
+    title = f"{embedded.name}, {kind.replace('_', ' ')}"
+    measure_it, section, needs = METRICS[kind]
+    there = {CAPTIONS: len(embedded.pairs) > 0, CLASSES: embedded.labels is not None}
+    there[TRAINING] = "train" in embedded.splits
+    if kind == "information" and config.information.labels:
+        needs = {CAPTIONS}
+    missing = sorted(need for need in needs if not there[need])
     if missing:
-        _print(f"{title}: left out, {missing}")
+        _print(f"{title}: left out, the set has no {' and no '.join(missing)}")
         return
-    path = results / f"{metric}.json"
     if not config.again and on_main(lambda: _measured(path) == identity(embedded)):
         _print(f"{title}: measured before ({path}); --again true measures it again")
         return
-    on_main(lambda: require_writable("results", results))
+    on_main(lambda: require_writable("results", path.parent))
     _print(f"{title} …")
-    embedded.splits = splits
-    measures: dict[str, Callable[[], Result]] = {
-        "zero_shot": lambda: zero_shot.measure(embedded, zero_shot.ZeroShotConfig(tuple(config.top_k))),
-        "retrieval": lambda: measure_retrieval(embedded, config.retrieval),
-        "structure": lambda: measure_structure(embedded, config.structure),
-        "linear_probe": lambda: linear_probe.measure(embedded, config.linear_probe),
-        "linear_probe_adamw": lambda: linear_probe.measure_adamw(embedded, config.linear_probe),
-        "few_shot": lambda: few_shot.measure(embedded, config.few_shot),
-        "information": lambda: measure_information(embedded, _information(config)),
-    }
-    result = measures[metric]()
-    command = ("evaluate.py", "measure", *words)
-    on_main(lambda: replace(result, command=command, embeddings=identity(embedded)).save(path))
-
-
-def _information(config: MeasureConfig) -> ProbeConfig:
-    return replace(config.information, labels=config.information.labels or config.information_labels)
-
-
-def _missing(metric: str, embedded: EmbeddedSet, splits: dict[str, EmbeddedSet], config: MeasureConfig) -> str | None:
-    """Why a set does not allow a metric."""
-    if metric in ("retrieval", "structure", "information") and not len(embedded.pairs):
-        return "it has no captions"
-    by_label = metric == "information" and not _information(config).labels
-    if (metric in ("zero_shot", *PROBES) or by_label) and embedded.labels is None:
-        return "it has no classes"
-    if metric in PROBES and "train" not in splits:
-        return "its training split is not embedded (embed --all_splits true)"
-    return None
+    started = time.monotonic()
+    result = measure_it(embedded, getattr(config, section))
+    about = {"command": ("evaluate.py", "measure", *words), "embeddings": identity(embedded)}
+    on_main(lambda: replace(result, seconds=round(time.monotonic() - started, 3), **about).save(path))
 
 
 def _measured(path: Path) -> str | None:
@@ -225,25 +217,6 @@ def identity(embedded: EmbeddedSet) -> str:
     return hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def _save(
-    path: Path,
-    result: dict[str, Any],
-    outcomes: dict[str, np.ndarray],
-    embedded: EmbeddedSet,
-    words: Sequence[str],
-) -> None:
-    """The result, and METRIC.npz first, so that a METRIC.json always has its own outcomes beside it."""
-    command = ["evaluate.py", "measure", *words]
-    result |= {"metric": path.stem, "command": command, "embeddings": identity(embedded)}
-    content = (json.dumps(result, indent=1, allow_nan=False) + "\n").encode()
-    path.unlink(missing_ok=True)
-    if outcomes:
-        with atomic_write(path.with_suffix(".npz")) as file:
-            np.savez_compressed(file, **outcomes)  # type: ignore[arg-type]  # numpy's types take it for allow_pickle
-    with atomic_write(path) as file:
-        file.write(content)
-
-
 def _print(line: str) -> None:
     if distributed.is_main():
         print(printable(line), flush=True)
@@ -255,26 +228,16 @@ def _write_examples(results: Path, noted: dict[str, Any], embedded: EmbeddedSet,
     noted: what `embed` noted of the evaluation, noted_set: of the set. Raises ValueError or OSError where the source
     can no longer be read, or has changed.
     """
-    retrieval, listed = results / "retrieval.npz", results / "examples" / "examples.json"
-    if not retrieval.is_file() or (listed.is_file() and listed.stat().st_mtime_ns > retrieval.stat().st_mtime_ns):
+    retrieved, listed = results / "retrieval.npz", results / "examples" / "examples.json"
+    if not retrieved.is_file() or (listed.is_file() and listed.stat().st_mtime_ns > retrieved.stat().st_mtime_ns):
         return
     recipe = parse_recipe_text(noted_set["recipe"])
     # Whoever made the folder wrote them.
     require_modest(recipe_to_dict(recipe) | {"model": {"vision": {"image_size": noted["image_size"]}}})
     recipe.data.allow_pipe, recipe.data.cache = False, str(own_cache(recipe.data.cache))
     source = read_set(noted_set["word"], recipe, noted["image_size"])
-    embedded_of = embedded.source.get("of", embedded.source.get("fingerprint"))
-    if source.fingerprint != embedded_of:
+    if source.fingerprint != embedded.source.get("of", embedded.source.get("fingerprint")):
         raise ValueError(f"{noted_set['word']} no longer holds the embedded samples: embed it again")
-    with np.load(retrieval, allow_pickle=False) as outcomes:
-        write_retrieved_examples(embedded, dict(outcomes), _Images(source.samples, embedded.indices), listed.parent)
-
-
-class _Images:
-    """Images of a source by row of the embedded set."""
-
-    def __init__(self, samples: Any, indices: np.ndarray):
-        self.samples, self.indices = samples, indices
-
-    def __getitem__(self, row: int):
-        return self.samples[int(self.indices[row])].image
+    with np.load(retrieved, allow_pickle=False) as outcomes:
+        of_row = lambda row: source.samples[int(embedded.indices[row])].image  # noqa: E731
+        write_retrieved_examples(embedded, dict(outcomes), of_row, listed.parent)

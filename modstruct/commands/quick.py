@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from modstruct.cli import parse, recipe_parser, run
 from modstruct.commands.arguments import checkpoint_arguments
@@ -23,6 +23,9 @@ from modstruct.config import Recipe
 from modstruct.data.tokenizers import load_tokenizer
 from modstruct.errors import refuse
 from modstruct.files import require_writable
+
+if TYPE_CHECKING:
+    from modstruct.evaluation.result import Result
 
 USAGE = "deepspeed [launcher options] launch_scripts/evaluate.py --checkpoint FOLDER [--FIELD VALUE …]"
 
@@ -35,7 +38,7 @@ def main(words: Sequence[str]) -> None:
     run(lambda: evaluate_checkpoint(recipe, options.checkpoint, options.out))
 
 
-def evaluate_checkpoint(recipe: Recipe, checkpoint: str, out: str | None = None) -> dict[str, Any]:
+def evaluate_checkpoint(recipe: Recipe, checkpoint: str, out: str | None = None) -> dict[str, Result]:
     """Embed data.eval with a checkpoint's weights in float32 and print its table; every process calls it.
 
     recipe: the checkpoint's, with overrides. checkpoint: its folder, or a run's folder for its last one. out: JSON file
@@ -49,7 +52,7 @@ def evaluate_checkpoint(recipe: Recipe, checkpoint: str, out: str | None = None)
     from modstruct.distributed.collect import on_main
     from modstruct.evaluation.embeddings.model import find_checkpoint, load_model
     from modstruct.evaluation.evaluate import evaluate
-    from modstruct.evaluation.tables import save_metrics, table
+    from modstruct.evaluation.tables import save_results, table
     from modstruct.models.build import image_size
 
     distributed.start_processes()
@@ -65,9 +68,9 @@ def evaluate_checkpoint(recipe: Recipe, checkpoint: str, out: str | None = None)
     assert data.eval is not None  # as recipe.data.eval
     if data.zero_shot:
         load_classes(data.zero_shot)  # an error in it is reported before the work
-    metrics = evaluate(model, data.eval, data, recipe.evaluation, distributed.device(), model=model)
+    results = evaluate(model, data.eval, data, recipe.evaluation, distributed.device(), model=model)
     if distributed.is_main():
-        print(f"\n{path}\n\n{table(metrics)}")
-        save_metrics(metrics, file)
+        print(f"\n{path}\n\n{table([*results.values()])}")
+        save_results(results.values(), file)
         print(f"\nmetrics: {file}")
-    return metrics
+    return results

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from modstruct.evaluation.embeddings.embed import embed_texts
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.embeddings.set_files import merged_pairs
 from modstruct.evaluation.embeddings.source import distinct, say_merged
-from modstruct.evaluation.retrieval.measure import measure_recall
+from modstruct.evaluation.result import Result
+from modstruct.evaluation.retrieval.measure import DIRECTIONS, RetrievalConfig, measure
 from modstruct.evaluation.retrieval.reranking import Reranking, reranked_retrieval
 from modstruct.losses.objective import Objective, build_objective
 from modstruct.losses.protocol import LossSettings
@@ -95,8 +96,8 @@ class Retrieval(Task[FusionModel, CaptionPair | CaptionedImage]):
         return batch
 
     def measure(
-        self, model: FusionModel, entries: Sequence[CaptionPair | CaptionedImage]
-    ) -> tuple[dict[str, Any], None]:
+        self, model: FusionModel, entries: Sequence[CaptionPair | CaptionedImage], split: str = "test"
+    ) -> tuple[Result, None]:
         device, batch = distributed.device(), self.recipe.evaluation.batch
         of_split = [entry for entry in entries if isinstance(entry, CaptionedImage)]
         rows = self.predict(of_split, lambda some: _listed(model, some), "embedding images")
@@ -115,14 +116,18 @@ class Retrieval(Task[FusionModel, CaptionPair | CaptionedImage]):
             return model.embed("text", model.backbone.encode_text(some["text"])[:, 0])
 
         text = embed_texts(encode, captions, self.tokenizer, batch, "embedding captions")
-        recall_at = sorted({1, *self.recipe.evaluation.recall_at})
+        recall_at = tuple(sorted({1, *self.recipe.evaluation.recall_at}))
         settings = Reranking(self.recipe.task.rerank, self.recipe.task.rerank_by, recall_at, batch)
-        embedded = EmbeddedSet("retrieval", {}, {"image": image, "text": text}, pairs=pairs, captions=captions)
+        embedded = EmbeddedSet(split, {}, {"image": image, "text": text}, pairs=pairs, captions=captions)
         images = self._images(kept, batch, device)
         matched = reranked_retrieval(model, images, self.tokenizer, embedded, settings, device)
-        found = on_main(lambda: measure_recall(image, text, pairs, recall_at, name="task retrieval"))
-        metrics = _flat("", found) | _flat("matched ", matched)
-        return metrics | {"sizes": {"images": len(image), "captions": len(captions)}}, None
+        config = RetrievalConfig(recall_at=recall_at, curve_at=())
+        found = on_main(lambda: replace(measure(embedded, config), outcomes={}))
+        values = {name: value for name, value in found.values.items() if "/recall_at_" in name}
+        values |= {f"matched_{name}": value for name, value in matched.values.items()}
+        groups = {**found.groups, **{f"matched_{name}": label for name, label in matched.groups.items()}}
+        rows = {"images": len(image), "captions": len(captions)}
+        return replace(found, values=values, groups=groups, rows=rows), None
 
     def _images(self, entries: Sequence[CaptionedImage], batch: int, device: torch.device) -> Iterator[Tensor]:
         """This process's batches, all of whose images could be read a moment ago."""
@@ -130,9 +135,9 @@ class Retrieval(Task[FusionModel, CaptionPair | CaptionedImage]):
             if found.numbers:
                 yield found.tensors["image"].to(device)
 
-    def score(self, metrics: dict[str, Any]) -> float:
+    def score(self, result: Result) -> float:
         """Mean R@1 of both directions after matching."""
-        return (metrics["matched text -> image R@1"]["value"] + metrics["matched image -> text R@1"]["value"]) / 2
+        return sum(result.values[f"matched_{direction}/recall_at_1"].value for direction in DIRECTIONS) / 2
 
 
 def _file_kinds(entries: Sequence[CaptionedImage]) -> list[int]:
@@ -148,12 +153,3 @@ def _file_kinds(entries: Sequence[CaptionedImage]) -> list[int]:
 
 def _listed(model: FusionModel, batch: dict[str, Tensor]) -> list[list[float]]:
     return model.embed("image", model.backbone.encode_image(batch["image"])[:, 0])["image"].tolist()
-
-
-def _flat(prefix: str, directions: dict[str, dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
-    names = {"text_to_image": "text -> image", "image_to_text": "image -> text"}
-    return {
-        f"{prefix}{names[direction]} {metric.replace('recall_at_', 'R@')}": value
-        for direction, metrics in directions.items()
-        for metric, value in metrics.items()
-    }

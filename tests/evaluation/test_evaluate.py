@@ -20,7 +20,8 @@ from modstruct.evaluation.embeddings.model import EmbeddingModel
 from modstruct.evaluation.embeddings.source import EmbeddingSource
 from modstruct.evaluation.evaluate import evaluate
 from modstruct.evaluation.examples import retrieved_examples
-from modstruct.evaluation.tables import flatten, save_metrics, table, validation_recall_at_1
+from modstruct.evaluation.result import from_json
+from modstruct.evaluation.tables import save_results, scalars, table
 
 CPU = torch.device("cpu")
 
@@ -84,15 +85,15 @@ def test_texts_are_embedded_in_batches_and_keep_their_order():
 
 
 def test_a_perfect_model_scores_everything(tmp_path):
-    metrics = measured(write_source(tmp_path, list(range(30)), lambda n: [f"thing {n}", f"object {n}"]))
-    for direction in metrics["retrieval"].values():
-        assert {metric["value"] for metric in direction.values()} == {1.0}
-    assert validation_recall_at_1(metrics) == 1
-    assert metrics["retrieval"]["text_to_image"]["recall_at_1"]["chance"] == pytest.approx(1 / 30)
-    assert metrics["retrieval"]["image_to_text"]["recall_at_1"]["chance"] == pytest.approx(2 / 60)
-    assert metrics["structure"]["alignment"] == pytest.approx(0)
-    assert metrics["sizes"] == {"images": 30, "texts": 60, "pairs": 60}
-    assert "zero_shot" not in metrics
+    results = measured(write_source(tmp_path, list(range(30)), lambda n: [f"thing {n}", f"object {n}"]))
+    recalls = results["retrieval"].values
+    assert {value.value for value in recalls.values()} == {1.0}
+    assert set(recalls) == {f"{way}/recall_at_{k}" for way in ("text_to_image", "image_to_text") for k in (1, 5)}
+    assert recalls["text_to_image/recall_at_1"].chance == pytest.approx(1 / 30)
+    assert recalls["image_to_text/recall_at_1"].chance == pytest.approx(2 / 60)
+    assert results["structure"].values["alignment"].value == pytest.approx(0)
+    assert {"image": 30, "text": 60, "pairs": 60}.items() <= results["retrieval"].rows.items()
+    assert set(results) == {"retrieval", "structure"}
 
 
 def test_zero_shot_uses_the_images_that_have_a_label(tmp_path):
@@ -102,19 +103,17 @@ def test_zero_shot_uses_the_images_that_have_a_label(tmp_path):
         tmp_path, list(range(30)), label_of=lambda n: {"parity": [None, "odd", "even"][n % 3]} if n < 20 else {}
     )
     encode = LookUp()
-    metrics = measured(samples, encode, class_file)
-    assert metrics["sizes"]["images_with_label"] == 13
-    assert metrics["sizes"]["images_without_label"] == 17
+    found = measured(samples, encode, class_file)["zero_shot"]
+    assert found.rows["labelled"] == 13
     # The tokenizer knows a word by its length: number, even, odd.
     number, even, odd = (encode.text_table[200 + len(word) - 3] for word in ("number", "even", "odd"))
     even, odd = F.normalize(number + even, dim=0), F.normalize(number + odd, dim=0)
     labelled = [(n, n % 3 == 1) for n in range(20) if n % 3]
     right = [(encode.image_table[n] @ (odd - even) > 0).item() == is_odd for n, is_odd in labelled]
-    assert metrics["zero_shot"]["top_1"]["value"] == pytest.approx(np.mean(right))
+    assert found.values["top_1"].value == pytest.approx(np.mean(right))
     assert 0 < np.mean(right) < 1
-    assert set(metrics["zero_shot"]) == {"top_1", "top_2", "mean_per_class"}  # three is more than there are classes
-    assert metrics["zero_shot"]["top_2"] == {"value": 1.0, "chance": 1.0}
-    assert metrics["zero_shot"]["top_1"]["chance"] == 0.5
+    assert set(found.values) == {"top_1", "top_2", "mean_per_class"}  # three is more than there are classes
+    assert (found.values["top_2"].value, found.values["top_2"].chance, found.values["top_1"].chance) == (1, 1, 0.5)
 
 
 def test_a_label_that_is_no_class_is_refused(tmp_path):
@@ -125,11 +124,13 @@ def test_a_label_that_is_no_class_is_refused(tmp_path):
 
 
 def test_what_is_measured_can_be_shown_and_saved(tmp_path):
-    metrics = measured(write_source(tmp_path, list(range(30)), broken=[3]), LookUp(noise=0.5))
-    save_metrics(metrics, tmp_path / "metrics.json")
-    assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
-    assert "undecodable image" in table(metrics)
-    assert all(isinstance(value, float) for value in flatten(metrics).values())
+    results = measured(write_source(tmp_path, list(range(30)), broken=[3]), LookUp(noise=0.5))
+    save_results(results.values(), tmp_path / "metrics.json")
+    saved = json.loads((tmp_path / "metrics.json").read_text())
+    path = tmp_path / "metrics.json"
+    assert {name: from_json(content, path) for name, content in saved["results"].items()} == results
+    assert "undecodable image" in table([*results.values()])
+    assert all(isinstance(value, float) for value in scalars(results.values()).values())
 
 
 def test_examples_show_the_caption_that_was_retrieved(tmp_path, monkeypatch):

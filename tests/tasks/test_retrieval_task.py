@@ -59,15 +59,15 @@ def test_masked_language_modelling_can_be_learned_on(root, task):
 def test_measures_both_stages_and_travels_to_loader_processes(task):
     entries = pickle.loads(pickle.dumps(task)).entries("test", None).entries
     torch.manual_seed(0)
-    metrics, predictions = task.measure(task.build_model().eval(), entries)
+    result, predictions = task.measure(task.build_model().eval(), entries)
     captions = {caption for entry in entries for caption in entry.captions}
-    assert metrics["sizes"] == {"images": 20, "captions": len(captions)}
+    assert result.rows == {"images": 20, "captions": len(captions)}
     assert predictions is None
-    for stage in ("", "matched "):
-        for direction in ("text -> image", "image -> text"):
-            shares = [metrics[f"{stage}{direction} R@{k}"]["value"] for k in (1, 5, 10)]
+    for stage in ("", "matched_"):
+        for direction in ("text_to_image", "image_to_text"):
+            shares = [result.values[f"{stage}{direction}/recall_at_{k}"].value for k in (1, 5, 10)]
             assert 0 <= shares[0] <= shares[1] <= shares[2] <= 1
-    assert 0 <= task.score(metrics) <= 1
+    assert 0 <= task.score(result) <= 1
 
 
 def test_an_image_that_cannot_be_read_is_left_out(task, tmp_path):
@@ -76,8 +76,8 @@ def test_an_image_that_cannot_be_read_is_left_out(task, tmp_path):
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"no image")
     entries[3] = type(entries[3])(broken, entries[3].captions, entries[3].image_id)
-    metrics, _ = task.measure(task.build_model().eval(), entries)
-    assert metrics["sizes"]["images"] == 19
+    result, _ = task.measure(task.build_model().eval(), entries)
+    assert result.rows["images"] == 19
 
 
 def test_files_of_equal_bytes_are_one_image_with_all_their_captions(task, tmp_path, caplog):
@@ -90,5 +90,5 @@ def test_files_of_equal_bytes_are_one_image_with_all_their_captions(task, tmp_pa
     whole, _ = task.measure(model, [replace(first, captions=(*first.captions, "one more caption")), *rest])
     copied, _ = task.measure(model, [first, CaptionedImage(copy, ("one more caption",), 10**9), *rest])
     assert copied == whole
-    assert copied["sizes"]["images"] == 20
+    assert copied.rows["images"] == 20
     assert "task retrieval: 21 samples hold 20 distinct images" in caplog.text

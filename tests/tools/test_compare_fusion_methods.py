@@ -18,7 +18,7 @@ with open(output.parents[1] / "asked.txt", "a") as file:
 if output.name == "snli_ve" and not (output.parents[1] / "mended").exists():
     sys.exit(3)
 metrics = {"accuracy": {"value": 0.5, "chance": 0.25}, "consistency": {"value": 0.1}}
-(output / "metrics.json").write_text(json.dumps(metrics))
+(output / "metrics.json").write_text(json.dumps({"schema": 3, "results": {output.name: {"values": metrics}}}))
 """
 
 

@@ -31,7 +31,11 @@ SHOWN = {
     "vqa": ("accuracy",),
     "nlvr2": ("accuracy", "consistency"),
     "snli_ve": ("accuracy",),
-    "retrieval": ("text -> image R@1", "matched text -> image R@1", "image -> text R@1", "matched image -> text R@1"),
+    "retrieval": tuple(
+        f"{stage}{direction}/recall_at_1"
+        for direction in ("text_to_image", "image_to_text")
+        for stage in ("", "matched_")
+    ),
 }
 
 
@@ -123,7 +127,8 @@ def run(options: argparse.Namespace, script: str, output: Path, words: list[str]
         lanes.free.put(lane)
         if ended.returncode:
             sys.exit(f"error: it ended with status {ended.returncode}; {output / 'screen.txt'} says why")
-        metrics = json.loads((output / "metrics.json").read_text()) if (output / "metrics.json").exists() else {}
+        measured = json.loads((output / "metrics.json").read_text()) if (output / "metrics.json").exists() else {}
+        metrics = measured.get("results", {}).get(output.name, {}).get("values", {})
         finished.write_text(json.dumps({"minutes": minutes, "metrics": metrics}))
     return json.loads(finished.read_text())
 

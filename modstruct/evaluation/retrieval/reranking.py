@@ -24,8 +24,10 @@ from modstruct.data.tokenizers import Tokenizer
 from modstruct.distributed.collect import collect_rows, collect_tokens, my_batches, on_main
 from modstruct.errors import RunError
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
+from modstruct.evaluation.result import Result, Value
 from modstruct.evaluation.retrieval.exact import pairs_ahead
-from modstruct.evaluation.retrieval.metrics import Metrics, ranked_queries, recall_metrics
+from modstruct.evaluation.retrieval.measure import GROUPS, declared
+from modstruct.evaluation.retrieval.metrics import ranked_queries, recall_metrics
 from modstruct.evaluation.retrieval.nearest import nearest
 from modstruct.models.protocol import Matcher
 
@@ -52,12 +54,12 @@ def reranked_retrieval(
     embedded: EmbeddedSet,
     settings: Reranking,
     device: torch.device,
-) -> dict[str, Metrics]:
+) -> Result:
     """Recall at K both ways after matching has reranked each query's candidates; every process calls it.
 
     images: this process's batches of the n images (see collect.my_batches), uint8 (b, 3, H, W) on the device, in the
-    order of embedded's distinct images. Returns the same as `measure_recall`, on every process. Raises RunError, on
-    every process, where `images` yields another number.
+    order of embedded's distinct images. The names of values are those of retrieval. Raises RunError, on every process,
+    where `images` yields another number.
     """
     backbone, batch = model.backbone, settings.batch
     rows: int = embedded.manifest["rows"]["image"] - len(embedded.copies)
@@ -80,10 +82,21 @@ def reranked_retrieval(
     image, text, pairs = embedded.distinct_rows("image"), embedded.rows("text"), embedded.distinct_pairs
     # A forward pass gathers the scale under ZeRO-3.
     scale = float(model({"text": ids[:1]})["logit_scale"]) if settings.by == "both" else 0.0
-    return {
+    found = {
         "text_to_image": _direction(text, image, pairs[:, ::-1], score, scale, settings, device),
         "image_to_text": _direction(image, text, pairs, lambda i, t: score(t, i), scale, settings, device),
     }
+    values = {f"{direction}/{name}": value for direction, of in found.items() for name, value in of.items()}
+    return Result(
+        "reranked",
+        embedded.name,
+        values,
+        "Image-text retrieval after matching",
+        "The best candidates of each query by contrast, ranked again by the matching head.",
+        {direction: f"{label}, matched" for direction, label in GROUPS.items()},
+        tuple(f"{direction}/recall_at_1" for direction in GROUPS),
+        settings={"candidates": settings.candidates, "by": settings.by},
+    )
 
 
 def _direction(
@@ -94,7 +107,7 @@ def _direction(
     scale: float,
     settings: Reranking,
     device: torch.device,
-) -> Metrics:
+) -> dict[str, Value]:
     found = on_main(lambda: nearest(queries, gallery, settings.candidates))  # (q, k)
     k = found.shape[1]
     at_once = max(1, settings.batch // k)  # queries
@@ -108,13 +121,14 @@ def _direction(
 
     scores = collect_rows(scores_of, mine, numbers[:1], batches, at_once, "reranking")
 
-    def measure() -> Metrics:
+    def measure() -> dict[str, Value]:
         both = scores + scale * np.einsum("qd,qkd->qk", queries, gallery[found])
         first = ranked_queries(*pairs_ahead(queries, gallery, pairs), len(gallery))
         before = np.zeros(len(queries), dtype=np.int64)
         before[first.query] = first.rank - 1
         after = ahead_after(found, both, pairs, before)[first.query]
-        return recall_metrics(after + 1, first.positives, len(gallery), settings.recall_at)
+        recalls = recall_metrics(after + 1, first.positives, len(gallery), settings.recall_at)
+        return {name: declared(name, metric, len(first.query)) for name, metric in recalls.items()}
 
     return on_main(measure)
 
