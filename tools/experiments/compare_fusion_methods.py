@@ -32,9 +32,7 @@ SHOWN = {
     "nlvr2": ("accuracy", "consistency"),
     "snli_ve": ("accuracy",),
     "retrieval": tuple(
-        f"{stage}{direction}/recall_at_1"
-        for direction in ("text_to_image", "image_to_text")
-        for stage in ("", "matched_")
+        f"{stage}{way}/recall_at_1" for way in ("text_to_image", "image_to_text") for stage in ("", "matched_")
     ),
 }
 
