@@ -125,7 +125,7 @@ def fine_tune(root: str, task: str, output: str, ds_config: str, resume: str | N
     run = Finetuning(recipe, ds_config, resume).build()
     with run.heartbeat:
         run.train()
-        return run.finish()
+        return {metric: result.to_json() for metric, result in run.finish().items()}
 
 
 def fine_tune_several(root: str, runs: list[dict]) -> list[dict]:

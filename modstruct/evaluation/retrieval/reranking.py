@@ -93,8 +93,8 @@ def reranked_retrieval(
         values,
         "Image-text retrieval after matching",
         "The best candidates of each query by contrast, ranked again by the matching head.",
-        {direction: f"{label}, matched" for direction, label in GROUPS.items()},
-        tuple(f"{direction}/recall_at_1" for direction in GROUPS),
+        {direction: f"{GROUPS[direction]}, matched" for direction in found},
+        tuple(f"{direction}/recall_at_1" for direction in found),
         settings={"candidates": settings.candidates, "by": settings.by},
     )
 
