@@ -1,36 +1,45 @@
 """The paper's tables T1 to T4 (paper_tables.yaml): methods as rows, sets as columns, seeds of a method aggregated.
 
-A cell holds top-1/3/5, or the validation and the test split's accuracy. Best bold, second underlined, among our rows;
-the paper's printed rows stand in grey, if they are asked for. The average is over the sets that all our rows have.
+A cell holds top-1/3/5, or the accuracy of the validation and the test split. Best bold, second underlined, among the
+rows that were measured; published ones stand beside them, the paper's own in grey, if they are asked for. The average
+is over the sets that all measured rows have.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import re
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
+import yaml
 
 from modstruct.checkpoints import find
 from modstruct.cli import RECIPES, read_recipe_file
-from modstruct.errors import refuse, require
+from modstruct.errors import printable, refuse, require
 from modstruct.evaluation.result import Result, Value, from_json, read_json, share
 from modstruct.files import atomic_write, parse_yaml, read_yaml
+from modstruct.reporting.clip_benchmark import read_benchmark
 from modstruct.reporting.comparison import group_seeds
-from modstruct.reporting.loading import Evaluation, load_evaluation
-from modstruct.reporting.tables import as_cell, escaped
+from modstruct.reporting.latex import PACKAGES, Block, Line, escaped, table
+from modstruct.reporting.loading import Evaluation, load_evaluations
+from modstruct.reporting.tables import as_cell
 
 FORMS = read_yaml(Path(__file__).parent / "paper_tables.yaml")
-TABLES = tuple(FORMS)
+METHODS = {"clip": "CLIP", "clip_inmodal": "CLIP + in-modal", "cyclip": "CyCLIP", "siglip": "SigLIP", "albef": "ALBEF"}
+METHODS |= {"sep": "Sep", "br": "Br", "gc": "GC", "all": "Sep + Br + GC", "albef_all": "ALBEF + Sep + Br + GC"}
+METHODS |= {f"albef_{name}": f"ALBEF + {METHODS[name]}" for name in ("sep", "br", "gc")}
+"""What tables call the methods of the recipes; others go by their own names."""
 SPLITS = ("validation", "test")
-AVERAGE = "average"
-PREAMBLE = r"\usepackage{booktabs,xcolor,adjustbox}"
+PAGE = "letterpaper,textwidth=6.875in,textheight=8.875in,columnsep=0.3125in"
+"""CVPR's."""
 Values = tuple[Value | None, ...]
 """Of one cell."""
 
@@ -48,104 +57,151 @@ class Options:
 
 @dataclass(frozen=True)
 class Row:
-    """Values by column. seeds: runs that they are means of; 0 for a row of the paper."""
+    """Values by column. seeds: of how many runs they are means; kind: where they come from."""
 
     name: str
     cells: dict[str, Values]
-    seeds: int
+    kind: Literal["measured", "published", "paper"] = "measured"
+    seeds: int = 1
 
 
 @dataclass(frozen=True)
 class Table:
-    """columns: label by set. ours, paper: rows. common: the sets that the average is over, where there is one."""
+    """columns: label by set. parts: labels of a cell's values. unlike: sets whose content differs between rows."""
 
     name: str
     caption: str
     columns: dict[str, str]
-    ours: list[Row]
-    paper: list[Row]
-    common: list[str] = field(default_factory=list)
+    parts: tuple[str, ...]
+    rows: list[Row]
+    unlike: list[str]
 
     def rank(self, row: Row, column: str, place: int) -> int | None:
-        """Of a value of a cell among our rows, from 0; equal values share one. None where there is nothing to rank."""
-        values = [v.value for other in self.ours if (v := other.cells[column][place])]
+        """0 for the best and 1 for the second of the measured rows, as printed; None where there is no ranking."""
+        found = [other.cells[column][place] for other in self.rows if other.kind == "measured"]
+        printed = [_percent(value.value) for value in found if value]
         own = row.cells[column][place]
-        if not row.seeds or own is None or len(values) < 2:
+        if row.kind != "measured" or own is None or len(printed) < 2 or column in self.unlike:
             return None
-        return len({value for value in values if value > own.value + 1e-9})
+        return sorted(set(printed), key=float, reverse=True).index(_percent(own.value))
+
+    def shown(self, row: Row, column: str, text: Callable[[Value | None, int | None], str]) -> str:
+        """A cell, each of its values as `text` makes it of the value and its rank."""
+        values = row.cells[column]
+        return "/".join(text(v, self.rank(row, column, i)) for i, v in enumerate(values if any(values) else (None,)))
 
 
 def paper_table(name: str, runs: Sequence[Evaluation], options: Options) -> Table:
-    """One of TABLES of these runs. Raises ValueError where none of them measured any of its sets."""
-    form = FORMS[name]
-    values = list(form["values"])
-    of_task = name == "fusion"
-
-    def cell(run: Evaluation, column: str) -> Values:
-        if of_task:
-            return tuple(_value(run, [column], split, values[0]) for split in SPLITS)
-        return tuple(_value(run, form["metrics"], column, value) for value in values)
-
-    metrics = list(form["sets"]) if of_task else form["metrics"]
-    measured = dict.fromkeys(m if of_task else s for run in runs for s, m in run.results if m in metrics)
-    columns = [c for c in form["sets"] if c in measured] or list(measured)
-    if options.sets:
-        unknown = [c for c in options.sets if c not in measured]
-        require(not unknown, "--sets", unknown[:1], f"no run measured it for {name}; there are {', '.join(measured)}")
-        columns = list(options.sets)
+    """One of FORMS of these runs. Raises ValueError where none of them measured any of its sets."""
+    form, of_task = FORMS[name], name == "fusion"
+    measured = {key for run in runs for key in run.results if key[1] in form["metrics"]}
+    found = sorted({metric if of_task else set_name for set_name, metric in measured})
+    unknown = [c for c in options.sets if c not in found]
+    require(
+        not unknown, "--sets", unknown[:1], f"no run measured it for {name}; there are {', '.join(found) or 'none'}"
+    )
+    columns = list(options.sets) or [c for c in form["sets"] if c in found] or found
     if not columns:
         refuse("--tables", name, "no run has a result for it: measure the sets, or fine-tune the tasks, first")
-    merged = [(run, {c: cell(run, c) for c in columns}) for run in group_seeds(_with_methods(runs))]
-    ours = [Row(run.name, cells, len(run.seeds) or 1) for run, cells in merged if any(map(any, cells.values()))]
-    paper = []
-    for method, printed in form["paper"].items() if options.paper_rows else ():
-        there = {c: _printed(text) for c, text in zip(form["sets"], printed, strict=True) if c in columns}
-        if there:
-            nothing = (None,) * len(next(iter(there.values())))
-            paper.append(Row(f"{method} (paper)", {c: there.get(c, nothing) for c in columns}, 0))
-    common = [c for c in columns if all(all(row.cells[c]) for row in ours)]
+    # One kind of probe for all cells, or they could not be compared.
+    metric = next(m for m in form["metrics"] if of_task or any((c, m) in measured for c in columns))
+    keys = {c: [(split, c) for split in SPLITS] if of_task else [(c, metric)] for c in columns}
+
+    def cells(run: Evaluation) -> dict[str, Values]:
+        return {c: tuple(v for key in keys[c] for v in _values(run.results.get(key), form["values"])) for c in columns}
+
+    merged = [(run, cells(run)) for run in _with_methods(runs)]
+    merged = [(run, of) for run, of in merged if any(map(any, of.values()))]
+    ours = [of for run, of in merged if not run.model.get("published")]
+    common = [c for c in columns if ours and not of_task and all(all(of[c]) for of in ours)]
+    rows = []
+    for method, texts in form["paper"].items() if options.paper_rows else ():
+        printed = dict(zip(form["sets"], map(_printed, texts), strict=True))
+        if printed.keys() & set(columns):
+            rows.append(Row(f"{method} (paper)", {c: printed.get(c, (None,)) for c in columns}, "paper"))
+    for run, of in merged:
+        published = bool(run.model.get("published"))
+        rows.append(Row(run.name, of, "published" if published else "measured", len(run.seeds) or 1))
     labels = {c: form["sets"].get(c, c) for c in columns}
-    caption = f"{form['title']}: {'/'.join(form['values'].values())} in percent, {form['about']}."
-    if len(common) > 1 and not of_task:
-        labels[AVERAGE] = "Average"
-        for row in (*ours, *paper):
-            row.cells[AVERAGE] = _average([row.cells[c] for c in common])
+    notes = [f"Without {labels[c]}: {', '.join(lacking)}." for c in columns if (lacking := _lacking(c, merged))]
+    unlike = [c for c in columns if any(len(_fingerprints(merged, key)) > 1 for key in keys[c])]
+    if unlike:
+        notes.append(f"Not the same data in all rows, so unmarked: {', '.join(labels[c] for c in unlike)}.")
+    for run, _ in merged:
+        partly = [
+            labels[c]
+            for c in columns
+            for key in keys[c]
+            if 0 < sum(key in s.results for s in run.seeds) < len(run.seeds)
+        ]
+        notes += [f"Not of all seeds: {run.name} on {', '.join(dict.fromkeys(partly))}."] if partly else []
+    if metric == "zero_shot" and any(row.kind == "published" for row in rows):
+        notes.append("Published rows: the ensemble of templates.")
+    if len(common) > 1:
+        labels["average"] = "Average"
+        of_seeds = {run.name: [_average(cells(seed), common) for seed in run.seeds] for run, _ in merged}
+        for row in rows:
+            row.cells["average"] = _with_deviation(_average(row.cells, common), of_seeds.get(row.name, []))
         if len(common) < len(columns):
-            caption += f" Average over what all rows have: {', '.join(labels[c] for c in common)}."
-    if any(row.seeds > 1 for row in ours):
-        caption += " ±: standard deviation over seeds."
-    if options.intervals:
-        caption += " Brackets: 95 % intervals over the images, of one seed."
-    return Table(name, caption, labels, ours, paper, common)
+            notes.append(f"Average over what all measured rows have: {', '.join(labels[c] for c in common)}.")
+    notes += ["±: standard deviation over seeds."] if any(row.seeds > 1 for row in rows) else []
+    notes += ["Brackets: 95 % intervals over the samples, of one seed."] if options.intervals else []
+    caption = f"{form['title']}: {'/'.join(form['values'].values())} in percent, {form['about'].get(metric)}."
+    parts = SPLITS if of_task else tuple(form["values"].values())
+    return Table(name, " ".join([caption, *notes]), labels, parts, rows, unlike)
 
 
-def _value(run: Evaluation, metrics: Sequence[str], set_name: str, value: str) -> Value | None:
-    for metric in metrics:
-        result = run.results.get((set_name, metric))
-        found = result and (result.values.get(value) or result.values.get(value.rpartition("/")[2]))
-        if found:
-            return found
-    return None
+def _values(result: Result | None, names: Sequence[str]) -> Values:
+    """The values of these names; of zero-shot classification by the first template, or by the ensemble alone."""
+    of = result.values if result else {}
+    group = next((group for group in ("", "first/", "ensemble/") if any(group + name in of for name in names)), "")
+    return tuple(of.get(group + name) for name in names)
 
 
 def _printed(text: str | float) -> Values:
     return tuple(share(float(number) / 100) for number in str(text).split("/"))
 
 
-def _average(cells: Sequence[Values]) -> Values:
-    places = zip(*cells, strict=True)
+def _lacking(column: str, merged: Sequence[tuple[Evaluation, dict[str, Values]]]) -> list[str]:
+    return [run.name for run, cells in merged if not any(cells[column])]
+
+
+def _fingerprints(merged: Sequence[tuple[Evaluation, dict[str, Values]]], key: tuple[str, str]) -> set[str | None]:
+    ours = [run.results for run, _ in merged if not run.model.get("published")]
+    return {results[key].fingerprint for results in ours if key in results}
+
+
+def _average(cells: dict[str, Values], columns: Sequence[str]) -> Values:
+    """Over columns, by place in the cell; None for a place that one of them lacks."""
+    if not all(any(cells[c]) for c in columns):
+        return (None,)
+    places = zip(*(cells[c] for c in columns), strict=True)
     return tuple(share(np.mean([v.value for v in place if v])) if all(place) else None for place in places)
 
 
+def _with_deviation(average: Values, of_seeds: Sequence[Values]) -> Values:
+    if len(of_seeds) < 2 or not all(all(values) for values in of_seeds):
+        return average
+    spread = np.std([[value.value for value in values if value] for values in of_seeds], axis=0, ddof=1)
+    return tuple(v and replace(v, deviation=float(d)) for v, d in zip(average, spread, strict=True))
+
+
 def _with_methods(runs: Sequence[Evaluation]) -> list[Evaluation]:
-    """The runs, those called by their methods where each then has a name of its own, but for seeds."""
-    named = [Evaluation(r.folder, method_of(r.model.get("recipe")) or r.name, r.model, r.results) for r in runs]
-    merged = [run.name for run in group_seeds(named)]
-    return [b if merged.count(b.name) < 2 else a for a, b in zip(runs, named, strict=True)]
+    """The runs, seeds made one, by the name of their method; where several have one method, their own behind it."""
+    merged = group_seeds(runs)
+    methods = [method_of((run.seeds or (run,))[0].model.get("recipe")) for run in merged]
+    titles = [METHODS.get(method, method) if method else run.name for run, method in zip(merged, methods, strict=True)]
+    names = [
+        title if titles.count(title) < 2 else f"{title} ({run.name})" for run, title in zip(merged, titles, strict=True)
+    ]
+    return [replace(run, name=name) for run, name in zip(merged, names, strict=True)]
 
 
 def method_of(recipe: object) -> str | None:
-    """The method (config/recipes/methods) whose losses a recipe, given as YAML, has on; None if there is none."""
+    """The method (config/recipes/methods) whose losses a recipe, given as YAML, has on; None if there is none.
+
+    Fields that the method does not name, such as the bridge's t, may differ.
+    """
     try:
         losses = parse_yaml(str(recipe).encode())["losses"]
         on = {name for name, loss in losses.items() if loss["weight"]}
@@ -153,155 +209,158 @@ def method_of(recipe: object) -> str | None:
         return None
     for path in sorted((RECIPES / "methods").glob("*.yaml")):
         wanted = read_recipe_file(path)["losses"]
-        if wanted.keys() == on and all(
-            losses[name].get(key) == value for name, loss in wanted.items() for key, value in loss.items()
-        ):
+        named = [(losses.get(name, {}).get(key), value) for name, loss in wanted.items() for key, value in loss.items()]
+        if wanted.keys() == on and all(own == value for own, value in named):
             return path.stem
     return None
 
 
-def load_runs(folders: Sequence[Path]) -> list[Evaluation]:
-    """Evaluation folders, and the results of fine-tuned runs joined by the pre-training that they started from."""
-    found: dict[Path, Evaluation] = {}
-    for folder in folders:
-        if (folder / "model.json").is_file():
-            found[folder] = load_evaluation(folder)
-            continue
-        start, recipe = _pretraining_of(folder)
-        run = found.setdefault(start, Evaluation(start, start.name, {"name": "fine-tuned", "recipe": recipe}))
-        results = [Result.load(folder / f"{split}.json") for split in SPLITS if (folder / f"{split}.json").is_file()]
-        if (folder / "metrics.json").is_file() and "test" not in {result.set for result in results}:
-            content = read_json(folder / "metrics.json").get("results", {})
-            results += [from_json(result, folder / "metrics.json") for result in content.values()]
-        if not results:
-            refuse("report", str(folder), "holds no results: `evaluate.py task --checkpoint` measures a fine-tuned run")
-        run.results.update({(result.set, result.metric): result for result in results})
-    return list(found.values())
+def load_runs(folders: Sequence[Path], beside: Sequence[Path] = ()) -> list[Evaluation]:
+    """Evaluations, fine-tuned runs joined by the pre-training that they started from, and published results.
+
+    Raises ValueError or FileNotFoundError naming the folder that is neither, or that stands for what another one does.
+    """
+    evaluations = [folder for folder in folders if (folder / "model.json").is_file()]
+    loaded = load_evaluations(evaluations) if evaluations else []
+    tuned: dict[tuple[Path, object], Evaluation] = {}
+    for folder in (folder for folder in folders if folder not in evaluations):
+        start, recipe, seed = _pretraining_of(folder)
+        model = {"name": "fine-tuned", "recipe": yaml.safe_dump(recipe), "commands": []}
+        run = tuned.setdefault((start, seed), Evaluation(start, start.name, model))
+        for result in _task_results(folder):
+            if (result.set, result.metric) in run.results:
+                what = f"{result.metric} of {start.name} with seed {seed}"
+                refuse("report", str(folder), f"a second {result.set} of {what}: give one of the two, or another seed")
+            run.results[result.set, result.metric] = result
+    return [*loaded, *tuned.values(), *read_benchmark(beside)]
 
 
-def _pretraining_of(run: Path) -> tuple[Path, str]:
-    """The run that a fine-tuned one started from, through those between them, and its recipe."""
-    recipe = ""
-    while checkpoint := find(str(run), run, "report"):
-        recipe = (checkpoint / "recipe.yaml").read_text()
-        before = parse_yaml(recipe.encode()).get("init")
-        if not isinstance(before, str) or not Path(before).expanduser().is_dir():
-            return (run, recipe) if before is None else (Path(before), recipe)
+def _task_results(folder: Path) -> list[Result]:
+    """What `evaluate.py task` wrote as SPLIT.json, and the test split as training itself measured it."""
+    results = [Result.load(path) for split in SPLITS if (path := folder / f"{split}.json").is_file()]
+    whole = folder / "metrics.json"
+    if whole.is_file() and "test" not in {result.set for result in results}:
+        results += [from_json({**result}, whole) for result in read_json(whole).get("results", {}).values()]
+    if not results:
+        refuse("report", str(folder), "has neither model.json nor SPLIT.json: `evaluate.py full` or `task` measures")
+    return results
+
+
+def _pretraining_of(folder: Path) -> tuple[Path, dict[str, Any], object]:
+    """The pre-training that a fine-tuned run started from, through those between them; its recipe, which holds all
+    seeds on the way as one; and the seed of the run itself."""
+    seeds: list[object] = []
+    run, recipe = folder, dict[str, Any]()
+    while (run / "checkpoints").is_dir() or (run / "state.json").is_file():
+        run = run.parents[1] if (run / "state.json").is_file() and run.parent.name == "checkpoints" else run
+        if not (checkpoint := find(str(run), run, "report")):
+            break
+        recipe = parse_yaml((checkpoint / "recipe.yaml").read_bytes())
+        seeds.append(recipe.get("train", {}).get("seed"))
+        if not isinstance(before := recipe.get("init"), str):
+            break
         run = Path(before).expanduser()
-    refuse("report", str(run), "is no evaluation folder and no run with a checkpoint")
+    kept = recipe if "init" not in recipe else {"start": str(run)}  # published weights have no recipe
+    return run, kept | {"train": kept.get("train", {}) | {"seed": str(seeds)}}, seeds[0] if seeds else None
 
 
-def markdown(table: Table, options: Options) -> str:
-    """The table as Markdown, its caption first."""
+def markdown(made: Table, options: Options) -> str:
+    """The table as Markdown, its caption first, columns aligned for the terminal."""
 
-    def shown(value: Value | None, rank: int | None) -> str:
-        text = "\u2013" if value is None else _percent(value)
-        text = f"**{text}**" if rank == 0 else f"<u>{text}</u>" if rank == 1 else text
-        return text + _beside(value, options, " ± {}", " [{}, {}]")
+    def text(value: Value | None, rank: int | None) -> str:
+        if value is None:
+            return "\u2013"
+        shown = {0: "**{}**", 1: "<u>{}</u>"}.get(-1 if rank is None else rank, "{}").format(_percent(value.value))
+        shown += f" ± {_percent(value.deviation)}" if value.deviation is not None else ""
+        return shown + (f" [{bounds}]" if (bounds := _bounds(value, options)) else "")
 
-    lines = [["", *table.columns.values()], ["---", *("---:" for _ in table.columns)]]
-    lines += [[row.name.replace("|", "\\|"), *_cells(table, row, shown)] for row in (*table.paper, *table.ours)]
-    return f"{table.caption}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    def plain(name: str) -> str:
+        return re.sub(r"([\\|*`<\[\]])|(?<!\w)_|_(?!\w)", r"\\\g<0>", printable(" ".join(name.split())))
 
-
-def latex(table: Table, options: Options) -> str:
-    """The table as LaTeX, never wider than the page; the preamble needs PREAMBLE."""
-
-    def shown(value: Value | None, rank: int | None) -> str:
-        text = "--" if value is None else _percent(value)
-        text = f"\\textbf{{{text}}}" if rank == 0 else f"\\underline{{{text}}}" if rank == 1 else text
-        return text + _beside(value, options, r"{{\scriptsize\,$\pm$\,{}}}", r"{{\scriptsize\,[{}, {}]}}")
-
-    wide = "*" if len(table.columns) * len(next(iter(table.ours[0].cells.values()))) > 5 else ""
-    lines = [
-        f"\\begin{{table{wide}}}",
-        r"  \centering\small",
-        f"  \\caption{{{escaped(table.caption)}}}",
-        f"  \\label{{tab:{table.name}}}",
-        r"  \begin{adjustbox}{max width=\linewidth}",
-        f"  \\begin{{tabular}}{{l{'c' * len(table.columns)}}}",
-        r"    \toprule",
-        "    " + " & ".join(["", *map(escaped, table.columns.values())]) + r" \\",
-        r"    \midrule",
-    ]
-    for rows in (table.paper, table.ours):
-        for row in rows:
-            cells = [f"{{}}{escaped(row.name)}", *_cells(table, row, shown)]
-            cells = cells if row.seeds else [f"\\textcolor{{gray}}{{{cell}}}" for cell in cells]
-            lines.append("    " + " & ".join(cells) + r" \\")
-        lines += [r"    \midrule"] if rows is table.paper and rows else []
-    return "\n".join(
-        [*lines, r"    \bottomrule", r"  \end{tabular}", r"  \end{adjustbox}", f"\\end{{table{wide}}}", ""]
-    )
+    rows = [["", *map(plain, made.columns.values())]]
+    rows += [[plain(row.name), *(made.shown(row, c, text) for c in made.columns)] for row in made.rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    rule = " | ".join("-" * max(3, width) for width in widths)
+    return f"{plain(made.caption)}\n\n" + "".join(f"| {line} |\n" for line in (lines[0], rule, *lines[1:]))
 
 
-def _cells(table: Table, row: Row, shown: Callable[[Value | None, int | None], str]) -> list[str]:
-    def cell(column: str, values: Values) -> str:
-        if not any(values):
-            return shown(None, None)
-        return "/".join(shown(value, table.rank(row, column, place)) for place, value in enumerate(values))
+def latex(made: Table, options: Options) -> str:
+    """The table as LaTeX, never wider than the page; the preamble needs PACKAGES."""
 
-    return [cell(column, row.cells[column]) for column in table.columns]
+    def text(value: Value | None, rank: int | None) -> str:
+        if value is None:
+            return "--"
+        shown = {0: r"\textbf{%s}", 1: r"\underline{%s}"}.get(-1 if rank is None else rank, "%s") % _percent(
+            value.value
+        )
+        spread = value.deviation
+        return shown if spread is None else f"{shown}{{\\scriptsize\\,$\\pm$\\,{_percent(spread)}}}"
+
+    lines, before = [], ""
+    for row in made.rows:
+        bounds = [
+            "/".join(f"[{b}]" if v and (b := _bounds(v, options)) else "" for v in row.cells[c]) for c in made.columns
+        ]
+        cells = [made.shown(row, c, text) for c in made.columns]
+        below = [of.strip("/") for of in bounds] if options.intervals else ()
+        lines.append(Line(row.name, cells, below, row.kind == "paper", row.kind != before))
+        before = row.kind
+    return table(made.name, made.caption, [Block([*map(escaped, made.columns.values())], lines)])
 
 
-def _percent(value: Value) -> str:
-    return f"{100 * value.value:.2f}"
+def _percent(value: float) -> str:
+    return f"{100 * value:.2f}"
 
 
-def _beside(value: Value | None, options: Options, spread: str, interval: str) -> str:
-    if value is None:
-        return ""
-    if value.deviation is not None:
-        return spread.format(f"{100 * value.deviation:.2f}")
-    if options.intervals and value.low is not None and value.high is not None:
-        return interval.format(f"{100 * value.low:.2f}", f"{100 * value.high:.2f}")
-    return ""
+def _bounds(value: Value, options: Options) -> str:
+    shown = options.intervals and value.deviation is None and value.low is not None and value.high is not None
+    return f"{_percent(value.low)}, {_percent(value.high)}" if shown else ""  # type: ignore[arg-type]
 
 
-def csv_lines(tables: Sequence[Table]) -> str:
-    """All tables as CSV, a line a value, shares from 0 to 1."""
+def csv_lines(made: Sequence[Table]) -> str:
+    """All tables as CSV, a line a value, shares from 0 to 1. rank: 1 for the best of the measured rows."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["table", "row", "set", "place", "value", "low", "high", "deviation", "seeds"])
-    for table in tables:
-        for row in (*table.paper, *table.ours):
-            for column, values in row.cells.items():
-                for place, v in enumerate(values, 1):
-                    if v is not None:
-                        numbers = (v.value, v.low, v.high, v.deviation, row.seeds)
-                        writer.writerow([table.name, as_cell(row.name), as_cell(column), place, *numbers])
+    writer.writerow(["table", "row", "kind", "set", "name", "value", "low", "high", "deviation", "seeds", "rank"])
+    for of, row in ((one, row) for one in made for row in one.rows):
+        for column, values in row.cells.items():
+            for place, v in enumerate(values):
+                if v is not None:
+                    rank = of.rank(row, column, place)
+                    names = (of.name, as_cell(row.name), row.kind, as_cell(column), of.parts[place])
+                    ranked = None if rank is None else rank + 1
+                    writer.writerow([*names, v.value, v.low, v.high, v.deviation, row.seeds, ranked])
     return text.getvalue()
 
 
-def write_paper_tables(names: Sequence[str], folders: Sequence[Path], out: Path, options: Options) -> str:
+def write_paper_tables(names: Sequence[str], runs: Sequence[Evaluation], out: Path, options: Options) -> str:
     """Write OUT-tables.md, .tex and .csv, and .pdf where pdflatex or tectonic is there. Returns them as Markdown."""
-    runs = load_runs(folders)
-    tables = [paper_table(name, runs, options) for name in names]
-    shown = "\n".join(markdown(table, options) for table in tables)
-    body = "\n".join(latex(table, options) for table in tables)
-    texts = {"md": shown, "tex": f"% The preamble needs {PREAMBLE}.\n{body}", "csv": csv_lines(tables)}
-    for kind, text in texts.items():
-        with atomic_write(out.with_name(f"{out.name}-tables.{kind}")) as file:
-            file.write(text.encode())
-    pdf = compiled(body)
-    if pdf is not None:
-        with atomic_write(out.with_name(f"{out.name}-tables.pdf")) as file:
-            file.write(pdf)
-    kinds = [*texts, *(["pdf"] if pdf else [])]
+    stem = out.with_suffix("") if out.suffix == ".html" else out
+    made = [paper_table(name, runs, options) for name in names]
+    shown = "\n".join(markdown(of, options) for of in made)
+    body = "\n".join(latex(of, options) for of in made)
+    pdf = compiled(body)[0]
+    contents = {"md": shown.encode(), "tex": f"% The preamble needs {PACKAGES}.\n{body}".encode()}
+    contents |= {"csv": csv_lines(made).encode()} | ({"pdf": pdf} if pdf else {})
+    for kind, content in contents.items():
+        with atomic_write(stem.with_name(f"{stem.name}-tables.{kind}")) as file:
+            file.write(content)
     without = "" if pdf else "; no PDF, since neither pdflatex nor tectonic compiled it"
-    return f"{shown}\npaper's tables: {out}-tables.{{{','.join(kinds)}}}{without}"
+    return f"{shown}\ntables: {stem}-tables.{{{','.join(contents)}}}{without}"
 
 
-def compiled(body: str) -> bytes | None:
-    """Tables in two columns as CVPR sets them, as PDF; None without a TeX that has the packages."""
-    size = r"\usepackage[letterpaper,textwidth=6.875in,textheight=8.875in,columnsep=0.3125in]{geometry}"
-    document = f"\\documentclass[10pt,twocolumn]{{article}}\n{size}\n{PREAMBLE}\n\\begin{{document}}\n"
+def compiled(body: str) -> tuple[bytes | None, str]:
+    """Tables in two columns as CVPR sets them, as PDF, and what TeX said; None without a TeX that has the packages."""
+    document = f"\\documentclass[10pt,twocolumn]{{article}}\n\\usepackage[{PAGE}]{{geometry}}\n{PACKAGES}\n"
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "tables.tex")
-        source.write_text(f"{document}{body}\n\\end{{document}}\n")
-        for command in (["pdflatex", "-interaction=nonstopmode", "-halt-on-error"], ["tectonic"]):
+        source.write_text(f"{document}\\begin{{document}}\n{body}\n\\end{{document}}\n")
+        for command in (["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "-no-shell-escape"], ["tectonic"]):
             if shutil.which(command[0]):
-                subprocess.run([*command, source.name], cwd=folder, capture_output=True, timeout=300, check=False)
-            if source.with_suffix(".pdf").is_file():
-                return source.with_suffix(".pdf").read_bytes()
-    return None
+                done = subprocess.run(
+                    [*command, source.name], cwd=folder, capture_output=True, timeout=300, check=False
+                )
+                if source.with_suffix(".pdf").is_file():
+                    return source.with_suffix(".pdf").read_bytes(), done.stdout.decode(errors="replace")
+    return None, ""

@@ -6,6 +6,7 @@ OUT.tex            the same as LaTeX tables
 OUT.json           {"schema": 1, "runs": [{"name": the short name, "folder": …, "model": model.json, "results": [RESULT,
                    …]}, …]}; a RESULT is what evaluation/result.py writes as METRIC.json. Every seed is a run
 OUT-figures/       every plot as PDF and PNG, 3.25 inches wide
+OUT-benchmark/     zero-shot, retrieval and probe in the formats of CLIP_benchmark, JSON and CSV
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ from markupsafe import Markup
 
 from modstruct.evaluation.result import Result
 from modstruct.files import atomic_write, require_writable
+from modstruct.reporting.clip_benchmark import benchmark_files, read_benchmark
 from modstruct.reporting.comparison import ALPHA, Row, Section, compare, group_seeds
 from modstruct.reporting.examples import galleries
+from modstruct.reporting.latex import latex_tables
 from modstruct.reporting.loading import Evaluation, load_evaluations
 from modstruct.reporting.plots import Plot, planes, plots
-from modstruct.reporting.tables import csv_table, latex_tables, shown
+from modstruct.reporting.tables import csv_table, shown
 
 HERE = Path(__file__).parent
 SCHEMA = 1
@@ -47,26 +50,30 @@ class ReportFiles:
     tex: Path
     json: Path
     figures: Path
+    benchmark: Path
 
     def __str__(self) -> str:
-        beside = (self.csv, self.tex, self.json, self.figures)
+        beside = (self.csv, self.tex, self.json, self.figures, self.benchmark)
         return f"report: {self.html}\nbeside it: {', '.join(path.name for path in beside)}"
 
 
-def write_report(folders: Sequence[str | Path], out: str | Path, with_interval: bool = True) -> ReportFiles:
+def write_report(
+    folders: Sequence[str | Path], out: str | Path, with_interval: bool = True, beside: Sequence[Path] = ()
+) -> ReportFiles:
     """Compare evaluation folders on one page, OUT.html, with the files of this module's docstring beside it.
 
     folders: one for each run, in the order of the columns; runs that differ in their seed alone share one. out: with or
-    without ".html". with_interval: whether tables show intervals. No file is written before all are made. Raises
+    without ".html". with_interval: whether tables show intervals. beside: files of CLIP_benchmark, whose models become
+    runs. No file is written before all are made. Raises
     FileNotFoundError or ValueError naming the file that is missing or broken, and the remedy.
     """
     out = Path(out).expanduser()
     stem = out.with_suffix("") if out.suffix == ".html" else out
     require_writable("--out", stem.parent)
-    endings = (".html", ".csv", ".tex", ".json", "-figures")
+    endings = (".html", ".csv", ".tex", ".json", "-figures", "-benchmark")
     files = ReportFiles(*(stem.with_name(stem.name + ending) for ending in endings))
     loaded = load_evaluations(folders)
-    runs = group_seeds(loaded)
+    runs = [*group_seeds(loaded), *read_benchmark(beside)]
     sections = compare(runs)
     drawn = {section.metric: plots(section, runs) for section in sections} | {"planes": planes(runs)}
     texts = {
@@ -78,7 +85,9 @@ def write_report(folders: Sequence[str | Path], out: str | Path, with_interval: 
     contents = {path: text.encode("utf-8", errors="replace") for path, text in texts.items()}
     for plot in (plot for of_section in drawn.values() for plot in of_section):
         contents |= {files.figures / f"{plot.name}.{kind}": data for kind, data in plot.files.items()}
-    files.figures.mkdir(exist_ok=True)
+    contents |= {files.benchmark / name: text.encode() for name, text in benchmark_files(loaded).items()}
+    for folder in (files.figures, files.benchmark):
+        folder.mkdir(exist_ok=True)
     for path, data in contents.items():
         with atomic_write(path) as file:
             file.write(data)

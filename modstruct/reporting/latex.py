@@ -1,0 +1,196 @@
+"""LaTeX of tables that fit a page of two columns, and of texts of others, which compile whatever they hold.
+
+Rows are runs. A table whose columns do not fit is cut into blocks below each other, one of more rows than a page holds
+into several tables; what is still too wide is scaled down.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+from unicodedata import normalize
+
+from modstruct.reporting.comparison import Cell, Group, Row, Section
+from modstruct.reporting.loading import Evaluation
+from modstruct.reporting.tables import shown
+
+PACKAGES = r"\usepackage{booktabs,graphicx,xcolor}"
+LONGEST_GROUP = 24
+"""Longest group in a table; longer ones (a value for each class) are left to the CSV."""
+WIDE, NARROW = 125, 56
+"""Characters across a page and across a column, at \\footnotesize."""
+ROWS, LINES = 20, 44
+"""Rows of a block, and lines of a table, that a page holds."""
+UNBROKEN = 22
+"""Characters of a word before a line may break in it."""
+FITTED = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"
+SPECIAL = {
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\u2192": r"$\to$",
+    "\u2212": "$-$", "\u2013": "--", "\u2014": "---", "\u00b7": r"$\cdot$", "\u2026": r"\dots{}", "<": "$<$",
+    ">": "$>$", "|": "$|$", "\u2018": "`", "\u2019": "'", "\u201c": "``", "\u201d": "''", "\u00d7": r"$\times$",
+    "\u00b1": r"$\pm$", "\u00b0": r"$^\circ$", "\u03bc": r"$\mu$", "\u00b5": r"$\mu$", "\u00df": r"\ss{}",
+    "\u00e6": r"\ae{}", "\u00c6": r"\AE{}", "\u00f8": r"\o{}", "\u00d8": r"\O{}", "\u0142": r"\l{}",
+    "\u0141": r"\L{}",
+} | {c: f"\\{c}" for c in "&%$#_{}"}  # fmt: skip
+ACCENTS = {
+    "\u0300": "`", "\u0301": "'", "\u0302": "^", "\u0303": "~", "\u0304": "=", "\u0306": "u", "\u0307": ".",
+    "\u0308": '"', "\u030a": "r", "\u030b": "H", "\u030c": "v", "\u0323": "d", "\u0327": "c", "\u0328": "k",
+}  # fmt: skip
+"""Combining characters -> LaTeX's commands."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of a table. name: text; cells: LaTeX; below: LaTeX that stands small under the cells."""
+
+    name: str
+    cells: Sequence[str]
+    below: Sequence[str] = ()
+    grey: bool = False
+    ruled: bool = False
+    """Whether a rule stands above it."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Lines under one head. head, title: LaTeX."""
+
+    head: Sequence[str]
+    lines: Sequence[Line]
+    title: str = ""
+
+    @cached_property
+    def widths(self) -> list[int]:
+        """Characters of the names and of each column with the space before it, about."""
+        texts = [self.head, *(line.cells for line in self.lines), *(line.below for line in self.lines if line.below)]
+        columns = ([len(re.sub(r"\\[a-zA-Z]+|[{}$\\]", "", text)) for text in of] for of in zip(*texts, strict=True))
+        return [max(len(line.name) for line in self.lines), *(2 + max(column) for column in columns)]
+
+    def cut(self) -> Iterator[Block]:
+        """The block in parts that a page holds, by columns and by rows."""
+        name, *widths = self.widths
+        starts, used = [0], name
+        for i, width in enumerate(widths):
+            if used + width > WIDE and i > starts[-1]:
+                starts, used = [*starts, i], name
+            used += width
+        for first, last in pairwise([*starts, len(widths)]):
+            for top in range(0, len(self.lines), ROWS):
+                lines = [
+                    replace(line, cells=line.cells[first:last], below=line.below[first:last])
+                    for line in self.lines[top : top + ROWS]
+                ]
+                yield Block(self.head[first:last], lines, "" if first or top else self.title)
+
+    def latex(self) -> Iterator[str]:
+        if self.title:
+            yield f"{{\\raggedright {self.title}\\par}}\\smallskip"
+        yield FITTED
+        yield f"\\begin{{tabular}}{{l{'c' * len(self.head)}}}"
+        yield r"\toprule"
+        yield " & ".join(["", *self.head]) + r" \\"
+        for i, line in enumerate(self.lines):
+            grey = "\\textcolor{gray}{%s}" if line.grey else "%s"
+            # {}: else a name that begins with [ or * would be an argument of the line break before it.
+            yield (
+                (r"\midrule " if line.ruled or not i else "")
+                + "{}"
+                + " & ".join(grey % cell for cell in (escaped(line.name), *line.cells))
+                + r" \\"
+            )
+            if any(line.below):
+                yield " & ".join(["", *(f"\\scriptsize {text}" if text else "" for text in line.below)]) + r" \\"
+        yield r"\bottomrule"
+        yield r"\end{tabular}}\par\smallskip"
+
+
+def table(label: str, caption: str, blocks: Sequence[Block]) -> str:
+    """Blocks as one table, or several where they are longer than a page. label, caption: texts."""
+    parts, lines = [list[Block]()], 0
+    for block in (part for whole in blocks for part in whole.cut()):
+        size = 3 + sum(1 + any(line.below) for line in block.lines)
+        if parts[-1] and lines + size > LINES:
+            parts, lines = [*parts, []], 0
+        parts[-1].append(block)
+        lines += size
+    made = []
+    for i, part in enumerate(parts):
+        kind = "table" if max(sum(block.widths) for block in part) <= NARROW else "table*"
+        name = f"\\label{{tab:{re.sub('[^a-z0-9]+', '-', label.lower())}}}" if not i else ""
+        made += [f"\\begin{{{kind}}}[tp]", r"\centering\footnotesize\sloppy\setlength{\tabcolsep}{4pt}"]
+        made += [f"\\caption{{{escaped(caption)}{' (Continued.)' if i else ''}}}{name}"]
+        made += [text for block in part for text in block.latex()] + [f"\\end{{{kind}}}", ""]
+    return "\n".join(made)
+
+
+def latex_tables(sections: Sequence[Section], runs: Sequence[Evaluation], with_interval: bool = True) -> str:
+    """A table for each section: runs as rows, metrics as columns; marked values are bold, intervals small below."""
+    parts = [f"% Tables of a modstruct report. The preamble needs {PACKAGES}.\n"]
+    for section in sections:
+        legend = f"{section.title}. Shares in percent{', 95 % intervals below' if with_interval else ''}."
+        if any(row.marked for row in section.rows):
+            legend += " Bold: the best, and what is not shown to be worse than it."
+        if any(cell.value.deviation is not None for row in section.rows for cell in row.cells.values()):
+            legend += " ±: standard deviation over draws or seeds."
+        parts.append(table(section.metric, legend, [_of_group(group, runs, with_interval) for group in section.groups]))
+    return "\n\\clearpage\n".join(parts)
+
+
+def _of_group(group: Group, runs: Sequence[Evaluation], with_interval: bool) -> Block:
+    rows = group.rows if len(group.rows) <= LONGEST_GROUP else ()
+    title = f"\\emph{{{escaped(group.title)}}}{f' -- {escaped(group.note)}' if group.note else ''}"
+    if not rows:
+        title += f" -- {len(group.rows)} metrics: see the CSV file"
+    lower = r"\,$\downarrow$"
+    head = [escaped(row.label) + (lower if row.like.higher_is_better is False else "") for row in rows]
+    lines = []
+    for i, run in enumerate(runs):
+        cells, below = [], []
+        for row in rows:
+            cell = row.cells.get(i)
+            cells.append("--" if cell is None else _cell(cell, row))
+            bounds = (cell.value.low, cell.value.high) if cell and with_interval else (None, None)
+            found = [escaped(shown(bound, row.like.unit)) for bound in bounds if bound is not None]
+            below.append(f"[{', '.join(found)}]" if len(found) == 2 else "")
+        if any(i in row.cells for row in group.rows):
+            lines.append(Line(run.name, cells, below))
+    if any(row.like.chance is not None for row in rows):
+        chances = [row.like.chance for row in rows]
+        texts = ["" if c is None else escaped(shown(c, row.like.unit)) for c, row in zip(chances, rows, strict=True)]
+        lines.append(Line("chance", texts, grey=True, ruled=True))
+    return Block(head, lines, title)
+
+
+def _cell(cell: Cell, row: Row) -> str:
+    text = escaped(shown(cell.value.value, row.like.unit))
+    text = f"\\textbf{{{text}}}" if cell.marked else text
+    deviation = cell.value.deviation
+    return (
+        text if deviation is None else f"{text}{{\\scriptsize\\,$\\pm$\\,{escaped(shown(deviation, row.like.unit))}}}"
+    )
+
+
+def escaped(text: str) -> str:
+    """Text as LaTeX prints it, on one line, in ASCII: accents as commands, what has none by its code point. A long word
+    may be broken."""
+    made, since = [], 0
+    for character in " ".join(text.split()):
+        latex = SPECIAL.get(character) or _in_ascii(character)
+        since = 0 if latex == " " else since + (7 if "texttt" in latex else 1)
+        if since > UNBROKEN:
+            made.append(r"\allowbreak{}")
+            since = 0
+        made.append(latex)
+    return "".join(made)
+
+
+def _in_ascii(character: str) -> str:
+    if " " <= character <= "~":
+        return character
+    letter, *accents = list(normalize("NFD", character))
+    if letter.isascii() and letter.isalpha() and len(accents) == 1 and accents[0] in ACCENTS:
+        return f"\\{ACCENTS[accents[0]]}{{{letter}}}"
+    return f"\\texttt{{U+{ord(character):04X}}}"
