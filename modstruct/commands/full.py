@@ -39,7 +39,7 @@ def main(words: Sequence[str]) -> None:
         out = Path(options.out).expanduser()
         with held(out, "--out"), stage("what was embedded and measured is kept; the same command does the rest"):
             embed(recipe, options, ["evaluate.py", "full", *words])
-            problems = measure(out, MeasureConfig(), METRICS, [str(out)])
+            problems = measure(out, MeasureConfig(), [*METRICS], [str(out)])
             on_main(lambda: print(write_report([out], out / "report")))
             require_all(problems)
 

@@ -133,7 +133,12 @@ def measure(out: Path, config: MeasureConfig, metrics: Sequence[str], words: Seq
 
     noted = on_main(lambda: read_model(out))
     opened = {name: EmbeddedSet.open(out / "embeddings" / name) for name in noted["sets"]}
-    on_main(lambda: [embedded.check() for embedded in opened.values()])  # or damage is found hours later
+
+    def check() -> None:
+        for embedded in opened.values():
+            embedded.check()
+
+    on_main(check)  # or damage is found hours later
     beside = splits_beside(list(opened))
     for split_set, (name, split) in beside.items():
         opened[name].splits[split] = opened[split_set]
@@ -193,8 +198,9 @@ def _measure_one(kind: str, path: Path, embedded: EmbeddedSet, config: MeasureCo
     _print(f"{title} …")
     started = time.monotonic()
     result = measure_it(embedded, getattr(config, section))
-    about = {"command": ("evaluate.py", "measure", *words), "embeddings": identity(embedded)}
-    on_main(lambda: replace(result, seconds=round(time.monotonic() - started, 3), **about).save(path))
+    seconds, command = round(time.monotonic() - started, 3), ("evaluate.py", "measure", *words)
+    result = replace(result, seconds=seconds, command=command, embeddings=identity(embedded))
+    on_main(lambda: result.save(path))
 
 
 def _measured(path: Path) -> str | None:

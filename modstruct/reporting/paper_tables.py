@@ -32,7 +32,7 @@ from modstruct.reporting.latex import PACKAGES, Block, Line, escaped, table
 from modstruct.reporting.loading import Evaluation, load_evaluations
 from modstruct.reporting.tables import as_cell
 
-FORMS = read_yaml(Path(__file__).parent / "paper_tables.yaml")
+FORMS: Any = read_yaml(Path(__file__).parent / "paper_tables.yaml")
 METHODS = {"clip": "CLIP", "clip_inmodal": "CLIP + in-modal", "cyclip": "CyCLIP", "siglip": "SigLIP", "albef": "ALBEF"}
 METHODS |= {"sep": "Sep", "br": "Br", "gc": "GC", "all": "Sep + Br + GC", "albef_all": "ALBEF + Sep + Br + GC"}
 METHODS |= {f"albef_{name}": f"ALBEF + {METHODS[name]}" for name in ("sep", "br", "gc")}
@@ -255,7 +255,7 @@ def _pretraining_of(folder: Path) -> tuple[Path, dict[str, Any], object]:
         run = run.parents[1] if (run / "state.json").is_file() and run.parent.name == "checkpoints" else run
         if not (checkpoint := find(str(run), run, "report")):
             break
-        recipe = parse_yaml((checkpoint / "recipe.yaml").read_bytes())
+        recipe = read_recipe_file(checkpoint / "recipe.yaml")
         seeds.append(recipe.get("train", {}).get("seed"))
         if not isinstance(before := recipe.get("init"), str):
             break

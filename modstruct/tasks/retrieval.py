@@ -126,8 +126,8 @@ class Retrieval(Task[FusionModel, CaptionPair | CaptionedImage]):
         values = {name: value for name, value in found.values.items() if "/recall_at_" in name}
         values |= {f"matched_{name}": value for name, value in matched.values.items()}
         groups = {**found.groups, **{f"matched_{name}": label for name, label in matched.groups.items()}}
-        rows = {"images": len(image), "captions": len(captions)}
-        return replace(found, values=values, groups=groups, rows=rows), None
+        sizes = {"images": len(image), "captions": len(captions)}
+        return replace(found, values=values, groups=groups, rows=sizes), None
 
     def _images(self, entries: Sequence[CaptionedImage], batch: int, device: torch.device) -> Iterator[Tensor]:
         """This process's batches, all of whose images could be read a moment ago."""

@@ -90,9 +90,9 @@ def find_duplicates(
     for place in np.lexsort((pairs[:, 1], -np.nan_to_num(cosine), hamming, pairs[:, 0])):
         ways = {"hash": by_hash[place] or turned[place], "embedding": cosine[place] >= limits.cosine}
         one, other = pairs[place].tolist()
-        apart, near = (float(v[place]) if np.isfinite(v[place]) else None for v in (difference, cosine))
+        scores = [float(of[place]) if np.isfinite(of[place]) else None for of in (difference, cosine)]
         by = tuple(way for way, found_so in ways.items() if found_so)
-        listed.append(Pair(one, other, int(hamming[place]), apart, near, bool(turned[place]), by))
+        listed.append(Pair(one, other, int(hamming[place]), scores[0], scores[1], bool(turned[place]), by))
     return listed
 
 
