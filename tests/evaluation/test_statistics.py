@@ -9,8 +9,9 @@ from scipy import stats
 
 from modstruct.evaluation.statistics import (
     bootstrap_mean,
-    bootstrap_statistic,
+    holm,
     mean_interval,
+    median_interval,
     paired_difference,
     t_interval,
     wilson,
@@ -155,26 +156,25 @@ def test_models_that_never_differ_get_the_width_that_the_number_of_rows_allows()
     assert -result.low == result.high == pytest.approx(3.8414588 / (100 + 3.8414588))
 
 
-def test_the_interval_of_a_median_covers_it_as_often_as_it_says():
+@pytest.mark.parametrize("grouped", [False, True])
+def test_the_interval_of_a_median_covers_it_as_often_as_it_says(grouped):
     random = np.random.default_rng(12)
-    hits, trials = 0, 300
-    for trial in range(trials):
-        low, high = bootstrap_statistic(np.median, random.exponential(size=101), samples=200, seed=trial)
+    hits = 0
+    for trial in range(TRIALS):
+        values = random.exponential(size=101)
+        # Of groups of equal rows the interval is that of the groups.
+        values, groups = (np.repeat(values, 3), np.repeat(np.arange(101), 3)) if grouped else (values, None)
+        low, high = median_interval(values, samples=SAMPLES, seed=trial, groups=groups)
         hits += low <= math.log(2) <= high
-    assert abs(hits / trials - 0.95) < band(0.95, trials)
+    assert abs(hits / TRIALS - 0.95) < band(0.95)
 
 
-def test_a_statistic_of_groups_draws_all_rows_of_a_group():
-    rows = np.stack([np.arange(60) // 3, np.arange(60) % 3], axis=1)
-    seen = []
-
-    def statistic(drawn):
-        counts = np.bincount(drawn[:, 0] * 3 + drawn[:, 1], minlength=60).reshape(20, 3)
-        seen.append(bool(np.all(counts == counts[:, :1])) and len(drawn) == 60)
-        return float(drawn[:, 0].mean())
-
-    bootstrap_statistic(statistic, rows, samples=100, groups=rows[:, 0] * 7)
-    assert all(seen)
+def test_the_interval_of_a_median_is_that_of_the_binomial_distribution():
+    values = np.random.default_rng(0).permutation(101) + 1.0
+    low, high = median_interval(values)  # of order statistics 41 and 61
+    assert (low, high) == (41, 61)
+    assert stats.binom.cdf(60, 101, 0.5) - stats.binom.cdf(40, 101, 0.5) == pytest.approx(0.95, abs=0.01)
+    assert median_interval(np.repeat([1, 9], [70, 30])) == (1, 1)
 
 
 def test_the_interval_of_a_function_of_means_covers_it_as_often_as_it_says():
@@ -194,6 +194,11 @@ def test_the_interval_of_a_mean_of_batches_is_students():
     assert t_interval(np.ones(10)) == (1, 1)
 
 
+def test_p_values_are_corrected_for_their_number():
+    assert holm([0.04, 0.01, 0.03, 0.9]) == pytest.approx([0.09, 0.04, 0.09, 0.9])
+    assert holm([]) == []
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -204,7 +209,7 @@ def test_the_interval_of_a_mean_of_batches_is_students():
         (lambda: bootstrap_mean(np.ones(3), level=95), "level: 95"),
         (lambda: bootstrap_mean(np.ones(3), samples=10), "samples: 10"),
         (lambda: paired_difference(np.ones(3), np.ones(4)), "a has 3 rows and b 4"),
-        (lambda: bootstrap_statistic(np.mean, np.ones(1)), "an interval takes two"),
+        (lambda: median_interval(np.arange(6), groups=np.zeros(6)), "an interval takes two"),
     ],
 )
 def test_what_has_no_interval_is_refused_by_name(call, message):

@@ -26,7 +26,7 @@ from modstruct.evaluation.retrieval.nearest import (
     usable_gpus,
 )
 from modstruct.evaluation.retrieval.rows import check_dimensions, check_rows, checked_pairs
-from modstruct.evaluation.statistics import bootstrap_mean, bootstrap_statistic
+from modstruct.evaluation.statistics import bootstrap_mean, median_interval
 
 DIRECTIONS = ("text_to_image", "image_to_text")
 GROUPS = {
@@ -261,7 +261,7 @@ def _with_intervals(metrics: Metrics, of_queries: dict[str, np.ndarray], config:
 
     def interval(name: str) -> tuple[float, float]:
         if name == "median_rank":
-            return bootstrap_statistic(np.median, of_queries["rank"], **how)
+            return median_interval(of_queries["rank"], **how)
         return bootstrap_mean(of_queries[name], **how)
 
     found = zip(metrics, share_out([*metrics], interval), strict=True)
