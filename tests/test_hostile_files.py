@@ -29,7 +29,8 @@ from modstruct.data.shards import index as index_module
 from modstruct.data.shards.index import ROW, ShardIndex, index_tar
 from modstruct.data.shards.texts import DEEPEST_METADATA, parse_metadata
 from modstruct.data.tokenizers import ClipTokenizer, load_tokenizer
-from modstruct.evaluation.tables import task_table
+from modstruct.evaluation.result import Result, share
+from modstruct.evaluation.tables import table
 from modstruct.files import read_yaml
 from modstruct.losses.objective import build_objective
 from modstruct.models.bounded import no_larger_than
@@ -373,8 +374,7 @@ def test_what_others_wrote_commands_no_terminal(tmp_path, capsys, monkeypatch):
     logger.warning("data.train: sample left out: %s", ESCAPES)
     start_logging(tmp_path)
     logger.warning("key %s\nits second line \u732b", ESCAPES)
-    figures = {f"accuracy {ESCAPES}": {"value": 0.5}, "sizes": {}}
-    print(task_table("vqa", figures))
+    print(table([Result("vqa", "test", {ESCAPES: share(0.5, label=f"accuracy {ESCAPES}")}, ESCAPES)]))
     out, err = capsys.readouterr()
     said = out + err + (tmp_path / "log.txt").read_text()
     assert said.count("title") >= 5

@@ -60,9 +60,15 @@ def test_numbers_end_where_an_argument_of_another_kind_begins():
     parser = PARSERS["measure"]()
     parser.add_argument("folders", nargs="+")
     parser.add_argument("--metrics", nargs="+", choices=METRICS)
-    config, options = cli.parse(parser, ["--top_k", "1", "5", "evaluations/x", "--metrics", "[retrieval, structure]"])
-    assert (config.top_k, options.folders, options.metrics) == ([1, 5], ["evaluations/x"], ["retrieval", "structure"])
-    assert cli.parse(parser, ["--top_k", "[1, 5]", "evaluations/x"])[1].folders == ["evaluations/x"]
+    config, options = cli.parse(
+        parser, ["--zero_shot.top_k", "1", "5", "evaluations/x", "--metrics", "[retrieval, structure]"]
+    )
+    assert (config.zero_shot.top_k, options.folders, options.metrics) == (
+        (1, 5),
+        ["evaluations/x"],
+        ["retrieval", "structure"],
+    )
+    assert cli.parse(parser, ["--zero_shot.top_k", "[1, 5]", "evaluations/x"])[1].folders == ["evaluations/x"]
 
 
 def test_words_of_a_plain_parser_may_be_in_brackets(tmp_path, monkeypatch):

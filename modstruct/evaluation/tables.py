@@ -10,6 +10,9 @@ from modstruct.errors import printable
 from modstruct.evaluation.result import SCHEMA, Result, Value
 from modstruct.files import atomic_write
 
+ROWS = {"image": "images", "text": "captions", "labelled": "labelled images"}
+"""What is counted, as tables call it."""
+
 
 def save_results(results: Iterable[Result], path: str | Path) -> None:
     """Write {"schema": …, "results": {metric: Result}} as JSON; the file is either complete or what it was before."""
@@ -42,9 +45,11 @@ def table(results: Sequence[Result]) -> str:
                 else:
                     others.append((label, f"{value.value:.4f}"))
     tables = [_aligned(rows, text_columns) for rows, text_columns in ((shares, 2), (others, 1)) if len(rows) > 1]
-    counts = {name: number for result in results for name, number in result.rows.items()}
+    counts = {ROWS.get(name, name): number for result in results for name, number in result.rows.items()}
     left_out = {cause: n for result in results for cause, n in result.settings.get("left_out", {}).items()}
-    notes = [", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in counts.items())]
+    notes = [
+        ", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in counts.items() if "queries" not in name)
+    ]
     if left_out:
         notes.append(printable("left out: " + ", ".join(f"{n:,} {cause}" for cause, n in left_out.items())))
     if seconds := sum(result.seconds or 0.0 for result in results):

@@ -26,7 +26,7 @@ QUICKLY = [
     *("--linear_probe.strength", "1.0"),
     *("--information.folds", "2", "--information.hidden", "0", "--information.words", "20"),
     *("--information.strengths", "[10]", "--information.samples", "100", "--information.iterations", "20"),
-    *("--information_labels", "[colour,mood]"),
+    *("--information.labels", "[colour,mood]"),
 ]
 
 
@@ -69,7 +69,7 @@ def made(tmp_path_factory) -> Path:
 
 
 def saved(evaluation: Path, metric: str) -> dict:
-    return json.loads((evaluation / "results" / "scenes_colour" / f"{metric}.json").read_text())["figures"]
+    return json.loads((evaluation / "results" / "scenes_colour" / f"{metric}.json").read_text())["values"]
 
 
 def test_two_processes_embed_and_measure_what_one_does(made):
@@ -225,11 +225,11 @@ def test_equal_images_and_captions_a_line_each_are_counted_in_the_table(made, tm
     chosen = ["--checkpoint", str(made / "run"), "--data.cache", str(tmp_path / "cache"), "--data.workers", "0"]
     table = ["--data.eval", str(shard), "--data.zero_shot", "null", "--out", str(tmp_path / "metrics.json")]
     assert evaluate(*chosen, *table) == 0
-    assert "24 samples, 12 images, 72 texts, 72 pairs" in capsys.readouterr().out
+    assert "24 samples, 12 images, 72 captions, 72 pairs" in capsys.readouterr().out
     assert "data.eval: 24 samples hold 12 distinct images: byte-equal images are merged" in caplog.text
     assert f"data.eval: 24 of 24 KEY.txt looked at in {shard} hold several lines: each line is a caption" in caplog.text
     assert evaluate(*chosen, *table, "--data.caption_lines", "false") == 0
-    assert "24 samples, 12 images, 24 texts, 24 pairs" in capsys.readouterr().out
+    assert "24 samples, 12 images, 24 captions, 24 pairs" in capsys.readouterr().out
     assert "each whole text is a caption; data.caption_lines: true takes each line for one" in caplog.text
     embedding = ["--embedding.batch", "16", "--embedding.workers", "0", "--sets", f"things={shard}"]
     assert evaluate("embed", *chosen, "--out", str(tmp_path / "evaluation"), *embedding) == 0

@@ -43,7 +43,7 @@ def test_the_table_sets_every_share_beside_chance_and_its_interval():
 def test_the_table_shows_structure_sizes_and_what_was_left_out():
     text = table(ALL)
     assert ["modality", "gap", "0.7500"] in [line.split() for line in text.splitlines()]
-    assert "1,000 image, 990 text" in text
+    assert "1,000 images, 990 captions" in text
     assert "left out: 2 undecodable image" in text
     assert "3.5 s" in text
 
