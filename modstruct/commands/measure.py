@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from modstruct import distributed
 from modstruct.cli import config_parser, parse, parse_recipe_text, run
@@ -42,7 +44,7 @@ from modstruct.stopping import stage
 USAGE = "[deepspeed [launcher options] | python] launch_scripts/evaluate.py measure EVALUATION… [--FIELD VALUE …]"
 RENAMED = {
     "linear_probe_sgd": "linear_probe_adamw",
-    "--linear_probe.sgd.": "--linear_probe.adamw.",
+    "--linear_probe.sgd": "--linear_probe.adamw",
     "--top_k": "--zero_shot.top_k",
     "--information_labels": "--information.labels",
     "--retrieval.index.kind": "--retrieval.engine",
@@ -105,14 +107,9 @@ def main(words: Sequence[str]) -> None:
 
 def _with_present_names(words: Sequence[str]) -> list[str]:
     """The command line with the present names of options and metrics, where it has those of older versions."""
-
-    def renamed(word: str) -> str:
-        for old, new in RENAMED.items():
-            if word == old or word.startswith((old + "=", old if old.endswith(".") else old + "=")):
-                return new + word[len(old) :]
-        return word
-
-    return [renamed(word) for word in words]
+    for old, new in RENAMED.items():
+        words = [re.sub(rf"^{re.escape(old)}(?=$|[.=])", new, word) for word in words]
+    return list(words)
 
 
 def measure(out: Path, config: MeasureConfig, metrics: Sequence[str], words: Sequence[str]) -> list[str]:
@@ -244,6 +241,9 @@ def _write_examples(results: Path, noted: dict[str, Any], embedded: EmbeddedSet,
     source = read_set(noted_set["word"], recipe, noted["image_size"])
     if source.fingerprint != embedded.source.get("of", embedded.source.get("fingerprint")):
         raise ValueError(f"{noted_set['word']} no longer holds the embedded samples: embed it again")
+
+    def image_of(row: int) -> Image.Image:
+        return source.samples[int(embedded.indices[row])].image
+
     with np.load(retrieved, allow_pickle=False) as outcomes:
-        of_row = lambda row: source.samples[int(embedded.indices[row])].image  # noqa: E731
-        write_retrieved_examples(embedded, dict(outcomes), of_row, listed.parent)
+        write_retrieved_examples(embedded, dict(outcomes), image_of, listed.parent)
