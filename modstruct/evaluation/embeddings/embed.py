@@ -4,8 +4,7 @@ Into memory for validation in training, or into a folder that metrics read (`Emb
 folder is resumed from FOLDER/parts, which holds
     begun.json              model, source and settings: a restart with others is refused
     image-00003.npz         rows of the batches of part 3, and what else was read with them (see passes.py)
-    text-…, prompts-…       alike, of captions and class prompts
-    captions.jsonl          the distinct captions, once all images are there
+    text-00003.npz          alike, of the distinct captions
 """
 
 from __future__ import annotations
@@ -35,21 +34,20 @@ from modstruct.data.shards.workers import WorkerLoader
 from modstruct.distributed.collect import on_main
 from modstruct.distributed.hosts import require_same, require_shared_folder
 from modstruct.errors import refuse, require
-from modstruct.evaluation.embeddings.assembly import assembled
 from modstruct.evaluation.embeddings.embedded_set import MANIFEST, EmbeddedSet, clear
 from modstruct.evaluation.embeddings.model import EmbeddingModel, Encode
-from modstruct.evaluation.embeddings.passes import Batch, Gathered, Parts
+from modstruct.evaluation.embeddings.passes import Batch, Pass
 from modstruct.evaluation.embeddings.set_files import (
     IMAGE_ARRAYS,
     TEXT_ARRAYS,
-    Lines,
+    RowStream,
+    merged_pairs,
     open_array,
     read_json,
     write_array,
     write_json,
-    write_lines,
 )
-from modstruct.evaluation.embeddings.source import EmbeddingSource
+from modstruct.evaluation.embeddings.source import EmbeddingSource, distinct, distinct_captions, say_merged
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +55,10 @@ AUGMENTED = "image_augmented"
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 Tokenize = Callable[[Sequence[str]], Tensor]
+UNMERGED = (
+    "%s: %d of %d images were embedded by an earlier version, and equal images are not merged; "
+    "--embedding.overwrite true embeds the set again"
+)
 BATCHES_FOR_WORKERS = 32
 """Of texts: the ids of fewer are made sooner than loader processes start, which takes seconds."""
 
@@ -99,11 +101,12 @@ def embed(
     prompts are kept beside the folder, for other sets of the same classes. command: for the manifest.
     Without one, the set is in memory, without metadata; all processes make equally many forward passes (ZeRO-3), and
     embeddings and class prompts are on the MAIN process alone: elsewhere they have the same shape and hold NaN.
-    Raises ValueError where an existing set differs in model, source or settings, unless config.overwrite replaces it;
-    TooManyBadSamples above config.max_bad_share, FailedElsewhere where another process failed.
+    Raises ValueError where an existing set differs in model, source or settings, unless config.overwrite replaces it,
+    and where no image could be read; TooManyBadSamples above config.max_bad_share, FailedElsewhere where another
+    process failed.
     """
-    started, settings = time.monotonic(), _settings(model, source, config)
-    arrays, parts = settings["embedding.arrays"], None if folder is None else folder / "parts"
+    started, settings, parts = time.monotonic(), _settings(model, source, config), folder and folder / "parts"
+    arrays = settings["embedding.arrays"]
     if folder is not None:
         remedy = "processes must see the same model and files: share the folders, or copy them to each host"
         require_same(settings, remedy)
@@ -113,47 +116,54 @@ def embed(
 
     of_images, of_texts = ([name for name in arrays if name in known] for known in (IMAGE_ARRAYS, TEXT_ARRAYS))
     images = _embed_images(model, source, config, of_images, parts)
-    held: list[EmbeddedSet] = []  # in memory by every process, else by the main one, which writes the set
-
-    def assemble() -> int:
-        made = assembled(source, images, model, config, of_images)
-        held.append(made)
-        if parts is not None:
-            write_lines(parts / "captions.jsonl", made.captions)
-        return int(made.pairs[:, 1].max(initial=-1)) + 1
-
-    count = assemble() if parts is None else on_main(assemble)
-    captions: Any = list(held[0].captions) if parts is None else Lines(parts / "captions.jsonl", count, str)
-    made, title = _pass(count if of_texts else 0, config, parts, "text"), f"captions of {source.name}"
-    texts = _embed_texts(model.encode, model.tokenize, captions, made, config, title, of_texts)
+    skipped = on_main(lambda: _skipped(source, images, config))
+    captions, pairs = on_main(lambda: distinct_captions(images.notes("captions") if of_texts else ()))
+    title = f"captions of {source.name}"
+    texts = _embed_texts(model.encode, model.tokenize, captions, config, title, of_texts, parts)
     prompts = _class_prompts(model, source, config, folder)
 
-    def finish() -> None:
-        made = held[0]
-        made.captions = captions if texts.items else []
-        made.pairs = made.pairs if texts.items else made.pairs[:0]
-        of = {name: texts.stream(name, config.dtype) for name in of_texts} if texts.items else {}
-        made.embeddings = {**made.embeddings, **of}
-        made.class_prompts = prompts()
-        made.settings, made.command, made.seconds = settings, list(command), time.monotonic() - started
-        if folder is not None and parts is not None:
-            made.save(folder)
-            shutil.rmtree(parts)
+    def made() -> EmbeddedSet:
+        rounds, copies = _rounds(source, images, len(pairs) > 0)
+        every_text = [np.ones(len(captions), dtype=bool)]
+        embeddings = {name: _rows(images, name, rounds, config) for name in of_images}
+        embeddings |= {name: _rows(texts, name, every_text, config) for name in of_texts if captions}
+        return EmbeddedSet(
+            source.name,
+            model.described(),
+            embeddings,
+            pairs=merged_pairs(pairs, np.argsort(np.concatenate([np.flatnonzero(kept) for kept in rounds]))),
+            copies=copies,
+            indices=np.concatenate(list(images.in_order("indices", rounds))),
+            labels=np.concatenate(list(images.in_order("labels", rounds))) if source.class_names else None,
+            class_prompts=prompts,
+            class_names=source.class_names,
+            templates=source.templates,
+            label_field=source.label_field,
+            keys=list(chain.from_iterable(images.in_order("keys", rounds))),
+            captions=captions,
+            metadata=None if folder is None else chain.from_iterable(images.in_order("metadata", rounds)),
+            source={"name": source.name, "fingerprint": source.fingerprint},
+            skipped=skipped,
+            left_out=[{"cause": cause, "where": where} for cause, where in images.notes("faults")],
+            settings=settings,
+            command=list(command),
+            seconds=time.monotonic() - started,
+        )
 
-    if folder is not None:
-        on_main(finish)
-        return EmbeddedSet.open(folder)
-    finish()
-    whole = held[0]
-    whole.embeddings = {name: _in_memory(rows) for name, rows in whole.embeddings.items()}
-    whole.keys, whole.metadata, whole.left_out = list(whole.keys), [{} for _ in whole.indices], list(whole.left_out)
-    return whole
+    def finish() -> None:
+        made().save(folder)
+        shutil.rmtree(parts)
+
+    if folder is None:
+        return made()
+    on_main(finish)
+    return EmbeddedSet.open(folder)
 
 
 def embed_texts(encode: Encode, texts: Sequence[str], tokenize: Tokenize, batch: int, title: str) -> np.ndarray:
     """Embed texts, the same list on every process, into memory, (n, D) float32, as `embed` does without a folder."""
-    config, made = EmbeddingConfig(batch=batch, dtype="float32"), Gathered(len(texts), batch)
-    return next(_embed_texts(encode, tokenize, texts, made, config, title).pieces("text"))
+    config = EmbeddingConfig(batch=batch, dtype="float32")
+    return next(_embed_texts(encode, tokenize, texts, config, title).pieces("text"))
 
 
 def _settings(model: EmbeddingModel, source: EmbeddingSource, config: EmbeddingConfig) -> dict[str, Any]:
@@ -203,15 +213,45 @@ def _found(folder: Path, settings: dict[str, Any], overwrite: bool) -> EmbeddedS
     return found
 
 
-def _pass(items: int, config: EmbeddingConfig, parts: Path | None, kind: str) -> Gathered:
-    if parts is None:
-        return Gathered(items, config.batch)
-    return Parts(items, config.batch, parts, kind, config.part_batches)
+def _skipped(source: EmbeddingSource, images: Pass, config: EmbeddingConfig) -> dict[str, int]:
+    """Samples left out, by cause; refused where they are too many, or all."""
+    counter, total = source.bad_sample_counter(config.max_bad_share), len(source.samples)
+    counter.add(images.notes("faults"), total, say=False)  # the process that met them has reported them
+    counter.check(counter.bad, total, fewest=1)  # the whole source was tried, so its fraction is exact
+    cause = f"none of its {total} samples could be used: {counter.summary()}"
+    require(counter.bad < total, source.field or "set", source.name, cause)
+    return dict(source.left_out_before() + counter.counts)
+
+
+def _rounds(source: EmbeddingSource, images: Pass, captioned: bool) -> tuple[list[np.ndarray], np.ndarray]:
+    """Which images, (n,) bool, come first and, where some are copies, which last; and `EmbeddedSet.copies`."""
+    count, digests = sum(map(len, images.pieces("indices"))), [*images.pieces("digests")]
+    if (known := sum(map(len, digests))) < count:
+        if captioned and distributed.is_main():
+            log.warning(UNMERGED, source.described, count - known, count)
+        return [np.ones(count, dtype=bool)], np.empty(0, dtype=np.int64)
+    first, image_row = distinct(np.concatenate(digests))
+    copied = ~np.isin(np.arange(count), first)
+    if not copied.any():
+        return [~copied], np.empty(0, dtype=np.int64)
+    if distributed.is_main():
+        say_merged(source.described, count, len(first))
+    return [~copied, copied], image_row[copied]
+
+
+def _rows(made: Pass, name: str, rounds: Sequence[np.ndarray], config: EmbeddingConfig) -> np.ndarray | RowStream:
+    """An embedding; of a pass in files to be read once, a part at a time."""
+    shape = (len(rounds[0]), *next(made.pieces(name)).shape[1:])
+    if made.folder is not None:
+        return RowStream(shape, np.dtype(config.dtype), made.in_order(name, rounds))
+    if distributed.is_main():
+        return np.concatenate(list(made.in_order(name, rounds)))
+    return np.broadcast_to(np.array(np.nan, config.dtype), shape)
 
 
 def _embed_images(
     model: EmbeddingModel, source: EmbeddingSource, config: EmbeddingConfig, arrays: Sequence[str], parts: Path | None
-) -> Gathered:
+) -> Pass:
     """A source's images, with all that is read beside them.
 
     Lists: keys, captions, metadata (unless in memory) of the images; faults, the [cause, where] of those left out.
@@ -246,29 +286,29 @@ def _embed_images(
             yield rows | rows_of(batch.image, batch.image_augmented)
         yield from (rows_of(grey[:0], None) for empty in numbers if not empty)
 
-    return _pass(len(source.samples), config, parts, "image").make(batches, f"images of {source.name}")
+    return Pass(len(source.samples), config, parts, "image").make(batches, f"images of {source.name}")
 
 
 def _embed_texts(
     encode: Encode,
     tokenize: Tokenize,
     texts: Sequence[str],
-    made: Gathered,
     config: EmbeddingConfig,
     title: str,
     arrays: Sequence[str] = ("text",),
-) -> Gathered:
-    """Texts, in a pass to be made; into files, with ids of many from loader processes."""
+    parts: Path | None = None,
+) -> Pass:
+    """Texts; into files with ids of many from loader processes."""
     encoded = _encoder(encode, config, arrays, "text", tokenize([""]))
 
     def batches(numbers: Sequence[range]) -> Iterator[Batch]:
         full = [some for some in numbers if some]
-        workers = config.workers if isinstance(made, Parts) and len(full) >= BATCHES_FOR_WORKERS else 0
+        workers = config.workers if parts is not None and len(full) >= BATCHES_FOR_WORKERS else 0
         for ids in WorkerLoader(_Tokens(texts, tokenize), full, workers, pin_memory=False):
             yield encoded(ids)
         yield from (encoded(tokenize([""])[:0]) for empty in numbers if not empty)
 
-    return made.make(batches, title)
+    return Pass(len(texts), config, parts, "text").make(batches, title)
 
 
 def _encoder(
@@ -293,35 +333,33 @@ def _encoder(
 
 def _class_prompts(
     model: EmbeddingModel, source: EmbeddingSource, config: EmbeddingConfig, folder: Path | None
-) -> Callable[[], np.ndarray | None]:
-    """(c, t, D) float32 of the classes of a source, to be read where the set is put together.
+) -> np.ndarray | None:
+    """(c, t, D) float32 of the classes of a source; NaN beside the main process.
 
     Equal prompts are embedded once, since a batch's other rows may move the last bit of an embedding, and, in a file
     beside the folder, once for all sets of a model that have these classes.
     """
     if not source.class_names:
-        return lambda: None
+        return None
     distinct = list(dict.fromkeys(source.prompts))
     row = {prompt: n for n, prompt in enumerate(distinct)}
     places = np.array([row[prompt] for prompt in source.prompts]).reshape(len(source.class_names), -1)
-    config, title = replace(config, dtype="float32"), f"class names of {source.name}"
-    made = _pass(len(distinct), config, folder and folder / "parts", "prompts")
+
+    def embedded() -> np.ndarray:
+        own, title = replace(config, dtype="float32"), f"class names of {source.name}"
+        return next(_embed_texts(model.encode, model.tokenize, distinct, own, title).pieces("text"))
+
     if folder is None:
-        rows = next(_embed_texts(model.encode, model.tokenize, distinct, made, config, title).pieces("text"))
-        shape = (*places.shape, rows.shape[1])
-        return lambda: rows[places] if distributed.is_main() else np.broadcast_to(np.float32(np.nan), shape)
-    about = [model.fingerprint, model.preprocessing, config.precision, config.batch, distinct]
-    file = folder.parent / f"class_prompts-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}.npy"
-    if config.overwrite or not on_main(file.is_file):
-        _embed_texts(model.encode, model.tokenize, distinct, made, config, title)
-        on_main(lambda: write_array(file, made.stream("text", "float32"), unit=True))
-    return lambda: open_array(file, (len(distinct), model.dimension))[places]
-
-
-def _in_memory(stream: Any) -> np.ndarray:
-    if distributed.is_main():
-        return np.concatenate(list(stream.pieces))
-    return np.broadcast_to(np.array(np.nan, stream.dtype), stream.shape)
+        rows = embedded()
+    else:
+        about = [model.fingerprint, model.preprocessing, config.precision, config.batch, distinct]
+        file = folder.parent / f"class_prompts-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}.npy"
+        if config.overwrite or not on_main(file.is_file):
+            made = embedded()
+            on_main(lambda: write_array(file, made, unit=True))
+        rows = open_array(file, (len(distinct), model.dimension))
+    shape = (*places.shape, rows.shape[1])
+    return rows[places] if distributed.is_main() else np.broadcast_to(np.float32(np.nan), shape)
 
 
 class _Tokens(Dataset):

@@ -7,19 +7,19 @@ same. A batch made is a dictionary of arrays, (b, …) each, and of lists of pla
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
 
 from modstruct import distributed
+from modstruct.config.training import EmbeddingConfig
 from modstruct.distributed.collect import my_batches, on_main, rounds_of, rows_to_main, together
 from modstruct.errors import refuse
-from modstruct.evaluation.embeddings.set_files import IMAGE_ARRAYS, TEXT_ARRAYS, RowStream
+from modstruct.evaluation.embeddings.set_files import IMAGE_ARRAYS, TEXT_ARRAYS
 from modstruct.files import atomic_write
 
 Batch = dict[str, Any]
@@ -27,21 +27,30 @@ MakeBatches = Callable[[Sequence[range]], Iterator[Batch]]
 """Numbers of the items of each batch -> the batches; of an empty range one without rows, but with a forward pass."""
 
 
-class Gathered:
-    """A pass kept in memory: embeddings on the main process (elsewhere NaN), all else on every process.
+class Pass:
+    """Without a folder in memory: embeddings on the main process (elsewhere NaN), all else on every process. All
+    processes then make equally many forward passes, as ZeRO-3 needs it, also where one of them fails.
 
-    All processes make equally many forward passes, as ZeRO-3 needs it, also where one of them fails.
+    With one in files FOLDER/KIND-00000.npz of `part_batches` batches each, from which it is resumed; lists are members
+    NAME.json. Each process makes every so many-th of the missing parts, without a collective until the end.
     """
 
-    def __init__(self, items: int, batch: int):
-        self.items, self.batch = items, batch
+    def __init__(self, items: int, config: EmbeddingConfig, folder: Path | None, kind: str):
+        self.items, self.folder = items, folder
         self._made: Batch = {}
+        starts, size = range(0, items, config.batch), config.part_batches
+        self._batches = [range(first, min(first + config.batch, items)) for first in starts]
+        parts = [self._batches[first : first + size] for first in range(0, len(starts), size)]
+        self._parts = {} if folder is None else {folder / f"{kind}-{n:05d}.npz": of for n, of in enumerate(parts)}
 
-    def make(self, make_batches: MakeBatches, title: str) -> Gathered:
-        """Make all batches; every process calls it."""
-        batches = math.ceil(self.items / self.batch)
-        mine = [range(n * self.batch, min((n + 1) * self.batch, self.items)) for n in my_batches(batches)]
-        mine += [range(0)] * (rounds_of(batches) - len(mine))
+    def make(self, make_batches: MakeBatches, title: str) -> Pass:
+        """Make all batches, or those missing; every process calls it."""
+        (self._gather if self.folder is None else self._write)(make_batches, title)
+        return self
+
+    def _gather(self, make_batches: MakeBatches, title: str) -> None:
+        mine = [self._batches[n] for n in my_batches(len(self._batches))]
+        mine += [range(0)] * (rounds_of(len(self._batches)) - len(mine))
         made: list[Batch] = []
 
         def work(done: Callable[[int], None]) -> None:
@@ -59,63 +68,42 @@ class Gathered:
         embeddings = {name: rows.pop(name) for name in (*IMAGE_ARRAYS, *TEXT_ARRAYS) if name in rows}
         self._made = _joined(distributed.gather_objects(rows))
         self._made |= {name: rows_to_main(values, distributed.device()) for name, values in embeddings.items()}
-        return self
 
-    def pieces(self, array: str) -> Iterator[np.ndarray]:
-        """The rows of an array, some after the others, in the order of the items; none where it was not made."""
-        return iter([self._made[array]] if array in self._made else [])
-
-    def notes(self, name: str) -> Iterator[Any]:
-        """The items of a list, one after the other."""
-        return iter(self._made[name])
-
-    def stream(self, array: str, dtype: str) -> RowStream:
-        """The rows of an array of a pass whose items all gave one."""
-        return RowStream((self.items, *next(self.pieces(array)).shape[1:]), np.dtype(dtype), self.pieces(array))
-
-
-class Parts(Gathered):
-    """A pass kept in files FOLDER/KIND-00000.npz of `part_batches` batches each, from which it is resumed.
-
-    Lists are members NAME.json, of JSON, each to be read alone. Each process makes every so many-th of the missing
-    parts, without a collective until the end.
-    """
-
-    def __init__(self, items: int, batch: int, folder: Path, kind: str, part_batches: int):
-        super().__init__(items, batch)
-        self._paths = [folder / f"{kind}-{n:05d}.npz" for n in range(math.ceil(items / (batch * part_batches)))]
-        starts = [range(first, min(first + batch, items)) for first in range(0, items, batch)]
-        self._batches = [starts[n * part_batches : (n + 1) * part_batches] for n in range(len(self._paths))]
-
-    def make(self, make_batches: MakeBatches, title: str) -> Parts:
-        """Make the missing parts, as the main process sees it before any is written."""
-        missing = on_main(lambda: [part for part, path in enumerate(self._paths) if not path.exists()])
+    def _write(self, make_batches: MakeBatches, title: str) -> None:
+        # As the main process sees it, before any is written.
+        missing = on_main(lambda: [path for path in self._parts if not path.exists()])
         mine = missing[distributed.rank() :: distributed.world_size()]
 
         def work(done: Callable[[int], None]) -> None:
-            batches = make_batches(list(chain.from_iterable(self._batches[part] for part in mine)))
-            for part in mine:
+            batches = make_batches(list(chain.from_iterable(self._parts[path] for path in mine)))
+            for path in mine:
                 made = []
-                for numbers, rows in zip(self._batches[part], batches, strict=False):
+                for numbers, rows in zip(self._parts[path], batches, strict=False):
                     _require_finite(rows)
                     made.append(rows)
                     done(len(numbers))
-                with atomic_write(self._paths[part]) as file:
+                with atomic_write(path) as file:
                     np.savez(file, **_members(_joined(made)))  # type: ignore[arg-type]  # for its allow_pickle
 
-        together(work, title, sum(len(numbers) for part in missing for numbers in self._batches[part]))
-        return self
+        together(work, title, sum(len(numbers) for path in missing for numbers in self._parts[path]))
 
-    def pieces(self, array: str) -> Iterator[np.ndarray]:
-        members = (_member(path, array) for path in self._paths)
-        return (rows for rows in members if rows is not None)
+    def pieces(self, name: str) -> Iterator[Any]:
+        """An array or list, some after the others, in the order of the items; none where it was not made."""
+        made = map(self._made.get, [name]) if self.folder is None else (_member(path, name) for path in self._parts)
+        return (piece for piece in made if piece is not None)
 
     def notes(self, name: str) -> Iterator[Any]:
-        for path in self._paths:
-            member = _member(path, f"{name}.json")
-            if member is None:
-                _refuse_part(path, f"has no {name}")
-            yield from json.loads(member.tobytes())
+        """The items of a list, one after the other."""
+        return chain.from_iterable(self.pieces(name))
+
+    def in_order(self, name: str, rounds: Sequence[np.ndarray]) -> Iterator[Any]:
+        """`pieces` of the items that the first of rounds, (items,) bool each, keeps, then of the next."""
+        for kept in rounds:
+            start = 0
+            for piece in self.pieces(name):
+                rows = np.flatnonzero(kept[start : start + len(piece)])
+                yield [piece[row] for row in rows] if isinstance(piece, list) else piece[rows]
+                start += len(piece)
 
 
 def _joined(made: Sequence[Batch]) -> Batch:
@@ -137,18 +125,16 @@ def _require_finite(made: Batch) -> None:
 def _members(made: Batch) -> dict[str, np.ndarray]:
     """Arrays as they are, lists as JSON; metadata may hold numbers of numpy."""
     lists = {name: values for name, values in made.items() if isinstance(values, list)}
-    encoded = {name: json.dumps(values, default=np.generic.item).encode() for name, values in lists.items()}
-    coded = {f"{name}.json": np.frombuffer(content, dtype=np.uint8) for name, content in encoded.items()}
-    return {name: values for name, values in made.items() if name not in lists} | coded
+    coded = {f"{name}.json": json.dumps(values, default=np.generic.item).encode() for name, values in lists.items()}
+    members = {name: np.frombuffer(content, dtype=np.uint8) for name, content in coded.items()}
+    return {name: values for name, values in made.items() if name not in lists} | members
 
 
-def _member(path: Path, name: str) -> np.ndarray | None:
+def _member(path: Path, name: str) -> Any:
     try:
         with np.load(path, allow_pickle=False) as content:
-            return content.get(name)
+            if name in content.files:
+                return content[name]
+            return json.loads(content[f"{name}.json"].tobytes()) if f"{name}.json" in content.files else None
     except (OSError, ValueError, EOFError, BadZipFile) as error:
-        _refuse_part(path, str(error))
-
-
-def _refuse_part(path: Path, cause: str) -> NoReturn:
-    refuse("part", str(path), f"is damaged ({cause}): remove it and embed again, which replaces it")
+        refuse("part", str(path), f"is damaged ({error}): remove it and embed again, which replaces it")

@@ -10,16 +10,17 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from modstruct.data.classification.class_files import ZeroShotClasses
 from modstruct.data.faults import BadSampleCounter
-from modstruct.data.shards.evaluation_samples import DIGEST, EvaluationSamples, digest_of
+from modstruct.data.shards.evaluation_samples import EvaluationSamples
 from modstruct.errors import refuse, require
 from modstruct.evaluation.embeddings.set_files import is_set_name
 
@@ -130,27 +131,12 @@ def say_merged(field: str, samples: int, images: int) -> None:
     log.warning("%s: %d samples hold %d distinct images: %s", field, samples, images, merged)
 
 
-def distinct_captions(captions: Iterable[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
-    """Text rows and pairs of captions that come image by image; keeps 24 bytes a caption, not the texts.
+def distinct_captions(captions: Iterable[Sequence[str]]) -> tuple[list[str], np.ndarray]:
+    """The distinct ones of captions that come image by image, in order of first appearance: the text rows.
 
-    Returns (m,) int64, the place, among all captions, at which each distinct one came first, in this order; and (p, 2)
-    int64, (image, text row) of each image and each of its captions, sorted, without repetition.
+    And (p, 2) int64, (image, text row) of each image and each of its captions, sorted, without repetition.
     """
-    counts, digests = [], bytearray()
-    for of_image in captions:
-        counts.append(len(of_image))
-        for text in of_image:
-            digests += digest_of(text.encode(errors="surrogatepass"))
-    places, rows = distinct(np.frombuffer(bytes(digests), dtype=DIGEST))
-    pairs = np.stack([np.repeat(np.arange(len(counts)), counts), rows], axis=1)
-    return places, np.unique(pairs, axis=0).reshape(-1, 2).astype(np.int64)
-
-
-def at_places(texts: Iterable[str], places: np.ndarray) -> Iterator[str]:
-    """Of texts one after the other those at places, which rise."""
-    wanted = iter(places.tolist())
-    place = next(wanted, None)
-    for number, text in enumerate(texts):
-        if number == place:
-            yield text
-            place = next(wanted, None)
+    row: dict[str, int] = {}
+    of_images = [sorted({row.setdefault(text, len(row)) for text in texts}) for texts in captions]
+    images = np.repeat(np.arange(len(of_images)), [len(rows) for rows in of_images])
+    return list(row), np.stack([images, np.fromiter(chain.from_iterable(of_images), np.int64)], axis=1)
