@@ -15,7 +15,7 @@ from PIL import Image
 from modstruct.config import DataConfig, Source
 from modstruct.data.faults import TooManyBadSamples
 from modstruct.data.shards.evaluation_samples import EvaluationSamples
-from modstruct.evaluation.embeddings.embedded_set import SetContents, write_embedded_set
+from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.leakage.leave_out import read_keys
 from modstruct.evaluation.leakage.thumbnails import of_images, thumbnail_set
 from modstruct.evaluation.result import Result
@@ -86,8 +86,8 @@ def test_embeddings_add_their_own_metrics(shards):
     rows = np.eye(12, dtype=np.float32)
     model = {"name": "m", "fingerprint": "f"}
     kept = [n for n in range(12) if n != 5]
-    write_embedded_set(shards / "T", SetContents("train", model, {"image": rows[kept]}, keys=[f"t{n}" for n in kept]))
-    write_embedded_set(shards / "E", SetContents("test", model, {"image": rows[:6]}, keys=[f"e{n}" for n in range(6)]))
+    EmbeddedSet("train", model, {"image": rows[kept]}, keys=[f"t{n}" for n in kept]).save(shards / "T")
+    EmbeddedSet("test", model, {"image": rows[:6]}, keys=[f"e{n}" for n in range(6)]).save(shards / "E")
     more = ["--train_embeddings", str(shards / "T"), "--evaluation_embeddings", str(shards / "E")]
     assert find_leakage.main(command(shards, *more)) == 0
     result = Result.load(shards / "results" / "test" / "leakage.json")

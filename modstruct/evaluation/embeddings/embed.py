@@ -127,6 +127,7 @@ def embed(
         every_text = [np.ones(len(captions), dtype=bool)]
         embeddings = {name: _rows(images, name, rounds, config) for name in of_images}
         embeddings |= {name: _rows(texts, name, every_text, config) for name in of_texts if captions}
+        more: dict[str, Any] = {"metadata": chain.from_iterable(images.in_order("metadata", rounds))} if folder else {}
         return EmbeddedSet(
             source.name,
             model.described(),
@@ -141,7 +142,7 @@ def embed(
             label_field=source.label_field,
             keys=list(chain.from_iterable(images.in_order("keys", rounds))),
             captions=captions,
-            metadata=None if folder is None else chain.from_iterable(images.in_order("metadata", rounds)),
+            **more,
             source={"name": source.name, "fingerprint": source.fingerprint},
             skipped=skipped,
             left_out=[{"cause": cause, "where": where} for cause, where in images.notes("faults")],
@@ -150,13 +151,10 @@ def embed(
             seconds=time.monotonic() - started,
         )
 
-    def finish() -> None:
-        made().save(folder)
-        shutil.rmtree(parts)
-
     if folder is None:
         return made()
-    on_main(finish)
+    on_main(lambda: made().save(folder).folder)
+    on_main(lambda: shutil.rmtree(folder / "parts"))
     return EmbeddedSet.open(folder)
 
 
@@ -341,23 +339,22 @@ def _class_prompts(
     """
     if not source.class_names:
         return None
-    distinct = list(dict.fromkeys(source.prompts))
-    row = {prompt: n for n, prompt in enumerate(distinct)}
+    row = {prompt: n for n, prompt in enumerate(dict.fromkeys(source.prompts))}
     places = np.array([row[prompt] for prompt in source.prompts]).reshape(len(source.class_names), -1)
 
     def embedded() -> np.ndarray:
         own, title = replace(config, dtype="float32"), f"class names of {source.name}"
-        return next(_embed_texts(model.encode, model.tokenize, distinct, own, title).pieces("text"))
+        return next(_embed_texts(model.encode, model.tokenize, list(row), own, title).pieces("text"))
 
     if folder is None:
         rows = embedded()
     else:
-        about = [model.fingerprint, model.preprocessing, config.precision, config.batch, distinct]
+        about = [model.fingerprint, model.preprocessing, config.precision, config.batch, list(row)]
         file = folder.parent / f"class_prompts-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}.npy"
         if config.overwrite or not on_main(file.is_file):
             made = embedded()
             on_main(lambda: write_array(file, made, unit=True))
-        rows = open_array(file, (len(distinct), model.dimension))
+        rows = open_array(file, (len(row), model.dimension))
     shape = (*places.shape, rows.shape[1])
     return rows[places] if distributed.is_main() else np.broadcast_to(np.float32(np.nan), shape)
 

@@ -26,10 +26,10 @@ with captions takes the rows before them and `distinct_pairs`; what counts label
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence
+from collections.abc import Iterable, KeysView, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -66,11 +66,10 @@ class EmbeddedSet:
     """Made of arrays in memory, or opened by `EmbeddedSet.open`; then rows stay on the disk until they are used.
 
     Arrays are those of the files above; embeddings by their names, "image" at least. model: {"name", "fingerprint", …}.
-    indices, keys: by default the numbers of rows. labels, class_prompts: None without classes. label_field: of the
-    metadata, where labels came from it. source: {"name", "fingerprint"}, or empty. skipped: number of samples left out,
-    by cause; left_out: which, for `save`. settings, command, seconds: how the set was made. splits: embedded splits
-    beside this one, "train" and "validation", which probes need. folder: where an opened set lies. Embeddings and lists
-    that only `save` is to read may be streams and iterators.
+    indices, keys: by default the numbers of rows. label_field: of the metadata, where labels came from it. source:
+    {"name", "fingerprint"}, or empty. skipped: number of samples left out, by cause; left_out: which, for `save`.
+    splits: embedded splits beside this one, "train" and "validation", which probes need. folder: where an opened set
+    lies. Embeddings and lists that only `save` is to read may be streams and iterators.
     """
 
     name: str
@@ -99,30 +98,30 @@ class EmbeddedSet:
     format: int = FORMAT
 
     def __post_init__(self) -> None:
+        require("image" in self.embeddings, "arrays", sorted(self.embeddings), "must have image")
         self.embeddings = {name: _real(rows) for name, rows in self.embeddings.items()}
         count = self.rows_of("image")
         self.indices = np.arange(count) if self.indices is None else self.indices
         self.keys = [str(n) for n in range(count)] if self.keys is None else self.keys
         self.metadata = [{} for _ in range(count)] if self.metadata is None else self.metadata
-        self.pairs, self.copies, self.indices = map(_whole, (self.pairs, self.copies, self.indices))
-        self.labels = None if self.labels is None else _whole(self.labels)
+        for name in ("pairs", "copies", "indices", "labels"):
+            values = None if getattr(self, name) is None else np.asarray(getattr(self, name))
+            whole = values is not None and (values.dtype.kind in "iu" or not values.size)
+            setattr(self, name, values.astype(np.int64, copy=False) if values is not None and whole else values)
         self.class_names, self.templates = list(self.class_names), list(self.templates)
 
     @classmethod
     def open(cls, folder: str | Path) -> EmbeddedSet:
         """Open a finished set; sizes and kinds of all arrays are checked, their contents not read.
 
-        Raises FileNotFoundError where there is none or an unfinished one, ValueError where it is damaged or of another
-        format; both name the file and the remedy.
+        Raises FileNotFoundError where there is none or an unfinished one, ValueError where it is damaged.
         """
-        folder = Path(folder).expanduser()
-        path = folder / MANIFEST
+        path = (folder := Path(folder).expanduser()) / MANIFEST
         if not path.is_file():
             state = "an unfinished embedded set: `evaluate.py embed` resumes it" if folder.is_dir() else "missing"
             raise FileNotFoundError(f"{path}: {state}; embed the set first")
-        noted = read_json(path)
-        if noted.get("format") not in READABLE:
-            found = noted.get("format")
+        found = (noted := read_json(path)).get("format")
+        if found not in READABLE:
             raise ValueError(f"{path}: format {found!r}, this version reads 1 to {FORMAT}: embed the set again")
         try:
             shapes = noted["arrays"] | noted["tables"]
@@ -130,19 +129,21 @@ class EmbeddedSet:
             arrays = {name: open_array(folder / f"{name}.npy", shapes[name]) for name in known}
             if not (is_set_name(noted["name"]) and isinstance(noted["model"], dict) and "image" in arrays):
                 raise TypeError("name, model or image is missing or of another kind")
-            tables: dict[str, Any] = {name: arrays.pop(name) for name in TABLES if name in arrays}
-            own: dict[str, Any] = {name: noted.get(name) or kind() for name, kind in NOTED.items()}
+            more: dict[str, Any] = {name: arrays.pop(name) for name in TABLES if name in arrays}
+            more |= {name: noted.get(name) or kind() for name, kind in NOTED.items()}
         except (ArithmeticError, AttributeError, KeyError, TypeError) as error:
             damaged(path, f"{type(error).__name__}: {error}")
         images, texts = len(arrays["image"]), len(arrays.get("text", ()))
-        lists: dict[str, Any] = {
-            "keys": Lines(folder / "keys.jsonl", images, str),
-            "metadata": Lines(folder / "metadata.jsonl", images, dict),
-            "captions": Lines(folder / "captions.jsonl", texts, str) if texts else [],
-        }
-        classes = _classes(folder / CLASSES_FILE) if "labels" in tables else {}
-        made: dict[str, Any] = {"folder": folder, "format": noted["format"]}
-        return cls(noted["name"], noted["model"], arrays, **tables, **lists, **classes, **own, **made)
+        more["keys"] = Lines(folder / "keys.jsonl", images, str)
+        more["metadata"] = Lines(folder / "metadata.jsonl", images, dict)
+        more["captions"] = Lines(folder / "captions.jsonl", texts, str) if texts else []
+        if "labels" in more:
+            classes = read_json(folder / CLASSES_FILE)
+            named = [classes.get("names"), classes.get("templates")]
+            if not all(isinstance(some, list) and all(isinstance(text, str) for text in some) for some in named):
+                damaged(folder / CLASSES_FILE, "names and templates are lists of texts")
+            more |= {"class_names": named[0], "templates": named[1], "label_field": classes.get("label")}
+        return cls(noted["name"], noted["model"], arrays, folder=folder, format=noted["format"], **more)
 
     def save(self, folder: str | Path) -> EmbeddedSet:
         """Write the set into a folder, over one that is there, and open it; row by row where arrays are streams.
@@ -195,42 +196,42 @@ class EmbeddedSet:
 
         Raises ValueError naming what does not fit; of an opened set the file, with the remedy.
         """
-        for name, found, fault in self._misfits():
-            if self.folder is not None:
-                damaged(self.folder / f"{name}.npy", fault)
-            refuse(name, found, fault)
+        known, dimension = (*IMAGE_ARRAYS, *TEXT_ARRAYS), self.embeddings["image"].shape[-1]
+        require(self.arrays <= {*known}, "arrays", sorted(self.arrays), f"may be {', '.join(known)}")
+        images, texts, classes, copies = *map(self.rows_of, ("image", "text")), len(self.class_names), len(self.copies)
+        shapes: dict[str, tuple[int, ...]] = {
+            "pairs": (len(self.pairs), 2),
+            "indices": (images,),
+            "labels": (images,),
+            "copies": (copies,),
+            "class_prompts": (classes, len(self.templates), dimension),
+        }
+        for name, rows in self.embeddings.items():
+            width = dimension if name in ("text", "image_augmented") else rows.shape[-1]
+            shapes[name] = (images if name in IMAGE_ARRAYS else texts, width)
+        limits: dict[str, tuple[int, Any]] = {  # least value, and what values stay below
+            "pairs": (0, [images, texts]),
+            "indices": (0, np.inf),
+            "labels": (-1, classes),
+            "copies": (0, images - copies),
+        }
+        for name, array in {**self.embeddings, **self._tables()}.items():
+            if tuple(array.shape) != shapes[name]:
+                self._refuse(name, tuple(array.shape), f"must be of shape {shapes[name]}, by the rows there are")
+            elif name in limits and isinstance(array, np.ndarray):
+                low, high = limits[name]
+                if array.dtype.kind != "i" or not np.all((array >= low) & (array < high)):
+                    found = [array.min(axis=0).tolist(), array.max(axis=0).tolist()]
+                    range_ = f"must be from {low} to below {high}, the rows there are"
+                    self._refuse(name, found, f"least and largest value; {range_}")
         for lines in (self.keys, self.metadata, self.captions):
             if isinstance(lines, Lines):
                 lines.check()
 
-    def _misfits(self) -> Iterator[tuple[str, object, str]]:
-        """Arrays that do not fit the others: name, what was found, and what it must be."""
-        known = (*IMAGE_ARRAYS, *TEXT_ARRAYS)
-        if not {"image"} <= self.arrays <= {*known}:
-            yield "arrays", sorted(self.arrays), f"must have image, and may have {', '.join(known)}"
-            return
-        images, texts, dimension = self.rows_of("image"), self.rows_of("text"), self.embeddings["image"].shape[-1]
-        for name, rows in self.embeddings.items():
-            count = images if name in IMAGE_ARRAYS else texts
-            width = dimension if name in ("text", "image_augmented") else rows.shape[-1]
-            if tuple(rows.shape) != (count, width):
-                yield name, tuple(rows.shape), f"must be of shape ({count}, {width}), a row for each image or text"
-        classes, copies = len(self.class_names), len(self.copies)
-        wanted: dict[str, tuple[tuple[int, ...], Any, Any]] = {  # shape, least value, what values stay below
-            "pairs": ((len(self.pairs), 2), 0, [images, texts]),
-            "indices": ((images,), 0, np.inf),
-            "labels": ((images,), -1, classes),
-            "copies": ((copies,), 0, images - copies),
-            "class_prompts": ((classes, len(self.templates), dimension), -np.inf, np.inf),
-        }
-        for name, table in self._tables().items():
-            shape, low, high = wanted[name]
-            whole = name == "class_prompts" or table.dtype.kind == "i"
-            if table.shape != shape:
-                yield name, table.shape, f"must be of shape {shape}"
-            elif not (whole and np.all((table >= low) & (table < high))):
-                found = [table.min(axis=0).tolist(), table.max(axis=0).tolist()]
-                yield name, found, f"least and largest value; must be from {low} to below {high}, the rows there are"
+    def _refuse(self, name: str, found: object, fault: str) -> NoReturn:
+        if self.folder is not None:
+            damaged(self.folder / f"{name}.npy", fault)
+        refuse(name, found, fault)
 
     @property
     def arrays(self) -> KeysView[str]:
@@ -287,25 +288,3 @@ def _real(rows: Any) -> np.ndarray | RowStream:
     """float16 and float32 are kept, other numbers become float32."""
     kept = isinstance(rows, RowStream) or getattr(rows, "dtype", None) in (np.float16, np.float32)
     return rows if kept else np.asarray(rows, dtype=np.float32)
-
-
-def _whole(values: Any) -> np.ndarray:
-    values = np.asarray(values)
-    return values.astype(np.int64, copy=False) if values.dtype.kind in "iu" or not values.size else values
-
-
-def _classes(path: Path) -> dict[str, Any]:
-    classes = read_json(path)
-    texts = [classes.get("names"), classes.get("templates")]
-    if not all(isinstance(some, list) and all(isinstance(text, str) for text in some) for some in texts):
-        damaged(path, "names and templates are lists of texts")
-    return {"class_names": texts[0], "templates": texts[1], "label_field": classes.get("label")}
-
-
-def SetContents(name, model, arrays, label=None, source=None, skipped=None, **more):  # until 09:20
-    given = {key: value for key, value in more.items() if value is not None}
-    return EmbeddedSet(name, model, arrays, label_field=label, source=source or {}, skipped=skipped or {}, **given)
-
-
-def write_embedded_set(folder: str | Path, contents: EmbeddedSet) -> EmbeddedSet:
-    return contents.save(folder)

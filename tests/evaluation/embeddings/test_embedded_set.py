@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet, SetContents, write_embedded_set
+from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.embeddings.set_files import RowStream
 
 MODEL = {"name": "some model", "fingerprint": "1234"}
@@ -22,7 +22,7 @@ def unit(rows: int, dimension: int = 8, seed: int = 0, dtype=np.float32) -> np.n
 def written(folder, count: int = 5, **changes) -> EmbeddedSet:
     arrays = {"image": unit(count), "text": unit(3, seed=1), "image_features": 50 * unit(count, 12, seed=2)}
     given = {
-        "arrays": arrays,
+        "embeddings": arrays,
         "pairs": [[0, 0], [1, 2]],
         "indices": [7, 3, 9, 11, 20],
         "labels": [0, 1, -1, 0, 1],
@@ -34,13 +34,13 @@ def written(folder, count: int = 5, **changes) -> EmbeddedSet:
         "metadata": [{"number": n, "name": "é"} for n in range(5)],
         "source": {"name": "shards", "fingerprint": "5678"},
     }
-    return write_embedded_set(folder, SetContents("pets", MODEL, **given | changes))
+    return EmbeddedSet("pets", MODEL, **given | changes).save(folder)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_what_is_written_is_what_is_read(tmp_path, dtype):
     image, text = unit(5, dtype=dtype), unit(3, seed=1, dtype=dtype)
-    written(tmp_path / "set", arrays={"image": image, "text": text})
+    written(tmp_path / "set", embeddings={"image": image, "text": text})
     opened = EmbeddedSet.open(tmp_path / "set")
     assert (opened.name, opened.model, opened.arrays) == ("pets", MODEL, {"image", "text"})
     np.testing.assert_array_equal(opened.rows("image"), image)
@@ -65,28 +65,28 @@ def test_rows_are_read_only_maps_of_the_file(tmp_path):
 
 
 def test_a_set_of_images_alone_has_no_texts_and_numbers_for_keys(tmp_path):
-    opened = write_embedded_set(tmp_path, SetContents("bare", MODEL, {"image": unit(4)}))
+    opened = EmbeddedSet("bare", MODEL, {"image": unit(4)}).save(tmp_path)
     assert opened.pairs.shape == (0, 2)
     assert opened.labels is None
     assert opened.class_prompts is None
     assert (opened.captions, opened.class_names, opened.templates) == ([], [], [])
     assert (opened.keys, opened.metadata) == (list("0123"), [{}] * 4)
     assert opened.indices.tolist() == [0, 1, 2, 3]
-    assert write_embedded_set(tmp_path, SetContents("empty", MODEL, {"image": unit(0)})).rows("image").shape == (0, 8)
+    assert EmbeddedSet("empty", MODEL, {"image": unit(0)}).save(tmp_path).rows("image").shape == (0, 8)
 
 
 def test_a_stream_of_pieces_is_the_same_as_the_array(tmp_path):
     rows = unit(5, dtype=np.float16)
     pieces = RowStream(rows.shape, rows.dtype, iter([rows[:2], rows[2:2], rows[2:]]))
-    written(tmp_path / "stream", arrays={"image": pieces, "text": unit(3)})
-    written(tmp_path / "array", arrays={"image": rows, "text": unit(3)})
+    written(tmp_path / "stream", embeddings={"image": pieces, "text": unit(3)})
+    written(tmp_path / "array", embeddings={"image": rows, "text": unit(3)})
     assert (tmp_path / "stream/image.npy").read_bytes() == (tmp_path / "array/image.npy").read_bytes()
     np.testing.assert_array_equal(np.load(tmp_path / "stream/image.npy"), rows)
 
 
 def test_a_set_written_over_another_keeps_nothing_of_it(tmp_path):
     written(tmp_path)
-    opened = write_embedded_set(tmp_path, SetContents("bare", MODEL, {"image": unit(4)}))
+    opened = EmbeddedSet("bare", MODEL, {"image": unit(4)}).save(tmp_path)
     assert opened.labels is None
     files = {path.name for path in tmp_path.iterdir()}
     assert files == {"manifest.json", "image.npy", "indices.npy", "keys.jsonl", "metadata.jsonl", "left_out.jsonl"}
@@ -101,9 +101,7 @@ def test_an_unfinished_folder_is_told_from_a_missing_one(tmp_path):
     with pytest.raises(FileNotFoundError, match="missing; embed the set first"):
         EmbeddedSet.open(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="row 3 is not finite"):
-        write_embedded_set(
-            tmp_path / "set", SetContents("nan", MODEL, {"image": np.where(np.arange(5)[:, None] == 3, np.nan, 1)})
-        )
+        EmbeddedSet("nan", MODEL, {"image": np.where(np.arange(5)[:, None] == 3, np.nan, 1)}).save(tmp_path / "set")
     with pytest.raises(FileNotFoundError, match=r"unfinished embedded set: `evaluate.py embed` resumes it"):
         EmbeddedSet.open(tmp_path / "set")
 
@@ -145,14 +143,14 @@ def test_lists_of_another_length_are_refused_when_they_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"arrays": {"text": unit(3)}}, "must have image"),
+        ({"embeddings": {"text": unit(3)}}, "must have image"),
         (
-            {"arrays": {"image": unit(5), "pixels": unit(5)}},
-            r"arrays = \['image', 'pixels'\]: must have image, and may",
+            {"embeddings": {"image": unit(5), "pixels": unit(5)}},
+            r"arrays = \['image', 'pixels'\]: may be image, ",
         ),
-        ({"arrays": {"image": unit(5), "text": unit(3, 9)}}, r"text = \(3, 9\): must be of shape \(3, 8\)"),
-        ({"arrays": {"image": unit(5), "image_features": unit(4)}}, r"image_features = \(4, 8\)"),
-        ({"arrays": {"image": 2 * unit(5), "text": unit(3)}}, "row 0 has norm 2; it must have unit norm"),
+        ({"embeddings": {"image": unit(5), "text": unit(3, 9)}}, r"text = \(3, 9\): must be of shape \(3, 8\)"),
+        ({"embeddings": {"image": unit(5), "image_features": unit(4)}}, r"image_features = \(4, 8\)"),
+        ({"embeddings": {"image": 2 * unit(5), "text": unit(3)}}, "row 0 has norm 2; it must have unit norm"),
         ({"pairs": [[0, 3]]}, r"pairs = \[\[0, 3\], \[0, 3\]\]: .* from 0 to below \[5, 3\]"),
         ({"pairs": [0, 3]}, r"pairs = \(2,\): must be of shape \(2, 2\)"),
         ({"labels": [0, 1, 2, 0, 1]}, r"labels = \[0, 2\]: .* from -1 to below 2"),

@@ -8,7 +8,7 @@ import pytest
 
 from modstruct.data.synthetic.factors import COLOURS, MOODS
 from modstruct.data.synthetic.splits import scenes
-from modstruct.evaluation.embeddings.embedded_set import SetContents, write_embedded_set
+from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.information.measure import bag_of_words, measure, scene_pixels
 from modstruct.evaluation.information.probes import ProbeConfig
 
@@ -27,27 +27,24 @@ def toy_set(folder, rows=400, captions_each=1):
     colour, light, mood = random.integers(0, [[3], [2], [4]], (3, rows))
     image = unit(np.eye(3)[colour] + 0.02 * random.normal(size=(rows, 3)))
     of = np.repeat(np.arange(rows), captions_each)
-    return write_embedded_set(
-        folder,
-        SetContents(
-            "toy",
-            MODEL,
-            {
-                "image": image,
-                "text": image[of],
-                "image_features": np.column_stack([np.eye(3)[colour], light]).astype(np.float32),
-            },
-            pairs=np.column_stack([of, np.arange(len(of))]),
-            labels=np.where(np.arange(rows) < 5, -1, colour),
-            class_names=COLOUR_WORDS,
-            label="colour",
-            captions=[
-                f"a {['red', 'green', 'blue'][colour[r]]} thing, {['calm', 'sad', 'merry', 'odd'][mood[r]]}" for r in of
-            ],
-            metadata=[{"light": bool(light[r]), "mood": int(mood[r]), "size": 0.5, "one": 1} for r in range(rows)],
-            source={"name": "toy", "fingerprint": "f"},
-        ),
-    )
+    return EmbeddedSet(
+        "toy",
+        MODEL,
+        {
+            "image": image,
+            "text": image[of],
+            "image_features": np.column_stack([np.eye(3)[colour], light]).astype(np.float32),
+        },
+        pairs=np.column_stack([of, np.arange(len(of))]),
+        labels=np.where(np.arange(rows) < 5, -1, colour),
+        class_names=COLOUR_WORDS,
+        label_field="colour",
+        captions=[
+            f"a {['red', 'green', 'blue'][colour[r]]} thing, {['calm', 'sad', 'merry', 'odd'][mood[r]]}" for r in of
+        ],
+        metadata=[{"light": bool(light[r]), "mood": int(mood[r]), "size": 0.5, "one": 1} for r in range(rows)],
+        source={"name": "toy", "fingerprint": "f"},
+    ).save(folder)
 
 
 def test_what_each_modality_knows_is_found(tmp_path):
@@ -96,17 +93,14 @@ def test_scenes_come_with_exact_values(tmp_path):
     records = [scene.record() | {"split": "train"} for scene, _ in drawn]
     colour = np.array([COLOURS.index(record["main_colour"]) for record in records])
     mood = np.array([MOODS.index(record["mood"]) for record in records])
-    embedded = write_embedded_set(
-        tmp_path / "set",
-        SetContents(
-            "scenes",
-            MODEL,
-            {"image": unit(np.eye(8)[colour]), "text": unit(np.eye(8)[mood])},
-            pairs=np.repeat(np.arange(240)[:, None], 2, 1),
-            captions=[text for _, text in drawn],
-            metadata=records,
-        ),
-    )
+    embedded = EmbeddedSet(
+        "scenes",
+        MODEL,
+        {"image": unit(np.eye(8)[colour]), "text": unit(np.eye(8)[mood])},
+        pairs=np.repeat(np.arange(240)[:, None], 2, 1),
+        captions=[text for _, text in drawn],
+        metadata=records,
+    ).save(tmp_path / "set")
     result = measure(embedded, replace(QUICK, labels=["mood", "main_colour"]))
     mood = result.grouped["mood"]
     exact, bias = result.grouped["mood/exact"], result.grouped["mood/bias"]
@@ -151,10 +145,8 @@ def test_what_is_no_label_is_refused(tmp_path, label, message):
 def test_sets_without_captions_or_classes_are_refused(tmp_path):
     rows = unit(np.ones((4, 2)))
     with pytest.raises(ValueError, match="has no captions"):
-        measure(write_embedded_set(tmp_path / "a", SetContents("a", MODEL, {"image": rows})), QUICK)
+        measure(EmbeddedSet("a", MODEL, {"image": rows}).save(tmp_path / "a"), QUICK)
     pairs = np.repeat(np.arange(4)[:, None], 2, 1)
-    both = write_embedded_set(
-        tmp_path / "b", SetContents("b", MODEL, {"image": rows, "text": rows}, pairs=pairs, captions="abcd")
-    )
+    both = EmbeddedSet("b", MODEL, {"image": rows, "text": rows}, pairs=pairs, captions="abcd").save(tmp_path / "b")
     with pytest.raises(ValueError, match="has no classes"):
         measure(both, QUICK)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet, SetContents, write_embedded_set
+from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.leakage.leave_out import leave_out, read_keys, rows_kept
 from modstruct.evaluation.retrieval.measure import measure_retrieval
 
@@ -28,29 +28,26 @@ def written(folder, numbers, name="emoji", source=None) -> EmbeddedSet:
             captions.setdefault(caption, embedding)
             pairs.append((row, list(captions).index(caption)))
     numbers = list(numbers)
-    return write_embedded_set(
-        folder,
-        SetContents(
-            name,
-            MODEL,
-            {
-                "image": image[numbers].astype(np.float16),
-                "text": np.stack(list(captions.values())),
-                "image_features": 3 * image[numbers],
-                "text_features": 2 * np.stack(list(captions.values())),
-            },
-            pairs=np.array(pairs),
-            labels=np.array(numbers) % 4 - 1,
-            class_prompts=prompts.reshape(3, 2, DIMENSION),
-            class_names=["a", "b", "c"],
-            templates=["{}", "a {}"],
-            label="colour",
-            keys=[f"k{n}" for n in numbers],
-            captions=list(captions),
-            metadata=[{"n": n} for n in numbers],
-            source=source,
-        ),
-    )
+    return EmbeddedSet(
+        name,
+        MODEL,
+        {
+            "image": image[numbers].astype(np.float16),
+            "text": np.stack(list(captions.values())),
+            "image_features": 3 * image[numbers],
+            "text_features": 2 * np.stack(list(captions.values())),
+        },
+        pairs=np.array(pairs),
+        labels=np.array(numbers) % 4 - 1,
+        class_prompts=prompts.reshape(3, 2, DIMENSION),
+        class_names=["a", "b", "c"],
+        templates=["{}", "a {}"],
+        label_field="colour",
+        keys=[f"k{n}" for n in numbers],
+        captions=list(captions),
+        metadata=[{"n": n} for n in numbers],
+        source=source,
+    ).save(folder)
 
 
 @pytest.fixture
@@ -101,8 +98,8 @@ def test_leaving_out_nothing_leaves_all(whole, tmp_path):
 
 
 def test_a_set_of_images_alone(tmp_path):
-    plain = write_embedded_set(
-        tmp_path / "a", SetContents("a", MODEL, {"image": unit(np.random.default_rng(0), 4)}, keys=list("wxyx"))
+    plain = EmbeddedSet("a", MODEL, {"image": unit(np.random.default_rng(0), 4)}, keys=list("wxyx")).save(
+        tmp_path / "a"
     )
     left = leave_out(plain, ["x"], tmp_path / "b")
     assert left.keys == ["w", "y"]
