@@ -14,6 +14,7 @@ from modstruct.errors import refuse
 from modstruct.files import RepeatedKey, read_yaml
 
 KEYS = ("label", "templates", "classes")
+REMEDY = "add it to `classes` of the class file, or make it null in KEY.json"
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class ZeroShotClasses:
             if label is not None and label not in row_of:
                 raise ValueError(
                     f"the label {self.label} = {fields[self.label]!r} of a sample is not among the classes "
-                    f"{some_of(self.classes)}: add it to `classes` of the class file, or make it null in KEY.json"
+                    f"{some_of(self.classes)}: {REMEDY}"
                 )
             rows.append(-1 if label is None else row_of[label])
         return np.array(rows, dtype=np.int64)

@@ -3,10 +3,12 @@ missing or wrong in it."""
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +20,10 @@ from torchvision.datasets.folder import make_dataset
 
 from modstruct import distributed
 from modstruct.config import DataConfig
-from modstruct.data.faults import BadSample
+from modstruct.data.faults import NAMED, BadSample
 from modstruct.data.shards.evaluation_samples import EvaluationSample
 from modstruct.data.shards.members import printable
+from modstruct.data.shards.workers import shared_tensor
 from modstruct.data.transforms.decoding import FORMATS, decode_image
 
 # GTSRB is published as PPM, and some files of Oxford Pets that are called .jpg are GIF or BMP.
@@ -28,16 +31,14 @@ FILE_FORMATS = (*FORMATS, "PPM", "GIF", "BMP")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".ppm", ".gif", ".bmp")
 LARGEST_FILE_BYTES = 1 << 28  # are read of a larger one, so that it is found cut off
 SPLIT_FOLDERS = {"train": ("train",), "validation": ("validation", "val", "valid"), "test": ("test",)}
-NAMES_SHOWN = 3
 
 log = logging.getLogger(__name__)
 
 
 class ImageFiles:
-    """Image files by their paths in a folder, which are their keys."""
+    """Image files by their paths in a folder, at least one, which are their keys."""
 
     def __init__(self, folder: Path, paths: Sequence[str]):
-        """paths: relative to the folder, at least one."""
         self.folder, self.fingerprint = folder, hashed(list(paths))
         self._paths = np.array([os.fsencode(path) for path in paths])  # a third of the memory of a list of str
 
@@ -74,14 +75,15 @@ class ImageArray:
     """Images as rows of an array (n, H, W, 3) uint8. Their keys are the name of the split and a number."""
 
     def __init__(self, pixels: np.ndarray, split: str):
-        self._pixels, self._split, self.fingerprint = pixels, split, hashed(pixels)
+        pixels = np.ascontiguousarray(pixels)
+        self._pixels, self._split, self.fingerprint = shared_tensor(pixels), split, hashed(pixels)
 
     def key(self, index: int) -> str:
         return f"{self._split}/{index:06d}"
 
     def image(self, index: int, max_pixels: int) -> Image.Image:
         """Mode RGB. Raises BadSample."""
-        pixels = np.ascontiguousarray(self._pixels[index])
+        pixels = self._pixels[index].numpy()
         if pixels.shape[0] * pixels.shape[1] > max_pixels:
             raise BadSample("decompression bomb", self.key(index))
         return Image.fromarray(pixels)
@@ -111,7 +113,7 @@ class SetFolder:
     def note(self, what: str, examples: Sequence[str], count: int = 0) -> None:
         """Say in the log, on the main process, what is left out of the set. count: of them; 0 for that of examples."""
         if examples and distributed.is_main():
-            first = ", ".join(examples[:NAMES_SHOWN])
+            first = ", ".join(examples[:NAMED])
             log.warning("%s@%s: %d %s (first %s)", self.known, self.root, count or len(examples), what, first)
 
     def folder_with(self, content: str, *folders: str) -> Path:
@@ -139,18 +141,30 @@ class SetFolder:
             self.refuse(f"there is no folder {folder}")
         return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
 
-    def text(self, path: Path) -> str:
-        """The content of a text file in UTF-8."""
+    def lines(self, path: Path) -> list[str]:
+        """The lines of a text file in UTF-8 that are not empty, stripped."""
         if not path.is_file():
             self.refuse(f"there is no file {path}")
         try:
-            return path.read_text(encoding="utf-8-sig")
+            return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             self.refuse(f"{path} cannot be read ({error})")
 
-    def lines(self, path: Path) -> list[str]:
-        """The lines of a text file that are not empty, stripped."""
-        return [line.strip() for line in self.text(path).splitlines() if line.strip()]
+    def table(self, path: Path, image: str, label: str, delimiter: str = ",") -> list[tuple[str, str]]:
+        """The values of two columns in each row of a CSV file."""
+        try:
+            header, *rows = csv.reader(self.lines(path) or [""], delimiter=delimiter, skipinitialspace=True)
+        except csv.Error as error:
+            self.refuse(f"{path} is no CSV file ({error})")
+        if image == "image" and image not in header and "picture" in header:
+            header[header.index("picture")] = "image"
+            log.warning("%s: the column 'picture' is now called 'image'; the old name is still read", path)
+        if wrong := [name for name in (image, label) if header.count(name) != 1]:
+            self.refuse(f"{path} has {'two columns' if wrong[0] in header else 'no column'} called {wrong[0]!r}")
+        if uneven := [row for row in rows if len(row) != len(header)]:
+            found = f"{path}: {len(uneven[0])} values in {len(header)} columns"
+            self.refuse(f"{found} ({delimiter.join(uneven[0])}); quote one with {delimiter!r}")
+        return [(row[header.index(image)], row[header.index(label)]) for row in rows]
 
     def images(self, folder: Path, paths: Sequence[str]) -> ImageFiles:
         """The files at paths in a folder; all must exist. Each subfolder is listed once."""
@@ -161,7 +175,7 @@ class SetFolder:
         parents = {os.path.dirname(path): folder / os.path.dirname(path) for path in paths}
         there = {name: set(os.listdir(parent)) if parent.is_dir() else set() for name, parent in parents.items()}
         if missing := [path for path in paths if os.path.basename(path) not in there[os.path.dirname(path)]]:
-            first = ", ".join(missing[:NAMES_SHOWN])
+            first = ", ".join(missing[:NAMED])
             self.refuse(f"{len(missing):,} of {len(paths):,} images are not in {folder}, the first {first}")
         return ImageFiles(folder, paths)
 
@@ -231,6 +245,26 @@ def read_class_folders(
     source.note(f"classes have no folder in {base}", absent)
     source.note(f"class folders of {base} hold no image", [name for name in there if not counts[labels[name]]])
     return LabelledImages(source, ImageFiles(base, [path[start:] for path, _ in found]), rows, classes)
+
+
+def read_listed(
+    source: SetFolder,
+    file: Path,
+    base: Path,
+    listed: Sequence[tuple[str, str]],
+    labels: Sequence[str],
+    classes: Sequence[str],
+) -> LabelledImages:
+    """Images at the paths in base, each with a label, that a file lists. labels: those there may be, class by class."""
+    row_of = {label: row for row, label in enumerate(labels)}
+    if wrong := [pair for pair in listed if pair[1] not in row_of]:
+        source.refuse(f"{file}: the label {wrong[0][1]!r} of {wrong[0][0]} is none of the {len(labels):,} classes")
+    rows = np.array([row_of[label] for _, label in listed], dtype=np.int64)
+    counts, times = np.bincount(rows, minlength=len(labels)), Counter(path for path, _ in listed)
+    repeated = [path for path, count in times.items() if count > 1]
+    source.note(f"images occur in several rows of {file}, each of which counts", repeated)
+    source.note(f"classes have no image in {file}", [label for label, row in row_of.items() if not counts[row]])
+    return LabelledImages(source, source.images(base, [path for path, _ in listed]), rows, classes)
 
 
 def hashed(*parts: object) -> str:

@@ -13,9 +13,8 @@ Image-text shards have the label in the metadata, KEY.json: any such data with a
 from __future__ import annotations
 
 import logging
-import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -24,16 +23,16 @@ import numpy as np
 
 from modstruct import distributed
 from modstruct.config import DataConfig, Source
-from modstruct.data.classification.class_files import ZeroShotClasses, some_of
+from modstruct.data.classification.class_files import REMEDY, ZeroShotClasses, some_of
 from modstruct.data.classification.labelled_images import LabelledImages, SetFolder, ShardImages, hashed
 from modstruct.data.classification.prompts import PAPER_TEMPLATE
 from modstruct.data.faults import NAMED, BadSample
 from modstruct.data.shards.evaluation_samples import EvaluationSample, EvaluationSamples, spaced
 from modstruct.data.shards.index import ShardIndex, index_tar
-from modstruct.data.shards.members import IMAGES, Tally, key_of, printable
+from modstruct.data.shards.members import IMAGES, Tally, printable
 from modstruct.data.shards.reader import ShardReader
 from modstruct.data.shards.samples import Samples
-from modstruct.data.shards.tar_headers import BLOCK_BYTES, next_member
+from modstruct.data.shards.tar_headers import BLOCK_BYTES
 
 NAMES, TEMPLATES, COUNT = "classnames.txt", "zeroshot_classification_templates.txt", "nshards.txt"
 LABELLED_KINDS = dict.fromkeys(IMAGES, "image") | {"cls": "text"}
@@ -46,48 +45,45 @@ log = logging.getLogger(__name__)
 
 def read_class_shards(source: SetFolder, split: str) -> LabelledImages:
     """A split of a converted set. Samples without image or label are left out; a damaged shard is refused."""
-    if not (source.root / NAMES).is_file():
-        source.refuse(f"there is no {NAMES} in it")
+    classes = source.lines(source.root / NAMES)
     if (source.root / TEMPLATES).is_file():
         templates = [template.replace("{c}", "{}") for template in source.lines(source.root / TEMPLATES)]
         if wrong := [template for template in templates if template.count("{}") != 1]:
             source.refuse(f"{source.root / TEMPLATES}: {wrong[0]!r} has no single {{c}}, where the name goes")
         source = replace(source, templates=(PAPER_TEMPLATE, *templates))
     folder = source.split_folder(split)
-    shards = sorted(folder.glob("*.tar"), key=_numbers_and_text)
+    shards = sorted(folder.glob("*.tar"), key=lambda path: (len(path.name), path.name))  # 2.tar before 10.tar
     if not shards:
         source.refuse(f"there is no shard *.tar in {folder}")
-    stated = source.text(folder / COUNT).strip() if (folder / COUNT).is_file() else str(len(shards))
-    if stated != str(len(shards)):
+    if (folder / COUNT).is_file() and source.lines(folder / COUNT) != [str(len(shards))]:
+        stated = ", ".join(source.lines(folder / COUNT))
         source.refuse(f"{folder} has {len(shards)} shards, and its {COUNT} says {stated}")
-    return read_labelled_shards(source, shards, source.lines(source.root / NAMES))
-
-
-def _numbers_and_text(path: Path) -> list[int | str]:
-    """Sorts 2.tar before 10.tar."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
+    return read_labelled_shards(source, shards, classes)
 
 
 def read_labelled_shards(source: SetFolder, shards: Sequence[Path], classes: Sequence[str]) -> LabelledImages:
     """The images of tars with a label beside each, from 0 to the number of classes less one."""
-    places, labels, keys = [], [], []
+    places, labels, keys = [], [], list[str]()
     left_out, unused, examples = Counter[str](), Counter[str](), dict[str, list[str]]()
     for number, shard in enumerate(shards):
+        of_shard: list[str] = []
         try:
-            index = index_tar(shard, LABELLED_KINDS, "label")
-            found = list(_labels(shard, index))
+            index = index_tar(shard, LABELLED_KINDS, "label", of_shard)
+            written = _labels(shard, index)
         except OSError as error:
             source.refuse(f"{shard} cannot be read ({error.strerror or error})")
         if index.broken:
             source.refuse(f"{shard} is damaged or cut off: {index.broken}")
-        for key, label, start, size in found:
+        for key, label, start, size in zip(
+            of_shard, written, index.rows["image_block"].tolist(), index.rows["image_bytes"].tolist(), strict=True
+        ):
             if not label.isdigit():
                 left_out["malformed label"] += 1
                 examples.setdefault("malformed label", []).append(f"{shard}: {printable(key)}")
             elif int(label) >= len(classes):
                 source.refuse(f"{shard}: the label {label} of {printable(key)} is none of the {len(classes)} classes")
             else:
-                places.append((number, start, size))
+                places.append((number, start * BLOCK_BYTES, size))
                 labels.append(int(label))
                 keys.append(key)
         left_out, unused = left_out + Counter(index.faults), unused + Counter(index.unused)
@@ -95,25 +91,23 @@ def read_labelled_shards(source: SetFolder, shards: Sequence[Path], classes: Seq
             examples.setdefault(cause, [f"{shard}: {name}" for name in names])
     if not places:
         source.refuse(f"no sample of {len(shards)} shards has image and label ({dict(left_out + unused)}); {LABELLED}")
-    for cause, count in left_out.items():
-        source.note(f"samples left out: {cause}", examples[cause], count)
-    for cause, count in unused.items():
-        source.note(f"{cause} are not used", examples[cause], count)
+    for counted, what in ((left_out, "samples left out: {}"), (unused, "{} are not used")):
+        for cause, count in counted.items():
+            source.note(what.format(cause), examples[cause], count)
     store = ShardImages(shards, np.array(places, dtype=np.int64), keys)
     images = LabelledImages(source, store, np.array(labels, dtype=np.int64), classes)
     images.left_out = dict(left_out)
     return images
 
 
-def _labels(shard: Path, index: ShardIndex) -> Iterator[tuple[str, str, int, int]]:
-    """Yields key and label of each sample, first byte and bytes of its image."""
+def _labels(shard: Path, index: ShardIndex) -> list[str]:
+    """What each .cls holds."""
+    labels = []
     with open(shard, "rb", buffering=BLOCK_BYTES) as file:
-        for image, size, text, length, _, _, header in index.rows.tolist():
-            file.seek(text * BLOCK_BYTES)
-            label = file.read(min(length, LONGEST_LABEL + 1)).decode("ascii", "replace").strip()
-            member = next_member(file, (image - header) * BLOCK_BYTES)
-            if member is not None:
-                yield key_of(member.name), label, image * BLOCK_BYTES, size
+        for block, size in index.rows[["text_block", "text_bytes"]].tolist():
+            file.seek(block * BLOCK_BYTES)
+            labels.append(file.read(min(size, LONGEST_LABEL + 1)).decode("ascii", "replace").strip())
+    return labels
 
 
 def check_labels(
@@ -126,8 +120,7 @@ def check_labels(
     wrong. Raises ValueError for labels that are not among the classes.
     """
     reader = ShardReader(samples, config)
-    unknown, seen = Tally(), set[str]()
-    fields: dict[str, None] = {}
+    unknown, seen, fields = Tally(), set[str](), dict[str, None]()
     for limit in (LABELS_CHECKED, 10 * LABELS_CHECKED) if thorough else (LABELS_CHECKED,):
         numbers = list(spaced(samples, limit))
         for sample in numbers:
@@ -146,22 +139,20 @@ def check_labels(
         named = "; ".join(f"{label}: {unknown.examples[label][0]}" for label, _ in unknown.counts.most_common(NAMED))
         raise ValueError(
             f"{field}: of {len(numbers)} samples that were looked at, {unknown.counts.total()} have a label "
-            f"{classes.label} that is not among the classes {some_of(classes.classes)} ({named}): add it to `classes` "
-            "of the class file, or make it null in KEY.json"
+            f"{classes.label} that is not among the classes {some_of(classes.classes)} ({named}): {REMEDY}"
         )
     if repeated := [name for name, times in Counter(classes.classes.values()).items() if times > 1]:
         log.warning("%s: no prompt tells classes of one name apart: %s", field, some_of(repeated, NAMED))
-    absent = [label for label in classes.classes if label not in seen]
-    if seen and absent and len(numbers) == len(samples):
+    every, absent = len(numbers) == len(samples), [label for label in classes.classes if label not in seen]
+    if seen and absent and every:
         log.warning("%s: no sample is of these classes, which chance counts: %s", field, some_of(absent, NAMED))
     if seen:
         return None
     there = f"its fields are {some_of(map(printable, fields))}" if fields else "there is none, or an empty one"
     missing = f"none of {len(numbers)} samples of {field} has a label {classes.label!r} in its KEY.json ({there})"
-    if len(numbers) == len(samples):
-        return missing
-    log.warning("%s; zero-shot classification is left out where the others have none either", missing)
-    return None  # the rest may have labels
+    if not every:  # the others may have labels
+        log.warning("%s; zero-shot classification is left out where the others have none either", missing)
+    return missing if every else None
 
 
 class LabelledSamples(LabelledImages):

@@ -4,8 +4,9 @@ torchvision.datasets says which images and labels there are. The check of every 
 missing or damaged, and the decoding (data.max_image_pixels, bad samples) are ours. torchvision compares the files of
 CIFAR, SVHN, STL10 and Flowers102 with their published MD5 before it reads them: CIFAR's are pickles, which could run
 any code, so no others than the published ones are opened.
-Not by torchvision: Caltech-101, to which that gives no split; ImageNet, since that unpacks archives into the user's
-folder; and what it does not know: V2 (Recht et al. 2019), Sketch (Wang et al. 2019), A and R (Hendrycks et al. 2021).
+Not by torchvision: GTSRB, of which that reads one form alone; Caltech-101, to which that gives no split; ImageNet,
+since that unpacks archives into the user's folder; and what it does not know: V2 (Recht et al. 2019), Sketch (Wang et
+al. 2019), A and R (Hendrycks et al. 2021).
 """
 
 from __future__ import annotations
@@ -17,10 +18,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+from scipy.io import loadmat
 from torchvision import datasets
 from torchvision.datasets.utils import calculate_md5
 
-from modstruct.data.classification.labelled_images import ImageArray, LabelledImages, SetFolder, read_class_folders
+from modstruct.data.classification.labelled_images import (
+    ImageArray,
+    LabelledImages,
+    SetFolder,
+    read_class_folders,
+    read_listed,
+)
 from modstruct.data.classification.prompts import imagenet, imagenet_labels, published_sets
 
 CALTECH101_TRAINING = 30
@@ -28,6 +36,8 @@ CALTECH101_TRAINING = 30
 BACKGROUND = "BACKGROUND_Google"  # no class of Caltech-101
 V2_FOLDERS = ("matched-frequency-format-val", "matched-frequency", "threshold0.7-format-val", "top-images-format-val")
 SUBSET_CLASSES = 200  # of ImageNet-A and -R
+TRUTH, KAGGLE_TRUTH = "ILSVRC2012_validation_ground_truth.txt", "LOC_val_solution.csv"
+SIGNS_TRUTH = "GT-final_test.csv"
 CHECKSUMS = ("train_list", "test_list", "meta", "split_list", "_file_dict")  # where torchvision's classes have them
 
 
@@ -82,9 +92,7 @@ def _contents(name: str, root: Path, split: str) -> tuple[Sequence[str] | np.nda
     if name in ("stl10", "svhn"):
         found = LabelledSTL10(root, split) if name == "stl10" else dataset(root / "svhn", split)
         return found.data.transpose(0, 2, 3, 1), found.labels, getattr(found, "classes", ())
-    if name == "gtsrb":
-        samples = dataset(root, split)._samples
-    elif name == "oxford_pets":  # torchvision's own names have every word with a capital
+    if name == "oxford_pets":  # torchvision's own names have every word with a capital
         found = dataset(root, split)
         samples = list(zip(found._images, found._labels, strict=True))
         breeds = {label: path.stem.rpartition("_")[0] for path, label in samples}
@@ -139,6 +147,8 @@ def read_imagenet(source: SetFolder) -> LabelledImages:
     if source.known == "imagenet":
         split = {"train": "train", "validation": "val"}[source.split]
         base = source.folder_with(split, "ILSVRC/Data/CLS-LOC", "imagenet") / split
+        if split == "val" and not source.subfolders(base):
+            return _flat_validation(source, base)
     elif source.known == "imagenet_v2":
         base = source.folder_with("0", *(f"imagenetv2-{name}" for name in V2_FOLDERS))
         folders, kind = [str(label) for label in range(1000)], "class numbers from 0 to 999"
@@ -154,9 +164,42 @@ def read_imagenet(source: SetFolder) -> LabelledImages:
     return read_class_folders(source, base, folders, classes, kind)
 
 
+def _flat_validation(source: SetFolder, base: Path) -> LabelledImages:
+    """The images in one folder, as published, with Kaggle's table of their labels or the development kit's."""
+    if (source.root / KAGGLE_TRUTH).is_file():
+        file = source.root / KAGGLE_TRUTH
+        rows = sorted(source.table(file, "ImageId", "PredictionString"))
+        listed = [(f"{image}.JPEG", boxes.partition(" ")[0]) for image, boxes in rows]
+    else:
+        kit = source.folder_with(TRUTH, "ILSVRC2012_devkit_t12/data", "data")
+        file = kit / TRUTH
+        try:
+            synsets = loadmat(kit / "meta.mat", squeeze_me=True)["synsets"]
+            wnids = {str(number): str(wnid) for number, wnid in synsets[["ILSVRC2012_ID", "WNID"]].tolist()}
+        except Exception as error:  # scipy raises nearly anything for a damaged file
+            source.refuse(f"{kit / 'meta.mat'} cannot be read ({type(error).__name__}: {error})")
+        labels = [wnids.get(number, number) for number in source.lines(file)]
+        listed = [(f"ILSVRC2012_val_{number:08d}.JPEG", label) for number, label in enumerate(labels, 1)]
+    return read_listed(source, file, base, listed, list(imagenet_labels()), imagenet())
+
+
+def read_gtsrb(source: SetFolder) -> LabelledImages:
+    """Traffic signs (Stallkamp et al. 2012). torchvision reads one of the two forms of the training images."""
+    classes = published_sets()["gtsrb"].classes
+    signs = source.first_folder("gtsrb/GTSRB", "GTSRB")
+    if source.split == "train":
+        forms = [signs / name for name in ("Training", "Final_Training/Images")]
+        base = next((folder for folder in forms if folder.is_dir()), forms[0])
+        return read_class_folders(source, base, [f"{label:05d}" for label in range(len(classes))], classes)
+    file = source.folder_with(SIGNS_TRUTH, "gtsrb", "..") / SIGNS_TRUTH
+    listed, labels = source.table(file, "Filename", "ClassId", ";"), [str(label) for label in range(len(classes))]
+    return read_listed(source, file, signs / "Final_Test/Images", listed, labels, classes)
+
+
 READERS: dict[str, Callable[[SetFolder], LabelledImages]] = {
     **dict.fromkeys(("imagenet", "imagenet_a", "imagenet_r", "imagenet_sketch", "imagenet_v2"), read_imagenet),
     "caltech101": read_caltech101,
+    "gtsrb": read_gtsrb,
     "folder": read_folder,
 }
 """Of the sets that torchvision.datasets does not read as they should be."""

@@ -132,8 +132,8 @@ class _Cut(Exception):
 class _Rows:
     """Rows of the samples that can be used, and a tally of the others."""
 
-    def __init__(self, text: str):
-        self.text = text
+    def __init__(self, text: str, keys: list[str] | None):
+        self.text, self.keys = text, keys
         self.rows: list[tuple[int, ...]] = []
         self.faults, self.unused = Tally(), Tally()
         self._keys: set[int] = set()  # hashes of the keys, a third of their memory
@@ -156,6 +156,8 @@ class _Rows:
         header_blocks = (image.data - image.header) // BLOCK_BYTES
         places = (image.data // BLOCK_BYTES, image.size, text.data // BLOCK_BYTES, text.size)
         self.rows.append((*places, *described, header_blocks))
+        if self.keys is not None:
+            self.keys.append(sample.key)
         number = hash(sample.key)
         if number in self._keys:
             self.unused.add(REPEATED_KEY, sample.key)
@@ -178,14 +180,17 @@ def _is_oversized(kind: str, member: Member) -> bool:
 
 
 def index_tar(
-    path: str | os.PathLike[str] | int, kinds: Mapping[str, str] = KINDS, text: str = "caption"
+    path: str | os.PathLike[str] | int,
+    kinds: Mapping[str, str] = KINDS,
+    text: str = "caption",
+    keys: list[str] | None = None,
 ) -> ShardIndex:
     """Index one tar file, given by path or by a file descriptor (which is closed).
 
-    kinds: image, text or metadata, by extension. text: what a text is, in words. A damaged tar gives the samples before
-    the damage. Raises OSError if it cannot be read.
+    kinds: image, text or metadata, by extension. text: what a text is, in words. keys: takes the key of each row. A
+    damaged tar gives the samples before the damage. Raises OSError if it cannot be read.
     """
-    collected = _Rows(text)
+    collected = _Rows(text, keys)
     groups = MemberGroups(kinds, ("image", "text"), collected.unused)
     broken = None
     with open(path, "rb", buffering=BUFFER_BYTES) as file:

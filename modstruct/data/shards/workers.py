@@ -179,8 +179,12 @@ class OutgoingRows:
         """The filled rows; do not write to them again before the next `empty`."""
         if get_worker_info() is None:
             return torch.from_numpy(rows)
-        storage = _memory_file(rows.reshape(-1).data)
-        return torch.empty(0, dtype=torch.uint8).set_(storage).view(rows.shape)
+        return shared_tensor(rows)
+
+
+def shared_tensor(rows: np.ndarray) -> Tensor:
+    """A copy of contiguous rows uint8, which loader processes map instead of getting copies of their own."""
+    return torch.empty(0, dtype=torch.uint8).set_(_memory_file(rows.reshape(-1).data)).view(rows.shape)
 
 
 def _memory_file(content: memoryview) -> torch.UntypedStorage:

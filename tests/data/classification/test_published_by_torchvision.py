@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +96,31 @@ def test_a_set_survives_the_way_to_a_loader_process(tmp_path, name):
     assert copy.fingerprint == images.fingerprint
 
 
+def test_pixels_are_mapped_by_loader_processes_not_copied_to_them(tmp_path):
+    images = open_labelled(f"stl10@{layouts.stl10(tmp_path)}", CONFIG)
+    content = bytes(ForkingPickler.dumps(images))
+    assert len(content) < 8_000 < len(images) * 96 * 96 * 3
+    copy = pickle.loads(content)
+    assert np.array_equal(np.asarray(copy[1].image), np.asarray(images[1].image))
+    assert copy.fingerprint == images.fingerprint
+
+
+def test_both_forms_of_gtsrbs_training_images_and_its_inner_folder_are_read(tmp_path):
+    root = layouts.gtsrb(tmp_path)
+    inner = root / "gtsrb/GTSRB"
+    train, test = (open_labelled(f"gtsrb:{split}@{root}", CONFIG) for split in ("train", "test"))
+    layouts.put_folder(inner / "Final_Training")
+    (inner / "Training").rename(inner / "Final_Training/Images")
+    for place in (root, root / "gtsrb", inner):
+        assert open_labelled(f"gtsrb:train@{place}", CONFIG).fingerprint == train.fingerprint
+        assert open_labelled(f"gtsrb@{place}", CONFIG).fingerprint == test.fingerprint
+    shutil.rmtree(inner / "Final_Training/Images/00001")  # torchvision would number those behind it anew
+    assert open_labelled(f"gtsrb:train@{root}", CONFIG).labels.max() == 42
+    shutil.rmtree(inner / "Final_Training")
+    with pytest.raises(ValueError, match=r"there is no folder .*/GTSRB/Training; download GTSRB-Training_fixed"):
+        open_labelled(f"gtsrb:train@{root}", CONFIG)
+
+
 def test_the_archives_own_folder_is_found_too(tmp_path):
     root = layouts.food101(tmp_path)
     inner, outer = open_labelled(f"food101@{root}/food-101", CONFIG), open_labelled(f"food101@{root}", CONFIG)
@@ -121,7 +148,7 @@ def test_every_published_set_has_the_papers_template_first_and_an_ensemble_behin
         ("fgvc_aircraft", "fgvc-aircraft-2013b/data/variants.txt", "no .*/data/variants.txt; download fgvc-air"),
         ("oxford_pets", "oxford-iiit-pet/annotations/test.txt", "no .*/annotations/test.txt; download images.tar"),
         ("food101", "food-101/meta/test.json", "food101@.*there is no .*/test.json; download food-101"),
-        ("gtsrb", "gtsrb/GT-final_test.csv", "there is no .*/GT-final_test.csv; download GTSRB"),
+        ("gtsrb", "gtsrb/GT-final_test.csv", "there is no GT-final_test.csv in it, nor in gtsrb, .*; download GTSRB"),
         ("stanford_cars", "stanford_cars/devkit/cars_meta.mat", "there is no .*/cars_meta.mat; put cars_train"),
         ("stanford_cars", "stanford_cars/cars_test_annos_withlabels.mat", "there is no .*/cars_test_annos_withlabels"),
         ("flowers102", "flowers-102/imagelabels.mat", "there is no .*/imagelabels.mat; download 102flowers"),
@@ -163,9 +190,9 @@ def test_a_missing_file_is_named_with_the_set_and_what_to_download(tmp_path, nam
         ("oxford_pets", "annotations/test.txt", "a_1 1 1 1\nb_1 1 1 1\n", "annotations/test.txt .*two breeds have one"),
         ("oxford_pets", "annotations/test.txt", "a_1 1 1 1\nb_1 3 1 1\n", "annotations/test.txt .*KeyError: 1"),
         ("food101", "meta/test.json", "{", "cannot read meta/test.json .*JSONDecodeError"),
-        ("gtsrb", "GT-final_test.csv", "Filename;Class\n1.ppm;2\n", "GT-final_test.csv .*KeyError: 'ClassId'"),
-        ("gtsrb", "GT-final_test.csv", "Filename;ClassId\n00000.ppm;43\n", "a label outside the 43 classes"),
-        ("gtsrb", "GT-final_test.csv", "Filename;ClassId\n00000.ppm;-1\n", "a label outside the 43 classes"),
+        ("gtsrb", "GT-final_test.csv", "Filename;Class\n1.ppm;2\n", "GT-final_test.csv has no column called 'ClassId'"),
+        ("gtsrb", "GT-final_test.csv", "Filename;ClassId\n0.ppm;43\n", "'43' of 0.ppm is none of the 43 classes"),
+        ("gtsrb", "GT-final_test.csv", "Filename;ClassId\n0.ppm;-1\n", "'-1' of 0.ppm is none of the 43 classes"),
         ("stanford_cars", "devkit/cars_meta.mat", b"no mat", "cannot read devkit/cars_meta.mat, .*MatReadError"),
         ("svhn", "../test_32x32.mat", b"", "/test_32x32.mat is not the published file: its MD5 is another"),
         ("stl10", "test_X.bin", b"123", "_X.bin is not the published file: its MD5 is another"),
@@ -176,7 +203,7 @@ def test_a_missing_file_is_named_with_the_set_and_what_to_download(tmp_path, nam
 )
 def test_a_damaged_file_is_named(tmp_path, name, file, content, message):
     root = getattr(layouts, name)(tmp_path)
-    layouts.put(root / published_sets()[name].folder / file, content)
+    layouts.put(root / ("gtsrb" if name == "gtsrb" else published_sets()[name].folder) / file, content)
     with pytest.raises(ValueError, match=message) as refusal:
         open_labelled(f"{name}@{root}", CONFIG)
     assert str(refusal.value).startswith(f"{name}@{root}: ")

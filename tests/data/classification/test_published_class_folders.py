@@ -9,6 +9,7 @@ import shutil
 import numpy as np
 import published_layouts as layouts
 import pytest
+from scipy.io import savemat
 from timm.data import ImageNetInfo
 
 from modstruct.config import DataConfig
@@ -64,10 +65,53 @@ def test_a_missing_or_unknown_class_folder_is_named(by_wnid, tmp_path):
         open_labelled(f"imagenet:train@{root}", CONFIG)
 
 
-def test_validation_images_in_one_folder_are_refused_with_the_remedy(tmp_path):
-    layouts.put(tmp_path / "val/ILSVRC2012_val_00000001.JPEG", IMAGES[0])
-    with pytest.raises(ValueError, match=r"1000 of the 1,000 class folders are not .*val/n01440764/, as torchvision"):
-        open_labelled(f"imagenet@{tmp_path}", CONFIG)
+LABELS = [3, 999, 0]  # of the validation images in one folder, by number
+
+
+@pytest.fixture
+def flat(tmp_path):
+    for number in range(3):
+        layouts.put(tmp_path / f"val/ILSVRC2012_val_{number + 1:08d}.JPEG", IMAGES[number])
+    return tmp_path
+
+
+def put_kit(folder):
+    synsets = np.zeros(1002, dtype=[("ILSVRC2012_ID", object), ("WNID", object), ("words", object)])
+    synsets[:] = [(number, f"n{number:08d}", "of no image") for number in range(1002)]
+    for row, label in enumerate(LABELS):
+        synsets[row] = (5000 + row, WNIDS[label], "thing")
+    layouts.put_folder(folder)
+    savemat(folder / "meta.mat", {"synsets": synsets})
+    layouts.put(folder / "ILSVRC2012_validation_ground_truth.txt", "5000\n5001\n5002\n")
+
+
+@pytest.mark.parametrize("kit", ["ILSVRC2012_devkit_t12/data", "data", ""])
+def test_validation_images_in_one_folder_are_labelled_by_the_development_kit(flat, kit):
+    put_kit(flat / kit)
+    images = open_labelled(f"imagenet@{flat}", CONFIG)
+    assert images.labels.tolist() == LABELS
+    assert [layouts.number_of(images[n].image) for n in range(3)] == [0, 1, 2]
+    assert images.classes == imagenet()
+    layouts.put(flat / kit / "ILSVRC2012_validation_ground_truth.txt", "5000\n999\n")
+    with pytest.raises(ValueError, match=r"ground_truth.txt: the label 'n00000999' of .*2.JPEG is none of the 1,000"):
+        open_labelled(f"imagenet@{flat}", CONFIG)
+    layouts.put(flat / kit / "meta.mat", b"no mat")
+    with pytest.raises(ValueError, match=r"meta\.mat cannot be read \(.*; download ILSVRC2012"):
+        open_labelled(f"imagenet@{flat}", CONFIG)
+
+
+def test_validation_images_in_one_folder_are_labelled_by_kaggles_table(flat):
+    rows = [f"ILSVRC2012_val_{n + 1:08d},{WNIDS[label]} 1 2 3 4 \n" for n, label in reversed(list(enumerate(LABELS)))]
+    layouts.put(flat / "LOC_val_solution.csv", "ImageId,PredictionString\n" + "".join(rows))
+    images = open_labelled(f"imagenet@{flat}", CONFIG)
+    assert images.labels.tolist() == LABELS
+    assert [layouts.number_of(images[n].image) for n in range(3)] == [0, 1, 2]
+
+
+def test_validation_images_in_one_folder_without_their_labels_are_refused_with_the_remedy(flat):
+    missing = r"no ILSVRC2012_validation_ground_truth.txt in it.*val/n01440764/, as torchvision.* LOC_val_solution.csv"
+    with pytest.raises(ValueError, match=missing):
+        open_labelled(f"imagenet@{flat}", CONFIG)
 
 
 def test_the_folders_of_v2_are_sorted_as_numbers(tmp_path):

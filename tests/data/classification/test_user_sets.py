@@ -90,7 +90,7 @@ def test_what_a_table_repeats_or_lacks_is_named(tmp_path, config, caplog):
     assert "1 images occur in several rows of" in caplog.text
     assert "1 classes have no image in" in caplog.text
     layouts.put(tmp_path / "list.csv", "image,label\n0.png,A,B\n")
-    with pytest.raises(ValueError, match=r"list\.csv, line 2: 3 values in 2 columns; quote one"):
+    with pytest.raises(ValueError, match=r"list\.csv: 3 values in 2 columns \(0\.png,A,B\); quote one"):
         open_labelled(str(described(tmp_path, text)), config)
 
 
@@ -180,7 +180,7 @@ def test_labels_that_are_no_classes_are_refused_when_the_set_is_opened(tmp_path,
         ("images: none.csv", r"classes = None: give a mapping or a list of them; only a folder"),
         ("images: none.csv\nclasses: [a, b]", r"birds@.*there is no file .*none.csv; correct `images`"),
         ("images: wrong.csv\nclasses: [a, b]", r"wrong.csv has no column called 'image'"),
-        ("images: other.csv\nclasses: [a, b]", r"other.csv, line 2: the label 'x' is none of the 2 classes"),
+        ("images: other.csv\nclasses: [a, b]", r"other.csv: the label 'x' of one/jay/0.png is none of the 2 classes"),
         ("images: away.csv\nclasses: [a, b]", r"'../../jay.png' points out of"),
         ("images: gone.csv\nclasses: [a, b]", r"1 of 1 images are not in .*, the first one/jay/7.png"),
         ("images: none-*.tar\nclasses: [a, b]", r"no file matches"),
