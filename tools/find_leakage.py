@@ -107,7 +107,7 @@ def _compare(
     embeddings = None
     if embedded is not None:
         embeddings = rows_by_key(both[0], embedded["evaluation"]), rows_by_key(both[1], embedded["train"])
-    pairs = find_duplicates(*both, thresholds, embeddings, progress=True)
+    pairs = find_duplicates(*both, thresholds, embeddings)
     found = leakage(*both, pairs, thresholds, embedded is not None)
     write_examples(options.out / "examples", *both, pairs, samples, options.examples)
     write_lists(options.out, *both, pairs)

@@ -119,7 +119,7 @@ def compare_with_clip_benchmark(made: EmbeddedSet, options: argparse.Namespace) 
     found: dict[str, dict[str, float]] = {}
 
     def our_retrieval() -> None:
-        ours = retrieval.measure_recall(image[:captioned], made.rows("text"), pairs, [1, 5, 10])
+        ours = retrieval.measure_retrieval(image[:captioned], made.rows("text"), pairs, [1, 5, 10])
         found["ours"] = {d: ours[d]["recall_at_5"]["value"] for d in retrieval.DIRECTIONS}
 
     def their_retrieval() -> None:

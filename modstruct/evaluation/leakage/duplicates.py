@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import faiss
 import numpy as np
 from tqdm import tqdm
 
+from modstruct import distributed
 from modstruct.errors import require
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.leakage.thumbnails import HASH_BITS, differences, hashes, pixels
@@ -37,11 +39,14 @@ class Thresholds:
     listed: int = 5
     """Most training images listed for an image: by hash, by the hash of its mirror image and by embedding, each."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(0 <= self.hamming <= HASH_BITS, "hamming", self.hamming, f"give differing bits, from 0 to {HASH_BITS}")
-        require(0 < self.difference <= 1, "difference", self.difference, "give a number above 0, up to 1")
-        require(0 < self.cosine <= 1, "cosine", self.cosine, "give a number above 0, up to 1")
+        for name in ("difference", "cosine"):
+            require(0 < getattr(self, name) <= 1, name, getattr(self, name), "give a number above 0, up to 1")
         require(self.listed >= 1, "listed", self.listed, "at least 1")
+
+
+DEFAULT = Thresholds()
 
 
 @dataclass(frozen=True)
@@ -62,9 +67,8 @@ class Pair:
 def find_duplicates(
     evaluation: EmbeddedSet,
     train: EmbeddedSet,
-    limits: Thresholds | None = None,
+    limits: Thresholds = DEFAULT,
     embeddings: tuple[np.ndarray, np.ndarray] | None = None,
-    progress: bool = False,
 ) -> list[Pair]:
     """All evaluation images with a near duplicate in the training source, with the nearest few of each.
 
@@ -73,39 +77,35 @@ def find_duplicates(
     the CANDIDATES nearest hashes. By embedding: cosine of at least limits.cosine. Of equal training thumbnails the
     first is listed. Ascending by evaluation row, nearest hashes first.
     """
-    limits, cosine = limits or Thresholds(), None
     turns = (False, True) if limits.mirrored else (False,)
-    found = [pairs for turned in turns for pairs in _by_hash(evaluation, train, limits, turned, progress)]
+    found = [pairs for turned in turns for pairs in _by_hash(evaluation, train, limits, turned)]
     if embeddings is not None:
         near = nearest(*embeddings, limits.listed)
         pairs = np.stack((np.repeat(np.arange(len(near)), near.shape[1]), near.ravel()), axis=1)
         found.append(pairs[cosines(*embeddings, pairs) >= limits.cosine])
     pairs = np.unique(np.concatenate([np.empty((0, 2), np.int64), *found]), axis=0)
-    plain, *mirrored = (_scores(evaluation, train, pairs, limits, turned) for turned in turns)
-    by_hash = _within(plain, limits)
-    turned = _within(mirrored[0], limits) & ~by_hash if mirrored else np.zeros(len(pairs), bool)
-    hamming, difference = np.where(turned, mirrored[0], plain) if mirrored else plain
+    scores = np.stack([_scores(evaluation, train, pairs, limits, turned) for turned in turns])  # (turns, 2, p)
+    within = (scores[:, 0] <= limits.hamming) & (scores[:, 1] <= limits.difference)
+    turned, by_hash = within.argmax(axis=0), within.any(axis=0)  # as they are where both ways, or none, are near
+    hamming, difference = scores[turned, :, np.arange(len(pairs))].T
     cosine = np.full(len(pairs), np.nan) if embeddings is None else cosines(*embeddings, pairs)
     listed = []
     for place in np.lexsort((pairs[:, 1], -np.nan_to_num(cosine), hamming, pairs[:, 0])):
-        ways = {"hash": by_hash[place] or turned[place], "embedding": cosine[place] >= limits.cosine}
-        one, other = pairs[place].tolist()
-        scores = [float(of[place]) if np.isfinite(of[place]) else None for of in (difference, cosine)]
+        ways = {"hash": by_hash[place], "embedding": cosine[place] >= limits.cosine}
         by = tuple(way for way, found_so in ways.items() if found_so)
-        listed.append(Pair(one, other, int(hamming[place]), scores[0], scores[1], bool(turned[place]), by))
+        told = [float(of[place]) if np.isfinite(of[place]) else None for of in (difference, cosine)]
+        listed.append(Pair(*pairs[place].tolist(), int(hamming[place]), *told, bool(turned[place]), by))
     return listed
 
 
-def _by_hash(
-    evaluation: EmbeddedSet, train: EmbeddedSet, limits: Thresholds, mirrored: bool, progress: bool
-) -> Iterator[np.ndarray]:
+def _by_hash(evaluation: EmbeddedSet, train: EmbeddedSet, limits: Thresholds, mirrored: bool) -> Iterator[np.ndarray]:
     """Yields (p, 2): of some images the nearest pairs by hash whose thumbnails are alike, `listed` at most of each."""
     distinct, _, _ = distinct_rows(train.rows("image_features"))  # a placeholder may occur a hundred thousand times
     index = faiss.IndexBinaryFlat(HASH_BITS)
     for start in range(0, len(distinct), ROWS_AT_ONCE):
         index.add(_codes(train, distinct[start : start + ROWS_AT_ONCE]))
     starts = range(0, len(evaluation.keys), QUERIES_AT_ONCE)
-    for start in tqdm(starts, desc="comparing hashes", disable=not progress, leave=False):
+    for start in tqdm(starts, desc="comparing hashes", disable=not distributed.is_main(), leave=False):
         rows = np.arange(start, min(start + QUERIES_AT_ONCE, len(evaluation.keys)))
         near, items = index.search(_codes(evaluation, rows, mirrored), min(CANDIDATES, len(distinct)))
         query, place = np.nonzero(near <= limits.hamming)
@@ -126,14 +126,8 @@ def _scores(
 ) -> np.ndarray:
     """Hamming distance and difference of each pair, (2, p)."""
     one, other = pairs.T
-    differing = np.bitwise_count(_codes(evaluation, one, mirrored) ^ _codes(train, other)).sum(axis=1, dtype=np.int64)
-    return np.stack(
-        (differing, differences(pixels(evaluation, one, mirrored), pixels(train, other), limits.difference))
-    )
-
-
-def _within(scores: np.ndarray, limits: Thresholds) -> np.ndarray:
-    return (scores[0] <= limits.hamming) & (scores[1] <= limits.difference)
+    hamming = np.bitwise_count(_codes(evaluation, one, mirrored) ^ _codes(train, other)).sum(axis=1, dtype=np.int64)
+    return np.stack((hamming, differences(pixels(evaluation, one, mirrored), pixels(train, other), limits.difference)))
 
 
 def cosines(first: np.ndarray, second: np.ndarray, pairs: np.ndarray) -> np.ndarray:
@@ -160,8 +154,6 @@ def rows_by_key(thumbnails: EmbeddedSet, embedded: EmbeddedSet) -> np.ndarray:
     return np.where(found[:, None] >= 0, rows[found], np.zeros((), rows.dtype))
 
 
-def _numbered(keys: Sequence[str]) -> Iterator[tuple[str, int]]:
-    seen: Counter[str] = Counter()
-    for key in keys:
-        seen[key] += 1
-        yield key, seen[key]
+def _numbered(keys: Sequence[str]) -> list[tuple[str, int]]:
+    seen: defaultdict[str, Iterator[int]] = defaultdict(count)
+    return [(key, next(seen[key])) for key in keys]

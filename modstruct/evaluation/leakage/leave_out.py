@@ -25,20 +25,20 @@ def read_keys(path: Path) -> list[str]:
     keys = []
     for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
         try:
-            keys.append(json.loads(line))
+            key = json.loads(line)
         except ValueError:
-            keys.append(None)
-        remedy = "write one key a line, in quotes"
-        require(isinstance(keys[-1], str), f"{path}, line {number}", line.strip()[:80], remedy)
+            key = None
+        place = f"{path}, line {number}"
+        require(isinstance(key, str), place, line.strip()[:80], "write one key a line, in quotes")
+        keys.append(key)
     return keys
 
 
 def rows_kept(embedded: EmbeddedSet, keys: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the images, and of the texts, that remain without the images of these keys.
+    """Rows of the images, and of the texts, that remain without the images of these keys; ascending, int64.
 
     A text remains if it belongs to an image that does, or belonged to none. All images of a key are left out, and
-    their copies under other keys. Returns two ascending arrays int64. Raises ValueError for a key that the set does not
-    have, and if no image remains.
+    their copies under other keys. Raises ValueError for a key that the set does not have, and if no image remains.
     """
     left_out, same, pairs = set(keys), embedded.image_row, embedded.pairs
     unknown = sorted(left_out.difference(embedded.keys))
@@ -51,7 +51,7 @@ def rows_kept(embedded: EmbeddedSet, keys: Iterable[str]) -> tuple[np.ndarray, n
     stays = ~np.isin(same, same[leaves])
     require(bool(stays.any()), "keys to leave out", len(left_out), f"no image of {embedded.name} would be left")
     texts = np.arange(embedded.rows_of("text"))
-    lost = ~np.isin(texts, pairs[stays[pairs[:, 0]], 1]) & np.isin(texts, pairs[:, 1])
+    lost = np.isin(texts, pairs[:, 1]) & ~np.isin(texts, pairs[stays[pairs[:, 0]], 1])
     return np.flatnonzero(stays), np.flatnonzero(~lost)
 
 
@@ -59,8 +59,11 @@ def leave_out(embedded: EmbeddedSet, keys: Iterable[str], folder: Path) -> Embed
     """The set without the images of these keys, written into a folder unless it is there already.
 
     Its name, and so the folder of its results, is that of the set with "-without-leaked" appended. All classes are
-    kept, also those without an image left, so that chance stays the same. Raises ValueError as `rows_kept`.
+    kept, also those without an image left, so that chance stays the same. Raises ValueError as `rows_kept`, and for
+    the folder of the set itself, which would be lost.
     """
+    itself = embedded.folder is not None and embedded.folder.resolve() == folder.resolve()
+    require(not itself, "folder", str(folder), "is the set itself; name another")
     keys = sorted(set(keys))
     images, texts = rows_kept(embedded, keys)
     made = [embedded.source, embedded.model, embedded.settings, embedded.embeddings["image"].dtype.name, keys]
@@ -83,7 +86,7 @@ def leave_out(embedded: EmbeddedSet, keys: Iterable[str], folder: Path) -> Embed
         return RowStream((len(kept), rows.shape[1]), rows.dtype, (rows[kept[a : a + ROWS_AT_ONCE]] for a in starts))
 
     pairs, same = embedded.pairs[np.isin(embedded.pairs[:, 0], images)], embedded.image_row[images]
-    return replace(
+    rest = replace(
         embedded,
         name=f"{embedded.name}-without-leaked",
         embeddings={name: stream(name) for name in embedded.arrays},
@@ -97,4 +100,5 @@ def leave_out(embedded: EmbeddedSet, keys: Iterable[str], folder: Path) -> Embed
         source=source,
         folder=None,
         splits={},
-    ).save(folder)
+    )
+    return rest.save(folder)

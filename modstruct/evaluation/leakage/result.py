@@ -48,8 +48,9 @@ def leakage(
 
     evaluation, train: thumbnails; pairs: of `find_duplicates`.
     """
+    count = len(evaluation.keys)
     by_hash, by_embedding = (
-        np.isin(np.arange(len(evaluation.keys)), [pair.evaluation for pair in pairs if way in pair.by])
+        np.isin(np.arange(count), [pair.evaluation for pair in pairs if way in pair.by])
         for way in ("hash", "embedding")
     )
     ways = {"any": by_hash | by_embedding, "by_hash": by_hash}
@@ -58,13 +59,13 @@ def leakage(
     return Result(
         metric="leakage",
         set=evaluation.name,
-        values={way: Value(float(rows.mean()), LABELS[way], "share", rows=len(rows)) for way, rows in ways.items()},
+        values={way: Value(float(rows.mean()), LABELS[way], "share", rows=count) for way, rows in ways.items()},
         title="Leakage",
         about=ABOUT,
         headlines=("any",),
         settings=asdict(limits) | {"train_fingerprint": train.source.get("fingerprint")},
         rows={
-            "image": len(evaluation.keys),
+            "image": count,
             "leaked": int(ways["any"].sum()),
             "train": len(train.keys),
             "unreadable": sum(evaluation.skipped.values()),

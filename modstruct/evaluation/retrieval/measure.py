@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -14,9 +14,9 @@ from modstruct import distributed
 from modstruct.distributed.collect import share_out
 from modstruct.errors import require
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
-from modstruct.evaluation.result import Curve, Result, Value
+from modstruct.evaluation.result import Curve, Result, Value, share
 from modstruct.evaluation.retrieval.exact import PairsAhead, counting_device, pairs_ahead
-from modstruct.evaluation.retrieval.metrics import Metrics, Ranked, ranked_queries, ranking_metrics, recall_metrics
+from modstruct.evaluation.retrieval.metrics import Metrics, Ranked, ranked_queries, ranking_metrics
 from modstruct.evaluation.retrieval.nearest import (
     Engine,
     IndexConfig,
@@ -36,18 +36,22 @@ GROUPS = {
     "index_image_to_text": "Approximate lists, image → text",
 }
 ABOUT = (
-    "A caption is to find its image among all of the set, and an image its captions. R@K: share of the queries with a "
-    "right item among the first K. Chance is that of a random ranking; a tie counts against the model."
+    "Each caption ranks all images of the set by cosine similarity, and each image all captions; right are those that "
+    "belong together. A query's rank is the place of its best right item, 1 being first; a wrong item of equal score "
+    "counts as ahead of it. Chance is what a random ranking reaches."
 )
 MORE = {
-    "median_rank": ("median rank", "Median over the queries of the place of their best right item."),
-    "mean_reciprocal_rank": ("MRR", "Mean over the queries of 1 / place of their best right item."),
-    "map_at_r": ("mAP@R", "Mean precision at the right items among the first R places, R right items being there."),
+    "median_rank": ("median rank", "Half of the queries have a rank of at most this."),
+    "mean_reciprocal_rank": ("MRR", "Mean reciprocal rank: the mean of 1 / rank, 100 % where every rank is 1."),
+    "map_at_r": (
+        "mAP@R",
+        "Mean average precision at R, a query's number of right items: the precision at each right item among the "
+        "first R, summed, divided by R, averaged over the queries; 100 % where all right items come first.",
+    ),
 }
 """Metrics beside recall: label and definition."""
 TIES_BY_CHANCE = 1e-6
 """Of a query with each item, at most: scores of unit rows lie 2^-25 apart or so, where they are 1/4 and more."""
-INDEX = IndexConfig()
 log = logging.getLogger(__name__)
 _said_ties: set[tuple[str, str]] = set()
 
@@ -89,7 +93,7 @@ def measure_retrieval(
     pairs: np.ndarray,
     recall_at: Sequence[int] = (1, 5, 10),
     engine: Engine = "exact",
-    index: IndexConfig = INDEX,
+    index: IndexConfig = DEFAULT.index,
 ) -> dict[str, Metrics]:
     """All retrieval metrics of both directions; like all of this file it is called by every process, or in `on_main`.
 
@@ -111,73 +115,47 @@ def measure_retrieval(
     return metrics
 
 
-def measure_recall(
-    image: np.ndarray, text: np.ndarray, pairs: np.ndarray, recall_at: Sequence[int], *, name: str = "retrieval"
-) -> dict[str, Metrics]:
-    """The recall of `measure_retrieval` alone, exact: {"text_to_image": {"recall_at_1": …, …}, "image_to_text": …}.
-
-    name: of what is measured, for the log.
-    """
-    found = {}
-    for direction, ranked, _ in rankings(image, text, pairs, recall_at):
-        _say_ties(name, direction, ranked)
-        found[direction] = recall_metrics(ranked.rank, ranked.positives, ranked.gallery_size, recall_at)
-    return found
-
-
 def rankings(
-    image: np.ndarray,
-    text: np.ndarray,
-    pairs: np.ndarray,
-    recall_at: Sequence[int],
-    engine: Engine = "exact",
-    index: IndexConfig = INDEX,
+    image: np.ndarray, text: np.ndarray, pairs: np.ndarray, recall_at: Sequence[int], engine: Engine, index: IndexConfig
 ) -> Iterator[tuple[str, Ranked, Metrics | None]]:
-    """Yields (direction, its ranks, recall of approximate lists or None), one direction after the other."""
+    """Yields (direction, its ranks, recall of approximate lists or None), one direction after the other.
+
+    exact and faiss_flat divide the queries among the processes, each with its own GPU: reading or copying a gallery
+    is cheap beside searching it. Building another index is not: the main process builds and searches it, on all GPUs of
+    its host that it can use, and the others wait.
+    """
     require_searchable(engine)
     for k in recall_at:
-        require(isinstance(k, int | np.integer) and k >= 1, "recall at K", k, "K must be a whole number, at least 1")
-    for name, rows in (("image", image), ("text", text)):
-        check_rows(name, rows)
+        require(k >= 1, "recall at K", k, "K must be at least 1")
+    check_rows("image", image)
+    check_rows("text", text)
     check_dimensions("image", image, "text", text)
     pairs = checked_pairs(pairs, len(image), len(text), ("images", "texts"))
-    for direction in DIRECTIONS:
-        by_text = direction == "text_to_image"
-        queries, gallery, right = (text, image, pairs[:, ::-1]) if by_text else (image, text, pairs)
-        yield direction, *_ranked(queries, gallery, right, recall_at, engine, index)
-
-
-def _ranked(
-    queries: np.ndarray,
-    gallery: np.ndarray,
-    pairs: np.ndarray,
-    recall_at: Sequence[int],
-    engine: Engine,
-    index: IndexConfig,
-) -> tuple[Ranked, Metrics | None]:
-    """exact and faiss_flat divide the queries among the processes, each with its own GPU: reading or copying a gallery
-    is cheap beside searching it. Building another index is not: the main process builds and searches it, on all GPUs of
-    its host that it can use, and the others wait."""
     exact = engine in ("exact", "faiss_flat")
-    shares = query_shares(pairs, distributed.world_size() if exact else 1)
-    gpus = own_gpu() if len(shares) > 1 else usable_gpus()
 
-    def search(some: np.ndarray) -> tuple[PairsAhead, Metrics | None]:
-        if engine == "exact":
-            return pairs_ahead(queries, gallery, some), None
-        lists = RankedByLists(gallery, engine, index, gpus)
-        return lists.pairs_ahead(queries, some, max(recall_at)), None if exact else lists.recall(queries, recall_at)
+    def ranked_by(queries: np.ndarray, gallery: np.ndarray, pairs: np.ndarray) -> tuple[Ranked, Metrics | None]:
+        shares = query_shares(pairs, distributed.world_size() if exact else 1)
+        gpus = own_gpu() if len(shares) > 1 else usable_gpus()
 
-    parts, recall = zip(*share_out(shares, search), strict=True)
-    found_pairs, ahead, tied = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    return ranked_queries(found_pairs, ahead, tied, len(gallery)), recall[0]
+        def search(some: np.ndarray) -> tuple[PairsAhead, Metrics | None]:
+            if engine == "exact":
+                return pairs_ahead(queries, gallery, some), None
+            lists = RankedByLists(gallery, engine, index, gpus)
+            return lists.pairs_ahead(queries, some, max(recall_at)), None if exact else lists.recall(queries, recall_at)
+
+        parts, recall = zip(*share_out(shares, search), strict=True)
+        found, ahead, tied = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        return ranked_queries(found, ahead, tied, len(gallery)), recall[0]
+
+    yield "text_to_image", *ranked_by(text, image, pairs[:, ::-1])
+    yield "image_to_text", *ranked_by(image, text, pairs)
 
 
 def query_shares(pairs: np.ndarray, processes: int) -> list[np.ndarray]:
     """Pairs (p, 2) in at most so many parts, of about as many queries, ascending, dividing no query's pairs."""
     pairs = pairs[np.argsort(pairs[:, 0], kind="stable")]
-    first = np.flatnonzero(np.append(True, pairs[1:, 0] != pairs[:-1, 0]))
-    edges = np.append(first, len(pairs))[np.linspace(0, len(first), min(processes, len(first)) + 1).astype(int)]
+    queries, first = np.unique(pairs[:, 0], return_index=True)
+    edges = np.append(first, len(pairs))[np.linspace(0, len(queries), min(processes, len(queries)) + 1).astype(int)]
     return [pairs[start:stop] for start, stop in pairwise(edges)]
 
 
@@ -193,10 +171,11 @@ def measure(embedded: EmbeddedSet, config: RetrievalConfig = DEFAULT) -> Result:
     captions of one image, a caption of several images with the first of them.
     Raises ValueError where the set has no texts or pairs, or this machine does not have the engine.
     """
-    image, text, pairs = embedded.distinct_rows("image"), embedded.rows("text"), np.asarray(embedded.distinct_pairs)
+    image, text, pairs = embedded.distinct_rows("image"), embedded.rows("text"), embedded.distinct_pairs
     require(len(pairs) > 0, "pairs", str(embedded.folder), "this set has none: embed one whose images have captions")
-    _, first = np.unique(pairs[order := np.lexsort(pairs.T), 1], return_index=True)
-    groups = {"text_to_image": pairs[order][first, 0], "image_to_text": np.unique(pairs[:, 0])}
+    pairs = pairs[np.argsort(pairs[:, 0], kind="stable")]
+    first_image = pairs[np.unique(pairs[:, 1], return_index=True)[1], 0]
+    groups = {"text_to_image": first_image, "image_to_text": np.unique(pairs[:, 0])}
     sizes = {"samples": len(image) + len(embedded.copies)} if len(embedded.copies) else {}
     sizes |= {"image": len(image), "text": len(text), "pairs": len(pairs)}
     curve_at = sorted(k for k in set(config.curve_at) if k <= min(len(image), len(text)))
@@ -208,32 +187,33 @@ def measure(embedded: EmbeddedSet, config: RetrievalConfig = DEFAULT) -> Result:
     for direction, ranked, recall in rankings(image, text, pairs, recall_at, config.engine, config.index):
         of_queries: dict[str, np.ndarray] = {f"recall_at_{k}": (ranked.rank <= k).astype(np.uint8) for k in recall_at}
         of_queries |= {"mean_reciprocal_rank": 1 / ranked.rank, "map_at_r": ranked.average_precision_at_r}
-        of_queries |= {"rank": ranked.rank, "query": ranked.query, "group": groups[direction]}
-        kept = of_queries.keys() & {*shown, "rank", "query", "group"}
-        outcomes |= {f"{direction}/{name}": of_queries[name] for name in of_queries if name in kept}
+        beside = {"rank": ranked.rank, "query": ranked.query, "group": groups[direction]}
+        kept = {name: of_queries[name] for name in shown if name in of_queries} | beside
+        outcomes |= {f"{direction}/{name}": rows for name, rows in kept.items()}
         rows = sizes[f"{direction}_queries"] = len(ranked.query)
-        metrics = _with_intervals(ranking_metrics(ranked, recall_at), of_queries, config)
+        metrics = ranking_metrics(ranked, recall_at)
+        for name, bounds in _intervals({"median_rank": ranked.rank} | of_queries, groups[direction], config).items():
+            metrics[name] |= bounds
         values |= {f"{direction}/{name}": declared(name, metrics[name], rows) for name in shown}
         if tied := int(np.count_nonzero(ranked.tied)):
             about = "Queries whose best right item scores exactly as high as a wrong one, which counts as ahead of it."
             values[f"{direction}/tied_queries"] = Value(tied, "tied queries", rows=rows, about=about)
-        values |= {
-            f"index_{direction}/{name}": declared(name, {"value": metric["value"]}, int(metric["queries"]))
-            for name, metric in (recall or {}).items()
-            if name in shown
-        }
+            _say_ties(embedded, direction, ranked)
+        for name, of_lists in (recall or {}).items():
+            if name in shown:
+                value = declared(name, {"value": of_lists["value"]}, int(of_lists["queries"]))
+                values[f"index_{direction}/{name}"] = replace(value, about="")
         if curve_at:
             curves[f"{direction}/recall"] = _curve(GROUPS[direction], metrics, curve_at)
-        if distributed.is_main():
-            unmerged = "" if embedded.merged else " (embedded by an earlier version, which merged no equal images)"
-            _say_ties(f"set {embedded.name}{unmerged}", direction, ranked)
     return Result(
         "retrieval",
         embedded.name,
         values,
         title="Image-text retrieval",
         about=ABOUT,
-        groups={group: GROUPS[group] for group in {name.rpartition("/")[0]: None for name in values}},
+        groups={
+            group: label for group, label in GROUPS.items() if any(name.startswith(f"{group}/") for name in values)
+        },
         headlines=tuple(f"{direction}/{shown[0]}" for direction in DIRECTIONS),
         curves=curves,
         settings=asdict(config) | {"device": counting_device().type, "ties": "against the model"},
@@ -243,46 +223,47 @@ def measure(embedded: EmbeddedSet, config: RetrievalConfig = DEFAULT) -> Result:
     )
 
 
-def declared(name: str, metric: dict[str, float], rows: int | None = None) -> Value:
+def declared(name: str, metric: dict[str, float], rows: int) -> Value:
     """A metric of `ranking_metrics`, with its interval if it has one, as tables show it."""
-    label, about = MORE.get(name) or (name.replace("recall_at_", "R@"), "")
-    if name == "median_rank":
-        return Value(**metric, label=label, unit="rank", higher_is_better=False, rows=rows, about=about)
-    return Value(**metric, label=label, unit="share", higher_is_better=True, rows=rows, about=about)
+    k = name.removeprefix("recall_at_")
+    recall = f"R@{k}", f"Recall at {k}: the share of the queries whose rank is at most {k}."
+    label, about = MORE.get(name, recall)
+    more: dict[str, Any] = {"label": label, "rows": rows, "about": about} | metric
+    return Value(**more, unit="rank", higher_is_better=False) if name == "median_rank" else share(**more)
 
 
-def _with_intervals(metrics: Metrics, of_queries: dict[str, np.ndarray], config: RetrievalConfig) -> Metrics:
-    group = of_queries["group"]
+def _intervals(
+    of_queries: dict[str, np.ndarray], group: np.ndarray, config: RetrievalConfig
+) -> dict[str, dict[str, float]]:
     independent = len(np.unique(group))
     if independent < 2:
-        return metrics
-    how: dict[str, Any] = {"samples": config.resamples, "seed": config.seed}
-    how["groups"] = group if independent < len(group) else None
+        return {}
+    groups = group if independent < len(group) else None
 
     def interval(name: str) -> tuple[float, float]:
-        if name == "median_rank":
-            return median_interval(of_queries["rank"], **how)
-        return bootstrap_mean(of_queries[name], **how)
+        of = median_interval if name == "median_rank" else bootstrap_mean
+        return of(of_queries[name], config.resamples, 0.95, config.seed, groups)
 
-    found = zip(metrics, share_out([*metrics], interval), strict=True)
-    return {name: metrics[name] | {"low": low, "high": high} for name, (low, high) in found}
+    found = zip(of_queries, share_out([*of_queries], interval), strict=True)
+    return {name: {"low": low, "high": high} for name, (low, high) in found}
 
 
 def _curve(title: str, metrics: Metrics, curve_at: list[int]) -> Curve:
     points = [metrics[f"recall_at_{k}"] for k in curve_at]
-    beside = ("chance", "low", "high")
-    lists: dict[str, Any] = {name: [point[name] for point in points] for name in beside if name in points[0]}
-    x, y = [float(k) for k in curve_at], [point["value"] for point in points]
-    return Curve(x, y, title, "K", "recall at K", "share", logarithmic=True, plot="recall", **lists)
+    y: dict[str, Any] = {"y" if name == "value" else name: [point[name] for point in points] for name in points[0]}
+    x = [float(k) for k in curve_at]
+    return Curve(x, **y, title=title, x_label="K", y_label="recall at K", unit="share", logarithmic=True, plot="recall")
 
 
-def _say_ties(name: str, direction: str, ranked: Ranked) -> None:
-    """Log, once for each name and direction, how many queries tie, unless they are so few that rounding explains it."""
+def _say_ties(embedded: EmbeddedSet, direction: str, ranked: Ranked) -> None:
+    """Log, once for each set and direction, how many queries tie, unless they are so few that rounding explains it."""
     tied, queries = int(np.count_nonzero(ranked.tied)), len(ranked.tied)
-    if tied > TIES_BY_CHANCE * ranked.gallery_size * queries and (name, direction) not in _said_ties:
-        _said_ties.add((name, direction))
+    place = (embedded.name, direction)
+    if distributed.is_main() and tied > TIES_BY_CHANCE * ranked.gallery_size * queries and place not in _said_ties:
+        _said_ties.add(place)
+        unmerged = "" if embedded.merged else " (embedded by an earlier version, which merged no equal images)"
         log.warning(
-            f"{name}, {direction.replace('_', ' ')}: the best positive of {tied} of {queries} queries ties exactly "
-            "with an item that is no positive, and a tie counts against the model: images of the same pixels in other "
-            "bytes, captions of the same tokens, or collapsed embeddings"
+            f"set {embedded.name}{unmerged}, {direction.replace('_', ' ')}: the best positive of {tied} of {queries} "
+            "queries ties exactly with an item that is no positive, and a tie counts against the model: images of the "
+            "same pixels in other bytes, captions of the same tokens, or collapsed embeddings"
         )

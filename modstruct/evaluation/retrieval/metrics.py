@@ -35,11 +35,7 @@ class Ranked:
 
 
 def ranked_queries(pairs: np.ndarray, ahead: np.ndarray, tied: np.ndarray, gallery_size: int) -> Ranked:
-    """The queries of pairs whose ranks are known.
-
-    pairs: (p, 2), (query row, gallery row), each once, ascending by query. ahead, tied: (p,), items ahead of each
-    pair's that are no positives of its query, and those that tie with it, as `pairs_ahead` gives them.
-    """
+    """The queries of pairs whose ranks are known; pairs, ahead and tied are as `pairs_ahead` gives them."""
     order = np.lexsort((-tied, ahead, pairs[:, 0]))
     query, first, positives = np.unique(pairs[:, 0], return_index=True, return_counts=True)
     ahead, tied = ahead[order], tied[order]
@@ -73,7 +69,7 @@ def ranking_metrics(ranked: Ranked, recall_at: Sequence[int]) -> Metrics:
 
 
 def recall_metrics(rank: np.ndarray, positives: np.ndarray, gallery_size: int, recall_at: Sequence[int]) -> Metrics:
-    """{"recall_at_1": {"value": …, "chance": …}, …} of queries, (q,) their ranks from 1 on and numbers of positives."""
+    """The recall alone. rank, from 1 on, and positives: (q,)."""
     return {
         f"recall_at_{k}": {"value": float(np.mean(rank <= k)), "chance": _chance_of_recall(positives, gallery_size, k)}
         for k in recall_at

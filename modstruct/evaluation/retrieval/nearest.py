@@ -34,9 +34,8 @@ GALLERY_BYTES = 256 << 20
 """Of float32 gallery rows that the CPU searches at once."""
 RESULTS_AT_ONCE = 1 << 20
 """Scores of one search for ranks: bounds the memory, not the result."""
-LARGEST_GPU_LIST = 2048
-"""Results per query, and clusters looked at, that FAISS can select on a GPU."""
-LARGEST_CAGRA_LIST = 512
+LARGEST_GPU_LIST, LARGEST_CAGRA_LIST = 2048, 512
+"""Results per query that FAISS can select on a GPU; the first also of clusters looked at."""
 TRAINING_ROWS_PER_LIST = 64
 """Of the clustering of an inverted file; FAISS wants 39 to 256."""
 CAPABILITIES = ((7, 0), (10, 0))
@@ -104,8 +103,7 @@ def usable_gpus() -> list[int]:
 
 def own_gpu() -> list[int]:
     """This process's GPU where FAISS can use it: with several processes each has its own."""
-    gpus = usable_gpus()
-    return [gpu for gpu in gpus if gpu == torch.cuda.current_device()] if gpus else []
+    return [gpu for gpu in usable_gpus() if gpu == torch.cuda.current_device()]
 
 
 class FaissIndex:
@@ -122,8 +120,8 @@ class FaissIndex:
     ):
         self.gallery, self.chosen, self.engine, self.config, self.gpus = gallery, chosen, engine, config, gpus
         self.longest_list = LARGEST_CAGRA_LIST if engine == "cagra" else LARGEST_GPU_LIST
-        makers: dict[str, Callable[[], Any]] = {"ivf": self._ivf, "hnsw": self._hnsw, "cagra": self._cagra}
-        self._index = makers.get(engine, self._flat)()
+        self._faiss = load_faiss()
+        self._index = self._cagra() if engine == "cagra" else self._made()
 
     def search(self, queries: np.ndarray, length: int) -> Lists:
         """(q, D) float32 -> the best `length` of each query, at most the number of rows."""
@@ -136,80 +134,72 @@ class FaissIndex:
         if self.engine == "hnsw":
             self._index.hnsw.efSearch = max(self.config.search_width, length)
         elif self.engine == "cagra":
-            more = {"params": load_faiss().SearchParametersCagra(), "numeric_type": self._numeric_type()}
+            more = {"params": self._faiss.SearchParametersCagra(), "numeric_type": self._numeric_type()}
             more["params"].itopk_size = min(max(self.config.search_width, length), LARGEST_CAGRA_LIST)
         return self._index.search(queries, length, **more)
 
     def _search_blocks(self, queries: np.ndarray, length: int) -> Lists:
-        faiss = load_faiss()
-        heap = faiss.ResultHeap(len(queries), length, keep_max=True)
+        heap = self._faiss.ResultHeap(len(queries), length, keep_max=True)
+        metric = self._faiss.METRIC_INNER_PRODUCT
         for start, block in self._blocks(max(1, GALLERY_BYTES // (4 * self.gallery.shape[1]))):
-            scores, rows = faiss.knn(queries, block, min(length, len(block)), metric=faiss.METRIC_INNER_PRODUCT)
+            scores, rows = self._faiss.knn(queries, block, min(length, len(block)), metric=metric)
             heap.add_result(scores, rows + start)
         heap.finalize()
         return heap.D, heap.I
 
-    def _flat(self) -> Any:
-        return self._or_none(lambda: self._divided(self._filled(self._empty("Flat")))) if self.gpus else None
-
-    def _ivf(self) -> Any:
-        rows = len(self.chosen)
-        lists = min(self.config.lists or int(4 * rows**0.5), max(1, rows // 39))
-        index = self._empty(f"IVF{lists},{self._coding()}")
+    def _made(self) -> Any:
+        config, rows = self.config, len(self.chosen)
+        coding = "SQfp16" if config.storage == "float16" else "Flat"
+        lists = min(config.lists or int(4 * rows**0.5), max(1, rows // 39))
+        kinds = {"faiss_flat": "Flat", "ivf": f"IVF{lists},{coding}", "hnsw": f"HNSW{config.neighbours},{coding}"}
+        index = self._faiss.index_factory(self.gallery.shape[1], kinds[self.engine], self._faiss.METRIC_INNER_PRODUCT)
+        if self.engine == "faiss_flat":
+            return self._or_none(lambda: self._divided(self._filled(index))) if self.gpus else None
+        if self.engine == "hnsw":
+            index.hnsw.efConstruction = config.construction_width
+            index.train(self._sample(1))
+            return self._filled(index)
         index.by_residual, index.cp.spherical = False, False
-        index.nprobe = min(self.config.probes, lists, LARGEST_GPU_LIST if self.gpus else lists)
+        index.nprobe = min(config.probes, lists, LARGEST_GPU_LIST if self.gpus else lists)
         index.train(self._sample(TRAINING_ROWS_PER_LIST * lists))
         divided = self._or_none(lambda: self._filled(self._divided(index))) if self.gpus else None
         return divided or self._filled(index)
 
-    def _hnsw(self) -> Any:
-        index = self._empty(f"HNSW{self.config.neighbours},{self._coding()}")
-        index.hnsw.efConstruction = self.config.construction_width
-        index.train(self._sample(1))
-        return self._filled(index)
-
     def _cagra(self) -> Any:
-        faiss, most = load_faiss(), len(self.chosen) - 1
-        settings = faiss.GpuIndexCagraConfig()
+        settings, most = self._faiss.GpuIndexCagraConfig(), len(self.chosen) - 1
         settings.device = self.gpus[0]
         settings.graph_degree = min(self.config.neighbours, most)
         settings.intermediate_graph_degree = min(max(self.config.construction_width, settings.graph_degree), most)
-        self._resources = faiss.StandardGpuResources()  # to which the index holds no reference
-        index = faiss.GpuIndexCagra(self._resources, self.gallery.shape[1], faiss.METRIC_INNER_PRODUCT, settings)
-        ((_, rows),) = self._blocks(len(self.chosen))
-        index.train(rows.astype(self.config.storage), numeric_type=self._numeric_type())
+        self._resources = self._faiss.StandardGpuResources()  # to which the index holds no reference
+        shape = self.gallery.shape[1], self._faiss.METRIC_INNER_PRODUCT
+        index = self._faiss.GpuIndexCagra(self._resources, *shape, settings)
+        index.train(self._rows(slice(None)).astype(self.config.storage), numeric_type=self._numeric_type())
         return index
 
     def _numeric_type(self) -> Any:
-        return getattr(load_faiss(), self.config.storage.capitalize())
-
-    def _coding(self) -> str:
-        return "SQfp16" if self.config.storage == "float16" else "Flat"
-
-    def _empty(self, kind: str) -> Any:
-        return load_faiss().index_factory(self.gallery.shape[1], kind, load_faiss().METRIC_INNER_PRODUCT)
+        return getattr(self._faiss, self.config.storage.capitalize())
 
     def _divided(self, index: Any) -> Any:
-        options = load_faiss().GpuMultipleClonerOptions()
+        options = self._faiss.GpuMultipleClonerOptions()
         options.shard, options.useFloat16 = True, self.config.storage == "float16"
-        return load_faiss().index_cpu_to_gpus_list(index, co=options, gpus=list(self.gpus))
+        return self._faiss.index_cpu_to_gpus_list(index, co=options, gpus=list(self.gpus))
 
     def _filled(self, index: Any) -> Any:
+        rows, at_once = len(self.chosen), block_rows(self.gallery.shape[1])
         hidden = not distributed.is_main()
-        with tqdm(total=len(self.chosen), desc="indexing", unit="row", disable=hidden, leave=False) as bar:
-            for _, block in self._blocks(block_rows(self.gallery.shape[1])):
-                index.add(block)
-                bar.update(len(block))
+        for _, block in tqdm(self._blocks(at_once), "indexing", -(-rows // at_once), disable=hidden, leave=False):
+            index.add(block)
         return index
 
+    def _rows(self, places: slice | np.ndarray) -> np.ndarray:
+        return as_float32(self.gallery[self.chosen[places]]).numpy()
+
     def _blocks(self, at_once: int) -> Iterator[tuple[int, np.ndarray]]:
-        for start in range(0, len(self.chosen), at_once):
-            yield start, as_float32(self.gallery[self.chosen[start : start + at_once]]).numpy()
+        return ((at, self._rows(slice(at, at + at_once))) for at in range(0, len(self.chosen), at_once))
 
     def _sample(self, count: int) -> np.ndarray:
-        random = np.random.default_rng(self.config.seed)
-        places = np.sort(random.choice(len(self.chosen), min(count, len(self.chosen)), replace=False))
-        return as_float32(self.gallery[self.chosen[places]]).numpy()
+        rows, random = len(self.chosen), np.random.default_rng(self.config.seed)
+        return self._rows(np.sort(random.choice(rows, min(count, rows), replace=False)))
 
     def _or_none(self, work: Callable[[], Any]) -> Any:
         """What work gives; None, with a warning, where a GPU fails, mostly for lack of memory."""
@@ -225,11 +215,10 @@ def nearest(queries: np.ndarray, gallery: np.ndarray, k: int, chosen: np.ndarray
     """The k gallery items that score highest for each query, best first, (q, min(k, g)) int64.
 
     queries: (q, D), gallery: (g, D), float16 or float32, searched exactly by FAISS, on this process's own GPU where it
-    can use that. chosen: (c,), the rows of the gallery that are searched, by default all; results are places among
-    them.
+    can use that. chosen: (c,), the rows of the gallery that are searched; results are places among them.
     """
-    for name, rows in (("query", queries), ("gallery", gallery)):
-        check_rows(name, rows)
+    check_rows("query", queries)
+    check_rows("gallery", gallery)
     check_dimensions("query", queries, "gallery", gallery)
     chosen = np.arange(len(gallery)) if chosen is None else chosen
     index = FaissIndex(gallery, chosen, "faiss_flat", IndexConfig(), own_gpu())
@@ -248,10 +237,9 @@ class RankedByLists:
         """`exact.pairs_ahead` by lists; a tie counts against the model here too.
 
         For each query the best longest_k + R distinct rows are listed, R being the most positives of one query, at most
-        index.longest_list. An item that is not listed counts as the last, behind every item that is no positive; but
-        with faiss_flat a query whose positives its list does not hold, or only in the tie that it ends in, is counted
-        instead, so that its rank is exact. Rows that differ are compared by FAISS's float32 products, which may differ
-        from those that are counted, and with the number of queries, in the last bit: there a rank may differ too.
+        index.longest_list. An item that is not listed counts as the last; but with faiss_flat a query whose positives
+        its list does not hold, or only in the tie that it ends in, is counted instead, so that its rank is exact.
+        FAISS's float32 products may differ from those that are counted in the last bit, and then a rank may too.
         """
         pairs, rows = checked_pairs(pairs, len(queries), len(self.gallery)), len(self.first)
         key_of_pair = pairs[:, 0] * rows + self.row_of_item[pairs[:, 1]]

@@ -1,12 +1,10 @@
 """Retrieval in two stages: the best candidates by ITC are reranked by ITM (Li et al. 2021, section 6).
 
-The first stage compares embeddings, the second runs the fusion encoder on every candidate. Items beyond the candidates
-keep their places behind them. A tie counts against the model, as everywhere.
+Items beyond the candidates keep their places behind them. A tie counts against the model, as everywhere.
 
 A candidate scores scale <query, candidate> + matching logit; or the logit alone, as in ALBEF. Matching learned to tell
 pairs from negatives drawn by the contrast, q ∝ exp(scale <query, candidate>), so its logit estimates log p / q, and the
-sum log p up to a constant: noise-contrastive estimation with noise q (Gutmann & Hyvärinen 2010). The logit alone drops
-what the contrast learned.
+sum log p up to a constant: noise-contrastive estimation with noise q (Gutmann & Hyvärinen 2010).
 """
 
 from __future__ import annotations
@@ -33,6 +31,10 @@ from modstruct.models.protocol import Matcher
 
 LARGEST_ON_DEVICE_BYTES = 8 << 30
 """Tokens of a gallery beyond this are kept in the host's memory."""
+ABOUT = (
+    "For each query the matching head, which sees image and caption together, ranks the best candidates by contrast "
+    "again. R@K is the share of the queries with a right item among the first K then; others stay behind them."
+)
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,11 @@ def reranked_retrieval(
     where `images` yields another number.
     """
     backbone, batch = model.backbone, settings.batch
-    rows: int = embedded.manifest["rows"]["image"] - len(embedded.copies)
+    image, text, pairs = embedded.distinct_rows("image"), embedded.rows("text"), embedded.distinct_pairs
     grey = torch.zeros((1, 3, backbone.image_size, backbone.image_size), dtype=torch.uint8, device=device)
-    image_tokens = _gathered(backbone.encode_image, images, grey, rows, batch, "encoding images")
-    if len(image_tokens) != rows:  # images are read a second time; one that is lost would shift those after it
-        counts = f"{len(image_tokens):,} instead of {rows:,} could be read a second time"
+    image_tokens = _gathered(backbone.encode_image, images, grey, len(image), batch, "encoding images")
+    if len(image_tokens) != len(image):  # images are read a second time; one that is lost would shift those after it
+        counts = f"{len(image_tokens):,} instead of {len(image):,} could be read a second time"
         raise RunError(f"images changed while they were measured: {counts}; measure again")
     ids = tokenizer(embedded.captions).to(device)
     mine = (ids[n * batch : (n + 1) * batch] for n in my_batches(math.ceil(len(ids) / batch)))
@@ -79,20 +81,18 @@ def reranked_retrieval(
         logits = model.match(rows.to(device), mask[texts], seen.to(device))
         return logits[:, 1] - logits[:, 0]
 
-    image, text, pairs = embedded.distinct_rows("image"), embedded.rows("text"), embedded.distinct_pairs
     # A forward pass gathers the scale under ZeRO-3.
     scale = float(model({"text": ids[:1]})["logit_scale"]) if settings.by == "both" else 0.0
     found = {
         "text_to_image": _direction(text, image, pairs[:, ::-1], score, scale, settings, device),
         "image_to_text": _direction(image, text, pairs, lambda i, t: score(t, i), scale, settings, device),
     }
-    values = {f"{direction}/{name}": value for direction, of in found.items() for name, value in of.items()}
     return Result(
         "reranked",
         embedded.name,
-        values,
+        {f"{direction}/{name}": value for direction, of in found.items() for name, value in of.items()},
         "Image-text retrieval after matching",
-        "The best candidates of each query by contrast, ranked again by the matching head.",
+        ABOUT,
         {direction: f"{GROUPS[direction]}, matched" for direction in found},
         tuple(f"{direction}/recall_at_1" for direction in found),
         settings={"candidates": settings.candidates, "by": settings.by},
@@ -150,11 +150,9 @@ def _gathered(
     encode: Callable[[Tensor], Tensor], inputs: Iterator[Tensor], filler: Tensor, rows: int, batch: int, title: str
 ) -> Tensor:
     """Tokens of all rows on every process, in half precision on a GPU."""
-    half = torch.bfloat16 if filler.is_cuda else torch.float32
 
     def tokens(some: Tensor) -> Tensor:
-        return encode(some).to(half)
+        return encode(some).to(torch.bfloat16 if filler.is_cuda else torch.float32)
 
-    fits = tokens(filler).nbytes * rows <= LARGEST_ON_DEVICE_BYTES
-    store = filler.device if fits else torch.device("cpu")
+    store = filler.device if tokens(filler).nbytes * rows <= LARGEST_ON_DEVICE_BYTES else torch.device("cpu")
     return collect_tokens(tokens, inputs, filler, math.ceil(rows / batch), batch, store, title)

@@ -47,17 +47,15 @@ def checked_pairs(
 ) -> np.ndarray:
     """Each pair once, (p, 2) int64, ascending by query row. Raises ValueError where none is, or one lies outside."""
     pairs = np.asarray(pairs)
-    if pairs.size and not (pairs.ndim == 2 and pairs.shape[1] == 2 and np.issubdtype(pairs.dtype, np.integer)):
-        raise ValueError(f"pairs are {pairs.dtype} of shape {pairs.shape}: give integers, (p, 2)")
-    pairs = np.unique(pairs.astype(np.int64).reshape(-1, 2), axis=0)
-    if not len(pairs):
+    if not pairs.size:
         raise ValueError("there is no image-text pair: give at least one")
-    if pairs.min() < 0 or (pairs.max(axis=0) >= (queries, gallery)).any():
-        outside = pairs[((pairs < 0) | (pairs >= (queries, gallery))).any(axis=1)][0]
-        raise ValueError(
-            f"the pair {tuple(outside.tolist())} names a row outside the {queries} {names[0]} and {gallery} {names[1]}"
-        )
-    return pairs
+    if pairs.ndim != 2 or pairs.shape[1] != 2 or not np.issubdtype(pairs.dtype, np.integer):
+        raise ValueError(f"pairs are {pairs.dtype} of shape {pairs.shape}: give integers, (p, 2)")
+    outside = ((pairs < 0) | (pairs >= (queries, gallery))).any(axis=1)
+    if outside.any():
+        pair, sizes = tuple(pairs[outside][0].tolist()), f"{queries} {names[0]} and {gallery} {names[1]}"
+        raise ValueError(f"the pair {pair} names a row outside the {sizes}")
+    return np.unique(pairs.astype(np.int64), axis=0)
 
 
 def evenly_spaced(count: int, most: int) -> np.ndarray:
@@ -83,10 +81,8 @@ def distinct_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     rows: (g, D). Returns the first row of each kind (u,), ascending, the place of each row among them (g,), and how
     often each occurs (u,). Memory: 16 bytes a row and a block.
     """
-    hashes = np.empty(len(rows), dtype="V16")
-    for start, block in row_blocks(rows):
-        for j, row in enumerate(block.numpy(), start):
-            hashes[j] = hashlib.blake2b(row.data, digest_size=16).digest()
+    digests = (hashlib.blake2b(row.data, digest_size=16).digest() for _, b in row_blocks(rows) for row in b.numpy())
+    hashes = np.fromiter(digests, dtype="V16", count=len(rows))
     _, first, place, occurrences = np.unique(hashes, return_index=True, return_inverse=True, return_counts=True)
     order = np.argsort(first)
-    return first[order], np.argsort(order)[place.reshape(-1)], occurrences[order]
+    return first[order], np.argsort(order)[place], occurrences[order]

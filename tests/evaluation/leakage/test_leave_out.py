@@ -112,6 +112,9 @@ def test_lists_that_do_not_fit_the_set_are_refused(whole, tmp_path):
         leave_out(whole, ["k1", "other"], tmp_path / "left")
     with pytest.raises(ValueError, match="no image"):
         leave_out(whole, whole.keys, tmp_path / "left")
+    for itself in (whole.folder, whole.folder / ".." / whole.folder.name):
+        with pytest.raises(ValueError, match="is the set itself; name another"):
+            leave_out(whole, ["k1"], itself)
     assert not (tmp_path / "left").exists()
     assert EmbeddedSet.open(whole.folder).keys == whole.keys
 

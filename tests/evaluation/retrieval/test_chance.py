@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modstruct.evaluation.retrieval.measure import measure_recall
+from modstruct.evaluation.retrieval.measure import measure_retrieval
 from modstruct.evaluation.retrieval.metrics import ranked_queries, ranking_metrics, recall_metrics
 
 
@@ -35,7 +35,7 @@ def test_random_embeddings_score_near_chance():
     random = np.random.default_rng(3)
     image, text = (random.normal(size=(2000, 16)).astype(np.float32) for _ in range(2))
     pairs = np.stack([np.arange(2000), np.arange(2000)], axis=1)
-    for direction in measure_recall(image, text, pairs, [100]).values():
+    for direction in measure_retrieval(image, text, pairs, [100]).values():
         assert direction["recall_at_100"]["value"] == pytest.approx(0.05, abs=0.025)  # 5 standard deviations
 
 
