@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,8 +42,8 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """One metric of all runs. like: one of its values, for label, unit and direction. cells: by the number of the run,
-    where it was measured. test: "paired", "intervals" or None. headline: whether a summary shows it."""
+    """One metric of all runs. like: one of its values, for label, unit and direction. cells: by number of the run.
+    test: "paired", "intervals" or None. headline: whether a summary shows it."""
 
     set: str
     metric: str
@@ -88,60 +89,63 @@ class Section:
 
 
 def compare(runs: Sequence[Evaluation]) -> list[Section]:
-    """Every result of every run as sections, by ORDER; rows in the order in which the results name them."""
+    """Every result of every run as sections, by ORDER; rows in the order in which the results name them.
+
+    Published results stand beside ours: their data are not known to be the same, so they are not compared.
+    """
     metrics = {metric for run in runs for _, metric in run.results}
     return [_section(metric, runs) for metric in sorted(metrics, key=lambda m: ((*ORDER, m).index(m), m))]
 
 
 def _section(metric: str, runs: Sequence[Evaluation]) -> Section:
-    found = {
-        (set_name, i): of for i, run in enumerate(runs) for (set_name, m), of in run.results.items() if m == metric
-    }
-    results = {
-        set_name: {i: result for (of, i), result in found.items() if of == set_name}
-        for set_name in sorted({set_name for set_name, _ in found})
-    }
+    results: dict[str, dict[int, Result]] = {}
+    for set_name in sorted({set_name for run in runs for set_name, of in run.results if of == metric}):
+        key = (set_name, metric)
+        results[set_name] = {i: run.results[key] for i, run in enumerate(runs) if key in run.results}
     groups = []
     for set_name, of_set in results.items():
+        ours = {i: result for i, result in of_set.items() if not runs[i].published}
         note = None
-        if len({result.fingerprint for result in of_set.values()}) > 1:
-            prints = {i: (result.fingerprint or "no fingerprint")[:12] for i, result in of_set.items()}
-            of_runs = ", ".join(f"{runs[i].name}: {found}" for i, found in prints.items())
-            note = f"Not the same data: measured on sets of different content ({of_runs}), so none is marked."
+        if len({result.fingerprint for result in ours.values()}) > 1:
+            prints = (f"{runs[i].name}: {(of.fingerprint or 'no fingerprint')[:12]}" for i, of in ours.items())
+            note = f"Not the same data: measured on sets of different content ({', '.join(prints)}), so none is marked."
         rows: dict[str, list[Row]] = {}
         for name in dict.fromkeys(name for result in of_set.values() for name in result.values):
-            rows.setdefault(name.rpartition("/")[0], []).append(_row(name, set_name, of_set, comparable=note is None))
+            row = _row(name, set_name, of_set, set() if note else ours.keys())
+            rows.setdefault(name.rpartition("/")[0], []).append(row)
         titles = {name: title for result in of_set.values() for name, title in result.groups.items()}
         for name, members in rows.items():
             title = " · ".join(part for part in (set_name, titles.get(name, name)) if part)
             groups.append(Group(set_name, title, tuple(members), note))
-    title, about = (next(filter(None, (getattr(of, text) for of in found.values())), "") for text in ("title", "about"))
+    found = [result for of_set in results.values() for result in of_set.values()]
+    title, about = (next(filter(None, (getattr(of, text) for of in found)), "") for text in ("title", "about"))
     return Section(metric, title or metric, about, tuple(groups), results)
 
 
-def _row(name: str, set_name: str, of_set: dict[int, Result], comparable: bool) -> Row:
+def _row(name: str, set_name: str, of_set: dict[int, Result], comparable: AbstractSet[int]) -> Row:
     results = {i: result for i, result in of_set.items() if name in result.values}
     values = {i: result.values[name] for i, result in results.items()}
     like = next((value for value in values.values() if value.about), next(iter(values.values())))
+    compared = {i: value for i, value in values.items() if i in comparable}
     top, test, worse = None, None, set[int]()
     leads: dict[int, Difference] = {}
-    if like.higher_is_better is not None and comparable and len(values) > 1:
+    if like.higher_is_better is not None and len(compared) > 1:
         sign = 1 if like.higher_is_better else -1
-        best = max(values, key=lambda i: sign * values[i].value)
-        top, rivals = values[best], [i for i in values if i != best]
-        if paired := paired_outcomes(list(results.values()), name):
-            test, outcomes = "paired", dict(zip(results, paired[0], strict=True))
+        best = max(compared, key=lambda i: sign * compared[i].value)
+        top, rivals = compared[best], [i for i in compared if i != best]
+        if paired := paired_outcomes([results[i] for i in compared], name):
+            test, outcomes = "paired", dict(zip(compared, paired[0], strict=True))
             found = [paired_difference(sign * outcomes[best], sign * outcomes[i], groups=paired[1]) for i in rivals]
             corrected = holm([difference.p for difference in found])
             leads = {i: replace(lead, p=p) for i, lead, p in zip(rivals, found, corrected, strict=True)}
             worse = {i for i in rivals if leads[i].p < ALPHA}
-        elif all(value.low is not None and value.high is not None for value in values.values()):
+        elif all(value.low is not None and value.high is not None for value in compared.values()):
             test = "intervals"
-            worse = {i for i in rivals if top.low > values[i].high or values[i].low > top.high}  # type: ignore[operator]
-    cells = {
-        i: Cell(value, bool(worse) and i not in worse, top is not None and value.value == top.value, leads.get(i))
-        for i, value in values.items()
-    }
+            worse = {i for i in rivals if top.low > compared[i].high or compared[i].low > top.high}  # type: ignore[operator]
+    cells = {}
+    for i, value in values.items():
+        marked = bool(worse) and i in compared and i not in worse
+        cells[i] = Cell(value, marked, top is not None and i in compared and value.value == top.value, leads.get(i))
     headline = any(name in result.headlines for result in results.values())
     return Row(set_name, next(iter(results.values())).metric, name, like, cells, test, headline)
 

@@ -9,17 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import pairwise
 from unicodedata import normalize
 
-from modstruct.reporting.comparison import Cell, Group, Row, Section
+from modstruct.reporting.comparison import Group, Section
 from modstruct.reporting.loading import Evaluation
-from modstruct.reporting.tables import shown
+from modstruct.reporting.tables import LONG_GROUP, shown, texts
 
 PACKAGES = r"\usepackage{booktabs,graphicx,xcolor}"
-LONGEST_GROUP = 24
-"""Longest group in a table; longer ones (a value for each class) are left to the CSV."""
 WIDE, NARROW = 125, 56
 """Characters across a page and across a column, at \\footnotesize."""
 ROWS, LINES = 20, 44
@@ -44,14 +41,14 @@ ACCENTS = {
 
 @dataclass(frozen=True)
 class Line:
-    """A row of a table. name: text; cells: LaTeX; below: LaTeX that stands small under the cells."""
+    """A row of a table. name: text; cells: LaTeX; below: LaTeX that stands small under the cells; ruled: whether a rule
+    stands above it."""
 
     name: str
     cells: Sequence[str]
-    below: Sequence[str] = ()
+    below: Sequence[str]
     grey: bool = False
     ruled: bool = False
-    """Whether a rule stands above it."""
 
 
 @dataclass(frozen=True)
@@ -62,49 +59,39 @@ class Block:
     lines: Sequence[Line]
     title: str = ""
 
-    @cached_property
     def widths(self) -> list[int]:
         """Characters of the names and of each column with the space before it, about."""
-        texts = [self.head, *(line.cells for line in self.lines), *(line.below for line in self.lines if line.below)]
+        texts = [self.head, *(of for line in self.lines for of in (line.cells, line.below))]
         columns = ([len(re.sub(r"\\[a-zA-Z]+|[{}$\\]", "", text)) for text in of] for of in zip(*texts, strict=True))
         return [max(len(line.name) for line in self.lines), *(2 + max(column) for column in columns)]
 
     def cut(self) -> Iterator[Block]:
         """The block in parts that a page holds, by columns and by rows."""
-        name, *widths = self.widths
+        name, *widths = self.widths()
         starts, used = [0], name
         for i, width in enumerate(widths):
             if used + width > WIDE and i > starts[-1]:
                 starts, used = [*starts, i], name
             used += width
         for first, last in pairwise([*starts, len(widths)]):
-            for top in range(0, len(self.lines), ROWS):
-                lines = [
-                    replace(line, cells=line.cells[first:last], below=line.below[first:last])
-                    for line in self.lines[top : top + ROWS]
-                ]
-                yield Block(self.head[first:last], lines, "" if first or top else self.title)
+            part = slice(first, last)
+            lines = [replace(line, cells=line.cells[part], below=line.below[part]) for line in self.lines]
+            for top in range(0, len(lines), ROWS):
+                yield Block(self.head[part], lines[top : top + ROWS], "" if first or top else self.title)
 
     def latex(self) -> Iterator[str]:
         if self.title:
             yield f"{{\\raggedright {self.title}\\par}}\\smallskip"
-        yield FITTED
-        yield f"\\begin{{tabular}}{{l{'c' * len(self.head)}}}"
-        yield r"\toprule"
+        yield f"{FITTED}\n\\begin{{tabular}}{{l{'c' * len(self.head)}}}\n\\toprule"
         yield " & ".join(["", *self.head]) + r" \\"
         for i, line in enumerate(self.lines):
-            grey = "\\textcolor{gray}{%s}" if line.grey else "%s"
+            cells = [escaped(line.name), *line.cells]
+            cells = [f"\\textcolor{{gray}}{{{cell}}}" for cell in cells] if line.grey else cells
             # {}: else a name that begins with [ or * would be an argument of the line break before it.
-            yield (
-                (r"\midrule " if line.ruled or not i else "")
-                + "{}"
-                + " & ".join(grey % cell for cell in (escaped(line.name), *line.cells))
-                + r" \\"
-            )
+            yield (r"\midrule {}" if line.ruled or not i else "{}") + " & ".join(cells) + r" \\"
             if any(line.below):
                 yield " & ".join(["", *(f"\\scriptsize {text}" if text else "" for text in line.below)]) + r" \\"
-        yield r"\bottomrule"
-        yield r"\end{tabular}}\par\smallskip"
+        yield "\\bottomrule\n\\end{tabular}}\\par\\smallskip"
 
 
 def table(label: str, caption: str, blocks: Sequence[Block]) -> str:
@@ -118,7 +105,7 @@ def table(label: str, caption: str, blocks: Sequence[Block]) -> str:
         lines += size
     made = []
     for i, part in enumerate(parts):
-        kind = "table" if max(sum(block.widths) for block in part) <= NARROW else "table*"
+        kind = "table" if max(sum(block.widths()) for block in part) <= NARROW else "table*"
         name = f"\\label{{tab:{re.sub('[^a-z0-9]+', '-', label.lower())}}}" if not i else ""
         made += [f"\\begin{{{kind}}}[tp]", r"\centering\footnotesize\sloppy\setlength{\tabcolsep}{4pt}"]
         made += [f"\\caption{{{escaped(caption)}{' (Continued.)' if i else ''}}}{name}"]
@@ -140,37 +127,29 @@ def latex_tables(sections: Sequence[Section], runs: Sequence[Evaluation], with_i
 
 
 def _of_group(group: Group, runs: Sequence[Evaluation], with_interval: bool) -> Block:
-    rows = group.rows if len(group.rows) <= LONGEST_GROUP else ()
     title = f"\\emph{{{escaped(group.title)}}}{f' -- {escaped(group.note)}' if group.note else ''}"
+    rows = group.rows if len(group.rows) <= LONG_GROUP else ()
     if not rows:
         title += f" -- {len(group.rows)} metrics: see the CSV file"
-    lower = r"\,$\downarrow$"
-    head = [escaped(row.label) + (lower if row.like.higher_is_better is False else "") for row in rows]
+    head = [escaped(row.label) + (r"\,$\downarrow$" if row.like.higher_is_better is False else "") for row in rows]
     lines = []
-    for i, run in enumerate(runs):
+    for i in (i for i in range(len(runs)) if any(i in row.cells for row in group.rows)):
         cells, below = [], []
         for row in rows:
-            cell = row.cells.get(i)
-            cells.append("--" if cell is None else _cell(cell, row))
-            bounds = (cell.value.low, cell.value.high) if cell and with_interval else (None, None)
-            found = [escaped(shown(bound, row.like.unit)) for bound in bounds if bound is not None]
-            below.append(f"[{', '.join(found)}]" if len(found) == 2 else "")
-        if any(i in row.cells for row in group.rows):
-            lines.append(Line(run.name, cells, below))
-    if any(row.like.chance is not None for row in rows):
-        chances = [row.like.chance for row in rows]
-        texts = ["" if c is None else escaped(shown(c, row.like.unit)) for c, row in zip(chances, rows, strict=True)]
-        lines.append(Line("chance", texts, grey=True, ruled=True))
+            found = row.cells.get(i)
+            number, deviation, interval = texts(found and found.value, row.like.unit)
+            cells.append(cell(number, deviation, r"\textbf{%s}" if found and found.marked else "%s"))
+            below.append(escaped(interval) if with_interval else "")
+        lines.append(Line(runs[i].name, cells, below))
+    chances = ["" if (c := row.like.chance) is None else escaped(shown(c, row.like.unit)) for row in rows]
+    if any(chances):
+        lines.append(Line("chance", chances, [""] * len(rows), grey=True, ruled=True))
     return Block(head, lines, title)
 
 
-def _cell(cell: Cell, row: Row) -> str:
-    text = escaped(shown(cell.value.value, row.like.unit))
-    text = f"\\textbf{{{text}}}" if cell.marked else text
-    deviation = cell.value.deviation
-    return (
-        text if deviation is None else f"{text}{{\\scriptsize\\,$\\pm$\\,{escaped(shown(deviation, row.like.unit))}}}"
-    )
+def cell(number: str, deviation: str, mark: str = "%s") -> str:
+    """A number, marked by a LaTeX command with %s, with its deviation."""
+    return mark % escaped(number) + (f"{{\\scriptsize\\,$\\pm$\\,{escaped(deviation)}}}" if deviation else "")
 
 
 def escaped(text: str) -> str:

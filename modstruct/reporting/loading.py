@@ -28,6 +28,11 @@ class Evaluation:
     seeds: tuple[Evaluation, ...] = ()
     """The runs that `results` are the means of; empty for a run alone."""
 
+    @property
+    def published(self) -> bool:
+        """Whether others published it: shown beside ours, compared with none."""
+        return "published" in self.model
+
     def embedded_set(self, name: str) -> EmbeddedSet | None:
         """The embedded set of that name, or None if the folder has no finished one."""
         folder = self.folder / "embeddings" / name

@@ -7,23 +7,31 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from textwrap import fill
 from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib as mpl
 import numpy as np
+from fontTools import subset
 from markupsafe import Markup
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+from matplotlib.transforms import Bbox
 
 from modstruct.errors import printable
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.result import Curve
 from modstruct.evaluation.retrieval.rows import evenly_spaced
+from modstruct.files import atomic_write
 from modstruct.reporting.comparison import Section
 from modstruct.reporting.loading import Evaluation
 
@@ -39,8 +47,10 @@ STYLE: Any = {
     "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": QUIET, "xtick.color": QUIET, "ytick.color": QUIET,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": LINE, "grid.linewidth": 0.5,
     "axes.linewidth": 0.6, "lines.linewidth": 1.3, "lines.markersize": 3.5,
-    "svg.fonttype": "none", "pdf.fonttype": 42, "savefig.dpi": 300,
+    "svg.fonttype": "none", "pdf.fonttype": 42, "savefig.dpi": 200,
 }  # fmt: skip
+LEGEND_LINE = 0.15
+"""Inches."""
 WIDTH = 3.25
 """Inches: a column of a two-column page."""
 UNITS = {"share": " (%)", "nats": " (nats)"}
@@ -53,8 +63,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 @dataclass(frozen=True)
 class Plot:
-    """A drawn plot. run: whose it is, None for one of all runs. name: of its files. svg: for the page, without a legend
-    of runs. files: the same as "pdf" and "png"."""
+    """run: its number if it is of one alone. name: of its files, which are bytes by their ending, "pdf" and "png"."""
 
     set: str
     run: int | None
@@ -75,7 +84,7 @@ def plots(section: Section, runs: Sequence[Evaluation]) -> list[Plot]:
         for name, curves in shared.items():
             first = next(iter(next(iter(curves.values())).values()))
             caption = name if len(curves) > 1 else first.title or f"{first.y_label} by {first.x_label}"
-            with mpl.rc_context(STYLE):
+            with _style():
                 figure, axes = _axes(2.4, first.x_label, first.y_label + UNITS.get(first.unit, ""))
                 _lines(axes, curves)
                 svg = _svg(figure, f"{caption}, {set_name}")
@@ -84,8 +93,34 @@ def plots(section: Section, runs: Sequence[Evaluation]) -> list[Plot]:
     return made
 
 
+def _style() -> AbstractContextManager[None]:
+    return mpl.rc_context(STYLE | {"font.family": [_small_font(), "DejaVu Sans"]})
+
+
+@cache
+def _small_font() -> str:
+    """The family of DejaVu Sans cut to Latin and Greek letters and signs, kept in matplotlib's cache.
+
+    Every PDF cuts its font to the characters that it holds, which with the whole font takes as long as all drawing.
+    """
+    path = Path(mpl.get_cachedir(), f"modstruct-sans-{mpl.__version__}.ttf")
+    if not path.is_file():
+        options = subset.Options(layout_features=[], drop_tables=["GSUB", "GPOS", "GDEF", "MATH", "FFTM"])
+        font = subset.load_font(font_manager.findfont("DejaVu Sans"), options)
+        cut = subset.Subsetter(options)
+        cut.populate(unicodes=[*range(0x20, 0x250), *range(0x370, 0x400), *range(0x2010, 0x2300)])
+        cut.subset(font)
+        for entry in (1, 4, 6, 16):
+            font["name"].setName("Modstruct-Sans", entry, 3, 1, 0x409)
+            font["name"].setName("Modstruct-Sans", entry, 1, 0, 0)
+        with atomic_write(path) as file:
+            font.save(file)
+    font_manager.fontManager.addfont(path)
+    return "Modstruct-Sans"
+
+
 def _axes(height: float, x_label: str, y_label: str) -> tuple[Figure, Axes]:
-    figure = Figure((WIDTH, height), layout="constrained")
+    figure = Figure((WIDTH, height))
     axes = figure.add_subplot()
     axes.set(xlabel=_short(x_label), ylabel=_short(y_label))
     return figure, axes
@@ -141,16 +176,18 @@ def _file_name(*parts: str) -> str:
 
 
 def _files(figure: Figure, names: Mapping[int, str]) -> dict[str, bytes]:
-    """PDF and PNG, with a legend of the runs above."""
-    made: dict[str, bytes] = {}
+    """PDF and PNG, with a legend of the runs above what `_svg` has laid out."""
+    width, height = figure.get_size_inches()
     if len(names) > 1:
         marks = [Line2D([], [], color=COLOURS[i % 8], marker=MARKERS[i % 8]) for i in names]
         labels = [printable(name)[:40] for name in names.values()]
         columns = max(1, 50 // (max(map(len, labels)) + 6))
-        figure.legend(marks, labels, loc="outside upper center", ncols=columns)
+        figure.legend(marks, labels, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=columns, borderaxespad=0)
+        height += LEGEND_LINE * (1 + math.ceil(len(labels) / columns))
+    made = {}
     for kind, metadata in (("pdf", {"CreationDate": None}), ("png", {})):
         file = io.BytesIO()
-        figure.savefig(file, format=kind, metadata=metadata)
+        figure.savefig(file, format=kind, metadata=metadata, bbox_inches=Bbox([(0, 0), (width, height)]))
         made[kind] = file.getvalue()
     return made
 
@@ -161,6 +198,7 @@ def _svg(figure: Figure, label: str, titles: Mapping[str, Sequence[str]] | None 
     titles: of the points of a collection, by its gid: shown where the pointer rests.
     """
     file = io.BytesIO()
+    ConstrainedLayoutEngine().execute(figure)  # once for all files
     with mpl.rc_context({"svg.hashsalt": label}):
         figure.savefig(file, format="svg", transparent=True)
     root = ElementTree.fromstring(file.getvalue())
@@ -194,7 +232,7 @@ def planes(runs: Sequence[Evaluation]) -> list[Plot]:
         span = 1.08 * max([1e-12, *(float(np.ptp(plane.points, axis=(0, 1)).max()) for plane in found.values())])
         for i, plane in found.items():
             (left, bottom), (right, top) = plane.points.min((0, 1)), plane.points.max((0, 1))
-            with mpl.rc_context(STYLE):
+            with _style():
                 labels = [f"axis {n}, {100 * of:.0f} % of variance" for n, of in enumerate(plane.explained, 1)]
                 figure, axes = _axes(WIDTH, *labels)
                 axes.set_xlim((left + right - span) / 2, (left + right + span) / 2)

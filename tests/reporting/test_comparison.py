@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from evaluation_folders import Embeddings, measured_mean, retrieval_result, save_model, save_result
 
-from modstruct.evaluation.result import Curve, Value, share
+from modstruct.evaluation.result import Curve, Result, Value, share
 from modstruct.reporting.comparison import compare, group_seeds
-from modstruct.reporting.loading import load_evaluations
+from modstruct.reporting.loading import Evaluation, load_evaluations
 
 RANDOM = np.random.default_rng(0)
 DIFFICULTY = RANDOM.random(400)
@@ -183,3 +183,18 @@ def test_results_of_equal_models_differ_nowhere(tmp_path):
     (section,) = compare(load_evaluations([tmp_path / "a", tmp_path / "b"]))
     assert not any(row.marked for row in section.rows)
     assert {row.test for row in section.rows} == {"paired", None}
+
+
+def test_published_results_stand_beside_without_keeping_ours_from_being_compared(tmp_path):
+    row = row_of(tmp_path, [with_outcomes(DIFFICULTY < 0.5), with_outcomes(DIFFICULTY < 0.6)])
+    assert marked(row) == [False, True]
+    published = Result("zero_shot", "shapes", {"top_1": share(0.9)})
+    theirs = Evaluation(
+        tmp_path, "theirs", {"name": "theirs", "published": "a.csv"}, {("shapes", "zero_shot"): published}
+    )
+    ours = load_evaluations([tmp_path / "run-0", tmp_path / "run-1"])
+    (section,) = compare([theirs, *ours])
+    (beside,) = section.rows
+    assert section.groups[0].note is None
+    assert (beside.test, marked(beside)) == ("paired", [False, False, True])
+    assert [cell.best for cell in beside.cells.values()] == [False, False, True]

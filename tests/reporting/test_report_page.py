@@ -98,7 +98,7 @@ def test_its_links_lead_to_files_beside_it(page, report):
         assert f"report-figures/{path.name}" in links
         assert path.read_bytes().startswith(b"%PDF" if path.suffix == ".pdf" else b"\x89PNG")
     with Image.open(report.figures / "structure-scenes-Spectrum.png") as image:
-        assert image.size[0] == round(3.25 * 300)
+        assert image.size[0] == round(3.25 * 200)
 
 
 def test_plots_take_their_colours_from_the_page(page, report):

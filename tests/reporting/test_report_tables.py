@@ -81,7 +81,6 @@ def test_latex_is_ascii_without_control_characters(text, printed):
         (" =x", "' =x"),
         ("a=b, c-d", "a=b, c-d"),
         ("\u732b", "\u732b"),
-        (None, None),
     ],
 )
 def test_a_cell_of_others_is_no_formula(text, cell):
