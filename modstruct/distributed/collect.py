@@ -179,6 +179,20 @@ def on_main(measure: Callable[[], Any]) -> Any:
     return outcome["measured"]
 
 
+def on_each(measure: Callable[[], Found]) -> Found:
+    """What each process measures itself, alone as within `on_main`; what it raises on one process is raised on all."""
+    if _alone.get():
+        return measure()
+    found: list[Found] = []
+    error: Exception | None = None
+    try:
+        found.append(_by_itself(measure))
+    except Exception as e:  # raised below, here as it is and elsewhere by its text
+        error = e
+    fail_together(error, f"process {rank()}: {type(error).__name__}: {error}")
+    return found[0]
+
+
 def share_out(items: Sequence[T], measure: Callable[[T], Found], title: str = "") -> list[Found]:
     """measure(item) of every item, in order, on every process; strided by world size, each is measured once.
 
@@ -188,14 +202,8 @@ def share_out(items: Sequence[T], measure: Callable[[T], Found], title: str = ""
     """
     if _alone.get():
         return [measure(item) for item in items]
-    mine: list[Found] = []
-    error: Exception | None = None
-    try:
-        own = tqdm(items[rank() :: world_size()], title, leave=False, disable=not (title and is_main()))
-        mine += _by_itself(lambda: [measure(item) for item in own])
-    except Exception as e:  # raised below, here as it is and elsewhere by its text
-        error = e
-    fail_together(error, f"process {rank()}: {type(error).__name__}: {error}")
+    own = tqdm(items[rank() :: world_size()], title, leave=False, disable=not (title and is_main()))
+    mine = on_each(lambda: [measure(item) for item in own])
     everyone = gather_objects(mine)
     return [everyone[number % world_size()][number // world_size()] for number in range(len(items))]
 

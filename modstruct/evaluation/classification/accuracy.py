@@ -23,7 +23,7 @@ def classes_ahead(scores: Tensor, own: Tensor, times: Tensor | None = None) -> T
 
 
 def in_top(ahead: np.ndarray, top_k: Sequence[int]) -> dict[str, np.ndarray]:
-    """Whether each row is right, (n,) bool, by the name of the accuracy."""
+    """Whether each row is right, of the shape of ahead, by the name of the accuracy."""
     return {f"top_{k}": ahead < k for k in top_k}
 
 
@@ -38,33 +38,33 @@ def accuracies(
     """Top-k accuracy for each k, and top-1 accuracy averaged over classes, beside chance, with 95 % intervals.
 
     ahead: (n,), as `classes_ahead` gives. truth: (n,), the class of each row. copies: (n,), equal for rows of one
-    image, which are no independent evidence. Classes without a row do not enter the average, whose interval is over
-    resampled images, each weighted so that every class counts alike: the linear part of the mean of the classes' means
-    is resampled, value + w (right - accuracy of the class). A class of one image says nothing of how its images vary:
-    if there is one, images are taken to vary alike in all classes.
+    image. Classes without a row do not enter the average. Its interval resamples the linear part of the mean of the
+    classes' means, value + w (right - accuracy of the class), w such that every class counts alike. If a class has one
+    image, which says nothing of how its images vary, images are taken to vary alike in all classes.
     """
     _, place, images = np.unique(truth, return_inverse=True, return_counts=True)
-    right = ahead < 1
+    outcomes, right = in_top(ahead, top_k), ahead < 1
     accuracy = np.bincount(place, right) / images
-    mean = accuracy.mean()
-    values = {
-        f"top_{k}": share((ahead < k).mean(), label=f"top-{k}", chance=k / classes, rows=len(ahead)) for k in top_k
-    }
+    values = {}
+    for k, found in zip(top_k, outcomes.values(), strict=True):
+        among = "scores highest" if k == 1 else f"is among the {k} that score highest"
+        about = f"Share of the images whose own class {among}."
+        values[f"top_{k}"] = share(found.mean(), label=f"top-{k}", chance=k / classes, rows=len(ahead), about=about)
     about = "Top-1 accuracy of each class that has an image, averaged over these classes."
-    average = share(mean, label="mean per class", chance=1 / classes, rows=len(images), about=about)
-    values["mean_per_class"] = average
+    mean = share(accuracy.mean(), label="mean per class", chance=1 / classes, rows=len(images), about=about)
+    values["mean_per_class"] = mean
     if not intervals:
         return values
+    centre = mean.value if images.min() == 1 else accuracy[place]
+    weighted = mean.value + len(right) / (len(images) * images[place]) * (right - centre)
     alike = right.all() or not right.any() or images.max() == 1
-    centre = mean if images.min() == 1 else accuracy[place]
-    weighted = mean + len(right) / (len(images) * images[place]) * (right - centre)
-    resampled = in_top(ahead, top_k) | {"mean_per_class": right if alike else weighted}
-    return {name: with_interval(value, resampled[name], copies) for name, value in values.items()}
+    outcomes["mean_per_class"] = right if alike else weighted
+    return {name: with_interval(value, outcomes[name], copies) for name, value in values.items()}
 
 
 def with_interval(value: Value, outcomes: np.ndarray, copies: np.ndarray | None) -> Value:
-    """The value, which is the mean of the outcomes (n,), with its interval within 0 and 1; none where all rows are
-    copies of one image, since there is then nothing to tell it from."""
+    """The value, the mean of the outcomes (n,), with its interval within 0 and 1; without if all rows are copies of one
+    image."""
     if copies is not None and len(copies) > 1 and (copies == copies[0]).all():
         return value
     low, high = bootstrap_mean(outcomes, groups=copies)

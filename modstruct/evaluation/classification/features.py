@@ -24,8 +24,8 @@ class Features:
     """Labelled rows, in memory or memory-mapped; a selection costs 16 bytes a row.
 
     arrays: (N, D_1), (N, D_2), …, concatenated by columns. rows: (n,), the selected ones. labels: (n,) int64, class of
-    each. unit: divide each array's rows by their norm (a zero row stays zero). shift, scale: (D,) float64, rows become
-    (row - shift) scale; None leaves them as they are.
+    each. unit: divide each array's rows by their norm (a zero row stays zero). shift, scale: (D,) float64,
+    rows become (row - shift) scale.
     """
 
     arrays: tuple[np.ndarray, ...]
@@ -42,18 +42,16 @@ class Features:
     def dimension(self) -> int:
         return sum(array.shape[1] for array in self.arrays)
 
-    def read(
-        self, positions: np.ndarray | slice, device: torch.device | None = None, dtype: torch.dtype = torch.float32
-    ) -> Tensor:
+    def read(self, positions: np.ndarray | slice, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
         """Prepared rows at positions (b,): (b, D)."""
         rows = self.rows[positions]
-        contiguous = len(rows) and np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows)))
+        contiguous = len(rows) > 0 and bool((np.diff(rows) == 1).all())
         chosen = slice(rows[0], rows[-1] + 1) if contiguous else rows
         # Copied to the device in the precision of the file, which moves fewer bytes.
         parts = [torch.from_numpy(np.array(a[chosen], order="C")).to(device).to(dtype) for a in self.arrays]
         if self.unit:
             parts = [part / part.norm(dim=1, keepdim=True).clamp(min=1e-12) for part in parts]
-        prepared = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        prepared = torch.cat(parts, dim=1)
         if self.shift is None or self.scale is None:
             return prepared
         return (prepared - torch.from_numpy(self.shift).to(prepared)) * torch.from_numpy(self.scale).to(prepared)
@@ -73,9 +71,9 @@ class Features:
 class RowBlocks:
     """Features as blocks on a device, kept there if they are small enough, else read again in each pass.
 
-    features: one or more of one dimension, whose rows follow each other. dtype: of the blocks. width: the most numbers
-    that a reader computes for a row (scores, say); with the dimension it sets the rows of a block. hold_bytes: what may
-    be kept, by default 256 MiB on a CPU and 40 % of an accelerator's free memory.
+    features: one or more of one dimension, whose rows follow each other. width: the most numbers that a reader computes
+    for a row (scores, say); with the dimension it sets the rows of a block. hold_bytes: what may be kept, by default
+    256 MiB on a CPU and 40 % of an accelerator's free memory.
     """
 
     def __init__(
@@ -84,16 +82,16 @@ class RowBlocks:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         width: int = 1,
-        hold_bytes: int | None = None,
+        hold_bytes: float | None = None,
     ):
         self.features = [features] if isinstance(features, Features) else list(features)
         self.device, self.dtype, self.dimension = device, dtype, self.features[0].dimension
         step = max(1, BLOCK_BYTES // (dtype.itemsize * max(self.dimension, width)))
         self._blocks = [(f, slice(i, min(i + step, len(f)))) for f in self.features for i in range(0, len(f), step)]
-        limit: float = HELD_ON_CPU if hold_bytes is None else hold_bytes
-        if hold_bytes is None and device.type == "cuda":
-            limit = HELD_SHARE_OF_DEVICE * torch.cuda.mem_get_info(device)[0]
-        self._holds = len(self) * self.dimension * dtype.itemsize <= limit
+        if hold_bytes is None:
+            cuda = device.type == "cuda"
+            hold_bytes = HELD_SHARE_OF_DEVICE * torch.cuda.mem_get_info(device)[0] if cuda else HELD_ON_CPU
+        self._holds = len(self) * self.dimension * dtype.itemsize <= hold_bytes
         self._held: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __len__(self) -> int:
@@ -114,29 +112,8 @@ class RowBlocks:
 
 
 def column_statistics(features: Features | Sequence[Features], device: torch.device) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and deviation of each column, (D,) float64, in one pass (Chan, Golub & LeVeque 1983)."""
-    count, blocks = 0, RowBlocks(features, device, hold_bytes=0)
-    mean = squares = torch.zeros(blocks.dimension, dtype=torch.float64, device=device)
-    for _, rows, _ in blocks:
-        rows = rows.double()
-        added, block_mean = len(rows), rows.mean(0)
-        apart = block_mean - mean
-        squares = squares + (rows - block_mean).square().sum(0) + apart.square() * (count * added / (count + added))
-        count += added
-        mean = mean + apart * (added / count)
-    return mean.cpu().numpy(), (squares / count).sqrt().cpu().numpy()
-
-
-def paired_blocks(
-    fitted: Sequence[Features],
-    others: Features,
-    standardize: bool,
-    width: int,
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
-) -> tuple[RowBlocks, RowBlocks]:
-    """Blocks of rows to fit on and of other rows; standardize: both by the statistics of the first."""
-    if standardize:
-        statistics = column_statistics(fitted, device)
-        fitted, others = [f.standardised_by(statistics) for f in fitted], others.standardised_by(statistics)
-    return RowBlocks(fitted, device, dtype, width), RowBlocks(others, device, dtype, width)
+    """Mean and deviation of each column, (D,) float64, in two passes."""
+    blocks, none = RowBlocks(features, device), torch.zeros((), dtype=torch.float64)
+    mean = sum((rows.double().sum(0) for _, rows, _ in blocks), none) / len(blocks)
+    squares = sum(((rows.double() - mean).square().sum(0) for _, rows, _ in blocks), none)
+    return mean.cpu().numpy(), (squares / len(blocks)).sqrt().cpu().numpy()

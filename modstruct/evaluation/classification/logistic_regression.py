@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from scipy.optimize import minimize
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from modstruct.errors import require, require_counts
 from modstruct.evaluation.classification.accuracy import classes_ahead
@@ -17,12 +18,8 @@ from modstruct.evaluation.classification.features import RowBlocks
 
 CORRECTIONS = 10
 """Pairs of steps and gradients that L-BFGS keeps, as in scikit-learn."""
-RELATIVE_TOLERANCE = 64 * float(np.finfo(np.float64).eps)
-"""Of the objective from one step to the next, as in scikit-learn."""
-LINE_SEARCH_STEPS = 50
 STEPS_PER_DECADE = 8
 STRENGTHS = 10.0 ** (np.arange(12 * STEPS_PER_DECADE + 1) / STEPS_PER_DECADE - 6)
-"""From 1e-6 to 1e6 in 96 steps of the logarithm, ends included: 97 values."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +27,7 @@ class FitConfig:
     """When a fit ends, and in which precision rows are read."""
 
     max_iterations: int = 1000
-    """Most iterations of a fit, as in CLIP."""
+    """As in CLIP."""
     gradient_tolerance: float = 1e-4
     """Largest entry of the gradient of the mean loss at which a fit has converged: scikit-learn's `tol`."""
     precision: Literal["float32", "float64"] = "float32"
@@ -39,7 +36,6 @@ class FitConfig:
     def __post_init__(self) -> None:
         require_counts("fit", self, ("max_iterations",))
         require(self.gradient_tolerance > 0, "fit.gradient_tolerance", self.gradient_tolerance, "above 0")
-        require(self.precision in ("float32", "float64"), "fit.precision", self.precision, "float32 or float64")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -70,8 +66,7 @@ class LinearClassifier:
         ahead, loss = np.empty(len(blocks), dtype=np.int64), 0.0
         for place, scores, labels in self.scores(blocks):
             ahead[place] = classes_ahead(scores, labels).cpu().numpy()
-            own = scores.gather(1, labels[:, None])
-            loss += float((scores.logsumexp(1, keepdim=True) - own).sum(dtype=torch.float64))
+            loss += float(cross_entropy(scores, labels, reduction="none").sum(dtype=torch.float64))
         return ahead, loss / len(blocks)
 
 
@@ -80,43 +75,32 @@ def fit_logistic_regression(
 ) -> LinearClassifier:
     """The minimum of sum_i CE_i + strength / 2 |W|^2 over the weights; the bias is not penalised.
 
-    blocks: rows with labels 0 … classes - 1. strength: the penalty's weight, lambda in CLIP's appendix, equal to
-    scikit-learn's `LogisticRegression(C=1 / strength)`, which has C sum_i CE_i + 1/2 |W|^2. Two classes still have a
-    row of weights each, where scikit-learn has one for both: its C is then 2 / strength. start: initial weights, by
-    default zero.
-    The sum divided by the number of rows is minimised, by scipy's L-BFGS-B (no bounds) with the stopping rules of
-    scikit-learn, whose `lbfgs` is the same routine; scikit-learn itself needs all rows in memory and knows no GPU.
-    Memory: 40 times the C (D + 1) weights of 8 bytes, two blocks, and what RowBlocks holds. Raises ValueError for a
-    strength that is not above 0: without a penalty, separable classes have no minimum.
+    strength: lambda in CLIP's appendix, equal to scikit-learn's `LogisticRegression(C=1 / strength)`. Two classes still
+    have a row of weights each, where scikit-learn has one for both: its C is then 2 / strength. start: initial weights,
+    by default zero. The sum divided by the number of rows is minimised, by scipy's L-BFGS-B with the stopping rules of
+    scikit-learn, which itself needs all rows in memory and knows no GPU. Memory: 40 times the C (D + 1) weights of 8
+    bytes, two blocks, and what RowBlocks holds. Raises ValueError for a strength that is not above 0: without a
+    penalty, separable classes have no minimum.
     """
     require(0 < strength < float("inf"), "strength", strength, "above 0 and finite")
     shape = (classes, blocks.dimension + 1)
     first = np.zeros(shape) if start is None else np.column_stack([start.weight, start.bias])
-    options = {
-        "maxiter": config.max_iterations,
-        "maxfun": config.max_iterations * LINE_SEARCH_STEPS,
-        "maxls": LINE_SEARCH_STEPS,
-        "maxcor": CORRECTIONS,
-        "gtol": config.gradient_tolerance,
-        "ftol": RELATIVE_TOLERANCE,
-    }
+    most, tolerance = config.max_iterations, config.gradient_tolerance
+    limits = {"maxiter": most, "maxfun": 50 * most, "maxls": 50}
+    options = limits | {"maxcor": CORRECTIONS, "gtol": tolerance, "ftol": 64 * np.finfo(np.float64).eps}
     objective = mean_objective(blocks, classes, strength)
     found = minimize(objective, first.ravel(), jac=True, method="L-BFGS-B", options=options)
+    ended = "iterations" if found.status == 1 else "stalled"
+    end = "converged" if np.abs(found.jac).max() <= tolerance else ended
     weights = found.x.reshape(shape)
-    end = "iterations" if found.status == 1 else "stalled"
-    if np.abs(found.jac).max() <= config.gradient_tolerance:
-        end = "converged"
     return LinearClassifier(weights[:, :-1].copy(), weights[:, -1].copy(), int(found.nit), end)
 
 
 def mean_objective(
     blocks: RowBlocks, classes: int, strength: float
 ) -> Callable[[np.ndarray], tuple[float, np.ndarray]]:
-    """The function of weights (C (D + 1),) float64, class by class with the bias last, to value and gradient.
-
-    (1/n) (sum_i CE_i + strength / 2 |W|^2), read block by block: scores in the blocks' precision, sums over blocks in
-    float64. Cost: 4 n C D operations.
-    """
+    """(1/n) (sum_i CE_i + strength / 2 |W|^2) and its gradient, of weights (C (D + 1),) float64, class by class, bias
+    last. Scores are in the blocks' precision, sums over blocks in float64. Cost: 4 n C D operations."""
 
     def value_and_gradient(flat: np.ndarray) -> tuple[float, np.ndarray]:
         weights = torch.from_numpy(flat).view(classes, blocks.dimension + 1).to(blocks.device)
@@ -126,15 +110,13 @@ def mean_objective(
         for _, rows, labels in blocks:
             scores = torch.addmm(bias, rows, weight.T)  # (b, C)
             normaliser = scores.logsumexp(1, keepdim=True)
-            own = labels[:, None]
-            loss += (normaliser - scores.gather(1, own)).sum(dtype=torch.float64)
+            loss += (normaliser - scores.gather(1, labels[:, None])).sum(dtype=torch.float64)
             residual = scores.sub_(normaliser).exp_()
-            residual.scatter_add_(1, own, residual.new_full((1, 1), -1.0).expand(own.shape))
+            residual[torch.arange(len(labels)), labels] -= 1
             gradient[:, :-1] += residual.T @ rows
             gradient[:, -1] += residual.sum(0, dtype=torch.float64)
-        penalised = weights[:, :-1]
-        gradient[:, :-1] += strength * penalised
-        value = (loss + strength / 2 * penalised.square().sum()) / len(blocks)
+        gradient[:, :-1] += strength * weights[:, :-1]
+        value = (loss + strength / 2 * weights[:, :-1].square().sum()) / len(blocks)
         return float(value), (gradient / len(blocks)).flatten().cpu().numpy()
 
     return value_and_gradient
@@ -145,10 +127,9 @@ def search_strength(
 ) -> tuple[float, dict[float, tuple[float, float]]]:
     """CLIP's search of the strength (Radford et al. 2021, A.3): halve the interval around the peak, down to 1/8 decade.
 
-    score: strengths -> (accuracy, loss) of each on the held-out rows, called for seven that are two decades apart, then
-    four times for those around the peak that are new. Returns the chosen strength, and the scores by strength,
-    ascending. Of equal accuracies the one with the least loss wins, and of those the strongest (with few held-out rows
-    many tie; CLIP's text does not say which it takes).
+    score: strengths -> (accuracy, loss) of each on held-out rows, called for seven that are two decades apart, then
+    four times for those around the peak. Returns the chosen strength, and the scores by strength, ascending. Of equal
+    accuracies (CLIP's text does not say) the one with the least loss wins, and of those the strongest.
     """
     tried: dict[float, tuple[float, float]] = {}
     step = 2 * STEPS_PER_DECADE

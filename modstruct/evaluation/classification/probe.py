@@ -12,12 +12,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from modstruct import distributed
-from modstruct.distributed.collect import share_out
+from modstruct.distributed.collect import on_each, share_out
 from modstruct.errors import require
-from modstruct.evaluation.classification.features import Features, RowBlocks, paired_blocks
+from modstruct.evaluation.classification.features import Features, RowBlocks, column_statistics
 from modstruct.evaluation.classification.logistic_regression import (
     FitConfig,
-    LinearClassifier,
     fit_logistic_regression,
     search_strength,
 )
@@ -56,8 +55,8 @@ class ProbeConfig:
 class Probe:
     """Features whose labels number the classes that have a training row, and the keys of their images.
 
-    names: of those classes. keys: of the rows of "train" and "validation". used: features, sets and sizes, for a
-    result's settings.
+    names: of those classes. keys: of the rows of "train" and "validation". used, rows: for a result's settings and
+    rows.
     """
 
     config: ProbeConfig
@@ -67,18 +66,18 @@ class Probe:
     validation: Features | None
     keys: dict[str, list[str]]
     used: dict[str, Any] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, embedded: EmbeddedSet, config: ProbeConfig, default: str = BEFORE_PROJECTION) -> Probe:
         """Features of a set and of its splits "train" and "validation", checked against each other before any fit.
 
         Where the default features were not embedded "image" serves, and the log says so. Rows without a label are left
-        out; so are classes without a training row, which no other set may have.
-        Raises ValueError naming the set: no training split, no labels, other classes, a class without a training row,
-        fewer than two classes, another model; an array that is missing, named twice, of another size, or not finite.
+        out; so are classes without a training row, which no other set may have. Raises ValueError naming the set that
+        is missing or does not fit. Reads all rows: call it through `on_each`.
         """
-        remedy = "the training split is not embedded (embed --all_splits true)"
-        require("train" in embedded.splits, "train", None, remedy)
+        missing = "the training split is not embedded (embed --all_splits true)"
+        require("train" in embedded.splits, "train", None, missing)
         sets = {"train": embedded.splits["train"], "test": embedded} | embedded.splits
         train, features = sets["train"], config.features
         if features == default and features not in train.arrays:
@@ -86,24 +85,16 @@ class Probe:
             if distributed.is_main():
                 remedy = "embed --embedding.arrays '[all]'"
                 log.warning("%s: probed on image, since %s is not embedded (%s)", embedded.name, default, remedy)
-        for role, one in sets.items():
-            _check_against(train, one, role)
-        labels = {role: np.asarray(one.labels, dtype=np.int64) for role, one in sets.items()}
-        known = np.unique(labels["train"][labels["train"] >= 0])
-        remedy = f"has images of {len(known)} of its classes: give images of at least two"
-        require(len(known) >= 2, "train", train.name, remedy)
+        known = np.setdiff1d([] if train.labels is None else train.labels, -1).astype(np.int64)
         place = np.full(len(train.class_names) + 1, -1, dtype=np.int64)  # the last entry is for label -1
         place[known] = np.arange(len(known))
         found: dict[str, Features] = {}
         for role, one in sets.items():
-            lost = [train.class_names[c] for c in np.setdiff1d(labels[role][labels[role] >= 0], known)]
-            remedy = f"of which {train.name} has none ({len(lost)} such classes): add some, or take the class out"
-            require(not lost, role, one.name, f"has images of {lost[:1]}, {remedy}")
-            found[role] = select_features(one, features, place[labels[role]], config.unit_norm)
+            labels = _checked_labels(train, one, role, known)
+            found[role] = select_features(one, features, place[labels], config.unit_norm)
             columns, expected = found[role].dimension, found["train"].dimension
             remedy = f"has {columns} columns of {features}, {train.name} has {expected}: embed both with one model"
             require(columns == expected, role, one.name, remedy)
-        majority = majority_label(found["train"].labels.tolist())
         used = asdict(config) | {
             "features": features,
             "features_asked": config.features,
@@ -111,30 +102,29 @@ class Probe:
             "validation": sets["validation"].name if "validation" in sets else None,
             "classes": len(known),
             "dimension": found["train"].dimension,
-            "majority_share": float(np.mean(found["test"].labels == majority)),
+            "majority_share": float(np.mean(found["test"].labels == majority_label(found["train"].labels.tolist()))),
         }
         keys = {role: [sets[role].keys[row] for row in found[role].rows] for role in sets if role != "test"}
         names = [train.class_names[c] for c in known]
-        return cls(config, names, found["train"], found["test"], found.get("validation"), keys, used)
+        rows = {role: len(of) for role, of in found.items()}
+        return cls(config, names, found["train"], found["test"], found.get("validation"), keys, used, rows)
 
     @property
     def top_k(self) -> list[int]:
-        return [k for k in (1, 5) if k == 1 or k < len(self.names)]
-
-    @property
-    def rows(self) -> dict[str, int]:
-        """Labelled rows of each set."""
-        sets = {"train": self.train, "test": self.test, "validation": self.validation}
-        return {role: len(features) for role, features in sets.items() if features is not None}
+        return [1, 5] if len(self.names) > 5 else [1]
 
     def blocks(self, fitted: Sequence[Features], others: Features) -> tuple[RowBlocks, RowBlocks]:
-        config = self.config
-        device, dtype = distributed.device(), config.fit.dtype
-        return paired_blocks(fitted, others, config.standardize, len(self.names), device, dtype)
+        """Blocks of rows to fit on and of other rows; if standardised, both by the statistics of the first."""
+        device, dtype = distributed.device(), self.config.fit.dtype
+        if self.config.standardize:
+            statistics = column_statistics(fitted, device)
+            fitted, others = [f.standardised_by(statistics) for f in fitted], others.standardised_by(statistics)
+        width = len(self.names)
+        return RowBlocks(fitted, device, dtype, width), RowBlocks(others, device, dtype, width)
 
     def search(self, fitted: Features, held_out: Features) -> tuple[float, dict[float, tuple[float, float]]]:
         """`search_strength` with fits on some rows, scored on others, shared out over the processes."""
-        blocks, watched = self.blocks([fitted], held_out)
+        blocks, watched = on_each(lambda: self.blocks([fitted], held_out))
 
         def score(strength: float) -> tuple[float, float]:
             ahead, loss = fit_logistic_regression(blocks, len(self.names), strength, self.config.fit).ahead(watched)
@@ -142,15 +132,15 @@ class Probe:
 
         return search_strength(lambda strengths: share_out(strengths, score, "penalties"))
 
-    def classify(self, fitted: Sequence[Features], strength: float) -> tuple[np.ndarray, LinearClassifier]:
-        """`classes_ahead` of each test row by a fit on some rows, and that fit."""
+    def classify(self, fitted: Sequence[Features], strength: float) -> tuple[np.ndarray, dict[str, Any]]:
+        """`classes_ahead` of each test row by a fit on some rows, and how that fit ended."""
         blocks, test = self.blocks(fitted, self.test)
-        classifier = fit_logistic_regression(blocks, len(self.names), strength, self.config.fit)
-        return classifier.ahead(test)[0], classifier
+        found = fit_logistic_regression(blocks, len(self.names), strength, self.config.fit)
+        return found.ahead(test)[0], {"iterations": found.iterations, "end": found.end}
 
 
 def select_features(embedded: EmbeddedSet, features: str, labels: np.ndarray, unit: bool = False) -> Features:
-    """The labelled rows of a set. labels: (n,) int64, one for each row; features, unit, errors: as `Probe.of`."""
+    """The labelled rows of a set. labels: (n,) int64, one for each row; features: as in `ProbeConfig`."""
     names = [name.strip() for name in features.split("+")]
     require(len(set(names)) == len(names), "features", features, "name each embedding once")
     for name in names:
@@ -162,30 +152,34 @@ def select_features(embedded: EmbeddedSet, features: str, labels: np.ndarray, un
     return Features(tuple(map(embedded.rows, names)), chosen, labels[chosen], unit)
 
 
-def _check_against(train: EmbeddedSet, embedded: EmbeddedSet, role: str) -> None:
-    labelled = embedded.labels is not None and bool(np.any(embedded.labels >= 0))
-    require(labelled, role, embedded.name, "has no labelled image: probes take sets with classes")
-    ours, theirs = (f"{m.get('name')!r} ({m.get('fingerprint')})" for m in (embedded.model, train.model))
+def _checked_labels(train: EmbeddedSet, one: EmbeddedSet, role: str, known: np.ndarray) -> np.ndarray:
+    """(n,), if the set is of the same model and classes as the training set. known: labels of the latter's rows."""
+    labels = np.full(1, -1) if one.labels is None else one.labels
+    require(labels.max() >= 0, role, one.name, "has no labelled image: probes take sets with classes")
+    ours, theirs = (f"{m.get('name')!r} ({m.get('fingerprint')})" for m in (one.model, train.model))
     remedy = f"is of the model {ours}, {train.name} of {theirs}: embed both with one model"
-    require(embedded.model.get("fingerprint") == train.model.get("fingerprint"), role, embedded.name, remedy)
-    names, known = embedded.class_names, train.class_names
-    first = next((number for number, (a, b) in enumerate(zip_longest(names, known)) if a != b), None)
-    remedy = f"has {len(names)} classes and {train.name} {len(known)}, and they differ from class {first} on"
-    require(first is None, role, embedded.name, f"{remedy}: give sets of the same classes in the same order")
+    require(one.model.get("fingerprint") == train.model.get("fingerprint"), role, one.name, remedy)
+    names, classes = one.class_names, train.class_names
+    first = next((number for number, (a, b) in enumerate(zip_longest(names, classes)) if a != b), None)
+    remedy = f"has {len(names)} classes and {train.name} {len(classes)}, and they differ from class {first} on"
+    require(first is None, role, one.name, f"{remedy}: give sets of the same classes in the same order")
+    require(len(known) >= 2, role, one.name, f"has images of {len(known)} of its classes: give images of at least two")
+    lost = [classes[c] for c in np.setdiff1d(labels, [-1, *known])]
+    remedy = f"of which {train.name} has none ({len(lost)} such classes): add some, or take the class out"
+    require(not lost, role, one.name, f"has images of {lost[:1]}, {remedy}")
+    return labels
 
 
-def drawn_order(labels: np.ndarray, keys: Sequence[str], seed: int, draw: int = 0) -> list[np.ndarray]:
-    """Positions of each class's rows in random order, one array for each class that occurs, ascending by class.
+def drawn_order(
+    labels: np.ndarray, keys: Sequence[str], seed: int, draw: int = 0, classes: int = 0
+) -> list[np.ndarray]:
+    """Positions of each class's rows in random order, one array for each class up to the last, at least `classes`.
 
     labels: (n,) int64. keys: of the n rows. The order is that of a 64-bit hash of seed, draw and key, so it does not
-    depend on the model, row numbers or unreadable rows, and comparisons are paired; the first k of a class are among
-    its first k + 1. Rows with the same key follow each other.
+    depend on the model, row numbers or unreadable rows, and comparisons are paired. Rows with the same key follow each
+    other.
     """
-    prefix = hashlib.blake2b(f"{seed}/{draw}/".encode(), digest_size=8)
-    hashes = np.empty(len(labels), dtype=np.uint64)
-    for place, key in enumerate(keys):
-        hashed = prefix.copy()
-        hashed.update(key.encode("utf-8", "surrogatepass"))
-        hashes[place] = int.from_bytes(hashed.digest(), "little")
+    texts = (f"{seed}/{draw}/{key}".encode("utf-8", "surrogatepass") for key in keys)
+    hashes = np.frombuffer(b"".join(hashlib.blake2b(t, digest_size=8).digest() for t in texts), dtype="<u8")
     order = np.lexsort((hashes, labels))
-    return np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
+    return np.split(order, np.bincount(labels, minlength=classes)[:-1].cumsum())

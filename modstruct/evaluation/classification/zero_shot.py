@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
 from modstruct import distributed
 from modstruct.data.classification.prompts import PAPER_TEMPLATE
-from modstruct.distributed.collect import share_out
+from modstruct.distributed.collect import on_each, share_out
 from modstruct.errors import require
 from modstruct.evaluation.classification.accuracy import accuracies, classes_ahead, in_top, with_interval
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
@@ -20,8 +21,6 @@ from modstruct.evaluation.retrieval.rows import as_float32, block_rows, check_di
 
 SCORES_AT_ONCE = 1 << 24
 """Scores of one block of images: 64 MB of them."""
-PROMPT_BYTES = 64 << 20
-"""Of float64 prompts averaged at once."""
 GROUPS = {"first": "First template", "ensemble": "Ensemble of templates"}
 
 
@@ -42,30 +41,30 @@ DEFAULT = ZeroShotConfig()
 def measure(embedded: EmbeddedSet, config: ZeroShotConfig = DEFAULT) -> Result:
     """Top-k accuracy, accuracy averaged over classes and accuracy of each class, beside chance and with intervals.
 
-    embedded: a set with labels and class prompts; images without label (-1) are left out. Values are grouped by
-    `first`, the first template alone, and `ensemble`, the mean over templates, where there are several: over all of
-    them, or over all but the first where that is the paper's own, so that CLIP's ensembles stay as published.
-    Outcomes of each labelled image: row (of the set), label, group (the image, where some are copies, which intervals
-    take together), and by templates `…/classes_ahead` and `…/top_K`. Ties count as in `images_ahead`. Raises ValueError
-    if the set has no labels, no prompts or no labelled image.
+    Values are grouped by `first`, the first template alone, and `ensemble`, the mean over templates, where there are
+    several: over all of them, or over all but the first where that is the paper's own, so that CLIP's ensembles stay as
+    published. Outcomes of each labelled image: row, label, group (the image, where some are copies), and by templates
+    `…/classes_ahead` and `…/top_K`. Raises ValueError for a set without labels or prompts.
     """
     labels, prompts, names = embedded.labels, embedded.class_prompts, embedded.class_names
     if labels is None or prompts is None:
         raise ValueError(f"{embedded.name}: the set has no classes; embed a set of labelled images")
     rows = np.flatnonzero(labels >= 0)
     require(len(rows) > 0, "labels", embedded.name, f"none of the {len(labels)} images has a label")
-    truth, copies = np.asarray(labels[rows], dtype=np.int64), embedded.groups(rows)
+    truth, copies = labels[rows], embedded.groups(rows)
     top_k = [k for k in config.top_k if k <= len(names)]
+    every = range(len(embedded.templates))
+    ensemble = [t for t in every if t or embedded.templates[0] != PAPER_TEMPLATE]
+    templates = {"first": [0]} | ({"ensemble": ensemble} if len(every) > 1 else {})
     values: dict[str, Value] = {}
     outcomes = {"row": rows, "label": truth} | ({} if copies is None else {"group": copies})
-    templates = template_groups(embedded.templates)
     for group, chosen in templates.items():
-        classes = class_embeddings(prompts[:, chosen])
-        ahead = images_ahead(embedded.rows("image"), classes, truth, names, rows)
+        classes = on_each(partial(class_embeddings, prompts, chosen))
+        ahead = images_ahead(embedded.rows("image"), rows, truth, classes, names)
         found = accuracies(ahead, truth, len(names), top_k, copies) | _each_class(ahead < 1, truth, names, copies)
         values |= {f"{group}/{name}": value for name, value in found.items()}
-        found_outcomes = {"classes_ahead": ahead.astype(np.int32)} | in_top(ahead, top_k)
-        outcomes |= {f"{group}/{name}": outcome for name, outcome in found_outcomes.items()}
+        outcomes[f"{group}/classes_ahead"] = ahead.astype(np.int32)
+        outcomes |= {f"{group}/{name}": right for name, right in in_top(ahead, top_k).items()}
     return Result(
         "zero_shot",
         embedded.name,
@@ -87,41 +86,31 @@ def measure(embedded: EmbeddedSet, config: ZeroShotConfig = DEFAULT) -> Result:
     )
 
 
-def template_groups(templates: Sequence[str]) -> dict[str, list[int]]:
-    """Numbers of the templates in each group: `first`, and `ensemble` where there is more than one."""
-    behind = list(range(1 if templates[0] == PAPER_TEMPLATE else 0, len(templates)))
-    return {"first": [0]} | ({"ensemble": behind} if len(templates) > 1 else {})
+def class_embeddings(prompts: np.ndarray, templates: Sequence[int]) -> np.ndarray:
+    """(classes, templates, D) prompt embeddings -> (classes, D), unit norm, float32, finite.
 
-
-def class_embeddings(prompts: np.ndarray) -> np.ndarray:
-    """(classes, templates, D) prompt embeddings -> (classes, D), unit norm, float32.
-
-    The normalised mean over templates of the normalised embeddings (CLIP's prompt ensemble).
+    The normalised mean over the chosen templates of the normalised embeddings (CLIP's prompt ensemble). A mean of
+    opposite embeddings is zero and stays so: no direction is better than another.
     """
-    step = max(1, PROMPT_BYTES // (8 * prompts.shape[1] * prompts.shape[2]))
-    parts = [prompts[first : first + step].astype(np.float64) for first in range(0, len(prompts), step)]
-    return np.concatenate([_unit(_unit(part).mean(axis=1)).astype(np.float32) for part in parts])
+
+    def unit(rows: np.ndarray) -> np.ndarray:
+        return rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
+
+    classes = np.stack([unit(unit(row[templates].astype(np.float64)).mean(0)) for row in prompts]).astype(np.float32)
+    check_rows("class", classes)
+    return classes
 
 
 def images_ahead(
-    image: np.ndarray,
-    classes: np.ndarray,
-    truth: np.ndarray,
-    names: Sequence[str] | None = None,
-    rows: np.ndarray | None = None,
+    image: np.ndarray, rows: np.ndarray, truth: np.ndarray, classes: np.ndarray, names: Sequence[str]
 ) -> np.ndarray:
     """Number of classes that score at least as high as each image's own, (n,) int64: below k means right in the top k.
 
-    image: (N, D), float16 or float32, in memory or memory-mapped, read in blocks. classes: (c, D). truth: (n,), the
-    class row of each image. names: of the classes. rows: (n,), the images' rows in `image`, ascending; None for all.
-    A tie counts against the model, except between classes of one name, which no model can tell apart: the first of them
-    goes ahead, as in an argmax. Scores are float32 products; equal rows have equal scores. Collective.
+    image: (N, D), read in blocks. rows: (n,), those to classify, ascending. truth: (n,), the class of each. classes:
+    (c, D), with their names. A tie counts against the model, except between classes of one name and embedding, which no
+    model can tell apart: the first of them goes ahead, as in an argmax. Scores are float32 products. Collective.
     """
-    check_rows("class", classes)
     check_dimensions("image", image, "class", classes)
-    rows = np.arange(len(image)) if rows is None else rows
-    if len(rows) != len(truth) or not len(truth) or truth.min() < 0 or truth.max() >= len(classes):
-        raise ValueError(f"truth: give one of 0 … {len(classes) - 1} for each of {len(rows)} images, at least one")
     # Equal rows can get scores that differ in the last bit by their place in a matrix product, so each is scored once.
     device = distributed.device()
     first, place, occurrences = distinct_rows(classes)
@@ -136,10 +125,8 @@ def images_ahead(
         return classes_ahead(as_float32(images).to(device) @ distinct, own, times).cpu().numpy()
 
     ahead = np.concatenate(share_out(range(0, len(rows), at_once), block_ahead))
-    if names is None:
-        return ahead
     seen: Counter[tuple[int, str]] = Counter()
-    later = np.zeros(len(classes), dtype=np.int64)  # classes of one name and embedding tie, and the later rank behind
+    later = np.zeros(len(classes), dtype=np.int64)
     for c in reversed(range(len(classes))):
         later[c] = seen[place[c], names[c]]
         seen[place[c], names[c]] += 1
@@ -150,19 +137,13 @@ def _each_class(
     right: np.ndarray, truth: np.ndarray, names: Sequence[str], copies: np.ndarray | None
 ) -> dict[str, Value]:
     """Accuracy of each class that has an image, with the interval over its images."""
-    order = np.argsort(truth, kind="stable")
-    members = np.split(order, np.flatnonzero(np.diff(truth[order])) + 1)
     times = Counter(names)
 
-    def one_class(rows: np.ndarray) -> tuple[str, Value]:
-        number, groups = int(truth[rows[0]]), None if copies is None else copies[rows]
+    def one_class(number: int) -> tuple[str, Value]:
+        rows = np.flatnonzero(truth == number)
         label = names[number] if times[names[number]] == 1 else f"{names[number]} ({number})"
         value = share(right[rows].mean(), label=label, chance=1 / len(names), rows=len(rows))
-        return f"per_class/{label.replace('/', '|')}", with_interval(value, right[rows], groups)
+        interval = with_interval(value, right[rows], None if copies is None else copies[rows])
+        return f"per_class/{label.replace('/', '|')}", interval
 
-    return dict(share_out(members, one_class))
-
-
-def _unit(rows: np.ndarray) -> np.ndarray:
-    # A mean of opposite embeddings can be zero, and stays zero: no direction is better than another.
-    return rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
+    return dict(share_out(np.unique(truth).tolist(), one_class))

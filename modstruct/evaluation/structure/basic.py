@@ -17,12 +17,10 @@ UNIFORMITY_ROWS = 16_384
 
 @torch.no_grad()
 def structure(image: Tensor, text: Tensor, pairs: Tensor | None = None) -> dict[str, float]:
-    """Alignment, uniformity of each modality and modality gap, of a training batch or of a whole set.
+    """Alignment, uniformity of each modality and modality gap, of gathered rows; definitions as in `metrics.py`.
 
-    Nothing is gathered over processes: pass gathered rows for the metrics of a global batch.
     image: (n, D), text: (m, D), unit norm, any floating type; measured in float32. pairs: (p, 2) rows of image and
-    text that belong together; None pairs row j with row j. Definitions are those of `metrics.py`; uniformity is left
-    out where there are fewer than two rows. Pairs j, j do not count in it, so the size of a batch does not shift it.
+    text that belong together; None pairs row j with row j. Uniformity is left out where there are fewer than two rows.
     """
     image, text = image.detach().float(), text.detach().float()
     if pairs is None and len(image) != len(text):
@@ -46,10 +44,7 @@ def uniformity(z: Tensor) -> float | None:
 
 @torch.no_grad()
 def mean_potential(z: Tensor) -> float:
-    """Mean of exp(-t |z_j - z_k|^2) over j != k (Wang & Isola 2020, equation 5), without an N x N matrix.
-
-    z: (N, D), float32, unit norm, N > 1. Not `gaussian_potential`, which sums over all processes.
-    """
+    """Mean of exp(-t |z_j - z_k|^2) over j != k (Wang & Isola 2020, equation 5). z: (N, D), float32, N > 1."""
     total, _, _ = potential_sum(z.contiguous(), None, UNIFORMITY_T, False, "float32")
     return (float(total) - len(z)) / (len(z) * (len(z) - 1))  # without each row's potential with itself
 

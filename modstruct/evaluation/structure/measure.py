@@ -19,6 +19,8 @@ from modstruct.evaluation.statistics import t_interval
 from modstruct.evaluation.structure import metrics
 from modstruct.evaluation.structure.basic import log_potential, mean_potential
 
+Arrays = Mapping[str, np.ndarray]
+Jobs = dict[tuple[str, ...], list[Callable[[], Any]]]
 MODALITIES = {"image": "images", "text": "texts"}
 OPTIONAL = ("image_augmented", "image_independent", "text_independent")
 UNIT_NORM_TOLERANCE = 0.02
@@ -72,11 +74,10 @@ DEFAULT = StructureConfig()
 def measure(embedded: EmbeddedSet, config: StructureConfig = DEFAULT) -> Result:
     """Structure of a set's latent space; metrics and sampled batches are shared out over the processes.
 
-    embedded: with texts and pairs; the augmented view and the independent embeddings are measured where the set has
-    them. Means over rows or pairs, and spectra, are exact at any size; metrics over all pairs of rows are so up to
-    config.exact_rows rows. Beyond that they are means over random batches with Student's interval, and the value's
-    `rows` are those that were sampled; hubness is then that of config.hubness_batch pairs, on which it depends.
-    Raises ValueError, by name, if the set has no pairs, or for embeddings that are not finite or not of unit norm.
+    The augmented view and the independent embeddings are measured where the set has them. Metrics over all pairs of
+    rows are exact up to config.exact_rows rows; beyond that they are means over random batches with Student's interval,
+    and the value's `rows` are those that were sampled; hubness is then that of config.hubness_batch pairs, on which it
+    depends. Raises ValueError for a set without pairs, or embeddings that are not finite or not of unit norm.
     """
     pairs = np.asarray(embedded.distinct_pairs)
     require(len(pairs) > 0, "pairs", embedded.name, "this set has none: embed one whose images have captions")
@@ -106,15 +107,11 @@ def measure(embedded: EmbeddedSet, config: StructureConfig = DEFAULT) -> Result:
     )
 
 
-def _planned(
-    arrays: Mapping[str, np.ndarray], pairs: np.ndarray, config: StructureConfig
-) -> tuple[dict[tuple[str, ...], list[Callable[[], Any]]], dict[str, int]]:
+def _planned(arrays: Arrays, pairs: np.ndarray, config: StructureConfig) -> tuple[Jobs, dict[str, int]]:
     """Names -> what computes them, part by part; and of sampled ones the number of rows."""
     image, text = arrays["image"], arrays["text"]
-    jobs: dict[tuple[str, ...], list[Callable[[], Any]]] = {
-        ("alignment",): [partial(metrics.alignment, image, text, pairs)],
-        ("modality_gap",): [partial(metrics.modality_gap, image, text)],
-    }
+    jobs: Jobs = {("alignment",): [partial(metrics.alignment, image, text, pairs)]}
+    jobs["modality_gap",] = [partial(metrics.modality_gap, image, text)]
     sampled: dict[str, int] = {}
 
     def plan(names: tuple[str, ...], function: Callable[[np.ndarray], Any], rows: int, hubs: bool = False) -> None:
@@ -136,7 +133,7 @@ def _planned(
         return jobs, sampled
     chosen = np.random.default_rng(config.seed).permutation(metrics.one_to_one(pairs))[: config.separability_pairs]
     if len(chosen) >= metrics.FOLDS:
-        known = partial(metrics.separated, image[chosen[:, 0]], text[chosen[:, 1]])
+        known = partial(metrics.separated, image, text, chosen)
         jobs["linear_separability",] = [partial(known, fold) for fold in range(metrics.FOLDS)]
     geometry, hubness = (partial(f, image, text, pairs) for f in (metrics.geometry, metrics.hubness))
     plan(("geometry_inter", "geometry_intra"), geometry, len(pairs))
@@ -198,12 +195,11 @@ def random_batches(rows: int, batch: int, batches: int, seed: int) -> list[np.nd
     return [np.sort(part) for part in order.reshape(batches, batch)]
 
 
-def _check(arrays: Mapping[str, np.ndarray]) -> None:
+def _check(arrays: Arrays) -> None:
     for name, rows in arrays.items():
         check_rows(name, rows)
         check_dimensions("image", arrays["image"], name, rows)
-        for start, block in row_blocks(rows):
-            norms = block.norm(dim=1)
-            off = ((norms - 1).abs() > UNIT_NORM_TOLERANCE).nonzero()[:, 0].tolist()
-            remedy = f"unit norm is needed, and row {start + off[0]} has norm {norms[off[0]]:.3g}" if off else ""
-            require(not off, name, rows.shape, f"{remedy}: divide each row by its norm")
+        norms = np.concatenate([block.norm(dim=1).numpy() for _, block in row_blocks(rows)])
+        off = np.abs(norms - 1) > UNIT_NORM_TOLERANCE
+        first = f"row {off.argmax()} has norm {norms[off.argmax()]:.3g}"
+        require(not off.any(), name, rows.shape, f"unit norm is needed, and {first}: divide each row by its norm")

@@ -1,7 +1,7 @@
 """Metrics of a latent space, each of arrays in memory or memory-mapped; no collectives.
 
-Alignment, gap, orthogonality, bridge and spectra are exact at any size, in one pass and float64; geometry and hubness,
-over all pairs of rows, are of the chosen rows.
+image: (n, D), text: (m, D), of unit norm. pairs: (p, 2), (image row, text row). Alignment, gap, orthogonality, bridge
+and spectra are exact at any size, in float64; geometry and hubness, over all pairs of rows, are of the chosen rows.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from scipy import stats
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from modstruct import distributed
-from modstruct.evaluation.classification.features import Features, paired_blocks
+from modstruct.evaluation.classification.features import Features, RowBlocks, column_statistics
 from modstruct.evaluation.classification.logistic_regression import FitConfig, fit_logistic_regression
 from modstruct.evaluation.retrieval.nearest import nearest
 from modstruct.evaluation.retrieval.rows import as_float32, block_rows, distinct_rows, row_blocks
@@ -35,20 +36,15 @@ FIT = FitConfig(max_iterations=200, gradient_tolerance=1e-7, precision="float64"
 
 
 def alignment(image: np.ndarray, text: np.ndarray, pairs: np.ndarray) -> float:
-    """Mean |z_V - z_T|^2 over pairs, from 0 to 4 (Wang & Isola 2020, alpha = 2).
-
-    image: (n, D), text: (m, D), unit norm. pairs: (p, 2), (image row, text row).
-    """
+    """Mean |z_V - z_T|^2 over pairs, from 0 to 4 (Wang & Isola 2020, alpha = 2)."""
     blocks = _paired_blocks((image, pairs[:, 0]), (text, pairs[:, 1]))
     return sum(float((a - b).square().sum()) for a, b in blocks) / len(pairs)
 
 
 def mean_row(rows: np.ndarray) -> Tensor:
     """(D,) float64."""
-    total = torch.zeros(rows.shape[1], dtype=torch.float64)
-    for _, block in row_blocks(rows):
-        total += block.double().sum(0)
-    return total / len(rows)
+    sums = [block.double().sum(0) for _, block in row_blocks(rows)]
+    return torch.stack(sums).sum(0) / len(rows)
 
 
 def modality_gap(image: np.ndarray, text: np.ndarray) -> float:
@@ -57,20 +53,16 @@ def modality_gap(image: np.ndarray, text: np.ndarray) -> float:
 
 
 def orthogonality(shared: np.ndarray, independent: np.ndarray) -> float:
-    """Mean <z_j, z^i_j>^2, from 0 to 1: one modality's half of L_Ortho (Jiang et al. 2023, section 4.1).
-
-    shared, independent: (n, D), unit norm, row j of both from the same image or text.
-    """
+    """Mean <z_j, z^i_j>^2, from 0 to 1, of rows j: one modality's half of L_Ortho (Jiang et al. 2023, section 4.1)."""
     rows = np.arange(len(shared))
     blocks = _paired_blocks((shared, rows), (independent, rows))
     return sum(float((a * b).sum(1).square().sum()) for a, b in blocks) / len(shared)
 
 
 def geometry(image: np.ndarray, text: np.ndarray, pairs: np.ndarray, chosen: np.ndarray) -> tuple[float, float]:
-    """Both terms of L_GC (Jiang et al. 2023, section 4.3) per pair, over pairs of chosen pairs j != k.
+    """Both terms of L_GC (Jiang et al. 2023, section 4.3) over pairs of chosen pairs j != k; chosen: (c,), c > 1.
 
-    image: (n, D), text: (m, D). pairs: (p, 2), (image row, text row). chosen: (c,) of the pairs, c > 1. Returns the
-    means of (<zV_j,zT_k> - <zV_k,zT_j>)^2, inter-modality, and of (<zV_j,zV_k> - <zT_j,zT_k>)^2, intra-modality.
+    The means of (<zV_j,zT_k> - <zV_k,zT_j>)^2, inter-modality, and of (<zV_j,zV_k> - <zT_j,zT_k>)^2, intra-modality.
     """
     a, b = as_float32(image[pairs[chosen, 0]]), as_float32(text[pairs[chosen, 1]])
     n = len(chosen)
@@ -90,8 +82,7 @@ def bridge(image: np.ndarray, text: np.ndarray, augmented: np.ndarray, pairs: np
     """The t in [0, 1] with the least deviation, and the deviations at each t of GRID and at that t.
 
     The deviation is the mean over pairs of |zV^a - mu|^2, mu = (t zV + (1-t) zT) / |t zV + (1-t) zT| (Jiang et al.
-    2023, section 4.2), from six inner products of each pair. image, augmented: (n, D), text: (m, D), unit norm.
-    pairs: (p, 2), (image row, text row).
+    2023, section 4.2), from six inner products of each pair.
     """
     parts = []
     for a, v, z in _paired_blocks((augmented, pairs[:, 0]), (image, pairs[:, 0]), (text, pairs[:, 1])):
@@ -121,10 +112,9 @@ def _paired_blocks(*columns: tuple[np.ndarray, np.ndarray]) -> Iterator[list[Ten
 
 
 def hubness(image: np.ndarray, text: np.ndarray, pairs: np.ndarray, chosen: np.ndarray) -> tuple[float, float]:
-    """Skewness of k-occurrence (Radovanović et al. 2010) of texts, and of images: 0 without hubs.
+    """Skewness of k-occurrence (Radovanović et al. 2010) of texts, and of images, within those of the chosen pairs.
 
-    Of how often each text is among the K nearest of an image, and each image of a text, within the images and texts of
-    the chosen pairs. Equal rows of a gallery are one item.
+    Of how often each text is among the K nearest of an image, and each image of a text. Equal rows are one item.
     """
     images, texts = (as_float32(rows[np.unique(pairs[chosen, i])]).numpy() for i, rows in enumerate((image, text)))
     return skewness(occurrences(images, texts)), skewness(occurrences(texts, images))
@@ -138,16 +128,14 @@ def occurrences(queries: np.ndarray, gallery: np.ndarray, k: int = K) -> np.ndar
 
 def skewness(values: np.ndarray) -> float:
     """E (x - mean)^3 / deviation^3; 0 where all are equal, of which scipy's is no number."""
-    centred = values - np.mean(values)
-    deviation = np.sqrt(np.mean(centred**2))
-    return float(np.mean(centred**3) / deviation**3) if deviation > 0 else 0.0
+    return float(stats.skew(values)) if np.ptp(values) else 0.0
 
 
 def spectra(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Singular values of Z / root n and of the centred (Z - mean) / root n, (min(n, D),) each, descending, float64.
 
-    rows: Z, (n, D). The centred ones are the standard deviations along the principal axes. Both are square roots of
-    eigenvalues of D x D products, so values below 1e-8 of the largest are rounding. Memory: O(D^2) and a block.
+    rows: Z, (n, D). The centred ones are the standard deviations along the principal axes. Values below 1e-8 of the
+    largest are rounding. Memory: O(D^2) and a block.
     """
     mean = mean_row(rows)
     products = torch.zeros(len(mean), len(mean), dtype=torch.float64)
@@ -169,18 +157,21 @@ def effective_rank(singular_values: np.ndarray) -> float:
     return float(np.exp(-np.sum(shares * np.log(shares))))
 
 
-def separated(image: np.ndarray, text: np.ndarray, held_out: int) -> np.ndarray:
+def separated(image: np.ndarray, text: np.ndarray, pairs: np.ndarray, held_out: int) -> np.ndarray:
     """Share of each pair's two rows that are classified right by a logistic regression on the other folds, (q,).
 
-    image, text: (p, D), row by row a pair, so that both are in the same fold: otherwise a classifier that was trained
-    on the image would take its aligned text for an image. Pair j is in fold j % FOLDS.
+    pairs: (p, 2), (image row, text row), in fold j % FOLDS both rows of pair j: otherwise a classifier that was trained
+    on the image would take its aligned text for an image.
     """
-    known = np.arange(len(image)) % FOLDS != held_out
-    fitted, others = (
-        Features((np.concatenate([image[rows], text[rows]]),), np.arange(2 * rows.sum()), np.repeat([1, 0], rows.sum()))
-        for rows in (known, ~known)
+    rows = np.concatenate([image[pairs[:, 0]], text[pairs[:, 1]]])
+    every = Features((rows,), np.arange(len(rows)), np.repeat([1, 0], len(pairs)))
+    own = np.tile(np.arange(len(pairs)) % FOLDS == held_out, 2)
+    fitted, others = every.take(np.flatnonzero(~own)), every.take(np.flatnonzero(own))
+    statistics = column_statistics(fitted, distributed.device())
+    blocks, watched = (
+        RowBlocks(features.standardised_by(statistics), distributed.device(), FIT.dtype, 2)
+        for features in (fitted, others)
     )
-    blocks, watched = paired_blocks([fitted], others, True, 2, distributed.device(), FIT.dtype)
     # Two rows of weights that differ by w have at least |w|^2 / 2, and the penalty is weighed against a sum over rows.
     classifier = fit_logistic_regression(blocks, 2, 2 * DECAY * len(blocks), FIT)
     right = [(scores[:, 1] > scores[:, 0]) == (labels == 1) for _, scores, labels in classifier.scores(watched)]
@@ -189,7 +180,7 @@ def separated(image: np.ndarray, text: np.ndarray, held_out: int) -> np.ndarray:
 
 def separability_interval(right: np.ndarray) -> tuple[float, float]:
     """Of the mean of `separated` over all pairs, (p,), widened for what the folds' classifiers share (Nadeau & Bengio
-    2003: a variance of 1/K + 1/(K-1) instead of 1/K folds); else 95 % covered 89 % on indistinguishable modalities."""
+    2003: a variance of 1/K + 1/(K-1) instead of 1/K folds)."""
     low, high = np.clip(right.mean() + WIDENING * (np.array(bootstrap_mean(right)) - right.mean()), 0, 1)
     return float(low), float(high)
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from probe_cases import clouds, features_of
 
-from modstruct.evaluation.classification import linear_probe
 from modstruct.evaluation.classification.features import RowBlocks
 from modstruct.evaluation.classification.linear_probe import AdamWProbeConfig, fit_by_adamw
 
@@ -46,11 +45,10 @@ def test_it_is_adamw_with_a_cosine_and_no_decay_of_the_bias():
     assert losses == pytest.approx([sum(seen[i : i + 4]) / 50 for i in (0, 4, 8)], rel=1e-5)
 
 
-def test_rows_from_the_file_and_rows_in_memory_give_the_same(monkeypatch, tmp_path):
+def test_rows_from_the_file_and_rows_in_memory_give_the_same(tmp_path):
     rows, labels = clouds(64, 5, 3, seed=1)
     np.save(tmp_path / "rows.npy", rows)
     held, _ = fit_by_adamw(features_of(rows, labels), 3, AdamWProbeConfig(epochs=2, batch=10), 0, CPU)
-    monkeypatch.setattr(linear_probe, "HELD_ON_CPU", 0)
     mapped = features_of(np.load(tmp_path / "rows.npy", mmap_mode="r"), labels)
     np.testing.assert_array_equal(
         fit_by_adamw(mapped, 3, AdamWProbeConfig(epochs=2, batch=10), 0, CPU)[0].weight, held.weight

@@ -79,6 +79,11 @@ def test_rows_with_one_key_are_drawn_after_each_other_and_once_each():
     assert [places.tolist() for places in order] == [[0, 2, 3], [1, 4]]
 
 
+def test_a_class_without_a_row_has_none_in_order():
+    order = drawn_order(np.array([2, 0]), ["a", "b"], seed=0, classes=4)
+    assert [places.tolist() for places in order] == [[1], [], [0], []]
+
+
 def test_a_share_is_held_out_of_every_class_but_never_all_of_it():
     order = drawn_order(np.repeat([0, 1, 2], [50, 2, 1]), [str(i) for i in range(53)], seed=0)
     kept, out = hold_out(order, 0.2)
@@ -95,7 +100,7 @@ def test_the_strength_is_chosen_in_the_validation_set_where_there_is_one():
     assert np.bincount(validation[1][episodes[10][1]]).tolist() == [4] * 3
     short = validation[0][validation[1] < 2], validation[1][validation[1] < 2]
     inputs = inputs_of(data, data, short)
-    with pytest.raises(ValueError, match="validation = 'class 2': has no image"):
+    with pytest.raises(ValueError, match=r"few_shot.shots = 1: class 'class 2' has 0 images in the validation set"):
         draw_episodes(inputs, FewShotConfig(shots=(1,)), 0)
 
 

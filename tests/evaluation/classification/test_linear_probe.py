@@ -62,6 +62,7 @@ def test_the_last_fit_is_scikit_learns_on_train_and_validation(tmp_path):
     assert accuracy.y[accuracy.x.index(accuracy.chosen)] == max(accuracy.y)
     assert all(low <= y <= high for low, y, high in zip(accuracy.low, accuracy.y, accuracy.high, strict=True))
     assert accuracy.logarithmic
+    assert accuracy.title == "Search of the penalty on held-out rows: accuracy"
     assert accuracy.chance[0] == 1 / 7
     result.save(tmp_path / "linear_probe.json")
     assert Result.load(tmp_path / "linear_probe.json").values == result.values
@@ -167,6 +168,7 @@ def test_few_shots_have_means_deviations_and_outcomes_over_draws(tmp_path):
         value = result.values[f"shots_{shots}/top_1"]
         assert (value.value, value.deviation) == pytest.approx((np.mean(each), np.std(each, ddof=1)))
         assert (value.chance, value.rows, value.low) == (1 / 7, 140, None)
+        assert f"Trained on {shots} of each class: mean over draws of them." in value.about
         outcome = result.outcomes[f"shots_{shots}/top_1"]
         assert outcome.mean() == pytest.approx(np.mean(each))
         assert set(np.round(outcome * 3, 5)) <= {0, 1, 2, 3}

@@ -37,7 +37,7 @@ def test_the_intervals_of_uniformity_and_geometry_cover_what_they_estimate():
 def test_the_interval_of_separability_covers_a_half_without_any_difference():
     random, hits = np.random.default_rng(3), 0
     for _ in range(TRIALS):
-        rows = sphere(random, 100, 8), sphere(random, 100, 8)
+        rows = sphere(random, 100, 8), sphere(random, 100, 8), np.repeat(np.arange(100)[:, None], 2, axis=1)
         low, high = separability_interval(np.concatenate([separated(*rows, fold) for fold in range(FOLDS)]))
         hits += low <= 0.5 <= high
     assert hits / TRIALS >= LEAST  # the interval is conservative
