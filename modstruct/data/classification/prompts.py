@@ -44,9 +44,9 @@ def published_sets() -> dict[str, PublishedSet]:
 
 def templates_of(name: str) -> tuple[str, ...]:
     """The paper's template and, behind it, CLIP's ensemble for a set; imagenet_* share ImageNet's."""
-    from open_clip import OPENAI_IMAGENET_TEMPLATES
-
     if name.startswith("imagenet"):
+        from open_clip import OPENAI_IMAGENET_TEMPLATES  # takes seconds
+
         return (PAPER_TEMPLATE, *(template("{}") for template in OPENAI_IMAGENET_TEMPLATES))
     return (PAPER_TEMPLATE, *(published_sets()[name].templates if name in published_sets() else ()))
 
