@@ -1,4 +1,7 @@
-"""Class files: the field of a sample's metadata that holds its label, the names of the labels, and prompt templates."""
+"""Class files: the field of a sample's metadata that holds its label, the names of the labels, and prompt templates.
+
+The user's own sets (user_sets) have the same keys, and others.
+"""
 
 from __future__ import annotations
 
@@ -21,16 +24,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ZeroShotClasses:
-    """A class file: the field of a sample's metadata that holds its label, templates, and the name of each label."""
+    """What a class file says, checked. classes: readable name by label, which is text."""
 
     label: str
     templates: tuple[str, ...]
     classes: dict[str, str]
-
-    @property
-    def prompts(self) -> list[str]:
-        """Every name in every template, class by class: (classes x templates)."""
-        return [template.replace("{}", name) for name in self.classes.values() for template in self.templates]
 
     def label_of(self, fields: dict) -> str | None:
         """The label of a sample as the classes have it, if they do; None where it has no label, or null."""
@@ -57,10 +55,7 @@ class ZeroShotClasses:
 
 
 def load_classes(path: str | Path) -> ZeroShotClasses:
-    """Read and check a zero-shot class file: YAML with `label`, `templates` and `classes`.
-
-    Raises FileNotFoundError or ValueError, naming the file, the key and what would be right.
-    """
+    """Read and check a class file. Raises FileNotFoundError or ValueError, naming file, key and what would be right."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"data.zero_shot = {str(path)!r}: there is no such file; give a YAML file, or null")
@@ -72,10 +67,7 @@ def load_classes(path: str | Path) -> ZeroShotClasses:
 
 
 def read_keys(path: Path, keys: Sequence[str], old_names: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """The content of a YAML file that may have these keys at its top level. old_names: keys by former names.
-
-    Raises ValueError that names the file.
-    """
+    """A YAML file that may have these keys at its top level; ValueError names it. old_names: keys by former names."""
     listed = f"{', '.join(keys[:-1])} and {keys[-1]}"
     try:
         content = read_yaml(path)
@@ -94,7 +86,6 @@ def read_keys(path: Path, keys: Sequence[str], old_names: Mapping[str, str] | No
 
 
 def check_templates(path: Path, templates: Any) -> tuple[str, ...]:
-    """The templates of a file, each of which must have one {}."""
     if not isinstance(templates, list) or not templates:
         refuse(f"{path}: templates", templates, 'give a list of at least one text, such as "an image of a {}"')
     for template in templates:
@@ -104,7 +95,7 @@ def check_templates(path: Path, templates: Any) -> tuple[str, ...]:
 
 
 def check_classes(path: Path, classes: Any) -> dict[str, str]:
-    """Name of each label. Labels are compared as text, so that 3 in YAML and "3" in a sample's json are one class."""
+    """Name of each label, as text: 3 in YAML and "3" in a sample's json are one label."""
     if not isinstance(classes, dict) or len(classes) < 2:
         refuse(f"{path}: classes", classes, "give a mapping of at least two labels to readable names")
     for label, name in classes.items():

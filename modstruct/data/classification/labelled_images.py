@@ -94,9 +94,10 @@ ImageStore = ImageFiles | ShardImages | ImageArray
 
 @dataclass(frozen=True)
 class SetFolder:
-    """A set that is to be read: its name in the registry (or its own), where it lies, and what is said of it.
+    """A set that is to be read.
 
-    remedy: what to download if it is incomplete. name, split, templates, config: as LabelledImages has them.
+    known: its name in the registry, or its own. remedy: what to download if it is incomplete. split: train, validation
+    or test. name, templates, config: as LabelledImages has them.
     """
 
     known: str
@@ -127,12 +128,12 @@ class SetFolder:
         """The first of the folders that is in root, or root itself."""
         return next((self.root / name for name in folders if (self.root / name).is_dir()), self.root)
 
-    def split_folder(self, split: str) -> Path:
-        """The folder of a split in root; for test, root itself where no split has a folder."""
-        found = self.first_folder(*SPLIT_FOLDERS[split])
+    def split_folder(self) -> Path:
+        """The folder of the split in root; for test, root itself where no split has a folder."""
+        found = self.first_folder(*SPLIT_FOLDERS[self.split])
         any_split = self.first_folder(*sum(SPLIT_FOLDERS.values(), ()))
-        if found == self.root and (any_split != self.root or split != "test"):
-            self.refuse(f"there is no folder {' or '.join(SPLIT_FOLDERS[split])} of the split {split} in it")
+        if found == self.root and (any_split != self.root or self.split != "test"):
+            self.refuse(f"there is no folder {' or '.join(SPLIT_FOLDERS[self.split])} of the split {self.split} in it")
         return found
 
     def subfolders(self, folder: Path) -> list[str]:
@@ -184,18 +185,15 @@ class LabelledImages:
     """A set, however its images are stored. Usable where EvaluationSamples are (`evaluation_loader`).
 
     name: a plain file name, such as cifar10; with -SPLIT behind it where that is not the set's usual split.
-    split: train, validation or test. labels: (n,) int64. classes: readable names, by label. templates: prompts with one
-    {} each, where the name of the class goes. left_out: number of images that opening the set left out, by cause.
-    fingerprint: hash of classes, labels and image keys (or pixels): equal wherever the same files lie.
+    labels: (n,) int64. classes: readable names, by label. templates: prompts with one {} each, where the name of the
+    class goes. left_out: number of images that opening the set left out, by cause. fingerprint: hash of classes, labels
+    and image keys (or pixels): equal wherever the same files lie.
     """
 
-    left_out: Mapping[str, int]
-
     def __init__(self, source: SetFolder, store: ImageStore, labels: np.ndarray, classes: Sequence[str]):
-        self.name, self.split, self.config = source.name, source.split, source.config
-        self.templates: Sequence[str] = tuple(source.templates)
-        self.classes: Sequence[str] = tuple(classes)
-        self.labels, self.store, self.left_out = labels, store, {}
+        self.name, self.config, self.templates = source.name, source.config, tuple(source.templates)
+        self.classes, self.labels, self.store = tuple(classes), labels, store
+        self.left_out: dict[str, int] = {}
         self.fingerprint = hashed(self.classes, labels, store.fingerprint)
 
     def __len__(self) -> int:
@@ -252,19 +250,18 @@ def read_listed(
     file: Path,
     base: Path,
     listed: Sequence[tuple[str, str]],
-    labels: Sequence[str],
-    classes: Sequence[str],
+    classes: Mapping[str, str],
 ) -> LabelledImages:
-    """Images at the paths in base, each with a label, that a file lists. labels: those there may be, class by class."""
-    row_of = {label: row for row, label in enumerate(labels)}
+    """Images at the paths in base, each with a label, that a file lists. classes: readable name by label."""
+    row_of = {label: row for row, label in enumerate(classes)}
     if wrong := [pair for pair in listed if pair[1] not in row_of]:
-        source.refuse(f"{file}: the label {wrong[0][1]!r} of {wrong[0][0]} is none of the {len(labels):,} classes")
+        source.refuse(f"{file}: the label {wrong[0][1]!r} of {wrong[0][0]} is none of the {len(classes):,} classes")
     rows = np.array([row_of[label] for _, label in listed], dtype=np.int64)
-    counts, times = np.bincount(rows, minlength=len(labels)), Counter(path for path, _ in listed)
+    counts, times = np.bincount(rows, minlength=len(classes)), Counter(path for path, _ in listed)
     repeated = [path for path, count in times.items() if count > 1]
     source.note(f"images occur in several rows of {file}, each of which counts", repeated)
     source.note(f"classes have no image in {file}", [label for label, row in row_of.items() if not counts[row]])
-    return LabelledImages(source, source.images(base, [path for path, _ in listed]), rows, classes)
+    return LabelledImages(source, source.images(base, [path for path, _ in listed]), rows, list(classes.values()))
 
 
 def hashed(*parts: object) -> str:

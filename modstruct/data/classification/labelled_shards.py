@@ -43,7 +43,7 @@ LABELS_CHECKED, MOST_FIELDS = 10_000, 20
 log = logging.getLogger(__name__)
 
 
-def read_class_shards(source: SetFolder, split: str) -> LabelledImages:
+def read_class_shards(source: SetFolder) -> LabelledImages:
     """A split of a converted set. Samples without image or label are left out; a damaged shard is refused."""
     classes = source.lines(source.root / NAMES)
     if (source.root / TEMPLATES).is_file():
@@ -51,7 +51,7 @@ def read_class_shards(source: SetFolder, split: str) -> LabelledImages:
         if wrong := [template for template in templates if template.count("{}") != 1]:
             source.refuse(f"{source.root / TEMPLATES}: {wrong[0]!r} has no single {{c}}, where the name goes")
         source = replace(source, templates=(PAPER_TEMPLATE, *templates))
-    folder = source.split_folder(split)
+    folder = source.split_folder()
     shards = sorted(folder.glob("*.tar"), key=lambda path: (len(path.name), path.name))  # 2.tar before 10.tar
     if not shards:
         source.refuse(f"there is no shard *.tar in {folder}")
@@ -161,9 +161,9 @@ class LabelledSamples(LabelledImages):
     metadata has all fields of KEY.json, and "label" (class row, -1 where the file has none or null) and "key".
     """
 
-    def __init__(self, name: str, split: str, shards: str, classes: ZeroShotClasses, config: DataConfig):
+    def __init__(self, name: str, shards: str, classes: ZeroShotClasses, config: DataConfig):
         """shards: path, glob or brace pattern. Raises ValueError as `open_samples` does."""
-        self.name, self.split, self.config = name, split, config
+        self.name, self.config = name, config
         self.classes, self.templates = tuple(classes.classes.values()), classes.templates
         self._samples, self._named = EvaluationSamples([Source(shards)], config, name, distributed.is_main()), classes
         samples = self._samples.samples

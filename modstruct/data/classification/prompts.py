@@ -1,7 +1,4 @@
-"""The published sets as published_sets.yaml lists them: files, class names, and prompt templates.
-
-Templates are the paper's single one and CLIP's ensembles; names are as a caption would have them.
-"""
+"""The published sets as published_sets.yaml lists them: files, class names, and prompt templates."""
 
 from __future__ import annotations
 
@@ -13,8 +10,7 @@ from typing import Any, cast
 
 from modstruct.files import read_yaml
 
-PAPER_TEMPLATE = "a photo of the {}"
-"""Jiang et al. 2023; without a full stop, unlike all of CLIP's."""
+PAPER_TEMPLATE = "a photo of the {}"  # Jiang et al. 2023; without a full stop, unlike all of CLIP's
 
 
 @dataclass(frozen=True)
@@ -51,16 +47,10 @@ def templates_of(name: str) -> tuple[str, ...]:
     return (PAPER_TEMPLATE, *(published_sets()[name].templates if name in published_sets() else ()))
 
 
-def imagenet() -> tuple[str, ...]:
-    """CLIP's names of ImageNet's 1,000 classes by label. Two names occur twice: missile and sunglasses."""
-    from open_clip import IMAGENET_CLASSNAMES
-
-    return tuple(IMAGENET_CLASSNAMES)
-
-
 @cache
-def imagenet_labels() -> dict[str, int]:
-    """The label of each of ImageNet's 1,000 WordNet ids, such as n01440764."""
+def imagenet() -> dict[str, str]:
+    """CLIP's name of each of ImageNet's 1,000 WordNet ids, by label. Two names occur twice: missile and sunglasses."""
+    from open_clip import IMAGENET_CLASSNAMES
     from timm.data import ImageNetInfo
 
-    return {wnid: label for label, wnid in enumerate(ImageNetInfo().label_names())}
+    return dict(zip(ImageNetInfo().label_names(), IMAGENET_CLASSNAMES, strict=True))

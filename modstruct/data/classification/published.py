@@ -29,7 +29,7 @@ from modstruct.data.classification.labelled_images import (
     read_class_folders,
     read_listed,
 )
-from modstruct.data.classification.prompts import imagenet, imagenet_labels, published_sets
+from modstruct.data.classification.prompts import imagenet, published_sets
 
 CALTECH101_TRAINING = 30
 """Images of each class for training, as most work on it has (and Radford et al. 2021)."""
@@ -84,35 +84,29 @@ def read_by_torchvision(source: SetFolder) -> LabelledImages:
 
 def _contents(name: str, root: Path, split: str) -> tuple[Sequence[str] | np.ndarray, Sequence[int], Sequence[str]]:
     """Paths, or pixels (n, H, W, 3); labels (n,); names of the classes, none where torchvision has none."""
-    dataset = getattr(datasets, published_sets()[name].torchvision)
-    classes: Sequence[str] = ()
+    dataset = LabelledSTL10 if name == "stl10" else getattr(datasets, published_sets()[name].torchvision)
     if name.startswith("cifar"):
         found = dataset(root, split == "train")
         return found.data, found.targets, found.classes
     if name in ("stl10", "svhn"):
-        found = LabelledSTL10(root, split) if name == "stl10" else dataset(root / "svhn", split)
+        found = dataset(root if name == "stl10" else root / name, split)
         return found.data.transpose(0, 2, 3, 1), found.labels, getattr(found, "classes", ())
     if name == "oxford_pets":  # torchvision's own names have every word with a capital
         found = dataset(root, split)
-        samples = list(zip(found._images, found._labels, strict=True))
-        breeds = {label: path.stem.rpartition("_")[0] for path, label in samples}
+        breeds = {label: path.stem.rpartition("_")[0] for path, label in zip(found._images, found._labels, strict=True)}
         if len(breeds) != len(found.classes):
             raise ValueError("two breeds have one number")
-        classes = [breeds[label] for label in range(len(breeds))]
-    else:  # the others take a loader of images: one that gives the path
-        found = dataset(root, split, loader=str)
-        samples, classes = [found[number] for number in range(len(found))], found.classes
-        if name == "dtd" and len(classes) != sum(path.is_dir() for path in (root / "dtd/dtd/images").glob("[!.]*")):
-            raise ValueError("its classes, which torchvision would number, are not those of the images")
-    return [path for path, _ in samples], [label for _, label in samples], classes
+        return found._images, found._labels, [breeds[label] for label in range(len(breeds))]
+    found = dataset(root, split, loader=str)  # of images: gives the path
+    if name == "dtd" and len(found.classes) != sum(path.is_dir() for path in (root / "dtd/dtd/images").glob("[!.]*")):
+        raise ValueError("its classes, which torchvision would number, are not those of the images")
+    paths, labels = zip(*(found[number] for number in range(len(found))), strict=True)
+    return paths, labels, found.classes
 
 
 def read_folder(source: SetFolder) -> LabelledImages:
-    """Class folders of any names, in the split's folder (train; validation, val or valid; test) or in the root itself.
-
-    Without a folder of any split, the root is the split test.
-    """
-    base = source.split_folder(source.split)
+    """Class folders of any names, in the split's folder or, for test where no split has a folder, in the root."""
+    base = source.split_folder()
     folders = source.subfolders(base)
     return read_class_folders(source, base, folders, published_sets()["folder"].named(folders))
 
@@ -126,15 +120,18 @@ def read_caltech101(source: SetFolder) -> LabelledImages:
     base = source.folder_with("101_ObjectCategories", "caltech101", "caltech-101") / "101_ObjectCategories"
     folders = sorted(source.subfolders(base), key=lambda name: (name == BACKGROUND, name))
     every = read_class_folders(source, base, folders, folders)
-    named = published_sets()["caltech101"].named([name for name in folders if name != BACKGROUND])
-    classes = [name.lower() for name in named]
-    keys = [every.store.key(number) for number in range(len(every))]
-    hashes = [hashlib.blake2b(key.encode(), digest_size=16).digest() for key in keys]
-    by_hash = sorted(range(len(keys)), key=lambda number: (every.labels[number], hashes[number]))
-    place = np.arange(len(keys)) - np.searchsorted(every.labels, every.labels)  # within the class; labels ascend
-    of_split = (place < CALTECH101_TRAINING) == (source.split == "train")
-    kept = np.sort(np.array(by_hash)[of_split & (every.labels < len(classes))])
-    return LabelledImages(source, source.images(base, [keys[number] for number in kept]), every.labels[kept], classes)
+    classes = [
+        name.lower() for name in published_sets()["caltech101"].named([name for name in folders if name != BACKGROUND])
+    ]
+    kept: list[tuple[str, int]] = []
+    for label in range(len(classes)):
+        keys = [every.store.key(number) for number in np.flatnonzero(every.labels == label).tolist()]
+        drawn = sorted(keys, key=lambda key: hashlib.blake2b(key.encode(), digest_size=16).digest())[
+            :CALTECH101_TRAINING
+        ]
+        kept += [(key, label) for key in keys if (key in drawn) == (source.split == "train")]
+    labels = np.array([label for _, label in kept], dtype=np.int64)
+    return LabelledImages(source, source.images(base, [key for key, _ in kept]), labels, classes)
 
 
 def read_imagenet(source: SetFolder) -> LabelledImages:
@@ -143,7 +140,7 @@ def read_imagenet(source: SetFolder) -> LabelledImages:
     In folders by WordNet id; those of V2 are numbers (sorted as text, 10 would come before 2). Labels of A and R count
     their 200 classes, in ImageNet's order.
     """
-    folders, classes, kind = list(imagenet_labels()), imagenet(), "WordNet ids of ImageNet"
+    classes, kind = imagenet(), "WordNet ids of ImageNet"
     if source.known == "imagenet":
         split = {"train": "train", "validation": "val"}[source.split]
         base = source.folder_with(split, "ILSVRC/Data/CLS-LOC", "imagenet") / split
@@ -151,23 +148,23 @@ def read_imagenet(source: SetFolder) -> LabelledImages:
             return _flat_validation(source, base)
     elif source.known == "imagenet_v2":
         base = source.folder_with("0", *(f"imagenetv2-{name}" for name in V2_FOLDERS))
-        folders, kind = [str(label) for label in range(1000)], "class numbers from 0 to 999"
+        classes = {str(label): name for label, name in enumerate(classes.values())}
+        kind = "class numbers from 0 to 999"
     else:
         base = source.first_folder(source.known.replace("_", "-"), source.known.removeprefix("imagenet_"))
     if source.known in ("imagenet_a", "imagenet_r"):
-        there = set(source.subfolders(base))
+        there = source.subfolders(base)
         if len(there) != SUBSET_CLASSES:
             own = "a set of your own that has other classes is described by a YAML file"
             source.refuse(f"{base} has {len(there)} class folders instead of {SUBSET_CLASSES} ({own})")
-        rows = [row for row, wnid in enumerate(folders) if wnid in there]
-        folders, classes = [folders[row] for row in rows], tuple(classes[row] for row in rows)
-    return read_class_folders(source, base, folders, classes, kind)
+        classes = {wnid: name for wnid, name in classes.items() if wnid in there}
+    return read_class_folders(source, base, list(classes), list(classes.values()), kind)
 
 
 def _flat_validation(source: SetFolder, base: Path) -> LabelledImages:
     """The images in one folder, as published, with Kaggle's table of their labels or the development kit's."""
-    if (source.root / KAGGLE_TRUTH).is_file():
-        file = source.root / KAGGLE_TRUTH
+    file = source.root / KAGGLE_TRUTH
+    if file.is_file():
         rows = sorted(source.table(file, "ImageId", "PredictionString"))
         listed = [(f"{image}.JPEG", boxes.partition(" ")[0]) for image, boxes in rows]
     else:
@@ -180,20 +177,20 @@ def _flat_validation(source: SetFolder, base: Path) -> LabelledImages:
             source.refuse(f"{kit / 'meta.mat'} cannot be read ({type(error).__name__}: {error})")
         labels = [wnids.get(number, number) for number in source.lines(file)]
         listed = [(f"ILSVRC2012_val_{number:08d}.JPEG", label) for number, label in enumerate(labels, 1)]
-    return read_listed(source, file, base, listed, list(imagenet_labels()), imagenet())
+    return read_listed(source, file, base, listed, imagenet())
 
 
 def read_gtsrb(source: SetFolder) -> LabelledImages:
     """Traffic signs (Stallkamp et al. 2012). torchvision reads one of the two forms of the training images."""
-    classes = published_sets()["gtsrb"].classes
-    signs = source.first_folder("gtsrb/GTSRB", "GTSRB")
+    classes, signs = published_sets()["gtsrb"].classes, source.first_folder("gtsrb/GTSRB", "GTSRB")
     if source.split == "train":
         forms = [signs / name for name in ("Training", "Final_Training/Images")]
         base = next((folder for folder in forms if folder.is_dir()), forms[0])
         return read_class_folders(source, base, [f"{label:05d}" for label in range(len(classes))], classes)
     file = source.folder_with(SIGNS_TRUTH, "gtsrb", "..") / SIGNS_TRUTH
-    listed, labels = source.table(file, "Filename", "ClassId", ";"), [str(label) for label in range(len(classes))]
-    return read_listed(source, file, signs / "Final_Test/Images", listed, labels, classes)
+    named = {str(label): name for label, name in enumerate(classes)}
+    listed = source.table(file, "Filename", "ClassId", ";")
+    return read_listed(source, file, signs / "Final_Test/Images", listed, named)
 
 
 READERS: dict[str, Callable[[SetFolder], LabelledImages]] = {

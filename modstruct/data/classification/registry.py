@@ -11,20 +11,18 @@ classes.yaml@/data/pairs-*.tar     image-text shards and a class file (label, te
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from modstruct.config import DataConfig
 from modstruct.data.classification.class_files import load_classes
-from modstruct.data.classification.labelled_images import LabelledImages, SetFolder
+from modstruct.data.classification.labelled_images import SPLIT_FOLDERS, LabelledImages, SetFolder
 from modstruct.data.classification.labelled_shards import NAMES, LabelledSamples, read_class_shards
 from modstruct.data.classification.prompts import published_sets, templates_of
 from modstruct.data.classification.published import READERS, read_by_torchvision
 from modstruct.data.classification.user_sets import load_user_set, open_user_set
 
-SPLITS = ("train", "validation", "test")
 YAML = (".yaml", ".yml")
-NAMED_BY_FOLDER = ("folder", "shards")
 SCENES = {"scenes_colour": "zero_shot.yaml", "scenes_shape": "zero_shot_shape.yaml"}
 """The class file that each of the built-in sets has beside its shards."""
 SCENES_REMEDY = "give the folder that the scenes' shards were written to (data.cache has it)"
@@ -50,7 +48,7 @@ def parse_set(text: str) -> NamedSet:
     # A file's name may have a colon.
     name, _, split = (head, "", None) if head.endswith(YAML) or ":" not in head else head.rpartition(":")
     parsed = NamedSet(name, split, location or None)
-    need(split in (None, *SPLITS), f"the split {split!r} is none of {', '.join(SPLITS)}")
+    need(split in (None, *SPLIT_FOLDERS), f"the split {split!r} is none of {', '.join(SPLIT_FOLDERS)}")
     need(location or not at, "nothing is named behind the @")
     if parsed.name.endswith(YAML):
         need(not location or not split, "shards with a class file have no splits: name the shards of one split")
@@ -63,12 +61,11 @@ def parse_set(text: str) -> NamedSet:
 
 
 def set_splits(text: str) -> tuple[str, ...]:
-    """The splits that a set can have, training first."""
+    """The splits that a set can have, training first; results are published on the last, its usual one."""
     parsed = parse_set(text)
-    if parsed.name.endswith(YAML):
-        there = () if parsed.location else load_user_set(Path(parsed.name).expanduser()).images
-        return tuple(split for split in SPLITS if split in there) or ("test",)
-    return _splits(parsed.name)
+    if not parsed.name.endswith(YAML):
+        return _splits(parsed.name)
+    return ("test",) if parsed.location else tuple(load_user_set(Path(parsed.name).expanduser()).images)
 
 
 def open_labelled(text: str, config: DataConfig) -> LabelledImages:
@@ -79,14 +76,14 @@ def open_labelled(text: str, config: DataConfig) -> LabelledImages:
     Raises ValueError or FileNotFoundError that names the set, what is missing or wrong, and what to download.
     """
     parsed = parse_set(text)
-    file = Path(parsed.name).expanduser()
+    known, file = parsed.name, Path(parsed.name).expanduser()
     if parsed.location is None:
         return open_user_set(file, parsed.split, config)
-    if parsed.name.endswith(YAML):
-        return LabelledSamples(file.stem, "test", parsed.location, load_classes(file), config)
-    known, usual = parsed.name, _splits(parsed.name)[-1]
-    root, split = Path(parsed.location).expanduser(), parsed.split or usual
-    name = (root.resolve().name if known in NAMED_BY_FOLDER else known) + ("" if split == usual else f"-{split}")
+    if known.endswith(YAML):
+        return LabelledSamples(file.stem, parsed.location, load_classes(file), config)
+    root, usual = Path(parsed.location).expanduser(), _splits(known)[-1]
+    split = parsed.split or usual
+    name = (root.resolve().name if known in ("folder", "shards") else known) + ("" if split == usual else f"-{split}")
     remedy = SCENES_REMEDY if known in SCENES else published_sets()[known].download
     source = SetFolder(known, root, remedy, name, split, templates_of(known), config)
     if not root.is_dir():
@@ -95,12 +92,12 @@ def open_labelled(text: str, config: DataConfig) -> LabelledImages:
         for needed in (SCENES[known], f"{split}-*.tar"):
             if not any(root.glob(needed)):
                 source.refuse(f"there is no {needed} in it")
-        return LabelledSamples(name, split, str(root / f"{split}-*.tar"), load_classes(root / SCENES[known]), config)
+        return LabelledSamples(name, str(root / f"{split}-*.tar"), load_classes(root / SCENES[known]), config)
     if known == "shards" or (root / NAMES).is_file():
         # In converted sets the split that results are published on is always called test.
-        return read_class_shards(source, "test" if split == usual else split)
+        return read_class_shards(replace(source, split="test" if split == usual else split))
     return READERS.get(known, read_by_torchvision)(source)
 
 
 def _splits(name: str) -> tuple[str, ...]:
-    return SPLITS if name in SCENES else tuple(published_sets()[name].splits)
+    return tuple(SPLIT_FOLDERS if name in SCENES else published_sets()[name].splits)

@@ -88,9 +88,9 @@ def open_user_set(path: Path, split: str | None, config: DataConfig) -> Labelled
     names = list(classes.values())
     if images.suffix.lower() == ".csv":
         listed = source.table(images, "image", described.label or "label")
-        return read_listed(source, images, images.parent, listed, list(classes), names)
+        return read_listed(source, images, images.parent, listed, classes)
     if described.label is not None:
         labelled = ZeroShotClasses(described.label, described.templates, classes)
-        return LabelledSamples(name, split, str(images), labelled, config)
+        return LabelledSamples(name, str(images), labelled, config)
     shards = [Path(shard) for shard in expand_pattern(str(images), False, f"{path}: images")]
     return read_labelled_shards(source, shards, names)

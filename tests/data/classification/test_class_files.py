@@ -23,13 +23,8 @@ def class_file(tmp_path):
     return write
 
 
-def test_prompts_put_every_name_into_every_template(class_file):
-    classes = load_classes(class_file(GOOD))
-    assert classes.prompts == [
-        *("an image of a round thing", "one round thing"),
-        *("an image of a box", "one box"),
-        *("an image of a three", "one three"),
-    ]
+def test_names_are_those_of_labels_as_text(class_file):
+    assert load_classes(class_file(GOOD)).classes == {"circle": "round thing", "square": "box", "3": "three"}
 
 
 def test_labels_become_rows_and_missing_ones_are_marked(class_file):

@@ -43,7 +43,7 @@ def test_folders_by_wordnet_id_are_labelled_in_imagenets_order(by_wnid, tmp_path
     images = open_labelled(f"{name}@{root}", CONFIG)
     assert images.labels.tolist() == list(range(1000))
     assert all(layouts.number_of(images[label].image) == label for label in (0, 1, 2, 10, 500, 999))
-    assert images.classes == imagenet()
+    assert images.classes == tuple(imagenet().values())
     assert images.classes[0] == "tench"
     assert images.classes[999] == "toilet paper"
     assert len(images.templates) == 81
@@ -91,7 +91,7 @@ def test_validation_images_in_one_folder_are_labelled_by_the_development_kit(fla
     images = open_labelled(f"imagenet@{flat}", CONFIG)
     assert images.labels.tolist() == LABELS
     assert [layouts.number_of(images[n].image) for n in range(3)] == [0, 1, 2]
-    assert images.classes == imagenet()
+    assert images.classes == tuple(imagenet().values())
     layouts.put(flat / kit / "ILSVRC2012_validation_ground_truth.txt", "5000\n999\n")
     with pytest.raises(ValueError, match=r"ground_truth.txt: the label 'n00000999' of .*2.JPEG is none of the 1,000"):
         open_labelled(f"imagenet@{flat}", CONFIG)
@@ -121,7 +121,7 @@ def test_the_folders_of_v2_are_sorted_as_numbers(tmp_path):
     assert images.labels.tolist() == list(range(1000))
     for label in (0, 2, 10, 100, 999):  # as texts 10 and 100 would come before 2
         assert layouts.number_of(images[label].image) == images[label].metadata["label"] == label
-    assert images.classes == imagenet()
+    assert images.classes == tuple(imagenet().values())
     folder = tmp_path / "imagenetv2-matched-frequency-format-val"
     (folder / "31").rename(folder / "031")
     with pytest.raises(ValueError, match=r"the folder .*031 is none of the 1,000 class numbers from 0 to 999"):
@@ -143,7 +143,7 @@ def test_the_200_classes_of_a_and_r_are_those_of_their_folders(tmp_path, variant
     assert images.labels.tolist() == list(range(200))
     # timm's list of the subset's rows among the 1,000: the image tells its own.
     assert [layouts.number_of(images[n].image) for n in range(200)] == sorted(rows)
-    assert images.classes == tuple(imagenet()[row] for row in sorted(rows))
+    assert images.classes == tuple(list(imagenet().values())[row] for row in sorted(rows))
     shutil.rmtree(tmp_path / f"imagenet-{variant}" / subset[0])
     with pytest.raises(ValueError, match=re.escape("has 199 class folders instead of 200")):
         open_labelled(f"imagenet_{variant}@{tmp_path}", CONFIG)

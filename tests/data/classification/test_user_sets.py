@@ -39,7 +39,7 @@ def test_a_folder_of_class_folders_names_its_classes(tmp_path, config):
     layouts.put(tmp_path / "images/jay/notes.txt", "no image")
     layouts.put(tmp_path / "images/.hidden/0.png", layouts.image(1))
     images = open_labelled(str(described(tmp_path, "images: images")), config)
-    assert (images.name, images.split) == ("birds", "test")
+    assert images.name == "birds"
     assert images.classes == ("blue tit", "jay")
     assert images.templates == (PAPER_TEMPLATE,)
     assert read(images) == [(0, 0), (1, 0), (10, 1), (11, 1)]
@@ -99,7 +99,7 @@ def test_splits_are_places_of_their_own(tmp_path, config):
     class_folders(tmp_path / "two/deep", "jay owl")
     path = described(tmp_path, "images: {train: one, test: two/deep}\nclasses: {jay: jay, owl: owl, blue_tit: tit}")
     train, test = open_labelled(f"{path}:train", config), open_labelled(str(path), config)
-    assert (train.name, train.split, test.name, test.split) == ("birds-train", "train", "birds", "test")
+    assert (train.name, test.name) == ("birds-train", "birds")
     assert [label for _, label in read(train)] == [0, 0, 2, 2]
     assert [label for _, label in read(test)] == [0, 0, 1, 1]
     assert set_splits(str(path)) == ("train", "test")
