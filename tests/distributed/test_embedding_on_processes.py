@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from numbered_images import open_source, write_source
 from numbered_sets import Encode, LabelledNumbers, config, content, numbered_model
 from processes import run_on_processes
 
 from modstruct.distributed import rank
+from modstruct.evaluation.embeddings.embed import embed as embed_set
 from modstruct.evaluation.embeddings.embed import embed_sets
 from modstruct.evaluation.embeddings.source import EmbeddingSource
 
@@ -29,7 +31,19 @@ def embed(folder: str, out: str, stop_after: int | None = None) -> dict:
         sets = embed_sets(numbered_model(encode), [(source, config()) for source in sources(folder)], out)
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}", "calls": len(encode.calls)}
-    return {"rows": [embedded.manifest["rows"] for embedded in sets], "calls": len(encode.calls)}
+    rows = [embedded.manifest["rows"] for embedded in sets]
+    return {"rows": rows, "calls": len(encode.calls), "in memory": in_memory(folder)}
+
+
+def in_memory(folder: str) -> dict[str, list]:
+    """Tables of each set embedded without a folder; numbers that are not there are null."""
+    found = {}
+    for source in sources(folder):
+        made = embed_set(numbered_model(), source, config(dtype="float32"))
+        arrays = {"labels": made.labels, "class_prompts": made.class_prompts, "image": made.rows("image")}
+        own = {name: None if rows is None else np.nan_to_num(rows, nan=-9.0).tolist() for name, rows in arrays.items()}
+        found[source.name] = own | {"keys": made.keys, "captions": made.captions, "pairs": made.pairs.tolist()}
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +68,15 @@ def test_several_processes_write_what_one_writes(shard, alone, tmp_path, process
     rows = [{"image": 39, "text": 53}, {"image": 5, "text": 0}]
     assert all(result["rows"] == rows for result in seen)
     assert all(result["calls"] > 0 for result in seen)
+    alone_in_memory = in_memory(shard)
+    for rank_, result in enumerate(seen):
+        for name, tables in result["in memory"].items():
+            for table, values in alone_in_memory[name].items():
+                if rank_ and table in ("class_prompts", "image") and values is not None:
+                    assert np.shape(tables[table]) == np.shape(values)
+                    assert np.all(np.array(tables[table]) == -9), "embeddings are on the main process alone"
+                else:
+                    assert tables[table] == values
 
 
 def test_a_failure_reaches_all_and_another_number_of_processes_goes_on(shard, alone, tmp_path):

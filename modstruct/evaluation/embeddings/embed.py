@@ -34,26 +34,17 @@ from modstruct.data.shards.workers import WorkerLoader
 from modstruct.distributed.collect import on_main
 from modstruct.distributed.hosts import require_same, require_shared_folder
 from modstruct.errors import refuse, require
+from modstruct.evaluation.embeddings import set_files
 from modstruct.evaluation.embeddings.embedded_set import MANIFEST, EmbeddedSet, clear
 from modstruct.evaluation.embeddings.model import EmbeddingModel, Encode
 from modstruct.evaluation.embeddings.passes import Batch, Pass
-from modstruct.evaluation.embeddings.set_files import (
-    IMAGE_ARRAYS,
-    TEXT_ARRAYS,
-    RowStream,
-    merged_pairs,
-    open_array,
-    read_json,
-    write_array,
-    write_json,
-)
+from modstruct.evaluation.embeddings.set_files import IMAGE_ARRAYS, TEXT_ARRAYS, RowStream
 from modstruct.evaluation.embeddings.source import EmbeddingSource, distinct, distinct_captions, say_merged
 
 log = logging.getLogger(__name__)
 
 AUGMENTED = "image_augmented"
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-DTYPES = {"float16": torch.float16, "float32": torch.float32}
 Tokenize = Callable[[Sequence[str]], Tensor]
 UNMERGED = (
     "%s: %d of %d images were embedded by an earlier version, and equal images are not merged; "
@@ -69,18 +60,16 @@ def embed_sets(
     folder: str | Path,
     command: Sequence[str] = (),
 ) -> list[EmbeddedSet]:
-    """Embed sets one after the other, each into folder/NAME; every process calls it and gets the finished sets.
+    """`embed` sets one after the other, each into folder/NAME; every process calls it and gets the finished sets.
 
-    planned: each set and how it is embedded; sets of one name, and what is in the folder and cannot be used, are
-    refused before anything is embedded. See `embed`.
+    Sets of one name, and what is in the folder and cannot be used, are refused before anything is embedded.
     """
     names, folder = [source.name for source, _ in planned], Path(folder).expanduser()
     require(len(set(names)) == len(names), "sets", names, "each needs a name of its own")
 
     def check() -> None:
         for source, config in planned:
-            found = _found(folder / source.name, _settings(model, source, config), config.overwrite)
-            if found is not None:
+            if found := _found(folder / source.name, _settings(model, source, config), config.overwrite):
                 found.check()
 
     on_main(check)
@@ -102,8 +91,7 @@ def embed(
     Without one, the set is in memory, without metadata; all processes make equally many forward passes (ZeRO-3), and
     embeddings and class prompts are on the MAIN process alone: elsewhere they have the same shape and hold NaN.
     Raises ValueError where an existing set differs in model, source or settings, unless config.overwrite replaces it,
-    and where no image could be read; TooManyBadSamples above config.max_bad_share, FailedElsewhere where another
-    process failed.
+    and where no image could be read; TooManyBadSamples above config.max_bad_share.
     """
     started, settings, parts = time.monotonic(), _settings(model, source, config), folder and folder / "parts"
     arrays = settings["embedding.arrays"]
@@ -132,7 +120,7 @@ def embed(
             source.name,
             model.described(),
             embeddings,
-            pairs=merged_pairs(pairs, np.argsort(np.concatenate([np.flatnonzero(kept) for kept in rounds]))),
+            pairs=set_files.merged_pairs(pairs, np.argsort(np.concatenate([np.flatnonzero(kept) for kept in rounds]))),
             copies=copies,
             indices=np.concatenate(list(images.in_order("indices", rounds))),
             labels=np.concatenate(list(images.in_order("labels", rounds))) if source.class_names else None,
@@ -167,8 +155,8 @@ def embed_texts(encode: Encode, texts: Sequence[str], tokenize: Tokenize, batch:
 def _settings(model: EmbeddingModel, source: EmbeddingSource, config: EmbeddingConfig) -> dict[str, Any]:
     """All that decides the bytes of a set."""
     arrays = model.chosen_arrays(config.arrays)
-    fits = config.precision != "fp16" or distributed.device().type == "cuda"
-    require(fits, "embedding.precision", config.precision, "needs a GPU; use fp32 or bf16")
+    if config.precision == "fp16" and distributed.device().type != "cuda":
+        refuse("embedding.precision", "fp16", "needs a GPU; use fp32 or bf16")
     return {
         "model fingerprint": model.fingerprint,
         "preprocessing": model.preprocessing,
@@ -190,20 +178,19 @@ def _begin(folder: Path, settings: dict[str, Any], overwrite: bool) -> bool:
         return False
     shutil.rmtree(parts, ignore_errors=True)  # of a run that was interrupted between its last two steps
     if before is None:
-        write_json(parts / "begun.json", settings)
+        set_files.write_json(parts / "begun.json", settings)
     elif not before.merged and len(before.pairs):
-        remedy = "--embedding.overwrite true embeds it again"
-        log.warning("%s: of an earlier version, and equal images are not merged; %s", folder, remedy)
+        log.warning(UNMERGED, folder, before.rows_of("image"), before.rows_of("image"))
     return before is not None
 
 
 def _found(folder: Path, settings: dict[str, Any], overwrite: bool) -> EmbeddedSet | None:
     """The finished set in the folder, if there is one; refused, as an interrupted one, where its settings differ."""
-    begun = folder / "parts" / "begun.json"
-    found = EmbeddedSet.open(folder) if not overwrite and (folder / MANIFEST).is_file() else None
-    if overwrite or (found is None and not begun.is_file()):
+    begun, finished = folder / "parts" / "begun.json", (folder / MANIFEST).is_file()
+    if overwrite or not (finished or begun.is_file()):
         return None
-    before = read_json(begun) if found is None else found.settings
+    found = EmbeddedSet.open(folder) if finished else None
+    before = found.settings if found else set_files.read_json(begun)
     for name, value in settings.items():
         if before.get(name) != value:
             was = f"{folder} was embedded with {before.get(name)!r}"
@@ -324,7 +311,7 @@ def _encoder(
         with nullcontext() if autocast is None else torch.autocast(device.type, autocast):
             made = encode({modality: some})
         wanted = [name for name in arrays if name in made]
-        return {name: made[name][: len(inputs)].to(DTYPES[config.dtype]).cpu().numpy() for name in wanted}
+        return {name: made[name][: len(inputs)].to(getattr(torch, config.dtype)).cpu().numpy() for name in wanted}
 
     return encoded
 
@@ -342,19 +329,15 @@ def _class_prompts(
     row = {prompt: n for n, prompt in enumerate(dict.fromkeys(source.prompts))}
     places = np.array([row[prompt] for prompt in source.prompts]).reshape(len(source.class_names), -1)
 
-    def embedded() -> np.ndarray:
+    about = [model.fingerprint, model.preprocessing, config.precision, config.batch, list(row)]
+    name = f"class_prompts-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}.npy"
+    if folder is None or config.overwrite or not on_main((folder.parent / name).is_file):
         own, title = replace(config, dtype="float32"), f"class names of {source.name}"
-        return next(_embed_texts(model.encode, model.tokenize, list(row), own, title).pieces("text"))
-
-    if folder is None:
-        rows = embedded()
-    else:
-        about = [model.fingerprint, model.preprocessing, config.precision, config.batch, list(row)]
-        file = folder.parent / f"class_prompts-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}.npy"
-        if config.overwrite or not on_main(file.is_file):
-            made = embedded()
-            on_main(lambda: write_array(file, made, unit=True))
-        rows = open_array(file, (len(row), model.dimension))
+        rows = next(_embed_texts(model.encode, model.tokenize, list(row), own, title).pieces("text"))
+        if folder is not None:
+            on_main(lambda: set_files.write_array(folder.parent / name, rows, unit=True))
+    if folder is not None:
+        rows = set_files.open_array(folder.parent / name, (len(row), model.dimension))
     shape = (*places.shape, rows.shape[1])
     return rows[places] if distributed.is_main() else np.broadcast_to(np.float32(np.nan), shape)
 

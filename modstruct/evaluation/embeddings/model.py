@@ -37,12 +37,9 @@ class EmbeddingModel:
     """Texts -> ids (B, L); pickles to loader workers."""
     name: str = "model"
     """What tables call it."""
-    fingerprint: str = ""
-    """Of its weights: `weights_fingerprint`; needed for sets that are kept."""
-    dimension: int = 0
-    """D of the shared embeddings; needed for sets that are kept."""
-    arrays: frozenset[str] = frozenset({"image", "text"})
-    """What it can make, of IMAGE_ARRAYS and TEXT_ARRAYS."""
+    fingerprint: str = ""  # `weights_fingerprint`
+    dimension: int = 0  # D of the shared embeddings; like the fingerprint needed for sets that are kept
+    arrays: frozenset[str] = frozenset({"image", "text"})  # that it can make
     preprocessing: str = ""
     """Views and tokenizer in words: equal words, equal inputs of the towers."""
     details: dict = field(default_factory=dict)
@@ -74,9 +71,6 @@ def weights_fingerprint(weights: Mapping[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-INDEPENDENT = ("image_independent", "text_independent")
-
-
 def find_checkpoint(checkpoint: str) -> Path:
     """The folder that --checkpoint names, of a run the last one; every process calls it and gets the same.
 
@@ -84,9 +78,7 @@ def find_checkpoint(checkpoint: str) -> Path:
     """
     # The main process decides: a run that is still training may write another one in between.
     path: Path | None = on_main(lambda: checkpoints.find(checkpoint, checkpoint, "--checkpoint"))
-    if path is None:
-        refuse("--checkpoint", checkpoint, "this run has no checkpoint yet")
-    return path
+    return path or refuse("--checkpoint", checkpoint, "this run has no checkpoint yet")
 
 
 def load_model(recipe: Recipe, path: Path, tokenizer: Tokenizer) -> TrainableModel:
@@ -104,13 +96,12 @@ def checkpoint_model(recipe: Recipe, checkpoint: str, name: str | None = None) -
     recipe: the checkpoint's, with overrides. checkpoint: its folder, or a run's for its last one. name: for tables, by
     default the run's and the step's. Raises ValueError naming what is wrong.
     """
-    path = find_checkpoint(checkpoint)
+    path, size = find_checkpoint(checkpoint), image_size(recipe)
     tokenizer = load_tokenizer(path / "tokenizer")
     model = load_model(recipe, path, tokenizer)
-    size = image_size(recipe)
     # Captions are embedded as they are: WordNet, which only augmented ones need, may be missing.
     views = replace(recipe.views, eda_synonyms=False)
-    left_out = () if build_objective(recipe.losses).independent else INDEPENDENT
+    left_out = () if build_objective(recipe.losses).independent else ("image_independent", "text_independent")
     tokenizer_print = hashlib.sha256(tokenizer.model).hexdigest()[:16]
     return EmbeddingModel(
         name=name or "/".join((path.resolve().parents[1].name, path.name)),

@@ -22,8 +22,6 @@ from modstruct.evaluation.embeddings.model import EmbeddingModel, weights_finger
 OPTION = "--open_clip"
 SCHEMES = ("hf-hub:", "local-dir:")
 """Of open_clip's names; what they name brings its weights along."""
-
-
 PROJECTIONS = {"VisionTransformer": "proj", "HFTextEncoder": "proj"}
 PROJECTIONS |= {"TextTransformer": "text_projection", "CLIP": "text_projection"}
 """Attribute of a tower that is its last step."""
@@ -94,14 +92,13 @@ def open_clip_model(spec: str, random_weights: bool = False, name: str | None = 
         return made
 
     with torch.no_grad():
-        image = torch.zeros((1, 3, size, size), device=distributed.device())
-        dimension = encode({"image": image})["image"].shape[1]
-    features = {f"{modality}_features" for modality, projection in projections.items() if projection is not None}
+        inputs = {"image": torch.zeros((1, 3, size, size)), "text": tokenizer([""])}
+        made = encode({modality: rows.to(distributed.device()) for modality, rows in inputs.items()})
     return EmbeddingModel(
         name=name or spec,
         fingerprint=fingerprint,
-        dimension=dimension,
-        arrays=frozenset({"image", "text", "image_projected", "text_projected", "image_augmented"} | features),
+        dimension=made["image"].shape[1],
+        arrays=frozenset({*made, "image_augmented"}),
         views=OpenClipViews(preprocess, size),
         tokenize=tokenizer,
         encode=encode,
@@ -122,20 +119,20 @@ def _parts(spec: str, random_weights: bool) -> tuple[str, str | None]:
     import open_clip
     from open_clip.pretrained import get_pretrained_cfg
 
-    architecture, _, weights = (spec, "", "") if spec.startswith(SCHEMES) else spec.partition(":")
+    if spec.startswith(SCHEMES):
+        return spec, None
+    architecture, _, weights = spec.partition(":")
     require(not (random_weights and weights), OPTION, spec, "names weights; leave them out, or random weights")
-    if architecture.startswith(SCHEMES):
-        return architecture, None
     known = open_clip.list_models()
     require(architecture in known, OPTION, spec, f"not known to open_clip; it has {', '.join(known)}")
-    tags = _tags(architecture)
-    remedy = f"give its weights, {architecture}:FILE or {architecture}:TAG of {tags}"
-    require(bool(weights) or random_weights, OPTION, spec, remedy)
-    path = Path(weights).expanduser()
+    if random_weights:
+        return architecture, None
+    tags, path = _tags(architecture), Path(weights).expanduser()
+    require(bool(weights), OPTION, spec, f"give its weights, {architecture}:FILE or {architecture}:TAG of {tags}")
     if os.sep in weights or path.suffix in (".pt", ".pth", ".bin", ".safetensors"):
         require(path.is_file(), OPTION, spec, f"there is no file {path}")
-    if not weights or path.is_file():
-        return architecture, str(path) if weights else None
+    if path.is_file():
+        return architecture, str(path)
     tag = get_pretrained_cfg(architecture, weights)
     require(bool(tag), OPTION, spec, f"{weights} is neither a file nor one of its tags {tags}")
     quick = [bool(about.get("quick_gelu", False)) for about in (tag, open_clip.get_model_config(architecture))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,8 +26,7 @@ UNIT_TOLERANCE = 2e-3
 
 def is_set_name(name: object) -> bool:
     """Whether folders may be called by it: letters, digits, - _ . and +, and no way out of the evaluation's folder."""
-    sound = isinstance(name, str) and name not in ("", ".", "..")
-    return sound and all(letter.isalnum() or letter in "-_.+" for letter in str(name))
+    return isinstance(name, str) and name not in (".", "..") and bool(re.fullmatch(r"[\w.+-]+", name))
 
 
 def damaged(path: Path, cause: str) -> NoReturn:
@@ -37,47 +37,42 @@ def damaged(path: Path, cause: str) -> NoReturn:
 
 @dataclass
 class RowStream:
-    """An array that is made piece by piece."""
+    """An array that is made piece by piece: (r, …) each, of this dtype; together all rows, in order."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     pieces: Iterable[np.ndarray]
-    """(r, …) each, of this dtype; together all rows, in order."""
 
 
 def write_array(path: Path, rows: np.ndarray | RowStream, unit: bool = False) -> None:
     """Write an array as a .npy file, whole or not at all.
 
-    unit: refuse rows that are not of unit norm. Raises ValueError, naming the row, for one that is not finite or not
-    of unit norm, and where the pieces are not of the stream's shape or dtype.
+    Raises ValueError, naming the row, for one that is not finite or, where unit is set, not of unit norm, and where the
+    pieces are not of the stream's shape or dtype.
     """
-    if isinstance(rows, RowStream):
-        shape, dtype, pieces = rows.shape, rows.dtype, rows.pieces
-    else:
-        shape, dtype, whole = rows.shape, rows.dtype, rows
-        pieces = (whole[first : first + ROWS_AT_ONCE] for first in range(0, len(whole), ROWS_AT_ONCE))
+    starts = range(0, rows.shape[0], ROWS_AT_ONCE)
+    pieces = rows.pieces if isinstance(rows, RowStream) else (rows[a : a + ROWS_AT_ONCE] for a in starts)
+    header = {"descr": np.lib.format.dtype_to_descr(rows.dtype), "fortran_order": False, "shape": rows.shape}
     written = 0
     with atomic_write(path) as file:
-        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
         for piece in pieces:
-            fits = piece.shape[1:] == tuple(shape[1:]) and piece.dtype == dtype
-            require(fits, path.name, (piece.shape, piece.dtype.name), f"must be {dtype.name} {shape}")
+            fits = piece.shape[1:] == rows.shape[1:] and piece.dtype == rows.dtype
+            require(fits, path.name, (piece.shape, piece.dtype.name), f"must be {rows.dtype.name} {rows.shape}")
             if piece.dtype.kind == "f" and piece.size:
                 _check_rows(piece.reshape(len(piece), -1), path.name, written, unit)
             file.write(np.ascontiguousarray(piece).data)
             written += len(piece)
-        require(written == shape[0], path.name, f"{written} rows", f"must have {shape[0]}")
+        require(written == rows.shape[0], path.name, f"{written} rows", f"must have {rows.shape[0]}")
 
 
 def _check_rows(rows: np.ndarray, name: str, first: int, unit: bool) -> None:
-    finite = np.isfinite(rows).all(axis=1)
-    if not finite.all():
-        row = first + int(np.argmin(finite))
-        raise ValueError(f"{name}: row {row} is not finite; the model has diverged, or overflows float16: use float32")
-    norms = np.linalg.norm(rows.astype(np.float32), axis=1) if unit else np.ones(1)
+    norms = np.linalg.norm(rows.astype(np.float32), axis=1)
+    if len(bad := np.flatnonzero(~np.isfinite(rows).all(axis=1))):
+        remedy = "the model has diverged, or overflows float16: use float32"
+        raise ValueError(f"{name}: row {first + bad[0]} is not finite; {remedy}")
     row = int(np.argmax(np.abs(norms - 1)))
-    if abs(norms[row] - 1) > UNIT_TOLERANCE:
+    if unit and abs(norms[row] - 1) > UNIT_TOLERANCE:
         raise ValueError(f"{name}: row {first + row} has norm {norms[row]:.4g}; it must have unit norm")
 
 
@@ -109,11 +104,8 @@ def read_json(path: Path) -> dict:
 
 def write_lines(path: Path, values: Iterable, expected: int | None = None) -> None:
     """Values, one a line, whole or not at all. expected: how many there must be; None for any number."""
-    count = 0
     with atomic_write(path) as file:
-        for value in values:
-            file.write((json.dumps(value) + "\n").encode())
-            count += 1
+        count = sum(file.write((json.dumps(value) + "\n").encode()) > 0 for value in values)
         require(expected in (None, count), path.stem, f"{count} of them", f"give {expected}, one for each row")
 
 
@@ -129,14 +121,17 @@ class Lines(Sequence):
     @cached_property
     def _values(self) -> list:
         try:
-            with open(self.path, "rb") as file:
-                values = [json.loads(line) for line in file]
+            values = [json.loads(line) for line in self.path.read_bytes().splitlines()]
         except (OSError, ValueError, RecursionError) as error:
             damaged(self.path, str(error))
-        if len(values) != self.expected or not all(isinstance(value, self.kind) for value in values):
-            rows = f"{len(values)} lines where there are {self.expected} rows"
-            damaged(self.path, f"{rows}, each of kind {self.kind.__name__}")
+        self._check_count(len(values))
+        if not all(isinstance(value, self.kind) for value in values):
+            damaged(self.path, f"its lines are not all of kind {self.kind.__name__}")
         return values
+
+    def _check_count(self, count: int) -> None:
+        if count != self.expected:
+            damaged(self.path, f"{count} lines where there are {self.expected} rows")
 
     def __len__(self) -> int:
         return self.expected
@@ -148,14 +143,11 @@ class Lines(Sequence):
         return isinstance(other, Iterable) and list(self) == list(other)
 
     def check(self) -> None:
-        """Count the values, without reading them."""
+        """Count the values, without decoding them."""
         try:
-            with open(self.path, "rb") as file:
-                count = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+            self._check_count(self.path.read_bytes().count(b"\n"))
         except OSError as error:
             damaged(self.path, str(error))
-        if count != self.expected:
-            damaged(self.path, f"{count} lines where there are {self.expected} rows")
 
 
 def merged_pairs(pairs: np.ndarray, image_row: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ import numpy as np
 from modstruct.data.classification.class_files import ZeroShotClasses
 from modstruct.data.faults import BadSampleCounter
 from modstruct.data.shards.evaluation_samples import EvaluationSamples
-from modstruct.errors import refuse, require
+from modstruct.errors import require
 from modstruct.evaluation.embeddings.set_files import is_set_name
 
 log = logging.getLogger(__name__)
@@ -75,20 +75,18 @@ class EmbeddingSource:
     @property
     def classes_fingerprint(self) -> str | None:
         """Of names, templates and label; None without classes."""
-        if not self.class_names:
-            return None
         about = [self.class_names, self.templates, self.label_field, self.classes and list(self.classes.classes)]
-        return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(about).encode()).hexdigest() if self.class_names else None
 
     def labels_of(self, metadata: Sequence[dict]) -> np.ndarray:
         """Class row of each image, (n,) int64, -1 for none. Raises ValueError for one that is no class."""
         if self.classes is not None:
             return self.classes.rows_of(metadata)
-        labels = np.array([-1 if fields.get(LABEL) is None else fields[LABEL] for fields in metadata], dtype=np.int64)
-        for label in labels[(labels < -1) | (labels >= len(self.class_names))]:
-            refuse(
-                f"label of set {self.name}", int(label), f"must be one of the {len(self.class_names)} classes, or -1"
-            )
+        given = [fields.get(LABEL) for fields in metadata]
+        remedy = f"must be one of the {len(self.class_names)} classes, or -1"
+        labels = np.array([-1 if label is None else label for label in given], dtype=np.int64)
+        for label in labels.tolist():
+            require(-1 <= label < len(self.class_names), f"label of set {self.name}", label, remedy)
         return labels
 
     @property
@@ -113,22 +111,18 @@ def distinct(digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     Returns (u,) int64, the place at which each kind came first, and (n,) int64, the kind of each.
     """
-    # By columns of plain numbers: np.unique compares the records themselves, which takes several times as long.
-    names = digests.dtype.names
-    order = np.lexsort([digests[name] for name in names] if names else [digests])  # of equal ones the first comes first
-    ordered = digests[order]
-    new = np.append(True, ordered[1:] != ordered[:-1])[: len(order)]
-    came_first = np.empty(len(order), dtype=np.int64)
-    came_first[order] = order[new][np.cumsum(new) - 1]
-    first = np.flatnonzero(came_first == np.arange(len(order)))
-    return first, first.searchsorted(came_first)
+    if names := digests.dtype.names:  # by two columns of numbers: records take several times as long to compare
+        kinds = [np.unique(digests[name], return_inverse=True)[1] for name in names]
+        digests = kinds[0] * len(digests) + kinds[1]
+    _, first, kind = np.unique(digests, return_index=True, return_inverse=True)
+    return np.sort(first), np.argsort(np.argsort(first))[kind]
 
 
 @cache
 def say_merged(field: str, samples: int, images: int) -> None:
     """Log, once a source, that so many samples hold fewer images."""
-    merged = "byte-equal images are merged for retrieval and structure, with all their captions"
-    log.warning("%s: %d samples hold %d distinct images: %s", field, samples, images, merged)
+    text = "%s: %d samples hold %d distinct images: byte-equal images are merged for retrieval and structure, with all "
+    log.warning(text + "their captions", field, samples, images)
 
 
 def distinct_captions(captions: Iterable[Sequence[str]]) -> tuple[list[str], np.ndarray]:

@@ -57,6 +57,13 @@ def test_what_is_written_is_what_is_read(tmp_path, dtype):
     assert opened.source == {"name": "shards", "fingerprint": "5678"}
 
 
+def test_lists_have_slices(tmp_path):
+    opened = written(tmp_path)
+    assert opened.keys[:2] == ["a", "b"]
+    assert opened.captions[1:] == CAPTIONS[1:]
+    assert opened.metadata[-1:] == [{"number": 4, "name": "é"}]
+
+
 def test_rows_are_read_only_maps_of_the_file(tmp_path):
     rows = written(tmp_path).rows("image")
     assert isinstance(rows.base, np.memmap) or isinstance(rows, np.memmap)

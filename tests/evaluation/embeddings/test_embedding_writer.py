@@ -80,6 +80,29 @@ def test_labelled_images_have_no_texts(tmp_path):
     assert len(embedded.pairs) == 0
 
 
+def test_class_prompts_are_embedded_once_for_all_sets_of_an_evaluation(tmp_path):
+    first, second = LabelledNumbers(9), LabelledNumbers(12)
+    second.name = "others"
+    encode, sources = Encode(), [EmbeddingSource.of_labelled(images) for images in (first, second)]
+    sets = embed_sets(numbered_model(encode), [(source, config()) for source in sources], tmp_path)
+    assert sum("text" in call for call in encode.calls) == 2  # batches of the six prompts
+    np.testing.assert_array_equal(sets[0].class_prompts, sets[1].class_prompts)
+    again = Encode()
+    embed(numbered_model(again), sources[0], config(batch=5), tmp_path / "of another batch")
+    assert sum("text" in call for call in again.calls) == 2, "a batch's other rows may move the last bit"
+
+
+def test_images_of_unknown_bytes_are_counted_and_named(tmp_path, source, caplog, monkeypatch):
+    with monkeypatch.context() as earlier:
+        earlier.setattr("modstruct.data.shards.evaluation_samples.digest_of", lambda content: b"")
+        with pytest.raises(ArithmeticError):
+            embed(numbered_model(Encode(stop_after=9)), source, config(), tmp_path)
+    resumed = embed(numbered_model(), source, config(), tmp_path)
+    of = r"set things: 12 of 39 images were embedded by an earlier version, and equal images are not merged; --emb"
+    assert of in caplog.text
+    assert (len(resumed.copies), len(resumed.distinct_rows("image"))) == (0, 39)
+
+
 @pytest.mark.parametrize("batches", [0, 3, 8, 20, 27, 40])
 def test_an_interrupted_run_resumes_to_the_same_bytes(tmp_path, source, batches):
     """Stopped among the images, the captions and the class prompts, or never."""
