@@ -137,7 +137,7 @@ def _of_group(group: Group, runs: Sequence[Evaluation], with_interval: bool) -> 
         cells, below = [], []
         for row in rows:
             found = row.cells.get(i)
-            number, deviation, interval = texts(found and found.value, row.like.unit)
+            number, deviation, interval = texts(found.value if found else None, row.like.unit)
             cells.append(cell(number, deviation, r"\textbf{%s}" if found and found.marked else "%s"))
             below.append(escaped(interval) if with_interval else "")
         lines.append(Line(runs[i].name, cells, below))

@@ -7,8 +7,6 @@ is over the sets that all measured rows have.
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 import shutil
 import subprocess
@@ -28,9 +26,9 @@ from modstruct.evaluation.result import Result, Value, from_json, read_json, sha
 from modstruct.files import atomic_write, parse_yaml, read_yaml
 from modstruct.reporting.clip_benchmark import read_benchmark
 from modstruct.reporting.comparison import group_seeds
-from modstruct.reporting.latex import PACKAGES, Block, Line, escaped, table
+from modstruct.reporting.latex import PACKAGES, Block, Line, cell, escaped, table
 from modstruct.reporting.loading import Evaluation, load_evaluations
-from modstruct.reporting.tables import as_cell
+from modstruct.reporting.tables import csv_text
 
 FORMS: Any = read_yaml(Path(__file__).parent / "paper_tables.yaml")
 METHODS = {"clip": "CLIP", "clip_inmodal": "CLIP + in-modal", "cyclip": "CyCLIP", "siglip": "SigLIP", "albef": "ALBEF"}
@@ -46,13 +44,12 @@ Values = tuple[Value | None, ...]
 
 @dataclass(frozen=True)
 class Options:
-    """How tables are shown."""
+    """How tables are shown. sets: columns; none for the paper's that were measured, or all where none of them was.
+    intervals: 95 %, of rows of one seed."""
 
     sets: tuple[str, ...] = ()
-    """Columns; none for the paper's that were measured, or all that were where none of them was."""
     paper_rows: bool = False
     intervals: bool = False
-    """95 % intervals, of rows of one seed."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +82,13 @@ class Table:
             return None
         return sorted(set(printed), key=float, reverse=True).index(_percent(own.value))
 
-    def shown(self, row: Row, column: str, text: Callable[[Value | None, int | None], str]) -> str:
-        """A cell, each of its values as `text` makes it of the value and its rank."""
-        values = row.cells[column]
-        return "/".join(text(v, self.rank(row, column, i)) for i, v in enumerate(values if any(values) else (None,)))
+    def cells(self, row: Row, text: Callable[[Value, int | None], str], nothing: str) -> list[str]:
+        """A row's cells, each value as `text` makes it of the value and its rank."""
+        made = []
+        for column in self.columns:
+            values = row.cells[column] if any(row.cells[column]) else (None,)
+            made.append("/".join(text(v, self.rank(row, column, i)) if v else nothing for i, v in enumerate(values)))
+        return made
 
 
 def paper_table(name: str, runs: Sequence[Evaluation], options: Options) -> Table:
@@ -97,9 +97,8 @@ def paper_table(name: str, runs: Sequence[Evaluation], options: Options) -> Tabl
     measured = {key for run in runs for key in run.results if key[1] in form["metrics"]}
     found = sorted({metric if of_task else set_name for set_name, metric in measured})
     unknown = [c for c in options.sets if c not in found]
-    require(
-        not unknown, "--sets", unknown[:1], f"no run measured it for {name}; there are {', '.join(found) or 'none'}"
-    )
+    what = f"no run measured it for {name}; there are {', '.join(found) or 'none'}"
+    require(not unknown, "--sets", unknown[:1], what)
     columns = list(options.sets) or [c for c in form["sets"] if c in found] or found
     if not columns:
         refuse("--tables", name, "no run has a result for it: measure the sets, or fine-tune the tasks, first")
@@ -110,33 +109,30 @@ def paper_table(name: str, runs: Sequence[Evaluation], options: Options) -> Tabl
     def cells(run: Evaluation) -> dict[str, Values]:
         return {c: tuple(v for key in keys[c] for v in _values(run.results.get(key), form["values"])) for c in columns}
 
-    merged = [(run, cells(run)) for run in _with_methods(runs)]
-    merged = [(run, of) for run, of in merged if any(map(any, of.values()))]
-    ours = [of for run, of in merged if not run.model.get("published")]
-    common = [c for c in columns if ours and not of_task and all(all(of[c]) for of in ours)]
+    merged = [(run, of) for run in _with_methods(runs) if any(map(any, (of := cells(run)).values()))]
+    ours = [(run, of) for run, of in merged if not run.published]
     rows = []
     for method, texts in form["paper"].items() if options.paper_rows else ():
-        printed = dict(zip(form["sets"], map(_printed, texts), strict=True))
+        printed = {c: tuple(share(float(n) / 100) for n in str(t).split("/")) for c, t in zip(form["sets"], texts)}  # noqa: B905
         if printed.keys() & set(columns):
             rows.append(Row(f"{method} (paper)", {c: printed.get(c, (None,)) for c in columns}, "paper"))
-    for run, of in merged:
-        published = bool(run.model.get("published"))
-        rows.append(Row(run.name, of, "published" if published else "measured", len(run.seeds) or 1))
+    rows += [Row(run.name, of, "published" if run.published else "measured", len(run.seeds) or 1) for run, of in merged]
+
     labels = {c: form["sets"].get(c, c) for c in columns}
-    notes = [f"Without {labels[c]}: {', '.join(lacking)}." for c in columns if (lacking := _lacking(c, merged))]
-    unlike = [c for c in columns if any(len(_fingerprints(merged, key)) > 1 for key in keys[c])]
+    notes, unlike = [], []
+    for c in columns:
+        if lacking := [run.name for run, of in merged if not any(of[c])]:
+            notes.append(f"Without {labels[c]}: {', '.join(lacking)}.")
+        if any(len({run.results[key].fingerprint for run, _ in ours if key in run.results}) > 1 for key in keys[c]):
+            unlike.append(c)
+        for run, _ in merged:
+            if any(0 < sum(key in seed.results for seed in run.seeds) < len(run.seeds) for key in keys[c]):
+                notes.append(f"Not of all seeds: {run.name} on {labels[c]}.")
     if unlike:
         notes.append(f"Not the same data in all rows, so unmarked: {', '.join(labels[c] for c in unlike)}.")
-    for run, _ in merged:
-        partly = [
-            labels[c]
-            for c in columns
-            for key in keys[c]
-            if 0 < sum(key in s.results for s in run.seeds) < len(run.seeds)
-        ]
-        notes += [f"Not of all seeds: {run.name} on {', '.join(dict.fromkeys(partly))}."] if partly else []
     if metric == "zero_shot" and any(row.kind == "published" for row in rows):
         notes.append("Published rows: the ensemble of templates.")
+    common = [c for c in columns if ours and not of_task and all(all(of[c]) for _, of in ours)]
     if len(common) > 1:
         labels["average"] = "Average"
         of_seeds = {run.name: [_average(cells(seed), common) for seed in run.seeds] for run, _ in merged}
@@ -156,19 +152,6 @@ def _values(result: Result | None, names: Sequence[str]) -> Values:
     of = result.values if result else {}
     group = next((group for group in ("", "first/", "ensemble/") if any(group + name in of for name in names)), "")
     return tuple(of.get(group + name) for name in names)
-
-
-def _printed(text: str | float) -> Values:
-    return tuple(share(float(number) / 100) for number in str(text).split("/"))
-
-
-def _lacking(column: str, merged: Sequence[tuple[Evaluation, dict[str, Values]]]) -> list[str]:
-    return [run.name for run, cells in merged if not any(cells[column])]
-
-
-def _fingerprints(merged: Sequence[tuple[Evaluation, dict[str, Values]]], key: tuple[str, str]) -> set[str | None]:
-    ours = [run.results for run, _ in merged if not run.model.get("published")]
-    return {results[key].fingerprint for results in ours if key in results}
 
 
 def _average(cells: dict[str, Values], columns: Sequence[str]) -> Values:
@@ -191,10 +174,8 @@ def _with_methods(runs: Sequence[Evaluation]) -> list[Evaluation]:
     merged = group_seeds(runs)
     methods = [method_of((run.seeds or (run,))[0].model.get("recipe")) for run in merged]
     titles = [METHODS.get(method, method) if method else run.name for run, method in zip(merged, methods, strict=True)]
-    names = [
-        title if titles.count(title) < 2 else f"{title} ({run.name})" for run, title in zip(merged, titles, strict=True)
-    ]
-    return [replace(run, name=name) for run, name in zip(merged, names, strict=True)]
+    named = zip(merged, titles, strict=True)
+    return [replace(run, name=title if titles.count(title) < 2 else f"{title} ({run.name})") for run, title in named]
 
 
 def method_of(recipe: object) -> str | None:
@@ -203,7 +184,8 @@ def method_of(recipe: object) -> str | None:
     Fields that the method does not name, such as the bridge's t, may differ.
     """
     try:
-        losses = parse_yaml(str(recipe).encode())["losses"]
+        parsed: Any = parse_yaml(str(recipe).encode())
+        losses = parsed["losses"]
         on = {name for name, loss in losses.items() if loss["weight"]}
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
@@ -255,83 +237,74 @@ def _pretraining_of(folder: Path) -> tuple[Path, dict[str, Any], object]:
         run = run.parents[1] if (run / "state.json").is_file() and run.parent.name == "checkpoints" else run
         if not (checkpoint := find(str(run), run, "report")):
             break
-        recipe = read_recipe_file(checkpoint / "recipe.yaml")
+        recipe = dict[str, Any](read_recipe_file(checkpoint / "recipe.yaml"))
         seeds.append(recipe.get("train", {}).get("seed"))
         if not isinstance(before := recipe.get("init"), str):
             break
         run = Path(before).expanduser()
-    kept = recipe if "init" not in recipe else {"start": str(run)}  # published weights have no recipe
+    kept: dict[str, Any] = recipe if "init" not in recipe else {"start": str(run)}  # published weights have no recipe
     return run, kept | {"train": kept.get("train", {}) | {"seed": str(seeds)}}, seeds[0] if seeds else None
 
 
-def markdown(made: Table, options: Options) -> str:
-    """The table as Markdown, its caption first, columns aligned for the terminal."""
-
-    def text(value: Value | None, rank: int | None) -> str:
-        if value is None:
-            return "\u2013"
-        shown = {0: "**{}**", 1: "<u>{}</u>"}.get(-1 if rank is None else rank, "{}").format(_percent(value.value))
-        shown += f" ± {_percent(value.deviation)}" if value.deviation is not None else ""
-        return shown + (f" [{bounds}]" if (bounds := _bounds(value, options)) else "")
-
-    def plain(name: str) -> str:
-        return re.sub(r"([\\|*`<\[\]])|(?<!\w)_|_(?!\w)", r"\\\g<0>", printable(" ".join(name.split())))
-
-    rows = [["", *map(plain, made.columns.values())]]
-    rows += [[plain(row.name), *(made.shown(row, c, text) for c in made.columns)] for row in made.rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    rule = " | ".join("-" * max(3, width) for width in widths)
-    return f"{plain(made.caption)}\n\n" + "".join(f"| {line} |\n" for line in (lines[0], rule, *lines[1:]))
-
-
-def latex(made: Table, options: Options) -> str:
-    """The table as LaTeX, never wider than the page; the preamble needs PACKAGES."""
-
-    def text(value: Value | None, rank: int | None) -> str:
-        if value is None:
-            return "--"
-        shown = {0: r"\textbf{%s}", 1: r"\underline{%s}"}.get(-1 if rank is None else rank, "%s") % _percent(
-            value.value
-        )
-        spread = value.deviation
-        return shown if spread is None else f"{shown}{{\\scriptsize\\,$\\pm$\\,{_percent(spread)}}}"
-
-    lines, before = [], ""
-    for row in made.rows:
-        bounds = [
-            "/".join(f"[{b}]" if v and (b := _bounds(v, options)) else "" for v in row.cells[c]) for c in made.columns
-        ]
-        cells = [made.shown(row, c, text) for c in made.columns]
-        below = [of.strip("/") for of in bounds] if options.intervals else ()
-        lines.append(Line(row.name, cells, below, row.kind == "paper", row.kind != before))
-        before = row.kind
-    return table(made.name, made.caption, [Block([*map(escaped, made.columns.values())], lines)])
+def _bounds(value: Value, options: Options) -> str:
+    bounds = (value.low, value.high) if options.intervals else (None, None)
+    return "" if None in bounds else f"[{', '.join(_percent(of) for of in bounds if of is not None)}]"
 
 
 def _percent(value: float) -> str:
     return f"{100 * value:.2f}"
 
 
-def _bounds(value: Value, options: Options) -> str:
-    shown = options.intervals and value.deviation is None and value.low is not None and value.high is not None
-    return f"{_percent(value.low)}, {_percent(value.high)}" if shown else ""  # type: ignore[arg-type]
+def markdown(made: Table, options: Options) -> str:
+    """The table as Markdown, its caption first, columns aligned for the terminal."""
+
+    marks: dict[int | None, str] = {0: "**{}**", 1: "<u>{}</u>"}
+
+    def text(value: Value, rank: int | None) -> str:
+        deviation = "" if value.deviation is None else f" ± {_percent(value.deviation)}"
+        number = marks.get(rank, "{}").format(_percent(value.value))
+        return f"{number}{deviation} {_bounds(value, options)}".rstrip()
+
+    def plain(name: str) -> str:
+        return re.sub(r"([\\|*`<\[\]])|(?<!\w)_|_(?!\w)", r"\\\g<0>", printable(" ".join(name.split())))
+
+    rows = [["", *map(plain, made.columns.values())]]
+    rows += [[plain(row.name), *made.cells(row, text, "\u2013")] for row in made.rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, ["-" * max(3, width) for width in widths])
+    lines = [" | ".join(of.ljust(width) for of, width in zip(row, widths, strict=True)) for row in rows]
+    return f"{plain(made.caption)}\n\n" + "".join(f"| {line} |\n" for line in lines)
+
+
+def latex(made: Table, options: Options) -> str:
+    """The table as LaTeX, never wider than the page; the preamble needs PACKAGES."""
+    marks: dict[int | None, str] = {0: r"\textbf{%s}", 1: r"\underline{%s}"}
+
+    def text(value: Value, rank: int | None) -> str:
+        deviation = "" if value.deviation is None else _percent(value.deviation)
+        return cell(_percent(value.value), deviation, marks.get(rank, "%s"))
+
+    lines, before = [], ""
+    for row in made.rows:
+        below = made.cells(row, lambda value, _: _bounds(value, options), "")
+        cells = made.cells(row, text, "--")
+        lines.append(Line(row.name, cells, [of.strip("/") for of in below], row.kind == "paper", row.kind != before))
+        before = row.kind
+    return table(made.name, made.caption, [Block([*map(escaped, made.columns.values())], lines)])
 
 
 def csv_lines(made: Sequence[Table]) -> str:
     """All tables as CSV, a line a value, shares from 0 to 1. rank: 1 for the best of the measured rows."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["table", "row", "kind", "set", "name", "value", "low", "high", "deviation", "seeds", "rank"])
+    lines = []
     for of, row in ((one, row) for one in made for row in one.rows):
         for column, values in row.cells.items():
-            for place, v in enumerate(values):
+            for i, v in enumerate(values):
                 if v is not None:
-                    rank = of.rank(row, column, place)
-                    names = (of.name, as_cell(row.name), row.kind, as_cell(column), of.parts[place])
-                    ranked = None if rank is None else rank + 1
-                    writer.writerow([*names, v.value, v.low, v.high, v.deviation, row.seeds, ranked])
-    return text.getvalue()
+                    rank = of.rank(row, column, i)
+                    numbers = (v.value, v.low, v.high, v.deviation, row.seeds, None if rank is None else rank + 1)
+                    lines.append([of.name, row.name, row.kind, column, of.parts[i], *numbers])
+    columns = ("table", "row", "kind", "set", "name", "value", "low", "high", "deviation", "seeds", "rank")
+    return csv_text(columns, lines)
 
 
 def write_paper_tables(names: Sequence[str], runs: Sequence[Evaluation], out: Path, options: Options) -> str:

@@ -32,13 +32,11 @@ from modstruct.reporting.examples import galleries
 from modstruct.reporting.latex import latex_tables
 from modstruct.reporting.loading import Evaluation, load_evaluations
 from modstruct.reporting.plots import Plot, planes, plots
-from modstruct.reporting.tables import csv_table, shown
+from modstruct.reporting.tables import LONG_GROUP, csv_table, shown, texts
 
 HERE = Path(__file__).parent
 SCHEMA = 1
 """Of OUT.json."""
-LONG_GROUP = 24
-"""Longest group in a section's table; longer ones (a row for each class) are folded."""
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 ROWS = {"image": "images", "text": "captions", "labelled": "labelled images", "train": "training images"}
 
@@ -131,6 +129,7 @@ def html_page(
         files=files,
         with_interval=with_interval,
         facts=facts,
+        texts=texts,
         tip=lambda row, i: _tip(row, i, runs),
         units={"share": "%", "nats": "nats"},
         style=Markup(style),
