@@ -20,6 +20,8 @@ from modstruct.evaluation.classification.few_shot import FewShotConfig
 from modstruct.evaluation.classification.linear_probe import AdamWProbeConfig, LinearProbeConfig
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.evaluate import evaluate
+from modstruct.evaluation.information import measure as information
+from modstruct.evaluation.information.probes import ProbeConfig
 from modstruct.evaluation.structure import measure as structure
 from modstruct.evaluation.structure.measure import StructureConfig
 
@@ -69,6 +71,7 @@ def labelled_set(broken: bool = False) -> EmbeddedSet:
 def metrics_of(made: EmbeddedSet) -> dict[str, list[float]]:
     """Each metric's values and intervals, and how all its outcomes add up."""
     made.splits = {"train": made}
+    probes = ProbeConfig(folds=2, strengths=(1.0, 10.0), iterations=20, hidden=8, epochs=2, words=0, samples=100)
     sampled = StructureConfig(exact_rows=60, batch=10, batches=10, hubness_batch=20, separability_pairs=40)
     found = (
         zero_shot.measure(made),
@@ -77,6 +80,7 @@ def metrics_of(made: EmbeddedSet) -> dict[str, list[float]]:
         linear_probe.measure(made),
         linear_probe.measure_adamw(made, LinearProbeConfig(adamw=AdamWProbeConfig(epochs=3))),
         few_shot.measure(made, FewShotConfig(shots=(1, 2), draws=3)),
+        information.measure(made, probes),
     )
     numbers = {}
     for place, result in enumerate(found):

@@ -16,7 +16,7 @@ from modstruct.data.synthetic.drawing import draw
 from modstruct.data.synthetic.factors import Scene
 from modstruct.data.synthetic.information import TARGETS, ExactInformation, exact_information, split_of_scenes
 from modstruct.distributed.collect import share_out
-from modstruct.errors import refuse, require
+from modstruct.errors import require
 from modstruct.evaluation.classification.features import Features
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.information.probes import Answer, Fold, ProbeConfig, folds_of, probed, shares
@@ -30,28 +30,27 @@ PIXEL_SIDE, DRAWN_SIDE = 16, 64
 """Pixels a side of a scene as a feature, and at which it is rendered before it is averaged down."""
 WORD = re.compile(r"\w+(?:['-]\w+)*")
 ABOUT = (
-    "How much caption and image tell of a label, in nats, and the gap between the two. By theorem 3.1 of Jiang et al. "
-    "(2023) exact alignment costs at least this gap. Probes estimate each information from below, so that a gap of two "
-    "estimates is no bound; where the exact values are known they stand beside it, with the bias."
+    "How much caption and image tell of a label Y, in nats (1 nat = 1.44 bits; telling 8 equally frequent values apart "
+    "takes ln 8 = 2.08). By theorem 3.1 of Jiang et al. (2023) exact alignment of the two embeddings costs at least "
+    "the gap between what caption and image tell. Each information is H(Y) less the cross-entropy of a probe on "
+    "held-out rows, an estimate from below, so that a gap of two estimates is no bound; where the exact values are "
+    "known they stand beside it, with the bias."
 )
 LABELS = {
-    "entropy": ("H(Y)", "Entropy of the label."),
-    "text": ("I(caption; Y)", "What probes of the caption tell of the label."),
-    "image": ("I(image; Y)", "What probes of the image tell of the label."),
+    "entropy": ("H(Y)", "Entropy of the label: what there is to tell."),
+    "text": ("I(caption; Y)", "What probes of the caption, its features and words, tell of the label."),
+    "image": ("I(image; Y)", "What probes of the image's features tell of the label."),
     "joint": ("I(caption, image; Y)", "What probes of both together tell of the label."),
-    "shared": ("I(embeddings; Y)", "What probes of both shared embeddings tell of the label."),
-    "gap": ("Information gap", "Difference of caption and image, the estimate of the theorem's right side."),
+    "shared": ("I(embeddings; Y)", "What probes of both shared embeddings, which the loss aligns, tell of the label."),
+    "gap": ("Information gap", "|I(caption; Y) - I(image; Y)|, the estimate of the theorem's right side."),
     "excess": ("Excess loss", "Loss of the shared embeddings less that of both modalities, the theorem's left side."),
     "aligned_excess": ("Least excess loss", "The theorem's left side of the best exactly aligned features."),
 }
 NOTES = (
-    "text, image, joint and shared are held-out estimates from below: H(Y) less a probe's cross-entropy is at most the "
-    "information, on average over rows; a better probe may find more.",
-    "gap is the difference of two bounds from below, and no bound of Delta_p, neither from below nor from above: it is "
-    "too large where the probe of the poorer modality misses more, too small where that of the richer one does.",
-    "excess, the left side of Theorem 3.1, is a difference of two bounds as well.",
-    "The probes see features of frozen encoders, words and pixels, not caption and image themselves: what those "
-    "leave out is lost (data processing), so that the information of the modalities may be larger still.",
+    "gap and excess are differences of two bounds from below, and no bound of Delta_p or of the theorem's left side: "
+    "the gap is too large where the probe of the poorer modality misses more, too small where that of the richer does.",
+    "The probes see features of frozen encoders, words and pixels, not caption and image themselves: what those leave "
+    "out is lost (data processing), so that the information of the modalities may be larger still.",
     "Intervals are over rows with the fitted probes held fixed, and do not cover a probe's bias.",
     "The theorem is about exactly aligned features. Those of a model are not: excess may then be smaller than the gap.",
 )
@@ -87,9 +86,10 @@ def measure(embedded: EmbeddedSet, config: ProbeConfig) -> Result:
     for array in sorted(embedded.arrays & {"image", "text", "image_features", "text_features"}):
         check_rows(f"{embedded.name}'s {array}", embedded.rows(array))
     split = split_of_scenes(embedded.metadata)
-    probes = {
-        label: _probes(embedded, label, split, config) for label in config.labels or _known_labels(embedded, split)
-    }
+    labels = config.labels or (list(TARGETS) if split else [embedded.label_field or SET_LABEL])
+    has_labels = bool(config.labels or split or embedded.labels is not None)
+    require(has_labels, "labels", (), f"{embedded.name} has no classes: name fields of its metadata")
+    probes = {label: _probes(embedded, label, split, config) for label in labels}
     items = [(label, fold, name) for label, p in probes.items() for fold in p.folds for name in p.features]
 
     def one(item: tuple[str, Fold, str]) -> dict[str, Answer]:
@@ -110,6 +110,7 @@ def measure(embedded: EmbeddedSet, config: ProbeConfig) -> Result:
         values |= {f"{label}/{name}": value for name, value in made.items()}
         outcomes |= {f"{label}/{name}": (surprise - loss).astype(np.float32) for name, loss in losses.items()}
     groups = {label: label for label in probes} | {f"{label}/exact": f"{label}, exact" for label in probes}
+    sizes = {"image": embedded.rows_of("image"), "text": embedded.rows_of("text")}
     return Result(
         metric="information",
         set=embedded.name,
@@ -117,17 +118,22 @@ def measure(embedded: EmbeddedSet, config: ProbeConfig) -> Result:
         title="Information",
         about=ABOUT,
         groups=groups | {f"{label}/bias": f"{label}, estimate less exact" for label in probes},
+        headlines=tuple(f"{labels[0]}/{name}" for name in ("text", "image", "gap")),
         settings=asdict(config) | {"chosen": chosen, "notes": [*NOTES, *([EXACT_NOTE] if split else [])]},
-        rows={"image": embedded.rows_of("image"), "text": embedded.rows_of("text")}
-        | {f"used for {label}": len(own.labels) for label, own in probes.items()},
+        rows=sizes | {f"used for {label}": len(own.labels) for label, own in probes.items()},
         fingerprint=embedded.source.get("fingerprint"),
         outcomes=outcomes,
     )
 
 
 def _probes(embedded: EmbeddedSet, label: str, split: str | None, config: ProbeConfig) -> _Probes:
+    """Of the pairs whose image has a class, at most config.rows, ascending by image."""
     numbers, names = label_numbers(embedded, label)
-    pairs = _drawn_pairs(embedded.pairs, numbers, config)
+    pairs = embedded.pairs[numbers[embedded.pairs[:, 0]] >= 0]
+    if config.rows and len(pairs) > config.rows:
+        drawn = np.random.default_rng([config.seed, 3]).choice(len(pairs), config.rows, replace=False)
+        pairs = pairs[np.sort(drawn)]
+    pairs = pairs[np.argsort(pairs[:, 0], kind="stable")]
     labels = numbers[pairs[:, 0]]
     features, questions = _features(embedded, pairs, labels, split, config)
     groups = embedded.image_row[pairs[:, 0]]  # copies of an image are no independent evidence
@@ -163,11 +169,10 @@ def label_numbers(embedded: EmbeddedSet, label: str) -> tuple[np.ndarray, list[s
 
     label: a field of the metadata, or the name of the classes that the set was embedded with.
     """
-    if embedded.labels is not None and label == _set_label(embedded):
-        classes, numbers = np.unique(embedded.labels, return_inverse=True)
-        offset = int(classes[0] == -1)
-        names = [embedded.class_names[c] for c in classes[offset:]]
-        numbers = numbers.reshape(-1) - offset
+    if embedded.labels is not None and label == (embedded.label_field or SET_LABEL):
+        values: list = [None if number < 0 else int(number) for number in embedded.labels]
+        known = sorted({number for number in values if number is not None})
+        names = [embedded.class_names[number] for number in known]
     else:
         values = [record.get(label) for record in embedded.metadata]
         fields = sorted({field for record in islice(embedded.metadata, 100) for field in record})
@@ -175,65 +180,40 @@ def label_numbers(embedded: EmbeddedSet, label: str) -> tuple[np.ndarray, list[s
         broken = next((v for v in values if not isinstance(v, str | int | bool | None)), None)
         require(broken is None, "labels", label, f"has the value {broken!r}: name a field of texts or whole numbers")
         known = sorted({v for v in values if v is not None}, key=lambda v: (isinstance(v, str), v))
-        place = {value: number for number, value in enumerate(known)}
         names = [str(value) for value in known]
-        numbers = np.array([-1 if v is None else place[v] for v in values], dtype=np.int64)
     require(len(names) > 1, "labels", label, f"all images have the value {names[0] if names else None!r}: give two")
-    return numbers, names
-
-
-def _set_label(embedded: EmbeddedSet) -> str:
-    return embedded.label_field or SET_LABEL
-
-
-def _known_labels(embedded: EmbeddedSet, split: str | None) -> list[str]:
-    if split:
-        return list(TARGETS)
-    if embedded.labels is None:
-        refuse("labels", (), f"{embedded.name} has no classes: name fields of its metadata")
-    return [_set_label(embedded)]
-
-
-def _drawn_pairs(pairs: np.ndarray, numbers: np.ndarray, config: ProbeConfig) -> np.ndarray:
-    """Pairs whose image has a class, at most config.rows of them, ascending by image."""
-    pairs = pairs[numbers[pairs[:, 0]] >= 0]
-    if config.rows and len(pairs) > config.rows:
-        drawn = np.random.default_rng([config.seed, 3]).choice(len(pairs), config.rows, replace=False)
-        pairs = pairs[np.sort(drawn)]
-    return pairs[np.argsort(pairs[:, 0], kind="stable")]
+    place = {value: number for number, value in enumerate(known)} | {None: -1}
+    return np.array([place[value] for value in values], dtype=np.int64), names
 
 
 def _features(
     embedded: EmbeddedSet, pairs: np.ndarray, labels: np.ndarray, split: str | None, config: ProbeConfig
 ) -> tuple[dict[str, Features], dict[str, list[str]]]:
     """Features by name, and by question those that may answer it."""
-    images, texts = pairs[:, 0], pairs[:, 1]
-    found: dict[str, list] = {}
-    for array, of in (("image", images), ("text", texts), ("image_features", images), ("text_features", texts)):
-        if array in embedded.arrays:
-            found[array] = [PairedRows(embedded.rows(array), of)]
+    images, texts = pairs.T
+    found: dict[str, tuple[np.ndarray, ...]] = {
+        array: (embedded.rows(array)[of],)
+        for array, of in (("image", images), ("text", texts), ("image_features", images), ("text_features", texts))
+        if array in embedded.arrays
+    }
     by_image = ["image_features" if "image_features" in found else "image"]
     by_text = ["text_features" if "text_features" in found else "text"]
-    both = [(by_image[0], by_text[0])]
     if config.words:
-        found["words"] = [bag_of_words([embedded.captions[row] for row in texts], config.words)]
+        found["words"] = (bag_of_words([embedded.captions[row] for row in texts], config.words),)
         by_text.append("words")
-        both.append((by_image[0], "words"))
+    joint = {f"{by_image[0]} + {name}": found[by_image[0]] + found[name] for name in by_text}
+    joint["image + text"] = found["image"] + found["text"]
     if split:
-        found["pixels"] = [scene_pixels([embedded.metadata[row] for row in images], PIXEL_SIDE)]
+        found["pixels"] = (scene_pixels([embedded.metadata[row] for row in images], PIXEL_SIDE),)
         by_image.append("pixels")
-    names = {" + ".join(pair) for pair in both}
-    for pair in {*both, ("image", "text")}:
-        found[" + ".join(pair)] = [array for name in pair for array in found[name]]
     questions = {
         "text": by_text,
         "image": by_image,
-        "joint": [*by_text, *by_image, *names, "image + text"],
+        "joint": [*by_text, *by_image, *joint],
         "shared": ["image + text"],
     }
-    used = {name for answers in questions.values() for name in answers}
-    rows = np.arange(len(pairs))
-    return {n: Features(tuple(found[n]), rows, labels) for n in sorted(used)}, questions
+    rows, found = np.arange(len(pairs)), found | joint
+    return {name: Features(found[name], rows, labels) for name in sorted(questions["joint"])}, questions
 
 
 def label_surprise(labels: np.ndarray, classes: int) -> np.ndarray:
@@ -248,57 +228,35 @@ def information_values(
     config: ProbeConfig,
     exact: ExactInformation | None = None,
 ) -> dict[str, Value]:
-    """Values in nats.
+    """Values in nats, as LABELS has them, with intervals over rows, for the fitted probes.
 
     surprise: (n,) of `label_surprise`. losses: held-out, (n,) each, "text", "image", "joint" and, where there are
-    shared embeddings, "shared". groups: (n,), rows that are resampled together. config: of the intervals. Returns
-      entropy                   H(Y) of these rows
-      text, image, joint        H(Y) less the loss: estimates from below of I(X_T; Y), I(X_V; Y), I(X_T, X_V; Y)
-      shared                    the same of both shared embeddings, I(Z_T, Z_V; Y)
-      gap                       |text - image|, the estimate of Delta_p
-      excess                    loss of "shared" less loss of "joint": the left side of Theorem 3.1
-    and, where exact values are given, "exact/…" with entropy, text, image, joint, gap and aligned_excess (the smallest
-    left side over exactly aligned features), and "bias/…", the estimate less the exact value.
-    Intervals: over rows, for the fitted probes; they do not cover what better probes would find.
+    shared embeddings, "shared" and so "excess". groups: (n,), rows that are resampled together. config: of the
+    intervals. With exact values also "exact/…", with aligned_excess (the smallest left side over exactly aligned
+    features), and "bias/…", the estimate less the exact value.
     """
     drawn = config.samples, config.level, config.seed, groups
     means = {"entropy": surprise} | {name: surprise - loss for name, loss in losses.items()}
     if "shared" in losses:
         means["excess"] = losses["shared"] - losses["joint"]
     found = {name: (float(rows.mean()), *bootstrap_mean(rows, *drawn)) for name, rows in means.items()}
-    both = np.column_stack([losses["image"], losses["text"]])
-    found["gap"] = float(gap_of_losses(both.mean(0)[None])[0]), *mean_interval(both, gap_of_losses, *drawn)
+    # H(Y) is the same in both and cancels.
+    both, gap = np.column_stack([losses["image"], losses["text"]]), lambda means: np.abs(means[:, 0] - means[:, 1])
+    found["gap"] = float(gap(both.mean(0)[None])[0]), *mean_interval(both, gap, *drawn)
 
     def value(name: str, number: float, **more: Any) -> Value:
         label, about = LABELS[name]
         return Value(number, label, "nats", about=about, **more)
 
-    names = [name for name in LABELS if name in found]
-    made = {n: value(n, found[n][0], low=found[n][1], high=found[n][2], rows=len(surprise)) for n in names}
+    made = {}
+    for name in (name for name in LABELS if name in found):
+        number, low, high = found[name]
+        made[name] = value(name, number, low=low, high=high, rows=len(surprise))
     if exact is None:
         return made
     known = {n: float(getattr(exact, n)) for n in ("entropy", "text", "image", "joint", "gap", "aligned_excess")}
     made |= {f"exact/{name}": value(name, number) for name, number in known.items()}
     return made | {f"bias/{n}": value(n, made[n].value - number) for n, number in known.items() if n in made}
-
-
-def gap_of_losses(means: np.ndarray) -> np.ndarray:
-    """|loss of one - loss of the other|, (s, 2) -> (s,): H(Y) is the same in both and cancels."""
-    return np.abs(means[:, 0] - means[:, 1])
-
-
-class PairedRows:
-    """Rows of an embedding in the order of pairs, read on use. rows: (n, D); of: (p,), row of each pair."""
-
-    def __init__(self, rows: np.ndarray, of: np.ndarray):
-        self._rows, self._of = rows, of
-        self.shape = (len(of), rows.shape[1])
-
-    def __len__(self) -> int:
-        return len(self._of)
-
-    def __getitem__(self, places: slice | np.ndarray) -> np.ndarray:
-        return self._rows[self._of[places]]
 
 
 def bag_of_words(captions: Sequence[str], largest: int, least: int = 3) -> np.ndarray:
@@ -307,7 +265,8 @@ def bag_of_words(captions: Sequence[str], largest: int, least: int = 3) -> np.nd
     The terms are the `largest` most frequent ones of those in at least `least` captions; equally frequent ones in
     alphabetical order. They are chosen without labels. Lower case, without punctuation.
     """
-    found = [_terms(caption) for caption in captions]
+    words = [WORD.findall(caption.lower()) for caption in captions]
+    found = [{*some, *map(" ".join, pairwise(some))} for some in words]
     counts = Counter(term for terms in found for term in terms)
     frequent = sorted((-count, term) for term, count in counts.items() if count >= least)[:largest]
     column = {term: number for number, (_, term) in enumerate(frequent)}
@@ -317,15 +276,8 @@ def bag_of_words(captions: Sequence[str], largest: int, least: int = 3) -> np.nd
     return bags
 
 
-def _terms(caption: str) -> set[str]:
-    words = WORD.findall(caption.lower())
-    return {*words, *(f"{a} {b}" for a, b in pairwise(words))}
-
-
 def scene_pixels(records: Sequence[Mapping[str, Any]], side: int) -> np.ndarray:
     """Images of built-in scenes, rendered from their records and averaged down: (n, 3 side^2) float16, 0 … 1."""
-    pixels = np.empty((len(records), 3 * side**2), dtype=np.float16)
-    for row, record in enumerate(records):
-        image = draw(Scene.from_record(dict(record)), DRAWN_SIDE).resize((side, side), Image.Resampling.BOX)
-        pixels[row] = np.asarray(image, dtype=np.float32).ravel() / 255
-    return pixels
+    scenes = (draw(Scene.from_record(dict(record)), DRAWN_SIDE) for record in records)
+    small = np.stack([np.asarray(scene.resize((side, side), Image.Resampling.BOX)).ravel() for scene in scenes])
+    return (small.astype(np.float32) / 255).astype(np.float16)

@@ -7,7 +7,8 @@ the rows that are evaluated.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -106,51 +107,37 @@ def probed(features: Features, fold: Fold, classes: int, config: ProbeConfig) ->
     """
     device, width, rows = distributed.device(), max(classes, config.hidden), len(fold.fitting)
     scaled = features.standardised_by(column_statistics(features.take(fold.fitting), device))
+    fit = FitConfig(max_iterations=config.iterations)
 
     def blocks(places: np.ndarray) -> RowBlocks:
         return RowBlocks(scaled.take(places), device, width=width)
 
     fitting, tuning, held_out = blocks(fold.fitting), blocks(fold.tuning), blocks(fold.held_out)
-    least, strength, start = _chosen_penalty(fitting, tuning, classes, config)
+    tried: dict[float, tuple[float, LinearClassifier]] = {}
+    last: LinearClassifier | None = None
+    for strength in sorted(config.strengths, reverse=True):
+        last = fit_logistic_regression(fitting, classes, strength, fit, last)
+        tried[strength] = float(_losses(last.scores(tuning), tuning).mean()), last
+    strength = min(tried, key=lambda strength: tried[strength][0])
+    least, start = tried[strength]
     # The penalty is weighed against a sum over rows, of which there are now more.
-    strength, fit = strength * len(fold.training) / rows, FitConfig(max_iterations=config.iterations)
+    strength *= len(fold.training) / rows
     fitted = fit_logistic_regression(blocks(fold.training), classes, strength, fit, start)
-    answers = {"linear": (least, _losses(_scores(fitted), held_out))}
+    answers = {"linear": (least, _losses(fitted.scores(held_out), held_out))}
     if config.hidden:
         least, network = _perceptron(fitting, tuning, fold.number, classes, config)
-        answers["perceptron"] = least, _losses(network, held_out)
+        answers["perceptron"] = least, _losses(_scores(network, held_out), held_out)
     _, by_shares = shares(features.labels, fold, classes)
     mixed = np.log1p(-1 / (rows + 1)), -np.log(rows + 1) - by_shares
     return {kind: (loss, -np.logaddexp(mixed[0] - losses, mixed[1])) for kind, (loss, losses) in answers.items()}
-
-
-def _chosen_penalty(
-    fitting: RowBlocks, tuning: RowBlocks, classes: int, config: ProbeConfig
-) -> tuple[float, float, LinearClassifier | None]:
-    """Of logistic regression: the least loss on the tuning rows, the penalty and the classifier that have it."""
-    fit = FitConfig(max_iterations=config.iterations)
-    least, strength = float("inf"), config.strengths[0]
-    last: LinearClassifier | None = None
-    best: LinearClassifier | None = None
-    for tried in sorted(config.strengths, reverse=True):
-        last = fit_logistic_regression(fitting, classes, tried, fit, last)
-        loss = float(_losses(_scores(last), tuning).mean())
-        if loss < least:
-            least, strength, best = loss, tried, last
-    return least, strength, best
-
-
-def _scores(classifier: LinearClassifier) -> Callable[[Tensor], Tensor]:
-    weight, bias = torch.from_numpy(classifier.weight).float(), torch.from_numpy(classifier.bias).float()
-    return lambda rows: torch.addmm(bias.to(rows), rows, weight.to(rows).T)
 
 
 def _perceptron(
     fitting: RowBlocks, tuning: RowBlocks, fold: int, classes: int, config: ProbeConfig
 ) -> tuple[float, nn.Module]:
     """One hidden layer, trained by AdamW on the fitting rows, stopped where the tuning loss is least."""
-    device, held = distributed.device(), list(fitting)
-    rows, labels = torch.cat([some for _, some, _ in held]), torch.cat([some for _, _, some in held])
+    device = distributed.device()
+    rows, labels = (torch.cat(parts) for parts in zip(*((some, own) for _, some, own in fitting), strict=True))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed * 1_000 + fold)
         network = nn.Sequential(
@@ -167,21 +154,28 @@ def _perceptron(
                 nn.functional.cross_entropy(network(rows[chosen]), labels[chosen]).backward()
                 optimizer.step()
             network.eval()
-            loss = float(_losses(network, tuning).mean())
-            waited = 0 if loss < best else waited + 1
+            loss = float(_losses(_scores(network, tuning), tuning).mean())
+            waited += 1
             if loss < best:
-                best, kept = loss, {name: value.clone() for name, value in network.state_dict().items()}
+                best, kept, waited = loss, copy.deepcopy(network.state_dict()), 0
             if waited == PATIENCE:
                 break
     network.load_state_dict(kept)
     return best, network
 
 
+Scores = Iterator[tuple[slice, Tensor, Tensor]]
+"""Place, scores (b, C) and labels (b,) of each block."""
+
+
+def _scores(network: nn.Module, blocks: RowBlocks) -> Scores:
+    return ((place, network(rows), labels) for place, rows, labels in blocks)
+
+
 @torch.no_grad()
-def _losses(scores: Callable[[Tensor], Tensor], blocks: RowBlocks) -> np.ndarray:
+def _losses(scores: Scores, blocks: RowBlocks) -> np.ndarray:
     """-log p(y | x) of each row, (n,) float64."""
     found = np.empty(len(blocks))
-    for place, rows, labels in blocks:
-        losses = nn.functional.cross_entropy(scores(rows), labels, reduction="none")
-        found[place] = losses.double().cpu().numpy()
+    for place, of_classes, labels in scores:
+        found[place] = nn.functional.cross_entropy(of_classes, labels, reduction="none").double().cpu().numpy()
     return found
