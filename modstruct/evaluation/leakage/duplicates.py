@@ -80,21 +80,22 @@ def find_duplicates(
     turns = (False, True) if limits.mirrored else (False,)
     found = [pairs for turned in turns for pairs in _by_hash(evaluation, train, limits, turned)]
     if embeddings is not None:
-        near = nearest(*embeddings, limits.listed)
-        pairs = np.stack((np.repeat(np.arange(len(near)), near.shape[1]), near.ravel()), axis=1)
+        items = nearest(*embeddings, limits.listed)
+        pairs = np.stack((np.repeat(np.arange(len(items)), items.shape[1]), items.ravel()), axis=1)
         found.append(pairs[cosines(*embeddings, pairs) >= limits.cosine])
     pairs = np.unique(np.concatenate([np.empty((0, 2), np.int64), *found]), axis=0)
     scores = np.stack([_scores(evaluation, train, pairs, limits, turned) for turned in turns])  # (turns, 2, p)
     within = (scores[:, 0] <= limits.hamming) & (scores[:, 1] <= limits.difference)
-    turned, by_hash = within.argmax(axis=0), within.any(axis=0)  # as they are where both ways, or none, are near
+    by_hash, turned = np.logical_or.reduce(within), within.argmax(axis=0)  # 0 where both ways, or none, are near
     hamming, difference = scores[turned, :, np.arange(len(pairs))].T
     cosine = np.full(len(pairs), np.nan) if embeddings is None else cosines(*embeddings, pairs)
     listed = []
     for place in np.lexsort((pairs[:, 1], -np.nan_to_num(cosine), hamming, pairs[:, 0])):
         ways = {"hash": by_hash[place], "embedding": cosine[place] >= limits.cosine}
         by = tuple(way for way, found_so in ways.items() if found_so)
-        told = [float(of[place]) if np.isfinite(of[place]) else None for of in (difference, cosine)]
-        listed.append(Pair(*pairs[place].tolist(), int(hamming[place]), *told, bool(turned[place]), by))
+        (one, other), near = pairs[place].tolist(), int(hamming[place])
+        apart, alike = (float(of[place]) if np.isfinite(of[place]) else None for of in (difference, cosine))
+        listed.append(Pair(one, other, near, apart, alike, bool(turned[place]), by))
     return listed
 
 
