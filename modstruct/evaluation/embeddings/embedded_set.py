@@ -29,26 +29,13 @@ from __future__ import annotations
 from collections.abc import Iterable, KeysView, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
-from modstruct.errors import refuse, require
-from modstruct.evaluation.embeddings.set_files import (
-    FEATURE_ARRAYS,
-    IMAGE_ARRAYS,
-    TEXT_ARRAYS,
-    Lines,
-    RowStream,
-    damaged,
-    is_set_name,
-    merged_pairs,
-    open_array,
-    read_json,
-    write_array,
-    write_json,
-    write_lines,
-)
+from modstruct.errors import require
+from modstruct.evaluation.embeddings import set_files
+from modstruct.evaluation.embeddings.set_files import IMAGE_ARRAYS, TEXT_ARRAYS, Lines, RowStream, damaged
 from modstruct.files import sync_folder
 
 FORMAT = 2
@@ -100,14 +87,15 @@ class EmbeddedSet:
     def __post_init__(self) -> None:
         require("image" in self.embeddings, "arrays", sorted(self.embeddings), "must have image")
         self.embeddings = {name: _real(rows) for name, rows in self.embeddings.items()}
-        count = self.rows_of("image")
-        self.indices = np.arange(count) if self.indices is None else self.indices
-        self.keys = [str(n) for n in range(count)] if self.keys is None else self.keys
-        self.metadata = [{} for _ in range(count)] if self.metadata is None else self.metadata
+        every = range(self.rows_of("image"))
+        self.indices = np.array(every) if self.indices is None else self.indices
+        self.keys = [str(n) for n in every] if self.keys is None else self.keys
+        self.metadata = [{} for _ in every] if self.metadata is None else self.metadata
         for name in ("pairs", "copies", "indices", "labels"):
-            values = None if getattr(self, name) is None else np.asarray(getattr(self, name))
-            whole = values is not None and (values.dtype.kind in "iu" or not values.size)
-            setattr(self, name, values.astype(np.int64, copy=False) if values is not None and whole else values)
+            if (values := getattr(self, name)) is not None:
+                values = np.asarray(values)
+                whole = values.dtype.kind in "iu" or not values.size
+                setattr(self, name, values.astype(np.int64, copy=False) if whole else values)
         self.class_names, self.templates = list(self.class_names), list(self.templates)
 
     @classmethod
@@ -120,14 +108,14 @@ class EmbeddedSet:
         if not path.is_file():
             state = "an unfinished embedded set: `evaluate.py embed` resumes it" if folder.is_dir() else "missing"
             raise FileNotFoundError(f"{path}: {state}; embed the set first")
-        found = (noted := read_json(path)).get("format")
+        found = (noted := set_files.read_json(path)).get("format")
         if found not in READABLE:
             raise ValueError(f"{path}: format {found!r}, this version reads 1 to {FORMAT}: embed the set again")
         try:
             shapes = noted["arrays"] | noted["tables"]
             known = [name for name in (*IMAGE_ARRAYS, *TEXT_ARRAYS, *TABLES) if name in shapes]
-            arrays = {name: open_array(folder / f"{name}.npy", shapes[name]) for name in known}
-            if not (is_set_name(noted["name"]) and isinstance(noted["model"], dict) and "image" in arrays):
+            arrays = {name: set_files.open_array(folder / f"{name}.npy", shapes[name]) for name in known}
+            if not (set_files.is_set_name(noted["name"]) and isinstance(noted["model"], dict) and "image" in arrays):
                 raise TypeError("name, model or image is missing or of another kind")
             more: dict[str, Any] = {name: arrays.pop(name) for name in TABLES if name in arrays}
             more |= {name: noted.get(name) or kind() for name, kind in NOTED.items()}
@@ -138,7 +126,7 @@ class EmbeddedSet:
         more["metadata"] = Lines(folder / "metadata.jsonl", images, dict)
         more["captions"] = Lines(folder / "captions.jsonl", texts, str) if texts else []
         if "labels" in more:
-            classes = read_json(folder / CLASSES_FILE)
+            classes = set_files.read_json(folder / CLASSES_FILE)
             named = [classes.get("names"), classes.get("templates")]
             if not all(isinstance(some, list) and all(isinstance(text, str) for text in some) for some in named):
                 damaged(folder / CLASSES_FILE, "names and templates are lists of texts")
@@ -156,18 +144,18 @@ class EmbeddedSet:
         self.check()
         clear(folder)
         for name, rows in self.embeddings.items():
-            write_array(folder / f"{name}.npy", rows, unit=name not in FEATURE_ARRAYS)
+            set_files.write_array(folder / f"{name}.npy", rows, unit=name not in set_files.FEATURE_ARRAYS)
         for name, table in self._tables().items():
-            write_array(folder / f"{name}.npy", table)
+            set_files.write_array(folder / f"{name}.npy", table)
         if self.labels is not None:
             classes = {"names": self.class_names, "templates": self.templates, "label": self.label_field}
-            write_json(folder / CLASSES_FILE, classes)
-        write_lines(folder / LEFT_OUT, self.left_out)
-        write_lines(folder / "keys.jsonl", self.keys, self.rows_of("image"))
-        write_lines(folder / "metadata.jsonl", self.metadata, self.rows_of("image"))
+            set_files.write_json(folder / CLASSES_FILE, classes)
+        set_files.write_lines(folder / LEFT_OUT, self.left_out)
+        set_files.write_lines(folder / "keys.jsonl", self.keys, self.rows_of("image"))
+        set_files.write_lines(folder / "metadata.jsonl", self.metadata, self.rows_of("image"))
         if self.rows_of("text"):
-            write_lines(folder / "captions.jsonl", self.captions, self.rows_of("text"))
-        write_json(folder / MANIFEST, self.manifest)
+            set_files.write_lines(folder / "captions.jsonl", self.captions, self.rows_of("text"))
+        set_files.write_json(folder / MANIFEST, self.manifest)
         sync_folder(folder)
         return EmbeddedSet.open(folder)
 
@@ -178,7 +166,7 @@ class EmbeddedSet:
             "format": self.format,
             "name": self.name,
             "model": self.model,
-            "rows": {"image": self.rows_of("image"), "text": self.rows_of("text")},
+            "rows": {modality: self.rows_of(modality) for modality in ("image", "text")},
             "arrays": {name: list(rows.shape) for name, rows in self.embeddings.items()},
             "tables": {name: list(table.shape) for name, table in self._tables().items()},
             "dtype": self.embeddings["image"].dtype.name,
@@ -192,46 +180,35 @@ class EmbeddedSet:
         return {name: table for name, table in tables.items() if table is not None}
 
     def check(self) -> None:
-        """Read what metrics read beside the embeddings: pairs, labels and lists (long ones are only counted).
+        """Read what metrics read beside the embeddings; of lists only the number of values.
 
         Raises ValueError naming what does not fit; of an opened set the file, with the remedy.
         """
         known, dimension = (*IMAGE_ARRAYS, *TEXT_ARRAYS), self.embeddings["image"].shape[-1]
         require(self.arrays <= {*known}, "arrays", sorted(self.arrays), f"may be {', '.join(known)}")
         images, texts, classes, copies = *map(self.rows_of, ("image", "text")), len(self.class_names), len(self.copies)
-        shapes: dict[str, tuple[int, ...]] = {
-            "pairs": (len(self.pairs), 2),
-            "indices": (images,),
-            "labels": (images,),
-            "copies": (copies,),
-            "class_prompts": (classes, len(self.templates), dimension),
-        }
+        shapes: dict[str, tuple[int, ...]] = {"indices": (images,), "labels": (images,), "copies": (copies,)}
+        shapes |= {"pairs": (len(self.pairs), 2), "class_prompts": (classes, len(self.templates), dimension)}
         for name, rows in self.embeddings.items():
             width = dimension if name in ("text", "image_augmented") else rows.shape[-1]
             shapes[name] = (images if name in IMAGE_ARRAYS else texts, width)
-        limits: dict[str, tuple[int, Any]] = {  # least value, and what values stay below
-            "pairs": (0, [images, texts]),
-            "indices": (0, np.inf),
-            "labels": (-1, classes),
-            "copies": (0, images - copies),
-        }
+        above: dict[str, Any] = {"pairs": [images, texts], "labels": classes, "copies": images - copies}
         for name, array in {**self.embeddings, **self._tables()}.items():
+            found: Any = None
+            fault = ""
             if tuple(array.shape) != shapes[name]:
-                self._refuse(name, tuple(array.shape), f"must be of shape {shapes[name]}, by the rows there are")
-            elif name in limits and isinstance(array, np.ndarray):
-                low, high = limits[name]
-                if array.dtype.kind != "i" or not np.all((array >= low) & (array < high)):
-                    found = [array.min(axis=0).tolist(), array.max(axis=0).tolist()]
-                    range_ = f"must be from {low} to below {high}, the rows there are"
-                    self._refuse(name, found, f"least and largest value; {range_}")
+                found, fault = tuple(array.shape), f"must be of shape {shapes[name]}, by the rows there are"
+            elif name in TABLES and name != "class_prompts":
+                table, low, high = np.asarray(array), -1 if name == "labels" else 0, above.get(name, np.inf)
+                if table.dtype.kind != "i" or not np.all((table >= low) & (table < high)):
+                    found = [table.min(axis=0).tolist(), table.max(axis=0).tolist()]
+                    fault = f"least and largest value; must be from {low} to below {high}, the rows there are"
+            if fault and self.folder is not None:
+                damaged(self.folder / f"{name}.npy", fault)
+            require(not fault, name, found, fault)
         for lines in (self.keys, self.metadata, self.captions):
             if isinstance(lines, Lines):
                 lines.check()
-
-    def _refuse(self, name: str, found: object, fault: str) -> NoReturn:
-        if self.folder is not None:
-            damaged(self.folder / f"{name}.npy", fault)
-        refuse(name, found, fault)
 
     @property
     def arrays(self) -> KeysView[str]:
@@ -258,7 +235,7 @@ class EmbeddedSet:
     @property
     def distinct_pairs(self) -> np.ndarray:
         """(p', 2) int64: `pairs` of the images that are no copies, with those of their copies."""
-        return merged_pairs(self.pairs, self.image_row) if len(self.copies) else self.pairs
+        return set_files.merged_pairs(self.pairs, self.image_row) if len(self.copies) else self.pairs
 
     @property
     def merged(self) -> bool:
