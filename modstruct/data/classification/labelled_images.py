@@ -16,7 +16,6 @@ from typing import NoReturn
 
 import numpy as np
 from PIL import Image
-from torchvision.datasets.folder import make_dataset
 
 from modstruct import distributed
 from modstruct.config import DataConfig
@@ -225,24 +224,20 @@ def read_class_folders(
         source.refuse(f"{base} has {len(labels)} class folders, where there must be at least two")
     if absent and whole:
         source.refuse(f"{len(absent)} of the {len(labels):,} class folders are not in {base}, the first {absent[0]}")
-    start = len(os.path.join(base, ""))
-    others = sorted(entry.name for entry in os.scandir(base) if entry.is_file() and not entry.name.startswith("."))
-
-    def is_image(path: str) -> bool:
-        shown, image = "/." not in path[start:], path.lower().endswith(EXTENSIONS)
-        others.extend([path[start:]] if shown and not image else [])
-        return shown and image
-
-    found = make_dataset(base, {name: labels[name] for name in there}, None, is_image, True) if there else []
-    if not found:
+    start, images, others = len(os.path.join(base, "")), list[str](), list[str]()
+    for folder, _, files in sorted(os.walk(base, followlinks=True)):
+        for path in (os.path.join(folder, file)[start:] for file in sorted(files)):
+            if not any(part.startswith(".") for part in path.split("/")):
+                (images if "/" in path and path.lower().endswith(EXTENSIONS) else others).append(path)
+    if not images:
         source.refuse(f"there is no image ({', '.join(EXTENSIONS)}) in the folders of {base}")
-    found.sort(key=lambda image: image[1])  # stable: by path within a class
-    rows = np.array([label for _, label in found], dtype=np.int64)
+    images.sort(key=lambda path: labels[path.partition("/")[0]])  # stable: by path within a class
+    rows = np.array([labels[path.partition("/")[0]] for path in images], dtype=np.int64)
     counts = np.bincount(rows, minlength=len(labels))
     source.note(f"files in {base} that are no images in a class folder are left out", others)
     source.note(f"classes have no folder in {base}", absent)
     source.note(f"class folders of {base} hold no image", [name for name in there if not counts[labels[name]]])
-    return LabelledImages(source, ImageFiles(base, [path[start:] for path, _ in found]), rows, classes)
+    return LabelledImages(source, ImageFiles(base, images), rows, classes)
 
 
 def read_listed(

@@ -74,28 +74,24 @@ def read_labelled_shards(source: SetFolder, shards: Sequence[Path], classes: Seq
             source.refuse(f"{shard} cannot be read ({error.strerror or error})")
         if index.broken:
             source.refuse(f"{shard} is damaged or cut off: {index.broken}")
-        for key, label, start, size in zip(
-            of_shard, written, index.rows["image_block"].tolist(), index.rows["image_bytes"].tolist(), strict=True
-        ):
+        left_out, unused = left_out + Counter(index.faults), unused + Counter(index.unused)
+        examples = {cause: [f"{shard}: {name}" for name in names] for cause, names in index.examples.items()} | examples
+        for key, label, row in zip(of_shard, written, index.rows.tolist(), strict=True):
             if not label.isdigit():
                 left_out["malformed label"] += 1
-                examples.setdefault("malformed label", []).append(f"{shard}: {printable(key)}")
-            elif int(label) >= len(classes):
+                examples.setdefault("malformed label", [f"{shard}: {printable(key)}"])
+                continue
+            if int(label) >= len(classes):
                 source.refuse(f"{shard}: the label {label} of {printable(key)} is none of the {len(classes)} classes")
-            else:
-                places.append((number, start * BLOCK_BYTES, size))
-                labels.append(int(label))
-                keys.append(key)
-        left_out, unused = left_out + Counter(index.faults), unused + Counter(index.unused)
-        for cause, names in index.examples.items():
-            examples.setdefault(cause, [f"{shard}: {name}" for name in names])
+            places.append((number, row[0] * BLOCK_BYTES, row[1]))
+            labels.append(int(label))
+            keys.append(key)
     if not places:
         source.refuse(f"no sample of {len(shards)} shards has image and label ({dict(left_out + unused)}); {LABELLED}")
-    for counted, what in ((left_out, "samples left out: {}"), (unused, "{} are not used")):
-        for cause, count in counted.items():
-            source.note(what.format(cause), examples[cause], count)
-    store = ShardImages(shards, np.array(places, dtype=np.int64), keys)
-    images = LabelledImages(source, store, np.array(labels, dtype=np.int64), classes)
+    for cause, count in (left_out + unused).items():
+        what = f"samples left out: {cause}" if cause in left_out else f"{cause} are not used"
+        source.note(what, examples[cause], count)
+    images = LabelledImages(source, ShardImages(shards, np.array(places), keys), np.array(labels), classes)
     images.left_out = dict(left_out)
     return images
 

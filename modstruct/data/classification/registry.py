@@ -20,7 +20,8 @@ from modstruct.data.classification.labelled_images import SPLIT_FOLDERS, Labelle
 from modstruct.data.classification.labelled_shards import NAMES, LabelledSamples, read_class_shards
 from modstruct.data.classification.prompts import published_sets, templates_of
 from modstruct.data.classification.published import READERS, read_by_torchvision
-from modstruct.data.classification.user_sets import load_user_set, open_user_set
+from modstruct.data.classification.user_sets import load_user_set, read_user_set
+from modstruct.errors import require
 
 YAML = (".yaml", ".yml")
 SCENES = {"scenes_colour": "zero_shot.yaml", "scenes_shape": "zero_shot_shape.yaml"}
@@ -77,13 +78,20 @@ def open_labelled(text: str, config: DataConfig) -> LabelledImages:
     """
     parsed = parse_set(text)
     known, file = parsed.name, Path(parsed.name).expanduser()
-    if parsed.location is None:
-        return open_user_set(file, parsed.split, config)
-    if known.endswith(YAML):
+    if known.endswith(YAML) and parsed.location is not None:
         return LabelledSamples(file.stem, parsed.location, load_classes(file), config)
-    root, usual = Path(parsed.location).expanduser(), _splits(known)[-1]
-    split = parsed.split or usual
-    name = (root.resolve().name if known in ("folder", "shards") else known) + ("" if split == usual else f"-{split}")
+    described = load_user_set(file) if parsed.location is None else None
+    splits = tuple(described.images) if described else _splits(known)
+    split = parsed.split or splits[-1]
+    suffix = "" if split == splits[-1] else f"-{split}"
+    if described:
+        remedy = f"correct `images` or `classes` in {file}"
+        require(split in splits, f"{file}: images", described.images, f"give a place for the split {split}")
+        name = described.name + suffix
+        source = SetFolder(name, file.parent, remedy, name, split, described.templates, config)
+        return read_user_set(source, file, described)
+    root = Path(parsed.location or "").expanduser()
+    name = (root.resolve().name if known in ("folder", "shards") else known) + suffix
     remedy = SCENES_REMEDY if known in SCENES else published_sets()[known].download
     source = SetFolder(known, root, remedy, name, split, templates_of(known), config)
     if not root.is_dir():
@@ -95,7 +103,7 @@ def open_labelled(text: str, config: DataConfig) -> LabelledImages:
         return LabelledSamples(name, str(root / f"{split}-*.tar"), load_classes(root / SCENES[known]), config)
     if known == "shards" or (root / NAMES).is_file():
         # In converted sets the split that results are published on is always called test.
-        return read_class_shards(replace(source, split="test" if split == usual else split))
+        return read_class_shards(replace(source, split=split if suffix else "test"))
     return READERS.get(known, read_by_torchvision)(source)
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from modstruct.config import DataConfig
 from modstruct.data.classification.class_files import ZeroShotClasses, check_classes, check_templates, read_keys
 from modstruct.data.classification.labelled_images import (
     SPLIT_FOLDERS,
@@ -68,16 +67,9 @@ def load_user_set(path: Path) -> UserSet:
     return UserSet(name, in_order, label, named, check_templates(path, templates))
 
 
-def open_user_set(path: Path, split: str | None, config: DataConfig) -> LabelledImages:
-    """A split of the user's set; None: the first of test, validation, train. Raises ValueError with file and remedy."""
-    described = load_user_set(path)
-    usual = list(described.images)[-1]
-    split = split or usual
-    require(split in described.images, f"{path}: images", described.images, f"give a place for the split {split}")
-    name = described.name if split == usual else f"{described.name}-{split}"
-    remedy = f"correct `images` or `classes` in {path}"
-    source = SetFolder(name, path.parent, remedy, name, split, described.templates, config)
-    images, classes = path.parent / Path(described.images[split]).expanduser(), described.classes
+def read_user_set(source: SetFolder, path: Path, described: UserSet) -> LabelledImages:
+    """A split of the user's set. path: of the YAML file. Raises ValueError with file and remedy."""
+    images, classes = path.parent / Path(described.images[source.split]).expanduser(), described.classes
     if images.is_dir():
         folders = source.subfolders(images) if classes is None else list(classes)
         names = published_sets()["folder"].named(folders) if classes is None else list(classes.values())
@@ -85,12 +77,11 @@ def open_user_set(path: Path, split: str | None, config: DataConfig) -> Labelled
     if classes is None:
         wanted = "give a mapping or a list of them; only a folder of class folders names its own"
         refuse(f"{path}: classes", None, wanted)
-    names = list(classes.values())
     if images.suffix.lower() == ".csv":
         listed = source.table(images, "image", described.label or "label")
         return read_listed(source, images, images.parent, listed, classes)
     if described.label is not None:
         labelled = ZeroShotClasses(described.label, described.templates, classes)
-        return LabelledSamples(name, str(images), labelled, config)
+        return LabelledSamples(source.name, str(images), labelled, source.config)
     shards = [Path(shard) for shard in expand_pattern(str(images), False, f"{path}: images")]
-    return read_labelled_shards(source, shards, names)
+    return read_labelled_shards(source, shards, list(classes.values()))
