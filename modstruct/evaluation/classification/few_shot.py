@@ -49,6 +49,7 @@ def measure(embedded: EmbeddedSet, config: FewShotConfig = DEFAULT) -> Result:
     """
     draws = config.draws
     probe = on_each(lambda: Probe.of(embedded, config))
+    truth = probe.splits["test"].labels
     # All are drawn before the first fit, so that a class that is too small is named at once.
     drawn = [draw_episodes(probe, config, draw) for draw in range(draws)]
     work = [episodes[shots] for shots in config.shots for episodes in drawn]
@@ -58,14 +59,14 @@ def measure(embedded: EmbeddedSet, config: FewShotConfig = DEFAULT) -> Result:
     by_draw: dict[str, list[float]] = {}
     for number, shots in enumerate(config.shots):
         group, of_shots = f"shots_{shots}", found[number * draws : (number + 1) * draws]
-        each = [accuracies(a, probe.test.labels, len(probe.names), probe.top_k, intervals=False) for a, _ in of_shots]
+        each = [accuracies(a, truth, len(probe.names), probe.top_k, intervals=False) for a, _ in of_shots]
         by_draw[f"{group}/strength"] = [strength for _, strength in of_shots]
         for name, first in each[0].items():
             numbers = by_draw[f"{group}/{name}"] = [one[name].value for one in each]
             deviation = float(np.std(numbers, ddof=1)) if draws > 1 else None
             about = f"{first.about} Trained on {shots} of each class: mean over draws of them."
-            mean = replace(first, value=float(np.mean(numbers)), deviation=deviation, about=about)
-            values[f"{group}/{name}"] = mean
+            mean = float(np.mean(numbers))
+            values[f"{group}/{name}"] = replace(first, value=mean, deviation=deviation, about=about)
         for name, right in in_top(np.stack([ahead for ahead, _ in of_shots]), probe.top_k).items():
             outcomes[f"{group}/{name}"] = right.mean(0, dtype=np.float32)
     shown = [count for count in (1, 4, 16) if count in config.shots] or config.shots[:1]
@@ -106,33 +107,29 @@ def draw_episodes(probe: Probe, config: FewShotConfig, draw: int) -> dict[int, t
     The first images of each class in the draw's order, so that fewer shots are among more; the held-out ones follow
     them, or are the first ones of the validation set. Raises ValueError for a class with fewer images.
     """
-    splits = {"train": probe.train} | ({} if probe.validation is None else {"validation": probe.validation})
     order = {
-        role: drawn_order(features.labels, probe.keys[role], config.seed, draw, len(probe.names))
-        for role, features in splits.items()
+        role: drawn_order(probe.splits[role].labels, keys, config.seed, draw, len(probe.names))
+        for role, keys in probe.keys.items()
     }
 
     def first(role: str, start: int, stop: int, shots: int) -> np.ndarray:
         for name, places in zip(probe.names, order[role], strict=True):
-            remedy = (
-                f"class {name!r} has {len(places)} images in the {role} set and {stop} are needed (those on which "
-                "the strength is chosen included): take fewer shots, or give few_shot.strength a number"
-            )
-            require(len(places) >= stop, "few_shot.shots", shots, remedy)
+            found = f"class {name!r} has {len(places)} images in the {role} set and {stop} are needed"
+            remedy = "(to choose the strength included): take fewer shots, or give few_shot.strength a number"
+            require(len(places) >= stop, "few_shot.shots", shots, f"{found} {remedy}")
         return np.sort(np.concatenate([places[start:stop] for places in order[role]]))
 
     episodes = {}
     for shots in config.shots:
         held_out = min(shots, HELD_OUT_SHOTS) if config.strength is None else 0
-        after = ("train", shots, shots + held_out) if probe.validation is None else ("validation", 0, held_out)
+        after = ("train", shots, shots + held_out) if "validation" not in order else ("validation", 0, held_out)
         episodes[shots] = first("train", 0, shots, shots), first(*after, shots)
     return episodes
 
 
 def run_episode(probe: Probe, shots: np.ndarray, held_out: np.ndarray) -> tuple[np.ndarray, float]:
     """Choose the strength, fit on the shots alone, and classify the test set: classes ahead (n,), and the strength."""
-    chosen, strength = probe.train.take(shots), probe.config.strength
+    chosen, strength = probe.splits["train"].take(shots), probe.config.strength
     if strength is None:
-        watched = (probe.train if probe.validation is None else probe.validation).take(held_out)
-        strength, _ = probe.search(chosen, watched)
+        strength, _ = probe.search(chosen, probe.splits.get("validation", probe.splits["train"]).take(held_out))
     return probe.classify([chosen], strength)[0], strength

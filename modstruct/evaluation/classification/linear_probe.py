@@ -68,11 +68,11 @@ def measure(embedded: EmbeddedSet, config: LinearProbeConfig = DEFAULT) -> Resul
     their order, and "group", the image of each, where some are copies.
     """
     probe, strength = on_each(lambda: Probe.of(embedded, config)), config.strength
-    whole = [probe.train] if probe.validation is None else [probe.train, probe.validation]
+    whole = [features for role, features in probe.splits.items() if role != "test"]
     used: dict[str, Any] = {}
     curves: dict[str, Curve] = {}
     if strength is None:
-        fitted, held_out = probe.train, probe.validation
+        fitted, held_out = probe.splits["train"], probe.splits.get("validation")
         if held_out is None:
             order = drawn_order(fitted.labels, probe.keys["train"], config.seed)
             fitted, held_out = map(fitted.take, hold_out(order, config.validation_share))
@@ -95,7 +95,7 @@ def measure_adamw(embedded: EmbeddedSet, config: LinearProbeConfig = DEFAULT) ->
     probe = on_each(lambda: Probe.of(embedded, chosen, PROJECTED))
 
     def fit() -> tuple[np.ndarray, list[float], int]:
-        train, test = probe.blocks([probe.train], probe.test)
+        train, test = probe.blocks([probe.splits["train"]], probe.splits["test"])
         fitted, losses = fit_by_adamw(train.features[0], len(probe.names), config.adamw, config.seed, train.device)
         return fitted.ahead(test)[0], losses, fitted.iterations
 
@@ -107,17 +107,18 @@ def measure_adamw(embedded: EmbeddedSet, config: LinearProbeConfig = DEFAULT) ->
         f"{config.adamw.epochs} epochs of AdamW on the projected features before normalisation."
     )
     made = Result("linear_probe_adamw", embedded.name, {}, "Linear probe by AdamW", about, curves=curves)
-    return _completed(made, embedded, probe, ahead, {"iterations": iterations, "end": "epochs"}, len(probe.train))
+    return _completed(made, embedded, probe, ahead, {"iterations": iterations, "end": "epochs"}, probe.rows["train"])
 
 
 def _completed(
     made: Result, embedded: EmbeddedSet, probe: Probe, ahead: np.ndarray, used: dict[str, Any], fitted: int
 ) -> Result:
     """fitted: number of rows that the classifier was fitted on."""
-    copies = embedded.groups(probe.test.rows)
+    test = probe.splits["test"]
+    copies = embedded.groups(test.rows)
     return replace(
         made,
-        values=accuracies(ahead, probe.test.labels, len(probe.names), probe.top_k, copies),
+        values=accuracies(ahead, test.labels, len(probe.names), probe.top_k, copies),
         headlines=("top_1",),
         settings=probe.used | used,
         rows=probe.rows | {"fitted": fitted},

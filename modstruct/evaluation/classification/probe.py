@@ -15,11 +15,7 @@ from modstruct import distributed
 from modstruct.distributed.collect import on_each, share_out
 from modstruct.errors import require
 from modstruct.evaluation.classification.features import Features, RowBlocks, column_statistics
-from modstruct.evaluation.classification.logistic_regression import (
-    FitConfig,
-    fit_logistic_regression,
-    search_strength,
-)
+from modstruct.evaluation.classification.logistic_regression import FitConfig, fit_logistic_regression, search_strength
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.retrieval.rows import check_rows
 from modstruct.evaluation.statistics import majority_label
@@ -53,20 +49,16 @@ class ProbeConfig:
 
 @dataclass(frozen=True)
 class Probe:
-    """Features whose labels number the classes that have a training row, and the keys of their images.
+    """Features of "train", "test" and perhaps "validation", whose labels number the classes that have a training row.
 
-    names: of those classes. keys: of the rows of "train" and "validation". used, rows: for a result's settings and
-    rows.
+    names: of those classes. keys: of the rows but those of "test". used: for a result's settings.
     """
 
     config: ProbeConfig
     names: list[str]
-    train: Features
-    test: Features
-    validation: Features | None
+    splits: dict[str, Features]
     keys: dict[str, list[str]]
     used: dict[str, Any] = field(default_factory=dict)
-    rows: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, embedded: EmbeddedSet, config: ProbeConfig, default: str = BEFORE_PROJECTION) -> Probe:
@@ -76,8 +68,8 @@ class Probe:
         out; so are classes without a training row, which no other set may have. Raises ValueError naming the set that
         is missing or does not fit. Reads all rows: call it through `on_each`.
         """
-        missing = "the training split is not embedded (embed --all_splits true)"
-        require("train" in embedded.splits, "train", None, missing)
+        remedy = "the training split is not embedded (embed --all_splits true)"
+        require("train" in embedded.splits, "train", None, remedy)
         sets = {"train": embedded.splits["train"], "test": embedded} | embedded.splits
         train, features = sets["train"], config.features
         if features == default and features not in train.arrays:
@@ -105,13 +97,15 @@ class Probe:
             "majority_share": float(np.mean(found["test"].labels == majority_label(found["train"].labels.tolist()))),
         }
         keys = {role: [sets[role].keys[row] for row in found[role].rows] for role in sets if role != "test"}
-        names = [train.class_names[c] for c in known]
-        rows = {role: len(of) for role, of in found.items()}
-        return cls(config, names, found["train"], found["test"], found.get("validation"), keys, used, rows)
+        return cls(config, [train.class_names[c] for c in known], found, keys, used)
 
     @property
     def top_k(self) -> list[int]:
         return [1, 5] if len(self.names) > 5 else [1]
+
+    @property
+    def rows(self) -> dict[str, int]:
+        return {role: len(features) for role, features in self.splits.items()}
 
     def blocks(self, fitted: Sequence[Features], others: Features) -> tuple[RowBlocks, RowBlocks]:
         """Blocks of rows to fit on and of other rows; if standardised, both by the statistics of the first."""
@@ -134,7 +128,7 @@ class Probe:
 
     def classify(self, fitted: Sequence[Features], strength: float) -> tuple[np.ndarray, dict[str, Any]]:
         """`classes_ahead` of each test row by a fit on some rows, and how that fit ended."""
-        blocks, test = self.blocks(fitted, self.test)
+        blocks, test = self.blocks(fitted, self.splits["test"])
         found = fit_logistic_regression(blocks, len(self.names), strength, self.config.fit)
         return found.ahead(test)[0], {"iterations": found.iterations, "end": found.end}
 
@@ -176,8 +170,7 @@ def drawn_order(
     """Positions of each class's rows in random order, one array for each class up to the last, at least `classes`.
 
     labels: (n,) int64. keys: of the n rows. The order is that of a 64-bit hash of seed, draw and key, so it does not
-    depend on the model, row numbers or unreadable rows, and comparisons are paired. Rows with the same key follow each
-    other.
+    depend on the model, row numbers or unreadable rows, and comparisons are paired.
     """
     texts = (f"{seed}/{draw}/{key}".encode("utf-8", "surrogatepass") for key in keys)
     hashes = np.frombuffer(b"".join(hashlib.blake2b(t, digest_size=8).digest() for t in texts), dtype="<u8")

@@ -17,10 +17,11 @@ def inputs_of(train, test, validation=None, keys=None, config=None):
     (rows, labels), classes = train, int(train[1].max()) + 1
     names = [f"class {c}" for c in range(classes)]
     keys = [f"image {i}" for i in range(len(rows))] if keys is None else keys
-    held = features_of(*validation) if validation is not None else None
-    held_keys = [f"held {i}" for i in range(len(validation[0]))] if validation is not None else []
-    known = {"train": keys, "validation": held_keys}
-    return Probe(config or FewShotConfig(), names, features_of(rows, labels), features_of(*test), held, known)
+    splits, known = {"train": features_of(rows, labels), "test": features_of(*test)}, {"train": keys}
+    if validation is not None:
+        splits["validation"] = features_of(*validation)
+        known["validation"] = [f"held {i}" for i in range(len(validation[0]))]
+    return Probe(config or FewShotConfig(), names, splits, known)
 
 
 def images(inputs, places):
@@ -33,9 +34,9 @@ def test_episodes_are_balanced_nested_and_apart_from_what_is_held_out(seed, draw
     inputs = inputs_of(data, data)
     episodes = draw_episodes(inputs, FewShotConfig(seed=seed), draw)
     for shots, (chosen, held_out) in episodes.items():
-        counts = np.bincount(inputs.train.labels[chosen], minlength=4)
+        counts = np.bincount(inputs.splits["train"].labels[chosen], minlength=4)
         assert counts.tolist() == [shots] * 4
-        assert np.bincount(inputs.train.labels[held_out]).tolist() == [min(shots, 4)] * 4
+        assert np.bincount(inputs.splits["train"].labels[held_out]).tolist() == [min(shots, 4)] * 4
         assert not set(chosen) & set(held_out)
     for fewer, more in ((1, 2), (2, 4), (4, 8), (8, 16)):
         assert set(episodes[fewer][0]) < set(episodes[more][0])

@@ -54,7 +54,7 @@ def test_the_search_lands_between_too_weak_and_too_strong_where_scikit_learn_doe
     (rows, labels), (others, truth) = misled(120, seed=0), misled(3000, seed=1)
     config = ProbeConfig(fit=FitConfig(precision="float64", gradient_tolerance=1e-7))
     fitted, held_out = features_of(rows, labels), features_of(others, truth)
-    best, tried = Probe(config, list("abc"), fitted, held_out, None, {}).search(fitted, held_out)
+    best, tried = Probe(config, list("abc"), {"train": fitted, "test": held_out}, {}).search(fitted, held_out)
     # Weaker ones have not converged in either after 1,000 steps.
     for strength, (accuracy, _) in [pair for pair in tried.items() if pair[0] > 1e-3]:
         peer = LogisticRegression(C=1 / strength, max_iter=1000, tol=1e-7).fit(rows.astype(np.float64), labels)
