@@ -12,7 +12,16 @@ from modstruct.config.recipe_files import recipe_to_yaml
 from modstruct.evaluation.result import Result, share
 from modstruct.reporting.clip_benchmark import benchmark_files, read_benchmark
 from modstruct.reporting.loading import Evaluation
-from modstruct.reporting.paper_tables import FORMS, Options, compiled, latex, markdown, method_of, paper_table
+from modstruct.reporting.paper_tables import (
+    FORMS,
+    Options,
+    compiled,
+    latex,
+    load_runs,
+    markdown,
+    method_of,
+    paper_table,
+)
 
 
 def probed(name: str, **accuracies: float) -> Evaluation:
@@ -94,3 +103,38 @@ def test_a_share_above_one_is_refused_with_file_and_line(tmp_path):
     path.write_text("dataset,model,pretrained,task,acc1\ncifar10,ViT,x,zeroshot_classification,45\n")
     with pytest.raises(ValueError, match=r"rows\.csv, line 2.*45"):
         read_benchmark([path])
+
+
+def fine_tuned(folder: Path, start: Path, seed: int, accuracy: float) -> Path:
+    """A run with a checkpoint and the files that `evaluate.py task` writes."""
+    checkpoint = folder / "checkpoints" / "step-00000009"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text("{}")
+    (checkpoint / "recipe.yaml").write_text(f"init: {start}\noutput: {folder}\ntrain: {{seed: {seed}}}\n")
+    for split, value in (("validation", accuracy), ("test", accuracy + 0.01)):
+        Result("vqa", split, {"accuracy": share(value)}, fingerprint=split).save(folder / f"{split}.json")
+    return folder
+
+
+def test_the_fusion_table_joins_fine_tuned_runs_by_where_they_started(tmp_path):
+    folders = []
+    for method, first in (("albef", 0.5), ("albef_gc", 0.7)):
+        start = tmp_path / method
+        for seed in (0, 1):
+            checkpoint = start / "checkpoints" / "step-00000005"
+            checkpoint.mkdir(parents=True, exist_ok=True)
+            (checkpoint / "state.json").write_text("{}")
+            (checkpoint / "recipe.yaml").write_text(f"output: {start}\ntrain: {{seed: 7}}\nlosses: {{}}\nx: {method}\n")
+            folders.append(fine_tuned(tmp_path / f"{method}-vqa-{seed}", start, seed, first + 0.02 * seed))
+    runs = load_runs(folders)
+    made = paper_table("fusion", runs, Options(paper_rows=True))
+    ours = [row for row in made.rows if row.kind == "measured"]
+    assert [(row.name, row.seeds) for row in ours] == [("albef", 2), ("albef_gc", 2)]
+    assert [round(value.value, 6) for value in ours[1].cells["vqa"]] == [0.71, 0.72]
+    assert [round(value.deviation, 6) for value in ours[1].cells["vqa"]] == [round(0.02 / 2**0.5, 6)] * 2
+    assert [made.rank(row, "vqa", 0) for row in ours] == [1, 0]
+    text = markdown(made, Options())
+    assert "**71.00** ± 1.41/**72.00** ± 1.41" in text
+    assert "ALBEF (paper)" in text
+    with pytest.raises(ValueError, match="a second"):
+        load_runs([*folders, fine_tuned(tmp_path / "again", tmp_path / "albef", 0, 0.5)])
