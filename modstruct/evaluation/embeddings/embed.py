@@ -112,32 +112,24 @@ def embed(
 
     def made() -> EmbeddedSet:
         rounds, copies = _rounds(source, images, len(pairs) > 0)
-        every_text = [np.ones(len(captions), dtype=bool)]
         embeddings = {name: _rows(images, name, rounds, config) for name in of_images}
-        embeddings |= {name: _rows(texts, name, every_text, config) for name in of_texts if captions}
-        more: dict[str, Any] = {"metadata": chain.from_iterable(images.in_order("metadata", rounds))} if folder else {}
-        return EmbeddedSet(
-            source.name,
-            model.described(),
-            embeddings,
-            pairs=set_files.merged_pairs(pairs, np.argsort(np.concatenate([np.flatnonzero(kept) for kept in rounds]))),
-            copies=copies,
-            indices=np.concatenate(list(images.in_order("indices", rounds))),
-            labels=np.concatenate(list(images.in_order("labels", rounds))) if source.class_names else None,
-            class_prompts=prompts,
-            class_names=source.class_names,
-            templates=source.templates,
-            label_field=source.label_field,
-            keys=list(chain.from_iterable(images.in_order("keys", rounds))),
-            captions=captions,
-            **more,
-            source={"name": source.name, "fingerprint": source.fingerprint},
-            skipped=skipped,
-            left_out=[{"cause": cause, "where": where} for cause, where in images.notes("faults")],
-            settings=settings,
-            command=list(command),
-            seconds=time.monotonic() - started,
-        )
+        embeddings |= {
+            name: _rows(texts, name, [np.ones(len(captions), bool)], config) for name in of_texts if captions
+        }
+        row = np.argsort(np.concatenate([np.flatnonzero(kept) for kept in rounds]))
+        tables: dict[str, Any] = {"pairs": set_files.merged_pairs(pairs, row), "copies": copies}
+        for name in ("indices", "labels") if source.class_names else ("indices",):
+            tables[name] = np.concatenate(list(images.in_order(name, rounds)))
+        lists: dict[str, Any] = {"captions": captions, "keys": list(images.notes("keys", rounds))}
+        if folder is not None:
+            lists["metadata"] = images.notes("metadata", rounds)
+        whole = EmbeddedSet(source.name, model.described(), embeddings, class_prompts=prompts, **tables, **lists)
+        whole.class_names, whole.templates = list(source.class_names), list(source.templates)
+        whole.label_field, whole.skipped = source.label_field, skipped
+        whole.source = {"name": source.name, "fingerprint": source.fingerprint}
+        whole.left_out = [{"cause": cause, "where": where} for cause, where in images.notes("faults")]
+        whole.settings, whole.command, whole.seconds = settings, list(command), time.monotonic() - started
+        return whole
 
     if folder is None:
         return made()

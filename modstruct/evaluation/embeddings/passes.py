@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, compress
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -92,18 +92,18 @@ class Pass:
         made = map(self._made.get, [name]) if self.folder is None else (_member(path, name) for path in self._parts)
         return (piece for piece in made if piece is not None)
 
-    def notes(self, name: str) -> Iterator[Any]:
-        """The items of a list, one after the other."""
-        return chain.from_iterable(self.pieces(name))
-
     def in_order(self, name: str, rounds: Sequence[np.ndarray]) -> Iterator[Any]:
         """`pieces` of the items that the first of rounds, (items,) bool each, keeps, then of the next."""
         for kept in rounds:
             start = 0
             for piece in self.pieces(name):
-                rows = np.flatnonzero(kept[start : start + len(piece)])
-                yield [piece[row] for row in rows] if isinstance(piece, list) else piece[rows]
+                some = kept[start : start + len(piece)]
+                yield list(compress(piece, some)) if isinstance(piece, list) else piece[some]
                 start += len(piece)
+
+    def notes(self, name: str, rounds: Sequence[np.ndarray] | None = None) -> Iterator[Any]:
+        """The items of a list, one after the other; as in_order, where rounds are given."""
+        return chain.from_iterable(self.pieces(name) if rounds is None else self.in_order(name, rounds))
 
 
 def _joined(made: Sequence[Batch]) -> Batch:
