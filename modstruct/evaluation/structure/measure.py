@@ -109,10 +109,9 @@ def measure(embedded: EmbeddedSet, config: StructureConfig = DEFAULT) -> Result:
 
 def _planned(arrays: Arrays, pairs: np.ndarray, config: StructureConfig) -> tuple[Jobs, dict[str, int]]:
     """Names -> what computes them, part by part; and of sampled ones the number of rows."""
-    image, text = arrays["image"], arrays["text"]
+    image, text, sampled = arrays["image"], arrays["text"], dict[str, int]()
     jobs: Jobs = {("alignment",): [partial(metrics.alignment, image, text, pairs)]}
     jobs["modality_gap",] = [partial(metrics.modality_gap, image, text)]
-    sampled: dict[str, int] = {}
 
     def plan(names: tuple[str, ...], function: Callable[[np.ndarray], Any], rows: int, hubs: bool = False) -> None:
         """Of all rows at once, or of random batches of them."""
@@ -142,8 +141,7 @@ def _planned(arrays: Arrays, pairs: np.ndarray, config: StructureConfig) -> tupl
     if "image_augmented" in arrays:
         jobs["bridge",] = [partial(metrics.bridge, image, text, arrays["image_augmented"], pairs)]
     for name in MODALITIES:
-        own = arrays.get(f"{name}_independent")
-        if own is not None:
+        if (own := arrays.get(f"{name}_independent")) is not None:
             jobs[f"orthogonality_{name}",] = [partial(metrics.orthogonality, arrays[name], own)]
             uniformity(f"uniformity_{name}_independent", own)
     return jobs, sampled
@@ -156,11 +154,11 @@ def _values_and_curves(
     values: dict[str, Value] = {}
     curves: dict[str, Curve] = {}
 
-    def add(name: str, value: float, interval: tuple[float | None, float | None] = (None, None), **more: Any) -> None:
+    def add(name: str, value: float, **more: Any) -> None:
         start = next(start for start in ABOUT if name.startswith(start))
         of, _, kind = name.removeprefix(start).removeprefix("_").partition("_")
         label = ", ".join(filter(None, (start.replace("_", " "), MODALITIES.get(of), kind)))
-        values[name] = Value(float(value), label, about=ABOUT[start], low=interval[0], high=interval[1], **more)
+        values[name] = Value(float(value), label, about=ABOUT[start], **more)
 
     for name, parts in found.items():
         if name.startswith("spectrum_"):
@@ -178,12 +176,12 @@ def _values_and_curves(
             curves["bridge_deviation"] = Curve(metrics.GRID.tolist(), deviations[:-1], title, *labels, chosen=best)
         elif name == "linear_separability":
             right = np.concatenate(parts)
-            interval = metrics.separability_interval(right)
-            add(name, right.mean(), interval, rows=len(right), unit="share", chance=0.5)
+            low, high = metrics.separability_interval(right)
+            add(name, right.mean(), low=low, high=high, rows=len(right), unit="share", chance=0.5)
         else:
             finish = log_potential if name.startswith("uniformity") else float
             low, high = map(finish, t_interval(np.array(parts))) if name in sampled else (None, None)
-            add(name, finish(np.mean(parts)), (low, high), rows=sampled.get(name))
+            add(name, finish(np.mean(parts)), low=low, high=high, rows=sampled.get(name))
     return values, curves
 
 

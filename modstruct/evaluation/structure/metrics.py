@@ -54,9 +54,8 @@ def modality_gap(image: np.ndarray, text: np.ndarray) -> float:
 
 def orthogonality(shared: np.ndarray, independent: np.ndarray) -> float:
     """Mean <z_j, z^i_j>^2, from 0 to 1, of rows j: one modality's half of L_Ortho (Jiang et al. 2023, section 4.1)."""
-    rows = np.arange(len(shared))
-    blocks = _paired_blocks((shared, rows), (independent, rows))
-    return sum(float((a * b).sum(1).square().sum()) for a, b in blocks) / len(shared)
+    blocks = zip(row_blocks(shared), row_blocks(independent), strict=True)
+    return sum(float((a.double() * b.double()).sum(1).square().sum()) for (_, a), (_, b) in blocks) / len(shared)
 
 
 def geometry(image: np.ndarray, text: np.ndarray, pairs: np.ndarray, chosen: np.ndarray) -> tuple[float, float]:
