@@ -32,7 +32,9 @@ from pathlib import Path
 import faiss
 import numpy as np
 import torch
+from tqdm import tqdm
 
+from modstruct.evaluation.retrieval import exact, nearest
 from modstruct.evaluation.retrieval.exact import pairs_ahead
 from modstruct.evaluation.retrieval.measure import measure_retrieval
 from modstruct.evaluation.retrieval.metrics import ranked_queries, ranking_metrics
@@ -135,8 +137,8 @@ def large(options: argparse.Namespace, folder: str) -> dict:
         rate, every = part["flops_per_second"] / 1e9, part["all_pairs_seconds"] / 60
         print(f"  {name}: {rate:.0f} GFLOP/s, all pairs one way {every:.1f} min; {part['metrics']}")
         print("".join(f"  recall of its lists: {part['recall']}\n" if "recall" in part else ""), end="")
-    exact = [part["metrics"] for name, part in results.items() if name in ("exact", "faiss_flat")]
-    return results | {"equal": all(metrics == exact[0] for metrics in exact)}
+    right = [part["metrics"] for name, part in results.items() if name in ("exact", "faiss_flat")]
+    return results | {"equal": all(metrics == right[0] for metrics in right)}
 
 
 def side_by_side(options: argparse.Namespace, parts: dict[str, tuple]) -> dict:
@@ -264,7 +266,15 @@ def apart(function: Callable[..., dict], *arguments: object) -> dict:
         pool.join()
 
 
+class SilentBar(tqdm):
+    """A progress bar that is not shown: those of many short parts would drown the figures."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options | {"disable": True})
+
+
 def _measured(function: Callable[..., dict], threads: int, *arguments: object) -> dict:
+    exact.tqdm = nearest.tqdm = SilentBar
     torch.set_num_threads(threads)
     faiss.omp_set_num_threads(threads)
     nearest_counts(torch.ones(1, 1), torch.ones(1, 1), torch.zeros(1, 2, dtype=torch.int64))

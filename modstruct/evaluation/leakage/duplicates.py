@@ -117,9 +117,8 @@ def _by_hash(evaluation: EmbeddedSet, train: EmbeddedSet, limits: Thresholds, mi
 
 def _codes(thumbnails: EmbeddedSet, rows: np.ndarray, mirrored: bool = False) -> np.ndarray:
     """Hashes of some rows, (n, HASH_BITS / 8) uint8."""
-    if mirrored:
-        return hashes(pixels(thumbnails, rows, mirrored))
-    return np.packbits(thumbnails.rows("image")[rows] > 0, axis=1)
+    plain = thumbnails.rows("image")
+    return hashes(pixels(thumbnails, rows, True)) if mirrored else np.packbits(plain[rows] > 0, axis=1)
 
 
 def _scores(

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,12 +74,10 @@ def leave_out(embedded: EmbeddedSet, keys: Iterable[str], folder: Path) -> Embed
         "left_out": len(embedded.keys) - len(images),
         "of": embedded.source.get("fingerprint"),
     }
-    try:
+    with suppress(FileNotFoundError, ValueError):  # an unfinished or damaged one is overwritten
         there = EmbeddedSet.open(folder)
         if there.source == source and there.arrays == embedded.arrays:
             return there
-    except (FileNotFoundError, ValueError):
-        pass  # there is none, or an unfinished or damaged one, which is overwritten
 
     def stream(name: str) -> RowStream:
         rows, kept = embedded.rows(name), images if name in IMAGE_ARRAYS else texts

@@ -78,12 +78,11 @@ def leakage(
 
 def write_lists(folder: Path, evaluation: EmbeddedSet, train: EmbeddedSet, pairs: Sequence[Pair]) -> None:
     """Write the pairs, and the keys that evaluation leaves out."""
-    _write_lines(folder / "leaked_pairs.jsonl", (named(pair, evaluation, train) for pair in pairs))
+    _write_lines(folder / "leaked_pairs.jsonl", (_named(pair, evaluation, train) for pair in pairs))
     _write_lines(folder / LEAKED_KEYS, (evaluation.keys[row] for row in sorted({pair.evaluation for pair in pairs})))
 
 
-def named(pair: Pair, evaluation: EmbeddedSet, train: EmbeddedSet) -> dict[str, Any]:
-    """A pair with its images' keys."""
+def _named(pair: Pair, evaluation: EmbeddedSet, train: EmbeddedSet) -> dict[str, Any]:
     return asdict(pair) | {"evaluation": evaluation.keys[pair.evaluation], "train": train.keys[pair.train]}
 
 
@@ -112,7 +111,7 @@ def write_examples(
         row, start, results = of_image[place][0].evaluation, folder / f"leakage-{example:03d}", []
         for number, pair in enumerate(of_image[place]):
             image = _saved(f"{start}-training-{number}.jpg", samples["train"], train.indices[pair.train])
-            about = named(pair, evaluation, train)
+            about = _named(pair, evaluation, train)
             results.append({"key": about.pop("train"), "score": about["cosine"]} | about | image)
         query = _saved(f"{start}-evaluation.jpg", samples["evaluation"], evaluation.indices[row])
         query["key"] = evaluation.keys[row]

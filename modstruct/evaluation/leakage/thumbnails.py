@@ -1,9 +1,7 @@
 """Thumbnails of images with their perceptual hashes, as an embedded set, and the comparison of two thumbnails.
 
-A hash is imagehash's dhash, both ways, and phash. Each alone loses copies: phash on mostly blank images, whose cosines
-are nearly 0, like their median, so that bits follow the noise of the coding; dhash where brightening saturates.
-Hashes propose pairs and `differences` confirms them. That part is ours: at the limit that keeps copies cropped by 5 %,
-an emoji's hash is near those of 20 others among 8,000.
+A hash is imagehash's dhash, both ways, and phash: phash alone follows the noise of the coding on mostly blank images,
+dhash alone fails where brightening saturates. Hashes propose pairs and `differences`, which is ours, confirms them.
 """
 
 from __future__ import annotations

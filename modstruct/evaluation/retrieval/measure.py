@@ -98,14 +98,11 @@ def measure_retrieval(
     """All retrieval metrics of both directions; like all of this file it is called by every process, or in `on_main`.
 
     image: (n, D), text: (m, D), float16 or float32, in memory or memory-mapped, scored by inner product. pairs:
-    (p, 2), (image row, text row); an image may have several texts and a text several images. engine, index: as in
-    RetrievalConfig.
+    (p, 2), (image row, text row), several of one image or text too. engine, index: as in RetrievalConfig.
     Returns {"text_to_image": {…}, "image_to_text": {…}} with the metrics of `ranking_metrics`; of approximate lists
-    also "index_text_to_image" and "index_image_to_text", their recall against exact ones on some queries.
-    A query is a hit at K if one of its positives is among the first K. Queries without a positive are left out, but
-    stay in the gallery of the other direction. A K above the size of the gallery counts as the whole gallery.
-    Raises ValueError for embeddings that are empty, not finite or of different dimensions, pairs that name no row,
-    K < 1, and an engine that this machine does not have.
+    also "index_text_to_image" and "index_image_to_text", their recall against exact ones on some queries. Queries
+    without a positive are left out, but stay in the gallery of the other direction. Raises ValueError for embeddings
+    that are empty, not finite or of unlike dimensions, pairs that name no row, K < 1, and an engine not to be had here.
     """
     metrics = {}
     for direction, ranked, recall in rankings(image, text, pairs, recall_at, engine, index):
@@ -162,8 +159,7 @@ def query_shares(pairs: np.ndarray, processes: int) -> list[np.ndarray]:
 def measure(embedded: EmbeddedSet, config: RetrievalConfig = DEFAULT) -> Result:
     """Retrieval both ways of a set's shared embeddings; every process calls this and gets the same.
 
-    embedded: with texts and pairs, readable by every process. Copies of images are left out, and their captions are
-    those of the image.
+    embedded: with texts and pairs. Copies of images are left out, and their captions are those of the image.
     Values: `ranking_metrics` of text_to_image and image_to_text, with 95 % intervals where there are two independent
     queries, and tied_queries where there are any; index_text_to_image and index_image_to_text of approximate lists.
     Outcomes: of each direction's queries that have a positive, DIRECTION/recall_at_K (0 or 1), mean_reciprocal_rank,

@@ -52,7 +52,7 @@ class IndexConfig:
     """A FAISS index; an engine reads what it has."""
 
     storage: Storage = "float32"
-    """Of the rows in it; faiss_flat on the CPU reads the array as it is."""
+    """Of the rows in it, but for faiss_flat on the CPU."""
     lists: int | None = None
     """ivf: number of clusters; None: 4 times the root of the gallery's size."""
     probes: int = 32
@@ -107,12 +107,11 @@ def own_gpu() -> list[int]:
 
 
 class FaissIndex:
-    """Rows of a gallery in one of FAISS's indexes, by inner product.
+    """Rows of a gallery in one of FAISS's indexes, by inner product; of a tie the order is FAISS's.
 
-    gallery: (g, D), float16 or float32, finite, in memory or memory-mapped. chosen: (c,), the rows that it holds;
-    results are places among them. gpus: faiss_flat and ivf are divided among them, and searched on the CPU where there
-    is none or their memory is too small; cagra takes the first. Memory: the index's own; faiss_flat on the CPU holds
-    none, but reads the gallery in blocks at each search. Of a tie the order is FAISS's.
+    gallery: (g, D), float16 or float32, finite, may be memory-mapped. chosen: (c,), the rows that it holds; results are
+    places among them. gpus: faiss_flat and ivf are divided among them, and searched on the CPU where there is none or
+    their memory is too small; cagra takes the first. faiss_flat on the CPU reads the gallery in blocks at each search.
     """
 
     def __init__(
@@ -267,11 +266,8 @@ class RankedByLists:
         return pairs, ahead, tied
 
     def recall(self, queries: np.ndarray, recall_at: Sequence[int]) -> dict[str, dict[str, float]]:
-        """Recall of the lists against exact ones, on a sample of queries.
-
-        Returns {"recall_at_K": {"value": …, "queries": …}}: the mean share of the exact first K distinct rows among the
-        K that are listed. A listed row that scores as high as the exact K-th counts.
-        """
+        """{"recall_at_K": {"value": …, "queries": …}}, on a sample of queries: the mean share of the exact first K
+        distinct rows among the K that are listed. A listed row that scores as high as the exact K-th counts."""
         index, random = self.index, np.random.default_rng(self.index.config.seed)
         count = min(index.config.sample, len(queries))
         sample = as_float32(queries[np.sort(random.choice(len(queries), count, replace=False))]).numpy()

@@ -36,10 +36,8 @@ def check_rows(name: str, rows: np.ndarray) -> None:
 
 def check_dimensions(first_name: str, first: np.ndarray, name: str, rows: np.ndarray) -> None:
     if first.shape[1] != rows.shape[1]:
-        raise ValueError(
-            f"{first_name} embeddings have dimension {first.shape[1]}, {name} embeddings {rows.shape[1]}: they must "
-            "agree; are both of one model?"
-        )
+        found = f"{first_name} embeddings have dimension {first.shape[1]}, {name} embeddings {rows.shape[1]}"
+        raise ValueError(f"{found}: they must agree; are both of one model?")
 
 
 def checked_pairs(
