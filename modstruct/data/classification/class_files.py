@@ -42,16 +42,12 @@ class ZeroShotClasses:
 
         Raises ValueError for a label that is not among the classes.
         """
-        row_of, rows = {label: row for row, label in enumerate(self.classes)}, []
-        for fields in metadata:
-            label = self.label_of(fields)
-            if label is not None and label not in row_of:
-                raise ValueError(
-                    f"the label {self.label} = {fields[self.label]!r} of a sample is not among the classes "
-                    f"{some_of(self.classes)}: {REMEDY}"
-                )
-            rows.append(-1 if label is None else row_of[label])
-        return np.array(rows, dtype=np.int64)
+        row_of: dict[str | None, int] = {None: -1} | {label: row for row, label in enumerate(self.classes)}
+        labels = [self.label_of(fields) for fields in metadata]
+        if unknown := [label for label in labels if label not in row_of]:
+            told = f"the label {self.label} = {unknown[0]!r} of a sample is not among the classes"
+            raise ValueError(f"{told} {some_of(self.classes)}: {REMEDY}")
+        return np.array([row_of[label] for label in labels], dtype=np.int64)
 
 
 def load_classes(path: str | Path) -> ZeroShotClasses:
