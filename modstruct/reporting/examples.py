@@ -68,11 +68,12 @@ def galleries(
                 of_set.setdefault((query.get("key") or query.get("image"), query.get("text")), []).append(
                     (i, path, example)
                 )
-    images = _Images(limit)
+    images: dict[Path, str | None] = {}
 
     def retrieved(i: int, path: Path, example: dict[str, Any]) -> Retrieved:
-        query, *results = (images.item(item, path) for item in (example["query"], *example["results"][:SHOWN_RESULTS]))
-        right = images.item(example["right"], path) if "right" in example else None
+        shown = [example["query"], *example["results"][:SHOWN_RESULTS]]
+        query, *results = (_item(item, path, images, limit) for item in shown)
+        right = _item(example["right"], path, images, limit) if "right" in example else None
         return Retrieved(i, example.get("rank"), query, right, tuple(results))
 
     # Queries of most runs come first: they can be compared.
@@ -95,40 +96,34 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return examples
 
 
-class _Images:
-    """Embeds images until the page's limit is reached; the same file is read once."""
+def _item(item: dict[str, Any], beside: Path, made: dict[Path, str | None], limit: int) -> Item:
+    """made: the images so far, each file once; `limit` bytes of them at most."""
+    text, right, score = (item.get(key) for key in ("text", "right", "score"))
+    file = item.get("image", item.get("picture"))  # the older name of the field
+    # A name only: a results file must not make the page read other files.
+    if file is not None and (not isinstance(file, str) or Path(file).name != file):
+        refuse_file(beside, f'"image" = {file!r}: it must name a file of this folder')
+    if file and (path := beside.parent / file) not in made:
+        uri = _data_uri(path)
+        made[path] = uri if len(uri) + sum(len(other or "") for other in made.values()) <= limit else None
+    return Item(
+        str(item.get("key") or file or ""),
+        None if text is None else str(text),
+        made[beside.parent / file] if file else None,
+        right if isinstance(right, bool) else None,
+        score if is_number(score) else None,
+    )
 
-    def __init__(self, limit: int):
-        self._left = limit
-        self._made: dict[Path, str | None] = {}
 
-    def item(self, item: dict[str, Any], beside: Path) -> Item:
-        text, right, score = (item.get(key) for key in ("text", "right", "score"))
-        file = item.get("image", item.get("picture"))  # the older name of the field
-        # A name only: a results file must not make the page read other files.
-        if file is not None and (not isinstance(file, str) or Path(file).name != file):
-            refuse_file(beside, f'"image" = {file!r}: it must name a file of this folder')
-        return Item(
-            str(item.get("key") or file or ""),
-            None if text is None else str(text),
-            self._uri(beside.parent / file) if file else None,
-            right if isinstance(right, bool) else None,
-            score if is_number(score) else None,
-        )
-
-    def _uri(self, path: Path) -> str | None:
-        """An image as a small JPEG in a data URI, or None if it would exceed the limit."""
-        if path not in self._made:
-            try:
-                with Image.open(path) as opened:
-                    opened.draft("RGB", (SIDE_PIXELS, SIDE_PIXELS))
-                    image = opened.convert("RGB")
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                refuse_file(path, f"not an image that can be read ({error})")
-            image.thumbnail((SIDE_PIXELS, SIDE_PIXELS))
-            data = io.BytesIO()
-            image.save(data, "JPEG", quality=82, optimize=True)
-            uri = f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
-            self._made[path] = uri if len(uri) <= self._left else None
-            self._left -= len(self._made[path] or "")
-        return self._made[path]
+def _data_uri(path: Path) -> str:
+    """An image as a small JPEG."""
+    try:
+        with Image.open(path) as opened:
+            opened.draft("RGB", (SIDE_PIXELS, SIDE_PIXELS))
+            image = opened.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        refuse_file(path, f"not an image that can be read ({error})")
+    image.thumbnail((SIDE_PIXELS, SIDE_PIXELS))
+    data = io.BytesIO()
+    image.save(data, "JPEG", quality=82, optimize=True)
+    return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
