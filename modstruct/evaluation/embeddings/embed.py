@@ -254,13 +254,11 @@ def _embed_images(
             counter.add(batch.faults, batch.tried)
             # Of the whole source: the samples of the other processes may all be sound.
             counter.check(counter.bad, len(source.samples), fewest=1)
-            rows = {"indices": batch.indices.numpy(), "keys": batch.keys, "captions": batch.captions}
-            rows |= {"faults": batch.faults} | ({"metadata": batch.metadata} if parts else {})
-            if source.class_names:
-                rows["labels"] = source.labels_of(batch.metadata)
-            if batch.digests is not None:
-                rows["digests"] = batch.digests
-            yield rows | rows_of(batch.image, batch.image_augmented)
+            read = {"keys": batch.keys, "captions": batch.captions, "faults": batch.faults, "digests": batch.digests}
+            read |= {"indices": batch.indices.numpy(), "metadata": batch.metadata if parts else None}
+            read["labels"] = source.labels_of(batch.metadata) if source.class_names else None
+            made = rows_of(batch.image, batch.image_augmented)
+            yield made | {name: values for name, values in read.items() if values is not None}
         yield from (rows_of(grey[:0], None) for empty in numbers if not empty)
 
     return Pass(len(source.samples), config, parts, "image").make(batches, f"images of {source.name}")

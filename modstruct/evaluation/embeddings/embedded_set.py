@@ -86,7 +86,10 @@ class EmbeddedSet:
 
     def __post_init__(self) -> None:
         require("image" in self.embeddings, "arrays", sorted(self.embeddings), "must have image")
-        self.embeddings = {name: _real(rows) for name, rows in self.embeddings.items()}
+        self.embeddings = {
+            name: rows if isinstance(rows, RowStream) or rows.dtype in ("f2", "f4") else rows.astype(np.float32)
+            for name, rows in self.embeddings.items()
+        }
         every = range(self.rows_of("image"))
         self.indices = np.array(every) if self.indices is None else self.indices
         self.keys = [str(n) for n in every] if self.keys is None else self.keys
@@ -259,9 +262,3 @@ def clear(folder: Path) -> None:
     arrays = [f"{name}.npy" for name in (*IMAGE_ARRAYS, *TEXT_ARRAYS, *TABLES)]
     for name in [MANIFEST, CLASSES_FILE, LEFT_OUT, *arrays, *(f"{name}.jsonl" for name in LISTS)]:
         (folder / name).unlink(missing_ok=True)
-
-
-def _real(rows: Any) -> np.ndarray | RowStream:
-    """float16 and float32 are kept, other numbers become float32."""
-    kept = isinstance(rows, RowStream) or getattr(rows, "dtype", None) in (np.float16, np.float32)
-    return rows if kept else np.asarray(rows, dtype=np.float32)

@@ -72,10 +72,7 @@ def weights_fingerprint(weights: Mapping[str, Tensor]) -> str:
 
 
 def find_checkpoint(checkpoint: str) -> Path:
-    """The folder that --checkpoint names, of a run the last one; every process calls it and gets the same.
-
-    Raises ValueError where there is none.
-    """
+    """The folder that --checkpoint names, of a run the last one, on every process; ValueError where there is none."""
     # The main process decides: a run that is still training may write another one in between.
     path: Path | None = on_main(lambda: checkpoints.find(checkpoint, checkpoint, "--checkpoint"))
     return path or refuse("--checkpoint", checkpoint, "this run has no checkpoint yet")
@@ -93,8 +90,7 @@ def load_model(recipe: Recipe, path: Path, tokenizer: Tokenizer) -> TrainableMod
 def checkpoint_model(recipe: Recipe, checkpoint: str, name: str | None = None) -> EmbeddingModel:
     """Read a checkpoint's weights; every process calls it.
 
-    recipe: the checkpoint's, with overrides. checkpoint: its folder, or a run's for its last one. name: for tables, by
-    default the run's and the step's. Raises ValueError naming what is wrong.
+    recipe: the checkpoint's, with overrides. checkpoint: as in find_checkpoint. name: by default run and step.
     """
     path, size = find_checkpoint(checkpoint), image_size(recipe)
     tokenizer = load_tokenizer(path / "tokenizer")
