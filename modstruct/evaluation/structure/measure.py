@@ -176,8 +176,8 @@ def _values_and_curves(
             curves["bridge_deviation"] = Curve(metrics.GRID.tolist(), deviations[:-1], title, *labels, chosen=best)
         elif name == "linear_separability":
             right = np.concatenate(parts)
-            low, high = metrics.separability_interval(right)
-            add(name, right.mean(), low=low, high=high, rows=len(right), unit="share", chance=0.5)
+            bottom, top = metrics.separability_interval(right)
+            add(name, right.mean(), low=bottom, high=top, rows=len(right), unit="share", chance=0.5)
         else:
             finish = log_potential if name.startswith("uniformity") else float
             low, high = map(finish, t_interval(np.array(parts))) if name in sampled else (None, None)
