@@ -165,7 +165,8 @@ class Result:
 
 def share(value: float, **more: Any) -> Value:
     """A share of rows, of which more is better: a recall or an accuracy."""
-    return Value(float(value), **{"unit": "share", "higher_is_better": True} | more)
+    declared: dict[str, Any] = {"unit": "share", "higher_is_better": True} | more
+    return Value(float(value), **declared)
 
 
 def mean_share(outcomes: np.ndarray, groups: np.ndarray | None = None, **more: Any) -> Value:
@@ -230,8 +231,8 @@ TEXTS = ("label", "about", "title", "x_label", "y_label", "plot", "metric", "set
 def from_json(content: dict[str, Any], path: Path) -> Result:
     """A result from what `Result.to_json` makes; ValueError naming the file and field that is not as it writes it."""
     content = {name: value for name, value in content.items() if name != "schema"}
-    for name, kind in (("values", dict), ("curves", dict), ("groups", dict), ("settings", dict), ("rows", dict)):
-        if not isinstance(content.get(name, {}), kind):
+    for name in ("values", "curves", "groups", "settings", "rows"):
+        if not isinstance(content.get(name, {}), dict):
             refuse_file(path, f'"{name}" must be an object')
     if not content.get("values"):
         refuse_file(path, '"values" is missing or empty')

@@ -7,19 +7,14 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from textwrap import fill
 from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib as mpl
 import numpy as np
-from fontTools import subset
 from markupsafe import Markup
-from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -31,7 +26,6 @@ from modstruct.errors import printable
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.result import Curve
 from modstruct.evaluation.retrieval.rows import evenly_spaced
-from modstruct.files import atomic_write
 from modstruct.reporting.comparison import Section
 from modstruct.reporting.loading import Evaluation
 
@@ -84,39 +78,13 @@ def plots(section: Section, runs: Sequence[Evaluation]) -> list[Plot]:
         for name, curves in shared.items():
             first = next(iter(next(iter(curves.values())).values()))
             caption = name if len(curves) > 1 else first.title or f"{first.y_label} by {first.x_label}"
-            with _style():
+            with mpl.rc_context(STYLE):
                 figure, axes = _axes(2.4, first.x_label, first.y_label + UNITS.get(first.unit, ""))
                 _lines(axes, curves)
                 svg = _svg(figure, f"{caption}, {set_name}")
                 files = _files(figure, {i: runs[i].name for i in results if any(i in of for of in curves.values())})
             made.append(Plot(set_name, None, _file_name(section.metric, set_name, name), caption, svg, files))
     return made
-
-
-def _style() -> AbstractContextManager[None]:
-    return mpl.rc_context(STYLE | {"font.family": [_small_font(), "DejaVu Sans"]})
-
-
-@cache
-def _small_font() -> str:
-    """The family of DejaVu Sans cut to Latin and Greek letters and signs, kept in matplotlib's cache.
-
-    Every PDF cuts its font to the characters that it holds, which with the whole font takes as long as all drawing.
-    """
-    path = Path(mpl.get_cachedir(), f"modstruct-sans-{mpl.__version__}.ttf")
-    if not path.is_file():
-        options = subset.Options(layout_features=[], drop_tables=["GSUB", "GPOS", "GDEF", "MATH", "FFTM"])
-        font = subset.load_font(font_manager.findfont("DejaVu Sans"), options)
-        cut = subset.Subsetter(options)
-        cut.populate(unicodes=[*range(0x20, 0x250), *range(0x370, 0x400), *range(0x2010, 0x2300)])
-        cut.subset(font)
-        for entry in (1, 4, 6, 16):
-            font["name"].setName("Modstruct-Sans", entry, 3, 1, 0x409)
-            font["name"].setName("Modstruct-Sans", entry, 1, 0, 0)
-        with atomic_write(path) as file:
-            font.save(file)
-    font_manager.fontManager.addfont(path)
-    return "Modstruct-Sans"
 
 
 def _axes(height: float, x_label: str, y_label: str) -> tuple[Figure, Axes]:
@@ -232,7 +200,7 @@ def planes(runs: Sequence[Evaluation]) -> list[Plot]:
         span = 1.08 * max([1e-12, *(float(np.ptp(plane.points, axis=(0, 1)).max()) for plane in found.values())])
         for i, plane in found.items():
             (left, bottom), (right, top) = plane.points.min((0, 1)), plane.points.max((0, 1))
-            with _style():
+            with mpl.rc_context(STYLE):
                 labels = [f"axis {n}, {100 * of:.0f} % of variance" for n, of in enumerate(plane.explained, 1)]
                 figure, axes = _axes(WIDTH, *labels)
                 axes.set_xlim((left + right - span) / 2, (left + right + span) / 2)

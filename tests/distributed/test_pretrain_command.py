@@ -134,5 +134,5 @@ def test_a_run_without_a_launcher_trains_alone(tmp_path, recipe_file):
     assert re.search(r"Started: launch_scripts/pretrain\.py --recipe .*torch \d", logged)
     assert re.search(r"step 2 of 2: loss \d.*, contrastive \d.*; rate \S+, \d+ samples/s", logged)
     assert "validation after step 2: retrieval/" in logged
-    assert re.search(r"text -> image +R@1 ", logged)
+    assert re.search(r"Text -> image +R@1 ", logged)
     assert not (tmp_path / "compiled").exists()
