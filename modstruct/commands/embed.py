@@ -20,7 +20,7 @@ from modstruct.commands.arguments import checkpoint_arguments
 from modstruct.config import Recipe
 from modstruct.config.training import EmbeddingConfig
 from modstruct.errors import refuse, require
-from modstruct.evaluation.embeddings.set_files import MODEL_FILE, is_set_name
+from modstruct.evaluation.embeddings.set_files import MODEL_FILE, is_set_name, write_json
 from modstruct.stopping import stage
 
 if TYPE_CHECKING:
@@ -131,7 +131,6 @@ def _note(
     out: Path, recipe: Recipe, options: Namespace, model: EmbeddingModel, sets: dict[str, str], command: list[str]
 ) -> None:
     from modstruct.config.recipe_files import recipe_to_yaml
-    from modstruct.files import atomic_write
 
     noted = read_model(out) if (out / MODEL_FILE).is_file() else {"sets": {}, "commands": []}
     made_with = recipe_to_yaml(recipe)
@@ -145,5 +144,4 @@ def _note(
         "sets": noted["sets"] | {name: {"word": word, "recipe": made_with} for name, word in sets.items()},
         "commands": [*noted["commands"], *([command] if command not in noted["commands"] else [])],
     }
-    with atomic_write(out / MODEL_FILE) as file:
-        file.write((json.dumps(noted, indent=1) + "\n").encode())
+    write_json(out / MODEL_FILE, noted)

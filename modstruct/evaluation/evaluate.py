@@ -71,16 +71,15 @@ def evaluate(
     def measure() -> dict[str, Result]:
         if inspect is not None:
             inspect(source)
-        counted = retrieval.measure(source, retrieval.RetrievalConfig(recall_at=recall_at, curve_at=()))
-        recalls = {name: value for name, value in counted.values.items() if "/recall_at_" in name}
-        results = {"retrieval": replace(counted, values=recalls)} | reranked
-        if source.labels is not None and (source.labels >= 0).any():
-            found = zero_shot.measure(source, zero_shot.ZeroShotConfig(top_k=tuple(config.top_k)))
-            group = "ensemble" if "ensemble" in found.groups else "first"
-            results["zero_shot"] = replace(found, values=found.grouped[group], groups={})
-        results["structure"] = structure.measure(source, structure.StructureConfig(metrics="basic"))
+        counted = retrieval.measure(source, retrieval.RetrievalConfig("recall", recall_at, curve_at=()))
         settings = {**counted.settings, "left_out": source.manifest["skipped"]}
-        results["retrieval"] = replace(results["retrieval"], settings=settings, seconds=time.monotonic() - started)
+        results = {"retrieval": replace(counted, settings=settings)} | reranked
+        if source.labels is not None and (source.labels >= 0).any():
+            found = zero_shot.measure(source, zero_shot.ZeroShotConfig(tuple(config.top_k), "basic"))
+            (values,) = found.grouped.values()
+            results["zero_shot"] = replace(found, values=values, groups={})
+        results["structure"] = structure.measure(source, structure.StructureConfig(metrics="basic"))
+        results["retrieval"] = replace(results["retrieval"], seconds=time.monotonic() - started)
         return {metric: replace(result, outcomes={}) for metric, result in results.items()}
 
     if source.labels is not None and not (source.labels >= 0).any() and is_main():

@@ -6,7 +6,6 @@ Examples are spaced evenly over a source, so they are the same for every model.
 from __future__ import annotations
 
 import io
-import json
 import math
 import textwrap
 import warnings
@@ -26,6 +25,7 @@ from modstruct.data.faults import BadSample
 from modstruct.data.shards.evaluation_samples import EvaluationSamples
 from modstruct.data.transforms.augment import Views
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
+from modstruct.evaluation.embeddings.set_files import write_json
 from modstruct.evaluation.retrieval.measure import DIRECTIONS
 from modstruct.evaluation.retrieval.nearest import nearest
 from modstruct.evaluation.retrieval.rows import evenly_spaced
@@ -150,8 +150,7 @@ def write_retrieved_examples(
             found = [item(r, by_text, right=r in positives, score=scores[r]) for r in results.tolist()]
             example = {"direction": direction, "query": item(int(row), not by_text), "rank": int(rank)}
             examples.append(example | {"right": item(right, by_text, score=scores[right]), "results": found})
-    with atomic_write(folder / FILE) as file:
-        file.write((json.dumps({"examples": examples}, indent=1) + "\n").encode())
+    write_json(folder / FILE, {"examples": examples})
     for old in folder.glob("retrieved-*.jpg"):
         if old.name not in written.values():
             old.unlink()

@@ -10,7 +10,7 @@ from modstruct.errors import printable
 from modstruct.evaluation.result import SCHEMA, Result, Value
 from modstruct.files import atomic_write
 
-ROWS = {"image": "images", "text": "captions", "labelled": "labelled images"}
+ROWS = {"image": "images", "text": "captions", "labelled": "labelled images", "train": "training images"}
 """What is counted, as tables call it."""
 
 

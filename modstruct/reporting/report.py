@@ -25,6 +25,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from modstruct.evaluation.result import Result
+from modstruct.evaluation.tables import ROWS
 from modstruct.files import atomic_write, require_writable
 from modstruct.reporting.clip_benchmark import benchmark_files, read_benchmark
 from modstruct.reporting.comparison import ALPHA, Row, Section, compare, group_seeds
@@ -38,7 +39,6 @@ HERE = Path(__file__).parent
 SCHEMA = 1
 """Of OUT.json."""
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
-ROWS = {"image": "images", "text": "captions", "labelled": "labelled images", "train": "training images"}
 
 
 @dataclass(frozen=True)

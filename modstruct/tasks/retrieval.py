@@ -121,10 +121,9 @@ class Retrieval(Task[FusionModel, CaptionPair | CaptionedImage]):
         embedded = EmbeddedSet(split, {}, {"image": image, "text": text}, pairs=pairs, captions=captions)
         images = self._images(kept, batch, device)
         matched = reranked_retrieval(model, images, self.tokenizer, embedded, settings, device)
-        config = RetrievalConfig(recall_at=recall_at, curve_at=())
+        config = RetrievalConfig("recall", recall_at, curve_at=())
         found = on_main(lambda: replace(measure(embedded, config), outcomes={}))
-        values = {name: value for name, value in found.values.items() if "/recall_at_" in name}
-        values |= {f"matched_{name}": value for name, value in matched.values.items()}
+        values = {**found.values, **{f"matched_{name}": value for name, value in matched.values.items()}}
         groups = {**found.groups, **{f"matched_{name}": label for name, label in matched.groups.items()}}
         sizes = {"images": len(image), "captions": len(captions)}
         return replace(found, values=values, groups=groups, rows=sizes), None

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch
@@ -30,6 +31,8 @@ class ZeroShotConfig:
 
     top_k: tuple[int, ...] = (1, 3, 5)
     """A K above the number of classes is left out."""
+    metrics: Literal["all", "basic"] = "all"
+    """basic: by the ensemble alone, or by the one template there is, and without the accuracy of each class."""
 
     def __post_init__(self) -> None:
         require(all(k >= 1 for k in self.top_k), "zero_shot.top_k", self.top_k, "whole numbers of at least 1")
@@ -56,12 +59,16 @@ def measure(embedded: EmbeddedSet, config: ZeroShotConfig = DEFAULT) -> Result:
     every = range(len(embedded.templates))
     ensemble = [t for t in every if t or embedded.templates[0] != PAPER_TEMPLATE]
     templates = {"first": [0]} | ({"ensemble": ensemble} if len(every) > 1 else {})
+    if config.metrics == "basic":
+        templates = dict([templates.popitem()])
     values: dict[str, Value] = {}
     outcomes = {"row": rows, "label": truth} | ({} if copies is None else {"group": copies})
     for group, chosen in templates.items():
         classes = on_each(partial(class_embeddings, prompts, chosen))
         ahead = images_ahead(embedded.rows("image"), rows, truth, classes, names)
-        found = accuracies(ahead, truth, len(names), top_k, copies) | _each_class(ahead < 1, truth, names, copies)
+        found = accuracies(ahead, truth, len(names), top_k, copies)
+        if config.metrics == "all":
+            found |= _each_class(ahead < 1, truth, names, copies)
         values |= {f"{group}/{name}": value for name, value in found.items()}
         outcomes[f"{group}/classes_ahead"] = ahead.astype(np.int32)
         outcomes |= {f"{group}/{name}": right for name, right in in_top(ahead, top_k).items()}

@@ -10,8 +10,7 @@ FOLDER/
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 from modstruct.data.faults import BadSample
 from modstruct.data.shards.evaluation_samples import EvaluationSamples
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
+from modstruct.evaluation.embeddings.set_files import write_lines
 from modstruct.evaluation.leakage.duplicates import Pair, Thresholds
 from modstruct.evaluation.leakage.leave_out import LEAKED_KEYS
 from modstruct.evaluation.result import Result, Value
@@ -78,17 +78,12 @@ def leakage(
 
 def write_lists(folder: Path, evaluation: EmbeddedSet, train: EmbeddedSet, pairs: Sequence[Pair]) -> None:
     """Write the pairs, and the keys that evaluation leaves out."""
-    _write_lines(folder / "leaked_pairs.jsonl", (_named(pair, evaluation, train) for pair in pairs))
-    _write_lines(folder / LEAKED_KEYS, (evaluation.keys[row] for row in sorted({pair.evaluation for pair in pairs})))
+    write_lines(folder / "leaked_pairs.jsonl", (_named(pair, evaluation, train) for pair in pairs))
+    write_lines(folder / LEAKED_KEYS, (evaluation.keys[row] for row in sorted({pair.evaluation for pair in pairs})))
 
 
 def _named(pair: Pair, evaluation: EmbeddedSet, train: EmbeddedSet) -> dict[str, Any]:
     return asdict(pair) | {"evaluation": evaluation.keys[pair.evaluation], "train": train.keys[pair.train]}
-
-
-def _write_lines(path: Path, values: Iterable[Any]) -> None:
-    with atomic_write(path) as file:
-        file.writelines((json.dumps(value) + "\n").encode() for value in values)
 
 
 def write_examples(
@@ -116,7 +111,7 @@ def write_examples(
         query = _saved(f"{start}-evaluation.jpg", samples["evaluation"], evaluation.indices[row])
         query["key"] = evaluation.keys[row]
         examples.append({"direction": "evaluation_to_training", "query": query, "results": results})
-    _write_lines(folder / "leakage.json", [{"examples": examples}])
+    write_lines(folder / "leakage.json", [{"examples": examples}])
 
 
 def _saved(path: str, samples: EvaluationSamples, number: int) -> dict[str, str]:

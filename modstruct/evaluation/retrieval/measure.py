@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -60,6 +60,8 @@ _said_ties: set[tuple[str, str]] = set()
 class RetrievalConfig:
     """How retrieval of an embedded set is measured."""
 
+    metrics: Literal["all", "recall"] = "all"
+    """recall: without median rank, MRR, mAP@R and tied queries."""
     recall_at: tuple[int, ...] = (1, 5, 10)
     """K of the recall that gets a value, and an outcome for each query."""
     curve_at: tuple[int, ...] = (1, 2, 5, 10, 20, 50, 100)
@@ -176,7 +178,7 @@ def measure(embedded: EmbeddedSet, config: RetrievalConfig = DEFAULT) -> Result:
     sizes |= {"image": len(image), "text": len(text), "pairs": len(pairs)}
     curve_at = sorted(k for k in set(config.curve_at) if k <= min(len(image), len(text)))
     recall_at = sorted({*config.recall_at, *curve_at})
-    shown = [*(f"recall_at_{k}" for k in config.recall_at), *MORE]
+    shown = [*(f"recall_at_{k}" for k in config.recall_at), *(MORE if config.metrics == "all" else ())]
     values: dict[str, Value] = {}
     curves: dict[str, Curve] = {}
     outcomes: dict[str, np.ndarray] = {}
@@ -188,12 +190,15 @@ def measure(embedded: EmbeddedSet, config: RetrievalConfig = DEFAULT) -> Result:
         outcomes |= {f"{direction}/{name}": rows for name, rows in kept.items()}
         rows = sizes[f"{direction}_queries"] = len(ranked.query)
         metrics = ranking_metrics(ranked, recall_at)
-        for name, bounds in _intervals({"median_rank": ranked.rank} | of_queries, groups[direction], config).items():
+        bounded = {"median_rank": ranked.rank} | of_queries
+        bounded = {name: rows for name, rows in bounded.items() if name in shown or name not in MORE}
+        for name, bounds in _intervals(bounded, groups[direction], config).items():
             metrics[name] |= bounds
         values |= {f"{direction}/{name}": declared(name, metrics[name], rows) for name in shown}
         if tied := int(np.count_nonzero(ranked.tied)):
             about = "Queries whose best right item scores exactly as high as a wrong one, which counts as ahead of it."
-            values[f"{direction}/tied_queries"] = Value(tied, "tied queries", rows=rows, about=about)
+            if config.metrics == "all":
+                values[f"{direction}/tied_queries"] = Value(tied, "tied queries", rows=rows, about=about)
             _say_ties(embedded, direction, ranked)
         for name, of_lists in (recall or {}).items():
             if name in shown:
