@@ -5,11 +5,11 @@ Examples are spaced evenly over a source, so they are the same for every model.
 
 from __future__ import annotations
 
-import io
 import math
 import textwrap
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,15 +127,14 @@ def write_retrieved_examples(
     be read has no "image". Images of earlier examples are removed at the end.
     """
     image, text, pairs = embedded.distinct_rows("image"), embedded.rows("text"), np.asarray(embedded.distinct_pairs)
-    written: dict[int, str | None] = {}
+    written: dict[int, dict[str, str]] = {}
 
     def item(row: int, is_image: bool, **more: Any) -> dict[str, Any]:
         if not is_image:
             return {"key": str(row), "text": embedded.captions[row]} | more
         if row not in written:
-            written[row] = _write_image(image_of, row, folder)
-        name = written[row]
-        return {"key": embedded.keys[row]} | ({"image": name} if name else {}) | more
+            written[row] = save_image(partial(image_of, row), folder / f"retrieved-{row}.jpg", SIDE_PIXELS, QUALITY)
+        return {"key": embedded.keys[row]} | written[row] | more
 
     examples: list[dict[str, Any]] = []
     for direction in DIRECTIONS:
@@ -152,7 +151,7 @@ def write_retrieved_examples(
             examples.append(example | {"right": item(right, by_text, score=scores[right]), "results": found})
     write_json(folder / FILE, {"examples": examples})
     for old in folder.glob("retrieved-*.jpg"):
-        if old.name not in written.values():
+        if {"image": old.name} not in written.values():
             old.unlink()
 
 
@@ -160,16 +159,13 @@ def _score(one: np.ndarray, other: np.ndarray) -> float:
     return float(one.astype(np.float64) @ other.astype(np.float64))
 
 
-def _write_image(image_of: Callable[[int], Image.Image], row: int, folder: Path) -> str | None:
-    """The name of the file written; None for an image that can no longer be read."""
+def save_image(open_image: Callable[[], Image.Image], path: Path, side: int, quality: int) -> dict[str, str]:
+    """Save an image as JPEG, at most `side` pixels a side: {"image": file name}, or {} if it can no longer be read."""
     try:
-        image = image_of(row).convert("RGB")
+        image = open_image().convert("RGB")
     except BadSample:
-        return None
-    image.thumbnail((SIDE_PIXELS, SIDE_PIXELS))
-    data = io.BytesIO()
-    image.save(data, "JPEG", quality=QUALITY)
-    name = f"retrieved-{row}.jpg"
-    with atomic_write(folder / name) as file:
-        file.write(data.getvalue())
-    return name
+        return {}
+    image.thumbnail((side, side))
+    with atomic_write(path) as file:
+        image.save(file, "JPEG", quality=quality)
+    return {"image": path.name}

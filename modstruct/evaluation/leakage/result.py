@@ -18,15 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from modstruct.data.faults import BadSample
 from modstruct.data.shards.evaluation_samples import EvaluationSamples
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.embeddings.set_files import write_lines
+from modstruct.evaluation.examples import save_image
 from modstruct.evaluation.leakage.duplicates import Pair, Thresholds
 from modstruct.evaluation.leakage.leave_out import LEAKED_KEYS
 from modstruct.evaluation.result import Result, Value
 from modstruct.evaluation.retrieval.rows import evenly_spaced
-from modstruct.files import atomic_write
 
 LARGEST_SIDE, QUALITY = 384, 90
 LABELS = {
@@ -101,26 +100,18 @@ def write_examples(
     for old in (*folder.glob("leakage-*.jpg"), folder / "leakage.json"):
         old.unlink(missing_ok=True)
     of_image = [list(group) for _, group in groupby(pairs, lambda pair: pair.evaluation)]
+
+    def saved(name: str, source: str, number: int) -> dict[str, str]:
+        return save_image(lambda: samples[source][int(number)].image, folder / name, LARGEST_SIDE, QUALITY)
+
     examples = []
     for example, place in enumerate(evenly_spaced(len(of_image), count)):
-        row, start, results = of_image[place][0].evaluation, folder / f"leakage-{example:03d}", []
+        row, start, results = of_image[place][0].evaluation, f"leakage-{example:03d}", []
         for number, pair in enumerate(of_image[place]):
-            image = _saved(f"{start}-training-{number}.jpg", samples["train"], train.indices[pair.train])
+            image = saved(f"{start}-training-{number}.jpg", "train", train.indices[pair.train])
             about = _named(pair, evaluation, train)
             results.append({"key": about.pop("train"), "score": about["cosine"]} | about | image)
-        query = _saved(f"{start}-evaluation.jpg", samples["evaluation"], evaluation.indices[row])
+        query = saved(f"{start}-evaluation.jpg", "evaluation", evaluation.indices[row])
         query["key"] = evaluation.keys[row]
         examples.append({"direction": "evaluation_to_training", "query": query, "results": results})
     write_lines(folder / "leakage.json", [{"examples": examples}])
-
-
-def _saved(path: str, samples: EvaluationSamples, number: int) -> dict[str, str]:
-    """Save a sample's image, at most LARGEST_SIDE wide and high; {} if it can no longer be read."""
-    try:
-        image = samples[int(number)].image
-    except BadSample:
-        return {}
-    image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
-    with atomic_write(Path(path)) as file:
-        image.save(file, "JPEG", quality=QUALITY)
-    return {"image": Path(path).name}
