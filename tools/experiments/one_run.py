@@ -1,0 +1,128 @@
+"""Runs of a campaign, one after another, by the code of the checkout that this file lies in.
+
+Started by run.py from the worktree of the plan's commit: reads jobs from its standard input, a line of JSON each, and
+answers each with a line: {"values": {name: number}, "outcomes": {name: text}, "recipe": text} or {"error": text}.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCH = ROOT / "launch_scripts"
+
+
+def main() -> None:
+    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
+    for line in sys.stdin:
+        job = json.loads(line)
+        try:
+            answer = gaussian(job) if job["kind"] == "gaussian" else training(job)
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def gaussian(job: dict[str, Any]) -> dict[str, Any]:
+    from gaussian import check, run
+
+    if job.get("check"):
+        check(job["arm"], job["data"])
+        return {"values": {}}
+    arm = job["arm"] | ({"options": job["arm"]["options"] | {"steps": 2}} if job.get("rehearsal") else {})
+    return {"values": run(arm, job["data"], job["seed"]), "recipe": hashed([arm, job["data"]])}
+
+
+def training(job: dict[str, Any]) -> dict[str, Any]:
+    """pretrain.py, then evaluate.py embed and measure, in job["folder"], which is removed unless something fails."""
+    how, folder = job["training"], Path(job["folder"])
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    options = (
+        how["options"] | job["data"] | job["arm"]["options"] | ({"train.steps": 2} if job.get("rehearsal") else {})
+    )
+    recipe = ["--recipe", how["recipe"], "--method", job["arm"]["method"], *words_of(options)]
+    recipe += ["--train.seed", str(job["seed"]), "--output", str(folder / "run")]
+    if job.get("check"):
+        script([LAUNCH / "pretrain.py", *recipe, "--print_config"], folder / "check.txt")
+        return {"values": {}}
+    script([LAUNCH / "pretrain.py", "--ds_config", ROOT / "ds_configs" / "zero0.json", *recipe], folder / "train.txt")
+    sets = ["--sets", *(word.format(validation=validation_shards(folder / "run")) for word in how["sets"])]
+    embed = [LAUNCH / "evaluate.py", "embed", "--checkpoint", folder / "run", "--out", folder / "evaluation", *sets]
+    script([*embed, "--embedding.arrays", "all", "--all_splits", "true"], folder / "embed.txt")
+    measure = [LAUNCH / "evaluate.py", "measure", folder / "evaluation", "--metrics", *how["metrics"]]
+    script([*measure, *words_of(how["measure"])], folder / "measure.txt")
+    values, outcomes = measured(folder / "evaluation" / "results", how["outcomes"])
+    made_with = next((folder / "run").glob("checkpoints/*/recipe.yaml")).read_text()
+    own = [line for line in made_with.splitlines() if not line.strip().startswith(("output:", "seed:"))]
+    shutil.rmtree(folder)
+    return {"values": values, "outcomes": outcomes, "recipe": hashed(own)}
+
+
+def validation_shards(run: Path) -> str:
+    """The validation shards of the scenes that a run learnt from."""
+    from modstruct.cli import parse_recipe_text
+    from modstruct.data.synthetic.shards import ensure_scenes
+    from modstruct.models.build import image_size
+
+    recipe = parse_recipe_text(next(run.glob("checkpoints/*/recipe.yaml")).read_text())
+    return str(ensure_scenes(recipe.data.scenes, recipe.data.cache, image_size(recipe)).validation)
+
+
+def words_of(options: dict[str, Any]) -> list[str]:
+    return [word for name, value in options.items() for word in (f"--{name}", json.dumps(value).strip('"'))]
+
+
+def script(words: list[Any], screen: Path) -> None:
+    """Run a script by this interpreter. Raises RuntimeError with the end of what it printed where it fails."""
+    with open(screen, "w") as file:
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        command = [sys.executable, *map(str, words)]
+        ended = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, check=False, env=environment)
+    if ended.returncode:
+        lines = [line.rpartition("\r")[2] for line in screen.read_text(errors="replace").splitlines() if line.strip()]
+        raise RuntimeError(f"{Path(words[0]).name} ended with status {ended.returncode}: {' | '.join(lines[-5:])}")
+
+
+def measured(results: Path, kept: list[str]) -> tuple[dict[str, float], dict[str, str]]:
+    """Values by SET/METRIC/NAME, without those by class, and the outcomes of the values that are kept."""
+    values, outcomes = {}, {}
+    for path in sorted(results.glob("*/*.json")):
+        of_metric = f"{path.parent.name}/{path.stem}"
+        for name, value in json.loads(path.read_bytes()).get("values", {}).items():
+            if "per_class" not in name:
+                values[f"{of_metric}/{name}"] = float(value["value"])
+        wanted = [name.removeprefix(f"{of_metric}/") for name in kept if name.startswith(f"{of_metric}/")]
+        if wanted:
+            with np.load(path.with_suffix(".npz"), allow_pickle=False) as arrays:
+                outcomes |= {f"{of_metric}/{name}": packed(arrays[name]) for name in wanted}
+    missing = sorted(set(kept) - set(outcomes))
+    if missing:
+        raise ValueError(f"training.outcomes: {', '.join(missing)}: not measured; there are {', '.join(values)}")
+    return values, outcomes
+
+
+def packed(outcomes: np.ndarray) -> str:
+    """Outcomes of 0 and 1 as text: "ROWS:" and their bits, deflated, in base 64."""
+    if not np.isin(outcomes, (0, 1)).all():
+        raise ValueError("training.outcomes: kept are outcomes of 0 and 1 alone")
+    return f"{len(outcomes)}:" + base64.b64encode(zlib.compress(np.packbits(outcomes.astype(bool)).tobytes())).decode()
+
+
+def hashed(about: Any) -> str:
+    return hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+if __name__ == "__main__":
+    main()
