@@ -7,6 +7,9 @@ from typing import Literal
 
 from modstruct.errors import require, require_counts
 
+REWORDED, FIELD = "reworded", "field:"
+"""Of views.text; the first is also the field that the built-in scenes have."""
+
 
 @dataclass
 class Source:
@@ -37,9 +40,13 @@ class ScenesConfig:
     """Pairs in the test split, scenes whose factor combinations never occur in training."""
     seed: int = 0
     """Seed of the generator."""
+    told: float = 1.0
+    """How much captions tell, 0 to 1: each shape, colour, size, fill, place and ground that a caption names is named
+    with this probability times that at 1. Scenes, images, moods, asides and templates stay the same."""
 
     def __post_init__(self):
         require_counts("data.scenes", self, ("train_samples", "validation_samples", "test_samples"))
+        require(0 <= self.told <= 1, "data.scenes.told", self.told, "a fraction from 0 to 1")
 
 
 @dataclass
@@ -118,8 +125,12 @@ class ViewsConfig:
     """Flip random views left to right with probability 1/2."""
     auto_augment: bool = True
     """AutoAugment (ImageNet policy) on the augmented view."""
+    text: str = "eda"
+    """Augmented captions. eda: words changed at random (eda_rate); field:NAME: the text that KEY.json has under NAME,
+    or one of a list of texts, drawn anew each epoch; reworded: as field:reworded, which the built-in scenes have. A
+    sample without such a text is bad: another one replaces it."""
     eda_rate: float = 0.1
-    """Fraction of a caption's words that its augmented view changes (Wei & Zou 2019)."""
+    """Fraction of a caption's words that EDA changes (Wei & Zou 2019); unused where views.text is not eda."""
     eda_synonyms: bool = False
     """Let EDA replace words by synonyms; needs nltk and its WordNet data."""
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
@@ -128,9 +139,16 @@ class ViewsConfig:
     """Standard deviation of each colour channel."""
 
     def __post_init__(self):
+        known = self.text in ("eda", REWORDED) or (self.text.startswith(FIELD) and self.text != FIELD)
+        require(known, "views.text", self.text, "eda, reworded, or field:NAME with a field of KEY.json")
         fits = not self.rand_augment or self.plain == "crop_flip"
         require(fits, "views.rand_augment", self.rand_augment, "needs views.plain: crop_flip")
         low, high = self.crop_scale
         require(0 < low <= high <= 1, "views.crop_scale", self.crop_scale, "two shares with 0 < low <= high <= 1")
         require(0 <= self.eda_rate <= 1, "views.eda_rate", self.eda_rate, "a fraction from 0 to 1")
         require(all(s > 0 for s in self.std), "views.std", self.std, "three numbers above 0")
+
+    @property
+    def text_field(self) -> str | None:
+        """The field of KEY.json that augmented captions come from; None for EDA."""
+        return None if self.text == "eda" else self.text.removeprefix(FIELD)

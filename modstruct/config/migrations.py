@@ -2,9 +2,9 @@
 
 A recipe names its version in `schema`; one that does not is of version 1. What a version changed is a `Change` in
 CHANGES, under the version that it leads to. To rename losses.bridge.t to losses.bridge.position, drop
-views.flip and add train.ema_decay (off: null), raise SCHEMA to 4 and write
+views.flip and add train.ema_decay (off: null), raise SCHEMA to 5 and write
 
-    4: Change(
+    5: Change(
         renamed={"losses.bridge.t": "losses.bridge.position"},
         removed=("views.flip",),
         added={"train.ema_decay": None},
@@ -22,7 +22,7 @@ from typing import Any
 
 from modstruct.errors import require
 
-SCHEMA = 3
+SCHEMA = 4
 Tree = dict[str, Any]
 
 
@@ -39,8 +39,10 @@ class Change:
     defaults: Mapping[str, object] = field(default_factory=dict)
     """Fields of a pre-training recipe whose default changed: the earlier one, for files that do not name them."""
     added: Mapping[str, object] = field(default_factory=dict)
-    """Fields of a pre-training recipe -> the value with which this version computes what the one before did. For
-    checkpoints alone: a recipe file that does not name a field takes its default."""
+    """Fields -> the value with which this version computes what the one before did. For checkpoints alone: a recipe
+    file that does not name a field takes its default. Of a fine-tuning recipe only those in sections that it has."""
+    added_to_pretraining: Mapping[str, object] = field(default_factory=dict)
+    """The same, of fields that a section has in pre-training recipes alone."""
 
 
 CHANGES: dict[int, Change] = {
@@ -48,7 +50,8 @@ CHANGES: dict[int, Change] = {
         values={"losses.queue_contrast.positives": {"picture": "image"}},
         defaults={"losses.contrastive.weight": 1.0},
     ),
-    3: Change(added={"data.caption_lines": False}),
+    3: Change(added_to_pretraining={"data.caption_lines": False}),
+    4: Change(added={"views.text": "eda", "data.scenes.told": 1.0}),
 }
 
 
@@ -80,7 +83,11 @@ def migrate_checkpoint(recipe: Tree) -> Tree:
     """A checkpoint's recipe: fields younger than it take the values that reproduce the code that wrote it."""
     migrated = migrate(recipe)
     for change in _changes_since(recipe.get("schema", 1)):
-        for name, value in {} if is_fine_tuning(recipe) else change.added.items():
+        if is_fine_tuning(recipe):
+            added = {name: value for name, value in change.added.items() if name.partition(".")[0] in recipe}
+        else:
+            added = {**change.added, **change.added_to_pretraining}
+        for name, value in added.items():
             _set_if_missing(migrated, name, value)
     return migrated
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import pytest
 
-from modstruct.config import LossesConfig, Recipe, migrations
+from modstruct.config import FinetuneRecipe, LossesConfig, Recipe, ViewsConfig, migrations
 from modstruct.config.fusion import FusionConfig
 from modstruct.config.losses import BridgeConfig
 from modstruct.config.migrations import Change, migrate, migrate_checkpoint, migrate_method
@@ -49,6 +49,26 @@ def test_a_field_younger_than_the_checkpoint_has_the_value_of_the_older_code(add
         check_resumable(older(), NewerRecipe())
 
 
+def test_checkpoints_of_version_3_keep_eda_and_the_captions_of_their_time():
+    for whole in (Recipe(), FinetuneRecipe()):
+        saved = recipe_to_dict(whole) | {"schema": 3}
+        del saved["views"]["text"], saved["data"]["scenes"]["told"]
+        check_resumable(saved, whole)
+        before = migrate_checkpoint(saved)
+        assert (before["views"]["text"], before["data"]["scenes"]["told"]) == ("eda", 1.0)
+    changed = replace(Recipe(), views=ViewsConfig(text="reworded"))
+    with pytest.raises(ValueError, match=r"views\.text = 'reworded': the checkpoint was made with 'eda'"):
+        check_resumable(recipe_to_dict(Recipe()) | {"schema": 3}, changed)
+
+
+def test_a_fine_tuning_checkpoint_gets_no_section_that_it_lacks(monkeypatch):
+    change = Change(added={"model.colours": 1, "views.colours": 1}, added_to_pretraining={"data.colours": 1})
+    monkeypatch.setattr(migrations, "CHANGES", {2: change})
+    saved = {"task": {}, "views": {}, "data": {}}
+    assert migrate_checkpoint(saved) == saved | {"views": {"colours": 1}, "schema": migrations.SCHEMA}
+    assert migrate_checkpoint({"data": {}})["data"] == {"colours": 1}
+
+
 def test_a_field_without_a_migration_is_refused_by_name():
     with pytest.raises(ValueError, match="colours = 1: the checkpoint's recipe lacks this field"):
         check_resumable(older(), NewerRecipe(colours=1))
@@ -64,7 +84,7 @@ def test_renamed_and_removed_fields(added):
     saved = migrate_checkpoint({"data": {"old_cache": "here"}, "views": {"gone": 1, "flip": True}})
     assert saved["data"]["cache"] == "here"
     assert "old_cache" not in saved["data"]
-    assert saved["views"] == {"flip": True}
+    assert saved["views"] == {"flip": True, "text": "eda"}
 
 
 def test_a_field_under_both_its_names_is_refused(added):
