@@ -51,7 +51,10 @@ CHANGES: dict[int, Change] = {
         defaults={"losses.contrastive.weight": 1.0},
     ),
     3: Change(added_to_pretraining={"data.caption_lines": False}),
-    4: Change(added={"views.text": "eda", "data.scenes.told": 1.0}),
+    4: Change(
+        defaults={"model.vision.pool": "cls"},
+        added={"views.text": "eda", "data.scenes.told": 1.0},
+    ),
 }
 
 

@@ -25,6 +25,8 @@ class VisionConfig:
     """Number of transformer layers."""
     head_width: int = 32
     """Width of one attention head."""
+    pool: Literal["cls", "mean"] = "mean"
+    """What the image's feature is: the class token's last state, or the mean over the patches'."""
 
     def __post_init__(self):
         require_counts("model.vision", self, ("image_size", "patch_size", "width", "layers", "head_width"))

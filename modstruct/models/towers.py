@@ -50,6 +50,7 @@ def open_clip_config(config: ModelConfig) -> dict:
                 "width": vision.width,
                 "layers": vision.layers,
                 "head_width": vision.head_width,
+                "pool_type": {"cls": "tok", "mean": "avg"}[vision.pool],
             },
             "text_cfg": {"width": text.width, "layers": text.layers, "heads": text.heads},
         }

@@ -80,10 +80,13 @@ def assert_same_embeddings(ours: TwoTower, folder: Path, size: int, ids: Tensor,
     assert_close(theirs.logit_scale.exp(), embeddings["logit_scale"])
 
 
-@pytest.mark.parametrize("kind", ["sentencepiece", "bert_wordpiece"])
-def test_open_clip_makes_the_same_embeddings_of_explicit_sizes(tmp_path, sentencepiece, kind):
+@pytest.mark.parametrize(("kind", "pool"), [("sentencepiece", "mean"), ("bert_wordpiece", "cls")])
+def test_open_clip_makes_the_same_embeddings_of_explicit_sizes(tmp_path, sentencepiece, kind, pool):
     tokenizer = sentencepiece if kind == "sentencepiece" else word_tokenizer()
-    model, folder = exported(tmp_path, tiny_config(), tokenizer, independent=True)
+    config = tiny_config()
+    model, folder = exported(
+        tmp_path, replace(config, vision=replace(config.vision, pool=pool)), tokenizer, independent=True
+    )
     assert_same_embeddings(model, folder, 16, tokenizer(CAPTIONS), load_tokenizer(folder / "tokenizer")(CAPTIONS))
 
 
