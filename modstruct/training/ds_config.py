@@ -13,6 +13,14 @@ from modstruct.errors import refuse, require
 from modstruct.files import RepeatedKey, parse_json
 
 AUTO = "auto"
+BUCKETS = {
+    1: ("reduce_bucket_size", "allgather_bucket_size"),
+    2: ("reduce_bucket_size", "allgather_bucket_size"),
+    3: ("reduce_bucket_size", "stage3_prefetch_bucket_size"),
+}
+"""By ZeRO stage, what DeepSpeed collects before it sends, in elements."""
+SMALLEST_BUCKET, LARGEST_BUCKET = 1_000_000, 50_000_000
+BUCKETS_OF_A_MODEL = 16
 
 
 def read_ds_config(path: str) -> dict:
@@ -76,6 +84,17 @@ def resolve_ds_config(config: dict, recipe: Recipe | FinetuneRecipe, world_size:
     config.setdefault("zero_allow_untested_optimizer", True)
     config.setdefault("zero_force_ds_cpu_optimizer", False)  # torch's fused AdamW serves on the CPU too
     return _without_auto(config)
+
+
+def size_buckets(config: dict, elements: int) -> dict:
+    """The buckets that a resolved configuration leaves open, as a sixteenth of the model's elements each.
+
+    DeepSpeed's own 500 million elements are more than a ViT-L has: nothing would be sent before the last gradient, and
+    buffers of that size would lie on every process. From 1 million, below which messages are too short to pay, to 50.
+    """
+    zero = config.get("zero_optimization", {})
+    size = min(max(elements // BUCKETS_OF_A_MODEL, SMALLEST_BUCKET), LARGEST_BUCKET)
+    return config | {"zero_optimization": dict.fromkeys(BUCKETS.get(zero.get("stage", 0), ()), size) | zero}
 
 
 def _without_auto(section: dict) -> dict:

@@ -34,7 +34,7 @@ from modstruct.models.build import compile_trunks, recompute_activations
 from modstruct.models.protocol import TrainableModel, load_weights
 from modstruct.training.checkpoint import restore, save
 from modstruct.training.deepspeed_adapter import Engine, local_part, start_engine
-from modstruct.training.ds_config import build_optimizer, read_ds_config, resolve_ds_config
+from modstruct.training.ds_config import build_optimizer, read_ds_config, resolve_ds_config, size_buckets
 from modstruct.training.logging import Telemetry, start_logging
 from modstruct.training.step import StepReport, train_step
 from modstruct.training.timing import profiled
@@ -290,7 +290,9 @@ def build_engine(model: TrainableModel, recipe: Recipe | FinetuneRecipe, ds_conf
     if recipe.train.compile:
         log.info("train.compile: PyTorch compiles the towers in the first steps, which takes minutes")
         compile_trunks(model, ds_config.get("zero_optimization", {}).get("stage", 0))
-    return start_engine(model, build_optimizer(model, recipe.optimizer), ds_config)
+    sized = size_buckets(ds_config, sum(p.numel() for p in model.parameters()))
+    log.debug("DeepSpeed's configuration: %s", json.dumps(sized))
+    return start_engine(model, build_optimizer(model, recipe.optimizer), sized)
 
 
 def best_checkpoint(output: Path, last: Path) -> Path:

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from processes import run_on_processes
 from tiny_run import ds_config, tiny_recipe
+from torch import nn
 
-from modstruct import checkpoints
+from modstruct import checkpoints, distributed
+from modstruct.config import Recipe
+from modstruct.embeddings import Outputs
+from modstruct.models.protocol import Batch, TrainableModel
+from modstruct.training.deepspeed_adapter import start_engine
+from modstruct.training.ds_config import build_optimizer, resolve_ds_config, size_buckets
 from modstruct.training.timing import PHASES
 
 STEPS = 5
@@ -124,3 +132,50 @@ def test_what_cannot_work_is_refused_by_name(tmp_path, cache):
     assert compiled.startswith("train.compile = True: ZeRO stage 3")
     assert short.startswith("--profile = 5: from 1 to 2")
     assert negative.startswith("--profile = -1: ")
+
+
+class Stack(TrainableModel):
+    """4 million weights in 16 layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Linear(512, 512) for _ in range(16)))
+
+    def forward(self, batch: Batch, **_: bool) -> Outputs:
+        return {"image": self.layers(batch["image"])}
+
+
+def reductions(stage: int, bucket: int | None) -> tuple[int, int]:
+    """Reductions before the last gradient of a backward, and all of them."""
+    import deepspeed.runtime.zero.stage3 as stage_3
+    import torch.distributed as dist
+
+    recipe, model, events = Recipe(), Stack(), []
+    zero = {"stage": stage, "overlap_comm": True} | ({"reduce_bucket_size": bucket} if bucket else {})
+    config = resolve_ds_config({"zero_optimization": zero}, recipe, distributed.world_size())
+    config = size_buckets(config, sum(p.numel() for p in model.parameters()))
+    engine = start_engine(model, build_optimizer(model, recipe.optimizer), config)
+    places = [(dist, "all_reduce"), (dist, "reduce"), (stage_3, "reduce_scatter_coalesced")]
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _: events.append("gradient"))
+    with ExitStack() as patches:
+        for module, name in places:
+            send = getattr(module, name)
+
+            def noted(*args, send=send, **kwargs):
+                events.append("sent")
+                return send(*args, **kwargs)
+
+            patches.enter_context(mock.patch.object(module, name, noted))
+        engine.backward(engine({"image": torch.randn(4, 512)})["image"].square().mean())
+    last_gradient = len(events) - events[::-1].index("gradient")
+    return events[:last_gradient].count("sent"), events.count("sent")
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_gradients_are_sent_while_others_are_still_computed(stage):
+    sent_early, sent = run_on_processes(reductions, 2, stage, None)[0]
+    assert sent_early >= 3
+    assert sent_early >= sent - 1
+    # DeepSpeed's own bucket holds the whole model.
+    assert run_on_processes(reductions, 2, stage, 500_000_000)[0][0] == 0
