@@ -25,6 +25,9 @@ class VisionConfig:
     """Number of transformer layers."""
     head_width: int = 32
     """Width of one attention head."""
+    stem: Literal["patch", "conv"] = "patch"
+    """What makes the tokens: one linear layer a patch, or 3 x 3 convolutions of stride 2 down to the same grid (Xiao et
+    al. 2021), which learn faster; open_clip has no towers with the latter."""
     pool: Literal["cls", "mean"] = "mean"
     """What the image's feature is: the class token's last state, or the mean over the patches'."""
 
@@ -35,6 +38,12 @@ class VisionConfig:
             "model.vision.patch_size",
             self.patch_size,
             f"a divisor of model.vision.image_size = {self.image_size}",
+        )
+        require(
+            self.stem == "patch" or self.patch_size.bit_count() == 1 < self.patch_size,
+            "model.vision.patch_size",
+            self.patch_size,
+            "a power of two from 2 for model.vision.stem = 'conv', whose convolutions halve the image",
         )
         require(
             self.width % self.head_width == 0,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +24,9 @@ from modstruct.errors import refuse, require
 if TYPE_CHECKING:
     from open_clip import CustomTextCLIP
     from open_clip.transformer import TextTransformer
+
+STEM_GROUPS = 8
+"""Groups of channels that GroupNorm takes together."""
 
 
 @dataclass
@@ -85,6 +89,28 @@ def image_size(config: ModelConfig) -> int:
     return size[0] if isinstance(size, (list, tuple)) else size
 
 
+def convolutional(config: ModelConfig) -> bool:
+    """Whether convolutions make the image tower's tokens."""
+    return config.name is None and config.vision.stem == "conv"
+
+
+def open_clip_knows(config: ModelConfig) -> bool:
+    """Whether open_clip has towers of this kind."""
+    return config.text.architecture == "clip" and not convolutional(config)
+
+
+def conv_stem(patch_size: int, width: int) -> nn.Sequential:
+    """(B, 3, H, W) -> (B, width, H / patch_size, W / patch_size): log2(patch_size) convolutions 3 x 3 of stride 2, each
+    of twice the channels, with GroupNorm and GELU between (Xiao et al. 2021, "Early Convolutions Help Transformers See
+    Better", there with BatchNorm, which would make an embedding depend on the others of its process)."""
+    count = patch_size.bit_length() - 1
+    channels = [max(STEM_GROUPS, width >> left & -STEM_GROUPS) for left in range(count - 1, 0, -1)]
+    layers: list[nn.Module] = []
+    for given, made in pairwise([3, *channels]):
+        layers += [nn.Conv2d(given, made, 3, 2, 1, bias=False), nn.GroupNorm(STEM_GROUPS, made), nn.GELU()]
+    return nn.Sequential(*layers, nn.Conv2d([3, *channels][-1], width, 3, 2, 1, bias=False))
+
+
 def build_towers(config: ModelConfig, tokenizer: Tokenizer, independent: bool) -> tuple[Tower, Tower, int]:
     """Image tower, text tower and embedding dimension; independent heads only if `independent`.
 
@@ -97,6 +123,8 @@ def build_towers(config: ModelConfig, tokenizer: Tokenizer, independent: bool) -
         described = open_clip_config(config)
         described["text_cfg"] |= text_sizes(tokenizer)
         clip = open_clip.CustomTextCLIP(**described)
+        if convolutional(config):
+            clip.visual.conv1 = conv_stem(config.vision.patch_size, config.vision.width)
     else:
         clip = load_pretrained(config, tokenizer)
     dimension = open_clip_config(config)["embed_dim"]

@@ -17,7 +17,7 @@ from modstruct.data.tokenizers import Tokenizer
 from modstruct.files import naming
 from modstruct.models.build import log_scale_range
 from modstruct.models.fusion.initial_weights import EXPORTED, EXPORTED_CONFIG
-from modstruct.models.towers import image_size, open_clip_config, text_sizes
+from modstruct.models.towers import image_size, open_clip_config, open_clip_knows, text_sizes
 
 
 def export(
@@ -26,14 +26,15 @@ def export(
     """Write FOLDER/open_clip_model.safetensors, its config, and the tokenizer. An earlier export is replaced.
 
     weights: float32 by our names (a checkpoint's). names: TwoTower.to_open_clip. Independent heads, which open_clip
-    does not know, go to independent_heads.safetensors. A BERT text tower and the fusion model have no counterpart in
-    open_clip either: then everything goes to modstruct_model.safetensors by our names, beside modstruct_config.json,
-    and nothing is written that open_clip would take for its own (tools/convert_albef.py makes ALBEF's file of it).
+    does not know, go to independent_heads.safetensors. A BERT text tower, a conv stem and the fusion model have no
+    counterpart in open_clip either: then everything goes to modstruct_model.safetensors by our names, beside
+    modstruct_config.json, and nothing is written that open_clip would take for its own (tools/convert_albef.py makes
+    ALBEF's file of a fusion model's).
     """
     weights = weights | {"logit_scale": weights["logit_scale"].clamp(*log_scale_range(recipe))}
     with replaced(folder) as aside:
         tokenizer.save(aside / "tokenizer")
-        if recipe.framework == "fusion" or recipe.model.text.architecture == "bert":
+        if recipe.framework == "fusion" or not open_clip_knows(recipe.model):
             _export_as_ours(aside, weights, recipe)
         else:
             _export_to_open_clip(aside, weights, names, recipe, tokenizer)

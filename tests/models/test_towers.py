@@ -23,8 +23,9 @@ from tiny_models import (
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+from modstruct.config import VisionConfig
 from modstruct.data.tokenizers import WordPieceTokenizer
-from modstruct.models.towers import image_size, open_clip_config
+from modstruct.models.towers import conv_stem, image_size, open_clip_config
 
 SIDES = {"tiny-vit": 16, "tiny-resnet": 64, "tiny-timm": 160}
 by_name = pytest.mark.parametrize("name", SIDES)
@@ -160,6 +161,34 @@ def test_a_pretrained_image_tower_serves_beside_bert_with_any_tokenizer(saved):
     embeddings = model({"image": random_images(), "text": word_tokenizer()(CAPTIONS)})
     assert_close(embeddings["image"], F.normalize(reference.encode_image(model.normalize(random_images())), dim=-1))
     assert embeddings["text"].shape == (len(CAPTIONS), 8)
+
+
+def test_a_conv_stem_makes_the_grid_of_the_patches():
+    stems = {patch: conv_stem(patch, 16) for patch in (2, 4, 8)}
+    images = torch.rand(1, 3, 16, 16)
+    assert {patch: tuple(stem(images).shape) for patch, stem in stems.items()} == {
+        2: (1, 16, 8, 8),
+        4: (1, 16, 4, 4),
+        8: (1, 16, 2, 2),
+    }
+    model = tiny_model(tiny_config(stem="conv"), word_tokenizer())
+    assert tiny_model(tiny_config(), word_tokenizer()).text.state_dict().keys() == model.text.state_dict().keys()
+    model({"image": random_images()})["image"][:, 0].sum().backward()
+    assert all(parameter.grad.any() for parameter in model.image["trunk"].conv1.parameters())
+
+
+def test_a_conv_stem_needs_a_power_of_two():
+    with pytest.raises(ValueError, match=r"model.vision.patch_size = 12: a power of two from 2"):
+        VisionConfig(image_size=48, patch_size=12, stem="conv")
+
+
+@pytest.mark.parametrize("stem", ["patch", "conv"])
+def test_the_mean_of_the_patches_or_the_class_token(stem):
+    images = torch.rand(2, 3, 16, 16)
+    for pool in ("cls", "mean"):
+        trunk = tiny_model(tiny_config(stem=stem, pool=pool), word_tokenizer()).image["trunk"]
+        tokens = trunk.ln_post(trunk.transformer(trunk._embeds(images)))
+        assert_close(trunk(images), tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(dim=1))
 
 
 def test_an_unknown_architecture_is_refused_with_those_that_exist():

@@ -63,10 +63,10 @@ def clip_tokenizer(context_length: int = CONTEXT) -> Tokenizer:
     return ClipTokenizer(ClipTokenizer.shipped_model(), context_length)
 
 
-def tiny_config(architecture: str = "clip", **changes) -> ModelConfig:
+def tiny_config(architecture: str = "clip", stem: str = "patch", pool: str = "mean", **changes) -> ModelConfig:
     """Towers by explicit sizes."""
     text = TextConfig(architecture=architecture, width=16, layers=2, heads=2)
-    vision = VisionConfig(image_size=16, patch_size=8, width=16, layers=2, head_width=8)
+    vision = VisionConfig(image_size=16, patch_size=8, width=16, layers=2, head_width=8, stem=stem, pool=pool)
     return ModelConfig(**{"embed_dim": 8, "vision": vision, "text": text} | changes)
 
 

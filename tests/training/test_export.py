@@ -83,10 +83,7 @@ def assert_same_embeddings(ours: TwoTower, folder: Path, size: int, ids: Tensor,
 @pytest.mark.parametrize(("kind", "pool"), [("sentencepiece", "mean"), ("bert_wordpiece", "cls")])
 def test_open_clip_makes_the_same_embeddings_of_explicit_sizes(tmp_path, sentencepiece, kind, pool):
     tokenizer = sentencepiece if kind == "sentencepiece" else word_tokenizer()
-    config = tiny_config()
-    model, folder = exported(
-        tmp_path, replace(config, vision=replace(config.vision, pool=pool)), tokenizer, independent=True
-    )
+    model, folder = exported(tmp_path, tiny_config(pool=pool), tokenizer, independent=True)
     assert_same_embeddings(model, folder, 16, tokenizer(CAPTIONS), load_tokenizer(folder / "tokenizer")(CAPTIONS))
 
 
@@ -140,14 +137,16 @@ def test_the_logit_scale_is_exported_as_the_forward_clamps_it(tmp_path, architec
     assert load_file(weights)["logit_scale"].tolist() == [1.0]
 
 
-def test_a_bert_text_tower_is_exported_under_our_names_and_not_for_open_clip(tmp_path):
+@pytest.mark.parametrize("config", [tiny_config("bert"), tiny_config(stem="conv")])
+def test_towers_that_open_clip_lacks_are_exported_under_our_names_and_not_for_it(tmp_path, config):
     tokenizer = word_tokenizer()
-    model, folder = exported(tmp_path, tiny_config("bert"), tokenizer, independent=True)
+    model, folder = exported(tmp_path, config, tokenizer, independent=True)
     with pytest.raises(FileNotFoundError, match=r"open_clip_config\.json"):
         open_clip.create_model(f"local-dir:{folder}")
     described = json.loads((folder / "modstruct_config.json").read_text())
-    assert described["recipe"]["model"]["text"]["architecture"] == "bert"
-    rebuilt = tiny_model(tiny_config("bert"), load_tokenizer(folder / "tokenizer"), independent=True, seed=9).eval()
+    assert described["recipe"]["model"]["text"]["architecture"] == config.text.architecture
+    assert described["recipe"]["model"]["vision"]["stem"] == config.vision.stem
+    rebuilt = tiny_model(config, load_tokenizer(folder / "tokenizer"), independent=True, seed=9).eval()
     rebuilt.load_state_dict(load_file(folder / "modstruct_model.safetensors"))
     batch = {"image": random_images(), "text": tokenizer(CAPTIONS)}
     assert_close(rebuilt(batch), model(batch))
