@@ -5,7 +5,8 @@ A key is missing where the recipe's losses do not need it. B: pairs of this proc
 
 Embeddings, (B, D), float32, unit norm, row j of each belonging to pair j:
   image, text
-  image_augmented, text_augmented       of augmented views; the fusion model's are the EMA encoders', without gradient
+  image_augmented, text_augmented       of augmented views; the fusion model's are the EMA encoders', without gradient,
+                                        of the plain views unless losses.queue_contrast.in_modal
   image_independent, text_independent, image_independent_augmented, text_independent_augmented
 Learnt numbers, (1,), float32, between their limits:
   logit_scale                           1 / temperature

@@ -96,6 +96,7 @@ ON = {
     "albef_all": ALBEF | {"separation": 1.0, "bridge": 1.0, "geometry": 0.25},
     "albef_br": ALBEF | {"bridge": 1.0},
     "albef_gc": ALBEF | {"geometry": 0.25},
+    "albef_inmodal": ALBEF,
     "albef_sep": ALBEF | {"separation": 1.0},
     "all": {"contrastive": 1.0, "separation": 1.0, "bridge": 1.0, "geometry": 0.25},
     "br": {"contrastive": 1.0, "bridge": 1.0},
@@ -116,6 +117,7 @@ def test_every_method_over_every_recipe_turns_on_its_own_losses_alone(parse, rec
     losses = parse("--recipe", recipe, "--method", name, "--framework", framework).losses
     assert weights(parse("--recipe", recipe, "--method", name, "--framework", framework)) == ON[name]
     assert losses.contrastive.in_modal == (name in IN_MODAL) or not losses.contrastive.weight
+    assert losses.queue_contrast.in_modal == (name == "albef_inmodal")
     assert losses.geometry.augmented == (name != "cyclip") or not losses.geometry.weight
 
 

@@ -45,6 +45,12 @@ def test_every_recipe_can_be_run(parse, name):
     assert recipe.output == f"runs/{name}"
 
 
+def test_in_modal_contrast_is_refused(parse, capsys):
+    with pytest.raises(SystemExit):
+        parse("--recipe", "retrieval", "--losses.queue_contrast.in_modal", "true")
+    assert "losses.queue_contrast.in_modal = True: fine-tuning reads one view" in capsys.readouterr().err
+
+
 def test_sizes_come_from_the_checkpoint_and_may_be_overridden(parse, tmp_path):
     fusion = {"embed_dim": 24, "vision": {"image_size": 32, "width": 20}, "text": {"width": 36, "heads": 3}}
     init = checkpoint(tmp_path, {"framework": "fusion", "fusion": fusion})

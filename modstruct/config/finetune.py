@@ -161,5 +161,7 @@ class FinetuneRecipe:
         init = self.fusion.init
         require(init is None, "fusion.init", init, "fine-tuning starts from --init: null")
         self.losses.require_any()
+        in_modal, remedy = self.losses.queue_contrast.in_modal, "fine-tuning reads one view of image and caption: false"
+        require(not in_modal, "losses.queue_contrast.in_modal", in_modal, remedy)
         micro = self.train.micro_batch
         require(micro is None, "train.micro_batch", micro, "fine-tuning takes its batch whole: null")

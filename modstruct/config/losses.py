@@ -72,6 +72,9 @@ class QueueContrastConfig:
     positives: Literal["pair", "image"] = "pair"
     """pair: the caption of this very pair is right; image: all captions of the same image are, in equal shares, as
     ALBEF fine-tunes retrieval."""
+    in_modal: bool = False
+    """false: 1/2 (V2T + T2V), ALBEF; true: 1/4 (V2T + T2V + V2V + T2T), TCL: the EMA encoders read a second view of
+    image and caption, and so do the queue and every loss that takes augmented views."""
 
     def __post_init__(self):
         require(0 <= self.alpha <= 1, "losses.queue_contrast.alpha", self.alpha, "a fraction from 0 to 1")

@@ -15,11 +15,15 @@ from modstruct.pairwise.contrast import row_contrast_sum
 class QueueContrast(Loss):
     """L_ITC of Li et al. 2021, equations 1 and 6: 1/2 (image to text + text to image), over the global batch.
 
+    With `in_modal`: 1/4 (… + image to image + text to text), as in TCL (Yang et al. 2022, section 3.2), whose EMA
+    encoders read a second view.
+
       image to text:  -1/N sum_j sum_k T_jk log softmax_k(s <zV_j, c_k>),  c = [zT_m of the global batch; text queue]
       T_j = alpha softmax_k(s <zV_m_j, c_k>) + (1 - alpha) U_j
 
-    and the other way round. U_j is one at pair j, or, with `positives: image`, spread evenly over all columns of the
-    same image (as ALBEF's retrieval fine-tuning has it).
+    and the other way round; image to image takes the image queue and columns zV_m, and T_j = U_j. U_j is one at pair j,
+    or, with `positives: image`, spread evenly over all columns of the same image (as ALBEF's retrieval fine-tuning has
+    it).
     """
 
     needs = frozenset(
@@ -33,6 +37,8 @@ class QueueContrast(Loss):
         self.alpha = config.alpha
         self.ramp_steps = settings.epoch_steps if config.ramp_steps is None else config.ramp_steps
         self.by_image = config.positives != "pair"
+        modalities = ("image", "text")
+        self.ways = [(of, to) for of in modalities for to in modalities if of != to or config.in_modal]
 
     def columns(self, pairs: int, dimension: int) -> frozenset[str]:
         return frozenset({"image_augmented", "text_augmented"} | ({"pair_ids"} if self.by_image else set()))
@@ -41,27 +47,23 @@ class QueueContrast(Loss):
         alpha = ramped(self.alpha, batch.step, self.ramp_steps)
         scale = rows["logit_scale"]
 
-        def one_way(x: Tensor, x_ema: Tensor, pairs: Tensor, of_all: Tensor, queue: Tensor) -> Tensor:
-            columns = torch.cat([of_all.detach(), queue])
-            total = row_contrast_sum(x, x_ema.detach(), columns, scale, batch.first, alpha, self.precision)
+        def one_way(of: str, to: str) -> Tensor:
+            x, x_ema, soft = rows[of], rows[f"{of}_augmented"].detach(), alpha if of != to else 0.0
+            columns = torch.cat([batch.columns[f"{to}_augmented"].detach(), rows[f"{to}_queue"]])
+            total = row_contrast_sum(x, x_ema, columns, scale, batch.first, soft, self.precision)
             if not self.by_image:
                 return total
             # Of the cross entropy, U enters through <z_j, sum_k U_jk c_k> alone: move it from the pair to the mean.
             ids = torch.cat([batch.columns["pair_ids"], rows["queue_ids"]])
-            shift = pairs.detach() - mean_of_same(columns, ids, rows["pair_ids"])
-            return total + ((1 - alpha) * scale * (x * shift).sum(1).sum()).squeeze()
+            shift = rows[f"{to}_augmented"].detach() - mean_of_same(columns, ids, rows["pair_ids"])
+            return total + ((1 - soft) * scale * (x * shift).sum(1).sum()).squeeze()
 
-        image, text = rows["image_augmented"], rows["text_augmented"]
-        columns = batch.columns
-        return {
-            "image_to_text": one_way(rows["image"], image, text, columns["text_augmented"], rows["text_queue"]),
-            "text_to_image": one_way(rows["text"], text, image, columns["image_augmented"], rows["image_queue"]),
-        }
+        return {f"{of}_to_{to}": one_way(of, to) for of, to in self.ways}
 
     def value(self, sums: Sums, batch: GlobalBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and its two terms."""
-        terms = {name: sums[name] / batch.pairs for name in ("image_to_text", "text_to_image")}
-        return (terms["image_to_text"] + terms["text_to_image"]) / 2, terms
+        """The loss and its two or four terms, of which it is the mean."""
+        terms = {name: total / batch.pairs for name, total in sums.items()}
+        return torch.stack(list(terms.values())).mean(), terms
 
 
 def mean_of_same(columns: Tensor, ids: Tensor, wanted: Tensor) -> Tensor:

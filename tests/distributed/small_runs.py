@@ -25,8 +25,8 @@ def framework_of(method: str) -> str:
 
 
 def losses_of(method: str) -> LossesConfig:
-    """The losses of a file in modstruct/recipes/methods."""
-    recipe, _ = parse(recipe_parser("", ""), ["--framework", framework_of(method), "--method", method])
+    """The losses of a file in modstruct/recipes/methods, or of one with overrides behind its name."""
+    recipe, _ = parse(recipe_parser("", ""), ["--framework", framework_of(method), "--method", *method.split()])
     return recipe.losses
 
 

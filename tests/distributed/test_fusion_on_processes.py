@@ -21,7 +21,7 @@ from small_runs import (
 from tiny_fusion import albef_losses, fusion_model, fusion_recipe, training_batch
 
 from modstruct import checkpoints, distributed
-from modstruct.config import BridgeConfig, GeometryConfig, SeparationConfig
+from modstruct.config import BridgeConfig, GeometryConfig, QueueContrastConfig, SeparationConfig
 from modstruct.losses.objective import build_objective
 from modstruct.models.fusion.ema import EmaWeights
 
@@ -65,15 +65,19 @@ def test_exchanged_rows_are_plain_indexing_and_so_is_their_gradient(processes):
             assert all(float(value) <= 1e-12 for value in far.values()), far
 
 
-def albef_all():
+def albef_all(in_modal: bool):
     others = {"separation": SeparationConfig(weight=1.0), "bridge": BridgeConfig(weight=1.0)}
-
+    others["queue_contrast"] = QueueContrastConfig(weight=1.0, ramp_steps=0, in_modal=in_modal)
     return fusion_recipe(losses=albef_losses(**others, geometry=GeometryConfig(weight=0.25)))
 
 
-def losses_and_gradients() -> dict[str, torch.Tensor]:
-    """Two steps' terms here, and the mean over the processes of the second's gradients; the first fills the queue."""
-    recipe = albef_all()
+def losses_and_gradients() -> list[dict[str, torch.Tensor]]:
+    """Without in-modal contrast and with it: two steps' terms here, and the mean over the processes of the second's
+    gradients; the first fills the queue."""
+    return [of_recipe(albef_all(in_modal)) for in_modal in (False, True)]
+
+
+def of_recipe(recipe) -> dict[str, torch.Tensor]:
     model, objective = fusion_model(recipe), build_objective(recipe.losses)
     found = {}
     for step in range(2):
@@ -105,8 +109,10 @@ def assert_near(found: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_have_the_losses_and_gradients_of_one(processes):
     alone = losses_and_gradients()
+    assert "step 1, queue_contrast/image_to_image" in alone[1].keys() - alone[0].keys()
     for found in run_on_processes(losses_and_gradients, processes):
-        assert_near(found, alone)
+        for one, other in zip(found, alone, strict=True):
+            assert_near(one, other)
 
 
 def assert_momentum_is_the_average(output: Path, steps: int, share: float) -> None:
@@ -125,7 +131,8 @@ def assert_momentum_is_the_average(output: Path, steps: int, share: float) -> No
 
 
 STEPS, STOP = 4, 3
-ALIKE = {"method": "albef_all", "steps": STEPS}
+ALL_IN_MODAL = "albef_all --losses.queue_contrast.in_modal true"
+ALIKE = {"method": ALL_IN_MODAL, "steps": STEPS}
 
 
 def train_and_weigh(cache: str, runs: dict[str, dict]) -> list[float]:
@@ -153,7 +160,7 @@ def test_momentum_follows_and_a_resume_in_mid_queue_is_exact(tmp_path):
         saved = str(checkpoints.step_folder(whole[stage], STOP))
         runs[str(resumed[stage])] = {"stage": stage, "resume": saved, **ALIKE}
     started = tmp_path / "started"
-    runs[str(started)] = {"stage": "zero2", "method": "albef_all", "steps": 1, "init": str(whole["zero0"])}
+    runs[str(started)] = {"stage": "zero2", "method": ALL_IN_MODAL, "steps": 1, "init": str(whole["zero0"])}
     shares = run_on_processes(train_and_weigh, 2, cache, runs)
     assert len(shares[0]) == len(shares[1]) == 2  # of the two runs at stage 3
     assert all(0.5 <= share < 0.51 for of_process in shares for share in of_process), shares

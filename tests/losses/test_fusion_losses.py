@@ -75,8 +75,8 @@ def cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
     return -(targets * logs).sum(1)
 
 
-def plain_contrast(alpha: float, by_image: bool):
-    def one_way(x, x_m, c_m, queue, o):
+def plain_contrast(alpha: float, by_image: bool, in_modal: bool = False):
+    def one_way(x, x_m, c_m, queue, o, alpha=alpha):
         columns = torch.cat([c_m, queue])
         if by_image:
             same = (o.pair_ids[:, None] == torch.cat([o.pair_ids, o.queue_ids])).double()
@@ -89,7 +89,12 @@ def plain_contrast(alpha: float, by_image: bool):
 
     def loss(o):
         to_text = one_way(o.image, o.image_augmented, o.text_augmented, o.text_queue, o)
-        return (to_text + one_way(o.text, o.text_augmented, o.image_augmented, o.image_queue, o)) / 2
+        crossed = (to_text + one_way(o.text, o.text_augmented, o.image_augmented, o.image_queue, o)) / 2
+        if not in_modal:
+            return crossed
+        images = one_way(o.image, o.image_augmented, o.image_augmented, o.image_queue, o, alpha=0.0)
+        texts = one_way(o.text, o.text_augmented, o.text_augmented, o.text_queue, o, alpha=0.0)
+        return (2 * crossed + images + texts) / 4
 
     return loss
 
@@ -97,9 +102,11 @@ def plain_contrast(alpha: float, by_image: bool):
 @pytest.mark.parametrize("queue", [0, 7])
 @pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("positives", ["pair", "image"])
-def test_contrast_with_queue(queue, alpha, positives):
-    config = QueueContrastConfig(weight=1.0, alpha=alpha, ramp_steps=0, positives=positives)
-    assert_same(QueueContrast(config, LossSettings()), plain_contrast(alpha, positives == "image"), outputs(queue))
+@pytest.mark.parametrize("in_modal", [False, True])
+def test_contrast_with_queue(queue, alpha, positives, in_modal):
+    config = QueueContrastConfig(weight=1.0, alpha=alpha, ramp_steps=0, positives=positives, in_modal=in_modal)
+    plain = plain_contrast(alpha, positives == "image", in_modal)
+    assert_same(QueueContrast(config, LossSettings()), plain, outputs(queue))
 
 
 def test_with_no_image_twice_positives_are_the_pairs():
@@ -112,9 +119,13 @@ def test_with_no_image_twice_positives_are_the_pairs():
     torch.testing.assert_close(*values)
 
 
-def test_contrast_terms_are_the_two_ways():
-    value, terms = computed(QueueContrast(QueueContrastConfig(weight=1.0), LossSettings()), outputs())
-    torch.testing.assert_close(value, (terms["image_to_text"] + terms["text_to_image"]) / 2)
+@pytest.mark.parametrize("in_modal", [False, True])
+def test_contrast_is_the_mean_of_its_ways(in_modal):
+    config = QueueContrastConfig(weight=1.0, in_modal=in_modal)
+    value, terms = computed(QueueContrast(config, LossSettings()), outputs())
+    own = {"image_to_image", "text_to_text"} if in_modal else set()
+    assert terms.keys() == {"image_to_text", "text_to_image"} | own
+    torch.testing.assert_close(value, sum(terms.values()) / len(terms))
 
 
 def test_alpha_rises_over_the_first_epoch():

@@ -29,9 +29,9 @@ def albef_losses(**others) -> LossesConfig:
     """ALBEF's three losses, alpha at once; others: further sections."""
     return LossesConfig(
         contrastive=ContrastiveConfig(weight=0.0),
-        queue_contrast=QueueContrastConfig(weight=1.0, ramp_steps=0),
+        queue_contrast=others.pop("queue_contrast", QueueContrastConfig(weight=1.0, ramp_steps=0)),
         matching=others.pop("matching", MatchingConfig(weight=1.0)),
-        masked_language=MaskedLanguageConfig(weight=1.0, ramp_steps=0),
+        masked_language=others.pop("masked_language", MaskedLanguageConfig(weight=1.0, ramp_steps=0)),
         **others,
     )
 
@@ -67,14 +67,18 @@ def fusion_model(recipe: Recipe | None = None, tokenizer: Tokenizer | None = Non
 
 
 def training_batch(rows: int = 6, seed: int = 0, size: int = 16, rate: float = 0.5) -> dict[str, Tensor]:
-    """Rows 0 and 4 have the same caption, and so on through the four CAPTIONS; every image is another."""
+    """Rows 0 and 4 have the same caption, and so on through the four CAPTIONS; every image is another. The second view
+    of a caption is of other length."""
     tokenizer = word_tokenizer()
-    text = tokenizer([CAPTIONS[row % len(CAPTIONS)] for row in range(rows)])
+    captions = [CAPTIONS[row % len(CAPTIONS)] for row in range(rows)]
+    text = tokenizer(captions)
     seeds = [seed * 1000 + row for row in range(rows)]
     masked, labels = mask_tokens(text, seeds, rate, tokenizer)
     return {
         "image": random_images(size, rows, seed + 1),
+        "image_augmented": random_images(size, rows, seed + 500),
         "text": text,
+        "text_augmented": tokenizer([caption.partition(" ")[2] for caption in captions]),
         "text_masked": masked,
         "masked_labels": labels,
         "image_id": torch.arange(rows) + 100,

@@ -68,6 +68,9 @@ class FusionModel(EmaModel):
         self.seed = recipe.train.seed
         self.queue_after = config.queue_after
         self.batch_fields = TRAINING_FIELDS if self.masks else PAIR_FIELDS
+        self.second_view = recipe.losses.queue_contrast.weight > 0 and recipe.losses.queue_contrast.in_modal
+        if self.second_view:
+            self.batch_fields |= {"image_augmented", "text_augmented"}
         self._freeze_unused()
         self.start_ema(config.momentum)
         self._queue = [FeatureQueue(config.queue, config.embed_dim)]
@@ -98,7 +101,7 @@ class FusionModel(EmaModel):
             image = self.backbone.encode_image(batch["image"])
             made |= self.embed("image", image[:, 0], features)
         if "text" in batch:
-            text, masked = self._encode_texts(self.backbone, batch, masks)
+            text, masked = self._encode_texts(self.backbone, batch, batch["text"], masks)
             made |= self.embed("text", text[:, 0], features)
         if not training:
             return made
@@ -143,18 +146,19 @@ class FusionModel(EmaModel):
         text, image = (tokens.to(self.logit_scale.dtype) for tokens in (text, image))
         return self.matching_head(self.backbone.fuse(text, mask, image)[:, 0]).float()
 
-    def _encode_texts(self, backbone: Backbone, batch: Batch, masks: bool) -> tuple[Tensor, Tensor]:
-        """Tokens of the captions and, mostly in the same pass, of the masked captions; of the captions twice else."""
+    def _encode_texts(self, backbone: Backbone, batch: Batch, captions: Tensor, masks: bool) -> tuple[Tensor, Tensor]:
+        """Tokens of the captions, of either view, and, mostly in the same pass, of the masked captions; of the captions
+        twice else."""
         if not masks:
-            text = backbone.encode_text(batch["text"])
+            text = backbone.encode_text(captions)
             return text, text
         # The padding mask is the caption's: a masked token may have become any id, padding included.
         mask = backbone.mask(batch["text"])
         if backbone.training and backbone.bert.hidden_dropout_prob > 0:
             # The gradient cache embeds the captions alone first: on them, dropout must fall as it did there.
-            return backbone.encode_text(batch["text"], mask), backbone.encode_text(batch["text_masked"], mask)
-        ids = torch.cat([batch["text"], batch["text_masked"]])
-        plain, masked = backbone.encode_text(ids, mask.repeat(2, 1)).chunk(2)
+            return backbone.encode_text(captions), backbone.encode_text(batch["text_masked"], mask)
+        ids = torch.cat([captions, batch["text_masked"]])
+        plain, masked = backbone.encode_text(ids, torch.cat([backbone.mask(captions), mask])).chunk(2)
         return plain, masked
 
     def _masked_logits(self, model: FusionModel, batch: Batch, image: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,11 +170,14 @@ class FusionModel(EmaModel):
 
     @torch.no_grad()
     def _ema_outputs(self, batch: Batch, masks: bool) -> dict[str, Tensor]:
-        """The EMA model's embeddings, which are the augmented views, its masked tokens' logits, and the queues."""
-        model = self.ema_model
+        """The EMA model's embeddings, which are the augmented views, its masked tokens' logits, and the queues.
+
+        It reads what this model reads, as ALBEF's does, or a second view of image and caption, as TCL's.
+        """
+        model, view = self.ema_model, "_augmented" if self.second_view else ""
         with self.autocast(batch["image"].device):
-            image = model.backbone.encode_image(batch["image"])
-            text, masked = self._encode_texts(model.backbone, batch, masks)
+            image = model.backbone.encode_image(batch[f"image{view}"])
+            text, masked = self._encode_texts(model.backbone, batch, batch[f"text{view}"], masks)
             own = model.embed("image", image[:, 0]) | model.embed("text", text[:, 0])
             made = {f"{name}_augmented": rows for name, rows in own.items()}
             if masks:

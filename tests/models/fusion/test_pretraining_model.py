@@ -6,13 +6,22 @@ from dataclasses import replace
 
 import pytest
 import torch
+from plain_engine import PlainEngine
 from tiny_fusion import albef_losses, fusion_model, fusion_recipe, training_batch
 from tiny_models import word_tokenizer
 
-from modstruct.config import ContrastiveConfig, LossesConfig, MatchingConfig
+from modstruct.config import (
+    ContrastiveConfig,
+    GeometryConfig,
+    LossesConfig,
+    MaskedLanguageConfig,
+    MatchingConfig,
+    QueueContrastConfig,
+)
 from modstruct.losses.objective import build_objective
 from modstruct.models.build import build_model, recompute_activations
 from modstruct.models.fusion.pretraining import IGNORED
+from modstruct.training.gradient_cache import embed
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -24,8 +33,9 @@ def padded(model, batch, columns=12):
     return cut
 
 
-def test_padding_changes_nothing():
-    model = fusion_model()
+@pytest.mark.parametrize("in_modal", [False, True])
+def test_padding_changes_nothing(in_modal):
+    model = fusion_model(in_modal_recipe() if in_modal else fusion_recipe())
     batch = training_batch(rows=6)
     short = padded(model, batch, columns=9)
     with torch.no_grad():
@@ -140,6 +150,52 @@ def test_one_pair_alone_has_no_negative_and_a_finite_loss():
     total, _ = build_objective(albef_losses())(made, 0)
     total.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def in_modal_recipe(**others):
+    contrast = QueueContrastConfig(weight=1.0, ramp_steps=0, in_modal=True)
+    return fusion_recipe(losses=albef_losses(queue_contrast=contrast, **others))
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_with_in_modal_contrast_the_ema_encoders_read_the_second_view_alone(masks):
+    """Queues too, and nothing else: the model's own embeddings are the plain view's."""
+    recipe = in_modal_recipe(masked_language=MaskedLanguageConfig(weight=float(masks), ramp_steps=0))
+    model, batch = fusion_model(recipe), training_batch()
+    with torch.no_grad():
+        made = model(batch)
+        second = {name: batch[f"{name}_augmented"] for name in ("image", "text")}
+        view = model.ema_model(second)
+        plain = model({name: batch[name] for name in ("image", "text")})
+    for name in ("image", "text"):
+        torch.testing.assert_close(made[f"{name}_augmented"], view[name], **CLOSE)
+        torch.testing.assert_close(made[name], plain[name], **CLOSE)
+        assert float((view[name] - plain[name]).norm(dim=1).min()) > 0.01
+    model.update_ema(made, batch, step=0)
+    assert torch.equal(model.queue.image[:6], made["image_augmented"])
+    assert torch.equal(model.queue.text[:6], made["text_augmented"])
+
+
+def test_without_it_they_read_the_plain_view():
+    model, batch = fusion_model(), training_batch()
+    with torch.no_grad():
+        made = model({name: rows for name, rows in batch.items() if not name.endswith("_augmented")})
+    for name in ("image", "text"):
+        torch.testing.assert_close(made[f"{name}_augmented"], made[name], **CLOSE)
+
+
+def test_in_modal_contrast_in_micro_batches_has_the_gradient_of_the_whole_batch():
+    recipe = in_modal_recipe(geometry=GeometryConfig(weight=0.25))
+    batch, objective, found = training_batch(), build_objective(recipe.losses), []
+    for parts in ([batch], [{name: rows[start : start + 4] for name, rows in batch.items()} for start in (0, 4)]):
+        engine = PlainEngine(fusion_model(recipe))
+        embedded = embed(engine, parts, objective, 0)
+        total, _ = objective(embedded.outputs, 0, without=embedded.deferred)
+        embedded.backward(total)
+        found.append({name: parameter.grad for name, parameter in engine.model.named_parameters()})
+    largest = max(float(value.norm()) for value in found[0].values())
+    for name, value in found[0].items():
+        assert float((found[1][name] - value).norm()) <= 1e-5 * max(float(value.norm()), 1e-2 * largest), name
 
 
 def test_every_parameter_gets_a_gradient():
