@@ -22,6 +22,8 @@ from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.evaluate import evaluate
 from modstruct.evaluation.information import measure as information
 from modstruct.evaluation.information.probes import ProbeConfig
+from modstruct.evaluation.retrieval import measure as retrieval
+from modstruct.evaluation.retrieval.measure import RetrievalConfig
 from modstruct.evaluation.structure import measure as structure
 from modstruct.evaluation.structure.measure import StructureConfig
 
@@ -77,6 +79,7 @@ def metrics_of(made: EmbeddedSet) -> dict[str, list[float]]:
         zero_shot.measure(made),
         structure.measure(made),
         structure.measure(made, sampled),
+        retrieval.measure(made, RetrievalConfig(resamples=100)),
         linear_probe.measure(made),
         linear_probe.measure_adamw(made, LinearProbeConfig(adamw=AdamWProbeConfig(epochs=3))),
         few_shot.measure(made, FewShotConfig(shots=(1, 2), draws=3)),

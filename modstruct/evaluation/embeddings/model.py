@@ -109,5 +109,9 @@ def checkpoint_model(recipe: Recipe, checkpoint: str, name: str | None = None) -
         encode=lambda batch: model(batch, features=True),
         preprocessing=f"views {asdict(views)} of {size} pixels; tokenizer {tokenizer.kind} {tokenizer_print} of "
         f"{tokenizer.context_length} tokens",
-        details={"checkpoint": str(path), "framework": recipe.framework},
+        details={
+            "checkpoint": str(path),
+            "framework": recipe.framework,
+            "logit_scale": float(model.clamped("logit_scale").detach().exp()),
+        },
     )

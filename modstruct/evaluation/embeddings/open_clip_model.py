@@ -104,7 +104,12 @@ def open_clip_model(spec: str, random_weights: bool = False, name: str | None = 
         encode=encode,
         preprocessing=f"{model.visual.preprocess_cfg}; tokenizer {type(tokenizer).__name__} of {architecture}, "
         f"{tokenizer.context_length} tokens",
-        details={"open_clip": spec, "random_weights": random_weights, "version": open_clip.__version__},
+        details={
+            "open_clip": spec,
+            "random_weights": random_weights,
+            "version": open_clip.__version__,
+            "logit_scale": float(model.logit_scale.detach().exp()),
+        },
     )
 
 

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice, pairwise
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,13 +19,12 @@ from modstruct.distributed.collect import share_out
 from modstruct.errors import require
 from modstruct.evaluation.classification.features import Features
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
+from modstruct.evaluation.embeddings.labels import SET_LABEL, label_numbers
 from modstruct.evaluation.information.probes import Answer, Fold, ProbeConfig, folds_of, probed, shares
 from modstruct.evaluation.result import Result, Value
 from modstruct.evaluation.retrieval.rows import check_rows
 from modstruct.evaluation.statistics import bootstrap_mean, mean_interval
 
-SET_LABEL = "label"
-"""Name of the classes that a set was embedded with, where they came from no field of the metadata."""
 PIXEL_SIDE, DRAWN_SIDE = 16, 64
 """Pixels a side of a scene as a feature, and at which it is rendered before it is averaged down."""
 WORD = re.compile(r"\w+(?:['-]\w+)*")
@@ -162,28 +161,6 @@ def best_answers(
             losses[question][fold.held_out] = able[best][1]
             chosen[question][best] += 1
     return losses, {question: dict(counts) for question, counts in chosen.items()}
-
-
-def label_numbers(embedded: EmbeddedSet, label: str) -> tuple[np.ndarray, list[str]]:
-    """Class of each image, (n,) int64, -1 for none, and the classes that occur, in alphabetical order or the set's.
-
-    label: a field of the metadata, or the name of the classes that the set was embedded with.
-    """
-    if embedded.labels is not None and label == (embedded.label_field or SET_LABEL):
-        values: list = [None if number < 0 else int(number) for number in embedded.labels]
-        known = sorted({number for number in values if number is not None})
-        names = [embedded.class_names[number] for number in known]
-    else:
-        values = [record.get(label) for record in embedded.metadata]
-        fields = sorted({field for record in islice(embedded.metadata, 100) for field in record})
-        require(any(v is not None for v in values), "labels", label, f"no image has it: name one of {fields}")
-        broken = next((v for v in values if not isinstance(v, str | int | bool | None)), None)
-        require(broken is None, "labels", label, f"has the value {broken!r}: name a field of texts or whole numbers")
-        known = sorted({v for v in values if v is not None}, key=lambda v: (isinstance(v, str), v))
-        names = [str(value) for value in known]
-    require(len(names) > 1, "labels", label, f"all images have the value {names[0] if names else None!r}: give two")
-    place = {value: number for number, value in enumerate(known)} | {None: -1}
-    return np.array([place[value] for value in values], dtype=np.int64), names
 
 
 def _features(

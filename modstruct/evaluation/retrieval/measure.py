@@ -14,9 +14,11 @@ from modstruct import distributed
 from modstruct.distributed.collect import share_out
 from modstruct.errors import require
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
-from modstruct.evaluation.result import Curve, Result, Value, share
+from modstruct.evaluation.embeddings.labels import distinct_classes
+from modstruct.evaluation.result import Curve, Result, Unit, Value, share
 from modstruct.evaluation.retrieval.exact import PairsAhead, counting_device, pairs_ahead
 from modstruct.evaluation.retrieval.metrics import Metrics, Ranked, ranked_queries, ranking_metrics
+from modstruct.evaluation.retrieval.mixed import AT, Found, kinds_of_classes, kinds_of_pairs, search_mixed
 from modstruct.evaluation.retrieval.nearest import (
     Engine,
     IndexConfig,
@@ -34,6 +36,8 @@ GROUPS = {
     "image_to_text": "Image → text",
     "index_text_to_image": "Approximate lists, text → image",
     "index_image_to_text": "Approximate lists, image → text",
+    "mixed": "One gallery of images and texts, by pair",
+    "mixed_classes": "One gallery of images and texts, by class",
 }
 ABOUT = (
     "Each caption ranks all images of the set by cosine similarity, and each image all captions; right are those that "
@@ -42,6 +46,7 @@ ABOUT = (
 )
 MORE = {
     "median_rank": ("median rank", "Half of the queries have a rank of at most this."),
+    "mean_log_rank": ("mean ln rank", "Mean of the natural logarithm of the rank, 0 where every rank is 1."),
     "mean_reciprocal_rank": ("MRR", "Mean reciprocal rank: the mean of 1 / rank, 100 % where every rank is 1."),
     "map_at_r": (
         "mAP@R",
@@ -50,6 +55,13 @@ MORE = {
     ),
 }
 """Metrics beside recall: label and definition."""
+LOWER_IS_BETTER: dict[str, Unit] = {"median_rank": "rank", "mean_log_rank": "number"}
+"""With their units; the others are shares."""
+MIXED = {
+    "mixed": "its image, its captions, and what they are paired with",
+    "mixed_classes": "all images and texts of its class, a text being of its first image's",
+}
+"""What is relevant to a query, image or text, by group."""
 TIES_BY_CHANCE = 1e-6
 """Of a query with each item, at most: scores of unit rows lie 2^-25 apart or so, where they are 1/4 and more."""
 log = logging.getLogger(__name__)
@@ -61,7 +73,7 @@ class RetrievalConfig:
     """How retrieval of an embedded set is measured."""
 
     metrics: Literal["all", "recall"] = "all"
-    """recall: without median rank, MRR, mAP@R and tied queries."""
+    """recall: without all but recall: other metrics of ranks, tied queries and the mixed gallery."""
     recall_at: tuple[int, ...] = (1, 5, 10)
     """K of the recall that gets a value, and an outcome for each query."""
     curve_at: tuple[int, ...] = (1, 2, 5, 10, 20, 50, 100)
@@ -72,6 +84,10 @@ class RetrievalConfig:
     cagra (graph, on a GPU, where FAISS is built with cuVS)."""
     index: IndexConfig = field(default_factory=IndexConfig)
     """Of engines other than exact."""
+    mixed_queries: int = 20_000
+    """Most queries of the gallery of images and texts together, evenly spaced; 0 leaves it out."""
+    label: str = ""
+    """Field of the metadata with the classes that are relevant in it; by default the set's classes, if it has any."""
     resamples: int = 1000
     """Of the bootstrap."""
     seed: int = 0
@@ -83,6 +99,7 @@ class RetrievalConfig:
             for k in getattr(self, name):
                 require(k >= 1, f"retrieval.{name}", k, "at least 1")
         require(len(self.recall_at) > 0, "retrieval.recall_at", self.recall_at, "give at least one K")
+        require(self.mixed_queries >= 0, "retrieval.mixed_queries", self.mixed_queries, "at least 0")
         require(self.resamples >= 100, "retrieval.resamples", self.resamples, "at least 100")
 
 
@@ -163,11 +180,14 @@ def measure(embedded: EmbeddedSet, config: RetrievalConfig = DEFAULT) -> Result:
 
     embedded: with texts and pairs. Copies of images are left out, and their captions are those of the image.
     Values: `ranking_metrics` of text_to_image and image_to_text, with 95 % intervals where there are two independent
-    queries, and tied_queries where there are any; index_text_to_image and index_image_to_text of approximate lists.
-    Outcomes: of each direction's queries that have a positive, DIRECTION/recall_at_K (0 or 1), mean_reciprocal_rank,
-    map_at_r, rank (from 1 on), query (row of the set) and group. Queries of one group are resampled together: the
-    captions of one image, a caption of several images with the first of them.
-    Raises ValueError where the set has no texts or pairs, or this machine does not have the engine.
+    queries, and tied_queries where there are any; index_text_to_image and index_image_to_text of approximate lists;
+    mixed, and with classes mixed_classes, of one gallery of images and texts (`search_mixed`).
+    Outcomes: of each direction's queries that have a positive, DIRECTION/recall_at_K (0 or 1), mean_log_rank,
+    mean_reciprocal_rank, map_at_r, rank (from 1 on), query (row of the set) and group; of mixed ones ndcg_at_10,
+    own_modality, query (row of the images, and then of the texts) and group. Queries of one group are resampled
+    together: the captions of one image, a caption of several images with the first of them.
+    Raises ValueError where the set has no texts or pairs, or this machine does not have the engine, and for a label
+    that is none.
     """
     image, text, pairs = embedded.distinct_rows("image"), embedded.rows("text"), embedded.distinct_pairs
     require(len(pairs) > 0, "pairs", str(embedded.folder), "this set has none: embed one whose images have captions")
@@ -184,6 +204,7 @@ def measure(embedded: EmbeddedSet, config: RetrievalConfig = DEFAULT) -> Result:
     outcomes: dict[str, np.ndarray] = {}
     for direction, ranked, recall in rankings(image, text, pairs, recall_at, config.engine, config.index):
         of_queries: dict[str, np.ndarray] = {f"recall_at_{k}": (ranked.rank <= k).astype(np.uint8) for k in recall_at}
+        of_queries["mean_log_rank"] = np.log(ranked.rank)
         of_queries |= {"mean_reciprocal_rank": 1 / ranked.rank, "map_at_r": ranked.average_precision_at_r}
         beside = {"rank": ranked.rank, "query": ranked.query, "group": groups[direction]}
         kept = {name: of_queries[name] for name in shown if name in of_queries} | beside
@@ -206,6 +227,20 @@ def measure(embedded: EmbeddedSet, config: RetrievalConfig = DEFAULT) -> Result:
                 values[f"index_{direction}/{name}"] = replace(value, about="")
         if curve_at:
             curves[f"{direction}/recall"] = _curve(GROUPS[direction], metrics, curve_at)
+    if config.metrics == "all" and config.mixed_queries:
+        kinds = {"mixed": kinds_of_pairs(pairs, len(image), len(text))}
+        if (classes := distinct_classes(embedded, config.label, "retrieval.label")) is not None:
+            kinds["mixed_classes"] = kinds_of_classes(pairs, classes, len(text))
+        image_of = np.arange(len(image) + len(text))
+        image_of[len(image) + np.unique(pairs[:, 1])] = first_image
+        for name, of_items in kinds.items():
+            found = search_mixed(image, text, of_items, config.mixed_queries)
+            made, of_queries = _mixed(name, found, image_of[found.query], config)
+            values, outcomes, sizes = (
+                values | made,
+                outcomes | of_queries,
+                sizes | {f"{name}_queries": len(found.query)},
+            )
     return Result(
         "retrieval",
         embedded.name,
@@ -230,7 +265,34 @@ def declared(name: str, metric: dict[str, float], rows: int) -> Value:
     recall = f"R@{k}", f"Recall at {k}: the share of the queries whose rank is at most {k}."
     label, about = MORE.get(name, recall)
     more: dict[str, Any] = {"label": label, "rows": rows, "about": about} | metric
-    return Value(**more, unit="rank", higher_is_better=False) if name == "median_rank" else share(**more)
+    if name in LOWER_IS_BETTER:
+        return Value(**more, unit=LOWER_IS_BETTER[name], higher_is_better=False)
+    return share(**more)
+
+
+def _mixed(
+    group: str, found: Found, images: np.ndarray, config: RetrievalConfig
+) -> tuple[dict[str, Value], dict[str, np.ndarray]]:
+    """Values and outcomes of a mixed gallery. images: (q,), queries of one value are resampled together."""
+    gain = f"NDCG of the first {AT} of all images and texts but the query; relevant are {MIXED[group]}. A relevant item"
+    own = f"Share of the query's own modality in the first {AT}: the wider the gap between the modalities, the more."
+    outcomes = {"ndcg_at_10": found.ndcg, "own_modality": found.own}
+    more: dict[str, dict[str, Any]] = {name: {"rows": len(found.query)} for name in outcomes}
+    for name, bounds in _intervals(outcomes, images, config).items():
+        more[name] |= bounds
+    more["ndcg_at_10"] |= {
+        "label": f"NDCG@{AT}",
+        "chance": found.chance,
+        "about": f"{gain} at place r gains 1 / log2(1 + r), and 100 % is what all of them in front would gain.",
+    }
+    made = {
+        "ndcg_at_10": share(found.ndcg.mean(), **more["ndcg_at_10"]),
+        "own_modality": Value(float(found.own.mean()), "own modality", "share", about=own, **more["own_modality"]),
+    }
+    kept = outcomes | {"query": found.query, "group": images}
+    return {f"{group}/{name}": value for name, value in made.items()}, {
+        f"{group}/{n}": rows for n, rows in kept.items()
+    }
 
 
 def _intervals(

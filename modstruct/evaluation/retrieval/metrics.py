@@ -1,4 +1,4 @@
-"""The metrics of ranks, recall at K, median rank, mean reciprocal rank and mAP@R, each beside chance.
+"""The metrics of ranks, recall at K, median and mean log-rank, mean reciprocal rank and mAP@R, each beside chance.
 
 Chance is what a uniformly random ranking reaches.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from scipy.stats import hypergeom
@@ -15,7 +16,7 @@ from scipy.stats import hypergeom
 Metrics = dict[str, dict[str, float]]
 """By name, {"value": …, "chance": …}."""
 NEGLIGIBLE = 1e-15
-"""Probability at which the chance of a reciprocal rank stops adding."""
+"""Probability at which the mean over random ranks stops adding."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ def ranking_metrics(ranked: Ranked, recall_at: Sequence[int]) -> Metrics:
 
     recall_at_K           share of queries whose rank is at most K
     median_rank           of the queries; its chance the least rank that a random ranking reaches for half of them
+    mean_log_rank         mean of ln rank: all ranks count, and a factor counts alike anywhere
     mean_reciprocal_rank  mean of 1 / rank
     map_at_r              mean average precision at R (Musgrave et al. 2020): with R positives, the mean over the
                           first R places of the precision there, or 0 where no positive is
@@ -58,11 +60,14 @@ def ranking_metrics(ranked: Ranked, recall_at: Sequence[int]) -> Metrics:
     positives, size = ranked.positives, ranked.gallery_size
     # 1e-12: what is 1/2 in exact numbers may be rounded down.
     half = bisect_left(range(1, size + 1), 0.5 - 1e-12, key=lambda k: _chance_of_recall(positives, size, k))
-    reciprocal = _mean(positives, lambda count: _chance_of_reciprocal_rank(count, size))
+    reciprocal, logarithm = (
+        _mean(positives, partial(_mean_over_random_ranks, size, of)) for of in (np.reciprocal, np.log)
+    )
     precision = _mean(positives, lambda count: _chance_of_precision_at_r(count, size))
     return {
         **recall_metrics(ranked.rank, positives, size, recall_at),
         "median_rank": {"value": float(np.median(ranked.rank)), "chance": 1.0 + half},
+        "mean_log_rank": {"value": float(np.mean(np.log(ranked.rank))), "chance": logarithm},
         "mean_reciprocal_rank": {"value": float(np.mean(1 / ranked.rank)), "chance": reciprocal},
         "map_at_r": {"value": float(np.mean(ranked.average_precision_at_r)), "chance": precision},
     }
@@ -87,12 +92,12 @@ def _chance_of_recall(positives: np.ndarray, size: int, k: int) -> float:
     return _mean(positives, lambda count: float(hypergeom.sf(0, size, count, min(k, size))))
 
 
-def _chance_of_reciprocal_rank(positives: int, size: int) -> float:
-    """E[1 / rank of the first of P positives among G items]."""
+def _mean_over_random_ranks(size: int, of: Callable[[np.ndarray], np.ndarray], positives: int) -> float:
+    """E[of(rank of the first of P positives among G items)]. of: of ranks (r,), float64."""
     # later[r] = probability that the first r places hold no positive; it falls faster than exp(-r P / G).
     r = np.arange(int(min(size - positives, np.ceil(-np.log(NEGLIGIBLE) * size / positives))))
     later = np.append(1.0, np.cumprod((size - positives - r) / (size - r)))
-    return float(np.sum(-np.diff(later, append=0.0) / np.arange(1, len(later) + 1)))
+    return float(np.sum(-np.diff(later, append=0.0) * of(np.arange(1.0, len(later) + 1))))
 
 
 def _chance_of_precision_at_r(positives: int, size: int) -> float:

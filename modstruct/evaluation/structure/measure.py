@@ -13,11 +13,13 @@ import numpy as np
 from modstruct.distributed.collect import on_main, share_out
 from modstruct.errors import require, require_counts
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
+from modstruct.evaluation.embeddings.labels import distinct_classes
 from modstruct.evaluation.result import Curve, Result, Value
 from modstruct.evaluation.retrieval.rows import as_float32, check_dimensions, check_rows, checked_pairs, row_blocks
 from modstruct.evaluation.statistics import t_interval
 from modstruct.evaluation.structure import metrics
 from modstruct.evaluation.structure.basic import log_potential, mean_potential
+from modstruct.evaluation.structure.clusters import clustered
 
 Arrays = Mapping[str, np.ndarray]
 Jobs = dict[tuple[str, ...], list[Callable[[], Any]]]
@@ -30,6 +32,17 @@ ABOUT = {
     "uniformity": "How evenly embeddings fill the sphere: log of the mean of exp(-t d²) over the distances d of any "
     "two of them, with t = 2, from -8 to 0; lower is more even.",
     "modality_gap": "Distance of the mean image embedding from the mean text embedding, from 0 to 2.",
+    "relative_modality_gap": "How far pairs lie apart beside embeddings of one modality: d_pair / (d_pair + d_own), "
+    "from 0 to 1, with d = (1 - cos) / 2 averaged over pairs, and over any two of one modality.",
+    "gap_dimensions": "How many dimensions carry the gap of the means: (sum of d²)² / (sum of d⁴), d being the means' "
+    "difference in a dimension, from 1 to all of them; it depends on the axes.",
+    "gap_in_three_dimensions": "Share of the squared gap of the means in the three dimensions that carry most of it.",
+    "temperature": "1 / logit scale of the model, by which its loss divides cosines: gaps of unlike temperatures are "
+    "no like comparison, since a learnt temperature keeps the gap open.",
+    "v_measure": "V-measure against the classes of k-means clusters of images and captions together, k being the "
+    "number of classes: the harmonic mean of how much clusters tell of the class, and classes of the cluster.",
+    "cluster_modality": "Homogeneity of these clusters in modality: how much of it they tell, 100 % where no cluster "
+    "holds both images and captions.",
     "linear_separability": "Accuracy of a linear classifier that tells image from text embeddings of unseen pairs.",
     "geometry_inter": "Mean of (⟨image j, text k⟩ - ⟨image k, text j⟩)² over all pairs of pairs j, k.",
     "geometry_intra": "Mean of (⟨image j, image k⟩ - ⟨text j, text k⟩)² over all pairs of pairs j, k.",
@@ -60,10 +73,16 @@ class StructureConfig:
     hubness_batches: int = 10
     separability_pairs: int = 10_000
     """Most pairs that the linear classifier is trained and tested on."""
+    label: str = ""
+    """Field of the metadata with the classes that clusters are held against; by default the set's classes."""
+    cluster_pairs: int = 10_000
+    """Most pairs that are clustered, one caption an image."""
+    cluster_starts: int = 10
+    """Starts of k-means, of which the best counts."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require_counts("structure", self, ("exact_rows", "separability_pairs"))
+        require_counts("structure", self, ("exact_rows", "separability_pairs", "cluster_pairs", "cluster_starts"))
         for name, least in (("batches", 10), ("hubness_batches", 10), ("hubness_batch", 2), ("batch", 2)):
             require(getattr(self, name) >= least, f"structure.{name}", getattr(self, name), f"at least {least}")
 
@@ -85,13 +104,15 @@ def measure(embedded: EmbeddedSet, config: StructureConfig = DEFAULT) -> Result:
     arrays = {name: embedded.distinct_rows(name) for name in names}
     on_main(lambda: _check(arrays))
     pairs = checked_pairs(pairs, len(arrays["image"]), len(arrays["text"]), ("images", "texts"))
-    jobs, sampled = _planned(arrays, pairs, config)
+    classes = distinct_classes(embedded, config.label, "structure.label") if config.metrics == "all" else None
+    jobs, sampled = _planned(arrays, pairs, classes, config)
     work = [(of, job) for of, planned in jobs.items() for job in planned]
     found: dict[str, list[Any]] = defaultdict(list)
     for (of, _), result in zip(work, share_out(work, lambda item: item[1]()), strict=True):
         for name, part in zip(of, result if len(of) > 1 else [result], strict=True):
             found[name].append(part)
-    values, curves = _values_and_curves(found, sampled)
+    values, curves = _values_and_curves(found, sampled, embedded.model.get("logit_scale"))
+    left_out = {} if classes is not None else {"notes": ["no clusters: the set has no classes; name structure.label"]}
     return Result(
         "structure",
         embedded.name,
@@ -99,15 +120,17 @@ def measure(embedded: EmbeddedSet, config: StructureConfig = DEFAULT) -> Result:
         "Structure of the latent space",
         "Shape of the two clouds of embeddings: how near pairs lie, how evenly each modality fills the sphere, how far "
         "apart the modalities lie, along how many directions they spread, and where the augmented image lies between "
-        "image and caption. These metrics describe; no direction is better by itself.",
+        "image and caption. These metrics describe; but for clusters no direction is better by itself.",
         curves=curves,
-        settings=asdict(config) | {"arrays": names},
+        settings=asdict(config) | {"arrays": names} | left_out,
         rows={"image": len(arrays["image"]), "text": len(arrays["text"]), "pairs": len(pairs)},
         fingerprint=embedded.source.get("fingerprint"),
     )
 
 
-def _planned(arrays: Arrays, pairs: np.ndarray, config: StructureConfig) -> tuple[Jobs, dict[str, int]]:
+def _planned(
+    arrays: Arrays, pairs: np.ndarray, classes: np.ndarray | None, config: StructureConfig
+) -> tuple[Jobs, dict[str, int]]:
     """Names -> what computes them, part by part; and of sampled ones the number of rows."""
     image, text, sampled = arrays["image"], arrays["text"], dict[str, int]()
     jobs: Jobs = {("alignment",): [partial(metrics.alignment, image, text, pairs)]}
@@ -130,10 +153,19 @@ def _planned(arrays: Arrays, pairs: np.ndarray, config: StructureConfig) -> tupl
     uniformity("uniformity_text", text)
     if config.metrics == "basic":
         return jobs, sampled
-    chosen = np.random.default_rng(config.seed).permutation(metrics.one_to_one(pairs))[: config.separability_pairs]
+    jobs["gap_by_dimension",] = [partial(metrics.gap_by_dimension, image, text)]
+    if min(len(image), len(text)) > 1:
+        jobs["relative_modality_gap",] = [partial(metrics.relative_gap, image, text, pairs)]
+    single = np.random.default_rng(config.seed).permutation(metrics.one_to_one(pairs))
+    if classes is not None:
+        known = single[classes[single[:, 0]] >= 0][: config.cluster_pairs]
+        if len(np.unique(classes[known[:, 0]])) > 1:
+            starts = range(config.seed, config.seed + config.cluster_starts)
+            jobs["clusters",] = [partial(clustered, image, text, known, classes, start) for start in starts]
+    chosen = single[: config.separability_pairs]
     if len(chosen) >= metrics.FOLDS:
-        known = partial(metrics.separated, image, text, chosen)
-        jobs["linear_separability",] = [partial(known, fold) for fold in range(metrics.FOLDS)]
+        by_fold = partial(metrics.separated, image, text, chosen)
+        jobs["linear_separability",] = [partial(by_fold, fold) for fold in range(metrics.FOLDS)]
     geometry, hubness = (partial(f, image, text, pairs) for f in (metrics.geometry, metrics.hubness))
     plan(("geometry_inter", "geometry_intra"), geometry, len(pairs))
     plan(("hubness_text", "hubness_image"), hubness, len(pairs), hubs=True)
@@ -148,7 +180,7 @@ def _planned(arrays: Arrays, pairs: np.ndarray, config: StructureConfig) -> tupl
 
 
 def _values_and_curves(
-    found: Mapping[str, list[Any]], sampled: Mapping[str, int]
+    found: Mapping[str, list[Any]], sampled: Mapping[str, int], logit_scale: float | None
 ) -> tuple[dict[str, Value], dict[str, Curve]]:
     """Of each metric's results of all parts."""
     values: dict[str, Value] = {}
@@ -158,8 +190,10 @@ def _values_and_curves(
         start = next(start for start in ABOUT if name.startswith(start))
         of, _, kind = name.removeprefix(start).removeprefix("_").partition("_")
         label = ", ".join(filter(None, (start.replace("_", " "), MODALITIES.get(of), kind)))
-        values[name] = Value(float(value), label, about=ABOUT[start], **more)
+        values[name] = Value(float(value), **{"label": label, "about": ABOUT[start]} | more)
 
+    if logit_scale:
+        add("temperature", 1 / logit_scale)
     for name, parts in found.items():
         if name.startswith("spectrum_"):
             modality, (plain, centred) = name.removeprefix("spectrum_"), parts[0]
@@ -174,6 +208,19 @@ def _values_and_curves(
             add("bridge_deviation", deviations[-1])
             title, labels = "Deviation from the bridge", ("t, from caption (0) to image (1)", "mean squared distance")
             curves["bridge_deviation"] = Curve(metrics.GRID.tolist(), deviations[:-1], title, *labels, chosen=best)
+        elif name == "gap_by_dimension":
+            squares = parts[0] ** 2
+            if squares.any():
+                add("gap_dimensions", squares.sum() ** 2 / (squares**2).sum())
+                add("gap_in_three_dimensions", squares[:3].sum() / squares.sum(), unit="share")
+            labels = ("dimension, sorted", "|difference of the means|")
+            axes = np.arange(1.0, len(squares) + 1).tolist()
+            curves[name] = Curve(axes, parts[0].tolist(), "Modality gap by dimension", *labels, logarithmic=True)
+        elif name == "clusters":
+            _, classes, of_classes, modalities, of_modalities = min(parts)
+            of = {"label": "V-measure of clusters", "chance": of_classes, "higher_is_better": True}
+            add("v_measure", classes, unit="share", **of)
+            add("cluster_modality", modalities, unit="share", chance=of_modalities)
         elif name == "linear_separability":
             right = np.concatenate(parts)
             bottom, top = metrics.separability_interval(right)

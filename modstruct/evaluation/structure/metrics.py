@@ -1,6 +1,6 @@
 """Metrics of a latent space, each of arrays in memory or memory-mapped; no collectives.
 
-image: (n, D), text: (m, D), of unit norm. pairs: (p, 2), (image row, text row). Alignment, gap, orthogonality, bridge
+image: (n, D), text: (m, D), of unit norm. pairs: (p, 2), (image row, text row). Alignment, gaps, orthogonality, bridge
 and spectra are exact at any size, in float64; geometry and hubness, over all pairs of rows, are of the chosen rows.
 """
 
@@ -50,6 +50,29 @@ def mean_row(rows: np.ndarray) -> Tensor:
 def modality_gap(image: np.ndarray, text: np.ndarray) -> float:
     """|mean z_V - mean z_T|, from 0 to 2 (Liang et al. 2022)."""
     return float((mean_row(image) - mean_row(text)).norm())
+
+
+def relative_gap(image: np.ndarray, text: np.ndarray, pairs: np.ndarray) -> float:
+    """Relative modality gap (Schrodi et al. 2024), from 0 to 1; rows of either modality: at least two.
+
+    d_pair / (d_pair + (d_II + d_TT) / 2), d = (1 - cos) / 2: its mean over pairs, over all j != k of images, and of
+    texts. Of unit rows d is |a - b|^2 / 4, and the mean of |z_j - z_k|^2 over j != k is twice the variance, summed over
+    the dimensions: no N x N matrix. 0 where all rows are one point.
+    """
+    apart = alignment(image, text, pairs)
+    whole = apart + _total_variance(image) + _total_variance(text)
+    return apart / whole if whole else 0.0
+
+
+def _total_variance(rows: np.ndarray) -> float:
+    """Sum over the dimensions of the unbiased variance."""
+    mean = mean_row(rows)
+    return sum(float((block.double() - mean).square().sum()) for _, block in row_blocks(rows)) / (len(rows) - 1)
+
+
+def gap_by_dimension(image: np.ndarray, text: np.ndarray) -> np.ndarray:
+    """|mean z_V - mean z_T| of each dimension, (D,) float64, descending (Schrodi et al. 2024)."""
+    return (mean_row(image) - mean_row(text)).abs().sort(descending=True).values.numpy()
 
 
 def orthogonality(shared: np.ndarray, independent: np.ndarray) -> float:

@@ -49,6 +49,7 @@ def plain_metrics(queries, gallery, pairs, recall_at) -> dict[str, float]:
     ranks = np.array(ranks)
     return {f"recall_at_{k}": np.mean(ranks <= k) for k in recall_at} | {
         "median_rank": np.median(ranks),
+        "mean_log_rank": np.mean(np.log(ranks)),
         "mean_reciprocal_rank": np.mean(1 / ranks),
         "map_at_r": np.mean(precisions),
     }

@@ -70,11 +70,12 @@ def test_metrics_are_those_of_the_arrays_and_the_means_of_their_outcomes(embedde
             assert metric.rows == measured.rows[f"{direction}_queries"]
             if name != "median_rank":
                 assert outcomes[f"{direction}/{name}"].mean() == pytest.approx(metric.value, abs=1e-12)
-                assert metric.high - metric.low < 0.5
+                assert metric.high - metric.low < (1 if name == "mean_log_rank" else 0.5)
         assert np.median(outcomes[f"{direction}/rank"]) == metrics["median_rank"].value
         lengths = {len(values) for name, values in outcomes.items() if name.startswith(direction)}
         assert lengths == {measured.rows[f"{direction}_queries"]}
     sizes = {"image": 50, "text": 150, "pairs": 148, "text_to_image_queries": 147, "image_to_text_queries": 49}
+    sizes["mixed_queries"] = 196
     assert measured.rows == sizes
     assert (measured.metric, measured.set, measured.fingerprint) == ("retrieval", "made", "abc")
 
@@ -83,9 +84,12 @@ def test_a_result_declares_what_its_values_are(measured, tmp_path):
     recall, rank = (measured.values[f"text_to_image/{name}"] for name in ("recall_at_5", "median_rank"))
     assert (recall.label, recall.unit, recall.higher_is_better) == ("R@5", "share", True)
     assert (rank.label, rank.unit, rank.higher_is_better) == ("median rank", "rank", False)
+    logarithm = measured.values["image_to_text/mean_log_rank"]
+    assert (logarithm.unit, logarithm.higher_is_better) == ("number", False)
     assert recall.about == "Recall at 5: the share of the queries whose rank is at most 5."
     assert all(value.about for value in measured.values.values())
-    assert measured.groups == {"text_to_image": "Text → image", "image_to_text": "Image → text"}
+    groups = {"text_to_image": "Text → image", "image_to_text": "Image → text"}
+    assert measured.groups == groups | {"mixed": "One gallery of images and texts, by pair"}
     assert measured.headlines == ("text_to_image/recall_at_1", "image_to_text/recall_at_1")
     assert measured.settings["engine"] == "exact"
     measured.save(tmp_path / "retrieval.json")
@@ -168,6 +172,7 @@ def test_a_set_without_texts_or_pairs_is_refused(tmp_path, change, message):
         ({"recall_at": ()}, "give at least one K"),
         ({"curve_at": (-1,)}, "retrieval.curve_at = -1"),
         ({"resamples": 10}, "retrieval.resamples = 10"),
+        ({"mixed_queries": -1}, "retrieval.mixed_queries = -1: at least 0"),
         ({"engine": "annoy"}, "retrieval.engine = 'annoy': one of exact, faiss_flat, ivf, hnsw, cagra"),
     ],
 )

@@ -80,8 +80,16 @@ def plain(image, text, pairs, augmented, image_independent, text_independent):
         mean = t * pv + (1 - t) * pz
         return np.mean(np.sum((pa - mean / np.linalg.norm(mean, axis=1, keepdims=True)) ** 2, axis=1))
 
+    def apart(x):
+        return ((1 - x @ x.T) / 2)[~np.eye(len(x), dtype=bool)].mean()
+
     best = min(np.linspace(0, 1, 10_001), key=deviation)
+    paired = np.mean((1 - np.sum(pv * pz, axis=1)) / 2)
+    gap = np.sort((v.mean(0) - z.mean(0)) ** 2)
     return {
+        "relative_modality_gap": paired / (paired + (apart(v) + apart(z)) / 2),
+        "gap_dimensions": gap.sum() ** 2 / (gap**2).sum(),
+        "gap_in_three_dimensions": gap[-3:].sum() / gap.sum(),
         "alignment": np.mean(np.sum((pv - pz) ** 2, axis=1)),
         "uniformity_image": uniformity(v),
         "uniformity_text": uniformity(z),
@@ -114,6 +122,8 @@ def test_metrics_agree_with_their_definitions(source, monkeypatch):
     image = source[0].astype(np.float64)
     deviations = np.linalg.svd(image - image.mean(0), compute_uv=False) / len(image) ** 0.5
     np.testing.assert_allclose(curves["spectrum_image"].y, deviations, rtol=1e-6)
+    gap = np.sort(np.abs(image.mean(0) - source[1].astype(np.float64).mean(0)))[::-1]
+    np.testing.assert_allclose(curves["gap_by_dimension"].y, gap, rtol=1e-9)
     assert curves["bridge_deviation"].x == GRID.tolist()
     assert curves["bridge_deviation"].chosen == found["bridge_best_t"].value
     monkeypatch.setattr(rows_module, "BLOCK_BYTES", 4 * 12 * 7)  # blocks of 7 rows
@@ -296,3 +306,18 @@ def test_what_cannot_be_measured_is_refused(arguments, message):
 def test_uniformity_of_normalised_rows_stays_in_its_range():
     z = F.normalize(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), dim=1).numpy()
     assert structure_metrics(z, z)[0]["uniformity_image"].value == pytest.approx(-8, abs=1e-6)
+
+
+def test_the_relative_gap_of_known_clouds():
+    """Where pairs lie as far apart as any two of one modality it is a half; of aligned pairs 0; of two points 1."""
+    rows = unit(4000, 32)
+    other = unit(4000, 32, seed=1)
+    assert structure_metrics(rows, other)[0]["relative_modality_gap"].value == pytest.approx(0.5, abs=0.01)
+    assert structure_metrics(rows, rows)[0]["relative_modality_gap"].value == 0
+    point, place = (np.repeat(np.eye(4, dtype=np.float32)[[n]], 9, axis=0) for n in (0, 1))
+    apart = structure_metrics(point, place)[0]
+    assert apart["relative_modality_gap"].value == 1
+    assert apart["gap_dimensions"].value == 2
+    together = structure_metrics(point, point)[0]
+    assert together["relative_modality_gap"].value == 0
+    assert "gap_dimensions" not in together  # there is no gap to be carried
