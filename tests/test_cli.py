@@ -98,16 +98,20 @@ ON = {
     "albef_gc": ALBEF | {"geometry": 0.25},
     "albef_inmodal": ALBEF,
     "albef_sep": ALBEF | {"separation": 1.0},
+    "align": {"contrastive": 1.0, "alignment": 1.0},
+    "align_uniform": {"contrastive": 1.0, "alignment": 1.0},
     "all": {"contrastive": 1.0, "separation": 1.0, "bridge": 1.0, "geometry": 0.25},
     "br": {"contrastive": 1.0, "bridge": 1.0},
     "clip": {"contrastive": 1.0},
+    "clip_2v": {"contrastive": 1.0},
     "clip_inmodal": {"contrastive": 1.0},
     "cyclip": {"contrastive": 1.0, "geometry": 0.25},
     "gc": {"contrastive": 1.0, "geometry": 0.25},
     "sep": {"contrastive": 1.0, "separation": 1.0},
+    "sep_no_ortho": {"contrastive": 1.0, "separation": 1.0},
     "siglip": {"sigmoid": 1.0},
 }
-IN_MODAL = {"all", "br", "clip_inmodal", "gc", "sep"}
+IN_MODAL = {"align", "align_uniform", "all", "br", "clip_inmodal", "gc", "sep", "sep_no_ortho"}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -118,6 +122,8 @@ def test_every_method_over_every_recipe_turns_on_its_own_losses_alone(parse, rec
     assert weights(parse("--recipe", recipe, "--method", name, "--framework", framework)) == ON[name]
     assert losses.contrastive.in_modal == (name in IN_MODAL) or not losses.contrastive.weight
     assert losses.queue_contrast.in_modal == (name == "albef_inmodal")
+    assert losses.contrastive.second_view == (name == "clip_2v") or not losses.contrastive.weight
+    assert (losses.separation.orthogonality_weight == 0) == (name == "sep_no_ortho") or not losses.separation.weight
     assert losses.geometry.augmented == (name != "cyclip") or not losses.geometry.weight
 
 
@@ -155,6 +161,7 @@ def test_what_a_version_no_longer_has_is_refused_by_name(parse, capsys, words, s
 def test_a_method_replaces_the_losses_and_nothing_else(parse, recipe_file, name):
     every_loss_on = "losses: {contrastive: {weight: 9, in_modal: true}, separation: {weight: 9}, bridge: {weight: 9}, "
     every_loss_on += "queue_contrast: {weight: 9}, matching: {weight: 9}, masked_language: {weight: 9}, "
+    every_loss_on += "alignment: {weight: 9, uniformity_weight: 8}, "
     every_loss_on += "geometry: {weight: 9, augmented: false}}"
     framework = "fusion" if name in FUSION_METHODS else "two_tower"
     path = recipe_file(f"{every_loss_on}\noutput: runs/mine\nframework: {framework}")
@@ -168,6 +175,30 @@ def test_a_method_replaces_the_losses_and_nothing_else(parse, recipe_file, name)
 def test_a_method_file_names_only_what_is_on(name):
     content = yaml.safe_load((cli.RECIPES / "methods" / f"{name}.yaml").read_text())
     assert {loss: section["weight"] for loss, section in content["losses"].items()} == ON[name]
+
+
+def test_a_method_decides_whether_there_is_a_second_view_and_orthogonality(parse, recipe_file):
+    path = recipe_file("losses: {contrastive: {second_view: true}, separation: {weight: 1, orthogonality_weight: 0}}")
+    assert parse("--recipe", path).losses.contrastive.second_view
+    losses = parse("--recipe", path, "--method", "sep").losses
+    assert not losses.contrastive.second_view
+    assert losses.separation.orthogonality_weight == 1
+    assert not parse("--recipe", path, "--method", "clip").losses.contrastive.second_view
+
+
+@pytest.mark.parametrize(
+    ("words", "field"),
+    [
+        (["--method", "clip_2v", "--losses.contrastive.in_modal", "true"], "losses.contrastive.second_view = True"),
+        (["--method", "clip_2v", "--framework", "fusion"], "losses.contrastive.second_view = True"),
+        (["--losses.separation.orthogonality_weight", "-1"], "losses.separation.orthogonality_weight = -1.0"),
+        (["--losses.alignment.uniformity_weight", "inf"], "losses.alignment.uniformity_weight = inf"),
+        (["--losses.alignment.uniformity_t", "0"], "losses.alignment.uniformity_t = 0.0"),
+        (["--losses.alignment.form", "cosine"], "inverse_square, distance"),
+    ],
+)
+def test_losses_that_cannot_be_are_refused(refused, words, field):
+    assert field in refused(*words)
 
 
 @pytest.mark.parametrize("loss", sorted(ALBEF))

@@ -13,12 +13,23 @@ Precision = Literal["float32", "tf32", "bf16"]
 to tf32 or bfloat16; sums are float32. The CPU always takes float32."""
 
 
+def _require_weight(name: str, weight: float) -> None:
+    require(0 <= weight < inf, name, weight, "0 (off) or more, and finite")
+
+
 @dataclass
 class ContrastiveConfig:
     weight: float = 0.0
     """Weight of the contrastive base; 0 turns it off."""
     in_modal: bool = False
     """false: 1/2 (V2T + T2V), plain CLIP; true: 1/4 (V2T + T2V + V2V + T2T)."""
+    second_view: bool = False
+    """true: the mean of plain CLIP of the plain views and of the augmented ones, the two-view baseline without in-modal
+    terms."""
+
+    def __post_init__(self):
+        remedy = "false with losses.contrastive.in_modal, for no paper says how the six terms are weighted"
+        require(not (self.second_view and self.in_modal), "losses.contrastive.second_view", True, remedy)
 
 
 @dataclass
@@ -27,8 +38,11 @@ class SeparationConfig:
     """Weight of deep feature separation; 0 turns it and its heads off."""
     uniformity_t: float = 2.0
     """t of the Gaussian potential in the uniformity term."""
+    orthogonality_weight: float = 1.0
+    """Weight of L_Ortho within the loss; 0 leaves it out, though it is still logged."""
 
     def __post_init__(self):
+        _require_weight("losses.separation.orthogonality_weight", self.orthogonality_weight)
         require(self.uniformity_t > 0, "losses.separation.uniformity_t", self.uniformity_t, "above 0")
 
 
@@ -59,6 +73,22 @@ class SigmoidConfig:
     """Weight of the sigmoid loss over all pairs (SigLIP); 0 turns it off."""
     bias_init: float = -10.0
     """Bias of the logits at the start; it is learnt. SigLIP starts at -10, with model.logit_scale_init log 10."""
+
+
+@dataclass
+class AlignmentConfig:
+    weight: float = 0.0
+    """Weight of the explicit alignment of image and text; 0 turns it off (Jiang et al. use 1 and 0.5)."""
+    form: Literal["inverse_square", "distance"] = "inverse_square"
+    """inverse_square: mean of 1 / <zT, zV>^2, the paper's L_Align; distance: mean of |zV - zT|^2."""
+    uniformity_weight: float = 0.0
+    """Within the loss, weight of the uniformity of the pairs' centres (zV + zT) / |zV + zT|; 0 leaves it out."""
+    uniformity_t: float = 2.0
+    """t of the Gaussian potential in it."""
+
+    def __post_init__(self):
+        _require_weight("losses.alignment.uniformity_weight", self.uniformity_weight)
+        require(self.uniformity_t > 0, "losses.alignment.uniformity_t", self.uniformity_t, "above 0")
 
 
 @dataclass
@@ -126,6 +156,8 @@ class LossesConfig:
     """Geometric consistency (intra- and inter-modality)."""
     sigmoid: SigmoidConfig = field(default_factory=SigmoidConfig)
     """SigLIP's loss."""
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
+    """Explicit alignment of image and text (inter-modality)."""
     queue_contrast: QueueContrastConfig = field(default_factory=QueueContrastConfig)
     """ALBEF's image-text contrast (framework: fusion)."""
     matching: MatchingConfig = field(default_factory=MatchingConfig)
@@ -136,7 +168,7 @@ class LossesConfig:
     def __post_init__(self):
         weights = {field.name: getattr(self, field.name).weight for field in fields(self)}
         for name, weight in weights.items():
-            require(0 <= weight < inf, f"losses.{name}.weight", weight, "0 (off) or more, and finite")
+            _require_weight(f"losses.{name}.weight", weight)
 
     def require_any(self) -> None:
         """Refuse an objective without any loss."""

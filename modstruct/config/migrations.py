@@ -53,7 +53,13 @@ CHANGES: dict[int, Change] = {
     3: Change(added_to_pretraining={"data.caption_lines": False}),
     4: Change(
         defaults={"model.vision.stem": "patch", "model.vision.pool": "cls"},
-        added={"losses.queue_contrast.in_modal": False, "views.text": "eda", "data.scenes.told": 1.0},
+        added={
+            "losses.queue_contrast.in_modal": False,
+            "views.text": "eda",
+            "data.scenes.told": 1.0,
+            "losses.contrastive.second_view": False,
+            "losses.separation.orthogonality_weight": 1.0,
+        },
     ),
 }
 

@@ -54,3 +54,6 @@ class Recipe:
             remedy = "two towers have no fusion encoder, momentum encoders or queue: set it to 0, or framework: fusion"
             for name in wrong:
                 refuse(f"losses.{name}.weight", getattr(self.losses, name).weight, remedy)
+        elif self.losses.contrastive.weight > 0 and self.losses.contrastive.second_view:
+            remedy = "false: a fusion model's second views are its momentum encoders', which get no gradient"
+            refuse("losses.contrastive.second_view", True, remedy)

@@ -42,13 +42,20 @@ def bridge_distances(image: Tensor, text: Tensor, image_augmented: Tensor, t: fl
 
     (Jiang et al. 2023, section 4.2; the second line printed there, a quotient without root and with the sign reversed,
     would repel.) image, text, image_augmented: (B, D), unit norm. t: weight of the image in the mean, in [0, 1].
-    Where image and text cancel, the mean has no direction: below a length of SHORTEST_MEAN it is divided by that
-    instead, so that value and gradient stay finite. Raises ValueError if t is outside [0, 1].
+    Raises ValueError if t is outside [0, 1].
     """
     require(0 <= t <= 1, "t", t, "must be from 0 to 1")
+    return (image_augmented - mean_direction(image, text, t)).square().sum(1)
+
+
+def mean_direction(image: Tensor, text: Tensor, t: float) -> Tensor:
+    """(t zV + (1-t) zT) / |t zV + (1-t) zT|, row by row, (B, D).
+
+    Where image and text cancel, the mean has no direction: below a length of SHORTEST_MEAN it is divided by that
+    instead, so that value and gradient stay finite.
+    """
     mean = t * image + (1 - t) * text
-    length = torch.linalg.vector_norm(mean, dim=1, keepdim=True).clamp(min=SHORTEST_MEAN)
-    return (image_augmented - mean / length).square().sum(1)
+    return mean / torch.linalg.vector_norm(mean, dim=1, keepdim=True).clamp(min=SHORTEST_MEAN)
 
 
 def drawn_t(seed: int, step: int) -> float:

@@ -22,6 +22,7 @@ class Contrastive(Loss):
 
     clip:          1/2 (L_V2T + L_T2V)
     clip_inmodal:  1/4 (L_V2T + L_T2V + L_V2V + L_T2T)
+    clip_2v:       1/2 [ clip of (zV, zT) + clip of (zV^a, zT^a) ], with one logit scale
     """
 
     compares = True
@@ -29,39 +30,58 @@ class Contrastive(Loss):
     def __init__(self, config: ContrastiveConfig, settings: LossSettings):
         self.precision = settings.precision
         self.in_modal = config.in_modal
-        self.needs = frozenset({"image", "text", "logit_scale"})
-        if self.in_modal:
-            self.needs |= {"image_augmented", "text_augmented"}
+        self.views = ("", "_augmented") if config.second_view else ("",)
+        both = ("", "_augmented") if self.in_modal else self.views
+        self.needs = frozenset({f"{modality}{view}" for modality in ("image", "text") for view in both})
+        self.needs |= {"logit_scale"}
 
     def columns(self, pairs: int, dimension: int) -> frozenset[str]:
-        return frozenset({"text", "image_augmented", "text_augmented"} if self.in_modal else {"text"})
+        in_modal = {"image_augmented", "text_augmented"} if self.in_modal else set[str]()
+        return frozenset({f"text{view}" for view in self.views} | in_modal)
 
     def partial(self, rows: Outputs, batch: GlobalBatch) -> Sums:
-        """row_lse and positive: (N,), zeros where other processes have their rows; column_sums: (2, N)."""
-        row_lse, column_lse, positive = contrastive_statistics(
-            rows["image"], batch.columns["text"], rows["logit_scale"], batch.first, self.precision
-        )
-        place = (batch.first, batch.pairs - batch.first - len(row_lse))
-        sums = {"row_lse": F.pad(row_lse, place), "positive": F.pad(positive, place)}
-        # Exponentials of logits to plus and minus 1400, in float64 without a maximum over processes first: those above
-        # 0 apart from those below. Unit vectors' lie within the scale, at most 1000 at fusion's lowest temperature.
-        lse = column_lse.double()
-        above = lse >= 0
-        sums["column_sums"] = torch.stack([(lse - SHIFT).exp() * above, (lse.clamp(max=0) + SHIFT).exp() * ~above])
+        sums: Sums = {}
+        for view in self.views:
+            sums |= cross_modal_sums(rows, batch, view, self.precision)
         return sums | in_modal_sums(rows, batch, "", self.precision) if self.in_modal else sums
 
     def value(self, sums: Sums, batch: GlobalBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and its two or four terms."""
-        above, below = sums["column_sums"]
-        none = above == 0
-        high = above.masked_fill(none, 1.0).log().masked_fill(none, -torch.inf) + SHIFT
-        low = below.clamp(min=torch.finfo(torch.float64).tiny).log() - SHIFT  # a batch of one has no negatives
-        column_lse = torch.logaddexp(high, low).to(batch.dtype)
-        losses = softplus(torch.stack((sums["row_lse"], column_lse)) - sums["positive"]).sum(1) / batch.pairs
-        terms = {"image_to_text": losses[0], "text_to_image": losses[1]}
+        terms: dict[str, Tensor] = {}
+        for view in self.views:
+            terms |= cross_modal_terms(sums, batch, view)
         if self.in_modal:
             terms |= in_modal_terms(sums, batch)
         return sum_of(terms) / len(terms), terms
+
+
+def cross_modal_sums(rows: Outputs, batch: GlobalBatch, view: str, precision: Precision) -> Sums:
+    """What `cross_modal_terms` takes: L_V2T and L_T2V of one view's embeddings. view: "" or "_augmented".
+
+    row_lse and positive: (N,), zeros where other processes have their rows; column_sums: (2, N).
+    """
+    row_lse, column_lse, positive = contrastive_statistics(
+        rows[f"image{view}"], batch.columns[f"text{view}"], rows["logit_scale"], batch.first, precision
+    )
+    place = (batch.first, batch.pairs - batch.first - len(row_lse))
+    sums = {f"row_lse{view}": F.pad(row_lse, place), f"positive{view}": F.pad(positive, place)}
+    # Exponentials of logits to plus and minus 1400, in float64 without a maximum over processes first: those above
+    # 0 apart from those below. Unit vectors' lie within the scale, at most 1000 at fusion's lowest temperature.
+    lse = column_lse.double()
+    above = lse >= 0
+    parts = [(lse - SHIFT).exp() * above, (lse.clamp(max=0) + SHIFT).exp() * ~above]
+    return sums | {f"column_sums{view}": torch.stack(parts)}
+
+
+def cross_modal_terms(sums: Sums, batch: GlobalBatch, view: str) -> dict[str, Tensor]:
+    above, below = sums[f"column_sums{view}"]
+    none = above == 0
+    high = above.masked_fill(none, 1.0).log().masked_fill(none, -torch.inf) + SHIFT
+    low = below.clamp(min=torch.finfo(torch.float64).tiny).log() - SHIFT  # a batch of one has no negatives
+    column_lse = torch.logaddexp(high, low).to(batch.dtype)
+    margins = torch.stack((sums[f"row_lse{view}"], column_lse)) - sums[f"positive{view}"]
+    losses = softplus(margins).sum(1) / batch.pairs
+    return {f"image_to_text{view}": losses[0], f"text_to_image{view}": losses[1]}
 
 
 def in_modal_sums(rows: Outputs, batch: GlobalBatch, kind: str, precision: Precision) -> Sums:

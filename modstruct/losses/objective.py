@@ -11,6 +11,7 @@ from modstruct import distributed
 from modstruct.config import LossesConfig
 from modstruct.embeddings import Outputs
 from modstruct.errors import require
+from modstruct.losses.alignment import Alignment
 from modstruct.losses.bridge import Bridge
 from modstruct.losses.contrastive import Contrastive
 from modstruct.losses.geometry import Geometry
@@ -26,6 +27,7 @@ LOSSES = {  # by the name of their section in the recipe
     "bridge": Bridge,
     "geometry": Geometry,
     "sigmoid": Sigmoid,
+    "alignment": Alignment,
     "queue_contrast": QueueContrast,
     "matching": Matching,
     "masked_language": MaskedLanguage,

@@ -23,7 +23,8 @@ class Separation(Loss):
     L_Con^i is the in-modal contrast of the independent embeddings against those of the augmented views, both modalities
     added, with the same logit scale. (The print pairs an embedding with itself, which is degenerate.) In L_Uni^i pairs
     with j = k are in the sum, and one logarithm is taken of both modalities, so it is at most log 2. The print divides
-    by N: the same gradient, and a value that moves with the batch size.
+    by N: the same gradient, and a value that moves with the batch size. L_Ortho counts config.orthogonality_weight
+    times (once in the paper); its term is without that weight.
     """
 
     needs = frozenset(
@@ -42,6 +43,7 @@ class Separation(Loss):
     def __init__(self, config: SeparationConfig, settings: LossSettings):
         self.precision = settings.precision
         self.uniformity_t = float(config.uniformity_t)
+        self.orthogonality_weight = config.orthogonality_weight
 
     def columns(self, pairs: int, dimension: int) -> frozenset[str]:
         return frozenset(name for name in self.needs if "independent" in name)
@@ -68,7 +70,7 @@ class Separation(Loss):
             **in_modal_terms(sums, batch),
             "uniformity": torch.logaddexp(*potentials),
         }
-        return sum_of(terms), terms
+        return sum_of(terms | {"orthogonality": self.orthogonality_weight * terms["orthogonality"]}), terms
 
 
 def orthogonality(z: Tensor, z_independent: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ import yaml
 
 from modstruct.checkpoints import find
 from modstruct.cli import RECIPES, read_recipe_file
+from modstruct.config.migrations import migrate_checkpoint
 from modstruct.errors import printable, refuse, require
 from modstruct.evaluation.result import Result, Value, from_json, read_json, share
 from modstruct.files import atomic_write, parse_yaml, read_yaml
@@ -32,6 +33,8 @@ from modstruct.reporting.tables import csv_text
 
 FORMS: Any = read_yaml(Path(__file__).parent / "paper_tables.yaml")
 METHODS = {"clip": "CLIP", "clip_inmodal": "CLIP + in-modal", "cyclip": "CyCLIP", "siglip": "SigLIP", "albef": "ALBEF"}
+METHODS |= {"clip_2v": "CLIP, two views", "align": "Align", "align_uniform": "Align + uniformity of centres"}
+METHODS |= {"sep_no_ortho": "Sep without Ortho"}
 METHODS |= {"sep": "Sep", "br": "Br", "gc": "GC", "all": "Sep + Br + GC", "albef_all": "ALBEF + Sep + Br + GC"}
 METHODS |= {f"albef_{name}": f"ALBEF + {METHODS[name]}" for name in ("sep", "br", "gc")}
 """What tables call the methods of the recipes; others go by their own names."""
@@ -185,8 +188,8 @@ def method_of(recipe: object) -> str | None:
     """
     try:
         parsed: Any = parse_yaml(str(recipe).encode())
-        losses = parsed["losses"]
-        on = {name for name, loss in losses.items() if loss["weight"]}
+        losses = migrate_checkpoint(parsed)["losses"]
+        on = {name for name, loss in losses.items() if loss.get("weight")}
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
     for path in sorted((RECIPES / "methods").glob("*.yaml")):

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from modstruct import distributed
 from modstruct.config import BridgeConfig, ContrastiveConfig, GeometryConfig, LossesConfig, SeparationConfig
-from modstruct.config.losses import SigmoidConfig
+from modstruct.config.losses import AlignmentConfig, SigmoidConfig
 from modstruct.distributed import collectives
 from modstruct.embeddings import Outputs
 from modstruct.losses.objective import build_objective
@@ -24,11 +24,17 @@ OFF = ContrastiveConfig(weight=0.0)
 OBJECTIVES = {
     "clip": LossesConfig(contrastive=ContrastiveConfig(weight=1.0)),
     "clip_inmodal": LossesConfig(contrastive=ContrastiveConfig(weight=1.0, in_modal=True)),
+    "clip_2v": LossesConfig(contrastive=ContrastiveConfig(weight=1.0, second_view=True)),
     "separation": LossesConfig(contrastive=OFF, separation=SeparationConfig(weight=1.0)),
     "bridge": LossesConfig(contrastive=OFF, bridge=BridgeConfig(weight=1.0, t=None)),
     "geometry": LossesConfig(contrastive=OFF, geometry=GeometryConfig(weight=1.0)),
     "geometry of pairs": LossesConfig(contrastive=OFF, geometry=GeometryConfig(weight=1.0, normalize="pairs")),
     "sigmoid": LossesConfig(contrastive=OFF, sigmoid=SigmoidConfig(weight=1.0)),
+    "align": LossesConfig(contrastive=OFF, alignment=AlignmentConfig(weight=1.0)),
+    "align_uniform": LossesConfig(
+        contrastive=ContrastiveConfig(weight=1.0, in_modal=True),
+        alignment=AlignmentConfig(weight=1.0, form="distance", uniformity_weight=1.0),
+    ),
     "all": LossesConfig(
         contrastive=ContrastiveConfig(weight=1.0, in_modal=True),
         separation=SeparationConfig(weight=1.0),
@@ -115,7 +121,7 @@ def assert_within(found: dict, right: dict, tolerance: float) -> None:
 def test_one_process_in_float32_agrees_with_float64(in_one_process, in_float64):
     assert_within(in_one_process, in_float64, 1e-5)
     scale_moves = [name for name, parts in in_float64.items() if "gradient of log_scale" in parts]
-    assert len(scale_moves) == 2 * 5  # clip, clip_inmodal, separation, sigmoid, all
+    assert len(scale_moves) == 2 * 7  # clip, clip_inmodal, clip_2v, separation, sigmoid, align_uniform, all
 
 
 @pytest.mark.parametrize("processes", [2, 4])

@@ -7,7 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy, normalize
-from towers import assert_same, computed, modalities_exchanged, random_embeddings, transformed, value_and_gradients
+from towers import (
+    assert_same,
+    computed,
+    modalities_exchanged,
+    random_embeddings,
+    replace,
+    transformed,
+    value_and_gradients,
+)
 
 from modstruct.config import ContrastiveConfig
 from modstruct.losses.contrastive import Contrastive
@@ -33,42 +41,63 @@ def printed_clip_inmodal(e):
     return sum(printed_direction(x, y, e.logit_scale) for x, y in pairs) / 4
 
 
-def loss(in_modal: bool):
-    return lambda e: computed(Contrastive(ContrastiveConfig(weight=1.0, in_modal=in_modal), LossSettings()), e)[0]
+def printed_clip_2v(e):
+    augmented = replace(e, image=e.image_augmented, text=e.text_augmented)
+    return (printed_clip(e) + printed_clip(augmented)) / 2
 
 
-@pytest.mark.parametrize(("in_modal", "printed"), [(False, printed_clip), (True, printed_clip_inmodal)])
+FORMS = {
+    "clip": (ContrastiveConfig(weight=1.0), printed_clip),
+    "clip_inmodal": (ContrastiveConfig(weight=1.0, in_modal=True), printed_clip_inmodal),
+    "clip_2v": (ContrastiveConfig(weight=1.0, second_view=True), printed_clip_2v),
+}
+
+
+def loss(form: str):
+    return lambda e: computed(Contrastive(FORMS[form][0], LossSettings()), e)[0]
+
+
+@pytest.mark.parametrize("form", FORMS)
 @settings(max_examples=10, deadline=None)
 @given(pairs=st.integers(1, 6), seed=st.integers(0, 999))
-def test_agrees_with_the_printed_formula(in_modal, printed, pairs, seed):
+def test_agrees_with_the_printed_formula(form, pairs, seed):
     e = random_embeddings(pairs, 5, seed)
-    assert_same(value_and_gradients(loss(in_modal), e), value_and_gradients(printed, e))
+    assert_same(value_and_gradients(loss(form), e), value_and_gradients(FORMS[form][1], e))
 
 
-@pytest.mark.parametrize("in_modal", [False, True])
-def test_components_carry_the_names_of_their_directions(in_modal):
+@pytest.mark.parametrize("form", FORMS)
+def test_components_carry_the_names_of_their_directions(form):
     e = random_embeddings(5, 4, 1)
-    value, terms = computed(Contrastive(ContrastiveConfig(weight=1.0, in_modal=in_modal), LossSettings()), e)
+    value, terms = computed(Contrastive(FORMS[form][0], LossSettings()), e)
     pairs = {"image_to_text": (e.image, e.text), "text_to_image": (e.text, e.image)}
-    if in_modal:
+    if form == "clip_inmodal":
         pairs |= {"image_to_image": (e.image, e.image_augmented), "text_to_text": (e.text, e.text_augmented)}
+    if form == "clip_2v":
+        pairs["image_to_text_augmented"] = (e.image_augmented, e.text_augmented)
+        pairs["text_to_image_augmented"] = (e.text_augmented, e.image_augmented)
     assert terms.keys() == pairs.keys()
     for name, (x, y) in pairs.items():
         torch.testing.assert_close(terms[name], printed_direction(x, y, e.logit_scale))
     torch.testing.assert_close(value, torch.stack(list(terms.values())).mean())
 
 
-@pytest.mark.parametrize("in_modal", [False, True])
+def test_two_equal_views_are_worth_one():
+    e = random_embeddings(5, 4, 1)
+    e = replace(e, image_augmented=e.image, text_augmented=e.text)
+    torch.testing.assert_close(loss("clip_2v")(e), loss("clip")(e))
+
+
+@pytest.mark.parametrize("form", FORMS)
 @settings(max_examples=10, deadline=None)
 @given(pairs=st.integers(2, 8), seed=st.integers(0, 999))
-def test_symmetries(in_modal, pairs, seed):
+def test_symmetries(form, pairs, seed):
     e = random_embeddings(pairs, 5, seed)
     order = torch.randperm(pairs, generator=torch.Generator().manual_seed(seed))
     rotation = torch.linalg.qr(random_embeddings(5, 5, seed).image).Q
-    right = loss(in_modal)(e)
-    torch.testing.assert_close(loss(in_modal)(modalities_exchanged(e)), right)
-    torch.testing.assert_close(loss(in_modal)(transformed(e, lambda z: z[order])), right)
-    torch.testing.assert_close(loss(in_modal)(transformed(e, lambda z: z @ rotation)), right)
+    right = loss(form)(e)
+    torch.testing.assert_close(loss(form)(modalities_exchanged(e)), right)
+    torch.testing.assert_close(loss(form)(transformed(e, lambda z: z[order])), right)
+    torch.testing.assert_close(loss(form)(transformed(e, lambda z: z @ rotation)), right)
 
 
 @pytest.mark.parametrize("cone", [1.0, -2.0])

@@ -17,7 +17,7 @@ from modstruct.config import (
     LossesConfig,
     SeparationConfig,
 )
-from modstruct.config.losses import SigmoidConfig
+from modstruct.config.losses import AlignmentConfig, SigmoidConfig
 from modstruct.losses.objective import LOSSES, build_objective
 
 BOTH_VIEWS = {"image_augmented", "text_augmented"}
@@ -31,6 +31,7 @@ def everything() -> LossesConfig:
         bridge=BridgeConfig(weight=3.0, t=None),
         geometry=GeometryConfig(weight=0.25),
         sigmoid=SigmoidConfig(weight=0.5),
+        alignment=AlignmentConfig(weight=1.5, form="distance", uniformity_weight=0.5),
     )
 
 
@@ -43,6 +44,8 @@ def test_every_section_of_the_recipe_has_its_loss():
     [
         (LossesConfig(contrastive=ContrastiveConfig(weight=1.0)), set(), False),
         (LossesConfig(contrastive=ContrastiveConfig(weight=1.0, in_modal=True)), BOTH_VIEWS, False),
+        (LossesConfig(contrastive=ContrastiveConfig(weight=1.0, second_view=True)), BOTH_VIEWS, False),
+        (LossesConfig(alignment=AlignmentConfig(weight=1.0, uniformity_weight=1.0)), set(), False),
         (LossesConfig(bridge=BridgeConfig(weight=1.0)), {"image_augmented"}, False),
         (LossesConfig(separation=SeparationConfig(weight=1.0)), BOTH_VIEWS, True),
         (LossesConfig(geometry=GeometryConfig(weight=1.0)), BOTH_VIEWS, False),
@@ -68,7 +71,7 @@ def test_views_and_heads_that_the_losses_need(config, views, independent):
 def test_total_is_the_weighted_sum_of_the_named_terms():
     total, terms = build_objective(everything())(random_embeddings(6, 8, 1), step=3)
     weighted = 0.5 * terms["contrastive"] + 2 * terms["separation"] + 3 * terms["bridge"] + 0.25 * terms["geometry"]
-    weighted = weighted + 0.5 * terms["sigmoid"]
+    weighted = weighted + 0.5 * terms["sigmoid"] + 1.5 * terms["alignment"]
     torch.testing.assert_close(total, weighted)
     assert {
         "contrastive/image_to_text",
@@ -83,6 +86,8 @@ def test_total_is_the_weighted_sum_of_the_named_terms():
         "geometry/consistency",
         "geometry/view_consistency",
         "geometry/per_pair",
+        "alignment/distance",
+        "alignment/uniformity",
     } | set(OF_TWO_TOWERS) == set(terms)
     assert all(term.shape == () and not term.requires_grad for term in [total, *terms.values()])
 

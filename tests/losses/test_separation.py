@@ -44,19 +44,20 @@ def printed_uniformity(e, t):
     return torch.log(total / count**2)
 
 
-def loss(e, t=2.0):
-    return computed(Separation(SeparationConfig(weight=1.0, uniformity_t=t), LossSettings()), e)
+def loss(e, t=2.0, orthogonality_weight=1.0):
+    config = SeparationConfig(weight=1.0, uniformity_t=t, orthogonality_weight=orthogonality_weight)
+    return computed(Separation(config, LossSettings()), e)
 
 
 @settings(max_examples=10, deadline=None)
-@given(pairs=st.integers(1, 6), t=st.floats(0.5, 4), seed=st.integers(0, 999))
-def test_agrees_with_the_printed_formula(pairs, t, seed):
+@given(pairs=st.integers(1, 6), t=st.floats(0.5, 4), weight=st.sampled_from([0.0, 0.3, 1.0]), seed=st.integers(0, 999))
+def test_agrees_with_the_printed_formula(pairs, t, weight, seed):
     e = random_embeddings(pairs, 5, seed)
 
     def printed(e):
-        return printed_orthogonality(e) + printed_contrast(e) + printed_uniformity(e, t)
+        return weight * printed_orthogonality(e) + printed_contrast(e) + printed_uniformity(e, t)
 
-    assert_same(value_and_gradients(lambda e: loss(e, t)[0], e), value_and_gradients(printed, e))
+    assert_same(value_and_gradients(lambda e: loss(e, t, weight)[0], e), value_and_gradients(printed, e))
 
 
 def test_components_are_the_printed_terms():
@@ -66,6 +67,8 @@ def test_components_are_the_printed_terms():
     torch.testing.assert_close(terms["orthogonality"], printed_orthogonality(e))
     torch.testing.assert_close(terms["image_to_image"] + terms["text_to_text"], printed_contrast(e))
     torch.testing.assert_close(terms["uniformity"], printed_uniformity(e, 2.0))
+    _, without = loss(e, orthogonality_weight=0.0)
+    assert without == terms  # it is logged all the same
 
 
 @settings(max_examples=10, deadline=None)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from modstruct.config import ContrastiveConfig, GeometryConfig, LossesConfig, SeparationConfig
+from modstruct.config.losses import AlignmentConfig
 from modstruct.losses.objective import build_objective
 from modstruct.models.protocol import TrainableModel
 from modstruct.training.gradient_cache import CachedBatch, WholeBatch, embed
@@ -19,6 +20,7 @@ OBJECTIVE = build_objective(
         contrastive=ContrastiveConfig(weight=1.0, in_modal=True),
         separation=SeparationConfig(weight=1.0),
         geometry=GeometryConfig(weight=0.25),
+        alignment=AlignmentConfig(weight=1.0, uniformity_weight=1.0),
     )
 )
 VIEWS = ("image", "image_augmented", "text", "text_augmented")
