@@ -9,7 +9,7 @@ import pytest
 from crafted_shards import LengthTokenizer, config, encoded_image, number_of, sample, views, write_shards, write_tar
 
 from modstruct.config import DataConfig, Source
-from modstruct.config.migrations import SCHEMA, migrate_checkpoint
+from modstruct.config.migrations import migrate_checkpoint
 from modstruct.data.shards import texts as texts_module
 from modstruct.data.shards.evaluation_samples import EvaluationSamples, train_captions
 from modstruct.data.shards.loader import BatchContents, BatchPlan, train_loader
@@ -136,8 +136,7 @@ def test_tokenizers_are_trained_on_lines(several, tmp_path):
 
 def test_checkpoints_of_earlier_versions_keep_their_captions():
     older = migrate_checkpoint({"schema": 2, "data": {"train": "x.tar"}})
-    assert older["schema"] == SCHEMA
-    assert older["data"] == {"train": "x.tar", "caption_lines": False}
+    assert older["data"]["caption_lines"] is False
     assert "data" not in migrate_checkpoint({"schema": 2, "task": {"name": "vqa"}})
 
 
