@@ -7,6 +7,7 @@ from pathlib import Path
 
 from modstruct import distributed
 from modstruct.config import Recipe, Source
+from modstruct.config.data import REWORDED
 from modstruct.data.classification.class_files import load_classes
 from modstruct.data.classification.labelled_shards import check_labels
 from modstruct.data.classification.registry import SCENES, open_labelled, parse_set, set_splits
@@ -52,13 +53,13 @@ def read_set(word: str, recipe: Recipe, image_size: int) -> EmbeddingSource:
 
 
 def _read_set(word: str, recipe: Recipe, image_size: int) -> EmbeddingSource:
-    data = recipe.data
+    data, rewords = recipe.data, recipe.views.text_field == REWORDED
     if word == RECIPES_OWN:
         if data.eval is None:
             refuse("data.eval", None, "name the shards of the set `eval`, or other --sets")
         shards, classes = data.eval, data.zero_shot
         if BUILT_IN in (shards, classes):
-            scenes = ensure_scenes(data.scenes, data.cache, image_size)
+            scenes = ensure_scenes(data.scenes, data.cache, image_size, rewords)
             shards = scenes.test if shards == BUILT_IN else shards
             classes = None if classes == BUILT_IN and shards != scenes.test else classes
             classes = scenes.zero_shot if classes == BUILT_IN else classes
@@ -73,7 +74,7 @@ def _read_set(word: str, recipe: Recipe, image_size: int) -> EmbeddingSource:
         samples = EvaluationSamples([Source(shards)], data, f"--sets {name}", distributed.is_main())
         return EmbeddingSource.of_samples(name, samples)
     if word.partition(":")[0] in SCENES and "@" not in word:
-        folder = Path(ensure_scenes(data.scenes, data.cache, image_size).zero_shot).parent
+        folder = Path(ensure_scenes(data.scenes, data.cache, image_size, rewords).zero_shot).parent
         word = f"{word}@{folder}"
     return EmbeddingSource.of_labelled(open_labelled(word, data))
 

@@ -127,8 +127,8 @@ class ViewsConfig:
     """AutoAugment (ImageNet policy) on the augmented view."""
     text: str = "eda"
     """Augmented captions. eda: words changed at random (eda_rate); field:NAME: the text that KEY.json has under NAME,
-    or one of a list of texts, drawn anew each epoch; reworded: as field:reworded, which the built-in scenes have. A
-    sample without such a text is bad: another one replaces it."""
+    or one of a list of texts, drawn anew each epoch; reworded: as field:reworded, which the built-in scenes have. Where
+    a method uses them, a sample without such a text is bad: another one replaces it, counted and named."""
     eda_rate: float = 0.1
     """Fraction of a caption's words that EDA changes (Wei & Zou 2019); unused where views.text is not eda."""
     eda_synonyms: bool = False

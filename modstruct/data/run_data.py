@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
+
 from modstruct.config import DataConfig, Recipe
-from modstruct.data.classification.class_files import load_classes
+from modstruct.config.data import REWORDED
+from modstruct.data.classification.class_files import load_classes, some_of
 from modstruct.data.classification.labelled_shards import check_labels
+from modstruct.data.faults import BadSample
 from modstruct.data.sentencepiece_training import TRAINING_CAPTIONS
 from modstruct.data.shards.evaluation_samples import EvaluationSamples, train_captions
+from modstruct.data.shards.reader import ShardReader
 from modstruct.data.shards.samples import Samples, open_saved_samples
-from modstruct.data.shards.sources import as_sources
+from modstruct.data.shards.sources import as_sources, is_pipe
+from modstruct.data.shards.texts import LOOKED_AT, texts_of
 from modstruct.data.synthetic.shards import ensure_scenes
 from modstruct.data.tokenizers import Tokenizer, build_tokenizer
 from modstruct.data.transforms.augment import Views
 from modstruct.distributed import is_main, main_first
 from modstruct.distributed.hosts import require_same
-from modstruct.errors import refuse
+from modstruct.errors import printable, refuse
 from modstruct.files import refusing
 
 BUILT_IN = "scenes"
@@ -74,7 +82,7 @@ def open_run_data(
     def build() -> RunData:
         if recipe.data.train != BUILT_IN and BUILT_IN in (recipe.data.validation, recipe.data.eval) and is_main():
             log.warning("data.validation or data.eval is `scenes` beside your own data.train: name your own, or null")
-        config = _with_scenes(recipe.data, image_size)
+        config = _with_scenes(recipe.data, image_size, recipe.views.text_field == REWORDED)
         train = open_saved_samples(as_sources(config.train), config, "data.train", fingerprint, is_main())
         measured = {"data.validation": config.validation, "data.eval": config.eval}
         found = {field: _evaluation(field, source, config) for field, source in measured.items()}
@@ -100,7 +108,7 @@ def open_evaluation_data(recipe: Recipe, image_size: int, tokenizer: Tokenizer) 
         wanted = replace(recipe.data, train="", validation=None)  # so that no scenes are drawn for these
         if wanted.zero_shot == BUILT_IN and wanted.eval != BUILT_IN:
             wanted = replace(wanted, zero_shot=None)
-        config = _with_scenes(wanted, image_size)
+        config = _with_scenes(wanted, image_size, recipe.views.text_field == REWORDED)
         samples = _evaluation("data.eval", config.eval, config)
         _check_labels({"data.eval": samples}, config, wanted.zero_shot)
         return EvaluationData(Views(recipe.views, image_size), tokenizer, samples, config.zero_shot)
@@ -139,11 +147,40 @@ def _evaluation(field: str, source: str | None, config: DataConfig) -> Evaluatio
     return None if source is None else EvaluationSamples(as_sources(source), config, field, is_main())
 
 
-def _with_scenes(config: DataConfig, image_size: int) -> DataConfig:
+def check_text_field(samples: Samples, recipe: Recipe) -> None:
+    """Refuse training sources without the field of KEY.json that augmented captions come from; name a few lacking ones.
+
+    Of each source up to LOOKED_AT samples, evenly spaced, are looked at, of a pipe those of its first shard. Raises
+    ValueError, naming views.text, where more than data.max_bad_share of them have no such text.
+    """
+    field, reader = recipe.views.text_field, ShardReader(samples, recipe.data)
+    if field is None:
+        return
+    for source, shards in zip(as_sources(recipe.data.train), pairwise(samples.source_starts), strict=True):
+        last = shards[0] + 1 if is_pipe(samples.shards[shards[0]]) else shards[1]
+        first, stop = samples.shard_starts[[shards[0], last]].tolist()
+        numbers = first + np.arange(min(LOOKED_AT, stop - first)) * (stop - first) // min(LOOKED_AT, stop - first)
+        lacking, others = list[str](), dict[str, None]()
+        for sample in numbers.tolist():
+            with suppress(BadSample):  # counted where it is read with its image
+                metadata = reader.metadata(sample)
+                if not texts_of(metadata, field):
+                    lacking.append(samples.place(sample))
+                    others |= dict.fromkeys(name for name in metadata if texts_of(metadata, name))
+        looked = f"samples looked at in {source.shards} have no text in {field!r} of KEY.json"
+        told = f"{len(lacking)} of {len(numbers)} {looked}"
+        if len(lacking) > recipe.data.max_bad_share * len(numbers):
+            there = f"texts are in {some_of(map(printable, others))}" if others else "no field holds a text"
+            refuse("views.text", recipe.views.text, f"{told} ({there}): give eda, or field:NAME of one that has")
+        if lacking and is_main():
+            log.warning("views.text: %s (first %s): others will replace them", told, lacking[0])
+
+
+def _with_scenes(config: DataConfig, image_size: int, rewords: bool) -> DataConfig:
     """The same with every `scenes` replaced by the built-in files, written first if need be."""
     if BUILT_IN not in (config.train, config.validation, config.eval, config.zero_shot):
         return config
-    scenes = ensure_scenes(config.scenes, config.cache, image_size)
+    scenes = ensure_scenes(config.scenes, config.cache, image_size, rewords)
 
     def found(value: Value, file: str) -> Value | str:
         return file if value == BUILT_IN else value

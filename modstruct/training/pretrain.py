@@ -11,7 +11,7 @@ import torch
 from modstruct import checkpoints, distributed
 from modstruct.config import Recipe
 from modstruct.data.classification.class_files import load_classes
-from modstruct.data.run_data import RunData, open_run_data
+from modstruct.data.run_data import RunData, check_text_field, open_run_data
 from modstruct.data.shards.evaluation_samples import EvaluationSamples
 from modstruct.data.shards.loader import BatchContents, BatchPlan, train_loader, train_order
 from modstruct.data.shards.samples import Samples
@@ -72,6 +72,8 @@ class Pretraining(Trainer[Recipe]):
                 log.warning("%s", error)  # the run was begun so
         torch.manual_seed(recipe.train.seed)
         model = build_model(recipe, data.tokenizer, self.objective, read_weights=start.saved is None)
+        if "text_augmented" in model.batch_fields:
+            distributed.main_first(lambda: check_text_field(self.samples, recipe))
         self.start(model, start, len(self.samples), epoch_samples)
         return self
 

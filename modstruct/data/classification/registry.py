@@ -24,7 +24,9 @@ from modstruct.data.classification.user_sets import load_user_set, read_user_set
 from modstruct.errors import require
 
 YAML = (".yaml", ".yml")
-SCENES = {"scenes_colour": "zero_shot.yaml", "scenes_shape": "zero_shot_shape.yaml"}
+SCENES = {"scenes_colour": "zero_shot.yaml"} | {
+    f"scenes_{factor}": f"zero_shot_{factor}.yaml" for factor in ("shape", "size", "fill")
+}
 """The class file that each of the built-in sets has beside its shards."""
 SCENES_REMEDY = "give the folder that the scenes' shards were written to (data.cache has it)"
 

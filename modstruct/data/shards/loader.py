@@ -113,6 +113,7 @@ class LocalBatches(Dataset[TrainBatch]):
         self.reader, self.order = reader, order
         self.views, self.tokenizer = contents.views, contents.tokenizer
         self.fields, self.masked_rate = frozenset(contents.fields), contents.masked_rate
+        self.text_field = self.views.text_field if "text_augmented" in self.fields else None
         self.image_views = [name for name in ("image", "image_augmented") if name in self.fields | {"image"}]
         self.max_image_pixels = max_image_pixels
         self.global_batch, self.rows = batch, batch // processes
@@ -131,18 +132,19 @@ class LocalBatches(Dataset[TrainBatch]):
         batch = TrainBatch({})
         side = self.views.image_size
         images = {name: self._outgoing.empty(name, (len(rows), 3, side, side)) for name in self.image_views}
-        captions, drawn, image_ids = [], [], []
+        captions, augmented, drawn, image_ids = [], [], [], []
         read = zip(slots.tolist(), self._read_in_runs(samples.tolist()), self._seeds(epochs, samples), strict=True)
         for row, (slot, raw, seeds) in enumerate(read):
             # Views are written straight to their rows, which saves a copy.
             into = [array[row] for array in images.values()]
-            raw, seeds = self._pair(slot, raw, seeds, into, batch)
+            raw, seeds, text = self._pair(slot, raw, seeds, into, batch)
             captions.append(raw.drawn_caption(seeds.get(CAPTION, 0)))
+            augmented.append(text)
             drawn.append(seeds)
             if "image_id" in self.fields:
                 image_ids.append(identity(raw.image))
         batch.tensors = {name: self._outgoing.tensor(array) for name, array in images.items()}
-        batch.tensors |= self._text_views(captions, drawn)
+        batch.tensors |= self._text_views(captions, augmented, drawn)
         if image_ids:
             batch.tensors["image_id"] = torch.tensor(image_ids)
         if "text_id" in self.fields:
@@ -152,11 +154,14 @@ class LocalBatches(Dataset[TrainBatch]):
             batch.tensors["slot"] = torch.from_numpy(slots)
         return batch
 
-    def _text_views(self, captions: Sequence[str], seeds: Sequence[Seeds]) -> dict[str, Tensor]:
+    def _text_views(
+        self, captions: Sequence[str], augmented: Sequence[str], seeds: Sequence[Seeds]
+    ) -> dict[str, Tensor]:
         texts = {"text": [self.views.plain_text(caption) for caption in captions]}
         if "text_augmented" in self.fields:
             drawn = [seeds_of_row["text_augmented"] for seeds_of_row in seeds]
-            texts["text_augmented"] = list(map(self.views.augmented_text, captions, drawn))
+            of_eda = self.text_field is None
+            texts["text_augmented"] = [*map(self.views.augmented_text, captions, drawn)] if of_eda else [*augmented]
         ids = self.tokenizer([text for texts_of_view in texts.values() for text in texts_of_view])
         views = dict(zip(texts, ids.split(len(captions)), strict=True))
         if "text_masked" in self.fields:
@@ -192,8 +197,9 @@ class LocalBatches(Dataset[TrainBatch]):
 
     def _pair(
         self, slot: int, raw: RawSample | BadSample, seeds: Seeds, into: Sequence[np.ndarray], batch: TrainBatch
-    ) -> tuple[RawSample, Seeds]:
-        """The slot's sample, or its first usable substitute, with its seeds; writes the image views.
+    ) -> tuple[RawSample, Seeds, str]:
+        """The slot's sample, or its first usable substitute, with its seeds and the text of the field that augmented
+        captions come from, if they do; writes the image views.
 
         raw, seeds: of the slot's own sample. into: a row for each of `image_views`. Bad samples are noted in the batch.
         """
@@ -202,8 +208,9 @@ class LocalBatches(Dataset[TrainBatch]):
             try:
                 if isinstance(raw, BadSample):
                     raise raw
+                text = "" if self.text_field is None else raw.drawn_text(self.text_field, seeds["text_augmented"])
                 self._write_views(raw, seeds, into)
-                return raw, seeds
+                return raw, seeds, text
             except BadSample as bad:
                 batch.faults.append((bad.cause, bad.where))
             epoch, sample = self.order.substitute(slot, attempt)

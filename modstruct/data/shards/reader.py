@@ -16,7 +16,7 @@ from modstruct.data.shards.pipes import PipeFailed, pipe_cache
 from modstruct.data.shards.samples import Samples
 from modstruct.data.shards.sources import is_pipe
 from modstruct.data.shards.tar_headers import BLOCK_BYTES, CutOff, DamagedHeader, next_member
-from modstruct.data.shards.texts import caption_lines, parse_caption, parse_metadata
+from modstruct.data.shards.texts import caption_lines, parse_caption, parse_metadata, texts_of
 
 # Shards a process keeps open; a window of shuffled blocks may reach into a thousand.
 OPEN_SHARDS = 256
@@ -44,12 +44,15 @@ class RawSample:
     @property
     def captions(self) -> list[str]:
         """All captions of the image: "captions" of the metadata if that is a list of texts, else those of KEY.txt."""
-        several = self.metadata.get("captions")
-        if isinstance(several, list):
-            stripped = [caption.strip() for caption in several if isinstance(caption, str) and caption.strip()]
-            if stripped:
-                return stripped
-        return list(self.lines) or [self.caption]
+        several = texts_of(self.metadata, "captions") if isinstance(self.metadata.get("captions"), list) else []
+        return several or list(self.lines) or [self.caption]
+
+    def drawn_text(self, field: str, seed: int) -> str:
+        """The text of a field of KEY.json, drawn by the seed where it is a list of texts. Raises BadSample."""
+        texts = texts_of(self.metadata, field)
+        if not texts:
+            raise BadSample(f"no text in the field {field!r} of KEY.json", self.where)
+        return texts[seed % len(texts)]
 
     def drawn_caption(self, seed: int) -> str:
         """What training takes: a line drawn by the seed, or the whole text."""

@@ -62,6 +62,13 @@ def parse_metadata(content: bytes, where: str) -> dict:
     return metadata
 
 
+def texts_of(metadata: dict, field: str) -> list[str]:
+    """The texts of a field that is a text or a list of texts, stripped; what is empty or no text is left out."""
+    value = metadata.get(field)
+    texts = value if isinstance(value, list) else [value]
+    return [stripped for text in texts if isinstance(text, str) and (stripped := text.strip())]
+
+
 def _is_shallow(metadata: dict) -> bool:
     level: list[dict | list] = [metadata]
     for _ in range(DEEPEST_METADATA):

@@ -1,12 +1,15 @@
 """The caption of a scene: `caption(scene)`, which never depends on the factors that only the image has.
 
 Like a person, it says less about each object when there are many: a budget of words is spent on the places, fills and
-sizes of the objects and on the ground; the shape and colour of every object are always named.
+sizes of the objects and on the ground. The shape and colour of every object are always named, unless captions tell
+less: at `told` below 1, each shape, colour and detail is named with that probability times the one at 1. Nothing else
+changes with it: the number of objects, the mood, the aside and the template can be read from every caption.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count
 
 from modstruct.data.synthetic import words as vocabulary
 from modstruct.data.synthetic.factors import Draws, Scene, SceneObject
@@ -24,6 +27,11 @@ MOOD_COST = 2
 ASIDE_COST = 3
 DETAIL_COST = {"place": 4, "ground": 4, "fill": 1, "size": 1}
 FRAME_COST = {"frame": 3, "there": 2, "seen": 3, "counted": 2, "related": 2}
+
+
+def left_out_share(told: float) -> float:
+    """How often a detail is left out though there was room."""
+    return LEFT_OUT_SHARE + (1 - told) * (1 - LEFT_OUT_SHARE)
 
 
 def with_article(phrase: str) -> str:
@@ -44,16 +52,25 @@ def relation(item: SceneObject, other: SceneObject) -> str:
 
 
 class Wording:
-    """The choices of one caption: which details are mentioned, in what order and words."""
+    """The choices of one caption: which details are mentioned, in what order and words.
 
-    def __init__(self, scene: Scene):
+    other: number of another wording, which mentions the same.
+    """
+
+    def __init__(self, scene: Scene, told: float = 1.0, other: int | None = None):
         self.scene = scene
         self.draws = Draws("wording", scene.wording_seed)
         self.order = self.draws.shuffled(range(len(scene.objects)))
-        self.mentions = self._choose_mentions()
-        self._named: set[tuple[str, str]] = set()
+        naming = Draws("naming", scene.wording_seed)  # its own: the other choices at 1 do not depend on it
+        named = [(kind, number) for number in self.order for kind in ("shape", "colour") if naming.chance(told)]
+        self.mentions = self._choose_mentions(left_out_share(told)).union(named)
+        self._said: set[tuple[str, ...]] = set()
+        if other is not None:
+            self.draws = Draws("reworded", scene.wording_seed, other)
+            if scene.template not in ("places first", "related"):  # their first object's place is told, or is not
+                self.order = self.draws.shuffled(self.order)
 
-    def _choose_mentions(self) -> set[Detail]:
+    def _choose_mentions(self, left_out: float) -> set[Detail]:
         """All that is mentioned: what the template needs, then details of the main object, then of the others."""
         template = self.scene.template
         needed = {"ground first": ("ground", None), "places first": ("place", self.order[0])}.get(template)
@@ -65,7 +82,7 @@ class Wording:
         mentions = set()
         for detail in details:
             cost = DETAIL_COST[detail[0]]
-            if detail == needed or (cost <= left and not self.draws.chance(LEFT_OUT_SHARE)):
+            if detail == needed or (cost <= left and not self.draws.chance(left_out)):
                 mentions.add(detail)
                 left -= cost
         return mentions
@@ -88,14 +105,16 @@ class Wording:
     def noun(self, number: int) -> str:
         """`a small striped red star`, without its place; a thing named before by shape and colour is `another`."""
         item = self.scene.objects[number]
-        fill = [self.say(vocabulary.FILL_WORDS[item.fill])] if ("fill", number) in self.mentions else []
-        size = [self.say(vocabulary.SIZE_WORDS[item.size])] if ("size", number) in self.mentions else []
-        colour = [self.say(vocabulary.COLOUR_WORDS[item.colour])]
-        shape = self.say(vocabulary.SHAPE_WORDS[item.shape])
+        mentioned = [kind for kind in ("shape", "colour", "fill", "size") if (kind, number) in self.mentions]
+        fill = [self.say(vocabulary.FILL_WORDS[item.fill])] if "fill" in mentioned else []
+        size = [self.say(vocabulary.SIZE_WORDS[item.size])] if "size" in mentioned else []
+        colour = [self.say(vocabulary.COLOUR_WORDS[item.colour])] if "colour" in mentioned else []
+        shape = self.say(vocabulary.SHAPE_WORDS[item.shape]) if "shape" in mentioned else vocabulary.UNNAMED
         adjectives = [*size, *fill, *colour] if self.draws.chance(0.6) else [*size, *colour, *fill]
         phrase = " ".join([*adjectives, shape])
-        again = (item.shape, item.colour) in self._named
-        self._named.add((item.shape, item.colour))
+        name = tuple(getattr(item, kind) for kind in ("shape", "colour") if kind in mentioned)
+        again = name in self._said
+        self._said.add(name)
         return f"another {phrase}" if again else with_article(phrase)
 
     def place(self, number: int) -> str:
@@ -186,12 +205,18 @@ BODIES = {
 }
 
 
-def caption(scene: Scene) -> str:
-    """The caption of a scene, in lower case, without a full stop."""
-    wording = Wording(scene)
+def caption(scene: Scene, told: float = 1.0, other: int | None = None) -> str:
+    """The caption of a scene, in lower case, without a full stop. told: 0 to 1, see the module. other: as Wording."""
+    wording = Wording(scene, told, other)
     parts = [BODIES[scene.template](wording)]
     if scene.template != "frame":
         parts.append(wording.draws.choice(vocabulary.MOOD_TAILS).format(wording.mood()))
     if scene.aside != "none":
         parts.append(wording.draws.choice(vocabulary.ASIDE_WORDS[scene.aside]))
     return ", ".join(parts)
+
+
+def reworded(scene: Scene, told: float = 1.0) -> str:
+    """The caption in other words and another order: it mentions the same, in the same template."""
+    first, others = caption(scene, told), (caption(scene, told, other) for other in count())
+    return next(text for text in others if text != first)

@@ -1,9 +1,10 @@
 """What caption and image of a built-in scene know about its factors, exactly, from the generator's probabilities.
 
 The factors that an image shows can be read from it without error (no two of their values are drawn alike), and so can
-those that a caption words; what remains is how often captions mention a thing, and what the split rule (splits.py) lets
-one factor tell about another. All of this is summed over the generator's choices, the digits of the split rule and the
-random orders in which details compete for a caption's budget of words (captions.py); nothing is sampled.
+those that a caption words; what remains is how often captions mention a thing, which data.scenes.told scales, and what
+the split rule (splits.py) lets one factor tell about another. All of this is summed over the generator's choices, the
+digits of the split rule and the random orders in which details compete for a caption's budget of words (captions.py);
+nothing is sampled.
 Samples of the training split are independent draws of exactly this distribution. In validation and test a scene or
 caption that occurred before is drawn again, which is not modelled: it makes scenes of one object slightly rarer there.
 """
@@ -36,13 +37,12 @@ from modstruct.data.synthetic.factors import (
 from modstruct.data.synthetic.splits import DIGITS, SPLIT_OF_DIGIT, SPLITS, digit_of
 
 OBJECT_FACTORS = ("shape", "colour", "size", "fill")
-"""Axes of `objects_of_a_split`; the first two are in every caption."""
+"""Axes of `objects_of_a_split`; the first two are in every caption that tells all."""
 BOTH = ("shape", "colour", "size", "fill", "place", "count", "ground_colour")
 IMAGE_ONLY = ("ground_texture", "light")
 CAPTION_ONLY = ("mood", "aside", "template")
 TARGETS = (*BOTH, *IMAGE_ONLY, *CAPTION_ONLY)
 """Labels, by their names in a scene's record, whose information is known. The first five: of scenes of one object."""
-MENTION_SHARE = 1 - captions.LEFT_OUT_SHARE
 PLACE_COST = captions.DETAIL_COST["place"]
 SHORT_COST = captions.DETAIL_COST["fill"]
 """Of a fill or a size."""
@@ -87,16 +87,23 @@ def split_of_scenes(metadata: Sequence[Mapping]) -> str | None:
     return splits.pop() if known and all({*TARGETS, "wording_seed"} <= record.keys() for record in metadata) else None
 
 
-def exact_information(label: str, split: str) -> ExactInformation | None:
-    """The exact values of a label of a split, or None if they are not derived here."""
+def told_of_scenes(metadata: Sequence[Mapping]) -> float | None:
+    """data.scenes.told of built-in scenes; None where the records do not agree. Without a `told`, captions tell all."""
+    found = [record.get("told", 1.0) for record in metadata]
+    known = isinstance(found[0], int | float) and 0 <= found[0] <= 1 and all(told == found[0] for told in found)
+    return found[0] if known else None
+
+
+def exact_information(label: str, split: str, told: float = 1.0) -> ExactInformation | None:
+    """The exact values of a label of a split, or None if they are not derived here. told: of data.scenes."""
     if label not in TARGETS:
         return None
-    if label in ("shape", "colour", "size", "fill"):
-        return _of_a_single_object(label, split)
+    if label in OBJECT_FACTORS:
+        return _of_a_single_object(label, split, told)
     if label == "place":
-        return _named_or_open(len(PLACES), _mention_share_of_a_single_object("places first"))
+        return _named_or_open(len(PLACES), _mention_share_of_a_single_object("places first", told))
     if label == "ground_colour":
-        return _named_or_open(len(GROUND_COLOURS), ground_mention_share(split))
+        return _named_or_open(len(GROUND_COLOURS), ground_mention_share(split, told))
     if label in IMAGE_ONLY:
         whole = np.log(len({"ground_texture": GROUND_TEXTURES, "light": LIGHTS}[label]))
         return ExactInformation(whole, 0.0, whole, whole, 0.0)
@@ -125,26 +132,28 @@ def objects_of_a_split(split: str) -> np.ndarray:
     return kept / kept.sum()
 
 
-def captions_of_a_split(split: str) -> np.ndarray:
-    """p(mentioned size, mentioned fill, shape, colour, size, fill) of scenes of one object; (4, 5, 8, 8, 3, 4).
+def captions_of_a_split(split: str, told: float = 1.0) -> np.ndarray:
+    """p(mentioned shape, colour, size, fill; true ones) of scenes of one object; (9, 9, 4, 5, 8, 8, 3, 4).
 
     Mentioned: 0 if it is not, else 1 + its number. The budget of words never runs out on one object, so that
     mentions are independent.
     """
-    size, fill = _mention_table("medium", SIZES), _mention_table("solid", FILLS)  # (mentioned, true)
-    return np.einsum("az,bf,sczf->absczf", size, fill, objects_of_a_split(split))
+    detail = 1 - captions.left_out_share(told)
+    mentions = [
+        _mention_table(SHAPES, told),
+        _mention_table(COLOURS, told),
+        _mention_table(SIZES, detail, "medium"),
+        _mention_table(FILLS, detail, "solid"),
+    ]
+    return np.einsum("as,bc,dz,ef,sczf->abdesczf", *mentions, objects_of_a_split(split), optimize=True)
 
 
-def _of_a_single_object(label: str, split: str) -> ExactInformation:
-    joint = captions_of_a_split(split)
-    axis = 2 + OBJECT_FACTORS.index(label)
-    whole = entropy(joint.sum(tuple(a for a in range(6) if a != axis)))
-    if label in OBJECT_FACTORS[:2]:
-        return ExactInformation(whole, whole, whole, whole, whole)
-    joint = joint.sum(9 - axis)  # the true value of the other one of size and fill
-    known = mutual_information(joint.reshape(-1, joint.shape[-1]))
-    # Without a mention every size and fill is possible: shape and colour are all that both always know.
-    common = mutual_information(joint.sum((0, 1)).reshape(-1, joint.shape[-1]))
+def _of_a_single_object(label: str, split: str, told: float) -> ExactInformation:
+    axis = OBJECT_FACTORS.index(label)
+    joint = captions_of_a_split(split, told).sum(tuple(4 + other for other in range(4) if other != axis))
+    whole, known = entropy(joint.sum((0, 1, 2, 3))), mutual_information(joint.reshape(-1, joint.shape[-1]))
+    # Where a caption need mention nothing, every image is possible. Else shape and colour are what both always know.
+    common = mutual_information(joint.sum((2, 3)).reshape(-1, joint.shape[-1])) if told == 1 else 0.0
     return ExactInformation(whole, known, whole, whole, common)
 
 
@@ -154,14 +163,15 @@ def _named_or_open(values: int, mentioned: float) -> ExactInformation:
     return ExactInformation(whole, mentioned * whole, whole, whole, 0.0)
 
 
-def _mention_share_of_a_single_object(needing: str) -> float:
+def _mention_share_of_a_single_object(needing: str, told: float) -> float:
     """Share of captions with a detail that one template requires and that is otherwise left out at random."""
-    return sum(1.0 if template == needing else MENTION_SHARE for template in TEMPLATES) / len(TEMPLATES)
+    mentioned = 1 - captions.left_out_share(told)
+    return sum(1.0 if template == needing else mentioned for template in TEMPLATES) / len(TEMPLATES)
 
 
-def _mention_table(unremarkable: str, values: Sequence[str]) -> np.ndarray:
+def _mention_table(values: Sequence[str], share: float, unremarkable: str | None = None) -> np.ndarray:
     """p(mentioned as | value), (1 + values, values)."""
-    mentioned = np.array([MENTION_SHARE * (1 - captions.UNSAID_SHARE * (value == unremarkable)) for value in values])
+    mentioned = np.array([share * (1 - captions.UNSAID_SHARE * (value == unremarkable)) for value in values])
     return np.vstack([1 - mentioned, np.diag(mentioned)])
 
 
@@ -171,16 +181,16 @@ def count_shares(split: str) -> np.ndarray:
     return shares / shares.sum()
 
 
-def ground_mention_share(split: str) -> float:
+def ground_mention_share(split: str, told: float = 1.0) -> float:
     """Share of a split's captions that mention the colour of the ground."""
-    mentioned = 0.0
+    mentioned, detail = 0.0, 1 - captions.left_out_share(told)
     for count, share in zip(_counts(), count_shares(split), strict=True):
         contents = _contents(count, split)
         whole = sum(contents.values())
         for (of_main, of_others), weight in contents.items():
             for template in templates_of(count):
                 for aside, aside_share in ((False, PLAIN_SHARE), (True, 1 - PLAIN_SHARE)):
-                    given = _ground_mentioned(template, aside, count, of_main, of_others)
+                    given = _ground_mentioned(detail, template, aside, count, of_main, of_others)
                     mentioned += share * weight / whole * aside_share * given / len(templates_of(count))
     return mentioned
 
@@ -251,49 +261,53 @@ def _summed(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 @lru_cache
-def _ground_mentioned(template: str, aside: bool, count: int, of_main: int, of_others: int) -> float:
-    """P(ground is mentioned), given how many fills and sizes may be, of the main object and of the others."""
+def _ground_mentioned(share: float, template: str, aside: bool, count: int, of_main: int, of_others: int) -> float:
+    """P(ground is mentioned), given how many fills and sizes may be, of the main object and of the others.
+
+    share: of the details that are mentioned where there is room.
+    """
     if template == "ground first":
         return 1.0
     left = captions.WORD_BUDGET - captions.MOOD_COST - captions.NAME_COST * count
     left -= captions.FRAME_COST.get(template, 0) + captions.ASIDE_COST * aside
     if template not in ("places first", "related"):
-        return _after_main(1, of_main, count - 1, of_others, left)
+        return _after_main(share, 1, of_main, count - 1, of_others, left)
     if template == "places first":
         left -= captions.DETAIL_COST["place"]
     # The place of the object named first is not optional: it is mentioned, or a relation replaces it.
-    main_first = _after_main(0, of_main, count - 1, of_others, left)
-    other_first = _after_main(1, of_main, count - 2, of_others, left) if count > 1 else 0.0
+    main_first = _after_main(share, 0, of_main, count - 1, of_others, left)
+    other_first = _after_main(share, 1, of_main, count - 2, of_others, left) if count > 1 else 0.0
     return main_first / count + other_first * (count - 1) / count
 
 
 @lru_cache
-def _after_main(places: int, short: int, other_places: int, other_short: int, left: int) -> float:
+def _after_main(share: float, places: int, short: int, other_places: int, other_short: int, left: int) -> float:
     """P(ground is mentioned) over random orders, from where the main object's details are chosen.
 
     places, short: details of the main object still to come; short: fills and sizes. left: words of the budget.
     """
     if places + short == 0:
-        return _ground_among(other_places, other_short, left)
+        return _ground_among(share, other_places, other_short, left)
     total = 0.0
     for number, cost, to_come in ((places, PLACE_COST, (places - 1, short)), (short, SHORT_COST, (places, short - 1))):
         if number:
-            total += number * _mentioned_or_not(cost, left, partial(_after_main, *to_come, other_places, other_short))
+            follows = partial(_after_main, share, *to_come, other_places, other_short)
+            total += number * _mentioned_or_not(share, cost, left, follows)
     return total / (places + short)
 
 
 @lru_cache
-def _ground_among(places: int, short: int, left: int) -> float:
+def _ground_among(share: float, places: int, short: int, left: int) -> float:
     """The same among the details of the other objects, among which the ground is shuffled."""
-    total = MENTION_SHARE if captions.DETAIL_COST["ground"] <= left else 0.0
+    total = share if captions.DETAIL_COST["ground"] <= left else 0.0
     for number, cost, to_come in ((places, PLACE_COST, (places - 1, short)), (short, SHORT_COST, (places, short - 1))):
         if number:
-            total += number * _mentioned_or_not(cost, left, partial(_ground_among, *to_come))
+            total += number * _mentioned_or_not(share, cost, left, partial(_ground_among, share, *to_come))
     return total / (places + short + 1)
 
 
-def _mentioned_or_not(cost: int, left: int, follows: Callable[[int], float]) -> float:
+def _mentioned_or_not(share: float, cost: int, left: int, follows: Callable[[int], float]) -> float:
     """Mean of follows(words left) over whether a detail is mentioned."""
     if cost > left:
         return follows(left)
-    return MENTION_SHARE * follows(left - cost) + (1 - MENTION_SHARE) * follows(left)
+    return share * follows(left - cost) + (1 - share) * follows(left)

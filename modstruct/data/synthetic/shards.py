@@ -1,8 +1,9 @@
 """The built-in scenes as ordinary webdataset shards in img2dataset's layout: key.jpg, key.txt, key.json.
 
 key.json holds every factor of the scene (`Scene.record`) beside key, caption, width, height, split and index, so that
-what each modality can and cannot express is recorded for each sample. `ensure_scenes` writes the shards into the cache
-once, atomically.
+what each modality can and cannot express is recorded for each sample; `told` where captions tell less than all
+(data.scenes.told), and for training, where it is wanted, `reworded`, the caption in other words. `ensure_scenes` writes
+the shards into the cache once, atomically.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ from pathlib import Path
 from typing import Any
 
 from modstruct.config import ScenesConfig
+from modstruct.config.data import REWORDED
+from modstruct.data.synthetic.captions import caption, reworded
 from modstruct.data.synthetic.drawing import draw
-from modstruct.data.synthetic.factors import COLOURS, SHAPES, Scene
+from modstruct.data.synthetic.factors import COLOURS, FILLS, SHAPES, SIZES, Scene
 from modstruct.data.synthetic.splits import SPLITS, scenes
 from modstruct.errors import refuse, require
-from modstruct.files import disk_error, locked, naming, sync_folder
+from modstruct.files import atomic_write, disk_error, locked, naming, sync_folder
 
 # Part of the folder's name: raise it when the same configuration would give other images, captions or factors.
 GENERATOR_VERSION = 3
@@ -37,8 +40,9 @@ STALE_SECONDS = 24 * 3600.0
 SAMPLES_PER_SHARD = 2_000
 JPEG_QUALITY = 92
 
-# Only scenes of one object have labels. Colour is learned within the first few hundred steps, shape much later, so it
-# has its own file.
+# Only scenes of one object have labels. Colour is learned within the first few hundred steps, shape much later. The
+# prompts of a class together name every shape and colour, and so its own factor alone.
+NAMES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 ZERO_SHOT: dict[str, dict[str, Any]] = {
     "zero_shot.yaml": {
         "label": "colour",
@@ -49,6 +53,16 @@ ZERO_SHOT: dict[str, dict[str, Any]] = {
         "label": "shape",
         "templates": [f"a {colour} {{}}" for colour in COLOURS],
         "classes": {shape: shape for shape in SHAPES},
+    },
+    "zero_shot_size.yaml": {
+        "label": "size",
+        "templates": [f"a {{}} {name}" for name in NAMES],
+        "classes": {size: size for size in SIZES},
+    },
+    "zero_shot_fill.yaml": {
+        "label": "fill",
+        "templates": [f"a {{}} {name}" for name in NAMES],
+        "classes": {fill: fill for fill in FILLS},
     },
 }
 
@@ -75,10 +89,14 @@ def as_jpeg(scene: Scene, image_size: int) -> bytes:
     return content.getvalue()
 
 
-def as_sample(scene: Scene, text: str, split: str, index: int, image_size: int) -> dict[str, Any]:
-    """One sample as webdataset takes it; equal arguments give equal bytes."""
-    key = f"{split}-{index:09d}"
+def as_sample(
+    scene: Scene, split: str, index: int, image_size: int, told: float = 1.0, rewords: bool = False
+) -> dict[str, Any]:
+    """One sample as webdataset takes it; equal arguments give equal bytes. rewords: of the training split."""
+    key, text = f"{split}-{index:09d}", caption(scene, told)
     about = {"key": key, "split": split, "index": index, "caption": text, "width": image_size, "height": image_size}
+    about |= {"told": told} if told < 1 else {}
+    about |= {REWORDED: reworded(scene, told)} if rewords and split == "train" else {}
     return {
         "__key__": key,
         "jpg": as_jpeg(scene, image_size),
@@ -87,20 +105,25 @@ def as_sample(scene: Scene, text: str, split: str, index: int, image_size: int) 
     }
 
 
-def write_scenes(folder: Path, config: ScenesConfig, image_size: int) -> None:
+def write_class_files(folder: Path) -> None:
+    """Write those of ZERO_SHOT that the folder lacks. Raises OSError."""
+    import yaml
+
+    for name, classes in ZERO_SHOT.items():
+        if not (folder / name).exists():
+            with atomic_write(folder / name) as file:
+                file.write(yaml.safe_dump(classes, sort_keys=False).encode())
+
+
+def write_scenes(folder: Path, config: ScenesConfig, image_size: int, rewords: bool) -> None:
     """Write all splits and the class files into an empty folder, and wait until they are on the disk.
 
     Raises OSError when the disk is full or cannot be written.
     """
     import webdataset
-    import yaml
     from tqdm import tqdm
 
-    for name, classes in ZERO_SHOT.items():
-        with open(folder / name, "w", encoding="utf-8") as file:
-            yaml.safe_dump(classes, file, sort_keys=False)
-            file.flush()
-            os.fsync(file.fileno())
+    write_class_files(folder)
     total = sum(split_size(config, split) for split in SPLITS)
     with tqdm(total=total, unit=" scenes", dynamic_ncols=True) as progress:
         for split in SPLITS:
@@ -110,8 +133,8 @@ def write_scenes(folder: Path, config: ScenesConfig, image_size: int) -> None:
             for shard in range(shard_count(size)):
                 with open(folder / f"{split}-{shard:06d}.tar", "wb") as file:
                     with webdataset.TarWriter(file, encoder=False, mtime=0) as tar:
-                        for index, (scene, text) in islice(numbered, SAMPLES_PER_SHARD):
-                            tar.write(as_sample(scene, text, split, index, image_size))
+                        for index, (scene, _) in islice(numbered, SAMPLES_PER_SHARD):
+                            tar.write(as_sample(scene, split, index, image_size, config.told, rewords))
                             progress.update()
                     file.flush()
                     os.fsync(file.fileno())
@@ -121,7 +144,7 @@ def write_scenes(folder: Path, config: ScenesConfig, image_size: int) -> None:
 class ScenesPaths:
     """A file or brace pattern of shards for each split, and the zero-shot class file of the colours.
 
-    zero_shot_shape.yaml beside that file has the shapes, which take longer to learn.
+    zero_shot_shape.yaml, zero_shot_size.yaml and zero_shot_fill.yaml beside that file have what takes longer to learn.
     """
 
     train: str
@@ -130,18 +153,25 @@ class ScenesPaths:
     zero_shot: str
 
 
-def scenes_folder(config: ScenesConfig, cache: Path, image_size: int) -> Path:
-    """The folder of these scenes; its name holds a hash of everything that determines them."""
-    decisive = json.dumps({"version": GENERATOR_VERSION, "image_size": image_size} | asdict(config), sort_keys=True)
+def scenes_folder(config: ScenesConfig, cache: Path, image_size: int, rewords: bool = False) -> Path:
+    """The folder of these scenes; its name holds a hash of everything that determines them.
+
+    Options younger than the version count where they are on, so that older runs find their samples.
+    """
+    options = asdict(config) | ({"rewords": True} if rewords else {})
+    if config.told == 1:
+        del options["told"]
+    decisive = json.dumps({"version": GENERATOR_VERSION, "image_size": image_size} | options, sort_keys=True)
     return cache / f"scenes-{image_size}px-{hashlib.sha256(decisive.encode()).hexdigest()[:12]}"
 
 
-def ensure_scenes(config: ScenesConfig, cache: Path | str, image_size: int) -> ScenesPaths:
+def ensure_scenes(config: ScenesConfig, cache: Path | str, image_size: int, rewords: bool = False) -> ScenesPaths:
     """Paths of the built-in shards, which are drawn and written first if the cache does not hold them (about 30 s).
 
-    image_size: side of the images in pixels. The folder is complete or absent: it is written under another name,
-    synced and renamed. Of several processes at once, one writes and the others wait; on a file system without locks
-    each writes a folder of its own, and the first one is kept. Leftovers of a killed run are removed after a day.
+    image_size: side of the images in pixels. rewords: training samples have their caption in other words, too, for
+    views.text: reworded; all else is the same without. The folder is complete or absent: it is written under another
+    name, synced and renamed. Of several processes at once, one writes and the others wait; on a file system without
+    locks each writes a folder of its own, and the first one is kept. Leftovers of a killed run are removed after a day.
     Raises ValueError, naming data.cache, if the cache cannot be written or its disk is full.
     """
     cache = Path(cache).expanduser().absolute()
@@ -152,9 +182,11 @@ def ensure_scenes(config: ScenesConfig, cache: Path | str, image_size: int) -> S
         str(cache),
         f"shards are named by patterns: choose a path without the characters {PATTERN_CHARACTERS}",
     )
-    folder = scenes_folder(config, cache, image_size)
+    folder = scenes_folder(config, cache, image_size, rewords)
     total = sum(split_size(config, split) for split in SPLITS)
-    ensure_folder(folder, lambda part: write_scenes(part, config, image_size), f"{total:,} scenes")
+    ensure_folder(folder, lambda part: write_scenes(part, config, image_size, rewords), f"{total:,} scenes")
+    with suppress(OSError):  # a cache that cannot be written serves what it has
+        write_class_files(folder)  # of an older version
     patterns = {split: str(folder / shard_pattern(split, split_size(config, split))) for split in SPLITS}
     return ScenesPaths(**patterns, zero_shot=str(folder / "zero_shot.yaml"))
 

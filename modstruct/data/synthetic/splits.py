@@ -36,7 +36,7 @@ def split_of(scene: Scene) -> str:
 
 
 def scenes(seed: int | str, split: str) -> Iterator[tuple[Scene, str]]:
-    """Endless (scene, caption) of one split.
+    """Endless (scene, caption that tells all) of one split.
 
     Sample i is a function of (seed, split, i), however many samples are taken. In validation and test neither a
     combination of the factors that both modalities share nor a caption is repeated, so that retrieval has one answer.

@@ -12,6 +12,8 @@ SHAPE_WORDS = {
     "cross": ("cross", "plus sign", "plus"),
     "moon": ("moon", "crescent", "crescent moon"),
 }
+UNNAMED = "thing"
+"""A thing whose shape is not told."""
 COLOUR_WORDS = {
     "red": ("red", "crimson", "scarlet"),
     "orange": ("orange", "tangerine"),

@@ -27,6 +27,8 @@ class Views(ImageViews):
     def __init__(self, config: ViewsConfig, image_size: int):
         """As ImageViews. Raises ValueError if WordNet is needed and missing, too."""
         super().__init__(config, image_size)
+        self.text_field = config.text_field
+        """The field of KEY.json that augmented captions come from, instead of `augmented_text`; None for EDA."""
         self._change = EasyDataAugmentation(config.eda_rate, synonyms=config.eda_synonyms)
 
     def plain_text(self, text: str) -> str:

@@ -14,7 +14,13 @@ from PIL import Image
 
 from modstruct.data.synthetic.drawing import draw
 from modstruct.data.synthetic.factors import Scene
-from modstruct.data.synthetic.information import TARGETS, ExactInformation, exact_information, split_of_scenes
+from modstruct.data.synthetic.information import (
+    TARGETS,
+    ExactInformation,
+    exact_information,
+    split_of_scenes,
+    told_of_scenes,
+)
 from modstruct.distributed.collect import share_out
 from modstruct.errors import require
 from modstruct.evaluation.classification.features import Features
@@ -57,6 +63,7 @@ EXACT_NOTE = (
     "exact: from the generator's probabilities. The training split is independent draws of them; validation and test "
     "redraw a scene or caption that occurred before, which makes scenes of one object slightly rarer."
 )
+UNKNOWN_NOTE = "no exact values: the samples' `told`, how much their captions tell, differs or is no fraction."
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,7 @@ def measure(embedded: EmbeddedSet, config: ProbeConfig) -> Result:
     for array in sorted(embedded.arrays & {"image", "text", "image_features", "text_features"}):
         check_rows(f"{embedded.name}'s {array}", embedded.rows(array))
     split = split_of_scenes(embedded.metadata)
+    told = told_of_scenes(embedded.metadata) if split else None
     labels = config.labels or (list(TARGETS) if split else [embedded.label_field or SET_LABEL])
     has_labels = bool(config.labels or split or embedded.labels is not None)
     require(has_labels, "labels", (), f"{embedded.name} has no classes: name fields of its metadata")
@@ -104,10 +112,11 @@ def measure(embedded: EmbeddedSet, config: ProbeConfig) -> Result:
         by_fold = [{name: answers[label, fold.number, name] for name in own.features} for fold in own.folds]
         losses, chosen[label] = best_answers(own.questions, own.folds, by_fold, own.labels, own.classes)
         surprise = label_surprise(own.labels, own.classes)
-        exact = exact_information(label, split) if split else None
+        exact = exact_information(label, split, told) if split and told is not None else None
         made = information_values(surprise, losses, own.groups, config, exact)
         values |= {f"{label}/{name}": value for name, value in made.items()}
         outcomes |= {f"{label}/{name}": (surprise - loss).astype(np.float32) for name, loss in losses.items()}
+    notes = [*NOTES, UNKNOWN_NOTE if told is None else EXACT_NOTE] if split else [*NOTES]
     groups = {label: label for label in probes} | {f"{label}/exact": f"{label}, exact" for label in probes}
     sizes = {"image": embedded.rows_of("image"), "text": embedded.rows_of("text")}
     return Result(
@@ -118,7 +127,7 @@ def measure(embedded: EmbeddedSet, config: ProbeConfig) -> Result:
         about=ABOUT,
         groups=groups | {f"{label}/bias": f"{label}, estimate less exact" for label in probes},
         headlines=tuple(f"{labels[0]}/{name}" for name in ("text", "image", "gap")),
-        settings=asdict(config) | {"chosen": chosen, "notes": [*NOTES, *([EXACT_NOTE] if split else [])]},
+        settings=asdict(config) | {"chosen": chosen, "notes": notes} | ({"told": told} if split else {}),
         rows=sizes | {f"used for {label}": len(own.labels) for label, own in probes.items()},
         fingerprint=embedded.source.get("fingerprint"),
         outcomes=outcomes,
