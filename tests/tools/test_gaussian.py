@@ -156,7 +156,7 @@ def test_probe_of_the_factors_themselves_reaches_the_optimum(tools):
     ("arm", "data", "words"),
     [
         ({"method": "clop"}, {}, ["arm.method", "clop", "clip_inmodal"]),
-        ({"method": "albef"}, {}, ["arm.method", "albef", "fusion"]),
+        ({"method": "albef"}, {}, ["losses.queue_contrast.weight", "fusion"]),
         ({"options": {}}, {}, ["arm"]),
         ({"method": "clip", "options": {"stepz": 3}}, {}, ["stepz", "steps", "learning_rate"]),
         ({"method": "clip", "options": {"data.train": "x"}}, {}, ["data.train"]),
