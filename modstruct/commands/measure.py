@@ -29,8 +29,9 @@ from modstruct.config.recipe_files import recipe_to_dict
 from modstruct.distributed import FailedElsewhere
 from modstruct.distributed.collect import on_main
 from modstruct.distributed.run_lock import held
-from modstruct.errors import LostProcess, RunError, printable
+from modstruct.errors import LostProcess, RunError, printable, require
 from modstruct.evaluation.classification import few_shot, linear_probe, zero_shot
+from modstruct.evaluation.embeddings.centred import centred_in
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.examples import write_retrieved_examples
 from modstruct.evaluation.information import measure as information
@@ -59,6 +60,10 @@ class MeasureConfig:
 
     again: bool = False
     """Measure again where there is a result already."""
+    centre: bool = False
+    """Measure each set NAME a second time as NAME-centred: shared embeddings less the mean of their modality over the
+    set's distinct images, or captions, and of unit norm again (post-hoc centring). Class prompts are less the mean
+    caption or, in a set without captions, the mean prompt. Probes of a training split are left out."""
     retrieval: retrieval.RetrievalConfig = field(default_factory=retrieval.RetrievalConfig)
     """Needs captions."""
     zero_shot: zero_shot.ZeroShotConfig = field(default_factory=zero_shot.ZeroShotConfig)
@@ -143,6 +148,16 @@ def measure(out: Path, config: MeasureConfig, metrics: Sequence[str], words: Seq
         sets = [opened[name]]
         with attempted(f"{name}, without what leaked"):
             sets += without_leaked(sets[0], out)
+        for embedded in [*sets] if config.centre else []:
+            with attempted(f"{embedded.name}, centred"):
+                folder = out / "embeddings" / f"{embedded.name}-centred"
+                require(
+                    folder.name not in opened,
+                    "set",
+                    folder.name,
+                    "--centre would overwrite it: embed it by another name",
+                )
+                sets.append(centred_in(folder, embedded))
         for embedded in sets:
             results = out / "results" / embedded.name
             for kind in metrics:
@@ -185,6 +200,10 @@ def _measure_one(kind: str, path: Path, embedded: EmbeddedSet, config: MeasureCo
     if kind == "information" and config.information.labels:
         needs = {CAPTIONS}
     missing = sorted(need for need in needs if not there[need])
+    centred = embedded.source.get("centred", False)
+    if centred and TRAINING in needs:
+        _print(f"{title}: left out, a centred set has no training split")
+        return
     if missing:
         _print(f"{title}: left out, the set has no {' and no '.join(missing)}")
         return
@@ -196,7 +215,8 @@ def _measure_one(kind: str, path: Path, embedded: EmbeddedSet, config: MeasureCo
     started = time.monotonic()
     result = measure_it(embedded, getattr(config, section))
     seconds, command = round(time.monotonic() - started, 3), ("evaluate.py", "measure", *words)
-    result = replace(result, seconds=seconds, command=command, embeddings=identity(embedded))
+    settings = {**result.settings, "centred": True} if centred else result.settings
+    result = replace(result, seconds=seconds, command=command, embeddings=identity(embedded), settings=settings)
     on_main(lambda: result.save(path))
 
 

@@ -155,6 +155,40 @@ def test_leaked_images_are_left_out_of_a_second_measurement(made):
     assert found["rows"]["image"] == len(keys) - 1
 
 
+def centre(out: str) -> int:
+    return evaluate(
+        "measure", out, "--centre", "true", "--metrics", "retrieval", "zero_shot", "structure", "linear_probe"
+    )
+
+
+def test_centred_sets_are_measured_beside_the_others(made, tmp_path, capsys):
+    """On one process and on two."""
+    out, results = tmp_path / "on1", []
+    shutil.copytree(made / "on1", out)
+    plain = {metric: saved(out, metric) for metric in METRICS}
+    assert centre(str(out)) == 0
+    assert (
+        "scenes_colour-centred, linear probe: left out, a centred set has no training split" in capsys.readouterr().out
+    )
+    assert {metric: saved(out, metric) for metric in METRICS} == plain
+    shutil.copytree(made / "on1", tmp_path / "on2")
+    assert run_on_processes(centre, 2, str(tmp_path / "on2")) == [0, 0]
+    for metric in ("retrieval", "zero_shot", "structure"):
+        one, two = (
+            json.loads((tmp_path / run / "results" / "scenes_colour-centred" / f"{metric}.json").read_text())
+            for run in ("on1", "on2")
+        )
+        assert one["values"] == two["values"]
+        assert one["settings"]["centred"] is True
+        assert one["set"] == "scenes_colour-centred"
+        assert one["values"] != plain[metric]
+        results.append(one)
+    gap = results[2]["values"]["modality_gap"]["value"]
+    assert gap < 0.5 * plain["structure"]["modality_gap"]["value"]
+    assert evaluate("report", str(out), "--out", str(tmp_path / "page")) == 0
+    assert "scenes_colour-centred" in (tmp_path / "page.html").read_text()
+
+
 def test_what_was_measured_of_other_embeddings_is_measured_again(made, capsys):
     out, words = made / "on1", ("--sets", "scenes_colour", "--data.cache", str(made / "cache"))
     again = ("--embedding.overwrite", "true", "--embedding.dtype", "float32", "--embedding.workers", "0")
