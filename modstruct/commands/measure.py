@@ -26,6 +26,7 @@ from modstruct.commands.arguments import own_cache, require_modest
 from modstruct.commands.embed import read_model
 from modstruct.commands.sets import read_set, splits_beside
 from modstruct.config.recipe_files import recipe_to_dict
+from modstruct.data.synthetic.information import split_of_scenes
 from modstruct.distributed import FailedElsewhere
 from modstruct.distributed.collect import on_main
 from modstruct.distributed.run_lock import held
@@ -35,6 +36,7 @@ from modstruct.evaluation.embeddings.centred import centred_in
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.examples import write_retrieved_examples
 from modstruct.evaluation.information import measure as information
+from modstruct.evaluation.information import private
 from modstruct.evaluation.leakage.leave_out import LEAKED_KEYS, leave_out, read_keys
 from modstruct.evaluation.result import Result
 from modstruct.evaluation.retrieval import measure as retrieval
@@ -52,6 +54,7 @@ RENAMED = {
 }
 """How options and metrics of older versions begin, and how today."""
 CAPTIONS, CLASSES, TRAINING = "captions", "classes", "embedded training split (embed --all_splits true)"
+FACTORS = "factors known to be of one modality alone (name fields: information.labels)"
 
 
 @dataclass
@@ -76,7 +79,8 @@ class MeasureConfig:
     few_shot: few_shot.FewShotConfig = field(default_factory=few_shot.FewShotConfig)
     """Needs classes and the training split."""
     information: information.ProbeConfig = field(default_factory=information.ProbeConfig)
-    """Needs captions, and classes or information.labels."""
+    """Needs captions, and classes or information.labels. private_factors is measured by the same probes and labels, by
+    default of built-in scenes alone."""
 
 
 METRICS: dict[str, tuple[Callable[[EmbeddedSet, Any], Result], str, set[str]]] = {
@@ -87,6 +91,7 @@ METRICS: dict[str, tuple[Callable[[EmbeddedSet, Any], Result], str, set[str]]] =
     "linear_probe_adamw": (linear_probe.measure_adamw, "linear_probe", {CLASSES, TRAINING}),
     "few_shot": (few_shot.measure, "few_shot", {CLASSES, TRAINING}),
     "information": (information.measure, "information", {CAPTIONS, CLASSES}),
+    "private_factors": (private.measure, "information", {CAPTIONS, FACTORS}),
 }
 """What measures, its section of MeasureConfig, and what a set must have."""
 
@@ -197,8 +202,9 @@ def _measure_one(kind: str, path: Path, embedded: EmbeddedSet, config: MeasureCo
     measure_it, section, needs = METRICS[kind]
     there = {CAPTIONS: len(embedded.pairs) > 0, CLASSES: embedded.labels is not None}
     there[TRAINING] = "train" in embedded.splits
-    if kind == "information" and config.information.labels:
+    if section == "information" and config.information.labels:
         needs = {CAPTIONS}
+    there[FACTORS] = FACTORS in needs and split_of_scenes(embedded.metadata) is not None
     missing = sorted(need for need in needs if not there[need])
     centred = embedded.source.get("centred", False)
     if centred and TRAINING in needs:

@@ -27,6 +27,7 @@ SAME_VALUE = 1e-6
 ROWS = ("query", "row", "group")
 """Outcomes that are identities of rows; the last, which rows count as one."""
 ORDER = ("retrieval", "zero_shot", "linear_probe", "linear_probe_adamw", "few_shot", "structure", "information")
+ORDER += ("private_factors",)
 """Of the sections; others follow by name."""
 
 

@@ -21,6 +21,7 @@ from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 
 SCRIPT = Path(__file__).parents[2] / "launch_scripts" / "evaluate.py"
 METRICS = ("retrieval", "zero_shot", "structure", "linear_probe", "linear_probe_adamw", "few_shot", "information")
+METRICS += ("private_factors",)
 QUICKLY = [
     *("--few_shot.shots", "[1,2]", "--few_shot.draws", "2", "--few_shot.strength", "1.0"),
     *("--linear_probe.strength", "1.0"),

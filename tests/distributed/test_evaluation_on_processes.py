@@ -21,6 +21,7 @@ from modstruct.evaluation.classification.linear_probe import AdamWProbeConfig, L
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.evaluate import evaluate
 from modstruct.evaluation.information import measure as information
+from modstruct.evaluation.information import private
 from modstruct.evaluation.information.probes import ProbeConfig
 from modstruct.evaluation.retrieval import measure as retrieval
 from modstruct.evaluation.retrieval.measure import RetrievalConfig
@@ -84,6 +85,7 @@ def metrics_of(made: EmbeddedSet) -> dict[str, list[float]]:
         linear_probe.measure_adamw(made, LinearProbeConfig(adamw=AdamWProbeConfig(epochs=3))),
         few_shot.measure(made, FewShotConfig(shots=(1, 2), draws=3)),
         information.measure(made, probes),
+        private.measure(made, replace(probes, labels=["label"])),
     )
     numbers = {}
     for place, result in enumerate(found):

@@ -8,7 +8,7 @@ the rows that are evaluated.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -105,14 +105,39 @@ def probed(features: Features, fold: Fold, classes: int, config: ProbeConfig) ->
     Its probabilities are mixed with the label's shares at a weight of 1 / (fitting rows), so that no single row has an
     unbounded loss.
     """
-    device, width, rows = distributed.device(), max(classes, config.hidden), len(fold.fitting)
-    scaled = features.standardised_by(column_statistics(features.take(fold.fitting), device))
-    fit = FitConfig(max_iterations=config.iterations)
-
-    def blocks(places: np.ndarray) -> RowBlocks:
-        return RowBlocks(scaled.take(places), device, width=width)
-
+    blocks, rows = _scaled_blocks(features, fold, classes, config), len(fold.fitting)
     fitting, tuning, held_out = blocks(fold.fitting), blocks(fold.tuning), blocks(fold.held_out)
+    least, fitted = _linear(fitting, tuning, blocks(fold.training), classes, config)
+    answers = {"linear": (least, _losses(fitted.scores(held_out), held_out))}
+    if config.hidden:
+        least, network = _perceptron(fitting, tuning, fold.number, classes, config)
+        answers["perceptron"] = least, _losses(_scores(network, held_out), held_out)
+    _, by_shares = shares(features.labels, fold, classes)
+    mixed = np.log1p(-1 / (rows + 1)), -np.log(rows + 1) - by_shares
+    return {kind: (loss, -np.logaddexp(mixed[0] - losses, mixed[1])) for kind, (loss, losses) in answers.items()}
+
+
+def linear_right(features: Features, fold: Fold, classes: int, config: ProbeConfig) -> np.ndarray:
+    """Whether the linear one of these probes is right, (h,) bool, of the held-out rows; a tie counts against it."""
+    blocks = _scaled_blocks(features, fold, classes, config)
+    _, fitted = _linear(*map(blocks, (fold.fitting, fold.tuning, fold.training)), classes, config)
+    return fitted.ahead(blocks(fold.held_out))[0] == 0
+
+
+def _scaled_blocks(
+    features: Features, fold: Fold, classes: int, config: ProbeConfig
+) -> Callable[[np.ndarray], RowBlocks]:
+    """What reads rows at some places, with columns of unit deviation over the fitting rows."""
+    device, width = distributed.device(), max(classes, config.hidden)
+    scaled = features.standardised_by(column_statistics(features.take(fold.fitting), device))
+    return lambda places: RowBlocks(scaled.take(places), device, width=width)
+
+
+def _linear(
+    fitting: RowBlocks, tuning: RowBlocks, training: RowBlocks, classes: int, config: ProbeConfig
+) -> tuple[float, LinearClassifier]:
+    """A logistic regression on the training rows, with the penalty that has the least tuning loss, and that loss."""
+    fit = FitConfig(max_iterations=config.iterations)
     tried: dict[float, tuple[float, LinearClassifier]] = {}
     last: LinearClassifier | None = None
     for strength in sorted(config.strengths, reverse=True):
@@ -121,15 +146,8 @@ def probed(features: Features, fold: Fold, classes: int, config: ProbeConfig) ->
     strength = min(tried, key=lambda strength: tried[strength][0])
     least, start = tried[strength]
     # The penalty is weighed against a sum over rows, of which there are now more.
-    strength *= len(fold.training) / rows
-    fitted = fit_logistic_regression(blocks(fold.training), classes, strength, fit, start)
-    answers = {"linear": (least, _losses(fitted.scores(held_out), held_out))}
-    if config.hidden:
-        least, network = _perceptron(fitting, tuning, fold.number, classes, config)
-        answers["perceptron"] = least, _losses(_scores(network, held_out), held_out)
-    _, by_shares = shares(features.labels, fold, classes)
-    mixed = np.log1p(-1 / (rows + 1)), -np.log(rows + 1) - by_shares
-    return {kind: (loss, -np.logaddexp(mixed[0] - losses, mixed[1])) for kind, (loss, losses) in answers.items()}
+    strength *= len(training) / len(fitting)
+    return least, fit_logistic_regression(training, classes, strength, fit, start)
 
 
 def _perceptron(
