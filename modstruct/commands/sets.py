@@ -7,14 +7,12 @@ from pathlib import Path
 
 from modstruct import distributed
 from modstruct.config import Recipe, Source
-from modstruct.config.data import REWORDED
 from modstruct.data.classification.class_files import load_classes
 from modstruct.data.classification.labelled_shards import check_labels
 from modstruct.data.classification.registry import SCENES, open_labelled, parse_set, set_splits
-from modstruct.data.run_data import BUILT_IN
+from modstruct.data.run_data import BUILT_IN, scenes_of
 from modstruct.data.shards.evaluation_samples import EvaluationSamples
 from modstruct.data.shards.sources import as_sources
-from modstruct.data.synthetic.shards import ensure_scenes
 from modstruct.errors import printable, refuse
 from modstruct.evaluation.embeddings.source import EmbeddingSource
 from modstruct.files import refusing
@@ -53,13 +51,13 @@ def read_set(word: str, recipe: Recipe, image_size: int) -> EmbeddingSource:
 
 
 def _read_set(word: str, recipe: Recipe, image_size: int) -> EmbeddingSource:
-    data, rewords = recipe.data, recipe.views.text_field == REWORDED
+    data = recipe.data
     if word == RECIPES_OWN:
         if data.eval is None:
             refuse("data.eval", None, "name the shards of the set `eval`, or other --sets")
         shards, classes = data.eval, data.zero_shot
         if BUILT_IN in (shards, classes):
-            scenes = ensure_scenes(data.scenes, data.cache, image_size, rewords)
+            scenes = scenes_of(recipe, image_size)
             shards = scenes.test if shards == BUILT_IN else shards
             classes = None if classes == BUILT_IN and shards != scenes.test else classes
             classes = scenes.zero_shot if classes == BUILT_IN else classes
@@ -74,7 +72,7 @@ def _read_set(word: str, recipe: Recipe, image_size: int) -> EmbeddingSource:
         samples = EvaluationSamples([Source(shards)], data, f"--sets {name}", distributed.is_main())
         return EmbeddingSource.of_samples(name, samples)
     if word.partition(":")[0] in SCENES and "@" not in word:
-        folder = Path(ensure_scenes(data.scenes, data.cache, image_size, rewords).zero_shot).parent
+        folder = Path(scenes_of(recipe, image_size).zero_shot).parent
         word = f"{word}@{folder}"
     return EmbeddingSource.of_labelled(open_labelled(word, data))
 

@@ -139,7 +139,7 @@ class ViewsConfig:
     """Standard deviation of each colour channel."""
 
     def __post_init__(self):
-        known = self.text in ("eda", REWORDED) or (self.text.startswith(FIELD) and self.text != FIELD)
+        known = self.text in ("eda", REWORDED) or (self.text.startswith(FIELD) and self.text.strip() != FIELD)
         require(known, "views.text", self.text, "eda, reworded, or field:NAME with a field of KEY.json")
         fits = not self.rand_augment or self.plain == "crop_flip"
         require(fits, "views.rand_augment", self.rand_augment, "needs views.plain: crop_flip")

@@ -23,7 +23,7 @@ from modstruct.data.shards.reader import ShardReader
 from modstruct.data.shards.samples import Samples, open_saved_samples
 from modstruct.data.shards.sources import as_sources, is_pipe
 from modstruct.data.shards.texts import LOOKED_AT, texts_of
-from modstruct.data.synthetic.shards import ensure_scenes
+from modstruct.data.synthetic.shards import ScenesPaths, ensure_scenes
 from modstruct.data.tokenizers import Tokenizer, build_tokenizer
 from modstruct.data.transforms.augment import Views
 from modstruct.distributed import is_main, main_first
@@ -82,7 +82,7 @@ def open_run_data(
     def build() -> RunData:
         if recipe.data.train != BUILT_IN and BUILT_IN in (recipe.data.validation, recipe.data.eval) and is_main():
             log.warning("data.validation or data.eval is `scenes` beside your own data.train: name your own, or null")
-        config = _with_scenes(recipe.data, image_size, recipe.views.text_field == REWORDED)
+        config = _with_scenes(recipe.data, recipe, image_size)
         train = open_saved_samples(as_sources(config.train), config, "data.train", fingerprint, is_main())
         measured = {"data.validation": config.validation, "data.eval": config.eval}
         found = {field: _evaluation(field, source, config) for field, source in measured.items()}
@@ -108,7 +108,7 @@ def open_evaluation_data(recipe: Recipe, image_size: int, tokenizer: Tokenizer) 
         wanted = replace(recipe.data, train="", validation=None)  # so that no scenes are drawn for these
         if wanted.zero_shot == BUILT_IN and wanted.eval != BUILT_IN:
             wanted = replace(wanted, zero_shot=None)
-        config = _with_scenes(wanted, image_size, recipe.views.text_field == REWORDED)
+        config = _with_scenes(wanted, recipe, image_size)
         samples = _evaluation("data.eval", config.eval, config)
         _check_labels({"data.eval": samples}, config, wanted.zero_shot)
         return EvaluationData(Views(recipe.views, image_size), tokenizer, samples, config.zero_shot)
@@ -176,11 +176,17 @@ def check_text_field(samples: Samples, recipe: Recipe) -> None:
             log.warning("views.text: %s (first %s): others will replace them", told, lacking[0])
 
 
-def _with_scenes(config: DataConfig, image_size: int, rewords: bool) -> DataConfig:
+def scenes_of(recipe: Recipe, image_size: int) -> ScenesPaths:
+    """The built-in files as the recipe wants them, written first if need be."""
+    rewords = recipe.views.text_field == REWORDED
+    return ensure_scenes(recipe.data.scenes, recipe.data.cache, image_size, rewords)
+
+
+def _with_scenes(config: DataConfig, recipe: Recipe, image_size: int) -> DataConfig:
     """The same with every `scenes` replaced by the built-in files, written first if need be."""
     if BUILT_IN not in (config.train, config.validation, config.eval, config.zero_shot):
         return config
-    scenes = ensure_scenes(config.scenes, config.cache, image_size, rewords)
+    scenes = scenes_of(recipe, image_size)
 
     def found(value: Value, file: str) -> Value | str:
         return file if value == BUILT_IN else value

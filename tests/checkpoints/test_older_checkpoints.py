@@ -41,6 +41,12 @@ def resume(kind: str, folder: str) -> dict[str, float]:
     return scalars(finetune(recipe, ds_config("zero2"), "latest").values())
 
 
+@pytest.mark.parametrize("kind", ["two_tower", "fusion"])
+def test_captions_are_augmented_as_that_version_did(kind):
+    recipe = parse_recipe_text((WRITTEN / kind / "checkpoints" / STEP / "recipe.yaml").read_text())
+    assert (recipe.views.text, recipe.views.eda_rate, recipe.data.scenes.told) == ("eda", 0.1, 1.0)
+
+
 RENAMED = {"text -> image R@": "text_to_image/recall_at_", "image -> text R@": "image_to_text/recall_at_"}
 
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from crafted_shards import config, sample, write_shards, write_tar
 
-from modstruct.config import Recipe, Source
+from modstruct.config import Recipe, ScenesConfig, Source, ViewsConfig
 from modstruct.data import run_data
 from modstruct.data.classification import labelled_shards
 from modstruct.data.classification.class_files import ZeroShotClasses
@@ -114,6 +114,73 @@ def test_classes_without_a_sample_are_named(opened, caplog):
 def test_classes_of_one_name_are_named(opened, caplog):
     opened(["red", "blue", 3], blue="red")
     assert caplog.messages == ["data.eval: no prompt tells classes of one name apart: red"]
+
+
+@pytest.fixture
+def checked(tmp_path):
+    """Checks sources, one for each list of what its samples have in `retold`, against views.text."""
+
+    def run(*sources: list[object], text: str = "field:retold", **fields):
+        recipe = Recipe(data=config(tmp_path, **fields), views=ViewsConfig(text=text))
+        recipe.data.train = []
+        for number, values in enumerate(sources):
+            about = [json.dumps({"retold": value, "url": "u", "x": 1}).encode() for value in values]
+            members = [m for n, content in enumerate(about) for m in sample(n, json=content)]
+            recipe.data.train.append(Source(str(write_tar(tmp_path / f"{number}.tar", members))))
+        run_data.check_text_field(open_samples(recipe.data.train, recipe.data, "data.train"), recipe)
+
+    return run
+
+
+def test_sources_with_the_texts_of_augmented_captions_pass(checked, caplog):
+    checked(["a", ["b", ""], " c "], [["d"]])
+    checked([None], text="eda")
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("lacking", [None, "", " ", [], ["", 3], 3, {"a": "b"}])
+def test_a_source_without_the_texts_of_augmented_captions_is_refused_by_name(checked, lacking):
+    message = (
+        r"views\.text = 'field:retold': 2 of 2 samples looked at in .*1\.tar have no text in 'retold' of KEY\.json "
+    )
+    with pytest.raises(ValueError, match=message + r"\(texts are in url\): give eda, or field:NAME"):
+        checked(["a"], [lacking, lacking])
+
+
+def test_reworded_is_refused_for_sources_that_do_not_have_it(checked):
+    with pytest.raises(
+        ValueError, match=r"views\.text = 'reworded': .* no text in 'reworded' .*texts are in retold, url"
+    ):
+        checked(["a"], text="reworded")
+
+
+def test_a_few_samples_without_the_text_are_named(checked, caplog):
+    checked([None, *["a"] * 9])
+    (said,) = caplog.messages
+    assert said.startswith("views.text: 1 of 10 samples looked at in ")
+    assert "0.tar: sample 0): others will replace them" in said
+    with pytest.raises(ValueError, match="1 of 10"):
+        checked([None, *["a"] * 9], max_bad_share=0.05)
+
+
+def test_of_each_source_some_are_looked_at(checked, monkeypatch):
+    monkeypatch.setattr(run_data, "LOOKED_AT", 3)
+    read = []
+    metadata = ShardReader.metadata
+    monkeypatch.setattr(ShardReader, "metadata", lambda self, number: read.append(number) or metadata(self, number))
+    checked(["a"] * 9, ["a"] * 2)
+    assert read == [0, 3, 6, 9, 10]
+
+
+@pytest.mark.parametrize("text", ["eda", "reworded"])
+def test_scenes_have_another_wording_where_it_is_wanted(tmp_path, text):
+    recipe = Recipe(data=config(tmp_path, scenes=ScenesConfig(6, 2, 2)), views=ViewsConfig(text=text))
+    data = run_data.open_run_data(recipe, 16, SimpleNamespace(model=b""))
+    reader = ShardReader(data.train, recipe.data)
+    assert ["reworded" in reader.metadata(number) for number in range(6)] == [text == "reworded"] * 6
+    run_data.check_text_field(data.train, recipe)
+    folder = run_data.open_evaluation_data(recipe, 16, data.tokenizer).eval.samples.shards
+    assert folder == data.eval.samples.shards  # nothing is drawn twice
 
 
 def test_of_many_samples_only_some_are_looked_at(opened, monkeypatch):

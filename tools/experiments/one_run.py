@@ -73,11 +73,11 @@ def training(job: dict[str, Any]) -> dict[str, Any]:
 def validation_shards(run: Path) -> str:
     """The validation shards of the scenes that a run learnt from."""
     from modstruct.cli import parse_recipe_text
-    from modstruct.data.synthetic.shards import ensure_scenes
+    from modstruct.data.run_data import scenes_of
     from modstruct.models.build import image_size
 
     recipe = parse_recipe_text(next(run.glob("checkpoints/*/recipe.yaml")).read_text())
-    return str(ensure_scenes(recipe.data.scenes, recipe.data.cache, image_size(recipe)).validation)
+    return str(scenes_of(recipe, image_size(recipe)).validation)
 
 
 def words_of(options: dict[str, Any]) -> list[str]:

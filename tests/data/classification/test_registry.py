@@ -12,7 +12,7 @@ from modstruct.config import DataConfig, ScenesConfig, ViewsConfig
 from modstruct.data.classification.prompts import published_sets
 from modstruct.data.classification.registry import NamedSet, open_labelled, parse_set, set_splits
 from modstruct.data.shards.evaluation_samples import evaluation_loader
-from modstruct.data.synthetic.factors import COLOURS, SHAPES
+from modstruct.data.synthetic.factors import COLOURS, FILLS, SHAPES, SIZES
 from modstruct.data.synthetic.shards import ensure_scenes
 from modstruct.data.transforms.augment import Views
 
@@ -27,6 +27,7 @@ from modstruct.data.transforms.augment import Views
         ("a:b/birds.yml", NamedSet("a:b/birds.yml", None, None)),
         ("colours.yaml@/data/{0..9}.tar", NamedSet("colours.yaml", None, "/data/{0..9}.tar")),
         ("scenes_shape:train@x", NamedSet("scenes_shape", "train", "x")),
+        ("scenes_size@x", NamedSet("scenes_size", None, "x")),
     ],
 )
 def test_a_name_is_read(text, expected):
@@ -83,7 +84,9 @@ def scenes(tmp_path_factory):
     return config, paths.test.rsplit("/", 1)[0]
 
 
-@pytest.mark.parametrize(("label", "values"), [("colour", COLOURS), ("shape", SHAPES)])
+@pytest.mark.parametrize(
+    ("label", "values"), [("colour", COLOURS), ("shape", SHAPES), ("size", SIZES), ("fill", FILLS)]
+)
 def test_scenes_are_a_labelled_set_with_splits(scenes, label, values):
     config, folder = scenes
     sizes = {}

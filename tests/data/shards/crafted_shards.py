@@ -82,5 +82,5 @@ class LengthTokenizer:
         )
 
 
-def views(side: int = 8) -> Views:
-    return Views(ViewsConfig(), side)
+def views(side: int = 8, text: str = "eda") -> Views:
+    return Views(ViewsConfig(text=text), side)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import re
@@ -55,8 +56,9 @@ def load(
     seed=3,
     tokenizer=None,
     micro_batch=None,
+    text="eda",
 ):
-    contents = BatchContents(views(), tokenizer or LengthTokenizer(), extra)
+    contents = BatchContents(views(text=text), tokenizer or LengthTokenizer(), extra)
     plan = BatchPlan(batch, seed, start, stop, micro_batch)
     loader = train_loader(samples, data, contents, plan, process, processes)
     assert len(loader) == (stop - start) * loader.parts
@@ -141,6 +143,58 @@ def test_masked_tokens_and_identities_do_not_depend_on_the_processes(damaged, pr
     for batch in [*alone, *(batch for part in parts for batch in part)]:
         del batch.tensors["masked_places"]  # places in the process's own labels
     assert_same(alone, joined(parts))
+
+
+@pytest.fixture
+def retold(tmp_path):
+    """A shard whose samples have two texts in the field `retold`, another length each, but for every fifth."""
+
+    def members(number):
+        texts = None if number % 5 == 2 else ["x" * (100 + number), 3, "", "y" * (200 + number)]
+        return sample(number, json=json.dumps({"retold": texts, "one": f" {'z' * (300 + number)}\n"}).encode())
+
+    write_tar(tmp_path / "shard.tar", [member for number in range(20) for member in members(number)])
+    data = config(tmp_path, max_bad_share=0.5)
+    return opened(tmp_path / "shard.tar", data), data
+
+
+def test_augmented_captions_come_from_a_field(retold):
+    batches = load(*retold, stop=6, text="field:one")
+    for batch in batches:
+        numbers = torch.tensor([number_of(image) for image in batch.tensors["image"]])
+        assert batch.tensors["text_augmented"][:, 0].tolist() == (300 + numbers).tolist()  # stripped
+    assert sum(len(batch.faults) for batch in batches) == 0
+
+
+def test_of_several_texts_one_is_drawn_and_a_sample_without_any_is_replaced(retold):
+    batches = load(*retold, stop=10, text="field:retold")
+    drawn: dict[int, set[int]] = {}
+    for batch in batches:
+        assert batch.tried == len(batch.tensors["image"]) + len(batch.faults)
+        for image, text in zip(batch.tensors["image"], batch.tensors["text_augmented"], strict=True):
+            number = number_of(image)
+            assert number % 5 != 2
+            drawn.setdefault(number, set()).add(int(text[0]) - number)
+    assert set().union(*drawn.values()) == {100, 200}
+    assert sum(len(lengths) == 2 for lengths in drawn.values()) > 8  # in other epochs others
+    causes = {cause for batch in batches for cause, _ in batch.faults}
+    assert causes == {"no text in the field 'retold' of KEY.json"}
+    assert {where.rpartition(" ")[2] for batch in batches for _, where in batch.faults} <= {
+        f"{number:06d}.png" for number in (2, 7, 12, 17)
+    }
+
+
+def test_the_text_of_a_step_depends_on_no_process_start_or_worker(retold):
+    alone = load(*retold, stop=6, text="field:retold")
+    assert_same(alone, joined([load(*retold, stop=6, process=p, processes=3, text="field:retold") for p in range(3)]))
+    assert_same(alone[3:], load(*retold, start=3, stop=6, text="field:retold"))
+    samples, data = retold
+    assert_same(alone[:2], load(samples, replace(data, workers=1), stop=2, text="field:retold"))
+
+
+def test_a_field_that_nobody_needs_is_not_missed(retold):
+    (batch,) = load(*retold, stop=1, batch=20, extra={"image_augmented"}, text="field:retold")
+    assert batch.faults == []
 
 
 def test_views_that_nobody_needs_are_not_made(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import replace
 from itertools import islice
@@ -7,7 +8,7 @@ from itertools import islice
 import pytest
 
 from modstruct.data.synthetic import words as vocabulary
-from modstruct.data.synthetic.captions import BODIES, Wording, caption, joined, relation, with_article
+from modstruct.data.synthetic.captions import BODIES, Wording, caption, joined, relation, reworded, with_article
 from modstruct.data.synthetic.factors import (
     ASIDES,
     GROUND_TEXTURES,
@@ -43,9 +44,78 @@ def classes_named(text: str, words: dict[str, tuple[str, ...]]) -> set[str]:
     return named
 
 
+def said_of_the_image(text: str) -> dict[str, set[str]]:
+    """By factor the classes that a caption names; the counts of `a trio of shapes` and the like aside."""
+    text = re.sub("|".join(sum(vocabulary.COUNT_WORDS.values(), ())), "", text)
+    grounds = {
+        name: tuple(f"{word} {ground}" for word in words for ground in vocabulary.GROUND_WORDS)
+        for name, words in vocabulary.GROUND_COLOUR_WORDS.items()
+    }
+    named = {"ground": classes_named(text, grounds)}
+    # The ground has colours of its own, which contain words of the objects' colours.
+    for words in vocabulary.GROUND_COLOUR_WORDS.values():
+        for word in words:
+            text = re.sub(rf"{word} (?={'|'.join(vocabulary.GROUND_WORDS)})", "", text)
+    words_of = {
+        "shape": vocabulary.SHAPE_WORDS,
+        "colour": vocabulary.COLOUR_WORDS,
+        "size": vocabulary.SIZE_WORDS,
+        "fill": vocabulary.FILL_WORDS,
+        "place": vocabulary.PLACE_WORDS,
+    }
+    return named | {factor: classes_named(text, words) for factor, words in words_of.items()}
+
+
 def test_a_scene_has_one_caption():
     for scene in some_scenes(50):
         assert caption(scene) == caption(scene)
+        assert caption(scene, 0.5) == caption(scene, 0.5)
+        assert reworded(scene, 0.5) == reworded(scene, 0.5)
+
+
+def test_captions_that_tell_all_are_those_of_earlier_versions():
+    texts = "\n".join(text for _, text in islice(scenes(0, "train"), 400))
+    assert hashlib.blake2b(texts.encode(), digest_size=8).hexdigest() == "58fc385f3d59fbbe"
+
+
+@pytest.mark.parametrize("told", [1.0, 0.4, 0.0])
+def test_another_wording_mentions_the_same(told):
+    for scene in some_scenes(300):
+        text, other = caption(scene, told), reworded(scene, told)
+        assert text != other
+        assert said_of_the_image(text) == said_of_the_image(other), (text, other)
+        assert classes_named(other, vocabulary.MOOD_WORDS) == {scene.mood}
+        first, second = Wording(scene, told), Wording(scene, told, other=0)
+        assert (first.mentions, sorted(first.order)) == (second.mentions, sorted(second.order))
+        if scene.template in ("places first", "related"):
+            assert first.order == second.order
+
+
+def test_most_words_and_the_order_of_objects_are_drawn_anew():
+    pairs = [(caption(scene), reworded(scene)) for scene in some_scenes(300)]
+    kept = [len({*text.split()} & {*other.split()}) / len({*text.split()}) for text, other in pairs]
+    assert 0.4 < sum(kept) / len(kept) < 0.8
+    several = [scene for scene in some_scenes(300) if len(scene.objects) > 2 and scene.template == "list"]
+    assert any(Wording(scene).order != Wording(scene, other=0).order for scene in several)
+
+
+def test_less_told_names_less_and_lists_every_object_all_the_same():
+    shares = []
+    for told in (1.0, 0.7, 0.4, 0.0):
+        named = 0
+        for scene in some_scenes(400):
+            mentions = Wording(scene, told).mentions
+            named += sum(kind in ("shape", "colour") for kind, _ in mentions)
+            text = caption(scene, told)
+            body = re.sub("|".join(sum(vocabulary.COUNT_WORDS.values(), ())), "", text)
+            unnamed = sum(("shape", number) not in mentions for number in range(len(scene.objects)))
+            assert len(re.findall(rf"\b{vocabulary.UNNAMED}\b", body)) == unnamed, text
+            if told == 0:
+                needed = {"ground first": "ground", "places first": "place"}.get(scene.template)
+                assert {kind for kind, _ in mentions} == ({needed} if needed else set())
+        shares.append(named / sum(2 * len(scene.objects) for scene in some_scenes(400)))
+    assert shares == pytest.approx([1, 0.7, 0.4, 0], abs=0.04)
+    assert (shares[0], shares[-1]) == (1, 0)
 
 
 def test_what_only_the_image_shows_does_not_change_the_caption():
@@ -149,9 +219,9 @@ def test_every_template_mood_and_aside_has_words():
     assert set(vocabulary.ASIDE_WORDS) == set(ASIDES)
 
 
-def test_captions_are_tidy():
-    for scene in some_scenes():
-        text = caption(scene)
+@pytest.mark.parametrize("told", [1.0, 0.4, 0.0])
+def test_captions_are_tidy(told):
+    for text in [made(scene, told) for scene in some_scenes(300) for made in (caption, reworded)]:
         assert text == text.strip()
         assert re.search(r"  | [,:]|[,:](?! )|\ba [aeiou]|\ban [^aeiou]", text) is None, text
         assert len(text.split()) <= 30, text

@@ -8,6 +8,7 @@ import os
 import tarfile
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,9 @@ from PIL import Image
 
 import modstruct.data.synthetic.shards as scene_shards
 from modstruct.config import ScenesConfig
-from modstruct.data.synthetic.captions import caption
+from modstruct.data.synthetic.captions import caption, reworded
 from modstruct.data.synthetic.drawing import draw
-from modstruct.data.synthetic.factors import COLOURS, SHAPES, Scene
+from modstruct.data.synthetic.factors import COLOURS, FILLS, SHAPES, SIZES, Scene
 from modstruct.data.synthetic.shards import ScenesPaths, ensure_scenes, scenes_folder
 from modstruct.data.synthetic.splits import split_of
 
@@ -80,7 +81,15 @@ def test_webdataset_reads_the_shards_like_any(paths: ScenesPaths):
     assert all({"jpg", "txt", "json"} <= set(sample) for sample in samples)
 
 
-@pytest.mark.parametrize(("name", "values"), [("zero_shot.yaml", COLOURS), ("zero_shot_shape.yaml", SHAPES)])
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("zero_shot.yaml", COLOURS),
+        ("zero_shot_shape.yaml", SHAPES),
+        ("zero_shot_size.yaml", SIZES),
+        ("zero_shot_fill.yaml", FILLS),
+    ],
+)
 def test_a_class_file_fits_the_labels(paths: ScenesPaths, name: str, values: tuple[str, ...]):
     assert Path(paths.zero_shot).name == "zero_shot.yaml"
     classes = yaml.safe_load(Path(paths.zero_shot).with_name(name).read_text())
@@ -91,6 +100,47 @@ def test_a_class_file_fits_the_labels(paths: ScenesPaths, name: str, values: tup
             about = json.loads(content)
             label = about[classes["label"]]
             assert label is None if about["count"] > 1 else label in classes["classes"]
+
+
+def test_reworded_shards_differ_in_one_field_of_the_training_split(paths: ScenesPaths, tmp_path: Path):
+    rewords = ensure_scenes(SMALL, tmp_path, 64, rewords=True)
+    for split in ("validation", "test"):
+        assert Path(getattr(rewords, split)).read_bytes() == Path(getattr(paths, split)).read_bytes()
+    plain, found = members(paths.train), members(rewords.train)
+    assert plain.keys() == found.keys()
+    for name in found:
+        if name.endswith(".json"):
+            about, before = json.loads(found[name]), json.loads(plain[name])
+            text = about.pop("reworded")
+            assert about == before
+            assert text == reworded(Scene.from_record(about)) != about["caption"]
+        else:
+            assert found[name] == plain[name]
+
+
+def test_less_told_changes_captions_alone_and_is_noted(paths: ScenesPaths, tmp_path: Path):
+    less = ensure_scenes(replace(SMALL, told=0.4), tmp_path, 64, rewords=True)
+    for split in ("train", "validation", "test"):
+        plain, found = members(getattr(paths, split)), members(getattr(less, split))
+        for name in found:
+            if name.endswith(".json"):
+                about, before = json.loads(found[name]), json.loads(plain[name])
+                scene = Scene.from_record(about)
+                assert about.pop("told") == 0.4
+                assert about.pop("reworded", None) == (reworded(scene, 0.4) if split == "train" else None)
+                assert about.pop("caption") == caption(scene, 0.4) == found[name.replace("json", "txt")].decode()
+                del before["caption"]
+                assert about == before
+            elif name.endswith(".jpg"):
+                assert found[name] == plain[name]
+
+
+def test_shards_of_earlier_versions_are_found_and_get_the_class_files_they_lack(tmp_path: Path):
+    folder = scenes_folder(SMALL, tmp_path, 64)
+    assert folder.name == "scenes-64px-5bb36a0d40db"  # as 0.1.0 named it
+    folder.mkdir()
+    ensure_scenes(SMALL, tmp_path, 64)
+    assert {path.name for path in folder.iterdir()} == scene_shards.ZERO_SHOT.keys()
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -113,8 +163,9 @@ def test_equal_configurations_give_equal_bytes(tmp_path: Path):
 
 def test_other_configurations_have_other_folders(tmp_path: Path):
     configs = [SMALL, ScenesConfig(25, 4, 5), ScenesConfig(25, 4, 4, seed=1)]
-    folders = {scenes_folder(config, tmp_path, size) for config in configs for size in (32, 64)}
-    assert len(folders) == 6
+    configs += [replace(SMALL, told=told) for told in (0.5, 0.0)]
+    folders = {scenes_folder(c, tmp_path, size, again) for c in configs for size in (32, 64) for again in (False, True)}
+    assert len(folders) == 20
 
 
 def test_the_first_samples_do_not_depend_on_how_many_are_written(tmp_path: Path):

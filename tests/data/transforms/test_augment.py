@@ -297,6 +297,17 @@ def test_rate_zero_and_empty_texts_come_back_as_they_are():
         assert EasyDataAugmentation(0.5)(text, 1) == text
 
 
+@pytest.mark.parametrize(("text", "field"), [("eda", None), ("reworded", "reworded"), ("field:a b:c", "a b:c")])
+def test_augmented_captions_are_made_or_read_as_the_recipe_says(text, field):
+    assert Views(ViewsConfig(text=text), SIZE).text_field == field
+
+
+@pytest.mark.parametrize("text", ["", "EDA", "field", "field:", "other", "field: "])
+def test_an_unknown_source_of_augmented_captions_is_refused(text):
+    with pytest.raises(ValueError, match=r"views\.text = .*: eda, reworded, or field:NAME"):
+        ViewsConfig(text=text)
+
+
 def test_plain_text_is_the_caption():
     assert Views(ViewsConfig(), SIZE).plain_text(CAPTION) == CAPTION
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from modstruct.data.synthetic.factors import COLOURS, MOODS
+from modstruct.data.synthetic.information import exact_information
 from modstruct.data.synthetic.splits import scenes
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.information.measure import bag_of_words, measure, scene_pixels
@@ -88,19 +89,45 @@ def test_of_many_pairs_some_are_drawn(tmp_path):
     assert len(result.outcomes["colour/text"]) == 100
 
 
-def test_scenes_come_with_exact_values(tmp_path):
+def scenes_set(folder, told=None):
+    """told: by scene, what its record says."""
     drawn = list(islice(scenes(3, "train"), 240))
-    records = [scene.record() | {"split": "train"} for scene, _ in drawn]
+    records = [
+        scene.record() | {"split": "train"} | ({"told": told(n)} if told else {}) for n, (scene, _) in enumerate(drawn)
+    ]
     colour = np.array([COLOURS.index(record["main_colour"]) for record in records])
     mood = np.array([MOODS.index(record["mood"]) for record in records])
-    embedded = EmbeddedSet(
+    return EmbeddedSet(
         "scenes",
         MODEL,
         {"image": unit(np.eye(8)[colour]), "text": unit(np.eye(8)[mood])},
         pairs=np.repeat(np.arange(240)[:, None], 2, 1),
         captions=[text for _, text in drawn],
         metadata=records,
-    ).save(tmp_path / "set")
+    ).save(folder)
+
+
+def test_exact_values_are_those_of_how_much_the_captions_tell(tmp_path):
+    labels = replace(QUICK, labels=["ground_colour"])
+    gaps = {}
+    for told in (None, 1.0, 0.4):
+        result = measure(scenes_set(tmp_path / str(told), told and (lambda _, told=told: told)), labels)
+        gaps[told] = result.values["ground_colour/exact/gap"].value
+        assert result.settings["told"] == (told or 1.0)
+    assert gaps[None] == gaps[1.0] == exact_information("ground_colour", "train").gap
+    assert gaps[0.4] == exact_information("ground_colour", "train", 0.4).gap > gaps[1.0] + 0.2
+
+
+def test_without_knowing_how_much_the_captions_tell_there_are_no_exact_values(tmp_path):
+    result = measure(scenes_set(tmp_path / "set", lambda n: n % 2), replace(QUICK, labels=["ground_colour"]))
+    assert "ground_colour" in result.grouped
+    assert not any("exact" in name or "bias" in name for name in result.values)
+    assert result.settings["told"] is None
+    assert any(note.startswith("no exact values: the samples' `told`") for note in result.settings["notes"])
+
+
+def test_scenes_come_with_exact_values(tmp_path):
+    embedded = scenes_set(tmp_path / "set")
     result = measure(embedded, replace(QUICK, labels=["mood", "main_colour"]))
     mood = result.grouped["mood"]
     exact, bias = result.grouped["mood/exact"], result.grouped["mood/bias"]
