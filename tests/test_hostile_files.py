@@ -19,6 +19,8 @@ import pytest
 import torch
 from tiny_fusion import fusion_recipe
 from tiny_models import clip_tokenizer, register_architectures, tiny_config, tiny_model, word_tokenizer
+from whole_checkpoint import Whole
+from whole_checkpoint import write as write_whole
 
 from modstruct import checkpoints, cli
 from modstruct.checkpoints import read_weight_file
@@ -116,10 +118,8 @@ def test_no_reader_unpickles(trap, kind, tmp_path, monkeypatch):
         load_classes(tmp_path / "file")
     with pytest.raises(BadSample):
         parse_metadata(content, "here")
-    written = checkpoints.Checkpoint(
-        {"a": torch.ones(1)}, {}, {}, checkpoints.TrainState(), {"step": 0}, {"output": "x"}
-    )
-    checkpoints.write(path, written, word_tokenizer())
+    written = Whole({"a": torch.ones(1)}, {}, {}, checkpoints.TrainState(), {"step": 0}, {"output": "x"})
+    write_whole(path, written, word_tokenizer())
     for file in [file for file in path.rglob("*") if file.is_file()]:
         whole = file.read_bytes()
         file.write_bytes(content)
@@ -239,8 +239,8 @@ def test_a_checkpoints_recipe_cannot_permit_shell_commands(tmp_path):
     """evaluate.py takes the recipe of a checkpoint, which may come from anywhere; the permission is the user's own."""
     path = checkpoints.step_folder(tmp_path, 1)
     recipe = {"data": {"allow_pipe": True, "eval": f"pipe:touch {tmp_path}/ran"}}
-    written = checkpoints.Checkpoint({}, {}, {}, checkpoints.TrainState(), {"step": 0}, recipe)
-    checkpoints.write(path, written, word_tokenizer())
+    written = Whole({}, {}, {}, checkpoints.TrainState(), {"step": 0}, recipe)
+    write_whole(path, written, word_tokenizer())
     parser = cli.recipe_parser("", "")
     parser.add_argument("--checkpoint")
 
@@ -255,8 +255,8 @@ def test_a_checkpoints_recipe_cannot_permit_shell_commands(tmp_path):
 def checkpoint_of(recipe: dict, path: Path) -> Path:
     folder = checkpoints.step_folder(path, 1)
     weights = {"a": torch.zeros(3)}
-    written = checkpoints.Checkpoint(weights, {}, {}, checkpoints.TrainState(), {"step": 0}, recipe)
-    checkpoints.write(folder, written, word_tokenizer())
+    written = Whole(weights, {}, {}, checkpoints.TrainState(), {"step": 0}, recipe)
+    write_whole(folder, written, word_tokenizer())
     return folder
 
 

@@ -27,7 +27,7 @@ from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "tests" / folder) for folder in ("fuzz", "data/shards", "data/downstream")]
+sys.path[:0] = [str(ROOT / "tests" / folder) for folder in ("fuzz", "checkpoints", "data/shards", "data/downstream")]
 NAMES = ("tar", "image", "caption", "metadata", "index", "yaml", "checkpoint", "tokenizer", "task")
 SECONDS_ALLOWED, MIB_ALLOWED = 5, 500
 LONGEST_INPUT = 1 << 18

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from modstruct.checkpoints import described
 from modstruct.errors import refuse
 
 TIMES = 16
@@ -39,7 +40,7 @@ def _number(value: object) -> int:
 @contextmanager
 def no_larger_than(weights: Mapping[str, Tensor], option: str, where: object) -> Iterator[None]:
     """Build a model for these weights. Raises ValueError, naming option and where they are, for a much larger one."""
-    elements = sum(value.numel() for value in weights.values())
+    elements = sum(value.numel() for value in described(weights).values())
     try:
         with _Bounded(max(AT_LEAST, TIMES * elements)):
             yield

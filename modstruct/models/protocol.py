@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from modstruct.checkpoints import require_same_names
+from modstruct.checkpoints import Piece, require_same_names
 from modstruct.losses.protocol import SharedScalar
 
 Batch = dict[str, Tensor]
@@ -100,20 +100,31 @@ class TrainableModel(nn.Module):
         """At ZeRO stage 3, once DeepSpeed has sharded the weights: shard the EMA weights like them."""
 
     def ema_state_dict(self) -> dict[str, Tensor]:
-        """EMA weights and queues by name; whole on the main process, and collective once they are sharded."""
+        """EMA weights and queues by name, whole; before they are sharded."""
         return {}
 
-    def load_ema_state_dict(self, state: dict[str, Tensor]) -> None:
+    def ema_pieces(self) -> dict[str, Piece]:
+        """What this process writes of them, sharded or not: together the processes write all."""
+        return {name: Piece.share(value) for name, value in self.ema_state_dict().items()}
+
+    def load_ema_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Before they are sharded."""
 
     def ema_to(self, device: torch.device) -> None:
         """Move EMA weights and queues, which are no part of the module."""
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
     """A checkpoint's weights and buffers into the model. path: for the error if they belong to another one."""
     require_same_names(model.state_dict(), weights, path)
-    model.load_state_dict(weights)
+    copy_into(model, weights)
+
+
+@torch.no_grad()
+def copy_into(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Weights and buffers of the same names into a module, one at a time: they may be read as they are asked for."""
+    for name, value in module.state_dict().items():
+        value.copy_(weights[name])
 
 
 class Clamp(torch.autograd.Function):

@@ -1,64 +1,109 @@
-"""Between a DeepSpeed engine and a checkpoint folder: collect everything by name, and put it back."""
+"""Between a DeepSpeed engine and a checkpoint folder: what each process keeps, by name and range, and back."""
 
 from __future__ import annotations
 
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from modstruct import checkpoints, distributed
-from modstruct.checkpoints import Checkpoint, TrainState
+from modstruct.checkpoints import Checkpoint, Piece, TrainState, Written
 from modstruct.config import FinetuneRecipe, Recipe
 from modstruct.config.recipe_files import recipe_to_dict
 from modstruct.data.tokenizers import Tokenizer
-from modstruct.distributed import run_lock
-from modstruct.errors import RunError
-from modstruct.files import disk_error
+from modstruct.distributed.side_channel import SideChannel
 from modstruct.training.deepspeed_adapter import MOMENTS, Engine
 
+POLL_SECONDS = 0.02
 
-def save(engine: Engine, state: TrainState, recipe: Recipe | FinetuneRecipe, tokenizer: Tokenizer) -> Path:
-    """Write a checkpoint of `state.step` into recipe.output; every process calls it. Returns its folder.
 
-    Raises RunError on every process, naming the folder and the cause, if it cannot be written; what was there
-    before is untouched.
-    """
-    weights, moments = _collect(engine)
-    ema = engine.model.ema_state_dict()
-    momentum = {name: value.cpu().contiguous() for name, value in ema.items()} if distributed.is_main() else {}
-    checkpoint = Checkpoint(
-        weights, moments, _gather_rng(), state, _optimizer(engine), recipe_to_dict(recipe), momentum
-    )
-    target = checkpoints.step_folder(recipe.output, state.step)
-    error: object = None
-    if distributed.is_main():
+class CheckpointWriter:
+    """Writes checkpoints in a thread beside training, one at a time. Collective, but for `failed`."""
+
+    def __init__(self) -> None:
+        self._channel = SideChannel()
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def save(self, engine: Engine, state: TrainState, recipe: Recipe | FinetuneRecipe, tokenizer: Tokenizer) -> Path:
+        """Copy what this process keeps into the memory of its host, and begin to write a checkpoint of `state.step`.
+
+        Waits for the one before first. Returns the folder, which is there after `wait`.
+        """
+        self.wait()
+        written = collect(engine, state, recipe)
+        target = checkpoints.step_folder(recipe.output, state.step)
+        arguments = (target, written, tokenizer, recipe.checkpoints.keep_last)
+        self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
+        self._thread.start()
+        return target
+
+    @property
+    def failed(self) -> bool:
+        """Whether this process knows that the checkpoint could not be written; then `wait` raises why, on all."""
+        return self._error is not None
+
+    def wait(self) -> None:
+        """Until all processes have written. Raises RunError, on every process, naming the folder and the cause, if it
+        cannot be written; what was there before is untouched."""
+        if self._thread is None:
+            return
+        # A collective, which fails at once where another process has ended; the thread would wait for it for ever.
+        while distributed.max_over_processes(torch.tensor([self._thread.is_alive()], device=distributed.device())):
+            self._thread.join(POLL_SECONDS)
+        self._thread, error, self._error = None, self._error, None
+        if error is not None:
+            raise error
+
+    def _write(self, target: Path, written: Written, tokenizer: Tokenizer, keep_last: int) -> None:
         try:
-            run_lock.require_held()
-            checkpoints.write(target, checkpoint, tokenizer)
-            checkpoints.remove_old(recipe.output, recipe.checkpoints.keep_last, state.step)
-        except run_lock.LostLock as e:
-            error = e
-        except Exception as e:  # whatever it is, the other processes wait below
-            error = (
-                f"checkpoint {target} was not written: {disk_error(e, target)}. Free space or choose another --output"
-            )
-    error = distributed.broadcast_object(error and str(error))
-    if error:
-        raise RunError(str(error)) if distributed.is_main() else distributed.FailedElsewhere(str(error))
-    return target
+            checkpoints.write(target, written, tokenizer, keep_last, self._channel)
+        except Exception as error:  # raised by the training thread
+            self._error = error
+
+
+def collect(engine: Engine, state: TrainState, recipe: Recipe | FinetuneRecipe) -> Written:
+    """This process's pieces, copied, and what else a checkpoint says."""
+    weights: dict[str, Piece] = {}
+    moments: dict[str, Piece] = {}
+    for name, parameter in engine.parameters():
+        of_parameter = {kind: _copy(piece, torch.float32) for kind, piece in engine.pieces(parameter).items()}
+        weights[name] = of_parameter.pop("weight")
+        moments |= {f"{kind}.{name}": piece for kind, piece in of_parameter.items()}
+    module = engine.model
+    persistent = module.state_dict(keep_vars=True)
+    weights |= {name: _copy(Piece.share(value)) for name, value in module.named_buffers() if name in persistent}
+    momentum = {name: _copy(piece) for name, piece in module.ema_pieces().items()}
+    pieces = {"weights": weights, "moments": moments, "rng": _rng(), "momentum": momentum}
+    return Written(pieces, replace(state), _optimizer(engine), recipe_to_dict(recipe))
+
+
+def _copy(piece: Piece, dtype: torch.dtype | None = None) -> Piece:
+    return replace(piece, values=piece.values.to("cpu", dtype or piece.values.dtype, copy=True))
+
+
+def require_moments(model: nn.Module, checkpoint: Checkpoint, path: Path) -> None:
+    """Refuse a checkpoint that lacks a moment of a trained parameter. path: of the checkpoint, for the error."""
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    expected: dict[str, Tensor] = {f"{kind}.{name}": value for kind in MOMENTS for name, value in trained.items()}
+    there = checkpoint.moments.described()
+    checkpoints.require_same_names(expected, {name: there[name] for name in expected if name in there}, path)
 
 
 def restore(engine: Engine, checkpoint: Checkpoint) -> None:
     """Master weights, moments, optimizer step, loss scaler and random state into the engine.
 
-    The model must have been given the checkpoint's weights before DeepSpeed took it over, so that its working copies
-    hold them.
+    Each process reads what it keeps. The model must have been given the checkpoint's weights before DeepSpeed took it
+    over, so that its working copies hold them.
     """
     for name, parameter in engine.parameters():
-        values = {"weight": checkpoint.weights[name]}
-        values |= {kind: checkpoint.moments[f"{kind}.{name}"] for kind in MOMENTS if parameter.requires_grad}
-        engine.write(parameter, {kind: value.to(distributed.device()) for kind, value in values.items()})
+        if parameter.requires_grad:
+            span = engine.span(parameter)
+            values = {kind: checkpoint.moments.range(f"{kind}.{name}", *span) for kind in MOMENTS}
+            engine.write(parameter, {"weight": checkpoint.weights.range(name, *span)} | values)
     engine.steps_taken = checkpoint.optimizer["step"]
     scaler = engine.loss_scaler
     if scaler is not None:
@@ -72,23 +117,6 @@ def restore(engine: Engine, checkpoint: Checkpoint) -> None:
         torch.cuda.set_rng_state(checkpoint.rng[f"cuda.{rank}"])
 
 
-def _collect(engine: Engine) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Whole weights (with buffers) and moments by name; kept on the main process only."""
-    weights: dict[str, Tensor] = {}
-    moments: dict[str, Tensor] = {}
-    for name, parameter in engine.parameters():
-        values = engine.read(parameter)
-        if distributed.is_main():
-            weights[name] = values.pop("weight")
-            moments |= {f"{kind}.{name}": value for kind, value in values.items()}
-    module = engine.model
-    persistent = module.state_dict(keep_vars=True)
-    for name, buffer in module.named_buffers():
-        if name in persistent:
-            weights[name] = buffer.detach().cpu().clone()
-    return weights, moments
-
-
 def _optimizer(engine: Engine) -> dict:
     keys = ("name", "lr", "betas", "eps", "weight_decay")
     return {
@@ -100,12 +128,12 @@ def _optimizer(engine: Engine) -> dict:
     }
 
 
-def _gather_rng() -> dict[str, Tensor]:
-    """Random state of torch on each process: the only generator that training itself draws from (dropout)."""
+def _rng() -> dict[str, Piece]:
+    """Random state of torch on this process: the only generator that training itself draws from (dropout)."""
     states = {f"cpu.{distributed.rank()}": torch.get_rng_state()}
     if distributed.on_gpu():
         states[f"cuda.{distributed.rank()}"] = torch.cuda.get_rng_state()
-    return {name: value for part in distributed.gather_objects(states) for name, value in part.items()}
+    return {name: Piece.whole(value) for name, value in states.items()}
 
 
 def _loss_scaler_state(engine: Engine) -> dict:

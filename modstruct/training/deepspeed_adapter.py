@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from modstruct import distributed
+from modstruct.checkpoints import Piece
 from modstruct.embeddings import Outputs
 from modstruct.errors import refuse
 from modstruct.files import disk_error
@@ -106,10 +107,10 @@ def local_part(parameter: nn.Parameter) -> Tensor:
 
 
 class Engine:
-    """A new DeepSpeed engine around a model: forward, backward, step, and every float32 weight and AdamW moment whole.
+    """A new DeepSpeed engine around a model: forward, backward, step, and this process's weights and AdamW moments.
 
     Makes the moments (zeros) at once, where the optimizer would wait for its first step, so that they can be read
-    and written at any time. Reading is collective: every process calls it for the same names in the same order.
+    and written at any time.
     """
 
     def __init__(self, deepspeed_engine: Any, model: TrainableModel):
@@ -185,19 +186,68 @@ class Engine:
         """Elements of all weights, sharded or not."""
         return sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters())
 
+    def span(self, parameter: Any) -> tuple[int, int]:
+        """The range of a flattened parameter's elements of which this process keeps the master weight and moments."""
+        if hasattr(parameter, "ds_id"):
+            size = parameter.ds_tensor.ds_numel
+            start = min(distributed.rank() * size, parameter.ds_numel)
+            return start, min(start + size, parameter.ds_numel)
+        if self.masters or not parameter.requires_grad:
+            return 0, parameter.numel()
+        if parameter._hp_mapping is None:  # another process keeps it
+            return 0, 0
+        kept = parameter._hp_mapping.lp_fragment_address
+        return kept.start, kept.start + kept.numel
+
     def read(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """weight and, for a trained parameter, exp_avg and exp_avg_sq: float32 on the CPU. Collective."""
-        if not parameter.requires_grad:
-            return {"weight": self._frozen(parameter)}
-        keys = {"weight": None} | {key: key for key in MOMENTS}
-        return {kind: self._read(parameter, key).float().cpu().clone() for kind, key in keys.items()}
+        """weight and, for a trained parameter, exp_avg and exp_avg_sq: 1-D, of this process's span, where they lie."""
+        start, end = self.span(parameter)
+        kinds = MOMENTS if parameter.requires_grad else ()
+        kept = {"weight": self._kept(parameter, None)} | {kind: self._kept(parameter, kind) for kind in kinds}
+        return {kind: values.detach().reshape(-1)[: end - start] for kind, values in kept.items()}
+
+    def pieces(self, parameter: Any) -> dict[str, Piece]:
+        """What this process writes of a parameter: its span, or a share of what all processes keep whole."""
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        start, values = self.span(parameter)[0], self.read(parameter)
+        if not hasattr(parameter, "ds_id") and (self.masters or not parameter.requires_grad):
+            return {kind: Piece.share(whole.view(shape)) for kind, whole in values.items()}
+        return {kind: Piece(kept, start, shape) for kind, kept in values.items()}
 
     def write(self, parameter: nn.Parameter, values: dict[str, Tensor]) -> None:
-        """Set the float32 master weight and the moments. The working copy must already hold the weight."""
-        if not parameter.requires_grad:
-            return
+        """Set the float32 master weight and the moments in this process's span, as `read` gives them.
+
+        The working copy must already hold the weight.
+        """
+        from deepspeed import utils
+
         for kind, value in values.items():
-            self._write(parameter, None if kind == "weight" else kind, value)
+            key = None if kind == "weight" else kind
+            if not hasattr(parameter, "ds_id"):
+                kept = self._kept(parameter, key)
+                kept.data.copy_(value.view(kept.shape))
+                continue
+            padded = local_part(parameter).new_zeros(len(local_part(parameter)))
+            padded[: len(value)] = value
+            if key is None:
+                utils.safe_set_local_fp32_param(parameter, padded)
+            else:
+                utils.safe_set_local_optimizer_state(parameter, padded, key)
+
+    def _kept(self, parameter: Any, key: str | None) -> Tensor:
+        """This process's master weight, or a moment of it, as it lies: at stage 3 with what fills its end up."""
+        from deepspeed import utils
+
+        if hasattr(parameter, "ds_id"):
+            return local_part(parameter) if key is None else utils.safe_get_local_optimizer_state(parameter, key)
+        if not parameter.requires_grad:
+            return parameter
+        if self.masters:
+            master = self.masters[id(parameter)]
+            return master if key is None else self.inner.state[master][key]
+        if parameter._hp_mapping is None:
+            return torch.empty(0)
+        return parameter._hp_mapping.get_hp_fragment(key)
 
     def clamp_scalars(self) -> None:
         """Keep the learnt numbers' master weights in their limits; working copies follow at the next step."""
@@ -254,50 +304,6 @@ class Engine:
         if self.stage == 3:
             return list(self.optimizer.fp32_partitioned_groups_flat)
         return list(self.optimizer.single_partition_of_fp32_groups)
-
-    def _read(self, parameter: nn.Parameter, key: str | None) -> Tensor:
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-        if self.masters:
-            master = self.masters[id(parameter)]
-            return (master if key is None else self.inner.state[master][key]).detach()
-        if key is None:
-            return safe_get_full_fp32_param(parameter).detach()
-        return safe_get_full_optimizer_state(parameter, key).detach()
-
-    def _write(self, parameter: nn.Parameter, key: str | None, value: Tensor) -> None:
-        from deepspeed import utils
-
-        if self.masters:
-            master = self.masters[id(parameter)]
-            (master if key is None else self.inner.state[master][key]).data.copy_(value)
-        elif hasattr(parameter, "ds_id"):
-            self._write_partition(parameter, key, value)
-        elif key is None:
-            utils.safe_set_full_fp32_param(parameter, value)
-        else:
-            utils.safe_set_full_optimizer_state(parameter, value, key)
-
-    def _write_partition(self, parameter: nn.Parameter, key: str | None, value: Tensor) -> None:
-        """Stage 3. DeepSpeed's own setter of whole parameters fails where the size does not divide by the processes."""
-        from deepspeed import utils
-
-        size = utils.safe_get_local_fp32_param(parameter).numel()
-        padded = value.new_zeros(size * distributed.world_size())
-        padded[: value.numel()] = value.flatten()
-        mine = padded.narrow(0, size * distributed.rank(), size)
-        if key is None:
-            utils.safe_set_local_fp32_param(parameter, mine)
-        else:
-            utils.safe_set_local_optimizer_state(parameter, mine, key)
-
-    def _frozen(self, parameter: nn.Parameter) -> Tensor:
-        import deepspeed
-
-        if hasattr(parameter, "ds_id"):
-            with deepspeed.zero.GatheredParameters([parameter]):
-                return parameter.detach().float().cpu().clone()
-        return parameter.detach().float().cpu().clone()
 
 
 class GradientSums:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
 
-from modstruct.checkpoints import replace_folder, save_tensors
+from modstruct.checkpoints import LazyTensors, described, replace_folder, save_tensors
 from modstruct.config import FinetuneRecipe, Recipe
 from modstruct.config.recipe_files import recipe_to_dict
 from modstruct.data.tokenizers import Tokenizer
@@ -21,7 +21,7 @@ from modstruct.models.towers import image_size, open_clip_config, open_clip_know
 
 
 def export(
-    folder: Path, weights: dict[str, Tensor], names: Mapping[str, str], recipe: Recipe, tokenizer: Tokenizer
+    folder: Path, weights: Mapping[str, Tensor], names: Mapping[str, str], recipe: Recipe, tokenizer: Tokenizer
 ) -> Path:
     """Write FOLDER/open_clip_model.safetensors, its config, and the tokenizer. An earlier export is replaced.
 
@@ -31,7 +31,9 @@ def export(
     modstruct_config.json, and nothing is written that open_clip would take for its own (tools/convert_albef.py makes
     ALBEF's file of a fusion model's).
     """
-    weights = weights | {"logit_scale": weights["logit_scale"].clamp(*log_scale_range(recipe))}
+    low, high = log_scale_range(recipe)
+    clamped = {"logit_scale": ("logit_scale", lambda scale: scale.clamp(low, high))}
+    weights = _Changed(weights, {name: (name, _as_it_is) for name in weights} | clamped)
     with replaced(folder) as aside:
         tokenizer.save(aside / "tokenizer")
         if recipe.framework == "fusion" or not open_clip_knows(recipe.model):
@@ -41,7 +43,7 @@ def export(
     return folder
 
 
-def export_task(folder: Path, weights: dict[str, Tensor], recipe: FinetuneRecipe, tokenizer: Tokenizer) -> None:
+def export_task(folder: Path, weights: Mapping[str, Tensor], recipe: FinetuneRecipe, tokenizer: Tokenizer) -> None:
     """Write a fine-tuned model by our names, as `export` does a fusion model."""
     with replaced(folder) as aside:
         tokenizer.save(aside / "tokenizer")
@@ -59,35 +61,63 @@ def replaced(folder: Path) -> Iterator[Path]:
     replace_folder(aside, folder)
 
 
-def _export_as_ours(folder: Path, weights: dict[str, Tensor], recipe: Recipe | FinetuneRecipe) -> None:
-    save_tensors({name: value.contiguous() for name, value in weights.items()}, folder / EXPORTED)
+class _Changed(LazyTensors):
+    """Weights under other names, changed when they are asked for: one at a time is in memory.
+
+    made: new name -> name in weights, and what makes the new tensor of it.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], made: Mapping[str, tuple[str, Callable[[Tensor], Tensor]]]):
+        self._weights, self._made = weights, made
+
+    def __getitem__(self, name: str) -> Tensor:
+        source, change = self._made[name]
+        return change(self._weights[source])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._made)
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def described(self) -> dict[str, Tensor]:
+        sources = described(self._weights)
+        return {name: change(sources[source]) for name, (source, change) in self._made.items()}
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _export_as_ours(folder: Path, weights: Mapping[str, Tensor], recipe: Recipe | FinetuneRecipe) -> None:
+    save_tensors(weights, folder / EXPORTED)
     (folder / EXPORTED_CONFIG).write_text(json.dumps({"recipe": recipe_to_dict(recipe)}, indent=1))
 
 
 def _export_to_open_clip(
-    folder: Path, weights: dict[str, Tensor], names: Mapping[str, str], recipe: Recipe, tokenizer: Tokenizer
+    folder: Path, weights: Mapping[str, Tensor], names: Mapping[str, str], recipe: Recipe, tokenizer: Tokenizer
 ) -> None:
-    shared, own = {}, {}
-    for name, value in weights.items():
-        if "independent_head" in name:
-            own[name] = value.contiguous()
-        else:
-            shared[_rename(name, names)] = (value.T if _transposed(name, names) else value).contiguous()
+    own = {name: (name, _as_it_is) for name in weights if "independent_head" in name}
+    shared = {
+        _rename(name, names): (name, Tensor.t if _transposed(name, names) else _as_it_is)
+        for name in weights
+        if name not in own
+    }
     config = _config(recipe, tokenizer)
     if tokenizer.kind == "clip_bpe":
         # open_clip pads CLIP's own vocabulary with 0; the row of our padding token was never read by a pooled token.
-        embedding = shared["text.token_embedding.weight"]
-        shared["text.token_embedding.weight"] = embedding[: tokenizer.padding_id].contiguous()
+        embedding, padding = shared["text.token_embedding.weight"][0], tokenizer.padding_id
+        shared["text.token_embedding.weight"] = embedding, lambda rows: rows[:padding]
         config["model_cfg"]["text_cfg"] |= {"vocab_size": tokenizer.padding_id, "pad_id": 0}
     else:
         # Without a name here open_clip.get_tokenizer would hand out CLIP's tokenizer; with it, it says what is missing.
         config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "modstruct.data.tokenizers.load_tokenizer"
     if "logit_bias" in shared:
         # open_clip has the parameter where this is given.
-        config["model_cfg"]["init_logit_bias"] = shared["logit_bias"].item()
-    save_tensors(shared, folder / "open_clip_model.safetensors")
+        config["model_cfg"]["init_logit_bias"] = weights["logit_bias"].item()
+    save_tensors(_Changed(weights, shared), folder / "open_clip_model.safetensors")
     if own:
-        save_tensors(own, folder / "independent_heads.safetensors")
+        save_tensors(_Changed(weights, own), folder / "independent_heads.safetensors")
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1))
 
 

@@ -32,7 +32,7 @@ from modstruct.evaluation.tables import save_results, table
 from modstruct.losses.objective import Objective
 from modstruct.models.build import compile_trunks, recompute_activations
 from modstruct.models.protocol import TrainableModel, load_weights
-from modstruct.training.checkpoint import restore, save
+from modstruct.training.checkpoint import CheckpointWriter, require_moments, restore
 from modstruct.training.deepspeed_adapter import Engine, local_part, start_engine
 from modstruct.training.ds_config import build_optimizer, read_ds_config, resolve_ds_config, size_buckets
 from modstruct.training.logging import Telemetry, start_logging
@@ -82,6 +82,7 @@ class Trainer(ABC, Generic[RecipeT]):
     engine: Engine
     telemetry: Telemetry
     heartbeat: Heartbeat
+    writer: CheckpointWriter
     state: TrainState
     steps: int
     """Length of the run."""
@@ -181,7 +182,8 @@ class Trainer(ABC, Generic[RecipeT]):
             return
         self.telemetry.pause()
         self.engine.agree_on_statistics()
-        path = save(self.engine, self.state, recipe, self.tokenizer)
+        path = self.writer.save(self.engine, self.state, recipe, self.tokenizer)
+        self.writer.wait()
         if validate and not stop:
             with stopping.stage(f"step {step} is saved, and `--resume latest` resumes from there"):
                 score = self.validate()
@@ -198,7 +200,8 @@ class Trainer(ABC, Generic[RecipeT]):
         path = self._starting_point()
         if path is None:
             return Start(resolved, None, None, None)
-        saved, tokenizer = hosts.on_all(lambda: (checkpoints.read(path), load_tokenizer(path / "tokenizer")))
+        mine = distributed.rank(), distributed.world_size()  # each process checks a share of it
+        saved, tokenizer = hosts.on_all(lambda: (checkpoints.read(path, *mine), load_tokenizer(path / "tokenizer")))
         check_resumable(saved.recipe, recipe)
         return Start(resolved, path, saved, tokenizer)
 
@@ -227,6 +230,7 @@ class Trainer(ABC, Generic[RecipeT]):
         check_length(recipe, self.steps, self.state.step)
         if start.saved and start.path:
             load_weights(model, start.saved.weights, start.path)
+            require_moments(model, start.saved, start.path)
             checkpoints.require_same_names(model.ema_state_dict(), start.saved.momentum, start.path)
             model.load_ema_state_dict(start.saved.momentum)
         else:
@@ -242,6 +246,7 @@ class Trainer(ABC, Generic[RecipeT]):
         else:
             # Weights start equal on every process; what is drawn from here on (dropout) must not be.
             torch.manual_seed(recipe.train.seed * 1_000_003 + distributed.rank())
+        self.writer = CheckpointWriter()
         self.heartbeat = Heartbeat(recipe.train.hang_timeout_minutes)
         self.telemetry = Telemetry(self.output, self.state.step, self.steps, recipe.train.global_batch)
         log.info(
@@ -257,7 +262,8 @@ class Trainer(ABC, Generic[RecipeT]):
         """Folder of the checkpoint after the last step, written if need be."""
         path = checkpoints.step_folder(self.output, self.state.step)
         if not distributed.broadcast_object(path.exists()):  # a finished run, resumed into another folder
-            save(self.engine, self.state, self.recipe, self.tokenizer)
+            self.writer.save(self.engine, self.state, self.recipe, self.tokenizer)
+            self.writer.wait()
         return path
 
     def conclude(self, checkpoint: Path, results: dict[str, Result]) -> None:

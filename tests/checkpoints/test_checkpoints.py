@@ -3,31 +3,43 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from tiny_models import word_tokenizer
 from torch import nn
+from whole_checkpoint import Whole
+from whole_checkpoint import write as write_whole
 
 from modstruct import checkpoints
-from modstruct.checkpoints import Checkpoint, TrainState
+from modstruct.checkpoints import TrainState, tensors
 from modstruct.config import Recipe
 from modstruct.config.recipe_files import recipe_to_dict
 from modstruct.data.tokenizers import load_tokenizer
+from modstruct.distributed import run_lock
+from modstruct.distributed.run_lock import LostLock
+from modstruct.errors import RunError
 from modstruct.models.protocol import load_weights
 
-FILES = ("weights.safetensors", "moments.safetensors", "rng.safetensors", "state.json", "recipe.yaml")
+OLD = Path(__file__).parent / "written_by_0.1.0" / "two_tower" / "checkpoints" / "step-00000002"
+PIECES = "pieces-00000.safetensors"
+FILES = (PIECES, "index.json", "state.json", "recipe.yaml")
 
 
-def checkpoint(step: int = 500, seed: int = 0) -> Checkpoint:
+def checkpoint(step: int = 500, seed: int = 0) -> Whole:
     generator = torch.Generator().manual_seed(seed)
 
     def rows(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
 
-    return Checkpoint(
+    return Whole(
         weights={"head.weight": rows(3, 4), "bn.num_batches_tracked": torch.tensor(7), "logit_scale": rows(1)},
         moments={"exp_avg.head.weight": rows(3, 4), "exp_avg_sq.head.weight": rows(3, 4) ** 2},
         rng={"cpu.0": torch.get_rng_state()},
@@ -39,12 +51,12 @@ def checkpoint(step: int = 500, seed: int = 0) -> Checkpoint:
 
 def write(output: Path, step: int, seed: int = 0) -> Path:
     target = checkpoints.step_folder(output, step)
-    checkpoints.write(target, checkpoint(step, seed), word_tokenizer())
+    write_whole(target, checkpoint(step, seed), word_tokenizer())
     return target
 
 
 def steps(output: Path) -> list[str]:
-    return sorted(path.name for path in checkpoints.folder(output).iterdir())
+    return sorted(path.name for path in checkpoints.folder(output).glob("*"))
 
 
 def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
@@ -77,45 +89,39 @@ def test_a_folder_holds_no_pickle(tmp_path):
             yaml.safe_load(content)
 
 
-@pytest.mark.parametrize("failing", ["first file", "last file", "tokenizer", "sync"])
+@pytest.mark.parametrize("failing", ["pieces", "tokenizer", "sync", "lock"])
 @pytest.mark.parametrize("before", [False, True])
 def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch, failing, before):
     if before:
         write(tmp_path, 500, seed=1)
-    calls = []
-
-    def save_file(tensors, path):
-        calls.append(path)
-        Path(path).write_bytes(b"half a file")
-        if len(calls) == (1 if failing == "first file" else 3):
-            raise OSError(28, "No space left on device")
 
     def fail(*_):
-        raise OSError(5, "Input/output error")
+        raise OSError(28, "No space left on device")
 
-    if failing == "tokenizer":
-        monkeypatch.setattr(type(word_tokenizer()), "save", fail)
-    elif failing == "sync":
-        monkeypatch.setattr(checkpoints.os, "fsync", fail)
-    else:
-        monkeypatch.setattr(checkpoints, "save_file", save_file)
-    with pytest.raises(OSError, match=r"No space left|Input/output"):
-        checkpoints.write(checkpoints.step_folder(tmp_path, 500), checkpoint(), word_tokenizer())
+    def half(tensors, path):
+        Path(path).write_bytes(b"half a file")
+        fail()
+
+    def lost():
+        raise LostLock("another run took it over")
+
+    monkeypatch.setattr(
+        *{
+            "pieces": (tensors, "save_tensors", half),
+            "tokenizer": (type(word_tokenizer()), "save", fail),
+            "sync": (os, "fsync", fail),
+            "lock": (run_lock, "require_held", lost),
+        }[failing]
+    )
+    with pytest.raises(RunError) as refusal:
+        write_whole(checkpoints.step_folder(tmp_path, 500), checkpoint(), word_tokenizer())
     monkeypatch.undo()
+    told = r"checkpoint .*step-00000500 was not written: No space left on device.*\. Free space or choose another"
+    assert re.match("another run took it over" if failing == "lock" else told, str(refusal.value))
     assert steps(tmp_path) == (["step-00000500"] if before else [])
     if before:
         read = checkpoints.read(checkpoints.step_folder(tmp_path, 500))
         assert same(read.weights, checkpoint(seed=1).weights)
-
-
-def test_an_interrupt_leaves_nothing_half_written(tmp_path, monkeypatch):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(checkpoints, "save_file", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        write(tmp_path, 500)
-    assert steps(tmp_path) == []
 
 
 def test_a_step_written_again_replaces_the_first(tmp_path):
@@ -231,7 +237,7 @@ def test_a_damaged_folder_is_refused_by_name(tmp_path, name, damage):
     with pytest.raises(ValueError, match="is damaged") as refusal:
         checkpoints.read(path)
     assert str(path) in str(refusal.value)
-    if name == "weights.safetensors":
+    if name == PIECES:
         with pytest.raises(ValueError, match="is damaged"):
             checkpoints.read_weights(path)
 
@@ -240,7 +246,7 @@ def test_another_format_is_refused_as_such(tmp_path):
     path = write(tmp_path, 500)
     described = json.loads((path / "state.json").read_text())
     (path / "state.json").write_text(json.dumps(described | {"format": 99}))
-    with pytest.raises(ValueError, match="has format 99, this version reads 1"):
+    with pytest.raises(ValueError, match="has format 99, this version reads 1 to 2"):
         checkpoints.read(path)
 
 
@@ -272,19 +278,105 @@ def test_weights_go_into_the_model_they_belong_to_and_no_other(tmp_path):
 def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, part, value):
     written = checkpoint()
     written.momentum = {"queue": torch.ones(3, 4)}
-    tensors = getattr(written, part)
-    name = next(iter(tensors))
-    tensors[name][1, 2] = value
+    named = getattr(written, part)
+    name = next(iter(named))
+    named[name][1, 2] = value
     target = checkpoints.step_folder(tmp_path, 500)
-    checkpoints.write(target, written, word_tokenizer())
-    reason = rf"{part}\.safetensors: {name} has 1 of 12 values that are NaN or infinite; use another folder"
-    with pytest.raises(ValueError, match=rf"checkpoint = '{target}': {reason}"):
+    write_whole(target, written, word_tokenizer())
+    reason = rf"{PIECES}: {part}/{name} has 1 of 12 values that are NaN or infinite\); use another folder"
+    with pytest.raises(ValueError, match=rf"checkpoint = '{target}': is damaged \({reason}"):
         checkpoints.read(target)
-    if part == "weights":
-        with pytest.raises(ValueError, match=reason):
-            checkpoints.read_weights(target)
-    with pytest.raises(ValueError, match=rf"--init = .*: {name} has 1 of 12 values"):
-        checkpoints.read_weight_file(target / f"{part}.safetensors", "--init")
+    with pytest.raises(ValueError, match=reason):
+        checkpoints.read_weights(target, part)
+    with pytest.raises(ValueError, match=rf"--init = .*: {part}/{name} has 1 of 12 values"):
+        checkpoints.read_weight_file(target / PIECES, "--init")
+
+
+def test_complex_numbers_are_refused_by_name(tmp_path):
+    weights = {"a": torch.ones(3, dtype=torch.complex64)}
+    with pytest.raises(RunError, match=r"not written: weights/a is of kind torch\.complex64; a checkpoint holds real"):
+        write_whole(tmp_path / "step-00000001", replace(checkpoint(), weights=weights), word_tokenizer())
+    old = tmp_path / "checkpoints" / "step-00000002"
+    shutil.copytree(OLD, old)
+    save_file(weights, old / "weights.safetensors")
+    with pytest.raises(ValueError, match=r"is damaged \(weights.safetensors: a is of kind C64; .*use another folder"):
+        checkpoints.read(old)
+    with pytest.raises(ValueError, match=r"--init = .*: a has complex numbers; give other weights"):
+        checkpoints.read_weight_file(old / "weights.safetensors", "--init")
+
+
+def flip_a_bit(path: Path, content: torch.Tensor) -> None:
+    """In the middle of a tensor's bytes, found in a file by what they are."""
+    data, wanted = bytearray(path.read_bytes()), content.reshape(-1).view(torch.uint8).numpy().tobytes()
+    assert data.count(wanted) == 1
+    data[data.index(wanted) + len(wanted) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("part", ["weights", "moments", "rng", "momentum"])
+def test_one_flipped_bit_is_refused_with_file_and_tensor(tmp_path, part):
+    written = checkpoint()
+    written.momentum = {"queue": torch.rand(3, 4), "queue.ids": torch.arange(5)}
+    target = checkpoints.step_folder(tmp_path, 500)
+    write_whole(target, written, word_tokenizer())
+    for name, tensor in getattr(written, part).items():
+        whole = (target / PIECES).read_bytes()
+        flip_a_bit(target / PIECES, tensor)
+        reason = rf"{PIECES}: {part}/{name}, elements 0 to {tensor.numel()}, differs from its checksum\); use another"
+        with pytest.raises(ValueError, match=rf"checkpoint = '{target}': is damaged \({reason}"):
+            checkpoints.read(target)
+        (target / PIECES).write_bytes(whole)
+    checkpoints.read(target)
+
+
+def test_every_byte_that_is_changed_is_noticed(tmp_path):
+    """In the files that decide what a resumed run computes; the recipe is the user's to read and change."""
+    target = write(tmp_path, 500)
+    for name in (PIECES, "index.json", "state.json"):
+        whole = (target / name).read_bytes()
+        checkpoints.read(target)
+        for place in range(0, len(whole), max(1, len(whole) // 199)):
+            (target / name).write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+            try:
+                read = checkpoints.read(target)
+            except ValueError:
+                continue
+            # A blank that became another, or a name, which is then missing.
+            written = checkpoint()
+            kinds = ("weights", "moments", "rng")
+            assert any({*getattr(read, k)} != {*getattr(written, k)} for k in kinds) or all(
+                same(getattr(read, k), getattr(written, k)) for k in kinds
+            )
+            assert read.state == written.state
+        (target / name).write_bytes(whole)
+
+
+def test_pieces_that_do_not_make_a_tensor_up_are_refused(tmp_path):
+    target = write(tmp_path, 500)
+    index = json.loads((target / "index.json").read_text())
+    piece = index["tensors"]["weights"]["head.weight"]["pieces"][0]
+    whole = [*piece]
+    for wrong in ([PIECES, 0, 11, 0], [PIECES, 1, 12, 0], ["../x.safetensors", 0, 12, 0], [PIECES, 0, 12.0, 0]):
+        piece[:] = wrong
+        (target / "index.json").write_text(json.dumps(index))
+        with pytest.raises(ValueError, match=r"is damaged \(index.json: "):
+            checkpoints.read(target)
+    piece[:] = whole
+    (target / "index.json").write_text(json.dumps(index))
+    checkpoints.read(target)
+
+
+def test_processes_check_every_tensor_between_them(tmp_path, monkeypatch):
+    target = write(tmp_path, 500)
+    checked = []
+    monkeypatch.setattr(tensors.StoredTensors, "check", lambda self, name, place: checked.append(place.key))
+    checkpoints.read(target)
+    everything = sorted(checked)
+    checked.clear()
+    for number in range(3):
+        checkpoints.read(target, number, 3)
+    assert sorted(checked) == everything
+    assert len(everything) == 6
 
 
 @pytest.mark.parametrize("score", ["Infinity", "NaN", "1" + "0" * 400])

@@ -11,6 +11,7 @@ from tiny_run import ds_config
 from torch import Tensor
 
 from modstruct import distributed
+from modstruct.checkpoints import Piece
 from modstruct.config import OptimizerConfig, TrainConfig
 from modstruct.losses.distillation import Distillation
 from modstruct.losses.objective import Objective
@@ -50,6 +51,12 @@ def test_two_processes_give_the_loss_and_gradients_of_one(answers):
             torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def whole(piece: Piece) -> torch.Tensor:
+    """What all processes' pieces make up."""
+    pieces = sorted(distributed.gather_objects((piece.start, piece.values)), key=lambda one: one[0])
+    return torch.cat([values for _, values in pieces]).view(piece.shape)
+
+
 def trained(stage: int, answers: list[dict[str, float]]) -> dict[str, Tensor]:
     """Whole weights, momentum weights too, after two steps at a ZeRO stage; and what the model then answers."""
     recipe = answer_recipe()
@@ -72,8 +79,8 @@ def trained(stage: int, answers: list[dict[str, float]]) -> dict[str, Tensor]:
     written = model.generate(mine)
     report = train_step(engine, loss, [batch], 2, 1e-2)  # and training goes on
     assert report.skipped is None
-    weights = {name: engine.read(parameter)["weight"] for name, parameter in engine.parameters()}
-    momentum = {name: value.clone() for name, value in model.ema_state_dict().items()}
+    weights = {name: whole(engine.pieces(parameter)["weight"]) for name, parameter in engine.parameters()}
+    momentum = {name: whole(piece) for name, piece in model.ema_pieces().items()}
     return weights | momentum | {"numbers": numbers[:1], "likelihoods": likelihoods[:1], "written": written[:1]}
 
 

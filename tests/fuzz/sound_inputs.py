@@ -14,6 +14,8 @@ import torch
 from crafted_shards import sample, write_tar
 from PIL import Image
 from published_samples import KARPATHY_COCO, KARPATHY_FLICKR, NLVR2_DEV, SNLI_VE, VQA_ANNOTATIONS, VQA_QUESTIONS
+from whole_checkpoint import Whole
+from whole_checkpoint import write as write_whole
 
 from modstruct import checkpoints
 from modstruct.config import Recipe
@@ -105,7 +107,7 @@ def yamls(folder: Path, shards: Sequence[Path]) -> list[bytes]:
 
 def write_checkpoint(output: Path) -> Path:
     """A checkpoint of few bytes in a run's folder, marked as its best."""
-    written = checkpoints.Checkpoint(
+    written = Whole(
         weights={"a": torch.ones(2, 3), "logit_scale": torch.ones(1)},
         moments={"exp_avg.a": torch.ones(2, 3)},
         rng={"cpu.0": torch.get_rng_state()[:16]},
@@ -114,7 +116,7 @@ def write_checkpoint(output: Path) -> Path:
         recipe=recipe_to_dict(Recipe()),
     )
     path = checkpoints.step_folder(output, 1)
-    checkpoints.write(path, written, SentencePieceTokenizer(_sentencepiece(), 8))
+    write_whole(path, written, SentencePieceTokenizer(_sentencepiece(), 8))
     checkpoints.note_score(path, 0.5)
     return path
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from modstruct import distributed
+from modstruct.checkpoints import Piece
 from modstruct.models.fusion.backbone import Backbone
 from modstruct.models.protocol import Batch, LocalPart, TrainableModel
 
@@ -52,9 +53,11 @@ class EmaWeights:
         theirs = [weight.detach().to(own[name]) for name, weight in weights.items()]
         torch._foreach_lerp_(mine, theirs, 1 - self.momentum)
 
-    def state(self) -> dict[str, Tensor]:
-        """Whole weights by name; once sharded, on the main process only, and collective."""
-        return self.sharded.state() if self.sharded else dict(self.module.state_dict())
+    def pieces(self) -> dict[str, Piece]:
+        """What this process writes of the weights, by name."""
+        if self.sharded:
+            return self.sharded.pieces()
+        return {name: Piece.share(value) for name, value in self.module.state_dict().items()}
 
 
 class EmaModel(TrainableModel):
@@ -92,11 +95,15 @@ class EmaModel(TrainableModel):
             ema.update(dict(self.named_parameters()))
 
     def ema_state_dict(self) -> dict[str, Tensor]:
-        return {f"{EMA}{name}": value for ema in self._ema for name, value in ema.state().items()}
+        return {f"{EMA}{name}": value for ema in self._ema for name, value in ema.module.state_dict().items()}
 
-    def load_ema_state_dict(self, state: dict[str, Tensor]) -> None:
-        for ema in self._ema:
-            ema.module.load_state_dict({n.removeprefix(EMA): v for n, v in state.items() if n.startswith(EMA)})
+    def ema_pieces(self) -> dict[str, Piece]:
+        return {f"{EMA}{name}": piece for ema in self._ema for name, piece in ema.pieces().items()}
+
+    @torch.no_grad()
+    def load_ema_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        for name, value in EmaModel.ema_state_dict(self).items():
+            value.copy_(state[name])
 
     def ema_to(self, device: torch.device) -> None:
         for ema in self._ema:
@@ -130,16 +137,14 @@ class ShardedWeights:
             theirs = [part(weights[name]).detach().to(block.kept) for name in block.weights]
             torch._foreach_lerp_(mine, theirs, 1 - momentum)
 
-    def state(self) -> dict[str, Tensor]:
-        """Whole weights and persistent buffers by name, on the main process's CPU; nothing on others. Collective."""
-        main = distributed.is_main()
-        state = {name: value.cpu() for name, value in self.module.state_dict().items()} if main else {}
+    def pieces(self) -> dict[str, Piece]:
+        """This process's parts of the weights, and its share of persistent buffers, by name."""
+        pieces = {name: Piece.share(value) for name, value in self.module.state_dict().items() if value.numel()}
         for block in self.blocks:
-            block.fetch()
-            if main:
-                state |= {name: weight.detach().cpu().clone() for name, weight in block.weights.items()}
-            block.release()
-        return state
+            for (name, part), shape in zip(block.parts().items(), block.shapes, strict=True):
+                start = min(distributed.rank() * len(part), shape.numel())
+                pieces[name] = Piece(part[: shape.numel() - start], start, tuple(shape))
+        return pieces
 
     @property
     def local_elements(self) -> int:

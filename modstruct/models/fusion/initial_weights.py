@@ -62,9 +62,7 @@ def read_everything(init: str, option: str) -> dict[str, Tensor]:
         return from_albef(weights) if is_albef(weights) else weights
     if (folder / EXPORTED).is_file():
         return read_weight_file(folder / EXPORTED, option)
-    momentum = folder / checkpoints.MOMENTUM_FILE
-    outside = read_weight_file(momentum, option) if momentum.is_file() else {}
-    return read_weight_file(folder / "weights.safetensors", option) | outside
+    return {**checkpoints.read_weights(folder), **checkpoints.read_weights(folder, "momentum")}
 
 
 def tokenizer_of(init: str | None, option: str = "fusion.init") -> Tokenizer | None:
@@ -138,8 +136,9 @@ def find_initial(init: str | None, config: TokenizerConfig, cache: str, tokenize
         return Initial(tokenizer, None)
     folder = init and find_folder(init)
     if folder:
-        weights = folder / (EXPORTED if (folder / EXPORTED).is_file() else "weights.safetensors")
-        return Initial(load_tokenizer(folder / "tokenizer"), read_weight_file(weights, "--init"), folder)
+        exported = folder / EXPORTED
+        weights = read_weight_file(exported, "--init") if exported.is_file() else dict(checkpoints.read_weights(folder))
+        return Initial(load_tokenizer(folder / "tokenizer"), weights, folder)
     if init is not None and not Path(init).expanduser().is_file():
         refuse("--init", init, "no such file or folder; give a run, checkpoint or export of ours, or ALBEF's .pth")
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modstruct import distributed
+from modstruct.checkpoints import Piece
 from modstruct.config import FinetuneRecipe, Recipe
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.data.transforms.augment import sample_seed
@@ -248,11 +249,17 @@ class FusionModel(EmaModel):
         self.queue.push(image, text, distributed.gather(batch["image_id"]))
 
     def ema_state_dict(self) -> dict[str, Tensor]:
-        return super().ema_state_dict() | {f"{QUEUE}{name}": value for name, value in self.queue.state().items()}
+        return super().ema_state_dict() | self._queue_state()
 
-    def load_ema_state_dict(self, state: dict[str, Tensor]) -> None:
+    def ema_pieces(self) -> dict[str, Piece]:
+        return super().ema_pieces() | {name: Piece.share(value) for name, value in self._queue_state().items()}
+
+    def load_ema_state_dict(self, state: Mapping[str, Tensor]) -> None:
         super().load_ema_state_dict(state)
-        self.queue.load({n.removeprefix(QUEUE): value for n, value in state.items() if n.startswith(QUEUE)})
+        self.queue.load({name.removeprefix(QUEUE): state[name] for name in state if name.startswith(QUEUE)})
+
+    def _queue_state(self) -> dict[str, Tensor]:
+        return {f"{QUEUE}{name}": value for name, value in self.queue.state().items()}
 
     def ema_to(self, device: torch.device) -> None:
         super().ema_to(device)

@@ -8,9 +8,11 @@ import pytest
 import torch
 from tiny_models import CAPTIONS, random_images, word_tokenizer
 from tiny_run import tiny_recipe
+from whole_checkpoint import Whole
+from whole_checkpoint import write as write_whole
 
 from modstruct import checkpoints
-from modstruct.checkpoints import Checkpoint, TrainState
+from modstruct.checkpoints import TrainState
 from modstruct.config import ContrastiveConfig, LossesConfig
 from modstruct.config.recipe_files import recipe_to_dict
 from modstruct.evaluation.embeddings.model import checkpoint_model
@@ -34,8 +36,8 @@ def made(request, tmp_path):
     torch.manual_seed(0)
     model = build_model(recipe, tokenizer, build_objective(recipe.losses)).eval()
     state, described = TrainState(4), recipe_to_dict(recipe)
-    checkpoint = Checkpoint(model.state_dict(), {}, {"cpu.0": torch.get_rng_state()}, state, {"step": 4}, described)
-    checkpoints.write(checkpoints.step_folder(tmp_path / "run", 4), checkpoint, tokenizer)
+    checkpoint = Whole(model.state_dict(), {}, {"cpu.0": torch.get_rng_state()}, state, {"step": 4}, described)
+    write_whole(checkpoints.step_folder(tmp_path / "run", 4), checkpoint, tokenizer)
     return recipe, model, tmp_path / "run"
 
 
@@ -64,8 +66,8 @@ def test_the_fingerprint_is_that_of_the_weights(made):
     assert checkpoint_model(recipe, str(run / "checkpoints/step-00000004")).fingerprint == first
     weights = model.state_dict()
     weights["logit_scale"] += 1
-    other = Checkpoint(weights, {}, {}, TrainState(5), {"step": 5}, recipe_to_dict(recipe))
-    checkpoints.write(checkpoints.step_folder(run, 5), other, word_tokenizer())
+    other = Whole(weights, {}, {}, TrainState(5), {"step": 5}, recipe_to_dict(recipe))
+    write_whole(checkpoints.step_folder(run, 5), other, word_tokenizer())
     assert checkpoint_model(recipe, str(run)).fingerprint != first
 
 

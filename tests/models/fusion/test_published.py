@@ -14,6 +14,8 @@ from tiny_fusion import albef_losses, fusion_recipe, training_batch
 from tiny_models import word_tokenizer
 from torch.nn import functional as F
 from transformers import BertConfig, BertForMaskedLM
+from whole_checkpoint import Whole
+from whole_checkpoint import write as write_whole
 
 from modstruct import checkpoints
 from modstruct.config import SeparationConfig
@@ -248,7 +250,7 @@ def test_a_checkpoint_a_run_and_an_export_of_ours_are_starts(tmp_path):
     with torch.no_grad():
         model.ema.module.image_head.weight.add_(1)
     model.queue.push(torch.rand(3, 8), torch.rand(3, 8), torch.arange(3))
-    saved = checkpoints.Checkpoint(
+    saved = Whole(
         dict(model.state_dict()),
         {},
         {},
@@ -258,7 +260,7 @@ def test_a_checkpoint_a_run_and_an_export_of_ours_are_starts(tmp_path):
         model.ema_state_dict(),
     )
     checkpoint = checkpoints.step_folder(tmp_path / "run", 1)
-    checkpoints.write(checkpoint, saved, word_tokenizer())
+    write_whole(checkpoint, saved, word_tokenizer())
     exported = export(tmp_path / "export", dict(model.state_dict()), {}, recipe, word_tokenizer())
     for init in (checkpoint, tmp_path / "run", exported):
         started = model_from(init)

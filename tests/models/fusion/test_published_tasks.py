@@ -13,6 +13,8 @@ from test_published import assert_same
 from tiny_fusion import albef_losses, fusion_recipe, training_batch
 from tiny_models import word_tokenizer
 from torch.nn import functional as F
+from whole_checkpoint import Whole
+from whole_checkpoint import write as write_whole
 
 from modstruct import checkpoints
 from modstruct.config import FinetuneRecipe, TaskConfig
@@ -88,7 +90,7 @@ def test_a_run_of_ours_has_their_names(task, tmp_path, caplog, monkeypatch):
     model = task_model(task)
     if task == "retrieval":
         model.queue.push(*(F.normalize(torch.rand(10, 8), dim=1) for _ in range(2)), torch.arange(10))
-    saved = checkpoints.Checkpoint(
+    saved = Whole(
         dict(model.state_dict()),
         {},
         {},
@@ -97,7 +99,7 @@ def test_a_run_of_ours_has_their_names(task, tmp_path, caplog, monkeypatch):
         recipe_to_dict(recipe_of(task)),
         model.ema_state_dict(),
     )
-    checkpoints.write(checkpoints.step_folder(tmp_path / "run", 1), saved, word_tokenizer())
+    write_whole(checkpoints.step_folder(tmp_path / "run", 1), saved, word_tokenizer())
     assert convert(["--to", "albef", "--weights", str(tmp_path / "run"), "--out", str(tmp_path / "x.pth")]) == 0
     made, right = torch.load(tmp_path / "x.pth", weights_only=True)["model"], task_weights(task)
     left_out = {"retrieval": "language_head", "text_assignment": "head"}

@@ -71,9 +71,13 @@ def sharded_beside_whole(make: str) -> dict[str, bool | int]:
         for model in (whole, sharded):
             moved(model, seed)
             model.ema.update(dict(model.named_parameters()))
-    right, ours = whole.ema_state_dict(), sharded.ema_state_dict()
-    if distributed.is_main():
-        same &= right.keys() == ours.keys() and all(torch.equal(value, ours[name]) for name, value in right.items())
+    right, ours = whole.ema_state_dict(), sharded.ema_pieces()
+    same &= right.keys() == ours.keys()
+    written = {name: sum(distributed.gather_objects(len(piece.values))) for name, piece in ours.items()}
+    same &= written == {name: value.numel() for name, value in right.items()}
+    for name, piece in ours.items():
+        of_whole = right[name].flatten()[piece.start : piece.start + len(piece.values)]
+        same &= piece.shape == right[name].shape and torch.equal(piece.values, of_whole)
     sizes = [sum(shape.numel() for shape in block.shapes) for block in kept.blocks]
     return {
         "same": same,

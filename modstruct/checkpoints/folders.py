@@ -1,17 +1,4 @@
-"""The folder format of a checkpoint: everything that a run resumes from, complete or not there; and published weights.
-
-    OUTPUT/checkpoints/step-00000500/
-        weights.safetensors     float32 weights and buffers by name
-        moments.safetensors     exp_avg.NAME and exp_avg_sq.NAME
-        rng.safetensors         random state of each process
-        momentum.safetensors    EMA weights and queues of a fusion model
-        state.json              step, which is the position in the data too; optimizer groups, counters
-        recipe.yaml             the run's recipe
-        tokenizer/              the tokenizer
-
-Keys are names, not processes, so any number of processes and any ZeRO stage reads it. Nothing is pickled. The folder
-is written aside, synced to disk and renamed, so that a name step-… is always a whole checkpoint.
-"""
+"""Checkpoints of a run: written by all processes, complete or not there; found, read, kept and removed."""
 
 from __future__ import annotations
 
@@ -21,24 +8,41 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from modstruct.errors import refuse, require
-from modstruct.files import atomic_write, naming, read_yaml, sync_folder
+from modstruct import distributed
+from modstruct.checkpoints.tensors import (
+    Files,
+    Piece,
+    StoredTensors,
+    check_all,
+    described,
+    merged,
+    not_finite,
+    read_file,
+    read_index,
+    save_pieces,
+)
+from modstruct.distributed import run_lock
+from modstruct.distributed.side_channel import SideChannel
+from modstruct.errors import RunError, refuse, require
+from modstruct.files import atomic_write, disk_error, naming, read_yaml, sync_folder
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
-MOMENTUM_FILE = "momentum.safetensors"
+FORMAT = 2
+SECTIONS = ("weights", "moments", "rng", "momentum")
 _COMPLETE = re.compile(r"step-(\d{8,})")
 
 
@@ -60,22 +64,33 @@ class TrainState:
 
 
 @dataclass
-class Checkpoint:
-    """What a checkpoint holds, in the CPU's memory."""
+class Written:
+    """What a process writes of a checkpoint."""
 
-    weights: dict[str, Tensor]
-    """float32, by parameter and buffer name."""
-    moments: dict[str, Tensor]
-    """exp_avg.NAME and exp_avg_sq.NAME, float32."""
-    rng: dict[str, Tensor]
-    """cpu.RANK and cuda.RANK, uint8."""
+    pieces: dict[str, dict[str, Piece]]
+    """By section (SECTIONS) and name; together the processes write every element once."""
     state: TrainState
     optimizer: dict
     """Steps taken, settings of each group, loss scaler; and, for a reader, processes and ZeRO stage."""
     recipe: dict
     """The recipe as nested dictionaries."""
-    momentum: dict[str, Tensor] = field(default_factory=dict)
-    """Momentum weights and queues; empty for two towers."""
+
+
+@dataclass
+class Checkpoint:
+    """What a checkpoint holds; tensors are read when they are asked for."""
+
+    weights: StoredTensors
+    """float32, by parameter and buffer name."""
+    moments: StoredTensors
+    """exp_avg.NAME and exp_avg_sq.NAME, float32."""
+    rng: StoredTensors
+    """cpu.RANK and cuda.RANK, uint8."""
+    momentum: StoredTensors
+    """EMA weights and queues; empty for two towers."""
+    state: TrainState
+    optimizer: dict
+    recipe: dict
 
 
 def folder(output: str | Path) -> Path:
@@ -120,64 +135,117 @@ def find(which: str, output: str | Path, option: str = "--resume") -> Path | Non
     return Path(which)
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write safetensors. Raises OSError that names the path, where safetensors has an error of its own."""
-    try:
-        save_file(tensors, path)
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        with naming(path):
-            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+def write(target: Path, written: Written, tokenizer: Saved, keep_last: int, channel: SideChannel) -> None:
+    """Write the folder `target`, whole or not at all, and remove what is too old; every process calls it.
 
-
-def write(target: Path, checkpoint: Checkpoint, tokenizer: Saved) -> None:
-    """Write the folder `target`, whole or not at all. Raises OSError or SafetensorError; nothing is left behind."""
+    It may run beside training: it calls no collective. Raises RunError on the main process, naming the folder and the
+    cause, and FailedElsewhere on the others, if it cannot be written; what was there before is untouched.
+    """
     aside = target.with_name(f"{target.name}.part")
+    indices: list[dict] = []
+
+    def publish() -> None:
+        _publish(aside, target, merged(indices), written, tokenizer, keep_last)
+
+    main = distributed.is_main()
+    error = channel.from_main(_failing(lambda: _begin(aside), target) if main else None)
+    if error is None:
+        failed = _failing(lambda: indices.append(save_pieces(written.pieces, aside)), target)
+        parts = channel.gather({"failed": failed, "index": indices})
+        indices = [index for part in parts for index in part["index"]]
+        failed = next((part["failed"] for part in parts if part["failed"]), None)
+        error = channel.from_main(failed or _failing(publish, target) if main else None)
+    if error is not None:
+        if main:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise RunError(error) if main else distributed.FailedElsewhere(error)
+
+
+def _failing(work: Callable[[], object], target: Path) -> str | None:
+    """Do some work of writing; why it failed, for the user."""
+    try:
+        work()
+    except run_lock.LostLock as error:
+        return str(error)
+    except Exception as error:  # whatever it is, the other processes wait for the word
+        return (
+            f"checkpoint {target} was not written: {disk_error(error, target)}. Free space or choose another --output"
+        )
+    return None
+
+
+def _begin(aside: Path) -> None:
+    run_lock.require_held()
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    try:
-        save_tensors(checkpoint.weights, aside / "weights.safetensors")
-        save_tensors(checkpoint.moments, aside / "moments.safetensors")
-        save_tensors(checkpoint.rng, aside / "rng.safetensors")
-        if checkpoint.momentum:
-            save_tensors(checkpoint.momentum, aside / MOMENTUM_FILE)
-        described = {"format": FORMAT, "train": vars(checkpoint.state), "optimizer": checkpoint.optimizer}
-        with naming(aside):
-            (aside / "state.json").write_text(json.dumps(described, indent=1))
-            (aside / "recipe.yaml").write_text(yaml.safe_dump(checkpoint.recipe, sort_keys=False))
-            tokenizer.save(aside / "tokenizer")
-        replace_folder(aside, target)  # the same step may be there, from before a resume
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
 
 
-def read(path: Path) -> Checkpoint:
-    """Read a checkpoint. Raises ValueError that names the folder if it is damaged."""
-    try:
-        described = json.loads((path / "state.json").read_text())
-        version = described["format"]
-        checkpoint = version == FORMAT and Checkpoint(
-            weights=load_file(path / "weights.safetensors"),
-            moments=load_file(path / "moments.safetensors"),
-            rng=load_file(path / "rng.safetensors"),
+def _publish(aside: Path, target: Path, index: dict, written: Written, tokenizer: Saved, keep_last: int) -> None:
+    """Once every process has written its pieces."""
+    read_index(index, aside, Files())  # which refuses pieces that leave something out
+    state = json.dumps({"format": FORMAT, "train": vars(written.state), "optimizer": written.optimizer}, indent=1)
+    with naming(aside):
+        (aside / "state.json").write_text(state)
+        (aside / "recipe.yaml").write_text(yaml.safe_dump(written.recipe, sort_keys=False))
+        tokenizer.save(aside / "tokenizer")
+        (aside / "index.json").write_text(json.dumps({"state": zlib.crc32(state.encode()), "tensors": index}))
+    run_lock.require_held()
+    replace_folder(aside, target)  # the same step may be there, from before a resume
+    remove_old(target.parents[1], keep_last, _step(target))
+
+
+def read(path: Path, number: int = 0, of: int = 1) -> Checkpoint:
+    """Open a checkpoint and check share `number` of `of` shares of its tensors, which processes have one each.
+
+    Raises ValueError that names the folder, and the file and the tensor, if it is damaged.
+    """
+    with _sound(path):
+        state = (path / "state.json").read_bytes()
+        described = json.loads(state)
+        sections = _sections(path, described["format"], state)
+        checkpoint = Checkpoint(
+            **sections,
             state=TrainState(**described["train"]),
             optimizer=described["optimizer"],
             recipe=dict(cast(dict, read_yaml(path / "recipe.yaml"))),
-            momentum=load_file(path / MOMENTUM_FILE) if (path / MOMENTUM_FILE).exists() else {},
         )
-        if checkpoint:
-            _check_state(checkpoint)
-    except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError, SafetensorError) as e:
-        _damaged(path, e)
-    if not checkpoint:
-        refuse("checkpoint", str(path), f"has format {version}, this version reads {FORMAT}")
-    files = {"weights": checkpoint.weights, "moments": checkpoint.moments, "momentum": checkpoint.momentum}
-    for name, tensors in files.items():
-        require_finite(tensors, "checkpoint", str(path), f"{name}.safetensors: ", _another(path))
+        _check_state(checkpoint)
+        check_all(sections, number, of)
     return checkpoint
+
+
+def _sections(path: Path, version: object, state: bytes) -> dict[str, StoredTensors]:
+    files = Files()
+    if version == 1:  # a file for each section, of whole tensors
+        there = {section: path / f"{section}.safetensors" for section in SECTIONS}
+        there = {section: file for section, file in there.items() if section != "momentum" or file.exists()}
+        return _EMPTY | {section: read_file(file, files) for section, file in there.items()}
+    if version != FORMAT:
+        raise _OtherFormat(f"has format {version}, this version reads 1 to {FORMAT}")
+    index = json.loads((path / "index.json").read_bytes())
+    if index["state"] != zlib.crc32(state):
+        raise ValueError("state.json differs from its checksum")
+    return _EMPTY | read_index(
+        {section: index["tensors"][section] for section in SECTIONS if section in index["tensors"]}, path, files
+    )
+
+
+class _OtherFormat(Exception):
+    """Of another version of modstruct."""
+
+
+_EMPTY = {section: StoredTensors({}, Files()) for section in SECTIONS}
+
+
+@contextmanager
+def _sound(path: Path) -> Iterator[None]:
+    """Refuse a folder that cannot be read as a checkpoint, by its name."""
+    try:
+        yield
+    except _OtherFormat as error:
+        refuse("checkpoint", str(path), str(error))
+    except (OSError, LookupError, TypeError, AttributeError, ValueError, RecursionError, SafetensorError) as error:
+        refuse("checkpoint", str(path), f"is damaged ({error}); use another folder of {path.parent}")
 
 
 def _check_state(checkpoint: Checkpoint) -> None:
@@ -187,46 +255,37 @@ def _check_state(checkpoint: Checkpoint) -> None:
         raise ValueError("state.json: steps are whole numbers of 0 or more")
     if type(state.data_fingerprint) is not str:
         raise ValueError("state.json: data_fingerprint is a text")
-    if any(value.dtype != torch.uint8 or value.ndim != 1 for value in checkpoint.rng.values()):
-        raise ValueError("rng.safetensors: random states are bytes")
+    if any(value.dtype != torch.uint8 or value.ndim != 1 for value in checkpoint.rng.described().values()):
+        raise ValueError("random states (rng) are bytes")
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The weights alone."""
-    try:
-        weights = load_file(path / "weights.safetensors")
-    except (OSError, SafetensorError) as e:
-        _damaged(path, e)
-    require_finite(weights, "checkpoint", str(path), "weights.safetensors: ", _another(path))
-    return weights
+def read_weights(path: Path, section: str = "weights") -> StoredTensors:
+    """The weights alone, or another section's tensors, all checked."""
+    with _sound(path):
+        state = (path / "state.json").read_bytes()
+        tensors = _sections(path, json.loads(state)["format"], state)[section]
+        check_all({section: tensors})
+    return tensors
 
 
-def require_finite(
-    tensors: Mapping[str, Tensor], option: str, value: str, where: str = "", remedy: str = "give other weights"
-) -> None:
-    """Refuse weights with NaN or infinity, which no later step would mend, naming the first such tensor.
+def require_finite(tensors: Mapping[str, Tensor], option: str, value: str) -> None:
+    """Refuse complex weights, and NaN or infinity, which no later step would mend, naming the first such tensor.
 
-    option, value: what named the file, for the error; where: which part of it.
+    option, value: what named the file, for the error.
     """
+    remedy = "give other weights"
+    complex_ones = [name for name, tensor in tensors.items() if tensor.is_complex()]
+    if complex_ones:
+        refuse(option, value, f"{complex_ones[0]} has complex numbers; {remedy}")
     bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if bad:
-        number, total = int((~tensors[bad[0]].isfinite()).sum()), tensors[bad[0]].numel()
         more = f", and {len(bad) - 1} more tensors" if len(bad) > 1 else ""
-        refuse(
-            option, value, f"{where}{bad[0]} has {number} of {total} values that are NaN or infinite{more}; {remedy}"
-        )
+        refuse(option, value, f"{not_finite(bad[0], tensors[bad[0]])}{more}; {remedy}")
 
 
-def _damaged(path: Path, error: Exception) -> NoReturn:
-    refuse("checkpoint", str(path), f"is damaged ({error}); {_another(path)}")
-
-
-def _another(path: Path) -> str:
-    return f"use another folder of {path.parent}"
-
-
-def require_same_names(expected: dict[str, Tensor], given: dict[str, Tensor], path: Path) -> None:
+def require_same_names(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], path: Path) -> None:
     """Refuse tensors of other names or shapes than a model's. path: where they came from, for the error."""
+    given = described(given)
     names = expected.keys() ^ given.keys()
     names |= {n for n in expected.keys() & given.keys() if expected[n].shape != given[n].shape}
     if names:
