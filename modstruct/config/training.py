@@ -129,6 +129,9 @@ class CheckpointConfig:
     """Save every so many steps (and at the end, and on SIGTERM); 0 at the end only."""
     keep_last: int = 2
     """Checkpoints kept, besides the best by validation (R@1, or a task's accuracy)."""
+    asynchronous: bool = True
+    """Training goes on once what a process keeps is copied into its host's memory, and a thread writes it; false waits
+    for the disk. The last checkpoint, and one that is validated, are waited for."""
 
     def __post_init__(self):
         require(self.every_steps >= 0, "checkpoints.every_steps", self.every_steps, "0 or more")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +17,12 @@ from modstruct.config import FinetuneRecipe, Recipe
 from modstruct.config.recipe_files import recipe_to_dict
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.distributed.side_channel import SideChannel
+from modstruct.errors import LostProcess
 from modstruct.training.deepspeed_adapter import MOMENTS, Engine
 
 POLL_SECONDS = 0.02
+SECONDS_TO_FINISH = 60.0
+"""For a checkpoint that is being written when an error ends the training."""
 
 
 class CheckpointWriter:
@@ -57,6 +62,16 @@ class CheckpointWriter:
         self._thread, error, self._error = None, self._error, None
         if error is not None:
             raise error
+
+    @contextmanager
+    def finishing(self) -> Iterator[None]:
+        """Training, whose error does not end the process before what is being written is there, if it is soon."""
+        try:
+            yield
+        except Exception as error:
+            if self._thread is not None and LostProcess.if_it_is(error) is None:  # without it nobody can finish
+                self._thread.join(SECONDS_TO_FINISH)
+            raise
 
     def _write(self, target: Path, written: Written, tokenizer: Tokenizer, keep_last: int) -> None:
         try:

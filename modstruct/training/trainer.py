@@ -41,6 +41,8 @@ from modstruct.training.timing import profiled
 
 log = logging.getLogger("modstruct")
 CHECK_SAMPLES_EVERY = 20  # steps
+WRITER_FAILED = 1 << 10
+"""In the place of a signal's number, which is lower: a checkpoint could not be written."""
 RecipeT = TypeVar("RecipeT", Recipe, FinetuneRecipe)
 
 
@@ -137,7 +139,7 @@ class Trainer(ABC, Generic[RecipeT]):
 
         The processes agree on that in a step, since each may hear of it at another time.
         """
-        with stopping.stage("no step was taken, so there is nothing to save") as stage:
+        with stopping.stage("no step was taken, so there is nothing to save") as stage, self.writer.finishing():
             self._take_steps(after_step, stage)
 
     def _take_steps(self, after_step: Callable[[], None], stage: stopping.Stage) -> None:
@@ -149,8 +151,10 @@ class Trainer(ABC, Generic[RecipeT]):
         for batches in self.heartbeat.following(batches_of_steps, state.step):
             parts = [batch.tensors for batch in batches]
             rate = learning_rate(recipe.optimizer, state.step, self.steps)
-            stop = stopping.requested()
+            stop = WRITER_FAILED if self.writer.failed else stopping.requested()
             report = train_step(self.engine, self.objective, parts, state.step, rate, stop, clock)
+            if report.stop == WRITER_FAILED:
+                self.writer.wait()  # which raises why, on every process
             stage.deferred = True
             state.step += 1
             note_skip(report, state, recipe)
@@ -183,7 +187,8 @@ class Trainer(ABC, Generic[RecipeT]):
         self.telemetry.pause()
         self.engine.agree_on_statistics()
         path = self.writer.save(self.engine, self.state, recipe, self.tokenizer)
-        self.writer.wait()
+        if stop or last or validate or not recipe.checkpoints.asynchronous:
+            self.writer.wait()
         if validate and not stop:
             with stopping.stage(f"step {step} is saved, and `--resume latest` resumes from there"):
                 score = self.validate()
