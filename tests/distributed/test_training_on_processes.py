@@ -111,7 +111,7 @@ def skipped_steps(folder: str, cache: str) -> dict[str, bool]:
         batch |= {f"{name}_augmented": rows for name, rows in batch.items()}
 
         def weights(run=run):
-            return [run.engine.read(p)["weight"] for _, p in run.engine.parameters()]
+            return [run.engine.read(p)["weight"].clone() for _, p in run.engine.parameters()]
 
         def poison(run, where):
             def objective(outputs, step, without):
