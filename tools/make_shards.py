@@ -20,15 +20,11 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import json
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import BinaryIO
 
-import webdataset
 from PIL import Image
 from tqdm import tqdm
 
@@ -37,6 +33,7 @@ from modstruct.cli import run_tool
 from modstruct.config import DataConfig
 from modstruct.data.faults import BadSample
 from modstruct.data.shards.members import Tally
+from modstruct.data.shards.writer import AtomicShardWriter
 from modstruct.data.transforms.decoding import FORMATS, decode_image
 from modstruct.distributed.run_lock import held
 from modstruct.errors import printable
@@ -224,54 +221,6 @@ def _as_read_by_runs(content: bytes, image: Path, changed: Tally) -> tuple[bytes
     decoded.save(made, "PNG")
     changed.add(f"{ending} stored as PNG", where)
     return made.getvalue(), "png"
-
-
-class AtomicShardWriter:
-    """webdataset's writer; a shard gets its final name when it is complete."""
-
-    def __init__(self, folder: Path, samples_per_shard: int, changed: Tally):
-        self._changed = changed
-        self._samples_per_shard = samples_per_shard
-        self._count = 0
-        self._file: BinaryIO | None = None
-        self._writer = webdataset.ShardWriter(
-            str(folder / "%05d.tar"),
-            maxcount=samples_per_shard,
-            maxsize=float("inf"),
-            opener=self._open,
-            post=self._finish,
-            verbose=0,
-            encoder=False,
-            mtime=0,
-        )
-
-    def __enter__(self) -> AtomicShardWriter:
-        return self
-
-    def __exit__(self, kind, error, trace) -> None:
-        if kind is None:
-            self._writer.close()
-            if self._count == 0:
-                os.unlink(self._file.name.removesuffix(".part"))  # the writer opens a first shard at once
-
-    def write(self, extension: str, image: bytes, text: bytes, metadata: dict) -> None:
-        shard, place = divmod(self._count, self._samples_per_shard)
-        key = f"{shard:05d}{place:06d}"
-        if metadata.get("key", key) != key:
-            self._changed.add("metadata field `key` replaced", metadata["file"])
-        about = json.dumps({**metadata, "key": key}, ensure_ascii=True).encode()
-        self._writer.write({"__key__": key, extension: image, "txt": text, "json": about})
-        self._count += 1
-
-    def _open(self, name: str) -> BinaryIO:
-        self._file = open(f"{name}.part", "wb")  # noqa: SIM115  closed by _finish
-        return self._file
-
-    def _finish(self, name: str) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        os.replace(f"{name}.part", name)
 
 
 if __name__ == "__main__":
