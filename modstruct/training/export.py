@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from modstruct.files import naming
 from modstruct.models.build import log_scale_range
 from modstruct.models.fusion.initial_weights import EXPORTED, EXPORTED_CONFIG
 from modstruct.models.towers import image_size, open_clip_config, open_clip_knows, text_sizes
+
+log = logging.getLogger("modstruct")
 
 
 def export(
@@ -38,6 +41,13 @@ def export(
         tokenizer.save(aside / "tokenizer")
         if recipe.framework == "fusion" or not open_clip_knows(recipe.model):
             _export_as_ours(aside, weights, recipe)
+            if recipe.framework == "two_tower":
+                log.info(
+                    "Exported under modstruct's names: open_clip has no tower of model.vision.stem %s with "
+                    "model.text.architecture %s; patch and clip train one that it loads",
+                    recipe.model.vision.stem,
+                    recipe.model.text.architecture,
+                )
         else:
             _export_to_open_clip(aside, weights, names, recipe, tokenizer)
     return folder

@@ -138,9 +138,11 @@ def test_the_logit_scale_is_exported_as_the_forward_clamps_it(tmp_path, architec
 
 
 @pytest.mark.parametrize("config", [tiny_config("bert"), tiny_config(stem="conv")])
-def test_towers_that_open_clip_lacks_are_exported_under_our_names_and_not_for_it(tmp_path, config):
+def test_towers_that_open_clip_lacks_are_exported_under_our_names_and_not_for_it(tmp_path, caplog, config):
     tokenizer = word_tokenizer()
-    model, folder = exported(tmp_path, config, tokenizer, independent=True)
+    with caplog.at_level("INFO", "modstruct"):
+        model, folder = exported(tmp_path, config, tokenizer, independent=True)
+    assert "patch and clip train one that it loads" in caplog.text
     with pytest.raises(FileNotFoundError, match=r"open_clip_config\.json"):
         open_clip.create_model(f"local-dir:{folder}")
     described = json.loads((folder / "modstruct_config.json").read_text())
