@@ -26,8 +26,10 @@ SAME_VALUE = 1e-6
 """Largest difference of a metric and the mean of its outcomes, of which one may be float32."""
 ROWS = ("query", "row", "group")
 """Outcomes that are identities of rows; the last, which rows count as one."""
-ORDER = ("retrieval", "zero_shot", "linear_probe", "linear_probe_adamw", "few_shot", "structure", "information")
-ORDER += ("private_factors",)
+ORDER = (
+    *("retrieval", "zero_shot", "linear_probe", "linear_probe_adamw", "few_shot"),
+    *("structure", "information", "private_factors"),
+)
 """Of the sections; others follow by name."""
 
 

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from numbered_images import open_source, write_source
+from numbered_images import CLASS_FILE, open_source, write_source
 from numbered_sets import Encode, LabelledNumbers, config, content, numbered_model
 from processes import run_on_processes
 
+from modstruct.data.classification.class_files import load_classes
+from modstruct.data.classification.labelled_shards import LabelledSamples
 from modstruct.distributed import rank
 from modstruct.evaluation.embeddings.embed import embed as embed_set
 from modstruct.evaluation.embeddings.embed import embed_sets
@@ -87,3 +89,22 @@ def test_a_failure_reaches_all_and_another_number_of_processes_goes_on(shard, al
     embed(shard, str(tmp_path))
     for name in ("things", "numbers"):
         assert content(tmp_path / name) == content(alone / name)
+
+
+def embed_with_classes(folder: str, out: str) -> int:
+    """A set, and then the same samples with classes; returns the batches of images that this process embedded."""
+    samples, encode, classes = open_source(Path(folder)), Encode(), load_classes(f"{folder}/classes.yaml")
+    labelled = LabelledSamples("parity", samples.samples.shards[0], classes, samples.config)
+    sets = [EmbeddingSource.of_samples("plain", samples), EmbeddingSource.of_labelled(labelled)]
+    embed_sets(numbered_model(encode), [(source, config()) for source in sets], out)
+    return sum("image" in call for call in encode.calls)
+
+
+def test_other_classes_of_the_same_samples_are_a_set_of_the_same_rows_on_two_processes(tmp_path):
+    folder = tmp_path / "source"
+    write_source(folder, NUMBERS, lambda n: [f"thing {n}"])
+    (folder / "classes.yaml").write_text(CLASS_FILE)
+    assert embed_with_classes(str(folder), str(tmp_path / "alone")) == 22  # eleven batches, plain and augmented
+    assert sum(run_on_processes(embed_with_classes, 2, str(folder), str(tmp_path / "two"))) <= 24
+    for name in ("plain", "parity"):
+        assert content(tmp_path / "two" / name) == content(tmp_path / "alone" / name)

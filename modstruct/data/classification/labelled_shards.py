@@ -38,6 +38,8 @@ NAMES, TEMPLATES, COUNT = "classnames.txt", "zeroshot_classification_templates.t
 LABELLED_KINDS = dict.fromkeys(IMAGES, "image") | {"cls": "text"}
 LABELLED = "a sample is KEY.webp (or png, jpg, jpeg) and KEY.cls, one after the other in the tar"
 LONGEST_LABEL = 32  # bytes of a .cls
+LABEL = "label"
+"""Field of a labelled set's metadata that holds the number of the class."""
 LABELS_CHECKED, MOST_FIELDS = 10_000, 20
 
 log = logging.getLogger(__name__)
@@ -163,6 +165,8 @@ class LabelledSamples(LabelledImages):
         self.classes, self.templates = tuple(classes.classes.values()), classes.templates
         self._samples, self._named = EvaluationSamples([Source(shards)], config, name, distributed.is_main()), classes
         samples = self._samples.samples
+        self.content = "" if classes.label == LABEL else samples.content
+        """Fingerprint of the shards alone, whatever the classes; "" where a label takes the name of its own field."""
         self.left_out = dict(sum((Counter(shard["faults"]) for shard in samples.shard_faults), Counter()))
         self.fingerprint = hashed(samples.content, classes.label, list(classes.classes.items()))
         missing = check_labels(classes, samples, config, name) if distributed.is_main() else None
@@ -175,5 +179,8 @@ class LabelledSamples(LabelledImages):
     def __getitem__(self, index: int) -> EvaluationSample:
         """Raises BadSample, IndexError, and ValueError for a label that is none of the classes."""
         sample = self._samples[index]
-        added = {"label": int(self._named.rows_of([sample.metadata])[0]), "key": sample.key}
-        return replace(sample, metadata=sample.metadata | added, key="")
+        return replace(sample, metadata=self.labelled(sample.metadata, sample.key), key="")
+
+    def labelled(self, metadata: dict, key: str) -> dict:
+        """A sample's metadata with its label. Raises ValueError for one that is none of the classes."""
+        return metadata | {LABEL: int(self._named.rows_of([metadata])[0]), "key": key}

@@ -29,6 +29,7 @@ from torch.utils.data import Dataset
 
 from modstruct import distributed
 from modstruct.config.training import EmbeddingConfig
+from modstruct.data.classification.labelled_shards import LabelledSamples
 from modstruct.data.shards.evaluation_samples import evaluation_loader
 from modstruct.data.shards.workers import WorkerLoader
 from modstruct.distributed.collect import on_main
@@ -85,7 +86,8 @@ def embed(
 ) -> EmbeddedSet:
     """Embed one set; every process calls it and gets the set.
 
-    With a folder, the set is written there and opened. A finished set of the same model and settings is left as it is;
+    With a folder, the set is written there and opened; from a finished set beside it of the same samples with other
+    classes, if there is one, without another pass. A finished set of the same model and settings is left as it is;
     an interrupted one is resumed, on any number of processes: its arrays and lists are the same to the byte. Class
     prompts are kept beside the folder, for other sets of the same classes. command: for the manifest.
     Without one, the set is in memory, without metadata; all processes make equally many forward passes (ZeRO-3), and
@@ -100,6 +102,12 @@ def embed(
         require_same(settings, remedy)
         require_shared_folder(folder, "--out")
         if on_main(lambda: _begin(folder, settings, config.overwrite)):
+            return EmbeddedSet.open(folder)
+
+        if (twin := on_main(lambda: _twin(folder, source, settings))) is not None and not config.overwrite:
+            prompts = _class_prompts(model, source, config, folder)
+            on_main(lambda: _relabelled(EmbeddedSet.open(twin), source, prompts, settings, command).save(folder).folder)
+            on_main(lambda: shutil.rmtree(folder / "parts"))
             return EmbeddedSet.open(folder)
 
     of_images, of_texts = ([name for name in arrays if name in known] for known in (IMAGE_ARRAYS, TEXT_ARRAYS))
@@ -126,7 +134,7 @@ def embed(
         whole = EmbeddedSet(source.name, model.described(), embeddings, class_prompts=prompts, **tables, **lists)
         whole.class_names, whole.templates = list(source.class_names), list(source.templates)
         whole.label_field, whole.skipped = source.label_field, skipped
-        whole.source = {"name": source.name, "fingerprint": source.fingerprint}
+        whole.source = source.noted
         whole.left_out = [{"cause": cause, "where": where} for cause, where in images.notes("faults")]
         whole.settings, whole.command, whole.seconds = settings, list(command), time.monotonic() - started
         return whole
@@ -188,6 +196,39 @@ def _found(folder: Path, settings: dict[str, Any], overwrite: bool) -> EmbeddedS
             was = f"{folder} was embedded with {before.get(name)!r}"
             refuse(name, value, f"{was}; give that, another folder, or --embedding.overwrite true to start again")
     return found
+
+
+def _twin(folder: Path, source: EmbeddingSource, settings: dict[str, Any]) -> Path | None:
+    """Beside a set that is to be embedded, a finished one of the same samples, model and settings, with other classes.
+
+    Not where samples were left out: which, is known by reading them.
+    """
+    if not (source.content and isinstance(source.samples, LabelledSamples)):
+        return None
+    for path in sorted(folder.parent.glob(f"*/{MANIFEST}")):
+        noted = set_files.read_json(path)
+        before, of_classes = noted.get("settings", {}), ("source fingerprint", "classes")
+        same = all(before.get(name) == value for name, value in settings.items() if name not in of_classes)
+        same &= noted.get("source", {}).get("content") == source.content
+        if same and noted["rows"]["image"] == len(source.samples) and not noted["skipped"]:
+            return path.parent
+    return None
+
+
+def _relabelled(
+    twin: EmbeddedSet,
+    source: EmbeddingSource,
+    prompts: np.ndarray | None,
+    settings: dict[str, Any],
+    command: Sequence[str],
+) -> EmbeddedSet:
+    """What embedding a source would give, from the embeddings of the same samples with other classes."""
+    metadata = list(map(source.samples.labelled, twin.metadata, twin.keys))
+    made = replace(twin, name=source.name, labels=source.labels_of(metadata), class_prompts=prompts, metadata=metadata)
+    made.class_names, made.templates = list(source.class_names), list(source.templates)
+    made.label_field, made.source = source.label_field, source.noted
+    made.settings, made.command, made.seconds, made.folder = settings, list(command), 0.0, None
+    return made
 
 
 def _skipped(source: EmbeddingSource, images: Pass, config: EmbeddingConfig) -> dict[str, int]:

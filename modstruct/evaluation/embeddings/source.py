@@ -19,15 +19,13 @@ from typing import Any
 import numpy as np
 
 from modstruct.data.classification.class_files import ZeroShotClasses
+from modstruct.data.classification.labelled_shards import LABEL, LabelledSamples
 from modstruct.data.faults import BadSampleCounter
 from modstruct.data.shards.evaluation_samples import EvaluationSamples
 from modstruct.errors import require
 from modstruct.evaluation.embeddings.set_files import is_set_name
 
 log = logging.getLogger(__name__)
-
-LABEL = "label"
-"""Field of a labelled set's metadata that holds the number of the class."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +39,8 @@ class EmbeddingSource:
     templates: tuple[str, ...] = ()
     classes: ZeroShotClasses | None = None
     """Of captioned samples, whose metadata hold labels of their own."""
+    content: str = ""
+    """Fingerprint of the samples, if other sets may label the same ones by other classes."""
     field: str = ""
     """The recipe's field that it comes from, for messages; empty for a set that is embedded by its name."""
 
@@ -55,17 +55,26 @@ class EmbeddingSource:
     ) -> EmbeddingSource:
         """Captioned images; classes: of a zero-shot file, for the samples whose metadata have its label."""
         names, templates = (tuple(classes.classes.values()), classes.templates) if classes else ((), ())
-        return cls(name, samples, samples.samples.content, names, templates, classes, field)
+        content = samples.samples.content
+        return cls(name, samples, content, names, templates, classes, content, field)
 
     @classmethod
     def of_labelled(cls, images: Any) -> EmbeddingSource:
         """A set of labelled images (modstruct.data.classification)."""
-        return cls(images.name, images, images.fingerprint, tuple(images.classes), tuple(images.templates))
+        classes = tuple(images.classes), tuple(images.templates)
+        content = images.content if isinstance(images, LabelledSamples) else ""
+        return cls(images.name, images, images.fingerprint, *classes, content=content)
 
     @property
     def label_field(self) -> str | None:
         """Field of the metadata that holds the label."""
         return self.classes.label if self.classes else (LABEL if self.class_names else None)
+
+    @property
+    def noted(self) -> dict[str, str]:
+        """The source in the manifest of an embedded set."""
+        own = {"name": self.name, "fingerprint": self.fingerprint}
+        return own | ({"content": self.content} if self.content else {})
 
     @property
     def prompts(self) -> list[str]:

@@ -120,7 +120,7 @@ def probed(features: Features, fold: Fold, classes: int, config: ProbeConfig) ->
 def linear_right(features: Features, fold: Fold, classes: int, config: ProbeConfig) -> np.ndarray:
     """Whether the linear one of these probes is right, (h,) bool, of the held-out rows; a tie counts against it."""
     blocks = _scaled_blocks(features, fold, classes, config)
-    _, fitted = _linear(*map(blocks, (fold.fitting, fold.tuning, fold.training)), classes, config)
+    _, fitted = _linear(blocks(fold.fitting), blocks(fold.tuning), blocks(fold.training), classes, config)
     return fitted.ahead(blocks(fold.held_out))[0] == 0
 
 

@@ -8,6 +8,7 @@ from numbered_images import CLASS_FILE, LookUp, write_source
 from numbered_sets import ARRAYS, Encode, LabelledNumbers, config, content, numbered_model, rows_of
 
 from modstruct.data.classification.class_files import load_classes
+from modstruct.data.classification.labelled_shards import LabelledSamples
 from modstruct.data.faults import TooManyBadSamples
 from modstruct.evaluation.embeddings.embed import embed, embed_sets
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
@@ -90,6 +91,33 @@ def test_class_prompts_are_embedded_once_for_all_sets_of_an_evaluation(tmp_path)
     again = Encode()
     embed(numbered_model(again), sources[0], config(batch=5), tmp_path / "of another batch")
     assert sum("text" in call for call in again.calls) == 2, "a batch's other rows may move the last bit"
+
+
+def test_other_classes_of_the_same_samples_take_no_pass_over_them(tmp_path):
+    """The files are those of an embedding from the images, whether the set beside has classes or not."""
+    samples = write_source(tmp_path / "shards", NUMBERS, lambda n: [f"thing {n}"], label_of=labels_of)
+    (tmp_path / "third.yaml").write_text('label: third\ntemplates: ["a {}"]\nclasses: {0: none, 1: one, 2: two}\n')
+    (tmp_path / "parity.yaml").write_text(CLASS_FILE)
+    sets = {"plain": EmbeddingSource.of_samples("plain", samples)}
+    for name in ("third", "parity"):
+        classes, shard = load_classes(tmp_path / f"{name}.yaml"), samples.samples.shards[0]
+        sets[name] = EmbeddingSource.of_labelled(LabelledSamples(name, shard, classes, samples.config))
+    fresh = {name: embed(numbered_model(), of, config(), tmp_path / f"of-{name}" / name) for name, of in sets.items()}
+    encode = Encode()
+    for name, of in sets.items():
+        before = len(encode.calls)
+        made = embed(numbered_model(encode), of, config(), tmp_path / "beside" / name)
+        assert content(made.folder) == content(fresh[name].folder)
+        images = sum("image" in call for call in encode.calls[before:])
+        assert images == (22 if name == "plain" else 0)  # eleven batches, twice
+    assert made.metadata[3]["label"] == 1
+    before = len(encode.calls)
+    embed(numbered_model(encode), sets["third"], config(arrays=["image"]), tmp_path / "beside" / "others")
+    assert sum("image" in call for call in encode.calls[before:]) == 11  # other arrays are another embedding
+
+
+def labels_of(number):
+    return {"parity": "odd" if number % 2 else "even", "third": number % 3}
 
 
 def test_images_of_unknown_bytes_are_counted_and_named(tmp_path, source, caplog, monkeypatch):
