@@ -193,6 +193,7 @@ def test_a_method_decides_whether_there_is_a_second_view_and_orthogonality(parse
         (["--method", "clip_2v", "--framework", "fusion"], "losses.contrastive.second_view = True"),
         (["--losses.separation.orthogonality_weight", "-1"], "losses.separation.orthogonality_weight = -1.0"),
         (["--losses.alignment.uniformity_weight", "inf"], "losses.alignment.uniformity_weight = inf"),
+        (["--losses.alignment.smallest_cosine", "0"], "losses.alignment.smallest_cosine = 0.0"),
         (["--losses.alignment.uniformity_t", "0"], "losses.alignment.uniformity_t = 0.0"),
         (["--losses.alignment.form", "cosine"], "inverse_square, distance"),
     ],

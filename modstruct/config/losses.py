@@ -81,12 +81,17 @@ class AlignmentConfig:
     """Weight of the explicit alignment of image and text; 0 turns it off (Jiang et al. use 1 and 0.5)."""
     form: Literal["inverse_square", "distance"] = "inverse_square"
     """inverse_square: mean of 1 / <zT, zV>^2, the paper's L_Align; distance: mean of |zV - zT|^2."""
+    smallest_cosine: float = 0.3
+    """inverse_square: floor of |<zT, zV>|, below which a pair gets no gradient. The lower, the more the pole at 0
+    decides: whole towers can end opposite to each other."""
     uniformity_weight: float = 0.0
     """Within the loss, weight of the uniformity of the pairs' centres (zV + zT) / |zV + zT|; 0 leaves it out."""
     uniformity_t: float = 2.0
     """t of the Gaussian potential in it."""
 
     def __post_init__(self):
+        floor = self.smallest_cosine
+        require(0 < floor <= 1, "losses.alignment.smallest_cosine", floor, "above 0 and at most 1")
         _require_weight("losses.alignment.uniformity_weight", self.uniformity_weight)
         require(self.uniformity_t > 0, "losses.alignment.uniformity_t", self.uniformity_t, "above 0")
 

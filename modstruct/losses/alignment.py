@@ -12,9 +12,6 @@ from modstruct.losses.bridge import mean_direction
 from modstruct.losses.protocol import GlobalBatch, Loss, LossSettings, Sums
 from modstruct.pairwise.gaussian import gaussian_potential_sum
 
-SMALLEST_COSINE = 0.1
-"""Nearer to orthogonal than this, in either direction, a pair is left out of the gradient of 1 / <zT, zV>^2."""
-
 
 class Alignment(Loss):
     """One of two attractions of a pair's embeddings, and optionally uniformity of the pairs' centres.
@@ -24,9 +21,9 @@ class Alignment(Loss):
       uniformity:      log 1/N^2 sum_jk exp(-t |c_j - c_k|^2),  c = (zV + zT) / |zV + zT|
 
     The paper prints 1 / <Z_T, Z_V>^2 of the whole embeddings; the mean over pairs is our reading. It is least, 1, for
-    equal embeddings and for opposite ones alike, and has a pole between: a pair is drawn to whichever is nearer. Where
-    |<zT, zV>| is below SMALLEST_COSINE, <zT, zV>^2 is replaced by the square of that, so that such a pair counts 100
-    without a gradient (at most 2000 elsewhere) and the contrast alone decides to which side it moves.
+    equal embeddings and for opposite ones alike, and has a pole between: a pair is drawn to whichever is nearer, and
+    pairs near 0 drown all others. So <zT, zV>^2 is at least s^2, s = config.smallest_cosine: a pair below it counts
+    1 / s^2 without a gradient (at most 2 / s^3 elsewhere), and the contrast alone decides to which side it moves.
 
     Uniformity counts config.uniformity_weight times, j = k is in its sum, and a centre of near-opposite embeddings is
     shortened as `mean_direction` says. The terms are those of the loss without their weights.
@@ -47,7 +44,7 @@ class Alignment(Loss):
         if self.form == "distance":
             pulls = (image - text).square().sum(1)
         else:
-            pulls = 1 / (image * text).sum(1).square().clamp(min=SMALLEST_COSINE**2)
+            pulls = 1 / (image * text).sum(1).square().clamp(min=self.config.smallest_cosine**2)
         sums = {self.form: pulls.sum()}
         if self.compares:
             own, every = (mean_direction(of["image"], of["text"], 0.5) for of in (rows, batch.columns))

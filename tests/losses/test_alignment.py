@@ -20,10 +20,11 @@ from towers import (
 )
 
 from modstruct.config.losses import AlignmentConfig
-from modstruct.losses.alignment import SMALLEST_COSINE, Alignment
+from modstruct.losses.alignment import Alignment
 from modstruct.losses.protocol import LossSettings
 
 FORMS = ("inverse_square", "distance")
+FLOOR = 0.2
 
 
 def printed(e, form, weight, t):
@@ -33,14 +34,14 @@ def printed(e, form, weight, t):
     if form == "distance":
         pull = sum(((e.image[j] - e.text[j]) ** 2).sum() for j in range(count)) / count
     else:
-        pull = sum(1 / torch.clamp(cosine**2, min=SMALLEST_COSINE**2) for cosine in cosines) / count
+        pull = sum(1 / torch.clamp(cosine**2, min=FLOOR**2) for cosine in cosines) / count
     centres = [(e.image[j] + e.text[j]) / torch.linalg.vector_norm(e.image[j] + e.text[j]) for j in range(count)]
     potential = sum(torch.exp(-t * ((c - d) ** 2).sum()) for c in centres for d in centres)
     return pull + weight * torch.log(potential / count**2)
 
 
 def loss(e, form, weight=0.0, t=2.0):
-    config = AlignmentConfig(weight=1.0, form=form, uniformity_weight=weight, uniformity_t=t)
+    config = AlignmentConfig(1.0, form, FLOOR, uniformity_weight=weight, uniformity_t=t)
     return computed(Alignment(config, LossSettings()), e)
 
 
@@ -78,12 +79,12 @@ def test_extremes():
     assert loss(e, "distance", 1.0)[1]["uniformity"] < 0
 
 
-@pytest.mark.parametrize("cosine", [0.0, 1e-9, 0.09, -0.09])
-def test_a_pair_near_the_pole_counts_100_and_gets_no_gradient(cosine):
+@pytest.mark.parametrize("cosine", [0.0, 1e-9, 0.19, -0.19])
+def test_a_pair_near_the_pole_counts_as_at_the_floor_and_gets_no_gradient(cosine):
     image = torch.tensor([[1.0, 0.0], [0.6, 0.8]], requires_grad=True)
     text = torch.tensor([[cosine, math.sqrt(1 - cosine**2)], [1.0, 0.0]])
     value, _ = loss(dict(image=image, text=text, logit_scale=torch.ones(1)), "inverse_square")
-    torch.testing.assert_close(value, torch.tensor((100 + 1 / 0.36) / 2))
+    torch.testing.assert_close(value, torch.tensor((1 / FLOOR**2 + 1 / 0.36) / 2))
     (gradient,) = torch.autograd.grad(value, image)
     assert not gradient[0].any()
     torch.testing.assert_close(gradient[1], torch.tensor([-1 / 0.6**3, 0.0]))
@@ -92,10 +93,10 @@ def test_a_pair_near_the_pole_counts_100_and_gets_no_gradient(cosine):
 @pytest.mark.parametrize("sign", [1, -1])
 def test_beyond_the_floor_a_pair_is_drawn_to_the_nearer_of_equal_and_opposite(sign):
     text = torch.tensor([[1.0, 0.0]])
-    image = torch.tensor([[sign * 0.11, 0.9]], requires_grad=True)
+    image = torch.tensor([[sign * 0.21, 0.9]], requires_grad=True)
     value, _ = loss(dict(image=image, text=text, logit_scale=torch.ones(1)), "inverse_square")
     gradient = torch.autograd.grad(value, image)[0]
-    torch.testing.assert_close(gradient, torch.tensor([[-sign * 2 / 0.11**3, 0.0]]))
+    torch.testing.assert_close(gradient, torch.tensor([[-sign * 2 / 0.21**3, 0.0]]))
 
 
 @pytest.mark.parametrize("form", FORMS)
