@@ -29,7 +29,6 @@ from torch.utils.data import Dataset
 
 from modstruct import distributed
 from modstruct.config.training import EmbeddingConfig
-from modstruct.data.classification.labelled_shards import LabelledSamples
 from modstruct.data.shards.evaluation_samples import evaluation_loader
 from modstruct.data.shards.workers import WorkerLoader
 from modstruct.distributed.collect import on_main
@@ -39,6 +38,7 @@ from modstruct.evaluation.embeddings import set_files
 from modstruct.evaluation.embeddings.embedded_set import MANIFEST, EmbeddedSet, clear
 from modstruct.evaluation.embeddings.model import EmbeddingModel, Encode
 from modstruct.evaluation.embeddings.passes import Batch, Pass
+from modstruct.evaluation.embeddings.relabelled import relabelled, twin_of
 from modstruct.evaluation.embeddings.set_files import IMAGE_ARRAYS, TEXT_ARRAYS, RowStream
 from modstruct.evaluation.embeddings.source import EmbeddingSource, distinct, distinct_captions, say_merged
 
@@ -104,9 +104,9 @@ def embed(
         if on_main(lambda: _begin(folder, settings, config.overwrite)):
             return EmbeddedSet.open(folder)
 
-        if (twin := on_main(lambda: _twin(folder, source, settings))) is not None and not config.overwrite:
+        if (twin := on_main(lambda: twin_of(folder, source, settings))) is not None and not config.overwrite:
             prompts = _class_prompts(model, source, config, folder)
-            on_main(lambda: _relabelled(EmbeddedSet.open(twin), source, prompts, settings, command).save(folder).folder)
+            on_main(lambda: relabelled(EmbeddedSet.open(twin), source, prompts, settings, command).save(folder).folder)
             on_main(lambda: shutil.rmtree(folder / "parts"))
             return EmbeddedSet.open(folder)
 
@@ -196,39 +196,6 @@ def _found(folder: Path, settings: dict[str, Any], overwrite: bool) -> EmbeddedS
             was = f"{folder} was embedded with {before.get(name)!r}"
             refuse(name, value, f"{was}; give that, another folder, or --embedding.overwrite true to start again")
     return found
-
-
-def _twin(folder: Path, source: EmbeddingSource, settings: dict[str, Any]) -> Path | None:
-    """Beside a set that is to be embedded, a finished one of the same samples, model and settings, with other classes.
-
-    Not where samples were left out: which, is known by reading them.
-    """
-    if not (source.content and isinstance(source.samples, LabelledSamples)):
-        return None
-    for path in sorted(folder.parent.glob(f"*/{MANIFEST}")):
-        noted = set_files.read_json(path)
-        before, of_classes = noted.get("settings", {}), ("source fingerprint", "classes")
-        same = all(before.get(name) == value for name, value in settings.items() if name not in of_classes)
-        same &= noted.get("source", {}).get("content") == source.content
-        if same and noted["rows"]["image"] == len(source.samples) and not noted["skipped"]:
-            return path.parent
-    return None
-
-
-def _relabelled(
-    twin: EmbeddedSet,
-    source: EmbeddingSource,
-    prompts: np.ndarray | None,
-    settings: dict[str, Any],
-    command: Sequence[str],
-) -> EmbeddedSet:
-    """What embedding a source would give, from the embeddings of the same samples with other classes."""
-    metadata = list(map(source.samples.labelled, twin.metadata, twin.keys))
-    made = replace(twin, name=source.name, labels=source.labels_of(metadata), class_prompts=prompts, metadata=metadata)
-    made.class_names, made.templates = list(source.class_names), list(source.templates)
-    made.label_field, made.source = source.label_field, source.noted
-    made.settings, made.command, made.seconds, made.folder = settings, list(command), 0.0, None
-    return made
 
 
 def _skipped(source: EmbeddingSource, images: Pass, config: EmbeddingConfig) -> dict[str, int]:

@@ -58,6 +58,7 @@ def test_a_checkpoint_embeds_as_its_model(made):
     assert rows.keys() - {"logit_scale"} == names
     for name in names:
         torch.testing.assert_close(rows[name], expected[name])
+    assert embedding.details["logit_scale"] == pytest.approx(float(expected["logit_scale"]))
 
 
 def test_the_fingerprint_is_that_of_the_weights(made):

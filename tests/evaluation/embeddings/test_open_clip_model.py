@@ -94,6 +94,7 @@ def test_random_weights_are_the_same_each_time_and_leave_the_random_state(tmp_pa
     assert one.fingerprint == other.fingerprint
     assert torch.equal(torch.get_rng_state(), state)
     assert one.details["random_weights"] is True
+    assert one.details["logit_scale"] == pytest.approx(1 / 0.07)
 
 
 def test_views_and_tokenizer_travel_to_loader_workers():
