@@ -34,7 +34,7 @@ from modstruct.reporting.tables import csv_text
 FORMS: Any = read_yaml(Path(__file__).parent / "paper_tables.yaml")
 METHODS = {"clip": "CLIP", "clip_inmodal": "CLIP + in-modal", "cyclip": "CyCLIP", "siglip": "SigLIP", "albef": "ALBEF"}
 METHODS |= {"clip_2v": "CLIP, two views", "align": "Align", "align_uniform": "Align + uniformity of centres"}
-METHODS |= {"sep_no_ortho": "Sep without Ortho"}
+METHODS |= {"sep_no_ortho": "Sep without Ortho", "albef_inmodal": "ALBEF + in-modal"}
 METHODS |= {"sep": "Sep", "br": "Br", "gc": "GC", "all": "Sep + Br + GC", "albef_all": "ALBEF + Sep + Br + GC"}
 METHODS |= {f"albef_{name}": f"ALBEF + {METHODS[name]}" for name in ("sep", "br", "gc")}
 """What tables call the methods of the recipes; others go by their own names."""

@@ -24,7 +24,7 @@ from queue import SimpleQueue
 import yaml
 
 ROOT = Path(__file__).parents[2]
-METHODS = ("albef", "albef_sep", "albef_br", "albef_gc", "albef_all")
+METHODS = ("albef", "albef_inmodal", "albef_sep", "albef_br", "albef_gc", "albef_all")
 TASKS = ("vqa", "nlvr2", "snli_ve", "retrieval")
 # The metrics of a task's metrics.json that stand in the table.
 SHOWN = {
