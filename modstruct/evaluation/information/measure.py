@@ -61,7 +61,9 @@ NOTES = (
 )
 EXACT_NOTE = (
     "exact: from the generator's probabilities. The training split is independent draws of them; validation and test "
-    "redraw a scene or caption that occurred before, which makes scenes of one object slightly rarer."
+    "redraw a scene or caption that occurred before, which makes scenes of one object slightly rarer. One digit of the "
+    "split rule remains there: all but one of an object's shape, colour, size and fill nearly tell the last, so that "
+    "captions tell more of it than those of the training split."
 )
 UNKNOWN_NOTE = "no exact values: the samples' `told`, how much their captions tell, differs or is no fraction."
 
