@@ -140,8 +140,7 @@ class Plan:
 
     def jobs(self) -> list[Job]:
         """All runs, seed by seed, so that what is finished is paired."""
-        of_a_seed = list(itertools.product(self.data, self.arms))
-        return [Job(self, data, arm, seed) for seed in self.seeds for data, arm in of_a_seed]
+        return [Job(self, data, arm, seed) for seed, arm, data in itertools.product(self.seeds, self.arms, self.data)]
 
 
 @dataclass(frozen=True)
