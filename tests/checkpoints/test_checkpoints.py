@@ -6,9 +6,11 @@ import json
 import os
 import re
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
+import injected
 import pytest
 import torch
 import yaml
@@ -397,3 +399,23 @@ def test_a_score_that_is_none_is_not_noted(tmp_path, score, caplog):
     assert not checkpoints.note_score(first, score=score)
     assert f"step-00000001: its score by data.validation is {score}" in caplog.text
     assert checkpoints.note_score(second, score=0.0)
+
+
+@pytest.mark.parametrize("moment", ["pieces", "piece", "index", "name", "old"])
+def test_a_kill_inside_the_writer_leaves_the_last_one_whole(tmp_path, moment):
+    """Of one process; tests/distributed/faults/test_kills.py kills one of several."""
+    write(tmp_path, 400, seed=1)
+    child = os.fork()
+    if child == 0:
+        try:
+            injected.die(moment, 1, 0)
+            write(tmp_path, 500)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    whole = [400, 500] if moment == "old" else [400]
+    assert [checkpoints.read(path).state.step for path in checkpoints.list_checkpoints(tmp_path)] == whole
+    assert same(checkpoints.read(checkpoints.step_folder(tmp_path, 400)).weights, checkpoint(seed=1).weights)
+    assert any(name.endswith(".part") for name in steps(tmp_path)) == (moment != "old")
+    checkpoints.clean(tmp_path)
+    assert steps(tmp_path) == [f"step-{step:08d}" for step in whole]

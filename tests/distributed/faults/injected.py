@@ -7,7 +7,11 @@ The environment variable TEST_FAULTS names faults, separated by commas:
   truncate:STEP:FILE a shard loses its second half
   hold:STAGE         says "holds in STAGE" and stays there, in a call of C that no signal interrupts; two seconds
                      in a checkpoint, which is finished whatever comes. STAGE: a key of STAGES
-Steps count from 1.
+  die:MOMENT:NUMBER:RANK
+                     a process ends by SIGKILL inside the writer of the run's checkpoint NUMBER. MOMENT: `pieces` before
+                     it writes its pieces, `piece` between two of them, `index` when all have written theirs, `name`
+                     when all is on the disk and the folder is to take its name, `old` when it has and older ones go
+Steps and checkpoints count from 1.
 """
 
 from __future__ import annotations
@@ -16,8 +20,11 @@ import hashlib
 import importlib
 import os
 import runpy
+import signal
 import sys
 import time
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[3]
@@ -26,7 +33,7 @@ STAGES = {
     "tokenizer": "modstruct.data.tokenizers:train_sentencepiece",
     "first step": "modstruct.training.trainer:train_step",
     "validation": "modstruct.training.pretrain:Pretraining.validate",
-    "checkpoint": "modstruct.checkpoints:replace_folder",
+    "checkpoint": "modstruct.checkpoints.folders:replace_folder",
     "finish": "modstruct.training.pretrain:Pretraining.finish",
     "embedding": "modstruct.evaluation.embeddings.embed:_embed_texts",
     "measurement": "modstruct.evaluation.retrieval.measure:measure",
@@ -92,6 +99,51 @@ def hold(stage: str) -> None:
             setattr(user, name, holding)
 
 
+def die(moment: str, number: int, rank: int) -> None:
+    """Wrap the function of the writer at which a moment comes."""
+    from modstruct import distributed
+    from modstruct.checkpoints import folders, tensors
+
+    owner, name, after = {
+        "pieces": (folders, "save_pieces", False),
+        "piece": (tensors, "save_tensors", False),
+        "index": (folders, "_publish", False),
+        "name": (folders, "sync_tree", True),
+        "old": (folders, "remove_old", False),
+    }[moment]
+    harmless, calls = getattr(owner, name), []
+
+    def kill() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def deadly(*arguments):
+        calls.append(name)
+        due = len(calls) == number and distributed.rank() == rank
+        if due and moment == "piece":
+            tensors.zlib = DeadlyChecksum(len(arguments[0]) // 2, kill)
+        elif due and not after:
+            kill()
+        result = harmless(*arguments)
+        if due:
+            kill()
+        return result
+
+    setattr(owner, name, deadly)
+
+
+class DeadlyChecksum:
+    """zlib, whose checksum kills the process when it was asked for so many."""
+
+    def __init__(self, left: int, kill: Callable[[], None]):
+        self.left, self.kill = left, kill
+
+    def crc32(self, content, before: int = 0) -> int:
+        self.left -= 1
+        if self.left == 0:
+            self.kill()
+        return zlib.crc32(content, before)
+
+
 def hurt_file(kind: str, path: Path) -> None:
     if kind == "delete":
         path.unlink(missing_ok=True)
@@ -108,6 +160,9 @@ if __name__ == "__main__":
             import modstruct.training.pretrain  # noqa: F401  # which imports what is wrapped
 
             hold(each.removeprefix("hold:"))
+        elif each.startswith("die:"):
+            moment, number, rank = each.split(":")[1:]
+            die(moment, int(number), int(rank))
         else:
             put_in(each)
     evaluate = {"embed", "measure"} & set(sys.argv[1:3])  # behind the launcher's --local_rank

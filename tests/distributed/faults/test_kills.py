@@ -99,6 +99,33 @@ def test_a_kill_during_a_checkpoint(tmp_path, tried):
         assert_as_unhurt(tmp_path / "hurt", tmp_path / "unhurt")
 
 
+DEATHS = [("pieces", 0), ("pieces", 1), ("piece", 1), ("piece", 0), ("index", 0), ("name", 0), ("old", 0)]
+"""Moments inside the writer, and the process that is killed there."""
+
+
+@pytest.mark.slow
+def test_a_kill_at_every_moment_of_the_writer(tmp_path, tried):
+    """Each run, which goes on from the last, is killed in its second checkpoint; the one before is whole."""
+    recipe, output = write_recipe(tmp_path, steps=STEPS, every_steps=EVERY), tmp_path / "hurt"
+    saved = [0]
+    for moment, rank in DEATHS:
+        with tried(f"kill -9 inside the writer: {moment}"):
+            run = HurtRun(recipe, output, "--resume", "latest", faults=f"die:{moment}:2:{rank}")
+            status, screen = run.end()
+            assert status != 0, screen[-3000:]
+            assert run.left_over(60) == []
+            first, second = saved[-1] + EVERY, saved[-1] + 2 * EVERY
+            # Only the last moment leaves the second one, too, before anything older is removed.
+            expected = {first, second} if moment == "old" else {first}
+            saved = whole_checkpoints(output)
+            assert expected == {step for step in saved if step >= first}, moment
+            assert half_written(output) == (moment != "old")
+    status, screen = HurtRun(recipe, output, "--resume", "latest").end()
+    assert status == 0, screen[-3000:]
+    run_on_processes(unhurt_run, 2, recipe, str(tmp_path / "unhurt"))
+    assert_as_unhurt(output, tmp_path / "unhurt")
+
+
 def unhurt_run(recipe_file: str, output: str) -> None:
     from modstruct.cli import parse, recipe_parser
     from modstruct.training.pretrain import Pretraining
