@@ -60,7 +60,7 @@ def training(job: dict[str, Any]) -> dict[str, Any]:
     script([LAUNCH / "pretrain.py", "--ds_config", ROOT / "ds_configs" / "zero0.json", *recipe], folder / "train.txt")
     sets = ["--sets", *(word.format(validation=validation_shards(folder / "run")) for word in how["sets"])]
     embed = [LAUNCH / "evaluate.py", "embed", "--checkpoint", folder / "run", "--out", folder / "evaluation", *sets]
-    script([*embed, "--embedding.arrays", "all", "--all_splits", "true"], folder / "embed.txt")
+    script([*embed, *words_of(how["embed"])], folder / "embed.txt")
     measure = [LAUNCH / "evaluate.py", "measure", folder / "evaluation", "--metrics", *how["metrics"]]
     script([*measure, *words_of(how["measure"])], folder / "measure.txt")
     values, outcomes = measured(folder / "evaluation" / "results", how["outcomes"])

@@ -71,6 +71,8 @@ class Training:
     """Fields of the recipe, for all arms and data."""
     sets: list[str] = field(default_factory=lambda: ["eval"])
     """As `evaluate.py embed --sets` takes them; {validation} stands for the scenes' validation shards."""
+    embed: dict[str, Scalar] = field(default_factory=dict)
+    """Options of `evaluate.py embed`."""
     metrics: list[str] = field(default_factory=lambda: ["retrieval"])
     """As `evaluate.py measure --metrics` takes them."""
     measure: dict[str, Scalar] = field(default_factory=dict)
