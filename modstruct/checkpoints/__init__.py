@@ -18,21 +18,23 @@ from modstruct.checkpoints.folders import (
     Saved,
     TrainState,
     Written,
+    read,
+    read_weight_file,
+    read_weights,
+    require_finite,
+    require_same_names,
+    write,
+)
+from modstruct.checkpoints.kept import (
     clean,
     find,
     folder,
     list_checkpoints,
     note_score,
-    read,
     read_best,
-    read_weight_file,
-    read_weights,
     remove_old,
     replace_folder,
-    require_finite,
-    require_same_names,
     step_folder,
-    write,
 )
 from modstruct.checkpoints.tensors import LazyTensors, Piece, StoredTensors, described, save_tensors
 

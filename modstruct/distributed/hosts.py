@@ -55,7 +55,7 @@ def require_shared_folder(folder: str | Path, field: str) -> None:
             trouble = f"cannot be written: {disk_error(error, file)}; make room, or choose another"
     trouble = distributed.broadcast_object(trouble)
     if trouble is None:
-        seen = distributed.gather_objects((socket.gethostname(), _appears(file)))
+        seen = distributed.gather_objects((socket.gethostname(), appears(file)))
         blind = sorted({f"process {rank} ({host})" for rank, (host, sees) in enumerate(seen) if not sees})
         if blind:
             trouble = (
@@ -68,7 +68,8 @@ def require_shared_folder(folder: str | Path, field: str) -> None:
         refuse(field, str(folder), trouble)
 
 
-def _appears(file: Path) -> bool:
+def appears(file: Path) -> bool:
+    """Whether a file or folder that another host has made is there, now or soon."""
     end = time.monotonic() + LAG_SECONDS
     while not file.exists():
         if time.monotonic() > end:

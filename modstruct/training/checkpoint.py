@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from modstruct import checkpoints, distributed
 from modstruct.checkpoints import Checkpoint, Piece, TrainState, Written
@@ -17,7 +17,7 @@ from modstruct.config import FinetuneRecipe, Recipe
 from modstruct.config.recipe_files import recipe_to_dict
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.distributed.side_channel import SideChannel
-from modstruct.errors import LostProcess
+from modstruct.errors import LostProcess, refuse
 from modstruct.training.deepspeed_adapter import MOMENTS, Engine
 
 POLL_SECONDS = 0.02
@@ -57,7 +57,7 @@ class CheckpointWriter:
         if self._thread is None:
             return
         # A collective, which fails at once where another process has ended; the thread would wait for it for ever.
-        while distributed.max_over_processes(torch.tensor([self._thread.is_alive()], device=distributed.device())):
+        while distributed.max_over_processes(torch.tensor([int(self._thread.is_alive())], device=distributed.device())):
             self._thread.join(POLL_SECONDS)
         self._thread, error, self._error = None, self._error, None
         if error is not None:
@@ -101,11 +101,13 @@ def _copy(piece: Piece, dtype: torch.dtype | None = None) -> Piece:
 
 
 def require_moments(model: nn.Module, checkpoint: Checkpoint, path: Path) -> None:
-    """Refuse a checkpoint that lacks a moment of a trained parameter. path: of the checkpoint, for the error."""
-    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
-    expected: dict[str, Tensor] = {f"{kind}.{name}": value for kind in MOMENTS for name, value in trained.items()}
-    there = checkpoint.moments.described()
-    checkpoints.require_same_names(expected, {name: there[name] for name in expected if name in there}, path)
+    """Refuse a checkpoint that lacks a moment of a trained parameter. path: where it is, for the error."""
+    there, shapes = checkpoint.moments.described(), {n: p.shape for n, p in model.named_parameters() if p.requires_grad}
+    expected = {f"{kind}.{name}": shape for name, shape in shapes.items() for kind in MOMENTS}
+    bad = sorted(name for name, shape in expected.items() if name not in there or there[name].shape != shape)
+    if bad:
+        lacks = f"lacks moments of trained weights, or has them in another shape: {', '.join(bad[:5])}"
+        refuse("checkpoint", str(path), f"{lacks}; use another folder of {path.parent}")
 
 
 def restore(engine: Engine, checkpoint: Checkpoint) -> None:

@@ -102,13 +102,13 @@ def hold(stage: str) -> None:
 def die(moment: str, number: int, rank: int) -> None:
     """Wrap the function of the writer at which a moment comes."""
     from modstruct import distributed
-    from modstruct.checkpoints import folders, tensors
+    from modstruct.checkpoints import folders, kept, tensors
 
     owner, name, after = {
         "pieces": (folders, "save_pieces", False),
         "piece": (tensors, "save_tensors", False),
         "index": (folders, "_publish", False),
-        "name": (folders, "sync_tree", True),
+        "name": (kept, "sync_tree", True),
         "old": (folders, "remove_old", False),
     }[moment]
     harmless, calls = getattr(owner, name), []

@@ -118,7 +118,7 @@ def test_a_kill_at_every_moment_of_the_writer(tmp_path, tried):
             # Only the last moment leaves the second one, too, before anything older is removed.
             expected = {first, second} if moment == "old" else {first}
             saved = whole_checkpoints(output)
-            assert expected == {step for step in saved if step >= first}, moment
+            assert expected == {step for step in saved if step >= first}, screen[-3000:]
             assert half_written(output) == (moment != "old")
     status, screen = HurtRun(recipe, output, "--resume", "latest").end()
     assert status == 0, screen[-3000:]
