@@ -101,6 +101,7 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("folders", nargs="+", help="Folders that `evaluate.py embed --out` wrote.")
     which = "Metrics; those that a set does not allow are left out, with the reason."
     parser.add_argument("--metrics", nargs="+", choices=list(METRICS), default=list(METRICS), help=which)
+    parser.add_argument("--sets", nargs="+", help="Names of the sets to measure (default: all that were embedded).")
     config, options = parse(parser, words, _with_present_names)
 
     def measure_all() -> None:
@@ -109,7 +110,7 @@ def main(words: Sequence[str]) -> None:
         for folder in (Path(folder).expanduser() for folder in options.folders):
             on_main(partial(read_model, folder))  # before the lock, which would make a folder that is misspelt
             with held(folder, "EVALUATION"), stage("what was measured is kept; the same command measures the rest"):
-                problems += measure(folder, config, options.metrics, words)
+                problems += measure(folder, config, options.metrics, words, options.sets)
         require_all(problems)
 
     run(measure_all)
@@ -122,8 +123,12 @@ def _with_present_names(words: Sequence[str]) -> list[str]:
     return list(words)
 
 
-def measure(out: Path, config: MeasureConfig, metrics: Sequence[str], words: Sequence[str]) -> list[str]:
+def measure(
+    out: Path, config: MeasureConfig, metrics: Sequence[str], words: Sequence[str], only: Sequence[str] | None = None
+) -> list[str]:
     """Metrics of every set of an evaluation; every process calls it. Returns what could not be measured, and why.
+
+    only: names of the sets to measure, all by default.
 
     A metric that a set cannot have, such as 16 shots of a class of 5 images, does not stop the others.
     """
@@ -149,7 +154,10 @@ def measure(out: Path, config: MeasureConfig, metrics: Sequence[str], words: Seq
     beside = splits_beside(list(opened))
     for split_set, (name, split) in beside.items():
         opened[name].splits[split] = opened[split_set]
-    for name in (name for name in opened if name not in beside):
+    names = [name for name in opened if name not in beside]
+    for name in only or ():
+        require(name in names, "--sets", name, f"not embedded in {out}; there are {', '.join(names)}")
+    for name in only or names:
         sets = [opened[name]]
         with attempted(f"{name}, without what leaked"):
             sets += without_leaked(sets[0], out)

@@ -200,6 +200,18 @@ def test_what_was_measured_of_other_embeddings_is_measured_again(made, capsys):
     assert "measured before" in capsys.readouterr().out
 
 
+def test_only_the_sets_that_are_named_are_measured(made, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(made / "on2", out)
+    shutil.rmtree(out / "results")
+    more = ("--sets", "scenes_shape", "--data.cache", str(made / "cache"), "--embedding.workers", "0")
+    assert evaluate("embed", "--checkpoint", str(made / "run"), "--out", str(out), *more) == 0
+    assert evaluate("measure", str(out), "--metrics", "structure", "--sets", "scenes_shape") == 0
+    assert [path.name for path in (out / "results").iterdir()] == ["scenes_shape"]
+    assert evaluate("measure", str(out), "--metrics", "structure", "--sets", "scenes_size") == 1
+    assert "there are scenes_colour, scenes_shape" in capsys.readouterr().err
+
+
 def measure_again(out: str) -> int:
     return evaluate("measure", out, "--metrics", "retrieval", "zero_shot", "--again", "true")
 

@@ -61,8 +61,9 @@ def training(job: dict[str, Any]) -> dict[str, Any]:
     sets = ["--sets", *(word.format(validation=validation_shards(folder / "run")) for word in how["sets"])]
     embed = [LAUNCH / "evaluate.py", "embed", "--checkpoint", folder / "run", "--out", folder / "evaluation", *sets]
     script([*embed, *words_of(how["embed"])], folder / "embed.txt")
-    measure = [LAUNCH / "evaluate.py", "measure", folder / "evaluation", "--metrics", *how["metrics"]]
-    script([*measure, *words_of(how["measure"])], folder / "measure.txt")
+    for number, options in enumerate(how["measure"]):
+        measure = [LAUNCH / "evaluate.py", "measure", folder / "evaluation", *options.split()]
+        script(measure, folder / f"measure-{number}.txt")
     values, outcomes = measured(folder / "evaluation" / "results", how["outcomes"])
     made_with = next((folder / "run").glob("checkpoints/*/recipe.yaml")).read_text()
     own = [line for line in made_with.splitlines() if not line.strip().startswith(("output:", "seed:"))]

@@ -73,10 +73,8 @@ class Training:
     """As `evaluate.py embed --sets` takes them; {validation} stands for the scenes' validation shards."""
     embed: dict[str, Scalar] = field(default_factory=dict)
     """Options of `evaluate.py embed`."""
-    metrics: list[str] = field(default_factory=lambda: ["retrieval"])
-    """As `evaluate.py measure --metrics` takes them."""
-    measure: dict[str, Scalar] = field(default_factory=dict)
-    """Options of `evaluate.py measure`."""
+    measure: list[str] = field(default_factory=lambda: ["--metrics retrieval"])
+    """Options of `evaluate.py measure`, for as many commands one after another; what was measured is not repeated."""
     outcomes: list[str] = field(default_factory=list)
     """Names of values whose outcomes (0 or 1 by query or image) are kept, for the bootstrap over seeds and images."""
 
