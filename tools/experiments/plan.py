@@ -105,6 +105,8 @@ class Plan:
     plots: list[Plot] = field(default_factory=list)
     training: Training = field(default_factory=Training)
     name: str = ""
+    hash: str = ""
+    """Of all that its file says; comments do not count."""
 
     def __post_init__(self) -> None:
         require(
@@ -128,11 +130,6 @@ class Plan:
     def _require_known(field_name: str, names: list[str], known: Any) -> None:
         for name in names:
             require(name in known, field_name, name, f"not in this plan; it has {', '.join(sorted(known))}")
-
-    @property
-    def hash(self) -> str:
-        """Of all that the plan says; its comments do not count."""
-        return hashlib.blake2b(json.dumps(asdict(self), sort_keys=True).encode(), digest_size=8).hexdigest()
 
     @property
     def results(self) -> Path:
@@ -196,7 +193,9 @@ def read_plan(name: str) -> Plan:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Plan)
     try:
-        fields = parser.instantiate(parser.parse_object(read_yaml(path)))
-        return Plan(**vars(fields) | {"name": path.stem})
+        content = read_yaml(path)
+        said = json.dumps(content, sort_keys=True).encode()
+        fields = parser.instantiate(parser.parse_object(content))
+        return Plan(**vars(fields) | {"name": path.stem, "hash": hashlib.blake2b(said, digest_size=8).hexdigest()})
     except Exception as error:  # jsonargparse has several kinds
         refuse("CAMPAIGN", str(path), " ".join(str(error).split()))
