@@ -198,7 +198,7 @@ def _sound(path: Path) -> Iterator[None]:
         yield
     except _OtherFormat as error:
         refuse("checkpoint", str(path), str(error))
-    except (OSError, LookupError, TypeError, AttributeError, ValueError, RecursionError, SafetensorError) as error:
+    except (OSError, LookupError, TypeError, AttributeError, ValueError, RuntimeError, SafetensorError) as error:
         refuse("checkpoint", str(path), f"is damaged ({error}); use another folder of {path.parent}")
 
 

@@ -236,7 +236,7 @@ def _entry(described: dict, name: str, section: str, folder: Path) -> Entry:
         places.append(Place(folder / file, f"{section}/{name}", start, end, checksum))
     places.sort(key=lambda place: place.start)
     numbers = [*shape, *(n for place in places for n in (place.start, place.end, place.checksum))]
-    if any(type(number) is not int or not 0 <= number < 1 << 62 for number in numbers):
+    if any(type(number) is not int or not 0 <= number < 1 << 48 for number in numbers):
         raise ValueError(f"index.json: {section}/{name} has sizes that are no whole numbers")
     ends = [0, *(place.end for place in places)]
     if [place.start for place in places] != ends[:-1] or ends[-1] != math.prod(shape):
