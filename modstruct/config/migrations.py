@@ -52,7 +52,6 @@ CHANGES: dict[int, Change] = {
     ),
     3: Change(added_to_pretraining={"data.caption_lines": False}),
     4: Change(
-        defaults={"model.vision.stem": "patch", "model.vision.pool": "cls"},
         added={
             "losses.queue_contrast.in_modal": False,
             "views.text": "eda",
@@ -60,6 +59,7 @@ CHANGES: dict[int, Change] = {
             "losses.contrastive.second_view": False,
             "losses.separation.orthogonality_weight": 1.0,
         },
+        added_to_pretraining={"model.vision.stem": "patch", "model.vision.pool": "cls"},
     ),
 }
 

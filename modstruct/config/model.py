@@ -28,7 +28,7 @@ class VisionConfig:
     stem: Literal["patch", "conv"] = "patch"
     """What makes the tokens: one linear layer a patch, or 3 x 3 convolutions of stride 2 down to the same grid (Xiao et
     al. 2021), which learn faster; open_clip has no towers with the latter."""
-    pool: Literal["cls", "mean"] = "mean"
+    pool: Literal["cls", "mean"] = "cls"
     """What the image's feature is: the class token's last state, or the mean over the patches'."""
 
     def __post_init__(self):

@@ -102,7 +102,7 @@ def test_version_1():
     assert migrate(migrated) == migrated
     assert "contrastive" not in migrate(saved | {"task": {}})["losses"]
     assert migrate_method(saved) == {"losses": {"queue_contrast": {"positives": "image"}}}
-    assert migrate({"losses": 3})["losses"] == 3  # the parser refuses it
+    assert migrate({"losses": 3}) == {"losses": 3, "schema": migrations.SCHEMA}  # the parser refuses it
 
 
 def test_a_section_that_a_change_leaves_empty_goes_too(monkeypatch):
