@@ -101,6 +101,7 @@ def write(target: Path, written: Written, tokenizer: Saved, keep_last: int, chan
         _publish(aside, target, merged(indices), written, tokenizer, keep_last)
 
     main = distributed.is_main()
+    channel.gather(None)  # nobody writes while another, on the same cores, still copies, for whom all would wait
     error = channel.from_main(_failing(lambda: _begin(aside), target) if main else None)
     if error is None:
         appears(aside)  # on this host; if it does not, the next line says so
