@@ -155,7 +155,7 @@ def report(plan: Plan, results: Results, plots: dict[int, str]) -> str:
         lines += means_table(plan, results, data)
         lines += [
             "",
-            f"Difference from {plan.baseline}, paired by seed, with 95 % interval and p of the sign-flip test:",
+            f"Difference from {plan.baseline}, paired by seed, with 95 % interval:",
             "",
         ]
         lines += effects_table(plan, results, data)
@@ -226,9 +226,8 @@ def claims_table(plan: Plan, results: Results, data: str) -> list[str]:
         better = 1 if endpoint.higher_is_better is not False else -1
         for (claim, effects), p in zip(whole, corrected, strict=True):
             holds = p < 1 - LEVEL and all(better * effect.mean > 0 for effect in effects)
-            cells = [
-                f"{shown(e, endpoint)} against {labelled(plan, b)}" for e, b in zip(effects, claim.against, strict=True)
-            ]
+            beside = zip(effects, claim.against, strict=True)
+            cells = [f"{shown(e, endpoint)} p {e.p:.2g} against {labelled(plan, base)}" for e, base in beside]
             rows.append(
                 [labelled(plan, claim.arm), endpoint.label, "; ".join(cells), f"{p:.3g}", "yes" if holds else "no"]
             )
@@ -240,7 +239,7 @@ def shown(effect: Effect | None, endpoint: Endpoint) -> str:
         return ""
     scale = UNITS[endpoint.unit][0]
     mean, low, high = (number(scale * value, endpoint, sign=True) for value in (effect.mean, effect.low, effect.high))
-    return f"{mean} [{low}, {high}] p {effect.p:.2g}"
+    return f"{mean} [{low}, {high}]"
 
 
 def headed(endpoint: Endpoint) -> str:
