@@ -77,13 +77,20 @@ def paired_difference(
         high = wilson(0.0, len(totals), level)[1]
         return Difference(0.0, -high, high, 1.0)
     low, high = mean_interval(differences, lambda means: means[:, 0], samples, level, seed, groups)
-    told = totals[totals != 0]
-    p = 1.0
-    if len(told) > 1:
-        random, batch = np.random.default_rng([seed, 1]), max(1, DRAWS_AT_ONCE // len(told))
-        how = {"permutation_type": "samples", "n_resamples": samples, "batch": batch, "rng": random}
-        p = float(stats.permutation_test((told,), lambda x, axis: x.sum(axis), vectorized=True, **how).pvalue)
-    return Difference(float(differences.mean()), low, high, p)
+    return Difference(float(differences.mean()), low, high, sign_flip(totals, samples, seed))
+
+
+def sign_flip(differences: np.ndarray, samples: int, seed: int = 0) -> float:
+    """Two-sided p, by scipy's permutation test, that independent differences (n,) are as likely to be negative.
+
+    Of all signs where there are fewer than `samples` of them, else of random ones.
+    """
+    told = differences[differences != 0]
+    if len(told) < 2:
+        return 1.0
+    random, batch = np.random.default_rng([seed, 1]), max(1, DRAWS_AT_ONCE // len(told))
+    how = {"permutation_type": "samples", "n_resamples": samples, "batch": batch, "rng": random}
+    return float(stats.permutation_test((told,), lambda x, axis: x.sum(axis), vectorized=True, **how).pvalue)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -148,12 +148,12 @@ def test_statistics_against_closed_forms():
     finally:
         sys.path.pop(0)
     random = np.random.default_rng(0)
-    assert report.sign_flip(np.arange(1.0, 9)) == pytest.approx(2 / 2**8)
+    assert report.Effect(np.arange(1.0, 9), 0.0, 0.0).p == pytest.approx(2 / 2**8)
     # Ten of twelve: the two-sided tail of all signs, counted.
     differences = random.normal(0.5, 1, 10)
     signs = 1 - 2 * ((np.arange(2**10)[:, None] >> np.arange(10)) & 1)
     counted = np.mean(np.abs(signs @ differences) >= abs(differences.sum()) - 1e-12)
-    assert report.sign_flip(differences) == pytest.approx(counted)
+    assert report.Effect(differences, 0.0, 0.0).p == pytest.approx(counted)
     bits = random.integers(0, 2, 1003)
     np.testing.assert_array_equal(report.unpacked(one_run.packed(bits)), bits)
     # Rows vary, seeds do not: the interval is that of a mean over rows, widened for 8 seeds.

@@ -165,10 +165,10 @@ def run(arm: Mapping[str, Any], data: Mapping[str, Any], seed: int) -> dict[str,
 
     seed: of initial weights, pairs and held-out rows. Raises ValueError before any training for what is unknown.
     """
-    check(arm, data)
+    _, _, checked = check(arm, data)
     require(type(seed) is int and seed >= 0, "seed", seed, "a whole number, 0 or more")
     learnt_from = {name: value for name, value in data.items() if name != "level"}
-    return measure(_trained(json.dumps(arm), json.dumps(learnt_from), seed), World(Data(**data)), seed)
+    return measure(_trained(json.dumps(arm), json.dumps(learnt_from), seed), World(checked), seed)
 
 
 @lru_cache(maxsize=1)

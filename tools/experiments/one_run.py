@@ -40,8 +40,7 @@ def gaussian(job: dict[str, Any]) -> dict[str, Any]:
     if job.get("check"):
         check(job["arm"], job["data"])
         return {"values": {}}
-    arm = job["arm"] | ({"options": job["arm"]["options"] | {"steps": 2}} if job.get("rehearsal") else {})
-    return {"values": run(arm, job["data"], job["seed"]), "recipe": hashed([arm, job["data"]])}
+    return {"values": run(job["arm"], job["data"], job["seed"]), "recipe": hashed([job["arm"], job["data"]])}
 
 
 def training(job: dict[str, Any]) -> dict[str, Any]:
@@ -49,9 +48,7 @@ def training(job: dict[str, Any]) -> dict[str, Any]:
     how, folder = job["training"], Path(job["folder"])
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    options = (
-        how["options"] | job["data"] | job["arm"]["options"] | ({"train.steps": 2} if job.get("rehearsal") else {})
-    )
+    options = how["options"] | job["data"] | job["arm"]["options"]
     recipe = ["--recipe", how["recipe"], "--method", job["arm"]["method"], *words_of(options)]
     recipe += ["--train.seed", str(job["seed"]), "--output", str(folder / "run")]
     if job.get("check"):

@@ -157,14 +157,14 @@ class Job:
     def file(self) -> Path:
         return self.plan.results / f"{self.name}.json"
 
-    def told(self) -> dict[str, Any]:
-        """What one_run.py needs of it."""
+    def told(self, more: dict[str, Scalar] | None = None) -> dict[str, Any]:
+        """What one_run.py needs of it. more: options over the arm's own."""
         data, arm = self.plan.data[self.data], self.plan.arms[self.arm]
         return {
             "name": self.name,
             "kind": self.plan.kind,
             "seed": self.seed,
-            "arm": {"method": arm.method, "options": arm.options},
+            "arm": {"method": arm.method, "options": arm.options | (more or {})},
             "data": data.options,
             "training": asdict(self.plan.training),
         }

@@ -27,7 +27,7 @@ from scipy import stats
 
 from modstruct.cli import run_tool
 from modstruct.errors import require
-from modstruct.evaluation.statistics import holm, t_interval
+from modstruct.evaluation.statistics import holm, sign_flip, t_interval
 
 POWER, LEVEL = 0.8, 0.95
 RESAMPLES = 2000
@@ -38,11 +38,19 @@ UNITS = {"share": (100.0, "%"), "nats": (1.0, "nats"), "number": (1.0, "")}
 class Effect:
     """Mean over seeds of an arm's endpoint less a baseline's."""
 
-    mean: float
+    differences: np.ndarray
+    """By seed."""
     low: float
     high: float
-    p: float
-    seeds: int
+
+    @property
+    def mean(self) -> float:
+        return float(self.differences.mean())
+
+    @property
+    def p(self) -> float:
+        """Of all 2^n signs up to 20 seeds."""
+        return sign_flip(self.differences, samples=2**20 + 1)
 
 
 class Results:
@@ -63,11 +71,11 @@ class Results:
 
     def values(self, data: str, arm: str, endpoint: Endpoint) -> dict[int, float]:
         """By seed; nothing where the arm does not have the endpoint."""
-        runs = {seed: run["values"] for (d, a, seed), run in self.runs.items() if (d, a) == (data, arm)}
+        found = {seed: self.runs[key]["values"] for seed in self.plan.seeds if (key := (data, arm, seed)) in self.runs}
         return {
-            seed: float(np.mean([found[name] for name in endpoint.values]))
-            for seed, found in sorted(runs.items())
-            if all(name in found for name in endpoint.values)
+            seed: float(np.mean([values[name] for name in endpoint.values]))
+            for seed, values in found.items()
+            if all(name in values for name in endpoint.values)
         }
 
     def effect(self, data: str, arm: str, base: str, endpoint: Endpoint) -> Effect | None:
@@ -77,8 +85,7 @@ class Results:
         if len(seeds) < 2:
             return None
         found = np.array([mine[seed] - theirs[seed] for seed in seeds])
-        low, high = self._interval(data, arm, base, endpoint, seeds, found)
-        return Effect(float(found.mean()), low, high, sign_flip(found), len(seeds))
+        return Effect(found, *self._interval(data, arm, base, endpoint, seeds, found))
 
     def _interval(
         self, data: str, arm: str, base: str, endpoint: Endpoint, seeds: list[int], found: np.ndarray
@@ -92,15 +99,6 @@ class Results:
                 for name in endpoint.values
             ]
         )
-
-
-def sign_flip(differences: np.ndarray) -> float:
-    """Two-sided p, exact, that differences of pairs (n,) are as likely to be negative: all 2^n signs up to n = 20."""
-    told = differences[differences != 0]
-    if len(told) < 2:
-        return 1.0
-    how = {"permutation_type": "samples", "n_resamples": 2**20 + 1, "batch": 2**16, "vectorized": True}
-    return float(stats.permutation_test((told,), lambda x, axis: x.sum(axis), rng=0, **how).pvalue)
 
 
 def seeds_and_images(differences: list[np.ndarray]) -> tuple[float, float]:
@@ -268,17 +266,13 @@ def draw(plan: Plan, results: Results, plot: Plot, path: Path) -> bool:
     from matplotlib import pyplot
 
     arms, y = plot.arms or list(plan.arms), plan.endpoints[plot.y]
-    figure, axes = pyplot.subplots(
-        figsize=(
-            6.5,
-            0.5 + 0.32 * len(arms) * (len(plan.data) if plot.x == "effects" else 1) if plot.x == "effects" else 4.0,
-        )
-    )
-    drawn = (
-        effects_plot(plan, results, arms, y, axes)
-        if plot.x == "effects"
-        else scatter_plot(plan, results, arms, plot, axes)
-    )
+    of_effects = plot.x == "effects"
+    inches = 0.5 + 0.32 * len(arms) * len(plan.data) if of_effects else 4.0
+    figure, axes = pyplot.subplots(figsize=(6.5, inches))
+    if of_effects:
+        drawn = effects_plot(plan, results, arms, y, axes)
+    else:
+        drawn = scatter_plot(plan, results, arms, plot, axes)
     if drawn:
         figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
     pyplot.close(figure)

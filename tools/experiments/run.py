@@ -33,6 +33,8 @@ from modstruct.files import atomic_write
 
 ROOT = HERE.parents[1]
 TURN = threading.Lock()
+STEPS_OPTION = {"gaussian": "steps", "training": "train.steps"}
+"""By kind, the option that a rehearsal sets."""
 
 
 def main() -> int:
@@ -98,7 +100,7 @@ def rehearse(plan: Plan, lane: Lane, waiting: list[Job]) -> None:
     for job in each.values() if len(waiting) == len(plan.jobs()) else ():
         if missing and job.data == waiting[0].data:
             say(f"rehearsing {job.arm}")
-            found = lane.answer(job.told() | {"rehearsal": True})
+            found = lane.answer(job.told({STEPS_OPTION[plan.kind]: 2}))
             require("error" not in found, f"{plan.name}, {job.arm}", found.get("error"), "correct the plan")
             measured |= set(found["values"])
             missing -= measured
@@ -154,7 +156,7 @@ class Lane:
 def save(job: Job, found: dict[str, Any]) -> None:
     about = {"plan": job.plan.hash, "commit": job.plan.commit, "data": job.data, "arm": job.arm, "seed": job.seed}
     with atomic_write(job.file) as file:
-        file.write((json.dumps(about | found, indent=0, sort_keys=True) + "\n").encode())
+        file.write((json.dumps(about | found, sort_keys=True) + "\n").encode())
 
 
 def worktree(commit: str, work: Path) -> Path:
