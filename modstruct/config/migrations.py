@@ -2,9 +2,9 @@
 
 A recipe names its version in `schema`; one that does not is of version 1. What a version changed is a `Change` in
 CHANGES, under the version that it leads to. To rename losses.bridge.t to losses.bridge.position, drop
-views.flip and add train.ema_decay (off: null), raise SCHEMA to 5 and write
+views.flip and add train.ema_decay (off: null), raise SCHEMA to 6 and write
 
-    5: Change(
+    6: Change(
         renamed={"losses.bridge.t": "losses.bridge.position"},
         removed=("views.flip",),
         added={"train.ema_decay": None},
@@ -22,7 +22,7 @@ from typing import Any
 
 from modstruct.errors import require
 
-SCHEMA = 4
+SCHEMA = 5
 Tree = dict[str, Any]
 
 
@@ -61,6 +61,7 @@ CHANGES: dict[int, Change] = {
         },
         added_to_pretraining={"model.vision.stem": "patch", "model.vision.pool": "cls"},
     ),
+    5: Change(added={"train.gradient_sums": "whole"}),
 }
 
 

@@ -22,6 +22,7 @@ CHANGEABLE = (
     "train.max_skipped_steps",
     "train.hang_timeout_minutes",
     "train.micro_batch",
+    "train.gradient_sums",
     "train.activation_checkpointing",
     "train.compile",
     "logging",

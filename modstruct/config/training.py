@@ -61,6 +61,12 @@ class TrainConfig:
     micro_batch: int | None = None
     """Pairs that a process embeds at once, if it has more: the gradient cache makes the same step of them in the memory
     of so many, for one more forward pass. null embeds all that a process has."""
+    gradient_sums: Literal["sharded", "whole"] = "sharded"
+    """How the gradient cache sums its micro-batches' gradients at ZeRO stages 2 and 3, in float32. sharded: a process
+    keeps its share of the sums (4 bytes a parameter / processes), and sends the gradients of every micro-batch, while
+    its backward pass runs. whole, as stages 0 and 1 have it: a process keeps all (6 bytes a parameter in half
+    precision, 4 in fp32), and sends them once a step. The first pays where the memory is needed, or a micro-batch
+    computes for longer than its gradients travel; the second on slow networks and with many small micro-batches."""
     steps: int | None = None
     """Length of the run in steps; give this or train.epochs."""
     epochs: float | None = None

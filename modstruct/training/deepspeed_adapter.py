@@ -118,6 +118,11 @@ class Engine:
         self.optimizer = deepspeed_engine.optimizer
         self.inner: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         self.stage: int = deepspeed_engine.zero_optimization_stage()
+        self.sharded_sums = self.stage >= 2 and deepspeed_engine._config.grad_accum_dtype is not None
+        """Whether gradients of several backwards are summed in float32 by share (`ds_config.resolve_ds_config`)."""
+        if self.sharded_sums and self.stage == 2 and not self.optimizer.cpu_offload:
+            # For float32 gradients too, of which DeepSpeed would else keep two shares, and three in its step.
+            self.optimizer._use_compact_grad_partition_buffer = lambda group: True
         self.masters = self._stage_0_masters()
         for tensor in self._optimized_tensors():
             zeros = {key: torch.zeros_like(tensor, memory_format=torch.preserve_format) for key in MOMENTS}
@@ -161,19 +166,27 @@ class Engine:
         return norm, True
 
     @contextmanager
-    def one_reduction(self) -> Iterator[GradientSums]:
-        """Several backwards, one reduction of their summed gradients at the end.
+    def summing(self) -> Iterator[Callable[[], None]]:
+        """Several backwards whose gradients are summed; what it gives is called after each.
 
-        DeepSpeed's stage 0 has another way for it than the others. Its own gradient accumulation stays at 1 step.
+        Sharded, each backward's gradients are reduced beside it, and every process adds its share to its sums. Else all
+        keep whole sums, which are reduced once at the end; DeepSpeed's stage 0 has another way for it than the others.
+        Its own gradient accumulation stays at 1 step.
         """
+        if self.sharded_sums:
+            self.deepspeed.set_gradient_accumulation_boundary(False)
+            yield lambda: None
+            self.deepspeed.set_gradient_accumulation_boundary(True)
+            self.optimizer.finalize_gradient_accumulation_boundary()
+            return
         sums = GradientSums(self.model)
         if self.stage > 0:
             with self.deepspeed.coalesce_grad_reduction():
-                yield sums
+                yield sums.add
                 sums.write()
             return
         with self.deepspeed.no_sync():
-            yield sums
+            yield sums.add
         sums.write()
         self.deepspeed.allreduce_gradients()
 

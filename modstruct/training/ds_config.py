@@ -79,6 +79,8 @@ def resolve_ds_config(config: dict, recipe: Recipe | FinetuneRecipe, world_size:
         if given not in (AUTO, value):
             refuse(f"--ds_config: {'.'.join(path)}", given, f'the recipe says {value!r}; write "auto" or the same')
         place[path[-1]] = value
+    if stage >= 2 and train.micro_batch and train.gradient_sums == "sharded":
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
     # Without it DeepSpeed would let a non-finite bfloat16 gradient into the weights.
     config["bf16"]["check_grad_overflow"] = True
     config.setdefault("zero_allow_untested_optimizer", True)

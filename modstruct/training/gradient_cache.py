@@ -4,7 +4,8 @@ In one piece, the graph of the whole batch is in memory. The gradient cache (Gao
 Learning Batch Size under Memory Limited Setup", section 3.2) gives the same gradient in the memory of one micro-batch:
 every micro-batch is embedded without a graph, the losses see all embeddings at once, and then every micro-batch is
 embedded again, its random draws repeated, and takes the gradient that the losses gave its embeddings. The towers run
-forward twice for it. The gradients are reduced over the processes once.
+forward twice for it. The gradients are reduced over the processes once, or, with train.gradient_sums `sharded` at ZeRO
+stages 2 and 3, with every micro-batch.
 
 Exact for float32 up to the order of sums, dropout included. Not so for BatchNorm, whose statistics are those of a
 micro-batch; its running averages move in the second pass only. In half precision a sum of many micro-batches' gradients
@@ -106,9 +107,9 @@ class CachedBatch:
     @contextmanager
     def parts_again(self) -> Iterator[Iterator[tuple[Batch, int, int]]]:
         """(part, its first row, the row after its last), each with its random draws repeated, to be embedded again and
-        taken backward once; one reduction of all gradients at the end."""
+        taken backward once; their gradients are summed."""
         after = random_state()
-        with self.engine.one_reduction() as sums:
+        with self.engine.summing() as add:
 
             def again() -> Iterator[tuple[Batch, int, int]]:
                 first = 0
@@ -116,7 +117,7 @@ class CachedBatch:
                     set_random_state(state)
                     end = first + len(next(iter(part.values())))
                     yield on_device(part), first, end
-                    sums.add()
+                    add()
                     first = end
 
             yield again()

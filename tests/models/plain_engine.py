@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor
@@ -25,8 +25,8 @@ class PlainEngine:
         total.backward()
 
     @contextmanager
-    def one_reduction(self) -> Iterator[GradientSums]:
+    def summing(self) -> Iterator[Callable[[], None]]:
         sums = GradientSums(self.model)
-        yield sums
+        yield sums.add
         sums.write()
         self.reductions += 1

@@ -118,11 +118,11 @@ def times(recipe: Recipe, options: argparse.Namespace) -> dict:
     parts = parts_of(recipe, options.pairs, options.micro_batch)
 
     def accumulated() -> None:
-        with engine.one_reduction() as sums:
+        with engine.summing() as add:
             for part in parts:
                 total, _ = objective(engine(part), 0)
                 engine.backward(total / len(parts))
-                sums.add()
+                add()
         engine.step(1e-5)
 
     forms = {"cache": lambda: train_step(engine, objective, parts, 0, 1e-5), "accumulation": accumulated}
