@@ -13,7 +13,7 @@ import signal
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import fields
 from functools import cache
@@ -186,6 +186,17 @@ def parse_recipe_text(text: str) -> Recipe:
             refuse("recipe", text[:40], "must hold fields (name: value) and nothing else")
         written = yaml.safe_dump(migrate_checkpoint(nested(content)), sort_keys=False)
         return _config_of(parser, parser.instantiate(parser.parse_string(written)))
+    except (ValueError, argparse.ArgumentError) as error:
+        raise ValueError(one_line(parser, error, sections_of(Recipe))) from error
+
+
+def losses_of(method: str, options: Mapping[str, object]) -> LossesConfig:
+    """Of a method. options: fields of its losses, by dotted name. Raises ValueError for wrong ones, in one line."""
+    parser = recipe_parser("", "")
+    words = [f"--losses.{name}={yaml.safe_dump(value, default_flow_style=True)}" for name, value in options.items()]
+    try:
+        given = parser.parse_args(_expand(["--method", method, *words], RECIPES))
+        return _config_of(parser, parser.instantiate(given)).losses
     except (ValueError, argparse.ArgumentError) as error:
         raise ValueError(one_line(parser, error, sections_of(Recipe))) from error
 

@@ -15,12 +15,14 @@ from torch.nn import functional as F
 from modstruct import distributed
 from modstruct.checkpoints import require_finite
 from modstruct.config import ViewsConfig
+from modstruct.data.tokenizers import load_tokenizer
 from modstruct.data.transforms.image_views import ImageViews
 from modstruct.errors import refuse, require
 from modstruct.evaluation.embeddings.model import EmbeddingModel, weights_fingerprint
 
 OPTION = "--open_clip"
-SCHEMES = ("hf-hub:", "local-dir:")
+LOCAL = "local-dir:"
+SCHEMES = ("hf-hub:", LOCAL)
 """Of open_clip's names; what they name brings its weights along."""
 PROJECTIONS = {"VisionTransformer": "proj", "HFTextEncoder": "proj"}
 PROJECTIONS |= {"TextTransformer": "text_projection", "CLIP": "text_projection"}
@@ -44,16 +46,17 @@ class OpenClipViews:
         return self._preprocess(Image.fromarray(pixels))
 
 
-def open_clip_model(spec: str, random_weights: bool = False, name: str | None = None) -> EmbeddingModel:
-    """Build a model of open_clip and read its weights; every process calls it.
+def create_open_clip(spec: str, random_weights: bool = False) -> tuple[Any, Callable, Any]:
+    """A model of open_clip in evaluation mode on this process's device, its preprocessing and its tokenizer.
 
     spec: NAME:TAG with a pretrained tag, NAME:FILE with a local .pt or .safetensors, or hf-hub:… and local-dir:… as
-    in open_clip; NAME alone only with random_weights, which are the same at every call. name: for tables, by
-    default the spec. Raises ValueError that lists what can be given, also where weights cannot be fetched.
+    in open_clip, exports of ours among them; NAME alone only with random_weights, which are the same at every call.
+    Every process calls it. Raises ValueError that lists what can be given, also where weights cannot be fetched.
     """
     import open_clip
 
     architecture, weights = _parts(spec, random_weights)
+    own = Path(architecture.removeprefix(LOCAL)) / "tokenizer" if architecture.startswith(LOCAL) else None
 
     def build() -> tuple[nn.Module, Callable, Callable]:
         with torch.random.fork_rng(devices=[]):
@@ -61,7 +64,8 @@ def open_clip_model(spec: str, random_weights: bool = False, name: str | None = 
             model, _, preprocess = open_clip.create_model_and_transforms(
                 architecture, weights, load_weights=not random_weights, pretrained_text=False, weights_only=True
             )
-        return model, preprocess, open_clip.get_tokenizer(architecture)
+        tokenizer = load_tokenizer(own) if own and own.is_dir() else open_clip.get_tokenizer(architecture)
+        return model, preprocess, tokenizer
 
     try:
         # The first process of a host may download what the others then find.
@@ -73,10 +77,24 @@ def open_clip_model(spec: str, random_weights: bool = False, name: str | None = 
         remedy = f"give NAME:FILE with a local file, or one of the tags {_tags(architecture)}, which are"
         refuse(OPTION, spec, f"cannot be loaded ({cause}); {remedy} downloaded once and kept in open_clip's cache")
     require_finite(model.state_dict(), OPTION, spec)
-    fingerprint = weights_fingerprint(model.state_dict())
-    model.to(distributed.device()).eval()
+    return model.to(distributed.device()).eval(), preprocess, tokenizer
+
+
+def pixels_of(model: Any) -> int:
+    """Width and height of the images that a model of open_clip takes; of unequal ones the larger."""
     size = model.visual.image_size
-    size = max(size) if isinstance(size, (list, tuple)) else size
+    return max(size) if isinstance(size, (list, tuple)) else size
+
+
+def open_clip_model(spec: str, random_weights: bool = False, name: str | None = None) -> EmbeddingModel:
+    """A model of open_clip that embeds sets; every process calls it. spec, random_weights, errors: as create_open_clip.
+
+    name: for tables, by default the spec.
+    """
+    import open_clip
+
+    model, preprocess, tokenizer = create_open_clip(spec, random_weights)
+    fingerprint, size = weights_fingerprint(model.state_dict()), pixels_of(model)
     projections = {"image": _take_projection(model.visual), "text": _take_projection(getattr(model, "text", model))}
     encoders = {"image": model.encode_image, "text": model.encode_text}
 
@@ -102,8 +120,8 @@ def open_clip_model(spec: str, random_weights: bool = False, name: str | None = 
         views=OpenClipViews(preprocess, size),
         tokenize=tokenizer,
         encode=encode,
-        preprocessing=f"{model.visual.preprocess_cfg}; tokenizer {type(tokenizer).__name__} of {architecture}, "
-        f"{tokenizer.context_length} tokens",
+        preprocessing=f"{model.visual.preprocess_cfg}; tokenizer {type(tokenizer).__name__} of "
+        f"{_parts(spec, random_weights)[0]}, {tokenizer.context_length} tokens",
         details={
             "open_clip": spec,
             "random_weights": random_weights,

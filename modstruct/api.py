@@ -1,0 +1,177 @@
+"""Trained models and the losses for programs of your own: no DeepSpeed is started, and any device will do.
+
+    model, preprocess, tokenizer = modstruct.load("runs/scenes")
+    with torch.no_grad():
+        image = model.encode_image(preprocess(Image.open("star.png"))[None])
+        text = model.encode_text(tokenizer(["a red star", "a blue moon"]))
+        model.similarity(image, text).softmax(dim=1)
+
+The names that stay from version to version: load, objective, the methods of Model and Objective, modstruct.pairwise.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import yaml
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from modstruct import checkpoints, distributed
+from modstruct.cli import losses_of, parse_recipe_text
+from modstruct.config.migrations import is_fine_tuning
+from modstruct.data.tokenizers import load_tokenizer
+from modstruct.data.transforms.image_views import ImageViews
+from modstruct.errors import refuse, require
+from modstruct.evaluation.embeddings.open_clip_model import LOCAL, create_open_clip, pixels_of
+from modstruct.files import parse_yaml
+from modstruct.losses.objective import Objective, build_objective
+from modstruct.models.bounded import no_larger_than
+from modstruct.models.build import build_model, image_size
+from modstruct.models.fusion.initial_weights import EXPORTED, EXPORTED_CONFIG, find_folder
+from modstruct.models.protocol import TrainableModel, load_weights
+
+Preprocess = Callable[[Image.Image], Tensor]
+"""An image of any size and mode -> (3, H, W), as Model.encode_image takes it: uint8, of open_clip's models float32."""
+Tokenize = Callable[[Sequence[str]], Tensor]
+"""Texts -> token ids, (B, L) int64."""
+
+
+class Model(nn.Module, ABC):
+    """A trained model in evaluation mode. Gradients flow, unless `torch.no_grad()` saves their memory."""
+
+    dimension: int
+    """D, of the shared embeddings."""
+    image_size: int
+    """In pixels."""
+
+    @abstractmethod
+    def encode_image(self, images: Tensor) -> Tensor:
+        """images: (B, 3, H, W) of preprocess, on any device -> (B, D) float32, unit norm."""
+
+    @abstractmethod
+    def encode_text(self, ids: Tensor) -> Tensor:
+        """ids: (B, L) of the tokenizer, on any device -> (B, D) float32, unit norm."""
+
+    @property
+    @abstractmethod
+    def logit_scale(self) -> Tensor:
+        """1 / temperature, a scalar."""
+
+    def similarity(self, image: Tensor, text: Tensor) -> Tensor:
+        """logit_scale x cosine of each image (I, D) with each text (T, D): (I, T), logits of a softmax over either."""
+        return self.logit_scale * image @ text.T
+
+    def match(self, images: Tensor, ids: Tensor) -> Tensor:
+        """How much better each pair matches than not, by the fusion encoder's matching head: (I, T) logits.
+
+        images: (I, 3, H, W); ids: (T, L). Reranking adds it to `similarity` (evaluation/retrieval/reranking.py says
+        why). Cost: a pass of the fusion encoder for each pair. Raises ValueError for a model of two towers.
+        """
+        refuse("model.match", "two towers", "only a fusion model has a matching head, which scores pairs")
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+
+class _Ours(Model):
+    def __init__(self, model: TrainableModel, pixels: int):
+        super().__init__()
+        self.model, self.dimension, self.image_size = model, model.embed_dim, pixels
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        return self.model({"image": images.to(self.device)})["image"]
+
+    def encode_text(self, ids: Tensor) -> Tensor:
+        return self.model({"text": ids.to(self.device)})["text"]
+
+    @property
+    def logit_scale(self) -> Tensor:
+        return self.model.clamped("logit_scale").exp().squeeze()
+
+    def match(self, images: Tensor, ids: Tensor) -> Tensor:
+        matcher = self.model.matcher
+        if matcher is None:
+            return super().match(images, ids)
+        ids = ids.to(self.device)
+        image, text = matcher.backbone.encode_image(images.to(self.device)), matcher.backbone.encode_text(ids)
+        mask = matcher.backbone.mask(ids)
+        rows = [matcher.match(text, mask, one.expand(len(text), -1, -1)) for one in image]
+        return torch.stack([row[:, 1] - row[:, 0] for row in rows])
+
+
+class _OpenClip(Model):
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model, self.image_size = model, pixels_of(model)
+        with torch.no_grad():
+            self.dimension = self.encode_image(torch.zeros((1, 3, self.image_size, self.image_size))).shape[1]
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        return F.normalize(self.model.encode_image(images.to(self.device)).float(), dim=-1)
+
+    def encode_text(self, ids: Tensor) -> Tensor:
+        return F.normalize(self.model.encode_text(ids.to(self.device)).float(), dim=-1)
+
+    @property
+    def logit_scale(self) -> Tensor:
+        return self.model.logit_scale.exp().squeeze()
+
+
+def load(source: str | Path, device: str | torch.device | None = None) -> tuple[Model, Preprocess, Tokenize]:
+    """A trained model, its preprocessing and its tokenizer.
+
+    source: the folder of a run (its last checkpoint), a checkpoint or an export of ours, of two towers or the fusion
+    model; or a model of open_clip as `evaluate.py --open_clip` takes it (NAME:TAG, NAME:FILE, hf-hub:…, local-dir:…).
+    device: by default the GPU, where there is one. Raises ValueError that names the source and what would be right.
+    """
+    path = Path(source).expanduser()
+    device = torch.device(device) if device is not None else distributed.device()
+    is_export = (path / "open_clip_config.json").is_file()  # of two towers that open_clip knows
+    if path.is_dir() and not is_export:
+        return _load_ours(path, device)
+    is_name = is_export or ":" in str(source)
+    require(
+        is_name, "source", str(source), "no such folder; give a run, a checkpoint, an export or open_clip's NAME:TAG"
+    )
+    model, preprocess, tokenizer = create_open_clip(f"{LOCAL}{path}" if is_export else str(source))
+    return _OpenClip(model).to(device), preprocess, tokenizer
+
+
+def _load_ours(path: Path, device: torch.device) -> tuple[Model, Preprocess, Tokenize]:
+    folder = find_folder(str(path), "source")
+    assert folder is not None
+    exported = (folder / EXPORTED).is_file()
+    if exported:
+        written = yaml.safe_dump(json.loads((folder / EXPORTED_CONFIG).read_bytes())["recipe"])
+        weights: Mapping[str, Tensor] = checkpoints.read_weight_file(folder / EXPORTED, "source")
+    else:
+        written, weights = (folder / "recipe.yaml").read_text(), checkpoints.read_weights(folder)
+    remedy = "a fine-tuned model: `evaluate.py task` measures it; give the pre-trained one"
+    require(not is_fine_tuning(cast(dict, parse_yaml(written.encode()))), "source", str(path), remedy)
+    recipe = parse_recipe_text(written)
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    with no_larger_than(weights, "source", folder):
+        model = build_model(recipe, tokenizer, build_objective(recipe.losses), read_weights=False)
+    load_weights(model, weights, folder)
+    pixels = image_size(recipe)
+    return _Ours(model, pixels).to(device).eval(), ImageViews(recipe.views, pixels).evaluation_image, tokenizer
+
+
+def objective(method: str, options: Mapping[str, object] | None = None) -> Objective:
+    """The losses of a method, for a trainer of your own, on one process or under torch.distributed.
+
+    method: by its name, as `--method` takes it, or a YAML file. options: fields of its losses, such as
+    {"geometry.weight": 0.1}. Call it with this process's rows and the step, `total, terms = losses(outputs, step)`:
+    outputs are those of embeddings.py that the method needs (losses.views and losses.independent tell which), float32
+    and of unit norm. The value is that of the global batch, on every process, and the gradients' mean over processes,
+    which DistributedDataParallel takes, is its gradient. Raises ValueError that names what is wrong.
+    """
+    return build_objective(losses_of(method, options or {}))

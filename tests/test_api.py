@@ -1,0 +1,117 @@
+"""modstruct.load and modstruct.objective give what the package's own commands give."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import modstruct
+from modstruct import checkpoints
+from modstruct.cli import parse_recipe_text
+from modstruct.evaluation.embeddings.model import checkpoint_model
+from modstruct.training.export import export
+
+ROOT = Path(__file__).parents[1]
+WRITTEN = ROOT / "tests" / "checkpoints" / "written_by_0.1.0"
+TEXTS = ["a red star", "two blue discs and a moon", "a red star"]
+
+
+def pictures(count: int) -> list[Image.Image]:
+    noise = np.random.default_rng(0)
+    return [Image.fromarray(noise.integers(0, 256, (50, 40, 3), dtype=np.uint8)) for _ in range(count)]
+
+
+@pytest.mark.parametrize("kind", ["two_tower", "fusion"])
+def test_a_run_a_checkpoint_and_an_export_give_the_embeddings_of_the_evaluation(kind, tmp_path):
+    run = WRITTEN / kind
+    folder = next((run / "checkpoints").iterdir())
+    recipe = parse_recipe_text((folder / "recipe.yaml").read_text())
+    model, preprocess, tokenizer = modstruct.load(run)
+    images, ids = torch.stack([preprocess(picture) for picture in pictures(2)]), tokenizer(TEXTS)
+    with torch.no_grad():
+        image, text = model.encode_image(images), model.encode_text(ids)
+        expected = checkpoint_model(recipe, str(run)).encode({"image": images, "text": ids})
+    assert torch.equal(image, expected["image"])
+    assert torch.equal(text, expected["text"])
+    assert torch.equal(text[0], text[2])
+    assert image.shape == (2, model.dimension)
+    similarity = model.similarity(image, text)
+    assert torch.allclose(similarity, expected["logit_scale"] * image @ text.T)
+    named = model.model.to_open_clip
+    export(tmp_path / "export", checkpoints.read_weights(folder), named, recipe, tokenizer)
+    for source in (folder, tmp_path / "export"):
+        other, preprocess, tokenizer = modstruct.load(source, "cpu")
+        assert torch.equal(tokenizer(TEXTS), ids)
+        with torch.no_grad():
+            again = torch.stack([preprocess(picture) for picture in pictures(2)])
+            assert torch.allclose(other.encode_image(again), image, atol=2e-3)  # open_clip scales images its own way
+            assert torch.allclose(other.encode_text(ids), text, atol=1e-6)
+            assert torch.allclose(other.logit_scale, model.logit_scale)
+
+
+def test_matching_scores_every_pair_by_the_fusion_encoder():
+    model, preprocess, tokenizer = modstruct.load(WRITTEN / "fusion")
+    images, ids = torch.stack([preprocess(picture) for picture in pictures(2)]), tokenizer(TEXTS)
+    backbone = model.model.backbone
+    with torch.no_grad():
+        scores = model.match(images, ids)
+        one = model.model.match(
+            backbone.encode_text(ids[1:2]), backbone.mask(ids[1:2]), backbone.encode_image(images[1:])
+        )
+    assert scores.shape == (2, 3)
+    assert torch.allclose(scores[1, 1], one[0, 1] - one[0, 0], atol=1e-5)
+    assert torch.allclose(scores[:, 0], scores[:, 2], atol=1e-5)
+    assert not torch.allclose(scores[:, 0], scores[:, 1], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (lambda: modstruct.load("runs/nothing"), "source = 'runs/nothing': no such folder; give a run"),
+        (lambda: modstruct.load(WRITTEN / "snli_ve"), "a fine-tuned model"),
+        (lambda: modstruct.load("ViT-B-33:openai"), "not known to open_clip"),
+        (lambda: modstruct.objective("gcc"), "--method = 'gcc': no such file"),
+        (lambda: modstruct.objective("gc", {"geometri.weight": 1}), "did you mean losses.geometry.weight"),
+        (lambda: modstruct.objective("gc", {"geometry.weight": -1.0}), "losses.geometry.weight = -1.0: 0"),
+        (lambda: modstruct.load(WRITTEN / "two_tower")[0].match(None, None), "only a fusion model has a matching head"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_remedy(wrong, told):
+    with pytest.raises(ValueError, match=re.escape(told)):
+        wrong()
+
+
+def test_a_method_and_fields_of_its_losses_make_an_objective():
+    losses = modstruct.objective("gc", {"geometry.weight": 0.1})
+    assert losses.weights == {"contrastive": 1.0, "geometry": 0.1}
+    assert losses.views == {"image_augmented", "text_augmented"}
+    assert not losses.independent
+
+
+def printed(*command: object) -> str:
+    ended = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    return ended.stdout + ended.stderr
+
+
+def test_the_example_in_plain_ddp_has_the_same_losses_on_one_and_two_processes():
+    script = ROOT / "docs" / "examples" / "plain_ddp.py"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+    one, two = printed(sys.executable, script), printed(*torchrun, script)
+    losses = [[float(value) for value in re.findall(r"step \d+: ([\d.]+)", text)] for text in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[0][1] < losses[0][0]
+
+
+def test_the_example_in_open_clips_loop_learns():
+    text = printed(sys.executable, ROOT / "docs" / "examples" / "open_clip_loop.py")
+    losses = [float(value) for value in re.findall(r"Structure_loss: ([\d.]+)", text)]
+    assert len(losses) == 10
+    assert losses[-1] < losses[0] / 2
