@@ -135,16 +135,20 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file `path`, waiting for another process that holds it.
+def locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Hold the lock file `path`, waiting for another process that holds it, or else raising BlockingIOError.
 
     A file system without locks (some network ones) is used without: what the lock guards is written aside and renamed,
     so the loss is double work, not a broken file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab") as file:
-        with suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:
+            pass
         yield
 
 

@@ -70,6 +70,12 @@ class DataConfig:
     """Samples that lie together in a shard and are read together."""
     shuffle_window: int = 1024
     """Blocks mixed with each other sample by sample; more blocks shuffle better and are read less in order."""
+    groups: int = 1
+    """Parts of every global batch that read shards of their own; processes take whole groups, so any number of
+    processes that divides it reads the same batches, and each host its own shards only. Needs order_version 2."""
+    order_version: Literal[1, 2] = 1
+    """1: the order keeps 24 bytes a block of samples in every process; 2: another order, computed, for data.groups and
+    for billions of samples. Blocks of whole shards are then read in turn, a window of them at a time."""
     allow_pipe: bool = False
     """Permit `pipe:` sources, which run a shell command."""
     pipe_cache_gib: float = 50.0
@@ -85,6 +91,9 @@ class DataConfig:
         require(self.workers >= 0, "data.workers", self.workers, "0 or more")
         require(self.shuffle_block >= 1, "data.shuffle_block", self.shuffle_block, "at least 1")
         require(self.shuffle_window >= 1, "data.shuffle_window", self.shuffle_window, "at least 1")
+        require(self.groups >= 1, "data.groups", self.groups, "at least 1")
+        if self.order_version == 1:
+            require(self.groups == 1, "data.groups", self.groups, "more than 1 needs data.order_version: 2")
         require(0 <= self.max_bad_share <= 1, "data.max_bad_share", self.max_bad_share, "a fraction from 0 to 1")
         require(self.max_image_pixels >= 1, "data.max_image_pixels", self.max_image_pixels, "at least 1")
         require(self.pipe_cache_gib > 0, "data.pipe_cache_gib", self.pipe_cache_gib, "above 0")

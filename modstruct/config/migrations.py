@@ -61,7 +61,10 @@ CHANGES: dict[int, Change] = {
         },
         added_to_pretraining={"model.vision.stem": "patch", "model.vision.pool": "cls"},
     ),
-    5: Change(added={"train.gradient_sums": "whole"}),
+    5: Change(
+        added={"train.gradient_sums": "whole"},
+        added_to_pretraining={"data.groups": 1, "data.order_version": 1},
+    ),
 }
 
 

@@ -114,6 +114,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
+def local_world_size() -> int:
+    """Processes of this host, as the launcher has told; 1 if it has not."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)  # torchrun, DeepSpeed
+
+
 def world_size() -> int:
     return dist.get_world_size() if is_distributed() else 1
 

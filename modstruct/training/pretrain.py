@@ -58,7 +58,7 @@ class Pretraining(Trainer[Recipe]):
         self.samples = data.train
         self.tokenizer, self.has_validation = data.tokenizer, data.validation is not None
         self.state = start.state(f"{self.samples.content} {self.samples.weights}", recipe.data.train)
-        order = train_order(self.samples, recipe.data, recipe.train.seed)
+        order = train_order(self.samples, recipe.data, recipe.train.seed, recipe.train.global_batch)
         epoch_samples = order.epoch_samples
         epoch_steps = math.ceil(epoch_samples / recipe.train.global_batch)
         settings = LossSettings(recipe.train.pairwise_precision, epoch_steps, recipe.train.seed)

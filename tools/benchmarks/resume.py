@@ -85,7 +85,7 @@ def locate(table: Path, step: int, batch: int) -> dict:
     before = peak_bytes()
     start = time.perf_counter()
     samples = Samples(table)
-    order = train_order(samples, DataConfig(), seed=0)
+    order = train_order(samples, DataConfig(), seed=0, global_batch=batch)
     _, found = order.locate(np.arange(step * batch, (step + 1) * batch))
     rows = samples.rows[found]
     shards = {samples.shard_of(sample) for sample in found.tolist()}

@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -15,7 +16,9 @@ from torch.utils.data import Dataset
 from modstruct import distributed
 from modstruct.config import DataConfig
 from modstruct.data.faults import BadSample, TooManyBadSamples
-from modstruct.data.shards.order import SampleOrder
+from modstruct.data.shards.ahead import ComingShards, PipesAhead
+from modstruct.data.shards.grouped_order import GroupedOrder, require_groups
+from modstruct.data.shards.order import Order, SampleOrder
 from modstruct.data.shards.reader import RawSample, ShardReader
 from modstruct.data.shards.samples import Samples
 from modstruct.data.shards.sources import is_pipe
@@ -38,6 +41,8 @@ pairs have the same image, or the same caption. slot (B,): position in the data 
 SUBSTITUTES = 200
 # Samples, or bytes of their images, that are read in a row before the first of them is decoded.
 RUN_SAMPLES, RUN_BYTES = 64, 8 << 20
+# Of the pipe cache: what the coming steps need; the rest holds what the steps at hand still read.
+SHARE_AHEAD = 0.5
 Seeds = dict[str, int]
 """Of each random view of a sample."""
 RANDOM_VIEWS = ("image", "image_augmented", "text_augmented", "text_masked")
@@ -96,10 +101,9 @@ class LocalBatches(Dataset[TrainBatch]):
     def __init__(
         self,
         reader: ShardReader,
-        order: SampleOrder,
+        config: DataConfig,
         contents: BatchContents,
         plan: BatchPlan,
-        max_image_pixels: int,
         process: int,
         processes: int,
     ):
@@ -110,24 +114,50 @@ class LocalBatches(Dataset[TrainBatch]):
             batch,
             f"must be a multiple of the {processes} processes, such as {max(batch // processes, 1) * processes}",
         )
-        self.reader, self.order = reader, order
+        require_groups(config.groups, batch, processes)
+        self.reader, self.config, self.plan = reader, config, plan
         self.views, self.tokenizer = contents.views, contents.tokenizer
         self.fields, self.masked_rate = frozenset(contents.fields), contents.masked_rate
         self.text_field = self.views.text_field if "text_augmented" in self.fields else None
         self.image_views = [name for name in ("image", "image_augmented") if name in self.fields | {"image"}]
-        self.max_image_pixels = max_image_pixels
-        self.global_batch, self.rows = batch, batch // processes
+        self.rows = batch // processes
         self.part_rows = min(plan.micro_batch or self.rows, self.rows)
         self.parts = math.ceil(self.rows / self.part_rows)
-        self.first_row = process * self.rows
-        self.seed = plan.seed
+        self.local_rows = process * self.rows + np.arange(self.rows)
         self.draws = (*RANDOM_VIEWS, CAPTION) if any(reader.samples.caption_lines) else RANDOM_VIEWS
         self._outgoing = OutgoingRows()
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name not in ("order", "_pipes_ahead")}
+
+    @cached_property
+    def order(self) -> Order:
+        """Made in each process that uses it: that is quicker than sending it."""
+        return train_order(self.reader.samples, self.config, self.plan.seed, self.plan.global_batch)
+
+    @cached_property
+    def _pipes_ahead(self) -> PipesAhead | None:
+        samples = self.reader.samples
+        piped = np.array([is_pipe(shard) for shard in samples.shards])
+        if not piped.any():
+            return None
+
+        def shards_of(step: int) -> list[int]:
+            _, numbers = self.order.locate(step * self.plan.global_batch + self.local_rows)
+            found = np.unique(samples.shard_starts.searchsorted(numbers, side="right") - 1)
+            return found[piped[found]].tolist()
+
+        sharing = 1 if self.config.groups == 1 else distributed.local_world_size()
+        room_bytes = self.config.pipe_cache_gib * 2**30 * SHARE_AHEAD / sharing
+        coming = ComingShards(shards_of, samples.size_bytes, room_bytes, self.plan.stop_step)
+        return PipesAhead(coming, self.reader.pipes, samples.shards)
 
     def __getitem__(self, index: int) -> TrainBatch:
         step, part = divmod(index, self.parts)
         rows = np.arange(part * self.part_rows, min((part + 1) * self.part_rows, self.rows))
-        slots = step * self.global_batch + self.first_row + rows
+        if self._pipes_ahead is not None:
+            self._pipes_ahead.advance(step)
+        slots = step * self.plan.global_batch + self.local_rows[rows]
         epochs, samples = self.order.locate(slots)
         batch = TrainBatch({})
         side = self.views.image_size
@@ -192,7 +222,7 @@ class LocalBatches(Dataset[TrainBatch]):
             return bad
 
     def _seeds(self, epochs: np.ndarray, samples: np.ndarray) -> list[Seeds]:
-        columns = [sample_seed(self.seed, epochs, samples, name).tolist() for name in self.draws]
+        columns = [sample_seed(self.plan.seed, epochs, samples, name).tolist() for name in self.draws]
         return [dict(zip(self.draws, seeds, strict=True)) for seeds in zip(*columns, strict=True)]
 
     def _pair(
@@ -221,7 +251,7 @@ class LocalBatches(Dataset[TrainBatch]):
         )
 
     def _write_views(self, raw: RawSample, seeds: Seeds, into: Sequence[np.ndarray]) -> None:
-        image = decode_image(raw.image, self.max_image_pixels, raw.where)
+        image = decode_image(raw.image, self.config.max_image_pixels, raw.where)
         self.views.plain_image(image, seeds["image"], into[0])
         if "image_augmented" in self.fields:
             self.views.augmented_image(image, seeds["image_augmented"], into[1])
@@ -232,9 +262,14 @@ def identity(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest()) >> 1
 
 
-def train_order(samples: Samples, config: DataConfig, seed: int) -> SampleOrder:
-    """The order by data.shuffle_block, data.shuffle_window, the sources' weights and train.seed."""
-    return SampleOrder(samples.shard_sizes(), seed, config.shuffle_block, config.shuffle_window, samples.weights)
+def train_order(samples: Samples, config: DataConfig, seed: int, global_batch: int) -> Order:
+    """The order by data.order_version, data.groups, data.shuffle_block, data.shuffle_window, the sources' weights,
+    train.seed and, where there are groups, train.global_batch. Raises ValueError, naming the field."""
+    block, window = config.shuffle_block, config.shuffle_window
+    if config.order_version == 1:
+        return SampleOrder(samples.shard_sizes(), seed, block, window, samples.weights)
+    starts = samples.shard_starts, samples.source_starts
+    return GroupedOrder(*starts, seed, block, window, samples.weights, config.groups, global_batch)
 
 
 def train_loader(
@@ -248,18 +283,19 @@ def train_loader(
     """Loader of the plan's TrainBatches; any start is as quick as the first. `steps_of` groups the parts of a step.
 
     process, processes: rank of this process and their number, by default those of torch.distributed. Raises ValueError
-    if global_batch is no multiple of the number of processes, or if pipes do not fit their cache.
+    if global_batch is no multiple of the number of processes, if these cannot share the groups, or if pipes do not fit
+    their cache.
     """
-    _require_pipe_room(samples, config)
+    processes = distributed.world_size() if processes is None else processes
     dataset = LocalBatches(
         reader=ShardReader(samples, config),
-        order=train_order(samples, config, plan.seed),
+        config=config,
         contents=contents,
         plan=plan,
-        max_image_pixels=config.max_image_pixels,
         process=distributed.rank() if process is None else process,
-        processes=distributed.world_size() if processes is None else processes,
+        processes=processes,
     )
+    _require_pipe_room(samples, config, min(1.0, distributed.local_world_size() / processes))
     items = range(plan.start_step * dataset.parts, plan.stop_step * dataset.parts)
     return WorkerLoader(dataset, items, config.workers, pin_memory=distributed.on_gpu(), parts=dataset.parts)
 
@@ -274,19 +310,26 @@ def steps_of(loader: WorkerLoader[TrainBatch]) -> Iterator[list[TrainBatch]]:
             parts = []
 
 
-def _require_pipe_room(samples: Samples, config: DataConfig) -> None:
-    """Refuse a pipe cache that shuffled reading would thrash."""
+def _require_pipe_room(samples: Samples, config: DataConfig, host_share: float) -> None:
+    """Refuse a pipe cache that shuffled reading would thrash. host_share: of the processes, those of this host."""
     piped = np.array([is_pipe(shard) for shard in samples.shards])
-    counts = np.diff(samples.shard_starts)
-    sizes = samples.size_bytes[piped]
-    if len(sizes) and config.shuffle_block >= counts[piped].max():
+    if not piped.any():
+        return
+    counts, sizes = np.diff(samples.shard_starts)[piped], np.sort(samples.size_bytes[piped])
+    groups = math.ceil(config.groups * host_share)
+    if config.shuffle_block >= counts.max():
         # Blocks are whole shards: one window of them is read at a time, while the next begins.
-        sizes = np.sort(sizes)[-2 * config.shuffle_window :]
-    needed_gib = float(sizes.sum()) / 2**30
+        of_window = config.shuffle_window
+        if config.order_version == 2:  # windows are equally long, and reach into two more shards
+            of_window = math.ceil(of_window * config.shuffle_block / counts.mean()) + 2
+        together = 2 * of_window * groups
+    else:
+        together = math.ceil(len(sizes) * groups / config.groups) + groups
+    needed_gib = float(sizes[-together:].sum()) / 2**30
     if needed_gib > config.pipe_cache_gib:
         refuse(
             "data.pipe_cache_gib",
             config.pipe_cache_gib,
             f"the pipe: shards that shuffling reads side by side take {needed_gib:.3g} GiB; give as much, or have "
-            f"whole shards read in turn: data.shuffle_block: {counts[piped].max()} and a small data.shuffle_window",
+            f"whole shards read in turn: data.shuffle_block: {counts.max()} and a small data.shuffle_window",
         )

@@ -5,14 +5,14 @@ and on the sizes of the shards alone, so any number of processes and loader work
 position in the data is one integer.
 
 An epoch of a source is a permutation of its samples. The samples of each shard are cut into blocks of `block`
-neighbours; the blocks are permuted; groups of `window` permuted blocks are then permuted sample by sample. Reads thus
-stay local, in at most `window` places, while a batch mixes samples of many shards.
+neighbours; the blocks are permuted; each `window` permuted blocks are then permuted sample by sample. Reads thus stay
+local, in at most `window` places, while a batch mixes samples of many shards.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -26,13 +26,71 @@ Made = TypeVar("Made")
 _BLOCKS, _WINDOW, _PATTERN, _SUBSTITUTE = range(4)  # purposes of the streams of random numbers
 
 
+class Order(Protocol):
+    """What the loader asks of an order of data."""
+
+    epoch_samples: int
+    """Slots of one epoch of the whole: as many as there are samples."""
+
+    def largest_batches(self) -> list[int]:
+        """For the whole, or with weights for each source: neighbouring slots that take each of its samples once, as far
+        as they lie within one epoch of it."""
+
+    def locate(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Slots (n,), in any order -> epoch of the source that the slot draws from, and sample, each (n,) int64.
+
+        Samples are numbered through all sources, as in modstruct.data.shards.samples.Samples.
+        """
+
+    def substitute(self, slot: int, attempt: int) -> tuple[int, int]:
+        """(epoch, sample) that takes the place of a bad sample: a function of (seed, slot, attempt).
+
+        attempt: 1 for the first substitute of the slot, 2 for the next. It comes from the source of the slot and is
+        never the slot's own sample, unless that is the only one.
+        """
+
+
+class Mixture:
+    """Which source each slot draws from: without weights all are one pool, else each is one, with exact shares.
+
+    Raises ValueError for a weight too small for the pattern.
+    """
+
+    def __init__(self, seed: int, weights: Sequence[float] | None):
+        counts = np.array([1]) if weights is None else _largest_remainder(weights, PERIOD)
+        require(
+            bool((counts > 0).all()),
+            "data.train.weight",
+            None if weights is None else list(weights),
+            f"every weight must be at least 1/{PERIOD} of their sum",
+        )
+        pattern = np.repeat(np.arange(len(counts)), counts)
+        self.pattern = pattern[_permutation(len(pattern), seed, _PATTERN)]
+        """(period,) pool of each slot."""
+        self._counts = counts
+        # How many earlier slots of the pattern went to the same pool.
+        self._earlier = np.empty_like(self.pattern)
+        for pool, count in enumerate(counts):
+            self._earlier[self.pattern == pool] = np.arange(count)
+
+    def turns(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Slots (n,) -> pool (n,) and how many earlier slots went to the same pool (n,)."""
+        round_, place = np.divmod(slots, len(self.pattern))
+        pools = self.pattern[place]
+        return pools, round_ * self._counts[pools] + self._earlier[place]
+
+    def largest_batches(self, pool_sizes: Sequence[int]) -> list[int]:
+        """As Order has it, of the samples in each pool."""
+        return [size * len(self.pattern) // int(n) for size, n in zip(pool_sizes, self._counts, strict=True)]
+
+
 class SampleOrder:
-    """Order of one or several sources.
+    """Order of one or several sources: data.order_version 1.
 
     shard_sizes: for each source, the samples in each of its shards. weights: share of each source; None lets the
     sources count as one, of which each sample comes once in an epoch. With weights a seeded pattern of 10,000 slots
     decides the source of each slot, with exact shares, and every source has epochs of its own. block: neighbours kept
-    together. window: blocks mixed with each other. Raises ValueError for a weight too small for the pattern.
+    together. window: blocks mixed with each other. Methods as Order has them, errors as Mixture.
     """
 
     def __init__(
@@ -47,44 +105,17 @@ class SampleOrder:
         source_sizes = np.array([int(np.sum(sizes)) for sizes in shard_sizes], dtype=np.int64)
         source_starts = np.concatenate([[0], np.cumsum(source_sizes)])  # (sources + 1,)
         self.epoch_samples = int(source_starts[-1])
-        """Slots of one epoch of the whole: as many as there are samples."""
-        if weights is None:
-            pools = [np.concatenate(list(shard_sizes))]
-            self._pool_starts = np.zeros(1, dtype=np.int64)
-            counts = np.array([1])
-        else:
-            pools = list(shard_sizes)
-            self._pool_starts = source_starts[:-1]
-            counts = _largest_remainder(weights, PERIOD)
-            require(
-                bool((counts > 0).all()),
-                "data.train.weight",
-                list(weights),
-                f"every weight must be at least 1/{PERIOD} of their sum",
-            )
+        pools = [np.concatenate(list(shard_sizes))] if weights is None else list(shard_sizes)
+        self._pool_starts = np.zeros(1, dtype=np.int64) if weights is None else source_starts[:-1]
+        self._mixture = Mixture(seed, weights)
         self._pools = [_Epochs(sizes, seed, pool, block, window) for pool, sizes in enumerate(pools)]
-        pattern = np.repeat(np.arange(len(counts)), counts)
-        self._pattern = pattern[_permutation(len(pattern), seed, _PATTERN)]  # (period,) pool of each slot
-        self._counts = counts
-        # How many earlier slots of the pattern went to the same pool.
-        self._earlier = np.empty_like(self._pattern)
-        for pool, count in enumerate(counts):
-            self._earlier[self._pattern == pool] = np.arange(count)
 
     def largest_batches(self) -> list[int]:
-        """For the whole, or with weights for each source: neighbouring slots that take each of its samples once, as far
-        as they lie within one epoch of it."""
-        return [pool.size * len(self._pattern) // int(n) for pool, n in zip(self._pools, self._counts, strict=True)]
+        return self._mixture.largest_batches([pool.size for pool in self._pools])
 
     def locate(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Slots (n,), in any order -> epoch of the source that the slot draws from, and sample, each (n,) int64.
-
-        Samples are numbered through all sources, as in modstruct.data.shards.samples.Samples.
-        """
         slots = np.asarray(slots, dtype=np.int64)
-        round_, place = np.divmod(slots, len(self._pattern))
-        pools = self._pattern[place]
-        turns = round_ * self._counts[pools] + self._earlier[place]  # slots that went to the same pool before
+        pools, turns = self._mixture.turns(slots)
         epochs = np.empty_like(slots)
         samples = np.empty_like(slots)
         for pool in np.unique(pools):
@@ -94,17 +125,10 @@ class SampleOrder:
         return epochs, samples
 
     def substitute(self, slot: int, attempt: int) -> tuple[int, int]:
-        """(epoch, sample) that takes the place of a bad sample: a function of (seed, slot, attempt).
-
-        attempt: 1 for the first substitute of the slot, 2 for the next. It comes from the slot's pool and is
-        never the slot's own sample, unless that is the only one.
-        """
         epoch, sample = (int(value[0]) for value in self.locate(np.array([slot])))
-        pool = self._pattern[slot % len(self._pattern)]
+        pool = int(self._mixture.turns(np.array([slot]))[0][0])
         start, size = int(self._pool_starts[pool]), self._pools[pool].size
-        step = 1 + int(_random(1, self.seed, _SUBSTITUTE, slot, attempt)[0] % np.uint64(max(size - 1, 1)))
-        other = start + (sample - start + step) % size
-        return epoch, other
+        return epoch, start + another(sample - start, size, self.seed, slot, attempt)
 
 
 class _Epochs:
@@ -119,10 +143,10 @@ class _Epochs:
         self._starts = np.repeat(shard_starts, blocks) + number * block
         self._sizes = np.minimum(block, np.repeat(shard_starts + shard_sizes, blocks) - self._starts)
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self._groups: dict[tuple[int, int], np.ndarray] = {}
+        self._windows: dict[tuple[int, int], np.ndarray] = {}
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_epochs": {}, "_groups": {}}  # faster to rebuild than to send
+        return self.__dict__ | {"_epochs": {}, "_windows": {}}  # faster to rebuild than to send
 
     def locate(self, turns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Turns (n,) -> epochs (n,) and samples (n,), numbered within the pool."""
@@ -130,12 +154,12 @@ class _Epochs:
         samples = np.empty_like(turns)
         for epoch in np.unique(epochs).tolist():
             _, starts = self._epoch(epoch)
-            group_starts = starts[: -1 : self.window]
+            window_starts = starts[: -1 : self.window]
             in_epoch = np.flatnonzero(epochs == epoch)
-            groups = np.searchsorted(group_starts, places[in_epoch], side="right") - 1
-            for group in np.unique(groups).tolist():
-                mine = in_epoch[groups == group]
-                samples[mine] = self._group(epoch, group)[places[mine] - group_starts[group]]
+            windows = np.searchsorted(window_starts, places[in_epoch], side="right") - 1
+            for window in np.unique(windows).tolist():
+                mine = in_epoch[windows == window]
+                samples[mine] = self._mixed(epoch, window)[places[mine] - window_starts[window]]
         return epochs, samples
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -145,23 +169,23 @@ class _Epochs:
             blocks = _permutation(len(self._sizes), self.seed, _BLOCKS, self.pool, epoch)
             return blocks, np.concatenate([[0], np.cumsum(self._sizes[blocks])])
 
-        return _remember(self._epochs, epoch, make, limit=2)
+        return remember(self._epochs, epoch, make, limit=2)
 
-    def _group(self, epoch: int, group: int) -> np.ndarray:
+    def _mixed(self, epoch: int, window: int) -> np.ndarray:
         """The samples of `window` permuted blocks, mixed."""
 
         def make() -> np.ndarray:
-            blocks = self._epoch(epoch)[0][group * self.window : (group + 1) * self.window]
+            blocks = self._epoch(epoch)[0][window * self.window : (window + 1) * self.window]
             sizes = self._sizes[blocks]
             begins = np.cumsum(sizes) - sizes
             samples = np.arange(int(sizes.sum())) + np.repeat(self._starts[blocks] - begins, sizes)
-            return samples[_permutation(len(samples), self.seed, _WINDOW, self.pool, epoch, group)]
+            return samples[_permutation(len(samples), self.seed, _WINDOW, self.pool, epoch, window)]
 
-        return _remember(self._groups, (epoch, group), make, limit=4)
+        return remember(self._windows, (epoch, window), make, limit=4)
 
 
-def _remember(cache: dict[Key, Made], key: Key, make: Callable[[], Made], limit: int) -> Made:
-    """A loader reads step after step, so the last few epochs and groups are worth keeping."""
+def remember(cache: dict[Key, Made], key: Key, make: Callable[[], Made], limit: int) -> Made:
+    """A loader reads step after step, so the last few epochs and windows are worth keeping."""
     if key not in cache:
         while len(cache) >= limit:
             cache.pop(next(iter(cache)))
@@ -169,7 +193,7 @@ def _remember(cache: dict[Key, Made], key: Key, make: Callable[[], Made], limit:
     return cache[key]
 
 
-def _random(count: int, *words: int) -> np.ndarray:
+def random_words(count: int, *words: int) -> np.ndarray:
     """(count,) uint64, a function of the words.
 
     Raw bits of a bit generator: numpy keeps them from version to version, unlike Generator.permutation and the like.
@@ -177,8 +201,14 @@ def _random(count: int, *words: int) -> np.ndarray:
     return np.random.PCG64(np.random.SeedSequence([word % 2**64 for word in words])).random_raw(count)
 
 
+def another(place: int, size: int, *words: int) -> int:
+    """Another of `size` places, a function of the words; the same if there is no other."""
+    step = 1 + int(random_words(1, words[0], _SUBSTITUTE, *words[1:])[0] % np.uint64(max(size - 1, 1)))
+    return (place + step) % size
+
+
 def _permutation(count: int, *words: int) -> np.ndarray:
-    return np.argsort(_random(count, *words), kind="stable")
+    return np.argsort(random_words(count, *words), kind="stable")
 
 
 def _largest_remainder(weights: Sequence[float], total: int) -> np.ndarray:

@@ -57,8 +57,12 @@ class PipeCache:
             try:
                 descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError:
-                self._spool(shard, path, size_bytes)  # and try again: another process may have removed it meanwhile
-                continue
+                try:
+                    self._spool(shard, path, size_bytes)
+                except PipeFailed as error:
+                    self._failed[shard] = str(error)
+                    raise
+                continue  # try again: another process may have removed it meanwhile
             if size_bytes not in (None, os.fstat(descriptor).st_size):  # spooled before it was indexed again
                 os.close(descriptor)
                 path.unlink(missing_ok=True)
@@ -67,11 +71,19 @@ class PipeCache:
                 os.utime(path)  # time of last use, for the removal
             return descriptor
 
+    def fetch(self, shard: str, size_bytes: int) -> None:
+        """Spool a shard ahead of need, unless another thread or process does. If that fails, whoever needs the shard
+        tries again."""
+        path = self.path(shard)
+        if shard not in self._failed and not path.exists():
+            with suppress(OSError):
+                self._spool(shard, path, size_bytes, wait=False)
+
     def path(self, shard: str) -> Path:
         return self.folder / f"{hashlib.blake2b(shard.encode(), digest_size=16).hexdigest()}.tar"
 
-    def _spool(self, shard: str, path: Path, size_bytes: int | None) -> None:
-        with locked(path.with_suffix(".lock")):
+    def _spool(self, shard: str, path: Path, size_bytes: int | None, wait: bool = True) -> None:
+        with locked(path.with_suffix(".lock"), wait):
             if path.exists():
                 return
             for attempt in range(ATTEMPTS):
@@ -79,9 +91,8 @@ class PipeCache:
                 try:
                     _run(shard, path, size_bytes)
                     break
-                except PipeFailed as error:
+                except PipeFailed:
                     if attempt == ATTEMPTS - 1:
-                        self._failed[shard] = str(error)
                         raise
             self._make_room(keep=path)
 

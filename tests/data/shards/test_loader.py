@@ -364,8 +364,21 @@ def test_weights_reach_the_order(tmp_path):
     data = config(tmp_path)
     sources = [Source(write_shards(tmp_path / name, [30]), weight=w) for name, w in (("a", 3.0), ("b", 1.0))]
     samples = open_samples(sources, data, "data.train")
-    _, sample = train_order(samples, data, 0).locate(torch.arange(10_000).numpy())
+    _, sample = train_order(samples, data, 0, 12).locate(torch.arange(10_000).numpy())
     assert (sample < 30).sum() == 7500
+
+
+def test_groups_are_read_alike_by_any_number_of_processes_that_divides_them(damaged):
+    samples, data = damaged
+    data.groups, data.order_version = 4, 2
+    alone = load(samples, data)
+    assert any(batch.faults for batch in alone)
+    for processes, start, workers in ((2, 0, 0), (4, 3, 0), (2, 3, 1)):
+        mine = replace(data, workers=workers)
+        parts = [load(samples, mine, start, process=process, processes=processes) for process in range(processes)]
+        assert_same(joined(parts), alone[start:])
+    with pytest.raises(ValueError, match=r"^data\.groups = 4: 3 processes cannot take whole groups"):
+        load(samples, data, processes=3)
 
 
 def test_rows_that_do_not_divide_are_refused(tmp_path):

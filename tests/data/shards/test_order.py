@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 
 import numpy as np
@@ -48,6 +49,24 @@ def test_a_window_reads_from_no_more_blocks_than_it_holds(shards, block, window)
     blocks = sample // 20 * blocks_a_shard + sample % 20 // block
     visits = [np.flatnonzero(blocks == one) for one in np.unique(blocks)]
     assert max(np.ptp(visit) for visit in visits) < window * block
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options", "digest"),
+    [
+        ([[50, 7, 0, 31], [12]], {"seed": 5, "block": 8, "window": 4}, "7757873f173e3e1177f42e2e191e522a"),
+        (
+            [[50, 7, 0, 31], [12]],
+            {"seed": 5, "block": 8, "window": 4, "weights": [3, 1]},
+            "ab8365f4142f96d9245ebcec5bd79f44",
+        ),
+        ([[40, 33, 9]], {"seed": 2**70, "block": 64, "window": 2}, "10f91959abde89387c87cd0d77bb5116"),
+    ],
+)
+def test_the_order_is_the_recorded_one(sizes, options, digest):
+    """Checkpoints are resumed by it: it never changes."""
+    epochs, samples = SampleOrder([np.array(source) for source in sizes], **options).locate(np.arange(1000))
+    assert hashlib.sha256(epochs.tobytes() + samples.tobytes()).hexdigest()[:32] == digest
 
 
 def test_another_epoch_and_another_seed_give_another_order():

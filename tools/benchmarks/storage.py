@@ -1,0 +1,157 @@
+"""Data on slow or distant storage: what hosts fetch in an epoch, and how well the samples are mixed meanwhile.
+
+python tools/benchmarks/storage.py fetches                          # 64 hosts, 64M samples: 5 minutes, index arithmetic
+
+`fetches` reads no data: for some of the hosts it walks through an epoch and counts the bytes of the shards that such a
+host fetches into its cache (ahead of need, the least recently used leave it first) and those of the samples that it
+reads. It also measures how the order mixes: how often two samples of a batch, or of neighbouring batches, are from one
+shard, where 1 is what samples drawn at random have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import OrderedDict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from modstruct.data.shards.ahead import ComingShards
+from modstruct.data.shards.grouped_order import GroupedOrder
+from modstruct.data.shards.loader import SHARE_AHEAD
+from modstruct.data.shards.order import Order, SampleOrder
+
+GIB = 2**30
+MIXED_BATCHES = 16  # pairs of neighbours that mixing is measured on
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="JSON file to write.")
+    kinds = parser.add_subparsers(required=True)
+    fetches_options(kinds.add_parser("fetches", help="What hosts fetch, and how the order mixes."))
+    options = parser.parse_args(arguments)
+    results = options.run(options)
+    if options.out:
+        options.out.write_text(json.dumps({"command": " ".join(sys.argv), "results": results}, indent=1))
+
+
+# --- what hosts fetch ---
+
+
+def fetches_options(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=fetches)
+    parser.add_argument("--samples", type=int, default=64_320_000, help="Of the source (default: %(default)s).")
+    parser.add_argument("--shard_samples", type=int, default=10_000, help="Of a shard (default: %(default)s).")
+    parser.add_argument("--sample_bytes", type=int, default=50_000, help="Of a sample (default: %(default)s).")
+    parser.add_argument("--global_batch", type=int, default=32_768, help="Pairs of a step (default: %(default)s).")
+    parser.add_argument("--hosts", type=int, default=64, help="Of the run (default: %(default)s).")
+    parser.add_argument("--looked_at", type=int, default=4, help="Of these, with groups (default: %(default)s).")
+    parser.add_argument("--cache_gib", type=float, default=50.0, help="data.pipe_cache_gib (default: %(default)s).")
+
+
+class Setting(NamedTuple):
+    groups: int
+    block: int
+    window: int
+
+
+class HostCount(NamedTuple):
+    fetched: int
+    used: int
+    late: int
+    """Shards that were not there when they were needed."""
+
+
+def fetches(options: argparse.Namespace) -> list[dict]:
+    whole = options.shard_samples
+    hosts, several = options.hosts, options.hosts * 8
+    settings = [Setting(1, 64, 1024), Setting(1, whole, 16)]
+    settings += [Setting(hosts, whole, 16), Setting(hosts, whole, 4), Setting(several, whole, 4)]
+    print(
+        f"{'groups':>7}{'block':>8}{'window':>8}{'fetched / used':>16}{'late':>6}{'same batch':>13}{'neighbours':>12}"
+    )
+    results = []
+    for setting in tqdm(settings, disable=None):
+        order = order_of(setting, options)
+        looked_at = range(0, hosts, hosts // options.looked_at) if setting.groups > 1 else range(1)  # else all alike
+        counts = [count_host(order, host, setting, options) for host in looked_at]
+        fetched, used, late = (sum(values) for values in zip(*counts, strict=True))
+        batch, neighbours = mixing(order, options)
+        row = setting._asdict() | {"fetched_over_used": fetched / used, "late": late / len(counts)}
+        results.append(row | {"same_shard_in_batch": batch, "same_shard_in_neighbours": neighbours})
+        tqdm.write(
+            f"{setting.groups:>7}{setting.block:>8,}{setting.window:>8,}{fetched / used:>16,.3f}"
+            f"{late / len(counts):>6.0f}{batch:>13.2f}{neighbours:>12.2f}"
+        )
+    return results
+
+
+def order_of(setting: Setting, options: argparse.Namespace) -> Order:
+    starts = np.arange(0, options.samples + 1, options.shard_samples)
+    if setting.groups == 1:
+        return SampleOrder([np.diff(starts)], 0, setting.block, setting.window)
+    sources = np.array([0, len(starts) - 1])
+    return GroupedOrder(starts, sources, 0, setting.block, setting.window, None, setting.groups, options.global_batch)
+
+
+def count_host(order: Order, host: int, setting: Setting, options: argparse.Namespace) -> HostCount:
+    """Walk one host through an epoch."""
+    rows = options.global_batch // options.hosts
+    steps = options.samples // options.global_batch
+    seen: dict[int, list[int]] = {}
+    samples: list[np.ndarray] = []
+
+    def shards_of(step: int) -> list[int]:
+        _, found = order.locate(step * options.global_batch + host * rows + np.arange(rows))
+        samples.append(found)
+        seen[step] = np.unique(found // options.shard_samples).tolist()
+        return seen[step]
+
+    shard_bytes = options.shard_samples * options.sample_bytes
+    limit = int(options.cache_gib * GIB)
+    sizes = np.full(options.samples // options.shard_samples, shard_bytes)
+    coming = ComingShards(shards_of, sizes, limit * SHARE_AHEAD, steps)
+    cache: OrderedDict[int, None] = OrderedDict()
+    fetched = late = 0
+
+    def fetch(shard: int) -> None:
+        nonlocal fetched
+        if shard not in cache:
+            fetched += shard_bytes
+            cache[shard] = None
+            while len(cache) > max(1, limit // shard_bytes):
+                cache.popitem(last=False)
+
+    for step in range(steps):
+        for shard in coming.newly_seen(step):
+            fetch(shard)
+        for shard in seen.pop(step):
+            late += shard not in cache
+            fetch(shard)
+            cache.move_to_end(shard)
+    assert len(np.unique(np.concatenate(samples))) == steps * rows, "a sample came twice in an epoch"
+    return HostCount(fetched, steps * rows * options.sample_bytes, late)
+
+
+def mixing(order: Order, options: argparse.Namespace) -> tuple[float, float]:
+    """How often two samples of a batch, and two of neighbouring batches, are from one shard: 1 for random batches."""
+    batch, shards = options.global_batch, options.samples // options.shard_samples
+    steps = options.samples // batch
+    within, between = [], []
+    for step in np.linspace(1, steps - 3, MIXED_BATCHES).astype(int).tolist():
+        first, second = (
+            np.bincount(order.locate(at * batch + np.arange(batch))[1] // options.shard_samples, minlength=shards)
+            for at in (step, step + 1)
+        )
+        within.append((first * (first - 1)).sum() / (batch * (batch - 1)) * shards)
+        between.append((first * second).sum() / batch**2 * shards)
+    return float(np.mean(within)), float(np.mean(between))
+
+
+if __name__ == "__main__":
+    main()
