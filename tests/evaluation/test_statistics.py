@@ -13,6 +13,7 @@ from modstruct.evaluation.statistics import (
     mean_interval,
     median_interval,
     paired_difference,
+    sign_flip,
     t_interval,
     wilson,
 )
@@ -215,3 +216,14 @@ def test_p_values_are_corrected_for_their_number():
 def test_what_has_no_interval_is_refused_by_name(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_the_sign_flip_test_is_scipys_permutation_test_and_exact_for_few_differences():
+    differences = np.random.default_rng(0).normal(0.5, 1.0, 11)
+    how = {"permutation_type": "samples", "n_resamples": 2**12, "vectorized": True}
+    expected = stats.permutation_test((differences,), lambda x, axis: x.sum(axis), **how).pvalue
+    assert sign_flip(differences, 2**12) == pytest.approx(expected, abs=1e-12)
+    assert sign_flip(np.ones(8), 2**9) == 2 / 2**8  # all of one sign: two of 256
+    drawn = sign_flip(differences, 2**10)  # fewer than there are: at random
+    assert drawn == pytest.approx(expected, abs=0.05)
+    assert sign_flip(np.zeros(8), 2**9) == 1.0
