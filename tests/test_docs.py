@@ -1,0 +1,88 @@
+"""Commands in README and docs have options that exist, files that they name are there, and links lead somewhere."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import runpy
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+WRITTEN = ROOT / "tests" / "checkpoints" / "written_by_0.1.0"
+RUNS = {"two_tower": ["scenes", "emoji", "clip_inmodal"], "fusion": ["albef_scenes", "text_assignment"]}
+RUNS |= {"snli_ve": ["vqa", "snli_ve"]}
+TOOLS = ("make_shards", "index_shards", "train_tokenizer")
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Words after the launcher of every command that starts a script of ours, in fenced blocks."""
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.M | re.S)
+    lines = "\n".join(text for kind, text in fenced if kind in ("", "bash")).replace("\\\n", " ").splitlines()
+    starts = [part for line in lines for part in line.split(" && ") if re.match(r"python |deepspeed |torchrun ", part)]
+    found = [shlex.split(part, comments=True) for part in starts]
+    scripts = [(n, words) for words in found for n, word in enumerate(words) if re.fullmatch(r"[\w/.]+\.(py|sh)", word)]
+    return [words[n:] for n, words in scripts if "…" not in words]
+
+
+ALL = [pytest.param(words, id=f"{page.stem}: {' '.join(words)[:70]}") for page in PAGES for words in commands(page)]
+
+
+@pytest.fixture
+def where_runs_are(tmp_path, monkeypatch):
+    """A folder with the runs that the pages speak of."""
+    for kind, names in RUNS.items():
+        for name in names:
+            shutil.copytree(WRITTEN / kind, tmp_path / "runs" / name)
+    for script in ("launch_scripts", "tools", "ds_configs", "docs"):
+        (tmp_path / script).symlink_to(ROOT / script)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+class Parsed(Exception):
+    """The command line was understood."""
+
+
+@pytest.mark.parametrize("words", ALL)
+def test_every_command_is_understood(words, where_runs_are, monkeypatch):
+    script, *options = words
+    assert (ROOT / script).is_file(), f"{script} is not there"
+    name = Path(script).stem
+
+    def parsed(*_, **__):
+        raise Parsed
+
+    monkeypatch.setattr("modstruct.cli.run", parsed)
+    monkeypatch.setattr("modstruct.cli.run_tool", parsed)
+    monkeypatch.setattr(sys, "argv", [script, *options])
+    if "--print_config" in options or "--help" in options:
+        expected: type[BaseException] = SystemExit
+    elif (script.startswith("launch_scripts/") and script.endswith(".py")) or name in TOOLS:
+        expected = Parsed
+    else:
+        return  # benchmarks, experiments and templates: that they are there is all that is seen here
+    for command in ("full", "embed", "measure", "report", "task", "quick"):
+        monkeypatch.setattr(importlib.import_module(f"modstruct.commands.{command}"), "run", parsed)
+    with pytest.raises(expected):
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_to_a_page(page):
+    linked = re.findall(r"\]\(([^)#:]+\.md)(?:#[^)]*)?\)", page.read_text())
+    missing = [link for link in linked if not (page.parent / link).is_file()]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_that_is_named_is_there(page):
+    named = re.findall(
+        r"`((?:modstruct|tools|launch_scripts|ds_configs|tests|csrc|docs)/[\w/.-]+\.\w+)`", page.read_text()
+    )
+    assert not [path for path in named if "NAME" not in path and not (ROOT / path).exists()]
