@@ -62,7 +62,7 @@ CHANGES: dict[int, Change] = {
         added_to_pretraining={"model.vision.stem": "patch", "model.vision.pool": "cls"},
     ),
     5: Change(
-        added={"train.gradient_sums": "whole"},
+        added={"train.gradient_sums": "whole", "train.float32_norms": False, "train.tf32": None},
         added_to_pretraining={"data.groups": 1, "data.order_version": 1},
     ),
 }

@@ -71,8 +71,15 @@ class TrainConfig:
     """Length of the run in steps; give this or train.epochs."""
     epochs: float | None = None
     """Length of the run in passes over the training source; give this or train.steps."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """What the towers compute in; losses are always float32. fp16 needs a GPU."""
+    precision: Literal["fp32", "bf16_mixed", "bf16", "fp16"] = "fp32"
+    """What the towers compute in; losses are always float32. bf16_mixed: float32 weights and gradients, products in
+    bfloat16 by autocast. bf16, fp16: the working copies of weights too, which halves what a process holds and sends.
+    fp16 needs a GPU."""
+    float32_norms: bool = True
+    """bf16: parameters of norms, the logit scale and other learnt numbers stay float32 (bf16_mixed has all so)."""
+    tf32: bool | None = False
+    """Products and convolutions of float32 towers in TF32 on a GPU: 10 bits behind the point instead of 23, several
+    times as fast. null leaves it to torch, which takes TF32 for convolutions alone."""
     activation_checkpointing: bool = False
     """Keep the input of each layer of the towers alone, and recompute what lies inside in the backward pass: less
     memory for a third more work, the same gradient."""

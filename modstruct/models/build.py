@@ -7,14 +7,17 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Protocol, cast
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from modstruct import distributed
 from modstruct.config import Recipe
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.errors import refuse
 from modstruct.losses.objective import Objective
 from modstruct.models import towers
+from modstruct.models.norms import Float32BatchNorm, keep_norms_in_float32
 from modstruct.models.protocol import TrainableModel
 from modstruct.models.two_tower import TwoTower
 
@@ -65,6 +68,56 @@ def log_scale_range(recipe: Recipe) -> tuple[float, float]:
 
 
 # --- execution of the trunks, which changes neither what is computed nor the name of a weight ---
+
+
+@torch.no_grad()
+def cast_but_norms(model: TrainableModel, dtype: torch.dtype) -> None:
+    """Weights in half precision; norms' parameters and learnt numbers (the logit scale) stay float32.
+
+    One step of a bfloat16 log of the scale is 3 % of a scale of 100.
+    """
+    kept = {id(parameter) for parameter in keep_norms_in_float32(model)}
+    kept |= {id(model.get_parameter(name)) for name in model.scalar_limits}
+    for parameter in model.parameters():
+        if id(parameter) not in kept:
+            parameter.data = parameter.data.to(dtype)
+
+
+def autocast_forward(model: TrainableModel, dtype: torch.dtype) -> None:
+    """Let the model's forward compute in half precision from float32 weights.
+
+    Inside the forward, since DeepSpeed switches an autocast around its engine off, and its own (torch_autocast) makes
+    gradients travel in half precision and leaves a mark in the process for every later engine.
+    """
+    keep_norms_in_float32(model)
+    model.forward = torch.autocast(distributed.device().type, dtype)(model.forward)  # type: ignore[method-assign]
+
+
+@contextmanager
+def float32_products(tf32: bool | None) -> Iterator[None]:
+    """Products and convolutions of float32 tensors on a GPU: in TF32, or not, or (None) as torch has it, which takes
+    TF32 for convolutions alone. As before at the end. The losses' kernels have a precision of their own."""
+    settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        for setting in settings if tf32 is not None else ():
+            setting.fp32_precision = "tf32" if tf32 else "ieee"
+        yield
+    finally:
+        for setting, earlier in zip(settings, before, strict=True):
+            setting.fp32_precision = earlier
+
+
+def lay_channels_last(model: TrainableModel) -> None:
+    """Let images enter ResNets with their channels innermost: a GPU's convolutions want them so, and each layer gives
+    its output as it gets its input. Weights stay as they are, since DeepSpeed flattens them."""
+    for trunk in model.trunks().values():
+        if any(isinstance(module, BatchNorm) for module in trunk.modules()):
+            trunk.register_forward_pre_hook(_channels_last)
+
+
+def _channels_last(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(images.contiguous(memory_format=torch.channels_last) for images in inputs)
 
 
 class Switched(Protocol):
@@ -128,7 +181,7 @@ class _Recomputed:
 @contextmanager
 def _statistics_held(block: nn.Module) -> Iterator[None]:
     """BatchNorm keeps its running statistics: they moved when the block ran first."""
-    layers = [module for module in block.modules() if isinstance(module, towers.Float32BatchNorm)]
+    layers = [module for module in block.modules() if isinstance(module, Float32BatchNorm)]
     momenta = [layer.momentum for layer in layers]
     for layer in layers:
         layer.momentum = 0.0  # not another copy of the statistics: autograd would take it for a change of what it saved

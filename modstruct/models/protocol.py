@@ -66,6 +66,12 @@ class TrainableModel(nn.Module):
             self.scalar_limits[scalar.name] = (scalar.low, scalar.high)
         self.shared_outputs = self.shared_outputs | {scalar.name for scalar in scalars}
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights: half precision where DeepSpeed's working copies have it, be it without norms and scalars."""
+        dtypes = (parameter.dtype for parameter in self.parameters())
+        return next((dtype for dtype in dtypes if dtype != torch.float32), torch.float32)
+
     def clamped(self, name: str) -> Tensor:
         """A learnt number between its limits, (1,) float32.
 

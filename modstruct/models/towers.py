@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from modstruct.checkpoints import require_finite
 from modstruct.config import ModelConfig
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.distributed import main_first
 from modstruct.errors import refuse, require
+from modstruct.models.norms import Float32BatchNorm
 
 if TYPE_CHECKING:
     from open_clip import CustomTextCLIP
@@ -203,19 +203,6 @@ def _fit_text_tower(text: TextTransformer, tokenizer: Tokenizer) -> None:
     text.positional_embedding = nn.Parameter(text.positional_embedding.detach()[:length].clone())
     text.attn_mask = text.attn_mask[:length, :length]
     text.context_length = text.num_pos = length
-
-
-class Float32BatchNorm(nn.BatchNorm2d):
-    """BatchNorm in float32: DeepSpeed casts its weights to half precision and leaves its statistics in float32."""
-
-    momentum: float
-    num_batches_tracked: Tensor
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            self.num_batches_tracked.add_(1)
-        statistics = (self.running_mean, self.running_var, self.weight.float(), self.bias.float())
-        return F.batch_norm(x.float(), *statistics, self.training, self.momentum, self.eps).to(x.dtype)
 
 
 def _linear(weight: Tensor) -> nn.Linear:

@@ -67,7 +67,7 @@ class TwoTower(TrainableModel):
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) -> the towers' dtype, with the recipe's mean and deviation taken out."""
-        return standardised(images, self.mean, self.std).to(self.logit_scale.dtype)
+        return standardised(images, self.mean, self.std).to(self.dtype)
 
 
 def _modules(tower: Tower) -> nn.ModuleDict:

@@ -29,6 +29,7 @@ from modstruct.embeddings import Outputs
 from modstruct.errors import refuse
 from modstruct.files import disk_error
 from modstruct.models.protocol import Batch, TrainableModel
+from modstruct.training.two_dtypes import allow_two_dtypes
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SECONDS_OF_A_LOAD = 2
@@ -53,6 +54,7 @@ def start_engine(model: TrainableModel, optimizer: torch.optim.Optimizer, ds_con
         deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
         if not hasattr(OpBuilder.jit_load, "__wrapped__"):
             OpBuilder.jit_load = _announced(OpBuilder.jit_load)
+            allow_two_dtypes()
         deepspeed_engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     return Engine(deepspeed_engine, model)
 

@@ -30,7 +30,14 @@ from modstruct.errors import RunError, refuse, require
 from modstruct.evaluation.result import Result
 from modstruct.evaluation.tables import save_results, table
 from modstruct.losses.objective import Objective
-from modstruct.models.build import compile_trunks, recompute_activations
+from modstruct.models.build import (
+    autocast_forward,
+    cast_but_norms,
+    compile_trunks,
+    float32_products,
+    lay_channels_last,
+    recompute_activations,
+)
 from modstruct.models.protocol import TrainableModel, load_weights
 from modstruct.training.checkpoint import CheckpointWriter, require_moments, restore
 from modstruct.training.deepspeed_adapter import Engine, local_part, start_engine
@@ -123,7 +130,8 @@ class Trainer(ABC, Generic[RecipeT]):
         """
         distributed.start_processes()
         nothing = "no step was taken, so there is nothing to save"
-        with run_lock.held(self.output, "output"), stopping.stage(nothing) as stage:
+        products = float32_products(self.recipe.train.tf32)
+        with run_lock.held(self.output, "output"), stopping.stage(nothing) as stage, products:
             start_logging(self.output)
             self.build()
             profiling = profiled(self.output / "profile", profile_steps, self.state.step, self.steps)
@@ -296,6 +304,12 @@ def build_engine(model: TrainableModel, recipe: Recipe | FinetuneRecipe, ds_conf
     """The model as the recipe wants it carried out, in DeepSpeed's hands. ds_config: resolved."""
     if recipe.train.precision == "fp16" and not distributed.on_gpu():
         refuse("train.precision", "fp16", "needs a GPU; use bf16 or fp32 on the CPU")
+    if recipe.train.precision == "bf16" and recipe.train.float32_norms:
+        cast_but_norms(model, torch.bfloat16)
+    if recipe.train.precision == "bf16_mixed":
+        autocast_forward(model, torch.bfloat16)
+    if distributed.on_gpu():
+        lay_channels_last(model)
     if recipe.train.activation_checkpointing:
         recompute_activations(model)
     if recipe.train.compile:

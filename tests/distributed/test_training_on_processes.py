@@ -14,6 +14,7 @@ from modstruct import checkpoints
 
 STAGES = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
 CASES = [(stage, "fp32") for stage in STAGES] + [(stage, "bf16") for stage in ("zero0", "zero1", "zero2", "zero3")]
+CASES += [("zero2", "bf16_mixed"), ("zero3", "bf16_mixed")]
 
 
 def train_once(output: str, cache: str, stage: str, precision: str, steps: int = 4, resume: str | None = None) -> None:
@@ -93,14 +94,38 @@ def test_the_number_of_processes_does_not_matter(two_processes, tmp_path, cache,
         assert_same_run(last(two_processes / "zero2-fp32"), last(tmp_path / name), 1e-4)
 
 
+def dtypes_of_products(model: torch.nn.Module) -> set[torch.dtype]:
+    """A set that the next forward fills: of what products of the towers and heads result in."""
+    found: set[torch.dtype] = set()
+    for module in model.modules():
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+            module.register_forward_hook(lambda module, inputs, made: found.add(made.dtype))
+    return found
+
+
+def norms_are_float32(engine) -> bool:
+    """Whether what the next step reads of each norm and of the logit scale is the float32 master, bit for bit."""
+    norms = [name for name, module in engine.model.named_modules() if isinstance(module, torch.nn.LayerNorm)]
+    kept = {"logit_scale"} | {f"{name}.{kind}" for name in norms for kind in ("weight", "bias")}
+    same = []
+    for name, parameter in engine.parameters():
+        if name in kept:
+            start, end = engine.span(parameter)
+            held = parameter.ds_tensor if hasattr(parameter, "ds_id") else parameter.flatten()[start:end]
+            master = engine.read(parameter)["weight"]
+            same.append(held.dtype == torch.float32 and torch.equal(held[: len(master)], master))
+    return len(same) == len(kept) > 5 and all(same)
+
+
 def skipped_steps(folder: str, cache: str) -> dict[str, bool]:
-    """At every stage: one step with a non-finite gradient, one with a non-finite loss; do the weights stay?"""
+    """At every stage: one step with a non-finite gradient, one with a non-finite loss; do the weights stay? And what
+    the towers compute in at a sound step."""
     from modstruct import distributed
     from modstruct.training.pretrain import Pretraining
     from modstruct.training.step import train_step
 
     outcome = {}
-    for stage, precision in CASES:
+    for stage, precision in [*CASES, ("zero3_offload", "bf16")]:
         recipe = tiny_recipe(f"{folder}/{stage}{precision}", cache, precision=precision)
         run = Pretraining(recipe, ds_config(stage), None).build()
         torch.manual_seed(0)
@@ -131,7 +156,12 @@ def skipped_steps(folder: str, cache: str) -> dict[str, bool]:
             unmoved = all(torch.equal(a, b) for a, b in zip(before, weights(), strict=True))
             reason = "bridge" if where == "loss" else "gradient"
             outcome[f"{stage} {precision} {where}"] = unmoved and reason in (report.skipped or "")
+        products = dtypes_of_products(run.engine.model)
         report = train_step(run.engine, run.objective, [batch], 1, 1e-2)
+        half = {torch.float32 if precision == "fp32" else torch.bfloat16}
+        outcome[f"{stage} {precision} products' dtype"] = products == half
+        outcome[f"{stage} {precision} losses' dtype"] = {o.dtype for o in report.outputs.values()} == {torch.float32}
+        outcome[f"{stage} {precision} norms' dtype"] = norms_are_float32(run.engine)
         moved = any(not torch.equal(a, b) for a, b in zip(before, weights(), strict=True))
         outcome[f"{stage} {precision} recovers"] = moved and report.skipped is None and run.engine.steps_taken == 1
     return outcome

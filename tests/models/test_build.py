@@ -7,7 +7,14 @@ import torch
 from tiny_models import batch_of_both_views, register_architectures, tiny_config, tiny_model, word_tokenizer
 from torch import Tensor
 
-from modstruct.models.build import compile_trunks, recompute_activations
+from modstruct.models.build import (
+    autocast_forward,
+    cast_but_norms,
+    compile_trunks,
+    float32_products,
+    lay_channels_last,
+    recompute_activations,
+)
 from modstruct.models.two_tower import TwoTower
 
 TOWERS = [("clip", None, 16), ("bert", None, 16), ("clip", "tiny-resnet", 64), ("clip", "tiny-timm", 160)]
@@ -108,3 +115,55 @@ def test_compilation_of_a_recomputed_resnet_is_refused_by_name():
     recompute_activations(resnet)
     with pytest.raises(ValueError, match=r"train.compile = True: torch cannot compile a CLIP ResNet"):
         compile_trunks(resnet, zero_stage=2)
+
+
+def test_a_resnet_works_with_channels_innermost_and_gives_the_same():
+    plain, innermost = model("clip", "tiny-resnet"), model("clip", "tiny-resnet")
+    lay_channels_last(innermost)
+    seen = []
+    trunk = innermost.image["trunk"]
+    trunk.layer4.register_forward_hook(lambda module, inputs, made: seen.extend([*inputs, made]))
+    assert_same(gradients(innermost, 64), gradients(plain, 64), 1e-4)
+    assert len(seen) == 2
+    assert all(x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous() for x in seen)
+    assert all(parameter.grad.is_contiguous() for parameter in innermost.parameters())
+
+
+@pytest.mark.parametrize("tf32", [True, False, None])
+def test_tf32_is_set_inside_alone(tf32):
+    def settings() -> tuple[str, str]:
+        return torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
+
+    def fail() -> None:
+        with float32_products(tf32):
+            inside.append(settings())
+            raise KeyError
+
+    before, inside = settings(), []
+    with pytest.raises(KeyError):
+        fail()
+    assert inside == [before if tf32 is None else ("tf32",) * 2 if tf32 else ("ieee",) * 2]
+    assert settings() == before
+
+
+@pytest.mark.parametrize(("architecture", "name", "size"), TOWERS)
+def test_bfloat16_keeps_norms_and_the_scale_in_float32_and_half_the_bytes(architecture, name, size):
+    """Half of what float32 keeps, parameters aside, for weights in bfloat16; autocast keeps copies of weights too."""
+    exact, cast, mixed = (model(architecture, name) for _ in range(3))
+    names = cast.state_dict().keys()
+    cast_but_norms(cast, torch.bfloat16)
+    autocast_forward(mixed, torch.bfloat16)
+    assert cast.state_dict().keys() == mixed.state_dict().keys() == names
+    kept = {name for name, p in cast.named_parameters() if p.dtype == torch.float32}
+    assert "logit_scale" in kept
+    assert all(p.dtype == torch.bfloat16 for name, p in cast.named_parameters() if name not in kept)
+    norms = [n for n, m in cast.named_modules() if "Norm" in type(m).__name__ and [*m.parameters(recurse=False)]]
+    assert kept == {"logit_scale"} | {f"{norm}.{kind}" for norm in norms for kind in ("weight", "bias")}
+    weights = sum(p.numel() * p.element_size() for p in exact.parameters())
+    assert saved_bytes(cast, size) < 0.55 * saved_bytes(exact, size)
+    assert saved_bytes(mixed, size) < 0.75 * saved_bytes(exact, size) + weights
+    right = gradients(exact, size)
+    for half in (cast, mixed):
+        found = {name: gradient.float() for name, gradient in gradients(half, size).items()}
+        assert half(batch_of_both_views(word_tokenizer(), size))["image"].dtype == torch.float32
+        assert_same(found, right, 0.25)  # a ResNet's BatchNorm over four images is far from smooth

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
+from modstruct.models.build import float32_products
 from modstruct.pairwise import (
     contrastive,
     gaussian_potential,
@@ -271,10 +272,8 @@ def in_tf32(function: Callable[[], object]) -> Callable[[], object]:
     """Forward and backward of float32 in tf32, and nothing that is timed beside it."""
 
     def run() -> None:
-        before = torch.backends.cuda.matmul.fp32_precision
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
-        function()
-        torch.backends.cuda.matmul.fp32_precision = before
+        with float32_products(tf32=True):
+            function()
 
     return run
 

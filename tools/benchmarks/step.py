@@ -37,7 +37,7 @@ from modstruct.training.ds_config import read_ds_config, resolve_ds_config
 from modstruct.training.step import train_step
 from modstruct.training.trainer import build_engine
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16_mixed": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}
 Step = Callable[[], object]
 
 

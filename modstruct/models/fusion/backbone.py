@@ -60,7 +60,7 @@ class Backbone(nn.Module):
 
     def encode_image(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 -> (B, 1 + patches, image_width)."""
-        dtype = self.words.LayerNorm.weight.dtype
+        dtype = self.words.word_embeddings.weight.dtype  # of no norm, which may stay float32
         return self.image(standardised(images, self.mean, self.std).to(dtype))
 
     def encode_text(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:

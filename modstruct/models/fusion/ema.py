@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Self, cast
 
 import torch
@@ -111,8 +111,7 @@ class EmaModel(TrainableModel):
 
     def autocast(self, device: torch.device) -> AbstractContextManager:
         """In which the EMA model, whose weights are float32, computes in this model's precision."""
-        half = next(self.parameters()).dtype
-        return torch.autocast(device.type, half, enabled=half != torch.float32)
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast(device.type, self.dtype)
 
 
 class ShardedWeights:

@@ -144,7 +144,7 @@ class FusionModel(EmaModel):
 
     def match(self, text: Tensor, mask: Tensor, image: Tensor) -> Tensor:
         """Logits (B, 2), not matching and matching, of text tokens with their mask against image tokens, row by row."""
-        text, image = (tokens.to(self.logit_scale.dtype) for tokens in (text, image))
+        text, image = (tokens.to(self.dtype) for tokens in (text, image))
         return self.matching_head(self.backbone.fuse(text, mask, image)[:, 0]).float()
 
     def _encode_texts(self, backbone: Backbone, batch: Batch, captions: Tensor, masks: bool) -> tuple[Tensor, Tensor]:
