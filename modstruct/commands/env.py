@@ -17,22 +17,8 @@ from modstruct import __version__
 from modstruct.config import DataConfig
 
 PACKAGES = [
-    "torch",
-    "torchvision",
-    "deepspeed",
-    "open_clip_torch",
-    "timm",
-    "transformers",
-    "webdataset",
-    "sentencepiece",
-    "faiss-gpu",
-    "faiss-cpu",
-    "numpy",
-    "scipy",
-    "safetensors",
-    "jsonargparse",
-    "tensorboard",
-    "matplotlib",
+    *("torch", "torchvision", "deepspeed", "open_clip_torch", "timm", "transformers", "webdataset", "sentencepiece"),
+    *("faiss-gpu", "faiss-cpu", "numpy", "scipy", "safetensors", "jsonargparse", "tensorboard", "matplotlib"),
 ]
 EITHER = {"faiss-gpu", "faiss-cpu"}
 """One of them is enough."""
