@@ -62,8 +62,18 @@ CHANGES: dict[int, Change] = {
         added_to_pretraining={"model.vision.stem": "patch", "model.vision.pool": "cls"},
     ),
     5: Change(
-        added={"train.gradient_sums": "whole", "train.float32_norms": False, "train.tf32": None},
-        added_to_pretraining={"data.groups": 1, "data.order_version": 1},
+        added={
+            "train.gradient_sums": "whole",
+            "train.float32_norms": False,
+            "train.tf32": None,
+            "optimizer.layer_decay": 1.0,
+        },
+        added_to_pretraining={
+            "data.groups": 1,
+            "data.order_version": 1,
+            "model.unlocked_image_layers": None,
+            "model.unlocked_text_layers": None,
+        },
     ),
 }
 

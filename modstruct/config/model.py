@@ -94,12 +94,21 @@ class ModelConfig:
     independent_head: Literal["linear", "attention_pool"] = "linear"
     """Head of the independent embedding: linear on the pooled output, or (CLIP ResNets) its own attention pooling."""
     logit_scale_init: float = 2.6592600369327779
-    """Initial log of the logit scale, ln(1 / tau); ln(1 / 0.07) by default."""
+    """Initial log of the logit scale, ln(1 / tau); ln(1 / 0.07) by default. model.pretrained brings its own, where the
+    text tower is taken from it too."""
     logit_scale_max: float = 4.6051701859880918
     """Largest log of the logit scale; the smallest is 0. At most ln 1000, up to which the losses were checked."""
+    unlocked_image_layers: int | None = None
+    """So many last layers of the image tower learn, and what comes after them; null: all of it; 0: none, and its shared
+    head neither (LiT, Zhai et al. 2022). Heads of the independent embeddings always learn."""
+    unlocked_text_layers: int | None = None
+    """The same of the text tower."""
 
     def __post_init__(self):
         require(self.embed_dim >= 1, "model.embed_dim", self.embed_dim, "at least 1")
+        for name in ("unlocked_image_layers", "unlocked_text_layers"):
+            unlocked = getattr(self, name)
+            require(unlocked is None or unlocked >= 0, f"model.{name}", unlocked, "0 or more, or null for all")
         require(
             self.name is not None or self.pretrained is None,
             "model.pretrained",

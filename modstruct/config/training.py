@@ -32,6 +32,9 @@ class OptimizerConfig:
     """Learning rate that the cosine ends at."""
     clip_norm: float = 0.0
     """Largest norm of the gradient; 0 does not clip."""
+    layer_decay: float = 1.0
+    """What the learning rate of a layer of a tower is multiplied by for each layer that lies after it: for starting
+    from pretrained weights, 0.65 to 0.9; 1 gives all the same."""
 
     def __post_init__(self):
         require(0 < self.learning_rate < inf, "optimizer.learning_rate", self.learning_rate, "above 0 and finite")
@@ -51,6 +54,7 @@ class OptimizerConfig:
         require(0 < self.eps < inf, "optimizer.eps", self.eps, "above 0 and finite")
         require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "0 or more")
         require(0 <= self.weight_decay < inf, "optimizer.weight_decay", self.weight_decay, "0 or more, and finite")
+        require(0 < self.layer_decay <= 1, "optimizer.layer_decay", self.layer_decay, "above 0 and at most 1")
         require(self.clip_norm >= 0, "optimizer.clip_norm", self.clip_norm, "0 (no clipping) or more")
 
 

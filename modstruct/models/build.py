@@ -17,6 +17,7 @@ from modstruct.data.tokenizers import Tokenizer
 from modstruct.errors import refuse
 from modstruct.losses.objective import Objective
 from modstruct.models import towers
+from modstruct.models.layers import lock_layers
 from modstruct.models.norms import Float32BatchNorm, keep_norms_in_float32
 from modstruct.models.protocol import TrainableModel
 from modstruct.models.two_tower import TwoTower
@@ -43,7 +44,9 @@ def build_model(
             start_pretraining(model, described.fusion.init)
         return model
     config = recipe.model if read_weights else replace(recipe.model, pretrained=None)
-    return TwoTower(config, recipe.views, tokenizer, objective)
+    two_tower = TwoTower(config, recipe.views, tokenizer, objective)
+    lock_layers(two_tower, config)
+    return two_tower
 
 
 def initial_tokenizer(recipe: Recipe) -> Tokenizer | None:

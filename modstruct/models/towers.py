@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from modstruct.checkpoints import require_finite
-from modstruct.config import ModelConfig
+from modstruct.config import ModelConfig, ViewsConfig
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.distributed import main_first
 from modstruct.errors import refuse, require
@@ -38,6 +39,8 @@ class Tower:
     independent_head: nn.Module | None
     to_open_clip: dict[str, str] = field(default_factory=dict)
     """Prefixes of our names -> prefixes of open_clip's; a `.T` at the end of the latter transposes the weight."""
+    logit_scale: float | None = None
+    """Log of the logit scale that a pretrained text tower was trained with."""
 
 
 def open_clip_config(config: ModelConfig) -> dict:
@@ -111,7 +114,9 @@ def conv_stem(patch_size: int, width: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Conv2d([3, *channels][-1], width, 3, 2, 1, bias=False))
 
 
-def build_towers(config: ModelConfig, tokenizer: Tokenizer, independent: bool) -> tuple[Tower, Tower, int]:
+def build_towers(
+    config: ModelConfig, views: ViewsConfig, tokenizer: Tokenizer, independent: bool
+) -> tuple[Tower, Tower, int]:
     """Image tower, text tower and embedding dimension; independent heads only if `independent`.
 
     Equal seeds give equal shared weights with and without independent heads. Raises ValueError that names the recipe's
@@ -126,21 +131,23 @@ def build_towers(config: ModelConfig, tokenizer: Tokenizer, independent: bool) -
         if convolutional(config):
             clip.visual.conv1 = conv_stem(config.vision.patch_size, config.vision.width)
     else:
-        clip = load_pretrained(config, tokenizer)
+        clip = load_pretrained(config, views, tokenizer)
     dimension = open_clip_config(config)["embed_dim"]
     # The text tower first: BERT's weights are drawn here, and an independent head must not shift the draws.
     if config.text.architecture == "bert":
         text = bert_tower(config, tokenizer, dimension, independent)
     else:
         text = split_text_tower(clip.text, dimension, independent)
+        text.logit_scale = None if config.pretrained is None else clip.logit_scale.item()
     image = split_image_tower(clip.visual, dimension, config.independent_head if independent else None)
     return image, text, dimension
 
 
-def load_pretrained(config: ModelConfig, tokenizer: Tokenizer) -> CustomTextCLIP:
+def load_pretrained(config: ModelConfig, views: ViewsConfig, tokenizer: Tokenizer) -> CustomTextCLIP:
     """The named architecture with pretrained weights, its text tower fitted to the tokenizer.
 
-    The tokenizer must be the one the weights were trained with (a padding token apart), its context no longer.
+    The tokenizer must be the one the weights were trained with (a padding token apart), its context no longer, and the
+    views' mean and deviation those of a published tag.
     """
     import open_clip
     from open_clip.factory import load_checkpoint
@@ -148,6 +155,11 @@ def load_pretrained(config: ModelConfig, tokenizer: Tokenizer) -> CustomTextCLIP
 
     described = open_clip_config(config)
     tag = get_pretrained_cfg(config.name, config.pretrained)
+    for channels in ("mean", "std"):
+        of_weights = tuple(tag.get(channels) or getattr(views, channels))
+        remedy = f"model.pretrained was trained with --views.{channels} '{list(of_weights)}'"
+        same = np.allclose(of_weights, getattr(views, channels), atol=1e-4)
+        require(same, f"views.{channels}", getattr(views, channels), remedy)
     if tag.get("quick_gelu", False) and not described.get("quick_gelu", False):
         remedy = f"was trained with another activation: use model.name {config.name}-quickgelu"
         refuse("model.pretrained", config.pretrained, remedy)

@@ -19,13 +19,14 @@ class TwoTower(TrainableModel):
 
     def __init__(self, config: ModelConfig, views: ViewsConfig, tokenizer: Tokenizer, objective: Objective):
         super().__init__()
-        image, text, self.embed_dim = build_towers(config, tokenizer, objective.independent)
+        image, text, self.embed_dim = build_towers(config, views, tokenizer, objective.independent)
         self.batch_fields = objective.views
         self.image = _modules(image)
         self.text = _modules(text)
         self.to_open_clip = image.to_open_clip | text.to_open_clip
+        log_scale = config.logit_scale_init if text.logit_scale is None else text.logit_scale
         # Shape (1,): DeepSpeed cannot broadcast a parameter without dimensions at stages 2 and 3.
-        self.logit_scale = nn.Parameter(torch.tensor([config.logit_scale_init]))
+        self.logit_scale = nn.Parameter(torch.tensor([log_scale]).clamp(0.0, config.logit_scale_max))
         self.scalar_limits["logit_scale"] = (0.0, config.logit_scale_max)
         self.add_scalars(objective.scalars)
         self.mean, self.std = views.mean, views.std

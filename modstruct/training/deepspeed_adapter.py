@@ -151,7 +151,7 @@ class Engine:
     def step(self, learning_rate: float) -> tuple[float | Tensor, bool]:
         """Optimizer step; the gradient's norm before clipping, and whether it was finite and the step taken."""
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["rate_factor"]
         if hasattr(self.optimizer, "overflow"):
             # DeepSpeed's optimizer of stage 0 reports the norm of the scaled gradient.
             scaling = getattr(self.optimizer, "loss_scale_config", None)

@@ -11,6 +11,7 @@ from torch import nn
 from modstruct.config import FinetuneRecipe, OptimizerConfig, Recipe
 from modstruct.errors import refuse, require
 from modstruct.files import RepeatedKey, parse_json
+from modstruct.models.layers import rate_factors
 from modstruct.models.protocol import TrainableModel
 
 AUTO = "auto"
@@ -104,24 +105,34 @@ def _without_auto(section: dict) -> dict:
     return {k: _without_auto(v) if isinstance(v, dict) else v for k, v in section.items() if v != AUTO}
 
 
-def parameter_groups(model: TrainableModel, weight_decay: float) -> list[dict]:
+def parameter_groups(model: TrainableModel, config: OptimizerConfig) -> list[dict]:
     """Two groups: matrices, kernels and the tables of tokens and positions with decay, as in CLIP's and CyCLIP's code;
     norms, biases, open_clip's class token (timm's, of three dimensions, has decay) and the logit scale without.
 
-    What stays float32 in a half-precision model has groups of its own: DeepSpeed flattens a group into one tensor.
+    With optimizer.layer_decay, two for each factor of the learning rate (`rate_factor`). What stays float32 in a
+    half-precision model has groups of its own: DeepSpeed flattens a group into one tensor.
     """
-    groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": []}
+    factors = rate_factors(model, config.layer_decay) if config.layer_decay < 1 else {}
+    groups: dict[tuple[str, float], list[nn.Parameter]] = {("decay", 1.0): [], ("no_decay", 1.0): []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            group = "no_decay" if parameter.ndim < 2 or name == "logit_scale" else "decay"
+            kind = "no_decay" if parameter.ndim < 2 or name == "logit_scale" else "decay"
             if parameter.dtype == torch.float32 != model.dtype:
-                group += "_float32"
-            groups.setdefault(group, []).append(parameter)
-    decay = {"decay": weight_decay, "decay_float32": weight_decay}
-    return [{"params": kept, "weight_decay": decay.get(name, 0.0), "name": name} for name, kept in groups.items()]
+                kind += "_float32"
+            groups.setdefault((kind, factors.get(name, 1.0)), []).append(parameter)
+    return [
+        {
+            "params": kept,
+            "weight_decay": 0.0 if kind.startswith("no_decay") else config.weight_decay,
+            "name": kind if factor == 1 else f"{kind} x {factor:.6g}",
+            "rate_factor": factor,
+        }
+        for (kind, factor), kept in groups.items()
+        if kept
+    ]
 
 
 def build_optimizer(model: TrainableModel, config: OptimizerConfig) -> torch.optim.Optimizer:
     """AdamW; its rate is set before every step (some of DeepSpeed's optimizers take an empty step at their start)."""
-    groups = parameter_groups(model, config.weight_decay)
+    groups = parameter_groups(model, config)
     return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_models import (
     CAPTIONS,
     CONTEXT,
@@ -23,7 +23,7 @@ from tiny_models import (
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from modstruct.config import VisionConfig
+from modstruct.config import ModelConfig, VisionConfig
 from modstruct.data.tokenizers import WordPieceTokenizer
 from modstruct.models.towers import conv_stem, image_size, open_clip_config
 
@@ -75,6 +75,25 @@ def test_pretrained_features_are_open_clips(saved, name, independent):
         # Padded with 0 there, with 49408 here.
         theirs = F.normalize(reference.encode_text(open_clip.get_tokenizer(name)(CAPTIONS)), dim=-1)
         assert_close(ours["text"], theirs, atol=1e-5, rtol=0)
+
+
+def test_the_logit_scale_is_taken_over_and_kept_between_its_limits(saved, tmp_path):
+    path = tmp_path / "scaled.safetensors"
+    save_file(load_file(saved("tiny-vit")[1]) | {"logit_scale": torch.tensor(4.0)}, path)
+    model = tiny_model(tiny_config(name="tiny-vit", pretrained=str(path)), clip_tokenizer())
+    assert model.logit_scale.item() == 4.0
+    model = tiny_model(tiny_config(name="tiny-vit", pretrained=str(path), logit_scale_max=3.0), clip_tokenizer())
+    assert model.logit_scale.item() == 3.0
+    bert = tiny_model(tiny_config("bert", name="tiny-vit", pretrained=str(path)), word_tokenizer())
+    assert bert.logit_scale.item() == pytest.approx(ModelConfig().logit_scale_init)
+
+
+def test_a_published_models_mean_and_deviation_must_be_the_recipes(monkeypatch, saved):
+    _, path = saved("tiny-vit")
+    tag = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    monkeypatch.setattr("open_clip.pretrained.get_pretrained_cfg", lambda *_: tag)
+    with pytest.raises(ValueError, match=r"views.mean = .*was trained with --views.mean '\[0.5, 0.5, 0.5\]'"):
+        tiny_model(tiny_config(name="tiny-vit", pretrained=str(path)), clip_tokenizer())
 
 
 def test_a_resnets_pretrained_pooling_stays_the_shared_head(saved):

@@ -146,7 +146,7 @@ def test_a_file_that_is_no_json_object_is_refused_by_name(tmp_path, content, com
 
 def decay_by_name(model, weight_decay: float = 0.1) -> dict[str, float]:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = parameter_groups(model, weight_decay)
+    groups = parameter_groups(model, OptimizerConfig(weight_decay=weight_decay))
     return {names[id(p)]: group["weight_decay"] for group in groups for p in group["params"]}
 
 
