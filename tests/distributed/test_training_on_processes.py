@@ -14,6 +14,7 @@ from modstruct import checkpoints
 
 STAGES = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
 CASES = [(stage, "fp32") for stage in STAGES] + [(stage, "bf16") for stage in ("zero0", "zero1", "zero2", "zero3")]
+LOCKED = [(stage, decay) for stage in ("zero2", "zero3") for decay in (1.0, 0.5, 0.25)]
 CASES += [("zero2", "bf16_mixed"), ("zero3", "bf16_mixed")]
 
 
@@ -29,6 +30,16 @@ def unbroken_and_resumed(folder: str, cache: str) -> None:
         name = f"{folder}/{stage}-{precision}"
         train_once(name, cache, stage, precision)
         train_once(f"{name}-resumed", cache, stage, precision, resume=str(checkpoints.step_folder(name, 2)))
+
+
+def locked_at_rates(folder: str, cache: str) -> None:
+    """One step with a locked image tower, at three rates a layer."""
+    from modstruct.training.pretrain import Pretraining
+
+    for stage, decay in LOCKED:
+        recipe = tiny_recipe(f"{folder}/{stage}-{decay}", cache, 1)
+        recipe.model.unlocked_image_layers, recipe.optimizer.layer_decay = 0, decay
+        Pretraining(recipe, ds_config(stage), None).build().train()
 
 
 def several(folder: str, cache: str, runs: list[tuple[str, str, str | None]]) -> None:
@@ -69,6 +80,27 @@ def assert_same_run(one: checkpoints.Checkpoint, other: checkpoints.Checkpoint, 
     ours = torch.cat([one.weights[name].flatten() for name in sorted(one.weights)])
     theirs = torch.cat([other.weights[name].flatten() for name in sorted(one.weights)])
     assert (ours - theirs).norm() < tolerance * ours.norm()
+
+
+def test_locked_layers_stay_and_a_layers_step_is_as_long_as_its_rate(tmp_path, cache):
+    """In the first step a weight goes as far as its learning rate says; two layers lie after a table of positions."""
+    run_on_processes(locked_at_rates, 2, str(tmp_path), cache)
+    for stage in ("zero2", "zero3"):
+        ends = [last(tmp_path / f"{stage}-{decay}").weights for decay in (1.0, 0.5, 0.25)]
+        for name, factor in (("text.trunk.positional_embedding", 2), ("text.trunk.ln_final.weight", 0)):
+            full, half, quarter = (end[name] for end in ends)
+            if factor:
+                moved = (full - quarter) / (1 - 0.25**factor) - (full - half) / (1 - 0.5**factor)
+                assert moved.abs().max() < 1e-5
+                assert (full - half).abs().max() > 1e-4
+            else:
+                assert torch.equal(full, half)
+        locked = [name for name in ends[0] if name.startswith(("image.trunk.", "image.head."))]
+        assert locked
+        assert all(torch.equal(ends[0][name], end[name]) for name in locked for end in ends[1:])
+        moments = last(tmp_path / f"{stage}-0.5").moments
+        assert not any(name.removeprefix("exp_avg.") in locked for name in moments)
+        assert "exp_avg.image.independent_head.weight" in moments
 
 
 def test_training_moves_the_weights(two_processes):
