@@ -25,7 +25,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsin
 from tqdm import tqdm
 
 from modstruct.config import LossesConfig, Recipe
-from modstruct.config.migrations import migrate, migrate_checkpoint, migrate_method
+from modstruct.config.migrations import SCHEMA, migrate, migrate_checkpoint, migrate_method
 from modstruct.errors import (
     FailedElsewhere,
     LostProcess,
@@ -119,6 +119,13 @@ class ConfigParser(ArgumentParser):
 
     config_type: type
     recipes: Path | None = None
+
+    def dump(self, *arguments: Any, **options: Any) -> str:
+        """As YAML. Of a recipe always with its schema, without which the text would be read as of version 1."""
+        text = super().dump(*arguments, **options)
+        if self.recipes and options.get("skip_default") and not text.startswith("schema:"):
+            return f"schema: {SCHEMA}\n" + ("" if text.strip() == "{}" else text)
+        return text
 
 
 def config_parser(description: str, usage: str, config_type: type) -> ConfigParser:

@@ -268,7 +268,7 @@ def test_sources_with_weights_can_be_given_in_a_file_and_on_the_line(parse, reci
             ["--train.epochs", "3", "--train.steps", "9"],
             ["train.steps = 9", "exactly one of train.steps and train.epochs"],
         ),
-        (["--recipe", "nope"], ["--recipe = 'nope'", "emoji, scenes"]),
+        (["--recipe", "nope"], ["--recipe = 'nope'", "emoji, finetune_open_clip, scenes"]),
         (["--method", "nope"], ["--method = 'nope'", "clip_inmodal, cyclip"]),
         (["--recipe"], ["--recipe", "expected one argument"]),
     ],
@@ -333,10 +333,13 @@ def test_help_lists_every_field_with_its_text(parser, capsys):
     assert "Shards of the final table; null for none." in words
 
 
-@pytest.mark.parametrize("arguments", [[], ["--recipe", "clip_rn50_cc3m", "--method", "all", "--train.seed", "5"]])
-def test_the_printed_configuration_is_a_recipe_that_parses_to_the_same(parser, parse, recipe_file, capsys, arguments):
+@pytest.mark.parametrize("printing", ["--print_config", "--print_config=skip_default"])
+@pytest.mark.parametrize("arguments", [[], ["--recipe", "clip_rn50_cc3m", "--method", "siglip", "--train.seed", "5"]])
+def test_the_printed_configuration_is_a_recipe_that_parses_to_the_same(
+    parser, parse, recipe_file, capsys, arguments, printing
+):
     with pytest.raises(SystemExit) as end:
-        cli.parse(parser, [*arguments, "--print_config"])
+        cli.parse(parser, [*arguments, printing])
     assert end.value.code == 0
     assert parse("--recipe", recipe_file(capsys.readouterr().out)) == parse(*arguments)
 
