@@ -71,12 +71,12 @@ def recipe_to_yaml(recipe: Recipe | FinetuneRecipe) -> str:
     return yaml.safe_dump(plain(asdict(recipe)), sort_keys=False)
 
 
-def _leaves(tree: dict, prefix: str = "") -> dict[str, object]:
+def leaves(tree: dict, prefix: str = "") -> dict[str, object]:
     """A nested dictionary's values by their dotted names."""
     flat: dict[str, object] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            flat |= _leaves(value, f"{prefix}{key}.")
+            flat |= leaves(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat
@@ -92,7 +92,7 @@ def _has_section(names: Iterable[str], section: str) -> bool:
 
 def decisive_fields(recipe: Recipe | FinetuneRecipe) -> dict[str, object]:
     """The fields by their dotted names, paths left out: equal on all hosts of a run."""
-    return {name: value for name, value in _leaves(recipe_to_dict(recipe)).items() if not _is_in(name, PATHS)}
+    return {name: value for name, value in leaves(recipe_to_dict(recipe)).items() if not _is_in(name, PATHS)}
 
 
 def check_resumable(saved: dict, recipe: Recipe | FinetuneRecipe) -> None:
@@ -100,7 +100,7 @@ def check_resumable(saved: dict, recipe: Recipe | FinetuneRecipe) -> None:
 
     saved: the checkpoint's recipe as a nested dictionary.
     """
-    before, now = _leaves(migrate_checkpoint(saved)), _leaves(recipe_to_dict(recipe))
+    before, now = leaves(migrate_checkpoint(saved)), leaves(recipe_to_dict(recipe))
     for name in sorted(before.keys() | now.keys()):
         if _is_in(name, CHANGEABLE):
             continue

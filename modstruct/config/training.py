@@ -161,6 +161,9 @@ class LoggingConfig:
     """Write the terms, gradient norm, throughput and memory to TensorBoard every so many steps."""
     images: int = 16
     """Text-image pairs in the example grids in TensorBoard; 0 for none."""
+    wandb: str | None = None
+    """Project of Weights & Biases that is given what TensorBoard is, under the same names, if the package is installed;
+    null for none."""
 
     def __post_init__(self):
         require(self.every_steps >= 1, "logging.every_steps", self.every_steps, "at least 1")

@@ -6,6 +6,7 @@ said once. The next checkpoint, which needs room too, ends the run with a clear 
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import platform
 import resource
@@ -21,7 +22,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from modstruct import __version__, distributed
-from modstruct.errors import PrintableFormatter
+from modstruct.config import FinetuneRecipe, Recipe
+from modstruct.config.recipe_files import leaves, recipe_to_dict, recipe_to_yaml
+from modstruct.errors import PrintableFormatter, refuse
 from modstruct.files import disk_error
 from modstruct.training.step import StepReport
 from modstruct.training.timing import StepClock
@@ -80,16 +83,20 @@ class _AboveTheBar(logging.Handler):
 
 
 class Telemetry:
-    """Progress bar and TensorBoard of one run.
+    """Progress bar and TensorBoard of one run, and Weights & Biases where logging.wandb names a project.
 
     first_step: where this process starts (after a resume, not 0); what TensorBoard holds beyond it is dropped.
     """
 
-    def __init__(self, output: Path, first_step: int, steps: int, global_batch: int):
+    def __init__(self, recipe: Recipe | FinetuneRecipe, first_step: int, steps: int):
         main = distributed.is_main()
-        self.folder = output / "tensorboard"
-        self.global_batch, self.steps = global_batch, steps
+        self.folder = Path(recipe.output) / "tensorboard"
+        self.global_batch, self.steps = recipe.train.global_batch, steps
+        if main and recipe.logging.wandb:
+            start_wandb(recipe)
         self.curves = Curves(self.folder, purge_step=first_step + 1) if main else None
+        if self.curves is not None:
+            self.curves.describe(recipe)
         self.bar = tqdm(
             total=steps,
             initial=first_step,
@@ -170,6 +177,27 @@ class Telemetry:
             self.curves.close()
 
 
+def start_wandb(recipe: Recipe | FinetuneRecipe) -> None:
+    """Let Weights & Biases take what TensorBoard is given, under the same names; a resumed run goes on in its own.
+
+    Raises ValueError naming logging.wandb where the package is missing.
+    """
+    try:
+        import wandb
+    except ImportError:
+        refuse("logging.wandb", recipe.logging.wandb, "needs a package that is missing: pip install wandb, or null")
+    output = Path(recipe.output).resolve()
+    wandb.init(
+        project=recipe.logging.wandb,
+        name=output.name,
+        id=hashlib.blake2b(f"{platform.node()}:{output}".encode(), digest_size=8).hexdigest(),
+        resume="allow",
+        config=recipe_to_dict(recipe),
+        dir=str(output),
+        sync_tensorboard=True,
+    )
+
+
 class Curves:
     """One TensorBoard writer. purge_step: first step of which earlier entries no longer count."""
 
@@ -183,6 +211,23 @@ class Curves:
         except OSError as error:
             self._give_up(error)
         _leave_the_word_to_us()
+
+    def describe(self, recipe: Recipe | FinetuneRecipe) -> None:
+        """The recipe as text, and, for comparing runs (HPARAMS), what of it differs from the defaults."""
+        from torch.utils.tensorboard.summary import hparams
+
+        text = "".join(f"    {line}\n" for line in recipe_to_yaml(recipe).splitlines())
+        self._try(lambda writer: writer.add_text("recipe", text))
+        ours, defaults = (leaves(recipe_to_dict(one)) for one in (recipe, type(recipe)()))
+        changed = {
+            name: value if isinstance(value, (bool, int, float)) else str(value)
+            for name, value in ours.items()
+            if value != defaults.get(name) and name not in ("output", "schema")
+        }
+        ways = ("text_to_image", "image_to_text")
+        named = {f"eval/retrieval/{way}/recall_at_1": None for way in ways}
+        for summary in hparams(changed, named | {"loss/total": None}):
+            self._try(lambda writer, summary=summary: writer.file_writer.add_summary(summary))
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         for name, value in values.items():

@@ -261,7 +261,7 @@ class Trainer(ABC, Generic[RecipeT]):
             torch.manual_seed(recipe.train.seed * 1_000_003 + distributed.rank())
         self.writer = CheckpointWriter()
         self.heartbeat = Heartbeat(recipe.train.hang_timeout_minutes)
-        self.telemetry = Telemetry(self.output, self.state.step, self.steps, recipe.train.global_batch)
+        self.telemetry = Telemetry(recipe, self.state.step, self.steps)
         log.info(
             "%s parameters, %s training samples, %s steps of %s, %s, ZeRO stage %s, %s process(es) on %s",
             *(f"{n:,}" for n in (self.engine.element_count, samples, self.steps, recipe.train.global_batch)),
