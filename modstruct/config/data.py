@@ -70,6 +70,9 @@ class DataConfig:
     """Samples that lie together in a shard and are read together."""
     shuffle_window: int = 1024
     """Blocks mixed with each other sample by sample; more blocks shuffle better and are read less in order."""
+    read_ahead_mib: int = 64
+    """Memory of each loader process for samples that are read ahead of decoding, 32 reads at once. Neighbours needed
+    soon are fetched by one read: where half of it holds shuffle_window blocks, blocks are read whole."""
     groups: int = 1
     """Parts of every global batch that read shards of their own; processes take whole groups, so any number of
     processes that divides it reads the same batches, and each host its own shards only. Needs order_version 2."""
@@ -91,6 +94,7 @@ class DataConfig:
         require(self.workers >= 0, "data.workers", self.workers, "0 or more")
         require(self.shuffle_block >= 1, "data.shuffle_block", self.shuffle_block, "at least 1")
         require(self.shuffle_window >= 1, "data.shuffle_window", self.shuffle_window, "at least 1")
+        require(self.read_ahead_mib >= 1, "data.read_ahead_mib", self.read_ahead_mib, "at least 1")
         require(self.groups >= 1, "data.groups", self.groups, "at least 1")
         if self.order_version == 1:
             require(self.groups == 1, "data.groups", self.groups, "more than 1 needs data.order_version: 2")

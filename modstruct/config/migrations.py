@@ -72,6 +72,7 @@ CHANGES: dict[int, Change] = {
         added_to_pretraining={
             "data.groups": 1,
             "data.order_version": 1,
+            "data.read_ahead_mib": 64,
             "model.unlocked_image_layers": None,
             "model.unlocked_text_layers": None,
         },

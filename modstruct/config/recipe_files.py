@@ -39,6 +39,7 @@ CHANGEABLE = (
     "data.cache",
     "data.workers",
     "data.pipe_cache_gib",
+    "data.read_ahead_mib",
     "data.max_bad_share",
 )
 

@@ -1,29 +1,42 @@
-"""Data on slow or distant storage: what hosts fetch in an epoch, and how well the samples are mixed meanwhile.
+"""Data on slow or distant storage: what hosts fetch in an epoch, how samples are mixed, how fast they are read.
 
-python tools/benchmarks/storage.py fetches                          # 64 hosts, 64M samples: 5 minutes, index arithmetic
+python tools/benchmarks/storage.py fetches    # 64 hosts, 64M samples: 5 minutes, index arithmetic
+python tools/benchmarks/storage.py reading    # one loader process, with 30 ms before every read: a minute
 
 `fetches` reads no data: for some of the hosts it walks through an epoch and counts the bytes of the shards that such a
 host fetches into its cache (ahead of need, the least recently used leave it first) and those of the samples that it
 reads. It also measures how the order mixes: how often two samples of a batch, or of neighbouring batches, are from one
 shard, where 1 is what samples drawn at random have.
+
+`reading` writes shards and reads them without decoding: one sample at a time, and ahead (data.read_ahead_mib); first
+with a pause before every read, then without, in turns, medians of rounds. Memory is what the process has beyond what it
+had before, at most.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import statistics
 import sys
+import tempfile
+import time
 from collections import OrderedDict
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 from tqdm import tqdm
 
-from modstruct.data.shards.ahead import ComingShards
+from modstruct.config import DataConfig, Source
+from modstruct.data.shards.ahead import ComingShards, ReadAhead
 from modstruct.data.shards.grouped_order import GroupedOrder
 from modstruct.data.shards.loader import SHARE_AHEAD
 from modstruct.data.shards.order import Order, SampleOrder
+from modstruct.data.shards.reader import RawSample, ShardReader
+from modstruct.data.shards.samples import Samples, open_samples
 
 GIB = 2**30
 MIXED_BATCHES = 16  # pairs of neighbours that mixing is measured on
@@ -34,6 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write.")
     kinds = parser.add_subparsers(required=True)
     fetches_options(kinds.add_parser("fetches", help="What hosts fetch, and how the order mixes."))
+    reading_options(kinds.add_parser("reading", help="Samples a second where every read takes long."))
     options = parser.parse_args(arguments)
     results = options.run(options)
     if options.out:
@@ -151,6 +165,96 @@ def mixing(order: Order, options: argparse.Namespace) -> tuple[float, float]:
         within.append((first * (first - 1)).sum() / (batch * (batch - 1)) * shards)
         between.append((first * second).sum() / batch**2 * shards)
     return float(np.mean(within)), float(np.mean(between))
+
+
+# --- samples a second ---
+
+
+def reading_options(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=reading)
+    parser.add_argument("--pause", type=float, default=0.03, help="Seconds before every read (default: %(default)s).")
+    parser.add_argument("--sample_bytes", type=int, default=32_768, help="Of a sample (default: %(default)s).")
+    parser.add_argument("--samples", type=int, default=4096, help="Of the source, read once (default: %(default)s).")
+    parser.add_argument("--rounds", type=int, default=5, help="Without a pause (default: %(default)s).")
+
+
+def reading(options: argparse.Namespace) -> list[dict]:
+    forms = {  # read_ahead_mib, shuffle_block and shuffle_window
+        "one at a time": (0, 64, 1024),
+        "ahead": (64, 64, 1024),
+        "ahead, whole blocks": (64, 64, 8),
+    }
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        config = DataConfig(cache=folder)
+        samples = open_samples([Source(write_shards(Path(folder), options))], config, "data.train")
+        print(f"{'reading':22}{'pause, ms':>10}{'samples/s':>11}{'ratio':>8}{'reads':>8}{'memory, MiB':>13}")
+        for pause, rounds in ((options.pause, 1), (0.0, options.rounds)):
+            found: dict[str, list[Reading]] = {form: [] for form in forms}
+            for _ in range(rounds):
+                for form, settings in forms.items():
+                    few = 128 if pause and form == "one at a time" else options.samples
+                    found[form].append(read(samples, config, settings, few, pause))
+            base = found["one at a time"]
+            for form, of_form in found.items():
+                rate = statistics.median(one.rate for one in of_form)
+                ratio = statistics.median(one.rate / other.rate for one, other in zip(of_form, base, strict=True))
+                reads, mib = of_form[0].reads, max(one.mib for one in of_form)
+                results.append({"form": form, "pause": pause, "rate": rate, "ratio": ratio, "reads": reads, "mib": mib})
+                print(f"{form:22}{1000 * pause:>10.0f}{rate:>11,.0f}{ratio:>8.2f}{reads:>8,}{mib:>13.0f}")
+    return results
+
+
+def write_shards(folder: Path, options: argparse.Namespace) -> str:
+    """Eight shards of samples whose images are noise; returns a glob of them."""
+    import webdataset
+
+    for shard in range(8):
+        with webdataset.TarWriter(str(folder / f"{shard}.tar")) as tar:
+            for number in range(options.samples // 8):
+                content = {"jpg": os.urandom(options.sample_bytes), "txt": "a noisy image"}
+                tar.write({"__key__": f"{shard}{number:06}", **content})
+    return str(folder / "*.tar")
+
+
+class Reading(NamedTuple):
+    rate: float
+    reads: int
+    mib: float
+
+
+def read(samples: Samples, config: DataConfig, settings: tuple[int, int, int], count: int, pause: float) -> Reading:
+    """Read `count` samples in steps of 256."""
+    ahead_mib, block, window = settings
+    reader, order = ShardReader(samples, config), SampleOrder(samples.shard_sizes(), 0, block, window)
+
+    def samples_of(step: int) -> np.ndarray:
+        return order.locate(np.arange(256 * step, min(256 * (step + 1), count)))[1]
+
+    ahead = ReadAhead(reader, samples_of, ahead_mib * 2**20, stride=1, stop=-(-count // 256))
+    plain, reads, before = os.pread, 0, own_bytes()
+
+    def slow(*arguments: int) -> bytes:
+        nonlocal reads
+        reads += 1
+        if pause:
+            time.sleep(pause)
+        return plain(*arguments)
+
+    most, start = before, time.perf_counter()
+    with mock.patch.object(os, "pread", slow):
+        for step in range(-(-count // 256)):
+            numbers = samples_of(step)
+            for sample in ahead.read(step, len(numbers)) if ahead_mib else map(reader.read, numbers.tolist()):
+                assert isinstance(sample, RawSample)
+            most = max(most, own_bytes())
+    return Reading(count / (time.perf_counter() - start), reads, (most - before) / 2**20)
+
+
+def own_bytes() -> int:
+    """Memory of this process that it shares with no file."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in status if line.startswith("RssAnon"))) * 1024
 
 
 if __name__ == "__main__":

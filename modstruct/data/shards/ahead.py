@@ -3,16 +3,102 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 
 import numpy as np
 
+from modstruct.data.faults import BadSample
 from modstruct.data.shards.pipes import PipeCache
+from modstruct.data.shards.reader import RawSample, ShardReader
 
 FETCHES = 2  # at once, of each loader process
 LOOKED_AT_ONCE = 64  # steps; looking further would hold up the first batch
+READS = 32  # at once, of each loader process: at 30 ms each they bring a thousand samples a second
+# Threads cost more than they bring while reads are quick, as those of what the system has in memory are. On a busy
+# machine some quick ones take long, too, so it is a surplus of slow ones that counts.
+SLOW_READ_SECONDS, SLOW_READS = 1e-3, 4
+SAMPLE_BYTES = 8 << 10  # that a sample takes in memory beside its image
+
+
+Results = list[RawSample | BadSample]
+
+
+class ReadAhead:
+    """Reads the samples of items in order, as far ahead as room_bytes hold, several at once if reads take long.
+
+    samples_of: the samples (n,) of an item. Items are asked for in steps of `stride` up to `stop`; after any other one
+    it starts anew from there. Half of the room is filled while the other half is used: what lies side by side in a
+    shard and is needed within one half is fetched by one read, so where that holds a window of blocks, blocks are read
+    whole.
+    """
+
+    def __init__(
+        self, reader: ShardReader, samples_of: Callable[[int], np.ndarray], room_bytes: float, stride: int, stop: int
+    ):
+        self.reader, self.samples_of = reader, samples_of
+        self.half_bytes, self.stride, self.stop = room_bytes / 2, stride, stop
+        self._threads = ThreadPoolExecutor(READS, "read ahead")
+        self._coming: deque[tuple[Results | Future[Results], int, int]] = (
+            deque()
+        )  # run, place in it and bytes of each sample
+        self._held_bytes = 0
+        self._slow_reads = 0  # more than quick ones
+        self._due: int | None = None  # the item of the first of them
+        self._unread = 0, 0  # item and row, the first that is not among them
+
+    def read(self, item: int, count: int) -> Iterator[RawSample | BadSample]:
+        """Each of the `count` samples of an item, or what is wrong with it."""
+        if item != self._due:
+            self._coming.clear()
+            self._held_bytes, self._unread = 0, (item, 0)
+        self._due = None
+        for _ in range(count):
+            if self._held_bytes < self.half_bytes:
+                self._start_reading()
+            run, place, size = self._coming.popleft()
+            self._held_bytes -= size
+            results = run if isinstance(run, list) else run.result()
+            found, results[place] = results[place], None  # it need not wait for the rest of its run
+            yield found
+        self._due = item + self.stride
+
+    def _start_reading(self) -> None:
+        """As many samples as half of the room holds, at least one; none after the last."""
+        samples, sizes, total = [], [], 0
+        item, row = self._unread
+        while total < self.half_bytes and item < self.stop:
+            found = self.samples_of(item)
+            left = found[row:]
+            taken = self.reader.samples.rows[left]["image_bytes"].astype(np.int64) + SAMPLE_BYTES
+            fitting = int(np.cumsum(taken).searchsorted(self.half_bytes - total)) + 1
+            samples.append(left[:fitting])
+            sizes += taken[:fitting].tolist()
+            total += sum(sizes[-len(samples[-1]) :])
+            item, row = (item, row + fitting) if row + fitting < len(found) else (item + self.stride, 0)
+        self._unread = item, row
+        if not samples:
+            return
+        together = np.concatenate(samples)
+        places: list = [None] * len(together)
+        for run in self.reader.runs(together):
+            results = self._read(together[run].tolist())
+            for place, number in enumerate(run):
+                places[number] = results, place, sizes[number]
+        self._coming.extend(places)
+        self._held_bytes += total
+
+    def _read(self, samples: list[int]) -> Results | Future[Results]:
+        if self._slow_reads >= SLOW_READS:
+            return self._threads.submit(self.reader.read_run, samples)
+        start = time.perf_counter()
+        results = self.reader.read_run(samples)
+        slow = time.perf_counter() - start > SLOW_READ_SECONDS
+        self._slow_reads = max(0, self._slow_reads + (1 if slow else -1))
+        return results
 
 
 class ComingShards:

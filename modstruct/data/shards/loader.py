@@ -11,12 +11,12 @@ from functools import cached_property
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from modstruct import distributed
 from modstruct.config import DataConfig
 from modstruct.data.faults import BadSample, TooManyBadSamples
-from modstruct.data.shards.ahead import ComingShards, PipesAhead
+from modstruct.data.shards.ahead import ComingShards, PipesAhead, ReadAhead
 from modstruct.data.shards.grouped_order import GroupedOrder, require_groups
 from modstruct.data.shards.order import Order, SampleOrder
 from modstruct.data.shards.reader import RawSample, ShardReader
@@ -39,8 +39,6 @@ pairs have the same image, or the same caption. slot (B,): position in the data 
 
 # Where nine tenths of a source are bad, 200 substitutes in a row fail once in 10^9 slots.
 SUBSTITUTES = 200
-# Samples, or bytes of their images, that are read in a row before the first of them is decoded.
-RUN_SAMPLES, RUN_BYTES = 64, 8 << 20
 # Of the pipe cache: what the coming steps need; the rest holds what the steps at hand still read.
 SHARE_AHEAD = 0.5
 Seeds = dict[str, int]
@@ -128,7 +126,7 @@ class LocalBatches(Dataset[TrainBatch]):
         self._outgoing = OutgoingRows()
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name not in ("order", "_pipes_ahead")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("order", "_ahead", "_pipes_ahead")}
 
     @cached_property
     def order(self) -> Order:
@@ -153,17 +151,14 @@ class LocalBatches(Dataset[TrainBatch]):
         return PipesAhead(coming, self.reader.pipes, samples.shards)
 
     def __getitem__(self, index: int) -> TrainBatch:
-        step, part = divmod(index, self.parts)
-        rows = np.arange(part * self.part_rows, min((part + 1) * self.part_rows, self.rows))
         if self._pipes_ahead is not None:
-            self._pipes_ahead.advance(step)
-        slots = step * self.plan.global_batch + self.local_rows[rows]
-        epochs, samples = self.order.locate(slots)
+            self._pipes_ahead.advance(index // self.parts)
+        slots, epochs, samples = self._located(index)
         batch = TrainBatch({})
         side = self.views.image_size
-        images = {name: self._outgoing.empty(name, (len(rows), 3, side, side)) for name in self.image_views}
+        images = {name: self._outgoing.empty(name, (len(slots), 3, side, side)) for name in self.image_views}
         captions, augmented, drawn, image_ids = [], [], [], []
-        read = zip(slots.tolist(), self._read_in_runs(samples.tolist()), self._seeds(epochs, samples), strict=True)
+        read = zip(slots.tolist(), self._ahead.read(index, len(slots)), self._seeds(epochs, samples), strict=True)
         for row, (slot, raw, seeds) in enumerate(read):
             # Views are written straight to their rows, which saves a copy.
             into = [array[row] for array in images.values()]
@@ -200,20 +195,19 @@ class LocalBatches(Dataset[TrainBatch]):
             views |= {"text_masked": masked, "masked_labels": labels, "masked_places": masked_places(labels)}
         return views
 
-    def _read_in_runs(self, samples: Sequence[int]) -> Iterator[RawSample | BadSample]:
-        """Each sample, or what is wrong with it.
+    @cached_property
+    def _ahead(self) -> ReadAhead:
+        worker = get_worker_info()  # loader processes take items in turn
+        stride = 1 if worker is None else worker.num_workers
+        room_bytes, stop = self.config.read_ahead_mib * 2**20, self.plan.stop_step * self.parts
+        return ReadAhead(self.reader, lambda item: self._located(item)[2], room_bytes, stride, stop)
 
-        Reading them one by one, between images whose pixels evict all else from the processor's caches, takes twice as
-        long.
-        """
-        run, run_bytes = [], 0
-        for sample in samples:
-            run.append(self._read(sample))
-            run_bytes += len(run[-1].image) if isinstance(run[-1], RawSample) else 0
-            if len(run) == RUN_SAMPLES or run_bytes >= RUN_BYTES:
-                yield from run
-                run, run_bytes = [], 0
-        yield from run
+    def _located(self, item: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Slots, epochs and samples of an item, each (rows,)."""
+        step, part = divmod(item, self.parts)
+        rows = self.local_rows[part * self.part_rows : (part + 1) * self.part_rows]
+        slots = step * self.plan.global_batch + rows
+        return slots, *self.order.locate(slots)
 
     def _read(self, sample: int) -> RawSample | BadSample:
         try:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import io
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from zlib import adler32
+
+import numpy as np
 
 from modstruct.config import DataConfig
 from modstruct.data.faults import BadSample
@@ -22,6 +26,8 @@ from modstruct.data.shards.texts import caption_lines, parse_caption, parse_meta
 OPEN_SHARDS = 256
 # Bytes between the members of a sample, mostly a header each, up to which one read fetches all of them.
 LARGEST_GAPS = 16 << 10
+# Of several samples: bytes between two of them, and of the whole, that one read may fetch.
+LARGEST_SKIP, LARGEST_READ = 64 << 10, 4 << 20
 
 
 @dataclass
@@ -68,30 +74,71 @@ class ShardReader:
     def __init__(self, samples: Samples, config: DataConfig):
         self.samples = samples
         self.pipes = pipe_cache(config)
-        self._open: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, least recently used first
+        self._open: OrderedDict[int, _OpenShard] = OrderedDict()  # least recently used first
+        self._lock = threading.Lock()  # of _open
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_open": OrderedDict()}
+        return {"samples": self.samples, "pipes": self.pipes}
 
-    def __del__(self):
-        self.close()
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__ |= state | {"_open": OrderedDict(), "_lock": threading.Lock()}
 
     def close(self) -> None:
-        """Close the open shards; they are reopened when needed."""
-        while self._open:
-            os.close(self._open.popitem()[1])
+        """Close the open shards, once no thread reads from them; they are reopened when needed."""
+        with self._lock:
+            self._open.clear()
 
     def read(self, sample: int) -> RawSample:
         """The sample of this number. Raises BadSample."""
         shard = self.samples.shard_of(sample)
-        row = self.samples.rows[sample].item()  # at once: numpy takes a microsecond for each field
-        image_block, image_bytes, text_block, text_bytes, metadata_block, metadata_bytes, header_blocks = row
-        header_bytes = header_blocks * BLOCK_BYTES
-        image = (image_block * BLOCK_BYTES - header_bytes, header_bytes + image_bytes)  # with the header before it
-        spans = [image, (text_block * BLOCK_BYTES, text_bytes)]
-        if metadata_bytes:
-            spans.append((metadata_block * BLOCK_BYTES, metadata_bytes))
-        both, text, *described = self._spans(shard, sample, spans)
+        header_bytes, spans = _layout(self.samples.rows[sample])
+        return self._parse(shard, sample, header_bytes, self._spans(shard, sample, spans))
+
+    def runs(self, samples: np.ndarray) -> list[list[int]]:
+        """Which of samples (n,) to read together: places among them, of each run in order of position.
+
+        A run is of one shard, of LARGEST_READ at most, and skips LARGEST_SKIP at most between two samples. Runs come in
+        the order in which the first of their samples is needed.
+        """
+        shards = self.samples.shard_starts.searchsorted(samples, side="right") - 1
+        begins, ends, compact = _extents(self.samples.rows[samples])
+        places = np.lexsort((begins, shards))
+        shards, begins, ends, compact = shards[places], begins[places], ends[places], compact[places]
+        near = (np.diff(shards) == 0) & (begins[1:] - ends[:-1] <= LARGEST_SKIP) & compact[1:] & compact[:-1]
+        runs: list[list[int]] = []
+        joined, starts, limit = [False, *near.tolist()], begins.tolist(), 0
+        for place, join, start, end in zip(places.tolist(), joined, starts, ends.tolist(), strict=True):
+            if join and end <= limit:
+                runs[-1].append(place)
+            else:
+                runs.append([place])
+                limit = start + LARGEST_READ
+        return sorted(runs, key=min)
+
+    def read_run(self, samples: Sequence[int]) -> list[RawSample | BadSample]:
+        """The samples of a run, by one read, or what is wrong with each. Several threads may call it at once."""
+        shard, layouts = self.samples.shard_of(samples[0]), [_layout(self.samples.rows[sample]) for sample in samples]
+        begin = min(start for _, spans in layouts for start, _ in spans)
+        size = max(start + length for _, spans in layouts for start, length in spans) - begin
+        content = b""
+        if len(samples) > 1:
+            with suppress(BadSample, OSError):
+                content = os.pread(self._opened(shard, samples[0]).descriptor, size, begin)
+        found: list[RawSample | BadSample] = []
+        for sample, (header_bytes, spans) in zip(samples, layouts, strict=True):
+            try:
+                if len(content) == size:
+                    members = [content[start - begin : start - begin + length] for start, length in spans]
+                    found.append(self._parse(shard, sample, header_bytes, members))
+                else:  # the run as a whole cannot be read; alone, each is good or has a cause of its own
+                    found.append(self.read(sample))
+            except BadSample as bad:
+                found.append(bad)
+        return found
+
+    def _parse(self, shard: int, sample: int, header_bytes: int, members: Sequence[bytes]) -> RawSample:
+        """members: the image with its tar header, the text, and the metadata if there are any."""
+        both, text, *described = members
         name = _member_name(both[:header_bytes])
         if name is None:  # a pipe: command may deliver other content of equal size
             raise BadSample("shard changed since it was indexed", self._place(shard, sample))
@@ -123,7 +170,8 @@ class ShardReader:
 
     def _spans(self, shard: int, sample: int, spans: Sequence[tuple[int, int]]) -> list[bytes]:
         """Content of spans (start, length) of a shard: members of one sample, mostly adjacent."""
-        descriptor = self._descriptor(shard, sample)
+        opened = self._opened(shard, sample)
+        descriptor = opened.descriptor
         begin = min(spans)[0]
         size = max([start + length for start, length in spans]) - begin
         try:
@@ -138,39 +186,40 @@ class ShardReader:
             raise BadSample("truncated shard", self._place(shard, sample))
         return found
 
-    def _descriptor(self, shard: int, sample: int) -> int:
-        name = self.samples.shards[shard]
-        if shard in self._open:
-            descriptor = self._open[shard]
+    def _opened(self, shard: int, sample: int) -> _OpenShard:
+        name, piped = self.samples.shards[shard], is_pipe(self.samples.shards[shard])
+        with self._lock:
+            opened = self._open.get(shard)
+            if opened is not None:
+                self._open.move_to_end(shard)
+        if opened is not None:
             # Checked at every read: otherwise which samples of a shard that is damaged during the run can be read would
             # depend on what a process happens to have open, and a resumed run would read others.
-            status = os.fstat(descriptor)
-            if is_pipe(name) or (status.st_nlink > 0 and self._is_as_indexed(shard, status)):
-                self._open.move_to_end(shard)
-                return descriptor
-            os.close(self._open.pop(shard))
-        if is_pipe(name):
+            status = os.fstat(opened.descriptor)
+            if piped or (status.st_nlink > 0 and self._is_as_indexed(shard, status)):
+                return opened
+        if piped:
             try:
-                descriptor = self.pipes.open(name, int(self.samples.size_bytes[shard]))
+                opened = _OpenShard(self.pipes.open(name, int(self.samples.size_bytes[shard])))
             except PipeFailed as error:
                 raise BadSample("failed pipe", f"{self._place(shard, sample)}: {error}") from None
         else:
-            descriptor = self._open_file(shard, sample)
-        while len(self._open) >= OPEN_SHARDS:
-            os.close(self._open.popitem(last=False)[1])
-        self._open[shard] = descriptor
-        return descriptor
+            opened = self._open_file(shard, sample)
+        with self._lock:
+            self._open[shard] = opened
+            while len(self._open) > OPEN_SHARDS:
+                self._open.popitem(last=False)
+        return opened
 
-    def _open_file(self, shard: int, sample: int) -> int:
+    def _open_file(self, shard: int, sample: int) -> _OpenShard:
         try:
-            descriptor = os.open(self.samples.shards[shard], os.O_RDONLY | os.O_CLOEXEC)
+            opened = _OpenShard(os.open(self.samples.shards[shard], os.O_RDONLY | os.O_CLOEXEC))
         except FileNotFoundError:
             raise BadSample("missing shard", self._place(shard, sample)) from None
-        if not self._is_as_indexed(shard, os.fstat(descriptor)):
-            os.close(descriptor)
+        if not self._is_as_indexed(shard, os.fstat(opened.descriptor)):
             # The positions in the index mean nothing in another file.
             raise BadSample("shard changed since it was indexed", self._place(shard, sample))
-        return descriptor
+        return opened
 
     def _is_as_indexed(self, shard: int, status: os.stat_result) -> bool:
         indexed = (self.samples.size_bytes[shard], self.samples.modified_ns[shard])
@@ -178,6 +227,42 @@ class ShardReader:
 
     def _place(self, shard: int, sample: int) -> str:
         return f"{self.samples.shards[shard]}: sample {sample - int(self.samples.shard_starts[shard])}"
+
+
+class _OpenShard:
+    """A file descriptor, closed once nothing reads from it any more."""
+
+    def __init__(self, descriptor: int):
+        self.descriptor = descriptor
+
+    def __del__(self):
+        os.close(self.descriptor)
+
+
+def _layout(row: np.void) -> tuple[int, list[tuple[int, int]]]:
+    """Bytes of the image's tar header, and (start, length) of the image with it, of the text and of metadata."""
+    # At once: numpy takes a microsecond for each field.
+    image_block, image_bytes, text_block, text_bytes, metadata_block, metadata_bytes, header_blocks = row.item()
+    header_bytes = header_blocks * BLOCK_BYTES
+    spans = [(image_block * BLOCK_BYTES - header_bytes, header_bytes + image_bytes)]
+    spans.append((text_block * BLOCK_BYTES, text_bytes))
+    if metadata_bytes:
+        spans.append((metadata_block * BLOCK_BYTES, metadata_bytes))
+    return header_bytes, spans
+
+
+def _extents(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of rows (n,): where each sample begins and ends, and whether one read may fetch all of it, each (n,)."""
+    kinds = ("image", "text", "metadata")
+    starts = np.stack([rows[f"{kind}_block"].astype(np.int64) for kind in kinds]) * BLOCK_BYTES
+    lengths = np.stack([rows[f"{kind}_bytes"].astype(np.int64) for kind in kinds])
+    header = rows["header_blocks"].astype(np.int64) * BLOCK_BYTES
+    starts[0] -= header
+    lengths[0] += header
+    absent = lengths[2] == 0
+    starts[2, absent] = starts[0, absent]
+    begins, ends = starts.min(axis=0), (starts + lengths).max(axis=0)
+    return begins, ends, ends - begins <= lengths.sum(axis=0) + LARGEST_GAPS
 
 
 def _member_name(header: bytes) -> str | None:
