@@ -20,7 +20,8 @@ from modstruct.data.faults import BadSample
 from modstruct.data.sentencepiece_training import TRAINING_CAPTIONS
 from modstruct.data.shards.evaluation_samples import EvaluationSamples, train_captions
 from modstruct.data.shards.reader import ShardReader
-from modstruct.data.shards.samples import Samples, open_saved_samples
+from modstruct.data.shards.sample_table import Samples
+from modstruct.data.shards.samples import open_saved_samples
 from modstruct.data.shards.sources import as_sources, is_pipe
 from modstruct.data.shards.texts import LOOKED_AT, texts_of
 from modstruct.data.synthetic.shards import ScenesPaths, ensure_scenes

@@ -160,11 +160,15 @@ def own_store(name: str, timeout_seconds: float) -> dist.Store:
     return store
 
 
+_first_has_run = False
+
+
 def main_first(build):
     """Run `build` on one process of each host first, then on the others, which find what the first one made.
 
     An error of the first process reaches all of them, so that none waits for ever.
     """
+    global _first_has_run
     error = result = None
     if local_rank() == 0:
         try:
@@ -172,7 +176,18 @@ def main_first(build):
         except Exception as e:  # reported by every process below
             error = e
     fail_together(error, f"{type(error).__name__}: {error}")
-    return result if local_rank() == 0 else build()
+    if local_rank() == 0:
+        return result
+    _first_has_run = True
+    try:
+        return build()
+    finally:
+        _first_has_run = False
+
+
+def first_has_run() -> bool:
+    """Whether this is called in `main_first` on a process of which another of its host has done the same before."""
+    return _first_has_run
 
 
 def fail_together(error: Exception | None, told: str) -> None:

@@ -14,7 +14,7 @@ from modstruct.data.classification.class_files import load_classes
 from modstruct.data.run_data import RunData, check_text_field, open_run_data
 from modstruct.data.shards.evaluation_samples import EvaluationSamples
 from modstruct.data.shards.loader import BatchContents, BatchPlan, train_loader, train_order
-from modstruct.data.shards.samples import Samples
+from modstruct.data.shards.sample_table import Samples
 from modstruct.data.shards.sources import as_sources
 from modstruct.data.shards.workers import WorkerLoader
 from modstruct.distributed.collect import on_main

@@ -24,7 +24,7 @@ import numpy as np
 from modstruct.config import DataConfig
 from modstruct.data.shards.index import ROW
 from modstruct.data.shards.loader import train_order
-from modstruct.data.shards.samples import Samples
+from modstruct.data.shards.sample_table import Samples, SourceFaults, write_shards
 
 MIB = 2**20
 
@@ -66,16 +66,9 @@ def write_table(folder: Path, samples: int, shard_samples: int) -> Path:
     table = folder / "synthetic.rows"
     with open(table, "wb") as file:
         file.truncate(samples * ROW.itemsize)
-    description = {
-        "shards": [f"/data/{shard:06}.tar" for shard in range(len(counts))],
-        "size_bytes": [10**9] * len(counts),
-        "modified_ns": [0] * len(counts),
-        "samples": counts,
-        "source_shards": [len(counts)],
-        "shard_faults": [{"faults": {}, "examples": {}, "broken": None}] * len(counts),
-        "fingerprint": "",
-    }
-    table.with_suffix(".json").write_text(json.dumps(description))
+    names = [f"/data/{shard:06}.tar" for shard in range(len(counts))]
+    columns = counts, [10**9] * len(counts), [0] * len(counts)
+    write_shards(table, names, columns, [len(counts)], [SourceFaults()], fingerprint="")
     return table
 
 

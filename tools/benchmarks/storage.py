@@ -2,6 +2,7 @@
 
 python tools/benchmarks/storage.py fetches    # 64 hosts, 64M samples: 5 minutes, index arithmetic
 python tools/benchmarks/storage.py reading    # one loader process, with 30 ms before every read: a minute
+python tools/benchmarks/storage.py index      # 10^9 samples in 10^6 shards, that are not there: a minute
 
 `fetches` reads no data: for some of the hosts it walks through an epoch and counts the bytes of the shards that such a
 host fetches into its cache (ahead of need, the least recently used leave it first) and those of the samples that it
@@ -11,13 +12,19 @@ shard, where 1 is what samples drawn at random have.
 `reading` writes shards and reads them without decoding: one sample at a time, and ahead (data.read_ahead_mib); first
 with a pause before every read, then without, in turns, medians of rounds. Memory is what the process has beyond what it
 had before, at most.
+
+`index` opens such a table in a process of its own, makes the order and finds a batch; a second process gets what is
+sent to a loader process and does the same. Seconds are of the processor; memory is what a process shares with no file,
+beyond what it was before.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
+import pickle
 import statistics
 import sys
 import tempfile
@@ -28,15 +35,17 @@ from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
+from resume import write_table
 from tqdm import tqdm
 
 from modstruct.config import DataConfig, Source
 from modstruct.data.shards.ahead import ComingShards, ReadAhead
 from modstruct.data.shards.grouped_order import GroupedOrder
-from modstruct.data.shards.loader import SHARE_AHEAD
+from modstruct.data.shards.loader import SHARE_AHEAD, train_order
 from modstruct.data.shards.order import Order, SampleOrder
 from modstruct.data.shards.reader import RawSample, ShardReader
-from modstruct.data.shards.samples import Samples, open_samples
+from modstruct.data.shards.sample_table import Samples
+from modstruct.data.shards.samples import open_samples
 
 GIB = 2**30
 MIXED_BATCHES = 16  # pairs of neighbours that mixing is measured on
@@ -48,6 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
     kinds = parser.add_subparsers(required=True)
     fetches_options(kinds.add_parser("fetches", help="What hosts fetch, and how the order mixes."))
     reading_options(kinds.add_parser("reading", help="Samples a second where every read takes long."))
+    index_options(kinds.add_parser("index", help="Memory and seconds of a large index."))
     options = parser.parse_args(arguments)
     results = options.run(options)
     if options.out:
@@ -249,6 +259,50 @@ def read(samples: Samples, config: DataConfig, settings: tuple[int, int, int], c
                 assert isinstance(sample, RawSample)
             most = max(most, own_bytes())
     return Reading(count / (time.perf_counter() - start), reads, (most - before) / 2**20)
+
+
+# --- a large index ---
+
+
+def index_options(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=index)
+    parser.add_argument("--shards", type=int, default=1_000_000, help="Of the source (default: %(default)s).")
+    parser.add_argument("--shard_samples", type=int, default=1000, help="Of a shard (default: %(default)s).")
+    parser.add_argument("--global_batch", type=int, default=32_768, help="Pairs of a step (default: %(default)s).")
+    parser.add_argument("--groups", type=int, default=64, help="data.groups (default: %(default)s).")
+
+
+def index(options: argparse.Namespace) -> list[dict]:
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        table = write_table(Path(folder), options.shards * options.shard_samples, options.shard_samples)
+        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+            print(
+                f"{'process':12}{'groups':>8}{'open, s':>9}{'order, s':>10}{'own memory, MiB':>17}{'sent, bytes':>13}"
+            )
+            for groups in (1, options.groups):
+                opened = pool.apply(open_table, (table, None, groups, options.global_batch))
+                worker = pool.apply(open_table, (None, opened.pop("reader"), groups, options.global_batch))
+                for name, found in (("training", opened), ("loader", worker)):
+                    found.pop("reader", None)
+                    results.append({"process": name, "groups": groups} | found)
+                    seconds = f"{found['open']:>9.3f}{found['order']:>10.3f}"
+                    print(f"{name:12}{groups:>8}{seconds}{found['mib']:>17.1f}{found['sent']:>13,}")
+    return results
+
+
+def open_table(table: Path | None, sent: bytes | None, groups: int, batch: int) -> dict:
+    """Open a table, or a reader as it is sent to a loader process; find and lay out a batch's share of one group."""
+    config = DataConfig(order_version=2, groups=groups)
+    before, start = own_bytes(), time.process_time()
+    reader = pickle.loads(sent) if table is None else ShardReader(Samples(table), config)
+    opened = time.process_time()
+    order = train_order(reader.samples, config, 0, batch)
+    found = order.locate(np.arange(512))[1]
+    assert len(reader.runs(found)) > 0
+    seconds = {"open": opened - start, "order": time.process_time() - opened}
+    state = pickle.dumps(reader)
+    return seconds | {"mib": (own_bytes() - before) / 2**20, "sent": len(state), "reader": state}
 
 
 def own_bytes() -> int:

@@ -31,7 +31,7 @@ from modstruct.data.shards.evaluation_samples import EvaluationSample, Evaluatio
 from modstruct.data.shards.index import ShardIndex, index_tar
 from modstruct.data.shards.members import IMAGES, Tally, printable
 from modstruct.data.shards.reader import ShardReader
-from modstruct.data.shards.samples import Samples
+from modstruct.data.shards.sample_table import Samples
 from modstruct.data.shards.tar_headers import BLOCK_BYTES
 
 NAMES, TEMPLATES, COUNT = "classnames.txt", "zeroshot_classification_templates.txt", "nshards.txt"
@@ -167,7 +167,7 @@ class LabelledSamples(LabelledImages):
         samples = self._samples.samples
         self.content = "" if classes.label == LABEL else samples.content
         """Fingerprint of the shards alone, whatever the classes; "" where a label takes the name of its own field."""
-        self.left_out = dict(sum((Counter(shard["faults"]) for shard in samples.shard_faults), Counter()))
+        self.left_out = dict(samples.left_out)
         self.fingerprint = hashed(samples.content, classes.label, list(classes.classes.items()))
         missing = check_labels(classes, samples, config, name) if distributed.is_main() else None
         if missing:

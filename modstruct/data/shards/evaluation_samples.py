@@ -16,8 +16,8 @@ from torch.utils.data import Dataset
 from modstruct.config import DataConfig, Source
 from modstruct.data.faults import BadSample
 from modstruct.data.shards.reader import ShardReader
-from modstruct.data.shards.samples import Samples, open_samples
-from modstruct.data.shards.sources import is_pipe
+from modstruct.data.shards.sample_table import Samples
+from modstruct.data.shards.samples import open_samples
 from modstruct.data.shards.workers import WorkerLoader
 from modstruct.data.transforms.augment import sample_seed
 from modstruct.data.transforms.decoding import decode_image
@@ -189,7 +189,7 @@ def spaced(samples: Samples, limit: int) -> Iterator[int]:
     Only eight `pipe:` shards, evenly spaced, have a part in it, because each is fetched whole.
     """
     counts = np.diff(samples.shard_starts)
-    pipes = np.flatnonzero([is_pipe(shard) for shard in samples.shards])
+    pipes = np.flatnonzero(samples.piped())
     if len(pipes) > FEW_PIPES:
         chosen = pipes[np.arange(FEW_PIPES) * len(pipes) // FEW_PIPES]
         counts[np.setdiff1d(pipes, chosen)] = 0

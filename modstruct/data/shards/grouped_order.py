@@ -124,7 +124,8 @@ class _Epochs:
         self.size = int(starts[-1] - starts[0])
         self.words, self.groups = (seed, pool), groups
         self.block, self.span = block, block * window
-        self.in_turn = block >= int(np.diff(starts).max())
+        chunks = range(0, len(starts) - 1, CHUNK)
+        self.in_turn = all(block >= np.diff(starts[first : first + CHUNK + 1]).max() for first in chunks)
         self._sums: dict[int, np.ndarray] = {}
         self._runs: dict[tuple[int, int], _Run] = {}
 
@@ -177,14 +178,16 @@ class _Epochs:
             first, last = (self._samples_before(edge, epoch) for edge in (group, group + 1))
             sums = self._chunk_sums(epoch)  # where each chunk of shards begins
             begin, end = int(sums.searchsorted(first, "right")) - 1, int(sums.searchsorted(last, "left"))
-            shards = self._shards(epoch, begin * CHUNK, end * CHUNK)
-            ends = int(sums[begin]) + np.cumsum(self._counts(shards))
-            reached = slice(int(ends.searchsorted(first, "right")), int(ends.searchsorted(last, "left")) + 1)
-            shards, ends = shards[reached], ends[reached]
-            base = int(ends[0] - self._counts(shards[:1])[0]) if len(ends) else first
+            chunks = [self._shards(epoch, chunk * CHUNK) for chunk in range(begin, end)]
+            shards = np.concatenate([np.empty(0, dtype=np.uint32), *chunks])
+            counts = np.concatenate([np.empty(0, dtype=np.uint32), *map(self._counts, chunks)])
+            ends = np.cumsum(counts, dtype=np.min_scalar_type(int(sums[end] - sums[begin])))
+            start, stop = (ends.dtype.type(edge - sums[begin]) for edge in (first, last))
+            reached = slice(int(ends.searchsorted(start, "right")), int(ends.searchsorted(stop, "left")) + 1)
+            shards, counts, ends = shards[reached], counts[reached], ends[reached]
+            skipped = int(start) - int(ends[0] - counts[0]) if len(ends) else 0
             turn = -((group - epoch * self.size) // self.groups)
-            ends = ends - base
-            return _Run(turn, last - first, shards, ends.astype(np.min_scalar_type(ends.max(initial=0))), first - base)
+            return _Run(turn, last - first, shards, ends - (start - ends.dtype.type(skipped)), skipped)
 
         return remember(self._runs, (epoch, group), make, limit=max(keep, 2))
 
@@ -201,19 +204,20 @@ class _Epochs:
 
         def make() -> np.ndarray:
             chunks = range(0, len(self.starts) - 1, CHUNK)
-            counts = [self._counts(self._shards(epoch, first, first + CHUNK)).sum() for first in chunks]
+            counts = [self._counts(self._shards(epoch, first)).sum(dtype=np.int64) for first in chunks]
             return np.concatenate([[0], np.cumsum(np.array(counts, dtype=np.int64))])
 
         return remember(self._sums, epoch, make, limit=2)
 
-    def _shards(self, epoch: int, first: int, last: int) -> np.ndarray:
-        """The permuted shards first … last - 1 of an epoch, uint32."""
+    def _shards(self, epoch: int, first: int) -> np.ndarray:
+        """Up to CHUNK of the permuted shards of an epoch, uint32."""
         shards = len(self.starts) - 1
-        places = np.arange(first, min(last, shards))
+        places = np.arange(first, min(first + CHUNK, shards))
         return permuted(places, shards, *self.words, _SHARDS, epoch).astype(np.uint32)
 
     def _counts(self, shards: np.ndarray) -> np.ndarray:
-        return self.starts[shards + 1] - self.starts[shards]
+        """Samples of shards (n,), uint32."""
+        return (self.starts[shards + 1] - self.starts[shards]).astype(np.uint32)
 
 
 def permuted(places: np.ndarray, size: int, *words: int) -> np.ndarray:

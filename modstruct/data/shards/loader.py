@@ -20,8 +20,7 @@ from modstruct.data.shards.ahead import ComingShards, PipesAhead, ReadAhead
 from modstruct.data.shards.grouped_order import GroupedOrder, require_groups
 from modstruct.data.shards.order import Order, SampleOrder
 from modstruct.data.shards.reader import RawSample, ShardReader
-from modstruct.data.shards.samples import Samples
-from modstruct.data.shards.sources import is_pipe
+from modstruct.data.shards.sample_table import Samples
 from modstruct.data.shards.workers import OutgoingRows, WorkerLoader
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.data.transforms.augment import Views, sample_seed
@@ -136,7 +135,7 @@ class LocalBatches(Dataset[TrainBatch]):
     @cached_property
     def _pipes_ahead(self) -> PipesAhead | None:
         samples = self.reader.samples
-        piped = np.array([is_pipe(shard) for shard in samples.shards])
+        piped = samples.piped()
         if not piped.any():
             return None
 
@@ -306,7 +305,7 @@ def steps_of(loader: WorkerLoader[TrainBatch]) -> Iterator[list[TrainBatch]]:
 
 def _require_pipe_room(samples: Samples, config: DataConfig, host_share: float) -> None:
     """Refuse a pipe cache that shuffled reading would thrash. host_share: of the processes, those of this host."""
-    piped = np.array([is_pipe(shard) for shard in samples.shards])
+    piped = samples.piped()
     if not piped.any():
         return
     counts, sizes = np.diff(samples.shard_starts)[piped], np.sort(samples.size_bytes[piped])

@@ -17,7 +17,7 @@ from modstruct.config import DataConfig
 from modstruct.data.faults import BadSample
 from modstruct.data.shards.members import key_of, printable
 from modstruct.data.shards.pipes import PipeFailed, pipe_cache
-from modstruct.data.shards.samples import Samples
+from modstruct.data.shards.sample_table import Samples
 from modstruct.data.shards.sources import is_pipe
 from modstruct.data.shards.tar_headers import BLOCK_BYTES, CutOff, DamagedHeader, next_member
 from modstruct.data.shards.texts import caption_lines, parse_caption, parse_metadata, texts_of

@@ -19,6 +19,7 @@ import numpy as np
 
 from modstruct.data.faults import BadSample
 from modstruct.data.shards.pipes import PipeCache, PipeFailed
+from modstruct.data.shards.sample_table import Samples, ShardNames
 from modstruct.data.shards.sources import is_pipe
 from modstruct.data.shards.tar_headers import BLOCK_BYTES
 from modstruct.files import RepeatedKey, atomic_write, parse_json
@@ -98,11 +99,10 @@ class Look:
 class SourceRows:
     """The samples of one source."""
 
-    shards: Sequence[str]
-    counts: np.ndarray
-    """(shards,) samples in each."""
-    rows: np.ndarray
-    """(samples,) of index.ROW."""
+    shards: ShardNames
+    starts: np.ndarray
+    """(shards + 1,) number of the first sample of each, and of the first of the next source."""
+    samples: Samples
 
 
 def kept_looks(path: Path, sources: Sequence[SourceRows], wanted: Sequence[bool | str], pipes: PipeCache) -> list[Look]:
@@ -125,12 +125,12 @@ def kept_looks(path: Path, sources: Sequence[SourceRows], wanted: Sequence[bool 
 
 def look(source: SourceRows, pipes: PipeCache) -> Look:
     """Look at a source; samples that cannot be read do not count."""
-    ends = np.cumsum(source.counts)
-    total = int(ends[0] if is_pipe(source.shards[0]) else ends[-1])
-    places = np.arange(min(LOOKED_AT, total)) * total // max(1, min(LOOKED_AT, total))
+    first, rows = int(source.starts[0]), source.samples.rows
+    total = int(source.starts[1] if is_pipe(source.shards[0]) else source.starts[-1]) - first
+    places = first + np.arange(min(LOOKED_AT, total)) * total // max(1, min(LOOKED_AT, total))
     texts = several = whole = 0
-    for shard, of_shard in groupby(places.tolist(), key=lambda place: int(ends.searchsorted(place, side="right"))):
-        for text, metadata in _members(source.shards[shard], [source.rows[place] for place in of_shard], pipes):
+    for shard, of_shard in groupby(places.tolist(), key=lambda place: int(source.starts.searchsorted(place, "right"))):
+        for text, metadata in _members(source.shards[shard - 1], [rows[place] for place in of_shard], pipes):
             try:
                 caption = parse_caption(text, "")
                 texts += 1

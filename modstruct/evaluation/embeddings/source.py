@@ -112,7 +112,7 @@ class EmbeddingSource:
         """Samples, by cause, that opening the set found unusable; they are not among `samples`."""
         if not isinstance(self.samples, EvaluationSamples):
             return Counter(self.samples.left_out)
-        return sum((Counter(shard["faults"]) for shard in self.samples.samples.shard_faults), Counter())
+        return self.samples.samples.left_out
 
 
 def distinct(digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from modstruct.config import DataConfig, Source, ViewsConfig
-from modstruct.data.shards.samples import Samples, open_samples
+from modstruct.data.shards.sample_table import Samples
+from modstruct.data.shards.samples import open_samples
 from modstruct.data.transforms.augment import Views
 
 IMAGE_SIDE = 12

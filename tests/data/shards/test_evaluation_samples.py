@@ -24,6 +24,7 @@ from modstruct.data.faults import BadSample
 from modstruct.data.shards.evaluation_samples import EvaluationSamples, evaluation_loader, train_captions
 from modstruct.data.shards.loader import BatchContents, BatchPlan, train_loader
 from modstruct.data.shards.reader import ShardReader
+from modstruct.data.shards.sample_table import SourceFaults
 from modstruct.data.shards.samples import open_samples
 
 EMOJI = Path("/work/shared/data/emoji")
@@ -110,7 +111,7 @@ def test_real_shards_are_read_whole(tmp_path):
     data = DataConfig(cache=str(tmp_path), workers=0)
     samples = open_samples([Source(str(EMOJI / "train-{00000..00008}.tar"))], data, "data.train")
     assert len(samples) == 8006
-    assert all(not entry["faults"] and not entry["broken"] for entry in samples.shard_faults)
+    assert samples.faults == [SourceFaults()]
     reader = ShardReader(samples, data)
     for number in range(0, 8006, 400):
         raw = reader.read(number)

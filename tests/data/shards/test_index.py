@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import re
 import tarfile
@@ -330,13 +331,25 @@ def test_a_resumed_run_keeps_the_samples_that_an_older_index_had(tmp_path, caplo
     pattern, data = str(write_tar(tmp_path / "x.tar", [*sample(0), *sample(1), *named(*names)])), config(tmp_path)
     with mock.patch.object(MemberGroups, "_is_whole", return_value=False):  # as no key with a dot was one
         old = opened(pattern, data)
-    (old.table.with_suffix(".json")).rename(tmp_path / "cache/indexes/sets/older.json")
+    description = {  # as that version wrote it
+        "shards": list(old.shards),
+        "size_bytes": old.size_bytes.tolist(),
+        "modified_ns": old.modified_ns.tolist(),
+        "samples": [2],
+        "source_shards": [1],
+        "shard_faults": [{"faults": {"no image": 1}, "examples": {"no image": "key"}, "broken": None}],
+        "fingerprint": old.fingerprint,
+    }
+    (tmp_path / "cache/indexes/sets/older.json").write_text(json.dumps(description))
     old.table.rename(tmp_path / "cache/indexes/sets/older.rows")
+    for suffix in (".json", ".shards"):
+        old.table.with_suffix(suffix).unlink()
     for file in (tmp_path / "cache/indexes").glob("*.npz"):
         file.unlink()
     assert len(opened(pattern, data)) == 5
     saved = open_saved_samples([Source(pattern)], data, "data.train", old.fingerprint, progress=True)
     assert (len(saved), saved.fingerprint) == (2, old.fingerprint)
+    assert (list(saved.shards), saved.faults[0].examples) == (list(old.shards), {"no image": [f"{pattern}: key"]})
     assert "data.train: 2 of 5 samples, as in the checkpoint" in caplog.text
 
 

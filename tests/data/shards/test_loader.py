@@ -290,10 +290,11 @@ def test_every_kind_of_fault_is_replaced_counted_and_named(tmp_path):
         found = {(cause, re.sub(r" \(.*\)$", "", where)) for cause, where in seen if "c.tar" not in where}
         assert found == expected
         assert {cause for cause, where in seen if "c.tar" in where} == {"missing shard"}
-    broken = [entry["broken"] for entry in samples.shard_faults]
-    assert [None if b is None else b.split(" after")[0] for b in broken] == [None, "cut off", None, "not a tar"]
-    left_out = [entry["faults"] for entry in samples.shard_faults]
-    assert left_out == [{"no image": 1, "no caption": 1}, {"truncated shard": 1}, {}, {}]
+    (found,) = samples.faults
+    assert found.left_out == samples.left_out == {"no image": 1, "no caption": 1, "truncated shard": 1}
+    broken = [one.split(" after")[0] for one in found.broken]
+    assert broken == [f"bad shard {tmp_path / 'b.tar'}: cut off", f"bad shard {tmp_path / 'd.tar'}: not a tar"]
+    assert (found.broken_shards, found.empty_shards) == (2, 1)
 
 
 def test_nothing_but_bad_samples_ends_with_a_clear_error(tmp_path, monkeypatch):

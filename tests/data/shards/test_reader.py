@@ -60,7 +60,7 @@ def test_names_are_never_paths(tmp_path):
         ("/etc/passwd", "one"),
         ("../../escape", "two"),
     ]
-    assert samples.shard_faults[0]["faults"] == {"no caption": 3}
+    assert samples.faults[0].left_out == {"no caption": 3}
     made = set(tmp_path.rglob("*")) - set(before)
     assert {p for p in made if tmp_path / "cache" not in (p, *p.parents)} == {path}
 

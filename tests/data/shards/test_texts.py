@@ -13,7 +13,8 @@ from modstruct.config.migrations import migrate_checkpoint
 from modstruct.data.shards import texts as texts_module
 from modstruct.data.shards.evaluation_samples import EvaluationSamples, train_captions
 from modstruct.data.shards.loader import BatchContents, BatchPlan, train_loader
-from modstruct.data.shards.samples import Samples, open_saved_samples
+from modstruct.data.shards.sample_table import Samples
+from modstruct.data.shards.samples import open_saved_samples
 
 SHOWN = "KEY.txt looked at in"
 
