@@ -61,9 +61,7 @@ class ReadAhead:
                 self._start_reading()
             run, place, size = self._coming.popleft()
             self._held_bytes -= size
-            results = run if isinstance(run, list) else run.result()
-            found, results[place] = results[place], None  # it need not wait for the rest of its run
-            yield found
+            yield (run if isinstance(run, list) else run.result())[place]
         self._due = item + self.stride
 
     def _start_reading(self) -> None:

@@ -62,7 +62,7 @@ def open_samples(sources: Sequence[Source], config: DataConfig, field: str, prog
 
 def _opened(sources: Sequence[Source], config: DataConfig) -> Path:
     """File in which the first process of a host tells the others which table it has opened."""
-    named = json.dumps([[source.shards, source.index] for source in sources])
+    named = json.dumps([os.getcwd(), [[source.shards, source.index] for source in sources]])  # patterns may be relative
     name = f"{hashlib.blake2b(named.encode(), digest_size=16).hexdigest()}.opened"
     return Path(config.cache).expanduser() / "indexes" / "sets" / name
 
