@@ -56,6 +56,7 @@ MOST = {
     "data.scenes.validation_samples": 250_000,
     "data.scenes.test_samples": 250_000,
     "data.workers": 256,
+    "data.read_ahead_mib": 1024,
     "data.max_image_pixels": 1_000_000_000,
     "evaluation.batch": 65_536,
     "model.vision.image_size": 4_096,

@@ -75,7 +75,7 @@ def fetches_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--global_batch", type=int, default=32_768, help="Pairs of a step (default: %(default)s).")
     parser.add_argument("--hosts", type=int, default=64, help="Of the run (default: %(default)s).")
     parser.add_argument("--looked_at", type=int, default=4, help="Of these, with groups (default: %(default)s).")
-    parser.add_argument("--cache_gib", type=float, default=50.0, help="data.pipe_cache_gib (default: %(default)s).")
+    parser.add_argument("--cache_gib", type=float, default=50.0, help="data.pipe_cache_gib of one group (default: 50).")
 
 
 class Setting(NamedTuple):
@@ -96,9 +96,8 @@ def fetches(options: argparse.Namespace) -> list[dict]:
     hosts, several = options.hosts, options.hosts * 8
     settings = [Setting(1, 64, 1024), Setting(1, whole, 16)]
     settings += [Setting(hosts, whole, 16), Setting(hosts, whole, 4), Setting(several, whole, 4)]
-    print(
-        f"{'groups':>7}{'block':>8}{'window':>8}{'fetched / used':>16}{'late':>6}{'same batch':>13}{'neighbours':>12}"
-    )
+    titles = f"{'groups':>7}{'block':>8}{'window':>8}{'cache, GB':>11}{'fetched / used':>16}{'late':>9}"
+    print(f"{titles}{'same batch':>13}{'neighbours':>12}")
     results = []
     for setting in tqdm(settings, disable=None):
         order = order_of(setting, options)
@@ -109,8 +108,8 @@ def fetches(options: argparse.Namespace) -> list[dict]:
         row = setting._asdict() | {"fetched_over_used": fetched / used, "late": late / len(counts)}
         results.append(row | {"same_shard_in_batch": batch, "same_shard_in_neighbours": neighbours})
         tqdm.write(
-            f"{setting.groups:>7}{setting.block:>8,}{setting.window:>8,}{fetched / used:>16,.3f}"
-            f"{late / len(counts):>6.0f}{batch:>13.2f}{neighbours:>12.2f}"
+            f"{setting.groups:>7}{setting.block:>8,}{setting.window:>8,}{cache_bytes(setting, options) / 1e9:>11.0f}"
+            f"{fetched / used:>16,.3f}{late / len(counts):>9.0f}{batch:>13.2f}{neighbours:>12.2f}"
         )
     return results
 
@@ -137,7 +136,7 @@ def count_host(order: Order, host: int, setting: Setting, options: argparse.Name
         return seen[step]
 
     shard_bytes = options.shard_samples * options.sample_bytes
-    limit = int(options.cache_gib * GIB)
+    limit = cache_bytes(setting, options)
     sizes = np.full(options.samples // options.shard_samples, shard_bytes)
     coming = ComingShards(shards_of, sizes, limit * SHARE_AHEAD, steps)
     cache: OrderedDict[int, None] = OrderedDict()
@@ -152,7 +151,11 @@ def count_host(order: Order, host: int, setting: Setting, options: argparse.Name
                 cache.popitem(last=False)
 
     for step in range(steps):
-        for shard in coming.newly_seen(step):
+        new = coming.newly_seen(step)
+        for shard in coming.needed:
+            if shard in cache:
+                cache.move_to_end(shard)
+        for shard in new:
             fetch(shard)
         for shard in seen.pop(step):
             late += shard not in cache
@@ -160,6 +163,13 @@ def count_host(order: Order, host: int, setting: Setting, options: argparse.Name
             cache.move_to_end(shard)
     assert len(np.unique(np.concatenate(samples))) == steps * rows, "a sample came twice in an epoch"
     return HostCount(fetched, steps * rows * options.sample_bytes, late)
+
+
+def cache_bytes(setting: Setting, options: argparse.Namespace) -> int:
+    """With groups the least that is not refused: two windows of each, which reach into two shards more."""
+    if setting.groups == 1:
+        return int(options.cache_gib * GIB)
+    return 2 * (setting.window + 2) * setting.groups // options.hosts * options.shard_samples * options.sample_bytes
 
 
 def mixing(order: Order, options: argparse.Namespace) -> tuple[float, float]:

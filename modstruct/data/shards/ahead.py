@@ -114,9 +114,10 @@ class ComingShards:
         self._last_need: dict[int, int] = {}  # of the shards between the step at hand and the next to look at
         self._bytes = 0
 
-    def __contains__(self, shard: int) -> bool:
-        """Whether a shard that was returned is still needed, as far as is known."""
-        return shard in self._last_need
+    @property
+    def needed(self) -> list[int]:
+        """Those that were returned and are not done with."""
+        return list(self._last_need)
 
     def newly_seen(self, step: int) -> list[int]:
         """Shards of `step` and those after it that no earlier call has returned or that were done with meanwhile.
@@ -151,6 +152,8 @@ class PipesAhead:
     def advance(self, step: int) -> None:
         """Called with each step that is about to be read."""
         self._wanted.extend(self._coming.newly_seen(step))
+        for shard in self._coming.needed:  # what is done with leaves the cache first
+            self._pipes.touch(self._shards[shard])
         self._threads = [thread for thread in self._threads if thread.is_alive()]
         while len(self._threads) < min(FETCHES, len(self._wanted)):
             # A daemon: a run that ends does not wait for what it no longer needs.
@@ -162,5 +165,5 @@ class PipesAhead:
         with suppress(IndexError):  # all are fetched
             while True:
                 shard = self._wanted.popleft()
-                if shard in self._coming:
+                if shard in self._coming.needed:
                     self._pipes.fetch(self._shards[shard], int(self._coming.size_bytes[shard]))

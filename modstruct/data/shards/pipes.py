@@ -67,8 +67,7 @@ class PipeCache:
                 os.close(descriptor)
                 path.unlink(missing_ok=True)
                 continue
-            with suppress(OSError):
-                os.utime(path)  # time of last use, for the removal
+            self.touch(shard)
             return descriptor
 
     def fetch(self, shard: str, size_bytes: int) -> None:
@@ -78,6 +77,12 @@ class PipeCache:
         if shard not in self._failed and not path.exists():
             with suppress(OSError):
                 self._spool(shard, path, size_bytes, wait=False)
+
+    def touch(self, shard: str) -> None:
+        """Note that a shard is used, or will be soon, so that others are removed first."""
+        now = time.time_ns()  # the system's own stamps are milliseconds apart
+        with suppress(OSError):
+            os.utime(self.path(shard), ns=(now, now))
 
     def path(self, shard: str) -> Path:
         return self.folder / f"{hashlib.blake2b(shard.encode(), digest_size=16).hexdigest()}.tar"
@@ -94,6 +99,7 @@ class PipeCache:
                 except PipeFailed:
                     if attempt == ATTEMPTS - 1:
                         raise
+            self.touch(shard)
             self._make_room(keep=path)
 
     def _make_room(self, keep: Path) -> None:

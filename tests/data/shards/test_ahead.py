@@ -26,9 +26,9 @@ def test_shards_are_seen_once_as_far_ahead_as_they_fit():
     coming = ComingShards(windows, np.full(30, 10), room_bytes=60, stop_step=40)
     assert coming.newly_seen(0) == [0, 1, 2, 3, 4, 5]
     assert [coming.newly_seen(step) for step in (1, 2, 3)] == [[], [], []]
-    assert 0 in coming
+    assert coming.needed == [0, 1, 2, 3, 4, 5]
     assert coming.newly_seen(4) == [6, 7, 8]
-    assert 0 not in coming
+    assert coming.needed == [3, 4, 5, 6, 7, 8]
     assert coming.newly_seen(30) == [21, 22, 23, 24, 25, 26]  # a loader process that takes every n-th step
     assert coming.newly_seen(39) == [27, 28, 29]
 
@@ -37,6 +37,21 @@ def test_the_step_at_hand_is_seen_even_if_it_does_not_fit():
     coming = ComingShards(windows, np.full(30, 10), room_bytes=1, stop_step=40)
     assert coming.newly_seen(5) == [3, 4, 5]
     assert coming.newly_seen(8) == [6, 7, 8]
+
+
+def test_what_is_done_with_leaves_the_cache_before_what_was_fetched_ahead(tmp_path):
+    """Eight windows of three shards through a cache of six: each is fetched once, though used after it was fetched."""
+    cache = PipeCache(tmp_path / "pipes", 12)
+    shards = [f"pipe:echo {shard} >> {tmp_path}/log; printf {shard:02}" for shard in range(24)]
+    ahead = PipesAhead(ComingShards(windows, np.full(24, 2), 12, stop_step=32), cache, shards)
+    for step in range(32):
+        ahead.advance(step)
+        for thread in ahead._threads:
+            thread.join()
+        for shard in windows(step):
+            os.close(cache.open(shards[shard], 2))
+    fetched = (tmp_path / "log").read_text().split()
+    assert sorted(map(int, fetched)) == list(range(24))
 
 
 def test_pipes_are_fetched_before_they_are_needed(tmp_path):
