@@ -67,6 +67,7 @@ CHANGES: dict[int, Change] = {
             "train.float32_norms": False,
             "train.tf32": None,
             "optimizer.layer_decay": 1.0,
+            "logging.projector": 0,
             "logging.wandb": None,
         },
         added_to_pretraining={

@@ -161,6 +161,9 @@ class LoggingConfig:
     """Write the terms, gradient norm, throughput and memory to TensorBoard every so many steps."""
     images: int = 16
     """Text-image pairs in the example grids in TensorBoard; 0 for none."""
+    projector: int = 0
+    """Images of data.eval, each with a caption, whose embeddings TensorBoard's projector shows at the end of
+    pre-training; 0 for none."""
     wandb: str | None = None
     """Project of Weights & Biases that is given what TensorBoard is, under the same names, if the package is installed;
     null for none."""
@@ -168,6 +171,7 @@ class LoggingConfig:
     def __post_init__(self):
         require(self.every_steps >= 1, "logging.every_steps", self.every_steps, "at least 1")
         require(self.images >= 0, "logging.images", self.images, "0 or more")
+        require(self.projector >= 0, "logging.projector", self.projector, "0 (none) or more")
 
 
 @dataclass

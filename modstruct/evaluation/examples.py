@@ -9,6 +9,7 @@ import math
 import textwrap
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox, TransformedBbox
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from modstruct.data.faults import BadSample
 from modstruct.data.shards.evaluation_samples import EvaluationSamples
@@ -36,6 +38,8 @@ CELL, LINE = 2.3, 0.16
 RIGHT, WRONG, INK = "#006e32", "#b41e1e", "#1e1e1e"
 LINES, LETTERS = 3, 34
 """Of a caption at most, and of one line."""
+SPRITE = 32
+"""Pixels of an image's side in the projector."""
 FILE = "examples.json"
 QUERIES = 6
 """Of each direction."""
@@ -44,6 +48,29 @@ RESULTS = 5
 SIDE_PIXELS = 256
 """Of an image's longer side, at most."""
 QUALITY = 85
+
+
+@dataclass(frozen=True)
+class ProjectedPoints:
+    """For TensorBoard's projector: rows (2 n, D), of n images and then of a caption of each; labels, (modality,
+    caption) of each; images (2 n, 3, SPRITE, SPRITE) from 0 to 1, white for captions."""
+
+    rows: Tensor
+    labels: list[tuple[str, str]]
+    images: Tensor
+
+
+def projected_points(source: EmbeddedSet, samples: EvaluationSamples, views: Views, count: int) -> ProjectedPoints:
+    """Of `count` images of the source, evenly spaced; as `retrieved_examples`."""
+    image, pairs = source.distinct_rows("image"), source.distinct_pairs
+    rows = evenly_spaced(len(image), count)
+    texts = np.array([pairs[pairs[:, 0] == row, 1][0] for row in rows])
+    captions = [source.captions[text] for text in texts]
+    shown = torch.stack([views.evaluation_image(samples[int(index)].image) for index in source.indices[rows]])
+    small = F.interpolate(shown.float() / 255, (SPRITE, SPRITE), mode="bilinear", antialias=True)
+    both = np.concatenate([image[rows], source.rows("text")[texts]]).astype(np.float32)
+    labels = [(kind, caption) for kind in ("image", "text") for caption in captions]
+    return ProjectedPoints(torch.from_numpy(both), labels, torch.cat([small, torch.ones_like(small)]))
 
 
 def retrieved_examples(source: EmbeddedSet, samples: EvaluationSamples, views: Views, count: int) -> Tensor:

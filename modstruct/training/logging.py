@@ -25,6 +25,7 @@ from modstruct import __version__, distributed
 from modstruct.config import FinetuneRecipe, Recipe
 from modstruct.config.recipe_files import leaves, recipe_to_dict, recipe_to_yaml
 from modstruct.errors import PrintableFormatter, refuse
+from modstruct.evaluation.examples import ProjectedPoints
 from modstruct.files import disk_error
 from modstruct.training.step import StepReport
 from modstruct.training.timing import StepClock
@@ -157,6 +158,10 @@ class Telemetry:
         if self.curves is not None:
             self.curves.image(name, image, step)
 
+    def embeddings(self, name: str, points: ProjectedPoints, step: int) -> None:
+        if self.curves is not None:
+            self.curves.embeddings(name, points, step)
+
     def pause(self) -> None:
         """Time from here to `resume` (evaluation, checkpoint) does not count as training throughput.
 
@@ -236,6 +241,14 @@ class Curves:
     def image(self, name: str, image: Tensor, step: int) -> None:
         """image: uint8 (3, H, W)."""
         self._try(lambda writer: writer.add_image(name, image, step))
+
+    def embeddings(self, name: str, points: ProjectedPoints, step: int) -> None:
+        columns = [[kind, " ".join(caption.split())] for kind, caption in points.labels]
+        self._try(
+            lambda writer: writer.add_embedding(
+                points.rows, columns, points.images, step, name, metadata_header=["modality", "caption"]
+            )
+        )
 
     def flush(self) -> None:
         self._try(lambda writer: writer.flush())

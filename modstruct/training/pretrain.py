@@ -20,7 +20,7 @@ from modstruct.data.shards.workers import WorkerLoader
 from modstruct.distributed.collect import on_main
 from modstruct.errors import refuse
 from modstruct.evaluation.evaluate import evaluate
-from modstruct.evaluation.examples import retrieved_examples
+from modstruct.evaluation.examples import projected_points, retrieved_examples
 from modstruct.evaluation.result import Result
 from modstruct.evaluation.retrieval.measure import DIRECTIONS
 from modstruct.evaluation.structure.basic import structure
@@ -102,6 +102,9 @@ class Pretraining(Trainer[Recipe]):
             if self.recipe.logging.images:
                 grid = retrieved_examples(source, samples, self.data.views, self.recipe.logging.images)
                 self.telemetry.image(f"{name}/examples", grid, self.state.step)
+            if self.recipe.logging.projector and name == "eval":
+                points = projected_points(source, samples, self.data.views, self.recipe.logging.projector)
+                self.telemetry.embeddings(name, points, self.state.step)
 
         self.engine.eval()
         results = evaluate(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 
-from modstruct.evaluation.examples import example_grid
+from modstruct.evaluation.examples import SPRITE, example_grid, projected_points
 
 
 def pixels_of(grid, colour):
@@ -55,3 +58,23 @@ def test_texts_and_images_must_be_as_many():
         example_grid(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), ["one"])
     with pytest.raises(ValueError, match="0 images"):
         example_grid(torch.zeros(0, 3, 8, 8, dtype=torch.uint8), [])
+
+
+def test_the_projectors_points_are_images_and_a_caption_of_each():
+    """Images 0 to 3 in rows; image 2 has two captions."""
+    image, text = np.eye(4, 8, dtype=np.float16), -np.eye(5, 8, dtype=np.float16)
+    source = SimpleNamespace(
+        distinct_rows=lambda array: image,
+        rows=lambda array: text,
+        distinct_pairs=np.array([[0, 0], [1, 1], [2, 2], [2, 3], [3, 4]]),
+        captions=list("abcde"),
+        indices=np.arange(4),
+    )
+    samples = [SimpleNamespace(image=number) for number in range(4)]
+    views = SimpleNamespace(evaluation_image=lambda number: torch.full((3, 48, 48), 60 * number, dtype=torch.uint8))
+    points = projected_points(source, samples, views, 4)
+    assert torch.equal(points.rows, torch.from_numpy(np.concatenate([image, text[[0, 1, 2, 4]]]).astype(np.float32)))
+    assert points.labels == [(kind, caption) for kind in ("image", "text") for caption in "abce"]
+    assert points.images.shape == (8, 3, SPRITE, SPRITE)
+    assert torch.allclose(points.images[:4, 0, 0, 0], torch.arange(4) * 60 / 255, atol=1e-5)
+    assert (points.images[4:] == 1).all()

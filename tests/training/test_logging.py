@@ -6,10 +6,12 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from modstruct.config import LoggingConfig, Recipe, TrainConfig
-from modstruct.training.logging import Telemetry
+from modstruct.evaluation.examples import ProjectedPoints
+from modstruct.training.logging import Curves, Telemetry
 
 
 def recipe(tmp_path, **options) -> Recipe:
@@ -27,6 +29,17 @@ def test_tensorboard_shows_the_recipe_and_what_differs_from_the_defaults(tmp_pat
     assert "train.seed" in told
     assert "optimizer.learning_rate" not in told
     assert events.Scalars("loss/total")[0].value == 1.5
+
+
+def test_the_projector_has_a_line_for_each_point(tmp_path):
+    labels = [("image", "a\tred\nstar"), ("text", "a blue moon")]
+    curves = Curves(tmp_path, purge_step=1)
+    curves.embeddings("eval", ProjectedPoints(torch.eye(2), labels, torch.rand(2, 3, 32, 32)), 4)
+    curves.close()
+    told = next(tmp_path.rglob("metadata.tsv")).read_text().splitlines()
+    assert told == ["modality\tcaption", "image\ta red star", "text\ta blue moon"]
+    assert next(tmp_path.rglob("sprite.png")).stat().st_size > 0
+    assert (tmp_path / "projector_config.pbtxt").is_file()
 
 
 def test_weights_and_biases_is_started_before_tensorboard_and_goes_on_after_a_resume(tmp_path, monkeypatch):
