@@ -151,12 +151,10 @@ def report(plan: Plan, results: Results, plots: dict[int, str]) -> str:
         known = ", ".join(f"{name} {value:g}" for name, value in about.known.items())
         lines += ["", f"## {data}{f' ({known})' if known else ''}", ""]
         lines += means_table(plan, results, data)
-        lines += [
-            "",
-            f"Difference from {plan.baseline}, paired by seed, with 95 % interval:",
-            "",
-        ]
-        lines += effects_table(plan, results, data)
+        differences = effects_table(plan, results, data)
+        if differences:
+            told = f"Difference from {plan.baseline}, paired by seed, with 95 % interval:"
+            lines += ["", told, "", *differences]
         claims = claims_table(plan, results, data)
         lines += (
             ["", "Claims (the larger p of all baselines; Holm over the claims of an endpoint):", "", *claims]
@@ -189,11 +187,15 @@ def told(values: list[float], endpoint: Endpoint) -> str:
 
 
 def effects_table(plan: Plan, results: Results, data: str) -> list[str]:
+    """Of the arms that share two seeds with the baseline; empty without any."""
     head = ["arm", *(headed(endpoint) for endpoint in plan.endpoints.values())]
     rows = []
     for arm in (arm for arm in plan.arms if arm != plan.baseline):
         found = [(results.effect(data, arm, plan.baseline, endpoint), endpoint) for endpoint in plan.endpoints.values()]
-        rows.append([labelled(plan, arm), *(shown(effect, endpoint) for effect, endpoint in found)])
+        if any(effect for effect, _ in found):
+            rows.append([labelled(plan, arm), *(shown(effect, endpoint) for effect, endpoint in found)])
+    if not rows:
+        return []
     rows.append(["smallest detectable", *(smallest(plan, results, data, e) for e in plan.endpoints.values())])
     return markdown(head, rows)
 
