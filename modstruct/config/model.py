@@ -84,7 +84,8 @@ class ModelConfig:
     name: str | None = None
     """An open_clip architecture (RN50, ViT-B-32, …); null builds the towers from the sizes below."""
     pretrained: str | None = None
-    """open_clip tag of pretrained weights, or a local safetensors or weights file; needs model.name."""
+    """open_clip's tag of pretrained weights, or a file of them, of model.name; or a run, checkpoint or export of ours
+    (by our names), whose tokenizer is taken too."""
     embed_dim: int = 128
     """Dimension of the shared embedding; an architecture by name has its own."""
     vision: VisionConfig = field(default_factory=VisionConfig)
@@ -110,10 +111,10 @@ class ModelConfig:
             unlocked = getattr(self, name)
             require(unlocked is None or unlocked >= 0, f"model.{name}", unlocked, "0 or more, or null for all")
         require(
-            self.name is not None or self.pretrained is None,
+            self.name is not None or self.pretrained is None or "/" in self.pretrained,
             "model.pretrained",
             self.pretrained,
-            "needs model.name, the architecture the weights belong to",
+            "needs model.name, the architecture the weights belong to; without it, give the folder of a run of ours",
         )
         require(
             self.logit_scale_max <= LARGEST_LOG_SCALE,

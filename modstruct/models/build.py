@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Protocol, cast
 
 import torch
@@ -14,14 +16,15 @@ from torch.utils.checkpoint import checkpoint
 from modstruct import distributed
 from modstruct.config import Recipe
 from modstruct.data.tokenizers import Tokenizer
-from modstruct.errors import refuse
+from modstruct.errors import refuse, require
 from modstruct.losses.objective import Objective
 from modstruct.models import towers
 from modstruct.models.layers import lock_layers
 from modstruct.models.norms import Float32BatchNorm, keep_norms_in_float32
-from modstruct.models.protocol import TrainableModel
+from modstruct.models.protocol import TrainableModel, copy_into
 from modstruct.models.two_tower import TwoTower
 
+log = logging.getLogger("modstruct")
 BatchNorm = nn.modules.batchnorm._BatchNorm
 SWITCHES = ("grad_checkpointing", "gradient_checkpointing")  # open_clip's and timm's, transformers'
 
@@ -43,19 +46,54 @@ def build_model(
         if described.fusion.init is not None:
             start_pretraining(model, described.fusion.init)
         return model
-    config = recipe.model if read_weights else replace(recipe.model, pretrained=None)
-    two_tower = TwoTower(config, recipe.views, tokenizer, objective)
+    config, ours = recipe.model, _run_of_ours(recipe)
+    if read_weights and config.pretrained is not None and config.name is None:
+        remedy = "no such folder; without model.name give a run, checkpoint or export of ours"
+        require(ours is not None, "model.pretrained", config.pretrained, remedy)
+    of_open_clip = config.pretrained if read_weights and not ours else None
+    two_tower = TwoTower(replace(config, pretrained=of_open_clip), recipe.views, tokenizer, objective)
+    if ours and read_weights:
+        _start_from(two_tower, ours)
     lock_layers(two_tower, config)
     return two_tower
 
 
+def _run_of_ours(recipe: Recipe) -> str | None:
+    """The folder that model.pretrained names, if it is one."""
+    init = recipe.model.pretrained
+    return init if init is not None and Path(init).expanduser().is_dir() else None
+
+
+def _start_from(model: TwoTower, init: str) -> None:
+    """Weights of a run, checkpoint or export of ours by our names. Independent heads and the learnt numbers of losses,
+    which other losses do not have, keep their initialisation, as the log says; what the model does not have is left.
+
+    Raises ValueError naming model.pretrained where they belong to another model.
+    """
+    from modstruct.models.fusion.initial_weights import read_everything
+
+    given, own = read_everything(init, "model.pretrained"), model.state_dict()
+    new = [name for name in own if name not in given]
+    wrong = [name for name in own if name in given and own[name].shape != given[name].shape]
+    wrong += [name for name in new if "." in name and "independent_head" not in name]
+    if wrong:
+        remedy = (
+            "belongs to another model: give model.* the sizes, and tokenizer.* the tokenizer, that it was made with"
+        )
+        refuse("model.pretrained", init, f"{remedy}; they differ in {', '.join(sorted(wrong)[:5])}")
+    copy_into(model, own | {name: value for name, value in given.items() if name in own})
+    log.info("Started from %s%s", init, f"; new: {', '.join(sorted(new))}" if new else "")
+
+
 def initial_tokenizer(recipe: Recipe) -> Tokenizer | None:
-    """The tokenizer that fusion.init brings, if it is a run, checkpoint or export of ours."""
-    if recipe.framework != "fusion" or recipe.fusion.init is None:
+    """The tokenizer that fusion.init or model.pretrained brings, if it is a run, checkpoint or export of ours."""
+    fusion = recipe.framework == "fusion"
+    init = recipe.fusion.init if fusion else _run_of_ours(recipe)
+    if init is None:
         return None
     from modstruct.models.fusion.initial_weights import tokenizer_of
 
-    return tokenizer_of(recipe.fusion.init)
+    return tokenizer_of(init, "fusion.init" if fusion else "model.pretrained")
 
 
 def image_size(recipe: Recipe) -> int:

@@ -1,22 +1,32 @@
-"""Recomputed activations and compiled trunks: the same embeddings, gradients, statistics and names."""
+"""Recomputed activations and compiled trunks: the same embeddings, gradients, statistics and names. Models that start
+from a run of ours."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
 from tiny_models import batch_of_both_views, register_architectures, tiny_config, tiny_model, word_tokenizer
 from torch import Tensor
 
+from modstruct import checkpoints
+from modstruct.cli import losses_of, parse_recipe_text
+from modstruct.data.tokenizers import load_tokenizer
+from modstruct.losses.objective import build_objective
 from modstruct.models.build import (
     autocast_forward,
+    build_model,
     cast_but_norms,
     compile_trunks,
     float32_products,
+    initial_tokenizer,
     lay_channels_last,
     recompute_activations,
 )
 from modstruct.models.two_tower import TwoTower
 
+WRITTEN = Path(__file__).parents[1] / "checkpoints" / "written_by_0.1.0" / "two_tower"
 TOWERS = [("clip", None, 16), ("bert", None, 16), ("clip", "tiny-resnet", 64), ("clip", "tiny-timm", 160)]
 
 
@@ -167,3 +177,27 @@ def test_bfloat16_keeps_norms_and_the_scale_in_float32_and_half_the_bytes(archit
         found = {name: gradient.float() for name, gradient in gradients(half, size).items()}
         assert half(batch_of_both_views(word_tokenizer(), size))["image"].dtype == torch.float32
         assert_same(found, right, 0.25)  # a ResNet's BatchNorm over four images is far from smooth
+
+
+def test_a_run_of_ours_is_a_start_and_brings_its_tokenizer(caplog):
+    """Separation has independent heads in that run; a new loss has a learnt number of its own."""
+    folder = next((WRITTEN / "checkpoints").iterdir())
+    recipe = parse_recipe_text((folder / "recipe.yaml").read_text())
+    recipe.model.pretrained, recipe.losses = str(WRITTEN), losses_of("siglip", {})
+    tokenizer = initial_tokenizer(recipe)
+    assert tokenizer.model == load_tokenizer(folder / "tokenizer").model
+    with caplog.at_level("INFO", logger="modstruct"):
+        model = build_model(recipe, tokenizer, build_objective(recipe.losses))
+    given = checkpoints.read_weights(folder)
+    own = model.state_dict()
+    assert own.keys() - given.keys() == {"logit_bias"}
+    assert all(torch.equal(value, given[name]) for name, value in own.items() if name in given)
+    assert "Started from" in caplog.text
+    assert "new: logit_bias" in caplog.text
+    recipe.model.embed_dim += 1
+    with pytest.raises(ValueError, match=r"model\.pretrained = .*belongs to another model.*image\.head\.weight"):
+        build_model(recipe, tokenizer, build_objective(recipe.losses))
+    recipe.model.pretrained = "runs/nowhere"
+    with pytest.raises(ValueError, match=r"model\.pretrained = 'runs/nowhere': no such folder"):
+        build_model(recipe, tokenizer, build_objective(recipe.losses))
+    build_model(recipe, tokenizer, build_objective(recipe.losses), read_weights=False)  # a checkpoint's follow
