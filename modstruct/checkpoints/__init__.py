@@ -8,17 +8,19 @@
         tokenizer/                  the tokenizer
 
 Sections: weights (float32, with buffers), moments (exp_avg.NAME, exp_avg_sq.NAME), rng (random state of each process)
-and momentum (EMA weights and queues of a fusion model). Keys are names, not processes, so any number of processes and
+and momentum (EMA weights, and queues of a fusion model). Keys are names, not processes, so any number of processes and
 any ZeRO stage reads it. Nothing is pickled. The folder is written aside by all processes, synced to disk and renamed,
 so that a name step-… is always a whole checkpoint. Format 1 had a file for each section, and no checksums.
 """
 
 from modstruct.checkpoints.folders import (
+    EMA,
     Checkpoint,
     Saved,
     TrainState,
     Written,
     read,
+    read_ema_weights,
     read_weight_file,
     read_weights,
     require_finite,
@@ -39,6 +41,7 @@ from modstruct.checkpoints.kept import (
 from modstruct.checkpoints.tensors import LazyTensors, Piece, StoredTensors, described, save_tensors
 
 __all__ = [
+    "EMA",
     "Checkpoint",
     "LazyTensors",
     "Piece",
@@ -54,6 +57,7 @@ __all__ = [
     "note_score",
     "read",
     "read_best",
+    "read_ema_weights",
     "read_weight_file",
     "read_weights",
     "remove_old",

@@ -38,6 +38,8 @@ from modstruct.errors import RunError, refuse, require
 from modstruct.files import disk_error, naming, read_yaml
 
 FORMAT = 2
+EMA = "momentum."
+"""Before the names of EMA weights (ALBEF's word)."""
 SECTIONS = ("weights", "moments", "rng", "momentum")
 
 
@@ -221,6 +223,13 @@ def read_weights(path: Path, section: str = "weights") -> StoredTensors:
         tensors = _sections(path, json.loads(state)["format"], state)[section]
         check_all({section: tensors})
     return tensors
+
+
+def read_ema_weights(path: Path) -> StoredTensors:
+    """The weights and buffers, each weight that has an EMA replaced by it; all checked."""
+    weights, momentum = read_weights(path), read_weights(path, "momentum")
+    ema = {name.removeprefix(EMA): entry for name, entry in momentum.entries.items() if name.startswith(EMA)}
+    return StoredTensors(weights.entries | {name: ema[name] for name in ema.keys() & weights.entries.keys()}, Files())
 
 
 def require_finite(tensors: Mapping[str, Tensor], option: str, value: str) -> None:

@@ -165,3 +165,5 @@ class FinetuneRecipe:
         require(not in_modal, "losses.queue_contrast.in_modal", in_modal, remedy)
         micro = self.train.micro_batch
         require(micro is None, "train.micro_batch", micro, "fine-tuning takes its batch whole: null")
+        decay, remedy = self.train.ema_decay, "fine-tuning has task.momentum where task.alpha is above 0: null"
+        require(decay is None, "train.ema_decay", decay, remedy)

@@ -2,12 +2,12 @@
 
 A recipe names its version in `schema`; one that does not is of version 1. What a version changed is a `Change` in
 CHANGES, under the version that it leads to. To rename losses.bridge.t to losses.bridge.position, drop
-views.flip and add train.ema_decay (off: null), raise SCHEMA to 6 and write
+views.flip and add train.colours (off: null), raise SCHEMA to 6 and write
 
     6: Change(
         renamed={"losses.bridge.t": "losses.bridge.position"},
         removed=("views.flip",),
-        added={"train.ema_decay": None},
+        added={"train.colours": None},
     )
 
 A whole loss section needs no entry: its default weight is 0.
@@ -66,6 +66,7 @@ CHANGES: dict[int, Change] = {
             "train.gradient_sums": "whole",
             "train.float32_norms": False,
             "train.tf32": None,
+            "train.ema_decay": None,
             "optimizer.layer_decay": 1.0,
             "logging.projector": 0,
             "logging.wandb": None,

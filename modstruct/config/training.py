@@ -84,6 +84,9 @@ class TrainConfig:
     tf32: bool | None = False
     """Products and convolutions of float32 towers in TF32 on a GPU: 10 bits behind the point instead of 23, several
     times as fast. null leaves it to torch, which takes TF32 for convolutions alone."""
+    ema_decay: float | None = None
+    """Two towers: fraction of itself that an EMA of the float32 weights keeps at an optimizer step, such as 0.999; it
+    is held in shares like them, and saved. evaluation.ema measures and exports it. null for none."""
     activation_checkpointing: bool = False
     """Keep the input of each layer of the towers alone, and recompute what lies inside in the backward pass: less
     memory for a third more work, the same gradient."""
@@ -111,6 +114,8 @@ class TrainConfig:
         )
         require(self.steps is None or self.steps >= 1, "train.steps", self.steps, "at least 1")
         require(self.epochs is None or 0 < self.epochs < inf, "train.epochs", self.epochs, "above 0 and finite")
+        fits = self.ema_decay is None or 0 <= self.ema_decay < 1
+        require(fits, "train.ema_decay", self.ema_decay, "from 0 to below 1, or null")
         require(self.max_skipped_steps >= 0, "train.max_skipped_steps", self.max_skipped_steps, "0 or more")
         patience = self.hang_timeout_minutes
         require(0 <= patience < inf, "train.hang_timeout_minutes", patience, "0 (never) or more, and finite")
@@ -128,6 +133,9 @@ class EvaluationConfig:
     """The k of zero-shot top-k accuracy."""
     rerank: int = 0
     """Fusion model: so many of the best by contrast are reranked by matching (ALBEF: 128, 256); 0 for none."""
+    ema: bool = False
+    """Measure and export the EMA of the weights: of train.ema_decay, or a fusion model's momentum encoders. Statistics
+    of BatchNorm are the trained model's."""
     rerank_by: RerankBy = "both"
     """both: contrast and matching together; matching: its logit alone, as ALBEF."""
 

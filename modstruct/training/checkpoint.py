@@ -91,7 +91,8 @@ def collect(engine: Engine, state: TrainState, recipe: Recipe | FinetuneRecipe) 
     module = engine.model
     persistent = module.state_dict(keep_vars=True)
     weights |= {name: _copy(Piece.share(value)) for name, value in module.named_buffers() if name in persistent}
-    momentum = {name: _copy(piece) for name, piece in module.ema_pieces().items()}
+    ema = module.ema_pieces() | (engine.ema.pieces() if engine.ema else {})
+    momentum = {name: _copy(piece) for name, piece in ema.items()}
     pieces = {"weights": weights, "moments": moments, "rng": _rng(), "momentum": momentum}
     return Written(pieces, replace(state), _optimizer(engine), recipe_to_dict(recipe))
 
@@ -125,6 +126,8 @@ def restore(engine: Engine, checkpoint: Checkpoint) -> None:
     scaler = engine.loss_scaler
     if scaler is not None:
         vars(scaler).update(checkpoint.optimizer["loss_scaler"])
+    if engine.ema:
+        engine.ema.load(checkpoint.momentum)
     rank = distributed.rank()
     if f"cpu.{rank}" in checkpoint.rng:
         torch.set_rng_state(checkpoint.rng[f"cpu.{rank}"])

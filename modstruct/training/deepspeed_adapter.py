@@ -29,6 +29,7 @@ from modstruct.embeddings import Outputs
 from modstruct.errors import refuse
 from modstruct.files import disk_error
 from modstruct.models.protocol import Batch, TrainableModel
+from modstruct.training.ema import ShardedEma
 from modstruct.training.two_dtypes import allow_two_dtypes
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -125,6 +126,8 @@ class Engine:
         if self.sharded_sums and self.stage == 2 and not self.optimizer.cpu_offload:
             # For float32 gradients too, of which DeepSpeed would else keep two shares, and three in its step.
             self.optimizer._use_compact_grad_partition_buffer = lambda group: True
+        self.ema: ShardedEma | None = None
+        """Of all weights, where the run keeps one."""
         self.masters = self._stage_0_masters()
         for tensor in self._optimized_tensors():
             zeros = {key: torch.zeros_like(tensor, memory_format=torch.preserve_format) for key in MOMENTS}
@@ -221,10 +224,12 @@ class Engine:
         kept = {"weight": self._kept(parameter, None)} | {kind: self._kept(parameter, kind) for kind in kinds}
         return {kind: values.detach().reshape(-1)[: end - start] for kind, values in kept.items()}
 
-    def pieces(self, parameter: Any) -> dict[str, Piece]:
-        """What this process writes of a parameter: its span, or a share of what all processes keep whole."""
+    def pieces(self, parameter: Any, values: dict[str, Tensor] | None = None) -> dict[str, Piece]:
+        """What this process writes of a parameter: its span, or a share of what all processes keep whole.
+
+        values: as `read` gives them, which are meant otherwise."""
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-        start, values = self.span(parameter)[0], self.read(parameter)
+        start, values = self.span(parameter)[0], values or self.read(parameter)
         if not hasattr(parameter, "ds_id") and (self.masters or not parameter.requires_grad):
             return {kind: Piece.share(whole.view(shape)) for kind, whole in values.items()}
         return {kind: Piece(kept, start, shape) for kind, kept in values.items()}

@@ -19,6 +19,7 @@ from modstruct.data.shards.sources import as_sources
 from modstruct.data.shards.workers import WorkerLoader
 from modstruct.distributed.collect import on_main
 from modstruct.errors import refuse
+from modstruct.evaluation.embeddings.model import Encode
 from modstruct.evaluation.evaluate import evaluate
 from modstruct.evaluation.examples import projected_points, retrieved_examples
 from modstruct.evaluation.result import Result
@@ -28,7 +29,9 @@ from modstruct.evaluation.tables import scalars
 from modstruct.losses.objective import Objective, build_objective
 from modstruct.losses.protocol import LossSettings
 from modstruct.models.build import build_model, image_size, initial_tokenizer
+from modstruct.models.protocol import TrainableModel, load_weights
 from modstruct.training.export import export
+from modstruct.training.gradient_cache import random_state, set_random_state
 from modstruct.training.step import StepReport
 from modstruct.training.trainer import Trainer
 
@@ -107,26 +110,39 @@ class Pretraining(Trainer[Recipe]):
                 self.telemetry.embeddings(name, points, self.state.step)
 
         self.engine.eval()
+        encode, model = self._measured()
         results = evaluate(
-            self.engine,
+            encode,
             samples,
             self.data,
             self.recipe.evaluation,
             distributed.device(),
             f"data.{name}",
             inspect,
-            self.engine.model,
+            model,
         )
         self.engine.train()
         self.telemetry.measured(name, scalars(results.values()), self.state.step)
         return results
 
+    def _measured(self) -> tuple[Encode, TrainableModel]:
+        """What embeds, and the model: the trained one, or, whole on each process, that of the saved step's EMA."""
+        if not self.recipe.evaluation.ema:
+            return self.engine, self.engine.model
+        path, before = checkpoints.step_folder(self.output, self.state.step), random_state()
+        model = build_model(self.recipe, self.tokenizer, self.objective, read_weights=False)
+        set_random_state(before)  # a resumed run measures elsewhere
+        load_weights(model, checkpoints.read_ema_weights(path), path)
+        model.to(distributed.device()).eval()
+        return model, model
+
     def finish(self) -> dict[str, Result]:
-        """Export the last weights, measure data.eval with them, and print where everything lies."""
+        """Export the last weights, or their EMA, measure data.eval with them, and print where everything lies."""
         self.telemetry.bar.close()
         last, names = self.last_checkpoint(), self.engine.model.to_open_clip
         folder = self.output / "export"
-        on_main(lambda: export(folder, checkpoints.read_weights(last), names, self.recipe, self.tokenizer))
+        read = checkpoints.read_ema_weights if self.recipe.evaluation.ema else checkpoints.read_weights
+        on_main(lambda: export(folder, read(last), names, self.recipe, self.tokenizer))
         results = self.measure(self.data.eval, "eval") if self.data.eval else {}
         self.conclude(last, results)
         return results

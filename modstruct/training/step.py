@@ -70,6 +70,8 @@ def train_step(
     else:
         engine.model.update_ema(embedded.outputs, embedded.batch, step)
     engine.clamp_scalars()
+    if finite and engine.ema:
+        engine.ema.update()
     return report
 
 

@@ -42,6 +42,7 @@ from modstruct.models.protocol import TrainableModel, load_weights
 from modstruct.training.checkpoint import CheckpointWriter, require_moments, restore
 from modstruct.training.deepspeed_adapter import Engine, local_part, start_engine
 from modstruct.training.ds_config import build_optimizer, read_ds_config, resolve_ds_config, size_buckets
+from modstruct.training.ema import ShardedEma
 from modstruct.training.logging import Telemetry, start_logging
 from modstruct.training.step import StepReport, train_step
 from modstruct.training.timing import profiled
@@ -244,7 +245,11 @@ class Trainer(ABC, Generic[RecipeT]):
         if start.saved and start.path:
             load_weights(model, start.saved.weights, start.path)
             require_moments(model, start.saved, start.path)
-            checkpoints.require_same_names(model.ema_state_dict(), start.saved.momentum, start.path)
+            expected = model.ema_state_dict()
+            if recipe.train.ema_decay is not None:
+                trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+                expected |= {f"{checkpoints.EMA}{name}": parameter for name, parameter in trained}
+            checkpoints.require_same_names(expected, start.saved.momentum, start.path)
             model.load_ema_state_dict(start.saved.momentum)
         else:
             # Of EMA copies too: DeepSpeed does not broadcast them.
@@ -253,6 +258,8 @@ class Trainer(ABC, Generic[RecipeT]):
         self.engine = build_engine(model, recipe, start.ds_config)
         if self.engine.stage == 3:
             model.shard_ema(local_part)
+        if recipe.train.ema_decay is not None:
+            self.engine.ema = ShardedEma(self.engine, recipe.train.ema_decay)
         if start.saved:
             restore(self.engine, start.saved)
             log.info("Resumed from %s", start.path)

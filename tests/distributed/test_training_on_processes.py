@@ -21,8 +21,19 @@ CASES += [("zero2", "bf16_mixed"), ("zero3", "bf16_mixed")]
 def train_once(output: str, cache: str, stage: str, precision: str, steps: int = 4, resume: str | None = None) -> None:
     from modstruct.training.pretrain import Pretraining
 
-    recipe = tiny_recipe(output, cache, steps, precision)
-    Pretraining(recipe, ds_config(stage), resume).build().train()
+    recipe = tiny_recipe(output, cache, steps, precision, ema_decay=0.75)
+    recipe = replace(recipe, evaluation=replace(recipe.evaluation, ema=True))
+    run = Pretraining(recipe, ds_config(stage), resume).build()
+    engine = run.engine
+    elements = {name: len(engine.read(parameter)["weight"]) for name, parameter in engine.parameters()}
+    assert {name: len(kept) for name, kept in engine.ema.kept.items()} == elements
+    run.train()
+    drawn = torch.get_rng_state()
+    _, measured = run._measured()
+    assert torch.equal(torch.get_rng_state(), drawn)
+    ema = checkpoints.read_weights(run.last_checkpoint(), "momentum")
+    for name, weight in measured.named_parameters():
+        assert torch.equal(weight, ema[f"momentum.{name}"])
 
 
 def unbroken_and_resumed(folder: str, cache: str) -> None:
@@ -69,7 +80,7 @@ def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(two_processes, stage, pre
     whole, resumed = last(two_processes / f"{stage}-{precision}"), last(two_processes / f"{stage}-{precision}-resumed")
     assert whole.state.step == resumed.state.step == 4
     assert whole.optimizer == resumed.optimizer
-    for kind in ("weights", "moments", "rng"):
+    for kind in ("weights", "moments", "rng", "momentum"):
         ours, theirs = getattr(whole, kind), getattr(resumed, kind)
         assert ours.keys() == theirs.keys()
         for name in ours:
@@ -77,9 +88,22 @@ def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(two_processes, stage, pre
 
 
 def assert_same_run(one: checkpoints.Checkpoint, other: checkpoints.Checkpoint, tolerance: float) -> None:
-    ours = torch.cat([one.weights[name].flatten() for name in sorted(one.weights)])
-    theirs = torch.cat([other.weights[name].flatten() for name in sorted(one.weights)])
-    assert (ours - theirs).norm() < tolerance * ours.norm()
+    for kind in ("weights", "momentum"):
+        first, second = getattr(one, kind), getattr(other, kind)
+        ours, theirs = (torch.cat([made[name].flatten() for name in sorted(first)]) for made in (first, second))
+        assert (ours - theirs).norm() < tolerance * ours.norm()
+
+
+def test_the_ema_lags_behind_the_weights(two_processes):
+    """After four steps: w_0 to w_4 with 0.75^4, 0.25 x 0.75^3, …, of which the checkpoints have two."""
+    early, late = (checkpoints.read(p) for p in checkpoints.list_checkpoints(two_processes / "zero2-fp32"))
+    assert late.momentum.keys() == {f"momentum.{name}" for name in late.weights}
+    for name, after in late.weights.items():
+        ema, before = late.momentum[f"momentum.{name}"], early.momentum[f"momentum.{name}"]
+        third = (ema - 0.25 * after - 0.75**2 * before) / (0.25 * 0.75)  # the weights after the third step
+        ends = torch.stack([early.weights[name], after])
+        assert (third - ends.mean(0)).norm() <= 1.5 * (ends[1] - ends[0]).norm() + 1e-6
+        assert not torch.equal(ema, after)
 
 
 def test_locked_layers_stay_and_a_layers_step_is_as_long_as_its_rate(tmp_path, cache):

@@ -17,12 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from modstruct import distributed
-from modstruct.checkpoints import Piece
+from modstruct.checkpoints import EMA, Piece
 from modstruct.models.fusion.backbone import Backbone
 from modstruct.models.protocol import Batch, LocalPart, TrainableModel
 
-EMA = "momentum."
-"""Before the names of EMA weights in a checkpoint (ALBEF's word)."""
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
