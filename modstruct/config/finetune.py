@@ -165,5 +165,7 @@ class FinetuneRecipe:
         require(not in_modal, "losses.queue_contrast.in_modal", in_modal, remedy)
         micro = self.train.micro_batch
         require(micro is None, "train.micro_batch", micro, "fine-tuning takes its batch whole: null")
+        dropped, remedy = self.train.patch_dropout, "the fusion encoder looks at all patches: 0"
+        require(dropped == 0, "train.patch_dropout", dropped, remedy)
         decay, remedy = self.train.ema_decay, "fine-tuning has task.momentum where task.alpha is above 0: null"
         require(decay is None, "train.ema_decay", decay, remedy)

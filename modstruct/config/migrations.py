@@ -67,6 +67,8 @@ CHANGES: dict[int, Change] = {
             "train.float32_norms": False,
             "train.tf32": None,
             "train.ema_decay": None,
+            "train.patch_dropout": 0.0,
+            "train.unmasked_share": 0.0,
             "optimizer.layer_decay": 1.0,
             "logging.projector": 0,
             "logging.wandb": None,

@@ -56,6 +56,8 @@ class Recipe:
         require(decay is None or not fusion, "train.ema_decay", decay, remedy)
         remedy = "there is no EMA: give train.ema_decay, such as 0.999, or false"
         require(not ema or fusion or decay is not None, "evaluation.ema", ema, remedy)
+        dropped, remedy = self.train.patch_dropout, "the fusion encoder looks at all patches: 0"
+        require(not (dropped and fusion), "train.patch_dropout", dropped, remedy)
         if self.framework == "two_tower":
             remedy = "two towers have no fusion encoder, momentum encoders or queue: set it to 0, or framework: fusion"
             for name in wrong:

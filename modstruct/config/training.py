@@ -87,6 +87,11 @@ class TrainConfig:
     ema_decay: float | None = None
     """Two towers: fraction of itself that an EMA of the float32 weights keeps at an optimizer step, such as 0.999; it
     is held in shares like them, and saved. evaluation.ema measures and exports it. null for none."""
+    patch_dropout: float = 0.0
+    """Two towers: share of an image's patches that a ViT leaves out in training, drawn anew for each image and view (Li
+    et al. 2023, "Scaling Language-Image Pre-training via Masking"); it computes and keeps so much less."""
+    unmasked_share: float = 0.0
+    """Share of the steps, those at the end of the run, that take all patches in spite of train.patch_dropout."""
     activation_checkpointing: bool = False
     """Keep the input of each layer of the towers alone, and recompute what lies inside in the backward pass: less
     memory for a third more work, the same gradient."""
@@ -114,6 +119,9 @@ class TrainConfig:
         )
         require(self.steps is None or self.steps >= 1, "train.steps", self.steps, "at least 1")
         require(self.epochs is None or 0 < self.epochs < inf, "train.epochs", self.epochs, "above 0 and finite")
+        for name in ("patch_dropout", "unmasked_share"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"train.{name}", value, "from 0 to below 1")
         fits = self.ema_decay is None or 0 <= self.ema_decay < 1
         require(fits, "train.ema_decay", self.ema_decay, "from 0 to below 1, or null")
         require(self.max_skipped_steps >= 0, "train.max_skipped_steps", self.max_skipped_steps, "0 or more")

@@ -55,6 +55,8 @@ def build_model(
     if ours and read_weights:
         _start_from(two_tower, ours)
     lock_layers(two_tower, config)
+    if recipe.train.patch_dropout:
+        two_tower.drop_patches(recipe.train.patch_dropout)
     return two_tower
 
 

@@ -62,7 +62,7 @@ def keep_norms_in_float32(model: nn.Module) -> list[nn.Parameter]:
             if plain and module.weight is not None and module.bias is not None:
                 module.__class__ = Float32LayerNorm
             elif not isinstance(module, (Float32BatchNorm, Float32LayerNorm)):
-                module.forward = _in_float32(module.forward)
+                module.forward = _in_float32(module.forward)  # type: ignore[method-assign]
     return kept
 
 

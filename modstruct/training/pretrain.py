@@ -84,7 +84,10 @@ class Pretraining(Trainer[Recipe]):
         recipe, data = self.recipe, self.data
         fields, rate = self.engine.model.batch_fields, recipe.losses.masked_language.rate
         contents = BatchContents(data.views, data.tokenizer, fields, rate)
-        plan = BatchPlan(recipe.train.global_batch, recipe.train.seed, first_step, self.steps, recipe.train.micro_batch)
+        train, unmasked_from = recipe.train, self.steps - round(recipe.train.unmasked_share * self.steps)
+        plan = BatchPlan(
+            train.global_batch, train.seed, first_step, self.steps, train.micro_batch, unmasked_from=unmasked_from
+        )
         return train_loader(self.samples, recipe.data, contents, plan)
 
     def step_metrics(self, report: StepReport) -> dict[str, float]:

@@ -21,7 +21,7 @@ CASES += [("zero2", "bf16_mixed"), ("zero3", "bf16_mixed")]
 def train_once(output: str, cache: str, stage: str, precision: str, steps: int = 4, resume: str | None = None) -> None:
     from modstruct.training.pretrain import Pretraining
 
-    recipe = tiny_recipe(output, cache, steps, precision, ema_decay=0.75)
+    recipe = tiny_recipe(output, cache, steps, precision, ema_decay=0.75, patch_dropout=0.3, unmasked_share=0.25)
     recipe = replace(recipe, evaluation=replace(recipe.evaluation, ema=True))
     run = Pretraining(recipe, ds_config(stage), resume).build()
     engine = run.engine

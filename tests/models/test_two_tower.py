@@ -9,6 +9,7 @@ import torch
 from tiny_models import (
     CAPTIONS,
     batch_of_both_views,
+    clip_tokenizer,
     random_images,
     register_architectures,
     tiny_config,
@@ -20,6 +21,7 @@ from torch.testing import assert_close
 from torchvision.transforms import v2
 
 from modstruct.config import ViewsConfig
+from modstruct.models.two_tower import TwoTower
 
 TEXT_TOWERS = ("clip", "bert")
 
@@ -217,3 +219,49 @@ def test_features_of_a_tower_that_projects_inside_its_pooling_are_the_pooled_out
         made = model({"image": random_images(64)}, features=True)
         assert made["image_features"].shape == (len(CAPTIONS), 8)
         assert_close(F.normalize(made["image_features"], dim=-1), made["image"])
+
+
+def dropping(rate: float) -> tuple[TwoTower, TwoTower, list[int]]:
+    """A model that drops patches, its twin that does not, and how many tokens the former's first layer saw."""
+    config = tiny_config()
+    config.vision.patch_size = 4
+    model, twin = (tiny_model(config, word_tokenizer()) for _ in range(2))
+    model.drop_patches(rate)
+    seen: list[int] = []
+    model.image["trunk"].transformer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[1]))
+    return model, twin, seen
+
+
+def test_patches_are_left_out_by_each_images_own_seed_and_only_where_a_batch_has_seeds():
+    model, twin, seen = dropping(0.3)
+    assert model.batch_fields == twin.batch_fields | {"patch_seed"}
+    images = {"image": random_images(), "image_augmented": random_images()}
+    seeds = torch.tensor([5, 2**63 - 1, 0, 7])
+    assert torch.equal(model(images)["image"], twin(images)["image"])
+    made = model(images | {"patch_seed": seeds})
+    assert seen == [17, 12]
+    assert not torch.allclose(made["image"], twin(images)["image"])
+    assert not torch.allclose(made["image"], made["image_augmented"])  # the same images, each view with a draw
+    order = torch.tensor([2, 0, 3, 1])
+    again = model({name: rows[order] for name, rows in (images | {"patch_seed": seeds}).items()})
+    assert_close(again["image"], made["image"][order])
+    assert torch.equal(model(images)["image"], twin(images)["image"])
+
+
+def test_every_patch_is_kept_equally_often():
+    model, _, _ = dropping(0.75)
+    dropout = model.patch_dropout
+    dropout.seeds = torch.arange(4000)
+    tokens = torch.arange(17.0).expand(4000, 17)[:, :, None]
+    kept = dropout(tokens).squeeze(-1).long()
+    assert kept.shape == (4000, 5)
+    counts = torch.bincount(kept.flatten(), minlength=17)
+    assert counts[0] == 4000
+    assert (counts[1:] - 1000).abs().max() < 5 * (4000 * 0.25 * 0.75) ** 0.5
+    assert all(len(set(row)) == 5 for row in kept.tolist())
+
+
+def test_dropping_patches_of_a_resnet_is_refused_by_name(tmp_path):
+    register_architectures(tmp_path)
+    with pytest.raises(ValueError, match=r"train.patch_dropout = 0.5: 0: the image tower is no ViT of open_clip's"):
+        tiny_model(tiny_config(name="tiny-resnet"), clip_tokenizer()).drop_patches(0.5)

@@ -29,12 +29,13 @@ from modstruct.data.transforms.text_views import mask_tokens, masked_places
 from modstruct.errors import refuse, require
 
 EXTRA_FIELDS = frozenset(
-    {"image_augmented", "text_augmented", "text_masked", "masked_labels", "image_id", "text_id", "slot"}
+    {"image_augmented", "text_augmented", "text_masked", "masked_labels", "image_id", "text_id", "slot", "patch_seed"}
 )
 """What a batch may hold beside image and text. image_augmented, text_augmented: as these, of the augmented view.
 text_masked (B, L): the caption with masked tokens, and masked_labels (B, L): the true ids there, else -100; with it
 comes masked_places (M, 2): where these are, so that no GPU is asked how many. image_id, text_id (B,): equal where two
-pairs have the same image, or the same caption. slot (B,): position in the data order."""
+pairs have the same image, or the same caption. slot (B,): position in the data order. patch_seed (B,): draws the
+patches that a ViT leaves out; steps from BatchPlan.unmasked_from on have none."""
 
 # Where nine tenths of a source are bad, 200 substitutes in a row fail once in 10^9 slots.
 SUBSTITUTES = 200
@@ -86,6 +87,8 @@ class BatchPlan:
     stop_step: int
     micro_batch: int | None = None
     """Rows of a TrainBatch at most, so that a step comes in several; None for one a step."""
+    unmasked_from: int = 0
+    """The first step that takes all patches of its images."""
 
 
 class LocalBatches(Dataset[TrainBatch]):
@@ -176,6 +179,9 @@ class LocalBatches(Dataset[TrainBatch]):
             batch.tensors["text_id"] = torch.tensor(text_ids)
         if "slot" in self.fields:
             batch.tensors["slot"] = torch.from_numpy(slots)
+        if "patch_seed" in self.fields and step < self.plan.unmasked_from:
+            patch_seeds = sample_seed(self.plan.seed, epochs, samples, "patches")
+            batch.tensors["patch_seed"] = torch.from_numpy(patch_seeds.astype(np.int64))
         return batch
 
     def _text_views(
