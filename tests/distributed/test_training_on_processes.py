@@ -11,6 +11,7 @@ from processes import run_on_processes
 from tiny_run import ds_config, tiny_recipe
 
 from modstruct import checkpoints
+from modstruct.config import Recipe
 
 STAGES = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
 CASES = [(stage, "fp32") for stage in STAGES] + [(stage, "bf16") for stage in ("zero0", "zero1", "zero2", "zero3")]
@@ -18,12 +19,16 @@ LOCKED = [(stage, decay) for stage in ("zero2", "zero3") for decay in (1.0, 0.5,
 CASES += [("zero2", "bf16_mixed"), ("zero3", "bf16_mixed")]
 
 
+def run_recipe(output: str, cache: str, steps: int = 4, precision: str = "fp32") -> Recipe:
+    """Patches are dropped in all steps but the last; an EMA is kept and measured."""
+    recipe = tiny_recipe(output, cache, steps, precision, ema_decay=0.75, patch_dropout=0.3, unmasked_share=0.25)
+    return replace(recipe, evaluation=replace(recipe.evaluation, ema=True))
+
+
 def train_once(output: str, cache: str, stage: str, precision: str, steps: int = 4, resume: str | None = None) -> None:
     from modstruct.training.pretrain import Pretraining
 
-    recipe = tiny_recipe(output, cache, steps, precision, ema_decay=0.75, patch_dropout=0.3, unmasked_share=0.25)
-    recipe = replace(recipe, evaluation=replace(recipe.evaluation, ema=True))
-    run = Pretraining(recipe, ds_config(stage), resume).build()
+    run = Pretraining(run_recipe(output, cache, steps, precision), ds_config(stage), resume).build()
     engine = run.engine
     elements = {name: len(engine.read(parameter)["weight"]) for name, parameter in engine.parameters()}
     assert {name: len(kept) for name, kept in engine.ema.kept.items()} == elements
@@ -231,7 +236,7 @@ def test_what_is_not_finite_never_reaches_the_weights(tmp_path, cache):
 def refuses_changed_recipe(folder: str, cache: str) -> str:
     from modstruct.training.pretrain import Pretraining
 
-    recipe = tiny_recipe(folder, cache)
+    recipe = run_recipe(folder, cache)
     changed = replace(recipe, train=replace(recipe.train, global_batch=24))
     try:
         Pretraining(changed, ds_config("zero2"), "latest").build()
