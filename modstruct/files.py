@@ -213,6 +213,13 @@ def parse_json(content: str | bytes) -> Any:
     return json.loads(content, object_pairs_hook=unique_keys)
 
 
+def write_json(path: Path, value: object) -> None:
+    """A value as a JSON file, whole or not at all. Raises ValueError for a number that is not finite."""
+    content = (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
+    with atomic_write(path) as file:
+        file.write(content)
+
+
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object of these keys and values, refused (ValueError) where one value would silently replace another."""
     made = dict(pairs)

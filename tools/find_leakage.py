@@ -30,9 +30,8 @@ from modstruct.data.shards.evaluation_samples import EvaluationSamples
 from modstruct.distributed.run_lock import held
 from modstruct.errors import RunError
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
-from modstruct.evaluation.leakage.duplicates import Thresholds, find_duplicates, rows_by_key
+from modstruct.evaluation.leakage.duplicates import Thresholds, find_duplicates, rows_by_key, thumbnail_set
 from modstruct.evaluation.leakage.result import leakage, write_examples, write_lists
-from modstruct.evaluation.leakage.thumbnails import thumbnail_set
 from modstruct.evaluation.result import Result
 from modstruct.files import disk_error
 from modstruct.list_options import list_words

@@ -8,7 +8,7 @@ deepspeed --num_gpus 8 launch_scripts/evaluate.py embed --open_clip ViT-B-32:lai
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +19,9 @@ from modstruct.cli import parse, recipe_parser, run
 from modstruct.commands.arguments import checkpoint_arguments
 from modstruct.config import Recipe
 from modstruct.config.training import EmbeddingConfig
-from modstruct.errors import refuse, require
-from modstruct.evaluation.embeddings.set_files import MODEL_FILE, is_set_name, write_json
+from modstruct.errors import require
+from modstruct.evaluation.embeddings.set_files import MODEL_FILE, is_set_name
+from modstruct.files import write_json
 from modstruct.stopping import stage
 
 if TYPE_CHECKING:
@@ -56,38 +57,28 @@ def add_options(parser: ArgumentParser) -> None:
 def embed(recipe: Recipe, options: Namespace, command: list[str]) -> Path:
     """Embed every requested set and note model, sets and command; every process calls it. Returns --out."""
     from modstruct import distributed
+    from modstruct.commands.sets import open_sets, splits_beside
+    from modstruct.distributed.collect import on_main
+    from modstruct.distributed.hosts import on_all
     from modstruct.distributed.run_lock import held
+    from modstruct.evaluation.embeddings.embed import embed_sets
 
     distributed.start_processes()
     out = Path(options.out).expanduser()
     with held(out, "--out"), stage("the same command resumes from what is embedded"):
-        _embed_into(out, recipe, options, command)
-    return out
-
-
-def _embed_into(out: Path, recipe: Recipe, options: Namespace, command: list[str]) -> None:
-    from modstruct import distributed
-    from modstruct.commands.sets import open_sets, splits_beside
-    from modstruct.distributed.collect import on_main
-    from modstruct.distributed.hosts import on_all
-    from modstruct.evaluation.embeddings.embed import embed_sets
-
-    model = _model(recipe, options)
-    sources = open_sets(options.sets, recipe, model.views.image_size, options.all_splits)
-    on_all(lambda: _require_same_model(out, model))
-    of_images = [name for name in model.chosen_arrays(options.embedding.arrays) if name in FOR_PROBES]
-    for_probes = replace(options.embedding, arrays=of_images)
-    other_splits = splits_beside([source.name for source in sources.values()])
-    planned = [
-        (source, for_probes if source.name in other_splits else options.embedding) for source in sources.values()
-    ]
-    made = embed_sets(model, planned, out / "embeddings", command)
-    sets = {source.name: word for word, source in sources.items()}
-    on_main(lambda: _note(out, recipe, options, model, sets, command))
+        model = _model(recipe, options)
+        sources = open_sets(options.sets, recipe, model.views.image_size, options.all_splits)
+        on_all(lambda: _require_same_model(out, model))
+        of_images = [name for name in model.chosen_arrays(options.embedding.arrays) if name in FOR_PROBES]
+        others, for_probes = splits_beside(sources), replace(options.embedding, arrays=of_images)
+        planned = [(of, for_probes if name in others else options.embedding) for name, (_, of) in sources.items()]
+        made = embed_sets(model, planned, out / "embeddings", command)
+        on_main(lambda: _note(out, recipe, options, model, sources, command))
     for one in made if distributed.is_main() else ():
         rows, copies = one.manifest["rows"], len(one.copies)
         among = f" ({rows['image'] - copies:,} distinct)" if copies else ""
         print(f"{one.folder}: {rows['image']:,} images{among}, {rows.get('text', 0):,} captions")
+    return out
 
 
 def _model(recipe: Recipe, options: Namespace) -> EmbeddingModel:
@@ -106,10 +97,8 @@ def _require_same_model(out: Path, model: EmbeddingModel) -> None:
     if not (out / MODEL_FILE).is_file():
         return
     before = read_model(out)
-    if before["fingerprint"] != model.fingerprint:
-        refuse(
-            "--out", str(out), f"holds the evaluation of {before['name']}, with other weights: choose another folder"
-        )
+    remedy = f"holds the evaluation of {before['name']}, with other weights: choose another folder"
+    require(before["fingerprint"] == model.fingerprint, "--out", str(out), remedy)
 
 
 def read_model(out: Path) -> dict[str, Any]:
@@ -128,7 +117,7 @@ def read_model(out: Path) -> dict[str, Any]:
 
 
 def _note(
-    out: Path, recipe: Recipe, options: Namespace, model: EmbeddingModel, sets: dict[str, str], command: list[str]
+    out: Path, recipe: Recipe, options: Namespace, model: EmbeddingModel, sets: Mapping[str, tuple], command: list[str]
 ) -> None:
     from modstruct.config.recipe_files import recipe_to_yaml
 
@@ -141,7 +130,7 @@ def _note(
         "open_clip": options.open_clip,
         "image_size": model.views.image_size,
         "recipe": made_with,
-        "sets": noted["sets"] | {name: {"word": word, "recipe": made_with} for name, word in sets.items()},
+        "sets": noted["sets"] | {name: {"word": word, "recipe": made_with} for name, (word, _) in sets.items()},
         "commands": [*noted["commands"], *([command] if command not in noted["commands"] else [])],
     }
     write_json(out / MODEL_FILE, noted)

@@ -31,13 +31,13 @@ from modstruct.distributed import FailedElsewhere
 from modstruct.distributed.collect import on_main
 from modstruct.distributed.run_lock import held
 from modstruct.errors import LostProcess, RunError, printable, require
-from modstruct.evaluation.classification import few_shot, linear_probe, zero_shot
-from modstruct.evaluation.embeddings.centred import centred_in
+from modstruct.evaluation.classification import linear_probe, zero_shot
+from modstruct.evaluation.embeddings.derived import centred, without
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.examples import write_retrieved_examples
 from modstruct.evaluation.information import measure as information
 from modstruct.evaluation.information import private
-from modstruct.evaluation.leakage.leave_out import LEAKED_KEYS, leave_out, read_keys
+from modstruct.evaluation.leakage.result import LEAKED_KEYS, read_keys
 from modstruct.evaluation.result import Result
 from modstruct.evaluation.retrieval import measure as retrieval
 from modstruct.evaluation.structure import measure as structure
@@ -76,7 +76,7 @@ class MeasureConfig:
     linear_probe: linear_probe.LinearProbeConfig = field(default_factory=linear_probe.LinearProbeConfig)
     """Needs classes and the training split (embed --all_splits). linear_probe_adamw is the same by CyCLIP's protocol,
     on image_projected."""
-    few_shot: few_shot.FewShotConfig = field(default_factory=few_shot.FewShotConfig)
+    few_shot: linear_probe.FewShotConfig = field(default_factory=linear_probe.FewShotConfig)
     """Needs classes and the training split."""
     information: information.ProbeConfig = field(default_factory=information.ProbeConfig)
     """Needs captions, and classes or information.labels. private_factors is measured by the same probes and labels, by
@@ -89,7 +89,7 @@ METRICS: dict[str, tuple[Callable[[EmbeddedSet, Any], Result], str, set[str]]] =
     "structure": (structure.measure, "structure", {CAPTIONS}),
     "linear_probe": (linear_probe.measure, "linear_probe", {CLASSES, TRAINING}),
     "linear_probe_adamw": (linear_probe.measure_adamw, "linear_probe", {CLASSES, TRAINING}),
-    "few_shot": (few_shot.measure, "few_shot", {CLASSES, TRAINING}),
+    "few_shot": (linear_probe.measure_few_shot, "few_shot", {CLASSES, TRAINING}),
     "information": (information.measure, "information", {CAPTIONS, CLASSES}),
     "private_factors": (private.measure, "information", {CAPTIONS, FACTORS}),
 }
@@ -146,11 +146,7 @@ def measure(
     noted = on_main(lambda: read_model(out))
     opened = {name: EmbeddedSet.open(out / "embeddings" / name) for name in noted["sets"]}
 
-    def check() -> None:
-        for embedded in opened.values():
-            embedded.check()
-
-    on_main(check)  # or damage is found hours later
+    on_main(lambda: [embedded.check() for embedded in opened.values()])  # or damage is found hours later
     beside = splits_beside(list(opened))
     for split_set, (name, split) in beside.items():
         opened[name].splits[split] = opened[split_set]
@@ -164,13 +160,9 @@ def measure(
         for embedded in [*sets] if config.centre else []:
             with attempted(f"{embedded.name}, centred"):
                 folder = out / "embeddings" / f"{embedded.name}-centred"
-                require(
-                    folder.name not in opened,
-                    "set",
-                    folder.name,
-                    "--centre would overwrite it: embed it by another name",
-                )
-                sets.append(centred_in(folder, embedded))
+                remedy = "--centre would overwrite it: embed it by another name"
+                require(folder.name not in opened, "set", folder.name, remedy)
+                sets.append(centred(embedded, folder))
         for embedded in sets:
             results = out / "results" / embedded.name
             for kind in metrics:
@@ -192,15 +184,9 @@ def require_all(problems: list[str]) -> None:
 def without_leaked(embedded: EmbeddedSet, out: Path) -> list[EmbeddedSet]:
     """The set without the images that tools/find_leakage.py found in the training source, if there are any."""
     found = out / "results" / embedded.name / LEAKED_KEYS
-    folder = out / "embeddings" / f"{embedded.name}-without-leaked"
-
-    def write() -> bool:
-        keys = read_keys(found) if found.is_file() else []
-        return bool(keys and leave_out(embedded, keys, folder))
-
-    if not on_main(write):
+    if not (keys := on_main(lambda: read_keys(found) if found.is_file() else [])):
         return []
-    rest = EmbeddedSet.open(folder)
+    rest = without(embedded, keys, out / "embeddings" / f"{embedded.name}-without-leaked")
     rest.splits = embedded.splits
     return [rest]
 
@@ -214,8 +200,8 @@ def _measure_one(kind: str, path: Path, embedded: EmbeddedSet, config: MeasureCo
         needs = {CAPTIONS}
     there[FACTORS] = FACTORS in needs and split_of_scenes(embedded.metadata) is not None
     missing = sorted(need for need in needs if not there[need])
-    centred = embedded.source.get("centred", False)
-    if centred and TRAINING in needs:
+    is_centred = embedded.source.get("centred", False)
+    if is_centred and TRAINING in needs:
         _print(f"{title}: left out, a centred set has no training split")
         return
     if missing:
@@ -229,7 +215,7 @@ def _measure_one(kind: str, path: Path, embedded: EmbeddedSet, config: MeasureCo
     started = time.monotonic()
     result = measure_it(embedded, getattr(config, section))
     seconds, command = round(time.monotonic() - started, 3), ("evaluate.py", "measure", *words)
-    settings = {**result.settings, "centred": True} if centred else result.settings
+    settings = {**result.settings, "centred": True} if is_centred else result.settings
     result = replace(result, seconds=seconds, command=command, embeddings=identity(embedded), settings=settings)
     on_main(lambda: result.save(path))
 

@@ -68,7 +68,7 @@ def evaluate_checkpoint(recipe: Recipe, checkpoint: str, out: str | None = None)
     assert data.eval is not None  # as recipe.data.eval
     if data.zero_shot:
         load_classes(data.zero_shot)  # an error in it is reported before the work
-    results = evaluate(model, data.eval, data, recipe.evaluation, distributed.device(), model=model)
+    results = evaluate(model, data.eval, data, recipe.evaluation, model=model)
     if distributed.is_main():
         print(f"\n{path}\n\n{table([*results.values()])}")
         save_results(results.values(), file)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
 
 from modstruct import distributed
@@ -20,27 +21,29 @@ from modstruct.files import refusing
 RECIPES_OWN = "eval"
 
 
-def open_sets(words: Sequence[str], recipe: Recipe, image_size: int, all_splits: bool) -> dict[str, EmbeddingSource]:
-    """The sets that are wanted, by words that `read_set` finds each by again; every process calls it.
+def open_sets(
+    words: Sequence[str], recipe: Recipe, image_size: int, all_splits: bool
+) -> dict[str, tuple[str, EmbeddingSource]]:
+    """The sets that are wanted, by name, each with the word that `read_set` finds it by again; every process calls it.
 
     image_size: of the scenes, where they are drawn. all_splits: training and validation splits of labelled sets too,
     those that are there. Raises ValueError or FileNotFoundError, naming the set, for one that is not known or whose
     files are missing or wrong, and for two of one name.
     """
     words = list(words) or ["scenes_colour" if recipe.data.eval == BUILT_IN else RECIPES_OWN]
-    sources = {}
+    sources: dict[str, tuple[str, EmbeddingSource]] = {}
     for word in words:
-        sources[word] = distributed.main_first(lambda word=word: read_set(word, recipe, image_size))
-        for other in _other_splits(word) if all_splits else ():
+        for one in (word, *(_other_splits(word) if all_splits else ())):
             try:
-                sources[other] = distributed.main_first(lambda other=other: read_set(other, recipe, image_size))
+                found = distributed.main_first(partial(read_set, one, recipe, image_size))
             except (ValueError, OSError, distributed.FailedElsewhere) as error:
+                if one == word:
+                    raise
                 if distributed.is_main():
-                    print(printable(f"{other}: left out: {error}"), flush=True)
-    names = [source.name for source in sources.values()]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        refuse("--sets", twice[0], "two sets have this name: give each one of its own")
+                    print(printable(f"{one}: left out: {error}"), flush=True)
+                continue
+            if sources.setdefault(found.name, (one, found))[0] != one:
+                refuse("--sets", found.name, "two sets have this name: give each one of its own")
     return sources
 
 
@@ -77,7 +80,7 @@ def _read_set(word: str, recipe: Recipe, image_size: int) -> EmbeddingSource:
     return EmbeddingSource.of_labelled(open_labelled(word, data))
 
 
-def splits_beside(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+def splits_beside(names: Collection[str]) -> dict[str, tuple[str, str]]:
     """Sets that are the training or validation split of another one: its name -> (the other one, split)."""
     beside = {f"{name}-{split}": (name, split) for name in names for split in ("train", "validation")}
     return {name: beside[name] for name in names if name in beside}

@@ -15,7 +15,7 @@ from modstruct.config.training import EmbeddingConfig
 from modstruct.data.classification.class_files import load_classes
 from modstruct.data.run_data import EvaluationData
 from modstruct.data.shards.evaluation_samples import EvaluationSamples, evaluation_loader
-from modstruct.distributed import is_main
+from modstruct.distributed import device, is_main
 from modstruct.distributed.collect import my_batches, on_main
 from modstruct.evaluation.classification import zero_shot
 from modstruct.evaluation.embeddings.embed import embed
@@ -24,7 +24,7 @@ from modstruct.evaluation.embeddings.model import EmbeddingModel, Encode
 from modstruct.evaluation.embeddings.source import EmbeddingSource
 from modstruct.evaluation.result import Result
 from modstruct.evaluation.retrieval import measure as retrieval
-from modstruct.evaluation.retrieval.reranking import Reranking, reranked_retrieval
+from modstruct.evaluation.retrieval.reranking import reranked_retrieval
 from modstruct.evaluation.structure import measure as structure
 from modstruct.models.protocol import Matcher, TrainableModel
 
@@ -37,7 +37,6 @@ def evaluate(
     samples: EvaluationSamples,
     data: EvaluationData,
     config: EvaluationConfig,
-    device: torch.device,
     field_name: str = "data.eval",
     inspect: Callable[[EmbeddedSet], None] | None = None,
     model: TrainableModel | None = None,
@@ -61,17 +60,15 @@ def evaluate(
     )
     embedder = EmbeddingModel(encode=encode, views=data.views, tokenize=data.tokenizer)
     source = embed(embedder, EmbeddingSource.of_samples(name, samples, classes, field_name), settings)
-    recall_at = tuple(sorted({1, *config.recall_at}))
+    config = replace(config, recall_at=sorted({1, *config.recall_at}))
     reranked: dict[str, Result] = {}
-    matcher = model.matcher if model is not None and config.rerank else None
-    if matcher is not None:
-        reranking = Reranking(config.rerank, config.rerank_by, list(recall_at), config.batch)
-        reranked["reranked"] = _reranked(matcher, source, samples, data, reranking, device)
+    if model is not None and model.matcher is not None and config.rerank:
+        reranked["reranked"] = _reranked(model.matcher, source, samples, data, config)
 
     def measure() -> dict[str, Result]:
         if inspect is not None:
             inspect(source)
-        counted = retrieval.measure(source, retrieval.RetrievalConfig("recall", recall_at, curve_at=()))
+        counted = retrieval.measure(source, retrieval.RetrievalConfig("recall", tuple(config.recall_at), curve_at=()))
         settings = {**counted.settings, "left_out": source.manifest["skipped"]}
         results = {"retrieval": replace(counted, settings=settings)} | reranked
         if source.labels is not None and (source.labels >= 0).any():
@@ -88,16 +85,11 @@ def evaluate(
 
 
 def _reranked(
-    model: Matcher,
-    source: EmbeddedSet,
-    samples: EvaluationSamples,
-    data: EvaluationData,
-    settings: Reranking,
-    device: torch.device,
+    model: Matcher, source: EmbeddedSet, samples: EvaluationSamples, data: EvaluationData, config: EvaluationConfig
 ) -> Result:
     """Recall after matching; the source's images are read once more, for their tokens."""
-    batch, count = settings.batch, len(source.indices) - len(source.copies)
+    batch, count = config.batch, len(source.indices) - len(source.copies)
     mine = my_batches(math.ceil(count / batch))
     numbers = source.indices[mine.start * batch : min(mine.stop * batch, count)].tolist()
-    images = (found.image.to(device) for found in evaluation_loader(samples, data.views, batch, numbers))
-    return reranked_retrieval(model, images, data.tokenizer, source, settings, device)
+    images = (found.image.to(device()) for found in evaluation_loader(samples, data.views, batch, numbers))
+    return reranked_retrieval(model, images, data.tokenizer, source, config)

@@ -27,11 +27,10 @@ from modstruct.data.faults import BadSample
 from modstruct.data.shards.evaluation_samples import EvaluationSamples
 from modstruct.data.transforms.augment import Views
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
-from modstruct.evaluation.embeddings.set_files import write_json
 from modstruct.evaluation.retrieval.measure import DIRECTIONS
 from modstruct.evaluation.retrieval.nearest import nearest
 from modstruct.evaluation.retrieval.rows import evenly_spaced
-from modstruct.files import atomic_write
+from modstruct.files import atomic_write, write_json
 
 CELL, LINE = 2.3, 0.16
 """Inches of a drawn image's side, and of a line of text."""
@@ -91,32 +90,22 @@ def retrieved_examples(source: EmbeddedSet, samples: EvaluationSamples, views: V
     return example_grid(torch.stack(images), own, found)
 
 
-def example_grid(
-    images: Tensor, captions: Sequence[str], retrieved: Sequence[str] | None = None, columns: int = 4
-) -> Tensor:
-    """Each image with its caption beneath and, where given, the caption that was retrieved for it.
+def example_grid(images: Tensor, captions: Sequence[str], retrieved: Sequence[str], columns: int = 4) -> Tensor:
+    """Each image with its caption beneath and the caption that was retrieved for it.
 
     images: (n, 3, H, W) uint8, n >= 1. captions, retrieved: n texts. A retrieved caption is green where it
     equals the image's own and red where not. Returns (3, H', W') uint8, as SummaryWriter.add_image takes it.
     """
-    if len(images) == 0 or len(captions) != len(images) or (retrieved is not None and len(retrieved) != len(images)):
-        counts = f"{len(images)} images, {len(captions)} captions, {len(retrieved or [])} retrieved captions"
-        raise ValueError(f"example_grid got {counts}: give at least one image, and a text of each kind for each")
-    columns = min(columns, len(images))
+    columns, lines = min(columns, len(images)), 1 + 2 * LINES
     rows = math.ceil(len(images) / columns)
-    lines = 1 + LINES * (1 + (retrieved is not None))
     figure = Figure(figsize=(CELL * columns, (CELL + LINE * lines) * rows), dpi=100)
     figure.subplots_adjust(0.01, LINE * lines / (CELL + LINE * lines) / rows, 0.99, 0.995, 0.03, LINE * lines / CELL)
-    for n, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in grid:
         axes.set_axis_off()
-        if n >= len(images):
-            continue
-        axes.imshow(images[n].permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
-        texts = [(captions[n], INK)]
-        if retrieved is not None:
-            found = retrieved[n]
-            texts.append((f"found: {found}", RIGHT if found == captions[n] else WRONG))
-        for place, (text, colour) in enumerate(texts):
+    for axes, image, own, found in zip(grid[: len(images)], images, captions, retrieved, strict=True):
+        axes.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+        for place, (text, colour) in enumerate(((own, INK), (f"found: {found}", RIGHT if found == own else WRONG))):
             note = axes.annotate(
                 textwrap.fill(text[:1000], LETTERS, max_lines=LINES, placeholder="…"),
                 (0, 0),
@@ -171,7 +160,8 @@ def write_retrieved_examples(
         query_rows, gallery = (text, image) if by_text else (image, text)
         for row, rank, results in zip(rows, ranks, nearest(query_rows[rows], gallery, RESULTS), strict=True):
             positives = pairs[pairs[:, int(by_text)] == row, 1 - int(by_text)]
-            scores = {int(r): _score(gallery[r], query_rows[row]) for r in (*results, *positives)}
+            query = query_rows[row].astype(np.float64)
+            scores = {int(r): float(gallery[r].astype(np.float64) @ query) for r in (*results, *positives)}
             right = max(positives.tolist(), key=lambda positive: scores[positive])
             found = [item(r, by_text, right=r in positives, score=scores[r]) for r in results.tolist()]
             example = {"direction": direction, "query": item(int(row), not by_text), "rank": int(rank)}
@@ -180,10 +170,6 @@ def write_retrieved_examples(
     for old in folder.glob("retrieved-*.jpg"):
         if {"image": old.name} not in written.values():
             old.unlink()
-
-
-def _score(one: np.ndarray, other: np.ndarray) -> float:
-    return float(one.astype(np.float64) @ other.astype(np.float64))
 
 
 def save_image(open_image: Callable[[], Image.Image], path: Path, side: int, quality: int) -> dict[str, str]:

@@ -144,23 +144,20 @@ class Result:
             file.write(content)
 
     @classmethod
-    def load(cls, path: Path, outcomes: bool = True) -> Result:
-        """Read METRIC.json of this or an earlier version, and its outcomes if they are asked for and there.
+    def load(cls, path: Path) -> Result:
+        """Read METRIC.json of this or an earlier version, and its outcomes if there are any.
 
         Raises ValueError naming the file, what is wrong and the remedy.
         """
         content = read_json(path)
+        if content.get("schema", SCHEMA) != SCHEMA:
+            refuse_file(path, f'"schema" is {content["schema"]!r}, and this version reads {SCHEMA} and older')
         if "schema" not in content:
             try:
                 content = converted(content, path.parent.name, path.stem)
             except (ValueError, TypeError, AttributeError) as error:
                 refuse_file(path, str(error))
-            result = from_json(content, path)
-        elif content["schema"] != SCHEMA:
-            refuse_file(path, f'"schema" is {content["schema"]!r}, and this version reads {SCHEMA} and older')
-        else:
-            result = from_json(content, path)
-        return replace(result, outcomes=read_outcomes(path.with_suffix(".npz"))) if outcomes else result
+        return replace(from_json(content, path), outcomes=read_outcomes(path.with_suffix(".npz")))
 
 
 def share(value: float, **more: Any) -> Value:

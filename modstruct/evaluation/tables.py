@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from modstruct.errors import printable
 from modstruct.evaluation.result import SCHEMA, Result, Value
-from modstruct.files import atomic_write
+from modstruct.files import write_json
 
 ROWS = {"image": "images", "text": "captions", "labelled": "labelled images", "train": "training images"}
 """What is counted, as tables call it."""
@@ -17,8 +16,7 @@ ROWS = {"image": "images", "text": "captions", "labelled": "labelled images", "t
 def save_results(results: Iterable[Result], path: str | Path) -> None:
     """Write {"schema": …, "results": {metric: Result}} as JSON; the file is either complete or what it was before."""
     content = {"schema": SCHEMA, "results": {result.metric: result.to_json() for result in results}}
-    with atomic_write(Path(path).expanduser()) as file:
-        file.write((json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+    write_json(Path(path).expanduser(), content)
 
 
 def scalars(results: Iterable[Result]) -> dict[str, float]:

@@ -27,9 +27,8 @@ from modstruct.evaluation.result import Result, Value, from_json, read_json, sha
 from modstruct.files import atomic_write, parse_yaml, read_yaml
 from modstruct.reporting.clip_benchmark import read_benchmark
 from modstruct.reporting.comparison import group_seeds
-from modstruct.reporting.latex import PACKAGES, Block, Line, cell, escaped, table
 from modstruct.reporting.loading import Evaluation, load_evaluations
-from modstruct.reporting.tables import csv_text
+from modstruct.reporting.tables import PACKAGES, Block, Line, cell, csv_text, escaped, table
 
 FORMS: Any = read_yaml(Path(__file__).parent / "paper_tables.yaml")
 METHODS = {"clip": "CLIP", "clip_inmodal": "CLIP + in-modal", "cyclip": "CyCLIP", "siglip": "SigLIP", "albef": "ALBEF"}

@@ -29,11 +29,9 @@ from modstruct.evaluation.tables import ROWS
 from modstruct.files import atomic_write, require_writable
 from modstruct.reporting.clip_benchmark import benchmark_files, read_benchmark
 from modstruct.reporting.comparison import ALPHA, Row, Section, compare, group_seeds
-from modstruct.reporting.examples import galleries
-from modstruct.reporting.latex import latex_tables
-from modstruct.reporting.loading import Evaluation, load_evaluations
+from modstruct.reporting.loading import Evaluation, galleries, load_evaluations
 from modstruct.reporting.plots import Plot, planes, plots
-from modstruct.reporting.tables import LONG_GROUP, csv_table, shown, texts
+from modstruct.reporting.tables import LONG_GROUP, csv_table, latex_tables, shown, texts
 
 HERE = Path(__file__).parent
 SCHEMA = 1
@@ -62,8 +60,8 @@ def write_report(
 
     folders: one for each run, in the order of the columns; runs that differ in their seed alone share one. out: with or
     without ".html". with_interval: whether tables show intervals. beside: files of CLIP_benchmark, whose models become
-    runs. No file is written before all are made. Raises
-    FileNotFoundError or ValueError naming the file that is missing or broken, and the remedy.
+    runs. No file is written before all are made. Raises FileNotFoundError or ValueError naming the file that is missing
+    or broken, and the remedy.
     """
     out = Path(out).expanduser()
     stem = out.with_suffix("") if out.suffix == ".html" else out
@@ -74,10 +72,13 @@ def write_report(
     runs = [*group_seeds(loaded), *read_benchmark(beside)]
     sections = compare(runs)
     drawn = {section.metric: plots(section, runs) for section in sections} | {"planes": planes(runs)}
+    of_runs = [{"name": run.name, "folder": str(run.folder), "model": run.model} for run in loaded]
+    for run, made in zip(loaded, of_runs, strict=True):
+        made["results"] = [result.to_json() for result in run.results.values()]
     texts = {
         files.csv: csv_table(sections, runs),
         files.tex: latex_tables(sections, runs, with_interval),
-        files.json: results_json(loaded),
+        files.json: json.dumps({"schema": SCHEMA, "runs": of_runs}, indent=1, allow_nan=False) + "\n",
         files.html: html_page(sections, runs, drawn, files, with_interval),
     }
     contents = {path: text.encode("utf-8", errors="replace") for path, text in texts.items()}
@@ -90,15 +91,6 @@ def write_report(
         with atomic_write(path) as file:
             file.write(data)
     return files
-
-
-def results_json(runs: Sequence[Evaluation]) -> str:
-    """OUT.json, as this module's docstring says."""
-    made = []
-    for run in runs:
-        results = [result.to_json() for result in run.results.values()]
-        made.append({"name": run.name, "folder": str(run.folder), "model": run.model, "results": results})
-    return json.dumps({"schema": SCHEMA, "runs": made}, indent=1, allow_nan=False) + "\n"
 
 
 def html_page(

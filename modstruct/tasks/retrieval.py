@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from modstruct import distributed
-from modstruct.config import FinetuneRecipe, TaskFiles
+from modstruct.config import EvaluationConfig, FinetuneRecipe, TaskFiles
 from modstruct.data.downstream.batches import Seed
 from modstruct.data.downstream.karpathy import SPLIT_OF_RUN, CaptionedImage, read_karpathy
 from modstruct.data.downstream.published_files import TaskEntries
@@ -30,7 +30,7 @@ from modstruct.evaluation.embeddings.set_files import merged_pairs
 from modstruct.evaluation.embeddings.source import distinct, say_merged
 from modstruct.evaluation.result import Result
 from modstruct.evaluation.retrieval.measure import DIRECTIONS, RetrievalConfig, measure
-from modstruct.evaluation.retrieval.reranking import Reranking, reranked_retrieval
+from modstruct.evaluation.retrieval.reranking import reranked_retrieval
 from modstruct.losses.objective import Objective, build_objective
 from modstruct.losses.protocol import LossSettings
 from modstruct.models.fusion.pretraining import FusionModel
@@ -117,10 +117,11 @@ class Retrieval(Task[FusionModel, CaptionPair | CaptionedImage]):
 
         text = embed_texts(encode, captions, self.tokenizer, batch, "embedding captions")
         recall_at = tuple(sorted({1, *self.recipe.evaluation.recall_at}))
-        settings = Reranking(self.recipe.task.rerank, self.recipe.task.rerank_by, recall_at, batch)
+        task = self.recipe.task
+        settings = EvaluationConfig(batch=batch, recall_at=[*recall_at], rerank=task.rerank, rerank_by=task.rerank_by)
         embedded = EmbeddedSet(split, {}, {"image": image, "text": text}, pairs=pairs, captions=captions)
         images = self._images(kept, batch, device)
-        matched = reranked_retrieval(model, images, self.tokenizer, embedded, settings, device)
+        matched = reranked_retrieval(model, images, self.tokenizer, embedded, settings)
         config = RetrievalConfig("recall", recall_at, curve_at=())
         found = on_main(lambda: replace(measure(embedded, config), outcomes={}))
         values = {**found.values, **{f"matched_{name}": value for name, value in matched.values.items()}}

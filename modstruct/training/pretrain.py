@@ -24,7 +24,7 @@ from modstruct.evaluation.evaluate import evaluate
 from modstruct.evaluation.examples import projected_points, retrieved_examples
 from modstruct.evaluation.result import Result
 from modstruct.evaluation.retrieval.measure import DIRECTIONS
-from modstruct.evaluation.structure.basic import structure
+from modstruct.evaluation.structure.metrics import structure
 from modstruct.evaluation.tables import scalars
 from modstruct.losses.objective import Objective, build_objective
 from modstruct.losses.protocol import LossSettings
@@ -119,7 +119,6 @@ class Pretraining(Trainer[Recipe]):
             samples,
             self.data,
             self.recipe.evaluation,
-            distributed.device(),
             f"data.{name}",
             inspect,
             model,

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from numbered_images import CLASS_FILE, LastNumberTokenizer, LookUp, open_source, views, write_source
 from processes import run_on_processes
 
@@ -15,9 +14,8 @@ from modstruct.config import EvaluationConfig
 from modstruct.data.run_data import EvaluationData
 from modstruct.distributed import is_main
 from modstruct.distributed.collect import on_main
-from modstruct.evaluation.classification import few_shot, linear_probe, zero_shot
-from modstruct.evaluation.classification.few_shot import FewShotConfig
-from modstruct.evaluation.classification.linear_probe import AdamWProbeConfig, LinearProbeConfig
+from modstruct.evaluation.classification import linear_probe, zero_shot
+from modstruct.evaluation.classification.linear_probe import AdamWProbeConfig, FewShotConfig, LinearProbeConfig
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.evaluate import evaluate
 from modstruct.evaluation.information import measure as information
@@ -46,7 +44,9 @@ def measure(folder: str, broken: tuple[int, ...] = ()) -> dict:
     made = labelled_set()
     results["set"] = {"shared": metrics_of(made), "alone": on_main(lambda: metrics_of(made))}
     made.splits = {"train": labelled_set(broken=is_main())}  # as where one process alone cannot read a file
-    results["probe error"] = error_of(lambda: few_shot.measure(made, FewShotConfig(shots=(1,), strength=1.0)))
+    results["probe error"] = error_of(
+        lambda: linear_probe.measure_few_shot(made, FewShotConfig(shots=(1,), strength=1.0))
+    )
     results["label error"] = error_of(lambda: run(Path(folder) / "unlabelled", LookUp()))
     results["main error"] = error_of(lambda: run(Path(folder) / "few", LookUp(), fail_on_main))
     results["bad share"] = error_of(lambda: run(Path(folder) / "bad", LookUp()))
@@ -83,7 +83,7 @@ def metrics_of(made: EmbeddedSet) -> dict[str, list[float]]:
         retrieval.measure(made, RetrievalConfig(resamples=100)),
         linear_probe.measure(made),
         linear_probe.measure_adamw(made, LinearProbeConfig(adamw=AdamWProbeConfig(epochs=3))),
-        few_shot.measure(made, FewShotConfig(shots=(1, 2), draws=3)),
+        linear_probe.measure_few_shot(made, FewShotConfig(shots=(1, 2), draws=3)),
         information.measure(made, probes),
         private.measure(made, replace(probes, labels=["label"])),
     )
@@ -101,7 +101,7 @@ def run(folder, encode, inspect=None):
     config = EvaluationConfig(batch=4, recall_at=[1, 5], top_k=[1])
     samples, classes = open_source(folder), str(folder.parent / "classes.yaml")
     data = EvaluationData(views(), LastNumberTokenizer(), samples, classes)
-    return evaluate(encode, samples, data, config, torch.device("cpu"), inspect=inspect)
+    return evaluate(encode, samples, data, config, inspect=inspect)
 
 
 def fail_on_main(_):

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from numbered_images import CLASS_FILE, LastNumberTokenizer, LookUp, open_source, views, write_source
 from numbered_sets import Encode, config, content, numbered_model
 from processes import run_on_processes
@@ -20,12 +19,12 @@ from modstruct.data.run_data import EvaluationData
 from modstruct.evaluation.classification import linear_probe, zero_shot
 from modstruct.evaluation.classification.linear_probe import LinearProbeConfig
 from modstruct.evaluation.embeddings import source as source_module
+from modstruct.evaluation.embeddings.derived import without
 from modstruct.evaluation.embeddings.embed import embed
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.embeddings.source import EmbeddingSource
 from modstruct.evaluation.evaluate import evaluate
 from modstruct.evaluation.examples import write_retrieved_examples
-from modstruct.evaluation.leakage.leave_out import leave_out
 from modstruct.evaluation.retrieval import measure as measure_module
 from modstruct.evaluation.retrieval.exact import pairs_ahead
 from modstruct.evaluation.retrieval.measure import DIRECTIONS, RetrievalConfig
@@ -72,7 +71,7 @@ def recall_of_set(embedded: EmbeddedSet) -> list[float]:
 def measured(samples, zero_shot=None, encode=None) -> dict:
     data = EvaluationData(views(), LastNumberTokenizer(), samples, zero_shot)
     settings = EvaluationConfig(batch=4, recall_at=[5], top_k=[1])
-    results = evaluate(encode or LookUp(), samples, data, settings, torch.device("cpu"))
+    results = evaluate(encode or LookUp(), samples, data, settings)
     return {metric: replace(result, seconds=None).to_json() for metric, result in results.items()}
 
 
@@ -179,7 +178,7 @@ def test_copies_are_no_independent_evidence_of_an_accuracy(tmp_path, labelled):
 
 def test_a_copy_leaves_with_its_image(tmp_path, labelled):
     embedded = embed(numbered_model(perfect()), labelled, config(), tmp_path / "set")
-    rest = leave_out(embedded, ["00007", "00050"], tmp_path / "rest")  # a copy of image 1, and image 10 itself
+    rest = without(embedded, ["00007", "00050"], tmp_path / "rest")  # a copy of image 1, and image 10 itself
     assert {int(key) // COPIES for key in rest.keys} == set(range(IMAGES)) - {1, 10}
     assert rest.manifest["rows"] == {"image": 50, "text": 50}
     assert len(rest.copies) == 40

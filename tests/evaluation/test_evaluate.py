@@ -6,7 +6,6 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from numbered_images import CLASS_FILE, LastNumberTokenizer, LookUp, views, write_source
 from torch.nn import functional as F
 
@@ -17,13 +16,11 @@ from modstruct.evaluation.examples import retrieved_examples
 from modstruct.evaluation.result import from_json
 from modstruct.evaluation.tables import save_results, scalars, table
 
-CPU = torch.device("cpu")
-
 
 def measured(samples, encode=None, zero_shot_path=None, **more):
     config = EvaluationConfig(batch=4, recall_at=[5], top_k=[1, 2, 3])
     data = EvaluationData(views(), LastNumberTokenizer(), samples, zero_shot_path)
-    return evaluate(encode or LookUp(), samples, data, config, CPU, **more)
+    return evaluate(encode or LookUp(), samples, data, config, **more)
 
 
 def test_a_perfect_model_scores_everything(tmp_path):

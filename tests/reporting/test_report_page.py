@@ -13,8 +13,7 @@ from evaluation_folders import save_older, save_result, write_run
 from PIL import Image
 
 from modstruct.evaluation.result import Curve, Value
-from modstruct.reporting.examples import galleries
-from modstruct.reporting.loading import load_evaluations
+from modstruct.reporting.loading import galleries, load_evaluations
 from modstruct.reporting.report import write_report
 
 VOID = {"meta", "img", "br", "hr", "link", "input", "circle", "rect", "path", "polygon"}
@@ -224,18 +223,18 @@ def test_queries_of_several_runs_stand_together(run_folders):
     for queries in found.values():
         assert len(queries) == 3
         for query in queries:
-            assert [one.run for one in query] == [0, 1, 2]
-            assert all(one.right.name == one.query.name for one in query)
+            assert [one["run"] for one in query] == [0, 1, 2]
+            assert all(one["right"]["name"] == one["query"]["name"] for one in query)
 
 
 def test_images_beyond_the_limit_are_named_instead(run_folders):
     found = galleries(load_evaluations(run_folders), limit=3000)
     retrieved = [one for queries in found.values() for query in queries for one in query]
-    items = [item for one in retrieved for item in one.results if item.text is None]
-    shown = [item for item in items if item.image]
-    assert 0 < sum(len(uri) for uri in {item.image for item in shown}) <= 3000
+    items = [item for one in retrieved for item in one["results"] if item["text"] is None]
+    shown = [item for item in items if item["image"]]
+    assert 0 < sum(len(uri) for uri in {item["image"] for item in shown}) <= 3000
     assert len(shown) < len(items)
-    assert all(item.name for item in items)
+    assert all(item["name"] for item in items)
 
 
 def test_examples_may_name_no_file_of_another_folder(run_folders, tmp_path):

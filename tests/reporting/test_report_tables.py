@@ -13,9 +13,8 @@ from evaluation_folders import save_result
 
 from modstruct.evaluation.result import Value
 from modstruct.reporting.comparison import compare
-from modstruct.reporting.latex import escaped, latex_tables
 from modstruct.reporting.loading import load_evaluations
-from modstruct.reporting.tables import as_cell, csv_table
+from modstruct.reporting.tables import as_cell, csv_table, escaped, latex_tables
 
 
 def test_the_csv_gives_back_every_metric_exactly(run_folders, report):

@@ -16,8 +16,8 @@ from modstruct.config import DataConfig, Source
 from modstruct.data.faults import TooManyBadSamples
 from modstruct.data.shards.evaluation_samples import EvaluationSamples
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
-from modstruct.evaluation.leakage.leave_out import read_keys
-from modstruct.evaluation.leakage.thumbnails import of_images, thumbnail_set
+from modstruct.evaluation.leakage.duplicates import of_images, thumbnail_set
+from modstruct.evaluation.leakage.result import read_keys
 from modstruct.evaluation.result import Result
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))

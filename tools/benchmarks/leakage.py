@@ -28,8 +28,7 @@ from tqdm import tqdm
 from modstruct.config import DataConfig, Source
 from modstruct.data.shards.evaluation_samples import EvaluationSamples
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
-from modstruct.evaluation.leakage.duplicates import Pair, Thresholds, find_duplicates
-from modstruct.evaluation.leakage.thumbnails import of_images, thumbnail_set
+from modstruct.evaluation.leakage.duplicates import Pair, Thresholds, find_duplicates, of_images, thumbnail_set
 
 LISTED = 50
 

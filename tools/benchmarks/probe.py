@@ -26,8 +26,7 @@ import numpy as np
 import torch
 from scipy.optimize import minimize
 
-from modstruct.evaluation.classification.features import Features, RowBlocks
-from modstruct.evaluation.classification.logistic_regression import CORRECTIONS, mean_objective
+from modstruct.evaluation.classification.linear import CORRECTIONS, Features, RowBlocks, mean_objective
 
 GIB = 2**30
 IMAGENET_ROWS, IMAGENET_CLASSES = 1_281_167, 1_000

@@ -43,8 +43,7 @@ from modstruct.data.shards.samples import open_samples
 from modstruct.data.shards.writer import AtomicShardWriter, new_folder
 from modstruct.data.transforms.decoding import decode_image
 from modstruct.errors import require
-from modstruct.evaluation.leakage.duplicates import Thresholds, find_duplicates
-from modstruct.evaluation.leakage.thumbnails import of_images
+from modstruct.evaluation.leakage.duplicates import Thresholds, find_duplicates, of_images
 
 FOLDS = 8
 SAMPLES_PER_SHARD = 1_000

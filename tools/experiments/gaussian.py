@@ -55,8 +55,7 @@ from modstruct.config.migrations import SCHEMA, migrate_method
 from modstruct.errors import RunError, require, require_counts
 from modstruct.evaluation.retrieval.measure import measure_retrieval
 from modstruct.evaluation.retrieval.mixed import search_mixed
-from modstruct.evaluation.structure.basic import structure
-from modstruct.evaluation.structure.metrics import relative_gap
+from modstruct.evaluation.structure.metrics import relative_gap, structure
 from modstruct.losses.objective import Objective, build_objective
 from modstruct.losses.protocol import LossSettings
 from modstruct.models.protocol import TrainableModel

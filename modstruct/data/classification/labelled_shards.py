@@ -25,7 +25,7 @@ from modstruct import distributed
 from modstruct.config import DataConfig, Source
 from modstruct.data.classification.class_files import REMEDY, ZeroShotClasses, some_of
 from modstruct.data.classification.labelled_images import LabelledImages, SetFolder, ShardImages, hashed
-from modstruct.data.classification.prompts import PAPER_TEMPLATE
+from modstruct.data.classification.published import PAPER_TEMPLATE
 from modstruct.data.faults import NAMED, BadSample
 from modstruct.data.shards.evaluation_samples import EvaluationSample, EvaluationSamples, spaced
 from modstruct.data.shards.index import ShardIndex, index_tar
@@ -119,7 +119,7 @@ def check_labels(
     """
     reader = ShardReader(samples, config)
     unknown, seen, fields = Tally(), set[str](), dict[str, None]()
-    for limit in (LABELS_CHECKED, 10 * LABELS_CHECKED) if thorough else (LABELS_CHECKED,):
+    for limit in (LABELS_CHECKED, 10 * LABELS_CHECKED)[: 1 + thorough]:
         numbers = list(spaced(samples, limit))
         for sample in numbers:
             with suppress(BadSample):  # counted where it is read with its image

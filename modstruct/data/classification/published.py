@@ -1,4 +1,4 @@
-"""Readers of the published sets, by their own files; nothing is downloaded.
+"""The published sets as published_sets.yaml lists them, and their readers, by their own files; nothing is downloaded.
 
 torchvision.datasets says which images and labels there are. The check of every path and label, the error for what is
 missing or damaged, and the decoding (data.max_image_pixels, bad samples) are ours. torchvision compares the files of
@@ -13,9 +13,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, cast
 
 import numpy as np
 from scipy.io import loadmat
@@ -29,16 +32,60 @@ from modstruct.data.classification.labelled_images import (
     read_class_folders,
     read_listed,
 )
-from modstruct.data.classification.prompts import imagenet, published_sets
+from modstruct.files import read_yaml
 
-CALTECH101_TRAINING = 30
-"""Images of each class for training, as most work on it has (and Radford et al. 2021)."""
+PAPER_TEMPLATE = "a photo of the {}"  # Jiang et al. 2023; without a full stop, unlike all of CLIP's
+DRAWN = 30
+"""Images of each class of Caltech-101 for training, as most work on it has (and Radford et al. 2021)."""
 BACKGROUND = "BACKGROUND_Google"  # no class of Caltech-101
 V2_FOLDERS = ("matched-frequency-format-val", "matched-frequency", "threshold0.7-format-val", "top-images-format-val")
 SUBSET_CLASSES = 200  # of ImageNet-A and -R
 TRUTH, KAGGLE_TRUTH = "ILSVRC2012_validation_ground_truth.txt", "LOC_val_solution.csv"
 SIGNS_TRUTH = "GT-final_test.csv"
 CHECKSUMS = ("train_list", "test_list", "meta", "split_list", "_file_dict")  # where torchvision's classes have them
+
+
+@dataclass(frozen=True)
+class PublishedSet:
+    """An entry of published_sets.yaml, whose head explains the keys."""
+
+    download: str
+    splits: Any
+    torchvision: str = ""
+    folder: str = ""
+    unread: Sequence[str] = ()
+    classes: Sequence[str] = ()
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    templates: Sequence[str] = ()
+
+    def named(self, classes: Sequence[str]) -> list[str]:
+        """Names of classes by label, as words. classes: as they are published."""
+        return [self.renamed.get(name, " ".join(name.replace("_", " ").split())) for name in self.classes or classes]
+
+
+@cache
+def published_sets() -> dict[str, PublishedSet]:
+    """Every set that is known by name."""
+    content = cast(dict[str, Any], read_yaml(Path(__file__).with_name("published_sets.yaml")))
+    return {name: PublishedSet(**fields) for name, fields in content.items()}
+
+
+def templates_of(name: str) -> tuple[str, ...]:
+    """The paper's template and, behind it, CLIP's ensemble for a set; imagenet_* share ImageNet's."""
+    if name.startswith("imagenet"):
+        from open_clip import OPENAI_IMAGENET_TEMPLATES  # takes seconds
+
+        return (PAPER_TEMPLATE, *(template("{}") for template in OPENAI_IMAGENET_TEMPLATES))
+    return (PAPER_TEMPLATE, *(published_sets()[name].templates if name in published_sets() else ()))
+
+
+@cache
+def imagenet() -> dict[str, str]:
+    """CLIP's name of each of ImageNet's 1,000 WordNet ids, by label. Two names occur twice: missile and sunglasses."""
+    from open_clip import IMAGENET_CLASSNAMES
+    from timm.data import ImageNetInfo
+
+    return dict(zip(ImageNetInfo().label_names(), IMAGENET_CLASSNAMES, strict=True))
 
 
 class LabelledSTL10(datasets.STL10):
@@ -119,19 +166,14 @@ def read_caltech101(source: SetFolder) -> LabelledImages:
     """
     base = source.folder_with("101_ObjectCategories", "caltech101", "caltech-101") / "101_ObjectCategories"
     folders = sorted(source.subfolders(base), key=lambda name: (name == BACKGROUND, name))
-    every = read_class_folders(source, base, folders, folders)
-    classes = [
-        name.lower() for name in published_sets()["caltech101"].named([name for name in folders if name != BACKGROUND])
-    ]
-    kept: list[tuple[str, int]] = []
-    for label in range(len(classes)):
-        keys = [every.store.key(number) for number in np.flatnonzero(every.labels == label).tolist()]
-        drawn = sorted(keys, key=lambda key: hashlib.blake2b(key.encode(), digest_size=16).digest())[
-            :CALTECH101_TRAINING
-        ]
-        kept += [(key, label) for key in keys if (key in drawn) == (source.split == "train")]
-    labels = np.array([label for _, label in kept], dtype=np.int64)
-    return LabelledImages(source, source.images(base, [key for key, _ in kept]), labels, classes)
+    every, drawn = read_class_folders(source, base, folders, folders), list[str]()
+    classes = [name.lower() for name in published_sets()["caltech101"].named(folders) if name != "BACKGROUND Google"]
+    keys = [every.store.key(number) for number in range(len(every))]
+    for folder in folders:
+        of_class = [key for key in keys if key.startswith(f"{folder}/")]
+        drawn += sorted(of_class, key=lambda key: hashlib.blake2b(key.encode(), digest_size=16).digest())[:DRAWN]
+    ours = (every.labels < len(classes)) & (np.isin(keys, drawn) == (source.split == "train"))
+    return LabelledImages(source, source.images(base, np.array(keys)[ours].tolist()), every.labels[ours], classes)
 
 
 def read_imagenet(source: SetFolder) -> LabelledImages:

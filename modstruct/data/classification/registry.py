@@ -18,8 +18,7 @@ from modstruct.config import DataConfig
 from modstruct.data.classification.class_files import load_classes
 from modstruct.data.classification.labelled_images import SPLIT_FOLDERS, LabelledImages, SetFolder
 from modstruct.data.classification.labelled_shards import NAMES, LabelledSamples, read_class_shards
-from modstruct.data.classification.prompts import published_sets, templates_of
-from modstruct.data.classification.published import READERS, read_by_torchvision
+from modstruct.data.classification.published import READERS, published_sets, read_by_torchvision, templates_of
 from modstruct.data.classification.user_sets import load_user_set, read_user_set
 from modstruct.errors import require
 

@@ -25,7 +25,7 @@ from modstruct.data.classification.labelled_images import (
     read_listed,
 )
 from modstruct.data.classification.labelled_shards import LabelledSamples, read_labelled_shards
-from modstruct.data.classification.prompts import PAPER_TEMPLATE, published_sets
+from modstruct.data.classification.published import PAPER_TEMPLATE, published_sets
 from modstruct.data.downstream.published_files import PLAIN_NAME
 from modstruct.data.shards.sources import expand_pattern
 from modstruct.errors import refuse, require

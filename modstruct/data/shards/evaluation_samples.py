@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -97,6 +98,11 @@ class EvaluationSamples:
         self.samples: Samples = open_samples(sources, config, field, progress)
         self.fingerprint, self.config = self.samples.fingerprint, config
         self._reader = ShardReader(self.samples, config)
+
+    @property
+    def left_out(self) -> Counter[str]:
+        """Samples, by cause, that opening the sources found unusable; they have no number."""
+        return self.samples.left_out
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -14,8 +14,14 @@ import numpy as np
 from modstruct import distributed
 from modstruct.distributed.collect import on_each, share_out
 from modstruct.errors import require
-from modstruct.evaluation.classification.features import Features, RowBlocks, column_statistics
-from modstruct.evaluation.classification.logistic_regression import FitConfig, fit_logistic_regression, search_strength
+from modstruct.evaluation.classification.linear import (
+    Features,
+    FitConfig,
+    RowBlocks,
+    column_statistics,
+    fit_logistic_regression,
+    search_strength,
+)
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.retrieval.rows import check_rows
 from modstruct.evaluation.statistics import majority_label

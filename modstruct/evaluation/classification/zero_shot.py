@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from modstruct import distributed
-from modstruct.data.classification.prompts import PAPER_TEMPLATE
+from modstruct.data.classification.published import PAPER_TEMPLATE
 from modstruct.distributed.collect import on_each, share_out
 from modstruct.errors import require
 from modstruct.evaluation.classification.accuracy import accuracies, classes_ahead, in_top, with_interval

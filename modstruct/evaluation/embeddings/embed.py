@@ -14,6 +14,7 @@ import json
 import logging
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -35,12 +36,13 @@ from modstruct.distributed.collect import on_main
 from modstruct.distributed.hosts import require_same, require_shared_folder
 from modstruct.errors import refuse, require
 from modstruct.evaluation.embeddings import set_files
+from modstruct.evaluation.embeddings.derived import relabelled, twin_of
 from modstruct.evaluation.embeddings.embedded_set import MANIFEST, EmbeddedSet, clear
 from modstruct.evaluation.embeddings.model import EmbeddingModel, Encode
 from modstruct.evaluation.embeddings.passes import Batch, Pass
-from modstruct.evaluation.embeddings.relabelled import relabelled, twin_of
 from modstruct.evaluation.embeddings.set_files import IMAGE_ARRAYS, TEXT_ARRAYS, RowStream
 from modstruct.evaluation.embeddings.source import EmbeddingSource, distinct, distinct_captions, say_merged
+from modstruct.files import write_json
 
 log = logging.getLogger(__name__)
 
@@ -105,8 +107,8 @@ def embed(
             return EmbeddedSet.open(folder)
 
         if (twin := on_main(lambda: twin_of(folder, source, settings))) is not None and not config.overwrite:
-            prompts = _class_prompts(model, source, config, folder)
-            on_main(lambda: relabelled(EmbeddedSet.open(twin), source, prompts, settings, command).save(folder).folder)
+            more = {"class_prompts": _class_prompts(model, source, config, folder), "settings": settings}
+            on_main(lambda: relabelled(EmbeddedSet.open(twin), source, **more, command=[*command]).save(folder).folder)
             on_main(lambda: shutil.rmtree(folder / "parts"))
             return EmbeddedSet.open(folder)
 
@@ -128,16 +130,13 @@ def embed(
         tables: dict[str, Any] = {"pairs": set_files.merged_pairs(pairs, row), "copies": copies}
         for name in ("indices", "labels") if source.class_names else ("indices",):
             tables[name] = np.concatenate(list(images.in_order(name, rounds)))
-        lists: dict[str, Any] = {"captions": captions, "keys": list(images.notes("keys", rounds))}
+        more: dict[str, Any] = {"class_prompts": prompts, "captions": captions, "skipped": skipped}
+        more |= {"keys": list(images.notes("keys", rounds)), "settings": settings, "command": list(command)}
         if folder is not None:
-            lists["metadata"] = images.notes("metadata", rounds)
-        whole = EmbeddedSet(source.name, model.described(), embeddings, class_prompts=prompts, **tables, **lists)
-        whole.class_names, whole.templates = list(source.class_names), list(source.templates)
-        whole.label_field, whole.skipped = source.label_field, skipped
-        whole.source = source.noted
-        whole.left_out = [{"cause": cause, "where": where} for cause, where in images.notes("faults")]
-        whole.settings, whole.command, whole.seconds = settings, list(command), time.monotonic() - started
-        return whole
+            more["metadata"] = images.notes("metadata", rounds)
+        more["left_out"] = [{"cause": cause, "where": where} for cause, where in images.notes("faults")]
+        more |= tables | source.noted | {"seconds": time.monotonic() - started}
+        return EmbeddedSet(source.name, model.described(), embeddings, **more)
 
     if folder is None:
         return made()
@@ -178,7 +177,7 @@ def _begin(folder: Path, settings: dict[str, Any], overwrite: bool) -> bool:
         return False
     shutil.rmtree(parts, ignore_errors=True)  # of a run that was interrupted between its last two steps
     if before is None:
-        set_files.write_json(parts / "begun.json", settings)
+        write_json(parts / "begun.json", settings)
     elif not before.merged and len(before.pairs):
         log.warning(UNMERGED, folder, before.rows_of("image"), before.rows_of("image"))
     return before is not None
@@ -205,7 +204,7 @@ def _skipped(source: EmbeddingSource, images: Pass, config: EmbeddingConfig) -> 
     counter.check(counter.bad, total, fewest=1)  # the whole source was tried, so its fraction is exact
     cause = f"none of its {total} samples could be used: {counter.summary()}"
     require(counter.bad < total, source.field or "set", source.name, cause)
-    return dict(source.left_out_before() + counter.counts)
+    return dict(Counter(source.samples.left_out) + counter.counts)
 
 
 def _rounds(source: EmbeddingSource, images: Pass, captioned: bool) -> tuple[list[np.ndarray], np.ndarray]:

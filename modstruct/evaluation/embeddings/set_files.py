@@ -88,12 +88,6 @@ def open_array(path: Path, shape: Sequence[int]) -> np.ndarray:
     return array
 
 
-def write_json(path: Path, value: object) -> None:
-    """A value as a JSON file, whole or not at all."""
-    with atomic_write(path) as file:
-        file.write((json.dumps(value, indent=1) + "\n").encode())
-
-
 def read_json(path: Path) -> dict:
     """An object from a JSON file."""
     try:

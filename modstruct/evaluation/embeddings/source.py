@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -71,10 +70,12 @@ class EmbeddingSource:
         return self.classes.label if self.classes else (LABEL if self.class_names else None)
 
     @property
-    def noted(self) -> dict[str, str]:
-        """The source in the manifest of an embedded set."""
-        own = {"name": self.name, "fingerprint": self.fingerprint}
-        return own | ({"content": self.content} if self.content else {})
+    def noted(self) -> dict[str, Any]:
+        """What an embedded set keeps of it."""
+        source = {"name": self.name, "fingerprint": self.fingerprint, "content": self.content}
+        source = {name: value for name, value in source.items() if value or name != "content"}
+        named = {"class_names": self.class_names, "templates": self.templates, "label_field": self.label_field}
+        return {"source": source} | named
 
     @property
     def prompts(self) -> list[str]:
@@ -107,12 +108,6 @@ class EmbeddingSource:
         """For counting its unreadable images."""
         section = "data" if self.field else "embedding"
         return BadSampleCounter(self.described, max_bad_share, process, f"{section}.max_bad_share")
-
-    def left_out_before(self) -> Counter[str]:
-        """Samples, by cause, that opening the set found unusable; they are not among `samples`."""
-        if not isinstance(self.samples, EvaluationSamples):
-            return Counter(self.samples.left_out)
-        return self.samples.samples.left_out
 
 
 def distinct(digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
 
@@ -23,10 +23,9 @@ from modstruct.data.synthetic.information import (
 )
 from modstruct.distributed.collect import share_out
 from modstruct.errors import require
-from modstruct.evaluation.classification.features import Features
-from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
-from modstruct.evaluation.embeddings.labels import SET_LABEL, label_numbers
-from modstruct.evaluation.information.probes import Answer, Fold, ProbeConfig, folds_of, probed, shares
+from modstruct.evaluation.classification.linear import Features
+from modstruct.evaluation.embeddings.embedded_set import SET_LABEL, EmbeddedSet, label_numbers
+from modstruct.evaluation.information.probes import Answer, Fold, ProbeConfig, Probed, drawn, folds_of, probed, shares
 from modstruct.evaluation.result import Result, Value
 from modstruct.evaluation.retrieval.rows import check_rows
 from modstruct.evaluation.statistics import bootstrap_mean, mean_interval
@@ -68,18 +67,6 @@ EXACT_NOTE = (
 UNKNOWN_NOTE = "no exact values: the samples' `told`, how much their captions tell, differs or is no fraction."
 
 
-@dataclass(frozen=True)
-class _Probes:
-    """The probes of one label: features by name, and for each question the names of those that may answer it."""
-
-    features: dict[str, Features]
-    questions: dict[str, list[str]]
-    groups: np.ndarray
-    labels: np.ndarray
-    classes: int
-    folds: list[Fold]
-
-
 def measure(embedded: EmbeddedSet, config: ProbeConfig) -> Result:
     """Estimates of I(X_T; Y), I(X_V; Y), I(X_T, X_V; Y), Delta_p and both sides of Theorem 3.1 (Jiang et al. 2023).
 
@@ -98,7 +85,9 @@ def measure(embedded: EmbeddedSet, config: ProbeConfig) -> Result:
     labels = config.labels or (list(TARGETS) if split else [embedded.label_field or SET_LABEL])
     has_labels = bool(config.labels or split or embedded.labels is not None)
     require(has_labels, "labels", (), f"{embedded.name} has no classes: name fields of its metadata")
-    probes = {label: _probes(embedded, label, split, config) for label in labels}
+    probes = {}
+    for label in labels:
+        probes[label], questions = _probes(embedded, label, split, config)
     items = [(label, fold, name) for label, p in probes.items() for fold in p.folds for name in p.features]
 
     def one(item: tuple[str, Fold, str]) -> dict[str, Answer]:
@@ -112,7 +101,7 @@ def measure(embedded: EmbeddedSet, config: ProbeConfig) -> Result:
     chosen = {}
     for label, own in probes.items():
         by_fold = [{name: answers[label, fold.number, name] for name in own.features} for fold in own.folds]
-        losses, chosen[label] = best_answers(own.questions, own.folds, by_fold, own.labels, own.classes)
+        losses, chosen[label] = best_answers(questions, own, by_fold)
         surprise = label_surprise(own.labels, own.classes)
         exact = exact_information(label, split, told) if split and told is not None else None
         made = information_values(surprise, losses, own.groups, config, exact)
@@ -136,37 +125,32 @@ def measure(embedded: EmbeddedSet, config: ProbeConfig) -> Result:
     )
 
 
-def _probes(embedded: EmbeddedSet, label: str, split: str | None, config: ProbeConfig) -> _Probes:
-    """Of the pairs whose image has a class, at most config.rows, ascending by image."""
+def _probes(
+    embedded: EmbeddedSet, label: str, split: str | None, config: ProbeConfig
+) -> tuple[Probed, dict[str, list[str]]]:
+    """Of the pairs whose image has a class, at most config.rows, ascending by image; and by question the names of the
+    features that may answer it."""
     numbers, names = label_numbers(embedded, label)
-    pairs = embedded.pairs[numbers[embedded.pairs[:, 0]] >= 0]
-    if config.rows and len(pairs) > config.rows:
-        drawn = np.random.default_rng([config.seed, 3]).choice(len(pairs), config.rows, replace=False)
-        pairs = pairs[np.sort(drawn)]
+    pairs = drawn(embedded.pairs[numbers[embedded.pairs[:, 0]] >= 0], config)
     pairs = pairs[np.argsort(pairs[:, 0], kind="stable")]
-    labels = numbers[pairs[:, 0]]
-    features, questions = _features(embedded, pairs, labels, split, config)
+    features, questions = _features(embedded, pairs, numbers[pairs[:, 0]], split, config)
     groups = embedded.image_row[pairs[:, 0]]  # copies of an image are no independent evidence
-    return _Probes(features, questions, groups, labels, len(names), folds_of(groups, config))
+    return Probed(features, pairs[:, 0], groups, len(names), folds_of(groups, config)), questions
 
 
 def best_answers(
-    questions: Mapping[str, Sequence[str]],
-    folds: Sequence[Fold],
-    by_fold: Sequence[Mapping[str, Mapping[str, Answer]]],
-    labels: np.ndarray,
-    classes: int,
+    questions: Mapping[str, Sequence[str]], of: Probed, by_fold: Sequence[Mapping[str, Mapping[str, Answer]]]
 ) -> tuple[dict[str, np.ndarray], dict[str, dict[str, int]]]:
     """Losses of each question, (n,): in each fold the probe with the least loss on tuning rows answers.
 
     by_fold: for each fold, by the name of the features, what `probed` found. The label's shares are among the probes
     that may answer. Returns also how often each probe was chosen.
     """
-    losses = {question: np.empty(len(labels)) for question in questions}
+    losses = {question: np.empty(len(of.labels)) for question in questions}
     chosen: dict[str, Counter[str]] = {question: Counter() for question in questions}
-    for fold, found in zip(folds, by_fold, strict=True):
+    for fold, found in zip(of.folds, by_fold, strict=True):
         for question, names in questions.items():
-            able = {"shares": shares(labels, fold, classes)}
+            able = {"shares": shares(of.labels, fold, of.classes)}
             able |= {f"{n}, {kind}": answer for n in found if n in names for kind, answer in found[n].items()}
             best = min(able, key=lambda name: able[name][0])
             losses[question][fold.held_out] = able[best][1]
@@ -194,12 +178,7 @@ def _features(
     if split:
         found["pixels"] = (scene_pixels([embedded.metadata[row] for row in images], PIXEL_SIDE),)
         by_image.append("pixels")
-    questions = {
-        "text": by_text,
-        "image": by_image,
-        "joint": [*by_text, *by_image, *joint],
-        "shared": ["image + text"],
-    }
+    questions = {"text": by_text, "image": by_image, "joint": [*by_text, *by_image, *joint], "shared": ["image + text"]}
     rows, found = np.arange(len(pairs)), found | joint
     return {name: Features(found[name], rows, labels) for name in sorted(questions["joint"])}, questions
 

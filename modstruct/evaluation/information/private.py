@@ -3,18 +3,16 @@ than a random one would?"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import numpy as np
 
 from modstruct.data.synthetic.information import CAPTION_ONLY, IMAGE_ONLY, split_of_scenes
 from modstruct.distributed.collect import share_out
 from modstruct.errors import require
-from modstruct.evaluation.classification.features import Features
-from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
-from modstruct.evaluation.embeddings.labels import label_numbers
-from modstruct.evaluation.information.probes import Fold, ProbeConfig, folds_of, linear_right
+from modstruct.evaluation.classification.linear import Features
+from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet, label_numbers
+from modstruct.evaluation.information.probes import ProbeConfig, Probed, drawn, folds_of, linear_right
 from modstruct.evaluation.result import Result, mean_share
 from modstruct.evaluation.retrieval.rows import check_rows, row_blocks
 
@@ -30,17 +28,6 @@ ABOUT = (
     "of the features that the head starts from. A logistic regression is fitted on the other folds of the set, whose "
     "images the model was not trained on; chance is the most frequent value."
 )
-
-
-@dataclass(frozen=True)
-class _Probed:
-    """Of a label and modality. features: by kind, with labels. rows: of the set; groups: their images."""
-
-    features: dict[str, Features]
-    rows: np.ndarray
-    groups: np.ndarray
-    classes: int
-    folds: list[Fold]
 
 
 def measure(embedded: EmbeddedSet, config: ProbeConfig) -> Result:
@@ -72,7 +59,7 @@ def measure(embedded: EmbeddedSet, config: ProbeConfig) -> Result:
         rows = outcomes.setdefault("/".join((*of, kind)), np.zeros(len(probed[of].rows), dtype=np.uint8))
         rows[fold.held_out] = right
     for (label, modality), one in probed.items():
-        chance = float(np.bincount(one.features["shared"].labels).max() / len(one.rows))
+        chance = float(np.bincount(one.labels).max() / len(one.rows))
         groups = one.groups if len(np.unique(one.groups)) < len(one.rows) else None
         for kind in one.features:
             name, (shown, what) = f"{label}/{modality}/{kind}", KINDS[kind]
@@ -96,38 +83,23 @@ def measure(embedded: EmbeddedSet, config: ProbeConfig) -> Result:
     )
 
 
-def _probed(embedded: EmbeddedSet, label: str, modality: str, config: ProbeConfig) -> _Probed:
+def _probed(embedded: EmbeddedSet, label: str, modality: str, config: ProbeConfig) -> Probed:
     """Rows of a modality with a value of the label; a text has that of the first of its images."""
     numbers, names = label_numbers(embedded, label)
     pairs = embedded.distinct_pairs
     known, first = np.unique(pairs[:, 1] if modality == "text" else pairs[:, 0], return_index=True)
     images = pairs[first, 0]
-    kept = np.flatnonzero(numbers[images] >= 0)
-    if config.rows and len(kept) > config.rows:
-        kept = np.sort(np.random.default_rng([config.seed, 3]).choice(kept, config.rows, replace=False))
+    kept = drawn(np.flatnonzero(numbers[images] >= 0), config)
     rows, images = known[kept], images[kept]
-    arrays = {kind: _checked(embedded, found, rows) for kind, found in _arrays(embedded, modality)}
+    named = {"shared": modality, "independent": f"{modality}_independent", "projection": f"{modality}_features"}
+    arrays = {kind: embedded.rows(name)[rows] for kind, name in named.items() if name in embedded.arrays}
+    for kind, own in arrays.items():
+        check_rows(f"{embedded.name}'s {named[kind]}", own)
     if "projection" in arrays:
         arrays["projection"] = projected(arrays["projection"], arrays["shared"].shape[1], config.seed)
-    features = {
-        kind: Features(
-            (arrays["shared"],) if kind == "shared" else (arrays["shared"], own), np.arange(len(rows)), numbers[images]
-        )
-        for kind, own in arrays.items()
-    }
-    return _Probed(features, rows, images, len(names), folds_of(images, config))
-
-
-def _arrays(embedded: EmbeddedSet, modality: str) -> Iterator[tuple[str, str]]:
-    """Of each kind that the set allows the embedding that it adds."""
-    names = {"shared": modality, "independent": f"{modality}_independent", "projection": f"{modality}_features"}
-    return ((kind, name) for kind, name in names.items() if name in embedded.arrays)
-
-
-def _checked(embedded: EmbeddedSet, array: str, rows: np.ndarray) -> np.ndarray:
-    chosen = embedded.rows(array)[rows]
-    check_rows(f"{embedded.name}'s {array}", chosen)
-    return chosen
+    joined = {kind: (arrays["shared"], own) if kind != "shared" else (own,) for kind, own in arrays.items()}
+    features = {kind: Features(of, np.arange(len(rows)), numbers[images]) for kind, of in joined.items()}
+    return Probed(features, rows, images, len(names), folds_of(images, config))
 
 
 def projected(rows: np.ndarray, width: int, seed: int) -> np.ndarray:

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from modstruct import distributed
 from modstruct.errors import require, require_counts
-from modstruct.evaluation.classification.features import Features, RowBlocks, column_statistics
-from modstruct.evaluation.classification.logistic_regression import FitConfig, LinearClassifier, fit_logistic_regression
+from modstruct.evaluation.classification import linear
 
 Answer = tuple[float, np.ndarray]
 """A probe's loss on the tuning rows, and its losses on the held-out ones, in nats."""
@@ -75,6 +74,29 @@ class Fold:
     tuning: np.ndarray
 
 
+@dataclass(frozen=True)
+class Probed:
+    """What is probed of a label. features: by name, of n rows of the set with a label; groups: (n,), rows that belong
+    together."""
+
+    features: dict[str, linear.Features]
+    rows: np.ndarray
+    groups: np.ndarray
+    classes: int
+    folds: list[Fold]
+
+    @property
+    def labels(self) -> np.ndarray:
+        return next(iter(self.features.values())).labels
+
+
+def drawn(rows: np.ndarray, config: ProbeConfig) -> np.ndarray:
+    """At most config.rows of these rows, drawn at random, in their order."""
+    if not config.rows or len(rows) <= config.rows:
+        return rows
+    return rows[np.sort(np.random.default_rng([config.seed, 3]).choice(len(rows), config.rows, replace=False))]
+
+
 def folds_of(groups: np.ndarray, config: ProbeConfig) -> list[Fold]:
     """groups: (n,), rows of one value are always in the same fold. Raises ValueError for fewer groups than folds."""
     known, numbers = np.unique(groups, return_inverse=True)
@@ -99,7 +121,7 @@ def shares(labels: np.ndarray, fold: Fold, classes: int) -> Answer:
     return float(fitted(fold.fitting)[labels[fold.tuning]].mean()), fitted(fold.training)[labels[fold.held_out]]
 
 
-def probed(features: Features, fold: Fold, classes: int, config: ProbeConfig) -> dict[str, Answer]:
+def probed(features: linear.Features, fold: Fold, classes: int, config: ProbeConfig) -> dict[str, Answer]:
     """Each kind of probe, of features with labels 0 … classes - 1, fitted on the fitting rows, which memory holds.
 
     Its probabilities are mixed with the label's shares at a weight of 1 / (fitting rows), so that no single row has an
@@ -117,7 +139,7 @@ def probed(features: Features, fold: Fold, classes: int, config: ProbeConfig) ->
     return {kind: (loss, -np.logaddexp(mixed[0] - losses, mixed[1])) for kind, (loss, losses) in answers.items()}
 
 
-def linear_right(features: Features, fold: Fold, classes: int, config: ProbeConfig) -> np.ndarray:
+def linear_right(features: linear.Features, fold: Fold, classes: int, config: ProbeConfig) -> np.ndarray:
     """Whether the linear one of these probes is right, (h,) bool, of the held-out rows; a tie counts against it."""
     blocks = _scaled_blocks(features, fold, classes, config)
     _, fitted = _linear(blocks(fold.fitting), blocks(fold.tuning), blocks(fold.training), classes, config)
@@ -125,33 +147,33 @@ def linear_right(features: Features, fold: Fold, classes: int, config: ProbeConf
 
 
 def _scaled_blocks(
-    features: Features, fold: Fold, classes: int, config: ProbeConfig
-) -> Callable[[np.ndarray], RowBlocks]:
+    features: linear.Features, fold: Fold, classes: int, config: ProbeConfig
+) -> Callable[[np.ndarray], linear.RowBlocks]:
     """What reads rows at some places, with columns of unit deviation over the fitting rows."""
     device, width = distributed.device(), max(classes, config.hidden)
-    scaled = features.standardised_by(column_statistics(features.take(fold.fitting), device))
-    return lambda places: RowBlocks(scaled.take(places), device, width=width)
+    scaled = features.standardised_by(linear.column_statistics(features.take(fold.fitting), device))
+    return lambda places: linear.RowBlocks(scaled.take(places), device, width=width)
 
 
 def _linear(
-    fitting: RowBlocks, tuning: RowBlocks, training: RowBlocks, classes: int, config: ProbeConfig
-) -> tuple[float, LinearClassifier]:
+    fitting: linear.RowBlocks, tuning: linear.RowBlocks, training: linear.RowBlocks, classes: int, config: ProbeConfig
+) -> tuple[float, linear.LinearClassifier]:
     """A logistic regression on the training rows, with the penalty that has the least tuning loss, and that loss."""
-    fit = FitConfig(max_iterations=config.iterations)
-    tried: dict[float, tuple[float, LinearClassifier]] = {}
-    last: LinearClassifier | None = None
+    fit = linear.FitConfig(max_iterations=config.iterations)
+    tried: dict[float, tuple[float, linear.LinearClassifier]] = {}
+    last: linear.LinearClassifier | None = None
     for strength in sorted(config.strengths, reverse=True):
-        last = fit_logistic_regression(fitting, classes, strength, fit, last)
+        last = linear.fit_logistic_regression(fitting, classes, strength, fit, last)
         tried[strength] = float(_losses(last.scores(tuning), tuning).mean()), last
     strength = min(tried, key=lambda strength: tried[strength][0])
     least, start = tried[strength]
     # The penalty is weighed against a sum over rows, of which there are now more.
     strength *= len(training) / len(fitting)
-    return least, fit_logistic_regression(training, classes, strength, fit, start)
+    return least, linear.fit_logistic_regression(training, classes, strength, fit, start)
 
 
 def _perceptron(
-    fitting: RowBlocks, tuning: RowBlocks, fold: int, classes: int, config: ProbeConfig
+    fitting: linear.RowBlocks, tuning: linear.RowBlocks, fold: int, classes: int, config: ProbeConfig
 ) -> tuple[float, nn.Module]:
     """One hidden layer, trained by AdamW on the fitting rows, stopped where the tuning loss is least."""
     device = distributed.device()
@@ -186,12 +208,12 @@ Scores = Iterator[tuple[slice, Tensor, Tensor]]
 """Place, scores (b, C) and labels (b,) of each block."""
 
 
-def _scores(network: nn.Module, blocks: RowBlocks) -> Scores:
+def _scores(network: nn.Module, blocks: linear.RowBlocks) -> Scores:
     return ((place, network(rows), labels) for place, rows, labels in blocks)
 
 
 @torch.no_grad()
-def _losses(scores: Scores, blocks: RowBlocks) -> np.ndarray:
+def _losses(scores: Scores, blocks: linear.RowBlocks) -> np.ndarray:
     """-log p(y | x) of each row, (n,) float64."""
     found = np.empty(len(blocks))
     for place, of_classes, labels in scores:

@@ -3,13 +3,14 @@
 FOLDER/
     leakage.json, leakage.npz   a Result; its outcomes say which images leaked, by each way, in the order of rows
     leaked_pairs.jsonl      {"evaluation": key, "train": key, "hamming", "difference", "cosine", …}, a pair a line
-    leaked_keys.jsonl       key of each evaluation image with a near duplicate, one JSON text a line (see leave_out)
+    leaked_keys.jsonl       key of each evaluation image with a near duplicate, one JSON text a line: what to leave out
     examples/leakage.json   images side by side, as the report's examples, with "direction": "evaluation_to_training"
     examples/leakage-000-evaluation.jpg, leakage-000-training-0.jpg, …
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
@@ -19,14 +20,15 @@ from typing import Any
 import numpy as np
 
 from modstruct.data.shards.evaluation_samples import EvaluationSamples
+from modstruct.errors import require
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.embeddings.set_files import write_lines
 from modstruct.evaluation.examples import save_image
 from modstruct.evaluation.leakage.duplicates import Pair, Thresholds
-from modstruct.evaluation.leakage.leave_out import LEAKED_KEYS
 from modstruct.evaluation.result import Result, Value
 from modstruct.evaluation.retrieval.rows import evenly_spaced
 
+LEAKED_KEYS = "leaked_keys.jsonl"
 LARGEST_SIDE, QUALITY = 384, 90
 LABELS = {
     "any": "Found in any way",
@@ -79,6 +81,20 @@ def write_lists(folder: Path, evaluation: EmbeddedSet, train: EmbeddedSet, pairs
     """Write the pairs, and the keys that evaluation leaves out."""
     write_lines(folder / "leaked_pairs.jsonl", (_named(pair, evaluation, train) for pair in pairs))
     write_lines(folder / LEAKED_KEYS, (evaluation.keys[row] for row in sorted({pair.evaluation for pair in pairs})))
+
+
+def read_keys(path: Path) -> list[str]:
+    """The keys of such a file. Raises ValueError naming file and line."""
+    keys = []
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+        try:
+            key = json.loads(line)
+        except ValueError:
+            key = None
+        place = f"{path}, line {number}"
+        require(isinstance(key, str), place, line.strip()[:80], "write one key a line, in quotes")
+        keys.append(key)
+    return keys
 
 
 def _named(pair: Pair, evaluation: EmbeddedSet, train: EmbeddedSet) -> dict[str, Any]:

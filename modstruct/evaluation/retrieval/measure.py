@@ -13,20 +13,12 @@ import numpy as np
 from modstruct import distributed
 from modstruct.distributed.collect import share_out
 from modstruct.errors import require
-from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
-from modstruct.evaluation.embeddings.labels import distinct_classes
+from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet, distinct_classes
 from modstruct.evaluation.result import Curve, Result, Unit, Value, share
+from modstruct.evaluation.retrieval import nearest
 from modstruct.evaluation.retrieval.exact import PairsAhead, counting_device, pairs_ahead
 from modstruct.evaluation.retrieval.metrics import Metrics, Ranked, ranked_queries, ranking_metrics
 from modstruct.evaluation.retrieval.mixed import AT, Found, kinds_of_classes, kinds_of_pairs, search_mixed
-from modstruct.evaluation.retrieval.nearest import (
-    Engine,
-    IndexConfig,
-    RankedByLists,
-    own_gpu,
-    require_searchable,
-    usable_gpus,
-)
 from modstruct.evaluation.retrieval.rows import check_dimensions, check_rows, checked_pairs
 from modstruct.evaluation.statistics import bootstrap_mean, median_interval
 
@@ -44,19 +36,18 @@ ABOUT = (
     "belong together. A query's rank is the place of its best right item, 1 being first; a wrong item of equal score "
     "counts as ahead of it. Chance is what a random ranking reaches."
 )
-MORE = {
-    "median_rank": ("median rank", "Half of the queries have a rank of at most this."),
-    "mean_log_rank": ("mean ln rank", "Mean of the natural logarithm of the rank, 0 where every rank is 1."),
-    "mean_reciprocal_rank": ("MRR", "Mean reciprocal rank: the mean of 1 / rank, 100 % where every rank is 1."),
+MORE: dict[str, tuple[str, Unit, str]] = {
+    "median_rank": ("median rank", "rank", "Half of the queries have a rank of at most this."),
+    "mean_log_rank": ("mean ln rank", "number", "Mean of the natural logarithm of the rank, 0 where every rank is 1."),
+    "mean_reciprocal_rank": ("MRR", "share", "Mean reciprocal rank: the mean of 1 / rank, 100 % if every rank is 1."),
     "map_at_r": (
         "mAP@R",
+        "share",
         "Mean average precision at R, a query's number of right items: the precision at each right item among the "
         "first R, summed, divided by R, averaged over the queries; 100 % where all right items come first.",
     ),
 }
-"""Metrics beside recall: label and definition."""
-LOWER_IS_BETTER: dict[str, Unit] = {"median_rank": "rank", "mean_log_rank": "number"}
-"""With their units; the others are shares."""
+"""Metrics beside recall: label, unit and definition. Of shares more is better, of the others less."""
 MIXED = {
     "mixed": "its image, its captions, and what they are paired with",
     "mixed_classes": "all images and texts of its class, a text being of its first image's",
@@ -78,11 +69,11 @@ class RetrievalConfig:
     """K of the recall that gets a value, and an outcome for each query."""
     curve_at: tuple[int, ...] = (1, 2, 5, 10, 20, 50, 100)
     """K of the curves of recall; those above the size of the gallery are left out, of either direction."""
-    engine: Engine = "exact"
+    engine: nearest.Engine = "exact"
     """exact: ranks by counting every score. faiss_flat: by FAISS's exact lists; ranks are the same but for rounding. It
     is no default on GPUs before it was seen there. Approximate lists: ivf (inverted file), hnsw (graph, on the CPU),
     cagra (graph, on a GPU, where FAISS is built with cuVS)."""
-    index: IndexConfig = field(default_factory=IndexConfig)
+    index: nearest.IndexConfig = field(default_factory=nearest.IndexConfig)
     """Of engines other than exact."""
     mixed_queries: int = 20_000
     """Most queries of the gallery of images and texts together, evenly spaced; 0 leaves it out."""
@@ -94,7 +85,7 @@ class RetrievalConfig:
     """Of the bootstrap."""
 
     def __post_init__(self) -> None:
-        require_searchable(self.engine)
+        nearest.require_searchable(self.engine)
         for name in ("recall_at", "curve_at"):
             for k in getattr(self, name):
                 require(k >= 1, f"retrieval.{name}", k, "at least 1")
@@ -111,8 +102,8 @@ def measure_retrieval(
     text: np.ndarray,
     pairs: np.ndarray,
     recall_at: Sequence[int] = (1, 5, 10),
-    engine: Engine = "exact",
-    index: IndexConfig = DEFAULT.index,
+    engine: nearest.Engine = "exact",
+    index: nearest.IndexConfig = DEFAULT.index,
 ) -> dict[str, Metrics]:
     """All retrieval metrics of both directions; like all of this file it is called by every process, or in `on_main`.
 
@@ -123,8 +114,8 @@ def measure_retrieval(
     without a positive are left out, but stay in the gallery of the other direction. Raises ValueError for embeddings
     that are empty, not finite or of unlike dimensions, pairs that name no row, K < 1, and an engine not to be had here.
     """
-    metrics = {}
-    for direction, ranked, recall in rankings(image, text, pairs, recall_at, engine, index):
+    metrics, config = {}, RetrievalConfig(recall_at=tuple(recall_at), engine=engine, index=index)
+    for direction, ranked, recall in rankings(image, text, pairs, recall_at, config):
         metrics[direction] = ranking_metrics(ranked, recall_at)
         if recall is not None:
             metrics[f"index_{direction}"] = recall
@@ -132,7 +123,7 @@ def measure_retrieval(
 
 
 def rankings(
-    image: np.ndarray, text: np.ndarray, pairs: np.ndarray, recall_at: Sequence[int], engine: Engine, index: IndexConfig
+    image: np.ndarray, text: np.ndarray, pairs: np.ndarray, recall_at: Sequence[int], config: RetrievalConfig
 ) -> Iterator[tuple[str, Ranked, Metrics | None]]:
     """Yields (direction, its ranks, recall of approximate lists or None), one direction after the other.
 
@@ -140,23 +131,20 @@ def rankings(
     is cheap beside searching it. Building another index is not: the main process builds and searches it, on all GPUs of
     its host that it can use, and the others wait.
     """
-    require_searchable(engine)
-    for k in recall_at:
-        require(k >= 1, "recall at K", k, "K must be at least 1")
     check_rows("image", image)
     check_rows("text", text)
     check_dimensions("image", image, "text", text)
     pairs = checked_pairs(pairs, len(image), len(text), ("images", "texts"))
-    exact = engine in ("exact", "faiss_flat")
+    engine, exact = config.engine, config.engine in ("exact", "faiss_flat")
 
     def ranked_by(queries: np.ndarray, gallery: np.ndarray, pairs: np.ndarray) -> tuple[Ranked, Metrics | None]:
         shares = query_shares(pairs, distributed.world_size() if exact else 1)
-        gpus = own_gpu() if len(shares) > 1 else usable_gpus()
+        gpus = nearest.own_gpu() if len(shares) > 1 else nearest.usable_gpus()
 
         def search(some: np.ndarray) -> tuple[PairsAhead, Metrics | None]:
             if engine == "exact":
                 return pairs_ahead(queries, gallery, some), None
-            lists = RankedByLists(gallery, engine, index, gpus)
+            lists = nearest.RankedByLists(gallery, engine, config.index, gpus)
             return lists.pairs_ahead(queries, some, max(recall_at)), None if exact else lists.recall(queries, recall_at)
 
         parts, recall = zip(*share_out(shares, search), strict=True)
@@ -202,7 +190,7 @@ def measure(embedded: EmbeddedSet, config: RetrievalConfig = DEFAULT) -> Result:
     values: dict[str, Value] = {}
     curves: dict[str, Curve] = {}
     outcomes: dict[str, np.ndarray] = {}
-    for direction, ranked, recall in rankings(image, text, pairs, recall_at, config.engine, config.index):
+    for direction, ranked, recall in rankings(image, text, pairs, recall_at, config):
         of_queries: dict[str, np.ndarray] = {f"recall_at_{k}": (ranked.rank <= k).astype(np.uint8) for k in recall_at}
         of_queries["mean_log_rank"] = np.log(ranked.rank)
         of_queries |= {"mean_reciprocal_rank": 1 / ranked.rank, "map_at_r": ranked.average_precision_at_r}
@@ -236,20 +224,15 @@ def measure(embedded: EmbeddedSet, config: RetrievalConfig = DEFAULT) -> Result:
         for name, of_items in kinds.items():
             found = search_mixed(image, text, of_items, config.mixed_queries)
             made, of_queries = _mixed(name, found, image_of[found.query], config)
-            values, outcomes, sizes = (
-                values | made,
-                outcomes | of_queries,
-                sizes | {f"{name}_queries": len(found.query)},
-            )
+            values, outcomes = values | made, outcomes | of_queries
+            sizes[f"{name}_queries"] = len(found.query)
     return Result(
         "retrieval",
         embedded.name,
         values,
         title="Image-text retrieval",
         about=ABOUT,
-        groups={
-            group: label for group, label in GROUPS.items() if any(name.startswith(f"{group}/") for name in values)
-        },
+        groups={group: GROUPS[group] for group in dict.fromkeys(name.rpartition("/")[0] for name in values)},
         headlines=tuple(f"{direction}/{shown[0]}" for direction in DIRECTIONS),
         curves=curves,
         settings=asdict(config) | {"device": counting_device().type, "ties": "against the model"},
@@ -262,12 +245,9 @@ def measure(embedded: EmbeddedSet, config: RetrievalConfig = DEFAULT) -> Result:
 def declared(name: str, metric: dict[str, float], rows: int) -> Value:
     """A metric of `ranking_metrics`, with its interval if it has one, as tables show it."""
     k = name.removeprefix("recall_at_")
-    recall = f"R@{k}", f"Recall at {k}: the share of the queries whose rank is at most {k}."
-    label, about = MORE.get(name, recall)
-    more: dict[str, Any] = {"label": label, "rows": rows, "about": about} | metric
-    if name in LOWER_IS_BETTER:
-        return Value(**more, unit=LOWER_IS_BETTER[name], higher_is_better=False)
-    return share(**more)
+    recall = f"Recall at {k}: the share of the queries whose rank is at most {k}."
+    label, unit, about = MORE.get(name, (f"R@{k}", "share", recall))
+    return Value(**metric, label=label, unit=unit, higher_is_better=unit == "share", rows=rows, about=about)
 
 
 def _mixed(
@@ -276,23 +256,17 @@ def _mixed(
     """Values and outcomes of a mixed gallery. images: (q,), queries of one value are resampled together."""
     gain = f"NDCG of the first {AT} of all images and texts but the query; relevant are {MIXED[group]}. A relevant item"
     own = f"Share of the query's own modality in the first {AT}: the wider the gap between the modalities, the more."
+    gain = f"{gain} at place r gains 1 / log2(1 + r), and 100 % is what all of them in front would gain."
     outcomes = {"ndcg_at_10": found.ndcg, "own_modality": found.own}
-    more: dict[str, dict[str, Any]] = {name: {"rows": len(found.query)} for name in outcomes}
+    values = {
+        "ndcg_at_10": share(found.ndcg.mean(), label=f"NDCG@{AT}", chance=found.chance, about=gain),
+        "own_modality": Value(float(found.own.mean()), "own modality", "share", about=own),
+    }
     for name, bounds in _intervals(outcomes, images, config).items():
-        more[name] |= bounds
-    more["ndcg_at_10"] |= {
-        "label": f"NDCG@{AT}",
-        "chance": found.chance,
-        "about": f"{gain} at place r gains 1 / log2(1 + r), and 100 % is what all of them in front would gain.",
-    }
-    made = {
-        "ndcg_at_10": share(found.ndcg.mean(), **more["ndcg_at_10"]),
-        "own_modality": Value(float(found.own.mean()), "own modality", "share", about=own, **more["own_modality"]),
-    }
-    kept = outcomes | {"query": found.query, "group": images}
-    return {f"{group}/{name}": value for name, value in made.items()}, {
-        f"{group}/{n}": rows for n, rows in kept.items()
-    }
+        values[name] = replace(values[name], **bounds)
+    values = {f"{group}/{name}": replace(value, rows=len(found.query)) for name, value in values.items()}
+    outcomes |= {"query": found.query, "group": images}
+    return values, {f"{group}/{name}": rows for name, rows in outcomes.items()}
 
 
 def _intervals(

@@ -10,14 +10,14 @@ sum log p up to a constant: noise-contrastive estimation with noise q (Gutmann &
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from modstruct.config import RerankBy
+from modstruct import distributed
+from modstruct.config import EvaluationConfig
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.distributed.collect import collect_rows, collect_tokens, my_batches, on_main
 from modstruct.errors import RunError
@@ -37,33 +37,18 @@ ABOUT = (
 )
 
 
-@dataclass(frozen=True)
-class Reranking:
-    """How many candidates of each query are reranked, by what (see above), recall at which K then, and the number of
-    images, texts or pairs in one forward pass."""
-
-    candidates: int
-    by: RerankBy
-    recall_at: Sequence[int]
-    batch: int
-
-
 @torch.no_grad()
 def reranked_retrieval(
-    model: Matcher,
-    images: Iterator[Tensor],
-    tokenizer: Tokenizer,
-    embedded: EmbeddedSet,
-    settings: Reranking,
-    device: torch.device,
+    model: Matcher, images: Iterator[Tensor], tokenizer: Tokenizer, embedded: EmbeddedSet, config: EvaluationConfig
 ) -> Result:
     """Recall at K both ways after matching has reranked each query's candidates; every process calls it.
 
-    images: this process's batches of the n images (see collect.my_batches), uint8 (b, 3, H, W) on the device, in the
-    order of embedded's distinct images. The names of values are those of retrieval. Raises RunError, on every process,
-    where `images` yields another number.
+    config: `rerank` candidates of each query, by what they are reranked (see above), K, and how many images, texts or
+    pairs make a forward pass. images: this process's batches of the n images (see collect.my_batches), uint8
+    (b, 3, H, W) on the device, in the order of embedded's distinct images. Values have the names of retrieval's. Raises
+    RunError, on every process, where `images` yields another number.
     """
-    backbone, batch = model.backbone, settings.batch
+    backbone, batch, device = model.backbone, config.batch, distributed.device()
     image, text, pairs = embedded.distinct_rows("image"), embedded.rows("text"), embedded.distinct_pairs
     grey = torch.zeros((1, 3, backbone.image_size, backbone.image_size), dtype=torch.uint8, device=device)
     image_tokens = _gathered(backbone.encode_image, images, grey, len(image), batch, "encoding images")
@@ -82,10 +67,10 @@ def reranked_retrieval(
         return logits[:, 1] - logits[:, 0]
 
     # A forward pass gathers the scale under ZeRO-3.
-    scale = float(model({"text": ids[:1]})["logit_scale"]) if settings.by == "both" else 0.0
+    scale = float(model({"text": ids[:1]})["logit_scale"]) if config.rerank_by == "both" else 0.0
     found = {
-        "text_to_image": _direction(text, image, pairs[:, ::-1], score, scale, settings, device),
-        "image_to_text": _direction(image, text, pairs, lambda i, t: score(t, i), scale, settings, device),
+        "text_to_image": _direction(text, image, pairs[:, ::-1], score, scale, config),
+        "image_to_text": _direction(image, text, pairs, lambda i, t: score(t, i), scale, config),
     }
     return Result(
         "reranked",
@@ -95,7 +80,7 @@ def reranked_retrieval(
         ABOUT,
         {direction: f"{GROUPS[direction]}, matched" for direction in found},
         tuple(f"{direction}/recall_at_1" for direction in found),
-        settings={"candidates": settings.candidates, "by": settings.by},
+        settings={"candidates": config.rerank, "by": config.rerank_by},
     )
 
 
@@ -105,12 +90,11 @@ def _direction(
     pairs: np.ndarray,
     score: Callable[[Tensor, Tensor], Tensor],
     scale: float,
-    settings: Reranking,
-    device: torch.device,
+    config: EvaluationConfig,
 ) -> dict[str, Value]:
-    found = on_main(lambda: nearest(queries, gallery, settings.candidates))  # (q, k)
+    found, device = on_main(lambda: nearest(queries, gallery, config.rerank)), distributed.device()  # (q, k)
     k = found.shape[1]
-    at_once = max(1, settings.batch // k)  # queries
+    at_once = max(1, config.batch // k)  # queries
     batches = math.ceil(len(found) / at_once)
     rows = torch.from_numpy(found).to(device)
     numbers = torch.arange(len(found), device=device)
@@ -127,7 +111,7 @@ def _direction(
         before = np.zeros(len(queries), dtype=np.int64)
         before[first.query] = first.rank - 1
         after = ahead_after(found, both, pairs, before)[first.query]
-        recalls = recall_metrics(after + 1, first.positives, len(gallery), settings.recall_at)
+        recalls = recall_metrics(after + 1, first.positives, len(gallery), config.recall_at)
         return {name: declared(name, metric, len(first.query)) for name, metric in recalls.items()}
 
     return on_main(measure)

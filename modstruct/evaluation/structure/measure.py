@@ -12,14 +12,12 @@ import numpy as np
 
 from modstruct.distributed.collect import on_main, share_out
 from modstruct.errors import require, require_counts
-from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
-from modstruct.evaluation.embeddings.labels import distinct_classes
+from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet, distinct_classes
 from modstruct.evaluation.result import Curve, Result, Value
 from modstruct.evaluation.retrieval.rows import as_float32, check_dimensions, check_rows, checked_pairs, row_blocks
 from modstruct.evaluation.statistics import t_interval
 from modstruct.evaluation.structure import metrics
-from modstruct.evaluation.structure.basic import log_potential, mean_potential
-from modstruct.evaluation.structure.clusters import clustered
+from modstruct.evaluation.structure.metrics import clustered, log_potential, mean_potential
 
 Arrays = Mapping[str, np.ndarray]
 Jobs = dict[tuple[str, ...], list[Callable[[], Any]]]

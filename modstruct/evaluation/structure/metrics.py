@@ -6,6 +6,7 @@ and spectra are exact at any size, in float64; geometry and hubness, over all pa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -15,13 +16,58 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from modstruct import distributed
-from modstruct.evaluation.classification.features import Features, RowBlocks, column_statistics
-from modstruct.evaluation.classification.logistic_regression import FitConfig, fit_logistic_regression
+from modstruct.evaluation.classification import linear
 from modstruct.evaluation.retrieval.nearest import nearest
 from modstruct.evaluation.retrieval.rows import as_float32, block_rows, distinct_rows, row_blocks
 from modstruct.evaluation.statistics import bootstrap_mean
 from modstruct.losses.bridge import SHORTEST_MEAN
+from modstruct.pairwise.gaussian import potential_sum
 from modstruct.pairwise.geometric import gram_products
+
+UNIFORMITY_T = 2.0
+"""t of the Gaussian potential, as Wang & Isola and L_Uni use it."""
+UNIFORMITY_ROWS = 16_384
+"""Most rows that uniformity is computed on, evenly spaced ones, since its cost grows with the square."""
+
+
+@torch.no_grad()
+def structure(image: Tensor, text: Tensor, pairs: Tensor | None = None) -> dict[str, float]:
+    """Alignment, uniformity of each modality and modality gap, of gathered rows; as they are defined below.
+
+    image: (n, D), text: (m, D), unit norm, any floating type; measured in float32. pairs: (p, 2) rows of image and
+    text that belong together; None pairs row j with row j. Uniformity is left out where there are fewer than two rows.
+    """
+    image, text = image.detach().float(), text.detach().float()
+    if pairs is None and len(image) != len(text):
+        raise ValueError(f"{len(image)} image and {len(text)} text rows: without pairs they must be as many")
+    a, b = (image, text) if pairs is None else (image[pairs[:, 0]], text[pairs[:, 1]])
+    metrics = {
+        "alignment": float((a - b).square().sum(1).mean()),
+        "uniformity_image": uniformity(image),
+        "uniformity_text": uniformity(text),
+        "modality_gap": float((image.mean(0) - text.mean(0)).norm()),
+    }
+    return {name: value for name, value in metrics.items() if value is not None}
+
+
+def uniformity(z: Tensor) -> float | None:
+    """log of `mean_potential`; None for fewer than two rows. Beyond UNIFORMITY_ROWS rows that of evenly spaced ones."""
+    if len(z) > UNIFORMITY_ROWS:
+        z = z[torch.linspace(0, len(z) - 1, UNIFORMITY_ROWS, dtype=torch.float64, device=z.device).round().long()]
+    return log_potential(mean_potential(z)) if len(z) > 1 else None
+
+
+@torch.no_grad()
+def mean_potential(z: Tensor) -> float:
+    """Mean of exp(-t |z_j - z_k|^2) over j != k (Wang & Isola 2020, equation 5). z: (N, D), float32, N > 1."""
+    total, _, _ = potential_sum(z.contiguous(), None, UNIFORMITY_T, False, "float32")
+    return (float(total) - len(z)) / (len(z) * (len(z) - 1))  # without each row's potential with itself
+
+
+def log_potential(mean: float) -> float:
+    """Uniformity; of unit rows at least -4 t, below which rounding, or the end of an interval, may fall."""
+    return math.log(max(mean, math.exp(-4 * UNIFORMITY_T)))
+
 
 GRID = np.linspace(0, 1, 21)
 """Of the bridge's t."""
@@ -32,7 +78,7 @@ FOLDS = 5
 WIDENING = (1 + FOLDS / (FOLDS - 1)) ** 0.5
 DECAY = 1e-3
 """Weight of |w|^2 / 2 beside the mean logistic loss, of features in units of their deviation."""
-FIT = FitConfig(max_iterations=200, gradient_tolerance=1e-7, precision="float64")
+FIT = linear.FitConfig(max_iterations=200, gradient_tolerance=1e-7, precision="float64")
 
 
 def alignment(image: np.ndarray, text: np.ndarray, pairs: np.ndarray) -> float:
@@ -174,9 +220,7 @@ def spectra(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def effective_rank(singular_values: np.ndarray) -> float:
     """exp of the entropy of the singular values over their sum (Roy & Vetterli 2007, definition 1); 1 if all are 0."""
-    found = singular_values[singular_values > 0]
-    shares = found / found.sum()
-    return float(np.exp(-np.sum(shares * np.log(shares))))
+    return float(np.exp(stats.entropy(singular_values[singular_values > 0])))
 
 
 def separated(image: np.ndarray, text: np.ndarray, pairs: np.ndarray, held_out: int) -> np.ndarray:
@@ -186,16 +230,16 @@ def separated(image: np.ndarray, text: np.ndarray, pairs: np.ndarray, held_out: 
     on the image would take its aligned text for an image.
     """
     rows = np.concatenate([image[pairs[:, 0]], text[pairs[:, 1]]])
-    every = Features((rows,), np.arange(len(rows)), np.repeat([1, 0], len(pairs)))
+    every = linear.Features((rows,), np.arange(len(rows)), np.repeat([1, 0], len(pairs)))
     own = np.tile(np.arange(len(pairs)) % FOLDS == held_out, 2)
     fitted, others = every.take(np.flatnonzero(~own)), every.take(np.flatnonzero(own))
-    statistics = column_statistics(fitted, distributed.device())
+    statistics = linear.column_statistics(fitted, distributed.device())
     blocks, watched = (
-        RowBlocks(features.standardised_by(statistics), distributed.device(), FIT.dtype, 2)
+        linear.RowBlocks(features.standardised_by(statistics), distributed.device(), FIT.dtype, 2)
         for features in (fitted, others)
     )
     # Two rows of weights that differ by w have at least |w|^2 / 2, and the penalty is weighed against a sum over rows.
-    classifier = fit_logistic_regression(blocks, 2, 2 * DECAY * len(blocks), FIT)
+    classifier = linear.fit_logistic_regression(blocks, 2, 2 * DECAY * len(blocks), FIT)
     right = [(scores[:, 1] > scores[:, 0]) == (labels == 1) for _, scores, labels in classifier.scores(watched)]
     return torch.cat(right).cpu().numpy().reshape(2, -1).mean(0)
 
@@ -212,3 +256,43 @@ def one_to_one(pairs: np.ndarray) -> np.ndarray:
     for column in (0, 1):
         pairs = pairs[np.sort(np.unique(pairs[:, column], return_index=True)[1])]
     return pairs
+
+
+def clustered(
+    image: np.ndarray, text: np.ndarray, pairs: np.ndarray, labels: np.ndarray, start: int
+) -> tuple[float, ...]:
+    """One start of k-means on images and texts together, k being the number of classes.
+
+    pairs: (p, 2), (image row, text row), no row twice. labels: (n,), the class of each image, and so of its text.
+    start: seed of the first centres (k-means++). Returns the sum of squared distances to the centres; of the classes
+    the V-measure, and of the modalities the homogeneity, as `told` gives them, each with its chance.
+    """
+    from sklearn.cluster import KMeans
+    from threadpoolctl import threadpool_limits
+
+    rows = np.concatenate([as_float32(a[pairs[:, side]]).numpy() for side, a in enumerate((image, text))])
+    classes = np.tile(labels[pairs[:, 0]], 2)
+    with threadpool_limits(1):  # sums of several threads differ in the last bit from run to run
+        found = KMeans(len(np.unique(classes)), n_init=1, random_state=start).fit(rows)
+    v_measure = told(classes, found.labels_)[2:]
+    return float(found.inertia_), *v_measure, *told(np.repeat([0, 1], len(pairs)), found.labels_)[:2]
+
+
+def told(classes: np.ndarray, clusters: np.ndarray) -> tuple[float, float, float, float]:
+    """Homogeneity of clusters, its chance, V-measure and its chance (Rosenberg & Hirschberg 2007), from 0 to 1.
+
+    classes, clusters: (n,), at least two classes. Homogeneity: the share of the classes' entropy that the cluster
+    tells, I / H(class). V-measure: its harmonic mean with completeness, I / H(cluster). Chance: of a random assignment
+    with clusters of these sizes, exact, from the expected mutual information (Vinh et al. 2010).
+    """
+    from sklearn.metrics import mutual_info_score
+    from sklearn.metrics.cluster import contingency_matrix, expected_mutual_information
+
+    table = contingency_matrix(classes, clusters, sparse=True)
+    known = float(mutual_info_score(None, None, contingency=table))
+    expected = float(expected_mutual_information(table, len(classes)))
+    whole, both = (
+        float(sum(stats.entropy(np.unique(of, return_counts=True)[1]) for of in some))
+        for some in ([classes], [classes, clusters])
+    )
+    return known / whole, expected / whole, 2 * known / both, 2 * expected / both

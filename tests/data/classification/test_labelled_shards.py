@@ -9,7 +9,7 @@ import published_layouts as layouts
 import pytest
 
 from modstruct.config import DataConfig
-from modstruct.data.classification.prompts import PAPER_TEMPLATE
+from modstruct.data.classification.published import PAPER_TEMPLATE
 from modstruct.data.classification.registry import open_labelled
 from modstruct.data.faults import BadSample
 

@@ -14,7 +14,7 @@ import pytest
 import torchvision.datasets as peers
 
 from modstruct.config import DataConfig
-from modstruct.data.classification.prompts import PAPER_TEMPLATE, published_sets
+from modstruct.data.classification.published import PAPER_TEMPLATE, published_sets
 from modstruct.data.classification.registry import open_labelled
 from modstruct.data.faults import BadSample
 

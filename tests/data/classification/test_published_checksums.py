@@ -10,7 +10,7 @@ import published_layouts as layouts
 import pytest
 
 from modstruct.config import DataConfig
-from modstruct.data.classification.prompts import published_sets
+from modstruct.data.classification.published import published_sets
 from modstruct.data.classification.registry import open_labelled
 
 

@@ -13,7 +13,7 @@ from scipy.io import savemat
 from timm.data import ImageNetInfo
 
 from modstruct.config import DataConfig
-from modstruct.data.classification.prompts import PAPER_TEMPLATE, imagenet
+from modstruct.data.classification.published import PAPER_TEMPLATE, imagenet
 from modstruct.data.classification.registry import open_labelled
 
 CONFIG = DataConfig(workers=0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from modstruct.config import DataConfig, ScenesConfig, ViewsConfig
-from modstruct.data.classification.prompts import published_sets
+from modstruct.data.classification.published import published_sets
 from modstruct.data.classification.registry import NamedSet, open_labelled, parse_set, set_splits
 from modstruct.data.shards.evaluation_samples import evaluation_loader
 from modstruct.data.synthetic.factors import COLOURS, FILLS, SHAPES, SIZES

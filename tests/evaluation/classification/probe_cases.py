@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from modstruct.evaluation.classification.features import Features
+from modstruct.evaluation.classification.linear import Features
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 
 MODEL = {"name": "tiny", "fingerprint": "f0"}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from probe_cases import clouds, features_of
 
-from modstruct.evaluation.classification.features import RowBlocks
+from modstruct.evaluation.classification.linear import RowBlocks
 from modstruct.evaluation.classification.linear_probe import AdamWProbeConfig, fit_by_adamw
 
 CPU = torch.device("cpu")

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from probe_cases import clouds, embedded, features_of, unit
 
-from modstruct.evaluation.classification import features as features_module
-from modstruct.evaluation.classification.features import RowBlocks, column_statistics
+from modstruct.evaluation.classification import linear as features_module
+from modstruct.evaluation.classification.linear import RowBlocks, column_statistics
 from modstruct.evaluation.classification.probe import select_features
 
 CPU = torch.device("cpu")

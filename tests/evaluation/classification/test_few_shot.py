@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from probe_cases import clouds, features_of
 
-from modstruct.evaluation.classification.few_shot import FewShotConfig, draw_episodes, run_episode
-from modstruct.evaluation.classification.linear_probe import hold_out
+from modstruct.evaluation.classification.linear_probe import FewShotConfig, draw_episodes, hold_out, run_episode
 from modstruct.evaluation.classification.probe import Probe, drawn_order
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 from probe_cases import clouds, embedded, unit
 from sklearn.linear_model import LogisticRegression
 
-from modstruct.evaluation.classification import few_shot, linear_probe
-from modstruct.evaluation.classification.few_shot import FewShotConfig
-from modstruct.evaluation.classification.linear_probe import AdamWProbeConfig, LinearProbeConfig
-from modstruct.evaluation.classification.logistic_regression import FitConfig
+from modstruct.evaluation.classification import linear_probe
+from modstruct.evaluation.classification.linear import FitConfig
+from modstruct.evaluation.classification.linear_probe import AdamWProbeConfig, FewShotConfig, LinearProbeConfig
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.result import Result
 
@@ -121,7 +122,7 @@ def test_default_features_that_are_not_embedded_give_way_and_others_do_not():
     test = EmbeddedSet("test", {}, {"image": unit(rows)}, labels=labels, class_names=names)
     test.splits = {"train": test}
     assert linear_probe.measure(test, LinearProbeConfig(strength=1.0)).settings["features"] == "image"
-    assert few_shot.measure(test, FewShotConfig(shots=(1,), strength=1.0)).settings["features"] == "image"
+    assert linear_probe.measure_few_shot(test, FewShotConfig(shots=(1,), strength=1.0)).settings["features"] == "image"
     with pytest.raises(ValueError, match="image_independent"):
         linear_probe.measure(test, LinearProbeConfig("image_independent"))
 
@@ -161,7 +162,7 @@ def test_features_say_what_is_before_them():
 
 def test_few_shots_have_means_deviations_and_outcomes_over_draws(tmp_path):
     config = FewShotConfig(shots=(1, 4, 16), draws=3)
-    result = few_shot.measure(a_set(validation=False), config)
+    result = linear_probe.measure_few_shot(a_set(validation=False), config)
     for shots in config.shots:
         each = result.settings["by_draw"][f"shots_{shots}/top_1"]
         assert len(each) == len(result.settings["by_draw"][f"shots_{shots}/strength"]) == 3
@@ -186,7 +187,7 @@ def test_few_shots_have_means_deviations_and_outcomes_over_draws(tmp_path):
 
 
 def test_one_draw_has_no_deviation():
-    result = few_shot.measure(a_set(), FewShotConfig(shots=(2,), draws=1))
+    result = linear_probe.measure_few_shot(a_set(), FewShotConfig(shots=(2,), draws=1))
     assert set(result.values) == {"shots_2/top_1", "shots_2/top_5", "shots_2/mean_per_class"}
     assert all(value.deviation is None for value in result.values.values())
     assert result.curves["top_1"].low is None
@@ -208,7 +209,8 @@ def test_a_test_set_that_does_not_fit_is_refused(change, message):
     rows, labels = clouds(70, 12, CLASSES, 0)
     given = {"rows": rows, "labels": labels, "names": [f"class {c}" for c in range(CLASSES)]} | change
     bad = embedded("bad", given.pop("rows"), given.pop("labels"), **given, splits=a_set().splits)
-    for measure in (linear_probe.measure, linear_probe.measure_adamw, few_shot.measure):
+    few_shot = partial(linear_probe.measure_few_shot, config=FewShotConfig())
+    for measure in (linear_probe.measure, linear_probe.measure_adamw, few_shot):
         with pytest.raises(ValueError, match=message):
             measure(bad)
 

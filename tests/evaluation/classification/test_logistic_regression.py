@@ -8,11 +8,11 @@ import torch
 from probe_cases import clouds, features_of
 from sklearn.linear_model import LogisticRegression
 
-from modstruct.evaluation.classification import features as features_module
-from modstruct.evaluation.classification.features import RowBlocks
-from modstruct.evaluation.classification.logistic_regression import (
+from modstruct.evaluation.classification import linear as features_module
+from modstruct.evaluation.classification.linear import (
     FitConfig,
     LinearClassifier,
+    RowBlocks,
     fit_logistic_regression,
     mean_objective,
 )

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from probe_cases import features_of
 from sklearn.linear_model import LogisticRegression
 
-from modstruct.evaluation.classification.logistic_regression import STRENGTHS, FitConfig, search_strength
+from modstruct.evaluation.classification.linear import STRENGTHS, FitConfig, search_strength
 from modstruct.evaluation.classification.probe import Probe, ProbeConfig
 
 FIRST = [1e-6, 1e-4, 1e-2, 1, 1e2, 1e4, 1e6]

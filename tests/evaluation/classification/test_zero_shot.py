@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from modstruct.data.classification.prompts import PAPER_TEMPLATE
+from modstruct.data.classification.published import PAPER_TEMPLATE
 from modstruct.evaluation.classification import zero_shot as module
 from modstruct.evaluation.classification.accuracy import accuracies
 from modstruct.evaluation.classification.zero_shot import ZeroShotConfig, class_embeddings, images_ahead, measure

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from modstruct.data.synthetic.information import ExactInformation, entropy, mutual_information
-from modstruct.evaluation.classification.features import Features
+from modstruct.evaluation.classification.linear import Features
 from modstruct.evaluation.information.measure import best_answers, information_values, label_surprise
-from modstruct.evaluation.information.probes import ProbeConfig, folds_of, probed
+from modstruct.evaluation.information.probes import ProbeConfig, Probed, folds_of, probed
 
 QUICK = ProbeConfig(
     folds=3, strengths=(1.0, 10.0), iterations=40, hidden=16, epochs=15, learning_rate=0.01, samples=200
@@ -32,9 +32,10 @@ def toy(seed, rows=ROWS):
 def held_out(features, questions, config=QUICK, groups=None):
     """Losses of each question, and what answered it."""
     labels = next(iter(features.values())).labels
-    classes, folds = int(labels.max()) + 1, folds_of(np.arange(len(labels)) if groups is None else groups, config)
-    by_fold = [{name: probed(rows, fold, classes, config) for name, rows in features.items()} for fold in folds]
-    losses, chosen = best_answers(questions, folds, by_fold, labels, classes)
+    groups = np.arange(len(labels)) if groups is None else groups
+    of = Probed(features, np.arange(len(labels)), groups, int(labels.max()) + 1, folds_of(groups, config))
+    by_fold = [{name: probed(rows, fold, of.classes, config) for name, rows in features.items()} for fold in of.folds]
+    losses, chosen = best_answers(questions, of, by_fold)
     return {question: SimpleNamespace(rows=losses[question], chosen=chosen[question]) for question in questions}
 
 

@@ -10,8 +10,7 @@ from drawn_images import COPIES, coded, drawn, mirror
 from PIL import Image
 
 from modstruct.evaluation.leakage import duplicates
-from modstruct.evaluation.leakage.duplicates import Thresholds, cosines, find_duplicates, rows_by_key
-from modstruct.evaluation.leakage.thumbnails import of_images
+from modstruct.evaluation.leakage.duplicates import Thresholds, cosines, find_duplicates, of_images, rows_by_key
 
 IMAGES = 60
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from modstruct.evaluation.embeddings.derived import without
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
-from modstruct.evaluation.leakage.leave_out import leave_out, read_keys, rows_kept
+from modstruct.evaluation.leakage.result import read_keys
 from modstruct.evaluation.retrieval.measure import measure_retrieval
 
 MODEL = {"name": "m", "fingerprint": "f"}
@@ -59,7 +60,7 @@ LEFT_OUT = [0, 1, 2, 7, 29]
 
 
 def test_metrics_are_those_of_a_set_without_the_images(whole, tmp_path):
-    left = leave_out(whole, [f"k{n}" for n in LEFT_OUT], tmp_path / "left")
+    left = without(whole, [f"k{n}" for n in LEFT_OUT], tmp_path / "left")
     never = written(tmp_path / "never", [n for n in range(IMAGES) if n not in LEFT_OUT])
     assert left.keys == never.keys
     assert left.metadata == never.metadata
@@ -81,27 +82,26 @@ def test_metrics_are_those_of_a_set_without_the_images(whole, tmp_path):
 
 
 def test_the_set_has_a_name_and_fingerprint_of_its_own_and_is_made_once(whole, tmp_path):
-    left = leave_out(whole, ["k3"], tmp_path / "left")
+    left = without(whole, ["k3"], tmp_path / "left")
     assert left.name == "emoji-without-leaked"
     assert left.source["fingerprint"] != whole.source["fingerprint"]
     assert (left.source["of"], left.source["left_out"]) == ("x", 1)
     before = (tmp_path / "left" / "image.npy").stat().st_ino
-    assert leave_out(whole, ["k3", "k3"], tmp_path / "left").keys == left.keys
+    assert without(whole, ["k3", "k3"], tmp_path / "left").keys == left.keys
     assert (tmp_path / "left" / "image.npy").stat().st_ino == before
-    assert "k4" not in leave_out(whole, ["k3", "k4"], tmp_path / "left").keys
+    assert "k4" not in without(whole, ["k3", "k4"], tmp_path / "left").keys
 
 
 def test_leaving_out_nothing_leaves_all(whole, tmp_path):
-    images, texts = rows_kept(whole, [])
-    assert (len(images), len(texts)) == (IMAGES, len(whole.captions))
-    assert leave_out(whole, [], tmp_path / "left").captions == whole.captions
+    left = without(whole, [], tmp_path / "left")
+    assert (left.keys, left.captions) == (whole.keys, whole.captions)
 
 
 def test_a_set_of_images_alone(tmp_path):
     plain = EmbeddedSet("a", MODEL, {"image": unit(np.random.default_rng(0), 4)}, keys=list("wxyx")).save(
         tmp_path / "a"
     )
-    left = leave_out(plain, ["x"], tmp_path / "b")
+    left = without(plain, ["x"], tmp_path / "b")
     assert left.keys == ["w", "y"]
     assert left.labels is None
     assert left.pairs.shape == (0, 2)
@@ -109,12 +109,12 @@ def test_a_set_of_images_alone(tmp_path):
 
 def test_lists_that_do_not_fit_the_set_are_refused(whole, tmp_path):
     with pytest.raises(ValueError, match=r"'other'.*1 of 2 are not in"):
-        leave_out(whole, ["k1", "other"], tmp_path / "left")
+        without(whole, ["k1", "other"], tmp_path / "left")
     with pytest.raises(ValueError, match="no image"):
-        leave_out(whole, whole.keys, tmp_path / "left")
+        without(whole, whole.keys, tmp_path / "left")
     for itself in (whole.folder, whole.folder / ".." / whole.folder.name):
         with pytest.raises(ValueError, match="is the set itself; name another"):
-            leave_out(whole, ["k1"], itself)
+            without(whole, ["k1"], itself)
     assert not (tmp_path / "left").exists()
     assert EmbeddedSet.open(whole.folder).keys == whole.keys
 
@@ -132,6 +132,6 @@ def test_images_that_leave_for_their_key_alone_are_counted(tmp_path, caplog):
     folder = tmp_path / "repeated"
     written(folder, range(IMAGES))
     (folder / "keys.jsonl").write_text("".join(f'"k{n % 20}"\n' for n in range(IMAGES)))
-    images, _ = rows_kept(EmbeddedSet.open(folder), ["k3", "k12"])
-    assert len(images) == IMAGES - 3
+    left = without(EmbeddedSet.open(folder), ["k3", "k12"], tmp_path / "left")
+    assert len(left.keys) == IMAGES - 3
     assert "1 images leave with another of the same key" in caplog.text

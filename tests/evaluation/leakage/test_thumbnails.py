@@ -8,8 +8,16 @@ import pytest
 from drawn_images import COPIES, coded, drawn, mirror
 from PIL import Image, ImageDraw
 
-from modstruct.evaluation.leakage.duplicates import Thresholds, _codes
-from modstruct.evaluation.leakage.thumbnails import HASH_BITS, differences, flat, hashes, of_images, pixels
+from modstruct.evaluation.leakage.duplicates import (
+    HASH_BITS,
+    Thresholds,
+    _codes,
+    differences,
+    flat,
+    hashes,
+    of_images,
+    pixels,
+)
 
 IMAGES = 20
 ALL = np.arange(IMAGES)

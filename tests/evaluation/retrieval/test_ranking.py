@@ -137,7 +137,7 @@ def test_perfect_embeddings_get_everything_and_so_does_one_item():
         (np.ones((2, 2), np.float32), [[0, 0], [2, 0]], [1], r"pair \(2, 0\) names a row outside"),
         (np.ones((2, 2), np.float32), [[-1, 0]], [1], "outside"),
         (np.ones((2, 2), np.float32), [[0.5, 0]], [1], "pairs are float64"),
-        (np.ones((2, 2), np.float32), [[0, 0]], [5, 0], "K = 0"),
+        (np.ones((2, 2), np.float32), [[0, 0]], [5, 0], "recall_at = 0"),
         (np.ones((0, 2), np.float32), [[0, 0]], [1], "at least one row"),
         (np.ones((2, 2), np.int64), [[0, 0]], [1], "image embeddings are int64"),
         (np.ones((2, 3), np.float32), [[0, 0]], [1], "image embeddings have dimension 3, text embeddings 2"),

@@ -9,11 +9,12 @@ from ranking_cases import items_ahead
 from tiny_fusion import fusion_model, fusion_recipe
 from tiny_models import CAPTIONS, random_images, word_tokenizer
 
+from modstruct.config import EvaluationConfig
 from modstruct.errors import RunError
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.retrieval.metrics import recall_metrics
 from modstruct.evaluation.retrieval.nearest import nearest
-from modstruct.evaluation.retrieval.reranking import Reranking, ahead_after, reranked_retrieval
+from modstruct.evaluation.retrieval.reranking import ahead_after, reranked_retrieval
 
 
 def plain_ahead(candidates: list[int], scores: list[float], positives: set[int], before: int) -> int:
@@ -60,9 +61,9 @@ def test_both_stages_are_as_a_plain_program_has_them(candidates, by):
     text = model({"text": word_tokenizer()(captions)})["text"].numpy()
     pairs = np.array([[0, 0], [1, 1], [2, 2], [3, 3], [4, 0]])
     embedded = EmbeddedSet("images", {}, {"image": image, "text": text}, pairs=pairs, captions=captions)
-    settings = Reranking(candidates, by, [1, 2], 2)
+    settings = EvaluationConfig(batch=2, recall_at=[1, 2], rerank=candidates, rerank_by=by)
     batches = iter(images.split(2))
-    found = reranked_retrieval(model, batches, word_tokenizer(), embedded, settings, torch.device("cpu"))
+    found = reranked_retrieval(model, batches, word_tokenizer(), embedded, settings)
     scores = np.array([[matched(model, seen, caption) for caption in captions] for seen in images])
     if by == "both":
         scores += float(model.logit_scale.exp()) * image @ text.T
@@ -96,4 +97,4 @@ def test_an_image_that_is_lost_between_the_stages_ends_the_measurement():
     found = iter([random_images(16, 2, 3), random_images(16, 2, 4)])
     embedded = EmbeddedSet("images", {}, {"image": image, "text": text}, pairs=[[0, 0]], captions=captions)
     with pytest.raises(RunError, match="4 instead of 5"):
-        reranked_retrieval(model, found, word_tokenizer(), embedded, Reranking(2, "both", [1], 2), torch.device("cpu"))
+        reranked_retrieval(model, found, word_tokenizer(), embedded, EvaluationConfig(batch=2, rerank=2))

@@ -7,8 +7,8 @@ import pytest
 from sklearn.metrics import homogeneity_completeness_v_measure
 
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
-from modstruct.evaluation.structure.clusters import told
 from modstruct.evaluation.structure.measure import StructureConfig, measure
+from modstruct.evaluation.structure.metrics import told
 
 CONFIG = StructureConfig(separability_pairs=10, cluster_starts=3)
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from modstruct.evaluation.structure import basic as module
-from modstruct.evaluation.structure.basic import structure, uniformity
+from modstruct.evaluation.structure import metrics as module
+from modstruct.evaluation.structure.metrics import structure, uniformity
 
 
 def unit(*shape, seed=0):

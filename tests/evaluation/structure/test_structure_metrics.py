@@ -12,7 +12,7 @@ from structure_cases import structure_metrics
 from torch.nn import functional as F
 
 from modstruct.evaluation.retrieval import rows as rows_module
-from modstruct.evaluation.structure import basic, metrics
+from modstruct.evaluation.structure import metrics
 from modstruct.evaluation.structure.measure import StructureConfig
 from modstruct.evaluation.structure.metrics import (
     GRID,
@@ -135,7 +135,7 @@ def test_metrics_agree_with_their_definitions(source, monkeypatch):
 def test_the_metrics_of_training_are_the_same(source):
     image, text, pairs = source[:3]
     found, _ = structure_metrics(image, text, pairs, config=StructureConfig(metrics="basic"))
-    basics = basic.structure(*(torch.from_numpy(x) for x in (image, text, pairs)))
+    basics = metrics.structure(*(torch.from_numpy(x) for x in (image, text, pairs)))
     assert {name: value.value for name, value in found.items()} == pytest.approx(basics, rel=1e-5)
 
 
