@@ -32,6 +32,7 @@ from modstruct.distributed.collect import on_main
 from modstruct.distributed.run_lock import held
 from modstruct.errors import LostProcess, RunError, printable, require
 from modstruct.evaluation.classification import linear_probe, zero_shot
+from modstruct.evaluation.classification.linear_probe import FewShotConfig
 from modstruct.evaluation.embeddings.derived import centred, without
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.examples import write_retrieved_examples
@@ -76,7 +77,7 @@ class MeasureConfig:
     linear_probe: linear_probe.LinearProbeConfig = field(default_factory=linear_probe.LinearProbeConfig)
     """Needs classes and the training split (embed --all_splits). linear_probe_adamw is the same by CyCLIP's protocol,
     on image_projected."""
-    few_shot: linear_probe.FewShotConfig = field(default_factory=linear_probe.FewShotConfig)
+    few_shot: FewShotConfig = field(default_factory=FewShotConfig)
     """Needs classes and the training split."""
     information: information.ProbeConfig = field(default_factory=information.ProbeConfig)
     """Needs captions, and classes or information.labels. private_factors is measured by the same probes and labels, by
@@ -146,7 +147,11 @@ def measure(
     noted = on_main(lambda: read_model(out))
     opened = {name: EmbeddedSet.open(out / "embeddings" / name) for name in noted["sets"]}
 
-    on_main(lambda: [embedded.check() for embedded in opened.values()])  # or damage is found hours later
+    def check() -> None:
+        for embedded in opened.values():
+            embedded.check()
+
+    on_main(check)  # or damage is found hours later
     beside = splits_beside(list(opened))
     for split_set, (name, split) in beside.items():
         opened[name].splits[split] = opened[split_set]

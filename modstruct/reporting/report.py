@@ -72,9 +72,10 @@ def write_report(
     runs = [*group_seeds(loaded), *read_benchmark(beside)]
     sections = compare(runs)
     drawn = {section.metric: plots(section, runs) for section in sections} | {"planes": planes(runs)}
-    of_runs = [{"name": run.name, "folder": str(run.folder), "model": run.model} for run in loaded]
-    for run, made in zip(loaded, of_runs, strict=True):
-        made["results"] = [result.to_json() for result in run.results.values()]
+    of_runs = []
+    for run in loaded:
+        results = [result.to_json() for result in run.results.values()]
+        of_runs.append({"name": run.name, "folder": str(run.folder), "model": run.model, "results": results})
     texts = {
         files.csv: csv_table(sections, runs),
         files.tex: latex_tables(sections, runs, with_interval),

@@ -271,7 +271,7 @@ def _mixed(
 
 def _intervals(
     of_queries: dict[str, np.ndarray], group: np.ndarray, config: RetrievalConfig
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     independent = len(np.unique(group))
     if independent < 2:
         return {}
