@@ -11,6 +11,7 @@ from modstruct import stopping
 if __name__ == "__main__":
     stopping.listen()  # before the imports that take long
 
+import sys
 from pathlib import Path
 
 from modstruct.cli import parse, recipe_parser, run
@@ -29,7 +30,14 @@ def main() -> None:
         metavar="STEPS",
         help="Trace so many steps, after a few to warm up, into OUTPUT/profile (for ui.perfetto.dev or TensorBoard).",
     )
-    recipe, options = parse(parser)
+    arguments = [argument for argument in sys.argv[1:] if argument.partition("=")[0] != "--print_config"]
+    recipe, options = parse(parser, arguments)
+    if len(arguments) < len(sys.argv) - 1:
+        from modstruct.training.pretrain import bucket_sizes
+
+        for name, elements in bucket_sizes(recipe, options.ds_config).items():
+            print(f"# {options.ds_config}: {name} is {elements:,} elements")
+        parse(parser)  # which prints the recipe, and ends
 
     def start() -> None:
         from modstruct.training.pretrain import pretrain  # after the parsing: --help needs no torch

@@ -21,15 +21,30 @@ from modstruct.files import PROBE_BYTES, disk_error
 LAG_SECONDS = 10.0
 
 
-def require_same(values: Mapping[str, object], remedy: str) -> None:
-    """Refuse, by its name, a value that is not the same on every process. values: small plain objects, by name."""
+def require_same(values: Mapping[str, object], remedy: str, shared_out: bool = False) -> None:
+    """Refuse, by its name, a value that is not the same on every process. values: small plain objects, by name.
+
+    shared_out: not every process has every value (`share_of_host`); those that have it are compared.
+    """
     reports = distributed.gather_objects((socket.gethostname(), dict(values)))
-    first_host, first = reports[0]
-    for name in first:
-        for rank, (host, theirs) in enumerate(reports):
-            if theirs.get(name) != first[name]:
-                places = f"process 0 ({first_host}) and {_short(theirs.get(name))} on process {rank} ({host})"
-                raise ValueError(f"{name} is {_short(first[name])} on {places}: {remedy}")
+    for name in dict.fromkeys(name for _, theirs in reports for name in theirs):
+        seen = [
+            (f"process {rank} ({host})", theirs.get(name))
+            for rank, (host, theirs) in enumerate(reports)
+            if name in theirs or not shared_out
+        ]
+        for place, value in seen:
+            if value != seen[0][1]:
+                places = f"{_short(seen[0][1])} on {seen[0][0]} and {_short(value)} on {place}"
+                raise ValueError(f"{name} is {places}: {remedy}")
+
+
+def share_of_host(names: list[str]) -> list[str]:
+    """Those that fall to this process, where the processes of each host share them out alike. Collective."""
+    numbers = distributed.gather_objects(distributed.local_rank())
+    # As many processes as every host has, whose processes are numbered from 0.
+    sharing = sum(numbers.count(number) == numbers.count(0) for number in set(numbers))
+    return names[distributed.local_rank() :: sharing] if distributed.local_rank() < sharing else []
 
 
 def on_all(build: Callable[[], Any]) -> Any:

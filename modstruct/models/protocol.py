@@ -128,9 +128,13 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) ->
 
 @torch.no_grad()
 def copy_into(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Weights and buffers of the same names into a module, one at a time: they may be read as they are asked for."""
+    """Weights and buffers of the same names into a module, one at a time: they may be read as they are asked for.
+
+    Deferred ones (models/deferred.py) are left: who shards them gives them their values.
+    """
     for name, value in module.state_dict().items():
-        value.copy_(weights[name])
+        if not value.is_meta:
+            value.copy_(weights[name])
 
 
 class Clamp(torch.autograd.Function):

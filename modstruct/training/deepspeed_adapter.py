@@ -28,11 +28,13 @@ from modstruct.checkpoints import Piece
 from modstruct.embeddings import Outputs
 from modstruct.errors import refuse
 from modstruct.files import disk_error
+from modstruct.models.deferred import free_memory
 from modstruct.models.protocol import Batch, TrainableModel
 from modstruct.training.ema import ShardedEma
 from modstruct.training.two_dtypes import allow_two_dtypes
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SECONDS_OF_A_LOAD = 2
 """In which an operator is loaded that was compiled before."""
 SECONDS_BETWEEN_LINES = 30
@@ -40,7 +42,46 @@ log = logging.getLogger("modstruct")
 
 
 def start_engine(model: TrainableModel, optimizer: torch.optim.Optimizer, ds_config: dict) -> Engine:
-    """The model in DeepSpeed's hands. ds_config: resolved (ds_config.py). What DeepSpeed says goes into the log."""
+    """The model in DeepSpeed's hands. ds_config: resolved (ds_config.py)."""
+    with _deepspeed() as deepspeed:
+        deepspeed_engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    return Engine(deepspeed_engine, model)
+
+
+def shard(model: TrainableModel, weight: Callable[[str], Tensor], ds_config: dict) -> None:
+    """Give each process its part of the weights of ZeRO stage 3, before the optimizer. Collective.
+
+    weight: makes one by its name, whole, which is let go before the next. The main process's are sent to the others.
+    ds_config: resolved.
+    """
+    dtype = next((kind for name, kind in HALF.items() if ds_config[name]["enabled"]), torch.float32)
+    cast = model.dtype != torch.float32  # already, but for what stays float32
+    with _deepspeed() as deepspeed:
+        deepspeed.init_distributed()  # else it takes this process for the only one
+        deepspeed.zero.Init(module=_OneByOne(model, weight, None if cast else dtype), config_dict_or_path=ds_config)
+
+
+class _OneByOne(nn.Module):
+    """A module to DeepSpeed, whose parameters get their values as it comes to each, to shard it."""
+
+    def __init__(self, model: nn.Module, weight: Callable[[str], Tensor], dtype: torch.dtype | None):
+        super().__init__()
+        self._made = model, weight, dtype
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        model, weight, dtype = self._made
+        for name, parameter in model.named_parameters():
+            made = weight(name).to(distributed.device(), dtype or parameter.dtype)
+            made = nn.Parameter(made, parameter.requires_grad)
+            torch.utils.swap_tensors(parameter, made)
+            del made
+            yield parameter
+            free_memory()
+
+
+@contextmanager
+def _deepspeed() -> Iterator[Any]:
+    """DeepSpeed, whose words go into the log."""
     if not distributed.on_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it had to guess
     # DeepSpeed 0.19 calls them so at every step of stage 3, and torch 2.14 complains each time.
@@ -56,8 +97,7 @@ def start_engine(model: TrainableModel, optimizer: torch.optim.Optimizer, ds_con
         if not hasattr(OpBuilder.jit_load, "__wrapped__"):
             OpBuilder.jit_load = _announced(OpBuilder.jit_load)
             allow_two_dtypes()
-        deepspeed_engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
-    return Engine(deepspeed_engine, model)
+        yield deepspeed
 
 
 class _IntoTheLog(io.TextIOBase):
@@ -129,6 +169,7 @@ class Engine:
         self.ema: ShardedEma | None = None
         """Of all weights, where the run keeps one."""
         self.masters = self._stage_0_masters()
+        free_memory()  # what DeepSpeed has copied together; moments are as large
         for tensor in self._optimized_tensors():
             zeros = {key: torch.zeros_like(tensor, memory_format=torch.preserve_format) for key in MOMENTS}
             inner_state = self.inner.state[tensor]

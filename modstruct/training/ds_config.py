@@ -90,6 +90,11 @@ def resolve_ds_config(config: dict, recipe: Recipe | FinetuneRecipe, world_size:
     return _without_auto(config)
 
 
+def zero_stage(config: dict) -> int:
+    """ZeRO's stage in a configuration."""
+    return config.get("zero_optimization", {}).get("stage", 0)
+
+
 def size_buckets(config: dict, elements: int) -> dict:
     """The buckets that a resolved configuration leaves open, as a sixteenth of the model's elements each.
 
@@ -98,7 +103,7 @@ def size_buckets(config: dict, elements: int) -> dict:
     """
     zero = config.get("zero_optimization", {})
     size = min(max(elements // BUCKETS_OF_A_MODEL, SMALLEST_BUCKET), LARGEST_BUCKET)
-    return config | {"zero_optimization": dict.fromkeys(BUCKETS.get(zero.get("stage", 0), ()), size) | zero}
+    return config | {"zero_optimization": dict.fromkeys(BUCKETS.get(zero_stage(config), ()), size) | zero}
 
 
 def _without_auto(section: dict) -> dict:
@@ -116,7 +121,8 @@ def parameter_groups(model: TrainableModel, config: OptimizerConfig) -> list[dic
     groups: dict[tuple[str, float], list[nn.Parameter]] = {("decay", 1.0): [], ("no_decay", 1.0): []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            kind = "no_decay" if parameter.ndim < 2 or name == "logit_scale" else "decay"
+            dimensions = len(getattr(parameter, "ds_shape", parameter.shape))  # DeepSpeed's, where it is sharded
+            kind = "no_decay" if dimensions < 2 or name == "logit_scale" else "decay"
             if parameter.dtype == torch.float32 != model.dtype:
                 kind += "_float32"
             groups.setdefault((kind, factors.get(name, 1.0)), []).append(parameter)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 
@@ -17,6 +18,7 @@ from modstruct.data.shards.loader import BatchContents, BatchPlan, train_loader,
 from modstruct.data.shards.sample_table import Samples
 from modstruct.data.shards.sources import as_sources
 from modstruct.data.shards.workers import WorkerLoader
+from modstruct.data.tokenizers import Tokenizer, WordPieceTokenizer, build_tokenizer
 from modstruct.distributed.collect import on_main
 from modstruct.errors import refuse
 from modstruct.evaluation.embeddings.model import Encode
@@ -29,7 +31,9 @@ from modstruct.evaluation.tables import scalars
 from modstruct.losses.objective import Objective, build_objective
 from modstruct.losses.protocol import LossSettings
 from modstruct.models.build import build_model, image_size, initial_tokenizer
+from modstruct.models.deferred import Deferred
 from modstruct.models.protocol import TrainableModel, load_weights
+from modstruct.training.ds_config import BUCKETS, read_ds_config, resolve_ds_config, size_buckets, zero_stage
 from modstruct.training.export import export
 from modstruct.training.gradient_cache import random_state, set_random_state
 from modstruct.training.step import StepReport
@@ -41,6 +45,24 @@ log = logging.getLogger("modstruct")
 def pretrain(recipe: Recipe, ds_config: str, resume: str | None = None, profile_steps: int = 0) -> dict[str, Result]:
     """Train, evaluate and export; every process calls it. Arguments, result and errors as Trainer has them."""
     return Pretraining(recipe, ds_config, resume).run(profile_steps)
+
+
+def bucket_sizes(recipe: Recipe, ds_config: str) -> dict[str, int]:
+    """Elements of the buckets of a run on one process, by DeepSpeed's names; the model is made without its memory.
+
+    A tokenizer that the run would train counts as one of tokenizer.vocab_size entries.
+    """
+    config = recipe.tokenizer
+    if config.kind == "sentencepiece" and config.path is None:
+        entries = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *map(str, range(config.vocab_size - 4))]
+        tokenizer: Tokenizer = WordPieceTokenizer("\n".join(entries).encode(), config.context_length)
+    else:
+        tokenizer = build_tokenizer(config, list, recipe.data.cache, "")
+    resolved = resolve_ds_config(read_ds_config(ds_config), recipe, 1)
+    with Deferred():
+        model = build_model(recipe, tokenizer, build_objective(recipe.losses), read_weights=False)
+    zero = size_buckets(resolved, sum(p.numel() for p in model.parameters())).get("zero_optimization", {})
+    return {name: zero[name] for name in BUCKETS.get(zero_stage(resolved), ())}
 
 
 class Pretraining(Trainer[Recipe]):
@@ -74,10 +96,12 @@ class Pretraining(Trainer[Recipe]):
             if distributed.is_main():
                 log.warning("%s", error)  # the run was begun so
         torch.manual_seed(recipe.train.seed)
-        model = build_model(recipe, data.tokenizer, self.objective, read_weights=start.saved is None)
+        deferred = Deferred() if zero_stage(start.ds_config) == 3 and recipe.framework == "two_tower" else None
+        with deferred or nullcontext():
+            model = build_model(recipe, data.tokenizer, self.objective, read_weights=start.saved is None)
         if "text_augmented" in model.batch_fields:
             distributed.main_first(lambda: check_text_field(self.samples, recipe))
-        self.start(model, start, len(self.samples), epoch_samples)
+        self.start(model, start, len(self.samples), epoch_samples, deferred)
         return self
 
     def loader(self, first_step: int) -> WorkerLoader:

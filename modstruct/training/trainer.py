@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
+from torch import Tensor
 
 from modstruct import checkpoints, distributed, stopping
 from modstruct.checkpoints import Checkpoint, TrainState
@@ -38,11 +38,13 @@ from modstruct.models.build import (
     lay_channels_last,
     recompute_activations,
 )
+from modstruct.models.deferred import Deferred
 from modstruct.models.protocol import TrainableModel, load_weights
 from modstruct.training.checkpoint import CheckpointWriter, require_moments, restore
-from modstruct.training.deepspeed_adapter import Engine, local_part, start_engine
-from modstruct.training.ds_config import build_optimizer, read_ds_config, resolve_ds_config, size_buckets
+from modstruct.training.deepspeed_adapter import Engine, local_part, shard, start_engine
+from modstruct.training.ds_config import build_optimizer, read_ds_config, resolve_ds_config, size_buckets, zero_stage
 from modstruct.training.ema import ShardedEma
+from modstruct.training.first_weights import FirstWeights
 from modstruct.training.logging import Telemetry, start_logging
 from modstruct.training.step import StepReport, train_step
 from modstruct.training.timing import profiled
@@ -238,10 +240,16 @@ class Trainer(ABC, Generic[RecipeT]):
         hosts.require_same({"--resume": path and path.name}, "hosts must see the same checkpoints: share the folder")
         return path
 
-    def start(self, model: TrainableModel, start: Start, samples: int, epoch_samples: int) -> None:
-        """The model, with a checkpoint's weights if there is one, in DeepSpeed's hands. samples: for the log."""
+    def start(
+        self, model: TrainableModel, start: Start, samples: int, epoch_samples: int, deferred: Deferred | None = None
+    ) -> None:
+        """The model, with a checkpoint's weights if there is one, in DeepSpeed's hands.
+
+        samples: for the log. deferred: the context that a model was made in which ZeRO stage 3 is to shard.
+        """
         recipe, self.steps = self.recipe, run_length(self.recipe, epoch_samples)
         check_length(recipe, self.steps, self.state.step)
+        first = FirstWeights(model, deferred, start.saved.weights if start.saved else None)
         if start.saved and start.path:
             load_weights(model, start.saved.weights, start.path)
             require_moments(model, start.saved, start.path)
@@ -251,11 +259,12 @@ class Trainer(ABC, Generic[RecipeT]):
                 expected |= {f"{checkpoints.EMA}{name}": parameter for name, parameter in trained}
             checkpoints.require_same_names(expected, start.saved.momentum, start.path)
             model.load_ema_state_dict(start.saved.momentum)
-        else:
-            # Of EMA copies too: DeepSpeed does not broadcast them.
-            hosts.require_same({"the first weights": _checksum(model)}, "hosts must read the same weight files")
+        elif not deferred:
+            first.require_same()  # EMA copies too: DeepSpeed does not broadcast them
         model.ema_to(distributed.device())
-        self.engine = build_engine(model, recipe, start.ds_config)
+        self.engine = build_engine(model, recipe, start.ds_config, first if deferred else None)
+        if deferred and not start.saved:
+            first.require_same()
         if self.engine.stage == 3:
             model.shard_ema(local_part)
         if recipe.train.ema_decay is not None:
@@ -307,8 +316,16 @@ class Trainer(ABC, Generic[RecipeT]):
         on_main(tell)
 
 
-def build_engine(model: TrainableModel, recipe: Recipe | FinetuneRecipe, ds_config: dict) -> Engine:
-    """The model as the recipe wants it carried out, in DeepSpeed's hands. ds_config: resolved."""
+def build_engine(
+    model: TrainableModel,
+    recipe: Recipe | FinetuneRecipe,
+    ds_config: dict,
+    weight: Callable[[str], Tensor] | None = None,
+) -> Engine:
+    """The model as the recipe wants it carried out, in DeepSpeed's hands.
+
+    ds_config: resolved. weight: makes a weight by its name where the model's are deferred; at ZeRO stage 3.
+    """
     if recipe.train.precision == "fp16" and not distributed.on_gpu():
         refuse("train.precision", "fp16", "needs a GPU; use bf16 or fp32 on the CPU")
     if recipe.train.precision == "bf16" and recipe.train.float32_norms:
@@ -321,9 +338,11 @@ def build_engine(model: TrainableModel, recipe: Recipe | FinetuneRecipe, ds_conf
         recompute_activations(model)
     if recipe.train.compile:
         log.info("train.compile: PyTorch compiles the towers in the first steps, which takes minutes")
-        compile_trunks(model, ds_config.get("zero_optimization", {}).get("stage", 0))
+        compile_trunks(model, zero_stage(ds_config))
     sized = size_buckets(ds_config, sum(p.numel() for p in model.parameters()))
     log.debug("DeepSpeed's configuration: %s", json.dumps(sized))
+    if weight:
+        shard(model, weight, sized)
     return start_engine(model, build_optimizer(model, recipe.optimizer), sized)
 
 
@@ -365,13 +384,6 @@ def check_length(recipe: Recipe | FinetuneRecipe, steps: int, taken: int) -> Non
     if taken == steps:
         last = f"The checkpoint is at step {taken:,}, the last of {field} = {value}"
         log.info("%s: nothing to train, only to measure and export; raise %s to train longer", last, field)
-
-
-def _checksum(model: TrainableModel) -> str:
-    content = hashlib.blake2b(digest_size=16)
-    for _, value in sorted(model.state_dict().items()):
-        content.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-    return content.hexdigest()
 
 
 def note_skip(report: StepReport, state: TrainState, recipe: Recipe | FinetuneRecipe) -> None:

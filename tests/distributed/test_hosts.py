@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -37,6 +38,28 @@ def test_a_value_that_differs_is_named_on_every_process():
     first, second = run_on_processes(settings_that_differ, 2, "train.seed")
     assert first == second
     assert re.fullmatch(r"train.seed is 0 on process 0 \(.+\) and 1 on process 1 \(.+\): remedy", first)
+
+
+def shared_out_over_hosts(last_differs: bool) -> tuple[list[str], str]:
+    """Three processes as two hosts' with one and two: they share out by what both have. Then as one host's."""
+    from modstruct.distributed import rank
+
+    os.environ["LOCAL_RANK"] = str((0, 0, 1)[rank()])
+    mine = hosts.share_of_host(["a", "b", "c"])
+    values = {name: rank() == 1 and name == "c" and last_differs for name in mine}
+    found = message(lambda: hosts.require_same(values, "remedy", shared_out=True))
+    os.environ["LOCAL_RANK"] = str(rank())
+    return ["".join(mine), "".join(hosts.share_of_host(["a", "b", "c", "d"]))], found
+
+
+def test_what_is_compared_is_shared_out_by_the_processes_of_each_host():
+    assert run_on_processes(shared_out_over_hosts, 3, False) == [
+        (["abc", "ad"], ""),
+        (["abc", "b"], ""),
+        (["", "c"], ""),
+    ]
+    for _, found in run_on_processes(shared_out_over_hosts, 3, True):
+        assert re.fullmatch(r"c is False on process 0 \(.+\) and True on process 1 \(.+\): remedy", found)
 
 
 def folders_that_differ(folder: str) -> list[str]:

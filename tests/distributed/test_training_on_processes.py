@@ -10,8 +10,9 @@ import torch
 from processes import run_on_processes
 from tiny_run import ds_config, tiny_recipe
 
-from modstruct import checkpoints
+from modstruct import checkpoints, distributed
 from modstruct.config import Recipe
+from modstruct.models import deferred
 
 STAGES = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
 CASES = [(stage, "fp32") for stage in STAGES] + [(stage, "bf16") for stage in ("zero0", "zero1", "zero2", "zero3")]
@@ -42,6 +43,7 @@ def train_once(output: str, cache: str, stage: str, precision: str, steps: int =
 
 
 def unbroken_and_resumed(folder: str, cache: str) -> None:
+    deferred.SMALL = 64  # at stage 3 hardly a weight is made before it is sharded
     for stage, precision in CASES:
         name = f"{folder}/{stage}-{precision}"
         train_once(name, cache, stage, precision)
@@ -74,6 +76,19 @@ def two_processes(tmp_path_factory, cache) -> Path:
     folder = tmp_path_factory.mktemp("two")
     run_on_processes(unbroken_and_resumed, 2, str(folder), cache)
     return folder
+
+
+def first_weights(folder: str, cache: str) -> dict[str, dict[str, torch.Tensor]]:
+    """This process's parts of the master weights before the first step."""
+    from modstruct.training.pretrain import Pretraining
+
+    deferred.SMALL = 64
+    found = {}
+    for stage, precision in (("zero3", "fp32"), ("zero0", "fp32"), ("zero3", "bf16"), ("zero0", "bf16")):
+        recipe = tiny_recipe(f"{folder}/{stage}-{precision}-{distributed.world_size()}", cache, precision=precision)
+        engine = Pretraining(recipe, ds_config(stage), None).build().engine
+        found[f"{stage} {precision}"] = {name: engine.read(p)["weight"].clone() for name, p in engine.parameters()}
+    return found
 
 
 def last(output: Path) -> checkpoints.Checkpoint:
@@ -130,6 +145,16 @@ def test_locked_layers_stay_and_a_layers_step_is_as_long_as_its_rate(tmp_path, c
         moments = last(tmp_path / f"{stage}-0.5").moments
         assert not any(name.removeprefix("exp_avg.") in locked for name in moments)
         assert "exp_avg.image.independent_head.weight" in moments
+
+
+def test_a_run_begins_with_the_same_weights_at_every_stage_on_any_number_of_processes(tmp_path, cache):
+    (alone,) = run_on_processes(first_weights, 1, str(tmp_path), cache)
+    parts = run_on_processes(first_weights, 3, str(tmp_path), cache)
+    for case in parts[0]:
+        one = alone["zero0 " + case.split()[1]]
+        for name, weight in one.items():
+            found = parts[0][case][name] if "zero0" in case else torch.cat([part[case][name] for part in parts])
+            assert torch.equal(found, weight), (case, name)
 
 
 def test_training_moves_the_weights(two_processes):

@@ -9,8 +9,21 @@ from pathlib import Path
 import pytest
 from tiny_models import register_architectures, tiny_config, tiny_model, word_tokenizer
 
-from modstruct.config import OptimizerConfig, Recipe, TrainConfig
+from modstruct.config import (
+    ContrastiveConfig,
+    LossesConfig,
+    ModelConfig,
+    OptimizerConfig,
+    Recipe,
+    TokenizerConfig,
+    TrainConfig,
+    VisionConfig,
+)
+from modstruct.data.tokenizers import WordPieceTokenizer
+from modstruct.losses.objective import build_objective
+from modstruct.models.build import build_model
 from modstruct.training.ds_config import parameter_groups, read_ds_config, resolve_ds_config, size_buckets
+from modstruct.training.pretrain import bucket_sizes
 
 DS_CONFIGS = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 
@@ -82,6 +95,19 @@ def test_buckets_are_sized_by_the_model_unless_the_file_says_how_large():
     assert size_buckets(of_stage_2, 10**10)["zero_optimization"]["reduce_bucket_size"] == 50_000_000
     given = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 7}}
     assert size_buckets(given, vit_l)["zero_optimization"]["reduce_bucket_size"] == 7
+
+
+def test_a_printed_recipe_says_the_buckets_of_its_model():
+    vision = VisionConfig(width=512, layers=6, head_width=64, image_size=32, patch_size=8)
+    given = replace(recipe(), model=ModelConfig(vision=vision), tokenizer=TokenizerConfig(vocab_size=300))
+    given = replace(given, losses=LossesConfig(contrastive=ContrastiveConfig(weight=1.0)))
+    vocabulary = WordPieceTokenizer("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *map(str, range(296))]).encode(), 32)
+    model = build_model(given, vocabulary, build_objective(given.losses))
+    sixteenth = sum(p.numel() for p in model.parameters()) // 16
+    names = ("reduce_bucket_size", "stage3_prefetch_bucket_size")
+    assert bucket_sizes(given, str(DS_CONFIGS[-2])) == dict.fromkeys(names, sixteenth)
+    assert sixteenth > 1_000_000
+    assert bucket_sizes(given, str(DS_CONFIGS[0])) == {}
 
 
 def test_the_file_as_read_is_left_as_it_is():

@@ -2,6 +2,7 @@
 
 python tools/benchmarks/checkpoint.py                             # 100M parameters, 1, 2 and 4 processes, stage 1
 python tools/benchmarks/checkpoint.py --millions 100 400 --processes 2 4 --stage 3     # 400M on 4 takes 30 GB
+python tools/benchmarks/checkpoint.py --stage 3 --kinds start     # the start alone; --whole beside it
 python tools/benchmarks/checkpoint.py --out results.json
 
 Ours with and without checkpoints.asynchronous, DeepSpeed's save_checkpoint, and torch.distributed.checkpoint's save and
@@ -11,6 +12,9 @@ the call returns and the next step could begin, `ends` until all is written by a
 `peak` is how far a process's memory rises above what it holds with its engine, files mapped into it aside, also as a
 fraction of its share of the bytes. Ours and torch.distributed.checkpoint's are on the disk at the end (fsync),
 DeepSpeed's may be in the system's cache. `resume` is ours, from the start of reading to an engine that has all.
+`start` is from nothing to an engine: at stage 3 of a model whose weights are made one at a time, and with --whole, as
+at the other stages, of one that each process makes whole. Its `peak` is beyond a process that has started a tiny one;
+moments and gradients are zeros then, which take no memory yet.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -37,12 +42,15 @@ from torch.multiprocessing import start_processes
 
 from modstruct import checkpoints, distributed
 from modstruct.checkpoints import TrainState
-from modstruct.config import CheckpointConfig, OptimizerConfig, Recipe, TrainConfig
+from modstruct.config import CheckpointConfig, Recipe, TrainConfig
 from modstruct.data.tokenizers import WordPieceTokenizer
+from modstruct.models.deferred import Deferred
 from modstruct.models.protocol import TrainableModel
 from modstruct.training.checkpoint import CheckpointWriter, restore
-from modstruct.training.deepspeed_adapter import MOMENTS, Engine, start_engine
-from modstruct.training.ds_config import build_optimizer, read_ds_config, resolve_ds_config
+from modstruct.training.deepspeed_adapter import MOMENTS, Engine
+from modstruct.training.ds_config import read_ds_config, resolve_ds_config
+from modstruct.training.first_weights import FirstWeights
+from modstruct.training.trainer import build_engine
 
 MIB = 2**20
 NAMES = ("waits", "ends", "peak", "parameters")
@@ -105,7 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
                 results.append(row)
                 share = 12 * row["parameters"] / processes
                 print(
-                    f"{row['parameters']:12,.0f}{processes:11}  {KINDS[row['kind']][0]:28}{row['waits']:10.2f}"
+                    f"{row['parameters']:12,.0f}{processes:11}  {LABELS[row['kind']]:28}{row['waits']:10.2f}"
                     f"{row['ends']:10.2f}{row['peak'] / MIB:12,.0f}{row['peak'] / share:10.2f}",
                     flush=True,
                 )
@@ -120,7 +128,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4], help="Default: 1 2 4.")
     parser.add_argument("--stage", type=int, default=1, choices=[1, 2, 3], help="ZeRO stage (default: 1).")
     parser.add_argument("--rounds", type=int, default=3, help="Repetitions that medians are taken of (default: 3).")
-    parser.add_argument("--kinds", nargs="+", choices=[*KINDS], help="Default: all.")
+    parser.add_argument("--kinds", nargs="+", choices=[*LABELS], default=[*LABELS], help="Default: all.")
+    parser.add_argument("--whole", action="store_true", help="At stage 3, make the model whole on each process.")
     parser.add_argument("--folder", help="Where to write (default: the system's temporary folder).")
     parser.add_argument("--out", type=Path, help="JSON file to write.")
     return parser.parse_args(arguments)
@@ -149,8 +158,8 @@ def _one(rank: int, count: int, port: int, millions: int, options: argparse.Name
     os.environ.update({name: str(value) for name, value in words.items()} | {"DS_ACCELERATOR": "cpu"})
     distributed.start_processes()
     torch.manual_seed(0)
-    run = Run(millions, options.stage)
-    found: dict[str, list[dict]] = {kind: [] for kind in KINDS if kind in (options.kinds or KINDS)}
+    run = Run(millions, options.stage, options.whole)
+    found: dict[str, list[dict]] = {kind: [] for kind in KINDS if kind in options.kinds}
     for _ in range(options.rounds):
         for kind, measured in found.items():
             made = tempfile.mkdtemp(dir=options.folder) if distributed.is_main() else None
@@ -159,6 +168,7 @@ def _one(rank: int, count: int, port: int, millions: int, options: argparse.Name
             distributed.barrier()
             if made:
                 shutil.rmtree(made)
+    found |= {"start": [run.start] * options.rounds} if "start" in options.kinds else {}
     Path(answers, str(rank)).write_text(json.dumps(found))
     distributed.barrier()
 
@@ -169,10 +179,22 @@ class Run:
     folder: Path
     recipe: Recipe
 
-    def __init__(self, millions: int, stage: int):
+    def __init__(self, millions: int, stage: int, whole: bool):
         self.stage = stage
-        self.model = Blocks(millions * 1_000_000)
-        self.engine = self.build()
+        small = TrainableModel()
+        small.layer = nn.Linear(8, 8)
+        self.build(small, None)  # so that everything is imported before memory is measured
+        distributed.barrier()
+        with Peak() as peak:
+            start = time.perf_counter()
+            deferred = Deferred() if stage == 3 and not whole else None
+            with deferred or nullcontext():
+                self.model = Blocks(millions * 1_000_000)
+            self.engine = self.build(self.model, FirstWeights(self.model, deferred, None) if deferred else None)
+            distributed.barrier()
+            seconds = time.perf_counter() - start
+        del deferred
+        self.start = {"waits": seconds, "ends": seconds, "peak": peak.rise, "parameters": self.engine.element_count}
         for state in self.engine.inner.state.values():
             for key in MOMENTS:
                 state[key].uniform_()
@@ -181,11 +203,11 @@ class Run:
         """What is written from here on goes into a folder."""
         self.folder, self.recipe = folder, Recipe(output=str(folder), checkpoints=CheckpointConfig(keep_last=1))
 
-    def build(self) -> Engine:
+    def build(self, model: TrainableModel, weight: FirstWeights | None) -> Engine:
         recipe = Recipe(train=TrainConfig(global_batch=distributed.world_size(), steps=1))
         config = read_ds_config(str(DS_CONFIGS / f"zero{self.stage}.json"))
         resolved = resolve_ds_config(config, recipe, distributed.world_size())
-        return start_engine(self.model, build_optimizer(self.model, OptimizerConfig()), resolved)
+        return build_engine(model, recipe, resolved, weight)
 
     def measure(self, save: Callable[[Run], Callable[[], object]]) -> dict:
         """save: begins, and returns what waits for the end."""
@@ -274,6 +296,7 @@ KINDS: dict[str, tuple[str, Callable[[Run], Callable]]] = {
     "resume": ("ours, resume", resumed),
 }
 """What each is called, and what prepares it, which returns what begins it, which returns what waits for its end."""
+LABELS = {kind: label for kind, (label, _) in KINDS.items()} | {"start": "ours, start"}
 
 
 if __name__ == "__main__":
