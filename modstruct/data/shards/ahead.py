@@ -33,13 +33,19 @@ class ReadAhead:
     samples_of: the samples (n,) of an item. Items are asked for in steps of `stride` up to `stop`; after any other one
     it starts anew from there. Half of the room is filled while the other half is used: what lies side by side in a
     shard and is needed within one half is fetched by one read, so where that holds a window of blocks, blocks are read
-    whole.
+    whole. beyond_item: whether it reads ahead of the item that is asked for.
     """
 
     def __init__(
-        self, reader: ShardReader, samples_of: Callable[[int], np.ndarray], room_bytes: float, stride: int, stop: int
+        self,
+        reader: ShardReader,
+        samples_of: Callable[[int], np.ndarray],
+        room_bytes: float,
+        stride: int,
+        stop: int,
+        beyond_item: bool = True,
     ):
-        self.reader, self.samples_of = reader, samples_of
+        self.reader, self.samples_of, self.beyond_item = reader, samples_of, beyond_item
         self.half_bytes, self.stride, self.stop = room_bytes / 2, stride, stop
         self._threads = ThreadPoolExecutor(READS, "read ahead")
         self._coming: deque[tuple[Results | Future[Results], int, int]] = (
@@ -56,6 +62,7 @@ class ReadAhead:
             self._coming.clear()
             self._held_bytes, self._unread = 0, (item, 0)
         self._due = None
+        self._end = self.stop if self.beyond_item else item + 1
         for _ in range(count):
             if self._held_bytes < self.half_bytes:
                 self._start_reading()
@@ -68,7 +75,7 @@ class ReadAhead:
         """As many samples as half of the room holds, at least one; none after the last."""
         samples, sizes, total = [], [], 0
         item, row = self._unread
-        while total < self.half_bytes and item < self.stop:
+        while total < self.half_bytes and item < self._end:
             found = self.samples_of(item)
             left = found[row:]
             taken = self.reader.samples.rows[left]["image_bytes"].astype(np.int64) + SAMPLE_BYTES

@@ -205,7 +205,9 @@ class LocalBatches(Dataset[TrainBatch]):
         worker = get_worker_info()  # loader processes take items in turn
         stride = 1 if worker is None else worker.num_workers
         room_bytes, stop = self.config.read_ahead_mib * 2**20, self.plan.stop_step * self.parts
-        return ReadAhead(self.reader, lambda item: self._located(item)[2], room_bytes, stride, stop)
+        # Pipes lie on the local disk, each no longer than the steps at hand need it.
+        beyond = self._pipes_ahead is None
+        return ReadAhead(self.reader, lambda item: self._located(item)[2], room_bytes, stride, stop, beyond)
 
     def _located(self, item: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Slots, epochs and samples of an item, each (rows,)."""

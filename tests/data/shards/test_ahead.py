@@ -95,11 +95,13 @@ def test_samples_are_read_in_order_however_far_ahead(tmp_path):
 
     expected = [told(map(alone, item.tolist())) for item in order]
     assert sum("missing shard" in one for item in expected for one in item) == 20
-    for room_bytes, slow_reads in ((1, 0), (3 * SAMPLE_BYTES, 0), (2**20, 0), (2**20, SLOW_READS)):
-        ahead = ReadAhead(ShardReader(samples, data), order.__getitem__, room_bytes, stride=2, stop=8)
+    rooms = ((1, 0, True), (3 * SAMPLE_BYTES, 0, True), (2**20, 0, True), (2**20, SLOW_READS, True), (2**20, 0, False))
+    for room_bytes, slow_reads, beyond in rooms:
+        ahead = ReadAhead(ShardReader(samples, data), order.__getitem__, room_bytes, 2, 8, beyond)
         ahead._slow_reads = slow_reads
         for item in (0, 2, 4, 6, 1, 3, 3, 0):
             assert told(ahead.read(item, 10)) == expected[item], (room_bytes, item)
+            assert beyond or not ahead._coming
 
 
 def test_neighbours_are_fetched_by_one_read_and_several_reads_run_at_once(tmp_path, monkeypatch):
