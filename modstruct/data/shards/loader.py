@@ -153,8 +153,9 @@ class LocalBatches(Dataset[TrainBatch]):
         return PipesAhead(coming, self.reader.pipes, samples.shards)
 
     def __getitem__(self, index: int) -> TrainBatch:
+        step = index // self.parts
         if self._pipes_ahead is not None:
-            self._pipes_ahead.advance(index // self.parts)
+            self._pipes_ahead.advance(step)
         slots, epochs, samples = self._located(index)
         batch = TrainBatch({})
         side = self.views.image_size
