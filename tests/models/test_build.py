@@ -201,3 +201,24 @@ def test_a_run_of_ours_is_a_start_and_brings_its_tokenizer(caplog):
     with pytest.raises(ValueError, match=r"model\.pretrained = 'runs/nowhere': no such folder"):
         build_model(recipe, tokenizer, build_objective(recipe.losses))
     build_model(recipe, tokenizer, build_objective(recipe.losses), read_weights=False)  # a checkpoint's follow
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("switch", [cast_but_norms, autocast_forward])
+@pytest.mark.parametrize(("architecture", "name", "size"), TOWERS)
+def test_on_a_gpu_products_are_bfloat16_and_norms_float32(architecture, name, size, switch, monkeypatch):
+    monkeypatch.setattr("modstruct.distributed.device", lambda: torch.device("cuda"))
+    half = model(architecture, name).cuda()
+    lay_channels_last(half)
+    switch(half, torch.bfloat16)
+    products: set[torch.dtype] = set()
+    for module in half.modules():
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+            module.register_forward_hook(lambda module, inputs, made: products.add(made.dtype))
+        if "Norm" in type(module).__name__:
+            assert {p.dtype for p in module.parameters(recurse=False)} <= {torch.float32}
+    made = half({key: rows.cuda() for key, rows in batch_of_both_views(word_tokenizer(), size).items()})
+    sum(z.sum() for z in made.values()).backward()
+    assert products == {torch.bfloat16}
+    assert {z.dtype for z in made.values()} == {torch.float32}
+    assert half.logit_scale.grad.dtype == torch.float32

@@ -180,7 +180,7 @@ class LocalBatches(Dataset[TrainBatch]):
             batch.tensors["text_id"] = torch.tensor(text_ids)
         if "slot" in self.fields:
             batch.tensors["slot"] = torch.from_numpy(slots)
-        if "patch_seed" in self.fields and step < self.plan.unmasked_from:
+        if "patch_seed" in self.fields and index // self.parts < self.plan.unmasked_from:
             patch_seeds = sample_seed(self.plan.seed, epochs, samples, "patches")
             batch.tensors["patch_seed"] = torch.from_numpy(patch_seeds.astype(np.int64))
         return batch
