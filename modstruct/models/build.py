@@ -140,7 +140,7 @@ def autocast_forward(model: TrainableModel, dtype: torch.dtype) -> None:
 def float32_products(tf32: bool | None) -> Iterator[None]:
     """Products and convolutions of float32 tensors on a GPU: in TF32, or not, or (None) as torch has it, which takes
     TF32 for convolutions alone. As before at the end. The losses' kernels have a precision of their own."""
-    settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
     before = [setting.fp32_precision for setting in settings]
     try:
         for setting in settings if tf32 is not None else ():
