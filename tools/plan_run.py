@@ -1,0 +1,259 @@
+#!/usr/bin/env python
+"""What a pre-training run takes on so many GPUs: memory by part, bytes on the links, time, cost, and what fits.
+
+    python tools/plan_run.py --recipe clip_rn50_cc3m --model.name ViT-B-16 --train.global_batch 32768 \
+        --gpus 64 --gpu h100 --samples 400000000
+
+Nothing is trained or read: the recipe's model and losses run once on tensors without numbers, of which bytes and
+operations are counted, as one of so many processes. Rates are stated, not measured: each has an option. Fields of the
+recipe are set as in training. docs/planning.md says what is assumed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from dataclasses import dataclass, replace
+
+from planning import SIZES, Measured, memory, on_links, sent
+
+from modstruct import stopping
+from modstruct.cli import parse, recipe_parser, run_tool
+from modstruct.errors import refuse, require
+from modstruct.training.trainer import run_length
+
+GIB, GB = 2**30, 1e9
+STAGES = (0, 1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Memory in GiB; peak of dense products in TFLOP/s, in half precision and in float32; GB/s of its memory, and to
+    and from a GPU of the same host, one way."""
+
+    memory: float
+    half: float
+    single: float
+    bandwidth: float
+    link: float
+
+
+GPUS = {
+    "a100": Gpu(79, 312, 19.5, 2039, 300),
+    "h100": Gpu(79, 989, 67, 3350, 450),
+    "h200": Gpu(140, 989, 67, 4800, 450),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A step of one setting. Bytes of a GPU by part; GB sent by each GPU, and by each host; seconds by cause."""
+
+    stage: int
+    micro: int
+    parts: dict[str, float]
+    gpu_gb: float
+    host_gb: float
+    seconds: dict[str, float]
+
+    @property
+    def gib(self) -> float:
+        return sum(self.parts.values()) / GIB
+
+    @property
+    def step(self) -> float:
+        """Seconds. Computing, the optimizer and what nothing overlaps come after one another; reading runs beside."""
+        one_after_another = ("compute", "optimizer", "links")
+        return max(self.seconds["loader"], sum(self.seconds[name] for name in one_after_another))
+
+    @property
+    def limit(self) -> str:
+        return max(self.seconds, key=lambda name: self.seconds[name])
+
+
+def plan(measured: Measured, options: argparse.Namespace, stage: int, rows: int, micro: int) -> Plan:
+    """What a step of one setting takes."""
+    recipe, gpu, processes = measured.recipe, GPUS[options.gpu], measured.processes
+    towers = measured.towers(rows)
+    operations = towers["both"] + (towers["forward"] if micro < rows else 0)
+    peak = options.peak_tflops or (gpu.single if recipe.train.precision == "fp32" else gpu.half)
+    per_host = min(options.gpus_per_host, processes)
+    found = sent(measured, stage, rows, micro)
+    losses = on_links(measured.losses(rows)["sent"], processes)
+    crossing = on_links(found, processes)
+    slowest = (options.link_gbs or gpu.link) * GB * options.link_efficiency
+    if processes > per_host:
+        slowest = min(slowest, options.network_gbs * GB * options.link_efficiency)
+    compute = operations / (peak * 1e12 * options.mfu)
+    optimizer = 28 * measured.trained / (processes if stage else 1) / (gpu.bandwidth * GB * 0.7)
+    # Stages 2 and 3 send beside the backward pass, but for the losses' and, at stage 2, the gather of new weights.
+    beside = 0.0
+    if stage == 2:
+        beside = crossing - losses - measured.trained * SIZES[recipe.train.precision] * (1 - 1 / processes)
+    elif stage == 3:
+        beside = crossing - losses
+    hidden = min(beside / slowest, compute * 2 / 3)
+    decoding = rows * per_host * measured.views * options.decode_ms / 1e3 / options.cores
+    seconds = {
+        "compute": compute,
+        "optimizer": optimizer,
+        "links": crossing / slowest - hidden,
+        "loader": decoding,
+    }
+    host_gb = crossing / GB if processes > per_host else 0.0
+    return Plan(stage, micro, memory(measured, stage, rows, micro), crossing / GB, host_gb, seconds)
+
+
+# --- what is printed ---
+
+HEAD = (
+    f"{'stage':>5}{'micro':>7} |{'weights':>8}{'grads':>7}{'moments':>8}{'master':>7}{'buckets':>8}{'activ.':>8}"
+    f"{'embed.':>7}{'losses':>7}{'EMA, q':>7}{'all':>7} |{'GB/GPU':>8}{'GB/host':>8} |{'compute':>8}{'links':>7}"
+    f"{'loader':>7}{'step':>7}{'pairs/s':>9}{'days':>8}{'cost':>10}"
+)
+
+
+def report(measured: Measured, options: argparse.Namespace, steps: int) -> None:
+    """Print the plan of a recipe."""
+    recipe, processes = measured.recipe, measured.processes
+    rows = recipe.train.global_batch // processes
+    room = (options.memory_gib or GPUS[options.gpu].memory) - options.reserve_gib
+    towers = measured.towers(1)
+    print(
+        f"{recipe.framework}, {recipe.train.precision}: {measured.elements / 1e6:,.1f}M weights, "
+        f"{towers['both'] / GB:,.1f} GFLOP a pair ({towers['forward'] / GB:,.1f} forward), "
+        f"{measured.by_row['saved'] / 2**20:,.1f} MiB kept a pair for the backward pass"
+    )
+    batch = f"{recipe.train.global_batch:,} pairs a step, {rows:,} a GPU; {steps:,} steps"
+    print(f"{processes} x {options.gpu}: {batch}; {room:g} GiB of a GPU to use")
+    print("\nGiB of a GPU by part | GB sent in a step | milliseconds of a step, by cause; the run\n" + HEAD)
+    plans = [plan(measured, options, stage, rows, micro) for stage in STAGES for micro in micro_batches(rows, options)]
+    fits = [one for one in plans if one.gib <= room]
+    best = {one.stage: one for one in sorted(fits, key=lambda one: -one.step)}
+    for one in best.values() if options.best else plans:
+        print(row(one, measured, steps, options, one.gib <= room))
+    for stage in STAGES:
+        if stage not in best:
+            print(f"stage {stage}: no micro-batch fits")
+    print()
+    if fits:
+        fastest = min(fits, key=lambda one: one.step)
+        print(f"fastest that fits: {setting(fastest, rows)}, limited by {fastest.limit}")
+    whole = [one for one in plans if one.micro == rows and one.gib > room]
+    if whole:
+        names, other = ", ".join(str(one.stage) for one in whole), nearest(measured, options, fits, rows, room)
+        print(f"train.micro_batch: null does not fit at stage {names}; the nearest that does: {other}")
+    print(of_a_host(measured, options, rows, steps, min(fits, key=lambda one: one.step) if fits else None))
+
+
+def micro_batches(rows: int, options: argparse.Namespace) -> list[int]:
+    """All of a process's pairs, and halves of it, and halves of these."""
+    if options.micro_batches:
+        return [micro for micro in options.micro_batches if micro <= rows] or [rows]
+    return [max(1, rows >> shift) for shift in range(min(6, rows.bit_length()))]
+
+
+def setting(one: Plan, rows: int) -> str:
+    micro = "null" if one.micro == rows else one.micro
+    return f"stage {one.stage}, train.micro_batch {micro} ({one.gib:.1f} GiB)"
+
+
+def nearest(measured: Measured, options: argparse.Namespace, fits: list[Plan], rows: int, room: float) -> str:
+    """The setting that fits and changes least: a smaller micro-batch or a higher stage, else recomputed activations,
+    else more GPUs."""
+    if fits:
+        return setting(max(fits, key=lambda one: (one.micro, -one.stage)), rows)
+    recipe = measured.recipe
+    if not recipe.train.activation_checkpointing:
+        train = replace(recipe.train, activation_checkpointing=True)
+        other = Measured(replace(recipe, train=train), measured.processes)
+        for micro in micro_batches(rows, options):
+            one = plan(other, options, 3, rows, micro)
+            if one.gib <= room:
+                return f"train.activation_checkpointing true, {setting(one, rows)}"
+    return "none on so many GPUs: give --gpus more, or a smaller model"
+
+
+def row(one: Plan, measured: Measured, steps: int, options: argparse.Namespace, fits: bool) -> str:
+    gib = {name: value / GIB for name, value in one.parts.items()}
+    widths = (8, 7, 8, 7, 8, 8, 7, 7, 7)
+    parts = "".join(f"{value:>{width}.2f}" for value, width in zip(gib.values(), widths, strict=True))
+    hours = one.step * steps / 3600
+    tail = (
+        f"{1e3 * one.seconds['compute']:>8,.0f}{1e3 * one.seconds['links']:>7,.0f}{1e3 * one.seconds['loader']:>7,.0f}"
+        f"{1e3 * one.step:>7,.0f}{measured.recipe.train.global_batch / one.step:>9,.0f}{hours / 24:>8,.2f}"
+        f"{hours * measured.processes * options.price:>10,.0f}"
+        if fits
+        else "  does not fit"
+    )
+    return f"{one.stage:>5}{one.micro:>7} |{parts}{one.gib:>7.1f} |{one.gpu_gb:>8.2f}{one.host_gb:>8.2f} |{tail}"
+
+
+def of_a_host(measured: Measured, options: argparse.Namespace, rows: int, steps: int, one: Plan | None) -> str:
+    """Checkpoint, host memory and loader."""
+    recipe, processes = measured.recipe, measured.processes
+    saved = 12 * measured.trained + 4 * (measured.elements - measured.trained)
+    saved += measured.ema + measured.queue + measured.buffers
+    here = min(options.gpus_per_host, processes)
+    workers = here * recipe.data.workers
+    samples = options.samples or 0
+    order = 24 * samples / recipe.data.shuffle_block if recipe.data.order_version == 1 else 0
+    copy = saved * here / processes if recipe.checkpoints.asynchronous else 0
+    host = GIB * (here * options.process_gib + workers * options.worker_gib) + (here + workers) * order + copy
+    lines = [
+        f"checkpoint: {saved / GB:,.2f} GB, {recipe.checkpoints.keep_last} kept and the best",
+        f"host memory: {host / GIB:,.0f} GiB ({here} processes, {workers} loader workers, {copy / GIB:.1f} of a "
+        f"checkpoint, {(here + workers) * order / GIB:.2f} of the data's order), and {28 * samples / GIB:.2f} GiB of "
+        "the index in files that are mapped",
+    ]
+    if one is not None:
+        rate = recipe.train.global_batch / one.step
+        cores = rate / processes * here * measured.views * options.decode_ms / 1e3
+        lines.append(
+            f"loader: {rate:,.0f} pairs a second in all, {rate * here / processes:,.0f} a host, which take "
+            f"{math.ceil(cores)} cores of {options.cores}"
+        )
+    return "\n".join(lines)
+
+
+def options_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--gpus", type=int, required=True, help="processes, one a GPU")
+    add("--gpu", choices=sorted(GPUS), default="h100", help="rates and memory (default: %(default)s)")
+    add("--samples", type=int, help="pairs of the training source, for train.epochs and the memory of the index")
+    add("--micro_batches", type=int, nargs="+", help="default: all of a GPU's pairs, and five halvings")
+    add("--best", action="store_true", help="print the fastest of each stage that fits")
+    add("--gpus_per_host", type=int, default=8, help="default: %(default)s")
+    add("--memory_gib", type=float, help="of a GPU (default: the GPU's)")
+    add("--reserve_gib", type=float, default=6, help="of it, for CUDA, NCCL and gaps (default: %(default)s)")
+    add("--peak_tflops", type=float, help="of dense products in the recipe's precision (default: the GPU's)")
+    add("--mfu", type=float, default=0.4, help="fraction of it that a step reaches (default: %(default)s)")
+    add("--link_gbs", type=float, help="GB/s of a GPU to others of its host, one way (default: the GPU's)")
+    add("--network_gbs", type=float, default=400, help="GB/s of a host, one way (default: %(default)s, 8 x 400 Gbit/s)")
+    add("--link_efficiency", type=float, default=0.7, help="fraction that collectives reach (default: %(default)s)")
+    add("--decode_ms", type=float, default=8, help="of a core, for one view of an image (default: %(default)s)")
+    add("--cores", type=int, default=96, help="of a host, for loaders (default: %(default)s)")
+    add("--process_gib", type=float, default=4, help="host memory of a process (default: %(default)s)")
+    add("--worker_gib", type=float, default=0.7, help="host memory of a loader worker (default: %(default)s)")
+    add("--price", type=float, default=3, help="of a GPU and hour (default: %(default)s)")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options, words = options_parser().parse_known_args(arguments)
+    recipe, _ = parse(recipe_parser(__doc__ or "", "%(prog)s"), words)
+    train = recipe.train
+    require(options.gpus >= 1, "--gpus", options.gpus, "at least 1")
+    fits = train.global_batch % options.gpus == 0
+    require(fits, "train.global_batch", train.global_batch, f"must be a multiple of --gpus = {options.gpus}")
+    if train.steps is None and options.samples is None:
+        refuse("--samples", None, f"give the pairs of data.train, of which the run sees train.epochs = {train.epochs}")
+    measured = Measured(recipe, options.gpus)
+    report(measured, options, run_length(recipe, options.samples or 0))
+
+
+if __name__ == "__main__":
+    stopping.listen()
+    sys.exit(run_tool(main, (ValueError, OSError)))
