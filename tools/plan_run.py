@@ -108,8 +108,8 @@ def plan(measured: Measured, options: argparse.Namespace, stage: int, rows: int,
 # --- what is printed ---
 
 HEAD = (
-    f"{'stage':>5}{'micro':>7} |{'weights':>8}{'grads':>7}{'moments':>8}{'master':>7}{'buckets':>8}{'activ.':>8}"
-    f"{'embed.':>7}{'losses':>7}{'EMA, q':>7}{'all':>7} |{'GB/GPU':>8}{'GB/host':>8} |{'compute':>8}{'links':>7}"
+    f"{'stage':>5}{'micro':>7} |{'weights':>8}{'gathered':>9}{'grads':>7}{'moments':>8}{'master':>7}"
+    f"{'buckets':>8}{'activ.':>8}{'embed.':>7}{'losses':>7}{'EMA, q':>7}{'all':>7} |{'GB/GPU':>8}{'GB/host':>8} |{'compute':>8}{'links':>7}"
     f"{'loader':>7}{'step':>7}{'pairs/s':>9}{'days':>8}{'cost':>10}"
 )
 
@@ -130,7 +130,7 @@ def report(measured: Measured, options: argparse.Namespace, steps: int) -> None:
     print("\nGiB of a GPU by part | GB sent in a step | milliseconds of a step, by cause; the run\n" + HEAD)
     plans = [plan(measured, options, stage, rows, micro) for stage in STAGES for micro in micro_batches(rows, options)]
     fits = [one for one in plans if one.gib <= room]
-    best = {one.stage: one for one in sorted(fits, key=lambda one: -one.step)}
+    best = {one.stage: one for one in sorted(fits, key=lambda one: (-one.step, one.micro))}
     for one in best.values() if options.best else plans:
         print(row(one, measured, steps, options, one.gib <= room))
     for stage in STAGES:
@@ -177,7 +177,7 @@ def nearest(measured: Measured, options: argparse.Namespace, fits: list[Plan], r
 
 def row(one: Plan, measured: Measured, steps: int, options: argparse.Namespace, fits: bool) -> str:
     gib = {name: value / GIB for name, value in one.parts.items()}
-    widths = (8, 7, 8, 7, 8, 8, 7, 7, 7)
+    widths = (8, 9, 7, 8, 7, 8, 8, 7, 7, 7)
     parts = "".join(f"{value:>{width}.2f}" for value, width in zip(gib.values(), widths, strict=True))
     hours = one.step * steps / 3600
     tail = (
@@ -229,7 +229,7 @@ def options_parser() -> argparse.ArgumentParser:
     add("--memory_gib", type=float, help="of a GPU (default: the GPU's)")
     add("--reserve_gib", type=float, default=6, help="of it, for CUDA, NCCL and gaps (default: %(default)s)")
     add("--peak_tflops", type=float, help="of dense products in the recipe's precision (default: the GPU's)")
-    add("--mfu", type=float, default=0.4, help="fraction of it that a step reaches (default: %(default)s)")
+    add("--mfu", type=float, default=0.3, help="fraction of it that a step reaches (default: %(default)s)")
     add("--link_gbs", type=float, help="GB/s of a GPU to others of its host, one way (default: the GPU's)")
     add("--network_gbs", type=float, default=400, help="GB/s of a host, one way (default: %(default)s, 8 x 400 Gbit/s)")
     add("--link_efficiency", type=float, default=0.7, help="fraction that collectives reach (default: %(default)s)")

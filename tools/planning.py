@@ -273,7 +273,8 @@ def memory(measured: Measured, stage: int, rows: int, micro: int) -> dict[str, f
     elif cached:
         gradients = (4 + size * (size == 2)) * trained  # sums in float32, beside them the last micro-batch's
     parts = {
-        "weights": weights + gathered,
+        "weights": weights,
+        "gathered": gathered,
         "gradients": gradients,
         "moments": 8 * trained * share,
         "master": master,
