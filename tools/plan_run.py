@@ -107,11 +107,31 @@ def plan(measured: Measured, options: argparse.Namespace, stage: int, rows: int,
 
 # --- what is printed ---
 
-HEAD = (
-    f"{'stage':>5}{'micro':>7} |{'weights':>8}{'gathered':>9}{'grads':>7}{'moments':>8}{'master':>7}"
-    f"{'buckets':>8}{'activ.':>8}{'embed.':>7}{'losses':>7}{'EMA, q':>7}{'all':>7} |{'GB/GPU':>8}{'GB/host':>8} |{'compute':>8}{'links':>7}"
-    f"{'loader':>7}{'step':>7}{'pairs/s':>9}{'days':>8}{'cost':>10}"
-)
+COLUMNS = {
+    "stage": 5,
+    "micro": 7,
+    "weights": 8,
+    "gathered": 9,
+    "grads": 7,
+    "moments": 8,
+    "master": 7,
+    "buckets": 8,
+    "activ.": 8,
+    "embed.": 7,
+    "losses": 7,
+    "EMA, q": 7,
+    "all": 7,
+    "GB/GPU": 9,
+    "GB/host": 8,
+    "compute": 9,
+    "links": 7,
+    "loader": 7,
+    "step": 7,
+    "pairs/s": 9,
+    "days": 8,
+    "cost": 10,
+}
+"""Their names and widths."""
 
 
 def report(measured: Measured, options: argparse.Namespace, steps: int) -> None:
@@ -127,11 +147,14 @@ def report(measured: Measured, options: argparse.Namespace, steps: int) -> None:
     )
     batch = f"{recipe.train.global_batch:,} pairs a step, {rows:,} a GPU; {steps:,} steps"
     print(f"{processes} x {options.gpu}: {batch}; {room:g} GiB of a GPU to use")
-    print("\nGiB of a GPU by part | GB sent in a step | milliseconds of a step, by cause; the run\n" + HEAD)
+    print(
+        "\nGiB of a GPU by part | GB sent in a step | milliseconds of a step, by cause; the run\n"
+        + "".join(f"{name:>{width}}" for name, width in COLUMNS.items())
+    )
     plans = [plan(measured, options, stage, rows, micro) for stage in STAGES for micro in micro_batches(rows, options)]
     fits = [one for one in plans if one.gib <= room]
     best = {one.stage: one for one in sorted(fits, key=lambda one: (-one.step, one.micro))}
-    for one in best.values() if options.best else plans:
+    for one in sorted(best.values(), key=lambda one: one.stage) if options.best else plans:
         print(row(one, measured, steps, options, one.gib <= room))
     for stage in STAGES:
         if stage not in best:
@@ -176,18 +199,17 @@ def nearest(measured: Measured, options: argparse.Namespace, fits: list[Plan], r
 
 
 def row(one: Plan, measured: Measured, steps: int, options: argparse.Namespace, fits: bool) -> str:
-    gib = {name: value / GIB for name, value in one.parts.items()}
-    widths = (8, 9, 7, 8, 7, 8, 8, 7, 7, 7)
-    parts = "".join(f"{value:>{width}.2f}" for value, width in zip(gib.values(), widths, strict=True))
     hours = one.step * steps / 3600
-    tail = (
-        f"{1e3 * one.seconds['compute']:>8,.0f}{1e3 * one.seconds['links']:>7,.0f}{1e3 * one.seconds['loader']:>7,.0f}"
-        f"{1e3 * one.step:>7,.0f}{measured.recipe.train.global_batch / one.step:>9,.0f}{hours / 24:>8,.2f}"
-        f"{hours * measured.processes * options.price:>10,.0f}"
-        if fits
-        else "  does not fit"
-    )
-    return f"{one.stage:>5}{one.micro:>7} |{parts}{one.gib:>7.1f} |{one.gpu_gb:>8.2f}{one.host_gb:>8.2f} |{tail}"
+    milliseconds = [
+        1e3 * seconds for seconds in (one.seconds["compute"], one.seconds["links"], one.seconds["loader"], one.step)
+    ]
+    cells = [f"{one.stage}", f"{one.micro}", *(f"{value / GIB:.2f}" for value in one.parts.values()), f"{one.gib:.1f}"]
+    cells += [f"{one.gpu_gb:.2f}", f"{one.host_gb:.2f}"]
+    if fits:
+        cells += [f"{value:,.0f}" for value in (*milliseconds, measured.recipe.train.global_batch / one.step)]
+        cells += [f"{hours / 24:.2f}", f"{hours * measured.processes * options.price:,.0f}"]
+    line = "".join(f"{cell:>{width}}" for cell, width in zip(cells, COLUMNS.values(), strict=False))
+    return line if fits else line + "  does not fit"
 
 
 def of_a_host(measured: Measured, options: argparse.Namespace, rows: int, steps: int, one: Plan | None) -> str:
@@ -229,7 +251,7 @@ def options_parser() -> argparse.ArgumentParser:
     add("--memory_gib", type=float, help="of a GPU (default: the GPU's)")
     add("--reserve_gib", type=float, default=6, help="of it, for CUDA, NCCL and gaps (default: %(default)s)")
     add("--peak_tflops", type=float, help="of dense products in the recipe's precision (default: the GPU's)")
-    add("--mfu", type=float, default=0.3, help="fraction of it that a step reaches (default: %(default)s)")
+    add("--mfu", type=float, default=0.25, help="fraction of it that a step reaches (default: %(default)s)")
     add("--link_gbs", type=float, help="GB/s of a GPU to others of its host, one way (default: the GPU's)")
     add("--network_gbs", type=float, default=400, help="GB/s of a host, one way (default: %(default)s, 8 x 400 Gbit/s)")
     add("--link_efficiency", type=float, default=0.7, help="fraction that collectives reach (default: %(default)s)")

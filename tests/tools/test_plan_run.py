@@ -118,7 +118,7 @@ def test_a_process_holds_and_sends_what_is_planned(processes, stages):
             elif processes == 1:
                 assert seen["gradients"] == pytest.approx(parts["gradients"], rel=0.05), stage
             else:  # DeepSpeed keeps what it has sent last until it sends again
-                assert 0.95 < seen["gradients"] / parts["gradients"]
+                assert seen["gradients"] / parts["gradients"] > 0.95
                 assert seen["gradients"] < parts["gradients"] + parts["buckets"]
                 assert seen["gradients"] + seen["state"] == pytest.approx(parts["gradients"] + state, rel=0.05)
             assert seen["state"] == pytest.approx(state, rel=0.05), stage
