@@ -84,8 +84,7 @@ def real_steps(stages: list[tuple[int, str]]) -> dict[str, dict[str, float]]:
         batch = planning.batch_for(model, recipe, ROWS)
         train_step(engine, objective, [batch], 0, 1e-5)  # stage 3 notes the order in which weights are wanted
         gc.collect()
-        # Stage 3 leaves small weights gathered.
-        state = held() - before - sum(weight.nbytes for weight in model.parameters()) * (stage == 3)
+        state = held() - before
         with Sent() as sent:
             outputs = engine(batch)
             gathered = sum(weight.nbytes for weight in model.parameters())
