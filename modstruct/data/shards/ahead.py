@@ -22,8 +22,6 @@ READS = 32  # at once, of each loader process: at 30 ms each they bring a thousa
 # machine some quick ones take long, too, so it is a surplus of slow ones that counts.
 SLOW_READ_SECONDS, SLOW_READS = 1e-3, 4
 SAMPLE_BYTES = 8 << 10  # that a sample takes in memory beside its image
-
-
 Results = list[RawSample | BadSample]
 
 
@@ -48,9 +46,8 @@ class ReadAhead:
         self.reader, self.samples_of, self.beyond_item = reader, samples_of, beyond_item
         self.half_bytes, self.stride, self.stop = room_bytes / 2, stride, stop
         self._threads = ThreadPoolExecutor(READS, "read ahead")
-        self._coming: deque[tuple[Results | Future[Results], int, int]] = (
-            deque()
-        )  # run, place in it and bytes of each sample
+        # Of each sample: the run that it is read in, its place there, its bytes.
+        self._coming: deque[tuple[Results | Future[Results], int, int]] = deque()
         self._held_bytes = 0
         self._slow_reads = 0  # more than quick ones
         self._due: int | None = None  # the item of the first of them
