@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Several hosts with DeepSpeed's launcher, which starts the others over ssh (without a password) from where you call it:
-#   HOSTFILE=hosts.txt INTERFACE=eth0 bash launch_scripts/hosts_deepspeed.sh --recipe clip_rn50_cc3m --method gc
+#   HOSTFILE=hosts.txt INTERFACE=eth0 bash launch_scripts/hosts_deepspeed.sh --recipe clip_rn50_cc3m --method clip_inmodal
 # Where no host reaches another by ssh, call it on every host with NODE_RANK=0, 1, … as well.
 set -euo pipefail
 HOSTFILE=${HOSTFILE:?a file with a line "HOST slots=GPUS" for each host, the first host first}

@@ -10,7 +10,7 @@
 #SBATCH --open-mode=append
 # Several hosts with SLURM. Set the lines above (a task is a process, one a GPU) and these, and submit from the root of
 # the repository:
-#   INTERFACE=ib0 sbatch launch_scripts/hosts_slurm.sh --recipe clip_rn50_cc3m --method gc
+#   INTERFACE=ib0 sbatch launch_scripts/hosts_slurm.sh --recipe clip_rn50_cc3m --method clip_inmodal
 # Three minutes before its time is up each process gets SIGTERM, and the run saves; the job then queues itself again and
 # resumes. A job that is cancelled, or ends by itself, does not. REQUEUE=0 leaves queueing to you.
 set -euo pipefail

@@ -1,4 +1,4 @@
-"""Pretrain a two-tower model.
+"""Pretrain two towers or a fusion model.
 
 deepspeed launch_scripts/pretrain.py --ds_config ds_configs/zero2.json
 deepspeed launch_scripts/pretrain.py --recipe emoji --method sep --train.seed 1 --output runs/emoji-sep

@@ -1,6 +1,6 @@
 """Measure a checkpoint: a table of data.eval with retrieval, zero-shot classification and structure.
 
-deepspeed launch_scripts/evaluate.py --checkpoint runs/scenes/checkpoints/step-00000800 --data.eval 'shards/*.tar'
+deepspeed launch_scripts/evaluate.py --checkpoint runs/scenes/checkpoints/step-00000300 --data.eval 'shards/*.tar'
 deepspeed launch_scripts/evaluate.py --checkpoint runs/scenes --data.zero_shot classes.yaml --out metrics.json
 
 Commands for more, each with its own --help:
