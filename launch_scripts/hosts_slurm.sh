@@ -28,8 +28,8 @@ export MASTER_ADDR MASTER_PORT
 # --kill-on-bad-exit: without it the others would wait for a process that failed.
 status=0
 srun --kill-on-bad-exit=1 python launch_scripts/pretrain.py --ds_config "$DS_CONFIG" --resume latest "$@" || status=$?
-# 143: saved on SIGTERM. That it came because the time is nearly up, SLURM's end of the job tells.
-if [[ $status == 143 && ${REQUEUE:-1} == 1 && ${SLURM_JOB_END_TIME:-0} -le $(($(date +%s) + 300)) ]]; then
+# 143: saved on SIGTERM. That it came because the time is nearly up, SLURM's end of the job tells (from 22.05 on).
+if [[ $status == 143 && ${REQUEUE:-1} == 1 && ${SLURM_JOB_END_TIME:-9999999999} -le $(($(date +%s) + 300)) ]]; then
   echo "The time is up: job $SLURM_JOB_ID is queued again and will resume"
   scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 
 from modstruct.cli import parse, recipe_parser, run
+from modstruct.config import Recipe
+from modstruct.stopping import is_first_process
 
 USAGE = "deepspeed [launcher options] launch_scripts/pretrain.py [--recipe NAME] [--method NAME] [--FIELD VALUE …]"
 
@@ -33,10 +35,8 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument.partition("=")[0] != "--print_config"]
     recipe, options = parse(parser, arguments)
     if len(arguments) < len(sys.argv) - 1:
-        from modstruct.training.pretrain import bucket_sizes
-
-        for name, elements in bucket_sizes(recipe, options.ds_config).items():
-            print(f"# {options.ds_config}: {name} is {elements:,} elements")
+        if is_first_process():
+            run(lambda: print_buckets(recipe, options.ds_config))
         parse(parser)  # which prints the recipe, and ends
 
     def start() -> None:
@@ -45,6 +45,14 @@ def main() -> None:
         pretrain(recipe, options.ds_config, options.resume, options.profile)
 
     run(start, f"log: {Path(recipe.output, 'log.txt')}")
+
+
+def print_buckets(recipe: Recipe, ds_config: str) -> None:
+    """As comments, before the recipe."""
+    from modstruct.training.pretrain import bucket_sizes
+
+    for name, elements in bucket_sizes(recipe, ds_config).items():
+        print(f"# {ds_config}: {name} is {elements:,} elements")
 
 
 if __name__ == "__main__":

@@ -151,12 +151,16 @@ def _load_ours(path: Path, device: torch.device) -> tuple[Model, Preprocess, Tok
     exported = (folder / EXPORTED).is_file()
     if exported:
         written = yaml.safe_dump(json.loads((folder / EXPORTED_CONFIG).read_bytes())["recipe"])
-        weights: Mapping[str, Tensor] = checkpoints.read_weight_file(folder / EXPORTED, "source")
     else:
-        written, weights = (folder / "recipe.yaml").read_text(), checkpoints.read_weights(folder)
+        written = (folder / "recipe.yaml").read_text()
     remedy = "a fine-tuned model: `evaluate.py task` measures it; give the pre-trained one"
     require(not is_fine_tuning(cast(dict, parse_yaml(written.encode()))), "source", str(path), remedy)
     recipe = parse_recipe_text(written)
+    weights: Mapping[str, Tensor]
+    if exported:
+        weights = checkpoints.read_weight_file(folder / EXPORTED, "source")
+    else:
+        weights = checkpoints.read_measured(folder, recipe.evaluation.ema)
     tokenizer = load_tokenizer(folder / "tokenizer")
     with no_larger_than(weights, "source", folder):
         model = build_model(recipe, tokenizer, build_objective(recipe.losses), read_weights=False)

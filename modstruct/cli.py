@@ -45,6 +45,7 @@ FINETUNE_RECIPES = RECIPES / "finetune"
 
 NO_HOME = "Could not determine home directory"  # as pathlib says it
 HOME_REMEDY = "this user has no home directory: set it, or give data.cache, and what else begins with ~, as full paths"
+LOSSES_OFF = {loss.name: {"weight": 0.0} for loss in fields(LossesConfig)}
 DEFAULT_RECIPE = {RECIPES: "scenes", FINETUNE_RECIPES: "vqa"}
 
 
@@ -106,8 +107,12 @@ def _expand(arguments: Sequence[str], recipes: Path) -> list[str]:
     contents = [migrated]
     if recipes == RECIPES and chosen.method:
         method = migrate_method(read_recipe_file(recipe_path(chosen.method, RECIPES / "methods", "--method")))
-        contents += [{"losses": {loss.name: {"weight": 0.0} for loss in fields(LossesConfig)}}, method]
-    return [word for content in contents for word in ("--recipe", yaml.safe_dump(content, sort_keys=False))] + rest
+        contents += [{"losses": LOSSES_OFF}, method]
+    return _as_options(contents) + rest
+
+
+def _as_options(contents: Sequence[dict[str, Any]]) -> list[str]:
+    return [word for content in contents for word in ("--recipe", yaml.safe_dump(content, sort_keys=False))]
 
 
 def plain_parser() -> argparse.ArgumentParser:
@@ -202,7 +207,9 @@ def losses_of(method: str, options: Mapping[str, object]) -> LossesConfig:
     parser = recipe_parser("", "")
     words = [f"--losses.{name}={yaml.safe_dump(value, default_flow_style=True)}" for name, value in options.items()]
     try:
-        given = parser.parse_args(_expand(["--method", method, *words], RECIPES))
+        path = recipe_path(method, RECIPES / "methods", "method")
+        contents = [{"schema": SCHEMA, "losses": LOSSES_OFF}, migrate_method(read_recipe_file(path))]
+        given = parser.parse_args([*_as_options(contents), *words])
         return _config_of(parser, parser.instantiate(given)).losses
     except (ValueError, argparse.ArgumentError) as error:
         raise ValueError(one_line(parser, error, sections_of(Recipe))) from error

@@ -77,7 +77,7 @@ def test_matching_scores_every_pair_by_the_fusion_encoder():
         (lambda: modstruct.load("runs/nothing"), "source = 'runs/nothing': no such folder; give a run"),
         (lambda: modstruct.load(WRITTEN / "snli_ve"), "a fine-tuned model"),
         (lambda: modstruct.load("ViT-B-33:openai"), "not known to open_clip"),
-        (lambda: modstruct.objective("gcc"), "--method = 'gcc': no such file"),
+        (lambda: modstruct.objective("gcc"), "method = 'gcc': no such file"),
         (lambda: modstruct.objective("gc", {"geometri.weight": 1}), "did you mean losses.geometry.weight"),
         (lambda: modstruct.objective("gc", {"geometry.weight": -1.0}), "losses.geometry.weight = -1.0: 0"),
         (lambda: modstruct.load(WRITTEN / "two_tower")[0].match(None, None), "only a fusion model has a matching head"),

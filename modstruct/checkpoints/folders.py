@@ -84,7 +84,7 @@ class Checkpoint:
     rng: StoredTensors
     """cpu.RANK and cuda.RANK, uint8."""
     momentum: StoredTensors
-    """EMA weights and queues; empty for two towers."""
+    """EMA weights and queues."""
     state: TrainState
     optimizer: dict
     recipe: dict
@@ -225,11 +225,17 @@ def read_weights(path: Path, section: str = "weights") -> StoredTensors:
     return tensors
 
 
-def read_ema_weights(path: Path) -> StoredTensors:
-    """The weights and buffers, each weight that has an EMA replaced by it; all checked."""
-    weights, momentum = read_weights(path), read_weights(path, "momentum")
-    ema = {name.removeprefix(EMA): entry for name, entry in momentum.entries.items() if name.startswith(EMA)}
-    return StoredTensors(weights.entries | {name: ema[name] for name in ema.keys() & weights.entries.keys()}, Files())
+def read_measured(path: Path, ema: bool) -> StoredTensors:
+    """What is measured and exported of a checkpoint: weights and buffers, all checked.
+
+    ema: evaluation.ema of its recipe; each weight that has an EMA is then replaced by it.
+    """
+    weights = read_weights(path)
+    if not ema:
+        return weights
+    momentum = read_weights(path, "momentum").entries
+    averaged = {name.removeprefix(EMA): entry for name, entry in momentum.items() if name.startswith(EMA)}
+    return StoredTensors(weights.entries | {n: averaged[n] for n in averaged.keys() & weights.entries.keys()}, Files())
 
 
 def require_finite(tensors: Mapping[str, Tensor], option: str, value: str) -> None:

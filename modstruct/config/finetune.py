@@ -165,7 +165,9 @@ class FinetuneRecipe:
         require(not in_modal, "losses.queue_contrast.in_modal", in_modal, remedy)
         micro = self.train.micro_batch
         require(micro is None, "train.micro_batch", micro, "fine-tuning takes its batch whole: null")
-        dropped, remedy = self.train.patch_dropout, "the fusion encoder looks at all patches: 0"
+        dropped, remedy = self.train.patch_dropout, "the fusion encoder looks at all patches; give 0"
         require(dropped == 0, "train.patch_dropout", dropped, remedy)
-        decay, remedy = self.train.ema_decay, "fine-tuning has task.momentum where task.alpha is above 0: null"
+        decay, remedy = self.train.ema_decay, "fine-tuning has task.momentum where task.alpha is above 0; give null"
         require(decay is None, "train.ema_decay", decay, remedy)
+        shown, remedy = self.logging.projector, "fine-tuning shows no embeddings; give 0"
+        require(shown == 0, "logging.projector", shown, remedy)

@@ -52,11 +52,11 @@ class Recipe:
         wrong = [name for name in FUSION_LOSSES if getattr(self.losses, name).weight > 0]
         decay, ema = self.train.ema_decay, self.evaluation.ema
         fusion = self.framework == "fusion"
-        remedy = "a fusion model's EMA is its momentum encoders, of fusion.momentum: null"
+        remedy = "a fusion model's EMA is its momentum encoders, of fusion.momentum; give null"
         require(decay is None or not fusion, "train.ema_decay", decay, remedy)
         remedy = "there is no EMA: give train.ema_decay, such as 0.999, or false"
         require(not ema or fusion or decay is not None, "evaluation.ema", ema, remedy)
-        dropped, remedy = self.train.patch_dropout, "the fusion encoder looks at all patches: 0"
+        dropped, remedy = self.train.patch_dropout, "the fusion encoder looks at all patches; give 0"
         require(not (dropped and fusion), "train.patch_dropout", dropped, remedy)
         if self.framework == "two_tower":
             remedy = "two towers have no fusion encoder, momentum encoders or queue: set it to 0, or framework: fusion"

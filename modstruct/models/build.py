@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from modstruct import distributed
+from modstruct import checkpoints, distributed
 from modstruct.config import Recipe
+from modstruct.config.recipe_files import recipe_to_dict
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.errors import refuse, require
 from modstruct.losses.objective import Objective
@@ -53,7 +54,7 @@ def build_model(
     of_open_clip = config.pretrained if read_weights and not ours else None
     two_tower = TwoTower(replace(config, pretrained=of_open_clip), recipe.views, tokenizer, objective)
     if ours and read_weights:
-        _start_from(two_tower, ours)
+        _start_from(two_tower, recipe, ours)
     lock_layers(two_tower, config)
     if recipe.train.patch_dropout:
         two_tower.drop_patches(recipe.train.patch_dropout)
@@ -63,28 +64,41 @@ def build_model(
 def _run_of_ours(recipe: Recipe) -> str | None:
     """The folder that model.pretrained names, if it is one."""
     init = recipe.model.pretrained
-    return init if init is not None and Path(init).expanduser().is_dir() else None
+    if init is None or (recipe.model.name is not None and "/" not in init) or not Path(init).expanduser().is_dir():
+        return None
+    remedy = "an export in open_clip's form: give the run, or its open_clip_model.safetensors with model.name"
+    require(not Path(init, "open_clip_config.json").expanduser().is_file(), "model.pretrained", init, remedy)
+    return init
 
 
-def _start_from(model: TwoTower, init: str) -> None:
+def _start_from(model: TwoTower, recipe: Recipe, init: str) -> None:
     """Weights of a run, checkpoint or export of ours by our names. Independent heads and the learnt numbers of losses,
-    which other losses do not have, keep their initialisation, as the log says; what the model does not have is left.
+    which other losses do not have, keep their initialisation or are left out, as the log says.
 
     Raises ValueError naming model.pretrained where they belong to another model.
     """
-    from modstruct.models.fusion.initial_weights import read_everything
+    from modstruct.models.fusion.initial_weights import read_everything, recipe_of
 
     given, own = read_everything(init, "model.pretrained"), model.state_dict()
-    new = [name for name in own if name not in given]
+    given = {name: value for name, value in given.items() if not name.startswith(checkpoints.EMA)}
+    new, left = ([name for name in one if name not in other] for one, other in ((own, given), (given, own)))
     wrong = [name for name in own if name in given and own[name].shape != given[name].shape]
-    wrong += [name for name in new if "." in name and "independent_head" not in name]
+    wrong += [name for name in (*new, *left) if "." in name and "independent_head" not in name]
+    made_with, ours = recipe_of(init), recipe_to_dict(recipe)  # for what shapes do not show
+    wrong += [
+        f"{section}.{field}"
+        for section, fields in (("model", ("name", "vision", "text")), ("views", ("mean", "std")))
+        for field in fields
+        if made_with and made_with.get(section, {}).get(field, ours[section][field]) != ours[section][field]
+    ]
     if wrong:
         remedy = (
             "belongs to another model: give model.* the sizes, and tokenizer.* the tokenizer, that it was made with"
         )
         refuse("model.pretrained", init, f"{remedy}; they differ in {', '.join(sorted(wrong)[:5])}")
     copy_into(model, own | {name: value for name, value in given.items() if name in own})
-    log.info("Started from %s%s", init, f"; new: {', '.join(sorted(new))}" if new else "")
+    told = {"; new": new, "; left out": left}
+    log.info("Started from %s%s", init, "".join(f"{what}: {', '.join(sorted(n))}" for what, n in told.items() if n))
 
 
 def initial_tokenizer(recipe: Recipe) -> Tokenizer | None:
@@ -110,7 +124,7 @@ def log_scale_range(recipe: Recipe) -> tuple[float, float]:
     return recipe.fusion.log_scale_range if recipe.framework == "fusion" else (0.0, recipe.model.logit_scale_max)
 
 
-# --- execution of the trunks, which changes neither what is computed nor the name of a weight ---
+# --- execution: no name of a weight changes, and what is computed by its precision alone ---
 
 
 @torch.no_grad()
@@ -126,14 +140,16 @@ def cast_but_norms(model: TrainableModel, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def autocast_forward(model: TrainableModel, dtype: torch.dtype) -> None:
+def autocast_forward(model: TrainableModel, dtype: torch.dtype, sharded: bool = False) -> None:
     """Let the model's forward compute in half precision from float32 weights.
 
     Inside the forward, since DeepSpeed switches an autocast around its engine off, and its own (torch_autocast) makes
-    gradients travel in half precision and leaves a mark in the process for every later engine.
+    gradients travel in half precision and leaves a mark in the process for every later engine. sharded: at ZeRO stage
+    3, where a cache of all weights' half copies would undo the sharding.
     """
     keep_norms_in_float32(model)
-    model.forward = torch.autocast(distributed.device().type, dtype)(model.forward)  # type: ignore[method-assign]
+    how = torch.autocast(distributed.device().type, dtype, cache_enabled=not sharded)
+    model.forward = how(model.forward)  # type: ignore[method-assign]
 
 
 @contextmanager

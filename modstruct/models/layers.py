@@ -25,16 +25,23 @@ class Place:
 
 
 def places(model: TrainableModel) -> dict[str, Place]:
-    """Of all weights of the towers' trunks, by their names. A weight is before or after the layers as its module is."""
+    """Of all weights of the towers' trunks, by their names. A weight is before or after the layers as its module is.
+
+    A tower whose numbers fall back, of stages that count their blocks anew (ConvNeXt, Swin), has no layers that are
+    known: 0.
+    """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found: dict[str, Place] = {}
     for tower, trunk in model.trunks().items():
-        layer, of_trunk = 0, {}
+        layer, of_trunk, in_order = 0, {}, True
         for name, parameter in trunk.named_parameters():
             matched = BLOCK.search(name)
             if matched:
-                layer = int(matched[1]) + 1 if matched[1] else int(matched[2])
+                before, layer = layer, int(matched[1]) + 1 if matched[1] else int(matched[2])
+                in_order &= layer >= before
             of_trunk[names[id(parameter)]] = layer if matched or not layer else layer + 1
+        if not in_order:
+            layer, of_trunk = 0, dict.fromkeys(of_trunk, 0)
         found |= {name: Place(tower, number, layer) for name, number in of_trunk.items()}
     return found
 
@@ -51,11 +58,10 @@ def lock_layers(model: TrainableModel, config: ModelConfig) -> None:
             continue
         field, norms = f"model.unlocked_{tower}_layers", nn.modules.batchnorm._BatchNorm
         if any(isinstance(module, norms) for module in trunks[tower].modules()):
-            refuse(field, unlocked, "null: BatchNorm's statistics would go on learning in a locked tower")
+            refuse(field, unlocked, "BatchNorm's statistics would go on learning in a locked tower; give null")
         layers = max((place.layers for place in known.values() if place.tower == tower), default=0)
-        require(
-            layers > 0 or unlocked == 0, field, unlocked, "0 or null: the layers of this architecture are not known"
-        )
+        is_known, remedy = layers > 0 or unlocked == 0, "the layers of this architecture are not known; give 0 or null"
+        require(is_known, field, unlocked, remedy)
         require(unlocked <= layers, field, unlocked, f"at most {layers}, the layers of the {tower} tower")
         for name, parameter in model.named_parameters():
             place = known.get(name)
@@ -69,9 +75,12 @@ def rate_factors(model: TrainableModel, decay: float) -> dict[str, float]:
     """By name of a weight, what multiplies its learning rate: decay for each layer that lies after its own (Bao et al.
     2022, "BEiT"; Fini et al. and EVA-CLIP likewise), 1 for heads and learnt numbers.
 
-    Raises ValueError naming optimizer.layer_decay where a tower's layers are not known.
+    Raises ValueError naming optimizer.layer_decay for a fusion model, and where a tower's layers are not known.
     """
+    remedy = "a fusion model's encoders are no rows of layers of their own; give 1"
+    require(model.trunks().keys() <= {"image", "text"}, "optimizer.layer_decay", decay, remedy)
     known = places(model)
     unknown = {place.tower for place in known.values() if place.layers == 0}
-    require(not unknown, "optimizer.layer_decay", decay, f"1: the layers of {', '.join(sorted(unknown))} are not known")
+    remedy = f"the layers of the {' and '.join(sorted(unknown))} tower are not known; give 1"
+    require(not unknown, "optimizer.layer_decay", decay, remedy)
     return {name: decay ** (place.layers + 1 - place.layer) for name, place in known.items()}

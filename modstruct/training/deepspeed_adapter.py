@@ -167,7 +167,7 @@ class Engine:
             # For float32 gradients too, of which DeepSpeed would else keep two shares, and three in its step.
             self.optimizer._use_compact_grad_partition_buffer = lambda group: True
         self.ema: ShardedEma | None = None
-        """Of all weights, where the run keeps one."""
+        """Of the trained weights, where the run keeps one."""
         self.masters = self._stage_0_masters()
         free_memory()  # what DeepSpeed has copied together; moments are as large
         for tensor in self._optimized_tensors():
@@ -258,12 +258,18 @@ class Engine:
         kept = parameter._hp_mapping.lp_fragment_address
         return kept.start, kept.start + kept.numel
 
+    def weight(self, parameter: nn.Parameter) -> Tensor:
+        """The float32 weight: 1-D, of this process's span, where it lies."""
+        return self._of_span(parameter, None)
+
     def read(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """weight and, for a trained parameter, exp_avg and exp_avg_sq: 1-D, of this process's span, where they lie."""
-        start, end = self.span(parameter)
+        """weight and, for a trained parameter, exp_avg and exp_avg_sq, likewise."""
         kinds = MOMENTS if parameter.requires_grad else ()
-        kept = {"weight": self._kept(parameter, None)} | {kind: self._kept(parameter, kind) for kind in kinds}
-        return {kind: values.detach().reshape(-1)[: end - start] for kind, values in kept.items()}
+        return {"weight": self.weight(parameter)} | {kind: self._of_span(parameter, kind) for kind in kinds}
+
+    def _of_span(self, parameter: nn.Parameter, key: str | None) -> Tensor:
+        start, end = self.span(parameter)
+        return self._kept(parameter, key).detach().reshape(-1)[: end - start]
 
     def pieces(self, parameter: Any, values: dict[str, Tensor] | None = None) -> dict[str, Piece]:
         """What this process writes of a parameter: its span, or a share of what all processes keep whole.

@@ -111,7 +111,7 @@ def _without_auto(section: dict) -> dict:
 
 
 def parameter_groups(model: TrainableModel, config: OptimizerConfig) -> list[dict]:
-    """Two groups: matrices, kernels and the tables of tokens and positions with decay, as in CLIP's and CyCLIP's code;
+    """Mostly two groups: matrices, kernels, tables of tokens and positions with decay, as in CLIP's and CyCLIP's code;
     norms, biases, open_clip's class token (timm's, of three dimensions, has decay) and the logit scale without.
 
     With optimizer.layer_decay, two for each factor of the learning rate (`rate_factor`). What stays float32 in a

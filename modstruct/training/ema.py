@@ -16,7 +16,7 @@ class Weights(Protocol):
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
     def span(self, parameter: Any) -> tuple[int, int]: ...
-    def read(self, parameter: nn.Parameter) -> dict[str, Tensor]: ...
+    def weight(self, parameter: nn.Parameter) -> Tensor: ...
     def pieces(self, parameter: Any, values: dict[str, Tensor] | None = None) -> dict[str, Piece]: ...
 
 
@@ -29,25 +29,23 @@ class ShardedEma:
 
     def __init__(self, weights: Weights, decay: float):
         self.weights, self.decay = weights, decay
-        self.kept = {name: weights.read(p)["weight"].clone() for name, p in self._trained()}
-
-    def _trained(self) -> list[tuple[str, nn.Parameter]]:
-        return [(name, p) for name, p in self.weights.parameters() if p.requires_grad]
+        self._trained = [(name, p) for name, p in weights.parameters() if p.requires_grad]
+        self.kept = {name: weights.weight(p).clone() for name, p in self._trained}
 
     @torch.no_grad()
     def update(self) -> None:
         """After an optimizer step."""
-        pairs = [(self.kept[name], self.weights.read(p)["weight"]) for name, p in self._trained()]
+        pairs = [(self.kept[name], self.weights.weight(p)) for name, p in self._trained]
         mine, theirs = zip(*pairs, strict=True)
         torch._foreach_lerp_(mine, theirs, 1 - self.decay)
 
     def pieces(self) -> dict[str, Piece]:
         """What this process writes of it, by name."""
         values = {name: {"weight": self.kept[name]} for name in self.kept}
-        made = {name: self.weights.pieces(p, values[name]) for name, p in self._trained()}
+        made = {name: self.weights.pieces(p, values[name]) for name, p in self._trained}
         return {f"{EMA}{name}": pieces["weight"] for name, pieces in made.items()}
 
     def load(self, stored: StoredTensors) -> None:
         """stored: all processes' pieces, of any number of processes and any stage."""
-        for name, parameter in self._trained():
+        for name, parameter in self._trained:
             self.kept[name].copy_(stored.range(f"{EMA}{name}", *self.weights.span(parameter)))

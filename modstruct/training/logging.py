@@ -192,15 +192,19 @@ def start_wandb(recipe: Recipe | FinetuneRecipe) -> None:
     except ImportError:
         refuse("logging.wandb", recipe.logging.wandb, "needs a package that is missing: pip install wandb, or null")
     output = Path(recipe.output).resolve()
-    wandb.init(
-        project=recipe.logging.wandb,
-        name=output.name,
-        id=hashlib.blake2b(f"{platform.node()}:{output}".encode(), digest_size=8).hexdigest(),
-        resume="allow",
-        config=recipe_to_dict(recipe),
-        dir=str(output),
-        sync_tensorboard=True,
-    )
+    try:
+        wandb.init(
+            project=recipe.logging.wandb,
+            name=output.name,
+            id=hashlib.blake2b(str(output).encode(), digest_size=8).hexdigest(),
+            resume="allow",
+            config=recipe_to_dict(recipe),
+            dir=str(output),
+            sync_tensorboard=True,
+        )
+    except Exception as error:  # its package has many
+        cause = " ".join(str(error).split())[:200]
+        refuse("logging.wandb", recipe.logging.wandb, f"cannot be started ({cause}): log in by `wandb login`, or null")
 
 
 class Curves:

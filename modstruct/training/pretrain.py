@@ -18,7 +18,7 @@ from modstruct.data.shards.loader import BatchContents, BatchPlan, train_loader,
 from modstruct.data.shards.sample_table import Samples
 from modstruct.data.shards.sources import as_sources
 from modstruct.data.shards.workers import WorkerLoader
-from modstruct.data.tokenizers import Tokenizer, WordPieceTokenizer, build_tokenizer
+from modstruct.data.tokenizers import WordPieceTokenizer, build_tokenizer
 from modstruct.distributed.collect import on_main
 from modstruct.errors import refuse
 from modstruct.evaluation.embeddings.model import Encode
@@ -52,11 +52,11 @@ def bucket_sizes(recipe: Recipe, ds_config: str) -> dict[str, int]:
 
     A tokenizer that the run would train counts as one of tokenizer.vocab_size entries.
     """
-    config = recipe.tokenizer
-    if config.kind == "sentencepiece" and config.path is None:
+    config, tokenizer = recipe.tokenizer, initial_tokenizer(recipe)
+    if tokenizer is None and config.kind == "sentencepiece" and config.path is None:
         entries = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *map(str, range(config.vocab_size - 4))]
-        tokenizer: Tokenizer = WordPieceTokenizer("\n".join(entries).encode(), config.context_length)
-    else:
+        tokenizer = WordPieceTokenizer("\n".join(entries).encode(), config.context_length)
+    elif tokenizer is None:
         tokenizer = build_tokenizer(config, list, recipe.data.cache, "")
     resolved = resolve_ds_config(read_ds_config(ds_config), recipe, 1)
     with Deferred():
@@ -158,7 +158,7 @@ class Pretraining(Trainer[Recipe]):
         path, before = checkpoints.step_folder(self.output, self.state.step), random_state()
         model = build_model(self.recipe, self.tokenizer, self.objective, read_weights=False)
         set_random_state(before)  # a resumed run measures elsewhere
-        load_weights(model, checkpoints.read_ema_weights(path), path)
+        load_weights(model, checkpoints.read_measured(path, ema=True), path)
         model.to(distributed.device()).eval()
         return model, model
 
@@ -167,8 +167,8 @@ class Pretraining(Trainer[Recipe]):
         self.telemetry.bar.close()
         last, names = self.last_checkpoint(), self.engine.model.to_open_clip
         folder = self.output / "export"
-        read = checkpoints.read_ema_weights if self.recipe.evaluation.ema else checkpoints.read_weights
-        on_main(lambda: export(folder, read(last), names, self.recipe, self.tokenizer))
+        ema = self.recipe.evaluation.ema
+        on_main(lambda: export(folder, checkpoints.read_measured(last, ema), names, self.recipe, self.tokenizer))
         results = self.measure(self.data.eval, "eval") if self.data.eval else {}
         self.conclude(last, results)
         return results

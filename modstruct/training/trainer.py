@@ -260,7 +260,7 @@ class Trainer(ABC, Generic[RecipeT]):
             checkpoints.require_same_names(expected, start.saved.momentum, start.path)
             model.load_ema_state_dict(start.saved.momentum)
         elif not deferred:
-            first.require_same()  # EMA copies too: DeepSpeed does not broadcast them
+            first.require_same()
         model.ema_to(distributed.device())
         self.engine = build_engine(model, recipe, start.ds_config, first if deferred else None)
         if deferred and not start.saved:
@@ -331,7 +331,7 @@ def build_engine(
     if recipe.train.precision == "bf16" and recipe.train.float32_norms:
         cast_but_norms(model, torch.bfloat16)
     if recipe.train.precision == "bf16_mixed":
-        autocast_forward(model, torch.bfloat16)
+        autocast_forward(model, torch.bfloat16, sharded=zero_stage(ds_config) == 3)
     if distributed.on_gpu():
         lay_channels_last(model)
     if recipe.train.activation_checkpointing:

@@ -60,7 +60,7 @@ def test_what_cannot_be_locked_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"model.unlocked_image_layers = 4: at most 3"):
         lock_layers(tiny_model(config, word_tokenizer()), config)
     config = tiny_config(name="tiny-resnet", unlocked_image_layers=1)
-    with pytest.raises(ValueError, match=r"unlocked_image_layers = 1: null: BatchNorm"):
+    with pytest.raises(ValueError, match=r"unlocked_image_layers = 1: BatchNorm.*; give null"):
         lock_layers(tiny_model(config, word_tokenizer()), config)
     with pytest.raises(ValueError, match=r"model.unlocked_text_layers = -1: 0 or more"):
         three_layers(unlocked_text_layers=-1)
@@ -88,7 +88,14 @@ def test_without_decay_there_are_the_two_groups_of_older_checkpoints():
 
 
 def test_a_tower_whose_layers_are_unknown_is_refused_by_name():
+    """Stages count their blocks anew."""
+
+    def stage():
+        return torch.nn.ModuleDict({"blocks": torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(3))})
+
     model = tiny_model(three_layers(), word_tokenizer())
-    model.image["trunk"] = torch.nn.Linear(2, 2)
-    with pytest.raises(ValueError, match=r"optimizer.layer_decay = 0.5: 1: the layers of image are not known"):
+    model.image["trunk"] = torch.nn.ModuleDict({"stages": torch.nn.ModuleList(stage() for _ in range(2))})
+    with pytest.raises(
+        ValueError, match=r"optimizer.layer_decay = 0.5: the layers of the image tower are not known; give 1"
+    ):
         rate_factors(model, 0.5)

@@ -19,7 +19,7 @@ FETCHES = 2  # at once, of each loader process
 LOOKED_AT_ONCE = 64  # steps; looking further would hold up the first batch
 READS = 32  # at once, of each loader process: at 30 ms each they bring a thousand samples a second
 # Threads cost more than they bring while reads are quick, as those of what the system has in memory are. On a busy
-# machine some quick ones take long, too, so it is a surplus of slow ones that counts.
+# machine some quick ones take long, too, so it is a surplus of slow ones that counts. Once it is reached, threads stay.
 SLOW_READ_SECONDS, SLOW_READS = 1e-3, 4
 SAMPLE_BYTES = 8 << 10  # that a sample takes in memory beside its image
 Results = list[RawSample | BadSample]

@@ -123,7 +123,8 @@ class ShardReader:
         content = b""
         if len(samples) > 1:
             with suppress(BadSample, OSError):
-                content = os.pread(self._opened(shard, samples[0]).descriptor, size, begin)
+                opened = self._opened(shard, samples[0])  # kept, since another thread may drop it meanwhile
+                content = os.pread(opened.descriptor, size, begin)
         found: list[RawSample | BadSample] = []
         for sample, (header_bytes, spans) in zip(samples, layouts, strict=True):
             try:

@@ -69,8 +69,10 @@ def _opened(sources: Sequence[Source], config: DataConfig) -> Path:
 
 def _tell_others(opened: Path, samples: Samples) -> None:
     if not first_has_run():
-        with suppress(OSError), atomic_write(opened) as file:  # they can find out themselves
-            file.write(str(samples.table).encode())
+        with suppress(OSError):
+            opened.unlink(missing_ok=True)  # an earlier run's, which would mislead them
+            with atomic_write(opened) as file:  # without it they find out themselves
+                file.write(str(samples.table).encode())
 
 
 def _table(expanded: Sequence[SourceShards], config: DataConfig, field: str, progress: bool) -> Path:

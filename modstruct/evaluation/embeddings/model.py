@@ -80,7 +80,7 @@ def find_checkpoint(checkpoint: str) -> Path:
 
 def load_model(recipe: Recipe, path: Path, tokenizer: Tokenizer) -> TrainableModel:
     """The model of a checkpoint's folder, whole and in evaluation mode, on this process's device."""
-    weights = checkpoints.read_weights(path)
+    weights = checkpoints.read_measured(path, recipe.evaluation.ema)
     with no_larger_than(weights, "--checkpoint", path):
         model = build_model(recipe, tokenizer, build_objective(recipe.losses), read_weights=False)
     load_weights(model, weights, path)
