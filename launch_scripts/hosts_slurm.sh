@@ -21,7 +21,7 @@ DS_CONFIG=${DS_CONFIG:-ds_configs/zero2.json}
 # gloo would take the address of the host's own name, which is often 127.0.0.1, and wait for ever; NCCL guesses too.
 export GLOO_SOCKET_IFNAME=$INTERFACE NCCL_SOCKET_IFNAME=$INTERFACE
 # srun tells each process its number (SLURM_PROCID), but not where the first one is.
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))  # two jobs on a host take two ports
 export MASTER_ADDR MASTER_PORT
 

@@ -24,12 +24,12 @@ import argparse
 import json
 import multiprocessing
 import os
-import pickle
 import statistics
 import sys
 import tempfile
 import time
 from collections import OrderedDict
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -305,13 +305,13 @@ def open_table(table: Path | None, sent: bytes | None, groups: int, batch: int) 
     """Open a table, or a reader as it is sent to a loader process; find and lay out a batch's share of one group."""
     config = DataConfig(order_version=2, groups=groups)
     before, start = own_bytes(), time.process_time()
-    reader = pickle.loads(sent) if table is None else ShardReader(Samples(table), config)
+    reader = ForkingPickler.loads(sent) if table is None else ShardReader(Samples(table), config)
     opened = time.process_time()
     order = train_order(reader.samples, config, 0, batch)
     found = order.locate(np.arange(512))[1]
     assert len(reader.runs(found)) > 0
     seconds = {"open": opened - start, "order": time.process_time() - opened}
-    state = pickle.dumps(reader)
+    state = ForkingPickler.dumps(reader)
     return seconds | {"mib": (own_bytes() - before) / 2**20, "sent": len(state), "reader": state}
 
 

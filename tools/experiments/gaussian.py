@@ -147,6 +147,7 @@ class Towers(TwoTower):
         self.logit_scale = nn.Parameter(torch.tensor([recipe.model.logit_scale_init]))
         self.scalar_limits["logit_scale"] = (0.0, recipe.model.logit_scale_max)
         self.add_scalars(objective.scalars)
+        self.patch_dropout = None
 
     @staticmethod
     def _tower(training: Training, observed: int, independent: bool) -> nn.ModuleDict:

@@ -23,22 +23,22 @@ class HeldShare:
     def parameters(self):
         return self.model.named_parameters()
 
-    def read(self, parameter):
+    def weight(self, parameter):
         (name,) = (name for name, p in self.parameters() if p is parameter)
-        return {"weight": parameter.detach().flatten()[: self.ends[name]]}
+        return parameter.detach().flatten()[: self.ends[name]]
 
 
 def test_the_ema_follows_the_share_of_the_weights_that_is_kept():
     engine = HeldShare()
     ema = ShardedEma(engine, decay=0.9)
-    expected = {name: engine.read(p)["weight"].double() for name, p in engine.parameters()}
+    expected = {name: engine.weight(p).double() for name, p in engine.parameters()}
     for _ in range(5):
         with torch.no_grad():
             for parameter in engine.model:
                 parameter += torch.randn_like(parameter)
         ema.update()
         for name, parameter in engine.parameters():
-            expected[name] = 0.9 * expected[name] + 0.1 * engine.read(parameter)["weight"].double()
+            expected[name] = 0.9 * expected[name] + 0.1 * engine.weight(parameter).double()
     assert {name: len(kept) for name, kept in ema.kept.items()} == engine.ends
     for name, kept in ema.kept.items():
         torch.testing.assert_close(kept.double(), expected[name], rtol=1e-6, atol=1e-6)
