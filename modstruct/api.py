@@ -29,13 +29,13 @@ from modstruct.config.migrations import is_fine_tuning
 from modstruct.data.tokenizers import load_tokenizer
 from modstruct.data.transforms.image_views import ImageViews
 from modstruct.errors import refuse, require
+from modstruct.evaluation.embeddings.model import model_of
 from modstruct.evaluation.embeddings.open_clip_model import LOCAL, create_open_clip, pixels_of
 from modstruct.files import parse_yaml
 from modstruct.losses.objective import Objective, build_objective
-from modstruct.models.bounded import no_larger_than
-from modstruct.models.build import build_model, image_size
+from modstruct.models.build import image_size
 from modstruct.models.fusion.initial_weights import EXPORTED, EXPORTED_CONFIG, find_folder
-from modstruct.models.protocol import TrainableModel, load_weights
+from modstruct.models.protocol import TrainableModel
 
 Preprocess = Callable[[Image.Image], Tensor]
 """An image of any size and mode -> (3, H, W), as Model.encode_image takes it: uint8, of open_clip's models float32."""
@@ -162,10 +162,7 @@ def _load_ours(path: Path, device: torch.device) -> tuple[Model, Preprocess, Tok
     else:
         weights = checkpoints.read_measured(folder, recipe.evaluation.ema)
     tokenizer = load_tokenizer(folder / "tokenizer")
-    with no_larger_than(weights, "source", folder):
-        model = build_model(recipe, tokenizer, build_objective(recipe.losses), read_weights=False)
-    load_weights(model, weights, folder)
-    pixels = image_size(recipe)
+    pixels, model = image_size(recipe), model_of(recipe, weights, folder, tokenizer, "source")
     return _Ours(model, pixels).to(device).eval(), ImageViews(recipe.views, pixels).evaluation_image, tokenizer
 
 

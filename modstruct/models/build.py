@@ -21,12 +21,11 @@ from modstruct.errors import refuse, require
 from modstruct.losses.objective import Objective
 from modstruct.models import towers
 from modstruct.models.layers import lock_layers
-from modstruct.models.norms import Float32BatchNorm, keep_norms_in_float32
+from modstruct.models.norms import BatchNorm, Float32BatchNorm, keep_norms_in_float32
 from modstruct.models.protocol import TrainableModel, copy_into
 from modstruct.models.two_tower import TwoTower
 
 log = logging.getLogger("modstruct")
-BatchNorm = nn.modules.batchnorm._BatchNorm
 SWITCHES = ("grad_checkpointing", "gradient_checkpointing")  # open_clip's and timm's, transformers'
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from torch import nn
-
 from modstruct.config import ModelConfig
 from modstruct.errors import refuse, require
+from modstruct.models.norms import BatchNorm
 from modstruct.models.protocol import TrainableModel
 
 BLOCK = re.compile(r"(?:^|\.)(?:resblocks|blocks|layer)\.(\d+)\.|(?:^|\.)layer([1-4])\.")
@@ -56,8 +55,8 @@ def lock_layers(model: TrainableModel, config: ModelConfig) -> None:
     for tower, unlocked in wanted.items():
         if unlocked is None:
             continue
-        field, norms = f"model.unlocked_{tower}_layers", nn.modules.batchnorm._BatchNorm
-        if any(isinstance(module, norms) for module in trunks[tower].modules()):
+        field = f"model.unlocked_{tower}_layers"
+        if any(isinstance(module, BatchNorm) for module in trunks[tower].modules()):
             refuse(field, unlocked, "BatchNorm's statistics would go on learning in a locked tower; give null")
         layers = max((place.layers for place in known.values() if place.tower == tower), default=0)
         is_known, remedy = layers > 0 or unlocked == 0, "the layers of this architecture are not known; give 0 or null"

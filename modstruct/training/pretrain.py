@@ -21,7 +21,7 @@ from modstruct.data.shards.workers import WorkerLoader
 from modstruct.data.tokenizers import WordPieceTokenizer, build_tokenizer
 from modstruct.distributed.collect import on_main
 from modstruct.errors import refuse
-from modstruct.evaluation.embeddings.model import Encode
+from modstruct.evaluation.embeddings.model import Encode, load_model
 from modstruct.evaluation.evaluate import evaluate
 from modstruct.evaluation.examples import projected_points, retrieved_examples
 from modstruct.evaluation.result import Result
@@ -32,7 +32,7 @@ from modstruct.losses.objective import Objective, build_objective
 from modstruct.losses.protocol import LossSettings
 from modstruct.models.build import build_model, image_size, initial_tokenizer
 from modstruct.models.deferred import Deferred
-from modstruct.models.protocol import TrainableModel, load_weights
+from modstruct.models.protocol import TrainableModel
 from modstruct.training.ds_config import BUCKETS, read_ds_config, resolve_ds_config, size_buckets, zero_stage
 from modstruct.training.export import export
 from modstruct.training.gradient_cache import random_state, set_random_state
@@ -156,10 +156,8 @@ class Pretraining(Trainer[Recipe]):
         if not self.recipe.evaluation.ema:
             return self.engine, self.engine.model
         path, before = checkpoints.step_folder(self.output, self.state.step), random_state()
-        model = build_model(self.recipe, self.tokenizer, self.objective, read_weights=False)
+        model = load_model(self.recipe, path, self.tokenizer)
         set_random_state(before)  # a resumed run measures elsewhere
-        load_weights(model, checkpoints.read_measured(path, ema=True), path)
-        model.to(distributed.device()).eval()
         return model, model
 
     def finish(self) -> dict[str, Result]:

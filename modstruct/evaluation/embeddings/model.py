@@ -81,10 +81,17 @@ def find_checkpoint(checkpoint: str) -> Path:
 def load_model(recipe: Recipe, path: Path, tokenizer: Tokenizer) -> TrainableModel:
     """The model of a checkpoint's folder, whole and in evaluation mode, on this process's device."""
     weights = checkpoints.read_measured(path, recipe.evaluation.ema)
-    with no_larger_than(weights, "--checkpoint", path):
+    return model_of(recipe, weights, path, tokenizer, "--checkpoint").to(distributed.device())
+
+
+def model_of(
+    recipe: Recipe, weights: Mapping[str, Tensor], path: Path, tokenizer: Tokenizer, option: str
+) -> TrainableModel:
+    """The model of weights by our names, in evaluation mode. path, option: where they lie and what named them."""
+    with no_larger_than(weights, option, path):
         model = build_model(recipe, tokenizer, build_objective(recipe.losses), read_weights=False)
     load_weights(model, weights, path)
-    return model.to(distributed.device()).eval()
+    return model.eval()
 
 
 def checkpoint_model(recipe: Recipe, checkpoint: str, name: str | None = None) -> EmbeddingModel:

@@ -129,18 +129,6 @@ def test_weights_give_exact_shares_in_every_group(weights):
     assert np.std(by_batch, axis=0).max() < 4, "groups follow the pattern from different places"
 
 
-@QUICK
-@given(st.integers(2, 60), st.integers(0, 10_000), st.integers(1, 200))
-def test_a_substitute_is_another_sample_of_the_same_source(size, slot, attempt):
-    order = grouped([size, size], 2, 3, sources=[1, 1], weights=[1, 2])
-    epoch, sample = (int(value[0]) for value in order.locate(np.array([slot])))
-    found = order.substitute(slot, attempt)
-    assert found[0] == epoch
-    assert found[1] != sample
-    assert found[1] // size == sample // size
-    assert found == pickle.loads(pickle.dumps(order)).substitute(slot, attempt)
-
-
 def test_first_substitutes_come_from_the_shards_at_hand_and_later_ones_from_all():
     order = grouped([50] * 80, 4, 16, block=50, window=2)
     slots = np.arange(64, 128)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from modstruct.data.shards.grouped_order import GroupedOrder
 from modstruct.data.shards.order import SampleOrder
 
 SHARDS = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(sum)
@@ -130,10 +131,20 @@ def test_a_weight_too_small_to_come_up_is_refused():
         SampleOrder([np.array([5])] * 2, 0, 4, 4, weights=[1, 1e-6])
 
 
+def of_two_sources(size: int) -> SampleOrder:
+    return SampleOrder([np.array([size]), np.array([size])], 3, 4, 2, weights=[1, 2])
+
+
+def of_two_sources_in_groups(size: int) -> GroupedOrder:
+    starts = np.array([0, size, 2 * size])
+    return GroupedOrder(starts, np.arange(3), 7, 4, 3, weights=[1, 2], groups=2, global_batch=6)
+
+
+@pytest.mark.parametrize("order_of", [of_two_sources, of_two_sources_in_groups])
 @QUICK
 @given(st.integers(2, 60), st.integers(0, 10_000), st.integers(1, 200))
-def test_a_substitute_is_another_sample_of_the_same_source(size, slot, attempt):
-    order = SampleOrder([np.array([size]), np.array([size])], 3, 4, 2, weights=[1, 2])
+def test_a_substitute_is_another_sample_of_the_same_source(order_of, size, slot, attempt):
+    order = order_of(size)
     epoch, sample = (int(value[0]) for value in order.locate(np.array([slot])))
     found = order.substitute(slot, attempt)
     assert found[0] == epoch
