@@ -11,11 +11,10 @@ The names that stay from version to version: load, objective, the methods of Mod
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import yaml
@@ -31,10 +30,9 @@ from modstruct.data.transforms.image_views import ImageViews
 from modstruct.errors import refuse, require
 from modstruct.evaluation.embeddings.model import model_of
 from modstruct.evaluation.embeddings.open_clip_model import LOCAL, create_open_clip, pixels_of
-from modstruct.files import parse_yaml
 from modstruct.losses.objective import Objective, build_objective
 from modstruct.models.build import image_size
-from modstruct.models.fusion.initial_weights import EXPORTED, EXPORTED_CONFIG, find_folder
+from modstruct.models.fusion.initial_weights import EXPORTED, find_folder, recipe_of
 from modstruct.models.protocol import TrainableModel
 
 Preprocess = Callable[[Image.Image], Tensor]
@@ -148,16 +146,12 @@ def load(source: str | Path, device: str | torch.device | None = None) -> tuple[
 def _load_ours(path: Path, device: torch.device) -> tuple[Model, Preprocess, Tokenize]:
     folder = find_folder(str(path), "source")
     assert folder is not None
-    exported = (folder / EXPORTED).is_file()
-    if exported:
-        written = yaml.safe_dump(json.loads((folder / EXPORTED_CONFIG).read_bytes())["recipe"])
-    else:
-        written = (folder / "recipe.yaml").read_text()
+    made_with = recipe_of(str(folder), "source")
     remedy = "a fine-tuned model: `evaluate.py task` measures it; give the pre-trained one"
-    require(not is_fine_tuning(cast(dict, parse_yaml(written.encode()))), "source", str(path), remedy)
-    recipe = parse_recipe_text(written)
+    require(not is_fine_tuning(made_with), "source", str(path), remedy)
+    recipe = parse_recipe_text(yaml.safe_dump(made_with))
     weights: Mapping[str, Tensor]
-    if exported:
+    if (folder / EXPORTED).is_file():
         weights = checkpoints.read_weight_file(folder / EXPORTED, "source")
     else:
         weights = checkpoints.read_measured(folder, recipe.evaluation.ema)

@@ -115,3 +115,10 @@ def test_the_example_in_open_clips_loop_learns():
     losses = [float(value) for value in re.findall(r"Structure_loss: ([\d.]+)", text)]
     assert len(losses) == 10
     assert losses[-1] < losses[0] / 2
+
+
+def test_an_export_whose_recipe_is_damaged_is_named(tmp_path):
+    (tmp_path / "modstruct_model.safetensors").write_bytes(b"")
+    (tmp_path / "modstruct_config.json").write_text('{"recipe": ')
+    with pytest.raises(ValueError, match=r"source = .*modstruct_config\.json cannot be read"):
+        modstruct.load(tmp_path)

@@ -83,7 +83,7 @@ def _start_from(model: TwoTower, recipe: Recipe, init: str) -> None:
     new, left = ([name for name in one if name not in other] for one, other in ((own, given), (given, own)))
     wrong = [name for name in own if name in given and own[name].shape != given[name].shape]
     wrong += [name for name in (*new, *left) if "." in name and "independent_head" not in name]
-    made_with, ours = recipe_of(init), recipe_to_dict(recipe)  # for what shapes do not show
+    made_with, ours = recipe_of(init, "model.pretrained"), recipe_to_dict(recipe)  # for what shapes do not show
     wrong += [
         f"{section}.{field}"
         for section, fields in (("model", ("name", "vision", "text")), ("views", ("mean", "std")))

@@ -107,12 +107,12 @@ def start_pretraining(model: FusionModel, init: str) -> None:
         log.info("The queue of %s has another size than fusion.queue and starts empty", init)
 
 
-def recipe_of(init: str) -> dict:
+def recipe_of(init: str, option: str = "--init") -> dict:
     """The recipe that a run, checkpoint or export of ours was made with; empty for a file of weights.
 
-    Raises ValueError, naming --init, where it cannot be read.
+    Raises ValueError, naming the option, where it cannot be read.
     """
-    folder = find_folder(init)
+    folder = find_folder(init, option)
     if folder is None:
         return {}
     exported = (folder / EXPORTED).is_file()
@@ -120,9 +120,9 @@ def recipe_of(init: str) -> dict:
     try:
         recipe = json.loads(path.read_bytes())["recipe"] if exported else read_yaml(path)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        refuse("--init", init, f"the recipe in {path} cannot be read ({' '.join(str(error).split())[:200]})")
+        refuse(option, init, f"the recipe in {path} cannot be read ({' '.join(str(error).split())[:200]})")
     if not isinstance(recipe, dict):
-        refuse("--init", init, f"the recipe in {path} must hold fields (name: value)")
+        refuse(option, init, f"the recipe in {path} must hold fields (name: value)")
     return migrate_checkpoint(recipe)
 
 
