@@ -12,17 +12,22 @@ over all of them; a source then names the folder:
         - shards: 'pipe:aws s3 cp s3://bucket/{00000..00331}.tar -'
           index: /data/cc3m-index
 
-An interrupted indexing is resumed by the same command.
+An interrupted indexing is resumed by the same command. OUTPUT/manifest.json has for every shard that was indexed into
+the folder its samples, its bytes, what was left out, by cause, and, with --checksums, its SHA-256.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -33,15 +38,18 @@ from modstruct.data.shards.index import (
     REPEATED_KEY,
     ShardIndex,
     UnreadableShard,
+    cores,
     index_file_name,
     index_shards,
     index_tar,
+    mapping,
 )
 from modstruct.data.shards.members import LAYOUT
+from modstruct.data.shards.packing import MANIFEST
 from modstruct.data.shards.pipes import PipeCache, PipeFailed, pipe_cache
 from modstruct.data.shards.sources import expand_pattern, is_pipe
 from modstruct.errors import printable
-from modstruct.files import require_writable
+from modstruct.files import require_writable, write_json
 
 
 def index() -> int:
@@ -57,6 +65,8 @@ def index() -> int:
         help="as data.pipe_cache_gib: disk space for the pipes' output (default: %(default)s)",
     )
     parser.add_argument("--jobs", type=int, default=4, help="pipes that run at once (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=cores(), help="processes (default: one a core, %(default)s)")
+    parser.add_argument("--checksums", action="store_true", help="read shards whole, for their SHA-256")
     parser.add_argument("--renew", action="store_true", help="index pipes again, whose content has changed")
     options = parser.parse_args()
     output = options.output or Path(options.cache).expanduser() / "indexes"
@@ -66,16 +76,25 @@ def index() -> int:
     except ValueError as error:
         parser.error(str(error))
     files = {name: output / _file_name(name) for name in names}
-    missing = [(name, file) for name, file in files.items() if not file.exists() or (options.renew and is_pipe(name))]
+    missing = [
+        (name, file)
+        for name, file in files.items()
+        if not file.exists() or (options.renew and is_pipe(name)) or (options.checksums and not _has_checksum(file))
+    ]
 
     try:
         if missing:
             require_writable("--output" if options.output else "--cache", output)
-        index_shards([(name, file) for name, file in missing if not is_pipe(name)], progress=True)
+        local = [(name, file) for name, file in missing if not is_pipe(name)]
+        index_shards(local, progress=True, workers=options.workers, checksums=options.checksums)
     except (UnreadableShard, ValueError) as error:
         parser.error(str(error))
-    failed = _index_pipes([(name, file) for name, file in missing if is_pipe(name)], pipes, options.jobs, options.renew)
-    _report(files)
+    piped = [(name, file) for name, file in missing if is_pipe(name)]
+    one = partial(_index_pipe, pipes, options.renew, options.checksums)
+    with mapping(min(options.jobs, max(len(piped), 1))) as run:
+        results = [*tqdm(run(one, piped), "pipes", len(piped), unit="shard", disable=not piped)]
+    failed = [result for result in results if result is not None]
+    _write_manifest(output, _report(files))
     for failure in failed:
         print(printable(f"failed: {failure}"), file=sys.stderr)
     return 1 if failed else 0
@@ -88,26 +107,39 @@ def _file_name(shard: str) -> str:
     return index_file_name(shard, status.st_size, status.st_mtime_ns)
 
 
-def _index_pipes(shards: list[tuple[str, Path]], pipes: PipeCache, jobs: int, renew: bool) -> list[str]:
-    """Returns the failures, each with its reason."""
-
-    def index(job: tuple[str, Path]) -> str | None:
-        shard, file = job
-        if renew:
-            pipes.path(shard).unlink(missing_ok=True)
-        try:
-            index_tar(pipes.open(shard)).save(file)
-        except PipeFailed as error:
-            return f"{shard}: {error}"
-        return None
-
-    with ThreadPoolExecutor(jobs) as pool:
-        results = list(tqdm(pool.map(index, shards), "pipes", len(shards), unit="shard", disable=not shards))
-    return [result for result in results if result is not None]
+def _has_checksum(file: Path) -> bool:
+    index = ShardIndex.load(file)
+    return index is not None and index.sha256 is not None
 
 
-def _report(files: dict[str, Path]) -> None:
-    samples = 0
+def _index_pipe(pipes: PipeCache, renew: bool, checksum: bool, job: tuple[str, Path]) -> str | None:
+    """Returns what failed, with its reason."""
+    shard, file = job
+    if renew:
+        pipes.path(shard).unlink(missing_ok=True)
+    try:
+        index_tar(pipes.open(shard), checksum=checksum).save(file)
+    except PipeFailed as error:
+        return f"{shard}: {error}"
+    return None
+
+
+def _write_manifest(folder: Path, shards: Sequence[dict[str, Any]]) -> None:
+    """Of the shards of this and of earlier commands whose indexes lie in the folder."""
+    path, earlier = folder / MANIFEST, []
+    with suppress(OSError, ValueError, KeyError, TypeError):  # none, or a damaged one
+        earlier = [one for one in json.loads(path.read_bytes())["shards"] if (folder / one["index"]).exists()]
+    found = {one["shard"]: one for one in [*earlier, *shards]}
+    write_json(
+        path,
+        {name: sum(one[name] for one in found.values()) for name in ("samples", "bytes")}
+        | {"shards": [*found.values()]},
+    )
+
+
+def _report(files: dict[str, Path]) -> list[dict[str, Any]]:
+    """Print what was found. Returns, for each shard that is indexed, what the manifest says of it."""
+    samples, described = 0, []
     left_out: Counter[str] = Counter()
     unused: Counter[str] = Counter()
     examples: dict[str, str] = {}
@@ -116,6 +148,9 @@ def _report(files: dict[str, Path]) -> None:
         if index is None:
             continue
         samples += len(index.rows)
+        about = {"shard": shard, "index": file.name, "samples": len(index.rows), "bytes": index.size_bytes}
+        about |= {name: getattr(index, name) for name in ("sha256", "broken", "unused", "examples")}
+        described.append(about | {"left_out": index.faults})
         left_out.update(index.faults)
         unused.update(index.unused)
         for cause, keys in index.examples.items():
@@ -132,6 +167,7 @@ def _report(files: dict[str, Path]) -> None:
         print(LAYOUT)
     if read:
         print(f"{read} {REPEATED_KEY}, which are read all the same (first {examples[REPEATED_KEY]})")
+    return described
 
 
 if __name__ == "__main__":

@@ -12,40 +12,32 @@ captions; every other column goes into KEY.json:
 
 Images of other kinds that Pillow reads (GIF, AVIF, BMP, TIFF, …) are stored as PNG, of an animation its first frame.
 What no run could use, and every file that is passed over, is counted and named. The shards are read with --data.train
-'shards/*.tar'.
+'shards/*.tar'; shards/manifest.json has their samples, bytes and SHA-256, and what was left out, by cause.
+
+All cores work (--workers), and the shards are the same whatever their number. The same command resumes a packing that
+was interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import io
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
-from PIL import Image
 from tqdm import tqdm
 
 from modstruct import stopping
 from modstruct.cli import run_tool
-from modstruct.config import DataConfig
-from modstruct.data.faults import BadSample
+from modstruct.data.shards.index import cores
 from modstruct.data.shards.members import Tally
-from modstruct.data.shards.writer import AtomicShardWriter
-from modstruct.data.transforms.decoding import FORMATS, decode_image
+from modstruct.data.shards.packing import EXTENSIONS, MANIFEST, Entry, image_endings, pack_shards, write_manifest
 from modstruct.distributed.run_lock import held
 from modstruct.errors import printable
 from modstruct.files import parse_json, require_writable
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
-# Of others than FORMATS, those that Pillow reads by itself: no EPS, which runs Ghostscript, and no films.
-CONVERTED = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG2000", "PCX", "PPM", "QOI", "SGI", "TGA", "TIFF")
-Entry = tuple[Path, str | None, dict]
-"""Image, caption or None, metadata."""
 NAMED = 10  # bad samples, while packing
-EXTRA_CELLS = None  # csv's key of the cells beyond the header
 
 
 def pack() -> int:
@@ -60,45 +52,51 @@ def pack() -> int:
         action="store_true",
         help="rows of one image become one sample with several captions, for evaluation; the first is the caption",
     )
+    parser.add_argument("--workers", type=int, default=cores(), help="processes (default: one a core, %(default)s)")
     options = parser.parse_args()
-    if options.samples_per_shard < 1:
-        parser.error(f"--samples_per_shard = {options.samples_per_shard}: at least 1")
+    for option in ("samples_per_shard", "workers"):
+        if getattr(options, option) < 1:
+            parser.error(f"--{option} = {getattr(options, option)}: at least 1")
     passed_over = Tally()
-    try:
+
+    def entries(tally: Tally) -> Iterator[Entry]:
         if options.input.is_dir():
-            found = list(from_folder(options.input, passed_over))
+            found = from_folder(options.input, tally)
         else:
-            found = list(from_table(options.input, options.image_column, options.caption_column))
+            found = from_table(options.input, options.image_column, options.caption_column)
+        return joined(found, tally) if options.join_captions else found
+
+    try:
+        count = sum(1 for _ in entries(passed_over))  # what is wrong with the input is said before the packing
     except (OSError, ValueError, csv.Error) as error:
         parser.error(str(error))
-    if not found:
+    if not count:
         say(passed_over, "passed over")
         parser.error(f"{options.input}: no image ({', '.join(EXTENSIONS)}) in it")
-    if options.join_captions:
-        found = joined(found, passed_over)
     try:
         require_writable("--output", options.output)
+        with held(options.output, "--output"), stopping.stage("the same command resumes the packing"):
+            return _pack(entries(Tally()), count, options, passed_over)
     except ValueError as error:
         parser.error(str(error))
-    if any(options.output.glob("*.tar")):
-        parser.error(f"--output = {options.output}: holds shards already; choose another folder")
 
-    left_out, changed = Tally(), Tally()
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(held(options.output, "--output"))
-        except ValueError as error:
-            parser.error(str(error))
-        shards = stack.enter_context(AtomicShardWriter(options.output, options.samples_per_shard, changed))
-        for image, caption, metadata in tqdm(found, "packing", unit="sample"):
-            try:
-                shards.write(*checked(image, caption, metadata, changed))
-            except BadSample as error:
-                left_out.add(error.cause, error.where)
-                if left_out.counts.total() <= NAMED:
-                    tqdm.write(printable(f"left out: {error}"), file=sys.stderr)
-    packed = len(found) - left_out.counts.total()
-    print(f"{packed} samples in {options.output}")
+
+def _pack(entries: Iterator[Entry], count: int, options: argparse.Namespace, passed_over: Tally) -> int:
+    workers = min(options.workers, -(-count // options.samples_per_shard))
+    reports, changed, left_out = [], Tally(), Tally()
+    with tqdm(desc="packing", total=count, unit="sample") as bar:
+        for report in pack_shards(entries, options.output, options.samples_per_shard, workers):
+            before = left_out.counts.total()
+            for tally, found in ((changed, report["changed"]), (left_out, report["left_out"])):
+                tally.merge(**found)
+            named = [f"{cause}: {where}" for cause, found in report["left_out"]["examples"].items() for where in found]
+            for text in named[: max(0, NAMED - before)]:
+                tqdm.write(printable(f"left out: {text}"), file=sys.stderr)
+            bar.update(report["samples"] + sum(report["left_out"]["counts"].values()))
+            reports.append(report)
+    packed = sum(report["samples"] for report in reports)
+    write_manifest(options.output, reports, passed_over)
+    print(f"{packed} samples in {options.output}{f', described in {MANIFEST}' if packed else ''}")
     say(changed, "changed")
     say(left_out, "left out")
     say(passed_over, "passed over")
@@ -113,10 +111,7 @@ def say(tally: Tally, what: str) -> None:
 
 def from_folder(folder: Path, passed_over: Tally) -> Iterator[Entry]:
     """Each image in the folder, in order of path, with the caption and metadata of its name."""
-    known = {
-        *EXTENSIONS,
-        *(end for end, kind in Image.registered_extensions().items() if kind in (*FORMATS, *CONVERTED)),
-    }
+    known = image_endings()
     images, texts, about = [], {}, {}
     for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
         ending, name = path.suffix.lower(), path.with_suffix("")
@@ -169,7 +164,7 @@ def from_table(table: Path, image_column: str, caption_column: str) -> Iterator[
             yield table.parent / (row[image_column] or ""), row[caption_column], metadata
 
 
-def joined(found: list[Entry], passed_over: Tally) -> list[Entry]:
+def joined(found: Iterator[Entry], passed_over: Tally) -> Iterator[Entry]:
     """One entry an image, with all its captions under "captions" in the metadata of its first row."""
     captions: dict[Path, list[str]] = {}
     first: dict[Path, dict] = {}
@@ -178,49 +173,8 @@ def joined(found: list[Entry], passed_over: Tally) -> list[Entry]:
             passed_over.add("rows without a caption", str(image))
         captions.setdefault(image, []).extend([caption] if caption and caption.strip() else [])
         first.setdefault(image, metadata)
-    return [
-        (image, texts[0] if texts else None, first[image] | {"captions": texts}) for image, texts in captions.items()
-    ]
-
-
-def checked(image: Path, caption: str | None, metadata: dict, changed: Tally) -> tuple[str, bytes, bytes, dict]:
-    """Extension, image, caption and metadata, all of which a run can read. Raises BadSample."""
-    where = str(image)
-    if EXTRA_CELLS in metadata:
-        raise BadSample("a row of more cells than columns: put a caption that holds the separator in quotes", where)
-    if caption is None:
-        raise BadSample("no caption", where)
-    try:
-        text = caption.strip().encode()
-    except UnicodeEncodeError:  # bytes that were no UTF-8
-        raise BadSample("undecodable text", where) from None
-    if not text:
-        raise BadSample("empty caption", where)
-    try:
-        content = image.read_bytes()
-    except OSError as error:
-        raise BadSample("unreadable file", f"{where}: {error.strerror}") from None
-    content, extension = _as_read_by_runs(content, image, changed)
-    own = {"file": where, "caption": text.decode()}
-    for name, value in own.items():
-        if metadata.get(name, value) != value:
-            changed.add(f"metadata field `{name}` replaced", where)
-    return extension, content, text, metadata | own
-
-
-def _as_read_by_runs(content: bytes, image: Path, changed: Tally) -> tuple[bytes, str]:
-    """The image as it is, or as PNG where runs do not read its kind, and its extension. Raises BadSample."""
-    most, where, ending = DataConfig().max_image_pixels, str(image), image.suffix.lower()
-    try:
-        decode_image(content, most, where)
-        return content, (ending if ending in EXTENSIONS else ".jpg").lstrip(".")
-    except BadSample as error:
-        if error.cause != "undecodable image":
-            raise
-    decoded, made = decode_image(content, most, where, CONVERTED), io.BytesIO()
-    decoded.save(made, "PNG")
-    changed.add(f"{ending} stored as PNG", where)
-    return made.getvalue(), "png"
+    for image, texts in captions.items():
+        yield image, texts[0] if texts else None, first[image] | {"captions": texts}
 
 
 if __name__ == "__main__":

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -150,3 +153,41 @@ def test_a_table_that_would_lose_text_says_so(tmp_path, make, capsys):
     (tmp_path / "in" / "a.json").write_text("[]")
     assert make(tmp_path / "in") == 2
     assert "must hold a JSON object, {...}, not a list" in capsys.readouterr().err
+
+
+def test_any_number_of_processes_writes_the_same_shards_and_a_killed_one_is_resumed(tmp_path, make, capsys):
+    source, shards, others = tmp_path / "in", tmp_path / "shards", tmp_path / "others"
+    source.mkdir()
+    for number in range(11):
+        (source / f"{number:02d}.png").write_bytes(b"none" if number == 4 else encoded_image(number))
+        (source / f"{number:02d}.txt").write_text(f"caption {number}")
+    (source / "notes.md").write_text("none")
+    assert make(source, "--samples_per_shard", "3", "--workers", "1") == 0
+    command = [sys.executable, TOOL, source, "--output", others, "--samples_per_shard", "3", "--workers", "2"]
+    subprocess.run(command, check=True, capture_output=True)
+    written = {path.name: path.read_bytes() for path in shards.iterdir()}
+    assert written == {path.name: path.read_bytes() for path in others.iterdir()}
+    manifest = json.loads(written["manifest.json"])
+    assert [shard["samples"] for shard in manifest["shards"]] == [3, 2, 3, 2]
+    assert manifest["samples"] == 10
+    assert manifest["left_out"]["counts"] == {"undecodable image": 1}
+    assert manifest["passed_over"]["examples"] == {"files .md": [str(source / "notes.md")]}
+    for shard in manifest["shards"]:
+        assert hashlib.sha256(written[shard["shard"]]).hexdigest() == shard["sha256"]
+        assert len(written[shard["shard"]]) == shard["bytes"]
+
+    # As it is when the process is killed while it notes that the third shard is whole.
+    lines = [json.dumps(shard).encode() + b"\n" for shard in manifest["shards"]]
+    (shards / "packing.jsonl").write_bytes(b"".join([*lines[:2], lines[2][:20]]))
+    for name in ("manifest.json", "00003.tar"):
+        (shards / name).unlink()
+    (shards / "00003.tar.part").write_bytes(b"half")
+    before = [(shards / f"0000{n}.tar").stat().st_mtime_ns for n in range(3)]
+    assert make(source, "--samples_per_shard", "3") == 0
+    assert {path.name: path.read_bytes() for path in shards.iterdir()} == written
+    after = [(shards / f"0000{n}.tar").stat().st_mtime_ns for n in range(3)]
+    assert after[:2] == before[:2]
+    assert after[2] > before[2]
+    capsys.readouterr()
+    assert make(source, "--samples_per_shard", "4") == 2
+    assert "00000.tar was packed from other entries: the input or --samples_per_shard" in capsys.readouterr().err

@@ -11,9 +11,12 @@ import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import BinaryIO
@@ -78,9 +81,11 @@ class ShardIndex:
     """Up to three keys or members of each cause."""
     broken: str | None = None
     """What is wrong with the shard as a whole; None if it is a complete tar."""
+    sha256: str | None = None
+    """Of the shard's bytes; None where it was not asked for."""
 
     def save(self, path: Path) -> None:
-        report = {name: value for name, value in asdict(self).items() if name != "rows"}
+        report = {name: value for name, value in asdict(self).items() if name != "rows" and value is not None}
         with atomic_write(path) as file:
             encoded = np.frombuffer(json.dumps(report).encode(), dtype=np.uint8)
             np.savez_compressed(file, rows=self.rows, report=encoded)
@@ -112,7 +117,10 @@ class ShardIndex:
         examples = [example for of_cause in self.examples.values() for example in of_cause]
         if not all(type(word) is str for word in (*self.faults, *self.unused, *self.examples, *examples)):
             return False
-        if not isinstance(self.broken, str | None) or (rows["header_blocks"] > rows["image_block"]).any():
+        if (
+            not all(isinstance(text, str | None) for text in (self.broken, self.sha256))
+            or (rows["header_blocks"] > rows["image_block"]).any()
+        ):
             return False
         for kind, most in LARGEST_BYTES.items():
             ends = rows[f"{kind}_block"].astype(np.int64) * BLOCK_BYTES + rows[f"{kind}_bytes"]
@@ -184,11 +192,13 @@ def index_tar(
     kinds: Mapping[str, str] = KINDS,
     text: str = "caption",
     keys: list[str] | None = None,
+    checksum: bool = False,
 ) -> ShardIndex:
     """Index one tar file, given by path or by a file descriptor (which is closed).
 
-    kinds: image, text or metadata, by extension. text: what a text is, in words. keys: takes the key of each row. A
-    damaged tar gives the samples before the damage. Raises OSError if it cannot be read.
+    kinds: image, text or metadata, by extension. text: what a text is, in words. keys: takes the key of each row.
+    checksum: read all of it for its SHA-256. A damaged tar gives the samples before the damage. Raises OSError if it
+    cannot be read.
     """
     collected = _Rows(text, keys)
     groups = MemberGroups(kinds, ("image", "text"), collected.unused)
@@ -205,13 +215,14 @@ def index_tar(
         except _Cut as cut:
             broken = str(cut)
             collected.add_cut(groups.end(), cut.name)
+        file.seek(0)
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest() if checksum else None
     for sample in groups.end():
         collected.add(sample)
     rows = np.array(collected.rows, dtype=ROW)
     faults, unused = collected.faults, collected.unused
-    return ShardIndex(
-        rows, size_bytes, dict(faults.counts), dict(unused.counts), faults.examples | unused.examples, broken
-    )
+    counts, examples = (dict(faults.counts), dict(unused.counts)), faults.examples | unused.examples
+    return ShardIndex(rows, size_bytes, *counts, examples, broken, sha256)
 
 
 def _members(file: BinaryIO, size_bytes: int) -> Iterator[Member]:
@@ -260,33 +271,41 @@ def index_file_name(shard: str, size_bytes: int = -1, modified_ns: int = -1, ver
     return f"{hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()}.npz"
 
 
-def index_shards(shards: Sequence[tuple[str, Path]], progress: bool) -> None:
+def index_shards(
+    shards: Sequence[tuple[str, Path]], progress: bool, workers: int | None = None, checksums: bool = False
+) -> None:
     """Index each (path of a tar, file to save its index in), over several processes when there are many.
 
-    progress: draw a bar if it takes longer than a second. Raises UnreadableShard.
+    progress: draw a bar if it takes longer than a second. workers: processes; None for one a core. checksums: as
+    index_tar has it. Raises UnreadableShard.
     """
     from tqdm import tqdm
 
-    workers = min(os.cpu_count() or 1, 16) if len(shards) >= SHARDS_WORTH_A_POOL else 1
     with (
-        _mapping(workers) as run,
+        mapping(min(workers or cores(), len(shards)) if len(shards) >= SHARDS_WORTH_A_POOL else 1) as run,
         tqdm(desc="indexing shards", total=len(shards), unit="shard", delay=1, disable=not progress) as bar,
     ):
-        for _ in run(_index_one, shards):
+        for _ in run(partial(_index_one, checksums), shards):
             bar.update()
 
 
-def _index_one(job: tuple[str, Path]) -> None:
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def _index_one(checksums: bool, job: tuple[str, Path]) -> None:
     shard, path = job
     try:
-        index = index_tar(shard)
+        index = index_tar(shard, checksum=checksums)
     except OSError as error:
         raise UnreadableShard(shard, error.strerror or str(error)) from None
     index.save(path)
 
 
 @contextmanager
-def _mapping(workers: int) -> Iterator[Callable]:
+def mapping(workers: int) -> Iterator[Callable]:
+    """As `map`, in order, over so many processes; no more than a few jobs and results are held at a time."""
     if workers == 1:
         yield map
         return
@@ -295,9 +314,15 @@ def _mapping(workers: int) -> Iterator[Callable]:
     # spawn: a fork hangs in a process that has used torch or OpenMP
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=stopping.outlive_signals)
 
-    def run(function: Callable, jobs: Sequence) -> Iterator:
-        with stopping.children_inherit_block():  # they start here
-            return pool.map(function, jobs)
+    def run(function: Callable, jobs: Iterable) -> Iterator:
+        ahead: deque[Future] = deque()
+        for job in jobs:
+            with stopping.children_inherit_block():  # they start here
+                ahead.append(pool.submit(function, job))
+            if len(ahead) > 2 * workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
     try:
         yield run

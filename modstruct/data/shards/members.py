@@ -8,7 +8,7 @@ A key ends at the first dot of a member's base name, as in webdataset, so 000.se
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from modstruct.data.faults import NAMED
@@ -36,6 +36,17 @@ class Tally:
         examples = self.examples.setdefault(cause, [])
         if len(examples) < NAMED:
             examples.append(printable(name))
+
+    def merge(self, counts: Mapping[str, int], examples: Mapping[str, Sequence[str]]) -> None:
+        """Add what another tally, of the same or of another process, has counted."""
+        for cause, count in counts.items():
+            self.counts[cause] += count
+            named = self.examples.setdefault(cause, [])
+            named += examples.get(cause, [])[: NAMED - len(named)]
+
+    def described(self) -> dict[str, dict]:
+        """As JSON."""
+        return {"counts": dict(self.counts), "examples": self.examples}
 
 
 @dataclass

@@ -20,18 +20,19 @@ from modstruct.files import require_writable
 class AtomicShardWriter:
     """Numbered shards in a folder, equal byte by byte for equal samples; each gets its final name when it is complete.
 
-    changed: counts the metadata that had another `key`, which is replaced.
+    changed: counts the metadata that had another `key`, which is replaced. first_shard: number of the first shard.
     """
 
-    def __init__(self, folder: Path, samples_per_shard: int, changed: Tally):
+    def __init__(self, folder: Path, samples_per_shard: int, changed: Tally, first_shard: int = 0):
         self._changed = changed
         self._samples_per_shard = samples_per_shard
-        self._count = 0
+        self._count = self._first = first_shard * samples_per_shard
         self._file: BinaryIO
         self._writer = webdataset.ShardWriter(
             str(folder / "%05d.tar"),
             maxcount=samples_per_shard,
             maxsize=float("inf"),
+            start_shard=first_shard,
             opener=self._open,
             post=self._finish,
             verbose=0,
@@ -45,7 +46,7 @@ class AtomicShardWriter:
     def __exit__(self, kind, error, trace) -> None:
         if kind is None:
             self._writer.close()
-            if self._count == 0:
+            if self._count == self._first:
                 os.unlink(self._file.name.removesuffix(".part"))  # the writer opens a first shard at once
 
     def write(self, extension: str, image: bytes, text: bytes, metadata: dict) -> None:

@@ -195,7 +195,7 @@ def test_a_saved_index_comes_back_and_a_damaged_one_does_not(tmp_path):
 def test_an_index_is_made_once_and_anew_when_its_shard_changes(tmp_path, monkeypatch):
     indexed = []
 
-    def counting(path):
+    def counting(path, **options):
         indexed.append(os.path.basename(path))
         return index_tar(path)
 

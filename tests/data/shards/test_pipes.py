@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import runpy
 import select
@@ -119,7 +121,9 @@ def index(monkeypatch, tmp_path):
     """Runs the tool; returns its exit status."""
 
     def run(pattern: str, *options: str) -> int:
-        monkeypatch.setattr(sys, "argv", [str(TOOL), pattern, "--cache", str(tmp_path / "cache"), *options])
+        monkeypatch.setattr(
+            sys, "argv", [str(TOOL), pattern, "--cache", str(tmp_path / "cache"), "--jobs", "1", *options]
+        )
         with pytest.raises(SystemExit) as end:
             runpy.run_path(str(TOOL), run_name="__main__")
         return end.value.code
@@ -139,6 +143,13 @@ def test_pipes_are_indexed_by_the_tool_and_read_like_files(tmp_path, index, caps
         open_samples([source], data, "data.train")
     assert index(pattern, "--output", str(tmp_path / "made")) == 0
     assert capsys.readouterr().out == "5 samples in 2 shards\n"
+    write_shards(tmp_path / "local", [4])
+    index(str(tmp_path / "local" / "*.tar"), "--output", str(tmp_path / "made"), "--checksums")
+    manifest = json.loads((tmp_path / "made" / "manifest.json").read_bytes())
+    assert manifest["samples"] == 9
+    assert [one["samples"] for one in manifest["shards"]] == [3, 2, 4]
+    digest = hashlib.sha256((tmp_path / "local" / "shard-000.tar").read_bytes()).hexdigest()
+    assert [one["sha256"] for one in manifest["shards"]] == [None, None, digest]
 
     data = config(tmp_path / "elsewhere", allow_pipe=True)  # another host, whose cache is empty
     samples = open_samples([source], data, "data.train")
