@@ -23,7 +23,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 WRITTEN = ROOT / "tests" / "checkpoints" / "written_by_0.1.0"
 RUNS = {"two_tower": ["scenes", "emoji", "clip_inmodal"], "fusion": ["albef_scenes", "text_assignment"]}
 RUNS |= {"snli_ve": ["vqa", "snli_ve"]}
-TOOLS = ("make_shards", "index_shards", "train_tokenizer")
+TOOLS = ("make_shards", "index_shards", "inspect_shards", "train_tokenizer")
 
 
 def commands(page: Path) -> list[list[str]]:

@@ -181,6 +181,11 @@ def _data_uri(path: Path) -> str:
             image = opened.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         refuse_file(path, f"not an image that can be read ({error})")
+    return data_uri(image)
+
+
+def data_uri(image: Image.Image) -> str:
+    """An image, made small itself, as a page holds it."""
     image.thumbnail((SIDE_PIXELS, SIDE_PIXELS))
     data = io.BytesIO()
     image.save(data, "JPEG", quality=82, optimize=True)

@@ -105,14 +105,8 @@ def html_page(
 
     drawn: plots by section, and "planes".
     """
-    style = (HERE / "page.css").read_text(encoding="utf-8")
-    sha256 = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"shown": shown, "words": lambda words: shlex.join(map(str, words)), "weights": _weights}
-    environment.tests |= {"long": lambda group: len(group.rows) > LONG_GROUP}
-    page = environment.get_template("page.html").render(
+    return rendered(
+        "page.html",
         runs=runs,
         sections=sections,
         drawn=drawn,
@@ -125,10 +119,21 @@ def html_page(
         texts=texts,
         tip=lambda row, i: _tip(row, i, runs),
         units={"share": "%", "nats": "nats"},
-        style=Markup(style),
-        policy=f"default-src 'none'; img-src data:; style-src 'sha256-{sha256}'; base-uri 'none'; form-action 'none'",
         alpha=ALPHA,
     )
+
+
+def rendered(template: str, **values: Any) -> str:
+    """A page of a template beside this file, in the style of all: every text is escaped, nothing else is asked for."""
+    style = (HERE / "page.css").read_text(encoding="utf-8")
+    sha256 = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"shown": shown, "words": lambda words: shlex.join(map(str, words)), "weights": _weights}
+    environment.tests |= {"long": lambda group: len(group.rows) > LONG_GROUP}
+    policy = f"default-src 'none'; img-src data:; style-src 'sha256-{sha256}'; base-uri 'none'; form-action 'none'"
+    page = environment.get_template(template).render(values | {"style": Markup(style), "policy": policy})
     return CONTROL.sub("\ufffd", page)
 
 

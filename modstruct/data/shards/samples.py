@@ -144,22 +144,12 @@ def _judge_sources(samples: Samples, patterns: Sequence[str], max_bad_share: flo
         first, stop = samples.source_starts[number : number + 2].tolist()
         usable = int(samples.shard_starts[stop] - samples.shard_starts[first])
         faults = samples.faults[number]
-        named = {cause: ", ".join(of_cause) for cause, of_cause in faults.examples.items()}
-        left_out, unused = Counter(faults.left_out), Counter(faults.unused)
-        found = [f"{count} samples left out: {cause} (first {named[cause]})" for cause, count in left_out.items()]
-        repeated = unused.pop(REPEATED_KEY, 0)
-        ignored = [f"{count} {cause} (first {named[cause]})" for cause, count in unused.most_common()]
-        if ignored:
-            found.append(f"not used: {'; '.join(ignored)}; {LAYOUT}")
-        if repeated:
-            found.append(f"{repeated} {REPEATED_KEY}, which are read all the same (first {named[REPEATED_KEY]})")
-        found += faults.broken
-        if faults.broken_shards > len(faults.broken):
-            found.append(f"{faults.broken_shards - len(faults.broken)} more bad shards")
+        found, left_out = describe_faults(faults), sum(faults.left_out.values())
         if usable == 0:
-            refuse(field, pattern, "; ".join(["holds no usable sample", *found, *([] if ignored else [LAYOUT])]))
+            layout = [] if any(LAYOUT in text for text in found) else [LAYOUT]
+            refuse(field, pattern, "; ".join(["holds no usable sample", *found, *layout]))
         # A shard without any sample hides an unknown number of them, so the fraction of such shards counts as well.
-        bad_share = max(left_out.total() / (usable + left_out.total()), faults.empty_shards / (stop - first))
+        bad_share = max(left_out / (usable + left_out), faults.empty_shards / (stop - first))
         if bad_share > max_bad_share:
             remedy = "repair the shards or raise the share"
             share = f"{bad_share:.1%} of {field} = {pattern!r} cannot be used"
@@ -170,6 +160,23 @@ def _judge_sources(samples: Samples, patterns: Sequence[str], max_bad_share: flo
     if say and samples.named_twice:
         twice = samples.named_twice
         log.warning("%s: %d shards are named more than once (first %s)", field, len(twice), twice[0])
+
+
+def describe_faults(faults: SourceFaults) -> list[str]:
+    """What indexing found in a source, a line each."""
+    named = {cause: ", ".join(of_cause) for cause, of_cause in faults.examples.items()}
+    found = [f"{count} samples left out: {cause} (first {named[cause]})" for cause, count in faults.left_out.items()]
+    unused = Counter(faults.unused)
+    repeated = unused.pop(REPEATED_KEY, 0)
+    ignored = [f"{count} {cause} (first {named[cause]})" for cause, count in unused.most_common()]
+    if ignored:
+        found.append(f"not used: {'; '.join(ignored)}; {LAYOUT}")
+    if repeated:
+        found.append(f"{repeated} {REPEATED_KEY}, which are read all the same (first {named[REPEATED_KEY]})")
+    found += faults.broken
+    if faults.broken_shards > len(faults.broken):
+        found.append(f"{faults.broken_shards - len(faults.broken)} more bad shards")
+    return found
 
 
 def _decide_captions(samples: Samples, sources: Sequence[Source], config: DataConfig, field: str, say: bool) -> None:

@@ -1,0 +1,111 @@
+#!/usr/bin/env python
+"""Look at tar shards: sizes, lengths of captions, duplicates, what no run could use, and sample pairs on a page.
+
+    python tools/inspect_shards.py 'shards/*.tar' --out inspection
+
+Every sample is read and decoded as a run would, on all cores. Into inspection.html go the pairs and all that is
+printed, into inspection.json the numbers. Duplicates are images, and captions, of the same bytes; tools/find_leakage.py
+finds near duplicates between two sources.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from modstruct import stopping
+from modstruct.cli import run_tool
+from modstruct.config import DataConfig, Source
+from modstruct.data.shards.evaluation_samples import spaced
+from modstruct.data.shards.index import cores
+from modstruct.data.shards.inspection import PERCENTILES, Inspection, inspect
+from modstruct.data.shards.reader import ShardReader
+from modstruct.data.shards.samples import describe_faults, open_samples
+from modstruct.errors import printable
+from modstruct.files import atomic_write, require_writable
+from modstruct.reporting.shard_page import shard_page
+
+
+def main() -> int:
+    data = DataConfig()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shards", nargs="+", help="path, glob or brace pattern, or pipe:COMMAND, in quotes")
+    parser.add_argument(
+        "--out", type=Path, default=Path("inspection"), help="OUT.html, OUT.json (default: %(default)s)"
+    )
+    parser.add_argument("--examples", type=int, default=96, help="pairs on the page (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=cores(), help="processes (default: one a core, %(default)s)")
+    parser.add_argument("--cache", default=data.cache, help="as data.cache of the recipe (default: %(default)s)")
+    parser.add_argument("--max_image_pixels", type=int, default=data.max_image_pixels, help="default: %(default)s")
+    parser.add_argument("--allow_pipe", action="store_true", help="permit pipe: sources, which run a shell command")
+    options = parser.parse_args()
+    for option in ("workers", "max_image_pixels"):
+        if getattr(options, option) < 1:
+            parser.error(f"--{option} = {getattr(options, option)}: at least 1")
+    logging.basicConfig(format="%(message)s", level=logging.ERROR)  # what is left out is printed at the end
+    stem = options.out.with_suffix("") if options.out.suffix == ".html" else options.out
+    config = DataConfig(
+        cache=options.cache,
+        allow_pipe=options.allow_pipe,
+        max_bad_share=1.0,
+        max_image_pixels=options.max_image_pixels,
+    )
+    try:
+        require_writable("--out", stem.parent)
+        samples = open_samples([Source(pattern) for pattern in options.shards], config, "shards", progress=True)
+    except ValueError as error:
+        parser.error(str(error))
+    reader = ShardReader(samples, config)
+    with tqdm(desc="inspecting", total=len(samples), unit="sample") as bar:
+        found = inspect(reader, config.max_image_pixels, options.workers, bar.update)
+
+    summary = [
+        f"{found.samples:,} samples in {len(samples.shards):,} shards",
+        f"{samples.size_bytes.sum() / 2**30:,.3f} GiB",
+        f"{np.diff(samples.shard_starts).min():,} to {np.diff(samples.shard_starts).max():,} samples a shard",
+    ]
+    findings = [text for faults in samples.faults for text in describe_faults(faults)]
+    for cause, count in found.left_out.counts.most_common():
+        findings.append(f"{count} samples left out: {cause} (first {', '.join(found.left_out.examples[cause])})")
+    described = _described(found) | {"shards": options.shards, "bytes": int(samples.size_bytes.sum())}
+    described |= {"indexing": [asdict(faults) for faults in samples.faults]}
+    page = shard_page(options.shards, summary, findings, found, reader, config, [*spaced(samples, options.examples)])
+    for ending, text in ((".json", json.dumps(described, indent=1) + "\n"), (".html", page)):
+        with atomic_write(stem.with_name(stem.name + ending)) as file:
+            file.write(text.encode("utf-8", errors="replace"))
+    _print(summary, findings, found)
+    print(f"written to {stem}.html and {stem}.json")
+    return 0
+
+
+def _described(found: Inspection) -> dict:
+    return {
+        "samples": found.samples,
+        "left_out": found.left_out.described(),
+        "percentiles": {name: dict(zip(PERCENTILES, found.percentiles(name), strict=True)) for name in found.numbers},
+        "repeated": {kind: asdict(repeated) for kind, repeated in found.repeated.items()},
+    }
+
+
+def _print(summary: list[str], findings: list[str], found: Inspection) -> None:
+    print(", ".join(summary))
+    if found.numbers:
+        print(f"{'percentile':22}{''.join(f'{share:>9}' for share in PERCENTILES)}")
+    for name in found.numbers:
+        print(f"{name:22}{''.join(f'{value:>9,}' for value in found.percentiles(name))}")
+    for kind, repeated in found.repeated.items():
+        print(f"{repeated.samples:,} samples repeat the {kind} of an earlier one ({repeated.groups:,} groups)")
+    for text in findings:
+        print(printable(text))
+
+
+if __name__ == "__main__":
+    stopping.listen()
+    sys.exit(run_tool(main))
