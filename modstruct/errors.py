@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import sys
 from typing import NoReturn
 from unicodedata import category
@@ -14,7 +15,7 @@ def refuse(field_name: str, value: object, remedy: str) -> NoReturn:
 
     remedy: what would be right, or what to do.
     """
-    raise ValueError(f"{field_name} = {value!r}: {remedy}")
+    raise ValueError(without_credentials(f"{field_name} = {value!r}: {remedy}"))
 
 
 def require(condition: bool, field_name: str, value: object, remedy: str) -> None:
@@ -23,13 +24,29 @@ def require(condition: bool, field_name: str, value: object, remedy: str) -> Non
         refuse(field_name, value, remedy)
 
 
+_ADDRESS = re.compile(r"""(\w[\w+.-]*://)([^\s/@]*@)?([^\s?'"]*)(\?[^\s'"]+)?""")
+"""Scheme, user and password, place, query."""
+
+
+def without_credentials(text: str) -> str:
+    """Text whose addresses have no password and no query, which may hold a signature or a token."""
+
+    def shown(found: re.Match[str]) -> str:
+        scheme, user, place, query = found.groups("")
+        secret = ":" in user or scheme.startswith("http")  # abfs://CONTAINER@ACCOUNT has none
+        return scheme + ("" if secret else user) + place + ("?…" if query else "")
+
+    return _ADDRESS.sub(shown, text) if "://" in text else text
+
+
 _SHOWN = "\n\t\u200c\u200d"
 """Of what is no printable character: what lines and columns are made of, and joiners within words and emoji."""
 
 
 def printable(text: str) -> str:
     """Text as a terminal may show it: control characters, which could command it, and such that reorder a line are
-    escaped. Names and texts of others are in most of what is said."""
+    escaped, and addresses have no credentials. Names and texts of others are in most of what is said."""
+    text = without_credentials(text)
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c in _SHOWN or category(c) == "Zs" else repr(c)[1:-1] for c in text)

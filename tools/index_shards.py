@@ -1,8 +1,9 @@
 #!/usr/bin/env python
 """Index tar shards: where the members of each sample lie.
 
-A run indexes local shards by itself at its first start. `pipe:` shards must be indexed here first, which takes one pass
-over all of them; a source then names the folder:
+A run indexes local shards and those at addresses (s3://…, gs://…, https://…) by itself at its first start. An index of
+the latter takes a pass over all of them: --beside puts SHARD.npz beside each, where other hosts find it. `pipe:` shards
+must be indexed here first; a source then names the folder:
 
     python tools/index_shards.py 'pipe:aws s3 cp s3://bucket/{00000..00331}.tar -' --output /data/cc3m-index
 
@@ -20,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -43,19 +43,21 @@ from modstruct.data.shards.index import (
     index_shards,
     index_tar,
     mapping,
+    name_beside,
 )
 from modstruct.data.shards.members import LAYOUT
+from modstruct.data.shards.objects import ObjectFailed, is_object, write_object
 from modstruct.data.shards.packing import MANIFEST
 from modstruct.data.shards.pipes import PipeCache, PipeFailed, pipe_cache
-from modstruct.data.shards.sources import expand_pattern, is_pipe
-from modstruct.errors import printable
+from modstruct.data.shards.sources import expand_pattern, is_pipe, shard_states
+from modstruct.errors import printable, refuse, without_credentials
 from modstruct.files import require_writable, write_json
 
 
 def index() -> int:
     defaults = DataConfig()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shards", nargs="+", help="path, glob or brace pattern, or pipe:COMMAND, in quotes")
+    parser.add_argument("shards", nargs="+", help="path, glob, brace pattern, address, or pipe:COMMAND, in quotes")
     parser.add_argument("--output", type=Path, help="folder for the indexes (default: CACHE/indexes, where runs look)")
     parser.add_argument("--cache", default=defaults.cache, help="as data.cache of the recipe (default: %(default)s)")
     parser.add_argument(
@@ -68,14 +70,15 @@ def index() -> int:
     parser.add_argument("--workers", type=int, default=cores(), help="processes (default: one a core, %(default)s)")
     parser.add_argument("--checksums", action="store_true", help="read shards whole, for their SHA-256")
     parser.add_argument("--renew", action="store_true", help="index pipes again, whose content has changed")
+    parser.add_argument("--beside", action="store_true", help="write SHARD.npz beside each shard at an address, too")
     options = parser.parse_args()
     output = options.output or Path(options.cache).expanduser() / "indexes"
     pipes = pipe_cache(DataConfig(cache=options.cache, pipe_cache_gib=options.pipe_cache_gib))
     try:
         names = [name for pattern in options.shards for name in expand_pattern(pattern, True, "shards")]
+        files = _files(names, output)
     except ValueError as error:
         parser.error(str(error))
-    files = {name: output / _file_name(name) for name in names}
     missing = [
         (name, file)
         for name, file in files.items()
@@ -85,10 +88,12 @@ def index() -> int:
     try:
         if missing:
             require_writable("--output" if options.output else "--cache", output)
-        local = [(name, file) for name, file in missing if not is_pipe(name)]
-        index_shards(local, progress=True, workers=options.workers, checksums=options.checksums)
-    except (UnreadableShard, ValueError) as error:
-        parser.error(str(error))
+        unpiped = [(name, file) for name, file in missing if not is_pipe(name)]
+        index_shards(unpiped, progress=True, workers=options.workers, checksums=options.checksums)
+        for name in filter(is_object, files if options.beside else ()):
+            write_object(name_beside(name), files[name].read_bytes())
+    except (UnreadableShard, ValueError, ObjectFailed) as error:
+        parser.error(printable(str(error)))
     piped = [(name, file) for name, file in missing if is_pipe(name)]
     one = partial(_index_pipe, pipes, options.renew, options.checksums)
     with mapping(min(options.jobs, max(len(piped), 1))) as run:
@@ -100,11 +105,14 @@ def index() -> int:
     return 1 if failed else 0
 
 
-def _file_name(shard: str) -> str:
-    if is_pipe(shard):
-        return index_file_name(shard)
-    status = os.stat(shard)
-    return index_file_name(shard, status.st_size, status.st_mtime_ns)
+def _files(shards: list[str], folder: Path) -> dict[str, Path]:
+    """File of each shard's index. Raises ValueError for a shard that is not there."""
+    files = {}
+    for shard, state in zip(shards, shard_states(shards), strict=True):
+        if isinstance(state, OSError):
+            refuse("shards", shard, str(state))
+        files[shard] = folder / index_file_name(shard, *state)
+    return files
 
 
 def _has_checksum(file: Path) -> bool:
@@ -148,7 +156,8 @@ def _report(files: dict[str, Path]) -> list[dict[str, Any]]:
         if index is None:
             continue
         samples += len(index.rows)
-        about = {"shard": shard, "index": file.name, "samples": len(index.rows), "bytes": index.size_bytes}
+        about = {"shard": without_credentials(shard), "index": file.name}
+        about |= {"samples": len(index.rows), "bytes": index.size_bytes}
         about |= {name: getattr(index, name) for name in ("sha256", "broken", "unused", "examples")}
         described.append(about | {"left_out": index.faults})
         left_out.update(index.faults)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 from modstruct.errors import RunError
 
+Asked = TypeVar("Asked")
+Found = TypeVar("Found")
 log = logging.getLogger(__name__)
 
 NAMED = 3
@@ -24,6 +27,14 @@ class BadSample(Exception):
 
     def __str__(self) -> str:
         return f"{self.cause}: {self.where}"
+
+
+def or_bad(read: Callable[[Asked], Found], asked: Asked) -> Found | BadSample:
+    """What `read` finds, or the BadSample that it raises."""
+    try:
+        return read(asked)
+    except BadSample as bad:
+        return bad
 
 
 class TooManyBadSamples(RunError):

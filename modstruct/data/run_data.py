@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
-
-import numpy as np
 
 from modstruct.config import DataConfig, Recipe
 from modstruct.config.data import REWORDED
 from modstruct.data.classification.class_files import load_classes, some_of
 from modstruct.data.classification.labelled_shards import check_labels
-from modstruct.data.faults import BadSample
 from modstruct.data.sentencepiece_training import TRAINING_CAPTIONS
 from modstruct.data.shards.evaluation_samples import EvaluationSamples, train_captions
 from modstruct.data.shards.reader import ShardReader
 from modstruct.data.shards.sample_table import Samples
 from modstruct.data.shards.samples import open_saved_samples
-from modstruct.data.shards.sources import as_sources, is_pipe
-from modstruct.data.shards.texts import LOOKED_AT, texts_of
+from modstruct.data.shards.sources import as_sources
+from modstruct.data.shards.texts import texts_of
 from modstruct.data.synthetic.shards import ScenesPaths, ensure_scenes
 from modstruct.data.tokenizers import Tokenizer, build_tokenizer
 from modstruct.data.transforms.augment import Views
@@ -151,23 +146,19 @@ def _evaluation(field: str, source: str | None, config: DataConfig) -> Evaluatio
 def check_text_field(samples: Samples, recipe: Recipe) -> None:
     """Refuse training sources without the field of KEY.json that augmented captions come from; name a few lacking ones.
 
-    Of each source up to LOOKED_AT samples, evenly spaced, are looked at, of a pipe those of its first shard. Raises
-    ValueError, naming views.text, where more than data.max_bad_share of them have no such text.
+    Raises ValueError, naming views.text, where more than data.max_bad_share of the samples of a source that are looked
+    at have no such text.
     """
     field, reader = recipe.views.text_field, ShardReader(samples, recipe.data)
     if field is None:
         return
-    for source, shards in zip(as_sources(recipe.data.train), pairwise(samples.source_starts), strict=True):
-        last = shards[0] + 1 if is_pipe(samples.shards[shards[0]]) else shards[1]
-        first, stop = samples.shard_starts[[shards[0], last]].tolist()
-        numbers = first + np.arange(min(LOOKED_AT, stop - first)) * (stop - first) // min(LOOKED_AT, stop - first)
+    for source, rows in zip(as_sources(recipe.data.train), samples.source_rows(), strict=True):
+        numbers = rows.looked_at().tolist()
         lacking, others = list[str](), dict[str, None]()
-        for sample in numbers.tolist():
-            with suppress(BadSample):  # counted where it is read with its image
-                metadata = reader.metadata(sample)
-                if not texts_of(metadata, field):
-                    lacking.append(samples.place(sample))
-                    others |= dict.fromkeys(name for name in metadata if texts_of(metadata, name))
+        for sample, metadata in reader.each(reader.metadata, numbers):  # bad ones count where they are read with images
+            if not texts_of(metadata, field):
+                lacking.append(samples.place(sample))
+                others |= dict.fromkeys(name for name in metadata if texts_of(metadata, name))
         looked = f"samples looked at in {source.shards} have no text in {field!r} of KEY.json"
         told = f"{len(lacking)} of {len(numbers)} {looked}"
         if len(lacking) > recipe.data.max_bad_share * len(numbers):

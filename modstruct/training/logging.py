@@ -7,6 +7,7 @@ said once. The next checkpoint, which needs room too, ends the run with a clear 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import platform
 import resource
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from modstruct import __version__, distributed
 from modstruct.config import FinetuneRecipe, Recipe
 from modstruct.config.recipe_files import leaves, recipe_to_dict, recipe_to_yaml
-from modstruct.errors import PrintableFormatter, refuse
+from modstruct.errors import PrintableFormatter, refuse, without_credentials
 from modstruct.evaluation.examples import ProjectedPoints
 from modstruct.files import disk_error
 from modstruct.training.step import StepReport
@@ -198,7 +199,7 @@ def start_wandb(recipe: Recipe | FinetuneRecipe) -> None:
             name=output.name,
             id=hashlib.blake2b(str(output).encode(), digest_size=8).hexdigest(),
             resume="allow",
-            config=recipe_to_dict(recipe),
+            config=json.loads(without_credentials(json.dumps(recipe_to_dict(recipe)))),
             dir=str(output),
             sync_tensorboard=True,
         )
@@ -225,11 +226,11 @@ class Curves:
         """The recipe as text, and, for comparing runs (HPARAMS), what of it differs from the defaults."""
         from torch.utils.tensorboard.summary import hparams
 
-        text = "".join(f"    {line}\n" for line in recipe_to_yaml(recipe).splitlines())
+        text = "".join(f"    {line}\n" for line in without_credentials(recipe_to_yaml(recipe)).splitlines())
         self._try(lambda writer: writer.add_text("recipe", text))
         ours, defaults = (leaves(recipe_to_dict(one)) for one in (recipe, type(recipe)()))
         changed = {
-            name: value if isinstance(value, (bool, int, float)) else str(value)
+            name: value if isinstance(value, (bool, int, float)) else without_credentials(str(value))
             for name, value in ours.items()
             if value != defaults.get(name) and name not in ("output", "schema")
         }

@@ -13,6 +13,7 @@ from modstruct.config import Recipe, ScenesConfig, Source, ViewsConfig
 from modstruct.data import run_data
 from modstruct.data.classification import labelled_shards
 from modstruct.data.classification.class_files import ZeroShotClasses
+from modstruct.data.shards import sample_table
 from modstruct.data.shards.index import index_file_name, index_tar
 from modstruct.data.shards.reader import ShardReader
 from modstruct.data.shards.samples import open_samples
@@ -164,7 +165,7 @@ def test_a_few_samples_without_the_text_are_named(checked, caplog):
 
 
 def test_of_each_source_some_are_looked_at(checked, monkeypatch):
-    monkeypatch.setattr(run_data, "LOOKED_AT", 3)
+    monkeypatch.setattr(sample_table, "LOOKED_AT", 3)
     read = []
     metadata = ShardReader.metadata
     monkeypatch.setattr(ShardReader, "metadata", lambda self, number: read.append(number) or metadata(self, number))

@@ -10,7 +10,7 @@ from numbered_images import LastNumberTokenizer, LookUp, views
 from PIL import Image
 
 from modstruct.config.training import EmbeddingConfig
-from modstruct.data.faults import BadSample
+from modstruct.data.faults import BadSample, or_bad
 from modstruct.data.shards.evaluation_samples import EvaluationSample
 from modstruct.evaluation.embeddings.model import EmbeddingModel
 
@@ -65,6 +65,9 @@ class LabelledNumbers:
         if i in self._broken:
             raise BadSample("undecodable image", f"number {i}")
         return EvaluationSample(Image.new("RGB", (12, 9), (i, 0, 0)), [], {"label": i % 3, "key": f"key {i}"})
+
+    def read(self, numbers):
+        return (or_bad(self.__getitem__, number) for number in numbers)
 
 
 def content(folder: Path) -> dict[str, bytes | dict]:

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -19,7 +19,7 @@ from PIL import Image
 
 from modstruct import distributed
 from modstruct.config import DataConfig
-from modstruct.data.faults import NAMED, BadSample
+from modstruct.data.faults import NAMED, BadSample, or_bad
 from modstruct.data.shards.evaluation_samples import EvaluationSample
 from modstruct.data.shards.members import printable
 from modstruct.data.shards.workers import shared_tensor
@@ -204,6 +204,10 @@ class LabelledImages:
             raise IndexError(f"image {index} of {len(self)} of {self.name}")
         image = self.store.image(index, self.config.max_image_pixels)
         return EvaluationSample(image, [], {"label": int(self.labels[index]), "key": self.store.key(index)})
+
+    def read(self, indices: Sequence[int]) -> Iterator[EvaluationSample | BadSample]:
+        """As EvaluationSamples.read."""
+        return (or_bad(self.__getitem__, index) for index in indices)
 
 
 def read_class_folders(

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -121,16 +120,14 @@ def check_labels(
     unknown, seen, fields = Tally(), set[str](), dict[str, None]()
     for limit in (LABELS_CHECKED, 10 * LABELS_CHECKED)[: 1 + thorough]:
         numbers = list(spaced(samples, limit))
-        for sample in numbers:
-            with suppress(BadSample):  # counted where it is read with its image
-                metadata = reader.metadata(sample)
-                label = classes.label_of(metadata)
-                if label is None:
-                    fields |= dict.fromkeys(list(metadata)[:MOST_FIELDS])
-                elif label in classes.classes:
-                    seen.add(label)
-                else:
-                    unknown.add(repr(metadata[classes.label])[:LONGEST_LABEL], samples.place(sample))
+        for sample, metadata in reader.each(reader.metadata, numbers):  # bad ones count where they are read with images
+            label = classes.label_of(metadata)
+            if label is None:
+                fields |= dict.fromkeys(list(metadata)[:MOST_FIELDS])
+            elif label in classes.classes:
+                seen.add(label)
+            else:
+                unknown.add(repr(metadata[classes.label])[:LONGEST_LABEL], samples.place(sample))
         if seen or unknown.counts or len(numbers) == len(samples):
             break
     if unknown.counts:
@@ -178,7 +175,14 @@ class LabelledSamples(LabelledImages):
 
     def __getitem__(self, index: int) -> EvaluationSample:
         """Raises BadSample, IndexError, and ValueError for a label that is none of the classes."""
-        sample = self._samples[index]
+        return self._named_by_class(self._samples[index])
+
+    def read(self, indices: Sequence[int]) -> Iterator[EvaluationSample | BadSample]:
+        """As EvaluationSamples.read; raises ValueError as __getitem__ does."""
+        for sample in self._samples.read(indices):
+            yield sample if isinstance(sample, BadSample) else self._named_by_class(sample)
+
+    def _named_by_class(self, sample: EvaluationSample) -> EvaluationSample:
         return replace(sample, metadata=self.labelled(sample.metadata, sample.key), key="")
 
     def labelled(self, metadata: dict, key: str) -> dict:

@@ -27,6 +27,7 @@ from modstruct.data.classification.labelled_images import (
 from modstruct.data.classification.labelled_shards import LabelledSamples, read_labelled_shards
 from modstruct.data.classification.published import PAPER_TEMPLATE, published_sets
 from modstruct.data.downstream.published_files import PLAIN_NAME
+from modstruct.data.shards.objects import is_object
 from modstruct.data.shards.sources import expand_pattern
 from modstruct.errors import refuse, require
 
@@ -69,7 +70,8 @@ def load_user_set(path: Path) -> UserSet:
 
 def read_user_set(source: SetFolder, path: Path, described: UserSet) -> LabelledImages:
     """A split of the user's set. path: of the YAML file. Raises ValueError with file and remedy."""
-    images, classes = path.parent / Path(described.images[source.split]).expanduser(), described.classes
+    given, classes = described.images[source.split], described.classes
+    images = path.parent / Path(given).expanduser()
     if images.is_dir():
         folders = source.subfolders(images) if classes is None else list(classes)
         names = published_sets()["folder"].named(folders) if classes is None else list(classes.values())
@@ -77,11 +79,13 @@ def read_user_set(source: SetFolder, path: Path, described: UserSet) -> Labelled
     if classes is None:
         wanted = "give a mapping or a list of them; only a folder of class folders names its own"
         refuse(f"{path}: classes", None, wanted)
+    if is_object(given) and described.label is None:
+        refuse(f"{path}: images", given, "shards with KEY.cls are read from local files; copy them, or give `label`")
     if images.suffix.lower() == ".csv":
         listed = source.table(images, "image", described.label or "label")
         return read_listed(source, images, images.parent, listed, classes)
     if described.label is not None:
         labelled = ZeroShotClasses(described.label, described.templates, classes)
-        return LabelledSamples(source.name, str(images), labelled, source.config)
+        return LabelledSamples(source.name, given if is_object(given) else str(images), labelled, source.config)
     shards = [Path(shard) for shard in expand_pattern(str(images), False, f"{path}: images")]
     return read_labelled_shards(source, shards, list(classes.values()))

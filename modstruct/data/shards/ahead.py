@@ -49,7 +49,7 @@ class ReadAhead:
         # Of each sample: the run that it is read in, its place there, its bytes.
         self._coming: deque[tuple[Results | Future[Results], int, int]] = deque()
         self._held_bytes = 0
-        self._slow_reads = 0  # more than quick ones
+        self._slow_reads = SLOW_READS * int(reader.samples.in_objects.any())  # more than quick ones
         self._due: int | None = None  # the item of the first of them
         self._unread = 0, 0  # item and row, the first that is not among them
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from modstruct.config import DataConfig, Source
-from modstruct.data.faults import BadSample
-from modstruct.data.shards.reader import ShardReader
+from modstruct.data.faults import BadSample, or_bad
+from modstruct.data.shards.ahead import ReadAhead
+from modstruct.data.shards.reader import RawSample, ShardReader
 from modstruct.data.shards.sample_table import Samples
 from modstruct.data.shards.samples import open_samples
 from modstruct.data.shards.workers import WorkerLoader
@@ -111,7 +112,16 @@ class EvaluationSamples:
         """The sample of this number. Raises BadSample if it cannot be used, IndexError beyond the end."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        raw = self._reader.read(index)
+        return self._decoded(self._reader.read(index))
+
+    def read(self, indices: Sequence[int]) -> Iterator[EvaluationSample | BadSample]:
+        """The samples of these numbers, or what is wrong with each; read ahead of their decoding."""
+        room_bytes, numbers = self.config.read_ahead_mib * 2**20, np.asarray(indices)
+        ahead = ReadAhead(self._reader, lambda _: numbers, room_bytes, stride=1, stop=1)
+        for raw in ahead.read(0, len(numbers)):
+            yield raw if isinstance(raw, BadSample) else or_bad(self._decoded, raw)
+
+    def _decoded(self, raw: RawSample) -> EvaluationSample:
         image = decode_image(raw.image, self.config.max_image_pixels, raw.where)
         return EvaluationSample(image, raw.captions, raw.metadata, raw.key, digest_of(raw.image))
 
@@ -124,11 +134,9 @@ class _EvaluationBatches(Dataset):
 
     def __getitem__(self, indices: Sequence[int]) -> EvaluationBatch:
         kept, images, captions, metadata, faults, keys, augmented, digests = [], [], [], [], [], [], [], []
-        for index in indices:
-            try:
-                sample = self.samples[index]
-            except BadSample as bad:
-                faults.append((bad.cause, bad.where))
+        for index, sample in zip(indices, self.samples.read(indices), strict=True):
+            if isinstance(sample, BadSample):
+                faults.append((sample.cause, sample.where))
                 continue
             kept.append(index)
             images.append(self.views.evaluation_image(sample.image))
@@ -180,11 +188,7 @@ def train_captions(samples: Samples, config: DataConfig, limit: int) -> Iterator
     """
     reader, numbers = ShardReader(samples, config), list(spaced(samples, limit))
     of_sample = limit // max(len(numbers), 1)
-    for number in numbers:
-        try:
-            texts = reader.texts(number)
-        except BadSample:
-            continue
+    for number, texts in reader.each(reader.texts, numbers):
         first = number % len(texts)
         yield from (texts[first:] + texts[:first])[:of_sample]
 

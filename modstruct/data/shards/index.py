@@ -8,6 +8,7 @@ and never used as a path.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import zipfile
@@ -25,6 +26,7 @@ import numpy as np
 
 from modstruct import stopping
 from modstruct.data.shards.members import KINDS, MemberGroups, SampleMembers, Tally, may_be_of
+from modstruct.data.shards.objects import ObjectFailed, ObjectFile, is_object, read_range
 from modstruct.data.shards.tar_headers import (
     BLOCK_BYTES,
     LARGEST_HEADER_BYTES,
@@ -33,6 +35,7 @@ from modstruct.data.shards.tar_headers import (
     Member,
     next_member,
 )
+from modstruct.errors import without_credentials
 from modstruct.files import atomic_write
 
 # One row a sample, 28 bytes. Offsets count tar blocks of 512 bytes, so that 4 bytes reach 2 TiB into a shard.
@@ -58,7 +61,7 @@ REPEATED_KEY = "samples with the key of an earlier one"
 NO_FILE = "links and other members that are no plain files"
 
 # With a large buffer, reading headers in order is sequential reading, the fastest on any disk or network.
-BUFFER_BYTES = 1 << 20
+BUFFER_BYTES, OBJECT_BUFFER_BYTES = 1 << 20, 8 << 20
 
 INDEX_VERSION = 2  # 1: without dots in keys, and without what is not used
 # Below this many shards a pool of processes takes longer to start than the indexing itself.
@@ -91,16 +94,17 @@ class ShardIndex:
             np.savez_compressed(file, rows=self.rows, report=encoded)
 
     @staticmethod
-    def load(path: Path) -> ShardIndex | None:
+    def load(source: Path | BinaryIO) -> ShardIndex | None:
         """The saved index; None if there is none, or it is damaged or of another version and must be rebuilt.
 
         The file is not trusted: an index that is returned points only into a shard of size_bytes.
         """
         try:
-            with zipfile.ZipFile(path) as members:
-                if any(member.file_size > LARGEST_INDEX_BYTES for member in members.infolist()):
+            with source.open("rb") if isinstance(source, Path) else source as file:
+                if any(member.file_size > LARGEST_INDEX_BYTES for member in zipfile.ZipFile(file).infolist()):
                     return None
-            with np.load(path, allow_pickle=False) as saved:
+                file.seek(0)
+                saved = np.load(file, allow_pickle=False)
                 index = ShardIndex(rows=saved["rows"], **json.loads(saved["report"].tobytes()))
             if all(type(example) is str for example in index.examples.values()):  # version 1, of a pipe
                 index.examples = {cause: [str(example)] for cause, example in index.examples.items()}
@@ -188,13 +192,13 @@ def _is_oversized(kind: str, member: Member) -> bool:
 
 
 def index_tar(
-    path: str | os.PathLike[str] | int,
+    path: str | os.PathLike[str] | int | ObjectFile,
     kinds: Mapping[str, str] = KINDS,
     text: str = "caption",
     keys: list[str] | None = None,
     checksum: bool = False,
 ) -> ShardIndex:
-    """Index one tar file, given by path or by a file descriptor (which is closed).
+    """Index one tar file, given by path, by a file descriptor or as an object (which are closed).
 
     kinds: image, text or metadata, by extension. text: what a text is, in words. keys: takes the key of each row.
     checksum: read all of it for its SHA-256. A damaged tar gives the samples before the damage. Raises OSError if it
@@ -203,8 +207,8 @@ def index_tar(
     collected = _Rows(text, keys)
     groups = MemberGroups(kinds, ("image", "text"), collected.unused)
     broken = None
-    with open(path, "rb", buffering=BUFFER_BYTES) as file:
-        size_bytes = os.fstat(file.fileno()).st_size
+    with _opened(path) as file:
+        size_bytes = path.size_bytes if isinstance(path, ObjectFile) else os.fstat(file.fileno()).st_size
         try:
             for member in _members(file, size_bytes):
                 if member.ordinary:
@@ -223,6 +227,12 @@ def index_tar(
     faults, unused = collected.faults, collected.unused
     counts, examples = (dict(faults.counts), dict(unused.counts)), faults.examples | unused.examples
     return ShardIndex(rows, size_bytes, *counts, examples, broken, sha256)
+
+
+def _opened(path: str | os.PathLike[str] | int | ObjectFile) -> BinaryIO:
+    if isinstance(path, ObjectFile):
+        return io.BufferedReader(path, OBJECT_BUFFER_BYTES)
+    return open(path, "rb", buffering=BUFFER_BYTES)
 
 
 def _members(file: BinaryIO, size_bytes: int) -> Iterator[Member]:
@@ -266,8 +276,9 @@ class UnreadableShard(OSError):
 
 
 def index_file_name(shard: str, size_bytes: int = -1, modified_ns: int = -1, version: int = INDEX_VERSION) -> str:
-    """Name of a shard's index file; a local shard (given with size and time) that changes gets another name."""
-    identity = json.dumps([version, shard, size_bytes, modified_ns])
+    """Name of a shard's index file; one given with size and time (a local one) or version (an object) that changes gets
+    another name. An address that is signed anew keeps its name."""
+    identity = json.dumps([version, without_credentials(shard), size_bytes, modified_ns])
     return f"{hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()}.npz"
 
 
@@ -297,10 +308,27 @@ def cores() -> int:
 def _index_one(checksums: bool, job: tuple[str, Path]) -> None:
     shard, path = job
     try:
-        index = index_tar(shard, checksum=checksums)
+        file = ObjectFile(shard) if is_object(shard) else None
+        index = None if file is None or checksums else _index_beside(file)
+        index = index or index_tar(file or shard, checksum=checksums)
     except OSError as error:
         raise UnreadableShard(shard, error.strerror or str(error)) from None
     index.save(path)
+
+
+def name_beside(shard: str) -> str:
+    """Where the index of an object may lie, so that none of the hosts that use it reads all of it for that."""
+    address, mark, query = shard.partition("?")
+    return f"{address}.npz{mark}{query}"
+
+
+def _index_beside(shard: ObjectFile) -> ShardIndex | None:
+    try:
+        content = read_range(name_beside(shard.url), 0, LARGEST_INDEX_BYTES).content
+    except ObjectFailed:
+        return None
+    index = ShardIndex.load(io.BytesIO(content))
+    return index if index is not None and index.size_bytes == shard.size_bytes else None
 
 
 @contextmanager

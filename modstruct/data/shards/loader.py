@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from modstruct import distributed
 from modstruct.config import DataConfig
-from modstruct.data.faults import BadSample, TooManyBadSamples
+from modstruct.data.faults import BadSample, TooManyBadSamples, or_bad
 from modstruct.data.shards.ahead import ComingShards, PipesAhead, ReadAhead
 from modstruct.data.shards.grouped_order import GroupedOrder, require_groups
 from modstruct.data.shards.order import Order, SampleOrder
@@ -217,12 +217,6 @@ class LocalBatches(Dataset[TrainBatch]):
         slots = step * self.plan.global_batch + rows
         return slots, *self.order.locate(slots)
 
-    def _read(self, sample: int) -> RawSample | BadSample:
-        try:
-            return self.reader.read(sample)
-        except BadSample as bad:
-            return bad
-
     def _seeds(self, epochs: np.ndarray, samples: np.ndarray) -> list[Seeds]:
         columns = [sample_seed(self.plan.seed, epochs, samples, name).tolist() for name in self.draws]
         return [dict(zip(self.draws, seeds, strict=True)) for seeds in zip(*columns, strict=True)]
@@ -246,7 +240,7 @@ class LocalBatches(Dataset[TrainBatch]):
             except BadSample as bad:
                 batch.faults.append((bad.cause, bad.where))
             epoch, sample = self.order.substitute(slot, attempt)
-            raw, (seeds,) = self._read(sample), self._seeds(np.array([epoch]), np.array([sample]))
+            raw, (seeds,) = or_bad(self.reader.read, sample), self._seeds(np.array([epoch]), np.array([sample]))
         raise TooManyBadSamples(
             f"{SUBSTITUTES + 1} samples in a row cannot be used, the last: {': '.join(batch.faults[-1])}; "
             "repair the shards"

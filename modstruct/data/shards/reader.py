@@ -6,9 +6,10 @@ import io
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TypeVar
 from zlib import adler32
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy as np
 from modstruct.config import DataConfig
 from modstruct.data.faults import BadSample
 from modstruct.data.shards.members import key_of, printable
+from modstruct.data.shards.objects import ObjectFailed, ObjectShard, is_object, several
 from modstruct.data.shards.pipes import PipeFailed, pipe_cache
 from modstruct.data.shards.sample_table import Samples
 from modstruct.data.shards.sources import is_pipe
@@ -28,6 +30,9 @@ OPEN_SHARDS = 256
 LARGEST_GAPS = 16 << 10
 # Of several samples: bytes between two of them, and of the whole, that one read may fetch.
 LARGEST_SKIP, LARGEST_READ = 64 << 10, 4 << 20
+# The first of these in an object store, where bytes are paid for: what lies between two neighbours, a tar header.
+OBJECT_SKIP = 2 << 10
+Found = TypeVar("Found")
 
 
 @dataclass
@@ -97,14 +102,16 @@ class ShardReader:
     def runs(self, samples: np.ndarray) -> list[list[int]]:
         """Which of samples (n,) to read together: places among them, of each run in order of position.
 
-        A run is of one shard, of LARGEST_READ at most, and skips LARGEST_SKIP at most between two samples. Runs come in
-        the order in which the first of their samples is needed.
+        A run is of one shard, of LARGEST_READ at most, and skips LARGEST_SKIP at most between two samples (OBJECT_SKIP
+        in an object store). Runs come in the order in which the first of their samples is needed.
         """
         shards = self.samples.shard_starts.searchsorted(samples, side="right") - 1
         begins, ends, compact = _extents(self.samples.rows[samples])
         places = np.lexsort((begins, shards))
         shards, begins, ends, compact = shards[places], begins[places], ends[places], compact[places]
-        near = (np.diff(shards) == 0) & (begins[1:] - ends[:-1] <= LARGEST_SKIP) & compact[1:] & compact[:-1]
+        sources = self.samples.source_starts.searchsorted(shards[1:], side="right") - 1
+        skip = np.where(self.samples.in_objects[sources], OBJECT_SKIP, LARGEST_SKIP)
+        near = (np.diff(shards) == 0) & (begins[1:] - ends[:-1] <= skip) & compact[1:] & compact[:-1]
         runs: list[list[int]] = []
         joined, starts, limit = [False, *near.tolist()], begins.tolist(), 0
         for place, join, start, end in zip(places.tolist(), joined, starts, ends.tolist(), strict=True):
@@ -122,9 +129,12 @@ class ShardReader:
         size = max(start + length for _, spans in layouts for start, length in spans) - begin
         content = b""
         if len(samples) > 1:
-            with suppress(BadSample, OSError):
-                opened = self._opened(shard, samples[0])  # kept, since another thread may drop it meanwhile
-                content = os.pread(opened.descriptor, size, begin)
+            try:
+                content = self._opened(shard, samples[0]).read(size, begin)
+            except ObjectFailed as failed:  # asking for each alone would bring the same
+                return [BadSample(failed.cause, f"{self._place(shard, sample)}: {failed}") for sample in samples]
+            except (BadSample, OSError):
+                pass
         found: list[RawSample | BadSample] = []
         for sample, (header_bytes, spans) in zip(samples, layouts, strict=True):
             try:
@@ -157,6 +167,25 @@ class ShardReader:
         caption = parse_caption(self._spans(shard, sample, [span])[0], self._place(shard, sample))
         return self._lines(shard, caption) or (caption,)
 
+    def each(self, read: Callable[[int], Found], samples: Sequence[int]) -> Iterator[tuple[int, Found]]:
+        """(sample, read(sample)) of each in order, without the bad ones; from object stores several at once."""
+
+        def tried(sample: int) -> Found | None:
+            with suppress(BadSample):
+                return read(sample)
+            return None
+
+        found = several(tried, samples) if self.samples.in_objects.any() else map(tried, samples)
+        for sample, result in zip(samples, found, strict=True):
+            if result is not None:
+                yield sample, result
+
+    def stored_texts(self, sample: int) -> tuple[bytes, bytes]:
+        """KEY.txt and KEY.json, empty if there is none, as they are stored. Raises BadSample."""
+        _, spans = _layout(self.samples.rows[sample])
+        text, *described = self._spans(self.samples.shard_of(sample), sample, spans[1:])
+        return text, described[0] if described else b""
+
     def _lines(self, shard: int, caption: str) -> tuple[str, ...]:
         return caption_lines(caption) if self.samples.lines_are_captions(shard) else ()
 
@@ -172,23 +201,26 @@ class ShardReader:
     def _spans(self, shard: int, sample: int, spans: Sequence[tuple[int, int]]) -> list[bytes]:
         """Content of spans (start, length) of a shard: members of one sample, mostly adjacent."""
         opened = self._opened(shard, sample)
-        descriptor = opened.descriptor
         begin = min(spans)[0]
         size = max([start + length for start, length in spans]) - begin
         try:
             if size <= sum([length for _, length in spans]) + LARGEST_GAPS:
-                content = os.pread(descriptor, size, begin)
+                content = opened.read(size, begin)
                 found = [content[start - begin : start - begin + length] for start, length in spans]
             else:
-                found = [os.pread(descriptor, length, start) for start, length in spans]
+                found = [opened.read(length, start) for start, length in spans]
+        except ObjectFailed as failed:
+            raise BadSample(failed.cause, f"{self._place(shard, sample)}: {failed}") from None
         except OSError as error:
             raise BadSample("unreadable shard", f"{self._place(shard, sample)}: {error.strerror or error}") from None
         if [len(content) for content in found] != [length for _, length in spans]:
             raise BadSample("truncated shard", self._place(shard, sample))
         return found
 
-    def _opened(self, shard: int, sample: int) -> _OpenShard:
+    def _opened(self, shard: int, sample: int) -> _OpenShard | ObjectShard:
         name, piped = self.samples.shards[shard], is_pipe(self.samples.shards[shard])
+        if is_object(name):
+            return ObjectShard(name, int(self.samples.size_bytes[shard]), int(self.samples.modified_ns[shard]))
         with self._lock:
             opened = self._open.get(shard)
             if opened is not None:
@@ -235,6 +267,9 @@ class _OpenShard:
 
     def __init__(self, descriptor: int):
         self.descriptor = descriptor
+
+    def read(self, size: int, begin: int) -> bytes:
+        return os.pread(self.descriptor, size, begin)
 
     def __del__(self):
         os.close(self.descriptor)

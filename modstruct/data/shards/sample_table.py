@@ -10,12 +10,14 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from modstruct.data.faults import NAMED
 from modstruct.data.shards.index import ROW
+from modstruct.data.shards.objects import is_object
 from modstruct.data.shards.sources import is_pipe
 from modstruct.files import atomic_write
 
@@ -73,6 +75,26 @@ class ShardNames(Sequence[str]):
         return ShardNames(self._encoded, self._ends[first : stop + 1])
 
 
+LOOKED_AT, LOOKED_AT_OBJECTS = 1000, 100
+"""Samples of a source, evenly spaced, by which it is judged; of pipes those of the first shard alone."""
+
+
+@dataclass(frozen=True)
+class SourceRows:
+    """The samples of one source."""
+
+    shards: ShardNames
+    starts: np.ndarray
+    """(shards + 1,) number of the first sample of each, and of the first of the next source."""
+
+    def looked_at(self) -> np.ndarray:
+        """Numbers of the samples by which the source is judged."""
+        first, shard = int(self.starts[0]), self.shards[0]
+        total = int(self.starts[1] if is_pipe(shard) else self.starts[-1]) - first
+        count = min(LOOKED_AT_OBJECTS if is_object(shard) else LOOKED_AT, total)
+        return first + np.arange(count) * total // max(1, count)
+
+
 class Samples:
     """The samples of one or several sources, numbered in order of source, shard and place in the shard.
 
@@ -112,9 +134,11 @@ class Samples:
         self.size_bytes = columns[1, :shards]
         """(shards,) size of each shard when it was indexed."""
         self.modified_ns = columns[2, :shards]
-        """(shards,) time of each shard's last change when it was indexed; -1 for pipes."""
+        """(shards,) time of each shard's last change when it was indexed, or an object's version; -1 for pipes."""
         self.shards = ShardNames(mapped[columns.nbytes :], columns[3])
-        """Path or `pipe:` command of each shard."""
+        """Path, address or `pipe:` command of each shard."""
+        self.in_objects = np.array([is_object(self.shards[first]) for first in self.source_starts[:-1].tolist()])
+        """(sources,) whether the shards of each are objects, as all or none are."""
         self._rows: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -156,6 +180,13 @@ class Samples:
     def shard_sizes(self) -> list[np.ndarray]:
         """For each source, the number of samples in each of its shards."""
         return np.split(np.diff(self.shard_starts), self.source_starts[1:-1])
+
+    def source_rows(self) -> list[SourceRows]:
+        """Of each source."""
+        return [
+            SourceRows(self.shards.part(first, stop), self.shard_starts[first : stop + 1])
+            for first, stop in pairwise(self.source_starts.tolist())
+        ]
 
     def piped(self) -> np.ndarray:
         """(shards,) whether each is a `pipe:`, as all or none of a source are."""

@@ -7,9 +7,8 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +24,10 @@ from modstruct.data.shards.index import (
     index_shards,
 )
 from modstruct.data.shards.members import LAYOUT
-from modstruct.data.shards.pipes import pipe_cache
+from modstruct.data.shards.reader import ShardReader
 from modstruct.data.shards.sample_table import Samples, SourceFaults, renew, write_shards
-from modstruct.data.shards.sources import SourceShards, every_nth, expand_sources, is_pipe
-from modstruct.data.shards.texts import SourceRows, kept_looks
+from modstruct.data.shards.sources import SourceShards, every_nth, expand_sources, is_pipe, shard_states
+from modstruct.data.shards.texts import kept_looks
 from modstruct.distributed import first_has_run
 from modstruct.errors import refuse
 from modstruct.files import atomic_write, locked
@@ -80,9 +79,10 @@ def _table(expanded: Sequence[SourceShards], config: DataConfig, field: str, pro
     cache = Path(config.cache).expanduser() / "indexes"
     identity = hashlib.blake2b(json.dumps([TABLE_VERSION, INDEX_VERSION]).encode(), digest_size=16)
     for source in expanded:
-        checked = every_nth(len(source.shards))
+        nth = every_nth(len(source.shards))
+        checked = iter(_found(source.shards[::nth], source, cache, field))
         for number, name in enumerate(source.shards):
-            known = [name] if number % checked else _Shard(name, source, cache, field).identity
+            known = [name] if number % nth else next(checked).identity
             identity.update(json.dumps(known).encode())
         identity.update(b"/")
     table = cache / "sets" / f"{identity.hexdigest()}.rows"
@@ -90,7 +90,7 @@ def _table(expanded: Sequence[SourceShards], config: DataConfig, field: str, pro
     if not complete.exists():
         with locked(table.with_suffix(".lock")):
             if not complete.exists():
-                shards = [[_Shard(name, source, cache, field) for name in source.shards] for source in expanded]
+                shards = [_found(source.shards, source, cache, field) for source in expanded]
                 _write_table(table, shards, field, progress)
     return table
 
@@ -185,11 +185,13 @@ def _decide_captions(samples: Samples, sources: Sequence[Source], config: DataCo
     What a source looks like is kept beside its table, so that it is decided once. say: write to the log.
     """
     wanted = [config.caption_lines if source.caption_lines is None else source.caption_lines for source in sources]
-    contents = [
-        SourceRows(samples.shards.part(*edges), samples.shard_starts[edges[0] : edges[1] + 1], samples)
-        for edges in pairwise(samples.source_starts.tolist())
-    ]
-    looks = kept_looks(samples.table.with_suffix(".captions"), contents, wanted, pipe_cache(config))
+    reader = ShardReader(samples, config)
+
+    def read(numbers: Sequence[int]) -> Iterator[tuple[bytes, bytes]]:
+        return (texts for _, texts in reader.each(reader.stored_texts, numbers))
+
+    looks = kept_looks(samples.table.with_suffix(".captions"), samples.source_rows(), wanted, read)
+    reader.close()
     for number, (want, found) in enumerate(zip(wanted, looks, strict=True)):
         lines = samples.caption_lines[number] = found.lines_are_captions if want == "auto" else want
         if not say or found.several == 0 or found.several == found.whole:
@@ -208,15 +210,9 @@ def _decide_captions(samples: Samples, sources: Sequence[Source], config: DataCo
 class _Shard:
     """One shard and its index file, which may not exist yet."""
 
-    def __init__(self, name: str, source: SourceShards, cache: Path, field: str):
+    def __init__(self, name: str, state: tuple[int, int], source: SourceShards, cache: Path, field: str):
         self.name = name
-        self.size_bytes = self.modified_ns = -1
-        if not is_pipe(name):
-            try:
-                status = os.stat(name)
-            except FileNotFoundError:  # of so many that expand_sources has not checked it
-                refuse(field, name, "does not exist; correct the pattern")
-            self.size_bytes, self.modified_ns = status.st_size, status.st_mtime_ns
+        self.size_bytes, self.modified_ns = state
         file = index_file_name(name, self.size_bytes, self.modified_ns)
         # The index of a pipe costs a pass over all of it, so one that an older version made still counts.
         files = [file, index_file_name(name, version=1)] if is_pipe(name) else [file]
@@ -227,6 +223,16 @@ class _Shard:
             if not self.index_file.exists():
                 _refuse_pipe(field, name, f"no index of it in {places[0].parent}")
             self.identity.append(self.index_file.stat().st_mtime_ns)
+
+
+def _found(names: Sequence[str], source: SourceShards, cache: Path, field: str) -> list[_Shard]:
+    """Of each shard. Raises ValueError for one that is not there."""
+    found = []
+    for name, state in zip(names, shard_states(names), strict=True):
+        if isinstance(state, OSError):
+            refuse(field, name, str(state))
+        found.append(_Shard(name, state, source, cache, field))
+    return found
 
 
 def _refuse_pipe(field: str, shard: str, trouble: str) -> None:
@@ -285,13 +291,7 @@ def _tables(config: DataConfig, fingerprint: str) -> list[Path]:
 def _stale_shards(samples: Samples) -> np.ndarray:
     """Numbers of the shards whose files changed since they were indexed, or are missing."""
 
-    def intact(shard: int) -> bool:
-        if is_pipe(samples.shards[shard]):
-            return True
-        try:
-            status = os.stat(samples.shards[shard])
-        except OSError:
-            return False
-        return (status.st_size, status.st_mtime_ns) == (samples.size_bytes[shard], samples.modified_ns[shard])
-
-    return np.array([shard for shard in range(len(samples.shards)) if not intact(shard)], dtype=np.int64)
+    states = shard_states(samples.shards)
+    indexed = zip(samples.size_bytes.tolist(), samples.modified_ns.tolist(), strict=True)
+    # What has no time is a pipe.
+    return np.flatnonzero([before[1] != -1 and now != before for now, before in zip(states, indexed, strict=True)])

@@ -1,4 +1,4 @@
-"""Shards of a source: paths, globs, brace patterns and `pipe:` commands, checked before anything is read."""
+"""Shards of a source: paths, globs, brace patterns, addresses and `pipe:` commands, checked before anything is read."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import glob
 import math
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from modstruct.config import DataConfig, Source
+from modstruct.data.shards.objects import expand_object, is_object, object_state, several
 from modstruct.errors import refuse, require
 
 PIPE = "pipe:"
@@ -23,7 +24,7 @@ class SourceShards:
     """A source with its pattern expanded."""
 
     shards: tuple[str, ...]
-    """Absolute paths, or `pipe:` and a shell command, in order."""
+    """Absolute paths, addresses, or `pipe:` and a shell command, in order."""
     weight: float | None
     """Share of the samples drawn, relative to the other sources; None for all sources or none."""
     index: Path | None
@@ -74,8 +75,8 @@ def expand_pattern(pattern: str, allow_pipe: bool, field: str) -> list[str]:
         require(allow_pipe, field, pattern, "pipe: runs a shell command; set data.allow_pipe: true to permit it")
         require(pattern[len(PIPE) :].strip() != "", field, pattern, "give a shell command after pipe:")
         return _braces(pattern, field)
-    if "://" in pattern:
-        refuse(field, pattern, "only local files are opened; use a command (data.allow_pipe): 'pipe:curl -sfL URL'")
+    if is_object(pattern):
+        return expand_object(pattern, _braces(pattern, field), field)
     path = os.path.expanduser(pattern)
     # An existing file whose name has braces or brackets is meant literally.
     literal = os.path.exists(path)
@@ -93,6 +94,25 @@ def expand_pattern(pattern: str, allow_pipe: bool, field: str) -> list[str]:
     for path in checked:
         _check_readable(path, pattern, field)
     return [os.path.abspath(path) for path in found]
+
+
+def shard_states(shards: Sequence[str]) -> Iterator[tuple[int, int] | OSError]:
+    """Size and time of the last change (of an object its version, of a pipe -1 and -1) of each, or why it has none."""
+    return iter(several(_state, shards)) if any(map(is_object, shards)) else map(_state, shards)
+
+
+def _state(shard: str) -> tuple[int, int] | OSError:
+    if is_pipe(shard):
+        return -1, -1
+    try:
+        if is_object(shard):
+            return object_state(shard)
+        status = os.stat(shard)
+    except FileNotFoundError:  # of so many that expand_sources has not checked it
+        return FileNotFoundError("does not exist; correct the pattern")
+    except OSError as error:
+        return error
+    return status.st_size, status.st_mtime_ns
 
 
 def every_nth(shards: int) -> int:

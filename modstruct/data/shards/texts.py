@@ -8,26 +8,18 @@ from __future__ import annotations
 
 import codecs
 import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
-import numpy as np
-
 from modstruct.data.faults import BadSample
-from modstruct.data.shards.pipes import PipeCache, PipeFailed
-from modstruct.data.shards.sample_table import Samples, ShardNames
+from modstruct.data.shards.sample_table import SourceRows
 from modstruct.data.shards.sources import is_pipe
-from modstruct.data.shards.tar_headers import BLOCK_BYTES
 from modstruct.files import RepeatedKey, atomic_write, parse_json
 
 # Levels of KEY.json. Deeper ones would pass the parser, but break the pickling to another process.
 DEEPEST_METADATA = 32
-LOOKED_AT = 1000
-"""Samples of a source, evenly spaced, by which it is judged; of pipes those of the first shard alone."""
 SEVERAL_SHARE = 0.9
 """Fraction of them that must hold several lines."""
 
@@ -95,17 +87,11 @@ class Look:
         return self.whole == 0 and self.several > 0 and self.several >= SEVERAL_SHARE * self.texts
 
 
-@dataclass(frozen=True)
-class SourceRows:
-    """The samples of one source."""
-
-    shards: ShardNames
-    starts: np.ndarray
-    """(shards + 1,) number of the first sample of each, and of the first of the next source."""
-    samples: Samples
+Reading = Callable[[Sequence[int]], Iterable[tuple[bytes, bytes]]]
+"""Content of KEY.txt and of KEY.json, empty if there is none, of samples by number, without those that are bad."""
 
 
-def kept_looks(path: Path, sources: Sequence[SourceRows], wanted: Sequence[bool | str], pipes: PipeCache) -> list[Look]:
+def kept_looks(path: Path, sources: Sequence[SourceRows], wanted: Sequence[bool | str], read: Reading) -> list[Look]:
     """Each source as it looks, kept in a file, so that it is decided once.
 
     wanted: "auto" where it matters. Elsewhere no pipe is fetched for it, and the look is empty, as of a source of which
@@ -115,7 +101,7 @@ def kept_looks(path: Path, sources: Sequence[SourceRows], wanted: Sequence[bool 
     before = list(known)
     for number, (source, want) in enumerate(zip(sources, wanted, strict=True)):
         if known[number] is None and (want == "auto" or not is_pipe(source.shards[0])):
-            found = look(source, pipes)
+            found = look(read(source.looked_at().tolist()))
             known[number] = [found.texts, found.several, found.whole] if found.texts else None
     if known != before:
         with suppress(OSError), atomic_write(path) as file:  # a cache that cannot be written is no reason to stop
@@ -123,41 +109,17 @@ def kept_looks(path: Path, sources: Sequence[SourceRows], wanted: Sequence[bool 
     return [Look(*(counts or (0, 0, 0))) for counts in known]
 
 
-def look(source: SourceRows, pipes: PipeCache) -> Look:
-    """Look at a source; samples that cannot be read do not count."""
-    first, rows = int(source.starts[0]), source.samples.rows
-    total = int(source.starts[1] if is_pipe(source.shards[0]) else source.starts[-1]) - first
-    places = first + np.arange(min(LOOKED_AT, total)) * total // max(1, min(LOOKED_AT, total))
+def look(samples: Iterable[tuple[bytes, bytes]]) -> Look:
+    """Look at KEY.txt and KEY.json of samples of a source; those that cannot be read do not count."""
     texts = several = whole = 0
-    for shard, of_shard in groupby(places.tolist(), key=lambda place: int(source.starts.searchsorted(place, "right"))):
-        for text, metadata in _members(source.shards[shard - 1], [rows[place] for place in of_shard], pipes):
-            try:
-                caption = parse_caption(text, "")
-                texts += 1
-                if len(caption_lines(caption)) > 1:
-                    several += 1
-                    whole += _holds(parse_metadata(metadata, ""), caption) if metadata else 0
-            except BadSample:
-                continue
+    for text, metadata in samples:
+        with suppress(BadSample):
+            caption = parse_caption(text, "")
+            texts += 1
+            if len(caption_lines(caption)) > 1:
+                several += 1
+                whole += _holds(parse_metadata(metadata, ""), caption) if metadata else 0
     return Look(texts, several, whole)
-
-
-def _members(shard: str, rows: Sequence[np.void], pipes: PipeCache) -> Iterator[tuple[bytes, bytes]]:
-    """Content of KEY.txt and of KEY.json, empty if there is none, of samples of one shard."""
-    try:
-        descriptor = pipes.open(shard) if is_pipe(shard) else os.open(shard, os.O_RDONLY | os.O_CLOEXEC)
-    except (PipeFailed, OSError):
-        return
-    try:
-        for row in rows:
-            yield tuple(  # type: ignore[misc]
-                os.pread(descriptor, int(row[f"{kind}_bytes"]), int(row[f"{kind}_block"]) * BLOCK_BYTES)
-                for kind in ("text", "metadata")
-            )
-    except OSError:
-        return
-    finally:
-        os.close(descriptor)
 
 
 def _holds(metadata: dict, caption: str) -> bool:
