@@ -229,7 +229,7 @@ def index_tar(
     return ShardIndex(rows, size_bytes, *counts, examples, broken, sha256)
 
 
-def _opened(path: str | os.PathLike[str] | int | ObjectFile) -> BinaryIO:
+def _opened(path: str | os.PathLike[str] | int | ObjectFile) -> io.BufferedReader:
     if isinstance(path, ObjectFile):
         return io.BufferedReader(path, OBJECT_BUFFER_BYTES)
     return open(path, "rb", buffering=BUFFER_BYTES)

@@ -84,8 +84,8 @@ def _file_system(url: str) -> tuple[Any, str]:
 
 def expand_object(pattern: str, names: Sequence[str], field: str) -> list[str]:
     """Addresses that names, of one pattern without braces, match. Raises ValueError naming the field."""
-    require(all(map(is_object, names)), field, pattern, "addresses and paths in one pattern; make two sources of it")
     require("::" not in pattern, field, pattern, "chained protocols are not read; give the address of the shard itself")
+    require(all(map(is_object, names)), field, pattern, "addresses and paths in one pattern; make two sources of it")
     try:
         file_system = _file_system(names[0])[0]
     except ImportError as error:
@@ -268,25 +268,24 @@ def _until_it_passes(request: Callable[[], Result], url: str) -> Result:
 
 
 def _status(error: BaseException) -> int | None:
-    """HTTP's status in an error of aiohttp, gcsfs or botocore (which s3fs keeps as the cause of its own)."""
-    for one in (error, error.__cause__):
-        response = getattr(one, "response", None)
-        found = response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else None
-        for value in (found, getattr(one, "status", None), getattr(one, "code", None)):
-            if isinstance(value, int):
-                return value
-    return None
+    """HTTP's status in an error of aiohttp or gcsfs, or of botocore, which s3fs keeps as the cause of its own."""
+    response = getattr(error if error.__cause__ is None else error.__cause__, "response", None)
+    if isinstance(response, dict):
+        return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    found = getattr(error, "status", None) or getattr(error, "code", None)
+    return found if isinstance(found, int) else None
 
 
 def _may_pass(error: Exception) -> bool:
-    status, cause = _status(error), getattr(error, "os_error", error)
+    cause = getattr(error, "os_error", error)
     if isinstance(cause, socket.gaierror):
         return cause.errno == socket.EAI_AGAIN  # else the name is wrong
-    if status is not None and not isinstance(error, TimeoutError):
-        return status >= 500 or status in PASSING_STATUS
     if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, ValueError)):
         return False  # the last of them is a wrong certificate, too
-    return isinstance(error, (OSError, EOFError)) or any(kind.__name__ in PASSING for kind in type(error).__mro__)
+    if isinstance(error, TimeoutError) or any(kind.__name__ in PASSING for kind in type(error).__mro__):
+        return True
+    status = _status(error)
+    return isinstance(error, (OSError, EOFError)) if status is None else status >= 500 or status in PASSING_STATUS
 
 
 def _words(error: Exception) -> str:

@@ -75,7 +75,7 @@ def expand_pattern(pattern: str, allow_pipe: bool, field: str) -> list[str]:
         require(allow_pipe, field, pattern, "pipe: runs a shell command; set data.allow_pipe: true to permit it")
         require(pattern[len(PIPE) :].strip() != "", field, pattern, "give a shell command after pipe:")
         return _braces(pattern, field)
-    if is_object(pattern):
+    if "://" in pattern:
         return expand_object(pattern, _braces(pattern, field), field)
     path = os.path.expanduser(pattern)
     # An existing file whose name has braces or brackets is meant literally.

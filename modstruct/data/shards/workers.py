@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 BATCHES_AHEAD = 2  # prefetched by each loader process
 LOSSES_IN_A_ROW = 3  # of loader processes without a batch in between, that a run tolerates
 
+IN_WORKER = "in DataLoader worker process"  # as torch says it
+
 Batch = TypeVar("Batch")
 
 
@@ -72,6 +74,8 @@ class WorkerLoader(DataLoader[Batch]):
                     yield batch
                 return
             except (RuntimeError, EOFError, ConnectionError) as error:
+                if isinstance(error, RunError) and IN_WORKER in str(error):  # torch puts the traceback into the words
+                    raise type(error)(str(error).rstrip().rpartition("\n")[2].partition(": ")[2]) from error
                 if not _is_a_loss(error):
                     raise
                 losses += 1
@@ -98,7 +102,7 @@ def _is_a_loss(error: Exception) -> bool:
     """Whether the error means that a worker died, not that it raised an error."""
     if isinstance(error, RuntimeError):
         return str(error).startswith("DataLoader worker (pid")
-    return "in DataLoader worker process" not in str(error)
+    return IN_WORKER not in str(error)
 
 
 class _Items:
