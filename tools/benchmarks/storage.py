@@ -2,6 +2,7 @@
 
 python tools/benchmarks/storage.py fetches    # 64 hosts, 64M samples: 5 minutes, index arithmetic
 python tools/benchmarks/storage.py reading    # one loader process, with 30 ms before every read: a minute
+python tools/benchmarks/storage.py objects    # the same from a web server on loopback: half a minute
 python tools/benchmarks/storage.py index      # 10^9 samples in 10^6 shards, that are not there: a minute
 
 `fetches` reads no data: for some of the hosts it walks through an epoch and counts the bytes of the shards that such a
@@ -12,6 +13,9 @@ shard, where 1 is what samples drawn at random have.
 `reading` writes shards and reads them without decoding: one sample at a time, and ahead (data.read_ahead_mib); first
 with a pause before every read, then without, in turns, medians of rounds. Memory is what the process has beyond what it
 had before, at most.
+
+`objects` reads an epoch of such shards by range and counts, on the server, requests and bytes; all bytes of the shards
+are used. Windows of blocks that half of what is read ahead holds are read block by block, but for those that it cuts.
 
 `index` opens such a table in a process of its own, makes the order and finds a batch; a second process gets what is
 sent to a loader process and does the same. Seconds are of the processor; memory is what a process shares with no file,
@@ -35,6 +39,7 @@ from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
+from object_server import ObjectServer
 from resume import write_table
 from tqdm import tqdm
 
@@ -57,6 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
     kinds = parser.add_subparsers(required=True)
     fetches_options(kinds.add_parser("fetches", help="What hosts fetch, and how the order mixes."))
     reading_options(kinds.add_parser("reading", help="Samples a second where every read takes long."))
+    objects_options(kinds.add_parser("objects", help="Requests and bytes of an epoch from a web server."))
     index_options(kinds.add_parser("index", help="Memory and seconds of a large index."))
     options = parser.parse_args(arguments)
     results = options.run(options)
@@ -269,6 +275,33 @@ def read(samples: Samples, config: DataConfig, settings: tuple[int, int, int], c
                 assert isinstance(sample, RawSample)
             most = max(most, own_bytes())
     return Reading(count / (time.perf_counter() - start), reads, (most - before) / 2**20)
+
+
+# --- requests and bytes ---
+
+
+def objects_options(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=objects)
+    parser.add_argument("--sample_bytes", type=int, default=32_768, help="Of a sample (default: %(default)s).")
+    parser.add_argument("--samples", type=int, default=4096, help="Of the source, read once (default: %(default)s).")
+
+
+def objects(options: argparse.Namespace) -> list[dict]:
+    results = []
+    with tempfile.TemporaryDirectory() as folder, ObjectServer(Path(folder)) as server:
+        config = DataConfig(cache=folder)
+        write_shards(Path(folder), options)
+        samples = open_samples([Source(f"{server.url}/{{0..7}}.tar")], config, "data.train")
+        print(f"{'read ahead, MiB':>15}{'block':>7}{'window':>8}{'requests':>10}{'fetched / used':>16}")
+        for ahead_mib, block, window in ((64, 64, 1024), (64, 64, 8), (64, 64, 2), (256, 64, 16)):
+            server.bytes = 0
+            server.requests.clear()
+            read(samples, config, (ahead_mib, block, window), options.samples, 0.0)
+            asked, ratio = server.requests.total(), server.bytes / int(samples.size_bytes.sum())
+            setting = {"ahead_mib": ahead_mib, "block": block, "window": window}
+            results.append(setting | {"requests": asked, "fetched_over_used": ratio})
+            print(f"{ahead_mib:>15}{block:>7}{window:>8,}{asked:>10,}{ratio:>16.3f}")
+    return results
 
 
 # --- a large index ---

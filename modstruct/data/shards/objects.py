@@ -31,8 +31,8 @@ REQUEST_SECONDS = 60.0
 # Of what fails for a while; less than train.hang_timeout_minutes.
 PATIENCE_SECONDS = 300.0
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 15.0
-NAMED_SECONDS = 10.0
-"""Longest that a store may fail without a word."""
+NAMED_SECONDS, SAID_AFTER = 10.0, 5
+"""Longest that a store may fail without a warning; failed requests after which a word is said of it."""
 
 CHANGED = "shard changed since it was indexed"
 EXTRAS = {"http": "https", "https": "https", "s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
@@ -251,7 +251,11 @@ def _until_it_passes(request: Callable[[], Result], url: str) -> Result:
         except Exception as error:
             if not _may_pass(error):
                 raise _lasting(error, url) from None
-            _failures.setdefault(store, []).append(time.monotonic())  # each of these calls is one step to other threads
+            failures = _failures.setdefault(store, [])
+            failures.append(time.monotonic())
+            if len(failures) == SAID_AFTER:
+                told = "%s does not answer (%s): it is asked again for %g seconds"
+                log.info(told, store, _words(error), PATIENCE_SECONDS)
             if (waited := time.monotonic() - start) > PATIENCE_SECONDS:
                 raise RunError(
                     f"{store} has not answered for {waited:.0f} seconds (last of all: {_words(error)}); go on by "
