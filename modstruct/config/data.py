@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,15 +18,28 @@ class Source:
 
     shards: str
     """Path, glob or brace pattern of tar shards, or `pipe:COMMAND` (COMMAND writes a tar to its standard output)."""
-    weight: float | None = None
-    """Fraction of the samples drawn from this source, relative to the other weights."""
+    weight: float | list[float] | None = None
+    """Fraction of the samples drawn from this source, relative to the other weights; a list has the weights of the
+    epochs 0, 1, …, of which the last holds on, and may be 0 where the source is not drawn."""
+    max_repeats: float | None = None
+    """How often an epoch draws each sample of this source at most, on average; epochs are as much shorter. null: as
+    often as its weight has it."""
+    name: str | None = None
+    """In TensorBoard; null: source_0, source_1, …"""
     index: str | None = None
     """Folder of indexes made by tools/index_shards.py; needed for `pipe:` sources only."""
     caption_lines: bool | Literal["auto"] | None = None
     """As data.caption_lines, for this source; null: as that."""
 
     def __post_init__(self):
-        require(self.weight is None or self.weight > 0, "data.train.weight", self.weight, "give a number above 0")
+        weights = self.weight if isinstance(self.weight, list) else [1.0 if self.weight is None else self.weight]
+        fits = all(0 <= weight < math.inf for weight in weights) and any(weights)
+        require(fits, "data.train.weight", self.weight, "give a finite number above 0, or a list of which one is")
+        if self.max_repeats is not None:
+            require(self.max_repeats > 0, "data.train.max_repeats", self.max_repeats, "above 0")
+            require(
+                self.weight is not None, "data.train.max_repeats", self.max_repeats, "give the sources weights, too"
+            )
 
 
 @dataclass
@@ -61,6 +75,10 @@ class DataConfig:
     """YAML file with `label` (a field of each sample's key.json), `templates` and `classes`; null for none."""
     cache: str = "~/.cache/modstruct"
     """Folder for what is built once: scenes, shard indexes, trained tokenizers, spooled pipes."""
+    caption_fields: dict[str, float] | None = None
+    """Captions of training by weight, drawn for each sample and epoch: {txt: 0.5, blip: 0.5} takes KEY.txt or the text
+    (or one of a list of texts) under `blip` in KEY.json. A sample without a text there takes KEY.txt, and is counted.
+    null: KEY.txt alone."""
     caption_lines: bool | Literal["auto"] = "auto"
     """Each line of KEY.txt is a caption: evaluation takes all, training draws one an epoch. auto: where nearly every
     KEY.txt has several lines, and no KEY.json holds one as a whole, as img2dataset's do."""
@@ -98,6 +116,11 @@ class DataConfig:
         require(self.groups >= 1, "data.groups", self.groups, "at least 1")
         if self.order_version == 1:
             require(self.groups == 1, "data.groups", self.groups, "more than 1 needs data.order_version: 2")
+        drawn = self.caption_fields
+        fits = drawn is None or (all(0 <= weight < math.inf for weight in drawn.values()) and any(drawn.values()))
+        require(
+            fits, "data.caption_fields", drawn, "give each field a weight of 0 or more, and one of them more than 0"
+        )
         require(0 <= self.max_bad_share <= 1, "data.max_bad_share", self.max_bad_share, "a fraction from 0 to 1")
         require(self.max_image_pixels >= 1, "data.max_image_pixels", self.max_image_pixels, "at least 1")
         require(self.pipe_cache_gib > 0, "data.pipe_cache_gib", self.pipe_cache_gib, "above 0")

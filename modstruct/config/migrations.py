@@ -74,6 +74,7 @@ CHANGES: dict[int, Change] = {
             "logging.wandb": None,
         },
         added_to_pretraining={
+            "data.caption_fields": None,
             "data.groups": 1,
             "data.order_version": 1,
             "data.read_ahead_mib": 64,

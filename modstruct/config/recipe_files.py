@@ -58,6 +58,10 @@ PATHS = (
 )
 
 
+# Fields that are mappings, not sections.
+MAPPINGS = ("data.caption_fields",)
+
+
 def recipe_to_dict(recipe: Recipe | FinetuneRecipe) -> dict:
     """Nested plain dictionary (tuples become lists), as YAML reads it back."""
     return yaml.safe_load(recipe_to_yaml(recipe))
@@ -76,7 +80,7 @@ def leaves(tree: dict, prefix: str = "") -> dict[str, object]:
     """A nested dictionary's values by their dotted names."""
     flat: dict[str, object] = {}
     for key, value in tree.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and f"{prefix}{key}" not in MAPPINGS:
             flat |= leaves(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -18,7 +19,7 @@ from modstruct.data.shards.reader import ShardReader
 from modstruct.data.shards.sample_table import Samples
 from modstruct.data.shards.samples import open_saved_samples
 from modstruct.data.shards.sources import as_sources
-from modstruct.data.shards.texts import texts_of
+from modstruct.data.shards.texts import TEXT_FILE, texts_of
 from modstruct.data.synthetic.shards import ScenesPaths, ensure_scenes
 from modstruct.data.tokenizers import Tokenizer, build_tokenizer
 from modstruct.data.transforms.augment import Views
@@ -61,7 +62,7 @@ class RunData(EvaluationData):
 
     def identity(self) -> dict[str, str | None]:
         validation = None if self.validation is None else self.validation.samples.content
-        trained = {"data.train": f"{self.train.content} {self.train.weights}", "data.validation": validation}
+        trained = {"data.train": self.train.drawn, "data.validation": validation}
         return trained | super().identity()
 
 
@@ -149,23 +150,60 @@ def check_text_field(samples: Samples, recipe: Recipe) -> None:
     Raises ValueError, naming views.text, where more than data.max_bad_share of the samples of a source that are looked
     at have no such text.
     """
-    field, reader = recipe.views.text_field, ShardReader(samples, recipe.data)
-    if field is None:
-        return
+    field = recipe.views.text_field
+    for looked in [] if field is None else _look_for(field, samples, recipe):
+        if len(looked.lacking) > recipe.data.max_bad_share * looked.count:
+            remedy = f"{looked} ({_where_texts_are(looked.others)}): give eda, or field:NAME of one that has"
+            refuse("views.text", recipe.views.text, remedy)
+        if looked.lacking and is_main():
+            log.warning("views.text: %s (first %s): others will replace them", looked, looked.lacking[0])
+
+
+def check_caption_fields(samples: Samples, recipe: Recipe) -> None:
+    """Refuse, naming data.caption_fields, one that no sample has that is looked at; say where KEY.txt will stand in."""
+    for field in recipe.data.caption_fields or {}:
+        looks = [] if field == TEXT_FILE else _look_for(field, samples, recipe)
+        if looks and all(len(looked.lacking) == looked.count for looked in looks):
+            others = {name: None for looked in looks for name in looked.others}
+            remedy = f"no sample that was looked at has a text in {field!r} of KEY.json ({_where_texts_are(others)})"
+            refuse("data.caption_fields", recipe.data.caption_fields, f"{remedy}: correct the name, or leave it out")
+        for looked in looks:
+            if looked.lacking and is_main():
+                log.warning("data.caption_fields: %s (first %s): KEY.txt stands in", looked, looked.lacking[0])
+
+
+@dataclass
+class _Looked:
+    """At some samples of a source, for a field of KEY.json."""
+
+    field: str
+    shards: str
+    count: int
+    lacking: list[str]
+    """Places of those that have no text there."""
+    others: dict[str, None]
+    """Fields that hold their texts."""
+
+    def __str__(self) -> str:
+        looked = f"samples looked at in {self.shards} have no text in {self.field!r} of KEY.json"
+        return f"{len(self.lacking)} of {self.count} {looked}"
+
+
+def _look_for(field: str, samples: Samples, recipe: Recipe) -> list[_Looked]:
+    reader, looks = ShardReader(samples, recipe.data), []
     for source, rows in zip(as_sources(recipe.data.train), samples.source_rows(), strict=True):
         numbers = rows.looked_at().tolist()
-        lacking, others = list[str](), dict[str, None]()
+        looked = _Looked(field, source.shards, len(numbers), [], {})
         for sample, metadata in reader.each(reader.metadata, numbers):  # bad ones count where they are read with images
             if not texts_of(metadata, field):
-                lacking.append(samples.place(sample))
-                others |= dict.fromkeys(name for name in metadata if texts_of(metadata, name))
-        looked = f"samples looked at in {source.shards} have no text in {field!r} of KEY.json"
-        told = f"{len(lacking)} of {len(numbers)} {looked}"
-        if len(lacking) > recipe.data.max_bad_share * len(numbers):
-            there = f"texts are in {some_of(map(printable, others))}" if others else "no field holds a text"
-            refuse("views.text", recipe.views.text, f"{told} ({there}): give eda, or field:NAME of one that has")
-        if lacking and is_main():
-            log.warning("views.text: %s (first %s): others will replace them", told, lacking[0])
+                looked.lacking.append(samples.place(sample))
+                looked.others |= dict.fromkeys(name for name in metadata if texts_of(metadata, name))
+        looks.append(looked)
+    return looks
+
+
+def _where_texts_are(fields: Iterable[str]) -> str:
+    return f"texts are in {some_of(map(printable, fields))}" if fields else "no field holds a text"
 
 
 def scenes_of(recipe: Recipe, image_size: int) -> ScenesPaths:
@@ -196,4 +234,6 @@ def _tokenizer(recipe: Recipe, train: Samples) -> Tokenizer:
     def captions():
         return train_captions(train, recipe.data, TRAINING_CAPTIONS)
 
-    return build_tokenizer(recipe.tokenizer, captions, recipe.data.cache, train.content)
+    fields = sorted(recipe.data.caption_fields or {})
+    content = f"{train.content} fields {fields}" if fields else train.content
+    return build_tokenizer(recipe.tokenizer, captions, recipe.data.cache, content)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from modstruct import distributed
 from modstruct.config import ContrastiveConfig, Precision
 from modstruct.embeddings import Outputs
 from modstruct.losses.protocol import GlobalBatch, Loss, LossSettings, Sums
@@ -82,6 +83,18 @@ def cross_modal_terms(sums: Sums, batch: GlobalBatch, view: str) -> dict[str, Te
     margins = torch.stack((sums[f"row_lse{view}"], column_lse)) - sums[f"positive{view}"]
     losses = softplus(margins).sum(1) / batch.pairs
     return {f"image_to_text{view}": losses[0], f"text_to_image{view}": losses[1]}
+
+
+def row_losses(rows: Outputs, images: Tensor, texts: Tensor) -> Tensor:
+    """CLIP's loss of each of this process's pairs, (B,), without gradient: whose mean over all pairs is the loss.
+
+    images, texts: (N, D) of all processes.
+    """
+    with torch.no_grad():
+        scale, first = rows["logit_scale"].float(), distributed.rank() * len(rows["image"])
+        ways = (rows["image"], texts), (rows["text"], images)
+        found = [contrastive_statistics(own.float(), all_.float(), scale, first, "float32") for own, all_ in ways]
+        return torch.stack([softplus(row_lse - positive) for row_lse, _, positive in found]).mean(0)
 
 
 def in_modal_sums(rows: Outputs, batch: GlobalBatch, kind: str, precision: Precision) -> Sums:

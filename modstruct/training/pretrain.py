@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -12,9 +12,10 @@ import torch
 from modstruct import checkpoints, distributed
 from modstruct.config import Recipe
 from modstruct.data.classification.class_files import load_classes
-from modstruct.data.run_data import RunData, check_text_field, open_run_data
+from modstruct.data.run_data import RunData, check_caption_fields, check_text_field, open_run_data
 from modstruct.data.shards.evaluation_samples import EvaluationSamples
-from modstruct.data.shards.loader import BatchContents, BatchPlan, train_loader, train_order
+from modstruct.data.shards.loader import BatchContents, BatchPlan, TrainBatch, counted, train_loader, train_order
+from modstruct.data.shards.order import weights_by_epoch
 from modstruct.data.shards.sample_table import Samples
 from modstruct.data.shards.sources import as_sources
 from modstruct.data.shards.workers import WorkerLoader
@@ -28,6 +29,7 @@ from modstruct.evaluation.result import Result
 from modstruct.evaluation.retrieval.measure import DIRECTIONS
 from modstruct.evaluation.structure.metrics import structure
 from modstruct.evaluation.tables import scalars
+from modstruct.losses.contrastive import row_losses
 from modstruct.losses.objective import Objective, build_objective
 from modstruct.losses.protocol import LossSettings
 from modstruct.models.build import build_model, image_size, initial_tokenizer
@@ -82,7 +84,7 @@ class Pretraining(Trainer[Recipe]):
         assert data.train is not None  # opened for training
         self.samples = data.train
         self.tokenizer, self.has_validation = data.tokenizer, data.validation is not None
-        self.state = start.state(f"{self.samples.content} {self.samples.weights}", recipe.data.train)
+        self.state = start.state(self.samples.drawn, recipe.data.train)
         order = train_order(self.samples, recipe.data, recipe.train.seed, recipe.train.global_batch)
         epoch_samples = order.epoch_samples
         epoch_steps = math.ceil(epoch_samples / recipe.train.global_batch)
@@ -101,6 +103,9 @@ class Pretraining(Trainer[Recipe]):
             model = build_model(recipe, data.tokenizer, self.objective, read_weights=start.saved is None)
         if "text_augmented" in model.batch_fields:
             distributed.main_first(lambda: check_text_field(self.samples, recipe))
+        distributed.main_first(lambda: check_caption_fields(self.samples, recipe))
+        for line in describe_mixture(self.samples, epoch_samples):
+            log.info("%s", line)
         self.start(model, start, len(self.samples), epoch_samples, deferred)
         return self
 
@@ -114,11 +119,26 @@ class Pretraining(Trainer[Recipe]):
         )
         return train_loader(self.samples, recipe.data, contents, plan)
 
-    def step_metrics(self, report: StepReport) -> dict[str, float]:
-        """Structure metrics of a step's batch."""
+    def step_metrics(self, report: StepReport, batches: Sequence[TrainBatch]) -> dict[str, float]:
+        """Structure metrics of a step's batch, and its contrastive loss by source where there are several."""
         image, text = (distributed.gather(report.outputs[name].detach()) for name in ("image", "text"))
         shape = structure(image, text) if distributed.is_main() else {}
-        return {f"structure/{name}": value for name, value in shape.items()}
+        found = {f"structure/{name}": value for name, value in shape.items()}
+        names, sources = self.samples.names, [source for batch in batches for source in batch.sources]
+        if sources and "logit_scale" in report.outputs:
+            losses = row_losses(report.outputs, image, text)
+            sums = losses.new_zeros(2, len(names))
+            sums.index_add_(
+                1, torch.tensor(sources, device=losses.device), torch.stack([losses, torch.ones_like(losses)])
+            )
+            totals, rows = distributed.sum_over_processes(sums).tolist()
+            by_source = zip(names, totals, rows, strict=True)
+            found |= {f"loss_by_source/{name}": total / count for name, total, count in by_source if count}
+        return found
+
+    @property
+    def counted(self) -> list[str]:
+        return counted(self.samples, self.recipe.data)
 
     def validate(self) -> float:
         assert self.data.validation is not None  # has_validation
@@ -170,6 +190,23 @@ class Pretraining(Trainer[Recipe]):
         results = self.measure(self.data.eval, "eval") if self.data.eval else {}
         self.conclude(last, results)
         return results
+
+
+def describe_mixture(samples: Samples, epoch_samples: int) -> Iterator[str]:
+    """How often an epoch draws each weighted source, and what that does to its length."""
+    if samples.weights is None:
+        return
+    if epoch_samples < len(samples):
+        yield f"data.train.max_repeats: an epoch is {epoch_samples:,} of {len(samples):,} samples long"
+    sizes = [int(counts.sum()) for counts in samples.shard_sizes()]
+    schedule = weights_by_epoch(samples.weights)
+    for epoch, weights in enumerate(schedule):
+        times = [epoch_samples * weight / sum(weights) / size for weight, size in zip(weights, sizes, strict=True)]
+        drawn = ", ".join(f"{name} {often:.3g} times" for name, often in zip(samples.names, times, strict=True))
+        which = (
+            "An epoch" if len(schedule) == 1 else f"Epoch {epoch}{'' if epoch < len(schedule) - 1 else ' and later'}"
+        )
+        yield f"{which} draws each sample of {drawn}"
 
 
 def check_batch(recipe: Recipe, objective: Objective, largest: Sequence[int]) -> None:

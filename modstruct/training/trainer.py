@@ -6,7 +6,8 @@ import json
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from modstruct.checkpoints import Checkpoint, TrainState
 from modstruct.config import FinetuneRecipe, OptimizerConfig, Recipe
 from modstruct.config.recipe_files import check_resumable, decisive_fields
 from modstruct.data.faults import BadSampleCounter
-from modstruct.data.shards.loader import steps_of
+from modstruct.data.shards.loader import TrainBatch, steps_of
 from modstruct.data.shards.workers import WorkerLoader
 from modstruct.data.tokenizers import Tokenizer, load_tokenizer
 from modstruct.distributed import hosts, run_lock
@@ -75,7 +76,7 @@ class Start:
         if self.saved is None:
             return TrainState(data_fingerprint=fingerprint)
         if self.saved.state.data_fingerprint != fingerprint:
-            remedy = "holds other samples, other weights, or other lines that are captions, than the checkpoint's"
+            remedy = "holds other samples, weights, max_repeats or lines that are captions than the checkpoint's"
             before, now = (" lines " in text for text in (self.saved.state.data_fingerprint, fingerprint))
             if before != now:
                 remedy += f": give data.caption_lines: {str(before).lower()}, as it was read before"
@@ -121,9 +122,14 @@ class Trainer(ABC, Generic[RecipeT]):
     def finish(self) -> dict:
         """Measure, export and print at the end of the run. Returns the final metrics."""
 
-    def step_metrics(self, report: StepReport) -> dict[str, float]:
-        """Further scalars of a logged step."""
+    def step_metrics(self, report: StepReport, batches: Sequence[TrainBatch]) -> dict[str, float]:
+        """Further scalars of a logged step. batches: its parts."""
         return {}
+
+    @property
+    def counted(self) -> list[str]:
+        """Names of the loader's counts that are logged."""
+        return []
 
     def run(self, profile_steps: int = 0) -> dict:
         """The whole run. profile_steps: steps to trace into OUTPUT/profile. Returns the final metrics.
@@ -156,6 +162,7 @@ class Trainer(ABC, Generic[RecipeT]):
     def _take_steps(self, after_step: Callable[[], None], stage: stopping.Stage) -> None:
         recipe, state = self.recipe, self.state
         bad_samples = BadSampleCounter("data.train", recipe.data.max_bad_share, distributed.rank())
+        counts: Counter[str] = Counter()
         self.engine.train()
         clock = self.telemetry.clock
         batches_of_steps = clock.waiting(steps_of(self.loader(state.step)))
@@ -171,7 +178,8 @@ class Trainer(ABC, Generic[RecipeT]):
             note_skip(report, state, recipe)
             for batch in batches:
                 bad_samples.add(batch.faults, batch.tried)
-            more = partial(self._logged, report, bad_samples)
+                counts.update(batch.counts)
+            more = partial(self._logged, report, batches, bad_samples, counts)
             self.telemetry.step(state.step, report, recipe.logging.every_steps, rate, more)
             if state.step % CHECK_SAMPLES_EVERY == 0 or state.step == self.steps:
                 check_samples(bad_samples)
@@ -185,8 +193,20 @@ class Trainer(ABC, Generic[RecipeT]):
                 distributed.barrier()
                 raise stopping.Stopped(report.stop)
 
-    def _logged(self, report: StepReport, bad_samples: BadSampleCounter) -> dict[str, float]:
-        return self.step_metrics(report) | {"data/bad_samples": bad_samples.bad}
+    def _logged(
+        self,
+        report: StepReport,
+        batches: Sequence[TrainBatch],
+        bad_samples: BadSampleCounter,
+        counts: Mapping[str, int],
+    ) -> dict[str, float]:
+        """counts: of this process, by names of the loader; of all processes, since this process started, as scalars."""
+        found = {"data/bad_samples": float(bad_samples.bad)}
+        if self.counted:
+            mine = torch.tensor([counts.get(name, 0) for name in self.counted], device=distributed.device())
+            summed = distributed.sum_over_processes(mine).tolist()
+            found |= {f"data/{name}": count for name, count in zip(self.counted, summed, strict=True)}
+        return self.step_metrics(report, batches) | found
 
     def validate_and_save(self, stop: bool) -> None:
         """Checkpoint and validation that are due after the current step; saved first, so that no error loses a step."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -128,7 +129,9 @@ def checked(tmp_path):
             about = [json.dumps({"retold": value, "url": "u", "x": 1}).encode() for value in values]
             members = [m for n, content in enumerate(about) for m in sample(n, json=content)]
             recipe.data.train.append(Source(str(write_tar(tmp_path / f"{number}.tar", members))))
-        run_data.check_text_field(open_samples(recipe.data.train, recipe.data, "data.train"), recipe)
+        samples = open_samples(recipe.data.train, recipe.data, "data.train")
+        run_data.check_text_field(samples, recipe)
+        run_data.check_caption_fields(samples, recipe)
 
     return run
 
@@ -146,6 +149,18 @@ def test_a_source_without_the_texts_of_augmented_captions_is_refused_by_name(che
     )
     with pytest.raises(ValueError, match=message + r"\(texts are in url\): give eda, or field:NAME"):
         checked(["a"], [lacking, lacking])
+
+
+def test_a_caption_field_that_no_sample_has_is_refused_and_what_lacks_one_is_named(checked, caplog):
+    fields = {"txt": 0.5, "retold": 0.5}
+    checked([None, "a"], [None], text="eda", caption_fields=fields)
+    assert [re.sub(r"/\S+/", "", message) for message in caplog.messages] == [
+        f"data.caption_fields: 1 of {count} samples looked at in {number}.tar have no text in 'retold' of KEY.json "
+        f"(first {number}.tar: sample 0): KEY.txt stands in"
+        for number, count in enumerate((2, 1))
+    ]
+    with pytest.raises(ValueError, match=r"^data\.caption_fields = .*: no sample that .* 'retold' .*texts are in url"):
+        checked([None], [3], text="eda", caption_fields=fields)
 
 
 def test_reworded_is_refused_for_sources_that_do_not_have_it(checked):

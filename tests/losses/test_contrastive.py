@@ -18,7 +18,7 @@ from towers import (
 )
 
 from modstruct.config import ContrastiveConfig
-from modstruct.losses.contrastive import Contrastive
+from modstruct.losses.contrastive import Contrastive, row_losses
 from modstruct.losses.objective import Objective
 from modstruct.losses.protocol import LossSettings
 
@@ -115,3 +115,11 @@ def test_largest_scale_of_the_fusion_model_neither_overflows_nor_underflows(cone
     torch.testing.assert_close(total, expected)
     inputs = (image, text)
     torch.testing.assert_close(torch.autograd.grad(total, inputs), torch.autograd.grad(expected, inputs))
+
+
+def test_the_mean_of_the_losses_of_rows_is_the_loss():
+    e = random_embeddings(7, 5, seed=0)
+    outputs = {name: getattr(e, name) for name in ("image", "text", "logit_scale")}
+    losses = row_losses(outputs, e.image, e.text)
+    assert losses.shape == (7,)
+    torch.testing.assert_close(losses.mean(), printed_clip(e).detach().float())

@@ -20,6 +20,7 @@ from modstruct.data.shards.ahead import ReadAhead
 from modstruct.data.shards.reader import RawSample, ShardReader
 from modstruct.data.shards.sample_table import Samples
 from modstruct.data.shards.samples import open_samples
+from modstruct.data.shards.texts import TEXT_FILE, texts_of
 from modstruct.data.shards.workers import WorkerLoader
 from modstruct.data.transforms.augment import sample_seed
 from modstruct.data.transforms.decoding import decode_image
@@ -185,10 +186,19 @@ def train_captions(samples: Samples, config: DataConfig, limit: int) -> Iterator
     """Captions of `spaced` samples, `limit` at most, always the same; bad ones are left out.
 
     Where lines are captions, a sample gives as many as the limit allows, at least one, and not always its first ones.
+    With data.caption_fields it has the texts of each field.
     """
+    fields = config.caption_fields or {TEXT_FILE: 1.0}
     reader, numbers = ShardReader(samples, config), list(spaced(samples, limit))
     of_sample = limit // max(len(numbers), 1)
-    for number, texts in reader.each(reader.texts, numbers):
+
+    def texts_of_sample(number: int) -> tuple[str, ...]:
+        texts = reader.texts(number) if fields.get(TEXT_FILE) else ()
+        metadata = reader.metadata(number) if fields.keys() - {TEXT_FILE} else {}
+        texts += tuple(text for name in sorted(fields) if fields[name] for text in texts_of(metadata, name))
+        return texts or reader.texts(number)
+
+    for number, texts in reader.each(texts_of_sample, numbers):
         first = number % len(texts)
         yield from (texts[first:] + texts[:first])[:of_sample]
 

@@ -22,7 +22,7 @@ from math import isqrt
 
 import numpy as np
 
-from modstruct.data.shards.order import Mixture, another, random_words, remember
+from modstruct.data.shards.order import Mixture, Weights, another, epoch_length, random_words, remember
 from modstruct.errors import require
 
 _SHARDS, _BLOCKS, _WINDOW, _LANE = range(10, 14)  # purposes of random numbers; order.py has others
@@ -38,7 +38,8 @@ class GroupedOrder:
 
     shard_starts: (shards + 1,) number of the first sample of each shard, and the total. source_starts: (sources + 1,)
     the same of the first shard of each source. global_batch: slots of a step, a multiple of groups. seed, block,
-    window, weights: as SampleOrder has them; each group follows the pattern of weights from a place of its own.
+    window, weights, max_repeats: as SampleOrder has them; each group follows the pattern of weights from a place of its
+    own.
     """
 
     def __init__(
@@ -48,22 +49,21 @@ class GroupedOrder:
         seed: int,
         block: int,
         window: int,
-        weights: Sequence[float] | None,
+        weights: Weights | None,
         groups: int,
         global_batch: int,
+        max_repeats: Sequence[float | None] | None = None,
     ):
         require_groups(groups, global_batch)
         self.seed, self.global_batch, self.group_rows = seed, global_batch, global_batch // groups
-        self.epoch_samples = int(shard_starts[-1])
+        sizes = np.diff(shard_starts[source_starts]).tolist()
+        self.epoch_samples = epoch_length(sizes, weights, max_repeats)
         edges = source_starts[[0, -1]] if weights is None else source_starts
         parts = [shard_starts[first : last + 1] for first, last in pairwise(edges)]
         self._pools = [_Epochs(starts, seed, pool, block, window, groups) for pool, starts in enumerate(parts)]
-        self._mixture = Mixture(seed, weights)
-        lanes = random_words(groups, seed, _LANE) % np.uint64(len(self._mixture.pattern))
+        self._mixture = Mixture(seed, weights, -(-self.epoch_samples // groups))
+        lanes = random_words(groups, seed, _LANE) % np.uint64(self._mixture.period)
         self._lanes = lanes.astype(np.int64)  # (groups,) slots of the pattern that each group skips
-        self._skipped = np.array(  # (groups, pools)
-            [np.bincount(self._mixture.pattern[:skipped], minlength=len(parts)) for skipped in self._lanes]
-        )
 
     def largest_batches(self) -> list[int]:
         return self._mixture.largest_batches([pool.size for pool in self._pools])
@@ -84,8 +84,7 @@ class GroupedOrder:
         """Slots (n,) -> group, pool, and how many earlier slots of the group went to the same pool, each (n,)."""
         steps, rows = np.divmod(slots, self.global_batch)
         groups, rows = np.divmod(rows, self.group_rows)
-        pools, turns = self._mixture.turns(steps * self.group_rows + rows + self._lanes[groups])
-        return groups, pools, turns - self._skipped[groups, pools]
+        return groups, *self._mixture.turns(steps * self.group_rows + rows, self._lanes[groups])
 
 
 def require_groups(groups: int, global_batch: int, processes: int = 1) -> None:

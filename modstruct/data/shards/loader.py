@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -21,9 +23,10 @@ from modstruct.data.shards.grouped_order import GroupedOrder, require_groups
 from modstruct.data.shards.order import Order, SampleOrder
 from modstruct.data.shards.reader import RawSample, ShardReader
 from modstruct.data.shards.sample_table import Samples
+from modstruct.data.shards.texts import TEXT_FILE, texts_of
 from modstruct.data.shards.workers import OutgoingRows, WorkerLoader
 from modstruct.data.tokenizers import Tokenizer
-from modstruct.data.transforms.augment import Views, sample_seed
+from modstruct.data.transforms.augment import BITS, Views, sample_seed
 from modstruct.data.transforms.decoding import decode_image
 from modstruct.data.transforms.text_views import mask_tokens, masked_places
 from modstruct.errors import refuse, require
@@ -41,11 +44,14 @@ patches that a ViT leaves out; steps from BatchPlan.unmasked_from on have none."
 SUBSTITUTES = 200
 # Of the pipe cache: what the coming steps need; the rest holds what the steps at hand still read.
 SHARE_AHEAD = 0.5
+BAD_SAMPLES, FALLBACKS = "bad_samples", "caption_fallbacks"
 Seeds = dict[str, int]
 """Of each random view of a sample."""
 RANDOM_VIEWS = ("image", "image_augmented", "text_augmented", "text_masked")
 CAPTION = "caption"
-"""The draw of a line of KEY.txt, where each is a caption."""
+"""The draw of one of several texts: lines of KEY.txt, where each is a caption, or a list in KEY.json."""
+CAPTION_FIELD = "caption_field"
+"""The draw of data.caption_fields."""
 
 
 @dataclass
@@ -58,10 +64,14 @@ class TrainBatch:
     """(cause, where) of each bad sample that was substituted."""
     tried: int = 0
     """Samples read, substitutes included."""
+    sources: list[int] = field(default_factory=list)
+    """Of each row, the number of its source, where there are several."""
+    counts: Counter[str] = field(default_factory=Counter)
+    """What else is counted, by names of `counted`."""
 
     def pin_memory(self) -> TrainBatch:
         """Called by the DataLoader: a copy whose transfer to the GPU is asynchronous."""
-        return TrainBatch({name: rows.pin_memory() for name, rows in self.tensors.items()}, self.faults, self.tried)
+        return replace(self, tensors={name: rows.pin_memory() for name, rows in self.tensors.items()})
 
 
 @dataclass(frozen=True)
@@ -124,7 +134,15 @@ class LocalBatches(Dataset[TrainBatch]):
         self.part_rows = min(plan.micro_batch or self.rows, self.rows)
         self.parts = math.ceil(self.rows / self.part_rows)
         self.local_rows = process * self.rows + np.arange(self.rows)
-        self.draws = (*RANDOM_VIEWS, CAPTION) if any(reader.samples.caption_lines) else RANDOM_VIEWS
+        several = any(reader.samples.caption_lines) or config.caption_fields
+        self.draws = (
+            *RANDOM_VIEWS,
+            *([CAPTION] if several else []),
+            *([CAPTION_FIELD] if config.caption_fields else []),
+        )
+        starts = reader.samples.shard_starts[reader.samples.source_starts[1:-1]]
+        self.source_starts = starts.tolist()
+        """Numbers of the first samples of the second and each further source."""
         self._outgoing = OutgoingRows()
 
     def __getstate__(self) -> dict:
@@ -161,12 +179,13 @@ class LocalBatches(Dataset[TrainBatch]):
         side = self.views.image_size
         images = {name: self._outgoing.empty(name, (len(slots), 3, side, side)) for name in self.image_views}
         captions, augmented, drawn, image_ids = [], [], [], []
-        read = zip(slots.tolist(), self._ahead.read(index, len(slots)), self._seeds(epochs, samples), strict=True)
-        for row, (slot, raw, seeds) in enumerate(read):
+        places = zip(slots.tolist(), samples.tolist(), strict=True)
+        read = zip(places, self._ahead.read(index, len(slots)), self._seeds(epochs, samples), strict=True)
+        for row, (place, raw, seeds) in enumerate(read):
             # Views are written straight to their rows, which saves a copy.
             into = [array[row] for array in images.values()]
-            raw, seeds, text = self._pair(slot, raw, seeds, into, batch)
-            captions.append(raw.drawn_caption(seeds.get(CAPTION, 0)))
+            raw, seeds, text = self._pair(*place, raw, seeds, into, batch)
+            captions.append(self._caption(raw, seeds, batch))
             augmented.append(text)
             drawn.append(seeds)
             if "image_id" in self.fields:
@@ -221,24 +240,47 @@ class LocalBatches(Dataset[TrainBatch]):
         columns = [sample_seed(self.plan.seed, epochs, samples, name).tolist() for name in self.draws]
         return [dict(zip(self.draws, seeds, strict=True)) for seeds in zip(*columns, strict=True)]
 
+    def _caption(self, raw: RawSample, seeds: Seeds, batch: TrainBatch) -> str:
+        weights = sorted((self.config.caption_fields or {}).items())
+        if weights:
+            ends = np.cumsum([weight for _, weight in weights])
+            drawn = weights[int(ends.searchsorted(seeds[CAPTION_FIELD] / 2**BITS * ends[-1], side="right"))][0]
+            if drawn != TEXT_FILE:
+                texts = texts_of(raw.metadata, drawn)
+                if texts:
+                    return texts[seeds[CAPTION] % len(texts)]
+                batch.counts[FALLBACKS] += 1
+        return raw.drawn_caption(seeds.get(CAPTION, 0))
+
     def _pair(
-        self, slot: int, raw: RawSample | BadSample, seeds: Seeds, into: Sequence[np.ndarray], batch: TrainBatch
+        self,
+        slot: int,
+        sample: int,
+        raw: RawSample | BadSample,
+        seeds: Seeds,
+        into: Sequence[np.ndarray],
+        batch: TrainBatch,
     ) -> tuple[RawSample, Seeds, str]:
         """The slot's sample, or its first usable substitute, with its seeds and the text of the field that augmented
         captions come from, if they do; writes the image views.
 
-        raw, seeds: of the slot's own sample. into: a row for each of `image_views`. Bad samples are noted in the batch.
+        sample, raw, seeds: of the slot's own sample. into: a row for each of `image_views`. Sources and bad samples are
+        noted in the batch.
         """
         for attempt in range(1, SUBSTITUTES + 2):
             batch.tried += 1
+            source = bisect_right(self.source_starts, sample)
             try:
                 if isinstance(raw, BadSample):
                     raise raw
                 text = "" if self.text_field is None else raw.drawn_text(self.text_field, seeds["text_augmented"])
                 self._write_views(raw, seeds, into)
+                if self.source_starts:
+                    batch.sources.append(source)
                 return raw, seeds, text
             except BadSample as bad:
                 batch.faults.append((bad.cause, bad.where))
+                batch.counts[f"{BAD_SAMPLES}/{self.reader.samples.names[source]}"] += 1
             epoch, sample = self.order.substitute(slot, attempt)
             raw, (seeds,) = or_bad(self.reader.read, sample), self._seeds(np.array([epoch]), np.array([sample]))
         raise TooManyBadSamples(
@@ -253,19 +295,26 @@ class LocalBatches(Dataset[TrainBatch]):
             self.views.augmented_image(image, seeds["image_augmented"], into[1])
 
 
+def counted(samples: Samples, config: DataConfig) -> list[str]:
+    """Names of what TrainBatch.counts may hold: bad_samples/SOURCE where there are several sources, caption_fallbacks
+    (captions that KEY.txt stands in for) with data.caption_fields."""
+    of_sources = [f"{BAD_SAMPLES}/{name}" for name in samples.names] if len(samples.names) > 1 else []
+    return [*of_sources, *([FALLBACKS] if config.caption_fields else [])]
+
+
 def identity(content: bytes) -> int:
     """A number of 63 bits, equal for equal bytes, rarely for others."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest()) >> 1
 
 
 def train_order(samples: Samples, config: DataConfig, seed: int, global_batch: int) -> Order:
-    """The order by data.order_version, data.groups, data.shuffle_block, data.shuffle_window, the sources' weights,
-    train.seed and, where there are groups, train.global_batch. Raises ValueError, naming the field."""
-    block, window = config.shuffle_block, config.shuffle_window
+    """The order by data.order_version, data.groups, data.shuffle_block, data.shuffle_window, the sources' weights and
+    max_repeats, train.seed and, where there are groups, train.global_batch. Raises ValueError, naming the field."""
+    block, window, weights, most = config.shuffle_block, config.shuffle_window, samples.weights, samples.max_repeats
     if config.order_version == 1:
-        return SampleOrder(samples.shard_sizes(), seed, block, window, samples.weights)
+        return SampleOrder(samples.shard_sizes(), seed, block, window, weights, most)
     starts = samples.shard_starts, samples.source_starts
-    return GroupedOrder(*starts, seed, block, window, samples.weights, config.groups, global_batch)
+    return GroupedOrder(*starts, seed, block, window, weights, config.groups, global_batch, most)
 
 
 def train_loader(

@@ -30,7 +30,7 @@ class Order(Protocol):
     """What the loader asks of an order of data."""
 
     epoch_samples: int
-    """Slots of one epoch of the whole: as many as there are samples."""
+    """Slots of one epoch of the whole, by epoch_length."""
 
     def largest_batches(self) -> list[int]:
         """For the whole, or with weights for each source: neighbouring slots that take each of its samples once, as far
@@ -50,38 +50,91 @@ class Order(Protocol):
         """
 
 
+Weights = Sequence[float | Sequence[float]]
+"""Of each source: its weight, or its weight in the epochs 0, 1, …, of which the last holds on."""
+
+
+def weights_by_epoch(weights: Weights | None) -> list[list[float]]:
+    """The weights of all sources, for each epoch in which one may differ; [[1]], of one pool, without weights."""
+    lists = [[1.0]] if weights is None else [[w] if isinstance(w, float | int) else list(w) for w in weights]
+    return [[of_source[min(epoch, len(of_source) - 1)] for of_source in lists] for epoch in range(max(map(len, lists)))]
+
+
+def epoch_length(
+    sizes: Sequence[int], weights: Weights | None = None, max_repeats: Sequence[float | None] | None = None
+) -> int:
+    """Slots of one epoch of the whole: as many as there are samples, or as none of the sources lets an epoch draw it
+    more often than its max_repeats, on average.
+
+    sizes: samples of each source.
+    """
+    length = float(sum(sizes))
+    for of_epoch in weights_by_epoch(weights) if max_repeats else []:
+        for size, weight, most in zip(sizes, of_epoch, max_repeats or (), strict=True):
+            if most is not None and weight > 0:
+                length = min(length, most * size * sum(of_epoch) / weight)
+    return max(1, int(length))
+
+
+class _Pattern:
+    """A seeded pattern of slots with exact shares of pools, repeated for ever."""
+
+    def __init__(self, counts: np.ndarray, seed: int):
+        pattern = np.repeat(np.arange(len(counts)), counts)
+        self.pools = pattern[_permutation(len(pattern), seed, _PATTERN)]  # (period,) pool of each slot
+        self.counts = counts
+        # (period + 1, pools) slots of each pool before each slot
+        self._before = np.concatenate([[counts * 0], np.cumsum(self.pools[:, None] == np.arange(len(counts)), axis=0)])
+
+    def before(self, slots: np.ndarray) -> np.ndarray:
+        """Slots (n,) -> earlier slots of each pool (n, pools)."""
+        rounds, places = np.divmod(slots, len(self.pools))
+        return rounds[:, None] * self.counts + self._before[places]
+
+
 class Mixture:
     """Which source each slot draws from: without weights all are one pool, else each is one, with exact shares.
 
-    Raises ValueError for a weight too small for the pattern.
+    epoch_slots: after so many slots, those of one epoch, the weights of the next one hold. Raises ValueError for a
+    weight too small for the pattern, and for an epoch without any.
     """
 
-    def __init__(self, seed: int, weights: Sequence[float] | None):
-        counts = np.array([1]) if weights is None else _largest_remainder(weights, PERIOD)
-        require(
-            bool((counts > 0).all()),
-            "data.train.weight",
-            None if weights is None else list(weights),
-            f"every weight must be at least 1/{PERIOD} of their sum",
-        )
-        pattern = np.repeat(np.arange(len(counts)), counts)
-        self.pattern = pattern[_permutation(len(pattern), seed, _PATTERN)]
-        """(period,) pool of each slot."""
-        self._counts = counts
-        # How many earlier slots of the pattern went to the same pool.
-        self._earlier = np.empty_like(self.pattern)
-        for pool, count in enumerate(counts):
-            self._earlier[self.pattern == pool] = np.arange(count)
+    def __init__(self, seed: int, weights: Weights | None, epoch_slots: int):
+        self._patterns = []
+        for epoch, given in enumerate(weights_by_epoch(weights)):
+            require(
+                sum(given) > 0, "data.train.weight", given, f"epoch {epoch} draws from no source: give one a weight"
+            )
+            counts = np.array([1]) if weights is None else _largest_remainder(given, PERIOD)
+            least = f"every weight must be at least 1/{PERIOD} of their sum"
+            require(((counts > 0) == (np.array(given) > 0)).all(), "data.train.weight", given, least)
+            self._patterns.append(_Pattern(counts, seed))
+        self._starts = np.arange(len(self._patterns)) * epoch_slots
+        self.period = len(self._patterns[0].pools)
 
-    def turns(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Slots (n,) -> pool (n,) and how many earlier slots went to the same pool (n,)."""
-        round_, place = np.divmod(slots, len(self.pattern))
-        pools = self.pattern[place]
-        return pools, round_ * self._counts[pools] + self._earlier[place]
+    def turns(self, slots: np.ndarray, skipped: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Slots (n,) -> pool (n,) and how many earlier slots went to the same pool (n,).
+
+        skipped: (n,) slots of every epoch's pattern that are left out at its begin; none by default.
+        """
+        skipped = np.zeros_like(slots) if skipped is None else skipped
+        phases = self._starts.searchsorted(slots, side="right") - 1
+        pools, turns = np.empty_like(slots), np.empty_like(slots)
+        for phase in np.unique(phases).tolist():
+            mine = np.flatnonzero(phases == phase)
+            skip, pattern = skipped[mine], self._patterns[phase]
+            places = slots[mine] - self._starts[phase] + skip
+            earlier = pattern.before(places) - pattern.before(skip)
+            for past, length in zip(self._patterns[:phase], np.diff(self._starts).tolist(), strict=False):
+                earlier += past.before(skip + length) - past.before(skip)
+            pools[mine] = pattern.pools[places % self.period]
+            turns[mine] = earlier[np.arange(len(mine)), pools[mine]]
+        return pools, turns
 
     def largest_batches(self, pool_sizes: Sequence[int]) -> list[int]:
-        """As Order has it, of the samples in each pool."""
-        return [size * len(self.pattern) // int(n) for size, n in zip(pool_sizes, self._counts, strict=True)]
+        """As Order has it, of the samples in each pool, with the largest of its weights."""
+        most = np.max([pattern.counts for pattern in self._patterns], axis=0)
+        return [size * self.period // int(n) for size, n in zip(pool_sizes, most, strict=True)]
 
 
 class SampleOrder:
@@ -90,7 +143,8 @@ class SampleOrder:
     shard_sizes: for each source, the samples in each of its shards. weights: share of each source; None lets the
     sources count as one, of which each sample comes once in an epoch. With weights a seeded pattern of 10,000 slots
     decides the source of each slot, with exact shares, and every source has epochs of its own. block: neighbours kept
-    together. window: blocks mixed with each other. Methods as Order has them, errors as Mixture.
+    together. window: blocks mixed with each other. max_repeats: of each source, as epoch_length has it. Methods as
+    Order has them, errors as Mixture.
     """
 
     def __init__(
@@ -99,15 +153,16 @@ class SampleOrder:
         seed: int,
         block: int,
         window: int,
-        weights: Sequence[float] | None = None,
+        weights: Weights | None = None,
+        max_repeats: Sequence[float | None] | None = None,
     ):
         self.seed = seed
         source_sizes = np.array([int(np.sum(sizes)) for sizes in shard_sizes], dtype=np.int64)
         source_starts = np.concatenate([[0], np.cumsum(source_sizes)])  # (sources + 1,)
-        self.epoch_samples = int(source_starts[-1])
+        self.epoch_samples = epoch_length(source_sizes.tolist(), weights, max_repeats)
         pools = [np.concatenate(list(shard_sizes))] if weights is None else list(shard_sizes)
         self._pool_starts = np.zeros(1, dtype=np.int64) if weights is None else source_starts[:-1]
-        self._mixture = Mixture(seed, weights)
+        self._mixture = Mixture(seed, weights, self.epoch_samples)
         self._pools = [_Epochs(sizes, seed, pool, block, window) for pool, sizes in enumerate(pools)]
 
     def largest_batches(self) -> list[int]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from modstruct.config import Source
 from modstruct.data.faults import NAMED
 from modstruct.data.shards.index import ROW
 from modstruct.data.shards.objects import is_object
@@ -101,16 +102,14 @@ class Samples:
     All that grows with their number lies in mapped files; the object can be pickled to another process.
     """
 
-    def __init__(self, table: Path, weights: Sequence[float] | None = None):
-        self.table = table
-        self.weights = weights
-        """Weight of each source; None if no source has one."""
+    def __init__(self, table: Path, sources: Sequence[Source] = ()):
+        self.table, self.sources = table, sources
         self._map()
         self.caption_lines: list[bool] = [False] * (len(self.source_starts) - 1)
         """For each source, whether the lines of KEY.txt are captions of their own."""
 
     def __getstate__(self) -> dict:
-        return {"table": self.table, "weights": self.weights, "caption_lines": self.caption_lines}
+        return {"table": self.table, "sources": self.sources, "caption_lines": self.caption_lines}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__ |= state
@@ -151,15 +150,39 @@ class Samples:
         return f"{self.fingerprint} lines {lines}" if any(self.caption_lines) else self.fingerprint
 
     @property
+    def weights(self) -> list[float | list[float]] | None:
+        """Weight of each source; None if no source has one."""
+        return [source.weight for source in self.sources if source.weight is not None] or None
+
+    @property
+    def max_repeats(self) -> list[float | None] | None:
+        """Of each source; None if no source has one."""
+        found = [source.max_repeats for source in self.sources]
+        return found if any(found) else None
+
+    @property
+    def names(self) -> list[str]:
+        """Of the sources."""
+        return [source.name or f"source_{number}" for number, source in enumerate(self.sources)]
+
+    @property
+    def drawn(self) -> str:
+        """What tells the samples, and how they are drawn, from others."""
+        repeats = f" repeats {self.max_repeats}" if self.max_repeats else ""
+        return f"{self.content} {self.weights}{repeats}"
+
+    @property
     def left_out(self) -> Counter[str]:
         """Samples, by cause, that indexing found unusable; they have no number."""
         return sum((Counter(of_source.left_out) for of_source in self.faults), Counter())
 
     def lines_are_captions(self, shard: int) -> bool:
         """Whether the lines of KEY.txt are captions of their own in a shard."""
-        if not any(self.caption_lines):
-            return False
-        return self.caption_lines[int(self.source_starts.searchsorted(shard, side="right")) - 1]
+        return any(self.caption_lines) and self.caption_lines[self.source_of(shard)]
+
+    def source_of(self, shard: int) -> int:
+        """Number of a shard's source."""
+        return int(self.source_starts.searchsorted(shard, side="right")) - 1
 
     @property
     def rows(self) -> np.ndarray:

@@ -49,10 +49,10 @@ def open_samples(sources: Sequence[Source], config: DataConfig, field: str, prog
     """
     opened = _opened(sources, config)
     if first_has_run() and opened.exists():
-        samples = Samples(Path(opened.read_text()), _weights(sources))
+        samples = Samples(Path(opened.read_text()), sources)
     else:
         expanded = expand_sources(sources, config, field)
-        samples = Samples(_table(expanded, config, field, progress), _weights(sources))
+        samples = Samples(_table(expanded, config, field, progress), sources)
         _judge_sources(samples, [source.pattern for source in expanded], config.max_bad_share, field, say=progress)
         _tell_others(opened, samples)
     _decide_captions(samples, sources, config, field, say=progress)
@@ -111,7 +111,7 @@ def open_saved_samples(
         found = refused
     if fingerprint is not None and (isinstance(found, ValueError) or found.fingerprint != fingerprint):
         for table in _tables(config, fingerprint):
-            saved = Samples(table, _weights(sources))
+            saved = Samples(table, sources)
             stale = _stale_shards(saved)
             named = isinstance(found, ValueError) or set(found.shards) <= set(saved.shards)
             lost = sum(int(saved.shard_starts[shard + 1] - saved.shard_starts[shard]) for shard in stale)
@@ -128,11 +128,6 @@ def open_saved_samples(
     if isinstance(found, ValueError):
         raise found
     return found
-
-
-def _weights(sources: Sequence[Source]) -> list[float] | None:
-    """Of all sources, or of none."""
-    return [source.weight for source in sources if source.weight is not None] or None
 
 
 def _judge_sources(samples: Samples, patterns: Sequence[str], max_bad_share: float, field: str, say: bool) -> None:

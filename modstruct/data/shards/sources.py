@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import math
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -25,8 +24,6 @@ class SourceShards:
 
     shards: tuple[str, ...]
     """Absolute paths, addresses, or `pipe:` and a shell command, in order."""
-    weight: float | None
-    """Share of the samples drawn, relative to the other sources; None for all sources or none."""
     index: Path | None
     """Folder of indexes made by tools/index_shards.py."""
     pattern: str
@@ -52,16 +49,13 @@ def expand_sources(sources: Sequence[Source], config: DataConfig, field: str) ->
     """
     require(len(sources) > 0, field, list(sources), "name at least one shard")
     weights = [source.weight for source in sources]
-    require(
-        all(w is None for w in weights) or all(w is not None and math.isfinite(w) for w in weights),
-        f"{field}.weight",
-        weights,
-        "give every source a finite weight, or none of them",
-    )
+    same = len({weight is None for weight in weights}) == 1
+    require(same, f"{field}.weight", weights, "give every source a weight, or none of them")
+    names = [source.name for source in sources if source.name is not None]
+    require(len(names) == len({*names}), f"{field}.name", names, "give each source a name of its own")
     return [
         SourceShards(
             shards=tuple(expand_pattern(source.shards, config.allow_pipe, field)),
-            weight=source.weight,
             index=None if source.index is None else _index_folder(source.index, field),
             pattern=source.shards,
         )

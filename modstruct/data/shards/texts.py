@@ -20,6 +20,8 @@ from modstruct.files import RepeatedKey, atomic_write, parse_json
 
 # Levels of KEY.json. Deeper ones would pass the parser, but break the pickling to another process.
 DEEPEST_METADATA = 32
+TEXT_FILE = "txt"
+"""KEY.txt in data.caption_fields, whose other names are fields of KEY.json."""
 SEVERAL_SHARE = 0.9
 """Fraction of them that must hold several lines."""
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections import Counter
 from dataclasses import replace
 from multiprocessing import active_children, forkserver
 from pathlib import Path
@@ -36,7 +37,16 @@ from modstruct.config import Source, ViewsConfig
 from modstruct.data.faults import TooManyBadSamples
 from modstruct.data.shards import loader as loader_module
 from modstruct.data.shards import workers as workers_module
-from modstruct.data.shards.loader import EXTRA_FIELDS, BatchContents, BatchPlan, TrainBatch, train_loader, train_order
+from modstruct.data.shards.evaluation_samples import train_captions
+from modstruct.data.shards.loader import (
+    EXTRA_FIELDS,
+    BatchContents,
+    BatchPlan,
+    TrainBatch,
+    counted,
+    train_loader,
+    train_order,
+)
 from modstruct.data.shards.samples import open_samples
 from modstruct.data.transforms.augment import Views
 from modstruct.errors import RunError
@@ -367,6 +377,38 @@ def test_weights_reach_the_order(tmp_path):
     samples = open_samples(sources, data, "data.train")
     _, sample = train_order(samples, data, 0, 12).locate(torch.arange(10_000).numpy())
     assert (sample < 30).sum() == 7500
+
+
+def test_captions_are_drawn_from_fields_by_weight_and_counts_are_by_source(tmp_path):
+    members = []
+    for n in range(40):
+        texts = {} if n % 4 == 0 else {"blip": "B" * (n + 30)} if n % 4 == 1 else {"blip": ["C" * (n + 30), " ", "D"]}
+        members += sample(n, json=json.dumps({"number": n, **texts}).encode(), **({"png": b"bad"} if n == 7 else {}))
+    write_tar(tmp_path / "a.tar", members)
+    data = config(tmp_path, caption_fields={"txt": 1.0, "blip": 3.0})
+    sources = [Source(str(tmp_path / "a.tar"), 3.0, name="web"), Source(write_shards(tmp_path / "b", [20]), 1.0)]
+    samples = open_samples(sources, data, "data.train")
+    alone = load(samples, data, stop=40)
+    captions = torch.cat([batch.tensors["text"] for batch in alone])
+    sources_of_rows = torch.tensor([source for batch in alone for source in batch.sources])
+    last, blip = captions[:, 1], sources_of_rows == 0
+    from_field = torch.isin(last, torch.tensor([ord(letter) for letter in "BCD"]))
+    assert not from_field[~blip].any()
+    share = from_field[blip].float().mean().item()
+    assert 0.75 * 0.75 - 0.08 < share < 0.75 * 0.75 + 0.08  # three quarters have a field, drawn three times of four
+    assert {chr(letter) for letter in last[from_field].tolist()} == {"B", "C", "D"}
+    counts = sum((batch.counts for batch in alone), Counter())
+    assert counted(samples, data) == ["bad_samples/web", "bad_samples/source_1", "caption_fallbacks"]
+    assert counts["bad_samples/web"] == sum(len(batch.faults) for batch in alone) > 0
+    assert counts["bad_samples/source_1"] == 0
+    lacking = (~from_field[blip]).sum() + (~blip).sum() - counts["caption_fallbacks"]  # drawn from KEY.txt
+    assert 0.25 * len(captions) * 0.7 < lacking < 0.25 * len(captions) * 1.3
+    for processes, start, workers in ((2, 3, 0), (4, 0, 0)):
+        mine = replace(data, workers=workers)
+        parts = [load(samples, mine, start, 40, process=p, processes=processes) for p in range(processes)]
+        assert_same(joined(parts), alone[start:])
+    told = list(train_captions(samples, data, 1000))
+    assert {"thing 1", "B" * 31, "C" * 32, "D"} <= {*told}
 
 
 def test_groups_are_read_alike_by_any_number_of_processes_that_divides_them(damaged):

@@ -131,6 +131,45 @@ def test_a_weight_too_small_to_come_up_is_refused():
         SampleOrder([np.array([5])] * 2, 0, 4, 4, weights=[1, 1e-6])
 
 
+@pytest.mark.parametrize("groups", [1, 4])
+def test_weights_change_by_epoch_and_each_source_goes_on_where_it_was(groups):
+    sizes, weights = [3000, 5000, 4000], [[2, 0, 1], 1, [0, 1]]
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    if groups == 1:
+        order = SampleOrder([np.array([size]) for size in sizes], 3, 8, 4, weights)
+    else:
+        order = GroupedOrder(starts, np.arange(4), 3, 8, 4, weights, groups, 40)
+    epochs, samples = order.locate(np.arange(5 * 12_000))
+    sources = starts.searchsorted(samples, side="right") - 1
+    for epoch, exact in enumerate([[8000, 4000, 0], [0, 6000, 6000], *[[4000, 4000, 4000]] * 3]):
+        counts = np.bincount(sources[epoch * 12_000 : (epoch + 1) * 12_000], minlength=3)
+        assert np.abs(counts - exact).max() < 150  # 10,000 slots, of which an epoch has a part, have exact shares
+    for source, size in enumerate(sizes):
+        mine = sources == source
+        complete = np.unique(epochs[mine])[:-2]
+        assert len(complete) >= 1
+        for epoch in complete:
+            own = samples[mine & (epochs == epoch)]
+            np.testing.assert_array_equal(np.sort(own), np.arange(starts[source], starts[source] + size))
+    some = np.array([59_990, 11_999, 12_000, 0, 24_001])
+    np.testing.assert_array_equal(
+        np.stack(pickle.loads(pickle.dumps(order)).locate(some)), np.stack([epochs, samples])[:, some]
+    )
+
+
+def test_an_epoch_is_as_short_as_the_repeats_of_a_source_have_it():
+    sizes, weights = [np.array([100]), np.array([900])], [1, 1]
+    order = SampleOrder(sizes, 3, 8, 4, weights, [2, None])
+    assert order.epoch_samples == 400
+    _, samples = order.locate(np.arange(400))
+    assert np.bincount(samples[samples < 100]).max() <= 3  # twice on average
+    plain = SampleOrder(sizes, 3, 8, 4, weights)
+    assert plain.epoch_samples == 1000
+    np.testing.assert_array_equal(samples, plain.locate(np.arange(400))[1])
+    with pytest.raises(ValueError, match=r"epoch 1 draws from no source"):
+        SampleOrder(sizes, 3, 8, 4, [[1, 0], [1, 0]])
+
+
 def of_two_sources(size: int) -> SampleOrder:
     return SampleOrder([np.array([size]), np.array([size])], 3, 4, 2, weights=[1, 2])
 

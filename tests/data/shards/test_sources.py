@@ -77,14 +77,23 @@ def test_all_forms_of_the_field_become_sources(folder):
     assert as_sources("x") == as_sources(["x"]) == as_sources([Source("x")]) == [Source("x")]
     pattern = str(folder / "a-0.tar")
     (expanded,) = expand_sources([Source(pattern, weight=2.0)], DataConfig(), "data.train")
-    assert (names(expanded.shards), expanded.weight, expanded.pattern) == (["a-0.tar"], 2.0, pattern)
+    assert (names(expanded.shards), expanded.pattern) == (["a-0.tar"], pattern)
 
 
-@pytest.mark.parametrize("weights", [(1.0, None), (1.0, float("inf"))])
-def test_weights_are_given_to_all_sources_or_to_none(folder, weights):
-    sources = [Source(str(folder / "a-0.tar"), weight=weight) for weight in weights]
-    with pytest.raises(ValueError, match=r"^data\.train\.weight = .*every source a finite weight, or none"):
+def test_weights_are_given_to_all_sources_or_to_none(folder):
+    sources = [Source(str(folder / "a-0.tar"), weight=weight) for weight in (1.0, None)]
+    with pytest.raises(ValueError, match=r"^data\.train\.weight = .*every source a weight, or none"):
         expand_sources(sources, DataConfig(), "data.train")
+    for weight in (float("inf"), -1.0, 0.0, [0.0, 0.0], []):
+        with pytest.raises(
+            ValueError, match=r"^data\.train\.weight = .*a finite number above 0, or a list of which one"
+        ):
+            Source("a", weight=weight)
+    with pytest.raises(ValueError, match=r"^data\.train\.max_repeats = 2: give the sources weights, too"):
+        Source("a", max_repeats=2)
+    twice = [Source(str(folder / "a-0.tar"), name="web")] * 2
+    with pytest.raises(ValueError, match=r"^data\.train\.name = .*a name of its own"):
+        expand_sources(twice, DataConfig(), "data.train")
 
 
 def test_a_missing_index_folder_is_refused(folder):
