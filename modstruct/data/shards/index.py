@@ -220,7 +220,7 @@ def index_tar(
             broken = str(cut)
             collected.add_cut(groups.end(), cut.name)
         file.seek(0)
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest() if checksum else None
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest() if checksum else None  # type: ignore[arg-type]
     for sample in groups.end():
         collected.add(sample)
     rows = np.array(collected.rows, dtype=ROW)
@@ -229,7 +229,7 @@ def index_tar(
     return ShardIndex(rows, size_bytes, *counts, examples, broken, sha256)
 
 
-def _opened(path: str | os.PathLike[str] | int | ObjectFile) -> io.BufferedReader:
+def _opened(path: str | os.PathLike[str] | int | ObjectFile) -> BinaryIO:
     if isinstance(path, ObjectFile):
         return io.BufferedReader(path, OBJECT_BUFFER_BYTES)
     return open(path, "rb", buffering=BUFFER_BYTES)
