@@ -17,7 +17,8 @@ class Source:
     """One training source among several."""
 
     shards: str
-    """Path, glob or brace pattern of tar shards, or `pipe:COMMAND` (COMMAND writes a tar to its standard output)."""
+    """Path, glob, brace pattern or address (s3://, gs://, https://) of tar shards, or `pipe:COMMAND` (COMMAND writes a
+    tar to its standard output)."""
     weight: float | list[float] | None = None
     """Fraction of the samples drawn from this source, relative to the other weights; a list has the weights of the
     epochs 0, 1, …, of which the last holds on, and may be 0 where the source is not drawn."""
@@ -66,7 +67,8 @@ class ScenesConfig:
 @dataclass
 class DataConfig:
     train: str | list[str] | list[Source] = "scenes"
-    """Training shards: `scenes` (built in), a path / glob / brace pattern, or a list of sources with weights."""
+    """Training shards: `scenes` (built in), a path / glob / brace pattern / address, or a list of sources with
+    weights."""
     validation: str | None = "scenes"
     """Shards measured during training (the best checkpoint is chosen on them); null for none."""
     eval: str | None = "scenes"
