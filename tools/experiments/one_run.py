@@ -44,11 +44,16 @@ def gaussian(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def training(job: dict[str, Any]) -> dict[str, Any]:
-    """pretrain.py, then evaluate.py embed and measure, in job["folder"], which is removed unless something fails."""
+    """pretrain.py, evaluate.py embed and measure, then finetune.py for each task, in job["folder"], which is removed
+    unless something fails."""
     how, folder = job["training"], Path(job["folder"])
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    options = how["options"] | job["data"] | job["arm"]["options"]
+    data = {
+        name: value.replace("{fold}", str(job["fold"])) if isinstance(value, str) else value
+        for name, value in job["data"].items()
+    }
+    options = how["options"] | data | job["arm"]["options"]
     recipe = ["--recipe", how["recipe"], "--method", job["arm"]["method"], *words_of(options)]
     recipe += ["--train.seed", str(job["seed"]), "--output", str(folder / "run")]
     if job.get("check"):
@@ -62,10 +67,25 @@ def training(job: dict[str, Any]) -> dict[str, Any]:
         measure = [LAUNCH / "evaluate.py", "measure", folder / "evaluation", *options.split()]
         script(measure, folder / f"measure-{number}.txt")
     values, outcomes = measured(folder / "evaluation" / "results", how["outcomes"])
+    for task in how["tasks"]:
+        values |= fine_tuned(task, folder, job["seed"])
     made_with = next((folder / "run").glob("checkpoints/*/recipe.yaml")).read_text()
+    for name, value in data.items():
+        if value != job["data"][name]:  # runs of one arm differ in their fold alone
+            made_with = made_with.replace(value, job["data"][name])
     own = [line for line in made_with.splitlines() if not line.strip().startswith(("output:", "seed:"))]
     shutil.rmtree(folder)
     return {"values": values, "outcomes": outcomes, "recipe": hashed(own)}
+
+
+def fine_tuned(task: str, folder: Path, seed: int) -> dict[str, float]:
+    """Metrics of the test split of a task, by TASK/METRIC."""
+    assigned = folder / "text_assignment"
+    start = assigned if task == "nlvr2" and assigned.exists() else folder / "run"
+    words = ["--recipe", task, "--init", start, "--train.seed", seed, "--output", folder / task]
+    script([LAUNCH / "finetune.py", "--ds_config", ROOT / "ds_configs" / "zero0.json", *words], folder / f"{task}.txt")
+    found = json.loads((folder / task / "metrics.json").read_bytes())["results"].values()
+    return {f"{task}/{name}": value["value"] for result in found for name, value in result["values"].items()}
 
 
 def validation_shards(run: Path) -> str:

@@ -39,6 +39,8 @@ class Data:
     """Fields of the recipe (kind training) or of gaussian.py's Data (kind gaussian)."""
     known: dict[str, float] = field(default_factory=dict)
     """Numbers known of the data, such as delta_p in nats: the x of plots."""
+    folds: int = 1
+    """Seeds take so many folds in turn: {fold} in options stands for the number of a seed's."""
 
 
 @dataclass
@@ -75,6 +77,8 @@ class Training:
     """Options of `evaluate.py embed`."""
     measure: list[str] = field(default_factory=lambda: ["--metrics retrieval"])
     """Options of `evaluate.py measure`, for as many commands one after another; what was measured is not repeated."""
+    tasks: list[str] = field(default_factory=list)
+    """Recipes of finetune.py, each from the pre-trained model, but nlvr2 from text_assignment where that is before it."""
     outcomes: list[str] = field(default_factory=list)
     """Names of values whose outcomes (0 or 1 by query or image) are kept, for the bootstrap over seeds and images."""
 
@@ -103,6 +107,9 @@ class Plan:
     """The arm from which effects are told."""
     claims: list[Claim] = field(default_factory=list)
     plots: list[Plot] = field(default_factory=list)
+    prepare: dict[str, str] = field(default_factory=dict)
+    """Folders of the checkout that data options name, and the tool with its options that makes each with --out, before
+    the first run; {source} stands for run.py's --source."""
     training: Training = field(default_factory=Training)
     name: str = ""
     hash: str = ""
@@ -117,6 +124,8 @@ class Plan:
         )
         for label, arms in [("baseline", [self.baseline]), *((f"plots ({plot.y})", plot.arms) for plot in self.plots)]:
             self._require_known(label, arms, self.arms)
+        for name, data in self.data.items():
+            require(data.folds >= 1, f"data ({name}): folds", data.folds, "at least 1")
         for claim in self.claims:
             require(bool(claim.against), f"claims ({claim.arm}): against", claim.against, "name at least one arm")
             self._require_known("claims", [claim.arm, *claim.against], self.arms)
@@ -166,6 +175,7 @@ class Job:
             "seed": self.seed,
             "arm": {"method": arm.method, "options": arm.options | (more or {})},
             "data": data.options,
+            "fold": self.plan.seeds.index(self.seed) % data.folds,
             "training": asdict(self.plan.training),
         }
 

@@ -6,13 +6,14 @@ python tools/experiments/report.py gaussian --out docs/findings    # and writes 
 Every effect is a difference from the baseline, paired by seed. Interval: Student's over seeds; where outcomes of
 queries or images are kept, a bootstrap over seeds and images at once. p: exact sign-flip test over seeds; of several
 baselines the larger one counts, and Holm corrects over the claims of one endpoint and data. Results of another plan,
-commit or recipe are refused.
+commit, recipe or data are refused.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
+import json
 import math
 import sys
 import zlib
@@ -61,6 +62,8 @@ class Results:
         self.runs = {(job.data, job.arm, job.seed): found for job in plan.jobs() if (found := job.result())}
         self.failed = [f"{'-'.join(map(str, key))}: {run['error']}" for key, run in self.runs.items() if "error" in run]
         self.runs = {key: run for key, run in self.runs.items() if "error" not in run}
+        made = {json.dumps(run.get("prepared", {}), sort_keys=True) for run in self.runs.values()}
+        require(len(made) <= 1, f"{plan.name}: prepared data", sorted(made), "runs learnt from different files")
         recipes = defaultdict[tuple[str, str], set[str]](set)
         for (data, arm, _), run in self.runs.items():
             recipes[data, arm].add(run["recipe"])

@@ -12,6 +12,7 @@ processor: seeds that another kind began are left to it, and named.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import statistics
@@ -42,6 +43,7 @@ def main() -> int:
     parser.add_argument("campaign", help="Its name in campaigns, or a YAML file.")
     parser.add_argument("--lanes", type=int, default=1, help="Runs beside each other, of one thread each.")
     parser.add_argument("--hours", type=float, default=1e9, help="No run begins that would end later.")
+    parser.add_argument("--source", type=Path, help="What the plan's data is made from, where its header asks for it.")
     parser.add_argument("--again", action="store_true", help="Repeat the runs that failed.")
     cache = Path("~/.cache/modstruct/experiments").expanduser()
     parser.add_argument("--work", type=Path, default=cache, help=f"Worktrees and runs in progress (default: {cache}).")
@@ -58,6 +60,7 @@ def run(options: argparse.Namespace) -> None:
     if not waiting:
         return
     checkout = worktree(plan.commit, options.work)
+    prepared = {folder: prepare(checkout, folder, tool, options.source) for folder, tool in plan.prepare.items()}
     work = options.work / plan.name
     rehearse(plan, Lane(checkout, work, "rehearsal"), waiting)
     plan.results.mkdir(parents=True, exist_ok=True)
@@ -74,7 +77,7 @@ def run(options: argparse.Namespace) -> None:
             started = time.monotonic()
             found = lane.answer(job.told())
             seconds.append(time.monotonic() - started)
-            save(job, found | {"processor": here, "seconds": round(seconds[-1], 1)})
+            save(job, found | {"processor": here, "prepared": prepared, "seconds": round(seconds[-1], 1)})
             left = len(waiting) - len(seconds)
             hours = statistics.median(seconds) * left / options.lanes / 3600
             say(f"{job.name}: {found.get('error', f'{seconds[-1]:.0f} s')} ({left} left, {hours:.1f} h)")
@@ -84,6 +87,20 @@ def run(options: argparse.Namespace) -> None:
         list(pool.map(of_lane, range(options.lanes)))
     failed = [job.name for job in plan.jobs() if "error" in (job.result() or {})]
     say(f"{len(seconds)} runs done, {len(waiting) - len(seconds)} left, {len(failed)} failed {' '.join(failed)}")
+
+
+def prepare(checkout: Path, name: str, tool: str, source: Path | None) -> str:
+    """Make a folder of data in the checkout unless it is there; the hash of its files' names and bytes."""
+    require("{source}" not in tool or source is not None, "--source", source, f"{name} is made from it: give its path")
+    folder = checkout / name
+    if not folder.exists():
+        words = [word.replace("{source}", str((source or Path()).resolve())) for word in tool.split()]
+        say(f"{' '.join(words)} --out {folder}")
+        command([sys.executable, *words, "--out", str(folder)], checkout, PYTHONPATH=str(checkout))
+    content = hashlib.blake2b(digest_size=8)
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        content.update(f"{file.relative_to(folder)}\n".encode() + hashlib.blake2b(file.read_bytes()).digest())
+    return content.hexdigest()
 
 
 def rehearse(plan: Plan, lane: Lane, waiting: list[Job]) -> None:
