@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import shutil
 import subprocess
@@ -54,6 +55,7 @@ def repository(tmp_path: Path) -> Path:
     for name in ("plan.py", "run.py", "report.py", "one_run.py"):
         shutil.copy(TOOLS / name, experiments)
     (experiments / "gaussian.py").write_text(RUNS)
+    (experiments / "make.py").write_text("import shutil, sys\nshutil.copytree(sys.argv[1], sys.argv[3])\n")
     (folder / "setup.py").write_text("")
     git = ["git", "-C", str(folder), "-c", "user.name=t", "-c", "user.email=t@t"]
     for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "tools"]):
@@ -139,6 +141,67 @@ def test_failed_runs_are_kept_and_results_of_another_plan_refused(repository):
     ended = tool(repository, "report.py")
     assert ended.returncode == 2
     assert "of another plan than short.yaml" in ended.stderr
+
+
+def test_data_is_made_once_and_its_hash_is_in_every_result(repository):
+    change(repository, "  broken: {method: gc, options: {fails: true}}\n", "")
+    change(repository, "plots:", 'prepare: {made: "tools/experiments/make.py {source}"}\nplots:')
+    refused = tool(repository, "run.py")
+    assert refused.returncode == 2
+    assert "--source = None: made is made from it" in refused.stderr
+    source = repository.parent / "source"
+    source.mkdir()
+    (source / "photographs").write_text("of cats")
+    assert tool(repository, "run.py", "--source", str(source)).returncode == 0
+    results = [json.loads(file.read_bytes()) for file in repository.glob("tools/experiments/results/short/*.json")]
+    assert len(results) == 16
+    assert len({result["prepared"]["made"] for result in results}) == 1
+    first = repository / "tools" / "experiments" / "results" / "short" / "low-clip-0.json"
+    first.write_text(json.dumps(json.loads(first.read_bytes()) | {"prepared": {"made": "of other files"}}))
+    reported = tool(repository, "report.py")
+    assert reported.returncode == 2
+    assert "runs learnt from different files" in reported.stderr
+
+
+def test_folds_and_tasks_of_a_training(tmp_path, monkeypatch):
+    """A launcher that only writes what the scripts would."""
+    monkeypatch.syspath_prepend(str(TOOLS))
+    one_run = importlib.import_module("one_run")
+    asked = []
+
+    def script(words, screen):
+        options = dict(itertools.pairwise(words))
+        asked.append((Path(words[0]).stem, options))
+        if Path(words[0]).stem == "finetune":
+            values = {"accuracy": {"value": 0.5, "chance": 0.25}}
+            options["--output"].mkdir()
+            metrics = {"results": {options["--recipe"]: {"values": values}}}
+            (options["--output"] / "metrics.json").write_text(json.dumps(metrics))
+        if Path(words[0]).stem == "pretrain":
+            checkpoint = Path(options["--output"]) / "checkpoints" / "step"
+            checkpoint.mkdir(parents=True)
+            recipe = f"data:\n  train: {options['--data.train']}\ntrain:\n  seed: {options['--train.seed']}\n"
+            (checkpoint / "recipe.yaml").write_text(recipe)
+
+    monkeypatch.setattr(one_run, "script", script)
+    monkeypatch.setattr(one_run, "validation_shards", lambda run: "none")
+    training = {"recipe": "r", "options": {}, "sets": ["eval"], "embed": {}, "measure": [], "outcomes": []}
+    job = {
+        "training": training | {"tasks": ["vqa", "text_assignment", "nlvr2"]},
+        "arm": {"method": "albef", "options": {}},
+        "data": {"data.train": "made/fold-{fold}/*.tar"},
+    }
+    found = [
+        one_run.training(job | {"seed": seed, "fold": seed % 2, "folder": str(tmp_path / str(seed))}) for seed in (4, 5)
+    ]
+    assert [options["--data.train"] for name, options in asked if name == "pretrain"] == [
+        "made/fold-0/*.tar",
+        "made/fold-1/*.tar",
+    ]
+    assert found[0]["recipe"] == found[1]["recipe"]
+    assert found[0]["values"] == dict.fromkeys(("vqa/accuracy", "text_assignment/accuracy", "nlvr2/accuracy"), 0.5)
+    starts = {options["--recipe"]: options["--init"].name for name, options in asked if name == "finetune"}
+    assert starts == {"vqa": "run", "text_assignment": "run", "nlvr2": "text_assignment"}
 
 
 def test_statistics_against_closed_forms():

@@ -68,7 +68,8 @@ def training(job: dict[str, Any]) -> dict[str, Any]:
         script(measure, folder / f"measure-{number}.txt")
     values, outcomes = measured(folder / "evaluation" / "results", how["outcomes"])
     for task in how["tasks"]:
-        values |= fine_tuned(task, folder, job["seed"])
+        options = ["--train.seed", job["seed"], *(["--train.steps", 2] if job.get("rehearsal") else [])]
+        values |= fine_tuned(task, folder, options)
     made_with = next((folder / "run").glob("checkpoints/*/recipe.yaml")).read_text()
     for name, value in data.items():
         if value != job["data"][name]:  # runs of one arm differ in their fold alone
@@ -78,11 +79,11 @@ def training(job: dict[str, Any]) -> dict[str, Any]:
     return {"values": values, "outcomes": outcomes, "recipe": hashed(own)}
 
 
-def fine_tuned(task: str, folder: Path, seed: int) -> dict[str, float]:
+def fine_tuned(task: str, folder: Path, options: list[Any]) -> dict[str, float]:
     """Metrics of the test split of a task, by TASK/METRIC."""
     assigned = folder / "text_assignment"
     start = assigned if task == "nlvr2" and assigned.exists() else folder / "run"
-    words = ["--recipe", task, "--init", start, "--train.seed", seed, "--output", folder / task]
+    words = ["--recipe", task, "--init", start, "--output", folder / task, *options]
     script([LAUNCH / "finetune.py", "--ds_config", ROOT / "ds_configs" / "zero0.json", *words], folder / f"{task}.txt")
     found = json.loads((folder / task / "metrics.json").read_bytes())["results"].values()
     return {f"{task}/{name}": value["value"] for result in found for name, value in result["values"].items()}

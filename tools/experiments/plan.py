@@ -78,7 +78,7 @@ class Training:
     measure: list[str] = field(default_factory=lambda: ["--metrics retrieval"])
     """Options of `evaluate.py measure`, for as many commands one after another; what was measured is not repeated."""
     tasks: list[str] = field(default_factory=list)
-    """Recipes of finetune.py, each from the pre-trained model, but nlvr2 from text_assignment where that is before it."""
+    """Recipes of finetune.py, from the pre-trained model; nlvr2 from text_assignment where that is before it."""
     outcomes: list[str] = field(default_factory=list)
     """Names of values whose outcomes (0 or 1 by query or image) are kept, for the bootstrap over seeds and images."""
 

@@ -117,7 +117,7 @@ def rehearse(plan: Plan, lane: Lane, waiting: list[Job]) -> None:
     for job in each.values() if len(waiting) == len(plan.jobs()) else ():
         if missing and job.data == waiting[0].data:
             say(f"rehearsing {job.arm}")
-            found = lane.answer(job.told({STEPS_OPTION[plan.kind]: 2}))
+            found = lane.answer(job.told({STEPS_OPTION[plan.kind]: 2}) | {"rehearsal": True})
             require("error" not in found, f"{plan.name}, {job.arm}", found.get("error"), "correct the plan")
             measured |= set(found["values"])
             missing -= measured
