@@ -16,9 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.transforms import Bbox, TransformedBbox
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -96,6 +93,10 @@ def example_grid(images: Tensor, captions: Sequence[str], retrieved: Sequence[st
     images: (n, 3, H, W) uint8, n >= 1. captions, retrieved: n texts. A retrieved caption is green where it
     equals the image's own and red where not. Returns (3, H', W') uint8, as SummaryWriter.add_image takes it.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here, as it takes long to import
+    from matplotlib.figure import Figure
+    from matplotlib.transforms import Bbox, TransformedBbox
+
     columns, lines = min(columns, len(images)), 1 + 2 * LINES
     rows = math.ceil(len(images) / columns)
     figure = Figure(figsize=(CELL * columns, (CELL + LINE * lines) * rows), dpi=100)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 DRAWS_AT_ONCE = 1 << 21
 """Row numbers drawn at once: 16 MB, and as much for each column of their values."""
@@ -137,13 +137,13 @@ def mean_interval(
     acceleration = float((influence**3).sum()) / (6 * power**1.5) if power > 0 else 0.0
     below = ((found < value).mean() + (found <= value).mean()) / 2
     edge = 0.5 / samples
-    bias = float(stats.norm.ppf(min(max(float(below), edge), 1 - edge)))
-    reach = float(stats.t.ppf((1 + level) / 2, count - 1)) * math.sqrt(count / (count - 1))
+    bias = float(special.ndtri(min(max(float(below), edge), 1 - edge)))
+    reach = float(special.stdtrit(count - 1, (1 + level) / 2)) * math.sqrt(count / (count - 1))
     levels = []
     for z in (bias - reach, bias + reach):
         # Where the correction has no finite value, the extreme resample.
         scale = 1 - acceleration * z
-        levels.append(float(stats.norm.cdf(bias + z / scale)) if scale > 0 else float(z > 0))
+        levels.append(float(special.ndtr(bias + z / scale)) if scale > 0 else float(z > 0))
     low, high = np.quantile(found, levels, method="weibull")  # k-th of s: k / (s + 1) lies below on average
     return float(low), float(high)
 
@@ -167,12 +167,14 @@ def median_interval(
 def t_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
     """Student's interval of the mean of independent values (n,); nearly exact for means of batches."""
     mean = float(np.mean(values))
-    half = float(stats.t.ppf((1 + level) / 2, len(values) - 1) * stats.sem(values))
+    half = float(special.stdtrit(len(values) - 1, (1 + level) / 2) * np.std(values, ddof=1) / math.sqrt(len(values)))
     return mean - half, mean + half
 
 
 def wilson(share: float, rows: int, level: float = 0.95) -> tuple[float, float]:
     """Wilson's interval (1927) of a probability whose observed share in `rows` rows is `share`; never of no width."""
+    from scipy import stats  # here, since it takes a second to import, which each process of a run would wait for
+
     right = round(share * rows)
     found = stats.binomtest(right, rows, right / rows).proportion_ci(level, method="wilson")  # of p = 1, for speed
     return float(found.low), float(found.high)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-from scipy.stats import hypergeom
 
 Metrics = dict[str, dict[str, float]]
 """By name, {"value": …, "chance": …}."""
@@ -89,6 +88,8 @@ def _mean(positives: np.ndarray, chance: Callable[[int], float]) -> float:
 
 def _chance_of_recall(positives: np.ndarray, size: int, k: int) -> float:
     """Of P positives among G items one is among the first K with probability 1 - C(G - P, K) / C(G, K)."""
+    from scipy.stats import hypergeom  # late, as in statistics.wilson
+
     return _mean(positives, lambda count: float(hypergeom.sf(0, size, count, min(k, size))))
 
 
