@@ -6,7 +6,7 @@
 #   tools/gpu_check.sh speed [OUT]      # steps of ViT-B/32, ViT-B/16 and RN50 beside open_clip's, alone on the machine
 #   tools/gpu_check.sh sanitize [OUT]   # the kernels under compute-sanitizer, if it works here
 # Tables on the screen, logs in OUT (default: runs/gpu_check), eight files at most. Every part needs the checkout, nvcc,
-# g++, torch, pybind11 and setuptools; kernels and sanitize pytest and hypothesis, kernels matplotlib and tqdm besides;
+# g++, torch, pybind11 and setuptools; all but speed pytest and hypothesis, kernels matplotlib and tqdm besides;
 # runs and speed what pyproject.toml lists (of which a CUDA image of torch lacks about 30 MB: deepspeed, open_clip,
 # webdataset, jsonargparse, pydantic and faiss-cpu with what they need). The exit status is that of the worst step.
 set -euo pipefail
@@ -92,6 +92,9 @@ runs() {
   begin cache3 "${train[@]}" "${bf16[@]}" --train.micro_batch 32 --ds_config ds_configs/zero3.json
   begin recomputed "${train[@]}" "${bf16[@]}" --train.activation_checkpointing true
   begin compiled "${train[@]}" "${bf16[@]}" --train.compile true
+  begin mixed "${train[@]}" "${tiny[@]}" --train.precision bf16_mixed
+  begin tf32 "${train[@]}" "${tiny[@]}" --train.tf32 true
+  begin ema "${train[@]}" "${bf16[@]}" --train.ema_decay 0.9
   begin siglip "${train[@]}" "${bf16[@]}" --method siglip
   begin killed "${train[@]}" "${bf16[@]}" --resume latest
   limit=150 begin vqa python3 launch_scripts/finetune.py --recipe vqa --init "$work/fusion" --train.steps 20 --train.precision bf16
@@ -107,8 +110,8 @@ sys.path.insert(0, "tests/distributed")
 from small_runs import distance
 
 work, moved = Path(sys.argv[1]), []
-same = ["twice", "killed"]
-near = "zero0 zero1 zero3 zero2_offload zero3_offload cache cache3 recomputed compiled fp32 fp16".split()
+same = ["twice", "killed", "ema"]
+near = "zero0 zero1 zero3 zero2_offload zero3_offload cache cache3 recomputed compiled mixed tf32 fp32 fp16".split()
 for name in same + near:
     missing = [run for run in ("zero2", name) if not step_folder(work / run, 30).exists()]
     if missing:
@@ -122,6 +125,10 @@ END
   without_bars "$work/first_line.log" | tail -30
   timeout 60 python3 launch_scripts/evaluate.py full --checkpoint "$work/first_line" --out "$work/full" >"$work/full.log" 2>&1 ||
     { status=1; tail -5 "$work/full.log"; }
+  echo "== a step waits for nothing; what towers compute in"
+  timeout 90 python3 -m pytest -q -p no:cacheprovider tests/models/test_host_waits.py tests/models/test_build.py -k gpu \
+    >"$out/models.log" 2>&1 || { status=1; tail -40 "$out/models.log"; }
+  tail -1 "$out/models.log"
 }
 
 speed() {
@@ -130,6 +137,7 @@ speed() {
     "--model.name ViT-B-32 --train.global_batch 1024 --profile" \
     "--model.name ViT-B-16 --train.global_batch 512" \
     "--model.name RN50 --train.global_batch 512" \
+    "--model.name ViT-B-32 --train.global_batch 1024 --train.precision bf16_mixed --without_plain" \
     "--model.name ViT-B-32 --train.global_batch 1024 --train.compile true" \
     "--model.name ViT-B-32 --train.global_batch 1024 --method all --without_plain" \
     "--model.name ViT-B-32 --train.global_batch 4096 --train.micro_batch 512 --without_plain" \
