@@ -107,6 +107,8 @@ class DataConfig:
     """Tolerated fraction of unreadable samples."""
     max_image_pixels: int = 25_000_000
     """Pixels above which an image counts as a decompression bomb; decoding takes 8 bytes of memory each, WebP 20."""
+    scaled_decoding: bool = True
+    """Decode a training JPEG at 1/2, 1/4 or 1/8 of its size where the crops of its views stay as large as a view."""
     scenes: ScenesConfig = field(default_factory=ScenesConfig)
     """The built-in images."""
 

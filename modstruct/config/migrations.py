@@ -78,6 +78,7 @@ CHANGES: dict[int, Change] = {
             "data.groups": 1,
             "data.order_version": 1,
             "data.read_ahead_mib": 64,
+            "data.scaled_decoding": False,
             "evaluation.ema": False,
             "model.unlocked_image_layers": None,
             "model.unlocked_text_layers": None,

@@ -43,6 +43,7 @@ from modstruct.data.run_data import open_run_data
 from modstruct.data.shards.loader import BatchContents, BatchPlan, LocalBatches, train_loader
 from modstruct.data.shards.workers import WorkerLoader
 from modstruct.data.transforms.augment import sample_seed
+from modstruct.data.transforms.decoding import Whole
 from modstruct.data.transforms.image_views import centre_crop, random_crop_box
 from modstruct.models.towers import image_size
 from modstruct.training.timing import PHASES
@@ -57,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         if options.photographs:
-            options.shards = str(write_photographs(Path(folder)))
+            options.shards = str(write_photographs(Path(folder), *map(int, options.photographs.split("x"))))
         measure(options)
 
 
@@ -73,12 +74,11 @@ def measure(options: argparse.Namespace) -> None:
         options.out.write_text(json.dumps(results, indent=1))
 
 
-def write_photographs(folder: Path, count: int = 512) -> Path:
+def write_photographs(folder: Path, width: int, height: int, count: int = 512) -> Path:
     """A shard of JPEGs of photographs' size and texture: coloured noise whose spectrum falls as theirs do."""
     import webdataset
 
     random_numbers = np.random.default_rng(0)
-    height, width = 375, 500
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width))
     frequency[0, 0] = 1
     things = ["man", "woman", "dog", "car", "children", "beach", "park", "sky"]
@@ -103,7 +103,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--shards", help="Training shards: path, glob or brace pattern.")
-    source.add_argument("--photographs", action="store_true", help="Take JPEGs of 500 x 375 pixels, made for it.")
+    made = "Take JPEGs of this size in pixels, made for it (500x375 without a size)."
+    source.add_argument("--photographs", nargs="?", const="500x375", metavar="WxH", help=made)
     parser.add_argument("--recipe", default="emoji", help="Whose views to make (default: %(default)s).")
     parser.add_argument("--batch", type=int, default=256, help="Pairs of a step (default: %(default)s).")
     parser.add_argument("--steps", type=int, default=6, help="Steps of a round (default: %(default)s).")
@@ -157,8 +158,9 @@ class Draw:
     """One sample's image and what was drawn for its two views."""
 
     content: bytes
-    boxes: list[tuple[int, int, int, int] | None]
-    """Crop of the plain and of the augmented view: left, top, right, bottom."""
+    whole: Whole
+    boxes: list[tuple[float, ...] | None]
+    """Crop of the plain and of the augmented view in what is decoded: left, top, right, bottom; None: the centre."""
     flips: list[bool]
     augment_seed: int
 
@@ -171,17 +173,19 @@ def drawn(dataset: LocalBatches, recipe: Recipe, slots: np.ndarray) -> list[Draw
         content = dataset.reader.read(sample).image
         with Image.open(io.BytesIO(content)) as image:
             size = image.size
+        seeds = [sample_seed(recipe.train.seed, epoch, sample, name) for name in ("image", "image_augmented")]
+        whole = Whole(size, dataset.views.reduction(size, *seeds) if recipe.data.scaled_decoding else 1)
         boxes, flips = [], []
-        for name in ("image", "image_augmented"):
-            generator = random.Random(sample_seed(recipe.train.seed, epoch, sample, name))
+        for name, seed in zip(("image", "image_augmented"), seeds, strict=True):
+            generator = random.Random(seed)
             if name == "image" and views.plain == "center_crop":
                 boxes.append(None)
                 flips.append(False)
                 continue
             left, top, width, height = random_crop_box(*size, views.crop_scale, generator)
-            boxes.append((left, top, left + width, top + height))
+            boxes.append(tuple(at / whole.factor for at in (left, top, left + width, top + height)))
             flips.append(views.flip and generator.random() < 0.5)
-        found.append(Draw(content, boxes, flips, generator.getrandbits(63)))
+        found.append(Draw(content, whole, boxes, flips, generator.getrandbits(63)))
     return found
 
 
@@ -190,11 +194,13 @@ def bare(draws: list[Draw], size: int, auto_augment: bool) -> None:
     policy = v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET)
     for draw in draws:
         with Image.open(io.BytesIO(draw.content)) as opened:
+            if draw.whole.factor > 1:
+                opened.draft(None, (opened.width // draw.whole.factor, opened.height // draw.whole.factor))
             opened.load()
             image = opened if opened.mode == "RGB" else opened.convert("RGB")
         for augmented, (box, flip) in enumerate(zip(draw.boxes, draw.flips, strict=True)):
             if box is None:
-                view = centre_crop(image, size)
+                view = centre_crop(image, size, draw.whole)
             else:
                 view = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
             if flip:

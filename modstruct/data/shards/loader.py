@@ -27,7 +27,7 @@ from modstruct.data.shards.texts import TEXT_FILE, texts_of
 from modstruct.data.shards.workers import OutgoingRows, WorkerLoader
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.data.transforms.augment import BITS, Views, sample_seed
-from modstruct.data.transforms.decoding import decode_image
+from modstruct.data.transforms.decoding import decode_reduced
 from modstruct.data.transforms.text_views import mask_tokens, masked_places
 from modstruct.errors import refuse, require
 
@@ -289,10 +289,15 @@ class LocalBatches(Dataset[TrainBatch]):
         )
 
     def _write_views(self, raw: RawSample, seeds: Seeds, into: Sequence[np.ndarray]) -> None:
-        image = decode_image(raw.image, self.config.max_image_pixels, raw.where)
-        self.views.plain_image(image, seeds["image"], into[0])
-        if "image_augmented" in self.fields:
-            self.views.augmented_image(image, seeds["image_augmented"], into[1])
+        plain, augmented = seeds["image"], seeds["image_augmented"] if "image_augmented" in self.fields else None
+
+        def factor(size: tuple[int, int]) -> int:
+            return self.views.reduction(size, plain, augmented) if self.config.scaled_decoding else 1
+
+        image, whole = decode_reduced(raw.image, self.config.max_image_pixels, raw.where, factor)
+        self.views.plain_image(image, plain, into[0], whole)
+        if augmented is not None:
+            self.views.augmented_image(image, augmented, into[1], whole)
 
 
 def counted(samples: Samples, config: DataConfig) -> list[str]:

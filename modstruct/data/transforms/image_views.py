@@ -14,6 +14,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from modstruct.config import ViewsConfig
+from modstruct.data.transforms.decoding import Whole
 from modstruct.errors import require
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)  # of a random crop, as in Inception's and torchvision's RandomResizedCrop
@@ -36,7 +37,8 @@ class MildRandAugment(v2.RandAugment):
 class ImageViews:
     """Views of PIL images of any size and mode as uint8 tensors (3, image_size, image_size).
 
-    into: an array of that shape to write the view to, such as a row of a batch.
+    into: an array of that shape to write the view to, such as a row of a batch. whole: what the image was decoded from,
+    if that is larger; the view is the same but for rounding.
     """
 
     def __init__(self, config: ViewsConfig, image_size: int):
@@ -52,15 +54,28 @@ class ImageViews:
         )
         self._auto_augment = v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET) if config.auto_augment else None
 
-    def plain_image(self, image: Image.Image, seed: int, into: np.ndarray | None = None) -> Tensor:
+    def plain_image(
+        self, image: Image.Image, seed: int, into: np.ndarray | None = None, whole: Whole | None = None
+    ) -> Tensor:
         """The view of `views.plain`: the centre, or a random crop and flip drawn from seed."""
         if not self._plain_is_random:
-            return _to_tensor(centre_crop(_rgb(image), self.image_size), into)
-        return _to_tensor(self._changed(image, seed, self._rand_augment), into)
+            return _to_tensor(centre_crop(_rgb(image), self.image_size, whole), into)
+        return _to_tensor(self._changed(image, seed, self._rand_augment, whole), into)
 
-    def augmented_image(self, image: Image.Image, seed: int, into: np.ndarray | None = None) -> Tensor:
+    def augmented_image(
+        self, image: Image.Image, seed: int, into: np.ndarray | None = None, whole: Whole | None = None
+    ) -> Tensor:
         """A random crop, a flip and AutoAugment, as the recipe says, drawn from seed."""
-        return _to_tensor(self._changed(image, seed, self._auto_augment), into)
+        return _to_tensor(self._changed(image, seed, self._auto_augment, whole), into)
+
+    def reduction(self, size: tuple[int, int], plain_seed: int, augmented_seed: int | None) -> int:
+        """The largest of 1, 2, 4, 8 by which an image of this width and height can be decoded smaller, so that each
+        view's crop of it is still no smaller than the view. augmented_seed: None where that view is not made."""
+        seeds = [plain_seed] * self._plain_is_random + [augmented_seed] * (augmented_seed is not None)
+        crops = [random_crop_box(*size, self._crop_scale, random.Random(seed))[2:] for seed in seeds]
+        crops += [] if self._plain_is_random else [size]
+        least = min(map(min, crops)) // self.image_size
+        return next(factor for factor in (8, 4, 2, 1) if least >= factor or factor == 1)
 
     def evaluation_image(self, image: Image.Image) -> Tensor:
         """The view of `views.evaluation`, the centre or the whole image squeezed, regardless of `views.plain`."""
@@ -68,38 +83,42 @@ class ImageViews:
             return _to_tensor(_rgb(image).resize((self.image_size, self.image_size), Image.Resampling.BICUBIC), None)
         return _to_tensor(centre_crop(_rgb(image), self.image_size), None)
 
-    def _changed(self, image: Image.Image, seed: int, change: v2.Transform | None) -> Image.Image:
+    def _changed(self, image: Image.Image, seed: int, change: v2.Transform | None, whole: Whole | None) -> Image.Image:
         """Cropped and flipped, then changed by `change`, all drawn from seed."""
         generator = random.Random(seed)
-        image = self._crop_and_flip(_rgb(image), generator)
+        image = self._crop_and_flip(_rgb(image), generator, whole or Whole(image.size))
         if change is not None:
             with _torch_seeded(generator.getrandbits(63)):
                 image = change(image)
         return image
 
-    def _crop_and_flip(self, image: Image.Image, generator: random.Random) -> Image.Image:
-        left, top, width, height = random_crop_box(*image.size, self._crop_scale, generator)
-        box = (left, top, left + width, top + height)
+    def _crop_and_flip(self, image: Image.Image, generator: random.Random, whole: Whole) -> Image.Image:
+        left, top, width, height = random_crop_box(*whole.size, self._crop_scale, generator)
+        k = whole.factor
+        box = (left / k, top / k, (left + width) / k, (top + height) / k)
         image = image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC, box=box)
         if self._flip and generator.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return image
 
 
-def centre_crop(image: Image.Image, size: int) -> Image.Image:
+def centre_crop(image: Image.Image, size: int, whole: Whole | None = None) -> Image.Image:
     """The image with its shorter side resized to size (bicubic, antialiased), its centre (size, size) cut out.
+
+    whole: what the image was decoded from, if that is larger, of which this is then the centre.
 
     The same as torchvision's Resize and CenterCrop but for rounding; only the kept pixels are computed, so an image of
     1 x 100,000 pixels is never enlarged whole.
     """
     if image.size == (size, size):
         return image
-    shorter = min(image.size)
+    sides, factor = whole or Whole(image.size)
+    shorter = min(sides)
     box: list[tuple[float, float]] = []
-    for side in image.size:
+    for side in sides:
         resized = size * side // shorter
         start = round((resized - size) / 2) * side / resized
-        box.append((start, min(start + size * side / resized, side)))
+        box.append((start / factor, min(start + size * side / resized, side) / factor))
     (left, right), (top, bottom) = box
     return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
 

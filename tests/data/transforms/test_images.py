@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import struct
 import subprocess
 import sys
@@ -14,8 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from modstruct.config import ViewsConfig
 from modstruct.data.faults import BadSample
-from modstruct.data.transforms.decoding import decode_image
+from modstruct.data.transforms.decoding import decode_image, decode_reduced
+from modstruct.data.transforms.image_views import ImageViews
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -136,7 +139,7 @@ def test_what_cameras_put_beside_a_jpeg_counts_as_no_scan():
 @pytest.mark.parametrize(("kind", "mode", "most"), [("PNG", "RGB", 9), ("PNG", "RGBA", 9), ("WEBP", "RGBA", 21)])
 def test_decoding_takes_the_memory_that_the_recipe_says(kind, mode, most):
     script = (
-        "import sys, resource; from modstruct.data.transforms.decoding import decode_image\n"
+        "import sys, resource; from modstruct.data.transforms.decoding import decode_image, decode_reduced\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
         "content = sys.stdin.buffer.read(); before = peak()\n"
         "decode_image(content, 16_000_000, ''); print((peak() - before) / 16e6)"
@@ -178,3 +181,50 @@ def test_damage_anywhere_gives_an_image_or_a_bad_sample(kind, place, damage):
     except BadSample as bad:
         cause = bad.cause
     assert cause in (None, "undecodable image", "decompression bomb")
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("plain", ["center_crop", "crop_flip"])
+def test_views_of_a_jpeg_decoded_smaller_are_those_of_the_whole(plain, orientation):
+    """A smooth picture, of odd sides unless it is turned: pixels differ by less than half of one of 256 levels."""
+    width, height = (1024, 768) if orientation == 6 else (1021, 767)
+    x, y = np.meshgrid(np.arange(width), np.arange(height))
+    waves = [127 + 60 * np.sin(x / 37 + k) + 60 * np.cos(y / 53 - k) for k in range(3)]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encoded(Image.fromarray(np.stack(waves, -1).astype(np.uint8)), "JPEG", quality=95, exif=exif)
+    views = ImageViews(ViewsConfig(plain=plain, auto_augment=False, crop_scale=(0.3, 1.0)), 100)
+    seen = set()
+    for seed in range(6):
+        asked = []
+
+        def factor(size, seed=seed, asked=asked):
+            asked.append(size)
+            return views.reduction(size, seed, seed + 10)
+
+        image, whole = decode_reduced(content, 10_000_000, "here", factor)
+        assert asked == [whole.size] == [(height, width) if orientation == 6 else (width, height)]
+        assert image.size == tuple(math.ceil(side / whole.factor) for side in whole.size)
+        seen.add(whole.factor)
+        full = decode_image(content, 10_000_000, "here")
+        for make, drawn in ((views.plain_image, seed), (views.augmented_image, seed + 10)):
+            near, exact = make(image, drawn, None, whole).float(), make(full, drawn).float()
+            assert (near - exact).abs().mean() < 0.5
+    assert seen <= {2, 4}
+    assert 4 in seen
+
+
+def test_nothing_is_decoded_smaller_than_its_views_or_but_for_a_jpeg():
+    views = ImageViews(ViewsConfig(plain="center_crop"), 100)
+    sizes = [((199, 5000), 1), ((200, 200), 2), ((399, 800), 2), ((400, 400), 4), ((9000, 9000), 8)]
+    for size, factor in sizes:
+        assert views.reduction(size, 0, None) == factor
+    assert views.reduction((400, 400), 0, 1) in (1, 2)  # the augmented view's crop is smaller
+    image, whole = decode_reduced(encoded(Image.new("RGB", (64, 32))), 10_000, "here", lambda size: 8)
+    assert image.size == whole.size == (64, 32)
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    turned = encoded(Image.new("RGB", (65, 32)), "JPEG", exif=exif)
+    image, odd = decode_reduced(turned, 10_000, "here", lambda size: 8)
+    assert image.size == odd.size == (65, 32)
+    assert whole.factor == odd.factor == 1
