@@ -8,6 +8,7 @@ import json
 import os
 import pwd
 import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -97,6 +98,19 @@ def refusing(field: str, folder: str | Path) -> Iterator[None]:
         if place is None or not place.is_relative_to(Path(folder).expanduser().absolute()):
             raise
         refuse(field, str(folder), f"{disk_error(error)}; make room, or name a folder that you may write to")
+
+
+def commit_of() -> str:
+    """The words ", commit …" where this package lies in its git repository; else none."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return ""
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+        told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return f", commit {told.stdout.strip()}"
 
 
 def require_writable(field: str, folder: str | Path) -> None:

@@ -45,7 +45,7 @@ def test_a_run_a_checkpoint_and_an_export_give_the_embeddings_of_the_evaluation(
     similarity = model.similarity(image, text)
     assert torch.allclose(similarity, expected["logit_scale"] * image @ text.T)
     named = model.model.to_open_clip
-    export(tmp_path / "export", checkpoints.read_weights(folder), named, recipe, tokenizer)
+    export(tmp_path / "export", checkpoints.read_weights(folder), named, recipe, tokenizer, 2)
     for source in (folder, tmp_path / "export"):
         other, preprocess, tokenizer = modstruct.load(source, "cpu")
         assert torch.equal(tokenizer(TEXTS), ids)

@@ -16,7 +16,7 @@ import modstruct.cli
 
 COMMANDS = [  # imported before `run` is replaced, which they have by name
     importlib.import_module(f"modstruct.commands.{name}")
-    for name in ("full", "embed", "measure", "report", "task", "quick")
+    for name in ("full", "embed", "measure", "report", "task", "quick", "export")
 ]
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -37,6 +37,7 @@ from modstruct.checkpoints.kept import (
     remove_old,
     replace_folder,
     step_folder,
+    step_of,
 )
 from modstruct.checkpoints.tensors import LazyTensors, Piece, StoredTensors, described, save_tensors
 
@@ -66,5 +67,6 @@ __all__ = [
     "require_same_names",
     "save_tensors",
     "step_folder",
+    "step_of",
     "write",
 ]

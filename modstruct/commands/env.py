@@ -8,13 +8,13 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from modstruct import __version__
 from modstruct.config import DataConfig
+from modstruct.files import commit_of
 
 PACKAGES = [
     *("torch", "torchvision", "deepspeed", "open_clip_torch", "timm", "transformers", "webdataset", "sentencepiece"),
@@ -46,25 +46,13 @@ def described() -> dict[str, list[str]]:
     """Lines by title."""
     missing: list[str] = []
     return {
-        "modstruct": [f"{__version__} in {Path(__file__).parents[1]}{_commit()}", *_extension(missing)],
+        "modstruct": [f"{__version__} in {Path(__file__).parents[1]}{commit_of()}", *_extension(missing)],
         "system": _system(missing),
         "packages": _packages(missing),
         "GPUs": _gpus(),
         "variables": [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)],
         "missing": missing or ["nothing"],
     }
-
-
-def _commit() -> str:
-    root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
-        return ""
-    try:
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-        told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return f", commit {told.stdout.strip()}"
 
 
 def _extension(missing: list[str]) -> list[str]:

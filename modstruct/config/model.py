@@ -84,8 +84,8 @@ class ModelConfig:
     name: str | None = None
     """An open_clip architecture (RN50, ViT-B-32, …); null builds the towers from the sizes below."""
     pretrained: str | None = None
-    """open_clip's tag of pretrained weights, or a file of them, of model.name; or a run, checkpoint or export of ours
-    (by our names), whose tokenizer is taken too."""
+    """open_clip's tag of pretrained weights, or a file of them, of model.name; a folder of transformers' CLIPModel; or
+    a run, checkpoint or export of ours (by our names), whose tokenizer is taken too."""
     embed_dim: int = 128
     """Dimension of the shared embedding; an architecture by name has its own."""
     vision: VisionConfig = field(default_factory=VisionConfig)

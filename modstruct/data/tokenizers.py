@@ -223,6 +223,16 @@ class ClipTokenizer(Tokenizer):
         # open_clip reads a spelled-out <end_of_text> as the token itself, which would end the caption there.
         return [token_id for token_id in self._tokenizer.encode(text) if token_id not in (self.start_id, self.end_id)]
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Ids of all pieces, start and end token last."""
+        return self._tokenizer.encoder
+
+    @property
+    def merges(self) -> list[tuple[str, str]]:
+        """Pairs of pieces that are joined, the first before the others."""
+        return list(self._tokenizer.bpe_ranks)
+
     def _piece(self, token_id: int) -> str:
         return self._tokenizer.decoder[token_id]
 
@@ -261,19 +271,19 @@ class WordPieceTokenizer(Tokenizer):
             any("A" <= letter <= "Z" for letter in entry) for entry in vocabulary if not entry.startswith(("[", "<"))
         )
         # The special entries are not registered as such: a caption that spells "[PAD]" is three words, not padding.
-        self._backend = Backend(models.WordPiece(vocabulary, unk_token="[UNK]"))
-        self._backend.normalizer = normalizers.BertNormalizer(lowercase=not cased)
-        self._backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        self.backend = Backend(models.WordPiece(vocabulary, unk_token="[UNK]"))
+        self.backend.normalizer = normalizers.BertNormalizer(lowercase=not cased)
+        self.backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
 
     @property
     def mask_id(self) -> int:
         return self._mask_id
 
     def _encode(self, text: str) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=False).ids
+        return self.backend.encode(text, add_special_tokens=False).ids
 
     def _piece(self, token_id: int) -> str:
-        return self._backend.id_to_token(token_id) or ""
+        return self.backend.id_to_token(token_id) or ""
 
     def _text(self, ids: list[int]) -> str:
         # Its pieces do not tell "it's" from "it ' s": joined as answers and captions mostly mean them.

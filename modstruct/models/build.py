@@ -16,13 +16,14 @@ from torch.utils.checkpoint import checkpoint
 from modstruct import checkpoints, distributed
 from modstruct.config import Recipe
 from modstruct.config.recipe_files import recipe_to_dict
-from modstruct.data.tokenizers import Tokenizer
+from modstruct.data.tokenizers import DESCRIPTION_FILE, Tokenizer, load_tokenizer
 from modstruct.errors import refuse, require
 from modstruct.losses.objective import Objective
 from modstruct.models import towers
 from modstruct.models.layers import lock_layers
 from modstruct.models.norms import BatchNorm, Float32BatchNorm, keep_norms_in_float32
 from modstruct.models.protocol import TrainableModel, copy_into
+from modstruct.models.transformers_clip import is_transformers
 from modstruct.models.two_tower import TwoTower
 
 log = logging.getLogger("modstruct")
@@ -48,8 +49,9 @@ def build_model(
         return model
     config, ours = recipe.model, _run_of_ours(recipe)
     if read_weights and config.pretrained is not None and config.name is None:
-        remedy = "no such folder; without model.name give a run, checkpoint or export of ours"
-        require(ours is not None, "model.pretrained", config.pretrained, remedy)
+        remedy = "no such folder; without model.name give a run, checkpoint or export of ours, or of transformers"
+        known = ours is not None or is_transformers(config.pretrained)
+        require(known, "model.pretrained", config.pretrained, remedy)
     of_open_clip = config.pretrained if read_weights and not ours else None
     two_tower = TwoTower(replace(config, pretrained=of_open_clip), recipe.views, tokenizer, objective)
     if ours and read_weights:
@@ -64,6 +66,8 @@ def _run_of_ours(recipe: Recipe) -> str | None:
     """The folder that model.pretrained names, if it is one."""
     init = recipe.model.pretrained
     if init is None or (recipe.model.name is not None and "/" not in init) or not Path(init).expanduser().is_dir():
+        return None
+    if is_transformers(init):
         return None
     remedy = "an export in open_clip's form: give the run, or its open_clip_model.safetensors with model.name"
     require(not Path(init, "open_clip_config.json").expanduser().is_file(), "model.pretrained", init, remedy)
@@ -105,7 +109,9 @@ def initial_tokenizer(recipe: Recipe) -> Tokenizer | None:
     fusion = recipe.framework == "fusion"
     init = recipe.fusion.init if fusion else _run_of_ours(recipe)
     if init is None:
-        return None
+        folder = Path(recipe.model.pretrained or "", "tokenizer").expanduser()  # beside our exports to transformers
+        ours = not fusion and is_transformers(folder.parent) and (folder / DESCRIPTION_FILE).is_file()
+        return load_tokenizer(folder) if ours else None
     from modstruct.models.fusion.initial_weights import tokenizer_of
 
     return tokenizer_of(init, "fusion.init" if fusion else "model.pretrained")

@@ -21,6 +21,12 @@ from modstruct.data.tokenizers import Tokenizer
 from modstruct.distributed import main_first
 from modstruct.errors import refuse, require
 from modstruct.models.norms import Float32BatchNorm
+from modstruct.models.transformers_clip import (
+    is_transformers,
+    read_preprocessing,
+    read_transformers,
+    require_same_model,
+)
 
 if TYPE_CHECKING:
     from open_clip import CustomTextCLIP
@@ -147,16 +153,18 @@ def load_pretrained(config: ModelConfig, views: ViewsConfig, tokenizer: Tokenize
     """The named architecture with pretrained weights, its text tower fitted to the tokenizer.
 
     The tokenizer must be the one the weights were trained with (a padding token apart), its context no longer, and the
-    views' mean and deviation those of a published tag.
+    views' mean and deviation those of a published tag, or of a folder of transformers.
     """
     import open_clip
     from open_clip.factory import load_checkpoint
     from open_clip.pretrained import download_pretrained, get_pretrained_cfg
 
     described = open_clip_config(config)
-    tag = get_pretrained_cfg(config.name, config.pretrained)
+    folder = config.pretrained if is_transformers(config.pretrained or "") else None
+    tag = {} if folder else get_pretrained_cfg(config.name, config.pretrained)
+    trained_with = read_preprocessing(folder) if folder else tag
     for channels in ("mean", "std"):
-        of_weights = tuple(tag.get(channels) or getattr(views, channels))
+        of_weights = tuple(trained_with.get(channels) or getattr(views, channels))
         remedy = f"model.pretrained was trained with --views.{channels} '{list(of_weights)}'"
         same = np.allclose(of_weights, getattr(views, channels), atol=1e-4)
         require(same, f"views.{channels}", getattr(views, channels), remedy)
@@ -164,16 +172,27 @@ def load_pretrained(config: ModelConfig, views: ViewsConfig, tokenizer: Tokenize
         remedy = f"was trained with another activation: use model.name {config.name}-quickgelu"
         refuse("model.pretrained", config.pretrained, remedy)
     keeps_text = config.text.architecture == "clip"
+    if folder:
+        their_config, weights = read_transformers(folder)
+        rows = {"vocab_size": "text.token_embedding.weight", "context_length": "text.positional_embedding"}
+        described["text_cfg"] |= {size: len(weights[name]) for size, name in rows.items() if name in weights}
     if keeps_text:
         _check_pretrained_text(config, described["text_cfg"], tokenizer)
         described["text_cfg"] |= {"pool_type": "eos", "eos_id": tokenizer.end_id}
     clip = open_clip.CustomTextCLIP(**described)
+    if folder:
+        require_same_model(folder, their_config, clip, described["embed_dim"])
     try:
         path = main_first(lambda: download_pretrained(tag)) if tag else config.pretrained
-        load_checkpoint(clip, path, strict=True, weights_only=True)
+        if folder:
+            clip.load_state_dict(weights)
+        else:
+            load_checkpoint(clip, path, strict=True, weights_only=True)
     except Exception as e:  # the libraries behind it have a type of error each
-        tags = open_clip.list_pretrained_tags_by_model(config.name)
         cause = " ".join(str(e).split())[:200]
+        if folder:
+            refuse("model.pretrained", folder, f"is no model of model.name or model.* as the recipe has them ({cause})")
+        tags = open_clip.list_pretrained_tags_by_model(config.name)
         refuse(
             "model.pretrained",
             config.pretrained,
@@ -187,8 +206,9 @@ def load_pretrained(config: ModelConfig, views: ViewsConfig, tokenizer: Tokenize
 
 def _check_pretrained_text(config: ModelConfig, text: dict, tokenizer: Tokenizer) -> None:
     vocabulary, context = text.get("vocab_size", 49408), text.get("context_length", 77)
+    published = tokenizer.kind == "clip_bpe" and tokenizer.padding_id == vocabulary
     require(
-        tokenizer.kind == "clip_bpe" and tokenizer.padding_id == vocabulary,
+        published or (is_transformers(config.pretrained or "") and tokenizer.vocab_size == vocabulary),
         "model.pretrained",
         config.pretrained,
         f"its text tower has a vocabulary of {vocabulary} entries, another than tokenizer.kind {tokenizer.kind}: use "
@@ -203,12 +223,12 @@ def _check_pretrained_text(config: ModelConfig, text: dict, tokenizer: Tokenizer
 
 
 def _fit_text_tower(text: TextTransformer, tokenizer: Tokenizer) -> None:
-    """Add a row for the padding token, and leave out the positions beyond the tokenizer's context."""
-    length = tokenizer.context_length
+    """Add a row for the padding token, if it has none, and leave out the positions beyond the tokenizer's context."""
+    length, known = tokenizer.context_length, text.token_embedding.weight
     embedding = nn.Embedding(tokenizer.vocab_size, text.width)
     with torch.no_grad():
         embedding.weight.zero_()
-        embedding.weight[: tokenizer.padding_id] = text.token_embedding.weight
+        embedding.weight[: len(known)] = known
     text.token_embedding = embedding
     text.vocab_size = tokenizer.vocab_size
     # Cut, where open_clip would stretch or squeeze the positions: each keeps its meaning.
@@ -310,7 +330,7 @@ class BertTrunk(nn.Module):
         """ids: (B, L). Returns (B, width), the last layer at the end token."""
         tokens = self.bert(input_ids=ids, attention_mask=(ids != self.padding_id).long()).last_hidden_state
         end = (ids == self.end_id).int().argmax(dim=-1)
-        return tokens[torch.arange(len(ids), device=ids.device), end]
+        return tokens[torch.arange(ids.shape[0], device=ids.device), end]  # len() would be a constant of a trace
 
 
 def bert_tower(config: ModelConfig, tokenizer: Tokenizer, dimension: int, independent: bool) -> Tower:

@@ -19,14 +19,33 @@ from modstruct.files import naming
 from modstruct.models.build import log_scale_range
 from modstruct.models.fusion.initial_weights import EXPORTED, EXPORTED_CONFIG
 from modstruct.models.towers import image_size, open_clip_config, open_clip_knows, text_sizes
+from modstruct.training.model_card import write_card
 
 log = logging.getLogger("modstruct")
 
 
 def export(
-    folder: Path, weights: Mapping[str, Tensor], names: Mapping[str, str], recipe: Recipe, tokenizer: Tokenizer
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    names: Mapping[str, str],
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    step: int,
 ) -> Path:
-    """Write FOLDER/open_clip_model.safetensors, its config, and the tokenizer. An earlier export is replaced.
+    """Write a folder of plain weights (`write_weights`) with a model card. An earlier export is replaced.
+
+    step: optimizer steps that made the weights.
+    """
+    with replaced(folder) as aside:
+        write_weights(aside, weights, names, recipe, tokenizer)
+        write_card(aside, recipe, step)
+    return folder
+
+
+def write_weights(
+    folder: Path, weights: Mapping[str, Tensor], names: Mapping[str, str], recipe: Recipe, tokenizer: Tokenizer
+) -> None:
+    """Write FOLDER/open_clip_model.safetensors, its config, and the tokenizer.
 
     weights: float32 by our names (a checkpoint's). names: TwoTower.to_open_clip. Independent heads, which open_clip
     does not know, go to independent_heads.safetensors. A BERT text tower, a conv stem and the fusion model have no
@@ -37,27 +56,28 @@ def export(
     low, high = log_scale_range(recipe)
     clamped = {"logit_scale": ("logit_scale", lambda scale: scale.clamp(low, high))}
     weights = _Changed(weights, {name: (name, _as_it_is) for name in weights} | clamped)
-    with replaced(folder) as aside:
-        tokenizer.save(aside / "tokenizer")
-        if recipe.framework == "fusion" or not open_clip_knows(recipe.model):
-            _export_as_ours(aside, weights, recipe)
-            if recipe.framework == "two_tower":
-                log.info(
-                    "Exported under modstruct's names: open_clip has no tower of model.vision.stem %s with "
-                    "model.text.architecture %s; patch and clip train one that it loads",
-                    recipe.model.vision.stem,
-                    recipe.model.text.architecture,
-                )
-        else:
-            _export_to_open_clip(aside, weights, names, recipe, tokenizer)
-    return folder
+    tokenizer.save(folder / "tokenizer")
+    if recipe.framework == "fusion" or not open_clip_knows(recipe.model):
+        _export_as_ours(folder, weights, recipe)
+        if recipe.framework == "two_tower":
+            log.info(
+                "Exported under modstruct's names: open_clip has no tower of model.vision.stem %s with "
+                "model.text.architecture %s; patch and clip train one that it loads",
+                recipe.model.vision.stem,
+                recipe.model.text.architecture,
+            )
+    else:
+        _export_to_open_clip(folder, weights, names, recipe, tokenizer)
 
 
-def export_task(folder: Path, weights: Mapping[str, Tensor], recipe: FinetuneRecipe, tokenizer: Tokenizer) -> None:
+def export_task(
+    folder: Path, weights: Mapping[str, Tensor], recipe: FinetuneRecipe, tokenizer: Tokenizer, step: int
+) -> None:
     """Write a fine-tuned model by our names, as `export` does a fusion model."""
     with replaced(folder) as aside:
         tokenizer.save(aside / "tokenizer")
         _export_as_ours(aside, weights, recipe)
+        write_card(aside, recipe, step)
 
 
 @contextmanager
@@ -137,11 +157,17 @@ def _config(recipe: Recipe, tokenizer: Tokenizer) -> dict:
     described.pop("init_logit_bias", None)  # of the published model; ours follows where the recipe has one
     # CustomTextCLIP names the weights as our towers do; a logit scale of shape (1,) is what DeepSpeed trained.
     described |= {"custom_text": True, "nonscalar_logit_scale": True}
+    resize = "squash" if recipe.views.evaluation == "squeeze" else "shortest"
     preprocess = {"mean": list(recipe.views.mean), "std": list(recipe.views.std), "size": image_size(recipe.model)}
     return {
         "model_cfg": described,
-        "preprocess_cfg": preprocess | {"interpolation": "bicubic", "resize_mode": "shortest"},
+        "preprocess_cfg": preprocess | {"interpolation": "bicubic", "resize_mode": resize},
     }
+
+
+def by_open_clips_names(weights: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """A model's weights by CustomTextCLIP's names; what that does not have, by ours. names: as `export` has them."""
+    return {_rename(name, names): value.t() if _transposed(name, names) else value for name, value in weights.items()}
 
 
 def _prefix(name: str, names: Mapping[str, str]) -> str | None:

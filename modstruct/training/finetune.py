@@ -30,6 +30,7 @@ from modstruct.models.protocol import load_weights
 from modstruct.tasks import Task, build_task
 from modstruct.tasks.task import SPLITS
 from modstruct.training.export import export_task
+from modstruct.training.model_card import write_card
 from modstruct.training.trainer import Trainer, best_checkpoint
 
 log = logging.getLogger("modstruct")
@@ -104,8 +105,8 @@ class Finetuning(Trainer[FinetuneRecipe]):
         """Export the best weights by validation, measure the test split with them, and print where everything lies."""
         self.telemetry.bar.close()
         best = best_checkpoint(self.output, self.last_checkpoint())
-        folder = self.output / "export"
-        on_main(lambda: export_task(folder, checkpoints.read_weights(best), self.recipe, self.tokenizer))
+        recipe, folder, step = self.recipe, self.output / "export", checkpoints.step_of(best)
+        on_main(lambda: export_task(folder, checkpoints.read_weights(best), recipe, self.tokenizer, step))
         results: dict[str, Result] = {}
         if "test" in self.splits:
             model = load_task_model(self.task, best)
@@ -113,6 +114,7 @@ class Finetuning(Trainer[FinetuneRecipe]):
             results = {} if result is None else {result.metric: result}
             self.telemetry.measured("test", scalars(results.values()), self.state.step)
             write_predictions(predictions, self.output / "predictions.json")
+        on_main(lambda: write_card(folder, recipe, step, {"test": results.values()} if results else None))
         self.conclude(best, results)
         return results
 

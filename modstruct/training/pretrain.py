@@ -38,6 +38,7 @@ from modstruct.models.protocol import TrainableModel
 from modstruct.training.ds_config import BUCKETS, read_ds_config, resolve_ds_config, size_buckets, zero_stage
 from modstruct.training.export import export
 from modstruct.training.gradient_cache import random_state, set_random_state
+from modstruct.training.model_card import write_card
 from modstruct.training.step import StepReport
 from modstruct.training.trainer import Trainer
 
@@ -186,8 +187,10 @@ class Pretraining(Trainer[Recipe]):
         last, names = self.last_checkpoint(), self.engine.model.to_open_clip
         folder = self.output / "export"
         ema = self.recipe.evaluation.ema
-        on_main(lambda: export(folder, checkpoints.read_measured(last, ema), names, self.recipe, self.tokenizer))
+        recipe, step = self.recipe, self.state.step
+        on_main(lambda: export(folder, checkpoints.read_measured(last, ema), names, recipe, self.tokenizer, step))
         results = self.measure(self.data.eval, "eval") if self.data.eval else {}
+        on_main(lambda: write_card(folder, recipe, step, {"data.eval": results.values()} if results else None))
         self.conclude(last, results)
         return results
 

@@ -62,7 +62,7 @@ def exported(
 ) -> tuple[TwoTower, Path]:
     model = trained_a_little(tiny_model(config, tokenizer, independent))
     recipe = replace(Recipe(), model=config, views=ViewsConfig(mean=MEAN, std=STD))
-    return model, export(folder / "export", dict(model.state_dict()), model.to_open_clip, recipe, tokenizer)
+    return model, export(folder / "export", dict(model.state_dict()), model.to_open_clip, recipe, tokenizer, 2)
 
 
 def features(model, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,8 +172,8 @@ def test_an_export_replaces_an_earlier_one_whole(tmp_path):
     before = {path.name for path in folder.iterdir()}
     _, folder = exported(tmp_path, tiny_config(), word_tokenizer())
     after = {path.name for path in folder.iterdir()}
-    assert before & after == {"tokenizer"}
-    assert {path.suffix for path in folder.rglob("*") if path.is_file()} <= {".json", ".safetensors", ".txt"}
+    assert before & after == {"tokenizer", "README.md"}
+    assert {path.suffix for path in folder.rglob("*") if path.is_file()} <= {".json", ".safetensors", ".txt", ".md"}
 
 
 def test_open_clip_takes_the_bias_of_the_sigmoid_loss(tmp_path):
@@ -182,7 +182,7 @@ def test_open_clip_takes_the_bias_of_the_sigmoid_loss(tmp_path):
     losses = LossesConfig(contrastive=ContrastiveConfig(weight=0.0), sigmoid=SigmoidConfig(weight=1.0))
     model = trained_a_little(TwoTower(tiny_config(), views, tokenizer, build_objective(losses)))
     recipe = replace(Recipe(), model=tiny_config(), views=views)
-    folder = export(tmp_path / "export", dict(model.state_dict()), model.to_open_clip, recipe, tokenizer)
+    folder = export(tmp_path / "export", dict(model.state_dict()), model.to_open_clip, recipe, tokenizer, 2)
     theirs = open_clip.create_model(f"local-dir:{folder}")
     assert_close(theirs.logit_bias, model.logit_bias)
     assert_close(theirs.logit_scale, model.logit_scale)

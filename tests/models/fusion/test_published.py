@@ -261,7 +261,7 @@ def test_a_checkpoint_a_run_and_an_export_of_ours_are_starts(tmp_path):
     )
     checkpoint = checkpoints.step_folder(tmp_path / "run", 1)
     write_whole(checkpoint, saved, word_tokenizer())
-    exported = export(tmp_path / "export", dict(model.state_dict()), {}, recipe, word_tokenizer())
+    exported = export(tmp_path / "export", dict(model.state_dict()), {}, recipe, word_tokenizer(), 2)
     for init in (checkpoint, tmp_path / "run", exported):
         started = model_from(init)
         for name, value in started.state_dict().items():

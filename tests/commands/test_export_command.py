@@ -1,0 +1,45 @@
+"""`launch_scripts/export.py`: a checkpoint's weights with a card, the measured tables of these very weights in it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import modstruct
+from modstruct.cli import parse_recipe_text
+from modstruct.commands.export import export_checkpoint
+
+CHECKPOINTS = Path(__file__).parents[1] / "checkpoints" / "written_by_0.1.0"
+EVALUATION = Path(__file__).parent / "written_by_0.1.0" / "evaluation"
+
+
+def test_the_card_has_the_tables_of_these_weights_and_of_no_others(tmp_path):
+    run = CHECKPOINTS / "two_tower"
+    recipe = parse_recipe_text(next(run.glob("checkpoints/*/recipe.yaml")).read_text())
+    evaluation, out = tmp_path / "evaluation", tmp_path / "out"
+    shutil.copytree(EVALUATION, evaluation)  # of this very checkpoint
+    described = json.loads((evaluation / "model.json").read_text())
+    (evaluation / "model.json").write_text(json.dumps(described | {"fingerprint": "0"}))
+    with pytest.raises(ValueError, match=r"--results = .* is of other weights"):
+        export_checkpoint(recipe, str(run), "open_clip", str(out), str(evaluation))
+    assert not out.exists()
+    export_checkpoint(recipe, str(run), "open_clip", str(out), str(EVALUATION))
+    card = (out / "README.md").read_text()
+    assert "### scenes\\_colour" in card
+    assert "R@1" in card
+    assert "24 (2 steps of 12)" in card
+    modstruct.load(out, "cpu")
+    (out / "README.md").unlink()
+    with pytest.raises(ValueError, match="holds other files"):
+        export_checkpoint(recipe, str(run), "open_clip", str(out))
+
+
+def test_a_fusion_model_is_refused_by_name(tmp_path):
+    run = CHECKPOINTS / "fusion"
+    recipe = parse_recipe_text(next(run.glob("checkpoints/*/recipe.yaml")).read_text())
+    with pytest.raises(ValueError, match=r"--format = 'onnx': a fusion model has no such form; open_clip"):
+        export_checkpoint(recipe, str(run), "onnx", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
