@@ -43,8 +43,9 @@ CREDENTIALS = {
     "gs": "run `gcloud auth application-default login`; for a public bucket set FSSPEC_GS_TOKEN=anon",
 }
 """What is to be done, by extra, where access is denied."""
-# Of aiohttp and botocore: no subclasses of OSError, and neither need be installed.
-PASSING = {"ClientConnectionError", "ClientPayloadError", "HTTPClientError", "ConnectionError", "IncompleteReadError"}
+# Of aiohttp, botocore and google.auth: no subclasses of OSError, and none need be installed.
+PASSING = {"ClientConnectionError", "ClientPayloadError"}
+PASSING |= {"HTTPClientError", "ConnectionError", "IncompleteReadError", "MetadataRetrievalError", "TransportError"}
 PASSING_STATUS = (408, 425, 429)
 
 
@@ -213,7 +214,12 @@ async def _get_s3(file_system: Any, path: str, span: str) -> Answer:
 
 
 async def _get_gs(file_system: Any, path: str, span: str) -> Answer:
-    headers, content = await file_system._call("GET", file_system.url(path), headers={"Range": span})
+    try:
+        headers, content = await file_system._call("GET", file_system.url(path), headers={"Range": span})
+    except OSError as error:
+        if str(error).startswith("Forbidden"):  # as gcsfs says 403
+            raise PermissionError(*error.args) from None
+        raise
     return content, headers["Content-Range"], headers["X-Goog-Generation"]
 
 
