@@ -5,15 +5,19 @@
 
 Every sample is read and decoded as a run would, on all cores. Into inspection.html go the pairs and all that is
 printed, into inspection.json the numbers. Duplicates are images, and captions, of the same bytes; tools/find_leakage.py
-finds near duplicates between two sources.
+finds near duplicates between two sources. Where img2dataset's parquets lie beside the shards, what became of its
+downloads is counted, too (pip install 'modstruct[parquet]').
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import logging
+import os
 import sys
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,10 +28,12 @@ from modstruct import stopping
 from modstruct.cli import run_tool
 from modstruct.config import DataConfig, Source
 from modstruct.data.shards.evaluation_samples import spaced
-from modstruct.data.shards.index import cores
+from modstruct.data.shards.index import SHARDS_WORTH_A_POOL, cores, mapping, parquet_name
 from modstruct.data.shards.inspection import PERCENTILES, Inspection, inspect
+from modstruct.data.shards.parquet import statuses
 from modstruct.data.shards.reader import ShardReader
 from modstruct.data.shards.samples import describe_faults, open_samples
+from modstruct.data.shards.sources import is_pipe
 from modstruct.errors import printable
 from modstruct.files import atomic_write, require_writable
 from modstruct.reporting.shard_page import shard_page
@@ -66,6 +72,12 @@ def main() -> int:
     with tqdm(desc="inspecting", total=len(samples), unit="sample") as bar:
         found = inspect(reader, config.max_image_pixels, options.workers, bar.update)
 
+    downloads: Counter[str] = Counter()
+    beside = [shard for shard in samples.shards if not is_pipe(shard) and os.path.exists(parquet_name(shard))]
+    if beside and importlib.util.find_spec("pyarrow"):
+        with mapping(min(options.workers, len(beside)) if len(beside) >= SHARDS_WORTH_A_POOL else 1) as run:
+            downloads = sum(tqdm(run(statuses, beside), "reading parquets", len(beside), unit="shard"), downloads)
+
     summary = [
         f"{found.samples:,} samples in {len(samples.shards):,} shards",
         f"{samples.size_bytes.sum() / 2**30:,.3f} GiB",
@@ -74,8 +86,10 @@ def main() -> int:
     findings = [text for faults in samples.faults for text in describe_faults(faults)]
     for cause, count in found.left_out.counts.most_common():
         findings.append(f"{count} samples left out: {cause} (first {', '.join(found.left_out.examples[cause])})")
+    if downloads:
+        findings.append(f"{sum(downloads.values()):,} rows in {len(beside):,} parquets: " + counted(downloads))
     described = _described(found) | {"shards": options.shards, "bytes": int(samples.size_bytes.sum())}
-    described |= {"indexing": [asdict(faults) for faults in samples.faults]}
+    described |= {"downloads": downloads, "indexing": [asdict(faults) for faults in samples.faults]}
     page = shard_page(options.shards, summary, findings, found, reader, config, [*spaced(samples, options.examples)])
     for ending, text in ((".json", json.dumps(described, indent=1) + "\n"), (".html", page)):
         with atomic_write(stem.with_name(stem.name + ending)) as file:
@@ -83,6 +97,10 @@ def main() -> int:
     _print(summary, findings, found)
     print(f"written to {stem}.html and {stem}.json")
     return 0
+
+
+def counted(downloads: Counter[str]) -> str:
+    return ", ".join(f"{count:,} {status}" for status, count in downloads.most_common())
 
 
 def _described(found: Inspection) -> dict:

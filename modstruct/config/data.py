@@ -22,6 +22,8 @@ class Source:
     weight: float | list[float] | None = None
     """Fraction of the samples drawn from this source, relative to the other weights; a list has the weights of the
     epochs 0, 1, …, of which the last holds on, and may be 0 where the source is not drawn."""
+    filter: str | None = None
+    """As data.filter, for this source; null: as that, "": all samples."""
     max_repeats: float | None = None
     """How often an epoch draws each sample of this source at most, on average; epochs are as much shorter. null: as
     often as its weight has it."""
@@ -77,6 +79,10 @@ class DataConfig:
     """YAML file with `label` (a field of each sample's key.json), `templates` and `classes`; null for none."""
     cache: str = "~/.cache/modstruct"
     """Folder for what is built once: scenes, shard indexes, trained tokenizers, spooled pipes."""
+    filter: str | None = None
+    """Of the training samples those of which img2dataset's parquet beside the shards (00000.parquet beside 00000.tar)
+    says so: `similarity > 0.3 and width >= 128`. Comparisons of columns with numbers and texts, and, or, not, in [...].
+    Needs pyarrow: pip install 'modstruct[parquet]'."""
     caption_fields: dict[str, float] | None = None
     """Captions of training by weight, drawn for each sample and epoch: {txt: 0.5, blip: 0.5} takes KEY.txt or the text
     (or one of a list of texts) under `blip` in KEY.json. A sample without a text there takes KEY.txt, and is counted.

@@ -75,6 +75,7 @@ CHANGES: dict[int, Change] = {
         },
         added_to_pretraining={
             "data.caption_fields": None,
+            "data.filter": None,
             "data.groups": 1,
             "data.order_version": 1,
             "data.read_ahead_mib": 64,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from modstruct.config import DataConfig, Recipe
+from modstruct.config import DataConfig, Recipe, Source
 from modstruct.config.data import REWORDED
 from modstruct.data.classification.class_files import load_classes, some_of
 from modstruct.data.classification.labelled_shards import check_labels
@@ -80,7 +80,7 @@ def open_run_data(
         if recipe.data.train != BUILT_IN and BUILT_IN in (recipe.data.validation, recipe.data.eval) and is_main():
             log.warning("data.validation or data.eval is `scenes` beside your own data.train: name your own, or null")
         config = _with_scenes(recipe.data, recipe, image_size)
-        train = open_saved_samples(as_sources(config.train), config, "data.train", fingerprint, is_main())
+        train = open_saved_samples(train_sources(config), config, "data.train", fingerprint, is_main())
         measured = {"data.validation": config.validation, "data.eval": config.eval}
         found = {field: _evaluation(field, source, config) for field, source in measured.items()}
         _check_labels(found, config, recipe.data.zero_shot)
@@ -96,6 +96,12 @@ def open_run_data(
     with refusing("data.cache", recipe.data.cache):
         data = main_first(build)
     return _same_on_all(data)
+
+
+def train_sources(config: DataConfig) -> list[Source]:
+    """data.train with the filters of its sources, which data.filter is unless they have their own."""
+    sources = as_sources(config.train)
+    return [replace(source, filter=config.filter) if source.filter is None else source for source in sources]
 
 
 def open_evaluation_data(recipe: Recipe, image_size: int, tokenizer: Tokenizer) -> EvaluationData:

@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from crafted_shards import config, encoded_image, opened, sample, write_tar
+from pyarrow import parquet
 
 from modstruct.data.shards import inspection
 from modstruct.data.shards.reader import ShardReader
@@ -25,6 +27,7 @@ def shards(tmp_path) -> str:
     others = sample(10, png=encoded_image(10, side=40)) + sample(11, png=b"none") + sample(12, txt=None)
     write_tar(tmp_path / "a.tar", small)
     write_tar(tmp_path / "b.tar", copies + others)
+    parquet.write_table(pa.table({"status": ["success"] * 2 + ["failed_to_resize"]}), tmp_path / "b.parquet")
     return str(tmp_path / "*.tar")
 
 
@@ -41,6 +44,7 @@ def test_the_tool_prints_and_writes_a_page(tmp_path, shards, monkeypatch, capsys
     assert "2 samples repeat the caption of an earlier one (1 groups)" in said
     assert re.search(r"1 samples left out: no caption \(first .*b.tar: 000012\)", said)
     assert re.search(r"1 samples left out: undecodable image \(first .*b.tar: 000011.png", said)
+    assert "3 rows in 1 parquets: 2 success, 1 failed_to_resize" in said
     found = json.loads((tmp_path / "seen.json").read_text())
     assert found["repeated"]["image"]["largest"] == [[3, [5, 8, 9]]]
     assert found["percentiles"]["caption characters"]["100"] == len("thing <b> 3")

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -86,12 +86,17 @@ class ShardIndex:
     """What is wrong with the shard as a whole; None if it is a complete tar."""
     sha256: str | None = None
     """Of the shard's bytes; None where it was not asked for."""
+    keys: np.ndarray | None = None
+    """(samples,) `key_hashes`; None where neither was asked for nor a parquet lies beside the shard."""
 
     def save(self, path: Path) -> None:
-        report = {name: value for name, value in asdict(self).items() if name != "rows" and value is not None}
+        arrays = {name: getattr(self, name) for name in ("rows", "keys") if getattr(self, name) is not None}
+        report = {
+            name: value for name, value in vars(self).items() if name not in ("rows", "keys") and value is not None
+        }
         with atomic_write(path) as file:
             encoded = np.frombuffer(json.dumps(report).encode(), dtype=np.uint8)
-            np.savez_compressed(file, rows=self.rows, report=encoded)
+            np.savez_compressed(file, **arrays, report=encoded)
 
     @staticmethod
     def load(source: Path | BinaryIO) -> ShardIndex | None:
@@ -105,7 +110,8 @@ class ShardIndex:
                     return None
                 file.seek(0)
                 saved = np.load(file, allow_pickle=False)
-                index = ShardIndex(rows=saved["rows"], **json.loads(saved["report"].tobytes()))
+                arrays = {name: saved[name] for name in ("rows", "keys") if name in saved}
+                index = ShardIndex(**arrays, **json.loads(saved["report"].tobytes()))
             if all(type(example) is str for example in index.examples.values()):  # version 1, of a pipe
                 index.examples = {cause: [str(example)] for cause, example in index.examples.items()}
             return index if index._is_sound() else None
@@ -115,6 +121,8 @@ class ShardIndex:
     def _is_sound(self) -> bool:
         rows = self.rows
         if rows.dtype != ROW or rows.ndim != 1 or type(self.size_bytes) is not int:
+            return False
+        if self.keys is not None and (self.keys.dtype != np.uint64 or self.keys.shape != rows.shape):
             return False
         if not all(type(count) is int for count in (*self.faults.values(), *self.unused.values())):
             return False
@@ -282,13 +290,29 @@ def index_file_name(shard: str, size_bytes: int = -1, modified_ns: int = -1, ver
     return f"{hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()}.npz"
 
 
+def key_hashes(keys: Sequence[str]) -> np.ndarray:
+    """Of the keys of samples, without the folder, 64 bits each: (n,) uint64."""
+    encoded = [key.rpartition("/")[2].encode("utf-8", "surrogateescape") for key in keys]
+    return np.frombuffer(b"".join(hashlib.blake2b(key, digest_size=8).digest() for key in encoded), dtype="<u8")
+
+
+def parquet_name(shard: str) -> str:
+    """Path or address of img2dataset's parquet that belongs to a shard."""
+    address, mark, query = shard.partition("?") if is_object(shard) else (shard, "", "")
+    return f"{address.removesuffix('.tar')}.parquet{mark}{query}"
+
+
 def index_shards(
-    shards: Sequence[tuple[str, Path]], progress: bool, workers: int | None = None, checksums: bool = False
+    shards: Sequence[tuple[str, Path]],
+    progress: bool,
+    workers: int | None = None,
+    checksums: bool = False,
+    keys: bool = False,
 ) -> None:
     """Index each (path of a tar, file to save its index in), over several processes when there are many.
 
     progress: draw a bar if it takes longer than a second. workers: processes; None for one a core. checksums: as
-    index_tar has it. Raises UnreadableShard.
+    index_tar has it. keys: note them even where no parquet lies beside the shard. Raises UnreadableShard.
     """
     from tqdm import tqdm
 
@@ -296,7 +320,7 @@ def index_shards(
         mapping(min(workers or cores(), len(shards)) if len(shards) >= SHARDS_WORTH_A_POOL else 1) as run,
         tqdm(desc="indexing shards", total=len(shards), unit="shard", delay=1, disable=not progress) as bar,
     ):
-        for _ in run(partial(_index_one, checksums), shards):
+        for _ in run(partial(_index_one, checksums, keys), shards):
             bar.update()
 
 
@@ -305,12 +329,16 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _index_one(checksums: bool, job: tuple[str, Path]) -> None:
+def _index_one(checksums: bool, keys: bool, job: tuple[str, Path]) -> None:
     shard, path = job
     try:
         file = ObjectFile(shard) if is_object(shard) else None
         index = None if file is None or checksums else _index_beside(file)
-        index = index or index_tar(file or shard, checksum=checksums)
+        if index is None or (keys and index.keys is None):
+            found = list[str]()
+            index = index_tar(file or shard, keys=found, checksum=checksums)
+            if keys or (file is None and os.path.exists(parquet_name(shard))):
+                index.keys = key_hashes(found)
     except OSError as error:
         raise UnreadableShard(shard, error.strerror or str(error)) from None
     index.save(path)

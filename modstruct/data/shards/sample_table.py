@@ -121,6 +121,8 @@ class Samples:
         """(sources + 1,) number of the first shard of each source, and the total."""
         self.faults = [SourceFaults(**found) for found in description["faults"]]
         """Of each source."""
+        self.filters: list[dict[str, int] | None] = description.get("filters") or [None] * len(self.faults)
+        """What a filter has done to each source, as parquet.Effect has it; None where none was given."""
         self.named_twice: list[str] = description["named_twice"]
         """Shards that the sources name more than once."""
         self.fingerprint: str = description["fingerprint"]
@@ -163,7 +165,8 @@ class Samples:
     @property
     def names(self) -> list[str]:
         """Of the sources."""
-        return [source.name or f"source_{number}" for number, source in enumerate(self.sources)]
+        given = [source.name for source in self.sources] or [None] * len(self.faults)
+        return [name or f"source_{number}" for number, name in enumerate(given)]
 
     @property
     def drawn(self) -> str:
@@ -224,6 +227,7 @@ def write_shards(
     source_shards: Sequence[int],
     faults: Sequence[SourceFaults],
     fingerprint: str,
+    filters: Sequence[dict[str, int] | None] = (),
 ) -> None:
     """Write what a table says of its shards and sources; its rows are there.
 
@@ -241,6 +245,7 @@ def write_shards(
         "faults": [asdict(of_source) for of_source in faults],
         "named_twice": [name for name, times in Counter(shards).items() if times > 1],
         "fingerprint": fingerprint,
+        "filters": list(filters),
     }
     with atomic_write(table.with_suffix(".json")) as file:  # last: where it is, the others are
         file.write(json.dumps(description).encode())

@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,17 @@ from modstruct.data.faults import NAMED
 from modstruct.data.shards.index import (
     INDEX_VERSION,
     REPEATED_KEY,
+    SHARDS_WORTH_A_POOL,
     ShardIndex,
     UnreadableShard,
+    cores,
     index_file_name,
     index_shards,
+    mapping,
+    parquet_name,
 )
 from modstruct.data.shards.members import LAYOUT
+from modstruct.data.shards.parquet import Effect, filtered, parsed
 from modstruct.data.shards.reader import ShardReader
 from modstruct.data.shards.sample_table import Samples, SourceFaults, renew, write_shards
 from modstruct.data.shards.sources import SourceShards, every_nth, expand_sources, is_pipe, shard_states
@@ -35,6 +41,7 @@ from modstruct.files import atomic_write, locked
 log = logging.getLogger(__name__)
 
 TABLE_VERSION = 2  # 1: one JSON file beside the rows
+FILTER_VERSION = 1
 
 
 def open_samples(sources: Sequence[Source], config: DataConfig, field: str, progress: bool = False) -> Samples:
@@ -61,7 +68,8 @@ def open_samples(sources: Sequence[Source], config: DataConfig, field: str, prog
 
 def _opened(sources: Sequence[Source], config: DataConfig) -> Path:
     """File in which the first process of a host tells the others which table it has opened."""
-    named = json.dumps([os.getcwd(), [[source.shards, source.index] for source in sources]])  # patterns may be relative
+    # Patterns may be relative.
+    named = json.dumps([os.getcwd(), [[source.shards, source.index, source.filter or ""] for source in sources]])
     name = f"{hashlib.blake2b(named.encode(), digest_size=16).hexdigest()}.opened"
     return Path(config.cache).expanduser() / "indexes" / "sets" / name
 
@@ -85,14 +93,32 @@ def _table(expanded: Sequence[SourceShards], config: DataConfig, field: str, pro
             known = [name] if number % nth else next(checked).identity
             identity.update(json.dumps(known).encode())
         identity.update(b"/")
+        if source.filter is not None:
+            parquets = _parquet_states(source, field, source.shards[::nth])
+            identity.update(json.dumps([FILTER_VERSION, source.filter, parquets]).encode())
     table = cache / "sets" / f"{identity.hexdigest()}.rows"
     complete = table.with_suffix(".json")  # written last, so the others are there if it is
     if not complete.exists():
         with locked(table.with_suffix(".lock")):
             if not complete.exists():
                 shards = [_found(source.shards, source, cache, field) for source in expanded]
-                _write_table(table, shards, field, progress)
+                _write_table(table, shards, [source.filter for source in expanded], field, progress)
     return table
+
+
+def _parquet_states(source: SourceShards, field: str, shards: Sequence[str]) -> list[tuple[int, int]]:
+    """Of the parquets beside shards. Raises ValueError, as for a filter that cannot be parsed."""
+    parsed(source.filter or "")
+    lacking = [shard for shard in shards if is_pipe(shard)]
+    states = dict(zip(shards, shard_states([parquet_name(shard) for shard in shards]), strict=True))
+    lacking += [shard for shard, state in states.items() if isinstance(state, OSError)]
+    if lacking:
+        beside = (
+            f"{len(lacking)} of {len(shards)} shards of {source.pattern} have no parquet beside them that can be read"
+        )
+        remedy = f"{beside} (first {parquet_name(lacking[0])}); put img2dataset's there, or give the source filter: ''"
+        refuse("data.filter", source.filter, remedy)
+    return [state for state in states.values() if not isinstance(state, OSError)]
 
 
 def open_saved_samples(
@@ -137,8 +163,10 @@ def _judge_sources(samples: Samples, patterns: Sequence[str], max_bad_share: flo
     """
     for number, pattern in enumerate(patterns):
         first, stop = samples.source_starts[number : number + 2].tolist()
-        usable = int(samples.shard_starts[stop] - samples.shard_starts[first])
-        faults = samples.faults[number]
+        kept = usable = int(samples.shard_starts[stop] - samples.shard_starts[first])
+        faults, effect = samples.faults[number], samples.filters[number]
+        if effect is not None:
+            usable = effect["samples"]
         found, left_out = describe_faults(faults), sum(faults.left_out.values())
         if usable == 0:
             layout = [] if any(LAYOUT in text for text in found) else [LAYOUT]
@@ -149,9 +177,15 @@ def _judge_sources(samples: Samples, patterns: Sequence[str], max_bad_share: flo
             remedy = "repair the shards or raise the share"
             share = f"{bad_share:.1%} of {field} = {pattern!r} cannot be used"
             refuse("data.max_bad_share", max_bad_share, "; ".join([share, *found, remedy]))
+        if effect is not None and kept == 0 < usable:
+            refuse("data.filter", samples.sources[number].filter, f"keeps none of the {usable:,} samples of {pattern}")
         if say:
             for line in found:
                 log.warning("%s: %s", field, line)
+            if effect is not None:
+                log.info("data.filter, %s: %s", pattern, Effect(**effect))
+    if say and any(samples.filters) and len(patterns) > 1:
+        log.info("data.filter: %s samples of all sources are kept", f"{len(samples):,}")
     if say and samples.named_twice:
         twice = samples.named_twice
         log.warning("%s: %d shards are named more than once (first %s)", field, len(twice), twice[0])
@@ -211,6 +245,8 @@ class _Shard:
         file = index_file_name(name, self.size_bytes, self.modified_ns)
         # The index of a pipe costs a pass over all of it, so one that an older version made still counts.
         files = [file, index_file_name(name, version=1)] if is_pipe(name) else [file]
+        self.own_file = cache / file
+        """Where an index is written that is made anew."""
         places = [folder / file for folder in (source.index, cache) if folder is not None for file in files]
         self.index_file = next((place for place in places if place.exists()), cache / file)
         self.identity = [name, self.size_bytes, self.modified_ns]
@@ -235,17 +271,20 @@ def _refuse_pipe(field: str, shard: str, trouble: str) -> None:
     refuse(field, shard, f"{trouble}; make it with `{command}` and give the source index: FOLDER")
 
 
-def _write_table(table: Path, sources: Sequence[Sequence[_Shard]], field: str, progress: bool) -> None:
+def _write_table(
+    table: Path, sources: Sequence[Sequence[_Shard]], filters: Sequence[str | None], field: str, progress: bool
+) -> None:
     fingerprint = hashlib.blake2b(digest_size=16)
     shards = [shard for source in sources for shard in source]
     faults = [SourceFaults() for _ in sources]
+    effects = [None if text is None else Effect() for text in filters]
     counts, sizes = [], []
     try:
         index_shards([(s.name, s.index_file) for s in shards if not s.index_file.exists()], progress)
         with atomic_write(table) as file:
             for number, source in enumerate(sources):
-                for shard in source:  # one at a time: the indexes of a large set together would fill the memory
-                    index = _load(shard, field)
+                # One at a time: the indexes of a large set together would fill the memory.
+                for shard, index in _indexes(source, filters[number], effects[number], field, progress):
                     rows = index.rows.tobytes()
                     file.write(rows)
                     fingerprint.update(len(rows).to_bytes(8, "little") + rows)
@@ -256,7 +295,30 @@ def _write_table(table: Path, sources: Sequence[Sequence[_Shard]], field: str, p
         refuse(field, error.shard, f"could not be read ({error.reason}); repair it or leave it out of the pattern")
     columns = counts, sizes, [shard.modified_ns for shard in shards]
     source_shards = [len(source) for source in sources]
-    write_shards(table, [shard.name for shard in shards], columns, source_shards, faults, fingerprint.hexdigest())
+    described = [None if effect is None else asdict(effect) for effect in effects]
+    names = [shard.name for shard in shards]
+    write_shards(table, names, columns, source_shards, faults, fingerprint.hexdigest(), described)
+
+
+def _indexes(
+    source: Sequence[_Shard], text: str | None, effect: Effect | None, field: str, progress: bool
+) -> Iterator[tuple[_Shard, ShardIndex]]:
+    """Each shard with its index, of which a filter keeps a part of the rows. effect: is added to."""
+    if text is None or effect is None:
+        for shard in source:
+            yield shard, _load(shard, field)
+        return
+    lacking = [shard for shard in source if _load(shard, field).keys is None]
+    for shard in lacking:
+        shard.index_file = shard.own_file
+    index_shards([(shard.name, shard.index_file) for shard in lacking], progress, keys=True)
+    jobs = ((text, shard.name, shard.index_file) for shard in source)
+    with mapping(min(cores(), len(source)) if len(source) >= SHARDS_WORTH_A_POOL else 1) as run:
+        for shard, (kept, of_shard) in zip(source, run(filtered, jobs), strict=True):
+            index = _load(shard, field)
+            index.rows = index.rows[kept]
+            effect.add(of_shard)
+            yield shard, index
 
 
 def _load(shard: _Shard, field: str) -> ShardIndex:

@@ -28,6 +28,7 @@ class SourceShards:
     """Folder of indexes made by tools/index_shards.py."""
     pattern: str
     """What the user wrote."""
+    filter: str | None = None
 
 
 def is_pipe(shard: str) -> bool:
@@ -58,6 +59,7 @@ def expand_sources(sources: Sequence[Source], config: DataConfig, field: str) ->
             shards=tuple(expand_pattern(source.shards, config.allow_pipe, field)),
             index=None if source.index is None else _index_folder(source.index, field),
             pattern=source.shards,
+            filter=source.filter or None,
         )
         for source in sources
     ]
