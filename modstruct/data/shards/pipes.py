@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -13,7 +14,8 @@ from pathlib import Path
 
 from modstruct.config import DataConfig
 from modstruct.data.shards.sources import PIPE
-from modstruct.files import atomic_write, locked
+from modstruct.errors import RunError
+from modstruct.files import atomic_write, free_space, locked
 
 ATTEMPTS = 3
 PAUSE_SECONDS = 1.0
@@ -48,7 +50,7 @@ class PipeCache:
 
         size_bytes: its size when it was indexed. Raises PipeFailed if the command fails three times, takes more than an
         hour or delivers another size; later calls for the shard then fail at once, so that an unreachable store does
-        not cost minutes a sample.
+        not cost minutes a sample. Raises RunError if the disk has no room for it.
         """
         if shard in self._failed:
             raise PipeFailed(self._failed[shard])
@@ -75,7 +77,7 @@ class PipeCache:
         tries again."""
         path = self.path(shard)
         if shard not in self._failed and not path.exists():
-            with suppress(OSError):
+            with suppress(OSError, RunError):
                 self._spool(shard, path, size_bytes, wait=False)
 
     def touch(self, shard: str) -> None:
@@ -98,9 +100,16 @@ class PipeCache:
                     break
                 except PipeFailed:
                     if attempt == ATTEMPTS - 1:
+                        self._require_room(size_bytes or 1)
                         raise
             self.touch(shard)
             self._make_room(keep=path)
+
+    def _require_room(self, size_bytes: int) -> None:
+        """Not the store's failure: other samples would come from ever fewer shards."""
+        if shutil.disk_usage(self.folder).free < size_bytes:
+            room = f"no room for a shard of {size_bytes / 2**20:,.0f} MiB in {self.folder}: {free_space(self.folder)}"
+            raise RunError(f"data.cache: {room}; make room, and go on by `--resume latest`")
 
     def _make_room(self, keep: Path) -> None:
         for path in self.folder.glob("*.part"):  # of processes that were killed

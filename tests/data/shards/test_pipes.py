@@ -7,8 +7,10 @@ import json
 import os
 import runpy
 import select
+import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from crafted_shards import config, encoded_image, write_shards
@@ -19,6 +21,7 @@ from modstruct.data.shards import pipes as pipes_module
 from modstruct.data.shards.pipes import PipeCache, PipeFailed
 from modstruct.data.shards.reader import ShardReader
 from modstruct.data.shards.samples import open_samples
+from modstruct.errors import RunError
 
 TOOL = Path(__file__).parents[3] / "tools" / "index_shards.py"
 
@@ -89,6 +92,19 @@ def test_a_command_that_writes_too_much_is_ended_before_it_fills_the_disk(tmp_pa
     with pytest.raises(PipeFailed, match="it delivers more than the 5 bytes"):
         PipeCache(tmp_path / "pipes", 10**9).open("pipe:printf 123456; exec sleep 600", 5)
     assert [path.suffix for path in (tmp_path / "pipes").iterdir()] == [".lock"]
+
+
+def test_a_cache_disk_without_room_ends_the_run(tmp_path, monkeypatch):
+    cache = PipeCache(tmp_path / "pipes", 10**9)
+    full = "pipe:echo 'write error: No space left on device' >&2; exit 1"
+    with pytest.raises(PipeFailed, match="No space left"):  # as a store may say it, too
+        cache.open(full, 5)
+    disk = SimpleNamespace(total=100, used=97, free=3)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: disk)
+    cache = PipeCache(tmp_path / "pipes", 10**9)
+    cache.fetch(full, 5)  # ahead of need: who needs it says so
+    with pytest.raises(RunError, match=r"^data.cache: no room .* in .*pipes: .* MiB are free there; make room"):
+        cache.open(full, 5)
 
 
 def test_a_stale_spooled_shard_is_fetched_again(tmp_path):

@@ -1,9 +1,11 @@
-"""Shards that vanish or are cut off under a run, and loader processes that are killed."""
+"""Shards that vanish, are cut off or replaced under a run, storage that fails, loader processes that are killed."""
 
 from __future__ import annotations
 
+import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,17 +13,21 @@ from hurt_run import HurtRun, errors_on, losses, whole_checkpoints, write_recipe
 from small_runs import weights_of
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "data" / "shards"))
+sys.path.insert(0, str(Path(__file__).parents[3] / "tools" / "benchmarks"))
 from crafted_shards import write_shards
+from object_server import ObjectServer
 
 pytestmark = pytest.mark.slow
 STEPS = 40
 CAUSES = {"delete": "missing shard", "truncate": "shard changed since it was indexed"}
 
 
-def made(folder: Path) -> tuple[str, Path]:
+def made(folder: Path, address: str = "") -> tuple[str, Path]:
     """A recipe over twelve shards of its own, and one of them to hurt."""
     pattern = write_shards(folder / "shards", [8, 9, 7] * 4)
     more = {"max_bad_share": 0.3, "shuffle_block": 4, "shuffle_window": 6}
+    if address:  # little is read ahead, so that the run notices
+        pattern, more["read_ahead_mib"] = f"{address}/shards/shard-{{000..011}}.tar", 1
     return write_recipe(folder, steps=STEPS, every_steps=5, train=pattern, **more), folder / "shards" / "shard-004.tar"
 
 
@@ -49,6 +55,43 @@ def test_a_shard_is_hurt_in_mid_run(tmp_path, tried, kind):
         assert str(shard) in screen
         assert losses(run.output) == losses(whole.output)
         assert (weights_of(run.output) == weights_of(whole.output)).all()
+
+
+class FailingServer(ObjectServer):
+    failing = False
+
+    def hurt(self, handler) -> bool:
+        if self.failing:
+            handler.answer(503, b"")
+        return self.failing
+
+
+def test_an_object_store_fails_for_a_minute_and_an_object_is_replaced(tmp_path, tried):
+    recipe, _ = made(tmp_path / "here")
+    status, screen = HurtRun(recipe, tmp_path / "here" / "run").end()
+    assert status == 0, screen[-3000:]
+    with FailingServer(tmp_path / "there") as server:
+        recipe, shard = made(tmp_path / "there", server.url)
+        with tried("object store: fails for a minute"):
+            run = HurtRun(recipe, tmp_path / "there" / "run")
+            run.wait_for_step(9)
+            server.failing = True
+            time.sleep(60)
+            server.failing = False
+            status, screen = run.end()
+            assert status == 0, screen[-3000:]
+            assert f"{server.url} did not answer for" in screen
+            assert errors_on(screen) == []
+            assert losses(run.output) == losses(tmp_path / "here" / "run")
+        with tried("object store: an object is replaced in mid-run"):
+            run = HurtRun(recipe, tmp_path / "there" / "replaced")
+            run.wait_for_step(9)
+            shutil.copy(shard.with_name("shard-000.tar"), shard)
+            status, screen = run.end()
+            assert status == 0, screen[-3000:]
+            assert "shard changed since it was indexed" in screen
+            assert f"{server.url}/shards/shard-004.tar" in screen
+            assert errors_on(screen) == []
 
 
 def test_loader_workers_are_killed(tmp_path, tried):
