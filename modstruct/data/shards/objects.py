@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import os
 import random
 import re
 import socket
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import lru_cache, partial
 from glob import has_magic
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
@@ -26,7 +27,7 @@ from modstruct.errors import RunError, refuse, require, without_credentials
 Result = TypeVar("Result")
 log = logging.getLogger(__name__)
 
-AT_ONCE = 32  # requests
+AT_ONCE, WAITING = 32, 1024  # requests
 REQUEST_SECONDS = 60.0
 # Of what fails for a while; less than train.hang_timeout_minutes.
 PATIENCE_SECONDS = 300.0
@@ -78,32 +79,38 @@ def _scheme(url: str) -> str:
 
 def _file_system(url: str) -> tuple[Any, str]:
     """fsspec's file system for an address, one a process, and the path in it."""
+    file_system = _file_system_of("/".join(url.split("/")[:3]), os.getpid())
+    return file_system, file_system._strip_protocol(url)
+
+
+@lru_cache(maxsize=64)  # fsspec's own takes a third of a millisecond
+def _file_system_of(store: str, process: int) -> Any:
     from fsspec.core import url_to_fs  # here: most runs read local files
 
-    return url_to_fs(url)
+    return url_to_fs(store)[0]
 
 
 def expand_object(pattern: str, names: Sequence[str], field: str) -> list[str]:
     """Addresses that names, of one pattern without braces, match. Raises ValueError naming the field."""
     require("::" not in pattern, field, pattern, "chained protocols are not read; give the address of the shard itself")
     require(all(map(is_object, names)), field, pattern, "addresses and paths in one pattern; make two sources of it")
+    scheme, found = _scheme(pattern), list[str]()
+    web = EXTRAS.get(scheme) == "https"  # where ? begins a query
+    wild = web and any("*" in urlsplit(name).path for name in names)
+    require(not wild, field, pattern, "a web server lists no files; use {00000..00331}")
     try:
-        file_system = _file_system(names[0])[0]
+        for name in names:
+            file_system, path = _file_system(name)
+            if web or not has_magic(name):
+                found.append(name)
+            else:
+                matched = _until_it_passes(partial(file_system.glob, path), name)
+                found += [file_system.unstrip_protocol(one) for one in sorted(matched)]
     except ImportError as error:
-        extra = EXTRAS.get(_scheme(pattern))
-        remedy = f"pip install 'modstruct[{extra}]'" if extra else str(error)
-        refuse(field, pattern, f"{_scheme(pattern)}:// needs a package that is missing: {remedy}")
-    except ValueError as error:
+        remedy = f"pip install 'modstruct[{EXTRAS[scheme]}]'" if scheme in EXTRAS else str(error)
+        refuse(field, pattern, f"{scheme}:// needs a package that is missing: {remedy}")
+    except (ValueError, ObjectFailed) as error:
         refuse(field, pattern, f"fsspec cannot read it: {error}")
-    found = []
-    for name in names:
-        web = EXTRAS.get(_scheme(name)) == "https"
-        require(not web or "*" not in urlsplit(name).path, field, pattern, "a web server lists no files; use {00..99}")
-        if not web and has_magic(name):
-            matched = _until_it_passes(partial(file_system.glob, _file_system(name)[1]), name)
-            found += [file_system.unstrip_protocol(path) for path in sorted(matched)]
-        else:
-            found.append(name)
     require(len(found) > 0, field, pattern, "no object matches; correct the pattern")
     return found
 
@@ -113,10 +120,11 @@ def object_state(url: str) -> tuple[int, int]:
     return read_range(url, 0, 1)[1:]
 
 
-def several(read: Callable[[Any], Result], items: Sequence[Any]) -> list[Result]:
-    """Of each item, several at once."""
+def several(read: Callable[[Any], Result], items: Sequence[Any]) -> Iterator[Result]:
+    """Of each item in order, several at once."""
     with ThreadPoolExecutor(AT_ONCE, "objects") as threads:
-        return list(threads.map(read, items))
+        for first in range(0, len(items), WAITING):  # a million that wait would take a gigabyte
+            yield from threads.map(read, items[first : first + WAITING])
 
 
 class ObjectShard:

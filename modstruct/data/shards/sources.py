@@ -94,7 +94,7 @@ def expand_pattern(pattern: str, allow_pipe: bool, field: str) -> list[str]:
 
 def shard_states(shards: Sequence[str]) -> Iterator[tuple[int, int] | OSError]:
     """Size and time of the last change (of an object its version, of a pipe -1 and -1) of each, or why it has none."""
-    return iter(several(_state, shards)) if any(map(is_object, shards)) else map(_state, shards)
+    return several(_state, shards) if any(map(is_object, shards)) else map(_state, shards)
 
 
 def _state(shard: str) -> tuple[int, int] | OSError:
