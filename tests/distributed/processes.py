@@ -14,9 +14,12 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 TIMEOUT_SECONDS = 180  # for one collective; a busy machine with two cores starts four processes slowly
-# Imported once by the server that forks the processes: importing torch anew costs each of them seconds. The server only
+# Imported once by the server that forks the processes: anew they cost each of them five seconds. The server only
 # imports, so no running thread is lost in the fork.
-PRELOADED = ["torch.distributed", "torch._dynamo", "pytest", "hypothesis"]
+PRELOADED = [
+    *("torch.distributed", "torch._dynamo", "torch.utils.tensorboard", "pytest", "hypothesis", "deepspeed", "open_clip"),
+    *("transformers.models.bert.modeling_bert", "scipy.stats", "jsonargparse", "webdataset"),
+]
 
 
 def run_on_processes(function: Callable, world_size: int, *args: object) -> list:
