@@ -186,7 +186,7 @@ def read_range(url: str, begin: int, size: int) -> Piece:
         span = f"bytes={begin}-{begin + size - 1}"
         content, answered, version = sync(file_system.loop, get, file_system, path, span, timeout=REQUEST_SECONDS)
         total = int(answered.rpartition("/")[2])
-        return Piece(content, total, _number(version or url))
+        return Piece(content, total, _number(version or without_credentials(url)))
 
     def complete() -> Piece:
         piece = once()
@@ -258,19 +258,21 @@ _failures: dict[str, list[float]] = {}
 def _until_it_passes(request: Callable[[], Result], url: str) -> Result:
     """The result of a request that is made again while it fails for a reason that may pass."""
     place = urlsplit(without_credentials(url))
-    store, pause, start = f"{place.scheme}://{place.netloc}", FIRST_PAUSE_SECONDS, time.monotonic()
+    store, pause = f"{place.scheme}://{place.netloc}", FIRST_PAUSE_SECONDS
     while True:
         try:
             result = request()
         except Exception as error:
             if not _may_pass(error):
+                _failures.pop(store, None)  # that was an answer
                 raise _lasting(error, url) from None
             failures = _failures.setdefault(store, [])
             failures.append(time.monotonic())
             if len(failures) == SAID_AFTER:
                 told = "%s does not answer (%s): it is asked again for %g seconds"
                 log.info(told, store, _words(error), PATIENCE_SECONDS)
-            if (waited := time.monotonic() - start) > PATIENCE_SECONDS:
+            # Since the first of them, whatever thread's: those that still wait to be read do not start to wait anew.
+            if (waited := time.monotonic() - failures[0]) > PATIENCE_SECONDS:
                 raise RunError(
                     f"{store} has not answered for {waited:.0f} seconds (last of all: {_words(error)}); go on by "
                     "`--resume latest` when it does"
@@ -315,9 +317,11 @@ def _words(error: Exception) -> str:
 def _lasting(error: Exception, url: str) -> ObjectFailed:
     status, words, scheme = _status(error), _words(error), _scheme(url)
     if status == 416:
-        return ObjectFailed(CHANGED, f"{words}: it is shorter than it was")
+        return ObjectFailed(CHANGED, f"{words}: it is empty, or shorter than it was")
     if status in (404, 410) or isinstance(error, FileNotFoundError):
         return ObjectFailed("missing shard", f"{words}: there is no such object; correct the address")
+    if isinstance(error, NotImplementedError):
+        return ObjectFailed("unreadable shard", words)
     denied = status in (401, 403) or isinstance(error, PermissionError) or "redentials" in words
     remedy = CREDENTIALS.get(EXTRAS.get(scheme, ""), "its credentials") if denied else "correct the address"
     return ObjectFailed("unreadable shard", f"{words}: {remedy}")
