@@ -7,7 +7,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -58,6 +58,8 @@ class TrainState:
     skipped_in_a_row: int = 0
     data_fingerprint: str = ""
     """Of the training samples and their weights, to notice that they are others at a resume."""
+    new_weights: list[str] = field(default_factory=list)
+    """Names of the weights that pretrained ones did not bring, while optimizer.new_first_steps asks for them."""
 
 
 @dataclass
@@ -210,6 +212,9 @@ def _check_state(checkpoint: Checkpoint) -> None:
     state, steps = checkpoint.state, checkpoint.optimizer["step"]
     if any(type(n) is not int or not 0 <= n < 1 << 62 for n in (state.step, state.skipped_in_a_row, steps)):
         raise ValueError("state.json: steps are whole numbers of 0 or more")
+    names = state.new_weights
+    if type(names) is not list or not all(type(name) is str for name in names):
+        raise ValueError("state.json: new_weights is a list of names")
     if type(state.data_fingerprint) is not str:
         raise ValueError("state.json: data_fingerprint is a text")
     if any(value.dtype != torch.uint8 or value.ndim != 1 for value in checkpoint.rng.described().values()):

@@ -70,6 +70,8 @@ CHANGES: dict[int, Change] = {
             "train.patch_dropout": 0.0,
             "train.unmasked_share": 0.0,
             "optimizer.layer_decay": 1.0,
+            "optimizer.new_first_steps": 0,
+            "optimizer.new_first_scale": True,
             "logging.projector": 0,
             "logging.wandb": None,
         },

@@ -35,6 +35,12 @@ class OptimizerConfig:
     layer_decay: float = 1.0
     """What the learning rate of a layer of a tower is multiplied by for each layer that lies after it: for starting
     from pretrained weights, 0.65 to 0.9; 1 gives all the same."""
+    new_first_steps: int = 0
+    """Starting from pretrained weights: in so many first steps only those weights learn that these did not bring (new
+    heads, learnt numbers of losses, a new text tower); then the rate of the others rises to the schedule's over
+    warmup_steps. 0: all learn from the first step."""
+    new_first_scale: bool = True
+    """The logit scale learns in these steps too."""
 
     def __post_init__(self):
         require(0 < self.learning_rate < inf, "optimizer.learning_rate", self.learning_rate, "above 0 and finite")
@@ -55,6 +61,7 @@ class OptimizerConfig:
         require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "0 or more")
         require(0 <= self.weight_decay < inf, "optimizer.weight_decay", self.weight_decay, "0 or more, and finite")
         require(0 < self.layer_decay <= 1, "optimizer.layer_decay", self.layer_decay, "above 0 and at most 1")
+        require(self.new_first_steps >= 0, "optimizer.new_first_steps", self.new_first_steps, "0 or more")
         require(self.clip_norm >= 0, "optimizer.clip_norm", self.clip_norm, "0 (no clipping) or more")
 
 

@@ -56,6 +56,11 @@ def build_model(
     two_tower = TwoTower(replace(config, pretrained=of_open_clip), recipe.views, tokenizer, objective)
     if ours and read_weights:
         _start_from(two_tower, recipe, ours)
+    elif of_open_clip:
+        kept = ("image.", "text.", "logit_scale") if config.text.architecture == "clip" else ("image.",)
+        names = (name for name, _ in two_tower.named_parameters())
+        brought = {name for name in names if name.startswith(kept) and ".independent_head." not in name}
+        two_tower.new_weights = _learnt(two_tower) - brought
     lock_layers(two_tower, config)
     if recipe.train.patch_dropout:
         two_tower.drop_patches(recipe.train.patch_dropout)
@@ -100,8 +105,13 @@ def _start_from(model: TwoTower, recipe: Recipe, init: str) -> None:
         )
         refuse("model.pretrained", init, f"{remedy}; they differ in {', '.join(sorted(wrong)[:5])}")
     copy_into(model, own | {name: value for name, value in given.items() if name in own})
+    model.new_weights = _learnt(model) & {*new}
     told = {"; new": new, "; left out": left}
     log.info("Started from %s%s", init, "".join(f"{what}: {', '.join(sorted(n))}" for what, n in told.items() if n))
+
+
+def _learnt(model: TwoTower) -> frozenset[str]:
+    return frozenset(name for name, _ in model.named_parameters())
 
 
 def initial_tokenizer(recipe: Recipe) -> Tokenizer | None:

@@ -55,6 +55,8 @@ class TrainableModel(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.new_weights: frozenset[str] = frozenset()
+        """Of its parameters, by name, those that pretrained weights did not bring; none if it started from none."""
         self.scalar_limits: dict[str, tuple[float, float]] = {}
         """Learnt numbers by name, with the limits that training keeps them in."""
 

@@ -192,10 +192,17 @@ class Engine:
     def backward(self, total: Tensor) -> None:
         self.deepspeed.backward(total)
 
-    def step(self, learning_rate: float) -> tuple[float | Tensor, bool]:
-        """Optimizer step; the gradient's norm before clipping, and whether it was finite and the step taken."""
+    def step(self, learning_rate: float, step: int) -> tuple[float | Tensor, bool]:
+        """Optimizer step; the gradient's norm before clipping, and whether it was finite and the step taken.
+
+        step: of the run, from 0. A group that waits has a rate of 0, and then one that rises over as many steps as the
+        warm-up. Its moments follow its gradients meanwhile: of zeros, beside the bias correction of a late step, its
+        first steps would be too long.
+        """
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate * group["rate_factor"]
+            since = max(0, step + 1 - group["waits"])
+            risen = min(1.0, since / max(1, group["rises"])) if group["waits"] else 1.0
+            group["lr"] = learning_rate * group["rate_factor"] * risen
         if hasattr(self.optimizer, "overflow"):
             # DeepSpeed's optimizer of stage 0 reports the norm of the scaled gradient.
             scaling = getattr(self.optimizer, "loss_scale_config", None)

@@ -115,25 +115,31 @@ def parameter_groups(model: TrainableModel, config: OptimizerConfig) -> list[dic
     norms, biases, open_clip's class token (timm's, of three dimensions, has decay) and the logit scale without.
 
     With optimizer.layer_decay, two for each factor of the learning rate (`rate_factor`). What stays float32 in a
-    half-precision model has groups of its own: DeepSpeed flattens a group into one tensor.
+    half-precision model has groups of its own: DeepSpeed flattens a group into one tensor. So have weights that wait
+    while only new ones learn (`waits`: optimizer.new_first_steps). They wait at a learning rate of 0, which moves and
+    decays nothing, instead of out of the groups, which DeepSpeed divides once for the whole run.
     """
     factors = rate_factors(model, config.layer_decay) if config.layer_decay < 1 else {}
-    groups: dict[tuple[str, float], list[nn.Parameter]] = {("decay", 1.0): [], ("no_decay", 1.0): []}
+    first = model.new_weights | ({"logit_scale"} if config.new_first_scale else set())
+    groups: dict[tuple[str, float, int], list[nn.Parameter]] = {("decay", 1.0, 0): [], ("no_decay", 1.0, 0): []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             dimensions = len(getattr(parameter, "ds_shape", parameter.shape))  # DeepSpeed's, where it is sharded
             kind = "no_decay" if dimensions < 2 or name == "logit_scale" else "decay"
             if parameter.dtype == torch.float32 != model.dtype:
                 kind += "_float32"
-            groups.setdefault((kind, factors.get(name, 1.0)), []).append(parameter)
+            waits = 0 if name in first else config.new_first_steps
+            groups.setdefault((kind, factors.get(name, 1.0), waits), []).append(parameter)
     return [
         {
             "params": kept,
             "weight_decay": 0.0 if kind.startswith("no_decay") else config.weight_decay,
-            "name": kind if factor == 1 else f"{kind} x {factor:.6g}",
+            "name": kind + ("" if factor == 1 else f" x {factor:.6g}") + (f" after {waits}" if waits else ""),
             "rate_factor": factor,
+            "waits": waits,
+            "rises": config.warmup_steps,
         }
-        for (kind, factor), kept in groups.items()
+        for (kind, factor, waits), kept in groups.items()
         if kept
     ]
 

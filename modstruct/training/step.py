@@ -64,7 +64,7 @@ def train_step(
     for name in embedded.deferred:
         report.total = report.total + objective.weights[name] * deferred[name]
     with clock.phase("optimizer"):
-        report.gradient_norm, finite = engine.step(learning_rate)
+        report.gradient_norm, finite = engine.step(learning_rate, step)
     if not finite:
         report.skipped, report.overflow = "the gradient is not finite", True
     else:

@@ -269,6 +269,8 @@ class Trainer(ABC, Generic[RecipeT]):
         """
         recipe, self.steps = self.recipe, run_length(self.recipe, epoch_samples)
         check_length(recipe, self.steps, self.state.step)
+        if recipe.optimizer.new_first_steps:
+            self._note_new_weights(model, start.saved is not None)
         first = FirstWeights(model, deferred, start.saved.weights if start.saved else None)
         if start.saved and start.path:
             load_weights(model, start.saved.weights, start.path)
@@ -306,6 +308,15 @@ class Trainer(ABC, Generic[RecipeT]):
             distributed.world_size(),
             distributed.device().type,
         )
+
+    def _note_new_weights(self, model: TrainableModel, resumed: bool) -> None:
+        """Of a resumed run those that the checkpoint names: the pretrained weights are not read again."""
+        if resumed:
+            model.new_weights = frozenset(self.state.new_weights)
+        self.state.new_weights = sorted(model.new_weights)
+        count, remedy = self.recipe.optimizer.new_first_steps, "no weight is new beside pretrained ones; give 0"
+        require(bool(model.new_weights), "optimizer.new_first_steps", count, remedy)
+        log.info("Until step %d only new weights learn: %s", count, ", ".join(self.state.new_weights))
 
     def last_checkpoint(self) -> Path:
         """Folder of the checkpoint after the last step, written if need be."""

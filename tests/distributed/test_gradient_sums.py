@@ -113,7 +113,7 @@ def all_cases() -> dict[str, dict[str, float]]:
             cached = CachedBatch(engine, parts, OBJECTIVE, 0)
             cached.backward(cached.outputs["image"].square().sum() / (PARTS * ROWS))
         gradient = torch.cat([safe_get_full_grad(p).double().flatten() for p in engine.model.parameters()])
-        norm, finite = engine.step(1e-3)
+        norm, finite = engine.step(1e-3, 0)
         found[" ".join(map(str, case))] = {
             "error": float((gradient - right).norm() / right.norm()),
             "norm": float(norm / right.norm()) if finite else 0.0,

@@ -60,6 +60,25 @@ def locked_at_rates(folder: str, cache: str) -> None:
         Pretraining(recipe, ds_config(stage), None).build().train()
 
 
+def new_ones_first(folder: str, cache: str) -> None:
+    """Runs that start from one without independent heads, unbroken and resumed while the towers wait."""
+    from modstruct.training.pretrain import Pretraining
+
+    start = tiny_recipe(f"{folder}/start", cache, 1)
+    start.losses.separation.weight = 0.0
+    Pretraining(start, ds_config("zero0"), None).build().train()
+    for stage in STAGES[:4]:
+        for name, resume in ((stage, None), (f"{stage}-resumed", f"{folder}/{stage}/checkpoints/step-00000002")):
+            recipe = tiny_recipe(f"{folder}/{name}", cache, 5)
+            recipe.model.pretrained = f"{folder}/start"
+            recipe.optimizer.new_first_steps, recipe.optimizer.new_first_scale = 3, False
+            Pretraining(recipe, ds_config(stage), resume).build().train()
+    recipe = tiny_recipe(f"{folder}/nothing", cache, 1)
+    recipe.optimizer.new_first_steps = 1
+    with pytest.raises(ValueError, match=r"optimizer.new_first_steps = 1: no weight is new beside pretrained ones"):
+        Pretraining(recipe, ds_config("zero0"), None).build()
+
+
 def several(folder: str, cache: str, runs: list[tuple[str, str, str | None]]) -> None:
     for name, stage, resume in runs:
         train_once(f"{folder}/{name}", cache, stage, "fp32", resume=resume)
@@ -124,6 +143,27 @@ def test_the_ema_lags_behind_the_weights(two_processes):
         ends = torch.stack([early.weights[name], after])
         assert (third - ends.mean(0)).norm() <= 1.5 * (ends[1] - ends[0]).norm() + 1e-6
         assert not torch.equal(ema, after)
+
+
+def test_new_weights_learn_first_and_the_others_follow_from_where_they_started(tmp_path, cache):
+    run_on_processes(new_ones_first, 2, str(tmp_path), cache)
+    start = last(tmp_path / "start").weights
+    for stage in STAGES[:4]:
+        early, whole = (checkpoints.read(tmp_path / stage / "checkpoints" / f"step-0000000{n}") for n in (2, 5))
+        new = {name for name in whole.weights if name not in start}
+        assert early.state.new_weights == sorted(new) == sorted(n for n in whole.weights if "independent" in n)
+        for name, weight in start.items():
+            assert torch.equal(early.weights[name], weight), (stage, name)
+        old = [name for name in start if early.moments[f"exp_avg_sq.{name}"].any()]
+        assert len(old) > len(start) / 2  # what they would have done is known when they begin
+        assert all(not torch.equal(whole.weights[name], start[name]) for name in old)
+        for name in new:
+            assert early.moments[f"exp_avg_sq.{name}"].any()
+        resumed = last(tmp_path / f"{stage}-resumed")
+        assert resumed.state == whole.state
+        for kind in ("weights", "moments"):
+            for name, values in getattr(whole, kind).items():
+                assert torch.equal(getattr(resumed, kind)[name], values), (stage, kind, name)
 
 
 def test_locked_layers_stay_and_a_layers_step_is_as_long_as_its_rate(tmp_path, cache):

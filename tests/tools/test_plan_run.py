@@ -92,7 +92,7 @@ def real_steps(stages: list[tuple[int, str]]) -> dict[str, dict[str, float]]:
             del outputs
             gc.collect()
             gradients = held() - before - state
-            engine.step(1e-5)
+            engine.step(1e-5, 0)
         found[str(stage)] = {"state": state, "gradients": gradients, "gathered": gathered, **sent.bytes}
         del model, objective, engine, batch
     return found

@@ -123,7 +123,7 @@ def times(recipe: Recipe, options: argparse.Namespace) -> dict:
                 total, _ = objective(engine(part), 0)
                 engine.backward(total / len(parts))
                 add()
-        engine.step(1e-5)
+        engine.step(1e-5, 0)
 
     forms = {"cache": lambda: train_step(engine, objective, parts, 0, 1e-5), "accumulation": accumulated}
     seconds: dict[str, list[float]] = {name: [] for name in forms}

@@ -94,6 +94,7 @@ def start_pretraining(model: FusionModel, init: str) -> None:
         )
         refuse("fusion.init", init, f"{remedy}; they differ in {', '.join(sorted(wrong)[:5])}")
     new = sorted(expected.keys() - weights.keys())
+    model.new_weights = frozenset(new)
     started = expected | {name: value for name, value in weights.items() if name in expected}
     model.load_state_dict(started)
     ema = {f"{EMA}{name}": value for name, value in started.items()}
@@ -175,5 +176,6 @@ def start_from(model: EmaModel, initial: Initial) -> None:
         model.load_state_dict({name: value for name, value in weights.items() if name in expected}, strict=False)
     if model.ema:
         model.ema.module.load_state_dict(model.state_dict())
-    new = sorted({name.split(".")[0] for name in expected.keys() - weights.keys()})
+    model.new_weights = frozenset(expected.keys() - weights.keys())
+    new = sorted({name.split(".")[0] for name in model.new_weights})
     log.info("Started from %s%s", initial.path, f"; new: {', '.join(new)}" if new else "")
