@@ -1,4 +1,7 @@
-"""Commands in README and docs have options that exist, files that they name are there, and links lead somewhere."""
+"""Commands in README and docs have options that exist, files that they name are there, and links lead somewhere.
+
+A block behind the line `<!-- runs -->`, which no reader sees, is carried out as it stands.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import modstruct.cli
+import modstruct.commands.env
 
 COMMANDS = [  # imported before `run` is replaced, which they have by name
     importlib.import_module(f"modstruct.commands.{name}")
@@ -74,6 +79,47 @@ def test_every_command_is_understood(words, where_runs_are, monkeypatch):
     with pytest.raises((Parsed, SystemExit)) as ended:
         runpy.run_path(str(ROOT / script), run_name="__main__")
     assert getattr(ended.value, "code", 0) in (0, None)  # --help and --print_config end so; a wrong option by 2
+
+
+RUNNABLE = [
+    pytest.param(block, id=f"{page.stem}: {block[:60]}")
+    for page in PAGES
+    for block in re.findall(r"^<!-- runs -->\n```bash\n(.*?)^```", page.read_text(), re.M | re.S)
+]
+
+
+@pytest.fixture
+def where_data_are(where_runs_are):
+    """The evaluations and tables that the pages speak of, too."""
+    for name in ("scenes", "clip_inmodal"):
+        shutil.copytree(ROOT / "tests/commands/written_by_0.1.0/evaluation", where_runs_are / "evaluations" / name)
+    Image.new("RGB", (40, 30), "red").save(where_runs_are / "red.png")
+    for table in ("train.csv", "test.csv"):
+        (where_runs_are / table).write_text("file,title\nred.png,all red\n")
+
+
+@pytest.mark.parametrize("block", RUNNABLE)
+def test_what_is_marked_runs(block, where_data_are, monkeypatch, capsys):
+    """In this process, which has imported nearly all that they need."""
+    for line in block.replace("\\\n", " ").splitlines():
+        launcher, script, *options = shlex.split(line, comments=True)
+        monkeypatch.setattr(sys, "argv", [script, *options] if launcher == "python" else [launcher, script, *options])
+        try:
+            if launcher == "modstruct":
+                modstruct.commands.env.main()
+            else:
+                monkeypatch.syspath_prepend(str(Path(script).resolve().parent))  # as Python has it
+                runpy.run_path(script, run_name="__main__")
+        except SystemExit as ended:
+            if ended.code:
+                raise RuntimeError(f"{line}\n{capsys.readouterr().err}") from ended
+        assert capsys.readouterr().out.strip()
+
+
+def test_some_blocks_are_marked():
+    assert len(RUNNABLE) >= 5
+    named = " ".join(page.read_text() for page in PAGES)
+    assert named.count("<!-- runs -->") == len(RUNNABLE)  # none before another kind of block
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
