@@ -34,7 +34,7 @@ def without_credentials(text: str) -> str:
     def shown(found: re.Match[str]) -> str:
         scheme, user, place, query = found.groups("")
         secret = ":" in user or scheme.startswith("http")  # abfs://CONTAINER@ACCOUNT has none
-        return scheme + ("" if secret else user) + place + ("?…" if query else "")
+        return scheme + ("" if secret else user) + place + ("?..." if query else "")
 
     return _ADDRESS.sub(shown, text) if "://" in text else text
 

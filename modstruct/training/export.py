@@ -15,6 +15,7 @@ from modstruct.checkpoints import LazyTensors, described, replace_folder, save_t
 from modstruct.config import FinetuneRecipe, Recipe
 from modstruct.config.recipe_files import recipe_to_dict
 from modstruct.data.tokenizers import Tokenizer
+from modstruct.errors import without_credentials
 from modstruct.files import naming
 from modstruct.models.build import log_scale_range
 from modstruct.models.fusion.initial_weights import EXPORTED, EXPORTED_CONFIG
@@ -121,7 +122,8 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 
 def _export_as_ours(folder: Path, weights: Mapping[str, Tensor], recipe: Recipe | FinetuneRecipe) -> None:
     save_tensors(weights, folder / EXPORTED)
-    (folder / EXPORTED_CONFIG).write_text(json.dumps({"recipe": recipe_to_dict(recipe)}, indent=1))
+    config = json.dumps({"recipe": recipe_to_dict(recipe)}, indent=1)
+    (folder / EXPORTED_CONFIG).write_text(without_credentials(config))  # it may be published
 
 
 def _export_to_open_clip(

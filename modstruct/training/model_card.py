@@ -12,7 +12,7 @@ from pathlib import Path
 from modstruct import __version__
 from modstruct.config import FinetuneRecipe, LossesConfig, Recipe
 from modstruct.config.recipe_files import recipe_to_dict, recipe_to_yaml
-from modstruct.errors import printable
+from modstruct.errors import printable, without_credentials
 from modstruct.evaluation.result import Result
 from modstruct.evaluation.tables import table
 from modstruct.files import commit_of
@@ -98,7 +98,7 @@ def write_card(
         *(f"Left out of this form: {shown(what)}." for what in left_out),
     ]
     parts.append("\n## Limits\n\n" + "\n".join(f"- {limit}" for limit in limits))
-    parts.append(f"\n## Recipe\n\n{fenced(recipe_to_yaml(recipe).rstrip(), 'yaml')}\n")
+    parts.append(f"\n## Recipe\n\n{fenced(without_credentials(recipe_to_yaml(recipe)).rstrip(), 'yaml')}\n")
     (folder / CARD).write_text("\n".join(parts), encoding="utf-8", errors="replace")
 
 

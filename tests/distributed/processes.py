@@ -17,7 +17,15 @@ TIMEOUT_SECONDS = 180  # for one collective; a busy machine with two cores start
 # Imported once by the server that forks the processes: anew they cost each of them five seconds. The server only
 # imports, so no running thread is lost in the fork.
 PRELOADED = [
-    *("torch.distributed", "torch._dynamo", "torch.utils.tensorboard", "pytest", "hypothesis", "deepspeed", "open_clip"),
+    *(
+        "torch.distributed",
+        "torch._dynamo",
+        "torch.utils.tensorboard",
+        "pytest",
+        "hypothesis",
+        "deepspeed",
+        "open_clip",
+    ),
     *("transformers.models.bert.modeling_bert", "scipy.stats", "jsonargparse", "webdataset"),
 ]
 

@@ -9,13 +9,14 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from modstruct.config import LoggingConfig, Recipe, TrainConfig
+from modstruct.config import DataConfig, LoggingConfig, Recipe, TrainConfig
 from modstruct.evaluation.examples import ProjectedPoints
 from modstruct.training.logging import Curves, Telemetry
 
 
 def recipe(tmp_path, **options) -> Recipe:
-    return Recipe(output=str(tmp_path), train=TrainConfig(steps=4, seed=3), logging=LoggingConfig(**options))
+    data = DataConfig(train="https://me:secret@host/0.tar?signature=secret")
+    return Recipe(output=str(tmp_path), data=data, train=TrainConfig(steps=4, seed=3), logging=LoggingConfig(**options))
 
 
 def test_tensorboard_shows_the_recipe_and_what_differs_from_the_defaults(tmp_path):
@@ -27,6 +28,8 @@ def test_tensorboard_shows_the_recipe_and_what_differs_from_the_defaults(tmp_pat
     assert "seed: 3" in text
     told = str(events.SummaryMetadata("_hparams_/session_start_info"))
     assert "train.seed" in told
+    assert "https://host/0.tar?" in told
+    assert "secret" not in text + told
     assert "optimizer.learning_rate" not in told
     assert events.Scalars("loss/total")[0].value == 1.5
 
@@ -49,6 +52,7 @@ def test_weights_and_biases_is_started_before_tensorboard_and_goes_on_after_a_re
         Telemetry(recipe(tmp_path, wandb="birds"), first_step, 4).close()
     one, two = started
     assert (one["project"], one["sync_tensorboard"], one["config"]["train"]["seed"]) == ("birds", True, 3)
+    assert one["config"]["data"]["train"] == "https://host/0.tar?..."
     assert one["id"] == two["id"]
     assert two["resume"] == "allow"
 

@@ -11,6 +11,7 @@ from modstruct.config import ContrastiveConfig, GeometryConfig, LossesConfig, Re
 from modstruct.evaluation.result import Result, share
 from modstruct.training.model_card import shown, write_card
 
+SIGNED = "https://me:secret@host/0.tar?signature=secret"
 HOSTILE = "/data/<img src=x onerror=alert(1)>|[a](http://b)\n# `title`\x1b[2J.tar"
 
 
@@ -18,7 +19,7 @@ def test_it_holds_the_essentials_and_no_text_of_the_recipe_is_markdown(tmp_path)
     (tmp_path / "image.onnx").touch()
     recipe = Recipe(output="runs/star_wars")
     losses = LossesConfig(contrastive=ContrastiveConfig(1.0, in_modal=True), geometry=GeometryConfig(0.0625))
-    recipe = replace(recipe, losses=losses, data=replace(recipe.data, train=HOSTILE))
+    recipe = replace(recipe, losses=losses, data=replace(recipe.data, train=HOSTILE, eval=SIGNED))
     found = Result("retrieval", "a|b", {"R@1```": share(0.125, low=0.1, high=0.15, chance=0.01)}, title="Text -> image")
     write_card(tmp_path, recipe, 300, {"a|b": [found]}, ["image.independent_head.weight"])
     card = (tmp_path / "README.md").read_text()
@@ -39,4 +40,6 @@ def test_it_holds_the_essentials_and_no_text_of_the_recipe_is_markdown(tmp_path)
     assert "<img" not in outside
     assert not re.search(r"(?<!\\)\]\(", outside)
     assert "\x1b" not in body
+    assert "eval: https://host/0.tar?..." in body
+    assert "secret" not in card
     assert body.count("\n# ") == 0
