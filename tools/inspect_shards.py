@@ -4,9 +4,9 @@
     python tools/inspect_shards.py 'shards/*.tar' --out inspection
 
 Every sample is read and decoded as a run would, on all cores. Into inspection.html go the pairs and all that is
-printed, into inspection.json the numbers. Duplicates are images, and captions, of the same bytes; tools/find_leakage.py
-finds near duplicates between two sources. Where img2dataset's parquets lie beside the shards, what became of its
-downloads is counted, too (pip install 'modstruct[parquet]').
+printed, into inspection.json the numbers. Duplicates are images, and captions, of the same bytes; --near compares
+perceptual hashes, too, as tools/find_leakage.py does it between two sources. Where img2dataset's parquets lie beside
+the shards, what became of its downloads is counted (pip install 'modstruct[parquet]').
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import logging
 import os
 import sys
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +27,12 @@ from tqdm import tqdm
 from modstruct import stopping
 from modstruct.cli import run_tool
 from modstruct.config import DataConfig, Source
-from modstruct.data.shards.evaluation_samples import spaced
+from modstruct.data.shards.evaluation_samples import EvaluationSamples, spaced
 from modstruct.data.shards.index import SHARDS_WORTH_A_POOL, cores, mapping, parquet_name
-from modstruct.data.shards.inspection import PERCENTILES, Inspection, inspect
+from modstruct.data.shards.inspection import LARGEST_GROUPS, PERCENTILES, REPEATED, Inspection, Repeated, inspect
 from modstruct.data.shards.parquet import statuses
 from modstruct.data.shards.reader import ShardReader
+from modstruct.data.shards.sample_table import Samples
 from modstruct.data.shards.samples import describe_faults, open_samples
 from modstruct.data.shards.sources import is_pipe
 from modstruct.errors import printable
@@ -45,6 +46,9 @@ def main() -> int:
     parser.add_argument("shards", nargs="+", help="path, glob or brace pattern, or pipe:COMMAND, in quotes")
     parser.add_argument(
         "--out", type=Path, default=Path("inspection"), help="OUT.html, OUT.json (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--near", action="store_true", help="look for near duplicates of images by perceptual hash, too"
     )
     parser.add_argument("--examples", type=int, default=96, help="pairs on the page (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=cores(), help="processes (default: one a core, %(default)s)")
@@ -72,11 +76,9 @@ def main() -> int:
     with tqdm(desc="inspecting", total=len(samples), unit="sample") as bar:
         found = inspect(reader, config.max_image_pixels, options.workers, bar.update)
 
-    downloads: Counter[str] = Counter()
-    beside = [shard for shard in samples.shards if not is_pipe(shard) and os.path.exists(parquet_name(shard))]
-    if beside and importlib.util.find_spec("pyarrow"):
-        with mapping(min(options.workers, len(beside)) if len(beside) >= SHARDS_WORTH_A_POOL else 1) as run:
-            downloads = sum(tqdm(run(statuses, beside), "reading parquets", len(beside), unit="shard"), downloads)
+    if options.near:
+        found.repeated["near"] = _near(options.shards, replace(config, workers=options.workers))
+    downloads = _downloads(samples, options.workers)
 
     summary = [
         f"{found.samples:,} samples in {len(samples.shards):,} shards",
@@ -87,7 +89,8 @@ def main() -> int:
     for cause, count in found.left_out.counts.most_common():
         findings.append(f"{count} samples left out: {cause} (first {', '.join(found.left_out.examples[cause])})")
     if downloads:
-        findings.append(f"{sum(downloads.values()):,} rows in {len(beside):,} parquets: " + counted(downloads))
+        of_status = ", ".join(f"{count:,} {status}" for status, count in downloads.most_common())
+        findings.append(f"{sum(downloads.values()):,} rows in the parquets: {of_status}")
     described = _described(found) | {"shards": options.shards, "bytes": int(samples.size_bytes.sum())}
     described |= {"downloads": downloads, "indexing": [asdict(faults) for faults in samples.faults]}
     page = shard_page(options.shards, summary, findings, found, reader, config, [*spaced(samples, options.examples)])
@@ -99,8 +102,28 @@ def main() -> int:
     return 0
 
 
-def counted(downloads: Counter[str]) -> str:
-    return ", ".join(f"{count:,} {status}" for status, count in downloads.most_common())
+def _downloads(samples: Samples, workers: int) -> Counter[str]:
+    """Rows of the parquets beside local shards, by status."""
+    beside = [shard for shard in samples.shards if not is_pipe(shard) and os.path.exists(parquet_name(shard))]
+    if not beside or not importlib.util.find_spec("pyarrow"):
+        return Counter()
+    with mapping(min(workers, len(beside)) if len(beside) >= SHARDS_WORTH_A_POOL else 1) as run:
+        return sum(tqdm(run(statuses, beside), "reading parquets", len(beside), unit="shard"), Counter[str]())
+
+
+def _near(patterns: list[str], config: DataConfig) -> Repeated:
+    """Images that are near duplicates of an earlier one, each with the first of these."""
+    from modstruct.evaluation.leakage.duplicates import find_duplicates, thumbnail_set  # loads torch and faiss
+
+    samples = EvaluationSamples([Source(pattern) for pattern in patterns], config, "shards")
+    folder = Path(config.cache).expanduser() / "thumbnails" / samples.fingerprint
+    thumbnails = thumbnail_set(samples, "shards", folder)
+    earlier: dict[int, int] = {}
+    for pair in find_duplicates(thumbnails, thumbnails):
+        if pair.train < pair.evaluation and "hash" in pair.by:
+            earlier[pair.evaluation] = min(pair.train, earlier.get(pair.evaluation, pair.train))
+    groups = [(2, thumbnails.indices[[first, later]].tolist()) for later, first in earlier.items()]
+    return Repeated(len(earlier), len({*earlier.values()}), groups[:LARGEST_GROUPS])
 
 
 def _described(found: Inspection) -> dict:
@@ -119,7 +142,7 @@ def _print(summary: list[str], findings: list[str], found: Inspection) -> None:
     for name in found.numbers:
         print(f"{name:22}{''.join(f'{value:>9,}' for value in found.percentiles(name))}")
     for kind, repeated in found.repeated.items():
-        print(f"{repeated.samples:,} samples repeat the {kind} of an earlier one ({repeated.groups:,} groups)")
+        print(f"{repeated.samples:,} samples of {REPEATED[kind]} as an earlier one ({repeated.groups:,} groups)")
     for text in findings:
         print(printable(text))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from modstruct.config import DataConfig
 from modstruct.data.faults import BadSample
-from modstruct.data.shards.inspection import PERCENTILES, Inspection
+from modstruct.data.shards.inspection import PERCENTILES, REPEATED, Inspection
 from modstruct.data.shards.reader import ShardReader
 from modstruct.data.transforms.decoding import decode_image
 from modstruct.reporting.loading import data_uri
@@ -49,5 +49,6 @@ def shard_page(
         percentiles=PERCENTILES,
         distributions={name: found.percentiles(name) for name in found.numbers},
         duplicates=duplicates,
+        words=REPEATED,
         samples=[entry(sample) for sample in shown],
     )

@@ -32,7 +32,17 @@ def shards(tmp_path) -> str:
 
 
 def test_the_tool_prints_and_writes_a_page(tmp_path, shards, monkeypatch, capsys):
-    words = [str(TOOL), shards, "--out", str(tmp_path / "seen"), "--cache", str(tmp_path / "cache"), "--workers", "1"]
+    words = [
+        str(TOOL),
+        shards,
+        "--out",
+        str(tmp_path / "seen"),
+        "--cache",
+        str(tmp_path / "cache"),
+        "--workers",
+        "1",
+        "--near",
+    ]
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(TOOL), run_name="__main__")
@@ -40,17 +50,18 @@ def test_the_tool_prints_and_writes_a_page(tmp_path, shards, monkeypatch, capsys
     said = capsys.readouterr().out
     assert "11 samples in 2 shards" in said
     assert re.search(r"image width +12 +12 .* 40\n", said)
-    assert "2 samples repeat the image of an earlier one (1 groups)" in said
-    assert "2 samples repeat the caption of an earlier one (1 groups)" in said
+    assert "2 samples of the same bytes as an earlier one (1 groups)" in said
+    assert "2 samples of the same caption as an earlier one (1 groups)" in said
     assert re.search(r"1 samples left out: no caption \(first .*b.tar: 000012\)", said)
     assert re.search(r"1 samples left out: undecodable image \(first .*b.tar: 000011.png", said)
-    assert "3 rows in 1 parquets: 2 success, 1 failed_to_resize" in said
+    assert "3 rows in the parquets: 2 success, 1 failed_to_resize" in said
     found = json.loads((tmp_path / "seen.json").read_text())
     assert found["repeated"]["image"]["largest"] == [[3, [5, 8, 9]]]
     assert found["percentiles"]["caption characters"]["100"] == len("thing <b> 3")
+    assert found["repeated"]["near"]["samples"] == 10  # each of one colour that differs little from the next one's
     page = (tmp_path / "seen.html").read_text()
     assert "thing &lt;b&gt; 7" in page
-    assert page.count("data:image/jpeg;base64") == 11 + 3 + 3
+    assert page.count("data:image/jpeg;base64") == 11 + 3 + 3 + 10 * 2
 
 
 def test_what_does_not_fit_into_memory_is_compared_in_parts(tmp_path, shards, monkeypatch):

@@ -27,12 +27,14 @@ PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 SAMPLES_AT_ONCE = 1000  # of a job
 ROWS_AT_ONCE = 1 << 24  # hashes that are compared in memory
 LARGEST_GROUPS = 12
+REPEATED = {"image": "the same bytes", "caption": "the same caption", "near": "nearly the same image"}
+"""Kinds of Repeated, in words; the last one by modstruct.evaluation.leakage."""
 HASHES = np.dtype([("sample", "<u8"), ("image", "<u8"), ("caption", "<u8")])
 
 
 @dataclass
 class Repeated:
-    """Samples that have the same bytes as an earlier one."""
+    """Samples that repeat an earlier one."""
 
     samples: int = 0
     """Beyond the first of each group."""
@@ -51,7 +53,7 @@ class Inspection:
     left_out: Tally = field(default_factory=Tally)
     """What is found bad when it is read; what indexing left out, Samples.faults has."""
     repeated: dict[str, Repeated] = field(default_factory=dict)
-    """Of image and of caption."""
+    """By kind, of REPEATED."""
 
     def percentiles(self, name: str) -> list[int]:
         """Of a quantity, at PERCENTILES."""
