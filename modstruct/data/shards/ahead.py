@@ -103,6 +103,11 @@ class ReadAhead:
         return results
 
 
+def read_ahead(reader: ShardReader, samples: np.ndarray, room_bytes: float) -> Iterator[RawSample | BadSample]:
+    """Each of samples (n,), or what is wrong with it."""
+    return ReadAhead(reader, lambda _: samples, room_bytes, stride=1, stop=1).read(0, len(samples))
+
+
 class ComingShards:
     """The shards that the coming steps need, as far ahead as they fit in room_bytes.
 

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from modstruct.config import DataConfig, Source
 from modstruct.data.faults import BadSample, or_bad
-from modstruct.data.shards.ahead import ReadAhead
+from modstruct.data.shards.ahead import read_ahead
 from modstruct.data.shards.reader import RawSample, ShardReader
 from modstruct.data.shards.sample_table import Samples
 from modstruct.data.shards.samples import open_samples
@@ -117,9 +117,7 @@ class EvaluationSamples:
 
     def read(self, indices: Sequence[int]) -> Iterator[EvaluationSample | BadSample]:
         """The samples of these numbers, or what is wrong with each; read ahead of their decoding."""
-        room_bytes, numbers = self.config.read_ahead_mib * 2**20, np.asarray(indices)
-        ahead = ReadAhead(self._reader, lambda _: numbers, room_bytes, stride=1, stop=1)
-        for raw in ahead.read(0, len(numbers)):
+        for raw in read_ahead(self._reader, np.asarray(indices), self.config.read_ahead_mib * 2**20):
             yield raw if isinstance(raw, BadSample) else or_bad(self._decoded, raw)
 
     def _decoded(self, raw: RawSample) -> EvaluationSample:

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from modstruct.data.faults import BadSample
+from modstruct.data.shards.ahead import read_ahead
 from modstruct.data.shards.index import mapping
 from modstruct.data.shards.members import Tally
 from modstruct.data.shards.reader import ShardReader
@@ -26,6 +27,7 @@ from modstruct.data.transforms.decoding import decode_image
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 SAMPLES_AT_ONCE = 1000  # of a job
 ROWS_AT_ONCE = 1 << 24  # hashes that are compared in memory
+ROOM_BYTES = 64 << 20  # of a job, for what is read ahead
 LARGEST_GROUPS = 12
 REPEATED = {"image": "the same bytes", "caption": "the same caption", "near": "nearly the same image"}
 """Kinds of Repeated, in words; the last one by modstruct.evaluation.leakage."""
@@ -84,9 +86,10 @@ def inspect(
 
 def _inspect_some(reader: ShardReader, max_image_pixels: int, span: tuple[int, int]) -> tuple[Inspection, np.ndarray]:
     found, hashes = Inspection(), []
-    for sample in range(*span):
+    for sample, raw in zip(range(*span), read_ahead(reader, np.arange(*span), ROOM_BYTES), strict=True):
         try:
-            raw = reader.read(sample)
+            if isinstance(raw, BadSample):
+                raise raw
             image = decode_image(raw.image, max_image_pixels, raw.where)
         except BadSample as bad:
             found.left_out.add(bad.cause, bad.where)
