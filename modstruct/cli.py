@@ -269,7 +269,7 @@ def run(command: Callable[[], object], told: str = "") -> None:
         sys.exit(1)
 
 
-def run_tool(command: Callable[[], int | None], errors: tuple[type[Exception], ...] = (OSError,)) -> int:
+def run_tool(command: Callable[[], int | None], errors: tuple[type[Exception], ...] = (OSError, RunError)) -> int:
     """The exit status of a tool: its command's (None is 0), or 2 where one of `errors` ends it, said in one line."""
     escape_what_cannot_be_shown()
     try:

@@ -38,17 +38,16 @@ from modstruct.data.shards.index import (
     REPEATED_KEY,
     ShardIndex,
     UnreadableShard,
-    cores,
     index_file_name,
     index_shards,
     index_tar,
-    mapping,
     name_beside,
 )
 from modstruct.data.shards.members import LAYOUT
 from modstruct.data.shards.objects import ObjectFailed, is_object, write_object
 from modstruct.data.shards.packing import MANIFEST
 from modstruct.data.shards.pipes import PipeCache, PipeFailed, pipe_cache
+from modstruct.data.shards.pool import cores, mapping
 from modstruct.data.shards.sources import expand_pattern, is_pipe, shard_states
 from modstruct.errors import printable, refuse, without_credentials
 from modstruct.files import require_writable, write_json
@@ -96,7 +95,7 @@ def index() -> int:
         parser.error(printable(str(error)))
     piped = [(name, file) for name, file in missing if is_pipe(name)]
     one = partial(_index_pipe, pipes, options.renew, options.checksums)
-    with mapping(min(options.jobs, max(len(piped), 1))) as run:
+    with mapping(options.jobs, len(piped)) as run:
         results = [*tqdm(run(one, piped), "pipes", len(piped), unit="shard", disable=not piped)]
     failed = [result for result in results if result is not None]
     _write_manifest(output, _report(files))

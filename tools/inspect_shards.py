@@ -28,9 +28,10 @@ from modstruct import stopping
 from modstruct.cli import run_tool
 from modstruct.config import DataConfig, Source
 from modstruct.data.shards.evaluation_samples import EvaluationSamples, spaced
-from modstruct.data.shards.index import SHARDS_WORTH_A_POOL, cores, mapping, parquet_name
+from modstruct.data.shards.index import parquet_name
 from modstruct.data.shards.inspection import LARGEST_GROUPS, PERCENTILES, REPEATED, Inspection, Repeated, inspect
 from modstruct.data.shards.parquet import statuses
+from modstruct.data.shards.pool import SHORT_JOBS_WORTH_A_POOL, cores, mapping
 from modstruct.data.shards.reader import ShardReader
 from modstruct.data.shards.sample_table import Samples
 from modstruct.data.shards.samples import describe_faults, open_samples
@@ -107,7 +108,7 @@ def _downloads(samples: Samples, workers: int) -> Counter[str]:
     beside = [shard for shard in samples.shards if not is_pipe(shard) and os.path.exists(parquet_name(shard))]
     if not beside or not importlib.util.find_spec("pyarrow"):
         return Counter()
-    with mapping(min(workers, len(beside)) if len(beside) >= SHARDS_WORTH_A_POOL else 1) as run:
+    with mapping(workers, len(beside), SHORT_JOBS_WORTH_A_POOL) as run:
         return sum(tqdm(run(statuses, beside), "reading parquets", len(beside), unit="shard"), Counter[str]())
 
 

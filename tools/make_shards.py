@@ -30,9 +30,9 @@ from tqdm import tqdm
 
 from modstruct import stopping
 from modstruct.cli import run_tool
-from modstruct.data.shards.index import cores
 from modstruct.data.shards.members import Tally
 from modstruct.data.shards.packing import EXTENSIONS, MANIFEST, Entry, image_endings, pack_shards, write_manifest
+from modstruct.data.shards.pool import cores
 from modstruct.distributed.run_lock import held
 from modstruct.errors import printable
 from modstruct.files import parse_json, require_writable
@@ -82,10 +82,9 @@ def pack() -> int:
 
 
 def _pack(entries: Iterator[Entry], count: int, options: argparse.Namespace, passed_over: Tally) -> int:
-    workers = min(options.workers, -(-count // options.samples_per_shard))
     reports, changed, left_out = [], Tally(), Tally()
     with tqdm(desc="packing", total=count, unit="sample") as bar:
-        for report in pack_shards(entries, options.output, options.samples_per_shard, workers):
+        for report in pack_shards(entries, count, options.output, options.samples_per_shard, options.workers):
             before = left_out.counts.total()
             for tally, found in ((changed, report["changed"]), (left_out, report["left_out"])):
                 tally.merge(**found)

@@ -12,21 +12,17 @@ import io
 import json
 import os
 import zipfile
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from modstruct import stopping
 from modstruct.data.shards.members import KINDS, MemberGroups, SampleMembers, Tally, may_be_of
 from modstruct.data.shards.objects import ObjectFailed, ObjectFile, is_object, read_range
+from modstruct.data.shards.pool import SHORT_JOBS_WORTH_A_POOL, cores, mapping
 from modstruct.data.shards.tar_headers import (
     BLOCK_BYTES,
     LARGEST_HEADER_BYTES,
@@ -64,8 +60,6 @@ NO_FILE = "links and other members that are no plain files"
 BUFFER_BYTES, OBJECT_BUFFER_BYTES = 1 << 20, 8 << 20
 
 INDEX_VERSION = 2  # 1: without dots in keys, and without what is not used
-# Below this many shards a pool of processes takes longer to start than the indexing itself.
-SHARDS_WORTH_A_POOL = 16
 
 
 @dataclass
@@ -317,16 +311,11 @@ def index_shards(
     from tqdm import tqdm
 
     with (
-        mapping(min(workers or cores(), len(shards)) if len(shards) >= SHARDS_WORTH_A_POOL else 1) as run,
+        mapping(workers or cores(), len(shards), SHORT_JOBS_WORTH_A_POOL) as run,
         tqdm(desc="indexing shards", total=len(shards), unit="shard", delay=1, disable=not progress) as bar,
     ):
         for _ in run(partial(_index_one, checksums, keys), shards):
             bar.update()
-
-
-def cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def _index_one(checksums: bool, keys: bool, job: tuple[str, Path]) -> None:
@@ -357,34 +346,3 @@ def _index_beside(shard: ObjectFile) -> ShardIndex | None:
         return None
     index = ShardIndex.load(io.BytesIO(content))
     return index if index is not None and index.size_bytes == shard.size_bytes else None
-
-
-@contextmanager
-def mapping(workers: int) -> Iterator[Callable]:
-    """As `map`, in order, over so many processes; no more than a few jobs and results are held at a time."""
-    if workers == 1:
-        yield map
-        return
-    from concurrent.futures import ProcessPoolExecutor
-
-    # spawn: a fork hangs in a process that has used torch or OpenMP
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=stopping.outlive_signals)
-
-    def run(function: Callable, jobs: Iterable) -> Iterator:
-        ahead: deque[Future] = deque()
-        for job in jobs:
-            with stopping.children_inherit_block():  # they start here
-                ahead.append(pool.submit(function, job))
-            if len(ahead) > 2 * workers:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-
-    try:
-        yield run
-    except BaseException:  # an interruption, say: what is being indexed is not waited for
-        for process in (pool._processes or {}).values():
-            process.kill()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)

@@ -19,8 +19,8 @@ import numpy as np
 
 from modstruct.data.faults import BadSample
 from modstruct.data.shards.ahead import read_ahead
-from modstruct.data.shards.index import mapping
 from modstruct.data.shards.members import Tally
+from modstruct.data.shards.pool import mapping
 from modstruct.data.shards.reader import ShardReader
 from modstruct.data.transforms.decoding import decode_image
 
@@ -69,7 +69,7 @@ def inspect(
 ) -> Inspection:
     """Read and decode every sample as a run would. advance: told how many samples are done."""
     found, edges = Inspection(), [*range(0, len(reader.samples), SAMPLES_AT_ONCE), len(reader.samples)]
-    with tempfile.TemporaryDirectory() as folder, mapping(min(workers, len(edges) - 1)) as run:
+    with tempfile.TemporaryDirectory() as folder, mapping(workers, len(edges) - 1) as run:
         path = Path(folder) / "hashes"
         with path.open("wb") as file:
             for part, hashes in run(partial(_inspect_some, reader, max_image_pixels), pairwise(edges)):

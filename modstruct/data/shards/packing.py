@@ -23,8 +23,8 @@ from PIL import Image
 
 from modstruct.config import DataConfig
 from modstruct.data.faults import BadSample
-from modstruct.data.shards.index import mapping
 from modstruct.data.shards.members import Tally
+from modstruct.data.shards.pool import mapping
 from modstruct.data.shards.writer import AtomicShardWriter
 from modstruct.data.transforms.decoding import FORMATS, decode_image
 from modstruct.errors import refuse
@@ -54,8 +54,12 @@ class _Job:
     samples_per_shard: int
 
 
-def pack_shards(entries: Iterable[Entry], folder: Path, samples_per_shard: int, workers: int) -> Iterator[Report]:
+def pack_shards(
+    entries: Iterable[Entry], count: int, folder: Path, samples_per_shard: int, workers: int
+) -> Iterator[Report]:
     """Pack what is not packed yet into `folder`, whose lock is held; yields the report of each shard, in order.
+
+    count: of the entries.
 
     Raises ValueError, naming --output, where the folder holds shards of other entries.
     """
@@ -74,7 +78,7 @@ def pack_shards(entries: Iterable[Entry], folder: Path, samples_per_shard: int, 
             yield _Job(folder, number, () if whole else of_shard, digest, report if whole else None, samples_per_shard)
 
     journal = folder / JOURNAL
-    with mapping(workers) as run, naming(journal):
+    with mapping(workers, -(-count // samples_per_shard)) as run, naming(journal):
         for report in run(_pack_shard, jobs()):
             if done.get(report["shard"]) != report:
                 with open(journal, "ab") as file:

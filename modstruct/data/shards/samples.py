@@ -19,17 +19,15 @@ from modstruct.data.faults import NAMED
 from modstruct.data.shards.index import (
     INDEX_VERSION,
     REPEATED_KEY,
-    SHARDS_WORTH_A_POOL,
     ShardIndex,
     UnreadableShard,
-    cores,
     index_file_name,
     index_shards,
-    mapping,
     parquet_name,
 )
 from modstruct.data.shards.members import LAYOUT
 from modstruct.data.shards.parquet import Effect, filtered, parsed
+from modstruct.data.shards.pool import SHORT_JOBS_WORTH_A_POOL, cores, mapping
 from modstruct.data.shards.reader import ShardReader
 from modstruct.data.shards.sample_table import Samples, SourceFaults, renew, write_shards
 from modstruct.data.shards.sources import SourceShards, every_nth, expand_sources, is_pipe, shard_states
@@ -313,7 +311,7 @@ def _indexes(
         shard.index_file = shard.own_file
     index_shards([(shard.name, shard.index_file) for shard in lacking], progress, keys=True)
     jobs = ((text, shard.name, shard.index_file) for shard in source)
-    with mapping(min(cores(), len(source)) if len(source) >= SHARDS_WORTH_A_POOL else 1) as run:
+    with mapping(cores(), len(source), SHORT_JOBS_WORTH_A_POOL) as run:
         for shard, (kept, of_shard) in zip(source, run(filtered, jobs), strict=True):
             index = _load(shard, field)
             index.rows = index.rows[kept]

@@ -227,7 +227,7 @@ def test_the_same_shards_elsewhere_have_the_same_fingerprint(tmp_path):
 
 
 def test_many_shards_are_indexed_by_several_processes(tmp_path, monkeypatch):
-    monkeypatch.setattr(index_module, "SHARDS_WORTH_A_POOL", 2)
+    monkeypatch.setattr(index_module, "SHORT_JOBS_WORTH_A_POOL", 2)
     samples = opened(write_shards(tmp_path, [2, 3, 1]), config(tmp_path))
     np.testing.assert_array_equal(samples.shard_starts, [0, 2, 5, 6])
 
