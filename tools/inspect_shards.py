@@ -36,7 +36,7 @@ from modstruct.data.shards.reader import ShardReader
 from modstruct.data.shards.sample_table import Samples
 from modstruct.data.shards.samples import describe_faults, open_samples
 from modstruct.data.shards.sources import is_pipe
-from modstruct.errors import printable
+from modstruct.errors import printable, without_credentials
 from modstruct.files import atomic_write, require_writable
 from modstruct.reporting.shard_page import shard_page
 
@@ -92,9 +92,10 @@ def main() -> int:
     if downloads:
         of_status = ", ".join(f"{count:,} {status}" for status, count in downloads.most_common())
         findings.append(f"{sum(downloads.values()):,} rows in the parquets: {of_status}")
-    described = _described(found) | {"shards": options.shards, "bytes": int(samples.size_bytes.sum())}
-    described |= {"downloads": downloads, "indexing": [asdict(faults) for faults in samples.faults]}
-    page = shard_page(options.shards, summary, findings, found, reader, config, [*spaced(samples, options.examples)])
+    shards, findings = ([*map(without_credentials, texts)] for texts in (options.shards, findings))
+    described = _described(found) | {"shards": shards, "bytes": int(samples.size_bytes.sum())}
+    described |= {"left_out": samples.left_out + found.left_out.counts, "findings": findings, "downloads": downloads}
+    page = shard_page(shards, summary, findings, found, reader, config, [*spaced(samples, options.examples)])
     for ending, text in ((".json", json.dumps(described, indent=1) + "\n"), (".html", page)):
         with atomic_write(stem.with_name(stem.name + ending)) as file:
             file.write(text.encode("utf-8", errors="replace"))
@@ -130,7 +131,6 @@ def _near(patterns: list[str], config: DataConfig) -> Repeated:
 def _described(found: Inspection) -> dict:
     return {
         "samples": found.samples,
-        "left_out": found.left_out.described(),
         "percentiles": {name: dict(zip(PERCENTILES, found.percentiles(name), strict=True)) for name in found.numbers},
         "repeated": {kind: asdict(repeated) for kind, repeated in found.repeated.items()},
     }

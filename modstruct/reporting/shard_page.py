@@ -10,6 +10,7 @@ from modstruct.data.faults import BadSample
 from modstruct.data.shards.inspection import PERCENTILES, REPEATED, Inspection
 from modstruct.data.shards.reader import ShardReader
 from modstruct.data.transforms.decoding import decode_image
+from modstruct.errors import without_credentials
 from modstruct.reporting.loading import data_uri
 from modstruct.reporting.report import rendered
 
@@ -26,7 +27,7 @@ def shard_page(
     """shards: the patterns. summary, findings: texts. shown: numbers of the samples that are shown."""
 
     def entry(sample: int) -> dict[str, Any]:
-        place = reader.samples.place(sample)
+        place = without_credentials(reader.samples.place(sample))
         try:
             raw = reader.read(sample)
             image = decode_image(raw.image, config.max_image_pixels, raw.where)

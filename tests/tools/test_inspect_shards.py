@@ -57,6 +57,8 @@ def test_the_tool_prints_and_writes_a_page(tmp_path, shards, monkeypatch, capsys
     assert "3 rows in the parquets: 2 success, 1 failed_to_resize" in said
     found = json.loads((tmp_path / "seen.json").read_text())
     assert found["repeated"]["image"]["largest"] == [[3, [5, 8, 9]]]
+    assert found["left_out"] == {"no caption": 1, "undecodable image": 1}
+    assert found["downloads"] == {"success": 2, "failed_to_resize": 1}
     assert found["percentiles"]["caption characters"]["100"] == len("thing <b> 3")
     assert found["repeated"]["near"]["samples"] == 10  # each of one colour that differs little from the next one's
     page = (tmp_path / "seen.html").read_text()

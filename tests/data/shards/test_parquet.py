@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -134,3 +135,17 @@ def test_any_expression_of_the_grammar_is_what_numpy_has(shards):
         a, b = values["a"], values["b"]
         np.testing.assert_array_equal(mask, (of_one(a, b) & ~of_other(2, a)) | (b > 3))
         assert effect == replace(effect, samples=200, kept=int(mask.sum()), without_row=0, without_sample=0)
+
+
+def test_a_parquet_beside_an_object_serves_as_well(shards):
+    memory = fsspec.filesystem("memory")
+    for file in shards.iterdir():
+        if file.suffix in (".tar", ".parquet"):
+            memory.pipe_file(f"/filtered/{file.name}", file.read_bytes())
+    data = config(shards, train="memory://filtered/{0,1}.tar", filter="width == 64")
+    samples = open_samples(train_sources(data), data, "data.train")
+    assert [ShardReader(samples, data).read(n).metadata["number"] for n in range(len(samples))] == [0, 10]
+    memory.rm_file("/filtered/1.parquet")
+    data.filter = "width < 64"
+    with pytest.raises(ValueError, match=r"1 of 2 shards of memory.* \(first memory://filtered/1\.parquet\)"):
+        open_samples(train_sources(data), data, "data.train")
