@@ -83,4 +83,7 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer) -> Backend:
     pieces = [(piece.piece, piece.score) for piece in proto.pieces]
     bpe = proto.trainer_spec.model_type == 2
     vocabulary = {piece: number for number, (piece, _) in enumerate(pieces)} if bpe else pieces
-    return SpmConverter.build_tokenizer_from_spm_proto(proto, vocabulary)
+    try:
+        return SpmConverter.build_tokenizer_from_spm_proto(proto, vocabulary)
+    except (AttributeError, TypeError):
+        refuse("tokenizer", "sentencepiece", "this version of transformers cannot convert it; 5.24 can: pip install -U")

@@ -16,14 +16,14 @@ from torch.utils.checkpoint import checkpoint
 from modstruct import checkpoints, distributed
 from modstruct.config import Recipe
 from modstruct.config.recipe_files import recipe_to_dict
-from modstruct.data.tokenizers import DESCRIPTION_FILE, Tokenizer, load_tokenizer
+from modstruct.data.tokenizers import Tokenizer, load_tokenizer
 from modstruct.errors import refuse, require
 from modstruct.losses.objective import Objective
 from modstruct.models import towers
 from modstruct.models.layers import lock_layers
 from modstruct.models.norms import BatchNorm, Float32BatchNorm, keep_norms_in_float32
 from modstruct.models.protocol import TrainableModel, copy_into
-from modstruct.models.transformers_clip import is_transformers
+from modstruct.models.transformers_clip import is_transformers, own_tokenizer
 from modstruct.models.two_tower import TwoTower
 
 log = logging.getLogger("modstruct")
@@ -119,9 +119,8 @@ def initial_tokenizer(recipe: Recipe) -> Tokenizer | None:
     fusion = recipe.framework == "fusion"
     init = recipe.fusion.init if fusion else _run_of_ours(recipe)
     if init is None:
-        folder = Path(recipe.model.pretrained or "", "tokenizer").expanduser()  # beside our exports to transformers
-        ours = not fusion and is_transformers(folder.parent) and (folder / DESCRIPTION_FILE).is_file()
-        return load_tokenizer(folder) if ours else None
+        folder = None if fusion else own_tokenizer(recipe.model.pretrained)
+        return load_tokenizer(folder) if folder else None
     from modstruct.models.fusion.initial_weights import tokenizer_of
 
     return tokenizer_of(init, "fusion.init" if fusion else "model.pretrained")

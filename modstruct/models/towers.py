@@ -23,6 +23,7 @@ from modstruct.errors import refuse, require
 from modstruct.models.norms import Float32BatchNorm
 from modstruct.models.transformers_clip import (
     is_transformers,
+    own_tokenizer,
     read_preprocessing,
     read_transformers,
     require_same_model,
@@ -160,7 +161,7 @@ def load_pretrained(config: ModelConfig, views: ViewsConfig, tokenizer: Tokenize
     from open_clip.pretrained import download_pretrained, get_pretrained_cfg
 
     described = open_clip_config(config)
-    folder = config.pretrained if is_transformers(config.pretrained or "") else None
+    folder = config.pretrained if is_transformers(config.pretrained) else None
     tag = {} if folder else get_pretrained_cfg(config.name, config.pretrained)
     trained_with = read_preprocessing(folder) if folder else tag
     for channels in ("mean", "std"):
@@ -208,7 +209,7 @@ def _check_pretrained_text(config: ModelConfig, text: dict, tokenizer: Tokenizer
     vocabulary, context = text.get("vocab_size", 49408), text.get("context_length", 77)
     published = tokenizer.kind == "clip_bpe" and tokenizer.padding_id == vocabulary
     require(
-        published or (is_transformers(config.pretrained or "") and tokenizer.vocab_size == vocabulary),
+        published or (own_tokenizer(config.pretrained) is not None and tokenizer.vocab_size == vocabulary),
         "model.pretrained",
         config.pretrained,
         f"its text tower has a vocabulary of {vocabulary} entries, another than tokenizer.kind {tokenizer.kind}: use "

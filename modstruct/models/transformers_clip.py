@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from modstruct.checkpoints import read_weight_file
+from modstruct.data.tokenizers import DESCRIPTION_FILE
 from modstruct.errors import refuse, require
 
 if TYPE_CHECKING:
@@ -150,10 +151,18 @@ def _lacks(what: str) -> NoReturn:
     raise NotClip(f"transformers' CLIPModel has not {what}")
 
 
-def is_transformers(folder: str | Path) -> bool:
-    """Whether a folder holds a model of transformers."""
-    path = Path(folder).expanduser()
+def is_transformers(pretrained: str | None) -> bool:
+    """Whether model.pretrained is a folder with a model of transformers; it has a `/`, as no tag of open_clip has."""
+    if pretrained is None or "/" not in pretrained:
+        return False
+    path = Path(pretrained).expanduser()
     return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
+
+
+def own_tokenizer(pretrained: str | None) -> Path | None:
+    """The folder of our tokenizer in such a folder, if it is an export of ours."""
+    folder = Path(pretrained or "", "tokenizer").expanduser()
+    return folder if is_transformers(pretrained) and (folder / DESCRIPTION_FILE).is_file() else None
 
 
 def read_preprocessing(folder: str) -> dict[str, list[float]]:

@@ -63,21 +63,25 @@ def write_card(
     Texts of the recipe and of results are shown as they are: none is taken for Markdown or HTML.
     """
     library, how = next(loading for file, loading in LOADING.items() if (folder / file).is_file())
+    if isinstance(recipe, FinetuneRecipe):
+        how = f"deepspeed launch_scripts/finetune.py --recipe {recipe.task.name} --init FOLDER    # goes on from it"
+        kind, objective, which = "bash", f"the task {recipe.task.name}", "the best by validation, or the last"
+    else:
+        averaged = recipe.evaluation.ema
+        kind, objective, which = "python", _losses(recipe.losses), "averaged (EMA)" if averaged else "the last"
     name = shown(Path(recipe.output).name)
     seen = f"{step * recipe.train.global_batch:,} ({step:,} steps of {recipe.train.global_batch:,})"
     rows = {
         "Model": _architecture(recipe),
-        "Objective": _losses(recipe.losses) if isinstance(recipe, Recipe) else f"the task {recipe.task.name}",
+        "Objective": objective,
         "Data": _data(recipe),
         "Samples seen": seen,
         "Seed": str(recipe.train.seed),
         "Precision": recipe.train.precision,
-        "Weights": "averaged over the run (EMA)"
-        if isinstance(recipe, Recipe) and recipe.evaluation.ema
-        else "the last",
+        "Weights": which,
         "Written by": f"modstruct {__version__}{commit_of()}",
     }
-    paired = recipe.framework == "two_tower" if isinstance(recipe, Recipe) else False
+    paired = isinstance(recipe, Recipe) and recipe.framework == "two_tower"
     parts = [
         "---",
         f"library_name: {library}",
@@ -86,7 +90,7 @@ def write_card(
         "---",
         f"# {name}\n",
         "| | |\n|---|---|\n" + "\n".join(f"| {what} | {shown(value)} |" for what, value in rows.items()),
-        f"\n## How to load it\n\n{fenced(how, 'python')}",
+        f"\n## How to load it\n\n{fenced(how, kind)}",
     ]
     if results:
         parts.append("\n## Measured\n\nShares in percent, with 95 % intervals over the set, beside chance.")

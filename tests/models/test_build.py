@@ -194,6 +194,7 @@ def test_a_run_of_ours_is_a_start_and_brings_its_tokenizer(caplog):
     assert all(torch.equal(value, given[name]) for name, value in own.items() if name in given)
     assert "Started from" in caplog.text
     assert "new: logit_bias" in caplog.text
+    assert model.new_weights == {"logit_bias"}
     recipe.model.embed_dim += 1
     with pytest.raises(ValueError, match=r"model\.pretrained = .*belongs to another model.*image\.head\.weight"):
         build_model(recipe, tokenizer, build_objective(recipe.losses))

@@ -15,6 +15,7 @@ from torch.testing import assert_close
 from modstruct.config import LossesConfig, ModelConfig, Recipe, ViewsConfig
 from modstruct.config.losses import ContrastiveConfig, SeparationConfig, SigmoidConfig
 from modstruct.data.tokenizers import Tokenizer
+from modstruct.data.transforms.augment import Views
 from modstruct.losses.objective import build_objective
 from modstruct.models.build import build_model, initial_tokenizer
 from modstruct.models.two_tower import TwoTower
@@ -60,12 +61,19 @@ def test_transformers_loads_it_and_a_run_starts_from_it(tmp_path, kind):
     assert_close(made.image_embeds, ours["image"], atol=1e-5, rtol=0)
     same = [0, 1, 2, 3, 5] if of_clip else [*range(6)]  # open_clip reads a spelled-out end token as one, which we drop
     assert_close(made.text_embeds[same], ours["text"][same], atol=1e-5, rtol=0)
+    noise = random_images(90, count=1)[0, :, :61, :37]
+    pixels = processor(images=Image.fromarray(noise.permute(1, 2, 0).numpy()), return_tensors="pt").pixel_values[0]
+    view = Views(VIEWS, 16).evaluation_image(Image.fromarray(noise.permute(1, 2, 0).numpy()))
+    levels = (pixels - model.normalize(view[None])[0]).abs() * 255 * torch.tensor(VIEWS.std)[:, None, None]
+    assert levels.max() < 2.01
     assert_close(theirs.logit_scale.exp(), ours["logit_scale"].squeeze())
 
     tokenizer.save(tmp_path / "tokenizer")  # as the command does
     started = replace(recipe, model=replace(config, pretrained=f"{tmp_path}/"))
     brought = initial_tokenizer(started)
     again = build_model(started, brought, build_objective(losses)).eval()
+    heads = {f"{tower}.independent_head.weight" for tower in ("image", "text")}
+    assert again.new_weights == {"logit_bias"} | heads
     with torch.no_grad():
         assert_close(again({"image": random_images(), "text": tokenizer(texts)})["text"], ours["text"])
     for part, changed, told in (

@@ -241,6 +241,7 @@ def test_a_pre_trained_layer_becomes_both_blocks(tmp_path):
     source, model = pretrained(), classifier()
     weights = source.state_dict() | source.ema_state_dict()
     start_from(model, Initial(word_tokenizer(), weights, tmp_path))
+    assert model.new_weights == {name for name, _ in model.named_parameters() if not name.startswith("backbone.")}
     for which in (model, model.ema.module):
         own = which.state_dict()
         for name, value in source.state_dict().items():
