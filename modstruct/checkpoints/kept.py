@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 from modstruct.errors import refuse
@@ -138,9 +139,8 @@ def replace_folder(aside: Path, target: Path) -> None:
 def discard(path: Path) -> None:
     """Remove a folder."""
     # Renamed first: a kill in the middle must not leave a damaged folder under a whole one's name.
-    old = path.with_name(f"{path.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    os.rename(path, old)
+    old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{path.name}.", suffix=".old"))
+    os.rename(path, old / path.name)
     shutil.rmtree(old, ignore_errors=True)
 
 

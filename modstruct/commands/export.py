@@ -53,12 +53,12 @@ def export_checkpoint(recipe: Recipe, checkpoint: str, form: str, out: str, resu
     from modstruct.reporting.loading import load_evaluation
     from modstruct.training.export import replaced, write_weights
     from modstruct.training.export_formats import export_onnx, export_transformers
-    from modstruct.training.model_card import CARD, write_card
+    from modstruct.training.model_card import is_export, write_card
 
     folder = Path(out).expanduser()
     require_writable("--out", folder.parent)
-    foreign = folder.is_dir() and any(folder.iterdir()) and not (folder / CARD).is_file()
-    require(not foreign, "--out", out, "holds other files, which an export would replace; give another folder")
+    free = is_export(folder) or not (any(folder.iterdir()) if folder.is_dir() else folder.exists())
+    require(free, "--out", out, "holds other files, which an export would replace; give another folder")
     path = checkpoints.find(checkpoint, checkpoint, "--checkpoint")
     if path is None:
         refuse("--checkpoint", checkpoint, "this run has no checkpoint yet")

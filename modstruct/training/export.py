@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,12 +84,13 @@ def export_task(
 @contextmanager
 def replaced(folder: Path) -> Iterator[Path]:
     """A folder to write into, which takes the place of `folder` at the end."""
-    aside = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    with naming(aside):
-        yield aside
-    replace_folder(aside, folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.", suffix=".part") as side:
+        aside = Path(side) / folder.name  # which others may read, unlike `side`
+        aside.mkdir()
+        with naming(aside):
+            yield aside
+        replace_folder(aside, folder)
 
 
 class _Changed(LazyTensors):

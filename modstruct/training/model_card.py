@@ -19,6 +19,8 @@ from modstruct.files import commit_of
 from modstruct.models.fusion.initial_weights import EXPORTED
 
 CARD = "README.md"
+TAG = "tags: [modstruct"
+"""By which a card's head is known for ours."""
 LOADING = {
     "open_clip_config.json": (
         "open_clip",
@@ -86,7 +88,7 @@ def write_card(
         "---",
         f"library_name: {library}",
         *(["pipeline_tag: zero-shot-image-classification"] if paired else []),
-        "tags: [modstruct, vision-language]",
+        f"{TAG}, vision-language]",
         "---",
         f"# {name}\n",
         "| | |\n|---|---|\n" + "\n".join(f"| {what} | {shown(value)} |" for what, value in rows.items()),
@@ -104,6 +106,14 @@ def write_card(
     parts.append("\n## Limits\n\n" + "\n".join(f"- {limit}" for limit in limits))
     parts.append(f"\n## Recipe\n\n{fenced(without_credentials(recipe_to_yaml(recipe)).rstrip(), 'yaml')}\n")
     (folder / CARD).write_text("\n".join(parts), encoding="utf-8", errors="replace")
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder is an export with its card, and no git repository: what another export may replace."""
+    card = folder / CARD
+    head = card.read_text(encoding="utf-8", errors="replace").partition("\n---\n")[0] if card.is_file() else ""
+    weights = any((folder / file).is_file() for file in LOADING)
+    return weights and f"\n{TAG}" in head and not (folder / ".git").exists()
 
 
 def shown(text: str) -> str:

@@ -32,9 +32,26 @@ def test_the_card_has_the_tables_of_these_weights_and_of_no_others(tmp_path):
     assert "R@1" in card
     assert "24 (2 steps of 12)" in card
     modstruct.load(out, "cpu")
-    (out / "README.md").unlink()
-    with pytest.raises(ValueError, match="holds other files"):
-        export_checkpoint(recipe, str(run), "open_clip", str(out))
+    neighbours = {tmp_path / f"out{end}" / "kept" for end in (".old", ".part")}
+    for file in neighbours:
+        file.parent.mkdir()
+        file.touch()
+    export_checkpoint(recipe, str(run), "open_clip", str(out), str(EVALUATION))  # takes the place of the earlier one
+    assert {*tmp_path.iterdir()} == {evaluation, out, *(file.parent for file in neighbours)}
+    assert all(file.exists() for file in neighbours)
+    for number, harm in enumerate(
+        [
+            lambda folder: (folder / ".git").mkdir(),  # a clone to push from
+            lambda folder: (folder / "README.md").unlink(),
+            lambda folder: (folder / "README.md").write_text("# Mine\n\n---\n---\ntags: [modstruct, of another]\n"),
+            lambda folder: (folder / "open_clip_config.json").unlink(),
+            lambda folder: (shutil.rmtree(folder), folder.write_text("a file")),
+        ]
+    ):
+        other = tmp_path / str(number)
+        harm(shutil.copytree(out, other))
+        with pytest.raises(ValueError, match=r"^--out = .* holds other files"):
+            export_checkpoint(recipe, str(run), "open_clip", str(other))
 
 
 def test_a_fusion_model_is_refused_by_name(tmp_path):
