@@ -24,8 +24,8 @@ def require(condition: bool, field_name: str, value: object, remedy: str) -> Non
         refuse(field_name, value, remedy)
 
 
-_ADDRESS = re.compile(r"""(\w[\w+.-]*://)([^\s/@]*@)?([^\s?'"]*)(\?[^\s'"]+)?""")
-"""Scheme, user and password, place, query."""
+_ADDRESS = re.compile(r"""(\w[\w+.-]{0,30}://)([^\s/]*@)?([^\s?'"]*)(\?[^\s'"]+)?""")
+"""Scheme (of bounded length, or the search would be quadratic), user and password, place, query."""
 
 
 def without_credentials(text: str) -> str:

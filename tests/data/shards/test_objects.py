@@ -275,8 +275,11 @@ def test_patterns_that_cannot_be_read_are_refused(tmp_path, monkeypatch, pattern
     [
         ("https://me:secret@host:80/a/{0..1}.tar?X-Amz=secret&b=2: no", "https://host:80/a/{0..1}.tar?... no"),
         ("x='https://secret@host/x?y=secret', z", "x='https://host/x?...', z"),
+        ("https://me:p@secret@host, https://host/a@b", "https://host, https://host/a@b"),
+        ("a" * 2**20 + " https://secret@host", "a" * 2**20 + " https://host"),  # a caption: for hours, if quadratic
         ("s3://key:secret@bucket/a.tar, abfs://box@account/a", "s3://bucket/a.tar, abfs://box@account/a"),
     ],
+    ids=["signed", "quoted", "at_sign", "long", "schemes"],
 )
 def test_credentials_are_not_shown(said, shown):
     assert printable(said) == shown
