@@ -71,6 +71,9 @@ def index() -> int:
     parser.add_argument("--renew", action="store_true", help="index pipes again, whose content has changed")
     parser.add_argument("--beside", action="store_true", help="write SHARD.npz beside each shard at an address, too")
     options = parser.parse_args()
+    for option in ("jobs", "workers"):
+        if getattr(options, option) < 1:
+            parser.error(f"--{option} = {getattr(options, option)}: at least 1")
     output = options.output or Path(options.cache).expanduser() / "indexes"
     pipes = pipe_cache(DataConfig(cache=options.cache, pipe_cache_gib=options.pipe_cache_gib))
     try:

@@ -48,6 +48,9 @@ CREDENTIALS = {
 PASSING = {"ClientConnectionError", "ClientPayloadError"}
 PASSING |= {"HTTPClientError", "ConnectionError", "IncompleteReadError", "MetadataRetrievalError", "TransportError"}
 PASSING_STATUS = (408, 425, 429)
+OUR_FAULTS = (TypeError, AttributeError, LookupError, NameError, AssertionError)
+"""Errors of a program, which say nothing of the object."""
+WHOLE_FILES = "the server sends whole files only: use pipe:, or copy the shards"
 
 
 class Piece(NamedTuple):
@@ -207,7 +210,7 @@ async def _get_https(file_system: Any, url: str, span: str) -> Answer:
     async with session.get(file_system.encode_url(url), **file_system.kwargs | {"headers": headers}) as answer:
         answer.raise_for_status()
         if "Content-Range" not in answer.headers:
-            raise NotImplementedError("the server sends whole files only: use pipe:, or copy the shards")
+            raise NotImplementedError(WHOLE_FILES)
         named = answer.headers.get("ETag") or answer.headers.get("Last-Modified", "")
         return await answer.read(), answer.headers["Content-Range"], named
 
@@ -216,7 +219,9 @@ async def _get_s3(file_system: Any, path: str, span: str) -> Answer:
     bucket, key, _ = file_system.split_path(path)
     answer = await file_system._call_s3("get_object", Bucket=bucket, Key=key, Range=span)
     try:
-        return await answer["Body"].read(), answer["ContentRange"], answer["ETag"]
+        if "ContentRange" not in answer:
+            raise NotImplementedError(WHOLE_FILES)
+        return await answer["Body"].read(), answer["ContentRange"], answer.get("ETag", "")
     finally:
         answer["Body"].close()
 
@@ -228,7 +233,9 @@ async def _get_gs(file_system: Any, path: str, span: str) -> Answer:
         if str(error).startswith("Forbidden"):  # as gcsfs says 403
             raise PermissionError(*error.args) from None
         raise
-    return content, headers["Content-Range"], headers["X-Goog-Generation"]
+    if "Content-Range" not in headers:
+        raise NotImplementedError(WHOLE_FILES)
+    return content, headers["Content-Range"], headers.get("X-Goog-Generation", "")
 
 
 _GETS: dict[str, Callable[[Any, str, str], Awaitable[Answer]]] = {"https": _get_https, "s3": _get_s3, "gs": _get_gs}
@@ -262,6 +269,8 @@ def _until_it_passes(request: Callable[[], Result], url: str) -> Result:
     while True:
         try:
             result = request()
+        except OUR_FAULTS:
+            raise
         except Exception as error:
             if not _may_pass(error):
                 _failures.pop(store, None)  # that was an answer

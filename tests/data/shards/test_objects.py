@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 from urllib.parse import parse_qs
 
 import fsspec
@@ -234,6 +235,11 @@ def test_a_bucket_of_s3(server, tmp_path):
     server.faults = [status(403)]
     with pytest.raises(ValueError, match="set AWS_PROFILE, or AWS_ACCESS_KEY_ID"):
         opened("s3://bucket/shard-000.tar", data)
+    server.faults = [status(200)]
+    with pytest.raises(ValueError, match="sends whole files only: use pipe:"):
+        opened("s3://bucket/shard-000.tar", data)
+    with mock.patch.dict(objects._GETS, s3=lambda: None), pytest.raises(TypeError):  # an error of ours is none of it
+        reader.read(0)
 
 
 def test_other_protocols_and_an_index_beside_the_shard(tmp_path, monkeypatch):

@@ -153,6 +153,9 @@ def test_pipes_are_indexed_by_the_tool_and_read_like_files(tmp_path, index, caps
     data = config(tmp_path, allow_pipe=True)
     source = Source(pattern, index=str(tmp_path / "made"))
     (tmp_path / "made").mkdir()
+    for option in ("--jobs", "--workers"):
+        assert index(pattern, option, "0") == 2
+        assert f"{option} = 0: at least 1" in capsys.readouterr().err
     with pytest.raises(
         ValueError, match=r"^data\.train = 'pipe:cat .*000\.tar': no index of it in .*tools/index_shards.py"
     ):
