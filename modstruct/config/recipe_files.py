@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict
+from itertools import groupby
 
 import yaml
 
@@ -29,7 +30,7 @@ CHANGEABLE = (
     "evaluation",
     "checkpoints",
     "output",
-    "data.train",  # where the samples lie; that they are the same is checked by their fingerprint
+    "data.train",  # where the samples lie; that they are the same is checked by fingerprint and filters
     "data.caption_lines",  # what is read by it likewise
     "data.allow_pipe",
     "data.validation",
@@ -120,3 +121,15 @@ def check_resumable(saved: dict, recipe: Recipe | FinetuneRecipe) -> None:
         elif before[name] != now[name]:
             made_with = f"the checkpoint was made with {before[name]!r}"
             refuse(name, now[name], f"{made_with}; a resumed run may change only {', '.join(CHANGEABLE)}")
+    filters = _filters(before)
+    if filters != _filters(now):
+        remedy = f"the checkpoint was made with {filters!r}; a resumed run must have the same filters"
+        refuse("data.train.filter", _filters(now), remedy)
+
+
+def _filters(fields: dict[str, object]) -> list[object]:
+    """Of the sources of data.train in turn, equal neighbours once, since a source may be divided."""
+    train, of_all = fields.get("data.train"), fields.get("data.filter")
+    sources = train if isinstance(train, list) else [train]
+    own = [source.get("filter") if isinstance(source, dict) else None for source in sources]
+    return [text for text, _ in groupby((of_all if text is None else text) or "" for text in own)]

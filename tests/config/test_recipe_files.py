@@ -109,6 +109,16 @@ def test_a_recipe_changed_in_what_the_checkpoint_rests_on_is_refused(changed):
         check_resumable(recipe_to_dict(Recipe()), changed)
 
 
+def test_sources_keep_their_filters():
+    of_all, own = DataConfig(train=["a", "b"], filter="w > 0"), [Source("a", filter="w > 0"), Source("b", filter="")]
+    for before, now in ((of_all, DataConfig(train="ab", filter="w > 0")), (DataConfig(own), DataConfig(own))):
+        check_resumable(recipe_to_dict(replace(Recipe(), data=before)), replace(Recipe(), data=now))
+    other = replace(Recipe(), data=DataConfig([own[0], Source("b", filter="w > 3")]))
+    message = r"^data\.train\.filter = \['w > 0', 'w > 3'\]: the checkpoint was made with \['w > 0', ''\]"
+    with pytest.raises(ValueError, match=message):
+        check_resumable(recipe_to_dict(replace(Recipe(), data=DataConfig(own))), other)
+
+
 def test_a_longer_and_slower_run_resumes():
     longer = replace(
         Recipe(),
