@@ -191,3 +191,8 @@ def test_any_number_of_processes_writes_the_same_shards_and_a_killed_one_is_resu
     capsys.readouterr()
     assert make(source, "--samples_per_shard", "4") == 2
     assert "00000.tar was packed from other entries: the input or --samples_per_shard" in capsys.readouterr().err
+    for number in range(9, 11):
+        (source / f"{number:02d}.png").unlink()
+    assert make(source, "--samples_per_shard", "3") == 2
+    assert "00003.tar was packed from other entries" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in shards.iterdir()} == written

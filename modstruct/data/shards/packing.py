@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from PIL import Image
 
@@ -67,15 +67,21 @@ def pack_shards(
     for part in folder.glob("*.tar.part"):  # of a process that was killed
         part.unlink()
 
+    def changed(shard: str) -> NoReturn:
+        other = f"{shard} was packed from other entries: the input or --samples_per_shard has changed"
+        refuse("--output", str(folder), f"{other}; choose another folder, or remove what is there")
+
     def jobs() -> Iterator[_Job]:
-        rest = iter(entries)
+        rest, more = iter(entries), set(done)
         for number, of_shard in enumerate(iter(lambda: [*islice(rest, samples_per_shard)], [])):
             report, digest = done.get(_name(number)), _digest(of_shard)
             if report is not None and report["entries"] != digest:
-                changed = f"{_name(number)} was packed from other entries: the input or --samples_per_shard has changed"
-                refuse("--output", str(folder), f"{changed}; choose another folder, or remove what is there")
+                changed(_name(number))
+            more.discard(_name(number))
             whole = report is not None and _bytes(folder / _name(number)) == report["bytes"]
             yield _Job(folder, number, () if whole else of_shard, digest, report if whole else None, samples_per_shard)
+        if more:
+            changed(min(more))
 
     journal = folder / JOURNAL
     with mapping(workers, -(-count // samples_per_shard)) as run, naming(journal):
