@@ -19,7 +19,7 @@ from modstruct.config import Source
 from modstruct.data.faults import NAMED
 from modstruct.data.shards.index import ROW
 from modstruct.data.shards.objects import is_object
-from modstruct.data.shards.sources import is_pipe
+from modstruct.data.shards.sources import is_pipe, names_of
 from modstruct.files import atomic_write
 
 
@@ -165,8 +165,7 @@ class Samples:
     @property
     def names(self) -> list[str]:
         """Of the sources."""
-        given = [source.name for source in self.sources] or [None] * len(self.faults)
-        return [name or f"source_{number}" for number, name in enumerate(given)]
+        return names_of([source.name for source in self.sources] or [None] * len(self.faults))
 
     @property
     def drawn(self) -> str:

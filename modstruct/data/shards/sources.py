@@ -41,6 +41,11 @@ def as_sources(value: str | Sequence[str] | Sequence[Source]) -> list[Source]:
     return [Source(shards=entry) if isinstance(entry, str) else entry for entry in entries]
 
 
+def names_of(given: Sequence[str | None]) -> list[str]:
+    """Of sources, where some have been given none."""
+    return [name or f"source_{number}" for number, name in enumerate(given)]
+
+
 def expand_sources(sources: Sequence[Source], config: DataConfig, field: str) -> list[SourceShards]:
     """Expand the pattern of every source and check that each shard can be read.
 
@@ -52,7 +57,7 @@ def expand_sources(sources: Sequence[Source], config: DataConfig, field: str) ->
     weights = [source.weight for source in sources]
     same = len({weight is None for weight in weights}) == 1
     require(same, f"{field}.weight", weights, "give every source a weight, or none of them")
-    names = [source.name for source in sources if source.name is not None]
+    names = names_of([source.name for source in sources])
     require(len(names) == len({*names}), f"{field}.name", names, "give each source a name of its own")
     return [
         SourceShards(

@@ -91,9 +91,10 @@ def test_weights_are_given_to_all_sources_or_to_none(folder):
             Source("a", weight=weight)
     with pytest.raises(ValueError, match=r"^data\.train\.max_repeats = 2: give the sources weights, too"):
         Source("a", max_repeats=2)
-    twice = [Source(str(folder / "a-0.tar"), name="web")] * 2
-    with pytest.raises(ValueError, match=r"^data\.train\.name = .*a name of its own"):
-        expand_sources(twice, DataConfig(), "data.train")
+    for names_given in (["web", "web"], ["source_1", None]):
+        twice = [Source(str(folder / "a-0.tar"), name=name) for name in names_given]
+        with pytest.raises(ValueError, match=r"^data\.train\.name = .*a name of its own"):
+            expand_sources(twice, DataConfig(), "data.train")
 
 
 def test_a_missing_index_folder_is_refused(folder):
