@@ -167,7 +167,7 @@ def check_text_field(samples: Samples, recipe: Recipe) -> None:
 
 def check_caption_fields(samples: Samples, recipe: Recipe) -> None:
     """Refuse, naming data.caption_fields, one that no sample has that is looked at; say where KEY.txt will stand in."""
-    for field in recipe.data.caption_fields or {}:
+    for field in _drawn_fields(recipe):
         looks = [] if field == TEXT_FILE else _look_for(field, samples, recipe)
         if looks and all(len(looked.lacking) == looked.count for looked in looks):
             others = {name: None for looked in looks for name in looked.others}
@@ -176,6 +176,10 @@ def check_caption_fields(samples: Samples, recipe: Recipe) -> None:
         for looked in looks:
             if looked.lacking and is_main():
                 log.warning("data.caption_fields: %s (first %s): KEY.txt stands in", looked, looked.lacking[0])
+
+
+def _drawn_fields(recipe: Recipe) -> list[str]:
+    return [field for field, weight in (recipe.data.caption_fields or {}).items() if weight]
 
 
 @dataclass
@@ -240,6 +244,6 @@ def _tokenizer(recipe: Recipe, train: Samples) -> Tokenizer:
     def captions():
         return train_captions(train, recipe.data, TRAINING_CAPTIONS)
 
-    fields = sorted(recipe.data.caption_fields or {})
+    fields = sorted(_drawn_fields(recipe))
     content = f"{train.content} fields {fields}" if fields else train.content
     return build_tokenizer(recipe.tokenizer, captions, recipe.data.cache, content)

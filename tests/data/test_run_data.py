@@ -25,16 +25,21 @@ def test_a_tokenizer_learns_from_as_many_captions_as_its_trainer_wants(tmp_path,
     recipe.data.train = write_shards(tmp_path / "shards", [20])
     recipe.data.validation = recipe.data.eval = recipe.data.zero_shot = None
     recipe.data.cache = str(tmp_path / "cache")
-    learned = []
+    learned, keys = [], []
     monkeypatch.setattr(run_data, "TRAINING_CAPTIONS", 4)
 
-    def build(config, captions, *_):
+    def build(config, captions, cache, key):
         learned.extend(captions())
+        keys.append(key)
         return SimpleNamespace(model=b"")
 
     monkeypatch.setattr(run_data, "build_tokenizer", build)
     run_data.open_run_data(recipe, 8)
     assert learned == ["thing 0", "thing 5", "thing 10", "thing 15"]
+    for weight in (0.0, 0.5):  # which learn from other texts, and share no tokenizer
+        recipe.data.caption_fields = {"txt": 0.5, "blip": weight}
+        run_data.open_run_data(recipe, 8)
+    assert len({*keys}) == 3
 
 
 def labelled(path: Path, labels: list[object]) -> str:
@@ -161,6 +166,7 @@ def test_a_caption_field_that_no_sample_has_is_refused_and_what_lacks_one_is_nam
     ]
     with pytest.raises(ValueError, match=r"^data\.caption_fields = .*: no sample that .* 'retold' .*texts are in url"):
         checked([None], [3], text="eda", caption_fields=fields)
+    checked([None], text="eda", caption_fields={"txt": 1.0, "retold": 0.0})
 
 
 def test_reworded_is_refused_for_sources_that_do_not_have_it(checked):
