@@ -90,6 +90,11 @@ def filtered(job: tuple[str, str, Path]) -> tuple[np.ndarray, Effect]:
         table = parquet.read(columns=[*{KEY: 0, **dict.fromkeys(columns)}, *([STATUS] if STATUS in there else [])])
     if STATUS in table.column_names:
         table = table.filter(pa.compute.field(STATUS) == SUCCESS)
+    for number, column in enumerate(table.columns):
+        if pa.types.is_floating(column.type):  # NaN is no value
+            none = pa.scalar(None, column.type)
+            known = pa.compute.if_else(pa.compute.is_nan(column), none, column)
+            table = table.set_column(number, table.column_names[number], known)
     try:
         keep = InMemoryDataset(table).to_table(columns={"keep": expression})["keep"]
         if not pa.types.is_boolean(keep.type):
@@ -138,6 +143,7 @@ def _opened(shard: str) -> Iterator[Any]:
 def parsed(text: str) -> tuple[Any, list[str]]:
     """A filter as an expression of pyarrow, and the columns in it. Raises ValueError naming data.filter."""
     try:
+        import pyarrow as pa
         from pyarrow import compute
     except ImportError:
         refuse("data.filter", text, "needs a package that is missing: pip install 'modstruct[parquet]', or null")
@@ -168,8 +174,11 @@ def parsed(text: str) -> tuple[Any, list[str]]:
         if isinstance(kind, ast.In | ast.NotIn):
             if not isinstance(right, ast.List | ast.Tuple):
                 wrong(right)
-            among = operand(left).isin([constant(item) for item in right.elts])
-            return among if isinstance(kind, ast.In) else ~among
+            value = operand(left)
+            among = value.isin([constant(item) for item in right.elts])
+            # isin is False of no value, where comparisons have none.
+            there = compute.if_else(value.is_valid(), among, pa.scalar(None, pa.bool_()))
+            return there if isinstance(kind, ast.In) else ~there
         if type(kind) not in COMPARISONS:
             wrong(left)
         return COMPARISONS[type(kind)](operand(left), operand(right))
@@ -197,3 +206,7 @@ def parsed(text: str) -> tuple[Any, list[str]]:
         return condition(tree), [*columns]
     except RecursionError:
         refuse("data.filter", text, f"is nested too deeply: {GRAMMAR}")
+    except OverflowError:
+        refuse("data.filter", text, "has a whole number beyond 64 bits: write it with a point, as 1e23")
+    except (pa.ArrowException, UnicodeError) as error:  # as of a list of numbers and texts
+        refuse("data.filter", text, f"has values that are no column's ({' '.join(str(error).split())}): {GRAMMAR}")

@@ -39,7 +39,7 @@ from modstruct.files import atomic_write, locked
 log = logging.getLogger(__name__)
 
 TABLE_VERSION = 2  # 1: one JSON file beside the rows
-FILTER_VERSION = 1
+FILTER_VERSION = 2  # 1: NaN is a value, and what has none is `not in` a list
 
 
 def open_samples(sources: Sequence[Source], config: DataConfig, field: str, progress: bool = False) -> Samples:

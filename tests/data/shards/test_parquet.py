@@ -24,20 +24,20 @@ from modstruct.data.shards.reader import ShardReader
 from modstruct.data.shards.samples import open_samples
 
 COLUMNS = {
-    "similarity": [0.1, 0.5, None, 0.4, 0.9, 0.8],
-    "width": [64, 256, 256, 128, 127, 512],
-    "license": ["by", "by", "no", "no", None, "by"],
-    "status": ["success", "success", "success", "success", "success", "failed_to_download"],
+    "similarity": [0.1, 0.5, None, 0.4, 0.9, 0.8, float("nan")],
+    "width": [64, 256, 256, 128, 127, 512, 100],
+    "license": ["by", "by", "no", "no", None, "by", None],
+    "status": [*["success"] * 5, "failed_to_download", "success"],
 }
 
 
 @pytest.fixture
 def shards(tmp_path) -> Path:
-    """Of six rows, one failed, one success that the tar lacks, in another order; and a sample without a row."""
+    """Of seven rows, one failed, one success that the tar lacks, in another order; and a sample without a row."""
     for shard in range(2):
-        write_tar(tmp_path / f"{shard}.tar", [m for n in (0, 1, 2, 3, 9) for m in sample(10 * shard + n)])
-        table = pa.table({"key": [f"{10 * shard + n:06d}" for n in range(6)], **COLUMNS})
-        parquet.write_table(table.take([3, 5, 1, 0, 4, 2]), tmp_path / f"{shard}.parquet")
+        write_tar(tmp_path / f"{shard}.tar", [m for n in (0, 1, 2, 3, 6, 9) for m in sample(10 * shard + n)])
+        table = pa.table({"key": [f"{10 * shard + n:06d}" for n in range(7)], **COLUMNS})
+        parquet.write_table(table.take([3, 5, 1, 0, 6, 4, 2]), tmp_path / f"{shard}.parquet")
     return tmp_path
 
 
@@ -55,8 +55,11 @@ def kept(shards: Path, text: str, **fields):
         ("not similarity > 0.3", [0]),
         ("0.3 < similarity < 0.45 or width == 64", [0, 3]),
         ("license in ['no', 'x'] and width != 256", [3]),
-        ("license not in ['no']", [0, 1]),
-        ("width > -1", [0, 1, 2, 3]),
+        ("license not in ['no']", [0, 1]),  # nor those without a value, as of any comparison
+        ("not license in ['no']", [0, 1]),
+        ("not (similarity < 0.3)", [1, 3]),
+        ("similarity != 0.5", [0, 3]),
+        ("width > -1", [0, 1, 2, 3, 6]),
     ],
 )
 def test_samples_are_kept_by_their_columns(shards, text, numbers):
@@ -74,15 +77,15 @@ def test_what_a_filter_does_is_told_and_it_is_part_of_what_tells_samples_apart(s
         caplog.clear()
         samples, _ = kept(shards, "similarity > 0.3")
         assert caplog.messages == [
-            f"data.filter, {pattern}: 4 of 10 samples are kept (40.0%; 2 left out for want of a value; 2 left out for "
+            f"data.filter, {pattern}: 4 of 12 samples are kept (33.3%; 4 left out for want of a value; 2 left out for "
             "want of a row; 2 rows without a sample)"
         ]
     assert len({before.fingerprint, samples.fingerprint, kept(shards, "similarity > 0.45")[0].fingerprint}) == 3
     data = config(shards, filter="width > 200")
     data.train = [Source(pattern), Source(pattern, filter=""), Source(pattern, filter="width < 100")]
     several = open_samples(train_sources(data), data, "data.train", progress=True)
-    assert [int(sizes.sum()) for sizes in several.shard_sizes()] == [4, 10, 2]
-    assert "data.filter: 16 samples of all sources are kept" in caplog.messages
+    assert [int(sizes.sum()) for sizes in several.shard_sizes()] == [4, 12, 2]
+    assert "data.filter: 18 samples of all sources are kept" in caplog.messages
 
 
 def test_what_cannot_be_filtered_is_refused_by_name(shards, monkeypatch):
@@ -94,7 +97,9 @@ def test_what_cannot_be_filtered_is_refused_by_name(shards, monkeypatch):
         "width > 3 if width else 2": "is not understood",
         "width": "is of type int64, no condition",
         "width > 'a'": r"cannot be computed of these columns \(width: int64\)",
-        "width > 10_000": "keeps none of the 10 samples",
+        "width > 10_000": "keeps none of the 12 samples",
+        "similarity > 100000000000000000000000": "a whole number beyond 64 bits: write it with a point",
+        "license in ['by', 1]": "has values that are no column's",
         "-" * 300 + "width > 3": "is not understood",
         "(" * 300 + "width > 3": "is no expression",
     }.items():
@@ -117,7 +122,7 @@ def test_keys_that_an_earlier_index_lacks_are_read_again(shards, monkeypatch):
     files = [*(shards / "cache" / "indexes").glob("*.npz")]
     assert [ShardIndex.load(file).keys for file in files] == [None, None]
     assert kept(shards, "width == 64")[1] == [0, 10]
-    assert all(len(ShardIndex.load(file).keys) == 5 for file in files)
+    assert all(len(ShardIndex.load(file).keys) == 6 for file in files)
 
 
 def test_any_expression_of_the_grammar_is_what_numpy_has(shards):
