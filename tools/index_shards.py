@@ -138,8 +138,10 @@ def _write_manifest(folder: Path, shards: Sequence[dict[str, Any]]) -> None:
     """Of the shards of this and of earlier commands whose indexes lie in the folder."""
     path, earlier = folder / MANIFEST, []
     with suppress(OSError, ValueError, KeyError, TypeError):  # none, or a damaged one
-        earlier = [one for one in json.loads(path.read_bytes())["shards"] if (folder / one["index"]).exists()]
-    found = {one["shard"]: one for one in [*earlier, *shards]}
+        earlier = [
+            one for one in json.loads(path.read_bytes())["shards"] if one["id"] and (folder / one["index"]).exists()
+        ]
+    found = {one["id"]: one for one in [*earlier, *shards]}
     write_json(
         path,
         {name: sum(one[name] for one in found.values()) for name in ("samples", "bytes")}
@@ -158,7 +160,8 @@ def _report(files: dict[str, Path]) -> list[dict[str, Any]]:
         if index is None:
             continue
         samples += len(index.rows)
-        about = {"shard": without_credentials(shard), "index": file.name}
+        # A shard of another size or time has another index, but the same id.
+        about = {"shard": without_credentials(shard), "id": Path(index_file_name(shard)).stem, "index": file.name}
         about |= {"samples": len(index.rows), "bytes": index.size_bytes}
         about |= {name: getattr(index, name) for name in ("sha256", "broken", "unused", "examples")}
         described.append(about | {"left_out": index.faults})

@@ -21,7 +21,7 @@ from typing import BinaryIO
 import numpy as np
 
 from modstruct.data.shards.members import KINDS, MemberGroups, SampleMembers, Tally, may_be_of
-from modstruct.data.shards.objects import ObjectFailed, ObjectFile, is_object, read_range
+from modstruct.data.shards.objects import ObjectFailed, ObjectFile, is_object, read_range, unsigned
 from modstruct.data.shards.pool import SHORT_JOBS_WORTH_A_POOL, cores, mapping
 from modstruct.data.shards.tar_headers import (
     BLOCK_BYTES,
@@ -31,7 +31,6 @@ from modstruct.data.shards.tar_headers import (
     Member,
     next_member,
 )
-from modstruct.errors import without_credentials
 from modstruct.files import atomic_write
 
 # One row a sample, 28 bytes. Offsets count tar blocks of 512 bytes, so that 4 bytes reach 2 TiB into a shard.
@@ -280,7 +279,7 @@ class UnreadableShard(OSError):
 def index_file_name(shard: str, size_bytes: int = -1, modified_ns: int = -1, version: int = INDEX_VERSION) -> str:
     """Name of a shard's index file; one given with size and time (a local one) or version (an object) that changes gets
     another name. An address that is signed anew keeps its name."""
-    identity = json.dumps([version, without_credentials(shard), size_bytes, modified_ns])
+    identity = json.dumps([version, unsigned(shard) if is_object(shard) else shard, size_bytes, modified_ns])
     return f"{hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()}.npz"
 
 

@@ -44,6 +44,11 @@ CREDENTIALS = {
     "gs": "run `gcloud auth application-default login`; for a public bucket set FSSPEC_GS_TOKEN=anon",
 }
 """What is to be done, by extra, where access is denied."""
+_SIGNATURE = r"(X-(Amz|Goog|Oss)-[\w-]*|(AWS|OSS)?AccessKeyId|GoogleAccessId|Key-Pair-Id|Signature|Policy|Expires)="
+SIGNATURE = re.compile(_SIGNATURE, re.IGNORECASE)
+"""Parameters by which S3, Google, CloudFront and Aliyun sign an address."""
+AZURE_SIGNATURE = re.compile(r"(sig|sv|ss|srt|sp|spr|se|st|sr|si|sip|sdd|ske|sks|skt|skv|skoid|sktid)=")
+"""Those of Azure, among which `sig` is; short names, which others may use for what they like."""
 # Of aiohttp, botocore and google.auth: no subclasses of OSError, and none need be installed.
 PASSING = {"ClientConnectionError", "ClientPayloadError"}
 PASSING |= {"HTTPClientError", "ConnectionError", "IncompleteReadError", "MetadataRetrievalError", "TransportError"}
@@ -74,6 +79,15 @@ class ObjectFailed(OSError):
 
 def is_object(shard: str) -> bool:
     return re.match(r"[A-Za-z][\w+.-]*://", shard) is not None
+
+
+def unsigned(url: str) -> str:
+    """An address without user, password and the known parameters of a signature, which differ at each signing."""
+    address, _, query = url.partition("?")
+    given = query.split("&") if query else []
+    azure = any(one.startswith("sig=") for one in given)
+    kept = [one for one in given if not SIGNATURE.match(one) and not (azure and AZURE_SIGNATURE.match(one))]
+    return "?".join([without_credentials(address), *(["&".join(kept)] if kept else [])])
 
 
 def _scheme(url: str) -> str:
@@ -189,7 +203,7 @@ def read_range(url: str, begin: int, size: int) -> Piece:
         span = f"bytes={begin}-{begin + size - 1}"
         content, answered, version = sync(file_system.loop, get, file_system, path, span, timeout=REQUEST_SECONDS)
         total = int(answered.rpartition("/")[2])
-        return Piece(content, total, _number(version or without_credentials(url)))
+        return Piece(content, total, _number(version or unsigned(url)))
 
     def complete() -> Piece:
         piece = once()

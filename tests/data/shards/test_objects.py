@@ -277,6 +277,30 @@ def test_patterns_that_cannot_be_read_are_refused(tmp_path, monkeypatch, pattern
 
 
 @pytest.mark.parametrize(
+    ("address", "same", "others"),
+    [
+        ("s3://b/0.tar", ["s3://key:secret@b/0.tar"], ["s3://b/0.tar?versionId=1"]),
+        (
+            "https://h/0?n=1",
+            ["https://me:x@h/0?n=1&Expires=3&Signature=a", "https://h/0?AWSAccessKeyId=a&n=1"],
+            ["https://h/0?n=2"],
+        ),
+        (
+            "https://h/0",
+            ["https://h/0?X-Amz-Date=1&X-Amz-Signature=a", "https://h/0?X-Goog-Signature=b"],
+            ["https://h/1"],
+        ),
+        ("https://h/0?comp=1", ["https://h/0?sv=1&sr=b&comp=1&se=3&sig=a"], ["https://h/0?comp=1&sr=b"]),
+        ("pipe:curl https://h/0?n=0", [], ["pipe:curl https://h/0?n=1", "pipe:curl https://h/0?n=0&Expires=1"]),
+        ("/a/x://h/0?n=0", [], ["/a/x://h/0?n=1"]),
+    ],
+)
+def test_an_address_is_the_same_however_it_is_signed(address, same, others):
+    assert {*map(index_module.index_file_name, same)} <= {index_module.index_file_name(address)}
+    assert len({*map(index_module.index_file_name, [address, *others])}) == 1 + len(others)
+
+
+@pytest.mark.parametrize(
     ("said", "shown"),
     [
         ("https://me:secret@host:80/a/{0..1}.tar?X-Amz=secret&b=2: no", "https://host:80/a/{0..1}.tar?... no"),

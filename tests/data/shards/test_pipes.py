@@ -147,6 +147,18 @@ def index(monkeypatch, tmp_path):
     return run
 
 
+def test_pipes_that_differ_in_the_query_of_an_address_are_others(tmp_path, index):
+    write_shards(tmp_path / "store", [3, 2])
+    pattern = f"pipe:sh -c 'cat {tmp_path}/store/shard-00${{0#*=}}.tar' https://host/get?shard={{0,1}}"
+    data, cache = config(tmp_path, allow_pipe=True), tmp_path / "cache" / "indexes"
+    for one in (pattern.replace("{0,1}", "0"), pattern):
+        assert index(one) == 0
+        manifest = json.loads((cache / "manifest.json").read_bytes())
+    assert [one["samples"] for one in manifest["shards"]] == [3, 2]
+    reader = ShardReader(open_samples([Source(pattern)], data, "data.train"), data)
+    assert [reader.read(n).image for n in range(5)] == [encoded_image(n) for n in range(5)]
+
+
 def test_pipes_are_indexed_by_the_tool_and_read_like_files(tmp_path, index, capsys):
     write_shards(tmp_path / "store", [3, 2])
     pattern = f"pipe:cat {tmp_path}/store/shard-{{000..001}}.tar"
