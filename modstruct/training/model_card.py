@@ -67,10 +67,9 @@ def write_card(
     library, how = next(loading for file, loading in LOADING.items() if (folder / file).is_file())
     if isinstance(recipe, FinetuneRecipe):
         how = f"deepspeed launch_scripts/finetune.py --recipe {recipe.task.name} --init FOLDER    # goes on from it"
-        kind, objective, which = "bash", f"the task {recipe.task.name}", "the best by validation, or the last"
+        kind, objective, which = "bash", f"the task {recipe.task.name}", ", the best by validation, or the last"
     else:
-        averaged = recipe.evaluation.ema
-        kind, objective, which = "python", _losses(recipe.losses), "averaged (EMA)" if averaged else "the last"
+        kind, objective, which = "python", _losses(recipe.losses), ", averaged (EMA)" if recipe.evaluation.ema else ""
     name = shown(Path(recipe.output).name)
     seen = f"{step * recipe.train.global_batch:,} ({step:,} steps of {recipe.train.global_batch:,})"
     rows = {
@@ -80,7 +79,7 @@ def write_card(
         "Samples seen": seen,
         "Seed": str(recipe.train.seed),
         "Precision": recipe.train.precision,
-        "Weights": which,
+        "Weights": f"after step {step:,}{which}",
         "Written by": f"modstruct {__version__}{commit_of()}",
     }
     paired = isinstance(recipe, Recipe) and recipe.framework == "two_tower"

@@ -27,6 +27,7 @@ def test_it_holds_the_essentials_and_no_text_of_the_recipe_is_markdown(tmp_path)
     assert yaml.safe_load(head)["library_name"] == "onnx"
     table = dict(re.findall(r"^\| (\w[\w ]*) \| (.*) \|$", body, re.M))
     assert table["Samples seen"] == "76,800 (300 steps of 256)"
+    assert table["Weights"] == "after step 300"
     assert table["Objective"] == shown("1 x contrastive (in_modal True) + 0.0625 x geometry")
     assert table["Data"] == shown(HOSTILE)
     assert "12.50  10.00 to 15.00" in body
