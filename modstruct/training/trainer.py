@@ -402,10 +402,13 @@ def run_length(recipe: Recipe | FinetuneRecipe, epoch_samples: int) -> int:
 
 
 def check_length(recipe: Recipe | FinetuneRecipe, steps: int, taken: int) -> None:
-    """Say that a resumed run has no step left, and refuse one that is to end before its checkpoint.
+    """Say that a resumed run has no step left; refuse one that is to end before its checkpoint or its new_first_steps.
 
     steps: length of the run; taken: steps of the checkpoint.
     """
+    first = recipe.optimizer.new_first_steps
+    remedy = f"no other weight would learn in a run of {steps:,} steps: give fewer"
+    require(first == 0 or first < steps, "optimizer.new_first_steps", first, remedy)
     named = "steps" if recipe.train.steps is not None else "epochs"
     field, value = f"train.{named}", getattr(recipe.train, named)
     length = f"{steps:,} steps" if named == "steps" else f"{value:g} epochs, {steps:,} steps"

@@ -73,7 +73,7 @@ def new_ones_first(folder: str, cache: str) -> None:
             recipe.model.pretrained = f"{folder}/start"
             recipe.optimizer.new_first_steps, recipe.optimizer.new_first_scale = 3, False
             Pretraining(recipe, ds_config(stage), resume).build().train()
-    recipe = tiny_recipe(f"{folder}/nothing", cache, 1)
+    recipe = tiny_recipe(f"{folder}/nothing", cache, 2)
     recipe.optimizer.new_first_steps = 1
     with pytest.raises(ValueError, match=r"optimizer.new_first_steps = 1: no weight is new beside pretrained ones"):
         Pretraining(recipe, ds_config("zero0"), None).build()

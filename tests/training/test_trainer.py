@@ -91,3 +91,10 @@ def test_a_resume_at_or_past_the_end_says_so(caplog, monkeypatch):
         check_length(by_steps, 7, 9)
     with pytest.raises(ValueError, match=r"^train\.epochs = 2\.5: .*step 1,001, .*2\.5 epochs, 1,000 .*raise"):
         check_length(by_epochs, 1000, 1001)
+
+
+def test_pretrained_weights_learn_before_the_end():
+    recipe = Recipe(optimizer=OptimizerConfig(new_first_steps=6))
+    check_length(recipe, 7, 0)
+    with pytest.raises(ValueError, match=r"^optimizer\.new_first_steps = 6: no other .* 6 steps: give fewer"):
+        check_length(recipe, 6, 0)
