@@ -84,7 +84,10 @@ def index() -> int:
     missing = [
         (name, file)
         for name, file in files.items()
-        if not file.exists() or (options.renew and is_pipe(name)) or (options.checksums and not _has_checksum(file))
+        if not file.exists()
+        or (options.renew and is_pipe(name))
+        or (options.checksums and _lacks("sha256", file))
+        or (options.beside and is_object(name) and _lacks("version", file))
     ]
 
     try:
@@ -117,9 +120,8 @@ def _files(shards: list[str], folder: Path) -> dict[str, Path]:
     return files
 
 
-def _has_checksum(file: Path) -> bool:
-    index = ShardIndex.load(file)
-    return index is not None and index.sha256 is not None
+def _lacks(name: str, file: Path) -> bool:
+    return getattr(ShardIndex.load(file), name, None) is None
 
 
 def _index_pipe(pipes: PipeCache, renew: bool, checksum: bool, job: tuple[str, Path]) -> str | None:

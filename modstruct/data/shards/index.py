@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import os
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +32,10 @@ from modstruct.data.shards.tar_headers import (
     Member,
     next_member,
 )
+from modstruct.errors import without_credentials
 from modstruct.files import atomic_write
+
+log = logging.getLogger(__name__)
 
 # One row a sample, 28 bytes. Offsets count tar blocks of 512 bytes, so that 4 bytes reach 2 TiB into a shard.
 ROW = np.dtype(
@@ -81,6 +85,8 @@ class ShardIndex:
     """Of the shard's bytes; None where it was not asked for."""
     keys: np.ndarray | None = None
     """(samples,) `key_hashes`; None where neither was asked for nor a parquet lies beside the shard."""
+    version: int | None = None
+    """Of an object that was indexed, as objects.Piece has it."""
 
     def save(self, path: Path) -> None:
         arrays = {name: getattr(self, name) for name in ("rows", "keys") if getattr(self, name) is not None}
@@ -116,6 +122,8 @@ class ShardIndex:
         if rows.dtype != ROW or rows.ndim != 1 or type(self.size_bytes) is not int:
             return False
         if self.keys is not None and (self.keys.dtype != np.uint64 or self.keys.shape != rows.shape):
+            return False
+        if type(self.version) not in (int, type(None)):
             return False
         if not all(type(count) is int for count in (*self.faults.values(), *self.unused.values())):
             return False
@@ -321,12 +329,18 @@ def _index_one(checksums: bool, keys: bool, job: tuple[str, Path]) -> None:
     shard, path = job
     try:
         file = ObjectFile(shard) if is_object(shard) else None
-        index = None if file is None or checksums else _index_beside(file)
-        if index is None or (keys and index.keys is None):
+        index = before = ShardIndex.load(path)
+        if file is not None and (before is None or before.version != file.version):
+            index = before = _index_beside(file)
+        if index is None or (keys and index.keys is None) or (checksums and index.sha256 is None):
             found = list[str]()
             index = index_tar(file or shard, keys=found, checksum=checksums)
-            if keys or (file is None and os.path.exists(parquet_name(shard))):
+            index.version = None if file is None else file.version
+            known = before is not None and before.keys is not None
+            if keys or known or (file is None and os.path.exists(parquet_name(shard))):
                 index.keys = key_hashes(found)
+            if before is not None and index.sha256 is None:
+                index.sha256 = before.sha256
     except OSError as error:
         raise UnreadableShard(shard, error.strerror or str(error)) from None
     index.save(path)
@@ -344,4 +358,10 @@ def _index_beside(shard: ObjectFile) -> ShardIndex | None:
     except ObjectFailed:
         return None
     index = ShardIndex.load(io.BytesIO(content))
-    return index if index is not None and index.size_bytes == shard.size_bytes else None
+    if index is not None and (index.size_bytes, index.version) == (shard.size_bytes, shard.version):
+        return index
+    told = (
+        "%s is damaged or of another version of the shard, which is indexed anew; renew it by `index_shards --beside`"
+    )
+    log.warning(told, without_credentials(name_beside(shard.url)))
+    return None

@@ -164,8 +164,8 @@ class ObjectFile(io.RawIOBase):
     """An object as a file that is read in pieces."""
 
     def __init__(self, url: str):
-        self.url, (self.size_bytes, version) = url, object_state(url)
-        self._shard, self._place = ObjectShard(url, self.size_bytes, version), 0
+        self.url, (self.size_bytes, self.version) = url, object_state(url)
+        self._shard, self._place = ObjectShard(url, self.size_bytes, self.version), 0
 
     def readable(self) -> bool:
         return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import html
 import os
 import pickle
@@ -242,7 +243,7 @@ def test_a_bucket_of_s3(server, tmp_path):
         reader.read(0)
 
 
-def test_other_protocols_and_an_index_beside_the_shard(tmp_path, monkeypatch):
+def test_other_protocols_and_an_index_beside_the_shard(tmp_path, monkeypatch, caplog):
     write_shards(tmp_path, [9, 5])
     memory = fsspec.filesystem("memory")
     for file in tmp_path.glob("*.tar"):
@@ -251,13 +252,35 @@ def test_other_protocols_and_an_index_beside_the_shard(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit, match="0"):
         runpy.run_path(words[0], run_name="__main__")
-    monkeypatch.setattr(index_module, "index_tar", lambda *_, **__: pytest.fail("indexed again"))
     data = config(tmp_path)
+    with mock.patch.object(index_module, "index_tar", side_effect=AssertionError("indexed again")):
+        opened("memory://store/shard-{000..001}.tar", data)
     reader = ShardReader(opened("memory://store/shard-{000..001}.tar", data), data)
     assert reader.read(12).image == encoded_image(12)
     memory.pipe_file("/store/shard-001.tar", memory.cat_file("/store/shard-001.tar"))
     with pytest.raises(BadSample, match="shard changed"):
         reader.read(12)
+    # Tars are padded: another may have the size of the one that was indexed.
+    members = [*sample(9, txt=b"a" * 600), *(m for n in range(10, 14) for m in sample(n))]
+    other = write_tar(tmp_path / "other.tar", members).read_bytes()
+    assert len(other) == len(memory.cat_file("/store/shard-001.tar"))
+    memory.pipe_file("/store/shard-001.tar", other)
+    reader = ShardReader(opened("memory://store/shard-{000..001}.tar", data), data)
+    assert [len(reader.read(n).caption) for n in (9, 10)] == [600, len("thing 10")]
+    assert "shard-001.tar.npz is damaged or of another version of the shard" in caplog.text
+
+
+@pytest.mark.parametrize("first", ["checksums", "keys"])
+@pytest.mark.parametrize("store", ["memory://carried", ""])
+def test_an_index_keeps_what_it_has_when_more_is_asked_for(tmp_path, store, first):
+    write_shards(tmp_path, [2])
+    fsspec.filesystem("memory").pipe_file("/carried/shard-000.tar", (tmp_path / "shard-000.tar").read_bytes())
+    job = f"{store or tmp_path}/shard-000.tar", tmp_path / "index.npz"
+    for asked in (first, "keys" if first == "checksums" else "checksums"):
+        index_module.index_shards([job], progress=False, **{asked: True})
+    index = index_module.ShardIndex.load(job[1])
+    assert index.sha256 == hashlib.sha256((tmp_path / "shard-000.tar").read_bytes()).hexdigest()
+    assert len(index.keys) == 2
 
 
 @pytest.mark.parametrize(
