@@ -60,7 +60,8 @@ def training(job: dict[str, Any]) -> dict[str, Any]:
         script([LAUNCH / "pretrain.py", *recipe, "--print_config"], folder / "check.txt")
         return {"values": {}}
     script([LAUNCH / "pretrain.py", "--ds_config", ROOT / "ds_configs" / "zero0.json", *recipe], folder / "train.txt")
-    sets = ["--sets", *(word.format(validation=validation_shards(folder / "run")) for word in how["sets"])]
+    made = validation_shards(folder / "run") if any("{validation}" in word for word in how["sets"]) else ""
+    sets = ["--sets", *(word.replace("{validation}", made) for word in how["sets"])]
     embed = [LAUNCH / "evaluate.py", "embed", "--checkpoint", folder / "run", "--out", folder / "evaluation", *sets]
     script([*embed, *words_of(how["embed"])], folder / "embed.txt")
     for number, options in enumerate(how["measure"]):

@@ -61,18 +61,21 @@ def decode_reduced(
                 raise BadSample("decompression bomb", f"{where} ({image.width} x {image.height} pixels)")
             if _too_many_scans(content):
                 raise BadSample("decompression bomb", f"{where} (a JPEG of more than {MOST_SCANS} scans)")
-            turned = _orientation(image)
-            size = image.size if turned < 5 else (image.height, image.width)
-            wanted = factor(size) if image.format == "JPEG" else 1
-            if turned > 1 and (image.width % wanted or image.height % wanted):
-                wanted = 1  # the last pixels, of less than a whole factor, would come first
+            wanted = 1
+            if image.format == "JPEG":
+                turned = _orientation(image)
+                wanted = factor(image.size if turned < 5 else (image.height, image.width))
+                if turned > 1 and (image.width % wanted or image.height % wanted):
+                    wanted = 1  # the last pixels, of less than a whole factor, would come first
+            size = image.size
             if wanted > 1:
                 image.draft(None, (image.width // wanted, image.height // wanted))
             image.load()
-            if turned > 1:
+            lying = image.size
+            if _orientation(image) > 1:  # a PNG's may stand behind its pixels
                 with suppress(Exception):  # what else a damaged EXIF block holds
                     ImageOps.exif_transpose(image, in_place=True)
-            return _rgb(image), Whole(size, wanted)
+            return _rgb(image), Whole(size if image.size == lying else size[::-1], wanted)
     except BadSample:
         raise
     except Image.DecompressionBombError:
@@ -105,11 +108,12 @@ def _too_many_scans(content: bytes) -> bool:
 
 
 def _orientation(image: Image.Image) -> int:
-    """That of EXIF: 1 upright, from 5 on turned by 90 degrees."""
+    """That of EXIF, 1 to 8: 1 upright, from 5 on turned by 90 degrees."""
     if image.info.keys().isdisjoint(ORIENTATION_IN):
         return 1  # Pillow would build an empty EXIF block first
     with suppress(Exception):  # a damaged EXIF block leaves it unknown; the image is intact
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+        found = image.getexif().get(ExifTags.Base.Orientation)
+        return found if found in range(2, 9) else 1
     return 1
 
 

@@ -85,6 +85,24 @@ def test_exif_orientation_is_applied():
     assert upright[10:].max() < 50
 
 
+@pytest.mark.parametrize("orientation", [0, 9, 100])
+def test_an_orientation_that_is_none_turns_nothing(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image, whole = decode_reduced(encoded(Image.new("RGB", (16, 8)), "JPEG", exif=exif), 10_000, "here", lambda size: 2)
+    assert (image.size, whole.size) == ((8, 4), (16, 8))
+
+
+def test_an_orientation_behind_the_pixels_of_a_png_counts():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = encoded(Image.new("RGB", (16, 8)), "PNG", exif=exif)
+    at = content.index(b"eXIf") - 4
+    end = at + 12 + int.from_bytes(content[at : at + 4])
+    moved = content[:at] + content[end:-12] + content[at:end] + content[-12:]  # before the last chunk, IEND
+    assert decoded(content).shape == decoded(moved).shape == (16, 8, 3)
+
+
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_a_damaged_exif_block_does_not_cost_the_image():
     content = encoded(Image.new("RGB", (8, 8), "red"), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\xffgarbage")
