@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -74,7 +74,7 @@ def measure(options: argparse.Namespace) -> None:
         options.out.write_text(json.dumps(results, indent=1))
 
 
-def write_photographs(folder: Path, width: int, height: int, count: int = 512) -> Path:
+def write_photographs(folder: Path, width: int, height: int) -> Path:
     """A shard of JPEGs of photographs' size and texture: coloured noise whose spectrum falls as theirs do."""
     import webdataset
 
@@ -85,7 +85,7 @@ def write_photographs(folder: Path, width: int, height: int, count: int = 512) -
     words = [*things, "a", "standing", "on", "the", "near", "red", "with", "two", "in", "under", "blue"]
     shard = folder / "train-000000.tar"
     with webdataset.TarWriter(str(shard)) as tar:
-        for number in range(count):
+        for number in range(96_000_000 // (width * height)):
             parts = random_numbers.standard_normal((2, 3, height, width))
             noise = np.fft.ifft2((parts[0] + 1j * parts[1]) / frequency**1.15).real
             noise = 0.6 * noise + 0.4 * noise.mean(axis=0)  # colours of one place are alike
@@ -126,7 +126,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def rates(options: argparse.Namespace) -> list[dict]:
     recipe = recipe_of(options)
     data = open_run_data(recipe, image_size(recipe.model))
-    count = options.batch * options.steps
+    count, side = options.batch * options.steps, data.views.image_size
 
     def loader(first_step: int, workers: int) -> WorkerLoader:
         plan = BatchPlan(options.batch, recipe.train.seed, first_step, 1 + options.steps)
@@ -136,7 +136,7 @@ def rates(options: argparse.Namespace) -> list[dict]:
     # A worker's step 0 comes with its start and is not timed, so all forms take the steps from 1 on.
     draws = drawn(loader(1, 0).dataset, recipe, np.arange(options.batch, options.batch + count))
     forms = {
-        BARE: lambda: measure_here(lambda: bare(draws, data.views.image_size, recipe.views.auto_augment)),
+        BARE: lambda: measure_here(lambda: bare(draws, side, recipe.views.auto_augment)),
         "loader, no worker": lambda: measure_here(lambda: drop(loader(1, 0))),
         "loader, one worker": lambda: measure_worker(loader(0, 1)),
     }
@@ -144,6 +144,8 @@ def rates(options: argparse.Namespace) -> list[dict]:
     for _ in tqdm(range(options.rounds), desc="rounds", leave=False):
         for name, form in forms.items():
             seconds[name].append(form())
+    smaller = sum(draw.whole.factor > 1 for draw in draws) / len(draws)
+    print(f"decoded smaller: {smaller:.0%} of the images, which moves pixels by {moved(draws[:64], side):.2f} of 255")
     return [row(name, count, found, seconds[BARE]) for name, found in seconds.items()]
 
 
@@ -159,8 +161,8 @@ class Draw:
 
     content: bytes
     whole: Whole
-    boxes: list[tuple[float, ...] | None]
-    """Crop of the plain and of the augmented view in what is decoded: left, top, right, bottom; None: the centre."""
+    boxes: list[tuple[int, int, int, int] | None]
+    """Crop of the plain and of the augmented view: left, top, right, bottom; None: the centre."""
     flips: list[bool]
     augment_seed: int
 
@@ -183,7 +185,7 @@ def drawn(dataset: LocalBatches, recipe: Recipe, slots: np.ndarray) -> list[Draw
                 flips.append(False)
                 continue
             left, top, width, height = random_crop_box(*size, views.crop_scale, generator)
-            boxes.append(tuple(at / whole.factor for at in (left, top, left + width, top + height)))
+            boxes.append((left, top, left + width, top + height))
             flips.append(views.flip and generator.random() < 0.5)
         found.append(Draw(content, whole, boxes, flips, generator.getrandbits(63)))
     return found
@@ -193,22 +195,37 @@ def bare(draws: list[Draw], size: int, auto_augment: bool) -> None:
     """The calls of Pillow and torchvision, and nothing else."""
     policy = v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET)
     for draw in draws:
-        with Image.open(io.BytesIO(draw.content)) as opened:
-            if draw.whole.factor > 1:
-                opened.draft(None, (opened.width // draw.whole.factor, opened.height // draw.whole.factor))
-            opened.load()
-            image = opened if opened.mode == "RGB" else opened.convert("RGB")
-        for augmented, (box, flip) in enumerate(zip(draw.boxes, draw.flips, strict=True)):
-            if box is None:
-                view = centre_crop(image, size, draw.whole)
-            else:
-                view = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-            if flip:
-                view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        for augmented, view in enumerate(crops(draw, size)):
             if augmented and auto_augment:
                 torch.default_generator.manual_seed(draw.augment_seed)
                 view = policy(view)
             torch.from_numpy(np.asarray(view).transpose(2, 0, 1).copy())
+
+
+def crops(draw: Draw, size: int, factor: int | None = None) -> Iterator[Image.Image]:
+    """Both views before AutoAugment. factor: by which the image is decoded smaller, the draw's by default."""
+    factor = draw.whole.factor if factor is None else factor
+    with Image.open(io.BytesIO(draw.content)) as opened:
+        if factor > 1:
+            opened.draft(None, (opened.width // factor, opened.height // factor))
+        opened.load()
+        image = opened if opened.mode == "RGB" else opened.convert("RGB")
+    for box, flip in zip(draw.boxes, draw.flips, strict=True):
+        if box is None:
+            view = centre_crop(image, size, Whole(draw.whole.size, factor))
+        else:
+            left, top, right, bottom = (at / factor for at in box)
+            view = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
+        yield view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else view
+
+
+def moved(draws: list[Draw], size: int) -> float:
+    """Mean difference of a pixel, of 255, between views of what is decoded smaller and of the whole image."""
+    both = [zip(crops(draw, size), crops(draw, size, 1), strict=True) for draw in draws if draw.whole.factor > 1]
+    differences = [
+        np.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32)).mean() for pair in both for a, b in pair
+    ]
+    return float(np.mean(differences)) if differences else 0.0
 
 
 def drop(batches: Iterable) -> None:
