@@ -250,7 +250,7 @@ def test_sources_with_weights_can_be_given_in_a_file_and_on_the_line(parse, reci
         (["--views.flip", "maybe"], ["views.flip = maybe", "true or false"]),
         (["--views.mean", "[0.5,0.5]"], ["views.mean = [0.5, 0.5]", "[a number, a number, a number]"]),
         (["--evaluation.top_k", "[one]"], ["evaluation.top_k", "a list of a whole number"]),
-        (["--data.train", "[{weight: 3}]"], ["data.train: give", "a list of {shards, weight, index"]),
+        (["--data.train", "[{weight: 3}]"], ["data.train: give", "a list of {shards, weight, "]),
         (["--train", "5"], ["train: a section", "it has global_batch, micro_batch"]),
         (["--views.crop_scale", "[0.9,0.1]"], ["views.crop_scale = (0.9, 0.1)", "0 < low <= high <= 1"]),
         (["--model.vision.patch_size", "0"], ["model.vision.patch_size = 0", "at least 1"]),
