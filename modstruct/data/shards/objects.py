@@ -192,26 +192,23 @@ def write_object(url: str, content: bytes) -> None:
 
 def read_range(url: str, begin: int, size: int) -> Piece:
     """`size` bytes, at least one, of an object, or as many as there are. Raises ObjectFailed, RunError."""
+    return _until_it_passes(partial(_read_once, url, begin, size), url)
+
+
+def _read_once(url: str, begin: int, size: int) -> Piece:
+    from fsspec.asyn import sync
+
     file_system, path = _file_system(url)
     get = _GETS.get(EXTRAS.get(_scheme(url), ""))
-
-    def once() -> Piece:
-        from fsspec.asyn import sync
-
-        if get is None:
-            return _read_other(file_system, path, begin, size)
+    if get is None:
+        piece = _read_other(file_system, path, begin, size)
+    else:
         span = f"bytes={begin}-{begin + size - 1}"
         content, answered, version = sync(file_system.loop, get, file_system, path, span, timeout=REQUEST_SECONDS)
-        total = int(answered.rpartition("/")[2])
-        return Piece(content, total, _number(version or unsigned(url)))
-
-    def complete() -> Piece:
-        piece = once()
-        if len(piece.content) < min(size, piece.size_bytes - begin):
-            raise EOFError("the answer was cut off")
-        return piece
-
-    return _until_it_passes(complete, url)
+        piece = Piece(content, int(answered.rpartition("/")[2]), _number(version or unsigned(url)))
+    if len(piece.content) < min(size, piece.size_bytes - begin):
+        raise EOFError("the answer was cut off")
+    return piece
 
 
 Answer = tuple[bytes, str, str]
@@ -274,12 +271,16 @@ def _number(text: str) -> int:
 
 _failures: dict[str, list[float]] = {}
 """Of each store that does not answer at present, when requests failed."""
+_answered: dict[str, tuple[str, str]] = {}
+"""The last two objects for which each store answered."""
+_given_up: set[str] = set()
+"""Objects that failed while their stores answered for others: nobody waits for them again."""
 
 
 def _until_it_passes(request: Callable[[], Result], url: str) -> Result:
     """The result of a request that is made again while it fails for a reason that may pass."""
     place = urlsplit(without_credentials(url))
-    store, pause = f"{place.scheme}://{place.netloc}", FIRST_PAUSE_SECONDS
+    store, pause, first = f"{place.scheme}://{place.netloc}", FIRST_PAUSE_SECONDS, 0.0
     while True:
         try:
             result = request()
@@ -289,25 +290,53 @@ def _until_it_passes(request: Callable[[], Result], url: str) -> Result:
             if not _may_pass(error):
                 _failures.pop(store, None)  # that was an answer
                 raise _lasting(error, url) from None
-            failures = _failures.setdefault(store, [])
-            failures.append(time.monotonic())
+            now, words, shown = time.monotonic(), _words(error), without_credentials(url)
+            if url in _given_up:
+                raise ObjectFailed("unreadable shard", words) from None
+            first, failures = first or now, _failures.setdefault(store, [])
+            failures.append(now)
             if len(failures) == SAID_AFTER:
                 told = "%s does not answer (%s): it is asked again for %g seconds"
-                log.info(told, store, _words(error), PATIENCE_SECONDS)
-            # Since the first of them, whatever thread's: those that still wait to be read do not start to wait anew.
-            if (waited := time.monotonic() - failures[0]) > PATIENCE_SECONDS:
-                raise RunError(
-                    f"{store} has not answered for {waited:.0f} seconds (last of all: {_words(error)}); go on by "
-                    "`--resume latest` when it does"
-                ) from None
+                log.info(told, store, words, PATIENCE_SECONDS)
+            # The store's since its first failure, whatever thread's: those that still wait to be read do not start to
+            # wait anew. The object's own, since a store that answers for others starts anew at each of them.
+            waited, own = now - failures[0], now - first
+            if max(waited, own) > PATIENCE_SECONDS:
+                if _answers(store, url):
+                    _failures.pop(store, None)
+                    if own > PATIENCE_SECONDS:
+                        _given_up.add(url)
+                        told = f"{words}: {shown} failed for {own:.0f} seconds, in which its store answered for others"
+                        raise ObjectFailed("unreadable shard", told) from None
+                elif waited > PATIENCE_SECONDS:
+                    raise RunError(
+                        f"{store} has not answered for {waited:.0f} seconds (last of all for {shown}: {words}); go on "
+                        "by `--resume latest` when it does"
+                    ) from None
             time.sleep(pause * random.uniform(0.5, 1))
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
         else:
+            _given_up.discard(url)
+            last, _ = _answered.get(store, (url, url))
+            if last != url or store not in _answered:
+                _answered[store] = url, last
             failed = _failures.pop(store, None)
             if failed and (lasted := time.monotonic() - failed[0]) > NAMED_SECONDS:
                 told = "%s did not answer for %.0f seconds: %d requests failed and were made again"
                 log.warning(told, store, lasted, len(failed))
             return result
+
+
+def _answers(store: str, url: str) -> bool:
+    """Whether a store answers at present for another object than this one."""
+    other = next((other for other in _answered.get(store, ()) if other != url), None)
+    if other is None:
+        return False
+    try:
+        _read_once(other, 0, 1)
+    except Exception as error:
+        return not _may_pass(error)
+    return True
 
 
 def _status(error: BaseException) -> int | None:

@@ -10,6 +10,7 @@ import re
 import runpy
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -46,10 +47,13 @@ class HurtServer(ObjectServer):
 
     def __init__(self, folder: Path):
         self.faults: list[Callable] = []
+        self.broken: set[str] = set()
         super().__init__(folder)
 
     def hurt(self, handler) -> bool:
         path, _, query = handler.path.partition("?")
+        if path in self.broken:
+            return status(500)(handler)
         if self.faults:
             return self.faults.pop(0)(handler)
         if "list-type" not in query:
@@ -89,7 +93,8 @@ def slow(handler) -> bool:
 def server(tmp_path, monkeypatch):
     monkeypatch.setattr(objects, "FIRST_PAUSE_SECONDS", 0.01)
     monkeypatch.setattr(objects, "NAMED_SECONDS", 0.0)
-    monkeypatch.setattr(objects, "_failures", {})
+    for noted in ("_failures", "_answered", "_given_up"):
+        monkeypatch.setattr(objects, noted, type(getattr(objects, noted))())
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
     write_shards(tmp_path / "store" / "bucket", [30, 20, 40])
@@ -171,6 +176,38 @@ def test_what_fails_for_a_while_is_asked_for_again(server, tmp_path, monkeypatch
         objects.read_range(url, 0, 1)
     with pytest.raises(RunError, match=r"http://127.0.0.1:1 has not answered for .*Cannot connect"):
         objects.read_range("http://127.0.0.1:1/x.tar", 0, 1)
+
+
+def test_an_object_that_fails_alone_is_left_out_by_name(server, tmp_path, monkeypatch):
+    """Whether others are asked for meanwhile, or all wait for it; and what comes after does not wait for it anew."""
+    data = config(tmp_path)
+    reader = ShardReader(opened(shards(server), data), data)
+    monkeypatch.setattr(objects, "PATIENCE_SECONDS", 0.1)
+    server.broken = {"/bucket/shard-001.tar"}
+    stop = threading.Event()
+
+    def others() -> None:
+        while not stop.is_set():
+            objects.read_range(f"{server.url}/bucket/shard-000.tar", 0, 1)
+
+    told = r"unreadable shard: http.*shard-001.tar.*: sample 3: 500 Internal Server Error"
+    for threads in (0, 1):
+        objects._given_up.clear()
+        asking = [threading.Thread(target=others) for _ in range(threads)]
+        for thread in asking:
+            thread.start()
+        with pytest.raises(BadSample, match=told + ".*in which its store answered for others"):
+            reader.read(33)
+        stop.set()
+        for thread in asking:
+            thread.join()
+    asked = server.count
+    with pytest.raises(BadSample, match=told):
+        reader.read(33)
+    assert server.count == asked + 1
+    server.broken.clear()
+    assert reader.read(33).metadata == {"number": 33}
+    assert reader.read(2).metadata == {"number": 2}
 
 
 @pytest.mark.parametrize(
