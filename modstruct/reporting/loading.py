@@ -19,6 +19,7 @@ from typing import Any
 
 from PIL import Image
 
+from modstruct.errors import without_credentials
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.embeddings.set_files import MODEL_FILE
 from modstruct.evaluation.result import Result, is_number, read_json, refuse_file
@@ -68,19 +69,34 @@ def load_evaluations(folders: Sequence[str | Path]) -> list[Evaluation]:
 
 
 def load_evaluation(folder: Path) -> Evaluation:
-    """Read model.json and every results/SET/METRIC.json of one evaluation folder."""
+    """Read model.json and every results/SET/METRIC.json of one evaluation folder, without credentials in addresses:
+    reports are sent around."""
     path = folder / MODEL_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file; {folder} is no evaluation folder: embed a set first")
-    model = {"commands": []} | read_json(path)
+    model = {"commands": []} | _public(read_json(path))
     if not isinstance(model.get("name"), str) or not model["name"]:
         refuse_file(path, f'"name" = {model.get("name")!r}: the model\'s name must be a text')
     # Backwards: where an older version's linear_probe_sgd lies beside linear_probe_adamw, the latter counts.
     found = {file: Result.load(file) for file in sorted(folder.glob("results/*/*.json"), reverse=True)}
     if not found:
         raise FileNotFoundError(f"{folder / 'results'}: there are no results; measure a set first")
-    results = {(file.parent.name, result.metric): result for file, result in found.items()}
+    results = {
+        (file.parent.name, result.metric): replace(
+            result, command=tuple(_public(result.command)), settings=_public(result.settings)
+        )
+        for file, result in found.items()
+    }
     return Evaluation(folder, model["name"], model, results)
+
+
+def _public(value: Any) -> Any:
+    """What a JSON file holds, without credentials in its texts."""
+    if isinstance(value, str):
+        return without_credentials(value)
+    if isinstance(value, dict):
+        return {name: _public(of) for name, of in value.items()}
+    return [*map(_public, value)] if isinstance(value, list | tuple) else value
 
 
 def short_names(names: Sequence[str]) -> list[str]:

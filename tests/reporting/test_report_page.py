@@ -201,6 +201,19 @@ def test_hostile_texts_stay_texts(run_folders, tmp_path):
     assert "<script>alert(1)</script>" in " ".join(hostile.text)
 
 
+def test_credentials_are_not_in_a_report(run_folders, tmp_path):
+    folder, secret = shutil.copytree(run_folders[0], tmp_path / "run"), "https://me:pass_word@host/a.tar?sig=pass_word"
+    model = json.loads((folder / "model.json").read_text())
+    model["recipe"] += f"\ndata: {{train: '{secret}'}}\n"
+    model |= {"commands": [["evaluate.py", "--sets", f"a={secret}"]], "sets": {"a": {"word": secret}}}
+    (folder / "model.json").write_text(json.dumps(model))
+    save_result(folder, "scenes", "new", {"a": Value(0.5)}, command=("x", secret), settings={"a": [secret]})
+    files = write_report([folder], tmp_path / "report")
+    for file in (files.html, files.json):
+        assert "pass_word" not in file.read_text()
+        assert "host/a.tar?..." in file.read_text()
+
+
 def test_other_data_are_said_on_the_page(run_folders, tmp_path):
     folder = shutil.copytree(run_folders[1], tmp_path / "other")
     path = folder / "results/scenes/retrieval.json"
