@@ -106,9 +106,10 @@ def prepare(checkout: Path, name: str, tool: str, source: Path | None) -> str:
 def rehearse(plan: Plan, lane: Lane, waiting: list[Job]) -> None:
     """Refuse what is wrong with the plan before the first run: options of every arm and data, names of endpoints.
 
-    Where nothing has run yet, arms train two steps each until every endpoint has been measured once.
+    Where nothing has run yet, arms train two steps each, those of claims first, until every endpoint has been measured.
     """
-    each = {(job.arm, job.data): job for job in waiting}
+    claimed = {claim.arm for claim in plan.claims}
+    each = {(job.arm, job.data): job for job in sorted(waiting, key=lambda job: job.arm not in claimed)}
     for job in each.values():
         found = lane.answer(job.told() | {"check": True})
         require("error" not in found, f"{plan.name}, {job.data}, {job.arm}", found.get("error"), "correct the plan")
