@@ -112,8 +112,8 @@ def _orientation(image: Image.Image) -> int:
     if image.info.keys().isdisjoint(ORIENTATION_IN):
         return 1  # Pillow would build an empty EXIF block first
     with suppress(Exception):  # a damaged EXIF block leaves it unknown; the image is intact
-        found = image.getexif().get(ExifTags.Base.Orientation)
-        return found if found in range(2, 9) else 1
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return int(found) if found in range(2, 9) else 1
     return 1
 
 
