@@ -6,7 +6,7 @@ import io
 import logging
 import re
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 from unicodedata import category
 
 
@@ -37,6 +37,15 @@ def without_credentials(text: str) -> str:
         return scheme + ("" if secret else user) + place + ("?..." if query else "")
 
     return _ADDRESS.sub(shown, text) if "://" in text else text
+
+
+def tree_without_credentials(value: Any) -> Any:
+    """What a JSON file can hold, its texts without credentials; tuples become lists."""
+    if isinstance(value, str):
+        return without_credentials(value)
+    if isinstance(value, dict):
+        return {name: tree_without_credentials(of) for name, of in value.items()}
+    return [*map(tree_without_credentials, value)] if isinstance(value, list | tuple) else value
 
 
 _SHOWN = "\n\t\u200c\u200d"

@@ -19,7 +19,7 @@ from typing import Any
 
 from PIL import Image
 
-from modstruct.errors import without_credentials
+from modstruct.errors import tree_without_credentials
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.embeddings.set_files import MODEL_FILE
 from modstruct.evaluation.result import Result, is_number, read_json, refuse_file
@@ -74,7 +74,7 @@ def load_evaluation(folder: Path) -> Evaluation:
     path = folder / MODEL_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file; {folder} is no evaluation folder: embed a set first")
-    model = {"commands": []} | _public(read_json(path))
+    model = {"commands": []} | tree_without_credentials(read_json(path))
     if not isinstance(model.get("name"), str) or not model["name"]:
         refuse_file(path, f'"name" = {model.get("name")!r}: the model\'s name must be a text')
     # Backwards: where an older version's linear_probe_sgd lies beside linear_probe_adamw, the latter counts.
@@ -83,20 +83,13 @@ def load_evaluation(folder: Path) -> Evaluation:
         raise FileNotFoundError(f"{folder / 'results'}: there are no results; measure a set first")
     results = {
         (file.parent.name, result.metric): replace(
-            result, command=tuple(_public(result.command)), settings=_public(result.settings)
+            result,
+            command=tuple(tree_without_credentials(result.command)),
+            settings=tree_without_credentials(result.settings),
         )
         for file, result in found.items()
     }
     return Evaluation(folder, model["name"], model, results)
-
-
-def _public(value: Any) -> Any:
-    """What a JSON file holds, without credentials in its texts."""
-    if isinstance(value, str):
-        return without_credentials(value)
-    if isinstance(value, dict):
-        return {name: _public(of) for name, of in value.items()}
-    return [*map(_public, value)] if isinstance(value, list | tuple) else value
 
 
 def short_names(names: Sequence[str]) -> list[str]:

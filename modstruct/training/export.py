@@ -15,7 +15,7 @@ from modstruct.checkpoints import LazyTensors, described, replace_folder, save_t
 from modstruct.config import FinetuneRecipe, Recipe
 from modstruct.config.recipe_files import recipe_to_dict
 from modstruct.data.tokenizers import Tokenizer
-from modstruct.errors import without_credentials
+from modstruct.errors import tree_without_credentials
 from modstruct.files import naming
 from modstruct.models.build import log_scale_range
 from modstruct.models.fusion.initial_weights import EXPORTED, EXPORTED_CONFIG
@@ -123,8 +123,8 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 
 def _export_as_ours(folder: Path, weights: Mapping[str, Tensor], recipe: Recipe | FinetuneRecipe) -> None:
     save_tensors(weights, folder / EXPORTED)
-    config = json.dumps({"recipe": recipe_to_dict(recipe)}, indent=1)
-    (folder / EXPORTED_CONFIG).write_text(without_credentials(config))  # it may be published
+    config = tree_without_credentials({"recipe": recipe_to_dict(recipe)})  # it may be published
+    (folder / EXPORTED_CONFIG).write_text(json.dumps(config, indent=1))
 
 
 def _export_to_open_clip(

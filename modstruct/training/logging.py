@@ -7,7 +7,6 @@ said once. The next checkpoint, which needs room too, ends the run with a clear 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import platform
 import resource
@@ -25,7 +24,7 @@ from tqdm import tqdm
 from modstruct import __version__, distributed
 from modstruct.config import FinetuneRecipe, Recipe
 from modstruct.config.recipe_files import leaves, recipe_to_dict, recipe_to_yaml
-from modstruct.errors import PrintableFormatter, refuse, without_credentials
+from modstruct.errors import PrintableFormatter, refuse, tree_without_credentials, without_credentials
 from modstruct.evaluation.examples import ProjectedPoints
 from modstruct.files import disk_error
 from modstruct.training.step import StepReport
@@ -199,7 +198,7 @@ def start_wandb(recipe: Recipe | FinetuneRecipe) -> None:
             name=output.name,
             id=hashlib.blake2b(str(output).encode(), digest_size=8).hexdigest(),
             resume="allow",
-            config=json.loads(without_credentials(json.dumps(recipe_to_dict(recipe)))),
+            config=tree_without_credentials(recipe_to_dict(recipe)),
             dir=str(output),
             sync_tensorboard=True,
         )
