@@ -140,6 +140,8 @@ class LocalBatches(Dataset[TrainBatch]):
             *([CAPTION] if several else []),
             *([CAPTION_FIELD] if config.caption_fields else []),
         )
+        self._caption_fields = sorted((config.caption_fields or {}).items())
+        self._caption_ends = np.cumsum([weight for _, weight in self._caption_fields])
         starts = reader.samples.shard_starts[reader.samples.source_starts[1:-1]]
         self.source_starts = starts.tolist()
         """Numbers of the first samples of the second and each further source."""
@@ -241,10 +243,10 @@ class LocalBatches(Dataset[TrainBatch]):
         return [dict(zip(self.draws, seeds, strict=True)) for seeds in zip(*columns, strict=True)]
 
     def _caption(self, raw: RawSample, seeds: Seeds, batch: TrainBatch) -> str:
-        weights = sorted((self.config.caption_fields or {}).items())
-        if weights:
-            ends = np.cumsum([weight for _, weight in weights])
-            drawn = weights[int(ends.searchsorted(seeds[CAPTION_FIELD] / 2**BITS * ends[-1], side="right"))][0]
+        if self._caption_fields:
+            ends = self._caption_ends
+            place = ends.searchsorted(seeds[CAPTION_FIELD] / 2**BITS * ends[-1], side="right")
+            drawn = self._caption_fields[int(place)][0]
             if drawn != TEXT_FILE:
                 texts = texts_of(raw.metadata, drawn)
                 if texts:
