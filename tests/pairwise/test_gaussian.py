@@ -116,10 +116,11 @@ def test_duplicates(seed, rows, width, t):
 def test_the_sum_over_a_union_is_that_of_its_parts(seed, rows, columns, t):
     x, y = unit_rows(rows, 12, seed), unit_rows(columns, 12, seed + 1000)
     parts = total(t)(x) + total(t)(y) + total(t)(x, y) + total(t)(y, x)
-    assert total(t)(torch.cat((x, y))).item() == pytest.approx(parts.item(), rel=2e-6)
+    near = 1e-6 + 5e-7 * t  # a squared distance is right to a few float32 steps of 4; exp(-t ·) makes that relative
+    assert total(t)(torch.cat((x, y))).item() == pytest.approx(parts.item(), rel=near)
     value, *gradients = with_gradients(total(t), x, y)
     swapped, *swapped_gradients = with_gradients(total(t), y, x)
-    assert swapped.item() == pytest.approx(value.item(), rel=2e-6)
+    assert swapped.item() == pytest.approx(value.item(), rel=near)
     for f, r in zip(swapped_gradients[::-1], gradients, strict=True):
         assert (f - r).norm() < 5e-6 * max(r.norm().item(), 1e-3 * t * rows)
 
