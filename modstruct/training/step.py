@@ -1,18 +1,20 @@
-"""One training step, from a batch to moved weights, and the guard against what is not finite."""
+"""One training step: its batches sent ahead, moved weights, and the guard against what is not finite."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from modstruct import distributed
+from modstruct.data.shards.loader import TrainBatch
 from modstruct.embeddings import Outputs
 from modstruct.losses.objective import Objective, Terms
 from modstruct.models.protocol import Batch
 from modstruct.training.deepspeed_adapter import Engine
-from modstruct.training.gradient_cache import embed
+from modstruct.training.gradient_cache import embed, on_device
 from modstruct.training.timing import StepClock
 
 
@@ -73,6 +75,35 @@ def train_step(
     if finite and engine.ema:
         engine.ema.update()
     return report
+
+
+def sent_ahead(steps: Iterable[list[TrainBatch]]) -> Iterator[list[TrainBatch]]:
+    """The batches of one step after the other, on a GPU if there is one.
+
+    There each part is copied once, on a stream of its own, while the step before it is computed: two steps' batches are
+    then in its memory. The loader is asked for a step's batches before the step that comes before them begins.
+    """
+    steps = iter(steps)
+    if not distributed.on_gpu():
+        yield from steps
+        return
+    copying = torch.cuda.Stream()
+
+    def send(parts: list[TrainBatch] | None) -> tuple[list[TrainBatch], torch.cuda.Event] | None:
+        if parts is None:
+            return None
+        with torch.cuda.stream(copying):
+            return [replace(part, tensors=on_device(part.tensors)) for part in parts], copying.record_event()
+
+    coming = send(next(steps, None))
+    while coming is not None:
+        (parts, arrived), coming = coming, send(next(steps, None))
+        computing = torch.cuda.current_stream()
+        computing.wait_event(arrived)
+        for part in parts:
+            for rows in part.tensors.values():
+                rows.record_stream(computing)  # else the next copy could take their memory while it is still read
+        yield parts
 
 
 def _agree(total: Tensor, stop_requested: int) -> tuple[bool, int]:

@@ -47,7 +47,7 @@ from modstruct.training.ds_config import build_optimizer, read_ds_config, resolv
 from modstruct.training.ema import ShardedEma
 from modstruct.training.first_weights import FirstWeights
 from modstruct.training.logging import Telemetry, start_logging
-from modstruct.training.step import StepReport, train_step
+from modstruct.training.step import StepReport, sent_ahead, train_step
 from modstruct.training.timing import profiled
 
 log = logging.getLogger("modstruct")
@@ -165,7 +165,7 @@ class Trainer(ABC, Generic[RecipeT]):
         counts: Counter[str] = Counter()
         self.engine.train()
         clock = self.telemetry.clock
-        batches_of_steps = clock.waiting(steps_of(self.loader(state.step)))
+        batches_of_steps = clock.waiting(sent_ahead(steps_of(self.loader(state.step))))
         for batches in self.heartbeat.following(batches_of_steps, state.step):
             parts = [batch.tensors for batch in batches]
             rate = learning_rate(recipe.optimizer, state.step, self.steps)

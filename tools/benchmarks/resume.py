@@ -17,6 +17,7 @@ import multiprocessing
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,9 @@ def main(arguments: list[str] | None = None) -> None:
     places = {"start": 0, "middle": steps // 2, "end": steps - 1, "third epoch, middle": 2 * steps + steps // 2}
     runs: dict[str, list[dict]] = {place: [] for place in places}
     with tempfile.TemporaryDirectory() as folder:
-        table = write_table(Path(folder), options.samples, options.shard_samples)
+        table = Path(folder) / "synthetic.rows"
+        names = [f"/data/{shard:06}.tar" for shard in range(-(-options.samples // options.shard_samples))]
+        write_table(table, names, options.samples, options.shard_samples)
         with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
             for _ in range(options.rounds):
                 for place, step in places.items():
@@ -60,16 +63,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def write_table(folder: Path, samples: int, shard_samples: int) -> Path:
-    """What modstruct.data.shards.samples reads, of shards that are not there."""
+def write_table(table: Path, shards: Sequence[str], samples: int, shard_samples: int) -> None:
+    """What modstruct.data.shards.samples reads, of shards whose content is not there."""
     counts = [min(shard_samples, samples - first) for first in range(0, samples, shard_samples)]
-    table = folder / "synthetic.rows"
     with open(table, "wb") as file:
         file.truncate(samples * ROW.itemsize)
-    names = [f"/data/{shard:06}.tar" for shard in range(len(counts))]
     columns = counts, [10**9] * len(counts), [0] * len(counts)
-    write_shards(table, names, columns, [len(counts)], [SourceFaults()], fingerprint="")
-    return table
+    write_shards(table, shards, columns, [len(counts)], [SourceFaults()], fingerprint="")
 
 
 def locate(table: Path, step: int, batch: int) -> dict:

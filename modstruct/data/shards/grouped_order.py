@@ -175,13 +175,17 @@ class _Epochs:
     def _run(self, epoch: int, group: int, keep: int) -> _Run:
         def make() -> _Run:
             first, last = (self._samples_before(edge, epoch) for edge in (group, group + 1))
-            sums = self._chunk_sums(epoch)  # where each chunk of shards begins
-            begin, end = int(sums.searchsorted(first, "right")) - 1, int(sums.searchsorted(last, "left"))
+            if self.groups == 1:  # all of it: no chunk needs to be found, for which the shards are permuted first
+                begin, end, edges = 0, -(-(len(self.starts) - 1) // CHUNK), (0, self.size)
+            else:
+                sums = self._chunk_sums(epoch)  # where each chunk of shards begins
+                begin, end = int(sums.searchsorted(first, "right")) - 1, int(sums.searchsorted(last, "left"))
+                edges = int(sums[begin]), int(sums[end])
             chunks = [self._shards(epoch, chunk * CHUNK) for chunk in range(begin, end)]
             shards = np.concatenate([np.empty(0, dtype=np.uint32), *chunks])
             counts = np.concatenate([np.empty(0, dtype=np.uint32), *map(self._counts, chunks)])
-            ends = np.cumsum(counts, dtype=np.min_scalar_type(int(sums[end] - sums[begin])))
-            start, stop = (ends.dtype.type(edge - sums[begin]) for edge in (first, last))
+            ends = np.cumsum(counts, dtype=np.min_scalar_type(edges[1] - edges[0]))
+            start, stop = (ends.dtype.type(edge - edges[0]) for edge in (first, last))
             reached = slice(int(ends.searchsorted(start, "right")), int(ends.searchsorted(stop, "left")) + 1)
             shards, counts, ends = shards[reached], counts[reached], ends[reached]
             skipped = int(start) - int(ends[0] - counts[0]) if len(ends) else 0

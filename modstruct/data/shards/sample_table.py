@@ -7,6 +7,7 @@ say of the sources.
 from __future__ import annotations
 
 import json
+import mmap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -190,7 +191,10 @@ class Samples:
     def rows(self) -> np.ndarray:
         """(samples,) of modstruct.data.shards.index.ROW, memory-mapped at first use in each process."""
         if self._rows is None:
-            self._rows = np.memmap(self.table, dtype=ROW, mode="r")
+            with open(self.table, "rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            mapped.madvise(mmap.MADV_RANDOM)  # else each row costs the disk's read-ahead, which may be megabytes
+            self._rows = np.frombuffer(mapped, dtype=ROW)
         return self._rows
 
     def shard_of(self, sample: int) -> int:

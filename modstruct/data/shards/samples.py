@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -83,18 +84,7 @@ def _tell_others(opened: Path, samples: Samples) -> None:
 def _table(expanded: Sequence[SourceShards], config: DataConfig, field: str, progress: bool) -> Path:
     """The table of these shards, made if it is not there."""
     cache = Path(config.cache).expanduser() / "indexes"
-    identity = hashlib.blake2b(json.dumps([TABLE_VERSION, INDEX_VERSION]).encode(), digest_size=16)
-    for source in expanded:
-        nth = every_nth(len(source.shards))
-        checked = iter(_found(source.shards[::nth], source, cache, field))
-        for number, name in enumerate(source.shards):
-            known = [name] if number % nth else next(checked).identity
-            identity.update(json.dumps(known).encode())
-        identity.update(b"/")
-        if source.filter is not None:
-            parquets = _parquet_states(source, field, source.shards[::nth])
-            identity.update(json.dumps([FILTER_VERSION, source.filter, parquets]).encode())
-    table = cache / "sets" / f"{identity.hexdigest()}.rows"
+    table = table_path(expanded, cache, field)
     complete = table.with_suffix(".json")  # written last, so the others are there if it is
     if not complete.exists():
         with locked(table.with_suffix(".lock")):
@@ -102,6 +92,23 @@ def _table(expanded: Sequence[SourceShards], config: DataConfig, field: str, pro
                 shards = [_found(source.shards, source, cache, field) for source in expanded]
                 _write_table(table, shards, [source.filter for source in expanded], field, progress)
     return table
+
+
+def table_path(expanded: Sequence[SourceShards], cache: Path, field: str) -> Path:
+    """Where the table of these shards lies, as they are now. Raises ValueError for a shard that is not there."""
+    identity = hashlib.blake2b(json.dumps([TABLE_VERSION, INDEX_VERSION]).encode(), digest_size=16)
+    for source in expanded:
+        nth = every_nth(len(source.shards))
+        for number, checked in enumerate(_found(source.shards[::nth], source, cache, field)):
+            identity.update(json.dumps(checked.identity).encode())
+            if others := source.shards[number * nth + 1 : (number + 1) * nth]:
+                # ["a"]["b"], the lists of one name each that they always were, without a call for each.
+                identity.update(json.dumps(others, separators=("][", ":")).encode())
+        identity.update(b"/")
+        if source.filter is not None:
+            parquets = _parquet_states(source, field, source.shards[::nth])
+            identity.update(json.dumps([FILTER_VERSION, source.filter, parquets]).encode())
+    return cache / "sets" / f"{identity.hexdigest()}.rows"
 
 
 def _parquet_states(source: SourceShards, field: str, shards: Sequence[str]) -> list[tuple[int, int]]:
@@ -238,20 +245,27 @@ class _Shard:
     """One shard and its index file, which may not exist yet."""
 
     def __init__(self, name: str, state: tuple[int, int], source: SourceShards, cache: Path, field: str):
-        self.name = name
+        self.name, self.source, self.cache = name, source, cache
         self.size_bytes, self.modified_ns = state
-        file = index_file_name(name, self.size_bytes, self.modified_ns)
-        # The index of a pipe costs a pass over all of it, so one that an older version made still counts.
-        files = [file, index_file_name(name, version=1)] if is_pipe(name) else [file]
-        self.own_file = cache / file
-        """Where an index is written that is made anew."""
-        places = [folder / file for folder in (source.index, cache) if folder is not None for file in files]
-        self.index_file = next((place for place in places if place.exists()), cache / file)
         self.identity = [name, self.size_bytes, self.modified_ns]
         if is_pipe(name):
             if not self.index_file.exists():
-                _refuse_pipe(field, name, f"no index of it in {places[0].parent}")
+                _refuse_pipe(field, name, f"no index of it in {source.index or cache}")
             self.identity.append(self.index_file.stat().st_mtime_ns)
+
+    @property
+    def own_file(self) -> Path:
+        """Where an index is written that is made anew."""
+        return self.cache / index_file_name(self.name, self.size_bytes, self.modified_ns)
+
+    @cached_property
+    def index_file(self) -> Path:
+        """Looked for when it is needed: a table that is there holds what the files of its shards say."""
+        files = [self.own_file.name]
+        if is_pipe(self.name):  # its index costs a pass over all of it, so one that an older version made still counts
+            files.append(index_file_name(self.name, version=1))
+        places = [folder / file for folder in (self.source.index, self.cache) if folder is not None for file in files]
+        return next((place for place in places if place.exists()), self.own_file)
 
 
 def _found(names: Sequence[str], source: SourceShards, cache: Path, field: str) -> list[_Shard]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from modstruct.errors import refuse, require
 PIPE = "pipe:"
 # Shards of a pattern, evenly spaced, that are checked each time: each costs a few calls to the storage.
 CHECKED = 10_000
+ONE_RANGE = re.compile(r"([^{}\\]*)\{([0-9]+)\.\.([0-9]+)\}([^{}\\]*)")
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def expand_pattern(pattern: str, allow_pipe: bool, field: str) -> list[str]:
     # An existing file whose name has braces or brackets is meant literally.
     literal = os.path.exists(path)
     paths = [path] if literal else _braces(path, field)
-    found = [match for path in paths for match in ([path] if literal else _glob(path))]
+    found = [match for path in paths for match in _glob(path)] if glob.has_magic(path) and not literal else paths
     require(len(found) > 0, field, pattern, f"no file matches in {_existing_parent(path)}; correct the pattern")
     checked = found[:: every_nth(len(found))]
     missing = [path for path in checked if not os.path.exists(path)]
@@ -94,7 +96,7 @@ def expand_pattern(pattern: str, allow_pipe: bool, field: str) -> list[str]:
         )
     for path in checked:
         _check_readable(path, pattern, field)
-    return [os.path.abspath(path) for path in found]
+    return _absolute(found)
 
 
 def shard_states(shards: Sequence[str]) -> Iterator[tuple[int, int] | OSError]:
@@ -124,6 +126,12 @@ def every_nth(shards: int) -> int:
 def _braces(pattern: str, field: str) -> list[str]:
     from braceexpand import braceexpand  # comes with webdataset, and is its pattern language
 
+    one = ONE_RANGE.fullmatch(pattern)
+    if one and int(one[2]) <= int(one[3]):  # as shards are named, mostly; braceexpand takes seconds for a million
+        before, first, last, after = one.groups()
+        padded = any(end.startswith("0") and end != "0" for end in (first, last))
+        width = max(len(first), len(last)) if padded else 0
+        return [f"{before}{number:0{width}}{after}" for number in range(int(first), int(last) + 1)]
     try:
         return list(braceexpand(pattern))
     except ValueError:
@@ -132,6 +140,15 @@ def _braces(pattern: str, field: str) -> list[str]:
 
 def _glob(path: str) -> list[str]:
     return sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) else [path]
+
+
+def _absolute(paths: Sequence[str]) -> list[str]:
+    """os.path.abspath of each, which is called only where a path may not be normal: it takes seconds for a million."""
+    here = os.path.join(os.getcwd(), "")
+    joined = [path if path.startswith("/") else here + path for path in paths]
+    together = "\0".join([*joined, ""])
+    normal = not any(part in together for part in ("//", "/.", "/\0"))
+    return joined if normal else [os.path.abspath(path) for path in joined]
 
 
 def _check_readable(path: str, pattern: str, field: str) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
+from braceexpand import braceexpand
 
 from modstruct.config import DataConfig, Source
 from modstruct.data.shards.sources import as_sources, expand_pattern, expand_sources
@@ -100,3 +102,22 @@ def test_weights_are_given_to_all_sources_or_to_none(folder):
 def test_a_missing_index_folder_is_refused(folder):
     with pytest.raises(ValueError, match=r"^data\.train\.index = '/nowhere': .*tools/index_shards.py"):
         expand_sources([Source(str(folder / "a-0.tar"), index="/nowhere")], DataConfig(), "data.train")
+
+
+@pytest.mark.parametrize("pattern", ["{0..10}", "{00..10}", "{000..7}", "{5..5}", "{10..009}", "{08..9}", "{3..1}"])
+def test_ranges_expand_as_webdataset_has_them(tmp_path, pattern):
+    names = list(braceexpand(f"x-{pattern}.tar"))
+    for name in names:
+        (tmp_path / name).touch()
+    found = expand_pattern(str(tmp_path / "." / f"x-{pattern}.tar"), False, "data.train")
+    assert found == [str(tmp_path / name) for name in names]
+
+
+@pytest.mark.parametrize("folder", ["", "here/", "./here/", "here/../", "here//", "here/.hidden/"])
+def test_shards_get_absolute_paths(tmp_path, monkeypatch, folder):
+    (tmp_path / "here" / ".hidden").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    names = [f"{folder}{number}.tar" for number in range(3)]
+    for name in names:
+        Path(name).touch()
+    assert expand_pattern(f"{folder}{{0..2}}.tar", False, "data.train") == [os.path.abspath(name) for name in names]

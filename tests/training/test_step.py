@@ -1,0 +1,93 @@
+"""Batches are sent to a GPU a step ahead, each part once, and arrive as they were."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from modstruct import distributed
+from modstruct.data.shards.loader import TrainBatch
+from modstruct.training.step import sent_ahead
+
+
+class Rows:
+    """Stands for a tensor; notes what is done to it."""
+
+    def __init__(self, name: str, log: list[str], where: str = "host"):
+        self.name, self.log, self.where = name, log, where
+
+    def to(self, device: torch.device, non_blocking: bool) -> Rows:
+        assert (self.where, non_blocking) == ("host", True)
+        self.log.append(f"copy {self.name} on {STREAMS[-1]}")
+        return Rows(self.name, self.log, "device")
+
+    def record_stream(self, stream: SimpleNamespace) -> None:
+        assert self.where == "device"
+        self.log.append(f"{self.name} used on {stream.name}")
+
+
+STREAMS = ["main"]
+
+
+def gpu_of(log: list[str], monkeypatch) -> None:
+    """A GPU whose streams note what they do."""
+    events = iter(range(9))
+
+    def stream(name: str) -> SimpleNamespace:
+        waits = lambda event: log.append(f"{name} waits for {event}")  # noqa: E731
+        return SimpleNamespace(name=name, wait_event=waits, record_event=lambda: f"event {next(events)}")
+
+    @contextmanager
+    def within(chosen: SimpleNamespace):
+        STREAMS.append(chosen.name)
+        yield
+        STREAMS.pop()
+
+    monkeypatch.setattr(distributed, "on_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream("side"))
+    monkeypatch.setattr(torch.cuda, "stream", within)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream(STREAMS[-1]))
+    monkeypatch.setattr(distributed, "device", lambda: torch.device("cpu"))
+
+
+def test_each_part_is_copied_once_while_the_step_before_it_is_computed(monkeypatch):
+    log: list[str] = []
+    gpu_of(log, monkeypatch)
+    steps = [[TrainBatch({"image": Rows(f"{step}{part}", log)}, tried=step) for part in "ab"] for step in range(3)]
+    for number, parts in enumerate(sent_ahead(iter(steps))):
+        log.append(f"step {number}")
+        assert [part.tried for part in parts] == [number] * 2, "what else a batch holds goes with it"
+    use = [["main waits for event 0", "0a used on main", "0b used on main", "step 0"]]
+    use += [[line.replace("0", str(step)) for line in use[0]] for step in (1, 2)]
+    copy = [[f"copy {step}{part} on side" for part in "ab"] for step in range(3)]
+    assert log == copy[0] + copy[1] + use[0] + copy[2] + use[1] + use[2]
+
+
+def test_without_a_gpu_batches_are_taken_as_they_come():
+    taken: list[int] = []
+
+    def steps():
+        for step in range(3):
+            taken.append(step)
+            yield [TrainBatch({"image": torch.tensor([step])})]
+
+    for number, (batch,) in enumerate(sent_ahead(steps())):
+        assert (batch.tensors["image"].item(), len(taken)) == (number, number + 1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_batches_arrive_whole():
+    """Copies of 64 MiB beside a computation that keeps the GPU busy, whose memory is taken again and again."""
+    assert distributed.on_gpu()
+    steps = ([TrainBatch({"image": torch.full((1 << 24,), step).int().pin_memory()})] for step in range(8))
+    busy, sums = torch.randn(4096, 4096, device="cuda"), []
+    for (batch,) in sent_ahead(steps):
+        for _ in range(4):
+            busy = torch.nn.functional.normalize(busy @ busy)
+        image = batch.tensors["image"]
+        assert image.is_cuda
+        sums.append(image.sum())
+    assert torch.stack(sums).tolist() == [step << 24 for step in range(8)]
