@@ -1,15 +1,19 @@
-"""How much of its time the loader spends on images, and how long a training step waits for it.
+"""Where the loader's time goes, how much of it is images', and how long a training step waits for it.
 
 python tools/benchmarks/loader.py --photographs --model.vision.image_size 224 --batch 64  # 2 minutes on two cores
 python tools/benchmarks/loader.py --shards '../shared/data/emoji/train-*.tar'
+python tools/benchmarks/loader.py --shards '…' --open_clip                               # one view, beside webdataset's
 python tools/benchmarks/loader.py --shards '…' --recipe emoji --train_steps 60           # and a short real run
+
+First comes the budget: milliseconds of a core for each image view, by part, in the process itself.
 
 The bare loop makes the same Pillow and torchvision calls on the same samples, whose bytes and random draws it has in
 memory: decoding, crops, flips, AutoAugment, the copy to a tensor. It reads, orders, tokenizes and collates nothing.
-Rounds of the loader without a worker process, with one, and of the bare loop alternate, so that a busy machine slows
-all alike. A core is one process: rates are per second of processor time of the process that does the work, and per
-second on the wall. The time that a step waits is `seconds/data` of the run's TensorBoard, without its first reading.
-Other words are fields of the recipe, such as `--model.vision.image_size 224`. Writes JSON to --out.
+--open_clip: the pipeline that open_clip trains with (tools/benchmarks/webdataset_pipeline.py) takes turns with them,
+all with its one view and the recipe's tokenizer. Rounds of all forms alternate, so a busy machine slows all alike. A
+core is one process: rates are per second of processor time of the process that does the work, and per second on the
+wall. The time that a step waits is `seconds/data` of the run's TensorBoard, without its first reading. Other words are
+fields of the recipe, such as `--model.vision.image_size 224`. Writes JSON to --out.
 """
 
 from __future__ import annotations
@@ -27,14 +31,17 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
+from loader_budget import budget, print_budget
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.transforms import v2
 from tqdm import tqdm
+from webdataset_pipeline import CROP_SCALE, OPEN_CLIP, open_clip_batches
 
 from modstruct.cli import parse as parse_recipe
 from modstruct.cli import recipe_parser
@@ -63,10 +70,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def measure(options: argparse.Namespace) -> None:
-    results = {"command": " ".join(sys.argv)}
+    results: dict = {"command": " ".join(sys.argv)}
     if options.rounds:
-        results["loader"] = rates(options)
-        print_rates(results["loader"])
+        results |= rates(options)
     if options.train_steps:
         results["waiting"] = waiting(options)
         print_waiting(results["waiting"])
@@ -74,8 +80,11 @@ def measure(options: argparse.Namespace) -> None:
         options.out.write_text(json.dumps(results, indent=1))
 
 
-def write_photographs(folder: Path, width: int, height: int) -> Path:
-    """A shard of JPEGs of photographs' size and texture: coloured noise whose spectrum falls as theirs do."""
+def write_photographs(folder: Path, width: int, height: int, count: int | None = None) -> Path:
+    """A shard of JPEGs of photographs' size and texture: coloured noise whose spectrum falls as theirs do.
+
+    count: None makes as many as have 96 million pixels.
+    """
     import webdataset
 
     random_numbers = np.random.default_rng(0)
@@ -85,7 +94,7 @@ def write_photographs(folder: Path, width: int, height: int) -> Path:
     words = [*things, "a", "standing", "on", "the", "near", "red", "with", "two", "in", "under", "blue"]
     shard = folder / "train-000000.tar"
     with webdataset.TarWriter(str(shard)) as tar:
-        for number in range(96_000_000 // (width * height)):
+        for number in range(count or 96_000_000 // (width * height)):
             parts = random_numbers.standard_normal((2, 3, height, width))
             noise = np.fft.ifft2((parts[0] + 1j * parts[1]) / frequency**1.15).real
             noise = 0.6 * noise + 0.4 * noise.mean(axis=0)  # colours of one place are alike
@@ -111,42 +120,66 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--rounds", type=int, default=5, help="Rounds that medians are taken of; 0 leaves them out (default: 5)."
     )
+    parser.add_argument(
+        "--open_clip", action="store_true", help="One view, as open_clip crops it, beside webdataset's loader."
+    )
     parser.add_argument("--train_steps", type=int, default=0, help="Steps of a real run; 0 leaves it out (default).")
     parser.add_argument("--train_batch", type=int, default=256, help="Its pairs a step (default: %(default)s).")
     parser.add_argument("--out", type=Path, help="JSON file to write.")
     options, options.words = parser.parse_known_args(arguments)
     if options.photographs:  # their few words fill no larger vocabulary
         options.words = ["--tokenizer.vocab_size", "100", *options.words]
+    if options.open_clip:
+        crop = ["--views.plain", "crop_flip", "--views.flip", "false", "--views.crop_scale", f"[{CROP_SCALE[0]},1]"]
+        options.words = [*crop, *options.words]
     return options
 
 
 # --- the loader beside the bare loop ---
 
 
-def rates(options: argparse.Namespace) -> list[dict]:
+def rates(options: argparse.Namespace) -> dict:
+    """Measure and print the budget by part, and the rates of all forms."""
     recipe = recipe_of(options)
     data = open_run_data(recipe, image_size(recipe.model))
     count, side = options.batch * options.steps, data.views.image_size
+    fields = () if options.open_clip else AUGMENTED
+    views = ["image"] if options.open_clip else ["image", "image_augmented"]
 
     def loader(first_step: int, workers: int) -> WorkerLoader:
         plan = BatchPlan(options.batch, recipe.train.seed, first_step, 1 + options.steps)
-        contents = BatchContents(data.views, data.tokenizer, AUGMENTED)
+        contents = BatchContents(data.views, data.tokenizer, fields)
         return train_loader(data.train, replace(recipe.data, workers=workers), contents, plan)
 
+    parts = [budget(lambda: drop(loader(1, 0))) for _ in tqdm(range(options.rounds), desc="budget", leave=False)]
+    spent = {part: statistics.median(1000 * of[part] / count / len(views) for of in parts) for part in parts[0]}
+    print_budget(spent)
+
     # A worker's step 0 comes with its start and is not timed, so all forms take the steps from 1 on.
-    draws = drawn(loader(1, 0).dataset, recipe, np.arange(options.batch, options.batch + count))
+    draws = drawn(loader(1, 0).dataset, recipe, np.arange(options.batch, options.batch + count), views)
     forms = {
         BARE: lambda: measure_here(lambda: bare(draws, side, recipe.views.auto_augment)),
         "loader, no worker": lambda: measure_here(lambda: drop(loader(1, 0))),
         "loader, one worker": lambda: measure_worker(loader(0, 1)),
     }
+    if options.open_clip:
+        theirs = open_clip_batches(list(data.train.shards), side, recipe.views, data.tokenizer, options.batch)
+        next(theirs)  # fills its shuffle buffer
+        forms[OPEN_CLIP] = lambda: measure_here(lambda: drop(islice(theirs, options.steps)))
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in forms}
     for _ in tqdm(range(options.rounds), desc="rounds", leave=False):
         for name, form in forms.items():
             seconds[name].append(form())
     smaller = sum(draw.whole.factor > 1 for draw in draws) / len(draws)
     print(f"decoded smaller: {smaller:.0%} of the images, which moves pixels by {moved(draws[:64], side):.2f} of 255")
-    return [row(name, count, found, seconds[BARE]) for name, found in seconds.items()]
+    rows = [row(name, count, found, seconds[BARE]) for name, found in seconds.items()]
+    print_rates(rows, len(views))
+    results = {"budget_ms": spent, "loader": rows}
+    if options.open_clip:
+        pairs = zip(seconds[OPEN_CLIP], seconds["loader, no worker"], strict=True)
+        results["over_open_clip"] = statistics.median(theirs[0] / ours[0] for theirs, ours in pairs)
+        print(f"ours makes {results['over_open_clip']:.2f} times {OPEN_CLIP}'s views a second of a core")
+    return results
 
 
 def recipe_of(options: argparse.Namespace) -> Recipe:
@@ -162,23 +195,24 @@ class Draw:
     content: bytes
     whole: Whole
     boxes: list[tuple[int, int, int, int] | None]
-    """Crop of the plain and of the augmented view: left, top, right, bottom; None: the centre."""
+    """Crop of the plain and, if it is made, of the augmented view: left, top, right, bottom; None: the centre."""
     flips: list[bool]
     augment_seed: int
 
 
-def drawn(dataset: LocalBatches, recipe: Recipe, slots: np.ndarray) -> list[Draw]:
-    """What the loader draws for these slots, ahead of the bare loop."""
+def drawn(dataset: LocalBatches, recipe: Recipe, slots: np.ndarray, names: list[str]) -> list[Draw]:
+    """What the loader draws for these slots, ahead of the bare loop. names: of the image views."""
     views, found = recipe.views, []
     epochs, numbers = dataset.order.locate(slots)
     for epoch, sample in zip(epochs.tolist(), numbers.tolist(), strict=True):
         content = dataset.reader.read(sample).image
         with Image.open(io.BytesIO(content)) as image:
             size = image.size
-        seeds = [sample_seed(recipe.train.seed, epoch, sample, name) for name in ("image", "image_augmented")]
-        whole = Whole(size, dataset.views.reduction(size, *seeds) if recipe.data.scaled_decoding else 1)
+        seeds = [sample_seed(recipe.train.seed, epoch, sample, name) for name in names]
+        of_both = seeds if len(seeds) > 1 else [*seeds, None]
+        whole = Whole(size, dataset.views.reduction(size, *of_both) if recipe.data.scaled_decoding else 1)
         boxes, flips = [], []
-        for name, seed in zip(("image", "image_augmented"), seeds, strict=True):
+        for name, seed in zip(names, seeds, strict=True):
             generator = random.Random(seed)
             if name == "image" and views.plain == "center_crop":
                 boxes.append(None)
@@ -203,7 +237,7 @@ def bare(draws: list[Draw], size: int, auto_augment: bool) -> None:
 
 
 def crops(draw: Draw, size: int, factor: int | None = None) -> Iterator[Image.Image]:
-    """Both views before AutoAugment. factor: by which the image is decoded smaller, the draw's by default."""
+    """The views before AutoAugment. factor: by which the image is decoded smaller, the draw's by default."""
     factor = draw.whole.factor if factor is None else factor
     with Image.open(io.BytesIO(draw.content)) as opened:
         if factor > 1:
@@ -269,12 +303,13 @@ def row(name: str, count: int, seconds: list[tuple[float, float]], bare_seconds:
     return result
 
 
-def print_rates(rows: list[dict]) -> None:
-    print(f"\nsamples (both views) a second and core{'processor':>14}{'of bare':>9}{'wall':>9}{'of bare':>9}")
+def print_rates(rows: list[dict], views: int) -> None:
+    title = f"samples ({views} image view(s)) a second, core"
+    print(f"\n{title:41}{'processor':>14}{'of bare':>9}{'wall':>9}{'of bare':>9}")
     for found in rows:
         processor = f"{found['samples_per_processor_second']:>14,.0f}{found['processor_share_of_bare']:>9.1%}"
         wall = f"{found['samples_per_wall_second']:>9,.0f}{found['wall_share_of_bare']:>9.1%}"
-        print(f"{found['name']:37}{processor}{wall}")
+        print(f"{found['name']:41}{processor}{wall}")
 
 
 # --- the share of a step ---
