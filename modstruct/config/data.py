@@ -159,6 +159,9 @@ class TokenizerConfig:
 class ViewsConfig:
     """The plain and the augmented view of each image and caption."""
 
+    on: Literal["loader", "device"] = "loader"
+    """Where the image views of pre-training are made: by the loader, which sends them, or on the device (GPU), from the
+    decoded pixels and the draws that the loader sends. Equal bit for bit, but of large PNG and WebP images."""
     plain: Literal["center_crop", "crop_flip"] = "center_crop"
     """center_crop: shorter side resized, centre cut out; crop_flip: random crop and flip."""
     evaluation: Literal["center_crop", "squeeze"] = "center_crop"

@@ -163,6 +163,8 @@ class FinetuneRecipe:
         self.losses.require_any()
         in_modal, remedy = self.losses.queue_contrast.in_modal, "fine-tuning reads one view of image and caption: false"
         require(not in_modal, "losses.queue_contrast.in_modal", in_modal, remedy)
+        on, remedy = self.views.on, "fine-tuning makes its views in the loader: loader"
+        require(on == "loader", "views.on", on, remedy)
         micro = self.train.micro_batch
         require(micro is None, "train.micro_batch", micro, "fine-tuning takes its batch whole: null")
         dropped, remedy = self.train.patch_dropout, "the fusion encoder looks at all patches; give 0"

@@ -74,6 +74,7 @@ CHANGES: dict[int, Change] = {
             "optimizer.new_first_scale": True,
             "logging.projector": 0,
             "logging.wandb": None,
+            "views.on": "loader",
         },
         added_to_pretraining={
             "data.caption_fields": None,

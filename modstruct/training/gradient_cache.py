@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from modstruct import distributed
+from modstruct.data.transforms.device_views import made_views
 from modstruct.losses.objective import Objective, Terms
 from modstruct.models.protocol import Batch
 from modstruct.training.deepspeed_adapter import Engine
@@ -65,11 +66,13 @@ class CachedBatch:
         self.deferred = objective.row_losses
         model = engine.model
         self.random_states = []
-        made = []
+        made, whole = [], []
         with torch.no_grad(), _statistics_held(model):
             for part in self.parts:
                 self.random_states.append(random_state())
-                made.append(engine(on_device(part), embed_only=True))
+                moved = on_device(part)
+                whole.append({name: moved[name] for name in moved.keys() & model.whole_fields})
+                made.append(engine(moved, embed_only=True))
         rows = {name: torch.cat([part[name] for part in made]) for name in made[0] if name not in model.shared_outputs}
         once = {name: made[0][name] for name in made[0] if name in model.shared_outputs}
         self.leaves = {
@@ -77,8 +80,7 @@ class CachedBatch:
             for name, values in (rows | once).items()
         }
         self.outputs = self.leaves
-        whole = parts[0].keys() & model.whole_fields
-        self.batch = on_device({name: torch.cat([part[name] for part in parts]) for name in whole})
+        self.batch = {name: torch.cat([part[name] for part in whole]) for name in whole[0]}
 
     def backward(self, total: Tensor) -> Terms:
         """Gradients of the total and of the deferred losses, reduced over the processes, to the engine.
@@ -115,8 +117,9 @@ class CachedBatch:
                 first = 0
                 for part, state in zip(self.parts, self.random_states, strict=True):
                     set_random_state(state)
-                    end = first + len(next(iter(part.values())))
-                    yield on_device(part), first, end
+                    moved = on_device(part)
+                    end = first + len(next(iter(moved.values())))
+                    yield moved, first, end
                     add()
                     first = end
 
@@ -143,7 +146,9 @@ def _statistics_held(module: nn.Module) -> Iterator[None]:
 
 
 def on_device(batch: Batch) -> Batch:
-    return {name: rows.to(distributed.device(), non_blocking=True) for name, rows in batch.items()}
+    """The batch on this process's device, where its views are made if the loader has sent what they are made of."""
+    moved = {name: rows.to(distributed.device(), non_blocking=True) for name, rows in batch.items()}
+    return made_views(moved, drawn=batch)
 
 
 def random_state() -> tuple[Tensor, ...]:

@@ -20,6 +20,7 @@ from modstruct.config import DataConfig
 from modstruct.data.faults import BadSample, TooManyBadSamples, or_bad
 from modstruct.data.shards.ahead import ComingShards, PipesAhead, ReadAhead
 from modstruct.data.shards.grouped_order import GroupedOrder, require_groups
+from modstruct.data.shards.image_rows import FinishedRows, ImageRows, RowsForDevice
 from modstruct.data.shards.order import Order, SampleOrder
 from modstruct.data.shards.reader import RawSample, ShardReader
 from modstruct.data.shards.sample_table import Samples
@@ -59,7 +60,8 @@ class TrainBatch:
     """One process's rows of one step, or a micro-batch of them, with the bad samples met on the way."""
 
     tensors: dict[str, Tensor]
-    """image uint8 (B, 3, H, W), text int64 (B, L), and any of EXTRA_FIELDS."""
+    """image uint8 (B, 3, H, W), text int64 (B, L), and any of EXTRA_FIELDS. With views.on `device`, in place of image
+    and image_augmented, image_pixels and the views' draws (transforms/device_views.py)."""
     faults: list[tuple[str, str]] = field(default_factory=list)
     """(cause, where) of each bad sample that was substituted."""
     tried: int = 0
@@ -178,22 +180,18 @@ class LocalBatches(Dataset[TrainBatch]):
             self._pipes_ahead.advance(step)
         slots, epochs, samples = self._located(index)
         batch = TrainBatch({})
-        side = self.views.image_size
-        images = {name: self._outgoing.empty(name, (len(slots), 3, side, side)) for name in self.image_views}
+        images = self._image_rows(len(slots))
         captions, augmented, drawn, image_ids = [], [], [], []
         places = zip(slots.tolist(), samples.tolist(), strict=True)
         read = zip(places, self._ahead.read(index, len(slots)), self._seeds(epochs, samples), strict=True)
-        for row, (place, raw, seeds) in enumerate(read):
-            # Views are written straight to their rows, which saves a copy.
-            into = [array[row] for array in images.values()]
-            raw, seeds, text = self._pair(*place, raw, seeds, into, batch)
+        for place, raw, seeds in read:
+            raw, seeds, text = self._pair(*place, raw, seeds, images, batch)
             captions.append(self._caption(raw, seeds, batch))
             augmented.append(text)
             drawn.append(seeds)
             if "image_id" in self.fields:
                 image_ids.append(identity(raw.image))
-        batch.tensors = {name: self._outgoing.tensor(array) for name, array in images.items()}
-        batch.tensors |= self._text_views(captions, augmented, drawn)
+        batch.tensors = images.tensors() | self._text_views(captions, augmented, drawn)
         if image_ids:
             batch.tensors["image_id"] = torch.tensor(image_ids)
         if "text_id" in self.fields:
@@ -260,14 +258,13 @@ class LocalBatches(Dataset[TrainBatch]):
         sample: int,
         raw: RawSample | BadSample,
         seeds: Seeds,
-        into: Sequence[np.ndarray],
+        images: ImageRows,
         batch: TrainBatch,
     ) -> tuple[RawSample, Seeds, str]:
         """The slot's sample, or its first usable substitute, with its seeds and the text of the field that augmented
-        captions come from, if they do; writes the image views.
+        captions come from, if they do; adds its image.
 
-        sample, raw, seeds: of the slot's own sample. into: a row for each of `image_views`. Sources and bad samples are
-        noted in the batch.
+        sample, raw, seeds: of the slot's own sample. Sources and bad samples are noted in the batch.
         """
         for attempt in range(1, SUBSTITUTES + 2):
             batch.tried += 1
@@ -276,7 +273,7 @@ class LocalBatches(Dataset[TrainBatch]):
                 if isinstance(raw, BadSample):
                     raise raw
                 text = "" if self.text_field is None else raw.drawn_text(self.text_field, seeds["text_augmented"])
-                self._write_views(raw, seeds, into)
+                self._add_image(raw, seeds, images)
                 if self.source_starts:
                     batch.sources.append(source)
                 return raw, seeds, text
@@ -290,16 +287,18 @@ class LocalBatches(Dataset[TrainBatch]):
             "repair the shards"
         )
 
-    def _write_views(self, raw: RawSample, seeds: Seeds, into: Sequence[np.ndarray]) -> None:
+    def _image_rows(self, rows: int) -> ImageRows:
+        made = RowsForDevice if self.views.on_device else FinishedRows
+        return made(self.views, self.image_views, rows, self._outgoing)
+
+    def _add_image(self, raw: RawSample, seeds: Seeds, images: ImageRows) -> None:
         plain, augmented = seeds["image"], seeds["image_augmented"] if "image_augmented" in self.fields else None
 
         def factor(size: tuple[int, int]) -> int:
             return self.views.reduction(size, plain, augmented) if self.config.scaled_decoding else 1
 
         image, whole = decode_reduced(raw.image, self.config.max_image_pixels, raw.where, factor)
-        self.views.plain_image(image, plain, into[0], whole)
-        if augmented is not None:
-            self.views.augmented_image(image, augmented, into[1], whole)
+        images.add(image, whole, plain, augmented)
 
 
 def counted(samples: Samples, config: DataConfig) -> list[str]:

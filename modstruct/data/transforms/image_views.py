@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,10 +29,43 @@ MILD = (
 """Operations of ALBEF's code: none that changes colours, which captions name."""
 
 
-class MildRandAugment(v2.RandAugment):
+class _Noting:
+    """Over torchvision's transforms: can draw operations without carrying them out."""
+
+    noted: list[tuple[str, float]] | None = None
+
+    def operations(self, side: int) -> list[tuple[str, float]]:
+        """What it draws for an image of this side: torchvision's name and the magnitude of each operation."""
+        self.noted = noted = []
+        self(Image.new("L", (side, side)))  # type: ignore[operator]  # a transform is called
+        self.noted = None
+        return noted
+
+    def _apply_image_or_video_transform(self, image, transform_id, magnitude, *more, **named):
+        if self.noted is None:
+            return super()._apply_image_or_video_transform(image, transform_id, magnitude, *more, **named)  # type: ignore[misc]
+        self.noted.append((transform_id, magnitude))
+        return image
+
+
+class AutoAugment(_Noting, v2.AutoAugment):
+    """torchvision's AutoAugment, which can be asked for its draws."""
+
+
+class MildRandAugment(_Noting, v2.RandAugment):
     """torchvision's RandAugment with ALBEF's choice of operations."""
 
     _AUGMENTATION_SPACE = {name: v2.RandAugment._AUGMENTATION_SPACE[name] for name in MILD}  # noqa: RUF012
+
+
+class Drawn(NamedTuple):
+    """What is drawn for a view."""
+
+    box: tuple[float, float, float, float]
+    """Its crop: left, top, right, bottom in pixels of the decoded image."""
+    flip: bool = False
+    operations: Sequence[tuple[str, float]] = ()
+    """torchvision's name and the magnitude of each."""
 
 
 class ImageViews:
@@ -45,6 +79,8 @@ class ImageViews:
         """image_size: side of the square view, in pixels."""
         require(image_size >= 1, "model.vision.image_size", image_size, "at least 1 pixel")
         self.image_size = image_size
+        self.on_device = config.on == "device"
+        """Whether training makes them on the device, of what is `drawn` here."""
         self._plain_is_random = config.plain == "crop_flip"
         self._squeeze = config.evaluation == "squeeze"
         self._crop_scale = config.crop_scale
@@ -52,7 +88,7 @@ class ImageViews:
         self._rand_augment = (
             MildRandAugment(num_ops=2, magnitude=7, num_magnitude_bins=11) if config.rand_augment else None
         )
-        self._auto_augment = v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET) if config.auto_augment else None
+        self._auto_augment = AutoAugment(v2.AutoAugmentPolicy.IMAGENET) if config.auto_augment else None
 
     def plain_image(
         self, image: Image.Image, seed: int, into: np.ndarray | None = None, whole: Whole | None = None
@@ -68,14 +104,30 @@ class ImageViews:
         """A random crop, a flip and AutoAugment, as the recipe says, drawn from seed."""
         return _to_tensor(self._changed(image, seed, self._auto_augment, whole), into)
 
-    def reduction(self, size: tuple[int, int], plain_seed: int, augmented_seed: int | None) -> int:
-        """The largest of 1, 2, 4, 8 by which an image of this width and height can be decoded smaller, so that each
-        view's crop of it is still no smaller than the view. augmented_seed: None where that view is not made."""
+    def drawn(self, whole: Whole, plain_seed: int, augmented_seed: int | None) -> list[Drawn]:
+        """What plain_image and, where it is made, augmented_image draw from their seeds."""
+        changes = [(plain_seed, self._rand_augment)] * self._plain_is_random
+        changes += [] if augmented_seed is None else [(augmented_seed, self._auto_augment)]
+        draws = [] if self._plain_is_random else [Drawn(centre_box(self.image_size, whole))]
+        for seed, change in changes:
+            generator = random.Random(seed)
+            box, flip = self._drawn_crop(generator, whole)
+            with _torch_seeded(generator.getrandbits(63)):
+                draws.append(Drawn(box, flip, change.operations(self.image_size) if change else []))
+        return draws
+
+    def smaller(self, size: tuple[int, int], plain_seed: int, augmented_seed: int | None) -> int:
+        """The largest number, at least 1, by which an image of this width and height can be divided so that each view's
+        crop of it is still no smaller than the view. augmented_seed: None where that view is not made."""
         seeds = [plain_seed] * self._plain_is_random + [augmented_seed] * (augmented_seed is not None)
         crops = [random_crop_box(*size, self._crop_scale, random.Random(seed))[2:] for seed in seeds]
         crops += [] if self._plain_is_random else [size]
-        least = min(map(min, crops)) // self.image_size
-        return next(factor for factor in (8, 4, 2, 1) if least >= factor or factor == 1)
+        return max(1, min(map(min, crops)) // self.image_size)
+
+    def reduction(self, size: tuple[int, int], plain_seed: int, augmented_seed: int | None) -> int:
+        """Likewise, of 1, 2, 4, 8, by which a JPEG is decoded smaller."""
+        least = self.smaller(size, plain_seed, augmented_seed)
+        return next(factor for factor in (8, 4, 2, 1) if least >= factor)
 
     def evaluation_image(self, image: Image.Image) -> Tensor:
         """The view of `views.evaluation`, the centre or the whole image squeezed, regardless of `views.plain`."""
@@ -93,13 +145,15 @@ class ImageViews:
         return image
 
     def _crop_and_flip(self, image: Image.Image, generator: random.Random, whole: Whole) -> Image.Image:
+        box, flip = self._drawn_crop(generator, whole)
+        image = image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC, box=box)
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
+
+    def _drawn_crop(self, generator: random.Random, whole: Whole) -> tuple[tuple[float, float, float, float], bool]:
         left, top, width, height = random_crop_box(*whole.size, self._crop_scale, generator)
         k = whole.factor
         box = (left / k, top / k, (left + width) / k, (top + height) / k)
-        image = image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC, box=box)
-        if self._flip and generator.random() < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return image
+        return box, self._flip and generator.random() < 0.5
 
 
 def centre_crop(image: Image.Image, size: int, whole: Whole | None = None) -> Image.Image:
@@ -112,7 +166,13 @@ def centre_crop(image: Image.Image, size: int, whole: Whole | None = None) -> Im
     """
     if image.size == (size, size):
         return image
-    sides, factor = whole or Whole(image.size)
+    box = centre_box(size, whole or Whole(image.size))
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+
+
+def centre_box(size: int, whole: Whole) -> tuple[float, float, float, float]:
+    """Left, top, right, bottom of what centre_crop cuts out, in pixels of the decoded image."""
+    sides, factor = whole
     shorter = min(sides)
     box: list[tuple[float, float]] = []
     for side in sides:
@@ -120,7 +180,7 @@ def centre_crop(image: Image.Image, size: int, whole: Whole | None = None) -> Im
         start = round((resized - size) / 2) * side / resized
         box.append((start / factor, min(start + size * side / resized, side) / factor))
     (left, right), (top, bottom) = box
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
+    return left, top, right, bottom
 
 
 def random_crop_box(
