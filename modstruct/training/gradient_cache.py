@@ -66,13 +66,11 @@ class CachedBatch:
         self.deferred = objective.row_losses
         model = engine.model
         self.random_states = []
-        made, whole = [], []
+        made = []
         with torch.no_grad(), _statistics_held(model):
             for part in self.parts:
                 self.random_states.append(random_state())
-                moved = on_device(part)
-                whole.append({name: moved[name] for name in moved.keys() & model.whole_fields})
-                made.append(engine(moved, embed_only=True))
+                made.append(engine(on_device(part), embed_only=True))
         rows = {name: torch.cat([part[name] for part in made]) for name in made[0] if name not in model.shared_outputs}
         once = {name: made[0][name] for name in made[0] if name in model.shared_outputs}
         self.leaves = {
@@ -80,7 +78,8 @@ class CachedBatch:
             for name, values in (rows | once).items()
         }
         self.outputs = self.leaves
-        self.batch = {name: torch.cat([part[name] for part in whole]) for name in whole[0]}
+        whole = parts[0].keys() & model.whole_fields
+        self.batch = on_device({name: torch.cat([part[name] for part in parts]) for name in whole})
 
     def backward(self, total: Tensor) -> Terms:
         """Gradients of the total and of the deferred losses, reduced over the processes, to the engine.
@@ -117,9 +116,8 @@ class CachedBatch:
                 first = 0
                 for part, state in zip(self.parts, self.random_states, strict=True):
                     set_random_state(state)
-                    moved = on_device(part)
-                    end = first + len(next(iter(moved.values())))
-                    yield moved, first, end
+                    end = first + len(next(iter(part.values())))
+                    yield on_device(part), first, end
                     add()
                     first = end
 
@@ -146,7 +144,7 @@ def _statistics_held(module: nn.Module) -> Iterator[None]:
 
 
 def on_device(batch: Batch) -> Batch:
-    """The batch on this process's device, where its views are made if the loader has sent what they are made of."""
+    """The batch on this process's device, with the views that are made there, if it has none yet."""
     moved = {name: rows.to(distributed.device(), non_blocking=True) for name, rows in batch.items()}
     return made_views(moved, drawn=batch)
 

@@ -78,14 +78,18 @@ def train_step(
 
 
 def sent_ahead(steps: Iterable[list[TrainBatch]]) -> Iterator[list[TrainBatch]]:
-    """The batches of one step after the other, on a GPU if there is one.
+    """The batches of one step after the other, on a GPU if there is one, with the views that are made there.
 
     There each part is copied once, on a stream of its own, while the step before it is computed: two steps' batches are
     then in its memory. The loader is asked for a step's batches before the step that comes before them begins.
     """
     steps = iter(steps)
+
+    def sent(parts: list[TrainBatch]) -> list[TrainBatch]:
+        return [replace(part, tensors=on_device(part.tensors)) for part in parts]
+
     if not distributed.on_gpu():
-        yield from steps
+        yield from map(sent, steps)
         return
     copying = torch.cuda.Stream()
 
@@ -93,7 +97,7 @@ def sent_ahead(steps: Iterable[list[TrainBatch]]) -> Iterator[list[TrainBatch]]:
         if parts is None:
             return None
         with torch.cuda.stream(copying):
-            return [replace(part, tensors=on_device(part.tensors)) for part in parts], copying.record_event()
+            return sent(parts), copying.record_event()
 
     coming = send(next(steps, None))
     while coming is not None:
