@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import pickle
 import re
@@ -87,6 +89,16 @@ def test_of_very_many_shards_some_are_checked(tmp_path, monkeypatch):
     os.utime(tmp_path / "shards/shard-000.tar", (1, 1))
     with pytest.raises(ValueError, match=r"^data\.train = .*shard-004\.tar.* does not exist; correct the pattern"):
         opened(pattern, data)
+
+
+def test_a_table_keeps_its_name(tmp_path, monkeypatch):
+    """That of earlier versions, whose tables are then found."""
+    monkeypatch.setattr(sources_module, "CHECKED", 2)
+    samples = opened(write_shards(tmp_path / "shards", [1] * 5, name="ü"), config(tmp_path))
+    states = [[name, os.stat(name).st_size, os.stat(name).st_mtime_ns] for name in samples.shards]
+    known = [state[:1] if number % 3 else state for number, state in enumerate(states)]
+    text = "".join(map(json.dumps, [[samples_module.TABLE_VERSION, samples_module.INDEX_VERSION], *known])) + "/"
+    assert samples.table.stem == hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def test_pipes_are_told_by_source(tmp_path):
