@@ -46,6 +46,11 @@ FINETUNE_RECIPES = RECIPES / "finetune"
 NO_HOME = "Could not determine home directory"  # as pathlib says it
 HOME_REMEDY = "this user has no home directory: set it, or give data.cache, and what else begins with ~, as full paths"
 LOSSES_OFF = {loss.name: {"weight": 0.0} for loss in fields(LossesConfig)}
+OWN_SCRIPT = {RECIPES: "pretrain.py", FINETUNE_RECIPES: "finetune.py"}
+NO_METHOD = (
+    "a downstream task has losses of its own; methods are of launch_scripts/pretrain.py: --model.pretrained goes on "
+    "from two towers (recipe finetune_open_clip), --fusion.init from a fusion model"
+)
 DEFAULT_RECIPE = {RECIPES: "scenes", FINETUNE_RECIPES: "vqa"}
 
 
@@ -58,7 +63,10 @@ def recipe_path(name: str, folder: Path = RECIPES, option: str = "--recipe") -> 
     for path in (folder / f"{name}.yaml", Path(name)):
         if path.is_file():
             return path
-    raise ValueError(f"{option} = {name!r}: no such file; give a YAML file or one of {_names(folder)}")
+    for others, script in OWN_SCRIPT.items():
+        if folder in OWN_SCRIPT and (others / f"{name}.yaml").is_file():
+            refuse(option, name, f"is a recipe of launch_scripts/{script}: start that")
+    refuse(option, name, f"no such file; give a YAML file or one of {_names(folder)}")
 
 
 def read_recipe_file(path: Path) -> dict[str, Any]:
@@ -98,14 +106,14 @@ def _expand(arguments: Sequence[str], recipes: Path) -> list[str]:
     """Recipe first, method second, overrides after them in the order given; names become files."""
     names = plain_parser()
     names.add_argument("--recipe", default=DEFAULT_RECIPE[recipes])
-    if recipes == RECIPES:
-        names.add_argument("--method")
+    names.add_argument("--method")
     chosen, rest = names.parse_known_args(arguments)
+    require(recipes == RECIPES or chosen.method is None, "--method", chosen.method, NO_METHOD)
     path = recipe_path(chosen.recipe, recipes)
     # A checkpoint's own recipe stands beside its state.
     migrated = (migrate_checkpoint if (path.parent / "state.json").is_file() else migrate)(read_recipe_file(path))
     contents = [migrated]
-    if recipes == RECIPES and chosen.method:
+    if chosen.method:
         method = migrate_method(read_recipe_file(recipe_path(chosen.method, RECIPES / "methods", "--method")))
         contents += [{"losses": LOSSES_OFF}, method]
     return _as_options(contents) + rest

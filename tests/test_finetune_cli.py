@@ -45,6 +45,18 @@ def test_every_recipe_can_be_run(parse, name):
     assert recipe.output == f"runs/{name}"
 
 
+def test_what_is_of_pretraining_is_refused_with_its_script(parse, capsys):
+    for words, said in (
+        (["--method", "gc"], "--method = 'gc': a downstream task has losses of its own; methods are of launch_scripts"),
+        (["--recipe", "finetune_open_clip"], "'finetune_open_clip': is a recipe of launch_scripts/pretrain.py"),
+    ):
+        with pytest.raises(SystemExit):
+            parse(*words)
+        assert said in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"'vqa': is a recipe of launch_scripts/finetune\.py"):
+        cli.recipe_path("vqa")
+
+
 def test_in_modal_contrast_is_refused(parse, capsys):
     with pytest.raises(SystemExit):
         parse("--recipe", "retrieval", "--losses.queue_contrast.in_modal", "true")

@@ -16,7 +16,7 @@ import math
 import sys
 from dataclasses import dataclass, replace
 
-from planning import SIZES, Measured, memory, on_links, sent
+from planning import Measured, memory, on_links, sent
 
 from modstruct import stopping
 from modstruct.cli import parse, recipe_parser, run_tool
@@ -25,6 +25,11 @@ from modstruct.training.trainer import run_length
 
 GIB, GB = 2**30, 1e9
 STAGES = (0, 1, 2, 3)
+USAGE = (
+    "python tools/plan_run.py --recipe NAME --gpus N [--gpu KIND] [--samples N] [--FIELD VALUE ...]; --help lists all"
+)
+MAY_BE_0 = ("reserve_gib", "decode_ms", "process_gib", "worker_gib", "price")
+FRACTIONS = ("mfu", "link_efficiency")
 
 
 @dataclass(frozen=True)
@@ -75,9 +80,10 @@ class Plan:
 def plan(measured: Measured, options: argparse.Namespace, stage: int, rows: int, micro: int) -> Plan:
     """What a step of one setting takes."""
     recipe, gpu, processes = measured.recipe, GPUS[options.gpu], measured.processes
-    towers = measured.towers(rows)
+    towers = measured.towers(rows, micro < rows)
     operations = towers["both"] + (towers["forward"] if micro < rows else 0)
-    peak = options.peak_tflops or (gpu.single if recipe.train.precision == "fp32" else gpu.half)
+    in_float32 = gpu.half / 2 if recipe.train.tf32 else gpu.single  # TF32 has half of the half precision's rate
+    peak = options.peak_tflops or (in_float32 if recipe.train.precision == "fp32" else gpu.half)
     per_host = min(options.gpus_per_host, processes)
     found = sent(measured, stage, rows, micro)
     losses = on_links(measured.losses(rows)["sent"], processes)
@@ -90,7 +96,7 @@ def plan(measured: Measured, options: argparse.Namespace, stage: int, rows: int,
     # Stages 2 and 3 send beside the backward pass, but for the losses' and, at stage 2, the gather of new weights.
     beside = 0.0
     if stage == 2:
-        beside = crossing - losses - measured.trained * SIZES[recipe.train.precision] * (1 - 1 / processes)
+        beside = crossing - losses - measured.gradients * (1 - 1 / processes)
     elif stage == 3:
         beside = crossing - losses
     hidden = min(beside / slowest, compute * 2 / 3)
@@ -217,6 +223,7 @@ def of_a_host(measured: Measured, options: argparse.Namespace, rows: int, steps:
     recipe, processes = measured.recipe, measured.processes
     saved = 12 * measured.trained + 4 * (measured.elements - measured.trained)
     saved += measured.ema + measured.queue + measured.buffers
+    saved += 4 * measured.trained * (recipe.train.ema_decay is not None)
     here = min(options.gpus_per_host, processes)
     workers = here * recipe.data.workers
     samples = options.samples or 0
@@ -240,7 +247,9 @@ def of_a_host(measured: Measured, options: argparse.Namespace, rows: int, steps:
 
 
 def options_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, usage=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add("--gpus", type=int, required=True, help="processes, one a GPU")
     add("--gpu", choices=sorted(GPUS), default="h100", help="rates and memory (default: %(default)s)")
@@ -263,13 +272,28 @@ def options_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check(options: argparse.Namespace) -> None:
+    """Raises ValueError that names an option whose number is none of its kind."""
+    for name, value in vars(options).items():
+        numbers = value if isinstance(value, list) else [value]
+        for number in numbers:
+            if number is None or isinstance(number, (str, bool)):
+                continue
+            require(number > 0 or (number == 0 and name in MAY_BE_0), f"--{name}", number, "must be above 0")
+            require(number <= 1 or name not in FRACTIONS, f"--{name}", number, "is a fraction: at most 1")
+    memory = options.memory_gib or GPUS[options.gpu].memory
+    remedy = f"leaves nothing of {memory:g} GiB (--memory_gib): give less"
+    require(options.reserve_gib < memory, "--reserve_gib", options.reserve_gib, remedy)
+
+
 def main(arguments: list[str] | None = None) -> None:
     options, words = options_parser().parse_known_args(arguments)
-    recipe, _ = parse(recipe_parser(__doc__ or "", "%(prog)s"), words)
-    train = recipe.train
-    require(options.gpus >= 1, "--gpus", options.gpus, "at least 1")
-    fits = train.global_batch % options.gpus == 0
-    require(fits, "train.global_batch", train.global_batch, f"must be a multiple of --gpus = {options.gpus}")
+    check(options)
+    recipe, _ = parse(recipe_parser(__doc__ or "", USAGE), words)
+    train, gpus = recipe.train, options.gpus
+    times, over = divmod(train.global_batch, gpus)
+    near = " or ".join(str(n * gpus) for n in (times, times + 1) if n)
+    require(over == 0, "train.global_batch", train.global_batch, f"must be a multiple of --gpus = {gpus}: {near}")
     if train.steps is None and options.samples is None:
         refuse("--samples", None, f"give the pairs of data.train, of which the run sees train.epochs = {train.epochs}")
     measured = Measured(recipe, options.gpus)

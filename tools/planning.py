@@ -2,115 +2,43 @@
 
 from __future__ import annotations
 
-import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any, cast
 from unittest import mock
 
 import torch
-import torch.distributed as dist
+from counting import ATTENTION, Count, as_one_of
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 from modstruct.config import Recipe
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.distributed.collectives import HostCopy
 from modstruct.losses.objective import build_objective
 from modstruct.losses.protocol import LossSettings
-from modstruct.models.build import build_model, image_size, recompute_activations
+from modstruct.models.build import (
+    autocast_forward,
+    build_model,
+    cast_but_norms,
+    image_size,
+    recompute_activations,
+)
 from modstruct.models.fusion.published import QUEUE
 from modstruct.models.protocol import Batch, TrainableModel
 from modstruct.training.ds_config import size_buckets
 
-SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""Precisions whose weights and gradients are not float32."""
 KEPT_AT_STAGE_3 = 500_000_000
 """Elements that DeepSpeed leaves gathered between a weight's use in the forward pass and in the backward pass: half of
 stage3_max_reuse_distance."""
+ALWAYS_GATHERED = 100_000
+"""Elements of the largest weight that DeepSpeed keeps whole on every process at stage 3
+(stage3_param_persistence_threshold), gathered once a step."""
 VOCABULARIES = {"clip_bpe": 49_409, "bert_wordpiece": 30_522}
-CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-ATTENTION = {
-    CPU_ATTENTION: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
-    ),
-}
-
-
-# --- counting, on tensors without numbers ---
-
-
-class Count(TorchDispatchMode):
-    """Bytes of tensors that are alive and the most at any time, and of what crosses the processes, by kind."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive = self.most = 0
-        self.sent: Counter[str] = Counter()
-        self._known = weakref.WeakSet[Any]()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function._schema.name
-        if name == "aten::_local_scalar_dense":
-            return 0  # a number that is read while the model is built: timm's rates of dropped layers
-        if name.startswith("c10d::"):
-            self.sent[_kind(name)] += max(sum(t.nbytes for t in _tensors(arg)) for arg in args)
-        result = function(*args, **kwargs or {})
-        for tensor in _tensors(result):
-            self._note(tensor.untyped_storage())
-        return result
-
-    def _note(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._known:
-            return
-        self._known.add(storage)
-        size = storage.nbytes()
-        self.alive += size
-        self.most = max(self.most, self.alive)
-        weakref.finalize(storage, self._released, size)
-
-    def _released(self, size: int) -> None:
-        self.alive -= size
-
-
-def _tensors(tree: object) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def _kind(name: str) -> str:
-    return "all_reduce" if "allreduce" in name else "all_to_all" if "alltoall" in name else "gather"
-
-
-@contextmanager
-def as_one_of(processes: int) -> Iterator[None]:
-    """Tensors without numbers, on a process that believes itself to be one of so many."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
-    try:
-        # EMA weights are a copy in float32, as the weights are; torch cannot convert tensors without numbers in place.
-        whole, copied = (
-            mock.patch.object(nn.Module, "float", lambda module: module),
-            mock.patch.object(FakeTensor, "__deepcopy__", _copied),
-        )
-        with FakeTensorMode(allow_non_fake_inputs=True), whole, copied:
-            yield
-    finally:
-        dist.destroy_process_group()
-
-
-def _copied(tensor: Tensor, memo: dict[int, object]) -> Tensor:
-    """What copy.deepcopy makes of a tensor without numbers, for EMA weights: torch's own looks for some."""
-    copied = tensor.detach().clone()
-    copied = nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
-    memo[id(tensor)] = copied
-    return copied
 
 
 def sizes_of_tokenizer(recipe: Recipe) -> Tokenizer:
@@ -140,6 +68,22 @@ def batch_for(model: TrainableModel, recipe: Recipe, rows: int) -> Batch:
     return batch
 
 
+def as_trained(model: TrainableModel, recipe: Recipe) -> None:
+    """Weights and forward in the recipe's precision, as `build_engine` and DeepSpeed make them."""
+    precision = recipe.train.precision
+    if precision == "bf16" and recipe.train.float32_norms:
+        cast_but_norms(model, HALF[precision])
+    elif precision in HALF:
+        for weight in model.parameters():
+            weight.data = weight.data.to(HALF[precision])
+    elif precision == "bf16_mixed":
+        autocast_forward(model, torch.bfloat16)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
 def outside_autograd(model: TrainableModel) -> list[Tensor]:
     """EMA weights and queues."""
     return list(model.ema_state_dict().values())
@@ -148,7 +92,8 @@ def outside_autograd(model: TrainableModel) -> list[Tensor]:
 class Measured:
     """A recipe's model and losses as one of `processes` runs them.
 
-    elements, trained: of the weights, and of those that are trained. ema, queue, buffers: bytes.
+    elements, trained: of the weights, and of those that are trained. weights, gradients, ema, queue, buffers: bytes.
+    kept_whole: of the weights that stage 3 leaves whole, largest: of the rest that one module has.
     """
 
     def __init__(self, recipe: Recipe, processes: int):
@@ -165,25 +110,62 @@ class Measured:
             self.ema = sum(v.nbytes for name, v in model.ema_state_dict().items() if not name.startswith(QUEUE))
             self.queue = sum(value.nbytes for value in outside_autograd(model)) - self.ema
             self.buffers = sum(buffer.nbytes for buffer in model.buffers())
+            as_trained(model, recipe)
             for weight in weights:
-                weight.data = weight.data.to(DTYPES[recipe.train.precision])
                 weight.register_post_accumulate_grad_hook(_drop_gradient)
+            self.weights = _bytes(weights)
+            self.gradients = _bytes(weight for weight in weights if weight.requires_grad)
+            self.kept_whole = _bytes(weight for weight in weights if weight.numel() <= ALWAYS_GATHERED)
+            self.largest = max(_bytes(module.parameters(recurse=False)) for module in model.modules())
             model.train()
             self.views = 1 + ("image_augmented" in model.batch_fields)
-            queue = getattr(model, "queue", None)
+            queue, ema = getattr(model, "queue", None), getattr(model, "ema", None)
             if queue is not None:
                 queue.filled = len(queue.image)
-            small, large = self._towers(32), self._towers(64)
+            self._ema_called = 0
+            for module in ema.module.modules() if ema else ():
+                module.register_forward_pre_hook(self._note_ema)
+            small, large = self._passes(32), self._passes(64)
         self._losses: dict[int, dict[str, Any]] = {}
         self.fixed = {name: 2 * small[name] - large[name] for name in small}
         self.by_row = {name: (large[name] - small[name]) / 32 for name in small}
 
-    def towers(self, rows: int) -> dict[str, float]:
-        """Of a micro-batch: bytes `saved` for the backward pass, `most` bytes beside weights and their gradients at any
-        time of both passes; operations `forward` and of `both`."""
-        return {name: max(0.0, fixed + rows * self.by_row[name]) for name, fixed in self.fixed.items()}
+    def towers(self, rows: int, cached: bool = False) -> dict[str, float]:
+        """Of rows that are embedded at once: bytes `saved` for the backward pass, `most` bytes beside weights and their
+        gradients at any time of both passes; operations of the `forward` pass and of `both`; bytes `sent`; bytes of EMA
+        weights that the forward pass uses, `ema`.
 
-    def _towers(self, rows: int) -> dict[str, float]:
+        cached: of the gradient cache. `forward` and `ema_first` are of its first pass, `sent` and what it has
+        `exchanged`, bytes, of a process's whole batch.
+        """
+        found = {name: max(0.0, fixed + rows * self.by_row[name]) for name, fixed in self.fixed.items()}
+        return found | {name.removeprefix("cached_"): found[name] for name in found if cached and "cached_" in name}
+
+    def _note_ema(self, module: nn.Module, _: object) -> None:
+        self._ema_called += _bytes(module.parameters(recurse=False))
+
+    def _passes(self, rows: int) -> dict[str, float]:
+        """All that `towers` gives, of the whole batch and `cached_`."""
+        of_one = mock.patch.object(HostCopy, "read", _as_if_all_were_of_one(rows, self.processes))
+        batch = batch_for(self.model, self.recipe, rows)
+        with of_one:
+            whole, outputs = self._both_passes(batch)
+            with Count() as count:
+                self.model.update_ema(outputs, batch, 10**6)
+            after = sum(count.sent.values())
+            with Count() as count:
+                exchanged = self.model.exchange(outputs, batch)()
+            held = [*exchanged.values(), *(batch[name] for name in batch.keys() & self.model.whole_fields)]
+            cached = self._both_passes(batch | exchanged)[0] if exchanged else whole
+            self._ema_called, operations = 0, FlopCounterMode(display=False, custom_mapping=ATTENTION)
+            with operations, Count(), torch.no_grad():
+                self.model(batch, embed_only=True)
+        cached = cached | {"forward": operations.get_total_flops(), "sent": sum(count.sent.values()) + after}
+        cached |= {"ema_first": self._ema_called, "exchanged": _bytes(held)}
+        return whole | {"sent": whole["sent"] + after} | {f"cached_{name}": value for name, value in cached.items()}
+
+    def _both_passes(self, batch: Batch) -> tuple[dict[str, float], Batch]:
+        """What they hold, compute and send; and the outputs."""
         own = {id(_storage(value)) for value in [*self.model.parameters(), *outside_autograd(self.model)]}
         saved: dict[int, torch.UntypedStorage] = {}
 
@@ -193,9 +175,10 @@ class Measured:
                 saved[id(storage)] = storage
             return value
 
+        self._ema_called = 0
         count, operations = Count(), FlopCounterMode(display=False, custom_mapping=ATTENTION)
-        with operations, count, mock.patch.object(HostCopy, "read", _as_if_all_were_of_one(rows, self.processes)):
-            batch = batch_for(self.model, self.recipe, rows)
+        with operations, count:
+            batch = {name: rows.clone() for name, rows in batch.items()}
             with saved_tensors_hooks(keep, lambda value: value):
                 outputs = self.model(batch)
                 total = sum(z.float().sum() for z in outputs.values() if z.requires_grad)
@@ -205,10 +188,11 @@ class Measured:
             kept, forward = sum(storage.nbytes() for storage in saved.values()), operations.get_total_flops()
             saved.clear()
             self.outputs = {name: (tuple(z.shape), z.dtype, z.requires_grad) for name, z in outputs.items()}
-            del outputs
+            outputs = {name: z.detach() for name, z in outputs.items()}
             total.backward()
         both = operations.get_total_flops()
-        return {"saved": kept, "most": count.most, "forward": forward, "both": both, "sent": sum(count.sent.values())}
+        found = {"saved": kept, "most": count.most, "forward": forward, "both": both, "ema": self._ema_called}
+        return found | {"sent": sum(count.sent.values())}, outputs
 
     def losses(self, rows: int) -> dict[str, Any]:
         """Of a process's whole batch: bytes of its `embeddings`, the most that the losses hold beside them (`buffers`),
@@ -253,61 +237,67 @@ def memory(measured: Measured, stage: int, rows: int, micro: int) -> dict[str, f
     """Bytes that a GPU holds at the fullest point of a step, by part.
 
     As DeepSpeed holds them: at stage 0 in half precision gradients once more in float32 while the optimizer steps; from
-    stage 1 on that for a share. Stage 3 keeps weights gathered from the forward pass to the backward pass.
+    stage 1 on that for a share. Stage 3 keeps weights gathered from the forward pass to the backward pass; with the
+    gradient cache, whose passes it cannot foresee, a module's at a time.
     """
     train, processes = measured.recipe.train, measured.processes
-    size, trained = SIZES[train.precision], measured.trained
+    trained, half = measured.trained, train.precision in HALF
     share = 1 / processes if stage else 1
     cached = micro < rows
-    sharded = cached and stage >= 2 and train.gradient_sums == "sharded"
-    towers, losses = measured.towers(micro), measured.losses(rows)
+    towers, losses = measured.towers(micro, cached), measured.losses(rows)
     zero = size_buckets({"zero_optimization": {"stage": stage}}, measured.elements)["zero_optimization"]
-    bucket = zero.get("reduce_bucket_size", 0) * size
-    weights, gathered = float(size * measured.elements), 0.0
+    bucket = zero.get("reduce_bucket_size", 0) * (2 if half else 4)
+    weights, gathered = float(measured.weights), 0.0
     if stage == 3:
-        weights, gathered = weights / processes, size * float(min(measured.elements, KEPT_AT_STAGE_3))
-    master = 4 * trained * share if stage or size == 2 else 0
-    gradients = size * trained * (1 if stage < 2 else share)
-    if sharded:
+        gathered = min(weights, (2.0 if half else 4.0) * KEPT_AT_STAGE_3)
+        if cached:
+            gathered = min(gathered, float(measured.kept_whole + measured.largest))
+        weights /= processes
+    gradients = measured.gradients * (1 if stage < 2 else share)
+    if cached and stage >= 2 and train.gradient_sums == "sharded":
         gradients = 4 * trained * share
     elif cached:
-        gradients = (4 + size * (size == 2)) * trained  # sums in float32, beside them the last micro-batch's
+        gradients = measured.gradients + 4 * trained * half  # sums in float32 beside the last micro-batch's
+    ema = measured.ema / (processes if stage == 3 else 1) + measured.queue
+    if train.ema_decay is not None:
+        ema += 4 * trained * share
     parts = {
         "weights": weights,
         "gathered": gathered,
         "gradients": gradients,
         "moments": 8 * trained * share,
-        "master": master,
+        "master": 4 * trained * share if stage or half else 0,
         "buckets": bucket * (2 if stage == 2 else 1),
         "activations": max(towers["saved"], towers["most"]),
-        "embeddings": losses["embeddings"] * (2 if cached else 1),
+        "embeddings": losses["embeddings"] + cached * (losses["embeddings"] + measured.towers(rows, True)["exchanged"]),
         "losses": losses["buffers"],
-        "EMA, queue": measured.ema / (processes if stage == 3 else 1) + measured.queue,
+        "EMA, queue": ema,
     }
     # The optimizer's gradients in float32 come when activations are gone.
-    step = 4 * trained * share if size == 2 or stage else 0
+    step = 4 * trained * share if half or stage else 0
     parts["activations"] = max(parts["activations"], step - parts["embeddings"] - parts["losses"])
     return parts
 
 
 def sent(measured: Measured, stage: int, rows: int, micro: int) -> dict[str, float]:
     """Bytes of the tensors that a step sends, by kind: of what an all-reduce takes, a gather makes, a reduce-scatter
-    takes."""
+    takes (which costs what a gather does)."""
     train = measured.recipe.train
-    size = SIZES[train.precision]
     parts = -(-rows // micro)
-    passes = parts if stage >= 2 and parts > 1 and train.gradient_sums == "sharded" else 1
-    weights, trained = size * measured.elements, size * measured.trained
-    over = size * max(0, measured.elements - KEPT_AT_STAGE_3)
+    cached = parts > 1
+    towers = measured.towers(rows, cached)
+    passes = parts if stage >= 2 and cached and train.gradient_sums == "sharded" else 1
     found: Counter[str] = Counter(measured.losses(rows)["sent"])
+    found["gather"] += round(towers["sent"])
     if stage < 3:
-        found["all_reduce"] += trained * passes
-        found["gather"] += trained * (stage > 0)
+        found["all_reduce"] += measured.gradients * passes
+        found["gather"] += measured.gradients * (stage > 0)
     else:
-        found["gather"] += trained * passes  # what a reduce-scatter takes costs what a gather makes
-        found["gather"] += (weights + over) * parts + (weights * parts if parts > 1 else 0)
-        found["gather"] += measured.ema * (2 * parts if parts > 1 else 1)  # a block at a time
-    found["gather"] += round(measured.towers(rows)["sent"])
+        others = measured.weights - measured.kept_whole
+        beyond = max(0.0, others - (2 if train.precision in HALF else 4) * KEPT_AT_STAGE_3)
+        found["gather"] += measured.gradients * passes + measured.kept_whole
+        found["gather"] += 3 * parts * others if cached else others + beyond
+        found["gather"] += towers["ema"] * parts + (towers["ema_first"] * parts if cached else 0)  # a block at a time
     return {kind: value for kind, value in found.items()}
 
 

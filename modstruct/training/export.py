@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 from torch import Tensor
@@ -20,9 +22,13 @@ from modstruct.files import naming
 from modstruct.models.build import log_scale_range
 from modstruct.models.fusion.initial_weights import EXPORTED, EXPORTED_CONFIG
 from modstruct.models.towers import image_size, open_clip_config, open_clip_knows, text_sizes
-from modstruct.training.model_card import write_card
+from modstruct.training.model_card import CARD, write_card
 
 log = logging.getLogger("modstruct")
+OPEN_CLIP, OPEN_CLIP_CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
+INDEPENDENT, TOKENIZER = "independent_heads.safetensors", "tokenizer"
+OF_A_RUN = frozenset({CARD, TOKENIZER, OPEN_CLIP, OPEN_CLIP_CONFIG, INDEPENDENT, EXPORTED, EXPORTED_CONFIG})
+"""What a run writes into its export, of which the next one takes the place."""
 
 
 def export(
@@ -33,10 +39,12 @@ def export(
     tokenizer: Tokenizer,
     step: int,
 ) -> Path:
-    """Write a folder of plain weights (`write_weights`) with a model card. An earlier export is replaced.
+    """Write a folder of plain weights (`write_weights`) with a model card. An earlier one is replaced; a folder with
+    anything else in it is kept under another name.
 
     step: optimizer steps that made the weights.
     """
+    _keep_others(folder)
     with replaced(folder) as aside:
         write_weights(aside, weights, names, recipe, tokenizer)
         write_card(aside, recipe, step)
@@ -57,7 +65,7 @@ def write_weights(
     low, high = log_scale_range(recipe)
     clamped = {"logit_scale": ("logit_scale", lambda scale: scale.clamp(low, high))}
     weights = _Changed(weights, {name: (name, _as_it_is) for name in weights} | clamped)
-    tokenizer.save(folder / "tokenizer")
+    tokenizer.save(folder / TOKENIZER)
     if recipe.framework == "fusion" or not open_clip_knows(recipe.model):
         _export_as_ours(folder, weights, recipe)
         if recipe.framework == "two_tower":
@@ -75,10 +83,24 @@ def export_task(
     folder: Path, weights: Mapping[str, Tensor], recipe: FinetuneRecipe, tokenizer: Tokenizer, step: int
 ) -> None:
     """Write a fine-tuned model by our names, as `export` does a fusion model."""
+    _keep_others(folder)
     with replaced(folder) as aside:
-        tokenizer.save(aside / "tokenizer")
+        tokenizer.save(aside / TOKENIZER)
         _export_as_ours(aside, weights, recipe)
         write_card(aside, recipe, step)
+
+
+def _keep_others(folder: Path) -> None:
+    """Rename what stands in an export's place, if it holds anything that no run writes there."""
+    if folder.is_dir():
+        others = sorted({path.name for path in folder.iterdir()} - OF_A_RUN)
+    else:
+        others = ["a file"] if folder.exists() else []
+    if others:
+        names = (folder.with_name(f"{folder.name}-kept-{number}") for number in count(1))
+        kept = next(path for path in names if not os.path.lexists(path))
+        os.rename(folder, kept)
+        log.warning("%s held %s, which no run writes there: it is kept as %s", folder, ", ".join(others[:5]), kept)
 
 
 @contextmanager
@@ -148,10 +170,10 @@ def _export_to_open_clip(
     if "logit_bias" in shared:
         # open_clip has the parameter where this is given.
         config["model_cfg"]["init_logit_bias"] = weights["logit_bias"].item()
-    save_tensors(_Changed(weights, shared), folder / "open_clip_model.safetensors")
+    save_tensors(_Changed(weights, shared), folder / OPEN_CLIP)
     if own:
-        save_tensors(_Changed(weights, own), folder / "independent_heads.safetensors")
-    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1))
+        save_tensors(_Changed(weights, own), folder / INDEPENDENT)
+    (folder / OPEN_CLIP_CONFIG).write_text(json.dumps(config, indent=1))
 
 
 def _config(recipe: Recipe, tokenizer: Tokenizer) -> dict:

@@ -176,6 +176,18 @@ def test_an_export_replaces_an_earlier_one_whole(tmp_path):
     assert {path.suffix for path in folder.rglob("*") if path.is_file()} <= {".json", ".safetensors", ".txt", ".md"}
 
 
+def test_an_export_keeps_what_others_put_in_its_place(tmp_path):
+    folder = tmp_path / "export"
+    folder.write_text("mine")
+    exported(tmp_path, tiny_config(), word_tokenizer())
+    (folder / "image.onnx").write_text("mine")
+    for _ in range(2):
+        exported(tmp_path, tiny_config(), word_tokenizer())
+    kept = [tmp_path / "export-kept-1", tmp_path / "export-kept-2" / "image.onnx"]
+    assert [path.read_text() for path in kept] == ["mine", "mine"]
+    assert {path.name for path in tmp_path.iterdir()} == {"export", "export-kept-1", "export-kept-2"}
+
+
 def test_open_clip_takes_the_bias_of_the_sigmoid_loss(tmp_path):
     torch.manual_seed(0)
     tokenizer, views = word_tokenizer(), ViewsConfig(mean=MEAN, std=STD)
