@@ -125,9 +125,9 @@ END
   without_bars "$work/first_line.log" | tail -30
   timeout 60 python3 launch_scripts/evaluate.py full --checkpoint "$work/first_line" --out "$work/full" >"$work/full.log" 2>&1 ||
     { status=1; tail -5 "$work/full.log"; }
-  echo "== a step waits for nothing; what towers compute in; batches arrive"
+  echo "== a step waits for nothing; what towers compute in; batches arrive; views"
   timeout 90 python3 -m pytest -q -p no:cacheprovider tests/models/test_host_waits.py tests/models/test_build.py \
-    tests/training/test_step.py -k gpu \
+    tests/training/test_step.py tests/data/transforms/test_device_views.py -k gpu \
     >"$out/models.log" 2>&1 || { status=1; tail -40 "$out/models.log"; }
   tail -1 "$out/models.log"
 }

@@ -13,7 +13,8 @@ memory: decoding, crops, flips, AutoAugment, the copy to a tensor. It reads, ord
 all with its one view and the recipe's tokenizer. Rounds of all forms alternate, so a busy machine slows all alike. A
 core is one process: rates are per second of processor time of the process that does the work, and per second on the
 wall. The time that a step waits is `seconds/data` of the run's TensorBoard, without its first reading. Other words are
-fields of the recipe, such as `--model.vision.image_size 224`. Writes JSON to --out.
+fields of the recipe, such as `--model.vision.image_size 224` or `--views.on device`, with which the views of what the
+loader sends are made, and timed, in this process. Writes JSON to --out.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ from modstruct.data.shards.loader import BatchContents, BatchPlan, LocalBatches,
 from modstruct.data.shards.workers import WorkerLoader
 from modstruct.data.transforms.augment import sample_seed
 from modstruct.data.transforms.decoding import Whole
+from modstruct.data.transforms.device_views import made_views
 from modstruct.data.transforms.image_views import centre_crop, random_crop_box
 from modstruct.models.towers import image_size
 from modstruct.training.timing import PHASES
@@ -154,6 +156,9 @@ def rates(options: argparse.Namespace) -> dict:
     parts = [budget(lambda: drop(loader(1, 0))) for _ in tqdm(range(options.rounds), desc="budget", leave=False)]
     spent = {part: statistics.median(1000 * of[part] / count / len(views) for of in parts) for part in parts[0]}
     print_budget(spent)
+    batch = loader(0, 0).dataset[0].tensors
+    sent = sum(rows.nbytes for name, rows in batch.items() if name.startswith("image")) / options.batch / 1024
+    print(f"sent to the device: {sent:,.0f} KiB of images a pair")
 
     # A worker's step 0 comes with its start and is not timed, so all forms take the steps from 1 on.
     draws = drawn(loader(1, 0).dataset, recipe, np.arange(options.batch, options.batch + count), views)
@@ -162,6 +167,8 @@ def rates(options: argparse.Namespace) -> dict:
         "loader, no worker": lambda: measure_here(lambda: drop(loader(1, 0))),
         "loader, one worker": lambda: measure_worker(loader(0, 1)),
     }
+    if data.views.on_device:
+        forms["views of the device, here"] = lambda: measure_here(lambda: made_again(batch, options.steps))
     if options.open_clip:
         theirs = open_clip_batches(list(data.train.shards), side, recipe.views, data.tokenizer, options.batch)
         next(theirs)  # fills its shuffle buffer
@@ -174,7 +181,7 @@ def rates(options: argparse.Namespace) -> dict:
     print(f"decoded smaller: {smaller:.0%} of the images, which moves pixels by {moved(draws[:64], side):.2f} of 255")
     rows = [row(name, count, found, seconds[BARE]) for name, found in seconds.items()]
     print_rates(rows, len(views))
-    results = {"budget_ms": spent, "loader": rows}
+    results = {"budget_ms": spent, "sent_kib": sent, "loader": rows}
     if options.open_clip:
         pairs = zip(seconds[OPEN_CLIP], seconds["loader, no worker"], strict=True)
         results["over_open_clip"] = statistics.median(theirs[0] / ours[0] for theirs, ours in pairs)
@@ -260,6 +267,12 @@ def moved(draws: list[Draw], size: int) -> float:
         np.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32)).mean() for pair in both for a, b in pair
     ]
     return float(np.mean(differences)) if differences else 0.0
+
+
+def made_again(batch: dict[str, torch.Tensor], times: int) -> None:
+    """Views as the device makes them of what is sent, by this process."""
+    for _ in range(times):
+        made_views(batch, batch)
 
 
 def drop(batches: Iterable) -> None:

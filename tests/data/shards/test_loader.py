@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -49,6 +50,7 @@ from modstruct.data.shards.loader import (
 )
 from modstruct.data.shards.samples import open_samples
 from modstruct.data.transforms.augment import Views
+from modstruct.data.transforms.device_views import made_views
 from modstruct.errors import RunError
 
 BOTH = frozenset({"image_augmented", "text_augmented"})
@@ -205,6 +207,28 @@ def test_the_text_of_a_step_depends_on_no_process_start_or_worker(retold):
 def test_a_field_that_nobody_needs_is_not_missed(retold):
     (batch,) = load(*retold, stop=1, batch=20, extra={"image_augmented"}, text="field:retold")
     assert batch.faults == []
+
+
+def test_what_is_sent_for_the_device_makes_the_views_of_the_loader(tmp_path):
+    """The same draws in every epoch, whichever process or worker makes them, with substitutes for bad samples."""
+    members = []
+    for number in range(20):
+        content = io.BytesIO()
+        Image.effect_noise((20 + 3 * number, 60 - 2 * number), 90).convert("RGB").save(content, "JPEG")
+        members += sample(number, png=b"bad" if number % 7 == 5 else content.getvalue())
+    write_tar(tmp_path / "shard.tar", members)
+    data = config(tmp_path, max_bad_share=0.5)
+    samples = opened(tmp_path / "shard.tar", data)
+
+    def made(on: str, data=data, process: int = 0, processes: int = 1) -> list[TrainBatch]:
+        contents = BatchContents(Views(ViewsConfig(on=on), 16), LengthTokenizer(), BOTH)
+        batches = train_loader(samples, data, contents, BatchPlan(12, 3, 0, 4), process, processes)
+        return [replace(batch, tensors=made_views(batch.tensors, batch.tensors)) for batch in batches]
+
+    of_loader = made("loader")
+    assert any(batch.faults for batch in of_loader)
+    assert_same(of_loader, made("device", replace(data, workers=1)))
+    assert_same(of_loader, joined([made("device", process=process, processes=3) for process in range(3)]))
 
 
 def test_views_that_nobody_needs_are_not_made(tmp_path, monkeypatch):

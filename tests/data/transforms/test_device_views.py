@@ -9,7 +9,7 @@ from PIL import Image
 from test_images import encoded
 from torchvision.transforms import v2
 
-from modstruct.config import ViewsConfig
+from modstruct.config import FinetuneRecipe, ViewsConfig
 from modstruct.data.shards.image_rows import FinishedRows, RowsForDevice
 from modstruct.data.shards.workers import OutgoingRows
 from modstruct.data.transforms.decoding import decode_reduced
@@ -137,6 +137,11 @@ def test_the_pixels_are_sent_once_where_views_overlap():
     image, whole = decode_reduced(encoded(texture(4000, 40)), 1_000_000, "here", lambda size: 1)
     far.add(image, whole, 0, 1)  # a crop far from the centre
     assert len(far.tensors()["image_pixels"]) < 2 * 66 * 40
+
+
+def test_fine_tuning_makes_its_views_in_the_loader():
+    with pytest.raises(ValueError, match=r"^views\.on = 'device': fine-tuning makes its views in the loader"):
+        FinetuneRecipe(views=ViewsConfig(on="device"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
