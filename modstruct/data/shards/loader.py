@@ -288,8 +288,9 @@ class LocalBatches(Dataset[TrainBatch]):
         )
 
     def _image_rows(self, rows: int) -> ImageRows:
-        made = RowsForDevice if self.views.on_device else FinishedRows
-        return made(self.views, self.image_views, rows, self._outgoing)
+        if self.views.on_device:
+            return RowsForDevice(self.views, self.image_views, rows, self._outgoing)
+        return FinishedRows(self.views, self.image_views, rows, self._outgoing)
 
     def _add_image(self, raw: RawSample, seeds: Seeds, images: ImageRows) -> None:
         plain, augmented = seeds["image"], seeds["image_augmented"] if "image_augmented" in self.fields else None
