@@ -84,7 +84,7 @@ def test_renamed_and_removed_fields(added):
     saved = migrate_checkpoint({"data": {"old_cache": "here"}, "views": {"gone": 1, "flip": True}})
     assert saved["data"]["cache"] == "here"
     assert "old_cache" not in saved["data"]
-    assert saved["views"] == {"flip": True, "text": "eda"}
+    assert saved["views"] == {"flip": True, "text": "eda", "on": "loader"}
 
 
 def test_a_field_under_both_its_names_is_refused(added):
