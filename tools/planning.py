@@ -132,8 +132,8 @@ class Measured:
 
     def towers(self, rows: int, cached: bool = False) -> dict[str, float]:
         """Of rows that are embedded at once: bytes `saved` for the backward pass, `most` bytes beside weights and their
-        gradients at any time of both passes; operations of the `forward` pass and of `both`; bytes `sent`; bytes of EMA
-        weights that the forward pass uses, `ema`.
+        gradients at any time of both passes; operations of the `forward` pass and of `both`; bytes `sent`; bytes of the
+        `batch`; bytes of EMA weights that the forward pass uses, `ema`.
 
         cached: of the gradient cache. `forward` and `ema_first` are of its first pass, `sent` and what it has
         `exchanged`, bytes, of a process's whole batch.
@@ -162,7 +162,8 @@ class Measured:
                 self.model(batch, embed_only=True)
         cached = cached | {"forward": operations.get_total_flops(), "sent": sum(count.sent.values()) + after}
         cached |= {"ema_first": self._ema_called, "exchanged": _bytes(held)}
-        return whole | {"sent": whole["sent"] + after} | {f"cached_{name}": value for name, value in cached.items()}
+        whole |= {"sent": whole["sent"] + after, "batch": _bytes(batch.values())}
+        return whole | {f"cached_{name}": value for name, value in cached.items()}
 
     def _both_passes(self, batch: Batch) -> tuple[dict[str, float], Batch]:
         """What they hold, compute and send; and the outputs."""
@@ -258,6 +259,10 @@ def memory(measured: Measured, stage: int, rows: int, micro: int) -> dict[str, f
         gradients = 4 * trained * share
     elif cached:
         gradients = measured.gradients + 4 * trained * half  # sums in float32 beside the last micro-batch's
+    whole = measured.towers(rows, cached)
+    embeddings = losses["embeddings"] + whole["batch"]  # the next step's, which is sent ahead
+    if cached:
+        embeddings += losses["embeddings"] + whole["batch"] + whole["exchanged"]
     ema = measured.ema / (processes if stage == 3 else 1) + measured.queue
     if train.ema_decay is not None:
         ema += 4 * trained * share
@@ -269,7 +274,7 @@ def memory(measured: Measured, stage: int, rows: int, micro: int) -> dict[str, f
         "master": 4 * trained * share if stage or half else 0,
         "buckets": bucket * (2 if stage == 2 else 1),
         "activations": max(towers["saved"], towers["most"]),
-        "embeddings": losses["embeddings"] + cached * (losses["embeddings"] + measured.towers(rows, True)["exchanged"]),
+        "embeddings": embeddings,
         "losses": losses["buffers"],
         "EMA, queue": ema,
     }
