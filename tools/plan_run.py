@@ -153,6 +153,9 @@ def report(measured: Measured, options: argparse.Namespace, steps: int) -> None:
     )
     batch = f"{recipe.train.global_batch:,} pairs a step, {rows:,} a GPU; {steps:,} steps"
     print(f"{processes} x {options.gpu}: {batch}; {room:g} GiB of a GPU to use")
+    above = [str(micro) for micro in options.micro_batches or () if micro > rows]
+    if above:
+        print(f"--micro_batches {' '.join(above)}: left out, a GPU has {rows:,} pairs")
     print(
         "\nGiB of a GPU by part | GB sent in a step | milliseconds of a step, by cause; the run\n"
         + "".join(f"{name:>{width}}" for name, width in COLUMNS.items())

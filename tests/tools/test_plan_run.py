@@ -232,13 +232,14 @@ def test_activations_are_those_that_autograd_keeps(recipe):
 
 
 def test_the_plan_names_what_does_not_fit_and_what_does(capsys):
-    words = ["--recipe", "scenes", "--gpus", "2", "--micro_batches", "4", "64", "--reserve_gib", "0"]
+    words = ["--recipe", "scenes", "--gpus", "2", "--micro_batches", "4", "64", "65", "--reserve_gib", "0"]
     plan_run.main([*words, "--memory_gib", "0.1"])
     said = capsys.readouterr().out
     assert (
         "train.micro_batch: null does not fit at stage 0, 1, 2, 3; the nearest that does: stage 0, train.micro_batch 4"
         in said
     )
+    assert "--micro_batches 65: left out, a GPU has 64 pairs" in said
     rows = [line.split() for line in said.splitlines() if line.startswith("    ")]
     assert [(row[0], row[1], row[-1] == "fit") for row in rows if row[0] in "0123"] == [
         (stage, micro, micro == "64") for stage in "0123" for micro in ("4", "64")
