@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -28,13 +28,17 @@ ATTENTION = {
 
 
 class Count(TorchDispatchMode):
-    """Bytes of tensors that are alive and the most at any time, and of what crosses the processes, by kind."""
+    """Bytes of tensors that are alive and the most at any time, and of what crosses the processes, by kind.
 
-    def __init__(self) -> None:
+    known: what lies there before and does not count, else a weight would when a view of it is made.
+    """
+
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.alive = self.most = 0
         self.sent: Counter[str] = Counter()
-        self._known = weakref.WeakSet[Any]()
+        self._before = [tensor.untyped_storage() for tensor in known]
+        self._known = weakref.WeakSet[Any](self._before)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function._schema.name

@@ -93,7 +93,7 @@ class Measured:
     """A recipe's model and losses as one of `processes` runs them.
 
     elements, trained: of the weights, and of those that are trained. weights, gradients, ema, queue, buffers: bytes.
-    kept_whole: of the weights that stage 3 leaves whole, largest: of the rest that one module has.
+    kept_whole: of the weights that stage 3 leaves whole.
     """
 
     def __init__(self, recipe: Recipe, processes: int):
@@ -116,7 +116,6 @@ class Measured:
             self.weights = _bytes(weights)
             self.gradients = _bytes(weight for weight in weights if weight.requires_grad)
             self.kept_whole = _bytes(weight for weight in weights if weight.numel() <= ALWAYS_GATHERED)
-            self.largest = max(_bytes(module.parameters(recurse=False)) for module in model.modules())
             model.train()
             self.views = 1 + ("image_augmented" in model.batch_fields)
             queue, ema = getattr(model, "queue", None), getattr(model, "ema", None)
@@ -167,7 +166,8 @@ class Measured:
 
     def _both_passes(self, batch: Batch) -> tuple[dict[str, float], Batch]:
         """What they hold, compute and send; and the outputs."""
-        own = {id(_storage(value)) for value in [*self.model.parameters(), *outside_autograd(self.model)]}
+        given = [*self.model.parameters(), *outside_autograd(self.model)]
+        own = {id(_storage(value)) for value in given}
         saved: dict[int, torch.UntypedStorage] = {}
 
         def keep(value: Tensor) -> Tensor:
@@ -177,7 +177,7 @@ class Measured:
             return value
 
         self._ema_called = 0
-        count, operations = Count(), FlopCounterMode(display=False, custom_mapping=ATTENTION)
+        count, operations = Count(given), FlopCounterMode(display=False, custom_mapping=ATTENTION)
         with operations, count:
             batch = {name: rows.clone() for name, rows in batch.items()}
             with saved_tensors_hooks(keep, lambda value: value):
@@ -238,8 +238,8 @@ def memory(measured: Measured, stage: int, rows: int, micro: int) -> dict[str, f
     """Bytes that a GPU holds at the fullest point of a step, by part.
 
     As DeepSpeed holds them: at stage 0 in half precision gradients once more in float32 while the optimizer steps; from
-    stage 1 on that for a share. Stage 3 keeps weights gathered from the forward pass to the backward pass; with the
-    gradient cache, whose passes it cannot foresee, a module's at a time.
+    stage 1 on that for a share. At stage 3 autograd keeps what was gathered for the forward pass until the backward
+    pass, whether DeepSpeed lets go of it or not, but where activations are recomputed.
     """
     train, processes = measured.recipe.train, measured.processes
     trained, half = measured.trained, train.precision in HALF
@@ -250,10 +250,9 @@ def memory(measured: Measured, stage: int, rows: int, micro: int) -> dict[str, f
     bucket = zero.get("reduce_bucket_size", 0) * (2 if half else 4)
     weights, gathered = float(measured.weights), 0.0
     if stage == 3:
-        gathered = min(weights, (2.0 if half else 4.0) * KEPT_AT_STAGE_3)
-        if cached:
-            gathered = min(gathered, float(measured.kept_whole + measured.largest))
-        weights /= processes
+        gathered, weights = weights, weights / processes
+        if train.activation_checkpointing:
+            gathered = min(gathered, (2.0 if half else 4.0) * KEPT_AT_STAGE_3)
     gradients = measured.gradients * (1 if stage < 2 else share)
     if cached and stage >= 2 and train.gradient_sums == "sharded":
         gradients = 4 * trained * share
