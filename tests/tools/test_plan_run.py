@@ -173,7 +173,7 @@ def test_processes_hold_and_send_what_is_planned(processes, cases):
 
 
 def check(seen: dict, parts: dict, sent: dict, measured: planning.Measured, stage: int, case: tuple) -> None:
-    """Memory by part and bytes sent within 5 %, all that is held at the fullest point, with activations, within 15 %."""
+    """Memory by part and bytes sent within 5 %, all that is held at the fullest point, activations too, within 15 %."""
     processes, train = measured.processes, measured.recipe.train
     kept = ["weights", "moments", "master", "EMA, queue"]
     for name in kept:
