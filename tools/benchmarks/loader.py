@@ -32,6 +32,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -153,18 +154,26 @@ def rates(options: argparse.Namespace) -> dict:
         contents = BatchContents(data.views, data.tokenizer, fields)
         return train_loader(data.train, replace(recipe.data, workers=workers), contents, plan)
 
-    parts = [budget(lambda: drop(loader(1, 0))) for _ in tqdm(range(options.rounds), desc="budget", leave=False)]
+    def started() -> Iterator:
+        """The batches of the steps from 1 on, of a loader that has read before."""
+        batches = iter(loader(0, 0))
+        next(batches)
+        return batches
+
+    parts = []
+    for _ in tqdm(range(options.rounds), desc="budget", leave=False):
+        parts.append(budget(partial(drop, started())))
     spent = {part: statistics.median(1000 * of[part] / count / len(views) for of in parts) for part in parts[0]}
     print_budget(spent)
     batch = loader(0, 0).dataset[0].tensors
     sent = sum(rows.nbytes for name, rows in batch.items() if name.startswith("image")) / options.batch / 1024
     print(f"sent to the device: {sent:,.0f} KiB of images a pair")
 
-    # A worker's step 0 comes with its start and is not timed, so all forms take the steps from 1 on.
+    # Step 0 comes with the loader's start and is not timed, so all forms take the steps from 1 on.
     draws = drawn(loader(1, 0).dataset, recipe, np.arange(options.batch, options.batch + count), views)
     forms = {
         BARE: lambda: measure_here(lambda: bare(draws, side, recipe.views.auto_augment)),
-        "loader, no worker": lambda: measure_here(lambda: drop(loader(1, 0))),
+        "loader, no worker": lambda: measure_here(partial(drop, started())),
         "loader, one worker": lambda: measure_worker(loader(0, 1)),
     }
     if data.views.on_device:
