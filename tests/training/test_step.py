@@ -7,9 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from modstruct import distributed
+from modstruct.config import ViewsConfig
+from modstruct.data.shards.image_rows import FinishedRows, RowsForDevice
 from modstruct.data.shards.loader import TrainBatch
+from modstruct.data.shards.workers import OutgoingRows
+from modstruct.data.transforms.decoding import Whole
+from modstruct.data.transforms.image_views import ImageViews
 from modstruct.training.step import sent_ahead
 
 
@@ -76,6 +82,16 @@ def test_without_a_gpu_batches_are_taken_as_they_come():
 
     for number, (batch,) in enumerate(sent_ahead(steps())):
         assert (batch.tensors["image"].item(), len(taken)) == (number, number + 1)
+
+
+def test_a_step_begins_with_the_views_that_the_device_makes():
+    views, image = ImageViews(ViewsConfig(on="device"), 8), Image.effect_noise((9, 13), 50).convert("RGB")
+    finished, sent = (kind(views, ["image"], 1, OutgoingRows()) for kind in (FinishedRows, RowsForDevice))
+    for rows in (finished, sent):
+        rows.add(image, Whole(image.size), 0, None)
+    ((batch,),) = sent_ahead([[TrainBatch(sent.tensors() | {"text": torch.tensor([[1]])}, tried=1)]])
+    assert (batch.tensors.keys(), batch.tried) == ({"image", "text"}, 1)
+    assert torch.equal(batch.tensors["image"], finished.tensors()["image"])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -55,7 +55,8 @@ class SentImages:
         self.side = side
         self.tiles: list[np.ndarray] = []
         """(n, 3) uint8: together the pixels of the batch."""
-        self.draws = {f"{name}{DRAWS}": torch.zeros(rows, COLUMNS, dtype=torch.float64) for name in views}
+        self._draws = [np.zeros((rows, COLUMNS)) for _ in views]
+        self.draws = {f"{name}{DRAWS}": torch.from_numpy(draws) for name, draws in zip(views, self._draws, strict=True)}
         """By their names in the batch."""
         self._rows = self._pixels = 0
 
@@ -70,7 +71,7 @@ class SentImages:
             self.tiles.append(np.asarray(image.crop(cut)).reshape(-1, 3))
             starts[cut] = self._pixels
             self._pixels += _area(cut)
-        for draws, draw, part, cut in zip(self.draws.values(), drawn, parts, cycle(sent_parts)):
+        for draws, draw, part, cut in zip(self._draws, drawn, parts, cycle(sent_parts)):
             width = cut[2] - cut[0]
             start = starts[cut] + (part[1] - cut[1]) * width + part[0] - cut[0]
             low, high = np.array(draw.box, np.float32).reshape(2, 2)  # as Pillow takes it
@@ -83,7 +84,7 @@ class SentImages:
             values = [start, swapped, self.side, *axes[swapped], *axes[not swapped]]
             for name, magnitude in draw.operations:
                 values += [NAMES.index(name), magnitude]
-            draws[self._rows, : len(values)] = torch.tensor(values, dtype=torch.float64)
+            draws[self._rows, : len(values)] = values
         self._rows += 1
 
 
