@@ -53,13 +53,14 @@ void define(py::module_& module, const char* name, void (*kernel)(const Problem&
 ContrastiveStatistics read_contrastive_statistics(Arguments& a) {
     const Pairs p = pairs(a);
     return {p, a.needed<const float>("scale"), first(a, p), a.needed<float>("row_lse"), a.needed<float>("column_lse"),
-            a.needed<float>("positive")};
+            a.needed<float>("positive"), a.address<float>("logits")};
 }
 
 ContrastiveGrad read_contrastive_grad(Arguments& a) {
     const Pairs p = pairs(a);
     return {p, a.needed<const float>("scale"), first(a, p), a.needed<const float>("row_values"),
-            a.needed<const float>("column_values"), a.needed<float>("x_grad"), a.needed<float>("y_grad")};
+            a.needed<const float>("column_values"), a.address<const float>("logits"), a.needed<float>("x_grad"),
+            a.needed<float>("y_grad")};
 }
 
 RowContrast read_row_contrast(Arguments& a) {
@@ -99,6 +100,7 @@ NearestCounts read_nearest_counts(Arguments& a) {
 }  // namespace
 
 void bind_cpu(py::module_& module) {
+    module.def("cpu_kept_logits", kept_logits);
     define(module, "cpu_contrastive_statistics", contrastive_statistics, read_contrastive_statistics);
     define(module, "cpu_contrastive_grad", contrastive_grad, read_contrastive_grad);
     define(module, "cpu_row_contrast", row_contrast, read_row_contrast);

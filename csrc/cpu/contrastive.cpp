@@ -5,6 +5,16 @@
 #include "sweep.h"
 
 namespace modstruct::cpu {
+namespace {
+
+// Where the tile of these blocks lies among the logits that are kept.
+int64_t kept_place(const Sweep& sweep, int64_t row_block, int64_t column_block) {
+    return (row_block * sweep.column_blocks + column_block) * TILE_FLOATS;
+}
+
+}  // namespace
+
+int64_t kept_logits(int64_t rows, int64_t columns) { return block_count(rows) * block_count(columns) * TILE_FLOATS; }
 
 void contrastive_statistics(const ContrastiveStatistics& problem, const Choice& choice) {
     const Sweep sweep(problem.pairs, choice);
@@ -23,7 +33,8 @@ void contrastive_statistics(const ContrastiveStatistics& problem, const Choice& 
             const int64_t first_row = (group + block) * BLOCK;
             const int64_t rows = sweep.rows_in(group + block);
             const int64_t columns = sweep.columns_in(column);
-            float* tile = tiles.data() + thread * TILE_FLOATS;
+            float* tile = problem.logits == nullptr ? tiles.data() + thread * TILE_FLOATS
+                                                    : problem.logits + kept_place(sweep, group + block, column);
             sweep.kernels.tile_products(x_panels.block(block), y_slabs.block(column), rows, columns, sweep.depth, tile);
             take_positives(tile, first_row, rows, column * BLOCK, columns, problem.first,
                            problem.positive + first_row);
@@ -57,7 +68,9 @@ void contrastive_grad(const ContrastiveGrad& problem, const Choice& choice) {
 
     for (int64_t group = 0; group < sweep.row_blocks; group += sweep.group_blocks) {
         const float* x = sweep.group_rows(pairs.x, group);
-        x_panels.pack(x, sweep.rows_in_group(group), nullptr, *problem.scale, sweep.threads);
+        if (problem.logits == nullptr) {
+            x_panels.pack(x, sweep.rows_in_group(group), nullptr, *problem.scale, sweep.threads);
+        }
         x_slabs.pack(x, sweep.rows_in_group(group), nullptr, sweep.threads);
         sweep.for_tiles(group, false, [&](int64_t block, int64_t column, int) {
             const int64_t first_row = (group + block) * BLOCK;
@@ -65,7 +78,13 @@ void contrastive_grad(const ContrastiveGrad& problem, const Choice& choice) {
             const int64_t rows = sweep.rows_in(group + block);
             const int64_t columns = sweep.columns_in(column);
             float* tile = tiles.tile(block, column);
-            sweep.kernels.tile_products(x_panels.block(block), y_slabs.block(column), rows, columns, sweep.depth, tile);
+            if (problem.logits == nullptr) {
+                sweep.kernels.tile_products(x_panels.block(block), y_slabs.block(column), rows, columns, sweep.depth,
+                                            tile);
+            } else {
+                const float* kept = problem.logits + kept_place(sweep, group + block, column);
+                std::copy(kept, kept + columns * BLOCK, tile);
+            }
             sweep.kernels.contrastive_weights(
                 tile, rows, columns,
                 {row_lse.data() + first_row, row_weight.data() + first_row, problem.column_values + first_column,

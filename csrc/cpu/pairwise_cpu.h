@@ -2,7 +2,7 @@
 // Every array is row-major, float32, without gaps. Nothing here knows torch or Python.
 //
 // x: (rows, dimension), y: (columns, dimension), S_jk = scale <x_j, y_k>. The positive of row j is column first + j.
-// Memory O((rows + columns) dimension), never rows x columns. The bits of a result do not depend on the number of
+// Memory O((rows + columns) dimension), never rows x columns unless the caller gives it. The bits of a result do not depend on the number of
 // threads. A log-sum-exp over nothing is the lowest finite number.
 #pragma once
 
@@ -21,7 +21,7 @@ struct Pairs {
 };
 
 // row_lse[j] = log sum exp S_jk over all k but the positive; column_lse[k] = log sum exp S_jk over all j whose positive
-// it is not; positive[j] = S_jk at the positive.
+// it is not; positive[j] = S_jk at the positive. The logits are kept where there is room for them.
 struct ContrastiveStatistics {
     Pairs pairs;
     const float* scale;  // one number
@@ -29,6 +29,7 @@ struct ContrastiveStatistics {
     float* row_lse;     // (rows)
     float* column_lse;  // (columns)
     float* positive;    // (rows)
+    float* logits;      // (kept_logits(rows, columns)), tile by tile, or null
 };
 
 // W_jk = row_weight_j exp(S_jk - row_lse_j) + column_weight_k exp(S_jk - column_lse_k), positive_weight_j at positives,
@@ -40,6 +41,7 @@ struct ContrastiveGrad {
     int64_t first;
     const float* row_values;     // (3, rows)
     const float* column_values;  // (2, columns)
+    const float* logits;         // that contrastive_statistics kept, or null: they are formed again
     float* x_grad;  // (rows, dimension), zeros
     float* y_grad;  // (columns, dimension), zeros
 };
@@ -133,6 +135,9 @@ void gaussian_potential(const GaussianPotential& problem, const Choice& choice);
 void geometric_products(const GeometricProducts& problem, const Choice& choice);
 void geometric_grad(const GeometricGrad& problem, const Choice& choice);
 void nearest_counts(const NearestCounts& problem, const Choice& choice);
+
+// How many floats the logits of so many rows and columns take, in whole tiles.
+int64_t kept_logits(int64_t rows, int64_t columns);
 
 std::vector<std::string> instruction_sets_built();
 std::vector<std::string> instruction_sets_here();  // what this machine can run of those built, the fastest last

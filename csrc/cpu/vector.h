@@ -17,7 +17,8 @@ INLINE Vector load(const float* from) {
 
 INLINE void store(float* to, Vector value) { __builtin_memcpy(to, &value, sizeof value); }
 
-INLINE Vector broadcast(float value) { return Vector{} + value; }
+// Less zero, since that changes no number and compiles to nothing; -0 + 0 would be another number, and an addition.
+INLINE Vector broadcast(float value) { return value - Vector{}; }
 
 // `yes` where the mask is set, else `no`.
 INLINE Vector choose(Mask mask, Vector yes, Vector no) { return (Vector)((mask & (Mask)yes) | (~mask & (Mask)no)); }

@@ -12,7 +12,7 @@ from modstruct import distributed
 from modstruct.config import ContrastiveConfig, Precision
 from modstruct.embeddings import Outputs
 from modstruct.losses.protocol import GlobalBatch, Loss, LossSettings, Sums
-from modstruct.pairwise.contrast import contrastive_statistics, row_contrast_sum
+from modstruct.pairwise.contrast import row_and_column_lse, row_contrast_sum
 from modstruct.pairwise.global_batch import softplus
 
 SHIFT = 700.0  # of exponents; float64 holds exp(-708) to exp(709)
@@ -61,7 +61,7 @@ def cross_modal_sums(rows: Outputs, batch: GlobalBatch, view: str, precision: Pr
 
     row_lse and positive: (N,), zeros where other processes have their rows; column_sums: (2, N).
     """
-    row_lse, column_lse, positive = contrastive_statistics(
+    row_lse, column_lse, positive = row_and_column_lse(
         rows[f"image{view}"], batch.columns[f"text{view}"], rows["logit_scale"], batch.first, precision
     )
     place = (batch.first, batch.pairs - batch.first - len(row_lse))
@@ -93,7 +93,7 @@ def row_losses(rows: Outputs, images: Tensor, texts: Tensor) -> Tensor:
     with torch.no_grad():
         scale, first = rows["logit_scale"].float(), distributed.rank() * len(rows["image"])
         ways = (rows["image"], texts), (rows["text"], images)
-        found = [contrastive_statistics(own.float(), all_.float(), scale, first, "float32") for own, all_ in ways]
+        found = [row_and_column_lse(own.float(), all_.float(), scale, first, "float32") for own, all_ in ways]
         return torch.stack([softplus(row_lse - positive) for row_lse, _, positive in found]).mean(0)
 
 

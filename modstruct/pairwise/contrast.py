@@ -4,7 +4,8 @@ Every process takes its own rows against the columns of all, in tiles; the gradi
 owners by a reduce-scatter. The operators below are one process's part.
 
 Both ways (`contrastive`). One pass gives the log-sum-exps along rows and along columns: forward 2 B N D operations,
-backward 6 B N D. Those along columns are combined over the processes by a maximum and a sum.
+backward 6 B N D, or 4 where the logits fit in memory and are kept. Those along columns are combined over the processes
+by a maximum and a sum.
 
 One way (`info_nce`, `soft_contrastive`, `sigmoid_contrastive`). A tile's weights W, the gradient with respect to the
 logits, are known in the forward, so it makes the products W y and W^T x too, while they are at hand: 6 B N D
@@ -52,7 +53,7 @@ def contrastive(x: Tensor, y: Tensor, logit_scale: Tensor, precision: Precision 
     scale = checked_number(x, logit_scale=logit_scale)
     check_precision(precision)
     first = distributed.rank() * len(x)
-    row_lse, column_lse, positive = contrastive_statistics(x, distributed.gather(y), scale, first, precision)
+    row_lse, column_lse, positive = row_and_column_lse(x, distributed.gather(y), scale, first, precision)
     column_lse = _over_processes(column_lse)[first : first + len(x)]
     margins = torch.stack((row_lse - positive, column_lse - positive))  # (2, B)
     losses = softplus(margins).sum(1)
@@ -130,6 +131,17 @@ def _over_processes(column_lse: Tensor) -> Tensor:
     return largest + distributed.all_sum((column_lse - largest).exp()).log()
 
 
+def row_and_column_lse(
+    x: Tensor, y: Tensor, scale: Tensor, first: int, precision: Precision
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-sum-exps of scale <x_j, y_k> over the negatives, of rows (B,) and of columns (N,), and the positives (B,).
+
+    x: (B, D). y: (N, D), row j's positive being column first + j. scale: (1,).
+    """
+    keep = torch.is_grad_enabled() and any(z.requires_grad for z in (x, y, scale))
+    return contrastive_statistics(x, y, scale, first, precision, keep)[:3]
+
+
 def row_contrast_sum(
     x: Tensor, x_momentum: Tensor | None, columns: Tensor, scale: Tensor, first: int, alpha: float, precision: Precision
 ) -> Tensor:
@@ -179,12 +191,13 @@ sigmoid_contrast = operator(
 
 
 @contrastive_statistics.register_fake
-def _(x, y, scale, first, precision):
-    return x.new_empty(x.shape[0]), x.new_empty(y.shape[0]), x.new_empty(x.shape[0])
+def _(x, y, scale, first, precision, keep=False):
+    kept = cpu_kernels.kept_logits(x, y) if keep and x.device.type == "cpu" and x.dtype == torch.float32 else 0
+    return x.new_empty(x.shape[0]), x.new_empty(y.shape[0]), x.new_empty(x.shape[0]), x.new_empty(kept)
 
 
 @contrastive_grad.register_fake
-def _(x, y, scale, first, row_values, column_values, precision):
+def _(x, y, scale, first, row_values, column_values, precision, logits=None):
     return torch.empty_like(x), torch.empty_like(y), torch.empty_like(scale)
 
 
@@ -205,17 +218,19 @@ def _grads_like(x: Tensor, columns: Tensor, grads: str) -> tuple[Tensor, Tensor]
     return x_grad, x.new_empty(columns.shape[0] if grads == "all" else 0, width)
 
 
-def _keep_statistics(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, y, scale, ctx.first, ctx.precision = inputs
-    row_lse, column_lse, _ = output
-    ctx.save_for_backward(x, y, scale, row_lse, column_lse)
+def _keep_statistics(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    x, y, scale, ctx.first, ctx.precision, _ = inputs
+    row_lse, column_lse, _, logits = output
+    ctx.mark_non_differentiable(logits)
+    ctx.save_for_backward(x, y, scale, row_lse, column_lse, logits)
 
 
-def _statistics_backward(ctx, row_gradient: Tensor, column_gradient: Tensor, positive_gradient: Tensor) -> tuple:
-    x, y, scale, row_lse, column_lse = ctx.saved_tensors
+def _statistics_backward(ctx, row_gradient: Tensor, column_gradient: Tensor, positive_gradient: Tensor, _) -> tuple:
+    x, y, scale, row_lse, column_lse, logits = ctx.saved_tensors
     row_values = torch.stack((row_lse, row_gradient, positive_gradient))
     column_values = torch.stack((column_lse, column_gradient))
-    return *contrastive_grad(x, y, scale, ctx.first, row_values, column_values, ctx.precision), None, None
+    grads = contrastive_grad(x, y, scale, ctx.first, row_values, column_values, ctx.precision, logits)
+    return *grads, None, None, None
 
 
 contrastive_statistics.register_autograd(_statistics_backward, setup_context=_keep_statistics)

@@ -18,31 +18,50 @@ from modstruct.pairwise.operators import check_array, load_extension
 
 Arguments = dict[str, Tensor | float | None]
 CPU = torch.device("cpu")
+KEPT_BYTES = 2**29
+"""Of logits that the forward leaves to the backward, which saves it one product of three; the plain form keeps several
+arrays of them. Enough for 11,000 rows against as many."""
 
 
 def contrastive_statistics(
-    x: Tensor, y: Tensor, scale: Tensor, first: int, precision: str
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, y: Tensor, scale: Tensor, first: int, precision: str, keep: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     pairs = _pairs(x, y) | _positives(x, y, first, scale=scale)
     row_lse, column_lse, positive = x.new_empty(len(x)), y.new_empty(len(y)), x.new_empty(len(x))
-    _run(
-        load_extension().cpu_contrastive_statistics, **pairs, row_lse=row_lse, column_lse=column_lse, positive=positive
-    )
-    return row_lse, column_lse, positive
+    logits = x.new_empty(kept_logits(x, y) if keep else 0)
+    found: Arguments = {"row_lse": row_lse, "column_lse": column_lse, "positive": positive, "logits": logits}
+    _run(load_extension().cpu_contrastive_statistics, **pairs, **found)
+    return row_lse, column_lse, positive, logits
+
+
+def kept_logits(x: Tensor, y: Tensor) -> int:
+    """How many numbers `contrastive_statistics` keeps for `contrastive_grad`: 0 where they do not fit in KEPT_BYTES."""
+    count: int = load_extension().cpu_kept_logits(len(x), len(y))
+    return count if 4 * count <= KEPT_BYTES else 0
 
 
 def contrastive_grad(
-    x: Tensor, y: Tensor, scale: Tensor, first: int, row_values: Tensor, column_values: Tensor, precision: str
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    first: int,
+    row_values: Tensor,
+    column_values: Tensor,
+    precision: str,
+    logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     pairs = _pairs(x, y) | _positives(x, y, first, scale=scale)
     check_array("row_values", row_values, (3, len(x)), torch.float32, CPU)
     check_array("column_values", column_values, (2, len(y)), torch.float32, CPU)
+    if logits is not None and len(logits):
+        check_array("logits", logits, (kept_logits(x, y),), torch.float32, CPU)
     x_grad, y_grad = _zero_grads(x, y, "all")
     _run(
         load_extension().cpu_contrastive_grad,
         **pairs,
         row_values=row_values,
         column_values=column_values,
+        logits=logits,
         x_grad=x_grad,
         y_grad=y_grad,
     )

@@ -19,17 +19,24 @@ GEOMETRIC_ROWS = 65_536  # rows of a + b and a - b that are in memory at once
 
 
 def contrastive_statistics(
-    x: Tensor, y: Tensor, scale: Tensor, first: int, precision: str
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, y: Tensor, scale: Tensor, first: int, precision: str, keep: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with on_device(x) as stream:
         panels = Panels(Operand.of(x, precision), Operand.of(y, precision), stream)
         column_lse = panels.workspace(len(y))
         row_lse, positive = _statistics(panels, scale, first, column_lse)
-        return row_lse, column_lse, positive
+        return row_lse, column_lse, positive, x.new_empty(0)
 
 
 def contrastive_grad(
-    x: Tensor, y: Tensor, scale: Tensor, first: int, row_values: Tensor, column_values: Tensor, precision: str
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    first: int,
+    row_values: Tensor,
+    column_values: Tensor,
+    precision: str,
+    logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with on_device(x) as stream:
         panels = Panels(Operand.of(x, precision), Operand.of(y, precision), stream)

@@ -21,11 +21,13 @@ TILE_ELEMENTS = {"cpu": 2**22, "cuda": 2**25}
 
 
 def contrastive_statistics(
-    x: Tensor, y: Tensor, scale: Tensor, first: int, precision: str
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, y: Tensor, scale: Tensor, first: int, precision: str, keep: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-sum-exps of S over the negatives, of rows (B,) and of columns (N,), and the positives' logits (B,).
 
-    scale: (1,). A log-sum-exp over nothing is the lowest finite number.
+    scale: (1,). A log-sum-exp over nothing is the lowest finite number. keep: whether `contrastive_grad` will be asked
+    for; then the fourth result may hold the logits for it, in a kernel's own layout, where they are not too many. Here
+    and else it is (0,).
     """
     row_lse, positive = x.new_empty(len(x)), x.new_empty(len(x))
     column_lse = x.new_full((len(y),), torch.finfo(x.dtype).min)
@@ -34,13 +36,20 @@ def contrastive_statistics(
         positive[rows] = _take_positives(logits, first + rows.start)
         row_lse[rows] = logits.logsumexp(1)
         column_lse = torch.logaddexp(column_lse, logits.logsumexp(0))
-    return row_lse, column_lse, positive
+    return row_lse, column_lse, positive, x.new_empty(0)
 
 
 def contrastive_grad(
-    x: Tensor, y: Tensor, scale: Tensor, first: int, row_values: Tensor, column_values: Tensor, precision: str
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    first: int,
+    row_values: Tensor,
+    column_values: Tensor,
+    precision: str,
+    logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, y and scale, from those of the results of `contrastive_statistics`.
+    """Gradients of x, y and scale, from those of the results of `contrastive_statistics`, whose fourth is `logits`.
 
     row_values: (3, B), log-sum-exps, their gradients and the gradients of the positives' logits; column_values: (2, N),
     log-sum-exps and their gradients. No derivative: autograd refuses a second one instead of taking it for zero.
@@ -49,9 +58,9 @@ def contrastive_grad(
     column_lse, column_weight = column_values
     x_grad, y_grad = torch.empty_like(x), torch.zeros_like(y)
     for rows in _tiles(x, y):
-        logits = (x[rows] * scale) @ y.T
-        weights = torch.exp(logits - row_lse[rows, None]).mul_(row_weight[rows, None])
-        weights.addcmul_(logits.sub_(column_lse).exp_(), column_weight)
+        tile = (x[rows] * scale) @ y.T
+        weights = torch.exp(tile - row_lse[rows, None]).mul_(row_weight[rows, None])
+        weights.addcmul_(tile.sub_(column_lse).exp_(), column_weight)
         weights.diagonal(first + rows.start).copy_(positive_weight[rows])
         x_grad[rows] = weights @ y
         y_grad.addmm_(weights.T, x[rows])

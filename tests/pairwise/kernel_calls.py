@@ -69,7 +69,7 @@ def arguments(name: str, rows: int, columns: int, width: int, first: int) -> tup
         case ["contrastive_statistics"]:
             return *pairs, "float32"
         case ["contrastive_grad"]:
-            lse = [z.clamp(min=LOWEST).float() for z in torch_tiles.contrastive_statistics(*in_float64(pairs), "")]
+            lse = [z.clamp(min=LOWEST).float() for z in torch_tiles.contrastive_statistics(*in_float64(pairs), "")[:3]]
             values = torch.stack((lse[0], weights[0], weights[2])), torch.stack((lse[1], weights[1]))
             return *pairs, *values, "float32"
         case ["row_contrast", *rest]:

@@ -14,6 +14,7 @@ from comparison import integer_rows, logit_scale, random_rows, relative_error, t
 from kernel_calls import NAMES, SHAPES, arguments, assert_agree, in_float64, results
 
 from modstruct.pairwise import cpu_kernels, torch_tiles
+from modstruct.pairwise.contrast import row_and_column_lse
 from modstruct.pairwise.operators import load_extension
 
 INSTRUCTION_SETS = load_extension().features()["cpu_here"]
@@ -121,16 +122,42 @@ def test_log_sum_exps_hold_at_any_scale(instruction_set, scale):
     x[10], y[20] = 0, 0
     given = x, y, logit_scale(scale), 30
     found = cpu_kernels.contrastive_statistics(*given, "float32")
-    for f, r in zip(found, torch_tiles.contrastive_statistics(*in_float64(given), "float32"), strict=True):
+    for f, r in zip(found[:3], torch_tiles.contrastive_statistics(*in_float64(given), "float32")[:3], strict=True):
         assert f.isfinite().all()
         assert (f - r).abs().max() < 1e-6 * max(scale, 5)
-    row_lse, column_lse, _ = found
+    row_lse, column_lse, _, _ = found
     row_values = torch.stack((row_lse, torch.ones(250), torch.zeros(250)))
     values = row_values, torch.stack((column_lse, torch.ones(300)))
     grads = cpu_kernels.contrastive_grad(*given, *values, "float32")
     right = torch_tiles.contrastive_grad(*in_float64((*given, *values)), "float32")
     for f, r in zip(grads[:2], right[:2], strict=True):
         assert (f - r).norm() <= 1e-6 * max(scale, 5) * r.norm()
+    logits = cpu_kernels.contrastive_statistics(*given, "float32", keep=True)[3]
+    kept = cpu_kernels.contrastive_grad(*given, *values, "float32", logits)
+    assert all(torch.equal(f, r) for f, r in zip(kept, grads, strict=True))
+
+
+def test_logits_are_kept_where_they_fit_and_a_gradient_is_wanted(monkeypatch):
+    leaves = [z.requires_grad_() for z in (unit_rows(30, 8, 1), unit_rows(40, 8, 2), logit_scale(9.0))]
+
+    def kept(budget: int) -> tuple[int, list[torch.Tensor]]:
+        monkeypatch.setattr(cpu_kernels, "KEPT_BYTES", budget)
+        with torch.autograd.graph.saved_tensors_hooks(lambda z: sizes.append(z.numel()) or z, lambda z: z):
+            sums = sum(z.sum() for z in row_and_column_lse(*leaves, 3, "float32"))
+        return max(sizes), torch.autograd.grad(sums, leaves)
+
+    sizes: list[int] = []
+    count = 192 * 192  # one tile
+    most, right = kept(4 * count)
+    assert most == count
+    sizes.clear()
+    most, found = kept(4 * count - 1)
+    assert most == 40 * 8
+    assert all(torch.equal(f, r) for f, r in zip(found, right, strict=True))
+    sizes.clear()
+    with torch.no_grad():
+        row_and_column_lse(*leaves, 3, "float32")
+    assert not sizes
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

@@ -168,8 +168,8 @@ def test_addresses_and_sizes_are_checked_once_more_in_the_extension(name):
     for size in sizes:
         with pytest.raises(ValueError, match="at least 1"):
             getattr(load_extension(), compiled(name))(**(given | {size: 0}))
-    # momentum, and in some terms the gradients, may be left out, but not that of x alone
-    for address in given.keys() - sizes - options - {"momentum"}:
+    # momentum, kept logits, and in some terms the gradients, may be left out, but not that of x alone
+    for address in given.keys() - sizes - options - {"momentum", "logits"}:
         if (name, address) in (("row_contrast", "y_grad"), ("sigmoid_contrast", "y_grad")):
             continue
         with pytest.raises(ValueError, match=r"must be an address, not 0|must (not )?be given with"):

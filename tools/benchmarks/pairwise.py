@@ -1,6 +1,7 @@
 """Time and memory of the pairwise terms beside their plain torch forms, in one run.
 
 python tools/benchmarks/pairwise.py                     # two CPU cores: about 4 minutes
+python tools/benchmarks/pairwise.py --sweep             # contrastive terms from N = 256 to 16,384: about 20 minutes
 python tools/benchmarks/pairwise.py --device cuda  # bf16 and tf32, N = 32,768 and 131,072, whatever --rows says
 
 Every round times each form once, one after the other, so that a busy machine slows all alike; after one that warms up,
@@ -14,6 +15,7 @@ bench_pairwise.png to --out.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import platform
@@ -26,7 +28,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import cross_entropy, normalize, softplus
 from tqdm import tqdm
 
 from modstruct.models.build import float32_products
@@ -37,6 +39,7 @@ from modstruct.pairwise import (
     nearest_counts,
     sigmoid_contrastive,
 )
+from modstruct.pairwise.contrast import row_and_column_lse, row_contrast_sum
 from modstruct.pairwise.operators import load_extension
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "pairwise"))
@@ -79,6 +82,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     device = torch.device(options.device)
     print(machine(device))
+    if options.sweep:
+        sweep(options)
+        return
     terms, product = cuda_terms(device) if device.type == "cuda" else cpu_terms(options)
     for turn in tqdm(range(options.rounds + 1), desc="rounds", leave=False):
         for term in (product, *terms):
@@ -118,6 +124,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=8192, help="N on the CPU (default: %(default)s).")
     parser.add_argument("--dimension", type=int, default=512, help="D on the CPU (default: %(default)s).")
     parser.add_argument("--memory_rows", type=int, default=65_536, help="N of the memory table (default: %(default)s).")
+    parser.add_argument("--sweep", action="store_true", help="Contrastive terms alone, by size and threads.")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/bench"), help="Folder to write to (default: runs/bench)."
     )
@@ -233,6 +240,58 @@ def cpu_terms(options: argparse.Namespace) -> tuple[list[Term], Term]:
     for term, (ours, plain) in zip(terms, both, strict=True):
         term.ours, term.plain = ours, plain
     return terms, Term("product of matrices", size, 2 * n * n * d, ours=lambda: x @ y.T)
+
+
+def sweep(options: argparse.Namespace) -> None:
+    """Prints our processor time over the plain form's, forward and backward, for B rows against 1, 4 and 16 B columns.
+
+    Median of the rounds' ratios, up to the largest plain logits of 4 GiB. Processor time, since a busy machine delays
+    the two forms unequally.
+    """
+    forms = {
+        "contrastive": (both_ways, plain_both_ways),
+        "info_nce": (
+            lambda x, y, s: row_contrast_sum(x, None, y, s, 0, 0.0, "float32") / len(x),
+            lambda x, y, s: cross_entropy(s * x @ y.T, torch.arange(len(x))),
+        ),
+        "soft_contrastive": (
+            lambda x, y, s: row_contrast_sum(x, x.detach(), y.detach(), s, 0, 0.4, "float32") / len(x),
+            lambda x, y, s: reference.soft_contrastive(x, x.detach(), y.detach(), s, 0.4),
+        ),
+    }
+    print(f"\nprocessor time, ours / plain, D = {options.dimension}")
+    print(f"{'threads':>7}{'rows':>8}{'columns':>9}" + "".join(f"{name:>18}" for name in forms))
+    for threads in sorted({1, torch.get_num_threads()}):
+        torch.set_num_threads(threads)
+        for n, times in itertools.product([2**k for k in range(8, 15)], (1, 4, 16)):
+            if 4 * n * n * times > 4 * 2**30:
+                continue
+            inputs = rows(n, options.dimension, 1), rows(n * times, options.dimension, 2), torch.tensor([LOGIT_SCALE])
+            ratios = []
+            for pair in forms.values():
+                ours, plain = (forward_and_backward(form, *inputs) for form in pair)
+                taken = [(processor_seconds(ours), processor_seconds(plain)) for _ in range(options.rounds + 1)]
+                ratios.append(statistics.median(ours / plain for ours, plain in taken[1:]))  # the first round warms up
+            print(f"{threads:>7}{n:>8,}{n * times:>9,}" + "".join(f"{ratio:>18.2f}" for ratio in ratios), flush=True)
+
+
+def both_ways(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    """CLIP's loss of a process that has the first of `y` as its own rows."""
+    row_lse, column_lse, positive = row_and_column_lse(x, y, scale, 0, "float32")
+    margins = torch.stack((row_lse, column_lse[: len(x)])) - positive
+    return softplus(margins).mean()
+
+
+def plain_both_ways(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    logits = scale * x @ y.T
+    own = torch.arange(len(x))
+    return (cross_entropy(logits, own) + (logits.logsumexp(0)[: len(x)] - logits.diagonal()).mean()) / 2
+
+
+def processor_seconds(function: Callable[[], object]) -> float:
+    start = time.process_time()
+    function()
+    return time.process_time() - start
 
 
 def cuda_terms(device: torch.device) -> tuple[list[Term], Term]:
