@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
+from modstruct.pairwise import cpu_kernels
+
 CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 ATTENTION = {
     CPU_ATTENTION: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
@@ -86,7 +88,8 @@ def as_one_of(processes: int) -> Iterator[None]:
             mock.patch.object(nn.Module, "float", lambda module: module),
             mock.patch.object(FakeTensor, "__deepcopy__", _copied),
         )
-        with FakeTensorMode(allow_non_fake_inputs=True), whole, copied:
+        kept = mock.patch.object(cpu_kernels, "KEPT_BYTES", 0)  # a GPU keeps no logits
+        with FakeTensorMode(allow_non_fake_inputs=True), whole, copied, kept:
             yield
     finally:
         dist.destroy_process_group()

@@ -239,7 +239,7 @@ def memory(measured: Measured, stage: int, rows: int, micro: int) -> dict[str, f
 
     As DeepSpeed holds them: at stage 0 in half precision gradients once more in float32 while the optimizer steps; from
     stage 1 on that for a share. At stage 3 autograd keeps what was gathered for the forward pass until the backward
-    pass, whether DeepSpeed lets go of it or not, but where activations are recomputed.
+    pass, as was seen on small models, but where activations are recomputed.
     """
     train, processes = measured.recipe.train, measured.processes
     trained, half = measured.trained, train.precision in HALF
@@ -279,7 +279,7 @@ def memory(measured: Measured, stage: int, rows: int, micro: int) -> dict[str, f
     }
     # The optimizer's gradients in float32 come when activations are gone.
     step = 4 * trained * share if half or stage else 0
-    parts["activations"] = max(parts["activations"], step - parts["embeddings"] - parts["losses"])
+    parts["activations"] = max(parts["activations"], step - parts["losses"])
     return parts
 
 

@@ -2,8 +2,8 @@
 // Every array is row-major, float32, without gaps. Nothing here knows torch or Python.
 //
 // x: (rows, dimension), y: (columns, dimension), S_jk = scale <x_j, y_k>. The positive of row j is column first + j.
-// Memory O((rows + columns) dimension), never rows x columns unless the caller gives it. The bits of a result do not depend on the number of
-// threads. A log-sum-exp over nothing is the lowest finite number.
+// Memory O((rows + columns) dimension), but for logits that the caller asks to keep. The bits of a result do not depend
+// on the number of threads. A log-sum-exp over nothing is the lowest finite number.
 #pragma once
 
 #include <cstdint>

@@ -81,15 +81,16 @@ def sent_ahead(steps: Iterable[list[TrainBatch]]) -> Iterator[list[TrainBatch]]:
     """The batches of one step after the other, on a GPU if there is one, with the views that are made there.
 
     There each part is copied once, on a stream of its own, while the step before it is computed: two steps' batches are
-    then in its memory. The loader is asked for a step's batches before the step that comes before them begins.
+    then in its memory, until the next is asked for, which empties those that were yielded. The loader is asked for a
+    step's batches before the step that comes before them begins, and its errors come so much earlier.
     """
     steps = iter(steps)
 
-    def sent(parts: list[TrainBatch]) -> list[TrainBatch]:
+    def to_device(parts: list[TrainBatch]) -> list[TrainBatch]:
         return [replace(part, tensors=on_device(part.tensors)) for part in parts]
 
     if not distributed.on_gpu():
-        yield from map(sent, steps)
+        yield from map(to_device, steps)
         return
     copying = torch.cuda.Stream()
 
@@ -97,7 +98,7 @@ def sent_ahead(steps: Iterable[list[TrainBatch]]) -> Iterator[list[TrainBatch]]:
         if parts is None:
             return None
         with torch.cuda.stream(copying):
-            return sent(parts), copying.record_event()
+            return to_device(parts), copying.record_event()
 
     coming = send(next(steps, None))
     while coming is not None:
@@ -108,6 +109,8 @@ def sent_ahead(steps: Iterable[list[TrainBatch]]) -> Iterator[list[TrainBatch]]:
             for rows in part.tensors.values():
                 rows.record_stream(computing)  # else the next copy could take their memory while it is still read
         yield parts
+        for part in parts:
+            part.tensors.clear()
 
 
 def _agree(total: Tensor, stop_requested: int) -> tuple[bool, int]:

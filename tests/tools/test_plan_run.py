@@ -19,6 +19,7 @@ from modstruct.config import Recipe
 from modstruct.losses.objective import build_objective
 from modstruct.models.build import build_model, recompute_activations
 from modstruct.models.protocol import Batch
+from modstruct.pairwise import cpu_kernels
 from modstruct.training.deepspeed_adapter import Engine, local_part
 from modstruct.training.ds_config import read_ds_config, resolve_ds_config
 from modstruct.training.ema import ShardedEma
@@ -134,6 +135,7 @@ def parts_of(engine: Engine) -> dict[str, int]:
 def real_steps(cases: list) -> list[dict[str, float]]:
     """Bytes that this process holds, by part and in all, and sends in a step, of each case."""
     found = []
+    cpu_kernels.KEPT_BYTES = 0  # as on a GPU
     for framework, stage, train in cases:
         gc.collect()
         gc.freeze()  # what lies there already is not looked at again

@@ -63,16 +63,21 @@ def test_each_part_is_copied_once_while_the_step_before_it_is_computed(monkeypat
     log: list[str] = []
     gpu_of(log, monkeypatch)
     steps = [[TrainBatch({"image": Rows(f"{step}{part}", log)}, tried=step) for part in "ab"] for step in range(3)]
+    before: list[TrainBatch] = []
     for number, parts in enumerate(sent_ahead(iter(steps))):
         log.append(f"step {number}")
         assert [part.tried for part in parts] == [number] * 2, "what else a batch holds goes with it"
+        assert all(part.tensors for part in parts)
+        assert not any(part.tensors for part in before), "a step's memory is free before another's batch takes some"
+        before = parts
     use = [["main waits for event 0", "0a used on main", "0b used on main", "step 0"]]
     use += [[line.replace("0", str(step)) for line in use[0]] for step in (1, 2)]
     copy = [[f"copy {step}{part} on side" for part in "ab"] for step in range(3)]
     assert log == copy[0] + copy[1] + use[0] + copy[2] + use[1] + use[2]
 
 
-def test_without_a_gpu_batches_are_taken_as_they_come():
+def test_without_a_gpu_batches_are_taken_as_they_come(monkeypatch):
+    monkeypatch.setattr(distributed, "on_gpu", lambda: False)
     taken: list[int] = []
 
     def steps():
@@ -84,7 +89,9 @@ def test_without_a_gpu_batches_are_taken_as_they_come():
         assert (batch.tensors["image"].item(), len(taken)) == (number, number + 1)
 
 
-def test_a_step_begins_with_the_views_that_the_device_makes():
+def test_a_step_begins_with_the_views_that_the_device_makes(monkeypatch):
+    monkeypatch.setattr(distributed, "on_gpu", lambda: False)
+    monkeypatch.setattr(distributed, "device", lambda: torch.device("cpu"))
     views, image = ImageViews(ViewsConfig(on="device"), 8), Image.effect_noise((9, 13), 50).convert("RGB")
     finished, sent = (kind(views, ["image"], 1, OutgoingRows()) for kind in (FinishedRows, RowsForDevice))
     for rows in (finished, sent):

@@ -1,7 +1,7 @@
 """Time and memory of the pairwise terms beside their plain torch forms, in one run.
 
 python tools/benchmarks/pairwise.py                     # two CPU cores: about 4 minutes
-python tools/benchmarks/pairwise.py --sweep             # contrastive terms from N = 256 to 16,384: about 20 minutes
+python tools/benchmarks/pairwise.py --sweep 16384       # contrastive terms from N = 256 on: about 20 minutes
 python tools/benchmarks/pairwise.py --device cuda  # bf16 and tf32, N = 32,768 and 131,072, whatever --rows says
 
 Every round times each form once, one after the other, so that a busy machine slows all alike; after one that warms up,
@@ -124,7 +124,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=8192, help="N on the CPU (default: %(default)s).")
     parser.add_argument("--dimension", type=int, default=512, help="D on the CPU (default: %(default)s).")
     parser.add_argument("--memory_rows", type=int, default=65_536, help="N of the memory table (default: %(default)s).")
-    parser.add_argument("--sweep", action="store_true", help="Contrastive terms alone, by size and threads.")
+    parser.add_argument("--sweep", type=int, metavar="N", help="Contrastive terms alone, from 256 to N rows.")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/bench"), help="Folder to write to (default: runs/bench)."
     )
@@ -263,7 +263,7 @@ def sweep(options: argparse.Namespace) -> None:
     print(f"{'threads':>7}{'rows':>8}{'columns':>9}" + "".join(f"{name:>18}" for name in forms))
     for threads in sorted({1, torch.get_num_threads()}):
         torch.set_num_threads(threads)
-        for n, times in itertools.product([2**k for k in range(8, 15)], (1, 4, 16)):
+        for n, times in itertools.product([2**k for k in range(8, options.sweep.bit_length())], (1, 4, 16)):
             if 4 * n * n * times > 4 * 2**30:
                 continue
             inputs = rows(n, options.dimension, 1), rows(n * times, options.dimension, 2), torch.tensor([LOGIT_SCALE])

@@ -2,8 +2,8 @@
 
 Of each image the loader sends, once for both views, the pixels that they are made of, uint8, beside each view's draws;
 `made_views` crops, resizes and flips whole batches by two matrix products, and carries out AutoAugment by operation.
-The views are those that the loader makes of the same pixels, bit for bit and on any device: all sums are of integers
-that float32 holds, so neither their order nor TF32 changes them.
+The views are those that the loader makes of the same pixels, bit for bit and on any device: sums are of integers that
+float32 holds, surely so up to 8 pixels of an image for one of a view, so neither their order nor TF32 changes them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ STEP, LENGTH, LOW, SCALE, MIRRORED = range(5)
 OPERATION, MAGNITUDE = (13, 15), (14, 16)
 COLUMNS = 17
 NAMES = tuple(OPERATIONS)
-IMAGES_AT_ONCE = 64  # are float32 meanwhile
+IMAGES_AT_ONCE = 16  # are float32 meanwhile, each as wide and high as the largest among them
 FRACTION_BITS, LOW_BITS = 22, 12  # of weights: Pillow's, and those of them that are summed apart
 # From version 13 on, Pillow resizes the height first where that is more.
 TALL_FIRST = int(PIL.__version__.partition(".")[0]) >= 13
@@ -71,7 +71,8 @@ class SentImages:
             self.tiles.append(np.asarray(image.crop(cut)).reshape(-1, 3))
             starts[cut] = self._pixels
             self._pixels += _area(cut)
-        for draws, draw, part, cut in zip(self._draws, drawn, parts, cycle(sent_parts)):
+        views = zip(self._draws, drawn, parts, strict=True)
+        for (draws, draw, part), cut in zip(views, cycle(sent_parts)):
             width = cut[2] - cut[0]
             start = starts[cut] + (part[1] - cut[1]) * width + part[0] - cut[0]
             low, high = np.array(draw.box, np.float32).reshape(2, 2)  # as Pillow takes it
