@@ -161,8 +161,8 @@ class ViewsConfig:
 
     on: Literal["loader", "device"] = "loader"
     """Where the image views of pre-training are made: by the loader, which sends them, or on the device (GPU), from the
-    decoded pixels and the draws that the loader sends. Equal bit for bit, but of images at least twice a view's size that
-    the loader does not decode so much smaller: PNG, WebP, JPEG beyond 1/8 or without `data.scaled_decoding`."""
+    decoded pixels and the draws that the loader sends. Equal bit for bit, but of images at least twice a view's size
+    that the loader does not decode so much smaller: PNG, WebP, JPEG beyond 1/8 or without `data.scaled_decoding`."""
     plain: Literal["center_crop", "crop_flip"] = "center_crop"
     """center_crop: shorter side resized, centre cut out; crop_flip: random crop and flip."""
     evaluation: Literal["center_crop", "squeeze"] = "center_crop"
