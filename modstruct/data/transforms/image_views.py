@@ -36,7 +36,8 @@ class _Noting:
 
     def operations(self, side: int) -> list[tuple[str, float]]:
         """What it draws for an image of this side: torchvision's name and the magnitude of each operation."""
-        self.noted = noted = []
+        noted: list[tuple[str, float]] = []
+        self.noted = noted
         self(Image.new("L", (side, side)))  # type: ignore[operator]  # a transform is called
         self.noted = None
         return noted
