@@ -175,7 +175,7 @@ def test_processes_hold_and_send_what_is_planned(processes, cases):
 
 
 def check(seen: dict, parts: dict, sent: dict, measured: planning.Measured, stage: int, case: tuple) -> None:
-    """Memory by part and bytes sent within 5 %, all that is held at the fullest point, activations too, within 15 %."""
+    """Memory by part and bytes sent within 5 %; of all that is held at the fullest point 80 to 105 % of the plan."""
     processes, train = measured.processes, measured.recipe.train
     kept = ["weights", "moments", "master", "EMA, queue"]
     for name in kept:
@@ -188,7 +188,8 @@ def check(seen: dict, parts: dict, sent: dict, measured: planning.Measured, stag
         share = parts["gradients"] if sums else measured.gradients / (processes if stage else 1)
         assert 0.95 * share < seen["gradients"] < 1.05 * share + parts["buckets"] + parts["embeddings"], case
     assert seen["state"] == pytest.approx(state, rel=0.05), case
-    assert seen["most"] == pytest.approx(sum(parts.values()), rel=0.15), case
+    planned = sum(parts.values())
+    assert 0.8 * planned < seen["most"] < 1.05 * planned, (case, seen["most"] / planned)
     if processes > 1:
         real = {kind: seen.get(kind, 0) for kind in counting.KINDS}
         on_links = planning.on_links(sent, processes)
