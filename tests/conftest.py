@@ -65,6 +65,13 @@ def tried():
     return _tried
 
 
+def pytest_configure(config):
+    # xdist begins with the files of most tests; those of several processes have few, take longest, and would come last,
+    # one worker waiting for the other. In order of their names they come in the middle.
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
 def pytest_terminal_summary(terminalreporter):
     if not TRIED:
         return
