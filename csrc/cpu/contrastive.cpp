@@ -5,14 +5,6 @@
 #include "sweep.h"
 
 namespace modstruct::cpu {
-namespace {
-
-// Where the tile of these blocks lies among the logits that are kept.
-int64_t kept_place(const Sweep& sweep, int64_t row_block, int64_t column_block) {
-    return (row_block * sweep.column_blocks + column_block) * TILE_FLOATS;
-}
-
-}  // namespace
 
 int64_t kept_logits(int64_t rows, int64_t columns) { return block_count(rows) * block_count(columns) * TILE_FLOATS; }
 
@@ -34,7 +26,7 @@ void contrastive_statistics(const ContrastiveStatistics& problem, const Choice& 
             const int64_t rows = sweep.rows_in(group + block);
             const int64_t columns = sweep.columns_in(column);
             float* tile = problem.logits == nullptr ? tiles.data() + thread * TILE_FLOATS
-                                                    : problem.logits + kept_place(sweep, group + block, column);
+                                                    : problem.logits + sweep.tile_place(group + block, column);
             sweep.kernels.tile_products(x_panels.block(block), y_slabs.block(column), rows, columns, sweep.depth, tile);
             take_positives(tile, first_row, rows, column * BLOCK, columns, problem.first,
                            problem.positive + first_row);
@@ -82,7 +74,7 @@ void contrastive_grad(const ContrastiveGrad& problem, const Choice& choice) {
                 sweep.kernels.tile_products(x_panels.block(block), y_slabs.block(column), rows, columns, sweep.depth,
                                             tile);
             } else {
-                const float* kept = problem.logits + kept_place(sweep, group + block, column);
+                const float* kept = problem.logits + sweep.tile_place(group + block, column);
                 std::copy(kept, kept + columns * BLOCK, tile);
             }
             sweep.kernels.contrastive_weights(

@@ -23,6 +23,11 @@ struct Sweep {
         return rows + first_block * BLOCK * pairs.dimension;
     }
 
+    // Where the tile of these blocks lies, where all tiles of the row blocks from the first on are kept.
+    int64_t tile_place(int64_t row_block, int64_t column_block) const {
+        return (row_block * column_blocks + column_block) * TILE_FLOATS;
+    }
+
     // body(row block within the group, column block, thread) for all tiles of the group; where symmetric, only those
     // that are not below the diagonal.
     template <typename Body>
@@ -52,7 +57,7 @@ class GroupTiles {
     GroupTiles(const Sweep& sweep, bool wanted)
         : sweep_(sweep), data_(wanted ? sweep.group_blocks * sweep.column_blocks * TILE_FLOATS : 0) {}
 
-    float* tile(int64_t block, int64_t column) { return data_.data() + (block * sweep_.column_blocks + column) * TILE_FLOATS; }
+    float* tile(int64_t block, int64_t column) { return data_.data() + sweep_.tile_place(block, column); }
     // x_grad += W y for the rows of the group
     void grad_rows(int64_t first_block, bool symmetric, const Slabs& y_slabs, float* x_grad);
     // y_grad += W^T x; where symmetric, without the tiles on the diagonal, which count for their rows alone

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import random
 import statistics
 import sys
 import tarfile
@@ -31,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from loader import write_photographs
+from loader import decoded, write_photographs
 from PIL import Image, features
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
@@ -40,7 +39,8 @@ from tqdm import tqdm
 
 from modstruct.config import ViewsConfig
 from modstruct.data.shards.sources import expand_pattern
-from modstruct.data.transforms.image_views import _to_tensor, random_crop_box
+from modstruct.data.transforms.decoding import Whole
+from modstruct.data.transforms.image_views import ImageViews
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -51,7 +51,7 @@ class Coded:
 
     content: bytes
     size: tuple[int, int]
-    box: tuple[int, int, int, int]
+    box: tuple[float, float, float, float]
     """Left, top, right and bottom."""
     factor: int
     """By which it can be decoded smaller."""
@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def coded(shards: Sequence[str], options: argparse.Namespace) -> list[Coded]:
     """The first images of the shards, each with a crop."""
-    generator, found = random.Random(0), []
+    views, found = ImageViews(ViewsConfig(), options.side), []
     for shard in shards:
         with tarfile.open(shard) as tar:
             for member in tar:
@@ -97,10 +97,9 @@ def coded(shards: Sequence[str], options: argparse.Namespace) -> list[Coded]:
                 content = tar.extractfile(member).read()  # type: ignore[union-attr]
                 with Image.open(io.BytesIO(content)) as image:
                     size, jpeg = image.size, image.format == "JPEG"
-                left, top, width, height = random_crop_box(*size, ViewsConfig().crop_scale, generator)
-                least = min(width, height) // options.side
-                factor = next(f for f in (8, 4, 2, 1) if least >= f or f == 1) if jpeg else 1
-                found.append(Coded(content, size, (left, top, left + width, top + height), factor))
+                seeds = 0, len(found)
+                box = views.drawn(Whole(size), *seeds)[1].box
+                found.append(Coded(content, size, box, views.reduction(size, *seeds) if jpeg else 1))
                 if len(found) == options.images:
                     return found
     return found
@@ -111,7 +110,7 @@ def coded(shards: Sequence[str], options: argparse.Namespace) -> list[Coded]:
 
 def installed(turbojpeg: str | None) -> dict[str, Decode]:
     """Each decoder that is there; those that are not are named."""
-    found: dict[str, Decode] = {"Pillow": by_pillow}
+    found: dict[str, Decode] = {"Pillow": lambda image, factor: decoded(image.content, factor)}
     makers = {"simplejpeg": by_simplejpeg, "turbojpeg": lambda module: by_turbojpeg(module.TurboJPEG(turbojpeg))}
     print(f"Pillow {Image.__version__}, libjpeg-turbo {features.version('libjpeg_turbo')}; torch {torch.__version__}")
     for name, make in makers.items():
@@ -123,14 +122,6 @@ def installed(turbojpeg: str | None) -> dict[str, Decode]:
             print(f"{name} is left out: {error}")
     found["torchvision.io"] = by_torchvision
     return found
-
-
-def by_pillow(image: Coded, factor: int) -> Image.Image:
-    with Image.open(io.BytesIO(image.content)) as opened:
-        if factor > 1:
-            opened.draft(None, (opened.width // factor, opened.height // factor))
-        opened.load()
-        return opened if opened.mode == "RGB" else opened.convert("RGB")
 
 
 def by_simplejpeg(module) -> Decode:
@@ -160,22 +151,22 @@ def by_torchvision(image: Coded, factor: int) -> np.ndarray:
 # --- the views ---
 
 
-def by_pillow_resize(decoded: Image.Image | np.ndarray, image: Coded, factor: int, side: int) -> Tensor:
-    if isinstance(decoded, np.ndarray):
-        decoded = Image.fromarray(np.ascontiguousarray(decoded))
+def by_pillow_resize(pixels: Image.Image | np.ndarray, image: Coded, factor: int, side: int) -> Tensor:
+    if isinstance(pixels, np.ndarray):
+        pixels = Image.fromarray(np.ascontiguousarray(pixels))
     left, top, right, bottom = (at / factor for at in image.box)
-    return _to_tensor(decoded.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, right, bottom)), None)
+    view = pixels.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
+    return torch.from_numpy(np.asarray(view).transpose(2, 0, 1).copy())
 
 
-def by_torch_resize(decoded: Image.Image | np.ndarray, image: Coded, factor: int, side: int) -> Tensor:
+def by_torch_resize(pixels: Image.Image | np.ndarray, image: Coded, factor: int, side: int) -> Tensor:
     left, top, right, bottom = (round(at / factor) for at in image.box)
-    if isinstance(decoded, np.ndarray):
-        pixels = decoded[top:bottom, left:right]
+    if isinstance(pixels, np.ndarray):
+        cut = pixels[top:bottom, left:right]
     else:
-        pixels = np.array(decoded.crop((left, top, right, bottom)))
-    cut = torch.from_numpy(pixels).permute(2, 0, 1)
+        cut = np.array(pixels.crop((left, top, right, bottom)))
     return v2.functional.resize(
-        cut, [side, side], interpolation=v2.InterpolationMode.BICUBIC, antialias=True
+        torch.from_numpy(cut).permute(2, 0, 1), [side, side], interpolation=v2.InterpolationMode.BICUBIC, antialias=True
     ).contiguous()
 
 

@@ -255,11 +255,7 @@ def bare(draws: list[Draw], size: int, auto_augment: bool) -> None:
 def crops(draw: Draw, size: int, factor: int | None = None) -> Iterator[Image.Image]:
     """The views before AutoAugment. factor: by which the image is decoded smaller, the draw's by default."""
     factor = draw.whole.factor if factor is None else factor
-    with Image.open(io.BytesIO(draw.content)) as opened:
-        if factor > 1:
-            opened.draft(None, (opened.width // factor, opened.height // factor))
-        opened.load()
-        image = opened if opened.mode == "RGB" else opened.convert("RGB")
+    image = decoded(draw.content, factor)
     for box, flip in zip(draw.boxes, draw.flips, strict=True):
         if box is None:
             view = centre_crop(image, size, Whole(draw.whole.size, factor))
@@ -267,6 +263,15 @@ def crops(draw: Draw, size: int, factor: int | None = None) -> Iterator[Image.Im
             left, top, right, bottom = (at / factor for at in box)
             view = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
         yield view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else view
+
+
+def decoded(content: bytes, factor: int) -> Image.Image:
+    """By Pillow alone, at 1 / factor of its size."""
+    with Image.open(io.BytesIO(content)) as opened:
+        if factor > 1:
+            opened.draft(None, (opened.width // factor, opened.height // factor))
+        opened.load()
+        return opened if opened.mode == "RGB" else opened.convert("RGB")
 
 
 def moved(draws: list[Draw], size: int) -> float:
