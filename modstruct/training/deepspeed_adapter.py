@@ -31,6 +31,7 @@ from modstruct.files import disk_error
 from modstruct.models.deferred import free_memory
 from modstruct.models.protocol import Batch, TrainableModel
 from modstruct.training.ema import ShardedEma
+from modstruct.training.gradient_norm import measure_at_once
 from modstruct.training.two_dtypes import allow_two_dtypes
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -160,6 +161,7 @@ class Engine:
         self.deepspeed, self.model = deepspeed_engine, model
         self.optimizer = deepspeed_engine.optimizer
         self.inner: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        measure_at_once(self.optimizer)
         self.stage: int = deepspeed_engine.zero_optimization_stage()
         self.sharded_sums = self.stage >= 2 and deepspeed_engine._config.grad_accum_dtype is not None
         """Whether gradients of several backwards are summed in float32 by share (`ds_config.resolve_ds_config`)."""
