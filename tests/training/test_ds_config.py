@@ -22,7 +22,7 @@ from modstruct.config import (
 from modstruct.data.tokenizers import WordPieceTokenizer
 from modstruct.losses.objective import build_objective
 from modstruct.models.build import build_model
-from modstruct.training.ds_config import parameter_groups, read_ds_config, resolve_ds_config, size_buckets
+from modstruct.training.ds_config import ALIGNED, parameter_groups, read_ds_config, resolve_ds_config, size_buckets
 from modstruct.training.pretrain import bucket_sizes
 
 DS_CONFIGS = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
@@ -196,3 +196,13 @@ def test_frozen_weights_are_in_no_group():
     model = tiny_model(tiny_config(), word_tokenizer())
     model.image["trunk"].requires_grad_(False)
     assert not [name for name in decay_by_name(model) if name.startswith("image.trunk")]
+
+
+@pytest.mark.parametrize("name", [None, "tiny-resnet"])
+def test_what_lies_behind_another_weight_of_its_group_is_aligned(tmp_path, name):
+    """DeepSpeed lays a group's weights behind one another, and the scale of one number would move all that follow."""
+    register_architectures(tmp_path)
+    model = tiny_model(tiny_config(name=name), word_tokenizer(), independent=True)
+    odd = [[p.numel() % ALIGNED != 0 for p in group["params"]] for group in parameter_groups(model, OptimizerConfig())]
+    assert all(of_group == sorted(of_group) for of_group in odd)
+    assert any(map(any, odd))
