@@ -29,7 +29,8 @@ class FirstWeights:
         if deferred:
             for module in model.modules():
                 for name, buffer in module.named_buffers(recurse=False):
-                    module._buffers[name] = deferred.value(buffer)
+                    # DeepSpeed, which moves a whole model, leaves one alone whose weights are sharded already.
+                    module._buffers[name] = deferred.value(buffer).to(distributed.device())
 
     def __call__(self, name: str) -> Tensor:
         """A parameter, whole, on the main process and where its checksum is taken; elsewhere its place in memory."""
