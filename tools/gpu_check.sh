@@ -91,7 +91,7 @@ runs() {
   begin fp32 "${train[@]}" "${tiny[@]}"
   begin cache3 "${train[@]}" "${bf16[@]}" --train.micro_batch 32 --ds_config ds_configs/zero3.json
   begin recomputed "${train[@]}" "${bf16[@]}" --train.activation_checkpointing true
-  begin compiled "${train[@]}" "${bf16[@]}" --train.compile true
+  limit=150 begin compiled "${train[@]}" "${bf16[@]}" --train.compile true
   begin mixed "${train[@]}" "${tiny[@]}" --train.precision bf16_mixed
   begin tf32 "${train[@]}" "${tiny[@]}" --train.tf32 true
   begin ema "${train[@]}" "${bf16[@]}" --train.ema_decay 0.9
@@ -123,13 +123,14 @@ for name in same + near:
 sys.exit(f"not bit for bit as zero2: {', '.join(moved)}" if moved else 0)
 END
   without_bars "$work/first_line.log" | tail -30
-  timeout 60 python3 launch_scripts/evaluate.py full --checkpoint "$work/first_line" --out "$work/full" >"$work/full.log" 2>&1 ||
-    { status=1; tail -5 "$work/full.log"; }
   echo "== a step waits for nothing; what towers compute in; batches arrive; views"
   timeout 90 python3 -m pytest -q -p no:cacheprovider tests/models/test_host_waits.py tests/models/test_build.py \
     tests/training/test_step.py tests/data/transforms/test_device_views.py -k gpu \
     >"$out/models.log" 2>&1 || { status=1; tail -40 "$out/models.log"; }
   tail -1 "$out/models.log"
+  echo "== evaluation"
+  timeout 170 python3 launch_scripts/evaluate.py full --checkpoint "$work/first_line" --out "$work/full" >"$work/full.log" 2>&1 ||
+    { status=1; tail -5 "$work/full.log"; }
 }
 
 speed() {
