@@ -18,6 +18,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -207,6 +208,7 @@ class ClipTokenizer(Tokenizer):
             self._tokenizer = SimpleTokenizer(bpe_path=io.BytesIO(model))
         except Exception as error:  # a damaged file raises nearly anything, from zlib.error to IndexError
             raise ValueError(f"not CLIP's merges ({type(error).__name__}: {error})") from error
+        self._tokenizer.clean_fn = partial(_clean_if_need_be, self._tokenizer.clean_fn)
         self.start_id = self._tokenizer.sot_token_id
         self.end_id = self._tokenizer.eot_token_id
         self.padding_id = self._tokenizer.vocab_size
@@ -238,6 +240,12 @@ class ClipTokenizer(Tokenizer):
 
     def _text(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids)
+
+
+def _clean_if_need_be(clean: Callable[[str], str], text: str) -> str:
+    """What open_clip's cleaning gives. ftfy and html, half of a caption's time, have nothing to mend in plain ASCII."""
+    plain = text.isascii() and text.isprintable() and "&" not in text
+    return " ".join(text.split()).lower() if plain else clean(text)
 
 
 class WordPieceTokenizer(Tokenizer):

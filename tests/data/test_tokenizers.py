@@ -15,6 +15,7 @@ import sys
 import tarfile
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -242,6 +243,19 @@ def test_clip_agrees_with_open_clip_and_pads_with_an_id_of_its_own(tmp_path):
     assert (tokenizer.padding_id, tokenizer.start_id, tokenizer.end_id) == (49408, 49406, 49407)
     assert tokenizer.vocab_size == 49409
     assert torch.equal(torch.where(tokenizer.mask(ids), ids, 0), theirs)
+
+
+@cache
+def clip_beside_open_clip() -> tuple[ClipTokenizer, Callable[[str], list[int]]]:
+    from open_clip.tokenizer import SimpleTokenizer
+
+    return ClipTokenizer(ClipTokenizer.shipped_model(), CONTEXT), SimpleTokenizer().encode
+
+
+@given(st.one_of(st.text(st.characters(max_codepoint=127)), st.text(st.sampled_from("aB <>/&;#x27ltgam\x1b[\t\x7fé"))))
+def test_clip_cleans_as_open_clip_does(text):
+    ours, theirs = clip_beside_open_clip()
+    assert ours._encode(text) == [token for token in theirs(text) if token < ours.start_id]
 
 
 def test_wordpiece_agrees_with_transformers(tmp_path):

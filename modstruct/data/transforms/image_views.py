@@ -120,6 +120,8 @@ class ImageViews:
     def smaller(self, size: tuple[int, int], plain_seed: int, augmented_seed: int | None) -> int:
         """The largest number, at least 1, by which an image of this width and height can be divided so that each view's
         crop of it is still no smaller than the view. augmented_seed: None where that view is not made."""
+        if min(size) < 2 * self.image_size:
+            return 1  # whatever is drawn
         seeds = [plain_seed] * self._plain_is_random + [augmented_seed] * (augmented_seed is not None)
         crops = [random_crop_box(*size, self._crop_scale, random.Random(seed))[2:] for seed in seeds]
         crops += [] if self._plain_is_random else [size]
