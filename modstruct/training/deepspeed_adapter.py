@@ -31,7 +31,7 @@ from modstruct.files import disk_error
 from modstruct.models.deferred import free_memory
 from modstruct.models.protocol import Batch, TrainableModel
 from modstruct.training.ema import ShardedEma
-from modstruct.training.gradient_norm import measure_at_once
+from modstruct.training.gradient_norm import forget_refused, measure_at_once
 from modstruct.training.two_dtypes import allow_two_dtypes
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -210,6 +210,8 @@ class Engine:
             scaling = getattr(self.optimizer, "loss_scale_config", None)
             scale = scaling.cur_scale if scaling is not None else 1
             self.deepspeed.step()
+            if self.optimizer.overflow:
+                forget_refused(self.optimizer)
             return self.deepspeed.get_global_grad_norm() / scale, not self.optimizer.overflow
         # Stage 0 in float32 is a bare torch optimizer: DeepSpeed neither measures nor checks the gradient.
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]

@@ -66,6 +66,8 @@ def resolve_ds_config(config: dict, recipe: Recipe | FinetuneRecipe, world_size:
     for part in ("offload_optimizer", "offload_param"):
         where = zero.get(part, {}).get("device", "cpu")
         require(where in ("cpu", "none"), f"--ds_config: zero_optimization.{part}.device", where, 'must be "cpu"')
+    norm = zero.get("compute_grad_norm", True)
+    require(norm is True, "--ds_config: zero_optimization.compute_grad_norm", norm, "leave it out; training needs it")
     config = json.loads(json.dumps(config))
     decided = {
         ("train_batch_size",): train.global_batch,
@@ -135,8 +137,8 @@ def parameter_groups(model: TrainableModel, config: OptimizerConfig) -> list[dic
             groups.setdefault((kind, factors.get(name, 1.0), waits), []).append(parameter)
     return [
         {
-            # DeepSpeed lays them behind one another, so what is odd goes last: LayerNorm's forward took twice as long
-            # on an H100 behind a scale of one element.
+            # DeepSpeed lays them behind one another, so what is no multiple goes last: behind a scale of one element
+            # LayerNorm's forward took twice as long on an H100.
             "params": sorted(kept, key=lambda p: getattr(p, "ds_numel", p.numel()) % ALIGNED != 0),
             "weight_decay": 0.0 if kind.startswith("no_decay") else config.weight_decay,
             "name": kind + ("" if factor == 1 else f" x {factor:.6g}") + (f" after {waits}" if waits else ""),

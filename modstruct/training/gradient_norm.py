@@ -27,13 +27,27 @@ def measure_at_once(optimizer: Any) -> None:
         optimizer.overflow_checker.check = lambda: False
 
 
+def forget_refused(optimizer: Any) -> None:
+    """Let go of the gradients of a step that was not taken.
+
+    DeepSpeed 0.19 keeps them at stage 3 and where the optimizer is offloaded. Those of a weight that has no gradient
+    afterwards, and sums of several backwards (`Engine.summing`), would refuse every later step, or move the weight.
+    """
+    kept = [getattr(optimizer, "grad_partitions_flat_buffer", None)]
+    for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):
+        kept += [share.grad for share in getattr(optimizer, name, ())]
+    for gradients in kept:
+        if gradients is not None:
+            gradients.zero_()
+    if getattr(optimizer, "cpu_offload", False):  # of stages 1 and 2
+        optimizer.averaged_gradients = {}
+
+
 def _norm_of_all_shares(gradients: list[Tensor]) -> Tensor:
-    """Norm over the processes' shares; -1 where it is not finite, as DeepSpeed has it."""
-    norm = distributed.sum_over_processes(_sum_of_squares(gradients)).sqrt().float()
-    return torch.where(norm.isfinite(), norm, -1.0)
+    """Norm over the processes' shares, finite where all are."""
+    return distributed.sum_over_processes(_sum_of_squares(gradients)).sqrt().float()
 
 
 def _sum_of_squares(gradients: list[Tensor]) -> Tensor:
-    """In float64, as DeepSpeed's."""
     norms = torch._foreach_norm([gradient.detach() for gradient in gradients], 2, dtype=torch.float64)
     return torch.stack(norms).to(distributed.device()).square().sum()

@@ -132,6 +132,10 @@ def test_values_that_repeat_the_recipe_are_no_contradiction():
         ({"bf16": {"enabled": True}}, "bf16.enabled = True: the recipe says False"),
         ({"fp16": {"enabled": True}}, "fp16.enabled = True: the recipe says False"),
         ({"fp16": True}, "fp16 = True: must be an object"),
+        (
+            {"zero_optimization": {"compute_grad_norm": False}},
+            "zero_optimization.compute_grad_norm = False: leave it out",
+        ),
         ({"optimizer": {"type": "AdamW"}}, "optimizer = '…': leave it out"),
         ({"scheduler": {"type": "WarmupLR"}}, "scheduler = '…': leave it out"),
         ({"amp": {"enabled": True}}, "amp = '…': leave it out; train.precision"),

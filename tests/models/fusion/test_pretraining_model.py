@@ -42,7 +42,10 @@ def test_padding_changes_nothing(in_modal):
         long, brief = model(batch), model(short)
         assert long.keys() == brief.keys()
         for name, value in long.items():
-            torch.testing.assert_close(value, brief[name], **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
+            # Text of another length is rounded otherwise, and narrow LayerNorms make that larger: 6e-5 on an AMD EPYC,
+            # where all that is float64 in a float64 model was equal.
+            near = {"rtol": 0.0, "atol": 3e-4} if name == "masked_logits_ema" else CLOSE
+            torch.testing.assert_close(value, brief[name], **near, msg=lambda m, n=name: f"{n}: {m}")
         mask = model.backbone.mask(short["text"])
         text, text_brief = model.backbone.encode_text(batch["text"]), model.backbone.encode_text(short["text"])
         torch.testing.assert_close(text[:, :9][mask], text_brief[mask], **CLOSE)
