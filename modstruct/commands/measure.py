@@ -139,7 +139,7 @@ def measure(
     def attempted(title: str) -> Iterator[None]:
         try:
             yield
-        except (ValueError, RuntimeError, OSError) as error:  # raised on all processes
+        except (ValueError, RuntimeError, OSError, ImportError) as error:  # raised on all processes
             if LostProcess.if_it_is(error):
                 raise
             problems.append(f"{title}: {error}")

@@ -125,7 +125,8 @@ class Telemetry:
         if self.curves is None:
             return
         loss = report.total.item()
-        self.bar.set_postfix({"loss": f"{loss:.4f}", "samples/s": f"{rate:.0f}"})
+        samples = f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}"
+        self.bar.set_postfix({"loss": f"{loss:.4f}", "samples/s": samples})
         scalars = {"loss/total": loss} | {f"loss/{name}": value.item() for name, value in report.terms.items()}
         scalars |= {
             "train/learning_rate": learning_rate,
@@ -142,7 +143,7 @@ class Telemetry:
         self.scalars(scalars | extra, step)
         shown = {"loss": loss} | {name: value.item() for name, value in report.terms.items()}
         told = ", ".join(f"{name} {value:.4f}" for name, value in shown.items())
-        log.debug("step %d of %d: %s; rate %.3g, %.0f samples/s", step, self.steps, told, learning_rate, rate)
+        log.debug("step %d of %d: %s; rate %.3g, %s samples/s", step, self.steps, told, learning_rate, samples)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         if self.curves is not None:

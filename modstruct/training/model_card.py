@@ -24,10 +24,9 @@ TAG = "tags: [modstruct"
 LOADING = {
     "open_clip_config.json": (
         "open_clip",
-        "import open_clip\n"
-        "from modstruct.data.tokenizers import load_tokenizer\n\n"
+        "import modstruct, open_clip\n\n"
         'model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")\n'
-        'tokenizer = load_tokenizer("FOLDER/tokenizer")',
+        'tokenizer = modstruct.load("FOLDER")[2]',
     ),
     "config.json": (
         "transformers",

@@ -30,6 +30,7 @@ from modstruct.config.losses import SigmoidConfig
 from modstruct.data.sentencepiece_training import train_sentencepiece
 from modstruct.data.tokenizers import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from modstruct.data.transforms.augment import Views
+from modstruct.evaluation.embeddings.open_clip_model import create_open_clip
 from modstruct.losses.objective import build_objective
 from modstruct.models.two_tower import TwoTower
 from modstruct.training.export import export
@@ -104,6 +105,7 @@ def test_open_clip_makes_the_same_embeddings_of_a_named_architecture_with_its_ow
     their_ids = open_clip.get_tokenizer(f"local-dir:{folder}")(CAPTIONS)
     assert_same_embeddings(model, folder, size, tokenizer(CAPTIONS), their_ids)
     assert open_clip.create_model(f"local-dir:{folder}").vocab_size == 49408  # CLIP's own
+    assert torch.equal(create_open_clip(f"local-dir:{folder}")[2](CAPTIONS), their_ids)
 
 
 def test_a_named_architecture_exports_another_tokenizer_too(tmp_path):

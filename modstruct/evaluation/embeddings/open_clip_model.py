@@ -64,7 +64,9 @@ def create_open_clip(spec: str, random_weights: bool = False) -> tuple[Any, Call
             model, _, preprocess = open_clip.create_model_and_transforms(
                 architecture, weights, load_weights=not random_weights, pretrained_text=False, weights_only=True
             )
-        tokenizer = load_tokenizer(own) if own and own.is_dir() else open_clip.get_tokenizer(architecture)
+        tokenizer = load_tokenizer(own) if own and own.is_dir() else None
+        if tokenizer is None or tokenizer.kind == "clip_bpe":  # an export has no row for our padding token of that
+            tokenizer = open_clip.get_tokenizer(architecture)
         return model, preprocess, tokenizer
 
     try:
