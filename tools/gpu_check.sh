@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What only a GPU can tell, in parts for about eight minutes each, each of which starts from a bare machine:
+# What only a GPU can tell, in parts for eight minutes or so (runs: ten), each of which starts from a bare machine:
 #   tools/gpu_check.sh kernels [OUT]    # tests against float64 on the GPU, times beside the plain and the compiled forms
 #   tools/gpu_check.sh runs [OUT]       # real runs side by side: every ZeRO stage, precisions, gradient cache, compile,
 #                                       # kill and resume, fusion, fine-tuning, evaluation; ends with a table of them
@@ -65,12 +65,17 @@ without_bars() { tr '\r' '\n' <"$1" | grep -Ev '(step|batch|images)/s|[0-9?]s/(s
 
 runs() {
   export OMP_NUM_THREADS=1
-  limit=80
+  limit=120
   trap 'collect; rm -rf "$work"' EXIT
   trap 'exit 1' TERM
   local train=(python3 launch_scripts/pretrain.py)
   local tiny=(--train.steps 30 --evaluation.every_steps 0 --checkpoints.every_steps 10 --checkpoints.keep_last 9 --logging.every_steps 10)
   local bf16=("${tiny[@]}" --train.precision bf16)
+  echo "== a step waits for nothing; what towers compute in; batches arrive; views"
+  timeout 90 python3 -m pytest -q -p no:cacheprovider tests/models/test_host_waits.py tests/models/test_build.py \
+    tests/training/test_step.py tests/data/transforms/test_device_views.py -k gpu \
+    >"$out/models.log" 2>&1 || { status=1; tail -40 "$out/models.log"; }
+  tail -1 "$out/models.log"
   echo "== runs"
   # The first draws the scenes and trains the tokenizer, for which the others wait.
   begin first_line deepspeed launch_scripts/pretrain.py --ds_config ds_configs/zero2.json
@@ -123,11 +128,6 @@ for name in same + near:
 sys.exit(f"not bit for bit as zero2: {', '.join(moved)}" if moved else 0)
 END
   without_bars "$work/first_line.log" | tail -30
-  echo "== a step waits for nothing; what towers compute in; batches arrive; views"
-  timeout 90 python3 -m pytest -q -p no:cacheprovider tests/models/test_host_waits.py tests/models/test_build.py \
-    tests/training/test_step.py tests/data/transforms/test_device_views.py -k gpu \
-    >"$out/models.log" 2>&1 || { status=1; tail -40 "$out/models.log"; }
-  tail -1 "$out/models.log"
   echo "== evaluation"
   timeout 170 python3 launch_scripts/evaluate.py full --checkpoint "$work/first_line" --out "$work/full" >"$work/full.log" 2>&1 ||
     { status=1; tail -5 "$work/full.log"; }

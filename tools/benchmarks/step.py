@@ -22,6 +22,7 @@ import open_clip
 import torch
 from pairwise import machine, timed
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -153,7 +154,8 @@ def print_profile(step: Step) -> None:
     where = "device" if distributed.on_gpu() else "cpu"
     averages = profiled.key_averages()
     print(averages.table(sort_by=f"self_{where}_time_total", row_limit=25, max_name_column_width=70))
-    busy = sum(getattr(event, f"self_{where}_time_total") for event in averages) / 1e6
+    kernels = [event for event in averages if where == "cpu" or event.device_type == DeviceType.CUDA]
+    busy = sum(getattr(e, f"self_{where}_time_total") for e in kernels if not e.is_user_annotation) / 1e6
     print(f"{where} busy for {1e3 * busy:.1f} ms of {1e3 * seconds:.1f} ms, the profiler's own cost included")
 
 
