@@ -234,7 +234,8 @@ def check_batch(recipe: Recipe, objective: Objective, largest: Sequence[int]) ->
         refuse("train.global_batch", batch, f"{why}; give at most {most}{lower}, or more samples")
     if not distributed.is_main():
         return
-    if 4 * batch > most:
+    ends_with_epochs = len(largest) == 1 and recipe.data.groups == 1 and most % batch == 0
+    if 4 * batch > most and not ends_with_epochs:
         log.warning(
             "%s has so few samples that train.global_batch = %d %s; up to %d keeps that rare",
             name,
