@@ -177,7 +177,10 @@ def test_processes_hold_and_send_what_is_planned(processes, cases):
 
 
 def check(seen: dict, parts: dict, sent: dict, measured: planning.Measured, stage: int, case: tuple) -> None:
-    """Memory by part and bytes sent within 5 %; of all that is held at the fullest point 80 to 105 % of the plan."""
+    """Memory by part and bytes sent within 5 %; of all that is held at the fullest point 80 to 105 % of the plan.
+
+    At stage 3 on several processes what is gathered and sent stays until the others have come: up to 125 %.
+    """
     processes, train = measured.processes, measured.recipe.train
     kept = ["weights", "moments", "master", "EMA, queue"]
     for name in kept:
@@ -191,7 +194,8 @@ def check(seen: dict, parts: dict, sent: dict, measured: planning.Measured, stag
         assert 0.95 * share < seen["gradients"] < 1.05 * share + parts["buckets"] + parts["embeddings"], case
     assert seen["state"] == pytest.approx(state, rel=0.05), case
     planned = sum(parts.values())
-    assert 0.8 * planned < seen["most"] < 1.05 * planned, (case, seen["most"] / planned)
+    most = 1.25 if stage == 3 and processes > 1 else 1.05
+    assert 0.8 * planned < seen["most"] < most * planned, (case, seen["most"] / planned)
     if processes > 1:
         real = {kind: seen.get(kind, 0) for kind in counting.KINDS}
         on_links = planning.on_links(sent, processes)
