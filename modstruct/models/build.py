@@ -61,8 +61,8 @@ def build_model(
         names = (name for name, _ in two_tower.named_parameters())
         brought = {name for name in names if name.startswith(kept) and ".independent_head." not in name}
         two_tower.new_weights = _learnt(two_tower) - brought
-        told = of_open_clip, len(brought), len(two_tower.new_weights)
-        log.info("Started from %s: %d pretrained tensors, %d new ones", *told)
+        new = len(two_tower.new_weights)
+        log.info("Started from %s: %d pretrained tensors, %d new ones", of_open_clip, len(brought), new)
     lock_layers(two_tower, config)
     if recipe.train.patch_dropout:
         two_tower.drop_patches(recipe.train.patch_dropout)
