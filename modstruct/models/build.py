@@ -226,6 +226,8 @@ def recompute_activations(model: TrainableModel) -> None:
 def compile_trunks(model: TrainableModel, zero_stage: int, backend: str = "inductor") -> None:
     """Compile the trunks at their first call; each new shape of a batch compiles again.
 
+    A transformer's layers are compiled one by one, so that the first is compiled for all of them.
+
     Raises ValueError naming the field at stage 3, whose hooks fetch the weights of each layer while it runs: a compiled
     trunk would see their empty places; and for a CLIP ResNet whose activations are recomputed.
     """
@@ -235,8 +237,22 @@ def compile_trunks(model: TrainableModel, zero_stage: int, backend: str = "induc
         refuse("train.compile", True, "torch cannot compile a CLIP ResNet with train.activation_checkpointing; choose")
     # Dropout falls as without compilation, so that the two passes of the gradient cache agree.
     options: dict[str, str | int | bool] | None = {"fallback_random": True} if backend == "inductor" else None
+    # Both towers may have layers of one class, each with shapes of its own, with gradients and without.
+    torch._dynamo.config.recompile_limit = 32
     for trunk in model.trunks().values():
-        trunk.compile(backend=backend, options=options)
+        for module in _equal_layers(trunk) or [trunk]:
+            module.compile(backend=backend, options=options)
+
+
+def _equal_layers(trunk: nn.Module) -> list[nn.Module]:
+    """The layers of a transformer: equal in class and weights' shapes. None for a trunk of several stages."""
+
+    def equal(layers: nn.Module) -> bool:
+        forms = {(type(one), *(weight.shape for weight in one.parameters())) for one in layers.children()}
+        return isinstance(layers, (nn.ModuleList, nn.Sequential)) and len(layers) > 1 and len(forms) == 1
+
+    stages = [list(module.children()) for module in trunk.modules() if equal(module)]
+    return stages[0] if len(stages) == 1 else []
 
 
 class _Recomputed:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_models import batch_of_both_views, register_architectures, tiny_config, tiny_model, word_tokenizer
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from modstruct import checkpoints
 from modstruct.cli import losses_of, parse_recipe_text
@@ -113,6 +114,21 @@ def test_compilation_gives_the_same(architecture, name, size, backend, recompute
     right, found = gradients(plain, size), gradients(compiled, size)
     assert compiled.state_dict().keys() == plain.state_dict().keys()
     assert_same(found, right, 1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["clip", "bert"])
+def test_a_transformers_layers_are_compiled_once(architecture):
+    def operations(layers: int) -> int:
+        torch._dynamo.reset()
+        counted = CompileCounterWithBackend("aot_eager")
+        config = tiny_config(architecture)
+        config.vision.layers = config.text.layers = layers
+        compiled = tiny_model(config, word_tokenizer()).train()
+        compile_trunks(compiled, zero_stage=2, backend=counted)
+        gradients(compiled, 16)
+        return counted.op_count
+
+    assert 0 < operations(2) == operations(5)
 
 
 def test_compilation_at_stage_3_is_refused_by_name():
