@@ -112,7 +112,7 @@ def report(recipe: Recipe, options: argparse.Namespace, steps: dict[str, Step]) 
     a, b = torch.randn(2, side, side, device=distributed.device(), dtype=DTYPES[recipe.train.precision]).unbind()
     forms: dict[str, Step] = {"product": lambda: a @ b} | steps
     seconds: dict[str, list[float]] = {name: [] for name in forms}
-    peaks = {}
+    peaks, first = {}, {}
     for number in range(options.rounds + 3):  # the first three warm up
         for name, form in forms.items():
             if distributed.on_gpu():
@@ -120,6 +120,7 @@ def report(recipe: Recipe, options: argparse.Namespace, steps: dict[str, Step]) 
             taken = timed(form, distributed.device())
             if distributed.on_gpu():
                 peaks[name] = torch.cuda.max_memory_allocated() / 2**30
+            first.setdefault(name, taken)
             if number >= 3:
                 seconds[name].append(taken)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
@@ -136,7 +137,7 @@ def report(recipe: Recipe, options: argparse.Namespace, steps: dict[str, Step]) 
         size += f" in micro-batches of {train.micro_batch}"
     print(f"{size}, {train.precision}, {'compiled, ' * train.compile}{options.ds_config}")
     for name, value in medians.items():
-        line = f"{name:8}{1e3 * value:>10.1f} ms{pairs / value:>10,.0f} pairs/s"
+        line = f"{name:8}{1e3 * value:>10.1f} ms{pairs / value:>10,.0f} pairs/s{first[name]:>8.1f} s the first"
         if name in peaks:
             line += f"{peaks[name]:>8.1f} GiB in all"
         if operations:

@@ -139,11 +139,11 @@ def rankings(
 
     def ranked_by(queries: np.ndarray, gallery: np.ndarray, pairs: np.ndarray) -> tuple[Ranked, Metrics | None]:
         shares = query_shares(pairs, distributed.world_size() if exact else 1)
-        gpus = nearest.own_gpu() if len(shares) > 1 else nearest.usable_gpus()
 
         def search(some: np.ndarray) -> tuple[PairsAhead, Metrics | None]:
             if engine == "exact":
                 return pairs_ahead(queries, gallery, some), None
+            gpus = nearest.own_gpu() if len(shares) > 1 else nearest.usable_gpus()
             lists = nearest.RankedByLists(gallery, engine, config.index, gpus)
             return lists.pairs_ahead(queries, some, max(recall_at)), None if exact else lists.recall(queries, recall_at)
 
