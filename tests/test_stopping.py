@@ -177,7 +177,7 @@ class Slow:
     def __getitem__(self, index): time.sleep(60)
 if __name__ == "__main__":
     stopping.listen()
-    batches = iter(WorkerLoader(Slow(), range(9), 2, pin_memory=False))
+    batches = iter(WorkerLoader(Slow(), range(9), 2))
 """
     script = tmp_path / "script.py"
     script.write_text(BEGIN.replace("stopping.listen()\n", "") + body + textwrap.indent(IN_C, "    "))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
@@ -82,9 +84,8 @@ def sent_ahead(steps: Iterable[list[TrainBatch]]) -> Iterator[list[TrainBatch]]:
 
     There each part is copied once, on a stream of its own, while the step before it is computed: two steps' batches are
     then in its memory, until the next is asked for, which empties those that were yielded. The loader is asked for a
-    step's batches before the step that comes before them begins, and its errors come so much earlier.
+    step's batches two steps before, and its errors come so much earlier.
     """
-    steps = iter(steps)
 
     def to_device(parts: list[TrainBatch]) -> list[TrainBatch]:
         return [replace(part, tensors=on_device(part.tensors)) for part in parts]
@@ -92,6 +93,7 @@ def sent_ahead(steps: Iterable[list[TrainBatch]]) -> Iterator[list[TrainBatch]]:
     if not distributed.on_gpu():
         yield from map(to_device, steps)
         return
+    steps = _pinned(steps)
     copying = torch.cuda.Stream()
 
     def send(parts: list[TrainBatch] | None) -> tuple[list[TrainBatch], torch.cuda.Event] | None:
@@ -111,6 +113,22 @@ def sent_ahead(steps: Iterable[list[TrainBatch]]) -> Iterator[list[TrainBatch]]:
         yield parts
         for part in parts:
             part.tensors.clear()
+
+
+def _pinned(steps: Iterable[list[TrainBatch]]) -> Iterator[list[TrainBatch]]:
+    """The same in pinned memory, made by a thread while a step is computed.
+
+    Two steps' at most are there; a DataLoader that pins would hold there all that its processes have ready.
+    """
+    coming: deque[Future[list[TrainBatch]]] = deque()
+    this_gpu = torch.cuda.current_device()  # of a thread it is the first
+    with ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(this_gpu,)) as thread:
+        for parts in steps:
+            coming.append(thread.submit(lambda parts: [part.pinned() for part in parts], parts))
+            if len(coming) > 1:
+                yield coming.popleft().result()
+        for last in coming:
+            yield last.result()
 
 
 def _agree(total: Tensor, stop_requested: int) -> tuple[bool, int]:

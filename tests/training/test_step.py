@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from types import SimpleNamespace
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -25,8 +26,15 @@ class Rows:
     def __init__(self, name: str, log: list[str], where: str = "host"):
         self.name, self.log, self.where = name, log, where
 
+    def pin_memory(self) -> Rows:
+        assert self.where == "host"
+        pinned = Rows(self.name, self.log, "pinned")
+        PINNED.add(pinned)
+        assert len(PINNED) <= 4, "two parts of two steps"
+        return pinned
+
     def to(self, device: torch.device, non_blocking: bool) -> Rows:
-        assert (self.where, non_blocking) == ("host", True)
+        assert (self.where, non_blocking) == ("pinned", True)
         self.log.append(f"copy {self.name} on {STREAMS[-1]}")
         return Rows(self.name, self.log, "device")
 
@@ -36,6 +44,7 @@ class Rows:
 
 
 STREAMS = ["main"]
+PINNED: WeakSet[Rows] = WeakSet()
 
 
 def gpu_of(log: list[str], monkeypatch) -> None:
@@ -56,13 +65,15 @@ def gpu_of(log: list[str], monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "Stream", lambda: stream("side"))
     monkeypatch.setattr(torch.cuda, "stream", within)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream(STREAMS[-1]))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", {3: None}.get)
     monkeypatch.setattr(distributed, "device", lambda: torch.device("cpu"))
 
 
 def test_each_part_is_copied_once_while_the_step_before_it_is_computed(monkeypatch):
     log: list[str] = []
     gpu_of(log, monkeypatch)
-    steps = [[TrainBatch({"image": Rows(f"{step}{part}", log)}, tried=step) for part in "ab"] for step in range(3)]
+    steps = [[TrainBatch({"image": Rows(f"{step}{part}", log)}, tried=step) for part in "ab"] for step in range(6)]
     before: list[TrainBatch] = []
     for number, parts in enumerate(sent_ahead(iter(steps))):
         log.append(f"step {number}")
@@ -71,9 +82,10 @@ def test_each_part_is_copied_once_while_the_step_before_it_is_computed(monkeypat
         assert not any(part.tensors for part in before), "a step's memory is free before another's batch takes some"
         before = parts
     use = [["main waits for event 0", "0a used on main", "0b used on main", "step 0"]]
-    use += [[line.replace("0", str(step)) for line in use[0]] for step in (1, 2)]
-    copy = [[f"copy {step}{part} on side" for part in "ab"] for step in range(3)]
-    assert log == copy[0] + copy[1] + use[0] + copy[2] + use[1] + use[2]
+    use += [[line.replace("0", str(step)) for line in use[0]] for step in range(1, 6)]
+    copy = [[f"copy {step}{part} on side" for part in "ab"] for step in range(6)]
+    turns = zip([*copy[1:], []], use, strict=True)
+    assert log == copy[0] + [line for turn in turns for lines in turn for line in lines]
 
 
 def test_without_a_gpu_batches_are_taken_as_they_come(monkeypatch):
@@ -105,7 +117,7 @@ def test_a_step_begins_with_the_views_that_the_device_makes(monkeypatch):
 def test_on_a_gpu_batches_arrive_whole():
     """Copies of 64 MiB beside a computation that keeps the GPU busy, whose memory is taken again and again."""
     assert distributed.on_gpu()
-    steps = ([TrainBatch({"image": torch.full((1 << 24,), step).int().pin_memory()})] for step in range(8))
+    steps = ([TrainBatch({"image": torch.full((1 << 24,), step).int()})] for step in range(8))
     busy, sums = torch.randn(4096, 4096, device="cuda"), []
     for (batch,) in sent_ahead(steps):
         for _ in range(4):

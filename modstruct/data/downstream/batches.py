@@ -117,7 +117,7 @@ def task_loader(
 ) -> WorkerLoader:
     """Loader of the TrainBatches of the steps start_step … stop_step - 1; any start is as fast as the first."""
     dataset = TaskBatches(composer, entries, config, global_batch, seed, distributed.rank(), distributed.world_size())
-    return WorkerLoader(dataset, range(start_step, stop_step), config.workers, pin_memory=distributed.on_gpu())
+    return WorkerLoader(dataset, range(start_step, stop_step), config.workers)
 
 
 @dataclass
@@ -155,4 +155,4 @@ def entry_batches(
         for number in my_batches(math.ceil(len(entries) / batch))
     ]
     dataset = _EntryBatches(composer, entries, config)
-    return iter(WorkerLoader(dataset, chunks, min(config.workers, len(chunks)), pin_memory=False))
+    return iter(WorkerLoader(dataset, chunks, min(config.workers, len(chunks))))

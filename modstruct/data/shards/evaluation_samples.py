@@ -177,7 +177,7 @@ def evaluation_loader(
     chunks = [indices[first : first + batch] for first in range(0, len(indices), batch)]
     workers = min(samples.config.workers if workers is None else workers, len(chunks))
     dataset = _EvaluationBatches(samples, views, augmented_seed)
-    return WorkerLoader(dataset, chunks, workers, pin_memory=False)
+    return WorkerLoader(dataset, chunks, workers)
 
 
 def train_captions(samples: Samples, config: DataConfig, limit: int) -> Iterator[str]:

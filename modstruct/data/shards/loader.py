@@ -71,8 +71,8 @@ class TrainBatch:
     counts: Counter[str] = field(default_factory=Counter)
     """What else is counted, by names of `counted`."""
 
-    def pin_memory(self) -> TrainBatch:
-        """Called by the DataLoader: a copy whose transfer to the GPU is asynchronous."""
+    def pinned(self) -> TrainBatch:
+        """A copy whose transfer to the GPU is asynchronous."""
         return replace(self, tensors={name: rows.pin_memory() for name, rows in self.tensors.items()})
 
 
@@ -349,7 +349,7 @@ def train_loader(
     )
     _require_pipe_room(samples, config, min(1.0, distributed.local_world_size() / processes))
     items = range(plan.start_step * dataset.parts, plan.stop_step * dataset.parts)
-    return WorkerLoader(dataset, items, config.workers, pin_memory=distributed.on_gpu(), parts=dataset.parts)
+    return WorkerLoader(dataset, items, config.workers, parts=dataset.parts)
 
 
 def steps_of(loader: WorkerLoader[TrainBatch]) -> Iterator[list[TrainBatch]]:

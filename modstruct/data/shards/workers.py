@@ -41,7 +41,7 @@ class WorkerLoader(DataLoader[Batch]):
     parts: batches of one training step.
     """
 
-    def __init__(self, dataset: Dataset[Batch], items: Sequence, workers: int, pin_memory: bool, parts: int = 1):
+    def __init__(self, dataset: Dataset[Batch], items: Sequence, workers: int, parts: int = 1):
         self._items = _Items(items)
         self.parts = parts
         super().__init__(
@@ -50,7 +50,6 @@ class WorkerLoader(DataLoader[Batch]):
             sampler=self._items,
             num_workers=workers,
             collate_fn=_unchanged,
-            pin_memory=pin_memory,
             prefetch_factor=BATCHES_AHEAD if workers else None,
             multiprocessing_context=_context() if workers else None,
             worker_init_fn=_start_worker if workers else None,

@@ -286,7 +286,7 @@ def _embed_texts(
     def batches(numbers: Sequence[range]) -> Iterator[Batch]:
         full = [some for some in numbers if some]
         workers = config.workers if parts is not None and len(full) >= BATCHES_FOR_WORKERS else 0
-        for ids in WorkerLoader(_Tokens(texts, tokenize), full, workers, pin_memory=False):
+        for ids in WorkerLoader(_Tokens(texts, tokenize), full, workers):
             yield encoded(ids)
         yield from (encoded(tokenize([""])[:0]) for empty in numbers if not empty)
 
