@@ -140,13 +140,13 @@ speed() {
     "--model.name ViT-B-16 --train.global_batch 512" \
     "--model.name RN50 --train.global_batch 512" \
     "--model.name ViT-B-32 --train.global_batch 1024 --train.precision bf16_mixed --without_plain" \
-    "--model.name ViT-B-32 --train.global_batch 1024 --train.compile true" \
+    "--model.name ViT-B-32 --train.global_batch 1024 --train.compile true --eager_plain" \
     "--model.name ViT-B-32 --train.global_batch 1024 --method all --without_plain" \
     "--model.name ViT-B-32 --train.global_batch 4096 --train.micro_batch 512 --without_plain" \
     "--model.name ViT-B-32 --train.global_batch 1024 --ds_config ds_configs/zero0.json"; do
     echo "== step.py $words"
     # shellcheck disable=SC2086
-    timeout 90 "${clip[@]}" $words 2>"$work/error" | cut -c1-170 | tee -a "$out/speed.log" || { status=1; tail -15 "$work/error"; }
+    timeout 120 "${clip[@]}" $words 2>"$work/error" | cut -c1-170 | tee -a "$out/speed.log" || { status=1; tail -15 "$work/error"; }
   done
 }
 

@@ -103,7 +103,7 @@ class TrainConfig:
     """Keep the input of each layer of the towers alone, and recompute what lies inside in the backward pass: less
     memory for a third more work, the same gradient."""
     compile: bool = False
-    """Compile the towers by torch.compile (inductor): minutes at the start, faster steps. ZeRO stages 0 to 2."""
+    """Compile the towers by torch.compile (inductor): a wait at the start, faster steps. ZeRO stages 0 to 2."""
     pairwise_precision: Precision = "tf32"
     """What the losses' products of embeddings are formed from on a GPU; sums are float32. The CPU takes float32."""
     seed: int = 0

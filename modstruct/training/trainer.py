@@ -368,7 +368,7 @@ def build_engine(
     if recipe.train.activation_checkpointing:
         recompute_activations(model)
     if recipe.train.compile:
-        log.info("train.compile: PyTorch compiles the towers in the first steps, which takes minutes")
+        log.info("train.compile: PyTorch compiles the towers in the first steps, which takes a while")
         compile_trunks(model, zero_stage(ds_config))
     sized = size_buckets(ds_config, sum(p.numel() for p in model.parameters()))
     log.debug("DeepSpeed's configuration: %s", json.dumps(sized))

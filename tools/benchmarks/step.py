@@ -2,7 +2,7 @@
 
 python tools/benchmarks/step.py                                                  # a small model, a minute on two cores
 python tools/benchmarks/step.py --recipe clip_rn50_cc3m --method clip --model.name ViT-B-32 --train.global_batch 512
-python tools/benchmarks/step.py … --train.compile true --ds_config ds_configs/zero0.json
+python tools/benchmarks/step.py … --train.compile true --ds_config ds_configs/zero0.json    # both compiled
 
 One process. Ours is training's own step (training/step.py): towers, losses over the batch, DeepSpeed, AdamW. Plain is
 open_clip's CLIP and ClipLoss on the same images and captions in torch's autocast, float32 weights and fused AdamW, as
@@ -46,6 +46,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10, help="Rounds that medians are taken of (default: 10).")
     parser.add_argument("--ds_config", default="ds_configs/zero2.json", help="DeepSpeed's JSON (default: %(default)s).")
+    parser.add_argument(
+        "--eager_plain", action="store_true", help="Leave open_clip's step uncompiled where ours is not."
+    )
     parser.add_argument("--without_plain", action="store_true", help="Leave open_clip's step out.")
     parser.add_argument("--profile", action="store_true", help="And say what each step spends its time on.")
     options, words = parser.parse_known_args(arguments)
@@ -55,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     batch = batch_of(recipe, tokenizer)
     steps = {"ours": our_step(recipe, tokenizer, batch, options.ds_config)}
     if not options.without_plain:
-        steps["plain"] = plain_step(recipe, tokenizer, batch)
+        steps["plain"] = plain_step(recipe, tokenizer, batch, recipe.train.compile and not options.eager_plain)
     report(recipe, options, steps)
     if options.profile:
         for name, step in steps.items():
@@ -84,12 +87,12 @@ def our_step(recipe: Recipe, tokenizer: ClipTokenizer, batch: dict[str, Tensor],
     return lambda: train_step(engine, objective, parts, 0, 1e-5)
 
 
-def plain_step(recipe: Recipe, tokenizer: ClipTokenizer, batch: dict[str, Tensor]) -> Step:
+def plain_step(recipe: Recipe, tokenizer: ClipTokenizer, batch: dict[str, Tensor], compiled: bool) -> Step:
     described = open_clip_config(recipe.model)
     described["text_cfg"] |= text_sizes(tokenizer)
     torch.manual_seed(0)
     model = open_clip.CLIP(**described).to(distributed.device()).train()
-    if recipe.train.compile:
+    if compiled:
         model.compile()
     loss = open_clip.ClipLoss()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
@@ -126,7 +129,7 @@ def report(recipe: Recipe, options: argparse.Namespace, steps: dict[str, Step]) 
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     rate = 2 * side**3 / medians.pop("product")
     operations = None
-    if "plain" in steps and not recipe.train.compile:
+    if "plain" in steps and (options.eager_plain or not recipe.train.compile):
         with FlopCounterMode(display=False) as counter:
             steps["plain"]()
         operations = counter.get_total_flops()
