@@ -8,6 +8,7 @@ is marked if it is the best or not shown to be worse than the best; if no run is
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from modstruct.config.recipe_files import leaves
 from modstruct.evaluation.result import Result, Value
 from modstruct.evaluation.statistics import Difference, holm, paired_difference
 from modstruct.files import parse_yaml
@@ -191,14 +193,41 @@ def group_seeds(runs: Sequence[Evaluation]) -> list[Evaluation]:
     return sorted(grouped, key=lambda run: runs.index((run.seeds or (run,))[0]))
 
 
-def _without_seed(run: Evaluation) -> tuple[Any, Any]:
-    """What runs of several seeds have in common, and the seed."""
+def _recipe(run: Evaluation) -> dict[str, Any]:
+    """What a run was trained with; empty for a model of others, or where the text is no recipe."""
     try:
         recipe: Any = parse_yaml(str(run.model.get("recipe")).encode())
+    except ValueError:
+        return {}
+    return recipe if isinstance(recipe, dict) else {}
+
+
+def _without_seed(run: Evaluation) -> tuple[Any, Any]:
+    """What runs of several seeds have in common, and the seed."""
+    recipe = _recipe(run)
+    try:
         seed = recipe["train"].pop("seed")
-    except (ValueError, TypeError, KeyError, AttributeError):  # a model of others, or text that is no recipe
+    except (TypeError, KeyError, AttributeError):
         return run.folder, None
     return repr([recipe | {"output": None}, re.findall(r"step-\d+$", run.model["name"])]), seed
+
+
+def differing_fields(runs: Sequence[Evaluation]) -> dict[str, list[str]]:
+    """By its dotted name each field that not all recipes share, and its values in each run, of seeds together.
+
+    Left out are output, and fields that a recipe of an older version lacks. A run without a recipe has "".
+    """
+    recipes = [[leaves(recipe) for one in run.seeds or (run,) if (recipe := _recipe(one))] for run in runs]
+    known = [fields for of in recipes for fields in of]
+    differing = {}
+    for name in known[0] if known else ():
+        if name != "output" and all(name in fields for fields in known):
+            values = [
+                ", ".join(dict.fromkeys(json.dumps(fields[name], default=str) for fields in of)) for of in recipes
+            ]
+            if len({value for value in values if value}) > 1:
+                differing[name] = values
+    return differing
 
 
 def _merged(family: Sequence[Evaluation]) -> Evaluation:

@@ -216,7 +216,7 @@ def planes(runs: Sequence[Evaluation]) -> list[Plot]:
                 svg = _svg(figure, f"{set_name}, {runs[i].name}: {caption} on two principal axes", titles)
                 axes.legend()
                 files = _files(figure, {})
-            made.append(Plot(set_name, i, _file_name("plane", set_name, str(i + 1)), caption, svg, files))
+            made.append(Plot(set_name, i, _file_name("plane", set_name, str(i + 1), runs[i].name), caption, svg, files))
     return made
 
 

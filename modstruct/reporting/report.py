@@ -28,8 +28,8 @@ from modstruct.evaluation.result import Result
 from modstruct.evaluation.tables import ROWS
 from modstruct.files import atomic_write, require_writable
 from modstruct.reporting.clip_benchmark import benchmark_files, read_benchmark
-from modstruct.reporting.comparison import ALPHA, Row, Section, compare, group_seeds
-from modstruct.reporting.loading import Evaluation, galleries, load_evaluations
+from modstruct.reporting.comparison import ALPHA, Row, Section, compare, differing_fields, group_seeds
+from modstruct.reporting.loading import Evaluation, Gallery, galleries, load_evaluations
 from modstruct.reporting.plots import Plot, planes, plots
 from modstruct.reporting.tables import LONG_GROUP, csv_table, latex_tables, shown, texts
 
@@ -105,13 +105,15 @@ def html_page(
 
     drawn: plots by section, and "planes".
     """
+    examples = galleries(runs)
     return rendered(
         "page.html",
         runs=runs,
         sections=sections,
         drawn=drawn,
-        notes=list(notes(sections, runs)),
-        galleries=galleries(runs),
+        notes=list(notes(sections, runs, examples)),
+        galleries=examples,
+        differing=differing_fields(runs) if len(runs) > 1 else {},
         sets=sorted({set_name for run in runs for set_name, _ in run.results}),
         files=files,
         with_interval=with_interval,
@@ -169,7 +171,9 @@ def _tip(row: Row, i: int, runs: Sequence[Evaluation]) -> str:
     return "; ".join(parts)
 
 
-def notes(sections: Sequence[Section], runs: Sequence[Evaluation]) -> Iterator[str]:
+def notes(
+    sections: Sequence[Section], runs: Sequence[Evaluation], examples: dict[tuple[str, str], Gallery]
+) -> Iterator[str]:
     """What a reader must know before comparing: different data, leakage, results that only some runs have."""
     of_run = [{set_name for set_name, _ in run.results} for run in runs]
     for run, sets in zip(runs, of_run, strict=True):
@@ -185,3 +189,7 @@ def notes(sections: Sequence[Section], runs: Sequence[Evaluation]) -> Iterator[s
                 most = max(value.value for value in result.values.values())
                 if section.metric == "leakage" and most > 0:
                     yield f"Leakage: {shown(most, 'share')}\u00a0% of {set_name} are in {runs[i].name}'s training data."
+    in_galleries = {found["run"] for queries in examples.values() for query in queries for found in query}
+    lacking = [run.name for i, run in enumerate(runs) if i not in in_galleries and not run.published]
+    if examples and lacking:
+        yield f"Retrieved examples were not kept of {', '.join(lacking)}."

@@ -7,7 +7,7 @@ import pytest
 from evaluation_folders import Embeddings, measured_mean, retrieval_result, save_model, save_result
 
 from modstruct.evaluation.result import Curve, Result, Value, share
-from modstruct.reporting.comparison import compare, group_seeds
+from modstruct.reporting.comparison import compare, differing_fields, group_seeds
 from modstruct.reporting.loading import Evaluation, load_evaluations
 
 RANDOM = np.random.default_rng(0)
@@ -166,6 +166,20 @@ def test_checkpoints_of_one_run_and_other_recipes_are_no_seeds(tmp_path):
     save_result(tmp_path / "d", "shapes", "zero_shot", {"top_1": Value(0.5)})
     runs = load_evaluations([tmp_path / folder for folder in "abcd"])
     assert group_seeds(runs) == runs
+
+
+def test_what_recipes_differ_in_is_named(tmp_path):
+    runs = seeds(tmp_path, {"clip": [DIFFICULTY < 0.5, DIFFICULTY < 0.52], "gc": [DIFFICULTY < 0.6]})
+    save_model(tmp_path / "d", "ViT-B-32", recipe=None, checkpoint=None, open_clip={"name": "ViT-B-32"})
+    save_model(tmp_path / "e", "older", recipe="output: e\nlosses: {method: gc}\n")
+    for folder in "de":
+        save_result(tmp_path / folder, "shapes", "zero_shot", {"top_1": Value(0.5)})
+    theirs, older = load_evaluations([tmp_path / folder for folder in "de"])
+    clip, gc = group_seeds(runs)
+    method, seed = ("losses.method", ['"clip"', '"gc"', ""]), ("train.seed", ["0, 1", "0", ""])
+    assert differing_fields([clip, gc, theirs]) == dict([method, seed])
+    assert differing_fields([clip, gc, older]) == {"losses.method": ['"clip"', '"gc"', '"gc"']}
+    assert differing_fields([theirs]) == differing_fields([theirs, clip]) == differing_fields([gc, older]) == {}
 
 
 def test_seeds_measured_on_other_data_are_not_compared(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from html.parser import HTMLParser
@@ -65,6 +66,7 @@ def test_it_has_every_run_section_chart_and_command(page, report):
         assert f"deepspeed launch_scripts/pretrain.py --recipe scenes --method {name}" in text
         assert f"runs/{name}/checkpoints/step-00000220" in text
     assert "geometry: {weight: 0.25}" in text
+    assert 'losses.method "clip" "clip_sep" "clip_gc"' in " ".join(text.split())
     metrics = {"retrieval", "zero_shot", "linear_probe", "few_shot", "structure", "information", "leakage"}
     ids = {attrs["id"] for attrs in page.all("section")}
     assert ids == metrics | {"summary", "planes", "examples", "runs", "reading"}
@@ -238,6 +240,17 @@ def test_queries_of_several_runs_stand_together(run_folders):
         for query in queries:
             assert [one["run"] for one in query] == [0, 1, 2]
             assert all(one["right"]["name"] == one["query"]["name"] for one in query)
+
+
+def test_a_run_without_examples_is_named(run_folders, tmp_path):
+    folder = shutil.copytree(run_folders[0], tmp_path / "clip")
+    shutil.rmtree(folder / "results/scenes/examples")
+    report = write_report([folder, *run_folders[1:]], tmp_path / "report")
+    assert "Retrieved examples were not kept of clip." in Page(report.html.read_text()).text
+    assert {name.rpartition("-")[2] for name in os.listdir(report.figures) if "plane" in name} >= {
+        "clip.png",
+        "clip_sep.png",
+    }
 
 
 def test_images_beyond_the_limit_are_named_instead(run_folders):
