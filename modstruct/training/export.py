@@ -70,8 +70,8 @@ def write_weights(
         _export_as_ours(folder, weights, recipe)
         if recipe.framework == "two_tower":
             log.info(
-                "Exported under modstruct's names: open_clip has no tower of model.vision.stem %s with "
-                "model.text.architecture %s; patch and clip train one that it loads",
+                "Exported under modstruct's names, which modstruct.load reads and open_clip does not: it has no towers "
+                "of model.vision.stem = %s and model.text.architecture = %s, but of patch and clip",
                 recipe.model.vision.stem,
                 recipe.model.text.architecture,
             )
