@@ -1,7 +1,7 @@
 """Time and memory of the pairwise terms beside their plain torch forms, in one run.
 
 python tools/benchmarks/pairwise.py                     # two CPU cores: about 4 minutes
-python tools/benchmarks/pairwise.py --sweep 16384       # contrastive terms from N = 256 on: about 20 minutes
+python tools/benchmarks/pairwise.py --sweep 16384       # contrastive terms from N = 256 on: up to an hour
 python tools/benchmarks/pairwise.py --device cuda  # bf16 and tf32, N = 32,768 and 131,072, whatever --rows says
 
 Every round times each form once, one after the other, so that a busy machine slows all alike; after one that warms up,
