@@ -238,21 +238,29 @@ def compile_trunks(model: TrainableModel, zero_stage: int, backend: str = "induc
     # Dropout falls as without compilation, so that the two passes of the gradient cache agree.
     options: dict[str, str | int | bool] | None = {"fallback_random": True} if backend == "inductor" else None
     # Both towers may have layers of one class, each with shapes of its own, with gradients and without.
-    torch._dynamo.config.recompile_limit = 32
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for trunk in model.trunks().values():
         for module in _equal_layers(trunk) or [trunk]:
             module.compile(backend=backend, options=options)
 
 
 def _equal_layers(trunk: nn.Module) -> list[nn.Module]:
-    """The layers of a transformer: equal in class and weights' shapes. None for a trunk of several stages."""
+    """The layers of a transformer, or of its stages: in each equal in class and weights' shapes. None of a trunk of
+    which such layers are not most, as of a ResNet."""
+    found: list[nn.Module] = []
 
-    def equal(layers: nn.Module) -> bool:
-        forms = {(type(one), *(weight.shape for weight in one.parameters())) for one in layers.children()}
-        return isinstance(layers, (nn.ModuleList, nn.Sequential)) and len(layers) > 1 and len(forms) == 1
+    def look_into(module: nn.Module) -> None:
+        layers = list(module.children())
+        forms = {(type(layer), *(weight.shape for weight in layer.parameters())) for layer in layers}
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(layers) > 1 == len(forms):
+            found.extend(layers)
+            return
+        for inner in layers:
+            look_into(inner)
 
-    stages = [list(module.children()) for module in trunk.modules() if equal(module)]
-    return stages[0] if len(stages) == 1 else []
+    look_into(trunk)
+    own, whole = (sum(weight.numel() for module in of for weight in module.parameters()) for of in (found, [trunk]))
+    return found if own > whole / 2 else []
 
 
 class _Recomputed:

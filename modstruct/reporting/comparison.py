@@ -222,9 +222,7 @@ def differing_fields(runs: Sequence[Evaluation]) -> dict[str, list[str]]:
     differing = {}
     for name in known[0] if known else ():
         if name != "output" and all(name in fields for fields in known):
-            values = [
-                ", ".join(dict.fromkeys(json.dumps(fields[name], default=str) for fields in of)) for of in recipes
-            ]
+            values = [", ".join(sorted({json.dumps(fields[name], default=str) for fields in of})) for of in recipes]
             if len({value for value in values if value}) > 1:
                 differing[name] = values
     return differing

@@ -121,7 +121,7 @@ def _pinned(steps: Iterable[list[TrainBatch]]) -> Iterator[list[TrainBatch]]:
     Two steps' at most are there; a DataLoader that pins would hold there all that its processes have ready.
     """
     coming: deque[Future[list[TrainBatch]]] = deque()
-    this_gpu = torch.cuda.current_device()  # of a thread it is the first
+    this_gpu = torch.cuda.current_device()  # a new thread starts on the first
     with ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(this_gpu,)) as thread:
         for parts in steps:
             coming.append(thread.submit(lambda parts: [part.pinned() for part in parts], parts))
