@@ -148,6 +148,12 @@ speed() {
     # shellcheck disable=SC2086
     timeout 120 "${clip[@]}" $words 2>"$work/error" | cut -c1-170 | tee -a "$out/speed.log" || { status=1; tail -15 "$work/error"; }
   done
+  local run=(--recipe clip_rn50_cc3m --method clip --model.name ViT-B-32 --train.epochs null --data.workers $(($(nproc --all) - 1)))
+  for on in loader device; do
+    echo "== a real run, photographs of 500 x 375, views.on $on"
+    timeout 90 python3 tools/benchmarks/loader.py --photographs --rounds 0 --train_steps 40 --train_batch 1024 \
+      "${run[@]}" --views.on $on 2>"$work/error" | tail -6 | tee -a "$out/speed.log" || { status=1; tail -15 "$work/error"; }
+  done
 }
 
 sanitize() {

@@ -12,7 +12,7 @@ memory: decoding, crops, flips, AutoAugment, the copy to a tensor. It reads, ord
 --open_clip: the pipeline that open_clip trains with (tools/benchmarks/webdataset_pipeline.py) takes turns with them,
 all with its one view and the recipe's tokenizer. Rounds of all forms alternate, so a busy machine slows all alike. A
 core is one process: rates are per second of processor time of the process that does the work, and per second on the
-wall. The time that a step waits is `seconds/data` of the run's TensorBoard, without its first reading. Other words are
+wall. The time that a step of the real run waits is `seconds/data` of the run's TensorBoard, without its first reading. Other words are
 fields of the recipe, such as `--model.vision.image_size 224` or `--views.on device`, with which the views of what the
 loader sends are made, and timed, in this process. Writes JSON to --out.
 """
@@ -349,7 +349,7 @@ def waiting(options: argparse.Namespace) -> dict:
         words += ["--data.validation", "null", "--data.eval", "null", "--data.zero_shot", "null"]
         words += ["--train.steps", str(options.train_steps), "--checkpoints.every_steps", "0"]
         words += ["--train.global_batch", str(options.train_batch)]
-        words += ["--logging.every_steps", str(max(1, options.train_steps // 4))]
+        words += ["--logging.every_steps", str(max(1, options.train_steps // 4)), *options.words]
         subprocess.run([sys.executable, "launch_scripts/pretrain.py", *words], cwd=ROOT, check=True)
         events = EventAccumulator(str(Path(folder, "tensorboard"))).Reload()
         found = {phase: [event.value for event in events.Scalars(f"seconds/{phase}")[1:]] for phase in PHASES}
