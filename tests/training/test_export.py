@@ -144,7 +144,7 @@ def test_towers_that_open_clip_lacks_are_exported_under_our_names_and_not_for_it
     tokenizer = word_tokenizer()
     with caplog.at_level("INFO", "modstruct"):
         model, folder = exported(tmp_path, config, tokenizer, independent=True)
-    assert "patch and clip train one that it loads" in caplog.text
+    assert "which modstruct.load reads and open_clip does not" in caplog.text
     with pytest.raises(FileNotFoundError, match=r"open_clip_config\.json"):
         open_clip.create_model(f"local-dir:{folder}")
     described = json.loads((folder / "modstruct_config.json").read_text())
