@@ -20,7 +20,7 @@ from modstruct.data.tokenizers import Tokenizer, load_tokenizer
 from modstruct.errors import refuse, require
 from modstruct.losses.objective import Objective
 from modstruct.models import towers
-from modstruct.models.layers import lock_layers
+from modstruct.models.layers import layers_of, lock_layers
 from modstruct.models.norms import BatchNorm, Float32BatchNorm, keep_norms_in_float32
 from modstruct.models.protocol import TrainableModel, copy_into
 from modstruct.models.transformers_clip import is_transformers, own_tokenizer
@@ -240,27 +240,8 @@ def compile_trunks(model: TrainableModel, zero_stage: int, backend: str = "induc
     # Both towers may have layers of one class, each with shapes of its own, with gradients and without.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for trunk in model.trunks().values():
-        for module in _equal_layers(trunk) or [trunk]:
+        for module in layers_of(trunk) or [trunk]:
             module.compile(backend=backend, options=options)
-
-
-def _equal_layers(trunk: nn.Module) -> list[nn.Module]:
-    """The layers of a transformer, or of its stages: in each equal in class and weights' shapes. None of a trunk of
-    which such layers are not most, as of a ResNet."""
-    found: list[nn.Module] = []
-
-    def look_into(module: nn.Module) -> None:
-        layers = list(module.children())
-        forms = {(type(layer), *(weight.shape for weight in layer.parameters())) for layer in layers}
-        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(layers) > 1 == len(forms):
-            found.extend(layers)
-            return
-        for inner in layers:
-            look_into(inner)
-
-    look_into(trunk)
-    own, whole = (sum(weight.numel() for module in of for weight in module.parameters()) for of in (found, [trunk]))
-    return found if own > whole / 2 else []
 
 
 class _Recomputed:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from torch import nn
+
 from modstruct.config import ModelConfig
 from modstruct.errors import refuse, require
 from modstruct.models.norms import BatchNorm
@@ -43,6 +45,12 @@ def places(model: TrainableModel) -> dict[str, Place]:
             layer, of_trunk = 0, dict.fromkeys(of_trunk, 0)
         found |= {name: Place(tower, number, layer) for name, number in of_trunk.items()}
     return found
+
+
+def layers_of(trunk: nn.Module) -> list[nn.Module]:
+    """The numbered layers of a trunk, as BLOCK knows them; none of a ResNet, which has groups."""
+    found = ((module, BLOCK.search(f"{name}.")) for name, module in trunk.named_modules())
+    return [module for module, matched in found if matched and matched[1] and matched.end() == len(matched.string)]
 
 
 def lock_layers(model: TrainableModel, config: ModelConfig) -> None:

@@ -12,9 +12,9 @@ memory: decoding, crops, flips, AutoAugment, the copy to a tensor. It reads, ord
 --open_clip: the pipeline that open_clip trains with (tools/benchmarks/webdataset_pipeline.py) takes turns with them,
 all with its one view and the recipe's tokenizer. Rounds of all forms alternate, so a busy machine slows all alike. A
 core is one process: rates are per second of processor time of the process that does the work, and per second on the
-wall. The time that a step of the real run waits is `seconds/data` of the run's TensorBoard, without its first reading. Other words are
-fields of the recipe, such as `--model.vision.image_size 224` or `--views.on device`, with which the views of what the
-loader sends are made, and timed, in this process. Writes JSON to --out.
+wall. The time that a step of the real run waits is `seconds/data` of the run's TensorBoard, without its first reading.
+Other words are fields of the recipe, such as `--model.vision.image_size 224` or `--views.on device`, with which the
+views of what the loader sends are made, and timed, in this process. Writes JSON to --out.
 """
 
 from __future__ import annotations

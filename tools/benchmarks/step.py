@@ -46,9 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10, help="Rounds that medians are taken of (default: 10).")
     parser.add_argument("--ds_config", default="ds_configs/zero2.json", help="DeepSpeed's JSON (default: %(default)s).")
-    parser.add_argument(
-        "--eager_plain", action="store_true", help="Leave open_clip's step uncompiled where ours is not."
-    )
+    parser.add_argument("--eager_plain", action="store_true", help="Compile our step alone, where train.compile is on.")
     parser.add_argument("--without_plain", action="store_true", help="Leave open_clip's step out.")
     parser.add_argument("--profile", action="store_true", help="And say what each step spends its time on.")
     options, words = parser.parse_known_args(arguments)
