@@ -23,6 +23,7 @@ from modstruct.training.ds_config import build_optimizer, read_ds_config, resolv
 WIDTH, LAYERS = 16, 10
 STAGES = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
 CASES = list(product(STAGES, ["fp32", "bf16"]))
+WITHOUT_OFFLOAD = [case for case in CASES if "offload" not in case[0]]
 SUMMED = [("zero2", "bf16"), ("zero2_offload", "bf16"), ("zero3_offload", "bf16")]
 """Two backwards a step, whose gradients are summed by share."""
 
@@ -45,22 +46,31 @@ class Stack(TrainableModel):
 
 
 class Operations(TorchDispatchMode):
-    """How many were carried out, views left out."""
+    """How many were carried out, views and messages left out; how many sums over the processes, and how many numbers
+    were read, for which a host waits."""
 
-    count = 0
+    count = sums = reads = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += not function.is_view and "c10d" not in function._schema.name
+        name = function._schema.name
+        self.count += not function.is_view and "c10d" not in name
+        self.sums += name == "c10d::allreduce_"
+        self.reads += name == "aten::_local_scalar_dense"
         return function(*args, **(kwargs or {}))
 
 
-def start(stage: str, precision: str, layers: int, summed: bool = False) -> Engine:
+def start(stage: str, precision: str, layers: int, summed: bool = False, clip: float = 0.0, split=False) -> Engine:
+    """split: each parameter is a group of its own, as layers are that have rates of their own."""
     train = TrainConfig(global_batch=2, micro_batch=1 if summed else None, steps=1, precision=precision)
     recipe = replace(Recipe(), train=train)
     config = resolve_ds_config(read_ds_config(ds_config(stage)), recipe, distributed.world_size())
-    config["gradient_clipping"] = 0.0
+    config["gradient_clipping"] = clip
     model = Stack(layers)
-    return start_engine(model, build_optimizer(model, recipe.optimizer), config)
+    optimizer = build_optimizer(model, recipe.optimizer)
+    if split:
+        groups = optimizer.param_groups
+        optimizer.param_groups = [group | {"params": [one]} for group in groups for one in group["params"]]
+    return start_engine(model, optimizer, config)
 
 
 def backward(engine: Engine, value: float, summed: bool = False) -> None:
@@ -91,6 +101,23 @@ def measure(stage: str, precision: str) -> dict[str, Any]:
     return {"norm": float(norm), "finite": finite, "each": each}
 
 
+def measure_groups(stage: str, precision: str) -> dict[str, Any]:
+    """Of steps that clip: sums over the processes, numbers read, the norm, and weights of two groups and of twenty."""
+    seen: dict[str, list] = {"sums": [], "reads": [], "norm": [], "weights": []}
+    for split in (False, True):
+        engine = start(stage, precision, LAYERS, clip=1.0, split=split)
+        for _ in range(2):
+            backward(engine, 1.0 + distributed.rank())
+            with Operations() as operations:
+                norm, _ = engine.step(1e-3, 0)
+        seen["sums"].append(operations.sums)
+        seen["reads"].append(operations.reads)
+        seen["norm"].append(float(norm))
+        whole = distributed.sum_over_processes(torch.stack([weight.double().sum() for weight in weights(engine)]))
+        seen["weights"].append(whole)
+    return seen
+
+
 def refuse_and_go_on(stage: str, precision: str, summed: bool) -> dict[str, Any]:
     """A gradient that is not finite on one process, then steps in which the last layer has none."""
     engine, seen = start(stage, precision, 3, summed), {}
@@ -113,7 +140,8 @@ def refuse_and_go_on(stage: str, precision: str, summed: bool) -> dict[str, Any]
 def measure_all() -> dict[tuple, dict[str, Any]]:
     refused = {(*case, False): refuse_and_go_on(*case, False) for case in CASES}
     refused |= {(*case, True): refuse_and_go_on(*case, True) for case in SUMMED}
-    return {case: measure(*case) for case in CASES} | refused
+    groups = {("groups", *case): measure_groups(*case) for case in WITHOUT_OFFLOAD}
+    return {case: measure(*case) for case in CASES} | refused | groups
 
 
 @pytest.fixture(scope="module")
@@ -139,9 +167,19 @@ def test_what_is_not_finite_on_one_process_moves_no_weight_on_any_and_is_gone_af
             assert seen == {"taken": False, "still": True, "goes_on": True, "finite": True}
 
 
-@pytest.mark.parametrize(("stage", "precision"), [c for c in CASES if "offload" not in c[0]])
+@pytest.mark.parametrize(("stage", "precision"), WITHOUT_OFFLOAD)
 def test_operations_of_a_step_do_not_grow_with_the_parameters(measured, stage, precision):
     """DeepSpeed's own check and norm are 15 for each. Stage 0 has a master weight of each, stage 3 a share of each."""
     bound = {"zero0": 8, "zero3": 2}.get(stage, 0.5)
     for of_process in measured:
         assert of_process[stage, precision]["each"] <= bound
+
+
+@pytest.mark.parametrize(("stage", "precision"), WITHOUT_OFFLOAD)
+def test_sums_and_waits_of_a_step_do_not_grow_with_the_groups(measured, stage, precision):
+    for of_process in measured:
+        seen = of_process["groups", stage, precision]
+        assert seen["sums"][0] == seen["sums"][1] <= 1
+        assert seen["reads"][0] == seen["reads"][1]
+        assert seen["norm"][0] == pytest.approx(seen["norm"][1], rel=1e-6)
+        torch.testing.assert_close(*seen["weights"], rtol=1e-6, atol=1e-6)
