@@ -18,7 +18,8 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from functools import partial
+from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,7 @@ DESCRIPTION_FILE = "tokenizer.json"
 CHARACTERS_PER_TOKEN = 64
 LONGEST_CONTEXT = 1 << 16  # tokens
 INSIDE_A_NUMBER = re.compile(r"(?<=\d) ([.,:/]) (?=\d)")
+WORDS_KEPT = 1 << 16  # of CLIP's tokenizer, with their ids: some 16 MB
 LARGEST_MERGES_BYTES = 1 << 24  # unpacked; CLIP's own take a fifth
 
 
@@ -208,7 +210,8 @@ class ClipTokenizer(Tokenizer):
             self._tokenizer = SimpleTokenizer(bpe_path=io.BytesIO(model))
         except Exception as error:  # a damaged file raises nearly anything, from zlib.error to IndexError
             raise ValueError(f"not CLIP's merges ({type(error).__name__}: {error})") from error
-        self._tokenizer.clean_fn = partial(_clean_if_need_be, self._tokenizer.clean_fn)
+        self._clean_text = partial(_clean_if_need_be, self._tokenizer.clean_fn)
+        self._ids_of_word = lru_cache(maxsize=WORDS_KEPT)(self._encode_word)
         self.start_id = self._tokenizer.sot_token_id
         self.end_id = self._tokenizer.eot_token_id
         self.padding_id = self._tokenizer.vocab_size
@@ -222,8 +225,17 @@ class ClipTokenizer(Tokenizer):
         return Path(default_bpe()).read_bytes()
 
     def _encode(self, text: str) -> list[int]:
-        # open_clip reads a spelled-out <end_of_text> as the token itself, which would end the caption there.
-        return [token_id for token_id in self._tokenizer.encode(text) if token_id not in (self.start_id, self.end_id)]
+        # The steps of open_clip's encode.
+        words = self._tokenizer.pat.findall(self._clean_text(text))
+        return list(chain.from_iterable(map(self._ids_of_word, words)))
+
+    def _encode_word(self, word: str) -> tuple[int, ...]:
+        letters = "".join(self._tokenizer.byte_encoder[byte] for byte in word.encode())
+        ids = tuple(self._tokenizer.encoder[piece] for piece in self._tokenizer.bpe(letters).split(" "))
+        if ids in ((self.start_id,), (self.end_id,)):
+            return ()  # open_clip reads a spelled-out <end_of_text> as the token, which would end the caption there
+        self._tokenizer.cache.pop(letters, None)  # where open_clip keeps every word that ever came
+        return ids
 
     @property
     def vocabulary(self) -> dict[str, int]:

@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from modstruct.config import TokenizerConfig
+from modstruct.data import tokenizers
 from modstruct.data.sentencepiece_training import train_sentencepiece
 from modstruct.data.tokenizers import (
     KINDS,
@@ -253,12 +254,24 @@ def clip_beside_open_clip() -> tuple[ClipTokenizer, Callable[[str], list[int]]]:
 
 
 PIECES = ["&lt;", "&amp;lt;", "&#x27;", "&eacute", "&", "A b", " ", "\x1b[0m", "\t", "\x7f", "é", "<"]
+PIECES += ["<end_of_text>", "<start_of_text>", "'s", "42", "東京"]
+ASCII = st.characters(max_codepoint=127)
 
 
-@given(st.one_of(st.text(st.characters(max_codepoint=127)), st.lists(st.sampled_from(PIECES)).map("".join)))
-def test_clip_cleans_as_open_clip_does(text):
+@given(st.one_of(st.text(ASCII), st.text(), st.lists(st.sampled_from(PIECES)).map("".join)))
+def test_clip_reads_as_open_clip_does(text):
     ours, theirs = clip_beside_open_clip()
+    text = ours._clean(text)
     assert ours._encode(text) == [token for token in theirs(text) if token < ours.start_id]
+
+
+def test_clip_keeps_a_limited_number_of_words(monkeypatch):
+    monkeypatch.setattr(tokenizers, "WORDS_KEPT", 8)
+    tokenizer = ClipTokenizer(ClipTokenizer.shipped_model(), CONTEXT)
+    first = tokenizer([f"word{number:03d}xyz" for number in range(100)])
+    assert torch.equal(tokenizer([f"word{number:03d}xyz" for number in range(100)]), first)
+    assert tokenizer._ids_of_word.cache_info().currsize == 8
+    assert len(tokenizer._tokenizer.cache) == 2  # open_clip's own, of its special tokens
 
 
 def test_wordpiece_agrees_with_transformers(tmp_path):

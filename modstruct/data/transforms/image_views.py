@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -111,9 +112,8 @@ class ImageViews:
         changes += [] if augmented_seed is None else [(augmented_seed, self._auto_augment)]
         draws = [] if self._plain_is_random else [Drawn(centre_box(self.image_size, whole))]
         for seed, change in changes:
-            generator = random.Random(seed)
-            box, flip = self._drawn_crop(generator, whole)
-            with _torch_seeded(generator.getrandbits(63)):
+            box, flip, further = self._drawn(seed, whole)
+            with _torch_seeded(further):
                 draws.append(Drawn(box, flip, change.operations(self.image_size) if change else []))
         return draws
 
@@ -123,7 +123,7 @@ class ImageViews:
         if min(size) < 2 * self.image_size:
             return 1  # whatever is drawn
         seeds = [plain_seed] * self._plain_is_random + [augmented_seed] * (augmented_seed is not None)
-        crops = [random_crop_box(*size, self._crop_scale, random.Random(seed))[2:] for seed in seeds]
+        crops = [_draws_of(seed, size, self._crop_scale, self._flip)[0][2:] for seed in seeds]
         crops += [] if self._plain_is_random else [size]
         return max(1, min(map(min, crops)) // self.image_size)
 
@@ -140,23 +140,31 @@ class ImageViews:
 
     def _changed(self, image: Image.Image, seed: int, change: v2.Transform | None, whole: Whole | None) -> Image.Image:
         """Cropped and flipped, then changed by `change`, all drawn from seed."""
-        generator = random.Random(seed)
-        image = self._crop_and_flip(_rgb(image), generator, whole or Whole(image.size))
+        box, flip, further = self._drawn(seed, whole or Whole(image.size))
+        image = self._crop_and_flip(_rgb(image), box, flip)
         if change is not None:
-            with _torch_seeded(generator.getrandbits(63)):
+            with _torch_seeded(further):
                 image = change(image)
         return image
 
-    def _crop_and_flip(self, image: Image.Image, generator: random.Random, whole: Whole) -> Image.Image:
-        box, flip = self._drawn_crop(generator, whole)
+    def _crop_and_flip(self, image: Image.Image, box: tuple[float, float, float, float], flip: bool) -> Image.Image:
         image = image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC, box=box)
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
 
-    def _drawn_crop(self, generator: random.Random, whole: Whole) -> tuple[tuple[float, float, float, float], bool]:
-        left, top, width, height = random_crop_box(*whole.size, self._crop_scale, generator)
+    def _drawn(self, seed: int, whole: Whole) -> tuple[tuple[float, float, float, float], bool, int]:
+        """Crop in pixels of the decoded image, flip, and the seed of what else is drawn."""
+        (left, top, width, height), flip, further = _draws_of(seed, whole.size, self._crop_scale, self._flip)
         k = whole.factor
-        box = (left / k, top / k, (left + width) / k, (top + height) / k)
-        return box, self._flip and generator.random() < 0.5
+        return (left / k, top / k, (left + width) / k, (top + height) / k), flip, further
+
+
+@lru_cache(maxsize=8)  # decoding asks for the crops first
+def _draws_of(
+    seed: int, size: tuple[int, int], scale: tuple[float, float], flips: bool
+) -> tuple[tuple[int, int, int, int], bool, int]:
+    """`random_crop_box`, whether the view is flipped, and the seed of what else is drawn."""
+    generator = random.Random(seed)
+    return random_crop_box(*size, scale, generator), flips and generator.random() < 0.5, generator.getrandbits(63)
 
 
 def centre_crop(image: Image.Image, size: int, whole: Whole | None = None) -> Image.Image:
