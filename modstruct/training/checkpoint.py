@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from modstruct import checkpoints, distributed
 from modstruct.checkpoints import Checkpoint, Piece, TrainState, Written
@@ -30,6 +30,7 @@ class CheckpointWriter:
 
     def __init__(self) -> None:
         self._channel = SideChannel()
+        self._copies = HostCopies()
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
@@ -39,7 +40,7 @@ class CheckpointWriter:
         Waits for the one before first. Returns the folder, which is there after `wait`.
         """
         self.wait()
-        written = collect(engine, state, recipe)
+        written = collect(engine, state, recipe, self._copies)
         target = checkpoints.step_folder(recipe.output, state.step)
         arguments = (target, written, tokenizer, recipe.checkpoints.keep_last)
         self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
@@ -80,25 +81,40 @@ class CheckpointWriter:
             self._error = error
 
 
-def collect(engine: Engine, state: TrainState, recipe: Recipe | FinetuneRecipe) -> Written:
+class HostCopies:
+    """Copies in memory of the host, which the next checkpoint takes over: to get it from the system and fill it for the
+    first time takes several times as long as to copy."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def of(self, name: str, piece: Piece, dtype: torch.dtype | None = None) -> Piece:
+        """The piece with a copy of its values; the one of this name before is overwritten."""
+        shape, dtype, kept = piece.values.shape, dtype or piece.values.dtype, self._kept.get(name)
+        if kept is None or (kept.shape, kept.dtype) != (shape, dtype):
+            kept = self._kept[name] = torch.empty(shape, dtype=dtype)
+        return replace(piece, values=kept.copy_(piece.values))
+
+
+def collect(engine: Engine, state: TrainState, recipe: Recipe | FinetuneRecipe, copies: HostCopies) -> Written:
     """This process's pieces, copied, and what else a checkpoint says."""
     weights: dict[str, Piece] = {}
     moments: dict[str, Piece] = {}
     for name, parameter in engine.parameters():
-        of_parameter = {kind: _copy(piece, torch.float32) for kind, piece in engine.pieces(parameter).items()}
-        weights[name] = of_parameter.pop("weight")
-        moments |= {f"{kind}.{name}": piece for kind, piece in of_parameter.items()}
+        for kind, piece in engine.pieces(parameter).items():
+            kept = copies.of(f"{kind}.{name}", piece, torch.float32)
+            if kind == "weight":
+                weights[name] = kept
+            else:
+                moments[f"{kind}.{name}"] = kept
     module = engine.model
     persistent = module.state_dict(keep_vars=True)
-    weights |= {name: _copy(Piece.share(value)) for name, value in module.named_buffers() if name in persistent}
+    buffers = {name: Piece.share(value) for name, value in module.named_buffers() if name in persistent}
+    weights |= {name: copies.of(f"buffer.{name}", piece) for name, piece in buffers.items()}
     ema = module.ema_pieces() | (engine.ema.pieces() if engine.ema else {})
-    momentum = {name: _copy(piece) for name, piece in ema.items()}
+    momentum = {name: copies.of(f"ema.{name}", piece) for name, piece in ema.items()}
     pieces = {"weights": weights, "moments": moments, "rng": _rng(), "momentum": momentum}
     return Written(pieces, replace(state), _optimizer(engine), recipe_to_dict(recipe))
-
-
-def _copy(piece: Piece, dtype: torch.dtype | None = None) -> Piece:
-    return replace(piece, values=piece.values.to("cpu", dtype or piece.values.dtype, copy=True))
 
 
 def require_moments(model: nn.Module, checkpoint: Checkpoint, path: Path) -> None:

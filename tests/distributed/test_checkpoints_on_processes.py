@@ -56,7 +56,7 @@ def save_stages(folder: str, cache: str, stages: list[str]) -> dict[str, dict]:
         run.train()
         found[stage] = {"values": of_deepspeed(run.engine)}
         if distributed.is_main():  # alone: a collective would wait for the others
-            written = checkpoint.collect(run.engine, run.state, run.recipe)
+            written = checkpoint.collect(run.engine, run.state, run.recipe, checkpoint.HostCopies())
             pieces = [piece for section in ("weights", "moments") for piece in written.pieces[section].values()]
             found[stage]["kept"] = sum(len(piece.values) for piece in pieces)
             found[stage]["pieces"] = len(pieces)

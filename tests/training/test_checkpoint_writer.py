@@ -14,7 +14,7 @@ from modstruct.checkpoints import Piece, TrainState, Written, folders
 from modstruct.config import CheckpointConfig
 from modstruct.errors import RunError
 from modstruct.training import checkpoint
-from modstruct.training.checkpoint import CheckpointWriter
+from modstruct.training.checkpoint import CheckpointWriter, HostCopies
 
 
 class Run:
@@ -33,7 +33,7 @@ class Run:
         monkeypatch.setattr(folders, "replace_folder", waiting)
         monkeypatch.setattr(checkpoint, "collect", self.collect)
 
-    def collect(self, engine, state, recipe) -> Written:
+    def collect(self, engine, state, recipe, copies) -> Written:
         self.there_at_copies.append(self.there())
         pieces = {"weights": {"a": Piece.whole(torch.full((3,), float(state.step)))}}
         return Written(pieces, state, {"step": state.step}, {})
@@ -99,3 +99,16 @@ def test_a_lost_process_is_not_waited_for(run):
     assert run.there() == []
     run.gate.set()
     run.writer.wait()
+
+
+def test_copies_take_over_the_memory_of_those_before():
+    copies, weight = HostCopies(), torch.arange(4.0, dtype=torch.bfloat16)
+    first = copies.of("weight.a", Piece.whole(weight), torch.float32)
+    weight += 1
+    assert first.values.tolist() == [0, 1, 2, 3]
+    second = copies.of("weight.a", Piece.whole(weight), torch.float32)
+    assert second.values.tolist() == [1, 2, 3, 4]
+    assert second.values.dtype == torch.float32
+    assert second.values.data_ptr() == first.values.data_ptr()
+    for other in (weight[:2], weight.double()):  # of another length, of another kind
+        assert copies.of("weight.a", Piece.whole(other)).values.tolist() == other.tolist()

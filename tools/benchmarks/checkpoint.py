@@ -5,7 +5,8 @@ python tools/benchmarks/checkpoint.py --millions 100 400 --processes 2 4 --stage
 python tools/benchmarks/checkpoint.py --stage 3 --kinds start     # the start alone; --whole beside it
 python tools/benchmarks/checkpoint.py --out results.json
 
-Ours with and without checkpoints.asynchronous, DeepSpeed's save_checkpoint, and torch.distributed.checkpoint's save and
+Ours with and without checkpoints.asynchronous, the first of a training, which takes the memory of its copies that later
+ones have (`peak` leaves it out of theirs), DeepSpeed's save_checkpoint, and torch.distributed.checkpoint's save and
 async_save of the same bytes: float32 weights and AdamW's two moments, 12 bytes a parameter, over gloo on the CPU. The
 kinds take turns in the same processes, since a disk and its neighbours change. `waits` is until
 the call returns and the next step could begin, `ends` until all is written by all; both are the slowest process's.
@@ -180,7 +181,7 @@ class Run:
     recipe: Recipe
 
     def __init__(self, millions: int, stage: int, whole: bool):
-        self.stage = stage
+        self.stage, self.writer = stage, CheckpointWriter()
         small = TrainableModel()
         small.layer = nn.Linear(8, 8)
         self.build(small, None)  # so that everything is imported before memory is measured
@@ -236,9 +237,11 @@ def nothing() -> None:
     pass
 
 
-def ours(asynchronous: bool) -> Callable[[Run], Callable]:
+def ours(asynchronous: bool, first: bool = False) -> Callable[[Run], Callable]:
+    """first: of a training, whose copies take fresh memory."""
+
     def prepared(run: Run) -> Callable:
-        writer = CheckpointWriter()
+        writer = CheckpointWriter() if first else run.writer
         arguments = run.engine, TrainState(step=1), run.recipe, WordPieceTokenizer(VOCABULARY, 8)
 
         def save() -> Callable:
@@ -288,6 +291,7 @@ def resumed(run: Run) -> Callable:
 
 
 KINDS: dict[str, tuple[str, Callable[[Run], Callable]]] = {
+    "ours_first": ("ours, the first", ours(asynchronous=True, first=True)),
     "ours": ("ours, asynchronous", ours(asynchronous=True)),
     "ours_sync": ("ours, synchronous", ours(asynchronous=False)),
     "deepspeed": ("DeepSpeed save_checkpoint", of_deepspeed),
