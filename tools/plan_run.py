@@ -15,13 +15,14 @@ import argparse
 import math
 import sys
 from dataclasses import dataclass, replace
-
-from planning import Measured, memory, on_links, sent
+from typing import TYPE_CHECKING
 
 from modstruct import stopping
 from modstruct.cli import parse, recipe_parser, run_tool
 from modstruct.errors import refuse, require
-from modstruct.training.trainer import run_length
+
+if TYPE_CHECKING:
+    from planning import Measured  # takes seconds to import, which an option that is refused does not wait for
 
 GIB, GB = 2**30, 1e9
 STAGES = (0, 1, 2, 3)
@@ -79,6 +80,8 @@ class Plan:
 
 def plan(measured: Measured, options: argparse.Namespace, stage: int, rows: int, micro: int) -> Plan:
     """What a step of one setting takes."""
+    from planning import memory, on_links, sent
+
     recipe, gpu, processes = measured.recipe, GPUS[options.gpu], measured.processes
     towers = measured.towers(rows, micro < rows)
     operations = towers["both"] + (towers["forward"] if micro < rows else 0)
@@ -199,7 +202,7 @@ def nearest(measured: Measured, options: argparse.Namespace, fits: list[Plan], r
     recipe = measured.recipe
     if not recipe.train.activation_checkpointing:
         train = replace(recipe.train, activation_checkpointing=True)
-        other = Measured(replace(recipe, train=train), measured.processes)
+        other = type(measured)(replace(recipe, train=train), measured.processes)
         for micro in micro_batches(rows, options):
             one = plan(other, options, 3, rows, micro)
             if one.gib <= room:
@@ -299,6 +302,11 @@ def main(arguments: list[str] | None = None) -> None:
     require(over == 0, "train.global_batch", train.global_batch, f"must be a multiple of --gpus = {gpus}: {near}")
     if train.steps is None and options.samples is None:
         refuse("--samples", None, f"give the pairs of data.train, of which the run sees train.epochs = {train.epochs}")
+
+    from planning import Measured
+
+    from modstruct.training.trainer import run_length
+
     measured = Measured(recipe, options.gpus)
     report(measured, options, run_length(recipe, options.samples or 0))
 
