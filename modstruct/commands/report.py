@@ -25,7 +25,8 @@ def main(words: Sequence[str]) -> None:
         description=__doc__, usage=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("folders", nargs="+", type=Path, help="Folders of evaluations, measured, or fine-tuned runs.")
-    parser.add_argument("--out", type=Path, required=True, help="Writes OUT.html, OUT.csv, …, or OUT-tables.tex, ….")
+    files = "Writes OUT.html, OUT.csv, …, or OUT-tables.tex, …; in a folder that is there report.html, …."
+    parser.add_argument("--out", type=Path, required=True, help=files)
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=[], help="The paper's T1 to T4.")
     parser.add_argument("--sets", nargs="+", default=[], help="Their columns (default: those of the paper's measured).")
     parser.add_argument("--paper_rows", action="store_true", help="What the paper printed as grey rows.")
@@ -40,7 +41,7 @@ def main(words: Sequence[str]) -> None:
 
             shown = Options(tuple(options.sets), options.paper_rows, bool(options.intervals))
             runs = load_runs(options.folders, options.beside)
-            print(write_paper_tables(options.tables, runs, options.out.expanduser(), shown))
+            print(write_paper_tables(options.tables, runs, options.out, shown))
         else:
             from modstruct.reporting.report import write_report  # after the parsing: --help needs no torch
 

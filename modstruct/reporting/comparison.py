@@ -20,7 +20,6 @@ import numpy as np
 from modstruct.config.recipe_files import leaves
 from modstruct.evaluation.result import Result, Value
 from modstruct.evaluation.statistics import Difference, holm, paired_difference
-from modstruct.files import parse_yaml
 from modstruct.reporting.loading import Evaluation
 
 ALPHA = 0.05
@@ -193,18 +192,9 @@ def group_seeds(runs: Sequence[Evaluation]) -> list[Evaluation]:
     return sorted(grouped, key=lambda run: runs.index((run.seeds or (run,))[0]))
 
 
-def _recipe(run: Evaluation) -> dict[str, Any]:
-    """What a run was trained with; empty for a model of others, or where the text is no recipe."""
-    try:
-        recipe: Any = parse_yaml(str(run.model.get("recipe")).encode())
-    except ValueError:
-        return {}
-    return recipe if isinstance(recipe, dict) else {}
-
-
 def _without_seed(run: Evaluation) -> tuple[Any, Any]:
     """What runs of several seeds have in common, and the seed."""
-    recipe = _recipe(run)
+    recipe = run.recipe
     try:
         seed = recipe["train"].pop("seed")
     except (TypeError, KeyError, AttributeError):
@@ -217,7 +207,7 @@ def differing_fields(runs: Sequence[Evaluation]) -> dict[str, list[str]]:
 
     Left out are output, and fields that a recipe of an older version lacks. A run without a recipe has "".
     """
-    recipes = [[leaves(recipe) for one in run.seeds or (run,) if (recipe := _recipe(one))] for run in runs]
+    recipes = [[leaves(recipe) for one in run.seeds or (run,) if (recipe := one.recipe)] for run in runs]
     known = [fields for of in recipes for fields in of]
     differing = {}
     for name in known[0] if known else ():

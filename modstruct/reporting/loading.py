@@ -23,6 +23,7 @@ from modstruct.errors import tree_without_credentials
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.embeddings.set_files import MODEL_FILE
 from modstruct.evaluation.result import Result, is_number, read_json, refuse_file
+from modstruct.files import parse_yaml
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,25 @@ class Evaluation:
         """Whether others published it: shown beside ours, compared with none."""
         return "published" in self.model
 
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What the model was trained with, parsed anew; empty for a model of others, or where the text is no recipe."""
+        try:
+            recipe: Any = parse_yaml(str(self.model.get("recipe")).encode())
+        except ValueError:
+            return {}
+        return recipe if isinstance(recipe, dict) else {}
+
     def embedded_set(self, name: str) -> EmbeddedSet | None:
         """The embedded set of that name, or None if the folder has no finished one."""
         folder = self.folder / "embeddings" / name
         return EmbeddedSet.open(folder) if (folder / "manifest.json").is_file() else None
+
+
+def stem_of(out: str | Path) -> Path:
+    """What names of a report's files begin with: OUT, given with or without ".html"; FOLDER/report of a folder."""
+    out = Path(out).expanduser()
+    return out / "report" if out.is_dir() else out.with_suffix("") if out.suffix == ".html" else out
 
 
 def load_evaluations(folders: Sequence[str | Path]) -> list[Evaluation]:

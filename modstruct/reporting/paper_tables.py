@@ -24,10 +24,10 @@ from modstruct.cli import RECIPES, read_recipe_file
 from modstruct.config.migrations import migrate_checkpoint
 from modstruct.errors import printable, refuse, require
 from modstruct.evaluation.result import Result, Value, from_json, read_json, share
-from modstruct.files import atomic_write, parse_yaml, read_yaml
+from modstruct.files import atomic_write, read_yaml
 from modstruct.reporting.clip_benchmark import read_benchmark
 from modstruct.reporting.comparison import group_seeds
-from modstruct.reporting.loading import Evaluation, load_evaluations
+from modstruct.reporting.loading import Evaluation, load_evaluations, stem_of
 from modstruct.reporting.tables import PACKAGES, Block, Line, cell, csv_text, escaped, table
 
 FORMS: Any = read_yaml(Path(__file__).parent / "paper_tables.yaml")
@@ -174,20 +174,19 @@ def _with_deviation(average: Values, of_seeds: Sequence[Values]) -> Values:
 def _with_methods(runs: Sequence[Evaluation]) -> list[Evaluation]:
     """The runs, seeds made one, by the name of their method; where several have one method, their own behind it."""
     merged = group_seeds(runs)
-    methods = [method_of((run.seeds or (run,))[0].model.get("recipe")) for run in merged]
+    methods = [method_of((run.seeds or (run,))[0].recipe) for run in merged]
     titles = [METHODS.get(method, method) if method else run.name for run, method in zip(merged, methods, strict=True)]
     named = zip(merged, titles, strict=True)
     return [replace(run, name=title if titles.count(title) < 2 else f"{title} ({run.name})") for run, title in named]
 
 
-def method_of(recipe: object) -> str | None:
-    """The method (config/recipes/methods) whose losses a recipe, given as YAML, has on; None if there is none.
+def method_of(recipe: dict[str, Any]) -> str | None:
+    """The method (config/recipes/methods) whose losses a recipe has on; None if there is none.
 
     Fields that the method does not name, such as the bridge's t, may differ.
     """
     try:
-        parsed: Any = parse_yaml(str(recipe).encode())
-        losses = migrate_checkpoint(parsed)["losses"]
+        losses = migrate_checkpoint(recipe)["losses"]
         on = {name for name, loss in losses.items() if loss.get("weight")}
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
@@ -311,8 +310,7 @@ def csv_lines(made: Sequence[Table]) -> str:
 
 def write_paper_tables(names: Sequence[str], runs: Sequence[Evaluation], out: Path, options: Options) -> str:
     """Write OUT-tables.md, .tex and .csv, and .pdf where pdflatex or tectonic is there. Returns them as Markdown."""
-    stem = out.with_suffix("") if out.suffix == ".html" else out
-    made = [paper_table(name, runs, options) for name in names]
+    stem, made = stem_of(out), [paper_table(name, runs, options) for name in names]
     shown = "\n".join(markdown(of, options) for of in made)
     body = "\n".join(latex(of, options) for of in made)
     pdf = compiled(body)[0]

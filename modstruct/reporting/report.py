@@ -29,7 +29,7 @@ from modstruct.evaluation.tables import ROWS
 from modstruct.files import atomic_write, require_writable
 from modstruct.reporting.clip_benchmark import benchmark_files, read_benchmark
 from modstruct.reporting.comparison import ALPHA, Row, Section, compare, differing_fields, group_seeds
-from modstruct.reporting.loading import Evaluation, Gallery, galleries, load_evaluations
+from modstruct.reporting.loading import Evaluation, Gallery, galleries, load_evaluations, stem_of
 from modstruct.reporting.plots import Plot, planes, plots
 from modstruct.reporting.tables import LONG_GROUP, csv_table, latex_tables, shown, texts
 
@@ -59,12 +59,11 @@ def write_report(
     """Compare evaluation folders on one page, OUT.html, with the files of this module's docstring beside it.
 
     folders: one for each run, in the order of the columns; runs that differ in their seed alone share one. out: with or
-    without ".html". with_interval: whether tables show intervals. beside: files of CLIP_benchmark, whose models become
-    runs. No file is written before all are made. Raises FileNotFoundError or ValueError naming the file that is missing
-    or broken, and the remedy.
+    without ".html", or a folder that is there, for FOLDER/report. with_interval: whether tables show intervals. beside:
+    files of CLIP_benchmark, whose models become runs. No file is written before all are made. Raises FileNotFoundError
+    or ValueError naming the file that is missing or broken, and the remedy.
     """
-    out = Path(out).expanduser()
-    stem = out.with_suffix("") if out.suffix == ".html" else out
+    stem = stem_of(out)
     require_writable("--out", stem.parent)
     endings = (".html", ".csv", ".tex", ".json", "-figures", "-benchmark")
     files = ReportFiles(*(stem.with_name(stem.name + ending) for ending in endings))

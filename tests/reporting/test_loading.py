@@ -10,7 +10,7 @@ import pytest
 from evaluation_folders import save_model, save_older, save_result
 
 from modstruct.evaluation.result import Value
-from modstruct.reporting.loading import load_evaluation, load_evaluations, short_names
+from modstruct.reporting.loading import load_evaluation, load_evaluations, short_names, stem_of
 from modstruct.reporting.report import write_report
 
 
@@ -86,6 +86,11 @@ def test_broken_outcomes_are_refused_by_name_and_nothing_is_written(run_folders,
     with pytest.raises(ValueError, match=r"retrieval\.npz"):
         write_report(folders, tmp_path / "out" / "report")
     assert not (tmp_path / "out").exists()
+
+
+def test_files_of_a_report_begin_with_out_or_lie_in_the_folder_that_is_there(tmp_path):
+    assert stem_of(tmp_path / "mine") == stem_of(tmp_path / "mine.html") == tmp_path / "mine"
+    assert stem_of(f"{tmp_path}/") == tmp_path / "report"
 
 
 def test_what_is_missing_is_named(tmp_path):

@@ -58,12 +58,16 @@ def test_an_unknown_set_is_refused_by_name():
 
 
 def test_a_recipe_without_losses_has_no_method():
-    assert method_of(recipe_to_yaml(Recipe()).replace("weight: 1.0", "weight: 0.0")) is None
-    assert method_of("losses: {contrastive: {weight: 1.0, in_modal: false}}") == "clip"  # older than second_view
+    def method(recipe: str | None) -> str | None:
+        return method_of(Evaluation(Path(), "run", {"recipe": recipe}).recipe)
+
+    assert method(recipe_to_yaml(Recipe()).replace("weight: 1.0", "weight: 0.0")) is None
+    assert method("losses: {contrastive: {weight: 1.0, in_modal: false}}") == "clip"  # older than second_view
     separated = "losses: {contrastive: {weight: 1.0, in_modal: true}, separation: {weight: 1.0%s}}"
-    assert method_of(separated % "") == "sep"
-    assert method_of(separated % ", orthogonality_weight: 0.0") == "sep_no_ortho"
-    assert method_of(None) is None
+    assert method(separated % "") == "sep"
+    assert method(separated % ", orthogonality_weight: 0.0") == "sep_no_ortho"
+    assert method(None) is None
+    assert method("a: [") is None
 
 
 @pytest.mark.parametrize("count", [2, 7, 12])
