@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ from modstruct.data.shards.parquet import Effect, filtered, parsed
 from modstruct.data.shards.pool import SHORT_JOBS_WORTH_A_POOL, cores, mapping
 from modstruct.data.shards.reader import ShardReader
 from modstruct.data.shards.sample_table import Samples, SourceFaults, renew, write_shards
-from modstruct.data.shards.sources import SourceShards, every_nth, expand_sources, is_pipe, shard_states
+from modstruct.data.shards.sources import SourceShards, every_nth, expand_sources, is_pipe, names_only, shard_states
 from modstruct.data.shards.texts import kept_looks
 from modstruct.distributed import first_has_run
 from modstruct.errors import refuse
@@ -143,10 +144,11 @@ def open_saved_samples(
     if fingerprint is not None and (isinstance(found, ValueError) or found.fingerprint != fingerprint):
         for table in _tables(config, fingerprint):
             saved = Samples(table, sources)
+            if not _names_only(saved, sources, found, field):
+                continue
             stale = _stale_shards(saved)
-            named = isinstance(found, ValueError) or set(found.shards) <= set(saved.shards)
             lost = sum(int(saved.shard_starts[shard + 1] - saved.shard_starts[shard]) for shard in stale)
-            if named and len(saved.source_starts) == len(sources) + 1 and lost <= config.max_bad_share * len(saved):
+            if lost <= config.max_bad_share * len(saved):
                 names = ", ".join(saved.shards[shard] for shard in stale[:NAMED])
                 changed = f"{len(stale)} of {len(saved.shards)} shards are missing or changed since the checkpoint"
                 if progress and len(stale):
@@ -159,6 +161,16 @@ def open_saved_samples(
     if isinstance(found, ValueError):
         raise found
     return found
+
+
+def _names_only(saved: Samples, sources: Sequence[Source], found: Samples | ValueError, field: str) -> bool:
+    """Whether the sources, of which `found` was opened, name none but shards of an earlier table."""
+    if len(saved.source_starts) != len(sources) + 1:
+        return False
+    if isinstance(found, Samples):
+        return set(found.shards) <= set(saved.shards)
+    of_sources = [list(saved.shards[a:b]) for a, b in pairwise(saved.source_starts.tolist())]
+    return all(names_only(source.shards, shards, field) for source, shards in zip(sources, of_sources, strict=True))
 
 
 def _judge_sources(samples: Samples, patterns: Sequence[str], max_bad_share: float, field: str, say: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import os
 import re
@@ -97,6 +98,16 @@ def expand_pattern(pattern: str, allow_pipe: bool, field: str) -> list[str]:
     for path in checked:
         _check_readable(path, pattern, field)
     return _absolute(found)
+
+
+def names_only(pattern: str, shards: Sequence[str], field: str) -> bool:
+    """Whether a pattern, which need not be there, names none but these shards: each of its names is one of them, and
+    each of its globs matches one."""
+    local = not is_pipe(pattern) and "://" not in pattern
+    names = _absolute(_braces(os.path.expanduser(pattern), field)) if local else _braces(pattern, field)
+    others = set(names).difference(shards)
+    of_globs = [name.replace("**/", "*") for name in others if glob.has_magic(name) and not is_pipe(name)]
+    return len(of_globs) == len(others) and all(fnmatch.filter(shards, name) for name in of_globs)
 
 
 def shard_states(shards: Sequence[str]) -> Iterator[tuple[int, int] | OSError]:

@@ -88,3 +88,19 @@ def test_other_shards_are_not_damaged_ones(ten_shards, tmp_path):
     pattern, data, samples = ten_shards
     write_shards(tmp_path / "shards", [3], name="shard-more")
     assert again(pattern, data, samples.fingerprint).fingerprint != samples.fingerprint
+
+
+@pytest.mark.parametrize("named", ["elsewhere/nothing-*.tar", "copy/shard-{000..009}.tar", "copy/shard-000.tar"])
+def test_a_pattern_of_other_shards_that_are_not_there_is_refused(ten_shards, tmp_path, named):
+    _, data, samples = ten_shards
+    with pytest.raises(ValueError, match=r"^data\.train.*(no file matches|do not exist)"):
+        again(str(tmp_path / named), data, samples.fingerprint)
+
+
+def test_all_shards_of_a_glob_may_be_gone_and_missed(ten_shards, tmp_path):
+    pattern, data, samples = ten_shards
+    for shard in samples.shards:
+        os.unlink(shard)
+    data.max_bad_share = 1.0
+    for glob in (pattern, str(tmp_path / "**" / "*.tar")):
+        assert list(again(glob, data, samples.fingerprint).shards) == list(samples.shards)
