@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,6 +48,10 @@ def pack() -> int:
     parser.add_argument("--samples_per_shard", type=int, default=10_000, help="default: %(default)s")
     parser.add_argument("--image_column", default="image", help="of a table (default: %(default)s)")
     parser.add_argument("--caption_column", default="caption", help="of a table (default: %(default)s)")
+    quotes = (
+        'quotes are letters like others in a table; else a field that begins with " ends with one: "the ""last"" one"'
+    )
+    parser.add_argument("--plain_quotes", action="store_true", help=quotes)
     parser.add_argument(
         "--join_captions",
         action="store_true",
@@ -63,12 +68,13 @@ def pack() -> int:
         if options.input.is_dir():
             found = from_folder(options.input, tally)
         else:
-            found = from_table(options.input, options.image_column, options.caption_column)
+            quoting = csv.QUOTE_NONE if options.plain_quotes else csv.QUOTE_MINIMAL
+            found = from_table(options.input, options.image_column, options.caption_column, quoting)
         return joined(found, tally) if options.join_captions else found
 
     try:
         count = sum(1 for _ in entries(passed_over))  # what is wrong with the input is said before the packing
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     if not count:
         say(passed_over, "passed over")
@@ -112,9 +118,9 @@ def from_folder(folder: Path, passed_over: Tally) -> Iterator[Entry]:
     """Each image in the folder, in order of path, with the caption and metadata of its name."""
     known = image_endings()
     images, texts, about = [], {}, {}
-    for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
+    for path in sorted(_files(folder, passed_over)):
         ending, name = path.suffix.lower(), path.with_suffix("")
-        if path.name.startswith("."):
+        if any(part.startswith(".") for part in path.relative_to(folder).parts):
             passed_over.add("hidden files", str(path))
         elif ending in known and path.is_file():
             images.append(path)
@@ -134,6 +140,19 @@ def from_folder(folder: Path, passed_over: Tally) -> Iterator[Entry]:
             passed_over.add(f"files {path.suffix.lower()} without an image", str(path))
 
 
+def _files(folder: Path, passed_over: Tally) -> Iterator[Path]:
+    """Of the folder and its subfolders, links to others among them; each folder once, or a link could lead round."""
+    seen = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        folders.sort()
+        if (real := os.path.realpath(place)) in seen:
+            passed_over.add("links to a folder that is searched already", place)
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(place, file) for file in files)
+
+
 def _metadata(path: Path) -> dict:
     try:
         metadata = parse_json(path.read_bytes())
@@ -144,23 +163,35 @@ def _metadata(path: Path) -> dict:
     return metadata
 
 
-def from_table(table: Path, image_column: str, caption_column: str) -> Iterator[Entry]:
-    """(image, caption, other columns) of each row."""
+def from_table(table: Path, image_column: str, caption_column: str, quoting: int) -> Iterator[Entry]:
+    """(image, caption, other columns) of each row. quoting: of the csv module."""
     if table.suffix.lower() in (".json", ".jsonl"):
         other = "this is JSON (COCO's captions file keeps images and captions apart, and ALBEF's lists have several)"
         raise ValueError(f"{table}: {other}: give a CSV or TSV table with a column of image files and one of captions")
     with open(table, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        rows = csv.DictReader(file, delimiter="\t" if table.suffix.lower() in (".tsv", ".tab") else ",")
-        columns = rows.fieldnames or ()
-        for option, column in (("--image_column", image_column), ("--caption_column", caption_column)):
-            if column not in columns:
-                raise ValueError(f"{option} = {column!r}: the columns of {table} are {', '.join(columns)}")
-        twice = next((column for column in columns if columns.count(column) > 1), None)
-        if twice is not None:
-            raise ValueError(f"{table}: two columns are called {twice!r}, and only one of them would count: rename one")
-        for row in rows:
-            metadata = {name: value for name, value in row.items() if name not in (image_column, caption_column)}
-            yield table.parent / (row[image_column] or ""), row[caption_column], metadata
+        delimiter = "\t" if table.suffix.lower() in (".tsv", ".tab") else ","
+        # strict, or a quote that nothing closes would take all rows up to the next one into its field.
+        rows = csv.DictReader(file, delimiter=delimiter, quoting=quoting, strict=True)
+        begun = 1
+        try:
+            columns = rows.fieldnames or ()
+            for option, column in (("--image_column", image_column), ("--caption_column", caption_column)):
+                if column not in columns:
+                    raise ValueError(f"{option} = {column!r}: the columns of {table} are {', '.join(columns)}")
+            twice = next((column for column in columns if columns.count(column) > 1), None)
+            if twice is not None:
+                one = "and only one of them would count: rename one"
+                raise ValueError(f"{table}: two columns are called {twice!r}, {one}")
+            begun = rows.line_num + 1
+            for row in rows:
+                metadata = {name: value for name, value in row.items() if name not in (image_column, caption_column)}
+                yield table.parent / (row[image_column] or ""), row[caption_column], metadata
+                begun = rows.line_num + 1
+        except csv.Error as error:
+            remedy = (
+                'close its quotes, as in "the ""last"" one", or give --plain_quotes, if they are letters like others'
+            )
+            raise ValueError(f"{table}: the row that begins in line {begun}: {error}; {remedy}") from None
 
 
 def joined(found: Iterator[Entry], passed_over: Tally) -> Iterator[Entry]:

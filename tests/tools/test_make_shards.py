@@ -76,6 +76,33 @@ def test_a_table_becomes_shards(tmp_path, make, name, separator):
     assert [raw.metadata["label"] for raw in raws] == ["0", "1", "1", "2"]
 
 
+@pytest.mark.parametrize("caption", ['"oops no end', '"5" nails'])
+def test_a_quote_that_nothing_closes_takes_no_other_rows(tmp_path, make, capsys, caption):
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(encoded_image(number))
+    rows = ["image,caption", "0.png,first", f"1.png,{caption}", "2.png,third"]
+    (tmp_path / "t.csv").write_text("\n".join(rows) + "\n")
+    assert make(tmp_path / "t.csv") == 2
+    assert "t.csv: the row that begins in line 3: " in capsys.readouterr().err
+    assert make(tmp_path / "t.csv", "--plain_quotes") == 0
+    assert [raw.caption for raw in read_all(tmp_path)[1]] == ["first", caption, "third"]
+
+
+def test_linked_folders_are_searched_once_and_hidden_ones_passed_over(tmp_path, make, capsys):
+    images, real = tmp_path / "images", tmp_path / "real"
+    for number, folder in enumerate((images, real, images / ".ipynb_checkpoints")):
+        folder.mkdir()
+        (folder / f"{number}.png").write_bytes(encoded_image(number))
+        (folder / f"{number}.txt").write_text(f"caption {number}")
+    (images / "more").symlink_to(real)
+    (real / "round").symlink_to(images)
+    assert make(images) == 0
+    assert [raw.caption for raw in read_all(tmp_path)[1]] == ["caption 0", "caption 1"]
+    said = capsys.readouterr().out
+    assert "2 passed over: hidden files" in said
+    assert "1 passed over: links to a folder that is searched already" in said
+
+
 def test_rows_of_one_image_may_be_joined(tmp_path, make):
     for number in range(2):
         (tmp_path / f"{number}.png").write_bytes(encoded_image(number))
