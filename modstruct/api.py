@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from modstruct import checkpoints, distributed
 from modstruct.cli import losses_of, parse_recipe_text
 from modstruct.config.migrations import is_fine_tuning
 from modstruct.data.tokenizers import load_tokenizer
+from modstruct.data.transforms.decoding import as_decoded
 from modstruct.data.transforms.image_views import ImageViews
 from modstruct.errors import refuse, require
 from modstruct.evaluation.embeddings.model import model_of
@@ -36,7 +38,8 @@ from modstruct.models.fusion.initial_weights import EXPORTED, find_folder, recip
 from modstruct.models.protocol import TrainableModel
 
 Preprocess = Callable[[Image.Image], Tensor]
-"""An image of any size and mode -> (3, H, W), as Model.encode_image takes it: uint8, of open_clip's models float32."""
+"""An image of any size and mode, as Pillow opens it -> (3, H, W), as Model.encode_image takes it: uint8, of open_clip's
+models float32. As in training it is turned upright by its EXIF orientation, and transparent parts become white."""
 Tokenize = Callable[[Sequence[str]], Tensor]
 """Texts -> token ids, (B, L) int64."""
 
@@ -49,9 +52,13 @@ class Model(nn.Module, ABC):
     image_size: int
     """In pixels."""
 
-    @abstractmethod
     def encode_image(self, images: Tensor) -> Tensor:
         """images: (B, 3, H, W) of preprocess, on any device -> (B, D) float32, unit norm."""
+        images = images.to(self.device)
+        return self._encode_image(images) if len(images) else torch.empty((0, self.dimension), device=self.device)
+
+    @abstractmethod
+    def _encode_image(self, images: Tensor) -> Tensor: ...
 
     @abstractmethod
     def encode_text(self, ids: Tensor) -> Tensor:
@@ -84,8 +91,8 @@ class _Ours(Model):
         super().__init__()
         self.model, self.dimension, self.image_size = model, model.embed_dim, pixels
 
-    def encode_image(self, images: Tensor) -> Tensor:
-        return self.model({"image": images.to(self.device)})["image"]
+    def _encode_image(self, images: Tensor) -> Tensor:
+        return self.model({"image": images})["image"]
 
     def encode_text(self, ids: Tensor) -> Tensor:
         return self.model({"text": ids.to(self.device)})["text"]
@@ -105,6 +112,16 @@ class _Ours(Model):
         return torch.stack([row[:, 1] - row[:, 0] for row in rows])
 
 
+@dataclass(frozen=True)
+class _Preprocess:
+    """Any image is first made what training and evaluation make of it; pickles to loader workers."""
+
+    view: Preprocess
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        return self.view(as_decoded(image))
+
+
 class _OpenClip(Model):
     def __init__(self, model: Any):
         super().__init__()
@@ -112,8 +129,8 @@ class _OpenClip(Model):
         with torch.no_grad():
             self.dimension = self.encode_image(torch.zeros((1, 3, self.image_size, self.image_size))).shape[1]
 
-    def encode_image(self, images: Tensor) -> Tensor:
-        return F.normalize(self.model.encode_image(images.to(self.device)).float(), dim=-1)
+    def _encode_image(self, images: Tensor) -> Tensor:
+        return F.normalize(self.model.encode_image(images).float(), dim=-1)
 
     def encode_text(self, ids: Tensor) -> Tensor:
         return F.normalize(self.model.encode_text(ids.to(self.device)).float(), dim=-1)
@@ -140,7 +157,7 @@ def load(source: str | Path, device: str | torch.device | None = None) -> tuple[
         is_name, "source", str(source), "no such folder; give a run, a checkpoint, an export or open_clip's NAME:TAG"
     )
     model, preprocess, tokenizer = create_open_clip(f"{LOCAL}{path}" if is_export else str(source))
-    return _OpenClip(model).to(device), preprocess, tokenizer
+    return _OpenClip(model).to(device), _Preprocess(preprocess), tokenizer
 
 
 def _load_ours(path: Path, device: torch.device) -> tuple[Model, Preprocess, Tokenize]:
@@ -157,7 +174,8 @@ def _load_ours(path: Path, device: torch.device) -> tuple[Model, Preprocess, Tok
         weights = checkpoints.read_measured(folder, recipe.evaluation.ema)
     tokenizer = load_tokenizer(folder / "tokenizer")
     pixels, model = image_size(recipe), model_of(recipe, weights, folder, tokenizer, "source")
-    return _Ours(model, pixels).to(device).eval(), ImageViews(recipe.views, pixels).evaluation_image, tokenizer
+    preprocess = _Preprocess(ImageViews(recipe.views, pixels).evaluation_image)
+    return _Ours(model, pixels).to(device).eval(), preprocess, tokenizer
 
 
 def objective(method: str, options: Mapping[str, object] | None = None) -> Objective:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 import re
 import subprocess
 import sys
@@ -10,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 import modstruct
 from modstruct import checkpoints
 from modstruct.cli import parse_recipe_text
+from modstruct.data.transforms.decoding import decode_image
+from modstruct.data.transforms.image_views import ImageViews
 from modstruct.evaluation.embeddings.model import checkpoint_model
 from modstruct.training.export import export
 
@@ -26,6 +30,42 @@ TEXTS = ["a red star", "two blue discs and a moon", "a red star"]
 def pictures(count: int) -> list[Image.Image]:
     noise = np.random.default_rng(0)
     return [Image.fromarray(noise.integers(0, 256, (50, 40, 3), dtype=np.uint8)) for _ in range(count)]
+
+
+def encoded(kind: str) -> bytes:
+    """An image that is transparent, lies on its side, or has 16 bits a pixel."""
+    noise, file = np.random.default_rng(1).integers(0, 256, (50, 40, 4), dtype=np.uint8), io.BytesIO()
+    match kind:
+        case "transparent":
+            Image.fromarray(noise).save(file, "PNG")
+        case "turned":
+            exif = Image.Exif()
+            exif[ExifTags.Base.Orientation] = 6
+            Image.fromarray(noise[..., :3]).save(file, "JPEG", exif=exif)
+        case "16 bits":
+            Image.fromarray(noise[..., 0].astype(np.uint16) * 257).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["transparent", "turned", "16 bits"])
+def test_preprocessing_makes_of_any_image_what_training_makes_of_its_file(kind, tmp_path):
+    run, content = WRITTEN / "two_tower", encoded(kind)
+    folder = next((run / "checkpoints").iterdir())
+    recipe = parse_recipe_text((folder / "recipe.yaml").read_text())
+    model, preprocess, tokenizer = modstruct.load(run)
+    decoded = decode_image(content, 10**6, kind)
+    expected = ImageViews(recipe.views, model.image_size).evaluation_image(decoded)
+    assert torch.equal(pickle.loads(pickle.dumps(preprocess))(Image.open(io.BytesIO(content))), expected)
+    export(tmp_path, checkpoints.read_weights(folder), model.model.to_open_clip, recipe, tokenizer, 2)
+    of_open_clip = modstruct.load(tmp_path)[1]
+    assert torch.equal(of_open_clip(Image.open(io.BytesIO(content))), of_open_clip(decoded))
+    assert not torch.equal(of_open_clip(decoded), of_open_clip(pictures(1)[0]))
+
+
+def test_no_images_and_no_texts_have_no_embeddings(tmp_path):
+    model, preprocess, tokenizer = modstruct.load(WRITTEN / "two_tower")
+    none = torch.stack([preprocess(pictures(1)[0])])[:0]
+    assert model.encode_image(none).shape == model.encode_text(tokenizer([])).shape == (0, model.dimension)
 
 
 @pytest.mark.parametrize("kind", ["two_tower", "fusion"])

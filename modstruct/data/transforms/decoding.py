@@ -35,6 +35,15 @@ def decode_image(content: bytes, max_pixels: int, where: str, formats: tuple[str
     return decode_reduced(content, max_pixels, where, lambda size: 1, formats)[0]
 
 
+def as_decoded(image: Image.Image) -> Image.Image:
+    """An image that Pillow has opened, or that a program has made, as decode_image gives it."""
+    image.load()
+    if _orientation(image) > 1:  # a PNG's may stand behind its pixels
+        with suppress(Exception):  # what else a damaged EXIF block holds
+            image = ImageOps.exif_transpose(image)
+    return _rgb(image)
+
+
 class Whole(NamedTuple):
     """The upright image that a smaller one was decoded from."""
 
@@ -71,11 +80,8 @@ def decode_reduced(
             if wanted > 1:
                 image.draft(None, (image.width // wanted, image.height // wanted))
             image.load()
-            lying = image.size
-            if _orientation(image) > 1:  # a PNG's may stand behind its pixels
-                with suppress(Exception):  # what else a damaged EXIF block holds
-                    ImageOps.exif_transpose(image, in_place=True)
-            return _rgb(image), Whole(size if image.size == lying else size[::-1], wanted)
+            found = as_decoded(image)
+            return found, Whole(size if found.size == image.size else size[::-1], wanted)
     except BadSample:
         raise
     except Image.DecompressionBombError:
