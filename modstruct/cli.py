@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from modstruct.config import LossesConfig, Recipe
 from modstruct.config.migrations import SCHEMA, migrate, migrate_checkpoint, migrate_method
+from modstruct.config.recipe_files import leaves
 from modstruct.errors import (
     FailedElsewhere,
     LostProcess,
@@ -43,6 +44,7 @@ RECIPES = Path(__file__).parent / "config" / "recipes"
 FINETUNE_RECIPES = RECIPES / "finetune"
 
 
+LARGEST = 2**63 - 1
 NO_HOME = "Could not determine home directory"  # as pathlib says it
 HOME_REMEDY = "this user has no home directory: set it, or give data.cache, and what else begins with ~, as full paths"
 LOSSES_OFF = {loss.name: {"weight": 0.0} for loss in fields(LossesConfig)}
@@ -189,6 +191,7 @@ def parse(
             given = prepare(list_words(parser, sys.argv[1:] if arguments is None else arguments))
             options = parser.parse_args(_expand(given, parser.recipes) if parser.recipes else list(given))
         _check_sections(options, sections)
+        _check_numbers(options)
         built = parser.instantiate(options)
         return _config_of(parser, built), built
     except (ValueError, argparse.ArgumentError) as error:
@@ -235,6 +238,13 @@ def _check_sections(options: Namespace, sections: dict[str, list[str]]) -> None:
     for name in sections:
         if not isinstance(options.get(name), Namespace):
             raise ValueError(not_a_section(name, sections))
+
+
+def _check_numbers(options: Namespace) -> None:
+    """Refuse whole numbers beyond those of arrays."""
+    for name, value in leaves(options.as_dict()).items():
+        if isinstance(value, int):
+            require(abs(value) <= LARGEST, name, value, f"at most {LARGEST}")
 
 
 def speaks_for_its_host() -> bool:
@@ -304,6 +314,8 @@ def one_line(parser: ConfigParser, error: Exception, sections: dict[str, list[st
     for pattern in _UNKNOWN:
         if found := pattern.search(text):
             return _unknown(".".join(found.groups()), list(options), sections)
+    if ours := re.search(r"^\s+- ([\w.]+ = .+)$", text, re.MULTILINE):  # among what else the value could have been
+        return ours[1]
     key = re.search(r'Parser key "([\w.]+)"', text)
     name = key[1] if key else ""
     if name in sections:

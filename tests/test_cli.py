@@ -251,6 +251,13 @@ def test_sources_with_weights_can_be_given_in_a_file_and_on_the_line(parse, reci
         (["--views.mean", "[0.5,0.5]"], ["views.mean = [0.5, 0.5]", "[a number, a number, a number]"]),
         (["--evaluation.top_k", "[one]"], ["evaluation.top_k", "a list of a whole number"]),
         (["--data.train", "[{weight: 3}]"], ["data.train: give", "a list of {shards, weight, "]),
+        (
+            ["--data.train", '[{"shards": "a.tar", "wieght": 2}]'],
+            ["data.train = ", "no list of sources", "max_repeats"],
+        ),
+        (["--data.train", '[{"shards": "a.tar", "weight": 0}]'], ["error: data.train.weight = 0.0: give a finite"]),
+        (["--train.seed", "9223372036854775808"], ["train.seed = 9223372036854775808", "at most 9223372036854775807"]),
+        (["--output", ""], ["output = ''", "name a folder for the run"]),
         (["--train", "5"], ["train: a section", "it has global_batch, micro_batch"]),
         (["--views.crop_scale", "[0.9,0.1]"], ["views.crop_scale = (0.9, 0.1)", "0 < low <= high <= 1"]),
         (["--model.vision.patch_size", "0"], ["model.vision.patch_size = 0", "at least 1"]),

@@ -21,7 +21,7 @@ from modstruct.cli import parse, recipe_parser, run
 from modstruct.commands.arguments import checkpoint_arguments
 from modstruct.config import Recipe
 from modstruct.data.tokenizers import load_tokenizer
-from modstruct.errors import refuse
+from modstruct.errors import refuse, require
 from modstruct.files import require_writable
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def evaluate_checkpoint(recipe: Recipe, checkpoint: str, out: str | None = None)
     distributed.start_processes()
     path = find_checkpoint(checkpoint)
     file = Path(out or path.resolve().parents[1] / "evaluation.json").expanduser()
+    require(not file.is_dir(), "--out", out, "is a folder; name the JSON file to write")
     on_main(lambda: require_writable("--out", file.parent))
     tokenizer = load_tokenizer(path / "tokenizer")
     if recipe.data.eval is None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from modstruct.errors import require, require_counts
@@ -43,6 +44,9 @@ class Source:
             require(
                 self.weight is not None, "data.train.max_repeats", self.max_repeats, "give the sources weights, too"
             )
+
+
+LIKE_SOURCES = re.compile(r"""\s*\[?\s*\{.*\bshards["']?\s*:""", re.DOTALL)
 
 
 @dataclass
@@ -119,6 +123,12 @@ class DataConfig:
     """The built-in images."""
 
     def __post_init__(self):
+        # What is no list of sources for an unknown field would else be a pattern.
+        listed = isinstance(self.train, str) and LIKE_SOURCES.match(self.train)
+        known = ", ".join(field.name for field in fields(Source))
+        require(
+            not listed, "data.train", self.train, f"is no list of sources, [{{shards: …}}, …], of the fields {known}"
+        )
         require(self.workers >= 0, "data.workers", self.workers, "0 or more")
         require(self.shuffle_block >= 1, "data.shuffle_block", self.shuffle_block, "at least 1")
         require(self.shuffle_window >= 1, "data.shuffle_window", self.shuffle_window, "at least 1")

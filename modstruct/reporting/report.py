@@ -86,7 +86,7 @@ def write_report(
         contents |= {files.figures / f"{plot.name}.{kind}": data for kind, data in plot.files.items()}
     contents |= {files.benchmark / name: text.encode() for name, text in benchmark_files(loaded).items()}
     for folder in (files.figures, files.benchmark):
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     for path, data in contents.items():
         with atomic_write(path) as file:
             file.write(data)

@@ -80,6 +80,8 @@ class Start:
             before, now = (" lines " in text for text in (self.saved.state.data_fingerprint, fingerprint))
             if before != now:
                 remedy += f": give data.caption_lines: {str(before).lower()}, as it was read before"
+            else:
+                remedy += "; give those, or begin a run of its own, from its weights: --model.pretrained RUN"
             refuse("data.train", named, remedy)
         return self.saved.state
 
@@ -296,7 +298,7 @@ class Trainer(ABC, Generic[RecipeT]):
             log.info("Resumed from %s", start.path)
         else:
             # Weights start equal on every process; what is drawn from here on (dropout) must not be.
-            torch.manual_seed(recipe.train.seed * 1_000_003 + distributed.rank())
+            torch.manual_seed((recipe.train.seed * 1_000_003 + distributed.rank()) % 2**63)
         self.writer = CheckpointWriter()
         self.heartbeat = Heartbeat(recipe.train.hang_timeout_minutes)
         self.telemetry = Telemetry(recipe, self.state.step, self.steps)

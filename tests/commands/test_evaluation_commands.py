@@ -236,6 +236,13 @@ def test_two_sets_of_one_name_are_refused(made, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_is_refused_where_a_file_is_written_before_anything_is_embedded(made, tmp_path, capsys):
+    assert evaluate("--checkpoint", str(made / "run"), "--out", str(tmp_path), "--data.cache", str(made / "cache")) == 1
+    found = capsys.readouterr()
+    assert f"--out = '{tmp_path}': is a folder; name the JSON file to write" in found.err
+    assert "images of" not in found.out + found.err
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -129,7 +129,7 @@ def test_seeds_share_a_column_and_are_listed(tmp_path):
             folders.append(tmp_path / f"{method}-s{seed}")
             noise = 0.6 if method == "clip" else 0.4
             write_run(folders[-1], f"{method}-s{seed}/step-9", noise, 0.5, 0.5, seed, method)
-    files = write_report(folders, tmp_path / "report")
+    files = write_report(folders, tmp_path / "new" / "folder" / "report")
     grouped = Page(files.html.read_text())
     assert "mean of 2 seeds" in " ".join(grouped.text)
     assert not any("run-2" in attrs.get("class", "") for attrs in grouped.all("span"))

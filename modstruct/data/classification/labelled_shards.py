@@ -28,7 +28,7 @@ from modstruct.data.classification.published import PAPER_TEMPLATE
 from modstruct.data.faults import NAMED, BadSample
 from modstruct.data.shards.evaluation_samples import EvaluationSample, EvaluationSamples, spaced
 from modstruct.data.shards.index import ShardIndex, index_tar
-from modstruct.data.shards.members import IMAGES, Tally, printable
+from modstruct.data.shards.members import IMAGES, OTHER, Tally, printable
 from modstruct.data.shards.reader import ShardReader
 from modstruct.data.shards.sample_table import Samples
 from modstruct.data.shards.tar_headers import BLOCK_BYTES
@@ -131,7 +131,8 @@ def check_labels(
         if seen or unknown.counts or len(numbers) == len(samples):
             break
     if unknown.counts:
-        named = "; ".join(f"{label}: {unknown.examples[label][0]}" for label, _ in unknown.counts.most_common(NAMED))
+        labels = [label for label, _ in unknown.counts.most_common() if label != OTHER][:NAMED]
+        named = "; ".join(f"{label}: {unknown.examples[label][0]}" for label in labels)
         raise ValueError(
             f"{field}: of {len(numbers)} samples that were looked at, {unknown.counts.total()} have a label "
             f"{classes.label} that is not among the classes {some_of(classes.classes)} ({named}): {REMEDY}"

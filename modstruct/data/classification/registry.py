@@ -56,7 +56,8 @@ def parse_set(text: str) -> NamedSet:
         need(not location or not split, "shards with a class file have no splits: name the shards of one split")
         return parsed
     known = (*published_sets(), *SCENES)
-    need(name in known, f"there is no set {name!r}; the sets are {', '.join(known)}, or a YAML file")
+    shards = f", or NAME={text} for shards with captions" if "/" in text or ".tar" in text else ""
+    need(name in known, f"there is no set {name!r}; the sets are {', '.join(known)}, or a YAML file{shards}")
     need(location, f"give the folder that the files lie in: {name}@FOLDER")
     need(split in (None, *_splits(name)), f"{name} has no split {split}, only {', '.join(_splits(name))}")
     return parsed

@@ -192,8 +192,9 @@ def _found(folder: Path, settings: dict[str, Any], overwrite: bool) -> EmbeddedS
     before = found.settings if found else set_files.read_json(begun)
     for name, value in settings.items():
         if before.get(name) != value:
-            was = f"{folder} was embedded with {before.get(name)!r}"
-            refuse(name, value, f"{was}; give that, another folder, or --embedding.overwrite true to start again")
+            was, option = f"{folder} was embedded with {before.get(name)!r}", name.startswith("embedding.")
+            remedy = "give that, another folder" if option else "give the set another name, or another folder"
+            refuse(name, value, f"{was}; {remedy}, or --embedding.overwrite true to start again")
     return found
 
 

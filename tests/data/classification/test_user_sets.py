@@ -12,6 +12,7 @@ from modstruct.config import DataConfig
 from modstruct.data.classification.published import PAPER_TEMPLATE
 from modstruct.data.classification.registry import open_labelled, set_splits
 from modstruct.data.faults import BadSample
+from modstruct.data.shards.members import OTHER
 
 
 @pytest.fixture
@@ -161,6 +162,17 @@ def test_labels_that_are_no_classes_are_refused_when_the_set_is_opened(tmp_path,
     layouts.tar(tmp_path / "0.tar", [("0.png", layouts.image(0)), ("0.txt", b"a thing"), ("0.json", about)])
     with pytest.raises(ValueError, match=message):
         open_labelled(str(described(tmp_path, "images: 0.tar\nlabel: colour\nclasses: {red: red, blue: blue}")), config)
+
+
+def test_of_very_many_unknown_labels_some_are_named(tmp_path, config):
+    members = []
+    for number in range(40):
+        about = json.dumps({"colour": f"c{number}"}).encode()
+        members += [(f"{number}.png", layouts.image(0)), (f"{number}.txt", b"a"), (f"{number}.json", about)]
+    layouts.tar(tmp_path / "0.tar", members)
+    with pytest.raises(ValueError, match=r"40 have a label colour that is not .*'c0': ") as refused:
+        open_labelled(str(described(tmp_path, "images: 0.tar\nlabel: colour\nclasses: {red: red, blue: blue}")), config)
+    assert OTHER not in str(refused.value)
 
 
 @pytest.mark.parametrize(
