@@ -125,10 +125,8 @@ class DataConfig:
     def __post_init__(self):
         # What is no list of sources for an unknown field would else be a pattern.
         listed = isinstance(self.train, str) and LIKE_SOURCES.match(self.train)
-        known = ", ".join(field.name for field in fields(Source))
-        require(
-            not listed, "data.train", self.train, f"is no list of sources, [{{shards: …}}, …], of the fields {known}"
-        )
+        remedy = f"is no list of sources, whose fields are {', '.join(field.name for field in fields(Source))}"
+        require(not listed, "data.train", self.train, remedy)
         require(self.workers >= 0, "data.workers", self.workers, "0 or more")
         require(self.shuffle_block >= 1, "data.shuffle_block", self.shuffle_block, "at least 1")
         require(self.shuffle_window >= 1, "data.shuffle_window", self.shuffle_window, "at least 1")
