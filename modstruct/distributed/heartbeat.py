@@ -1,7 +1,7 @@
 """Ends a run whose processes wait for each other for ever, and names the process that did not arrive.
 
 A collective waits for hours, since it must outlast what the main process does alone (indexing, searching). So a thread
-of every process tells the launcher's store every few seconds how far training has come. The main process compares; the
+of every process tells a store every few seconds how far training has come. The main process compares; the
 others watch the main process. The training thread itself only counts: a step costs nothing, and no collective is added,
 so it serves gloo and NCCL alike.
 """
@@ -162,7 +162,7 @@ class Heartbeat:
                 signs |= {0: self._sign(beat)} if rank == 0 else {}
                 verdict = self._store.get("verdict").decode() if self._store.check(["verdict"]) else None
             except Exception:  # the connection is lost; `_await_answers` gives it some time
-                log.debug("the launcher's store does not answer", exc_info=beat == 1)
+                log.debug("the processes' store does not answer", exc_info=beat == 1)
                 continue
             self._answered = time.monotonic()
             if verdict:

@@ -57,6 +57,23 @@ def start_processes() -> None:
         raise RunError(f"this process cannot join the others {_through()} ({cause}): {NETWORK_REMEDY}") from error
     finally:
         joined.set()
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        _keep_a_store()
+
+
+_kept_store: dist.Store | None = None
+
+
+def _keep_a_store() -> None:
+    """Let the main process hold a store: torchrun's ends with it, and then a run still saves and stops in order."""
+    global _kept_store
+    agents, host = dist.distributed_c10d._get_default_store(), os.environ["MASTER_ADDR"]
+    if is_main():
+        _kept_store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        agents.set("port of the main process's store", str(_kept_store.port))
+    else:
+        port = int(agents.get("port of the main process's store"))
+        _kept_store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
 
 
 def _through() -> str:
@@ -153,9 +170,10 @@ def gather_objects(value: object) -> list:
 def own_store(name: str, timeout_seconds: float) -> dist.Store:
     """Keys and values that all processes see, over a connection that the training thread does not use.
 
-    Raises RuntimeError, after the timeout, where the process or launcher that holds them does not answer.
+    Raises RuntimeError, after the timeout, where the process that holds them does not answer.
     """
-    store = dist.PrefixStore(name, dist.distributed_c10d._get_default_store().clone())
+    held = _kept_store or dist.distributed_c10d._get_default_store()
+    store = dist.PrefixStore(name, held.clone())
     store.set_timeout(timedelta(seconds=timeout_seconds))
     return store
 

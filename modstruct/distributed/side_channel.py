@@ -19,7 +19,7 @@ class SideChannel:
     """For one thread of every process, which all call its methods in the same order. Values are of JSON's kinds.
 
     Every process makes one at the same time. A process that has ended is not noticed: the training thread does that.
-    Raises RuntimeError where the process or launcher that holds the store does not answer.
+    Raises RuntimeError where the process that holds the store does not answer.
     """
 
     def __init__(self) -> None:

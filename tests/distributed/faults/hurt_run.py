@@ -170,8 +170,11 @@ def processes_that_mention(text: str) -> list[str]:
 
 
 def errors_on(screen: str) -> list[str]:
-    """Lines that tell a user of an error, and each traceback as one."""
-    return [line for line in screen.splitlines() if line.startswith(("error (", "Traceback (most recent", "[rank"))]
+    """Lines that tell a user of an error, and each traceback as one; without warnings of torch, which come now and then
+    of a process that serves the others' store and is killed."""
+    return [
+        line for line in screen.splitlines() if re.match(r"error \(|Traceback \(most recent|\[rank\d+\]:(?!\[W)", line)
+    ]
 
 
 def losses(output: Path) -> dict[int, float]:
