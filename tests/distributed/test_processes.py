@@ -10,10 +10,12 @@ import threading
 
 import pytest
 import torch
+import torch.distributed as dist
 from processes import run_on_processes
 
 from modstruct import distributed
 from modstruct.distributed import processes
+from modstruct.distributed.side_channel import SideChannel
 
 
 def sums_over_ranks(offset: int) -> dict:
@@ -115,3 +117,24 @@ def test_a_command_in_this_process_leaves_nothing_to_the_next_test(time):
     assert not distributed.is_distributed()
     assert not {"RANK", "WORLD_SIZE"} & os.environ.keys()
     distributed.start_processes()
+
+
+def without_the_agent() -> list:
+    """The second process holds the store through which all join, as torchrun's agent does, and lets go of it."""
+    agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if distributed.rank() else None
+    port = distributed.broadcast_object(agent.port if agent else 0, source=1)
+    dist.destroy_process_group()
+    os.environ.update(MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
+    distributed.start_processes()
+    channel = SideChannel()
+    distributed.barrier()
+    del agent
+    with pytest.raises(RuntimeError):  # torch's own, which the process group does not need any more
+        dist.distributed_c10d._get_default_store().get("anything")
+    found = channel.gather(distributed.rank())
+    distributed.barrier()
+    return found
+
+
+def test_processes_speak_to_each_other_after_the_end_of_torchrun():
+    assert run_on_processes(without_the_agent, 2) == [[0, 1], []]
