@@ -84,7 +84,7 @@ def kills(folder: Path, tried, count: int, steps: int, moments: list[str]) -> No
 
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments(tmp_path, tried):
-    kills(tmp_path, tried, 20, STEPS, MOMENTS)
+    kills(tmp_path, tried, 20, 4 * STEPS, MOMENTS)  # on a machine that is not busy each kill comes some steps late
 
 
 def test_a_kill_during_a_checkpoint(tmp_path, tried):
