@@ -243,8 +243,10 @@ def _check_sections(options: Namespace, sections: dict[str, list[str]]) -> None:
 def _check_numbers(options: Namespace) -> None:
     """Refuse whole numbers beyond those of arrays."""
     for name, value in leaves(options.as_dict()).items():
-        if isinstance(value, int):
-            require(abs(value) <= LARGEST, name, value, f"at most {LARGEST}")
+        listed = value if isinstance(value, list) else value.values() if isinstance(value, dict) else [value]
+        for number in listed:
+            fits = not isinstance(number, int) or abs(number) <= LARGEST
+            require(fits, name, value, f"whole numbers are at most {LARGEST}, and at least -{LARGEST}")
 
 
 def speaks_for_its_host() -> bool:

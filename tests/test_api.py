@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import re
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from PIL import ExifTags, Image
 import modstruct
 from modstruct import checkpoints
 from modstruct.cli import parse_recipe_text
-from modstruct.data.transforms.decoding import decode_image
+from modstruct.data.transforms.decoding import as_decoded, decode_image
 from modstruct.data.transforms.image_views import ImageViews
 from modstruct.evaluation.embeddings.model import checkpoint_model
 from modstruct.training.export import export
@@ -60,6 +61,19 @@ def test_preprocessing_makes_of_any_image_what_training_makes_of_its_file(kind, 
     of_open_clip = modstruct.load(tmp_path)[1]
     assert torch.equal(of_open_clip(Image.open(io.BytesIO(content))), of_open_clip(decoded))
     assert not torch.equal(of_open_clip(decoded), of_open_clip(pictures(1)[0]))
+
+
+def test_damaged_exif_that_is_noticed_once_the_pixels_are_turned_leaves_them_upright(monkeypatch):
+    content = encoded("turned")
+
+    def damaged(*_):
+        raise struct.error("required argument is not an integer")
+
+    monkeypatch.setattr(Image.Exif, "tobytes", damaged)
+    assert decode_image(content, 10**6, "here").size == (50, 40)
+    opened = Image.open(io.BytesIO(content))
+    assert as_decoded(opened).size == (50, 40)
+    assert opened.size == (40, 50)
 
 
 def test_no_images_and_no_texts_have_no_embeddings(tmp_path):

@@ -120,7 +120,7 @@ def from_folder(folder: Path, passed_over: Tally) -> Iterator[Entry]:
     images, texts, about = [], {}, {}
     for path in sorted(_files(folder, passed_over)):
         ending, name = path.suffix.lower(), path.with_suffix("")
-        if any(part.startswith(".") for part in path.relative_to(folder).parts):
+        if _is_hidden(path, folder):
             passed_over.add("hidden files", str(path))
         elif ending in known and path.is_file():
             images.append(path)
@@ -141,16 +141,24 @@ def from_folder(folder: Path, passed_over: Tally) -> Iterator[Entry]:
 
 
 def _files(folder: Path, passed_over: Tally) -> Iterator[Path]:
-    """Of the folder and its subfolders, links to others among them; each folder once, or a link could lead round."""
+    """Of the folder and its subfolders, links to others among them, unless they are hidden; each folder once, or a link
+    could lead round."""
     seen = set()
     for place, folders, files in os.walk(folder, followlinks=True):
         folders.sort()
-        if (real := os.path.realpath(place)) in seen:
-            passed_over.add("links to a folder that is searched already", place)
+        if _is_hidden(Path(place), folder):
+            folders[:] = [name for name in folders if not os.path.islink(os.path.join(place, name))]
+        elif (real := os.path.realpath(place)) in seen:
+            passed_over.add("folders that are searched already, through a link", place)
             folders.clear()
             continue
-        seen.add(real)
+        else:
+            seen.add(real)
         yield from (Path(place, file) for file in files)
+
+
+def _is_hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def _metadata(path: Path) -> dict:
@@ -191,6 +199,7 @@ def from_table(table: Path, image_column: str, caption_column: str, quoting: int
             remedy = (
                 'close its quotes, as in "the ""last"" one", or give --plain_quotes, if they are letters like others'
             )
+            remedy = "shorten it" if "field limit" in str(error) else remedy
             raise ValueError(f"{table}: the row that begins in line {begun}: {error}; {remedy}") from None
 
 

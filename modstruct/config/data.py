@@ -46,7 +46,7 @@ class Source:
             )
 
 
-LIKE_SOURCES = re.compile(r"""\s*\[?\s*\{.*\bshards["']?\s*:""", re.DOTALL)
+LIKE_SOURCES = re.compile(r"""\s*[\[{].*\bshards["']?\s*:""", re.DOTALL)
 
 
 @dataclass

@@ -177,7 +177,7 @@ class Heartbeat:
                 self._end(found)
 
     def _await_answers(self) -> None:
-        """End this process when the store, which lies in the main process or the launcher, has long been silent."""
+        """End this process when the store, which lies in the main process, has long been silent."""
         looked = time.monotonic()
         while not self._ended.wait(self.interval):
             slept, looked = time.monotonic() - looked, time.monotonic()

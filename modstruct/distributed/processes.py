@@ -50,6 +50,8 @@ def start_processes() -> None:
     threading.Thread(target=_say_while_waiting, args=[joined], daemon=True).start()
     try:
         dist.init_process_group(backend, timeout=timeout, device_id=device() if on_gpu() else None)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            _keep_a_store()
     except (RuntimeError, ValueError) as error:  # torch has its own wording for each
         cause = str(error).strip().splitlines()[0][:300]
         port = os.environ.get("MASTER_PORT")
@@ -57,8 +59,6 @@ def start_processes() -> None:
         raise RunError(f"this process cannot join the others {_through()} ({cause}): {NETWORK_REMEDY}") from error
     finally:
         joined.set()
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        _keep_a_store()
 
 
 _kept_store: dist.Store | None = None
@@ -67,13 +67,11 @@ _kept_store: dist.Store | None = None
 def _keep_a_store() -> None:
     """Let the main process hold a store: torchrun's ends with it, and then a run still saves and stops in order."""
     global _kept_store
-    agents, host = dist.distributed_c10d._get_default_store(), os.environ["MASTER_ADDR"]
+    host, mine = os.environ["MASTER_ADDR"], None
     if is_main():
-        _kept_store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
-        agents.set("port of the main process's store", str(_kept_store.port))
-    else:
-        port = int(agents.get("port of the main process's store"))
-        _kept_store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
+        mine = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+    port = broadcast_object(mine.port if mine is not None else 0)
+    _kept_store = mine if mine is not None else dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
 
 
 def _through() -> str:
@@ -172,7 +170,7 @@ def own_store(name: str, timeout_seconds: float) -> dist.Store:
 
     Raises RuntimeError, after the timeout, where the process that holds them does not answer.
     """
-    held = _kept_store or dist.distributed_c10d._get_default_store()
+    held = _kept_store if _kept_store is not None else dist.distributed_c10d._get_default_store()
     store = dist.PrefixStore(name, held.clone())
     store.set_timeout(timedelta(seconds=timeout_seconds))
     return store

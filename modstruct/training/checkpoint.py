@@ -64,6 +64,11 @@ class CheckpointWriter:
         if error is not None:
             raise error
 
+    def finish(self) -> None:
+        """Wait for the last checkpoint, and let go of the memory of its copy."""
+        self.wait()
+        self._copies = HostCopies()
+
     @contextmanager
     def finishing(self) -> Iterator[None]:
         """Training, whose error does not end the process before what is being written is there, if it is soon."""

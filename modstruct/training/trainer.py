@@ -220,7 +220,9 @@ class Trainer(ABC, Generic[RecipeT]):
         self.telemetry.pause()
         self.engine.agree_on_statistics()
         path = self.writer.save(self.engine, self.state, recipe, self.tokenizer)
-        if stop or last or validate or not recipe.checkpoints.asynchronous:
+        if stop or last:
+            self.writer.finish()
+        elif validate or not recipe.checkpoints.asynchronous:
             self.writer.wait()
         if validate and not stop:
             with stopping.stage(f"step {step} is saved, and `--resume latest` resumes from there"):
@@ -298,7 +300,8 @@ class Trainer(ABC, Generic[RecipeT]):
             log.info("Resumed from %s", start.path)
         else:
             # Weights start equal on every process; what is drawn from here on (dropout) must not be.
-            torch.manual_seed((recipe.train.seed * 1_000_003 + distributed.rank()) % 2**63)
+            seed = recipe.train.seed * 1_000_003 + distributed.rank()
+            torch.manual_seed(seed if abs(seed) < 2**63 else seed % 2**63)
         self.writer = CheckpointWriter()
         self.heartbeat = Heartbeat(recipe.train.hang_timeout_minutes)
         self.telemetry = Telemetry(recipe, self.state.step, self.steps)
@@ -325,7 +328,7 @@ class Trainer(ABC, Generic[RecipeT]):
         path = checkpoints.step_folder(self.output, self.state.step)
         if not distributed.broadcast_object(path.exists()):  # a finished run, resumed into another folder
             self.writer.save(self.engine, self.state, self.recipe, self.tokenizer)
-            self.writer.wait()
+            self.writer.finish()
         return path
 
     def conclude(self, checkpoint: Path, results: dict[str, Result]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from modstruct.embeddings import Outputs
 from modstruct.models.protocol import Batch, TrainableModel
 from modstruct.training.deepspeed_adapter import Engine, start_engine
 from modstruct.training.ds_config import build_optimizer, read_ds_config, resolve_ds_config
+from modstruct.training.gradient_norm import _unscale_and_clip
 
 WIDTH, LAYERS = 16, 10
 STAGES = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
@@ -183,3 +185,14 @@ def test_sums_and_waits_of_a_step_do_not_grow_with_the_groups(measured, stage, p
         assert seen["reads"][0] == seen["reads"][1]
         assert seen["norm"][0] == pytest.approx(seen["norm"][1], rel=1e-6)
         torch.testing.assert_close(*seen["weights"], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("clip", "scale", "left"), [(0.0, 1.0, 1.0), (0.0, 4.0, 0.25), (10.0, 4.0, 0.25), (1.25, 4.0, 0.125)]
+)
+def test_a_group_is_divided_by_the_loss_scale_and_clipped_by_the_norm_of_all(clip, scale, left):
+    """The norm of all groups is 2.5 times the scale."""
+    gradients = [torch.ones(3) * scale, torch.ones(2, 2) * scale]
+    _unscale_and_clip(SimpleNamespace(loss_scale=scale, clip_grad=clip), gradients, torch.tensor(2.5 * scale))
+    for gradient in gradients:
+        torch.testing.assert_close(gradient, torch.full_like(gradient, left * scale), rtol=1e-5, atol=0)

@@ -96,11 +96,12 @@ def test_linked_folders_are_searched_once_and_hidden_ones_passed_over(tmp_path, 
         (folder / f"{number}.txt").write_text(f"caption {number}")
     (images / "more").symlink_to(real)
     (real / "round").symlink_to(images)
+    (images / ".ipynb_checkpoints" / "link").symlink_to(real)
     assert make(images) == 0
     assert [raw.caption for raw in read_all(tmp_path)[1]] == ["caption 0", "caption 1"]
     said = capsys.readouterr().out
     assert "2 passed over: hidden files" in said
-    assert "1 passed over: links to a folder that is searched already" in said
+    assert "1 passed over: folders that are searched already, through a link" in said
 
 
 def test_rows_of_one_image_may_be_joined(tmp_path, make):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -41,7 +42,7 @@ class Run:
     def there(self) -> list[str]:
         return [path.name for path in checkpoints.list_checkpoints(self.output)]
 
-    def save(self, step: int):
+    def save(self, step: int) -> Path:
         return self.writer.save(None, TrainState(step), self.recipe, word_tokenizer())
 
     def train(self, error: Exception) -> None:
@@ -66,6 +67,16 @@ def test_training_goes_on_while_one_is_written_and_waits_for_it_before_the_next(
     assert run.there() == ["step-00000001", "step-00000002"]
     assert checkpoints.read_weights(first)["a"].tolist() == [1.0] * 3
     run.writer.wait()  # nothing is left to wait for
+
+
+def test_the_memory_of_a_copy_is_kept_until_the_last_checkpoint(run):
+    run.gate.set()
+    copies = run.writer._copies
+    run.save(1)
+    run.writer.wait()
+    assert run.writer._copies is copies
+    run.writer.finish()
+    assert run.writer._copies is not copies
 
 
 def test_an_error_is_told_once_and_the_next_checkpoint_is_written(run, monkeypatch):

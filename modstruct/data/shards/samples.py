@@ -144,7 +144,7 @@ def open_saved_samples(
     if fingerprint is not None and (isinstance(found, ValueError) or found.fingerprint != fingerprint):
         for table in _tables(config, fingerprint):
             saved = Samples(table, sources)
-            if not _names_only(saved, sources, found, field):
+            if not _names_only(saved, sources, found, config.allow_pipe, field):
                 continue
             stale = _stale_shards(saved)
             lost = sum(int(saved.shard_starts[shard + 1] - saved.shard_starts[shard]) for shard in stale)
@@ -163,14 +163,17 @@ def open_saved_samples(
     return found
 
 
-def _names_only(saved: Samples, sources: Sequence[Source], found: Samples | ValueError, field: str) -> bool:
+def _names_only(
+    saved: Samples, sources: Sequence[Source], found: Samples | ValueError, allow_pipe: bool, field: str
+) -> bool:
     """Whether the sources, of which `found` was opened, name none but shards of an earlier table."""
     if len(saved.source_starts) != len(sources) + 1:
         return False
     if isinstance(found, Samples):
         return set(found.shards) <= set(saved.shards)
     of_sources = [list(saved.shards[a:b]) for a, b in pairwise(saved.source_starts.tolist())]
-    return all(names_only(source.shards, shards, field) for source, shards in zip(sources, of_sources, strict=True))
+    both = zip(sources, of_sources, strict=True)
+    return all(names_only(source.shards, shards, allow_pipe, field) for source, shards in both)
 
 
 def _judge_sources(samples: Samples, patterns: Sequence[str], max_bad_share: float, field: str, say: bool) -> None:

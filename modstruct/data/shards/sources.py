@@ -100,14 +100,23 @@ def expand_pattern(pattern: str, allow_pipe: bool, field: str) -> list[str]:
     return _absolute(found)
 
 
-def names_only(pattern: str, shards: Sequence[str], field: str) -> bool:
-    """Whether a pattern, which need not be there, names none but these shards: each of its names is one of them, and
-    each of its globs matches one."""
-    local = not is_pipe(pattern) and "://" not in pattern
+def names_only(pattern: str, shards: Sequence[str], allow_pipe: bool, field: str) -> bool:
+    """Whether a pattern, of which shards may be missing, names none but these: each name that is no glob, and all that
+    its globs match now, are among them, and a glob matches one of them."""
+    if is_pipe(pattern):
+        return allow_pipe and set(_braces(pattern, field)) <= set(shards)
+    local = "://" not in pattern
     names = _absolute(_braces(os.path.expanduser(pattern), field)) if local else _braces(pattern, field)
-    others = set(names).difference(shards)
-    of_globs = [name.replace("**/", "*") for name in others if glob.has_magic(name) and not is_pipe(name)]
-    return len(of_globs) == len(others) and all(fnmatch.filter(shards, name) for name in of_globs)
+    globs = [name for name in set(names).difference(shards) if glob.has_magic(name)]
+    there = {match for name in globs for match in _glob(name)} if local else set()
+    lost = any(_would_match(name, shard) for name in globs for shard in shards)
+    return (set(names).difference(globs) | there) <= set(shards) and (lost or not globs)
+
+
+def _would_match(pattern: str, shard: str) -> bool:
+    """Whether a glob would match a shard that may be gone."""
+    as_deep = "**" in pattern or pattern.count("/") == shard.count("/")  # fnmatch's * goes beyond a folder
+    return as_deep and fnmatch.fnmatchcase(shard, pattern.replace("**/", "*"))
 
 
 def shard_states(shards: Sequence[str]) -> Iterator[tuple[int, int] | OSError]:

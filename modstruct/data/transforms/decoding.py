@@ -38,10 +38,7 @@ def decode_image(content: bytes, max_pixels: int, where: str, formats: tuple[str
 def as_decoded(image: Image.Image) -> Image.Image:
     """An image that Pillow has opened, or that a program has made, as decode_image gives it."""
     image.load()
-    if _orientation(image) > 1:  # a PNG's may stand behind its pixels
-        with suppress(Exception):  # what else a damaged EXIF block holds
-            image = ImageOps.exif_transpose(image)
-    return _rgb(image)
+    return _upright(image.copy() if _orientation(image) > 1 else image)
 
 
 class Whole(NamedTuple):
@@ -80,14 +77,22 @@ def decode_reduced(
             if wanted > 1:
                 image.draft(None, (image.width // wanted, image.height // wanted))
             image.load()
-            found = as_decoded(image)
-            return found, Whole(size if found.size == image.size else size[::-1], wanted)
+            lying = image.size
+            return _upright(image), Whole(size if image.size == lying else size[::-1], wanted)
     except BadSample:
         raise
     except Image.DecompressionBombError:
         raise BadSample("decompression bomb", where) from None
     except Exception as error:  # a damaged image raises nearly anything, from SyntaxError to struct.error
         raise BadSample("undecodable image", f"{where} ({type(error).__name__})") from None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned in place, in mode RGB."""
+    if _orientation(image) > 1:  # a PNG's may stand behind its pixels
+        with suppress(Exception):  # what else a damaged EXIF block holds, told when the pixels are turned
+            ImageOps.exif_transpose(image, in_place=True)
+    return _rgb(image)
 
 
 def _too_many_scans(content: bytes) -> bool:

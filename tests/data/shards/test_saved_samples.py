@@ -12,6 +12,7 @@ from modstruct.config import Source
 from modstruct.data.faults import BadSample
 from modstruct.data.shards.reader import ShardReader
 from modstruct.data.shards.samples import open_saved_samples
+from modstruct.data.shards.sources import names_only
 
 
 def cut(path: str) -> None:
@@ -95,6 +96,34 @@ def test_a_pattern_of_other_shards_that_are_not_there_is_refused(ten_shards, tmp
     _, data, samples = ten_shards
     with pytest.raises(ValueError, match=r"^data\.train.*(no file matches|do not exist)"):
         again(str(tmp_path / named), data, samples.fingerprint)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "allow_pipe", "none_else"),
+    [
+        ("/d/a/{0,1}.tar", False, True),
+        ("/d/a/{0,1,2}.tar", False, False),
+        ("/d/*.tar", False, False),
+        ("/d/**/*.tar", False, True),
+        ("/d/{a,b}/*.tar", False, True),
+        ("pipe:cat 0", False, False),
+        ("pipe:cat 0", True, True),
+        ("pipe:cat 1", True, False),
+        ("s3://bucket/{0,1}.tar", False, True),
+        ("s3://bucket/*.tar", False, True),
+        ("s3://other/*.tar", False, False),
+    ],
+)
+def test_what_a_pattern_names_beside_known_shards(pattern, allow_pipe, none_else):
+    known = ["/d/a/0.tar", "/d/a/1.tar", "pipe:cat 0", "s3://bucket/0.tar", "s3://bucket/1.tar"]
+    assert names_only(pattern, known, allow_pipe, "data.train") == none_else
+
+
+def test_a_glob_that_matches_a_new_shard_names_another(ten_shards, tmp_path):
+    pattern, _, samples = ten_shards
+    assert names_only(pattern, samples.shards, False, "data.train")
+    write_shards(tmp_path / "shards", [3], name="shard-more")
+    assert not names_only(pattern, samples.shards, False, "data.train")
 
 
 def test_all_shards_of_a_glob_may_be_gone_and_missed(ten_shards, tmp_path):
