@@ -258,7 +258,6 @@ def test_sources_with_weights_can_be_given_in_a_file_and_on_the_line(parse, reci
         (["--data.train", '[{"shards": "a.tar", "weight": 0}]'], ["data.train.weight = 0.0: give a finite number"]),
         (["--train.seed", "9223372036854775808"], ["train.seed = 9223372036854775808", "at most 9223372036854775807"]),
         (["--evaluation.top_k", "[99999999999999999999]"], ["evaluation.top_k = [99999999999999999999]", "at most"]),
-        (["--output", ""], ["output = ''", "name a folder for the run"]),
         (["--train", "5"], ["train: a section", "it has global_batch, micro_batch"]),
         (["--views.crop_scale", "[0.9,0.1]"], ["views.crop_scale = (0.9, 0.1)", "0 < low <= high <= 1"]),
         (["--model.vision.patch_size", "0"], ["model.vision.patch_size = 0", "at least 1"]),

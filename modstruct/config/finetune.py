@@ -158,7 +158,6 @@ class FinetuneRecipe:
 
     def __post_init__(self):
         require(self.schema == SCHEMA, "schema", self.schema, f"recipes of this version say {SCHEMA}")
-        require(bool(self.output.strip()), "output", self.output, "name a folder for the run, such as runs/mine")
         init = self.fusion.init
         require(init is None, "fusion.init", init, "fine-tuning starts from --init: null")
         self.losses.require_any()

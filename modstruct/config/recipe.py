@@ -49,7 +49,6 @@ class Recipe:
 
     def __post_init__(self):
         require(self.schema == SCHEMA, "schema", self.schema, f"recipes of this version say {SCHEMA}")
-        require(bool(self.output.strip()), "output", self.output, "name a folder for the run, such as runs/mine")
         wrong = [name for name in FUSION_LOSSES if getattr(self.losses, name).weight > 0]
         decay, ema = self.train.ema_decay, self.evaluation.ema
         fusion = self.framework == "fusion"

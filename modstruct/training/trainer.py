@@ -139,6 +139,8 @@ class Trainer(ABC, Generic[RecipeT]):
         Signals end the process as Python has it, without saving, unless `stopping.listen` was called before, as launch
         scripts do. Raises ValueError naming the field for what cannot work, before the first step.
         """
+        output, remedy = self.recipe.output, "name a folder for the run, such as runs/mine"
+        require(bool(output.strip()), "output", output, remedy)  # the current one is none
         distributed.start_processes()
         nothing = "no step was taken, so there is nothing to save"
         products = float32_products(self.recipe.train.tf32)

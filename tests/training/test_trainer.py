@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from modstruct.checkpoints import TrainState
 from modstruct.config import FinetuneRecipe, OptimizerConfig, Recipe, TrainConfig
+from modstruct.training.pretrain import Pretraining
 from modstruct.training.trainer import Start, check_length, learning_rate
 
 
@@ -98,3 +99,8 @@ def test_pretrained_weights_learn_before_the_end():
     check_length(recipe, 7, 0)
     with pytest.raises(ValueError, match=r"^optimizer\.new_first_steps = 6: no other .* 6 steps: give fewer"):
         check_length(recipe, 6, 0)
+
+
+def test_a_run_into_no_folder_is_refused():
+    with pytest.raises(ValueError, match=r"^output = ' ': name a folder for the run"):
+        Pretraining(Recipe(output=" "), "ds_configs/zero2.json", None).run()
