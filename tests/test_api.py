@@ -76,7 +76,7 @@ def test_damaged_exif_that_is_noticed_once_the_pixels_are_turned_leaves_them_upr
     assert opened.size == (40, 50)
 
 
-def test_no_images_and_no_texts_have_no_embeddings(tmp_path):
+def test_no_images_and_no_texts_have_no_embeddings():
     model, preprocess, tokenizer = modstruct.load(WRITTEN / "two_tower")
     none = torch.stack([preprocess(pictures(1)[0])])[:0]
     assert model.encode_image(none).shape == model.encode_text(tokenizer([])).shape == (0, model.dimension)

@@ -196,10 +196,10 @@ def from_table(table: Path, image_column: str, caption_column: str, quoting: int
                 yield table.parent / (row[image_column] or ""), row[caption_column], metadata
                 begun = rows.line_num + 1
         except csv.Error as error:
-            remedy = (
+            close = (
                 'close its quotes, as in "the ""last"" one", or give --plain_quotes, if they are letters like others'
             )
-            remedy = "shorten it" if "field limit" in str(error) else remedy
+            remedy = "shorten it" if "field limit" in str(error) else close
             raise ValueError(f"{table}: the row that begins in line {begun}: {error}; {remedy}") from None
 
 

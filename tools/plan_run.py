@@ -197,12 +197,14 @@ def setting(one: Plan, rows: int) -> str:
 def nearest(measured: Measured, options: argparse.Namespace, fits: list[Plan], rows: int, room: float) -> str:
     """The setting that fits and changes least: a smaller micro-batch or a higher stage, else recomputed activations,
     else more GPUs."""
+    from planning import Measured
+
     if fits:
         return setting(max(fits, key=lambda one: (one.micro, -one.stage)), rows)
     recipe = measured.recipe
     if not recipe.train.activation_checkpointing:
         train = replace(recipe.train, activation_checkpointing=True)
-        other = type(measured)(replace(recipe, train=train), measured.processes)
+        other = Measured(replace(recipe, train=train), measured.processes)
         for micro in micro_batches(rows, options):
             one = plan(other, options, 3, rows, micro)
             if one.gib <= room:

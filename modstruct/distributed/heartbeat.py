@@ -1,9 +1,9 @@
 """Ends a run whose processes wait for each other for ever, and names the process that did not arrive.
 
 A collective waits for hours, since it must outlast what the main process does alone (indexing, searching). So a thread
-of every process tells a store every few seconds how far training has come. The main process compares; the
-others watch the main process. The training thread itself only counts: a step costs nothing, and no collective is added,
-so it serves gloo and NCCL alike.
+of every process tells a store every few seconds how far training has come. The main process compares; the others watch
+the main process. The training thread itself only counts: a step costs nothing, and no collective is added, so it serves
+gloo and NCCL alike.
 """
 
 from __future__ import annotations

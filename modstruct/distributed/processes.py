@@ -67,9 +67,8 @@ _kept_store: dist.Store | None = None
 def _keep_a_store() -> None:
     """Let the main process hold a store: torchrun's ends with it, and then a run still saves and stops in order."""
     global _kept_store
-    host, mine = os.environ["MASTER_ADDR"], None
-    if is_main():
-        mine = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+    host = os.environ["MASTER_ADDR"]
+    mine = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if is_main() else None
     port = broadcast_object(mine.port if mine is not None else 0)
     _kept_store = mine if mine is not None else dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
 

@@ -64,7 +64,7 @@ class CheckpointWriter:
         if error is not None:
             raise error
 
-    def finish(self) -> None:
+    def wait_for_last(self) -> None:
         """Wait for the last checkpoint, and let go of the memory of its copy."""
         self.wait()
         self._copies = HostCopies()
@@ -106,12 +106,10 @@ def collect(engine: Engine, state: TrainState, recipe: Recipe | FinetuneRecipe, 
     weights: dict[str, Piece] = {}
     moments: dict[str, Piece] = {}
     for name, parameter in engine.parameters():
-        for kind, piece in engine.pieces(parameter).items():
-            kept = copies.of(f"{kind}.{name}", piece, torch.float32)
-            if kind == "weight":
-                weights[name] = kept
-            else:
-                moments[f"{kind}.{name}"] = kept
+        pieces_of = engine.pieces(parameter)
+        of_parameter = {kind: copies.of(f"{kind}.{name}", piece, torch.float32) for kind, piece in pieces_of.items()}
+        weights[name] = of_parameter.pop("weight")
+        moments |= {f"{kind}.{name}": piece for kind, piece in of_parameter.items()}
     module = engine.model
     persistent = module.state_dict(keep_vars=True)
     buffers = {name: Piece.share(value) for name, value in module.named_buffers() if name in persistent}

@@ -27,7 +27,7 @@ def measure_at_once(optimizer: Any) -> None:
             if not optimizer.offload_optimizer:
                 optimizer._get_norm_groups = lambda: [_norm_of_all_shares(optimizer)]
         elif not optimizer.cpu_offload:
-            optimizer.scaled_global_norm = lambda: _norm_of_all_shares(optimizer)
+            optimizer.scaled_global_norm = partial(_norm_of_all_shares, optimizer)
             optimizer.unscale_and_clip_grads = partial(_unscale_and_clip, optimizer)
     elif hasattr(optimizer, "overflow_checker"):  # stage 0 in half precision, where every process has whole gradients
         from deepspeed.runtime.fp16 import unfused_optimizer

@@ -140,7 +140,7 @@ class Trainer(ABC, Generic[RecipeT]):
         scripts do. Raises ValueError naming the field for what cannot work, before the first step.
         """
         output, remedy = self.recipe.output, "name a folder for the run, such as runs/mine"
-        require(bool(output.strip()), "output", output, remedy)  # the current one is none
+        require(bool(output.strip()), "output", output, remedy)  # Path("") would be the current one
         distributed.start_processes()
         nothing = "no step was taken, so there is nothing to save"
         products = float32_products(self.recipe.train.tf32)
@@ -223,7 +223,7 @@ class Trainer(ABC, Generic[RecipeT]):
         self.engine.agree_on_statistics()
         path = self.writer.save(self.engine, self.state, recipe, self.tokenizer)
         if stop or last:
-            self.writer.finish()
+            self.writer.wait_for_last()
         elif validate or not recipe.checkpoints.asynchronous:
             self.writer.wait()
         if validate and not stop:
@@ -330,7 +330,7 @@ class Trainer(ABC, Generic[RecipeT]):
         path = checkpoints.step_folder(self.output, self.state.step)
         if not distributed.broadcast_object(path.exists()):  # a finished run, resumed into another folder
             self.writer.save(self.engine, self.state, self.recipe, self.tokenizer)
-            self.writer.finish()
+            self.writer.wait_for_last()
         return path
 
     def conclude(self, checkpoint: Path, results: dict[str, Result]) -> None:

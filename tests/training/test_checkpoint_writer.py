@@ -75,7 +75,7 @@ def test_the_memory_of_a_copy_is_kept_until_the_last_checkpoint(run):
     run.save(1)
     run.writer.wait()
     assert run.writer._copies is copies
-    run.writer.finish()
+    run.writer.wait_for_last()
     assert run.writer._copies is not copies
 
 

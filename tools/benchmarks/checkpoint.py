@@ -8,14 +8,14 @@ python tools/benchmarks/checkpoint.py --out results.json
 Ours with and without checkpoints.asynchronous, the first of a training, which takes the memory of its copies that later
 ones have (`peak` leaves it out of theirs), DeepSpeed's save_checkpoint, and torch.distributed.checkpoint's save and
 async_save of the same bytes: float32 weights and AdamW's two moments, 12 bytes a parameter, over gloo on the CPU. The
-kinds take turns in the same processes, since a disk and its neighbours change. `waits` is until
-the call returns and the next step could begin, `ends` until all is written by all; both are the slowest process's.
-`peak` is how far a process's memory rises above what it holds with its engine, files mapped into it aside, also as a
-fraction of its share of the bytes. Ours and torch.distributed.checkpoint's are on the disk at the end (fsync),
-DeepSpeed's may be in the system's cache. `resume` is ours, from the start of reading to an engine that has all.
-`start` is from nothing to an engine: at stage 3 of a model whose weights are made one at a time, and with --whole, as
-at the other stages, of one that each process makes whole. Its `peak` is beyond a process that has started a tiny one;
-moments and gradients are zeros then, which take no memory yet.
+kinds take turns in the same processes, since a disk and its neighbours change. `waits` is until the call returns and
+the next step could begin, `ends` until all is written by all; both are the slowest process's. `peak` is how far a
+process's memory rises above what it holds with its engine, files mapped into it aside, also as a fraction of its share
+of the bytes. Ours and torch.distributed.checkpoint's are on the disk at the end (fsync), DeepSpeed's may be in the
+system's cache. `resume` is ours, from the start of reading to an engine that has all. `start` is from nothing to an
+engine: at stage 3 of a model whose weights are made one at a time, and with --whole, as at the other stages, of one
+that each process makes whole. Its `peak` is beyond a process that has started a tiny one; moments and gradients are
+zeros then, which take no memory yet.
 """
 
 from __future__ import annotations

@@ -144,7 +144,7 @@ def open_saved_samples(
     if fingerprint is not None and (isinstance(found, ValueError) or found.fingerprint != fingerprint):
         for table in _tables(config, fingerprint):
             saved = Samples(table, sources)
-            if not _names_only(saved, sources, found, config.allow_pipe, field):
+            if not _stands_for(saved, sources, found, config, field):
                 continue
             stale = _stale_shards(saved)
             lost = sum(int(saved.shard_starts[shard + 1] - saved.shard_starts[shard]) for shard in stale)
@@ -163,8 +163,8 @@ def open_saved_samples(
     return found
 
 
-def _names_only(
-    saved: Samples, sources: Sequence[Source], found: Samples | ValueError, allow_pipe: bool, field: str
+def _stands_for(
+    saved: Samples, sources: Sequence[Source], found: Samples | ValueError, config: DataConfig, field: str
 ) -> bool:
     """Whether the sources, of which `found` was opened, name none but shards of an earlier table."""
     if len(saved.source_starts) != len(sources) + 1:
@@ -173,7 +173,7 @@ def _names_only(
         return set(found.shards) <= set(saved.shards)
     of_sources = [list(saved.shards[a:b]) for a, b in pairwise(saved.source_starts.tolist())]
     both = zip(sources, of_sources, strict=True)
-    return all(names_only(source.shards, shards, allow_pipe, field) for source, shards in both)
+    return all(names_only(source.shards, shards, config.allow_pipe, field) for source, shards in both)
 
 
 def _judge_sources(samples: Samples, patterns: Sequence[str], max_bad_share: float, field: str, say: bool) -> None:
