@@ -222,9 +222,9 @@ def parse_yaml(content: bytes) -> object:
     return value
 
 
-def parse_json(content: str | bytes) -> Any:
+def parse_json(content: bytes) -> Any:
     """JSON in which no key stands twice in an object. Raises ValueError, or RecursionError where it is too deep."""
-    return json.loads(content, object_pairs_hook=unique_keys)
+    return _JSON.decode(content.decode(json.detect_encoding(content), "surrogatepass"))
 
 
 def write_json(path: Path, value: object) -> None:
@@ -243,6 +243,9 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             f"the key {repeated[:60]!r} stands twice in an object, and only one would count; leave one out"
         )
     return made
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=unique_keys)  # json.loads would build one for each text
 
 
 def _require_finite(value: object) -> None:

@@ -31,7 +31,7 @@ without which a GPU's kernels read one element at a time."""
 def read_ds_config(path: str) -> dict:
     """The DeepSpeed JSON file as a dictionary. Raises ValueError that names what is wrong with it."""
     try:
-        config = parse_json(Path(path).read_text())
+        config = parse_json(Path(path).read_bytes())
     except OSError as e:
         refuse("--ds_config", path, f"cannot be read ({e.strerror}); ds_configs/ holds zero0 to zero3 and offload")
     except RepeatedKey as e:

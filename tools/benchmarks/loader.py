@@ -9,6 +9,8 @@ First comes the budget: milliseconds of a core for each image view, by part, in 
 
 The bare loop makes the same Pillow and torchvision calls on the same samples, whose bytes and random draws it has in
 memory: decoding, crops, flips, AutoAugment, the copy to a tensor. It reads, orders, tokenizes and collates nothing.
+"all transforms" is a loop that calls the same decoder and all transforms of the recipe, random draws, changed captions
+and the tokenizer included. The loader reads on in the measured time what later steps need.
 --open_clip: the pipeline that open_clip trains with (tools/benchmarks/webdataset_pipeline.py) takes turns with them,
 all with its one view and the recipe's tokenizer. Rounds of all forms alternate, so a busy machine slows all alike. A
 core is one process: rates are per second of processor time of the process that does the work, and per second on the
@@ -48,7 +50,7 @@ from webdataset_pipeline import CROP_SCALE, OPEN_CLIP, open_clip_batches
 from modstruct.cli import parse as parse_recipe
 from modstruct.cli import recipe_parser
 from modstruct.config import Recipe
-from modstruct.data.run_data import open_run_data
+from modstruct.data.run_data import RunData, open_run_data
 from modstruct.data.shards.loader import BatchContents, BatchPlan, LocalBatches, train_loader
 from modstruct.data.shards.workers import WorkerLoader
 from modstruct.data.transforms.augment import sample_seed
@@ -58,7 +60,8 @@ from modstruct.data.transforms.image_views import centre_crop, random_crop_box
 from modstruct.models.towers import image_size
 from modstruct.training.timing import PHASES
 
-BARE = "bare loop"
+BARE, TRANSFORMS = "bare loop", "all transforms"
+SAMPLES_AHEAD = 8192  # that reading ahead takes at most: data.read_ahead_mib holds 8 KiB each
 AUGMENTED = ("image_augmented", "text_augmented")
 ROOT = Path(__file__).parents[2]
 
@@ -150,15 +153,17 @@ def rates(options: argparse.Namespace) -> dict:
     views = ["image"] if options.open_clip else ["image", "image_augmented"]
 
     def loader(first_step: int, workers: int) -> WorkerLoader:
-        plan = BatchPlan(options.batch, recipe.train.seed, first_step, 1 + options.steps)
+        # Steps beyond the timed ones, so that these have reading ahead to do, as in a run.
+        stop_step = 1 + 2 * options.steps + SAMPLES_AHEAD // options.batch
+        plan = BatchPlan(options.batch, recipe.train.seed, first_step, stop_step)
         contents = BatchContents(data.views, data.tokenizer, fields)
         return train_loader(data.train, replace(recipe.data, workers=workers), contents, plan)
 
     def started() -> Iterator:
-        """The batches of the steps from 1 on, of a loader that has read before."""
+        """The batches of the timed steps, of a loader that has read before."""
         batches = iter(loader(0, 0))
         next(batches)
-        return batches
+        return islice(batches, options.steps)
 
     parts = []
     for _ in tqdm(range(options.rounds), desc="budget", leave=False):
@@ -173,8 +178,9 @@ def rates(options: argparse.Namespace) -> dict:
     draws = drawn(loader(1, 0).dataset, recipe, np.arange(options.batch, options.batch + count), views)
     forms = {
         BARE: lambda: measure_here(lambda: bare(draws, side, recipe.views.auto_augment)),
+        TRANSFORMS: lambda: measure_here(lambda: transforms(draws, data, options.batch)),
         "loader, no worker": lambda: measure_here(partial(drop, started())),
-        "loader, one worker": lambda: measure_worker(loader(0, 1)),
+        "loader, one worker": lambda: measure_worker(loader(0, 1), options.steps),
     }
     if data.views.on_device:
         forms["views of the device, here"] = lambda: measure_here(lambda: made_again(batch, options.steps))
@@ -188,7 +194,7 @@ def rates(options: argparse.Namespace) -> dict:
             seconds[name].append(form())
     smaller = sum(draw.whole.factor > 1 for draw in draws) / len(draws)
     print(f"decoded smaller: {smaller:.0%} of the images, which moves pixels by {moved(draws[:64], side):.2f} of 255")
-    rows = [row(name, count, found, seconds[BARE]) for name, found in seconds.items()]
+    rows = [row(name, count, found, seconds) for name, found in seconds.items()]
     print_rates(rows, len(views))
     results = {"budget_ms": spent, "sent_kib": sent, "loader": rows}
     if options.open_clip:
@@ -214,6 +220,9 @@ class Draw:
     """Crop of the plain and, if it is made, of the augmented view: left, top, right, bottom; None: the centre."""
     flips: list[bool]
     augment_seed: int
+    caption: str
+    seeds: dict[str, int]
+    """Of each view."""
 
 
 def drawn(dataset: LocalBatches, recipe: Recipe, slots: np.ndarray, names: list[str]) -> list[Draw]:
@@ -221,10 +230,11 @@ def drawn(dataset: LocalBatches, recipe: Recipe, slots: np.ndarray, names: list[
     views, found = recipe.views, []
     epochs, numbers = dataset.order.locate(slots)
     for epoch, sample in zip(epochs.tolist(), numbers.tolist(), strict=True):
-        content = dataset.reader.read(sample).image
-        with Image.open(io.BytesIO(content)) as image:
+        raw = dataset.reader.read(sample)
+        with Image.open(io.BytesIO(raw.image)) as image:
             size = image.size
-        seeds = [sample_seed(recipe.train.seed, epoch, sample, name) for name in names]
+        of_view = {name: sample_seed(recipe.train.seed, epoch, sample, name) for name in (*names, "text_augmented")}
+        seeds = [of_view[name] for name in names]
         of_both = seeds if len(seeds) > 1 else [*seeds, None]
         whole = Whole(size, dataset.views.reduction(size, *of_both) if recipe.data.scaled_decoding else 1)
         boxes, flips = [], []
@@ -237,7 +247,8 @@ def drawn(dataset: LocalBatches, recipe: Recipe, slots: np.ndarray, names: list[
             left, top, width, height = random_crop_box(*size, views.crop_scale, generator)
             boxes.append((left, top, left + width, top + height))
             flips.append(views.flip and generator.random() < 0.5)
-        found.append(Draw(content, whole, boxes, flips, generator.getrandbits(63)))
+        further = generator.getrandbits(63)
+        found.append(Draw(raw.image, whole, boxes, flips, further, raw.caption, of_view))
     return found
 
 
@@ -250,6 +261,21 @@ def bare(draws: list[Draw], size: int, auto_augment: bool) -> None:
                 torch.default_generator.manual_seed(draw.augment_seed)
                 view = policy(view)
             torch.from_numpy(np.asarray(view).transpose(2, 0, 1).copy())
+
+
+def transforms(draws: list[Draw], data: RunData, batch: int) -> None:
+    """The same decoder and the recipe's transforms, and nothing else."""
+    views, several = data.views, len(draws[0].boxes) > 1
+    for first in range(0, len(draws), batch):
+        part = draws[first : first + batch]
+        for draw in part:
+            image = decoded(draw.content, draw.whole.factor)
+            views.plain_image(image, draw.seeds["image"], None, draw.whole)
+            if several:
+                views.augmented_image(image, draw.seeds["image_augmented"], None, draw.whole)
+        texts = [views.plain_text(draw.caption) for draw in part]
+        texts += [views.augmented_text(draw.caption, draw.seeds["text_augmented"]) for draw in part if several]
+        data.tokenizer(texts)
 
 
 def crops(draw: Draw, size: int, factor: int | None = None) -> Iterator[Image.Image]:
@@ -302,14 +328,14 @@ def measure_here(work: Callable[[], object]) -> tuple[float, float]:
     return time.process_time() - processor, time.perf_counter() - wall
 
 
-def measure_worker(loader: WorkerLoader) -> tuple[float, float]:
-    """The same of the loader's process, from its first batch to its last: meanwhile this one only takes them."""
+def measure_worker(loader: WorkerLoader, steps: int) -> tuple[float, float]:
+    """The same of the loader's process while it makes as many batches: meanwhile this one only takes them."""
     before = set(multiprocessing.active_children())
     batches = iter(loader)
     next(batches)
     (worker,) = set(multiprocessing.active_children()) - before
     processor, wall = processor_seconds(worker.pid), time.perf_counter()
-    for _ in range(len(loader) - 1):
+    for _ in range(steps):
         next(batches)
     seconds = processor_seconds(worker.pid) - processor, time.perf_counter() - wall
     batches.close()
@@ -321,22 +347,26 @@ def processor_seconds(process: int) -> float:
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
-def row(name: str, count: int, seconds: list[tuple[float, float]], bare_seconds: list[tuple[float, float]]) -> dict:
+def row(name: str, count: int, seconds: list[tuple[float, float]], of_all: dict[str, list[tuple[float, float]]]) -> dict:
     result = {"name": name, "samples": count}
     for place, kind in enumerate(("processor", "wall")):
         result[f"samples_per_{kind}_second"] = count / statistics.median(s[place] for s in seconds)
-        ratios = [b[place] / s[place] for s, b in zip(seconds, bare_seconds, strict=True)]
-        result[f"{kind}_share_of_bare"] = statistics.median(ratios)
+        for other, whose in ((BARE, "bare"), (TRANSFORMS, "transforms")):
+            ratios = [b[place] / s[place] for s, b in zip(seconds, of_all[other], strict=True)]
+            result[f"{kind}_share_of_{whose}"] = statistics.median(ratios)
     return result
 
 
 def print_rates(rows: list[dict], views: int) -> None:
     title = f"samples ({views} image view(s)) a second, core"
-    print(f"\n{title:41}{'processor':>14}{'of bare':>9}{'wall':>9}{'of bare':>9}")
+    shares = f"{'of bare':>9}{'of all':>9}"
+    print(f"\n{title:41}{'processor':>14}{shares}{'wall':>9}{shares}")
     for found in rows:
-        processor = f"{found['samples_per_processor_second']:>14,.0f}{found['processor_share_of_bare']:>9.1%}"
-        wall = f"{found['samples_per_wall_second']:>9,.0f}{found['wall_share_of_bare']:>9.1%}"
-        print(f"{found['name']:41}{processor}{wall}")
+        words = [f"{found['name']:41}     "]
+        for kind in ("processor", "wall"):
+            words.append(f"{found[f'samples_per_{kind}_second']:>9,.0f}{found[f'{kind}_share_of_bare']:>9.1%}")
+            words.append(f"{found[f'{kind}_share_of_transforms']:>9.1%}")
+        print("".join(words))
 
 
 # --- the share of a step ---

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -18,7 +19,7 @@ class FinishedRows:
     """Image views of a batch, made here."""
 
     def __init__(self, views: ImageViews, names: Sequence[str], rows: int, outgoing: OutgoingRows):
-        self.views, self.outgoing, self.row = views, outgoing, 0
+        self.views, self.row = views, 0
         shape = (rows, 3, views.image_size, views.image_size)
         self.arrays = {name: outgoing.empty(name, shape) for name in names}
 
@@ -32,7 +33,7 @@ class FinishedRows:
         self.row += 1
 
     def tensors(self) -> dict[str, Tensor]:
-        return {name: self.outgoing.tensor(array) for name, array in self.arrays.items()}
+        return {name: torch.from_numpy(array) for name, array in self.arrays.items()}
 
 
 class RowsForDevice:
@@ -50,7 +51,7 @@ class RowsForDevice:
     def tensors(self) -> dict[str, Tensor]:
         pixels = self.outgoing.empty(PIXELS, (sum(map(len, self.sent.tiles)), 3))
         np.concatenate(self.sent.tiles, out=pixels)
-        return self.sent.draws | {PIXELS: self.outgoing.tensor(pixels)}
+        return self.sent.draws | {PIXELS: torch.from_numpy(pixels)}
 
 
 ImageRows = FinishedRows | RowsForDevice

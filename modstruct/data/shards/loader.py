@@ -202,6 +202,7 @@ class LocalBatches(Dataset[TrainBatch]):
         if "patch_seed" in self.fields and index // self.parts < self.plan.unmasked_from:
             patch_seeds = sample_seed(self.plan.seed, epochs, samples, "patches")
             batch.tensors["patch_seed"] = torch.from_numpy(patch_seeds.astype(np.int64))
+        batch.tensors = self._outgoing.sent(batch.tensors)
         return batch
 
     def _text_views(

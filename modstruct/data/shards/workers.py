@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 BATCHES_AHEAD = 2  # prefetched by each loader process
 LOSSES_IN_A_ROW = 3  # of loader processes without a batch in between, that a run tolerates
 
+ALIGNMENT = 64  # bytes, of each tensor in a memory file
+
 IN_WORKER = "in DataLoader worker process"  # as torch says it
 
 Batch = TypeVar("Batch")
@@ -160,10 +162,11 @@ def _end(workers: list[BaseProcess], named: set[util.Finalize]) -> None:
 
 
 class OutgoingRows:
-    """Buffer that the rows of a batch are written to and that becomes a tensor.
+    """Buffers that the rows of a batch are written to, and the way of its tensors to the training process.
 
-    In a loader process the tensor is a copy in a memory file, so the next batch reuses the buffer. Left to torch, which
-    shares a tensor when it is sent, every batch would cost a page fault for each 4 KiB of either memory.
+    In a loader process the next batch reuses the buffers, since all tensors of a batch are copied to one memory file.
+    Left to torch, which shares each when it is sent, every batch would cost page faults for either memory, and each
+    tensor a file that is open on both sides and a connection over which it is handed on.
     """
 
     def __init__(self):
@@ -178,29 +181,46 @@ class OutgoingRows:
             kept = self._kept[name] = np.empty(shape, dtype=np.uint8)
         return kept[: shape[0]]
 
-    def tensor(self, rows: np.ndarray) -> Tensor:
-        """The filled rows; do not write to them again before the next `empty`."""
-        if get_worker_info() is None:
-            return torch.from_numpy(rows)
-        return shared_tensor(rows)
+    def sent(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a finished batch."""
+        return tensors if get_worker_info() is None else shared_tensors(tensors)
+
+
+def shared_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in one memory file, which loader processes map instead of getting copies of their own."""
+    rows = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    storage, starts = _memory_file([tensor.view(-1).view(torch.uint8).numpy().data for tensor in rows.values()])
+    return {
+        name: torch.empty(0, dtype=tensor.dtype).set_(storage, start // tensor.itemsize, tensor.shape, tensor.stride())
+        for (name, tensor), start in zip(rows.items(), starts, strict=True)
+    }
 
 
 def shared_tensor(rows: np.ndarray) -> Tensor:
-    """A copy of contiguous rows uint8, which loader processes map instead of getting copies of their own."""
-    return torch.empty(0, dtype=torch.uint8).set_(_memory_file(rows.reshape(-1).data)).view(rows.shape)
+    """The same of an array uint8."""
+    storage, _ = _memory_file([np.ascontiguousarray(rows).reshape(-1).data])
+    return torch.empty(0, dtype=torch.uint8).set_(storage)[: rows.size].view(rows.shape)
 
 
-def _memory_file(content: memoryview) -> torch.UntypedStorage:
-    """A copy that other processes can map.
+def _memory_file(parts: Sequence[memoryview]) -> tuple[torch.UntypedStorage, list[int]]:
+    """A copy of all parts that other processes can map, and where each starts.
 
     Its file has no name: /dev/shm, of which a container often has 64 MiB, does not limit it, and whatever end the
     processes meet, nothing is left there.
     """
-    file, written = os.memfd_create("modstruct-batch"), 0
+    starts, end = [], 0
+    for part in parts:
+        starts.append(end)
+        end += -(-len(part) // ALIGNMENT) * ALIGNMENT
+    file = os.memfd_create("modstruct-batch")
     try:
-        while written < len(content):  # one call writes 2 GiB at most
-            written += os.pwrite(file, content[written:], written)
-        return torch.UntypedStorage._new_shared_fd_cpu(file, len(content))  # type: ignore[attr-defined]
+        os.ftruncate(file, end)
+        for part, start in zip(parts, starts, strict=True):
+            written = 0
+            while written < len(part):  # one call writes 2 GiB at most
+                written += os.pwrite(file, part[written:], start + written)
+        storage = torch.UntypedStorage._new_shared_fd_cpu(file, end)  # type: ignore[attr-defined]
+        return storage, starts
     finally:
         os.close(file)  # the storage has one of its own
 
@@ -208,7 +228,7 @@ def _memory_file(content: memoryview) -> torch.UntypedStorage:
 def _share_storage(storage: torch.UntypedStorage) -> tuple:
     """How a loader process hands a tensor's memory over: torch's way, but never through a file in /dev/shm."""
     if storage.nbytes() and not storage.is_shared():
-        storage = _memory_file(torch.empty(0, dtype=torch.uint8).set_(storage).numpy().data)
+        storage, _ = _memory_file([torch.empty(0, dtype=torch.uint8).set_(storage).numpy().data])
     return reduce_storage(storage)
 
 
