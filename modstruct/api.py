@@ -51,18 +51,24 @@ class Model(nn.Module, ABC):
     """D, of the shared embeddings."""
     image_size: int
     """In pixels."""
+    whole_numbers: bool
+    """Whether preprocess makes uint8, which the model normalises, or what is normalised already."""
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """images: (B, 3, H, W) of preprocess, on any device -> (B, D) float32, unit norm."""
-        images = images.to(self.device)
+        """images: (B, 3, H, W) of preprocess, on any device -> (B, D) float32, unit norm. Raises ValueError for others:
+        pixels of another range would have embeddings, too, but wrong ones."""
+        images = self._checked_images(images)
         return self._encode_image(images) if len(images) else torch.empty((0, self.dimension), device=self.device)
+
+    def encode_text(self, ids: Tensor) -> Tensor:
+        """ids: (B, L) of the tokenizer, on any device -> (B, D) float32, unit norm. Raises ValueError for others."""
+        return self._encode_text(self._checked_ids(ids))
 
     @abstractmethod
     def _encode_image(self, images: Tensor) -> Tensor: ...
 
     @abstractmethod
-    def encode_text(self, ids: Tensor) -> Tensor:
-        """ids: (B, L) of the tokenizer, on any device -> (B, D) float32, unit norm."""
+    def _encode_text(self, ids: Tensor) -> Tensor: ...
 
     @property
     @abstractmethod
@@ -85,8 +91,27 @@ class Model(nn.Module, ABC):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    def _checked_images(self, images: Tensor) -> Tensor:
+        made = "what preprocess makes: torch.stack([preprocess(image) for image in images])"
+        require(isinstance(images, Tensor), "images", type(images).__name__, f"must be {made}")
+        shape, dtype = tuple(images.shape), images.dtype
+        require(images.dim() == 4 and shape[1] == 3, "images", shape, f"must be (B, 3, H, W), {made}")
+        if self.whole_numbers:
+            require(dtype == torch.uint8, "images", dtype, f"must be uint8, {made}")
+        require(self.whole_numbers or dtype.is_floating_point, "images", dtype, f"must be float32, normalised, {made}")
+        return images.to(self.device)
+
+    def _checked_ids(self, ids: Tensor) -> Tensor:
+        remedy = "must be token ids (B, L), as the tokenizer makes them of a list of texts"
+        require(isinstance(ids, Tensor), "ids", type(ids).__name__, remedy)
+        given = f"{ids.dtype} {tuple(ids.shape)}"
+        require(ids.dim() == 2 and not ids.is_floating_point(), "ids", given, remedy)
+        return ids.to(self.device)
+
 
 class _Ours(Model):
+    whole_numbers = True
+
     def __init__(self, model: TrainableModel, pixels: int):
         super().__init__()
         self.model, self.dimension, self.image_size = model, model.embed_dim, pixels
@@ -94,8 +119,8 @@ class _Ours(Model):
     def _encode_image(self, images: Tensor) -> Tensor:
         return self.model({"image": images})["image"]
 
-    def encode_text(self, ids: Tensor) -> Tensor:
-        return self.model({"text": ids.to(self.device)})["text"]
+    def _encode_text(self, ids: Tensor) -> Tensor:
+        return self.model({"text": ids})["text"]
 
     @property
     def logit_scale(self) -> Tensor:
@@ -105,8 +130,8 @@ class _Ours(Model):
         matcher = self.model.matcher
         if matcher is None:
             return super().match(images, ids)
-        ids = ids.to(self.device)
-        image, text = matcher.backbone.encode_image(images.to(self.device)), matcher.backbone.encode_text(ids)
+        ids = self._checked_ids(ids)
+        image, text = matcher.backbone.encode_image(self._checked_images(images)), matcher.backbone.encode_text(ids)
         mask = matcher.backbone.mask(ids)
         rows = [matcher.match(text, mask, one.expand(len(text), -1, -1)) for one in image]
         return torch.stack([row[:, 1] - row[:, 0] for row in rows])
@@ -119,10 +144,14 @@ class _Preprocess:
     view: Preprocess
 
     def __call__(self, image: Image.Image) -> Tensor:
+        remedy = "must be an image of Pillow: Image.open(FILE), Image.fromarray(ARRAY)"
+        require(isinstance(image, Image.Image), "image", type(image).__name__, remedy)
         return self.view(as_decoded(image))
 
 
 class _OpenClip(Model):
+    whole_numbers = False
+
     def __init__(self, model: Any):
         super().__init__()
         self.model, self.image_size = model, pixels_of(model)
@@ -132,8 +161,8 @@ class _OpenClip(Model):
     def _encode_image(self, images: Tensor) -> Tensor:
         return F.normalize(self.model.encode_image(images).float(), dim=-1)
 
-    def encode_text(self, ids: Tensor) -> Tensor:
-        return F.normalize(self.model.encode_text(ids.to(self.device)).float(), dim=-1)
+    def _encode_text(self, ids: Tensor) -> Tensor:
+        return F.normalize(self.model.encode_text(ids).float(), dim=-1)
 
     @property
     def logit_scale(self) -> Tensor:
@@ -153,14 +182,18 @@ def load(source: str | Path, device: str | torch.device | None = None) -> tuple[
     if path.is_dir() and not is_export:
         return _load_ours(path, device)
     is_name = is_export or ":" in str(source)
-    require(
-        is_name, "source", str(source), "no such folder; give a run, a checkpoint, an export or open_clip's NAME:TAG"
-    )
-    model, preprocess, tokenizer = create_open_clip(f"{LOCAL}{path}" if is_export else str(source))
+    remedy = "no such folder; give a run, a checkpoint, an export or open_clip's NAME:TAG"
+    if path.is_file():
+        remedy = f"a file does not name its architecture: give NAME:FILE of open_clip, such as ViT-B-32:{source}"
+    require(is_name, "source", str(source), remedy)
+    model, preprocess, tokenizer = create_open_clip(f"{LOCAL}{path}" if is_export else str(source), option="source")
     return _OpenClip(model).to(device), _Preprocess(preprocess), tokenizer
 
 
 def _load_ours(path: Path, device: torch.device) -> tuple[Model, Preprocess, Tokenize]:
+    for name, what in {"config.json": "transformers, for its AutoModel", "modstruct_onnx.json": "onnxruntime"}.items():
+        remedy = f"an export for {what}; give the run, whose folder export open_clip can read, too"
+        require(not (path / name).is_file() or (path / EXPORTED).is_file(), "source", str(path), remedy)
     folder = find_folder(str(path), "source")
     assert folder is not None
     made_with = recipe_of(str(folder), "source")

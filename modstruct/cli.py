@@ -357,7 +357,9 @@ def not_a_section(name: str, sections: dict[str, list[str]]) -> str:
 def _unknown(name: str, options: list[str], sections: dict[str, list[str]]) -> str:
     fields = [option for option in options if option not in sections]
     parent, _, leaf = name.rpartition(".")
-    if parent in sections:
+    if shortened := [field for field in fields if field.endswith(f".{name}")]:  # as `modstruct.objective` takes them
+        near = shortened
+    elif parent in sections:
         near = [f"{parent}.{field}" for field in difflib.get_close_matches(leaf, sections[parent], 1, 0.7)]
     else:
         near = difflib.get_close_matches(name, fields, 1, 0.85)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import io
 import logging
 import re
 import sys
+from collections.abc import Sequence
 from typing import Any, NoReturn
 from unicodedata import category
 
@@ -22,6 +24,12 @@ def require(condition: bool, field_name: str, value: object, remedy: str) -> Non
     """Refuse a value unless the condition holds. field_name: as the user writes it; remedy: what would be right."""
     if not condition:
         refuse(field_name, value, remedy)
+
+
+def others(name: str, known: Sequence[str]) -> str:
+    """What to give in place of a name that is none of the known ones: those like it, or all."""
+    near = difflib.get_close_matches(name, known, 3, 0.75)
+    return f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(known)}"
 
 
 _ADDRESS = re.compile(r"""(\w[\w+.-]{0,30}://)([^\s/]*@)?([^\s?'"]*)(\?[^\s'"]+)?""")

@@ -129,8 +129,12 @@ def test_matching_scores_every_pair_by_the_fusion_encoder():
     ("wrong", "told"),
     [
         (lambda: modstruct.load("runs/nothing"), "source = 'runs/nothing': no such folder; give a run"),
+        (lambda: modstruct.load(ROOT / "setup.py"), "give NAME:FILE of open_clip, such as ViT-B-32:"),
         (lambda: modstruct.load(WRITTEN / "snli_ve"), "a fine-tuned model"),
-        (lambda: modstruct.load("ViT-B-33:openai"), "not known to open_clip"),
+        (
+            lambda: modstruct.load("ViT-B32:openai"),
+            "source = 'ViT-B32:openai': not known to open_clip; did you mean",
+        ),
         (lambda: modstruct.objective("gcc"), "method = 'gcc': no such file"),
         (lambda: modstruct.objective("gc", {"geometri.weight": 1}), "did you mean losses.geometry.weight"),
         (lambda: modstruct.objective("gc", {"geometry.weight": -1.0}), "losses.geometry.weight = -1.0: 0"),
@@ -140,6 +144,31 @@ def test_matching_scores_every_pair_by_the_fusion_encoder():
 def test_what_is_wrong_is_named_with_its_remedy(wrong, told):
     with pytest.raises(ValueError, match=re.escape(told)):
         wrong()
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (lambda preprocess: preprocess("star.png"), "image = 'str': must be an image of Pillow"),
+        (lambda preprocess: pictures(1)[0], "images = 'Image': must be what preprocess makes"),
+        (lambda preprocess: preprocess(pictures(1)[0]), "must be (B, 3, H, W)"),
+        (lambda preprocess: preprocess(pictures(1)[0])[None] / 255, "images = torch.float32: must be uint8"),
+    ],
+)
+def test_images_of_another_kind_are_refused_since_their_embeddings_would_be_wrong(given, told):
+    model, preprocess, tokenizer = modstruct.load(WRITTEN / "two_tower")
+    with pytest.raises(ValueError, match=re.escape(told)):
+        model.encode_image(given(preprocess))
+    for wrong in (TEXTS, tokenizer(TEXTS)[0], tokenizer(TEXTS).float()):
+        with pytest.raises(ValueError, match=r"ids = .* must be token ids \(B, L\)"):
+            model.encode_text(wrong)
+
+
+@pytest.mark.parametrize("name", ["config.json", "modstruct_onnx.json"])
+def test_an_export_for_other_programs_is_named(name, tmp_path):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match=r"an export for .*; give the run"):
+        modstruct.load(tmp_path)
 
 
 def test_a_method_and_fields_of_its_losses_make_an_objective():

@@ -239,6 +239,7 @@ def test_sources_with_weights_can_be_given_in_a_file_and_on_the_line(parse, reci
     ("arguments", "parts"),
     [
         (["--train.step", "3"], ["train.step", "did you mean train.steps?"]),
+        (["--geometry.weight", "0.1"], ["geometry.weight", "did you mean losses.geometry.weight?"]),
         (["--learning_rate=1"], ["learning_rate", "did you mean optimizer.learning_rate?"]),
         (["--optimizer.lr=1"], ["optimizer.lr", "optimizer has learning_rate, betas, eps"]),
         (["--model.vision.depth", "3"], ["model.vision.depth", "model.vision has image_size"]),

@@ -107,6 +107,7 @@ def check_resumable(saved: dict, recipe: Recipe | FinetuneRecipe) -> None:
     saved: the checkpoint's recipe as a nested dictionary.
     """
     before, now = leaves(migrate_checkpoint(saved)), leaves(recipe_to_dict(recipe))
+    changed = []
     for name in sorted(before.keys() | now.keys()):
         if _is_in(name, CHANGEABLE):
             continue
@@ -119,8 +120,17 @@ def check_resumable(saved: dict, recipe: Recipe | FinetuneRecipe) -> None:
         elif name not in now:
             refuse(name, before[name], "the checkpoint was made with it, and this version has no such field")
         elif before[name] != now[name]:
-            made_with = f"the checkpoint was made with {before[name]!r}"
-            refuse(name, now[name], f"{made_with}; a resumed run may change only {', '.join(CHANGEABLE)}")
+            changed.append(name)
+    if changed:
+        first, *more = changed
+        made_with = f"the checkpoint was made with {before[first]!r}"
+        if more:
+            shown = [f"{name} (was {before[name]!r})" for name in more[:5]] + [f"{len(more) - 5} more"] * (
+                len(more) > 5
+            )
+            made_with += f", and other values of {', '.join(shown)}"
+            made_with += ": give --recipe, --method and options as the run's first command had them (its log.txt tells)"
+        refuse(first, now[first], f"{made_with}; a resumed run may change only {', '.join(CHANGEABLE)}")
     filters = _filters(before)
     if filters != _filters(now):
         remedy = f"the checkpoint was made with {filters!r}; a resumed run must have the same filters"

@@ -6,6 +6,8 @@ feature separation) can stand beside it on the same features. `Tower.to_open_cli
 
 from __future__ import annotations
 
+import os
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -19,7 +21,7 @@ from modstruct.checkpoints import require_finite
 from modstruct.config import ModelConfig, ViewsConfig
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.distributed import main_first
-from modstruct.errors import refuse, require
+from modstruct.errors import others, refuse, require
 from modstruct.models.norms import Float32BatchNorm
 from modstruct.models.transformers_clip import (
     is_transformers,
@@ -69,7 +71,7 @@ def open_clip_config(config: ModelConfig) -> dict:
             "text_cfg": {"width": text.width, "layers": text.layers, "heads": text.heads},
         }
     known = open_clip.list_models()
-    require(config.name in known, "model.name", config.name, f"not known to open_clip; it has {', '.join(known)}")
+    require(config.name in known, "model.name", config.name, f"not known to open_clip; {others(config.name, known)}")
     found = open_clip.get_model_config(config.name)
     text = found["text_cfg"]
     if "hf_model_name" in text or "multimodal_cfg" in found:
@@ -190,15 +192,13 @@ def load_pretrained(config: ModelConfig, views: ViewsConfig, tokenizer: Tokenize
         else:
             load_checkpoint(clip, path, strict=True, weights_only=True)
     except Exception as e:  # the libraries behind it have a type of error each
-        cause = " ".join(str(e).split())[:200]
-        if folder:
-            refuse("model.pretrained", folder, f"is no model of model.name or model.* as the recipe has them ({cause})")
-        tags = open_clip.list_pretrained_tags_by_model(config.name)
-        refuse(
-            "model.pretrained",
-            config.pretrained,
-            f"cannot be loaded; give a local file, or one of the tags {', '.join(tags) or '(it has none)'} ({cause})",
-        )
+        cause = textwrap.shorten(str(e), 300, placeholder=" …")
+        if folder or os.path.isfile(config.pretrained or ""):
+            model = f"model.name {config.name}, or model.* as the recipe has them"
+            refuse("model.pretrained", config.pretrained, f"cannot be loaded as weights of {model} ({cause})")
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(config.name)) or "(it has none)"
+        wrong = f"cannot be downloaded ({cause})" if tag else f"there is no such file, and {config.name} no such tag"
+        refuse("model.pretrained", config.pretrained, f"{wrong}; give a local file, or one of the tags {tags}")
     require_finite(clip.state_dict(), "model.pretrained", config.pretrained or "")
     if keeps_text:
         _fit_text_tower(clip.text, tokenizer)

@@ -89,7 +89,8 @@ class Start:
 class Trainer(ABC, Generic[RecipeT]):
     """A run. Subclasses say how to build, validate and finish it; every process calls every method.
 
-    ds_config: path of the DeepSpeed JSON. resume: `latest`, `best`, a checkpoint folder, or None for a fresh run.
+    ds_config: path of the DeepSpeed JSON, which is read at once. resume: `latest`, `best`, a checkpoint folder, or None
+    for a fresh run.
     """
 
     tokenizer: Tokenizer
@@ -105,7 +106,7 @@ class Trainer(ABC, Generic[RecipeT]):
 
     def __init__(self, recipe: RecipeT, ds_config: str, resume: str | None = None):
         self.recipe: RecipeT = recipe
-        self.ds_config, self.resume = ds_config, resume
+        self.ds_config, self.resume = read_ds_config(ds_config), resume
         self.output = Path(recipe.output)
 
     @abstractmethod
@@ -236,7 +237,7 @@ class Trainer(ABC, Generic[RecipeT]):
     def find_start(self) -> Start:
         """Check DeepSpeed's file, all hosts' settings and the checkpoint against the recipe."""
         recipe = self.recipe
-        resolved = resolve_ds_config(read_ds_config(self.ds_config), recipe, distributed.world_size())
+        resolved = resolve_ds_config(self.ds_config, recipe, distributed.world_size())
         described = {"--ds_config": json.dumps(resolved, sort_keys=True), "the version of torch": torch.__version__}
         hosts.require_same(decisive_fields(recipe) | described, "start every host with the same command and versions")
         path = self._starting_point()

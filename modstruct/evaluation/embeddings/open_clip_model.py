@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +18,7 @@ from modstruct.checkpoints import require_finite
 from modstruct.config import ViewsConfig
 from modstruct.data.tokenizers import load_tokenizer
 from modstruct.data.transforms.image_views import ImageViews
-from modstruct.errors import refuse, require
+from modstruct.errors import others, refuse, require
 from modstruct.evaluation.embeddings.model import EmbeddingModel, weights_fingerprint
 
 OPTION = "--open_clip"
@@ -46,16 +47,17 @@ class OpenClipViews:
         return self._preprocess(Image.fromarray(pixels))
 
 
-def create_open_clip(spec: str, random_weights: bool = False) -> tuple[Any, Callable, Any]:
+def create_open_clip(spec: str, random_weights: bool = False, option: str = OPTION) -> tuple[Any, Callable, Any]:
     """A model of open_clip in evaluation mode on this process's device, its preprocessing and its tokenizer.
 
     spec: NAME:TAG with a pretrained tag, NAME:FILE with a local .pt or .safetensors, or hf-hub:… and local-dir:… as
     in open_clip, exports of ours among them; NAME alone only with random_weights, which are the same at every call.
-    Every process calls it. Raises ValueError that lists what can be given, also where weights cannot be fetched.
+    option: that named it, for the error. Every process calls it. Raises ValueError that lists what can be given, also
+    where weights cannot be fetched.
     """
     import open_clip
 
-    architecture, weights = _parts(spec, random_weights)
+    architecture, weights = _parts(spec, random_weights, option)
     own = Path(architecture.removeprefix(LOCAL)) / "tokenizer" if architecture.startswith(LOCAL) else None
 
     def build() -> tuple[nn.Module, Callable, Callable]:
@@ -75,10 +77,10 @@ def create_open_clip(spec: str, random_weights: bool = False) -> tuple[Any, Call
     except distributed.FailedElsewhere:
         raise
     except Exception as error:  # the libraries behind it have a type of error each
-        cause = " ".join(str(error).split())[:300]
+        cause = textwrap.shorten(str(error), 300, placeholder=" …")
         remedy = f"give NAME:FILE with a local file, or one of the tags {_tags(architecture)}, which are"
-        refuse(OPTION, spec, f"cannot be loaded ({cause}); {remedy} downloaded once and kept in open_clip's cache")
-    require_finite(model.state_dict(), OPTION, spec)
+        refuse(option, spec, f"cannot be loaded ({cause}); {remedy} downloaded once and kept in open_clip's cache")
+    require_finite(model.state_dict(), option, spec)
     return model.to(distributed.device()).eval(), preprocess, tokenizer
 
 
@@ -123,7 +125,7 @@ def open_clip_model(spec: str, random_weights: bool = False, name: str | None = 
         tokenize=tokenizer,
         encode=encode,
         preprocessing=f"{model.visual.preprocess_cfg}; tokenizer {type(tokenizer).__name__} of "
-        f"{_parts(spec, random_weights)[0]}, {tokenizer.context_length} tokens",
+        f"{_parts(spec, random_weights, OPTION)[0]}, {tokenizer.context_length} tokens",
         details={
             "open_clip": spec,
             "random_weights": random_weights,
@@ -139,7 +141,7 @@ def _tags(architecture: str) -> str:
     return ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "(it has none)"
 
 
-def _parts(spec: str, random_weights: bool) -> tuple[str, str | None]:
+def _parts(spec: str, random_weights: bool, option: str) -> tuple[str, str | None]:
     """Architecture and weights; refused where they are missing, unknown, or trained with another activation."""
     import open_clip
     from open_clip.pretrained import get_pretrained_cfg
@@ -147,23 +149,23 @@ def _parts(spec: str, random_weights: bool) -> tuple[str, str | None]:
     if spec.startswith(SCHEMES):
         return spec, None
     architecture, _, weights = spec.partition(":")
-    require(not (random_weights and weights), OPTION, spec, "names weights; leave them out, or random weights")
+    require(not (random_weights and weights), option, spec, "names weights; leave them out, or random weights")
     known = open_clip.list_models()
-    require(architecture in known, OPTION, spec, f"not known to open_clip; it has {', '.join(known)}")
+    require(architecture in known, option, spec, f"not known to open_clip; {others(architecture, known)}")
     if random_weights:
         return architecture, None
     tags, path = _tags(architecture), Path(weights).expanduser()
-    require(bool(weights), OPTION, spec, f"give its weights, {architecture}:FILE or {architecture}:TAG of {tags}")
+    require(bool(weights), option, spec, f"give its weights, {architecture}:FILE or {architecture}:TAG of {tags}")
     if os.sep in weights or path.suffix in (".pt", ".pth", ".bin", ".safetensors"):
-        require(path.is_file(), OPTION, spec, f"there is no file {path}")
+        require(path.is_file(), option, spec, f"there is no file {path}")
     if path.is_file():
         return architecture, str(path)
     tag = get_pretrained_cfg(architecture, weights)
-    require(bool(tag), OPTION, spec, f"{weights} is neither a file nor one of its tags {tags}")
+    require(bool(tag), option, spec, f"{weights} is neither a file nor one of its tags {tags}")
     quick = [bool(about.get("quick_gelu", False)) for about in (tag, open_clip.get_model_config(architecture))]
     base = architecture.removesuffix("-quickgelu")
     remedy = f"{weights} was trained with another activation: use {base}{'-quickgelu' if quick[0] else ''}:{weights}"
-    require(quick[0] == quick[1], OPTION, spec, remedy)
+    require(quick[0] == quick[1], option, spec, remedy)
     return architecture, weights
 
 
