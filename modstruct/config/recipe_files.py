@@ -125,9 +125,9 @@ def check_resumable(saved: dict, recipe: Recipe | FinetuneRecipe) -> None:
         first, *more = changed
         made_with = f"the checkpoint was made with {before[first]!r}"
         if more:
-            shown = [f"{name} (was {before[name]!r})" for name in more[:5]] + [f"{len(more) - 5} more"] * (
-                len(more) > 5
-            )
+            shown = [f"{name} (was {before[name]!r})" for name in more]
+            if len(shown) > 5:
+                shown[5:] = [f"{len(shown) - 5} more"]
             made_with += f", and other values of {', '.join(shown)}"
             made_with += ": give --recipe, --method and options as the run's first command had them (its log.txt tells)"
         refuse(first, now[first], f"{made_with}; a resumed run may change only {', '.join(CHANGEABLE)}")

@@ -112,7 +112,7 @@ def test_a_recipe_changed_in_what_the_checkpoint_rests_on_is_refused(changed):
 def test_all_that_differs_from_the_checkpoint_is_named_at_once():
     changed = replace(Recipe(), train=TrainConfig(steps=1000, global_batch=512), data=DataConfig(shuffle_window=7))
     now, before = DataConfig().shuffle_window, Recipe().train.global_batch
-    told = rf"^data\.shuffle_window = 7: .* made with {now}, and other values of train\.global_batch \(was {before}\): give"
+    told = rf"^data\.shuffle_window = 7: .* made with {now}, and other values of train\.global_batch \(was {before}\)"
     with pytest.raises(ValueError, match=told):
         check_resumable(recipe_to_dict(Recipe()), changed)
 
