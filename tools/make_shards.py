@@ -5,7 +5,7 @@ From a folder, searched with its subfolders, in which NAME.jpg goes with NAME.tx
 
     python tools/make_shards.py images/ --output shards/
 
-From a table (CSV, or TSV by its ending) with a column of image files, relative to the table's folder, and one of
+From a table (CSV, or TSV by its ending; UTF-8) with a column of image files, relative to the table's folder, and one of
 captions; every other column goes into KEY.json:
 
     python tools/make_shards.py captions.tsv --image_column file --caption_column title --output shards/
@@ -35,7 +35,7 @@ from modstruct.data.shards.members import Tally
 from modstruct.data.shards.packing import EXTENSIONS, MANIFEST, Entry, image_endings, pack_shards, write_manifest
 from modstruct.data.shards.pool import cores
 from modstruct.distributed.run_lock import held
-from modstruct.errors import printable
+from modstruct.errors import RunError, printable, require
 from modstruct.files import parse_json, require_writable
 
 NAMED = 10  # bad samples, while packing
@@ -60,8 +60,7 @@ def pack() -> int:
     parser.add_argument("--workers", type=int, default=cores(), help="processes (default: one a core, %(default)s)")
     options = parser.parse_args()
     for option in ("samples_per_shard", "workers"):
-        if getattr(options, option) < 1:
-            parser.error(f"--{option} = {getattr(options, option)}: at least 1")
+        require(getattr(options, option) >= 1, f"--{option}", getattr(options, option), "at least 1")
     passed_over = Tally()
 
     def entries(tally: Tally) -> Iterator[Entry]:
@@ -72,19 +71,13 @@ def pack() -> int:
             found = from_table(options.input, options.image_column, options.caption_column, quoting)
         return joined(found, tally) if options.join_captions else found
 
-    try:
-        count = sum(1 for _ in entries(passed_over))  # what is wrong with the input is said before the packing
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
+    count = sum(1 for _ in entries(passed_over))  # what is wrong with the input is said before the packing
     if not count:
         say(passed_over, "passed over")
-        parser.error(f"{options.input}: no image ({', '.join(EXTENSIONS)}) in it")
-    try:
-        require_writable("--output", options.output)
-        with held(options.output, "--output"), stopping.stage("the same command resumes the packing"):
-            return _pack(entries(Tally()), count, options, passed_over)
-    except ValueError as error:
-        parser.error(str(error))
+        raise ValueError(f"{options.input}: no image ({', '.join(EXTENSIONS)}) in it")
+    require_writable("--output", options.output)
+    with held(options.output, "--output"), stopping.stage("the same command resumes the packing"):
+        return _pack(entries(Tally()), count, options, passed_over)
 
 
 def _pack(entries: Iterator[Entry], count: int, options: argparse.Namespace, passed_over: Tally) -> int:
@@ -177,7 +170,11 @@ def from_table(table: Path, image_column: str, caption_column: str, quoting: int
         other = "this is JSON (COCO's captions file keeps images and captions apart, and ALBEF's lists have several)"
         raise ValueError(f"{table}: {other}: give a CSV or TSV table with a column of image files and one of captions")
     with open(table, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        delimiter = "\t" if table.suffix.lower() in (".tsv", ".tab") else ","
+        header = file.readline()
+        file.seek(0)
+        # Where a comma is the decimal sign, spreadsheets write semicolons between the columns.
+        of_csv = ";" if ";" in header and "," not in header else ","
+        delimiter = "\t" if table.suffix.lower() in (".tsv", ".tab") else of_csv
         # strict, or a quote that nothing closes would take all rows up to the next one into its field.
         rows = csv.DictReader(file, delimiter=delimiter, quoting=quoting, strict=True)
         begun = 1
@@ -218,4 +215,4 @@ def joined(found: Iterator[Entry], passed_over: Tally) -> Iterator[Entry]:
 
 if __name__ == "__main__":
     stopping.listen()
-    sys.exit(run_tool(pack))
+    sys.exit(run_tool(pack, (OSError, ValueError, RunError)))

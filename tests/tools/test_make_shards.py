@@ -126,7 +126,9 @@ def test_what_cannot_work_is_said(tmp_path, make, capsys):
     (tmp_path / "empty").mkdir()
     assert make(tmp_path / "empty") == 2
     assert make(tmp_path / "t.csv") == 1
-    assert "unreadable file: " in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "unreadable file: " in said
+    assert "usage:" not in said
     assert not (tmp_path / "shards").exists()
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / "00000.tar").write_bytes(b"")
@@ -164,6 +166,15 @@ def test_what_pillow_opens_is_packed_and_every_other_file_is_counted(tmp_path, m
         f"1 passed over: files .txt without an image ({source / 'lonely.txt'})",
     ):
         assert line in said
+
+
+def test_spreadsheets_that_separate_by_semicolons_are_read_and_other_encodings_named(tmp_path, make, capsys):
+    (tmp_path / "0.png").write_bytes(encoded_image(0))
+    (tmp_path / "1.png").write_bytes(encoded_image(1))
+    (tmp_path / "t.csv").write_bytes("image;caption\n0.png;ein Löwe, müde\n".encode() + b"1.png;ein L\xf6we\n")
+    assert make(tmp_path / "t.csv") == 0
+    assert "1 left out: a text that is no UTF-8: save the table" in capsys.readouterr().out
+    assert [raw.caption for raw in read_all(tmp_path)[1]] == ["ein Löwe, müde"]
 
 
 def test_a_table_that_would_lose_text_says_so(tmp_path, make, capsys):

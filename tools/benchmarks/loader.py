@@ -188,7 +188,7 @@ def rates(options: argparse.Namespace) -> dict:
         theirs = open_clip_batches(list(data.train.shards), side, recipe.views, data.tokenizer, options.batch)
         next(theirs)  # fills its shuffle buffer
         forms[OPEN_CLIP] = lambda: measure_here(lambda: drop(islice(theirs, options.steps)))
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in forms}
+    seconds: dict[str, Seconds] = {name: [] for name in forms}
     for _ in tqdm(range(options.rounds), desc="rounds", leave=False):
         for name, form in forms.items():
             seconds[name].append(form())
@@ -347,7 +347,11 @@ def processor_seconds(process: int) -> float:
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
-def row(name: str, count: int, seconds: list[tuple[float, float]], of_all: dict[str, list[tuple[float, float]]]) -> dict:
+Seconds = list[tuple[float, float]]
+"""Of each round: of the processor, and on the wall."""
+
+
+def row(name: str, count: int, seconds: Seconds, of_all: dict[str, Seconds]) -> dict:
     result = {"name": name, "samples": count}
     for place, kind in enumerate(("processor", "wall")):
         result[f"samples_per_{kind}_second"] = count / statistics.median(s[place] for s in seconds)

@@ -168,11 +168,11 @@ def _checked(image: Path, caption: str | None, metadata: dict, changed: Tally) -
     if EXTRA_CELLS in metadata:
         raise BadSample("a row of more cells than columns: put a caption that holds the separator in quotes", where)
     if caption is None:
-        raise BadSample("no caption", where)
+        raise BadSample("no caption: it stands in the table's column, or in a folder of images in KEY.txt", where)
     try:
         text = caption.strip().encode()
     except UnicodeEncodeError:  # bytes that were no UTF-8
-        raise BadSample("undecodable text", where) from None
+        raise BadSample("a text that is no UTF-8: save the table, or KEY.txt, as UTF-8", where) from None
     if not text:
         raise BadSample("empty caption", where)
     try:
