@@ -248,7 +248,6 @@ def test_a_folder_is_refused_where_a_file_is_written_before_anything_is_embedded
     ("words", "said"),
     [
         (["embed", "--out", "x"], "--checkpoint"),
-        (["embed", "--checkpoint", "nowhere"], "--checkpoint = 'nowhere'"),
         (["embed", "--open_clip", "ViT-Z"], "needed, and not given: --out"),
         (["measure"], "needed, and not given: folders"),
         (["embed", "--checkpoint", "nowhere", "--out", "x"], "nowhere"),
