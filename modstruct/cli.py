@@ -318,6 +318,9 @@ def one_line(parser: ConfigParser, error: Exception, sections: dict[str, list[st
             return _unknown(".".join(found.groups()), list(options), sections)
     if ours := re.search(r"^\s+- ([\w.]+ = .+)$", text, re.MULTILINE):  # among what else the value could have been
         return ours[1]
+    if lacking := re.fullmatch(r"the following arguments are required: ([\w., ]+)", text):
+        names = (f"--{name}" if name in options else name for name in lacking[1].split(", "))
+        return f"needed, and not given: {', '.join(names)}"
     key = re.search(r'Parser key "([\w.]+)"', text)
     name = key[1] if key else ""
     if name in sections:

@@ -32,7 +32,8 @@ FOR_PROBES = ("image", "image_features", "image_projected", "image_independent")
 """What is embedded of a split that only probes read."""
 SETS_HELP = """What to embed: `eval` (the recipe's data.eval, with the classes of data.zero_shot), NAME=SHARDS for
 image-text shards, NAME@FOLDER for a published set of labelled images (cifar10@/data/cifar10; NAME:SPLIT@FOLDER for
-another split), FILE.yaml for your own, scenes_colour, _shape, _size and _fill for the built-in images."""
+another split), FILE.yaml for your own, CLASSES.yaml@SHARDS for shards with a class file, scenes_colour, _shape, _size
+and _fill for the built-in images."""
 
 
 def main(words: Sequence[str]) -> None:

@@ -84,5 +84,6 @@ def export_checkpoint(recipe: Recipe, checkpoint: str, form: str, out: str, resu
             remedy = "a fusion model has no such form; open_clip writes its weights, by modstruct's names"
             refuse("--format", form, remedy)
         write_card(aside, recipe, step, measured, left_out)
-    print("\n".join([*(f"left out: {what}" for what in left_out), f"exported: {folder}"]))
+    without = "" if measured else "; its card has no results: --results EVALUATION, of `evaluate.py full`, adds them"
+    print("\n".join([*(f"left out: {what}" for what in left_out), f"exported: {folder}{without}"]))
     return folder

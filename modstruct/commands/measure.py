@@ -54,8 +54,12 @@ RENAMED = {
     "--retrieval.index.kind": "--retrieval.engine",
 }
 """How options and metrics of older versions begin, and how today."""
-CAPTIONS, CLASSES, TRAINING = "captions", "classes", "embedded training split (embed --all_splits true)"
-FACTORS = "factors known to be of one modality alone (name fields: information.labels)"
+CAPTIONS, CLASSES = "captions", "classes (shards get some as --sets CLASSES.yaml@SHARDS)"
+TRAINING = (
+    "embedded training split (embed --all_splits true; shards of your own have splits by a set file, SET.yaml, with "
+    "images: {train: SHARDS, test: SHARDS})"
+)
+FACTORS = "factors known to be of one modality alone (name fields: measure --information.labels NAME)"
 
 
 @dataclass

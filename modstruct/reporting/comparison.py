@@ -91,6 +91,15 @@ class Section:
         for group in self.groups:
             yield from group.rows
 
+    @property
+    def definitions(self) -> dict[str, list[str]]:
+        """By what it says, each definition and the labels that it is of."""
+        first: dict[str, str] = {}
+        for row in self.rows:
+            if row.like.about:
+                first.setdefault(row.label, row.like.about)
+        return {about: [label for label, of in first.items() if of == about] for about in first.values()}
+
 
 def compare(runs: Sequence[Evaluation]) -> list[Section]:
     """Every result of every run as sections, by ORDER; rows in the order in which the results name them.

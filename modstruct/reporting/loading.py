@@ -89,14 +89,16 @@ def load_evaluation(folder: Path) -> Evaluation:
     reports are sent around."""
     path = folder / MODEL_FILE
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file; {folder} is no evaluation folder: embed a set first")
+        remedy = "`evaluate.py full --checkpoint RUN --out EVALUATION` writes one"
+        raise FileNotFoundError(f"{path}: there is no such file, so {folder} is no evaluation folder: {remedy}")
     model = {"commands": []} | tree_without_credentials(read_json(path))
     if not isinstance(model.get("name"), str) or not model["name"]:
         refuse_file(path, f'"name" = {model.get("name")!r}: the model\'s name must be a text')
     # Backwards: where an older version's linear_probe_sgd lies beside linear_probe_adamw, the latter counts.
     found = {file: Result.load(file) for file in sorted(folder.glob("results/*/*.json"), reverse=True)}
     if not found:
-        raise FileNotFoundError(f"{folder / 'results'}: there are no results; measure a set first")
+        remedy = f"`evaluate.py measure {folder}` comes first"
+        raise FileNotFoundError(f"{folder / 'results'}: there are no results; {remedy}")
     results = {
         (file.parent.name, result.metric): replace(
             result,

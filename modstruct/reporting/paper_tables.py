@@ -46,7 +46,8 @@ Values = tuple[Value | None, ...]
 
 @dataclass(frozen=True)
 class Options:
-    """How tables are shown. sets: columns; none for the paper's that were measured, or all where none of them was.
+    """How tables are shown. sets: columns; none for the paper's that were measured, or, but for the distribution shift,
+    which only they have, all where none of them was.
     intervals: 95 %, of rows of one seed."""
 
     sets: tuple[str, ...] = ()
@@ -101,7 +102,11 @@ def paper_table(name: str, runs: Sequence[Evaluation], options: Options) -> Tabl
     unknown = [c for c in options.sets if c not in found]
     what = f"no run measured it for {name}; there are {', '.join(found) or 'none'}"
     require(not unknown, "--sets", unknown[:1], what)
-    columns = list(options.sets) or [c for c in form["sets"] if c in found] or found
+    columns = list(options.sets) or [c for c in form["sets"] if c in found]
+    if not columns and name == "distribution_shift":
+        which = ", ".join(form["sets"])
+        refuse("--tables", name, f"no run measured one of its sets, {which}: measure one, or name columns by --sets")
+    columns = columns or found
     if not columns:
         refuse("--tables", name, "no run has a result for it: measure the sets, or fine-tune the tasks, first")
     # One kind of probe for all cells, or they could not be compared.
@@ -142,6 +147,8 @@ def paper_table(name: str, runs: Sequence[Evaluation], options: Options) -> Tabl
             row.cells["average"] = _with_deviation(_average(row.cells, common), of_seeds.get(row.name, []))
         if len(common) < len(columns):
             notes.append(f"Average over what all measured rows have: {', '.join(labels[c] for c in common)}.")
+    if options.paper_rows and not any(row.kind == "paper" for row in rows):
+        notes.append(f"No rows of the paper, which has only {', '.join(form['sets'].values())}.")
     notes += ["±: standard deviation over seeds."] if any(row.seeds > 1 for row in rows) else []
     notes += ["Brackets: 95 % intervals over the samples, of one seed."] if options.intervals else []
     caption = f"{form['title']}: {'/'.join(form['values'].values())} in percent, {form['about'].get(metric)}."

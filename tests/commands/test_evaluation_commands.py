@@ -16,6 +16,7 @@ from crafted_shards import encoded_image, write_tar
 from processes import run_on_processes
 from tiny_run import ds_config, tiny_recipe
 
+from modstruct.commands.measure import MeasureConfig, _measure_one
 from modstruct.evaluation.embeddings import source as source_module
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 
@@ -247,12 +248,14 @@ def test_a_folder_is_refused_where_a_file_is_written_before_anything_is_embedded
     ("words", "said"),
     [
         (["embed", "--out", "x"], "--checkpoint"),
+        (["embed", "--open_clip", "ViT-Z"], "needed, and not given: --out"),
+        (["measure"], "needed, and not given: folders"),
         (["embed", "--checkpoint", "nowhere", "--out", "x"], "nowhere"),
         (["embed", "--open_clip", "ViT-Z", "--out", "x"], "ViT-Z"),
         (["mesure", "nowhere"], "give full, embed, measure, report, task"),
         (["measure", "nowhere"], "model.json"),
         (["measure", "nowhere", "--metrics", "beauty"], "beauty"),
-        (["report", "nowhere", "--out", "x"], "nowhere"),
+        (["report", "nowhere", "--out", "x"], "nowhere is no evaluation folder: `evaluate.py full --checkpoint RUN"),
     ],
 )
 def test_a_wrong_command_is_one_line_that_names_it(words, said, tmp_path, monkeypatch, capsys):
@@ -263,6 +266,17 @@ def test_a_wrong_command_is_one_line_that_names_it(words, said, tmp_path, monkey
     assert said in error
     assert "Traceback" not in error
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_set_lacks_is_said_with_how_to_get_it(tmp_path, capsys):
+    rows = np.eye(4, dtype=np.float32)
+    shards = EmbeddedSet("mine", {"fingerprint": "0"}, {"image": rows, "text": rows}, pairs=np.repeat([[0], [1]], 2, 1))
+    for kind in ("zero_shot", "linear_probe", "private_factors"):
+        _measure_one(kind, tmp_path / f"{kind}.json", shards, MeasureConfig(), [])
+    zero_shot, probe, private = capsys.readouterr().out.splitlines()
+    assert zero_shot.endswith("left out, the set has no classes (shards get some as --sets CLASSES.yaml@SHARDS)")
+    assert "no embedded training split (embed --all_splits true; shards of your own have splits by a set file" in probe
+    assert "(name fields: measure --information.labels NAME)" in private
 
 
 def test_equal_images_and_captions_a_line_each_are_counted_in_the_table(made, tmp_path, capsys, caplog):

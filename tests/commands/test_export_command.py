@@ -16,7 +16,7 @@ CHECKPOINTS = Path(__file__).parents[1] / "checkpoints" / "written_by_0.1.0"
 EVALUATION = Path(__file__).parent / "written_by_0.1.0" / "evaluation"
 
 
-def test_the_card_has_the_tables_of_these_weights_and_of_no_others(tmp_path):
+def test_the_card_has_the_tables_of_these_weights_and_of_no_others(tmp_path, capsys):
     run = CHECKPOINTS / "two_tower"
     recipe = parse_recipe_text(next(run.glob("checkpoints/*/recipe.yaml")).read_text())
     evaluation, out = tmp_path / "evaluation", tmp_path / "out"
@@ -31,6 +31,11 @@ def test_the_card_has_the_tables_of_these_weights_and_of_no_others(tmp_path):
     assert "### scenes\\_colour" in card
     assert "R@1" in card
     assert "24 (2 steps of 12)" in card
+    assert "--results" not in capsys.readouterr().out
+    export_checkpoint(recipe, str(run), "open_clip", str(tmp_path / "bare"))
+    said = "bare; its card has no results: --results EVALUATION, of `evaluate.py full`, adds them"
+    assert said in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "bare")
     modstruct.load(out, "cpu")
     neighbours = {tmp_path / f"out{end}" / "kept" for end in (".old", ".part")}
     for file in neighbours:

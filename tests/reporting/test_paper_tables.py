@@ -57,6 +57,32 @@ def test_an_unknown_set_is_refused_by_name():
         paper_table("linear_probe", [probed("a", dtd=0.5)], Options(sets=("nowhere",)))
 
 
+def test_the_distribution_shift_is_of_its_own_sets_or_of_named_ones():
+    shown = {"top_1": share(0.5), "top_3": share(0.6), "top_5": share(0.7)}
+
+    def run(*sets: str) -> Evaluation:
+        return Evaluation(Path("a"), "a", {}, {(of, "zero_shot"): Result("zero_shot", of, shown) for of in sets})
+
+    remedy = r"--tables = 'distribution_shift': no run measured one of its sets, imagenet_v2, .*, or name .* --sets"
+    with pytest.raises(ValueError, match=remedy):
+        paper_table("distribution_shift", [run("scenes_colour")], Options())
+    assert [*paper_table("zero_shot", [run("scenes_colour")], Options()).columns] == ["scenes_colour"]
+    named = paper_table("distribution_shift", [run("scenes_colour")], Options(sets=("scenes_colour",)))
+    assert [*named.columns] == ["scenes_colour"]
+    both = run("imagenet_a", "scenes_colour")
+    assert [*paper_table("distribution_shift", [both], Options()).columns] == ["imagenet_a"]
+
+
+def test_that_no_row_of_the_paper_fits_is_said():
+    def caption(of: str, **options: bool) -> str:
+        return paper_table("linear_probe", [probed("a", **{of: 0.5})], Options(**options)).caption
+
+    said = "No rows of the paper, which has only Caltech101, SVHN, "
+    assert said in caption("scenes_colour", paper_rows=True)
+    assert said not in caption("scenes_colour")
+    assert said not in caption("dtd", paper_rows=True)
+
+
 def test_a_recipe_without_losses_has_no_method():
     def method(recipe: str | None) -> str | None:
         return method_of(Evaluation(Path(), "run", {"recipe": recipe}).recipe)

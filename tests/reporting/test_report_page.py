@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 from itertools import pairwise
 
 import pytest
-from evaluation_folders import save_older, save_result, write_run
+from evaluation_folders import save_model, save_older, save_result, write_run
 from PIL import Image
 
 from modstruct.evaluation.result import Curve, Value
@@ -89,6 +89,17 @@ def test_it_says_what_was_measured_and_what_the_values_mean(page):
         "Scroll the table sideways for all 3 runs",
     ):
         assert words in text
+
+
+def test_a_definition_of_several_labels_is_said_once(tmp_path):
+    folder = tmp_path / "run"
+    save_model(folder, "run")
+    abouts = {"even, images": "How even.", "near": "How near.", "even, texts": "How even.", "bare": ""}
+    values = {label: Value(0.5, label, about=about) for label, about in abouts.items()}
+    save_result(folder, "shapes", "structure", values | {"each/near": Value(0.5, "near", about="How near each.")})
+    text = write_report([folder], tmp_path / "page").html.read_text()
+    defined = re.findall("<dt>(.*)</dt><dd>(.*)</dd>", text)
+    assert defined == [("even, images \u00b7 even, texts", "How even."), ("near", "How near.")]
 
 
 def test_its_links_lead_to_files_beside_it(page, report):

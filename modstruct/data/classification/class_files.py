@@ -17,18 +17,23 @@ from modstruct.errors import refuse
 from modstruct.files import RepeatedKey, read_yaml
 
 KEYS = ("label", "templates", "classes")
-REMEDY = "add it to `classes` of the class file, or make it null in KEY.json"
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ZeroShotClasses:
-    """What a class file says, checked. classes: readable name by label, which is text."""
+    """What a class file says, checked. classes: readable name by label, which is text; file: what messages call it."""
 
     label: str
     templates: tuple[str, ...]
     classes: dict[str, str]
+    file: str = "the class file"
+
+    @property
+    def remedy(self) -> str:
+        """For a label that is not among the classes."""
+        return f"add it to `classes` of {self.file}, or make it null in KEY.json"
 
     def label_of(self, fields: dict) -> str | None:
         """The label of a sample as the classes have it, if they do; None where it has no label, or null."""
@@ -46,7 +51,7 @@ class ZeroShotClasses:
         labels = [self.label_of(fields) for fields in metadata]
         if unknown := [label for label in labels if label not in row_of]:
             told = f"the label {self.label} = {unknown[0]!r} of a sample is not among the classes"
-            raise ValueError(f"{told} {some_of(self.classes)}: {REMEDY}")
+            raise ValueError(f"{told} {some_of(self.classes)}: {self.remedy}")
         return np.array([row_of[label] for label in labels], dtype=np.int64)
 
 
@@ -59,7 +64,7 @@ def load_classes(path: str | Path) -> ZeroShotClasses:
     label, templates, classes = (content.get(key) for key in KEYS)
     if not isinstance(label, str) or not label:
         refuse(f"{path}: label", label, "give the name of a field of each sample's json, as text")
-    return ZeroShotClasses(label, check_templates(path, templates), check_classes(path, classes))
+    return ZeroShotClasses(label, check_templates(path, templates), check_classes(path, classes), str(path))
 
 
 def read_keys(path: Path, keys: Sequence[str], old_names: Mapping[str, str] | None = None) -> dict[str, Any]:

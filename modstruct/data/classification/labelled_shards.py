@@ -22,7 +22,7 @@ import numpy as np
 
 from modstruct import distributed
 from modstruct.config import DataConfig, Source
-from modstruct.data.classification.class_files import REMEDY, ZeroShotClasses, some_of
+from modstruct.data.classification.class_files import ZeroShotClasses, some_of
 from modstruct.data.classification.labelled_images import LabelledImages, SetFolder, ShardImages, hashed
 from modstruct.data.classification.published import PAPER_TEMPLATE
 from modstruct.data.faults import NAMED, BadSample
@@ -135,7 +135,7 @@ def check_labels(
         named = "; ".join(f"{label}: {unknown.examples[label][0]}" for label in labels)
         raise ValueError(
             f"{field}: of {len(numbers)} samples that were looked at, {unknown.counts.total()} have a label "
-            f"{classes.label} that is not among the classes {some_of(classes.classes)} ({named}): {REMEDY}"
+            f"{classes.label} that is not among the classes {some_of(classes.classes)} ({named}): {classes.remedy}"
         )
     if repeated := [name for name, times in Counter(classes.classes.values()).items() if times > 1]:
         log.warning("%s: no prompt tells classes of one name apart: %s", field, some_of(repeated, NAMED))
@@ -161,15 +161,16 @@ class LabelledSamples(LabelledImages):
         """shards: path, glob or brace pattern. Raises ValueError as `open_samples` does."""
         self.name, self.config = name, config
         self.classes, self.templates = tuple(classes.classes.values()), classes.templates
-        self._samples, self._named = EvaluationSamples([Source(shards)], config, name, distributed.is_main()), classes
+        field, self._named = f"--sets {name}", classes
+        self._samples = EvaluationSamples([Source(shards)], config, field, distributed.is_main())
         samples = self._samples.samples
         self.content = "" if classes.label == LABEL else samples.content
         """Fingerprint of the shards alone, whatever the classes; "" where a label takes the name of its own field."""
         self.left_out = dict(samples.left_out)
         self.fingerprint = hashed(samples.content, classes.label, list(classes.classes.items()))
-        missing = check_labels(classes, samples, config, name) if distributed.is_main() else None
+        missing = check_labels(classes, samples, config, field) if distributed.is_main() else None
         if missing:
-            raise ValueError(f"{shards}: {missing}: correct `label` of the class file")
+            raise ValueError(f"{shards}: {missing}: correct `label` of {classes.file}")
 
     def __len__(self) -> int:
         return len(self._samples)

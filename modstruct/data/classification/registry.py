@@ -11,6 +11,7 @@ classes.yaml@/data/pairs-*.tar     image-text shards and a class file (label, te
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -56,8 +57,10 @@ def parse_set(text: str) -> NamedSet:
         need(not location or not split, "shards with a class file have no splits: name the shards of one split")
         return parsed
     known = (*published_sets(), *SCENES)
-    shards = f", or NAME={text} for shards with captions" if "/" in text or ".tar" in text else ""
-    need(name in known, f"there is no set {name!r}; the sets are {', '.join(known)}, or a YAML file{shards}")
+    near = "".join(f" (did you mean {other}?)" for other in difflib.get_close_matches(name, known, 1))
+    shards = text if "/" in text or ".tar" in text else "'SHARDS'"
+    others = f"a YAML file, NAME={shards} for shards with captions, or eval for data.eval"
+    need(name in known, f"there is no set {name!r}{near}; the sets are {', '.join(known)}, {others}")
     need(location, f"give the folder that the files lie in: {name}@FOLDER")
     need(split in (None, *_splits(name)), f"{name} has no split {split}, only {', '.join(_splits(name))}")
     return parsed

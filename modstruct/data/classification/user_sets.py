@@ -85,7 +85,7 @@ def read_user_set(source: SetFolder, path: Path, described: UserSet) -> Labelled
         listed = source.table(images, "image", described.label or "label")
         return read_listed(source, images, images.parent, listed, classes)
     if described.label is not None:
-        labelled = ZeroShotClasses(described.label, described.templates, classes)
+        labelled = ZeroShotClasses(described.label, described.templates, classes, str(path))
         return LabelledSamples(source.name, given if is_object(given) else str(images), labelled, source.config)
     shards = [Path(shard) for shard in expand_pattern(str(images), False, f"{path}: images")]
     return read_labelled_shards(source, shards, list(classes.values()))

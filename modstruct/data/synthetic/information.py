@@ -61,7 +61,10 @@ def mutual_information(joint: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class ExactInformation:
-    """Of one label, in nats: H(Y), I(X_T; Y), I(X_V; Y), I(X_T, X_V; Y); the most that an exactly aligned Z keeps."""
+    """Of one label, in nats: H(Y), I(X_T; Y), I(X_V; Y), I(X_T, X_V; Y); the most that an exactly aligned Z keeps.
+
+    Differences of equal ones are 0, not what their sums rounded off.
+    """
 
     entropy: float
     text: float
@@ -72,12 +75,12 @@ class ExactInformation:
     @property
     def gap(self) -> float:
         """Delta_p, the right side of Theorem 3.1."""
-        return abs(self.text - self.image)
+        return round(abs(self.text - self.image), 12)
 
     @property
     def aligned_excess(self) -> float:
         """The smallest left side of Theorem 3.1 over exactly aligned features."""
-        return self.joint - self.aligned
+        return max(0.0, round(self.joint - self.aligned, 12))
 
 
 def split_of_scenes(metadata: Sequence[Mapping]) -> str | None:

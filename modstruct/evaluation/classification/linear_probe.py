@@ -227,9 +227,7 @@ def measure_few_shot(embedded: EmbeddedSet, config: FewShotConfig) -> Result:
         for name, first in each[0].items():
             numbers = by_draw[f"{group}/{name}"] = [one[name].value for one in each]
             deviation = float(np.std(numbers, ddof=1)) if draws > 1 else None
-            about = f"{first.about} Trained on {shots} of each class: mean over draws of them."
-            mean = float(np.mean(numbers))
-            values[f"{group}/{name}"] = replace(first, value=mean, deviation=deviation, about=about)
+            values[f"{group}/{name}"] = replace(first, value=float(np.mean(numbers)), deviation=deviation)
         for name, right in in_top(np.stack([ahead for ahead, _ in of_shots]), probe.top_k).items():
             outcomes[f"{group}/{name}"] = right.mean(0, dtype=np.float32)
     shown = [count for count in (1, 4, 16) if count in config.shots] or config.shots[:1]

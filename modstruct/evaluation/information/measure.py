@@ -74,8 +74,9 @@ def measure(embedded: EmbeddedSet, config: ProbeConfig) -> Result:
     drawn at random. Features: "image_features" and "text_features" where the set has them, else the shared embeddings;
     the words of the captions; for built-in scenes small renderings. Every process calls it; labels, folds and features
     are shared out. Values are those of `information_values`, named LABEL/…; the outcomes LABEL/text, … are the
-    information that the probes found in each row, H(Y) less loss. Raises ValueError for a set without captions, and for
-    a label that is missing, has values that are no classes, or fewer than two of them.
+    information that the probes found in each row, H(Y) less loss. Headlines are of the label that is the set's classes,
+    else of the first. Raises ValueError for a set without captions, and for a label that is missing, has values that
+    are no classes, or fewer than two of them.
     """
     require(len(embedded.pairs) > 0, "set", embedded.name, "has no captions: the gap is between captions and images")
     for array in sorted(embedded.arrays & {"image", "text", "image_features", "text_features"}):
@@ -110,6 +111,8 @@ def measure(embedded: EmbeddedSet, config: ProbeConfig) -> Result:
     notes = [*NOTES, UNKNOWN_NOTE if told is None else EXACT_NOTE] if split else [*NOTES]
     groups = {label: label for label in probes} | {f"{label}/exact": f"{label}, exact" for label in probes}
     sizes = {"image": embedded.rows_of("image"), "text": embedded.rows_of("text")}
+    main = next((label for label, own in probes.items() if _are_classes(embedded, own)), labels[0])
+    headlines = (f"{main}/{name}" for name in ("text", "image", "gap", "exact/gap"))
     return Result(
         metric="information",
         set=embedded.name,
@@ -117,7 +120,7 @@ def measure(embedded: EmbeddedSet, config: ProbeConfig) -> Result:
         title="Information",
         about=ABOUT,
         groups=groups | {f"{label}/bias": f"{label}, estimate less exact" for label in probes},
-        headlines=tuple(f"{labels[0]}/{name}" for name in ("text", "image", "gap")),
+        headlines=tuple(name for name in headlines if name in values),
         settings=asdict(config) | {"chosen": chosen, "notes": notes} | ({"told": told} if split else {}),
         rows=sizes | {f"used for {label}": len(own.labels) for label, own in probes.items()},
         fingerprint=embedded.source.get("fingerprint"),
@@ -136,6 +139,14 @@ def _probes(
     features, questions = _features(embedded, pairs, numbers[pairs[:, 0]], split, config)
     groups = embedded.image_row[pairs[:, 0]]  # copies of an image are no independent evidence
     return Probed(features, pairs[:, 0], groups, len(names), folds_of(groups, config)), questions
+
+
+def _are_classes(embedded: EmbeddedSet, of: Probed) -> bool:
+    """Whether a label tells the same rows apart as the set's classes do, which may have another name: `label`."""
+    if embedded.labels is None:
+        return False
+    classes, labels = embedded.labels[of.rows].tolist(), of.labels.tolist()
+    return len({*zip(classes, labels, strict=True)}) == len({*classes}) == len({*labels})
 
 
 def best_answers(

@@ -44,7 +44,8 @@ ABOUT = {
     "linear_separability": "Accuracy of a linear classifier that tells image from text embeddings of unseen pairs.",
     "geometry_inter": "Mean of (⟨image j, text k⟩ - ⟨image k, text j⟩)² over all pairs of pairs j, k.",
     "geometry_intra": "Mean of (⟨image j, image k⟩ - ⟨text j, text k⟩)² over all pairs of pairs j, k.",
-    "effective_rank": "Along how many directions embeddings spread: exp of the entropy of their singular values.",
+    "effective_rank": "Along how many directions embeddings spread around their mean: exp of the entropy of the "
+    "singular values of embeddings less mean; uncentred, of embeddings as they are, where a long mean makes it small.",
     "hubness": "Skewness of how often an item is among the 10 nearest of one of the other modality: 0 without hubs, "
     "several units where a few items are near to very many.",
     "bridge_best_t": "Where the augmented image lies between caption (t = 0) and image (t = 1): the nearest point's t.",

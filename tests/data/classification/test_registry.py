@@ -37,8 +37,9 @@ def test_a_name_is_read(text, expected):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("cifar", r"the set 'cifar': there is no set 'cifar'; the sets are caltech101, cifar10, .*, or a YAML file"),
-        ("mine/coco.tar", r"or a YAML file, or NAME=mine/coco\.tar for shards with captions"),
+        ("cifar", r"there is no set 'cifar' \(did you mean cifar10\?\); the sets are caltech101, .*, a YAML file"),
+        ("scenes_color", r"mean scenes_colour\?.*, NAME='SHARDS' for shards with captions, or eval for data.eval"),
+        ("mine/coco.tar", r"no set 'mine/coco.tar'; .*, a YAML file, NAME=mine/coco\.tar for shards with captions"),
         ("cifar10", r"give the folder that the files lie in: cifar10@FOLDER"),
         ("cifar10@", r"nothing is named behind the @"),
         ("cifar10:extra@x", r"the split 'extra' is none of train, validation, test"),

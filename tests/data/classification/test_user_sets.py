@@ -153,15 +153,27 @@ def test_shards_hold_labels_in_cls_or_in_metadata(tmp_path, config):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"colour": "green"}, r"1 have a label colour that is not among the classes red, blue \('green': .*sample 0\)"),
-        ({"color": "red"}, r"none of 1 samples of birds has a label 'colour' in its KEY.json \(its fields are color\)"),
+        (
+            {"colour": "green"},
+            r"^--sets NAME: of 1 .* 1 have a label colour that is not among the classes red, blue "
+            r"\('green': .*sample 0\): add it to `classes` of FILE, or make it null",
+        ),
+        (
+            {"color": "red"},
+            r"none of 1 samples of --sets NAME has a label 'colour' in its KEY.json \(its fields are color\): "
+            "correct `label` of FILE$",
+        ),
     ],
 )
 def test_labels_that_are_no_classes_are_refused_when_the_set_is_opened(tmp_path, config, fields, message):
     about = json.dumps(fields).encode()
     layouts.tar(tmp_path / "0.tar", [("0.png", layouts.image(0)), ("0.txt", b"a thing"), ("0.json", about)])
-    with pytest.raises(ValueError, match=message):
-        open_labelled(str(described(tmp_path, "images: 0.tar\nlabel: colour\nclasses: {red: red, blue: blue}")), config)
+    text = "label: colour\nclasses: {red: red, blue: blue}"
+    class_file = layouts.put(tmp_path / "colours.yaml", text + '\ntemplates: ["a {} thing"]')
+    own = described(tmp_path, f"images: 0.tar\n{text}")
+    for name, file, word in (("birds", own, str(own)), ("colours", class_file, f"{class_file}@{tmp_path / '0.tar'}")):
+        with pytest.raises(ValueError, match=message.replace("NAME", name).replace("FILE", str(file))):
+            open_labelled(word, config)
 
 
 def test_of_very_many_unknown_labels_some_are_named(tmp_path, config):

@@ -122,6 +122,13 @@ def test_the_budget_of_words_never_runs_out_on_one_object():
     assert costs + sum(captions.DETAIL_COST.values()) <= captions.WORD_BUDGET
 
 
+@pytest.mark.parametrize("label", ["shape", "colour", "count"])
+def test_what_both_always_tell_has_a_gap_of_zero_and_not_of_what_sums_round_off(label):
+    for split in ("train", "validation", "test"):
+        exact = exact_information(label, split)
+        assert (str(float(exact.gap)), str(float(exact.aligned_excess))) == ("0.0", "0.0")
+
+
 @pytest.mark.parametrize(("split", "told"), [("train", 1), ("validation", 1), ("test", 1), ("test", 0.3), ("test", 0)])
 @pytest.mark.parametrize("label", TARGETS)
 def test_the_values_keep_to_the_theorem_and_to_each_other(label, split, told):

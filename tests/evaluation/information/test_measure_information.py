@@ -89,8 +89,8 @@ def test_of_many_pairs_some_are_drawn(tmp_path):
     assert len(result.outcomes["colour/text"]) == 100
 
 
-def scenes_set(folder, told=None):
-    """told: by scene, what its record says."""
+def scenes_set(folder, told=None, **more):
+    """told: by scene, what its record says. more: of the set."""
     drawn = list(islice(scenes(3, "train"), 240))
     records = [
         scene.record() | {"split": "train"} | ({"told": told(n)} if told else {}) for n, (scene, _) in enumerate(drawn)
@@ -104,6 +104,7 @@ def scenes_set(folder, told=None):
         pairs=np.repeat(np.arange(240)[:, None], 2, 1),
         captions=[text for _, text in drawn],
         metadata=records,
+        **more,
     ).save(folder)
 
 
@@ -140,6 +141,19 @@ def test_scenes_come_with_exact_values(tmp_path):
     assert mood["text"].value > 1.8
     assert abs(mood["image"].value) < 0.1
     assert "main_colour/exact" not in result.grouped
+
+
+def test_headlines_are_of_the_label_that_is_the_sets_classes_with_the_exact_gap(tmp_path):
+    metadata = scenes_set(tmp_path / "plain").metadata
+    grounds = sorted({record["ground_colour"] for record in metadata}, reverse=True)
+    classes = {"labels": np.array([grounds.index(record["ground_colour"]) for record in metadata])}
+    embedded = scenes_set(tmp_path / "set", label_field="label", class_names=tuple(grounds), **classes)
+    result = measure(embedded, replace(QUICK, labels=["mood", "ground_colour", "main_colour"]))
+    assert result.headlines == tuple(f"ground_colour/{name}" for name in ("text", "image", "gap", "exact/gap"))
+    result = measure(embedded, replace(QUICK, labels=["main_colour", "mood"]))
+    assert result.headlines == ("main_colour/text", "main_colour/image", "main_colour/gap")
+    result = measure(toy_set(tmp_path / "toy"), replace(QUICK, labels=["mood", "colour"]))
+    assert result.headlines == ("colour/text", "colour/image", "colour/gap")
 
 
 def test_words_and_neighbours_are_counted_without_their_marks():

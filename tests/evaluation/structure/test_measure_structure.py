@@ -44,6 +44,7 @@ def test_metrics_are_those_of_the_arrays_the_set_has(tmp_path, more):
 def test_labels_tell_modality_and_kind():
     values = measure(a_set(OPTIONAL), CONFIG).values
     assert values["effective_rank_text_uncentred"].label == "effective rank, texts, uncentred"
+    assert "uncentred, of embeddings as they are" in values["effective_rank_text"].about
     assert values["uniformity_image_independent"].label == "uniformity, images, independent"
     assert (values["linear_separability"].unit, values["linear_separability"].chance) == ("share", 0.5)
 
