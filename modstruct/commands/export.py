@@ -52,9 +52,11 @@ def export_checkpoint(recipe: Recipe, checkpoint: str, form: str, out: str, resu
     from modstruct.models.two_tower import TwoTower
     from modstruct.reporting.loading import load_evaluation
     from modstruct.training.export import replaced, write_weights
-    from modstruct.training.export_formats import export_onnx, export_transformers
+    from modstruct.training.export_formats import export_onnx, export_transformers, require_onnx
     from modstruct.training.model_card import is_export, write_card
 
+    if form == "onnx":
+        require_onnx()
     folder = Path(out).expanduser()
     require_writable("--out", folder.parent)
     free = is_export(folder) or not (any(folder.iterdir()) if folder.is_dir() else folder.exists())

@@ -106,18 +106,24 @@ class _Tower(nn.Module):
         return F.normalize(tower["head"](tower["trunk"](rows)).float(), dim=-1)
 
 
+def require_onnx() -> None:
+    """Raises ValueError where a package is missing."""
+    try:
+        import onnx  # noqa: F401  # which torch.onnx needs
+        import onnxruntime  # noqa: F401
+    except ImportError as error:
+        refuse("--format", "onnx", f"pip install onnx onnxruntime, modstruct's extra `export` ({error})")
+
+
 def export_onnx(folder: Path, model: TwoTower, recipe: Recipe, tokenizer: Tokenizer) -> list[str]:
     """Write image.onnx, text.onnx, tokenizer.json for the `tokenizers` library, and modstruct_onnx.json.
 
     image.onnx: pixels (B, 3, H, W) uint8, as `modstruct.load`'s preprocess gives them -> (B, D) of unit norm;
     text.onnx: ids (B, L) int64. onnxruntime must give our embeddings to TOLERANCE, at several batch sizes. Returns what
-    is left out: independent heads. Raises ValueError where a package is missing.
+    is left out: independent heads.
     """
-    try:
-        import onnx  # noqa: F401  # which torch.onnx needs
-        import onnxruntime
-    except ImportError as error:
-        refuse("--format", "onnx", f"pip install -e '.[export]' installs what it needs ({error})")
+    import onnxruntime
+
     side = image_size(recipe)
     backend, _ = fast_tokenizer(tokenizer)
     inputs = {"image": torch.zeros((2, 3, side, side), dtype=torch.uint8), "text": tokenizer(TEXTS[:2])}

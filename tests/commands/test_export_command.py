@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 import modstruct
 from modstruct.cli import parse_recipe_text
 from modstruct.commands.export import export_checkpoint
+from modstruct.config import Recipe
 
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints" / "written_by_0.1.0"
 EVALUATION = Path(__file__).parent / "written_by_0.1.0" / "evaluation"
@@ -65,3 +67,9 @@ def test_a_fusion_model_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"--format = 'onnx': a fusion model has no such form; open_clip"):
         export_checkpoint(recipe, str(run), "onnx", str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_package_is_named_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # an import of it fails
+    with pytest.raises(ValueError, match="--format = 'onnx': pip install onnx onnxruntime"):
+        export_checkpoint(Recipe(), "no such run", "onnx", str(tmp_path / "out"))
