@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -156,6 +157,9 @@ def report(measured: Measured, options: argparse.Namespace, steps: int) -> None:
     )
     batch = f"{recipe.train.global_batch:,} pairs a step, {rows:,} a GPU; {steps:,} steps"
     print(f"{processes} x {options.gpu}: {batch}; {room:g} GiB of a GPU to use")
+    listed, asked = micro_batches(recipe.train.micro_batch, rows, options)
+    if (recipe.train.micro_batch or 0) > rows:
+        print(f"train.micro_batch {recipe.train.micro_batch}: a GPU has {rows:,} pairs, and embeds all at once")
     above = [str(micro) for micro in options.micro_batches or () if micro > rows]
     if above:
         print(f"--micro_batches {' '.join(above)}: left out, a GPU has {rows:,} pairs")
@@ -163,30 +167,37 @@ def report(measured: Measured, options: argparse.Namespace, steps: int) -> None:
         "\nGiB of a GPU by part | GB sent in a step | milliseconds of a step, by cause; the run\n"
         + "".join(f"{name:>{width}}" for name, width in COLUMNS.items())
     )
-    plans = [plan(measured, options, stage, rows, micro) for stage in STAGES for micro in micro_batches(rows, options)]
+    plans = [plan(measured, options, stage, rows, micro) for stage in STAGES for micro in listed]
     fits = [one for one in plans if one.gib <= room]
     best = {one.stage: one for one in sorted(fits, key=lambda one: (-one.step, one.micro))}
     for one in sorted(best.values(), key=lambda one: one.stage) if options.best else plans:
         print(row(one, measured, steps, options, one.gib <= room))
-    for stage in STAGES:
-        if stage not in best:
-            print(f"stage {stage}: no micro-batch fits")
+    none = [str(stage) for stage in STAGES if stage not in best]
+    if none:
+        print(f"none of these micro-batches fits at stage {', '.join(none)}")
     print()
     if fits:
         fastest = min(fits, key=lambda one: one.step)
         print(f"fastest that fits: {setting(fastest, rows)}, limited by {fastest.limit}")
-    whole = [one for one in plans if one.micro == rows and one.gib > room]
-    if whole:
-        names, other = ", ".join(str(one.stage) for one in whole), nearest(measured, options, fits, rows, room)
-        print(f"train.micro_batch: null does not fit at stage {names}; the nearest that does: {other}")
+    large = [str(one.stage) for one in plans if one.micro == asked and one.gib > room]
+    if large:
+        other = nearest(measured, options, listed, asked, room)
+        value = "null" if asked == rows else asked
+        said = f"train.micro_batch: {value} does not fit at stage {', '.join(large)}"
+        print(f"{said}; the nearest that does: {other}")
     print(of_a_host(measured, options, rows, steps, min(fits, key=lambda one: one.step) if fits else None))
 
 
-def micro_batches(rows: int, options: argparse.Namespace) -> list[int]:
-    """All of a process's pairs, and halves of it, and halves of these."""
-    if options.micro_batches:
-        return [micro for micro in options.micro_batches if micro <= rows] or [rows]
-    return [max(1, rows >> shift) for shift in range(min(6, rows.bit_length()))]
+def halvings(rows: int) -> list[int]:
+    return [rows >> shift for shift in range(rows.bit_length())]
+
+
+def micro_batches(given: int | None, rows: int, options: argparse.Namespace) -> tuple[list[int], int]:
+    """Those of the table, largest first, and among them the one that the run takes: train.micro_batch where it is
+    given, else the largest. More than a process's pairs are all of them, as in training."""
+    listed = [micro for micro in options.micro_batches or halvings(rows)[:6] if micro <= rows]
+    asked = min(given or max(listed, default=rows), rows)
+    return sorted({*listed, asked}, reverse=True), asked
 
 
 def setting(one: Plan, rows: int) -> str:
@@ -194,22 +205,46 @@ def setting(one: Plan, rows: int) -> str:
     return f"stage {one.stage}, train.micro_batch {micro} ({one.gib:.1f} GiB)"
 
 
-def nearest(measured: Measured, options: argparse.Namespace, fits: list[Plan], rows: int, room: float) -> str:
-    """The setting that fits and changes least: a smaller micro-batch or a higher stage, else recomputed activations,
-    else more GPUs."""
+def nearest(measured: Measured, options: argparse.Namespace, listed: list[int], asked: int, room: float) -> str:
+    """The setting that fits and changes least: a smaller micro-batch or a higher stage, else recomputed activations;
+    else what fills the memory, and the largest halving of the batch that fits."""
+
+    def plans(rows: int) -> list[Plan]:
+        micros = {*halvings(rows), *(micro for micro in listed if micro <= rows)}
+        by_distance = sorted(micros, key=lambda micro: (micro > asked, abs(micro - asked)))
+        return [plan(measured, options, stage, rows, micro) for micro in by_distance for stage in STAGES]
+
+    def first_that_fits(rows: int) -> str | None:
+        fits = (one for one in plans(rows) if one.gib <= room)
+        return next((words + setting(one, rows) for one in fits), None)
+
+    rows, words = measured.recipe.train.global_batch // measured.processes, ""
+    found = first_that_fits(rows)
+    if found is None and (other := recomputed(measured)):
+        measured, words = other, "train.activation_checkpointing true, "
+        found = first_that_fits(rows)
+    if found is not None:
+        return found
+    least = min(plans(rows), key=lambda one: one.gib)
+    part = max(least.parts, key=lambda name: least.parts[name])
+    takes = f"{words}{setting(least, rows)} takes least, {least.parts[part] / GIB / least.gib:.0%} of it {part}"
+    remedy = f"none on so many GPUs, where {takes}: give --gpus more or a smaller model"
+    for fewer in halvings(rows)[1:]:
+        if found := first_that_fits(fewer):
+            return f"{remedy}, or train.global_batch {fewer * measured.processes} ({found})"
+    return remedy
+
+
+def recomputed(measured: Measured) -> Measured | None:
+    """With train.activation_checkpointing; None where it is on already, or a tower cannot."""
     from planning import Measured
 
-    if fits:
-        return setting(max(fits, key=lambda one: (one.micro, -one.stage)), rows)
-    recipe = measured.recipe
-    if not recipe.train.activation_checkpointing:
-        train = replace(recipe.train, activation_checkpointing=True)
-        other = Measured(replace(recipe, train=train), measured.processes)
-        for micro in micro_batches(rows, options):
-            one = plan(other, options, 3, rows, micro)
-            if one.gib <= room:
-                return f"train.activation_checkpointing true, {setting(one, rows)}"
-    return "none on so many GPUs: give --gpus more, or a smaller model"
+    train = measured.recipe.train
+    if not train.activation_checkpointing:
+        with suppress(ValueError):
+            train = replace(train, activation_checkpointing=True)
+            return Measured(replace(measured.recipe, train=train), measured.processes)
+    return None
 
 
 def row(one: Plan, measured: Measured, steps: int, options: argparse.Namespace, fits: bool) -> str:
@@ -262,7 +297,7 @@ def options_parser() -> argparse.ArgumentParser:
     add("--gpus", type=int, required=True, help="processes, one a GPU")
     add("--gpu", choices=sorted(GPUS), default="h100", help="rates and memory (default: %(default)s)")
     add("--samples", type=int, help="pairs of the training source, for train.epochs and the memory of the index")
-    add("--micro_batches", type=int, nargs="+", help="default: all of a GPU's pairs, and five halvings")
+    add("--micro_batches", type=int, nargs="+", help="default: all of a GPU's pairs, five halvings, train.micro_batch")
     add("--best", action="store_true", help="print the fastest of each stage that fits")
     add("--gpus_per_host", type=int, default=8, help="default: %(default)s")
     add("--memory_gib", type=float, help="of a GPU (default: the GPU's)")

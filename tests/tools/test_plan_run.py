@@ -243,14 +243,44 @@ def test_the_plan_names_what_does_not_fit_and_what_does(capsys):
     plan_run.main([*words, "--memory_gib", "0.1"])
     said = capsys.readouterr().out
     assert (
-        "train.micro_batch: null does not fit at stage 0, 1, 2, 3; the nearest that does: stage 0, train.micro_batch 4"
+        "train.micro_batch: null does not fit at stage 0, 1, 2, 3; the nearest that does: stage 0, train.micro_batch 32"
         in said
     )
     assert "--micro_batches 65: left out, a GPU has 64 pairs" in said
     rows = [line.split() for line in said.splitlines() if line.startswith("    ")]
     assert [(row[0], row[1], row[-1] == "fit") for row in rows if row[0] in "0123"] == [
-        (stage, micro, micro == "64") for stage in "0123" for micro in ("4", "64")
+        (stage, micro, micro == "64") for stage in "0123" for micro in ("64", "4")
     ]
+
+
+SMALL = ["--recipe", "scenes", "--gpus", "2", "--reserve_gib", "0", "--best"]
+FOUND = "does not fit at stage 0, 1, 2, 3; the nearest that does: stage 0, train.micro_batch"
+FEWER = (
+    "embeddings: give --gpus more or a smaller model, or train.global_batch 2048 (train.activation_checkpointing true"
+)
+NEAREST = {
+    "asked for beside the halvings": (128, 0.1, "--train.micro_batch 48", f"train.micro_batch: 48 {FOUND} 32 ("),
+    "more than a GPU has": (128, 0.1, "--train.micro_batch 99", "99: a GPU has 64 pairs, and embeds all at once"),
+    "does not divide": (128, 0.1, "--micro_batches 50", f"train.micro_batch: 50 {FOUND} 32 ("),
+    "smaller than those of the table": (4096, 0.15, "", f"train.micro_batch: null {FOUND} 16 ("),
+    "a smaller batch": (4096, 0.1, "", FEWER),
+    "none": (4, 0.001, "", "moments: give --gpus more or a smaller model\n"),
+}
+
+
+@pytest.mark.parametrize(("batch", "memory", "words", "said"), NEAREST.values(), ids=NEAREST)
+def test_what_is_asked_for_is_planned_and_the_nearest_that_fits_named(capsys, batch, memory, words, said):
+    plan_run.main([*SMALL, *words.split(), "--train.global_batch", str(batch), "--memory_gib", str(memory)])
+    assert said in capsys.readouterr().out
+
+
+def test_a_model_that_cannot_recompute_is_planned_all_the_same(capsys, monkeypatch):
+    def refused(model):
+        raise ValueError("train.activation_checkpointing = True: the tower has no such switch")
+
+    monkeypatch.setattr(planning, "recompute_activations", refused)
+    plan_run.main([*SMALL, "--train.global_batch", "4", "--memory_gib", "0.001"])
+    assert "none on so many GPUs, where stage 0, train.micro_batch 1 (" in capsys.readouterr().out
 
 
 WRONG = [

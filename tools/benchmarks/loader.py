@@ -347,7 +347,9 @@ def processor_seconds(process: int) -> float:
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
-def row(name: str, count: int, seconds: list[tuple[float, float]], of_all: dict[str, list[tuple[float, float]]]) -> dict:
+def row(
+    name: str, count: int, seconds: list[tuple[float, float]], of_all: dict[str, list[tuple[float, float]]]
+) -> dict:
     result = {"name": name, "samples": count}
     for place, kind in enumerate(("processor", "wall")):
         result[f"samples_per_{kind}_second"] = count / statistics.median(s[place] for s in seconds)
