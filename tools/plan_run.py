@@ -11,15 +11,16 @@ recipe are set as in training. docs/planning.md says what is assumed.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from jsonargparse import Namespace
+
 from modstruct import stopping
-from modstruct.cli import parse, recipe_parser, run_tool
+from modstruct.cli import ConfigParser, parse, recipe_parser, run_tool
 from modstruct.errors import refuse, require
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ STAGES = (0, 1, 2, 3)
 USAGE = (
     "python tools/plan_run.py --recipe NAME --gpus N [--gpu KIND] [--samples N] [--FIELD VALUE ...]; --help lists all"
 )
-MAY_BE_0 = ("reserve_gib", "decode_ms", "process_gib", "worker_gib", "price")
+MAY_BE_0 = ("local_rank", "reserve_gib", "decode_ms", "process_gib", "worker_gib", "price")
 FRACTIONS = ("mfu", "link_efficiency")
 
 
@@ -79,7 +80,7 @@ class Plan:
         return max(self.seconds, key=lambda name: self.seconds[name])
 
 
-def plan(measured: Measured, options: argparse.Namespace, stage: int, rows: int, micro: int) -> Plan:
+def plan(measured: Measured, options: Namespace, stage: int, rows: int, micro: int) -> Plan:
     """What a step of one setting takes."""
     from planning import memory, on_links, sent
 
@@ -144,7 +145,7 @@ COLUMNS = {
 """Their names and widths."""
 
 
-def report(measured: Measured, options: argparse.Namespace, steps: int) -> None:
+def report(measured: Measured, options: Namespace, steps: int) -> None:
     """Print the plan of a recipe."""
     recipe, processes = measured.recipe, measured.processes
     rows = recipe.train.global_batch // processes
@@ -192,7 +193,7 @@ def halvings(rows: int) -> list[int]:
     return [rows >> shift for shift in range(rows.bit_length())]
 
 
-def micro_batches(given: int | None, rows: int, options: argparse.Namespace) -> tuple[list[int], int]:
+def micro_batches(given: int | None, rows: int, options: Namespace) -> tuple[list[int], int]:
     """Those of the table, largest first, and among them the one that the run takes: train.micro_batch where it is
     given, else the largest. More than a process's pairs are all of them, as in training."""
     listed = [micro for micro in options.micro_batches or halvings(rows)[:6] if micro <= rows]
@@ -205,7 +206,7 @@ def setting(one: Plan, rows: int) -> str:
     return f"stage {one.stage}, train.micro_batch {micro} ({one.gib:.1f} GiB)"
 
 
-def nearest(measured: Measured, options: argparse.Namespace, listed: list[int], asked: int, room: float) -> str:
+def nearest(measured: Measured, options: Namespace, listed: list[int], asked: int, room: float) -> str:
     """The setting that fits and changes least: a smaller micro-batch or a higher stage, else recomputed activations;
     else what fills the memory, and the largest halving of the batch that fits."""
 
@@ -247,7 +248,7 @@ def recomputed(measured: Measured) -> Measured | None:
     return None
 
 
-def row(one: Plan, measured: Measured, steps: int, options: argparse.Namespace, fits: bool) -> str:
+def row(one: Plan, measured: Measured, steps: int, options: Namespace, fits: bool) -> str:
     hours = one.step * steps / 3600
     milliseconds = [
         1e3 * seconds for seconds in (one.seconds["compute"], one.seconds["links"], one.seconds["loader"], one.step)
@@ -261,7 +262,7 @@ def row(one: Plan, measured: Measured, steps: int, options: argparse.Namespace, 
     return line if fits else line + "  does not fit"
 
 
-def of_a_host(measured: Measured, options: argparse.Namespace, rows: int, steps: int, one: Plan | None) -> str:
+def of_a_host(measured: Measured, options: Namespace, rows: int, steps: int, one: Plan | None) -> str:
     """Checkpoint, host memory and loader."""
     recipe, processes = measured.recipe, measured.processes
     saved = 12 * measured.trained + 4 * (measured.elements - measured.trained)
@@ -289,10 +290,8 @@ def of_a_host(measured: Measured, options: argparse.Namespace, rows: int, steps:
     return "\n".join(lines)
 
 
-def options_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, usage=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def options_parser() -> ConfigParser:
+    parser = recipe_parser(__doc__ or "", USAGE)
     add = parser.add_argument
     add("--gpus", type=int, required=True, help="processes, one a GPU")
     add("--gpu", choices=sorted(GPUS), default="h100", help="rates and memory (default: %(default)s)")
@@ -312,27 +311,28 @@ def options_parser() -> argparse.ArgumentParser:
     add("--process_gib", type=float, default=4, help="host memory of a process (default: %(default)s)")
     add("--worker_gib", type=float, default=0.7, help="host memory of a loader worker (default: %(default)s)")
     add("--price", type=float, default=3, help="of a GPU and hour (default: %(default)s)")
+    add("--ds_config", help="refused: all ZeRO stages are planned")
     return parser
 
 
-def check(options: argparse.Namespace) -> None:
+def check(options: Namespace) -> None:
     """Raises ValueError that names an option whose number is none of its kind."""
     for name, value in vars(options).items():
         numbers = value if isinstance(value, list) else [value]
         for number in numbers:
-            if number is None or isinstance(number, (str, bool)):
-                continue
+            if isinstance(number, bool) or not isinstance(number, (int, float)):
+                continue  # sections of the recipe, too
             require(number > 0 or (number == 0 and name in MAY_BE_0), f"--{name}", number, "must be above 0")
             require(number <= 1 or name not in FRACTIONS, f"--{name}", number, "is a fraction: at most 1")
+    require(options.ds_config is None, "--ds_config", options.ds_config, "leave it out: all ZeRO stages are planned")
     memory = options.memory_gib or GPUS[options.gpu].memory
     remedy = f"leaves nothing of {memory:g} GiB (--memory_gib): give less"
     require(options.reserve_gib < memory, "--reserve_gib", options.reserve_gib, remedy)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options, words = options_parser().parse_known_args(arguments)
+    recipe, options = parse(options_parser(), arguments)
     check(options)
-    recipe, _ = parse(recipe_parser(__doc__ or "", USAGE), words)
     train, gpus = recipe.train, options.gpus
     times, over = divmod(train.global_batch, gpus)
     near = " or ".join(str(n * gpus) for n in (times, times + 1) if n)

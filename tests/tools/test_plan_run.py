@@ -290,6 +290,7 @@ WRONG = [
     (["--gpus", "2", "--micro_batches", "4", "0"], "--micro_batches = 0: must be above 0"),
     (["--gpus", "2", "--mfu", "40"], "--mfu = 40.0: is a fraction"),
     (["--gpus", "2", "--memory_gib", "5"], "--reserve_gib = 6: leaves nothing of 5 GiB"),
+    (["--gpus", "2", "--ds_config", "zero2.json"], "--ds_config = 'zero2.json': leave it out: all ZeRO stages"),
 ]
 
 
@@ -297,3 +298,16 @@ WRONG = [
 def test_wrong_numbers_are_refused_by_name(words, said):
     with pytest.raises(ValueError, match=re.escape(said)):
         plan_run.main(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--gpus 2 --mfuu 0.1", "mfuu: no such field (did you mean mfu?"),
+        ("--gpus 2 --samples 3M", "samples = 3M: give a whole number"),
+    ],
+)
+def test_a_misspelt_option_has_a_remedy(capsys, words, said):
+    with pytest.raises(SystemExit):
+        plan_run.main(words.split())
+    assert said in capsys.readouterr().err
