@@ -32,6 +32,9 @@ USAGE = (
     "python tools/plan_run.py --recipe NAME --gpus N [--gpu KIND] [--samples N] [--FIELD VALUE ...]; --help lists all"
 )
 MAY_BE_0 = ("local_rank", "reserve_gib", "decode_ms", "process_gib", "worker_gib", "price")
+ONE_AFTER_ANOTHER = ("compute", "optimizer", "links")
+REACHED = "one H100 reached 0.1 of it with an RN50, 0.16 to 0.19 with a ViT-B (docs/planning.md)"
+FASTER_LOADER = "measure --decode_ms; more --cores, smaller images and views.on device help"
 FRACTIONS = ("mfu", "link_efficiency")
 
 
@@ -72,12 +75,13 @@ class Plan:
     @property
     def step(self) -> float:
         """Seconds. Computing, the optimizer and what nothing overlaps come after one another; reading runs beside."""
-        one_after_another = ("compute", "optimizer", "links")
-        return max(self.seconds["loader"], sum(self.seconds[name] for name in one_after_another))
+        return max(self.seconds["loader"], sum(self.seconds[name] for name in ONE_AFTER_ANOTHER))
 
     @property
     def limit(self) -> str:
-        return max(self.seconds, key=lambda name: self.seconds[name])
+        if self.step == self.seconds["loader"]:
+            return f"loader: {FASTER_LOADER}"
+        return max(ONE_AFTER_ANOTHER, key=lambda name: self.seconds[name])
 
 
 def plan(measured: Measured, options: Namespace, stage: int, rows: int, micro: int) -> Plan:
@@ -127,11 +131,11 @@ COLUMNS = {
     "moments": 8,
     "master": 7,
     "buckets": 8,
-    "activ.": 8,
+    "activ.": 9,
     "embed.": 7,
     "losses": 7,
     "EMA, q": 7,
-    "all": 7,
+    "all": 8,
     "GB/GPU": 9,
     "GB/host": 8,
     "compute": 9,
@@ -139,7 +143,7 @@ COLUMNS = {
     "loader": 7,
     "step": 7,
     "pairs/s": 9,
-    "days": 8,
+    "takes": 9,
     "cost": 10,
 }
 """Their names and widths."""
@@ -158,6 +162,7 @@ def report(measured: Measured, options: Namespace, steps: int) -> None:
     )
     batch = f"{recipe.train.global_batch:,} pairs a step, {rows:,} a GPU; {steps:,} steps"
     print(f"{processes} x {options.gpu}: {batch}; {room:g} GiB of a GPU to use")
+    print(f"compute at --mfu {options.mfu:g} of the peak; {REACHED}")
     listed, asked = micro_batches(recipe.train.micro_batch, rows, options)
     if (recipe.train.micro_batch or 0) > rows:
         print(f"train.micro_batch {recipe.train.micro_batch}: a GPU has {rows:,} pairs, and embeds all at once")
@@ -257,9 +262,15 @@ def row(one: Plan, measured: Measured, steps: int, options: Namespace, fits: boo
     cells += [f"{one.gpu_gb:.2f}", f"{one.host_gb:.2f}"]
     if fits:
         cells += [f"{value:,.0f}" for value in (*milliseconds, measured.recipe.train.global_batch / one.step)]
-        cells += [f"{hours / 24:.2f}", f"{hours * measured.processes * options.price:,.0f}"]
+        cells += [duration(hours), f"{hours * measured.processes * options.price:,.0f}"]
     line = "".join(f"{cell:>{width}}" for cell, width in zip(cells, COLUMNS.values(), strict=False))
     return line if fits else line + "  does not fit"
+
+
+def duration(hours: float) -> str:
+    if hours < 1:
+        return f"{60 * hours:.0f} min"
+    return f"{hours:.1f} h" if hours < 24 else f"{hours / 24:.2f} d"
 
 
 def of_a_host(measured: Measured, options: Namespace, rows: int, steps: int, one: Plan | None) -> str:
@@ -340,10 +351,16 @@ def main(arguments: list[str] | None = None) -> None:
     if train.steps is None and options.samples is None:
         refuse("--samples", None, f"give the pairs of data.train, of which the run sees train.epochs = {train.epochs}")
 
+    from counting import as_one_of
     from planning import Measured
 
+    from modstruct.losses.objective import build_objective
+    from modstruct.training.pretrain import check_batch
     from modstruct.training.trainer import run_length
 
+    if options.samples is not None:
+        with as_one_of(gpus):
+            check_batch(recipe, build_objective(recipe.losses), [options.samples])
     measured = Measured(recipe, options.gpus)
     report(measured, options, run_length(recipe, options.samples or 0))
 

@@ -283,7 +283,27 @@ def test_a_model_that_cannot_recompute_is_planned_all_the_same(capsys, monkeypat
     assert "none on so many GPUs, where stage 0, train.micro_batch 1 (" in capsys.readouterr().out
 
 
+def test_the_plan_says_hours_the_speed_it_assumes_and_what_helps_a_slow_loader(capsys):
+    plan_run.main([*SMALL, "--train.steps", "1000000", "--mfu", "0.2"])
+    said = capsys.readouterr().out
+    assert "compute at --mfu 0.2 of the peak; one H100 reached 0.1 of it with an RN50" in said
+    assert "limited by loader: measure --decode_ms; more --cores, smaller images and views.on device help" in said
+    assert said.count("5.9 h") == 4
+
+
+def test_a_loader_that_computing_and_links_together_outlast_is_not_the_limit():
+    seconds = {"compute": 2.0, "optimizer": 1.0, "links": 1.5, "loader": 3.0}
+    one = plan_run.Plan(0, 1, {}, 0, 0, seconds)
+    assert (one.step, one.limit) == (4.5, "compute")
+
+
+@pytest.mark.parametrize(("hours", "said"), [(0.5, "30 min"), (23.5, "23.5 h"), (36, "1.50 d")])
+def test_a_duration_has_the_unit_that_suits_it(hours, said):
+    assert plan_run.duration(hours) == said
+
+
 WRONG = [
+    (["--gpus", "2", "--samples", "100"], "train.global_batch = 128: data.train has so few samples"),
     (["--recipe", "clip_rn50_cc3m", "--gpus", "2"], "--samples = None: give the pairs of data.train"),
     (["--gpus", "3"], "train.global_batch = 128: must be a multiple of --gpus = 3: 126 or 129"),
     (["--gpus", "0"], "--gpus = 0: must be above 0"),
