@@ -11,14 +11,16 @@ recipe are set as in training. docs/planning.md says what is assumed.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from jsonargparse import Namespace
+
 from modstruct import stopping
-from modstruct.cli import parse, recipe_parser, run_tool
+from modstruct.cli import ConfigParser, parse, recipe_parser, run_tool
 from modstruct.errors import refuse, require
 
 if TYPE_CHECKING:
@@ -29,7 +31,10 @@ STAGES = (0, 1, 2, 3)
 USAGE = (
     "python tools/plan_run.py --recipe NAME --gpus N [--gpu KIND] [--samples N] [--FIELD VALUE ...]; --help lists all"
 )
-MAY_BE_0 = ("reserve_gib", "decode_ms", "process_gib", "worker_gib", "price")
+MAY_BE_0 = ("local_rank", "reserve_gib", "decode_ms", "process_gib", "worker_gib", "price")
+ONE_AFTER_ANOTHER = ("compute", "optimizer", "links")
+REACHED = "one H100 reached 0.1 of it with an RN50, 0.16 to 0.19 with a ViT-B (docs/planning.md)"
+FASTER_LOADER = "measure --decode_ms; more --cores, smaller images and views.on device help"
 FRACTIONS = ("mfu", "link_efficiency")
 
 
@@ -70,15 +75,16 @@ class Plan:
     @property
     def step(self) -> float:
         """Seconds. Computing, the optimizer and what nothing overlaps come after one another; reading runs beside."""
-        one_after_another = ("compute", "optimizer", "links")
-        return max(self.seconds["loader"], sum(self.seconds[name] for name in one_after_another))
+        return max(self.seconds["loader"], sum(self.seconds[name] for name in ONE_AFTER_ANOTHER))
 
     @property
     def limit(self) -> str:
-        return max(self.seconds, key=lambda name: self.seconds[name])
+        if self.step == self.seconds["loader"]:
+            return f"loader: {FASTER_LOADER}"
+        return max(ONE_AFTER_ANOTHER, key=lambda name: self.seconds[name])
 
 
-def plan(measured: Measured, options: argparse.Namespace, stage: int, rows: int, micro: int) -> Plan:
+def plan(measured: Measured, options: Namespace, stage: int, rows: int, micro: int) -> Plan:
     """What a step of one setting takes."""
     from planning import memory, on_links, sent
 
@@ -125,11 +131,11 @@ COLUMNS = {
     "moments": 8,
     "master": 7,
     "buckets": 8,
-    "activ.": 8,
+    "activ.": 9,
     "embed.": 7,
     "losses": 7,
     "EMA, q": 7,
-    "all": 7,
+    "all": 8,
     "GB/GPU": 9,
     "GB/host": 8,
     "compute": 9,
@@ -137,13 +143,13 @@ COLUMNS = {
     "loader": 7,
     "step": 7,
     "pairs/s": 9,
-    "days": 8,
+    "takes": 9,
     "cost": 10,
 }
 """Their names and widths."""
 
 
-def report(measured: Measured, options: argparse.Namespace, steps: int) -> None:
+def report(measured: Measured, options: Namespace, steps: int) -> None:
     """Print the plan of a recipe."""
     recipe, processes = measured.recipe, measured.processes
     rows = recipe.train.global_batch // processes
@@ -156,6 +162,10 @@ def report(measured: Measured, options: argparse.Namespace, steps: int) -> None:
     )
     batch = f"{recipe.train.global_batch:,} pairs a step, {rows:,} a GPU; {steps:,} steps"
     print(f"{processes} x {options.gpu}: {batch}; {room:g} GiB of a GPU to use")
+    print(f"compute at --mfu {options.mfu:g} of the peak; {REACHED}")
+    listed, asked = micro_batches(recipe.train.micro_batch, rows, options)
+    if (recipe.train.micro_batch or 0) > rows:
+        print(f"train.micro_batch {recipe.train.micro_batch}: a GPU has {rows:,} pairs, and embeds all at once")
     above = [str(micro) for micro in options.micro_batches or () if micro > rows]
     if above:
         print(f"--micro_batches {' '.join(above)}: left out, a GPU has {rows:,} pairs")
@@ -163,30 +173,37 @@ def report(measured: Measured, options: argparse.Namespace, steps: int) -> None:
         "\nGiB of a GPU by part | GB sent in a step | milliseconds of a step, by cause; the run\n"
         + "".join(f"{name:>{width}}" for name, width in COLUMNS.items())
     )
-    plans = [plan(measured, options, stage, rows, micro) for stage in STAGES for micro in micro_batches(rows, options)]
+    plans = [plan(measured, options, stage, rows, micro) for stage in STAGES for micro in listed]
     fits = [one for one in plans if one.gib <= room]
     best = {one.stage: one for one in sorted(fits, key=lambda one: (-one.step, one.micro))}
     for one in sorted(best.values(), key=lambda one: one.stage) if options.best else plans:
         print(row(one, measured, steps, options, one.gib <= room))
-    for stage in STAGES:
-        if stage not in best:
-            print(f"stage {stage}: no micro-batch fits")
+    none = [str(stage) for stage in STAGES if stage not in best]
+    if none:
+        print(f"none of these micro-batches fits at stage {', '.join(none)}")
     print()
     if fits:
         fastest = min(fits, key=lambda one: one.step)
         print(f"fastest that fits: {setting(fastest, rows)}, limited by {fastest.limit}")
-    whole = [one for one in plans if one.micro == rows and one.gib > room]
-    if whole:
-        names, other = ", ".join(str(one.stage) for one in whole), nearest(measured, options, fits, rows, room)
-        print(f"train.micro_batch: null does not fit at stage {names}; the nearest that does: {other}")
+    large = [str(one.stage) for one in plans if one.micro == asked and one.gib > room]
+    if large:
+        other = nearest(measured, options, listed, asked, room)
+        value = "null" if asked == rows else asked
+        said = f"train.micro_batch: {value} does not fit at stage {', '.join(large)}"
+        print(f"{said}; the nearest that does: {other}")
     print(of_a_host(measured, options, rows, steps, min(fits, key=lambda one: one.step) if fits else None))
 
 
-def micro_batches(rows: int, options: argparse.Namespace) -> list[int]:
-    """All of a process's pairs, and halves of it, and halves of these."""
-    if options.micro_batches:
-        return [micro for micro in options.micro_batches if micro <= rows] or [rows]
-    return [max(1, rows >> shift) for shift in range(min(6, rows.bit_length()))]
+def halvings(rows: int) -> list[int]:
+    return [rows >> shift for shift in range(rows.bit_length())]
+
+
+def micro_batches(given: int | None, rows: int, options: Namespace) -> tuple[list[int], int]:
+    """Those of the table, largest first, and among them the one that the run takes: train.micro_batch where it is
+    given, else the largest. More than a process's pairs are all of them, as in training."""
+    listed = [micro for micro in options.micro_batches or halvings(rows)[:6] if micro <= rows]
+    asked = min(given or max(listed, default=rows), rows)
+    return sorted({*listed, asked}, reverse=True), asked
 
 
 def setting(one: Plan, rows: int) -> str:
@@ -194,25 +211,49 @@ def setting(one: Plan, rows: int) -> str:
     return f"stage {one.stage}, train.micro_batch {micro} ({one.gib:.1f} GiB)"
 
 
-def nearest(measured: Measured, options: argparse.Namespace, fits: list[Plan], rows: int, room: float) -> str:
-    """The setting that fits and changes least: a smaller micro-batch or a higher stage, else recomputed activations,
-    else more GPUs."""
+def nearest(measured: Measured, options: Namespace, listed: list[int], asked: int, room: float) -> str:
+    """The setting that fits and changes least: a smaller micro-batch or a higher stage, else recomputed activations;
+    else what fills the memory, and the largest halving of the batch that fits."""
+
+    def plans(rows: int) -> list[Plan]:
+        micros = {*halvings(rows), *(micro for micro in listed if micro <= rows)}
+        by_distance = sorted(micros, key=lambda micro: (micro > asked, abs(micro - asked)))
+        return [plan(measured, options, stage, rows, micro) for micro in by_distance for stage in STAGES]
+
+    def first_that_fits(rows: int) -> str | None:
+        fits = (one for one in plans(rows) if one.gib <= room)
+        return next((words + setting(one, rows) for one in fits), None)
+
+    rows, words = measured.recipe.train.global_batch // measured.processes, ""
+    found = first_that_fits(rows)
+    if found is None and (other := recomputed(measured)):
+        measured, words = other, "train.activation_checkpointing true, "
+        found = first_that_fits(rows)
+    if found is not None:
+        return found
+    least = min(plans(rows), key=lambda one: one.gib)
+    part = max(least.parts, key=lambda name: least.parts[name])
+    takes = f"{words}{setting(least, rows)} takes least, {least.parts[part] / GIB / least.gib:.0%} of it {part}"
+    remedy = f"none on so many GPUs, where {takes}: give --gpus more or a smaller model"
+    for fewer in halvings(rows)[1:]:
+        if found := first_that_fits(fewer):
+            return f"{remedy}, or train.global_batch {fewer * measured.processes} ({found})"
+    return remedy
+
+
+def recomputed(measured: Measured) -> Measured | None:
+    """With train.activation_checkpointing; None where it is on already, or a tower cannot."""
     from planning import Measured
 
-    if fits:
-        return setting(max(fits, key=lambda one: (one.micro, -one.stage)), rows)
-    recipe = measured.recipe
-    if not recipe.train.activation_checkpointing:
-        train = replace(recipe.train, activation_checkpointing=True)
-        other = Measured(replace(recipe, train=train), measured.processes)
-        for micro in micro_batches(rows, options):
-            one = plan(other, options, 3, rows, micro)
-            if one.gib <= room:
-                return f"train.activation_checkpointing true, {setting(one, rows)}"
-    return "none on so many GPUs: give --gpus more, or a smaller model"
+    train = measured.recipe.train
+    if not train.activation_checkpointing:
+        with suppress(ValueError):
+            train = replace(train, activation_checkpointing=True)
+            return Measured(replace(measured.recipe, train=train), measured.processes)
+    return None
 
 
-def row(one: Plan, measured: Measured, steps: int, options: argparse.Namespace, fits: bool) -> str:
+def row(one: Plan, measured: Measured, steps: int, options: Namespace, fits: bool) -> str:
     hours = one.step * steps / 3600
     milliseconds = [
         1e3 * seconds for seconds in (one.seconds["compute"], one.seconds["links"], one.seconds["loader"], one.step)
@@ -221,12 +262,18 @@ def row(one: Plan, measured: Measured, steps: int, options: argparse.Namespace, 
     cells += [f"{one.gpu_gb:.2f}", f"{one.host_gb:.2f}"]
     if fits:
         cells += [f"{value:,.0f}" for value in (*milliseconds, measured.recipe.train.global_batch / one.step)]
-        cells += [f"{hours / 24:.2f}", f"{hours * measured.processes * options.price:,.0f}"]
+        cells += [duration(hours), f"{hours * measured.processes * options.price:,.0f}"]
     line = "".join(f"{cell:>{width}}" for cell, width in zip(cells, COLUMNS.values(), strict=False))
     return line if fits else line + "  does not fit"
 
 
-def of_a_host(measured: Measured, options: argparse.Namespace, rows: int, steps: int, one: Plan | None) -> str:
+def duration(hours: float) -> str:
+    if hours < 1:
+        return f"{60 * hours:.0f} min"
+    return f"{hours:.1f} h" if hours < 24 else f"{hours / 24:.2f} d"
+
+
+def of_a_host(measured: Measured, options: Namespace, rows: int, steps: int, one: Plan | None) -> str:
     """Checkpoint, host memory and loader."""
     recipe, processes = measured.recipe, measured.processes
     saved = 12 * measured.trained + 4 * (measured.elements - measured.trained)
@@ -254,15 +301,13 @@ def of_a_host(measured: Measured, options: argparse.Namespace, rows: int, steps:
     return "\n".join(lines)
 
 
-def options_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, usage=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def options_parser() -> ConfigParser:
+    parser = recipe_parser(__doc__ or "", USAGE)
     add = parser.add_argument
     add("--gpus", type=int, required=True, help="processes, one a GPU")
     add("--gpu", choices=sorted(GPUS), default="h100", help="rates and memory (default: %(default)s)")
     add("--samples", type=int, help="pairs of the training source, for train.epochs and the memory of the index")
-    add("--micro_batches", type=int, nargs="+", help="default: all of a GPU's pairs, and five halvings")
+    add("--micro_batches", type=int, nargs="+", help="default: all of a GPU's pairs, five halvings, train.micro_batch")
     add("--best", action="store_true", help="print the fastest of each stage that fits")
     add("--gpus_per_host", type=int, default=8, help="default: %(default)s")
     add("--memory_gib", type=float, help="of a GPU (default: the GPU's)")
@@ -277,27 +322,28 @@ def options_parser() -> argparse.ArgumentParser:
     add("--process_gib", type=float, default=4, help="host memory of a process (default: %(default)s)")
     add("--worker_gib", type=float, default=0.7, help="host memory of a loader worker (default: %(default)s)")
     add("--price", type=float, default=3, help="of a GPU and hour (default: %(default)s)")
+    add("--ds_config", help="refused: all ZeRO stages are planned")
     return parser
 
 
-def check(options: argparse.Namespace) -> None:
+def check(options: Namespace) -> None:
     """Raises ValueError that names an option whose number is none of its kind."""
     for name, value in vars(options).items():
         numbers = value if isinstance(value, list) else [value]
         for number in numbers:
-            if number is None or isinstance(number, (str, bool)):
-                continue
+            if isinstance(number, bool) or not isinstance(number, (int, float)):
+                continue  # sections of the recipe, too
             require(number > 0 or (number == 0 and name in MAY_BE_0), f"--{name}", number, "must be above 0")
             require(number <= 1 or name not in FRACTIONS, f"--{name}", number, "is a fraction: at most 1")
+    require(options.ds_config is None, "--ds_config", options.ds_config, "leave it out: all ZeRO stages are planned")
     memory = options.memory_gib or GPUS[options.gpu].memory
     remedy = f"leaves nothing of {memory:g} GiB (--memory_gib): give less"
     require(options.reserve_gib < memory, "--reserve_gib", options.reserve_gib, remedy)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options, words = options_parser().parse_known_args(arguments)
+    recipe, options = parse(options_parser(), arguments)
     check(options)
-    recipe, _ = parse(recipe_parser(__doc__ or "", USAGE), words)
     train, gpus = recipe.train, options.gpus
     times, over = divmod(train.global_batch, gpus)
     near = " or ".join(str(n * gpus) for n in (times, times + 1) if n)
@@ -305,10 +351,16 @@ def main(arguments: list[str] | None = None) -> None:
     if train.steps is None and options.samples is None:
         refuse("--samples", None, f"give the pairs of data.train, of which the run sees train.epochs = {train.epochs}")
 
+    from counting import as_one_of
     from planning import Measured
 
+    from modstruct.losses.objective import build_objective
+    from modstruct.training.pretrain import check_batch
     from modstruct.training.trainer import run_length
 
+    if options.samples is not None:
+        with as_one_of(gpus):
+            check_batch(recipe, build_objective(recipe.losses), [options.samples])
     measured = Measured(recipe, options.gpus)
     report(measured, options, run_length(recipe, options.samples or 0))
 

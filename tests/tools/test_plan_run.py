@@ -243,23 +243,74 @@ def test_the_plan_names_what_does_not_fit_and_what_does(capsys):
     plan_run.main([*words, "--memory_gib", "0.1"])
     said = capsys.readouterr().out
     assert (
-        "train.micro_batch: null does not fit at stage 0, 1, 2, 3; the nearest that does: stage 0, train.micro_batch 4"
+        "train.micro_batch: null does not fit at stage 0, 1, 2, 3; the nearest that does: stage 0, train.micro_batch 32"
         in said
     )
     assert "--micro_batches 65: left out, a GPU has 64 pairs" in said
     rows = [line.split() for line in said.splitlines() if line.startswith("    ")]
     assert [(row[0], row[1], row[-1] == "fit") for row in rows if row[0] in "0123"] == [
-        (stage, micro, micro == "64") for stage in "0123" for micro in ("4", "64")
+        (stage, micro, micro == "64") for stage in "0123" for micro in ("64", "4")
     ]
 
 
+SMALL = ["--recipe", "scenes", "--gpus", "2", "--reserve_gib", "0", "--best"]
+FOUND = "does not fit at stage 0, 1, 2, 3; the nearest that does: stage 0, train.micro_batch"
+FEWER = (
+    "embeddings: give --gpus more or a smaller model, or train.global_batch 2048 (train.activation_checkpointing true"
+)
+NEAREST = {
+    "asked for beside the halvings": (128, 0.1, "--train.micro_batch 48", f"train.micro_batch: 48 {FOUND} 32 ("),
+    "more than a GPU has": (128, 0.1, "--train.micro_batch 99", "99: a GPU has 64 pairs, and embeds all at once"),
+    "does not divide": (128, 0.1, "--micro_batches 50", f"train.micro_batch: 50 {FOUND} 32 ("),
+    "smaller than those of the table": (4096, 0.15, "", f"train.micro_batch: null {FOUND} 16 ("),
+    "a smaller batch": (4096, 0.1, "", FEWER),
+    "none": (4, 0.001, "", "moments: give --gpus more or a smaller model\n"),
+}
+
+
+@pytest.mark.parametrize(("batch", "memory", "words", "said"), NEAREST.values(), ids=NEAREST)
+def test_what_is_asked_for_is_planned_and_the_nearest_that_fits_named(capsys, batch, memory, words, said):
+    plan_run.main([*SMALL, *words.split(), "--train.global_batch", str(batch), "--memory_gib", str(memory)])
+    assert said in capsys.readouterr().out
+
+
+def test_a_model_that_cannot_recompute_is_planned_all_the_same(capsys, monkeypatch):
+    def refused(model):
+        raise ValueError("train.activation_checkpointing = True: the tower has no such switch")
+
+    monkeypatch.setattr(planning, "recompute_activations", refused)
+    plan_run.main([*SMALL, "--train.global_batch", "4", "--memory_gib", "0.001"])
+    assert "none on so many GPUs, where stage 0, train.micro_batch 1 (" in capsys.readouterr().out
+
+
+def test_the_plan_says_hours_the_speed_it_assumes_and_what_helps_a_slow_loader(capsys):
+    plan_run.main([*SMALL, "--train.steps", "1000000", "--mfu", "0.2"])
+    said = capsys.readouterr().out
+    assert "compute at --mfu 0.2 of the peak; one H100 reached 0.1 of it with an RN50" in said
+    assert "limited by loader: measure --decode_ms; more --cores, smaller images and views.on device help" in said
+    assert said.count("5.9 h") == 4
+
+
+def test_a_loader_that_computing_and_links_together_outlast_is_not_the_limit():
+    seconds = {"compute": 2.0, "optimizer": 1.0, "links": 1.5, "loader": 3.0}
+    one = plan_run.Plan(0, 1, {}, 0, 0, seconds)
+    assert (one.step, one.limit) == (4.5, "compute")
+
+
+@pytest.mark.parametrize(("hours", "said"), [(0.5, "30 min"), (23.5, "23.5 h"), (36, "1.50 d")])
+def test_a_duration_has_the_unit_that_suits_it(hours, said):
+    assert plan_run.duration(hours) == said
+
+
 WRONG = [
+    (["--gpus", "2", "--samples", "100"], "train.global_batch = 128: data.train has so few samples"),
     (["--recipe", "clip_rn50_cc3m", "--gpus", "2"], "--samples = None: give the pairs of data.train"),
     (["--gpus", "3"], "train.global_batch = 128: must be a multiple of --gpus = 3: 126 or 129"),
     (["--gpus", "0"], "--gpus = 0: must be above 0"),
     (["--gpus", "2", "--micro_batches", "4", "0"], "--micro_batches = 0: must be above 0"),
     (["--gpus", "2", "--mfu", "40"], "--mfu = 40.0: is a fraction"),
     (["--gpus", "2", "--memory_gib", "5"], "--reserve_gib = 6: leaves nothing of 5 GiB"),
+    (["--gpus", "2", "--ds_config", "zero2.json"], "--ds_config = 'zero2.json': leave it out: all ZeRO stages"),
 ]
 
 
@@ -267,3 +318,16 @@ WRONG = [
 def test_wrong_numbers_are_refused_by_name(words, said):
     with pytest.raises(ValueError, match=re.escape(said)):
         plan_run.main(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--gpus 2 --mfuu 0.1", "mfuu: no such field (did you mean mfu?"),
+        ("--gpus 2 --samples 3M", "samples = 3M: give a whole number"),
+    ],
+)
+def test_a_misspelt_option_has_a_remedy(capsys, words, said):
+    with pytest.raises(SystemExit):
+        plan_run.main(words.split())
+    assert said in capsys.readouterr().err
