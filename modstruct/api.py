@@ -62,7 +62,8 @@ class Model(nn.Module, ABC):
 
     def encode_text(self, ids: Tensor) -> Tensor:
         """ids: (B, L) of the tokenizer, on any device -> (B, D) float32, unit norm. Raises ValueError for others."""
-        return self._encode_text(self._checked_ids(ids))
+        ids = self._checked_ids(ids)
+        return self._encode_text(ids) if len(ids) else torch.empty((0, self.dimension), device=self.device)
 
     @abstractmethod
     def _encode_image(self, images: Tensor) -> Tensor: ...
@@ -130,8 +131,10 @@ class _Ours(Model):
         matcher = self.model.matcher
         if matcher is None:
             return super().match(images, ids)
-        ids = self._checked_ids(ids)
-        image, text = matcher.backbone.encode_image(self._checked_images(images)), matcher.backbone.encode_text(ids)
+        images, ids = self._checked_images(images), self._checked_ids(ids)
+        if not len(images) or not len(ids):
+            return torch.empty((len(images), len(ids)), device=self.device)
+        image, text = matcher.backbone.encode_image(images), matcher.backbone.encode_text(ids)
         mask = matcher.backbone.mask(ids)
         rows = [matcher.match(text, mask, one.expand(len(text), -1, -1)) for one in image]
         return torch.stack([row[:, 1] - row[:, 0] for row in rows])
@@ -159,6 +162,7 @@ class _OpenClip(Model):
             self.dimension = self.encode_image(torch.zeros((1, 3, self.image_size, self.image_size))).shape[1]
 
     def _encode_image(self, images: Tensor) -> Tensor:
+        images = images.to(next(self.parameters()).dtype)  # of a model that was taken to half precision
         return F.normalize(self.model.encode_image(images).float(), dim=-1)
 
     def _encode_text(self, ids: Tensor) -> Tensor:

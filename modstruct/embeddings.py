@@ -30,3 +30,10 @@ from __future__ import annotations
 from torch import Tensor
 
 Outputs = dict[str, Tensor]
+EMBEDDINGS = frozenset(
+    f"{modality}{head}{view}"
+    for modality in ("image", "text")
+    for head in ("", "_independent")
+    for view in ("", "_augmented")
+)
+"""Names of the embeddings."""

@@ -125,6 +125,31 @@ def test_matching_scores_every_pair_by_the_fusion_encoder():
     assert not torch.allclose(scores[:, 0], scores[:, 1], atol=1e-3)
 
 
+def test_no_images_or_no_texts_have_no_scores():
+    model, preprocess, tokenizer = modstruct.load(WRITTEN / "fusion")
+    images, ids = torch.stack([preprocess(picture) for picture in pictures(2)]), tokenizer(TEXTS)
+    assert model.encode_text(ids[:0]).shape == (0, model.dimension)
+    assert model.match(images[:0], ids).shape == (0, 3)
+    assert model.match(images, ids[:0]).shape == (2, 0)
+
+
+@pytest.mark.parametrize("form", ["run", "export"])
+def test_a_model_can_be_taken_to_another_precision(form, tmp_path):
+    run = WRITTEN / "two_tower"
+    folder = next((run / "checkpoints").iterdir())
+    recipe = parse_recipe_text((folder / "recipe.yaml").read_text())
+    model, preprocess, tokenizer = modstruct.load(run)
+    if form == "export":
+        export(tmp_path, checkpoints.read_weights(folder), model.model.to_open_clip, recipe, tokenizer, 2)
+        model, preprocess, tokenizer = modstruct.load(tmp_path)
+    images, ids = torch.stack([preprocess(picture) for picture in pictures(2)]), tokenizer(TEXTS)
+    with torch.no_grad():
+        image, text = model.encode_image(images), model.encode_text(ids)
+        model = model.bfloat16()
+        assert torch.allclose(model.encode_image(images), image, atol=0.05)
+        assert torch.allclose(model.encode_text(ids), text, atol=0.05)
+
+
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [

@@ -232,9 +232,10 @@ def _measure_one(kind: str, path: Path, embedded: EmbeddedSet, config: MeasureCo
 def _measured(path: Path) -> str | None:
     """Identity of the embeddings that a result is of; None where there is no result."""
     try:
-        return json.loads(path.read_bytes()).get("embeddings")
+        found = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):
         return None
+    return found.get("embeddings") if isinstance(found, dict) else None
 
 
 def identity(embedded: EmbeddedSet) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from modstruct import distributed
 from modstruct.config import LossesConfig
-from modstruct.embeddings import Outputs
+from modstruct.embeddings import EMBEDDINGS, Outputs
 from modstruct.errors import require
 from modstruct.losses.alignment import Alignment
 from modstruct.losses.bridge import Bridge
@@ -20,6 +20,9 @@ from modstruct.losses.queue_contrast import QueueContrast
 from modstruct.losses.row_losses import MaskedLanguage, Matching
 from modstruct.losses.separation import Separation
 from modstruct.losses.sigmoid import Sigmoid
+from modstruct.pairwise.global_batch import checked_number, require_same_shape
+
+UNIT_NORM_TOLERANCE = 0.05  # of half precision, too
 
 LOSSES = {  # by the name of their section in the recipe
     "contrastive": Contrastive,
@@ -60,6 +63,7 @@ class Objective:
         self.views = frozenset(name.split("_")[0] + "_augmented" for name in needs if name.endswith("_augmented"))
         self.independent = any("independent" in name for name in needs)
         self.scalars: tuple[SharedScalar, ...] = tuple(s for loss in losses.values() for s in loss.scalars)
+        self.numbers = {"logit_scale", *(scalar.name for scalar in self.scalars)}
         self.row_losses = frozenset(name for name, loss in losses.items() if loss.row_labels is not None)
         self.comparing = [name for name, loss in losses.items() if loss.compares]
         self.rows_agree = False
@@ -74,14 +78,16 @@ class Objective:
         """The objective of the global batch, a scalar with a gradient, and its terms; the same on every process.
 
         outputs: this process's rows; half precision is taken to float32, whatever autocast says. step: of the run,
-        from 0. without: names of losses to leave out. Raises ValueError where an output that a loss needs is missing,
-        and, on every process, where the processes do not bring the same number of rows (checked at the first call
-        only: all ranks wait for it).
+        from 0. without: names of losses to leave out. Raises ValueError where an output that a loss needs is missing
+        or of another shape than its embeddings, and, at the first call only, where embeddings have no unit norm and,
+        on every process, where the processes do not bring the same number of rows (all ranks wait for it).
         """
         losses = {name: loss for name, loss in self.losses.items() if name not in without}
         self._check(outputs, losses)
         with torch.autocast(distributed.device().type, enabled=False):
             rows = in_float32(outputs)
+            for name in self.numbers & rows.keys() if "image" in rows else ():
+                rows[name] = checked_number(rows["image"], **{name: rows[name]})
             batch = _global_batch(rows, losses, step)
             sums = _sum_over_processes({name: loss.partial(rows, batch) for name, loss in losses.items()})
             values = {name: loss.value(sums[name], batch) for name, loss in losses.items()}
@@ -126,10 +132,30 @@ class Objective:
             for needed in sorted(loss.needs - outputs.keys()):
                 remedy = f"losses.{name} needs it: let the model make it, or set losses.{name}.weight to 0"
                 require(False, f"embeddings.{needed}", None, remedy)
+        for name, value in outputs.items():
+            require(isinstance(value, Tensor), f"embeddings.{name}", type(value).__name__, "must be a tensor")
+        needs = frozenset[str]().union(*(loss.needs for loss in losses.values()))
+        rows = {f"embeddings.{name}": outputs[name] for name in sorted(needs & EMBEDDINGS)}
+        for name, z in rows.items():
+            matrix = z.dim() == 2 and z.numel() > 0 and z.is_floating_point()
+            require(matrix, name, f"{z.dtype} {tuple(z.shape)}", "must be (B, D), B and D at least 1, floating point")
+        if rows:
+            require_same_shape(**rows)
         if not self.rows_agree:
             if "image" in outputs:
                 distributed.require_equal_rows(outputs["image"], "rows of embeddings.image")
+            for name, z in rows.items():
+                _require_unit_norm(name, z)
             self.rows_agree = True
+
+
+def _require_unit_norm(name: str, rows: Tensor) -> None:
+    """Refuse embeddings (B, D) of another norm, of which some losses would be infinite or mean something else."""
+    norms = torch.linalg.vector_norm(rows.detach().float(), dim=1)
+    row = int((norms - 1).abs().argmax())
+    norm = float(norms[row])  # NaN, which a step that is skipped reports, is none of this
+    remedy = "must have unit norm: torch.nn.functional.normalize(rows, dim=1)"
+    require(not abs(norm - 1) > UNIT_NORM_TOLERANCE, name, f"norm {norm:.3g} in row {row}", remedy)
 
 
 def in_float32(outputs: Outputs) -> Outputs:

@@ -18,6 +18,7 @@ def checked_rows(**matrices: Tensor) -> list[Tensor]:
     """
     first_name, first = next(iter(matrices.items()))
     for name, matrix in matrices.items():
+        require(isinstance(matrix, Tensor), name, type(matrix).__name__, "give a tensor (rows, D)")
         require(matrix.dim() == 2, f"shape of {name}", tuple(matrix.shape), "must be 2-D, (rows, D)")
         require(matrix.numel() > 0, f"shape of {name}", tuple(matrix.shape), "must hold at least one row and dimension")
         require(matrix.is_floating_point(), f"dtype of {name}", matrix.dtype, "must be floating point")
@@ -46,6 +47,7 @@ def require_same_shape(**matrices: Tensor) -> None:
 def checked_number(x: Tensor, **named: Tensor) -> Tensor:
     """One named number as (1,), of the dtype of x. Raises ValueError where it is not one number on the device of x."""
     ((name, number),) = named.items()
+    require(isinstance(number, Tensor), name, number, "give a tensor, shape (1,)")
     require(number.numel() == 1, f"shape of {name}", tuple(number.shape), "give one number, shape (1,)")
     require(number.is_floating_point(), f"dtype of {name}", number.dtype, "must be floating point")
     require(number.device == x.device, f"device of {name}", number.device, f"must be {x.device}")

@@ -199,6 +199,9 @@ def test_what_was_measured_of_other_embeddings_is_measured_again(made, capsys):
     assert "measured before" not in capsys.readouterr().out
     assert evaluate("measure", str(out), "--metrics", "structure") == 0
     assert "measured before" in capsys.readouterr().out
+    (out / "results" / "scenes_colour" / "structure.json").write_text("[1]")  # damaged
+    assert evaluate("measure", str(out), "--metrics", "structure") == 0
+    assert "measured before" not in capsys.readouterr().out
 
 
 def test_only_the_sets_that_are_named_are_measured(made, tmp_path, capsys):

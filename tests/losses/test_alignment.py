@@ -93,7 +93,7 @@ def test_a_pair_near_the_pole_counts_as_at_the_floor_and_gets_no_gradient(cosine
 @pytest.mark.parametrize("sign", [1, -1])
 def test_beyond_the_floor_a_pair_is_drawn_to_the_nearer_of_equal_and_opposite(sign):
     text = torch.tensor([[1.0, 0.0]])
-    image = torch.tensor([[sign * 0.21, 0.9]], requires_grad=True)
+    image = torch.tensor([[sign * 0.21, (1 - 0.21**2) ** 0.5]], requires_grad=True)
     value, _ = loss(dict(image=image, text=text, logit_scale=torch.ones(1)), "inverse_square")
     gradient = torch.autograd.grad(value, image)[0]
     torch.testing.assert_close(gradient, torch.tensor([[-sign * 2 / 0.21**3, 0.0]]))

@@ -130,6 +130,32 @@ def test_a_missing_embedding_is_named(missing, loss):
         build_objective(everything())(e, step=0)
 
 
+@pytest.mark.parametrize(
+    ("name", "wrong", "told"),
+    [
+        ("text", lambda z: z[:3], r"shape of embeddings\.text = \(3, 6\): must be \(4, 6\), that of embeddings\.image"),
+        ("image_augmented", lambda z: z.repeat(2, 1), r"shape of embeddings\.image_augmented = \(8, 6\): must be"),
+        ("image_independent", lambda z: z[:, :5], r"shape of embeddings\.image_independent = \(4, 5\): must be"),
+        ("text", lambda z: z[0], r"embeddings\.text = .*\(6,\)': must be \(B, D\)"),
+        ("text", lambda z: z.long(), r"embeddings\.text = 'torch\.int64 .*: must be \(B, D\).*floating point"),
+        ("text", lambda z: 28 * z, r"embeddings\.text = 'norm 28 in row .': must have unit norm: .*normalize"),
+        ("text", lambda z: z.numpy(), r"embeddings\.text = 'ndarray': must be a tensor"),
+        ("logit_scale", lambda s: s.expand(2), r"shape of logit_scale = \(2,\): give one number"),
+        ("logit_scale", float, r"embeddings\.logit_scale = 'float': must be a tensor"),
+    ],
+)
+def test_an_embedding_of_another_kind_than_the_others_is_named(name, wrong, told):
+    """Where no kernel would notice: some losses would take as many rows as they find."""
+    e = random_embeddings(4, 6, 1)
+    with pytest.raises(ValueError, match=told):
+        build_objective(everything())(replace(e, **{name: wrong(e[name])}), step=0)
+
+
+def test_a_scale_without_dimensions_is_a_scale():
+    e, objective = random_embeddings(4, 6, 1), build_objective(everything())
+    assert objective(replace(e, logit_scale=e.logit_scale[0]), step=0)[0] == objective(e, step=0)[0]
+
+
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 def test_half_precision_is_computed_in_float32_even_under_autocast(half):
     e = transformed(random_embeddings(6, 8, 1), lambda z: z.to(half))

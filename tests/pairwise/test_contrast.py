@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import reference
 import torch
@@ -258,6 +259,8 @@ BAD_INPUT = [
     ({"logit_scale": torch.ones(2)}, "shape of logit_scale"),
     ({"logit_scale": torch.ones(1, dtype=torch.int64)}, "dtype of logit_scale"),
     ({"logit_scale": torch.ones(1, device="meta")}, "device of logit_scale"),
+    ({"logit_scale": 14.0}, "logit_scale"),
+    ({"x": np.zeros((4, 3), np.float32)}, "x"),
     ({"precision": "float16"}, "precision"),
 ]
 

@@ -40,7 +40,8 @@ def accuracies(
     ahead: (n,), as `classes_ahead` gives. truth: (n,), the class of each row. copies: (n,), equal for rows of one
     image. Classes without a row do not enter the average. Its interval resamples the linear part of the mean of the
     classes' means, value + w (right - accuracy of the class), w such that every class counts alike. If a class has one
-    image, which says nothing of how its images vary, images are taken to vary alike in all classes.
+    image, or each is wholly right or wholly wrong, which says nothing of how a class's images vary, images are taken to
+    vary alike in all classes.
     """
     _, place, images = np.unique(truth, return_inverse=True, return_counts=True)
     outcomes, right = in_top(ahead, top_k), ahead < 1
@@ -55,10 +56,11 @@ def accuracies(
     values["mean_per_class"] = mean
     if not intervals:
         return values
-    centre = mean.value if images.min() == 1 else accuracy[place]
+    pure = bool((right == accuracy[place]).all())
+    centre = mean.value if images.min() == 1 or pure else accuracy[place]
     weighted = mean.value + len(right) / (len(images) * images[place]) * (right - centre)
-    alike = right.all() or not right.any() or images.max() == 1
-    outcomes["mean_per_class"] = right if alike else weighted
+    one_for_all = right.all() or not right.any() or (pure and images.min() == images.max())
+    outcomes["mean_per_class"] = right if one_for_all else weighted
     return {name: with_interval(value, outcomes[name], copies) for name, value in values.items()}
 
 

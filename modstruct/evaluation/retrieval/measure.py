@@ -19,7 +19,7 @@ from modstruct.evaluation.retrieval import nearest
 from modstruct.evaluation.retrieval.exact import PairsAhead, counting_device, pairs_ahead
 from modstruct.evaluation.retrieval.metrics import Metrics, Ranked, ranked_queries, ranking_metrics
 from modstruct.evaluation.retrieval.mixed import AT, Found, kinds_of_classes, kinds_of_pairs, search_mixed
-from modstruct.evaluation.retrieval.rows import check_dimensions, check_rows, checked_pairs
+from modstruct.evaluation.retrieval.rows import check_dimensions, check_rows, check_unit_rows, checked_pairs
 from modstruct.evaluation.statistics import bootstrap_mean, median_interval
 
 DIRECTIONS = ("text_to_image", "image_to_text")
@@ -179,6 +179,8 @@ def measure(embedded: EmbeddedSet, config: RetrievalConfig = DEFAULT) -> Result:
     """
     image, text, pairs = embedded.distinct_rows("image"), embedded.rows("text"), embedded.distinct_pairs
     require(len(pairs) > 0, "pairs", str(embedded.folder), "this set has none: embed one whose images have captions")
+    check_unit_rows("image", image)
+    check_unit_rows("text", text)
     pairs = pairs[np.argsort(pairs[:, 0], kind="stable")]
     first_image = pairs[np.unique(pairs[:, 1], return_index=True)[1], 0]
     groups = {"text_to_image": first_image, "image_to_text": np.unique(pairs[:, 0])}

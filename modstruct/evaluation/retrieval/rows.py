@@ -10,9 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from modstruct.errors import require
+
 Storage = Literal["float32", "float16"]
 BLOCK_BYTES = 32 << 20
 """Of float32 rows that are read at once."""
+UNIT_NORM_TOLERANCE = 0.02
 
 
 def block_rows(dimension: int) -> int:
@@ -32,6 +35,15 @@ def check_rows(name: str, rows: np.ndarray) -> None:
             f"{bad.sum()} of {len(rows)} {name} embeddings are not finite, the first is row {bad.argmax()}: "
             "the weights or the precision of the forward pass are broken"
         )
+
+
+def check_unit_rows(name: str, rows: np.ndarray) -> None:
+    """As check_rows, and refuse rows that have no unit norm, as those of a damaged file."""
+    check_rows(name, rows)
+    norms = np.concatenate([block.norm(dim=1).numpy() for _, block in row_blocks(rows)])
+    off = np.abs(norms - 1) > UNIT_NORM_TOLERANCE
+    first = f"row {off.argmax()} has norm {norms[off.argmax()]:.3g}"
+    require(not off.any(), name, rows.shape, f"unit norm is needed, and {first}: divide each row by its norm")
 
 
 def check_dimensions(first_name: str, first: np.ndarray, name: str, rows: np.ndarray) -> None:

@@ -14,7 +14,7 @@ from modstruct.distributed.collect import on_main, share_out
 from modstruct.errors import require, require_counts
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet, distinct_classes
 from modstruct.evaluation.result import Curve, Result, Value
-from modstruct.evaluation.retrieval.rows import as_float32, check_dimensions, check_rows, checked_pairs, row_blocks
+from modstruct.evaluation.retrieval.rows import as_float32, check_dimensions, check_unit_rows, checked_pairs
 from modstruct.evaluation.statistics import t_interval
 from modstruct.evaluation.structure import metrics
 from modstruct.evaluation.structure.metrics import clustered, log_potential, mean_potential
@@ -23,7 +23,6 @@ Arrays = Mapping[str, np.ndarray]
 Jobs = dict[tuple[str, ...], list[Callable[[], Any]]]
 MODALITIES = {"image": "images", "text": "texts"}
 OPTIONAL = ("image_augmented", "image_independent", "text_independent")
-UNIT_NORM_TOLERANCE = 0.02
 """bfloat16 rounds a norm by less."""
 ABOUT = {
     "alignment": "Mean squared distance between the two embeddings of a pair, from 0 to 4.",
@@ -241,9 +240,5 @@ def random_batches(rows: int, batch: int, batches: int, seed: int) -> list[np.nd
 
 def _check(arrays: Arrays) -> None:
     for name, rows in arrays.items():
-        check_rows(name, rows)
+        check_unit_rows(name, rows)
         check_dimensions("image", arrays["image"], name, rows)
-        norms = np.concatenate([block.norm(dim=1).numpy() for _, block in row_blocks(rows)])
-        off = np.abs(norms - 1) > UNIT_NORM_TOLERANCE
-        first = f"row {off.argmax()} has norm {norms[off.argmax()]:.3g}"
-        require(not off.any(), name, rows.shape, f"unit norm is needed, and {first}: divide each row by its norm")

@@ -58,6 +58,13 @@ def measured(embedded):
     return measure(embedded, CONFIG)
 
 
+def test_embeddings_without_unit_norm_are_refused(tmp_path):
+    whole = write_set(tmp_path)
+    np.save(tmp_path / "image.npy", np.zeros_like(whole.rows("image")))  # as a disk may give them back
+    with pytest.raises(ValueError, match="unit norm is needed, and row 0 has norm 0"):
+        measure(EmbeddedSet.open(tmp_path), CONFIG)
+
+
 def test_metrics_are_those_of_the_arrays_and_the_means_of_their_outcomes(embedded, measured):
     plain = measure_retrieval(*(embedded.rows(name) for name in ("image", "text")), embedded.pairs)
     outcomes = measured.outcomes
