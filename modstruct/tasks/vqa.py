@@ -118,7 +118,7 @@ class Vqa(Task[AnswerModel, VqaQuestion]):
 
         A question whose image cannot be read gets the prior's answer there, and no part in the metrics.
         """
-        predicted = self.predict(entries, self._answers_of(model), "VQA")
+        predicted = self.predict(entries, self._answers_of(model), "VQA", split)
         answered = {e.question_id: answer for e, answer in zip(entries, predicted, strict=True) if answer is not None}
         prior = prior_predictions(self.prior, entries)
         judged = [e for e in entries if e.answers and e.question_id in answered]
