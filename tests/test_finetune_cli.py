@@ -116,6 +116,19 @@ def test_a_run_without_a_checkpoint_is_said_to_have_none(parse, tmp_path, capsys
     assert "no checkpoint yet" in capsys.readouterr().err
 
 
+def test_a_two_tower_model_is_called_one(parse, tmp_path, capsys):
+    run = checkpoint(tmp_path / "run", {"framework": "two_tower", "fusion": {"embed_dim": 24}})
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "open_clip_config.json").write_text("{}")
+    for init, said in (
+        (run, "a model of framework two_tower; give one of framework fusion"),
+        (str(tmp_path / "export"), "a two-tower model's export in open_clip's form: give one of a fusion model"),
+    ):
+        with pytest.raises(SystemExit):
+            parse("--recipe", "vqa", "--init", init)
+        assert f"--init = '{init}': {said}" in capsys.readouterr().err
+
+
 def test_evaluate_refuses_a_fine_tuned_model_in_its_words(tmp_path):
     given = checkpoint(tmp_path, {"task": {"name": "vqa"}})
     with pytest.raises(ValueError, match=r"--checkpoint = .*a fine-tuned model"):

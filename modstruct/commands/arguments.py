@@ -116,7 +116,7 @@ def take_initial_sizes(parser: ConfigParser, arguments: Sequence[str]) -> Sequen
     chosen = named_by_recipe if given.init is None else given.init
     # Published files bring no sizes, and one that the recipe names need not be there when only --help is wanted.
     chosen = chosen if isinstance(chosen, str) and chosen != "null" and Path(chosen).expanduser().is_dir() else None
-    made_with = recipe_of(chosen) if chosen else {}
+    made_with = recipe_of(chosen, framework="fusion") if chosen else {}
     require_modest({"fusion": made_with.get("fusion")}, {word.partition("=")[0] for word in arguments})
     colours = made_with.get("views") or {}
     sizes = _dotted(made_with.get("fusion", {}), "fusion")

@@ -9,8 +9,8 @@ from itertools import groupby
 import yaml
 
 from modstruct.config import FinetuneRecipe, Recipe
-from modstruct.config.migrations import migrate_checkpoint
-from modstruct.errors import refuse
+from modstruct.config.migrations import is_fine_tuning, migrate_checkpoint
+from modstruct.errors import refuse, require
 
 # What a resumed run may change: how long and how fast it learns, what it writes down, and where it finds helpers.
 CHANGEABLE = (
@@ -106,7 +106,11 @@ def check_resumable(saved: dict, recipe: Recipe | FinetuneRecipe) -> None:
 
     saved: the checkpoint's recipe as a nested dictionary.
     """
-    before, now = leaves(migrate_checkpoint(saved)), leaves(recipe_to_dict(recipe))
+    asked = recipe_to_dict(recipe)
+    script = f"launch_scripts/{'finetune' if is_fine_tuning(saved) else 'pretrain'}.py"
+    remedy = f"a run of {script}, which resumes it"
+    require(is_fine_tuning(saved) == is_fine_tuning(asked), "--resume", saved.get("output"), remedy)
+    before, now = leaves(migrate_checkpoint(saved)), leaves(asked)
     changed = []
     for name in sorted(before.keys() | now.keys()):
         if _is_in(name, CHANGEABLE):

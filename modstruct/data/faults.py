@@ -82,7 +82,7 @@ class BadSampleCounter:
         if bad > self.max_bad_share * max(tried, fewest):
             raise TooManyBadSamples(
                 f"{self.share_field} = {self.max_bad_share}: {bad} of {tried} samples of {self.field} cannot be used "
-                f"(this process: {self.summary()}); repair the shards or raise the share"
+                f"(this process: {self.summary()}); repair them or raise the share"
             )
 
     def summary(self) -> str:

@@ -322,7 +322,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     Raises ValueError, naming the file and the remedy, where a file is missing, unreadable or not the one saved.
     """
     folder = Path(folder)
-    remedy = "give a folder that Tokenizer.save or tools/train_tokenizer.py wrote"
+    remedy = "the checkpoint, export or tokenizer folder is damaged or incomplete: take another"
     try:
         description = json.loads((folder / DESCRIPTION_FILE).read_bytes())
         kind = KINDS[description["kind"]]

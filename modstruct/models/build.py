@@ -89,13 +89,13 @@ def _start_from(model: TwoTower, recipe: Recipe, init: str) -> None:
     """
     from modstruct.models.fusion.initial_weights import read_everything, recipe_of
 
+    made_with, ours = recipe_of(init, "model.pretrained", "two_tower"), recipe_to_dict(recipe)
     given, own = read_everything(init, "model.pretrained"), model.state_dict()
     given = {name: value for name, value in given.items() if not name.startswith(checkpoints.EMA)}
     new, left = ([name for name in one if name not in other] for one, other in ((own, given), (given, own)))
     wrong = [name for name in own if name in given and own[name].shape != given[name].shape]
     wrong += [name for name in (*new, *left) if "." in name and "independent_head" not in name]
-    made_with, ours = recipe_of(init, "model.pretrained"), recipe_to_dict(recipe)  # for what shapes do not show
-    wrong += [
+    wrong += [  # what shapes do not show
         f"{section}.{field}"
         for section, fields in (("model", ("name", "vision", "text")), ("views", ("mean", "std")))
         for field in fields

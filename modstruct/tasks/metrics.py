@@ -137,8 +137,8 @@ def vqa_accuracy(predictions: Mapping[int, str], questions: Sequence[VqaQuestion
     """Official accuracy of answers by question id, from 0 to 1.
 
     Returns {"overall": …, "answer_type": {"yes/no": …, …}, "question_type": {"how many": …, …}}, each the mean over
-    its questions. Raises ValueError for a question without prediction or without annotators, for a prediction without
-    question, and for no question at all.
+    its questions, of which those without a type (ALBEF's) count in none. Raises ValueError for a question without
+    prediction or without annotators, for a prediction without question, and for no question at all.
     """
     _require_matching(predictions, questions)
     accuracies: list[float] = []
@@ -147,7 +147,8 @@ def vqa_accuracy(predictions: Mapping[int, str], questions: Sequence[VqaQuestion
         accuracy = answer_accuracy(predictions[question.question_id], question.answers)
         accuracies.append(accuracy)
         for name, by_type in types.items():
-            by_type[getattr(question, name)].append(accuracy)
+            if (kind := getattr(question, name)) is not None:
+                by_type[kind].append(accuracy)
     means = {name: {kind: _mean(by_type[kind]) for kind in sorted(by_type)} for name, by_type in types.items()}
     return {"overall": _mean(accuracies)} | means
 

@@ -54,7 +54,7 @@ class Nlvr2(Task[PairClassifier, Nlvr2Statement]):
     def measure(
         self, model: PairClassifier, entries: Sequence[Nlvr2Statement], split: str = "test"
     ) -> tuple[Result | None, list[dict[str, str | None]]]:
-        predicted = self.predict(entries, lambda batch: model.classify(batch).argmax(dim=1).tolist(), "NLVR2")
+        predicted = self.predict(entries, lambda batch: model.classify(batch).argmax(dim=1).tolist(), "NLVR2", split)
         found = {e.identifier: bool(n) for e, n in zip(entries, predicted, strict=True) if n is not None}
         predictions = [
             {"identifier": e.identifier, "prediction": str(found[e.identifier]) if e.identifier in found else None}

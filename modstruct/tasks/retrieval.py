@@ -24,6 +24,7 @@ from modstruct.data.synthetic.task_files import SceneTaskPaths
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.data.transforms.text_views import mask_tokens, masked_places
 from modstruct.distributed.collect import on_main
+from modstruct.errors import require
 from modstruct.evaluation.embeddings.embed import embed_texts
 from modstruct.evaluation.embeddings.embedded_set import EmbeddedSet
 from modstruct.evaluation.embeddings.set_files import merged_pairs
@@ -100,7 +101,9 @@ class Retrieval(Task[FusionModel, CaptionPair | CaptionedImage]):
     ) -> tuple[Result, None]:
         device, batch = distributed.device(), self.recipe.evaluation.batch
         of_split = [entry for entry in entries if isinstance(entry, CaptionedImage)]
-        rows = self.predict(of_split, lambda some: _listed(model, some), "embedding images")
+        remedy = "retrieval is measured on whole images with all their captions: validation or test"
+        require(bool(of_split), "--split", split, remedy)
+        rows = self.predict(of_split, lambda some: _listed(model, some), "embedding images", split)
         image = np.array([row for row in rows if row is not None], dtype=np.float32)
         kept = [entry for entry, row in zip(of_split, rows, strict=True) if row is not None]
         first, image_row = distinct(np.array(on_main(lambda: _file_kinds(kept)), dtype=np.int64))

@@ -46,7 +46,7 @@ class SnliVe(Task[Classifier, EntailmentPair]):
     def measure(
         self, model: Classifier, entries: Sequence[EntailmentPair], split: str = "test"
     ) -> tuple[Result | None, list[dict[str, str | None]]]:
-        predicted = self.predict(entries, lambda batch: model.classify(batch).argmax(dim=1).tolist(), "SNLI-VE")
+        predicted = self.predict(entries, lambda batch: model.classify(batch).argmax(dim=1).tolist(), "SNLI-VE", split)
         named = [None if number is None else ENTAILMENT_LABELS[number] for number in predicted]
         predictions = [{"pairID": e.pair_id, "label": label} for e, label in zip(entries, named, strict=True)]
         judged = [(n, e) for n, e in zip(predicted, entries, strict=True) if n is not None and e.label is not None]

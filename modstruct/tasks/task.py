@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
 from PIL import Image
@@ -16,7 +16,7 @@ from modstruct import distributed
 from modstruct.config import FinetuneRecipe, TaskFiles
 from modstruct.data.downstream.batches import EntryBatch, Seed, entry_batches
 from modstruct.data.downstream.published_files import Entry, TaskEntries
-from modstruct.data.faults import BadSampleCounter
+from modstruct.data.faults import BadSample, BadSampleCounter
 from modstruct.data.synthetic.task_files import SceneTaskPaths
 from modstruct.data.tokenizers import Tokenizer
 from modstruct.data.transforms.augment import Views
@@ -105,6 +105,8 @@ class Task(ABC, Generic[Model, Entry]):
             need = "training" if split == "train" else "the choice of the best checkpoint"
             remedy = f"{unlabelled:,} of its {len(found.entries):,} entries have no label, which {need} needs"
             require(unlabelled == 0, option, str(file), f"{remedy}; give a split with labels")
+        if split != "train":
+            self._filler(found.entries, split)
         return found
 
     def required(self, files: TaskFiles) -> tuple[str, str]:
@@ -122,23 +124,24 @@ class Task(ABC, Generic[Model, Entry]):
 
     @torch.no_grad()
     def predict(
-        self, entries: Sequence[Entry], answer: Callable[[dict[str, Tensor]], list[Any]], title: str
+        self, entries: Sequence[Entry], answer: Callable[[dict[str, Tensor]], list[Any]], title: str, split: str
     ) -> list[Any]:
         """What `answer` says of every entry, in order, on every process; None where an image cannot be read.
 
-        answer: a batch -> one value of plain JSON kinds for each row; may be collective.
+        answer: a batch -> one value of plain JSON kinds for each row; may be collective. Raises TooManyBadSamples above
+        data.max_bad_share, and ValueError where no entry can be used, each naming the split.
         """
         recipe, device = self.recipe, distributed.device()
         batch = recipe.evaluation.batch
         rounds = rounds_of(-(-len(entries) // batch))
         batches = self.batches_of(entries, batch)
-        bad_samples = BadSampleCounter("images", recipe.data.max_bad_share, distributed.rank())
+        bad_samples = BadSampleCounter(f"data.{split}", recipe.data.max_bad_share, distributed.rank())
         mine: list[tuple[int, Any]] = []
         filler: dict[str, Tensor] = {}
         for _ in tqdm(range(rounds), desc=title, unit="batch", leave=False, disable=not distributed.is_main()):
             some = next(batches, EntryBatch({}, []))
             bad_samples.add(some.faults, len(some.numbers) + len(some.faults))
-            tensors = some.tensors or filler or self._filler(entries)
+            tensors = some.tensors or filler or self._filler(entries, split)
             filler = {name: rows[:1] for name, rows in tensors.items()}
             predicted = answer({name: rows.to(device) for name, rows in tensors.items()})
             mine += zip(some.numbers, predicted, strict=False)
@@ -148,16 +151,27 @@ class Task(ABC, Generic[Model, Entry]):
                 found[number] = value
         bad = sum(value is None for value in found)
         bad_samples.check(bad, len(entries), fewest=1)
+        if bad == len(entries):
+            remedy = f"none can be read (this process: {bad_samples.summary()}); repair them or give others"
+            self._refuse(split, "images", remedy)
         return found
 
     def batches_of(self, entries: Sequence[Entry], batch: int) -> Iterator[EntryBatch]:
         """This process's share of the entries, in order."""
         return entry_batches(self, entries, self.recipe.data, batch)
 
-    def _filler(self, entries: Sequence[Entry]) -> dict[str, Tensor]:
-        """A batch for a process that has no entry, of a grey image."""
+    def _filler(self, entries: Sequence[Entry], split: str) -> dict[str, Tensor]:
+        """A batch for a process that has no usable entry, of a grey image. Raises ValueError if the split has none."""
 
         def grey(path: Path) -> Image.Image:
             return Image.new("RGB", (self.views.image_size, self.views.image_size), (128, 128, 128))
 
-        return self.collate([self.sample(entries[0], grey, None)])
+        for entry in entries:
+            try:
+                return self.collate([self.sample(entry, grey, None)])
+            except BadSample as error:
+                bad = error
+        self._refuse(split, self.files[1], f"none of its entries can be used, the last: {bad}; give others")
+
+    def _refuse(self, split: str, name: str, remedy: str) -> NoReturn:
+        refuse(f"data.{split}.{name}", getattr(getattr(self.recipe.data, split), name), remedy)

@@ -127,7 +127,8 @@ class TextAssignment(Task[PairClassifier, SplitImage]):
     def measure(
         self, model: PairClassifier, entries: Sequence[SplitImage], split: str = "test"
     ) -> tuple[Result | None, list[dict[str, Any]]]:
-        predicted = self.predict(entries, lambda batch: model.classify(batch).argmax(dim=1).tolist(), "text assignment")
+        title = "text assignment"
+        predicted = self.predict(entries, lambda some: model.classify(some).argmax(dim=1).tolist(), title, split)
         named = [None if number is None else ANSWERS[number] for number in predicted]
         predictions = [
             {"image_id": e.captioned.image_id, "assignment": name} for e, name in zip(entries, named, strict=True)
@@ -137,5 +138,4 @@ class TextAssignment(Task[PairClassifier, SplitImage]):
             return None, predictions
         right = np.array([label == number for label, number in judged])
         values = {"accuracy": mean_share(right, label="accuracy", chance=1 / len(ANSWERS))}
-        title = "Text assignment"
-        return Result("text_assignment", split, values, title, rows={"images": len(judged)}), predictions
+        return Result("text_assignment", split, values, title.capitalize(), rows={"images": len(judged)}), predictions

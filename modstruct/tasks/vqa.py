@@ -55,8 +55,9 @@ class Vqa(Task[AnswerModel, VqaQuestion]):
         if files.annotations is None and split != "test" and not holds_answers:
             refuse(f"{option}.annotations", None, remedy)
         found = read_vqa(questions, images, files.annotations, option=option, leave_out_missing=leave_out)
-        if holds_answers and split != "test" and not any(entry.answers for entry in found.entries):
-            refuse(f"{option}.questions", questions, f"a list without answers; {remedy}, or ALBEF's with answers")
+        if split != "test" and found.entries and not any(any(entry.answers) for entry in found.entries):
+            name = "questions" if holds_answers else "annotations"
+            refuse(f"{option}.{name}", getattr(files, name), f"it holds no answers, or empty ones alone; {remedy}")
         return found
 
     def entries(self, split: str, paths: SceneTaskPaths | None) -> TaskEntries[VqaQuestion] | None:
@@ -117,7 +118,7 @@ class Vqa(Task[AnswerModel, VqaQuestion]):
 
         A question whose image cannot be read gets the prior's answer there, and no part in the metrics.
         """
-        predicted = self.predict(entries, self._answers_of(model), "VQA")
+        predicted = self.predict(entries, self._answers_of(model), "VQA", split)
         answered = {e.question_id: answer for e, answer in zip(entries, predicted, strict=True) if answer is not None}
         prior = prior_predictions(self.prior, entries)
         judged = [e for e in entries if e.answers and e.question_id in answered]

@@ -63,6 +63,13 @@ def test_every_field_named_as_changeable_may_change(allowed):
     assert found
 
 
+def test_the_script_that_made_a_run_resumes_it():
+    for saved, recipe, script in ((FinetuneRecipe(), Recipe(), "finetune"), (Recipe(), FinetuneRecipe(), "pretrain")):
+        told = rf"^--resume = '{saved.output}': a run of launch_scripts/{script}\.py, which resumes it"
+        with pytest.raises(ValueError, match=told):
+            check_resumable(recipe_to_dict(saved), recipe)
+
+
 def complaint(saved: dict) -> str | None:
     """What the default recipe hears when it resumes from a checkpoint made with `saved`; None if it may."""
     try:

@@ -220,6 +220,14 @@ def test_a_run_of_ours_is_a_start_and_brings_its_tokenizer(caplog):
     build_model(recipe, tokenizer, build_objective(recipe.losses), read_weights=False)  # a checkpoint's follow
 
 
+@pytest.mark.parametrize("given", ["fusion", "snli_ve"])
+def test_a_fusion_model_is_no_start_of_two_towers_and_is_called_one(given):
+    recipe = parse_recipe_text(next((WRITTEN / "checkpoints").glob("*/recipe.yaml")).read_text())
+    recipe.model.pretrained = str(WRITTEN.with_name(given))
+    with pytest.raises(ValueError, match=r"^model\.pretrained = .*: a model of framework fusion; .* two_tower$"):
+        build_model(recipe, initial_tokenizer(recipe), build_objective(recipe.losses))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("switch", [cast_but_norms, autocast_forward])
 @pytest.mark.parametrize(("architecture", "name", "size"), TOWERS)

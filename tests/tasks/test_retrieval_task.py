@@ -10,6 +10,7 @@ from PIL import Image
 from tiny_tasks import SIZE, tiny_task, write_files
 
 from modstruct.data.downstream.karpathy import CaptionedImage
+from modstruct.data.faults import TooManyBadSamples
 from modstruct.data.transforms.text_views import IGNORED
 from modstruct.evaluation.embeddings.source import say_merged
 from modstruct.tasks import Task
@@ -78,6 +79,18 @@ def test_an_image_that_cannot_be_read_is_left_out(task, tmp_path):
     entries[3] = type(entries[3])(broken, entries[3].captions, entries[3].image_id)
     result, _ = task.measure(task.build_model().eval(), entries)
     assert result.rows["images"] == 19
+    task.recipe.data.max_bad_share = 0.01
+    with pytest.raises(TooManyBadSamples, match=r"1 of 20 samples of data\.test .*; repair them or raise the share"):
+        task.measure(task.build_model().eval(), entries)
+
+
+def test_a_split_without_a_readable_image_is_refused_by_name(task, tmp_path):
+    task.recipe.data.max_bad_share = 1.0
+    entries = [replace(entry, image=tmp_path / "none.jpg") for entry in task.entries("test", None).entries]
+    with pytest.raises(ValueError, match=r"^data\.test\.images = '.*images': none can be read .*unreadable image"):
+        task.measure(task.build_model().eval(), entries)
+    with pytest.raises(ValueError, match=r"^--split = 'train': retrieval is measured on whole images"):
+        task.measure(task.build_model().eval(), task.entries("train", None).entries, "train")
 
 
 def test_files_of_equal_bytes_are_one_image_with_all_their_captions(task, tmp_path, caplog):

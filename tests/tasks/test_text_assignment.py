@@ -14,8 +14,8 @@ from PIL import Image
 from tiny_tasks import SIZE, Knowing, Stubborn, tiny_task, write_files
 
 from modstruct.data.downstream.batches import Seed, TaskBatches
-from modstruct.data.downstream.karpathy import CaptionedImage
-from modstruct.data.faults import BadSample
+from modstruct.data.downstream.karpathy import SPLIT_OF_RUN, CaptionedImage
+from modstruct.data.faults import BadSample, TooManyBadSamples
 from modstruct.data.transforms.augment import sample_seed
 from modstruct.tasks.text_assignment import ANSWERS, SplitImage, TextAssignment
 
@@ -103,6 +103,43 @@ def test_a_split_of_two_images_is_refused_by_name(root, tmp_path):
     task.recipe.data.validation.captions = str(tmp_path / "two.json")
     with pytest.raises(ValueError, match=r"data\.validation\.captions = .*two\.json'?: has 2 images .* at least 3"):
         task.entries("validation", None)
+
+
+def captions_of(task: TextAssignment, split: str, captions: list[str], file: Path) -> None:
+    """Give the images of a split these captions in turn."""
+    files = getattr(task.recipe.data, split)
+    content = json.loads(Path(files.captions).read_text())
+    images = [image for image in content["images"] if image["split"] == SPLIT_OF_RUN[split]]
+    for number, image in enumerate(images):
+        image["sentences"] = [{"raw": captions[number % len(captions)]}]
+    file.write_text(json.dumps(content | {"images": images}))
+    files.captions = str(file)
+
+
+def test_a_split_whose_images_share_their_caption_is_refused_before_training(root, tmp_path):
+    task = tiny_task(root, "text_assignment")
+    captions_of(task, "test", ["same"], tmp_path / "same.json")
+    message = r"^data\.test\.captions = '.*same\.json': none of its entries can be used, .*caption of too many images"
+    with pytest.raises(ValueError, match=message):
+        task.entries("test", None)
+
+
+def test_a_batch_without_a_usable_entry_is_filled_from_another(root, tmp_path):
+    """With one image that lacks the others' caption no text can belong to neither of two."""
+    task = tiny_task(root, "text_assignment")
+    task.recipe.data.max_bad_share = 1.0
+    captions_of(task, "test", ["same"] * 19 + ["another"], tmp_path / "same.json")
+    entries = sorted(task.entries("test", None).entries, key=lambda entry: entry.number % 3 != NEITHER)
+    result, _ = task.measure(Knowing(3), entries)
+    assert result.rows == {"images": 14}
+
+
+def test_too_many_bad_entries_in_a_row_are_named_by_field_and_remedy(root, tmp_path):
+    task = tiny_task(root, "text_assignment")
+    captions_of(task, "train", ["same"], tmp_path / "same.json")
+    entries = task.entries("train", None).entries
+    with pytest.raises(TooManyBadSamples, match=r"^data\.train: 201 entries in a row .*; repair its files or give"):
+        TaskBatches(task, entries, task.recipe.data, 12, 3, 0, 1)[0]
 
 
 def test_every_number_of_processes_asks_the_same(task):

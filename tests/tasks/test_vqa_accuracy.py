@@ -121,6 +121,11 @@ def test_means_are_taken_over_all_and_by_type():
     assert metrics["answer_type"] == pytest.approx({"number": 1, "other": 0.8, "yes/no": 0.9})
 
 
+def test_questions_without_a_type_count_in_none():
+    untyped = [VqaQuestion(1, Path("1.jpg"), "So?", answers=("yes",) * 10)]
+    assert vqa_accuracy({1: "yes"}, untyped) == {"overall": 1.0, "answer_type": {}, "question_type": {}}
+
+
 def test_predictions_and_questions_must_match():
     answers = {1: "red", 2: "red", 3: "two", 4: "no"}
     with pytest.raises(ValueError, match="no prediction for 1 question ids, the first 4"):

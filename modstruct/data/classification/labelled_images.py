@@ -160,7 +160,8 @@ class SetFolder:
             header[header.index("picture")] = "image"
             log.warning("%s: the column 'picture' is now called 'image'; the old name is still read", path)
         if wrong := [name for name in (image, label) if header.count(name) != 1]:
-            self.refuse(f"{path} has {'two columns' if wrong[0] in header else 'no column'} called {wrong[0]!r}")
+            found = f"{path} has {'two columns' if wrong[0] in header else 'no column'} called {wrong[0]!r}"
+            self.refuse(f"{found}; between {delimiter!r} it has {', '.join(map(repr, header))[:200]}")
         if uneven := [row for row in rows if len(row) != len(header)]:
             found = f"{path}: {len(uneven[0])} values in {len(header)} columns"
             self.refuse(f"{found} ({delimiter.join(uneven[0])}); quote one with {delimiter!r}")

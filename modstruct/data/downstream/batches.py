@@ -96,7 +96,8 @@ class TaskBatches(Dataset):
                 batch.faults.append((bad.cause, bad.where))
             epoch, number = self.order.substitute(slot, attempt)
         raise TooManyBadSamples(
-            f"{SUBSTITUTES + 1} images in a row cannot be used, the last: {': '.join(batch.faults[-1])}"
+            f"data.train: {SUBSTITUTES + 1} entries in a row cannot be used, the last: {': '.join(batch.faults[-1])}; "
+            "repair its files or give others"
         )
 
 

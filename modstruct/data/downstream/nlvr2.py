@@ -83,7 +83,10 @@ def read_nlvr2(
 
 
 def _label(record: Record) -> bool | None:
-    return LABELS[record.choice("label", LABELS)] if "label" in record.fields else None
+    if "label" not in record.fields:
+        return None
+    label = record.fields["label"]
+    return label if isinstance(label, bool) else LABELS[record.choice("label", LABELS)]
 
 
 def _of_albef(path: Path, folders: ImageFolders) -> Iterator[Nlvr2Statement]:

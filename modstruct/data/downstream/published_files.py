@@ -250,8 +250,10 @@ def _encodable(text: str) -> bool:
 
 def _shortened(value: object) -> str:
     # Of a container only the kind is shown: its repr would fill the screen, or the memory.
-    if isinstance(value, (dict, list)):
-        return f"a {'JSON object' if isinstance(value, dict) else 'list'} of {len(value)}"
+    if isinstance(value, dict):
+        return "a JSON object"  # some of its keys were not kept
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
     text = value if isinstance(value, str) else str(value)
     if len(text) > MOST_SHOWN:
         return f"{text[:MOST_SHOWN]!r}… ({len(text):,} characters)"

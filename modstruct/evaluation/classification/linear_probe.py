@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from modstruct import distributed
 from modstruct.distributed.collect import on_each, on_main, share_out
-from modstruct.errors import require, require_counts
+from modstruct.errors import refuse, require, require_counts
 from modstruct.evaluation.classification.accuracy import accuracies, in_top
 from modstruct.evaluation.classification.linear import Features, FitConfig, LinearClassifier
 from modstruct.evaluation.classification.probe import BEFORE_PROJECTION, Probe, ProbeConfig, drawn_order
@@ -275,9 +275,13 @@ def draw_episodes(probe: Probe, config: FewShotConfig, draw: int) -> dict[int, t
 
     def first(role: str, start: int, stop: int, shots: int) -> np.ndarray:
         for name, places in zip(probe.names, order[role], strict=True):
-            found = f"class {name!r} has {len(places)} images in the {role} set and {stop} are needed"
-            remedy = "(to choose the strength included): take fewer shots, or give few_shot.strength a number"
-            require(len(places) >= stop, "few_shot.shots", shots, f"{found} {remedy}")
+            if len(places) < stop:
+                found = f"class {name!r} has {len(places)} images in the {role} set and {stop} are needed"
+                remedies = ["take fewer shots"] * (shots > 1) + ["give the class more images"]
+                if start or role == "validation":
+                    found += " (to choose the strength included)"
+                    remedies.append("give few_shot.strength a number")
+                refuse("few_shot.shots", shots, f"{found}: {', or '.join(remedies)}")
         return np.sort(np.concatenate([places[start:stop] for places in order[role]]))
 
     episodes = {}

@@ -14,7 +14,7 @@ from torch import Tensor
 from modstruct import checkpoints
 from modstruct.checkpoints import read_weight_file
 from modstruct.config import TokenizerConfig
-from modstruct.config.migrations import migrate_checkpoint
+from modstruct.config.migrations import is_fine_tuning, migrate_checkpoint
 from modstruct.data.tokenizers import Tokenizer, build_tokenizer, load_tokenizer
 from modstruct.distributed import main_first
 from modstruct.errors import refuse, require
@@ -45,6 +45,8 @@ def find_folder(init: str, option: str = "--init") -> Path | None:
     path = Path(init).expanduser()
     if not path.is_dir():
         return None
+    remedy = "a two-tower model's export in open_clip's form: give one of a fusion model"
+    require(not (path / "open_clip_config.json").is_file(), option, init, remedy)
     found = path if (path / EXPORTED).is_file() else checkpoints.find(str(path), path, option)
     require(found is not None, option, init, "this run has no checkpoint yet")
     return found
@@ -77,6 +79,7 @@ def start_pretraining(model: FusionModel, init: str) -> None:
     Positions are fitted to the model's. Missing EMA weights start from the weights; missing heads keep their
     initialisation, as the log says. Raises ValueError naming fusion.init where the weights belong to another model.
     """
+    recipe_of(init, "fusion.init", "fusion")
     given = {
         name: value.float() if value.is_floating_point() else value
         for name, value in read_everything(init, "fusion.init").items()
@@ -108,10 +111,10 @@ def start_pretraining(model: FusionModel, init: str) -> None:
         log.info("The queue of %s has another size than fusion.queue and starts empty", init)
 
 
-def recipe_of(init: str, option: str = "--init") -> dict:
+def recipe_of(init: str, option: str = "--init", framework: str | None = None) -> dict:
     """The recipe that a run, checkpoint or export of ours was made with; empty for a file of weights.
 
-    Raises ValueError, naming the option, where it cannot be read.
+    Raises ValueError, naming the option, where it cannot be read, or is of another framework than the one wanted.
     """
     folder = find_folder(init, option)
     if folder is None:
@@ -124,6 +127,9 @@ def recipe_of(init: str, option: str = "--init") -> dict:
         refuse(option, init, f"the recipe in {path} cannot be read ({' '.join(str(error).split())[:200]})")
     if not isinstance(recipe, dict):
         refuse(option, init, f"the recipe in {path} must hold fields (name: value)")
+    found = "fusion" if is_fine_tuning(recipe) else recipe.get("framework", framework)
+    remedy = f"a model of framework {found}; give one of framework {framework}"
+    require(framework in (None, found), option, init, remedy)
     return migrate_checkpoint(recipe)
 
 

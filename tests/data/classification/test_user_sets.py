@@ -203,7 +203,7 @@ def test_of_very_many_unknown_labels_some_are_named(tmp_path, config):
         ("images: bare", r"there is no image \(.jpg, .*\) in the folders of .*bare"),
         ("images: none.csv", r"classes = None: give a mapping or a list of them; only a folder"),
         ("images: none.csv\nclasses: [a, b]", r"birds@.*there is no file .*none.csv; correct `images`"),
-        ("images: wrong.csv\nclasses: [a, b]", r"wrong.csv has no column called 'image'"),
+        ("images: wrong.csv\nclasses: [a, b]", r"wrong.csv has no .*'image'; between ',' it has 'file', 'label'"),
         ("images: other.csv\nclasses: [a, b]", r"other.csv: the label 'x' of one/jay/0.png is none of the 2 classes"),
         ("images: away.csv\nclasses: [a, b]", r"'../../jay.png' points out of"),
         ("images: gone.csv\nclasses: [a, b]", r"1 of 1 images are not in .*, the first one/jay/7.png"),

@@ -77,9 +77,11 @@ def test_the_task_needs_no_annotations_beside_a_list_but_its_answers(tmp_path, i
     task = Vqa(FinetuneRecipe(task=TaskConfig(name="vqa"), data=TaskDataConfig(source="files")), word_tokenizer())
     files = TaskFiles(images=str(images), questions=str(as_json(tmp_path / "vqa_train.json", QUESTIONS)))
     assert len(task.read(files, "data.train", "train").entries) == 2
-    as_json(tmp_path / "vqa_train.json", [{k: v for k, v in q.items() if k != "answer"} for q in QUESTIONS])
-    with pytest.raises(ValueError, match=r"data\.train\.questions = .*a list without answers"):
-        task.read(files, "data.train", "train")
+    without = [{k: v for k, v in q.items() if k != "answer"} for q in QUESTIONS]
+    for unanswered in (without, [q | {"answer": ["", ""]} for q in QUESTIONS]):
+        as_json(tmp_path / "vqa_train.json", unanswered)
+        with pytest.raises(ValueError, match=r"data\.train\.questions = .*vqa_train\.json.*no answers, or empty ones"):
+            task.read(files, "data.train", "train")
 
 
 def test_statements_of_one_sentence_are_counted_together(tmp_path, images):

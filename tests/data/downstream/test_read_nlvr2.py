@@ -39,6 +39,11 @@ def test_the_hidden_test_set_has_no_labels(dev):
     assert read_nlvr2(*dev).entries[0].label is None
 
 
+def test_a_label_may_be_a_text_or_a_truth_value(dev):
+    as_lines(dev[0], [{"sentence": "So.", "label": False, "identifier": "dev-850-0-0"}])
+    assert read_nlvr2(*dev).entries[0].label is False
+
+
 def test_statements_without_their_images_are_named_or_left_out(dev):
     (dev[1] / "dev-896-0-img1.png").unlink()
     with pytest.raises(ValueError, match=r"1 of 4 images.*dev-896-0-img1\.png.* data\.leave_out_missing"):
@@ -65,7 +70,7 @@ def test_a_missing_file_or_folder_is_refused_by_its_option(dev):
         ('{"sentence": "So.", "label": "True", "identifier": "dev-1-0"}', r"identifier = 'dev-1-0': split-set"),
         ('{"sentence": "So.", "label": "True", "identifier": "dev-850-0-0"}', r"no other statement has"),
         ('{"sentence": "So.", "label": "yes", "identifier": "dev-896-0-0"}', r"label = 'yes': one of True, False"),
-        ('{"sentence": "So.", "label": true, "identifier": "dev-896-0-0"}', r"label = True"),
+        ('{"sentence": "So.", "label": 1, "identifier": "dev-896-0-0"}', r"label = 1"),
         ('{"sentence": "So.", "label": "True", "identifier": "dev-896-0-0", "directory": "../.."}', r"directory = "),
         ('{"label": "True", "identifier": "dev-896-0-0"}', r"there is no key 'sentence'"),
     ],

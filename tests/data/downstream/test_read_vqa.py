@@ -91,7 +91,7 @@ def spoilt(content: dict, change) -> dict:
     ("change", "message"),
     [
         (lambda c: c.pop("questions"), r"there is no key 'questions'"),
-        (lambda c: c.update(questions={}), r"questions = a JSON object of 0: a list"),
+        (lambda c: c.update(questions={}), r"questions = a JSON object: a list"),
         (lambda c: c["questions"].append(3), r"questions\[3\]: a JSON object belongs there"),
         (lambda c: c["questions"][1].pop("image_id"), r"questions\[1\]: there is no key 'image_id'"),
         (

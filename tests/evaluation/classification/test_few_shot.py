@@ -100,7 +100,7 @@ def test_the_strength_is_chosen_in_the_validation_set_where_there_is_one():
     assert np.bincount(validation[1][episodes[10][1]]).tolist() == [4] * 3
     short = validation[0][validation[1] < 2], validation[1][validation[1] < 2]
     inputs = inputs_of(data, data, short)
-    with pytest.raises(ValueError, match=r"few_shot.shots = 1: class 'class 2' has 0 images in the validation set"):
+    with pytest.raises(ValueError, match=r"shots = 1: class 'class 2' has 0 images in the validation .* \S+strength"):
         draw_episodes(inputs, FewShotConfig(shots=(1,)), 0)
 
 
@@ -124,6 +124,8 @@ def test_a_class_with_too_few_images_is_named():
     inputs = inputs_of((rows, labels), (rows, labels))
     with pytest.raises(ValueError, match=r"few_shot.shots = 2: class 'class 2' has 3 images .* 4 are needed"):
         draw_episodes(inputs, FewShotConfig(shots=(1, 2)), 0)
+    with pytest.raises(ValueError, match=r"4 are needed: take fewer shots, or give the class more images$"):
+        draw_episodes(inputs, FewShotConfig(shots=(4,), strength=1.0), 0)
     assert len(draw_episodes(inputs, FewShotConfig(shots=(3,), strength=1.0), 0)[3][0]) == 12
 
 

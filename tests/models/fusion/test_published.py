@@ -244,6 +244,11 @@ def test_no_such_file_is_said(tmp_path):
         model_from(tmp_path / "empty")
 
 
+def test_a_two_tower_run_is_called_one():
+    with pytest.raises(ValueError, match=r"^fusion\.init = .*: a model of framework two_tower; .* fusion$"):
+        model_from(Path(__file__).parents[2] / "checkpoints" / "written_by_0.1.0" / "two_tower")
+
+
 def test_a_checkpoint_a_run_and_an_export_of_ours_are_starts(tmp_path):
     recipe = fusion_recipe(independent=True)
     model = build_model(recipe, word_tokenizer(), build_objective(recipe.losses))
