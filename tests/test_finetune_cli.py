@@ -122,7 +122,7 @@ def test_a_two_tower_model_is_called_one(parse, tmp_path, capsys):
     (tmp_path / "export" / "open_clip_config.json").write_text("{}")
     for init, said in (
         (run, "a model of framework two_tower; give one of framework fusion"),
-        (str(tmp_path / "export"), "a two-tower model's export in open_clip's form: give one of a fusion model"),
+        (str(tmp_path / "export"), "two towers exported in open_clip's form: give their run or checkpoint"),
     ):
         with pytest.raises(SystemExit):
             parse("--recipe", "vqa", "--init", init)

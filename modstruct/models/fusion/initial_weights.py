@@ -45,7 +45,7 @@ def find_folder(init: str, option: str = "--init") -> Path | None:
     path = Path(init).expanduser()
     if not path.is_dir():
         return None
-    remedy = "a two-tower model's export in open_clip's form: give one of a fusion model"
+    remedy = "two towers exported in open_clip's form: give their run or checkpoint, or an export of a fusion model"
     require(not (path / "open_clip_config.json").is_file(), option, init, remedy)
     found = path if (path / EXPORTED).is_file() else checkpoints.find(str(path), path, option)
     require(found is not None, option, init, "this run has no checkpoint yet")
