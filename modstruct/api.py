@@ -40,6 +40,8 @@ from modstruct.models.protocol import TrainableModel
 Preprocess = Callable[[Image.Image], Tensor]
 """An image of any size and mode, as Pillow opens it -> (3, H, W), as Model.encode_image takes it: uint8, of open_clip's
 models float32. As in training it is turned upright by its EXIF orientation, and transparent parts become white."""
+FOR_OTHERS = {"config.json": "transformers' AutoModel", "modstruct_onnx.json": "onnxruntime"}
+"""Files by which a folder for other programs is known, and which loads it."""
 Tokenize = Callable[[Sequence[str]], Tensor]
 """Texts -> token ids, (B, L) int64."""
 
@@ -51,8 +53,8 @@ class Model(nn.Module, ABC):
     """D, of the shared embeddings."""
     image_size: int
     """In pixels."""
-    whole_numbers: bool
-    """Whether preprocess makes uint8, which the model normalises, or what is normalised already."""
+    uint8_images: bool
+    """Whether preprocess makes uint8, which the model normalises, or float32, normalised already."""
 
     def encode_image(self, images: Tensor) -> Tensor:
         """images: (B, 3, H, W) of preprocess, on any device -> (B, D) float32, unit norm. Raises ValueError for others:
@@ -97,21 +99,21 @@ class Model(nn.Module, ABC):
         require(isinstance(images, Tensor), "images", type(images).__name__, f"must be {made}")
         shape, dtype = tuple(images.shape), images.dtype
         require(images.dim() == 4 and shape[1] == 3, "images", shape, f"must be (B, 3, H, W), {made}")
-        if self.whole_numbers:
+        if self.uint8_images:
             require(dtype == torch.uint8, "images", dtype, f"must be uint8, {made}")
-        require(self.whole_numbers or dtype.is_floating_point, "images", dtype, f"must be float32, normalised, {made}")
+        require(self.uint8_images or dtype.is_floating_point, "images", dtype, f"must be float32, normalised, {made}")
         return images.to(self.device)
 
     def _checked_ids(self, ids: Tensor) -> Tensor:
         remedy = "must be token ids (B, L), as the tokenizer makes them of a list of texts"
         require(isinstance(ids, Tensor), "ids", type(ids).__name__, remedy)
         given = f"{ids.dtype} {tuple(ids.shape)}"
-        require(ids.dim() == 2 and not ids.is_floating_point(), "ids", given, remedy)
+        require(ids.dim() == 2 and ids.dtype in (torch.int64, torch.int32), "ids", given, remedy)
         return ids.to(self.device)
 
 
 class _Ours(Model):
-    whole_numbers = True
+    uint8_images = True
 
     def __init__(self, model: TrainableModel, pixels: int):
         super().__init__()
@@ -153,7 +155,7 @@ class _Preprocess:
 
 
 class _OpenClip(Model):
-    whole_numbers = False
+    uint8_images = False
 
     def __init__(self, model: Any):
         super().__init__()
@@ -162,7 +164,8 @@ class _OpenClip(Model):
             self.dimension = self.encode_image(torch.zeros((1, 3, self.image_size, self.image_size))).shape[1]
 
     def _encode_image(self, images: Tensor) -> Tensor:
-        images = images.to(next(self.parameters()).dtype)  # of a model that was taken to half precision
+        if images.dtype == torch.float32:  # of preprocess, which knows nothing of a model taken to half precision
+            images = images.to(next((p.dtype for p in self.model.visual.parameters() if p.dim() == 4), torch.float32))
         return F.normalize(self.model.encode_image(images).float(), dim=-1)
 
     def _encode_text(self, ids: Tensor) -> Tensor:
@@ -195,9 +198,12 @@ def load(source: str | Path, device: str | torch.device | None = None) -> tuple[
 
 
 def _load_ours(path: Path, device: torch.device) -> tuple[Model, Preprocess, Tokenize]:
-    for name, what in {"config.json": "transformers, for its AutoModel", "modstruct_onnx.json": "onnxruntime"}.items():
-        remedy = f"an export for {what}; give the run, whose folder export open_clip can read, too"
-        require(not (path / name).is_file() or (path / EXPORTED).is_file(), "source", str(path), remedy)
+    for name, program in FOR_OTHERS.items():
+        remedy = (
+            f"{program} loads this folder; give modstruct the run it was made from, or that run's `export`"
+        )
+        own = (path / EXPORTED).is_file() or checkpoints.folder(path).is_dir() or (path / "state.json").is_file()
+        require(own or not (path / name).is_file(), "source", str(path), remedy)
     folder = find_folder(str(path), "source")
     assert folder is not None
     made_with = recipe_of(str(folder), "source")

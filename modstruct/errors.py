@@ -28,8 +28,9 @@ def require(condition: bool, field_name: str, value: object, remedy: str) -> Non
 
 def others(name: str, known: Sequence[str]) -> str:
     """What to give in place of a name that is none of the known ones: those like it, or all."""
-    near = difflib.get_close_matches(name, known, 3, 0.75)
-    return f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(known)}"
+    spelt = {other.lower(): other for other in known}
+    near = difflib.get_close_matches(name.lower(), spelt, 3, 0.75)
+    return f"did you mean {' or '.join(spelt[other] for other in near)}?" if near else f"it has {', '.join(known)}"
 
 
 _ADDRESS = re.compile(r"""(\w[\w+.-]{0,30}://)([^\s/]*@)?([^\s?'"]*)(\?[^\s'"]+)?""")

@@ -192,7 +192,7 @@ def test_images_of_another_kind_are_refused_since_their_embeddings_would_be_wron
 @pytest.mark.parametrize("name", ["config.json", "modstruct_onnx.json"])
 def test_an_export_for_other_programs_is_named(name, tmp_path):
     (tmp_path / name).write_text("{}")
-    with pytest.raises(ValueError, match=r"an export for .*; give the run"):
+    with pytest.raises(ValueError, match=r"loads this folder; give modstruct the run"):
         modstruct.load(tmp_path)
 
 

@@ -171,6 +171,10 @@ def from_table(table: Path, image_column: str, caption_column: str, quoting: int
         raise ValueError(f"{table}: {other}: give a CSV or TSV table with a column of image files and one of captions")
     with open(table, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         header = file.readline()
+        if header.startswith("sep="):
+            raise ValueError(f"{table}: the line {header.strip()!r} is a spreadsheet's own: delete it")
+        if "\udcff\udcfe" in header or "\udcfe\udcff" in header:
+            raise ValueError(f"{table}: UTF-16, as it seems: save it as UTF-8")
         file.seek(0)
         # Where a comma is the decimal sign, spreadsheets write semicolons between the columns.
         of_csv = ";" if ";" in header and "," not in header else ","

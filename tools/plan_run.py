@@ -34,7 +34,7 @@ USAGE = (
 MAY_BE_0 = ("local_rank", "reserve_gib", "decode_ms", "process_gib", "worker_gib", "price")
 ONE_AFTER_ANOTHER = ("compute", "optimizer", "links")
 REACHED = "one H100 reached 0.1 of it with an RN50, 0.16 to 0.19 with a ViT-B (docs/planning.md)"
-FASTER_LOADER = "measure --decode_ms; more --cores, smaller images and views.on device help"
+FASTER_LOADER = "more --cores help, or a smaller --decode_ms: measure it, with smaller images, with views.on device"
 FRACTIONS = ("mfu", "link_efficiency")
 
 
@@ -189,7 +189,8 @@ def report(measured: Measured, options: Namespace, steps: int) -> None:
     if large:
         other = nearest(measured, options, listed, asked, room)
         value = "null" if asked == rows else asked
-        said = f"train.micro_batch: {value} does not fit at stage {', '.join(large)}"
+        field = "train.micro_batch" if recipe.train.micro_batch or asked == rows else "--micro_batches"
+        said = f"{field}: {value} does not fit at stage {', '.join(large)}"
         print(f"{said}; the nearest that does: {other}")
     print(of_a_host(measured, options, rows, steps, min(fits, key=lambda one: one.step) if fits else None))
 

@@ -99,7 +99,7 @@ class Measured:
     def __init__(self, recipe: Recipe, processes: int):
         self.recipe, self.processes = recipe, processes
         self.objective = build_objective(recipe.losses, LossSettings(recipe.train.pairwise_precision, 1000))
-        self.objective.rows_agree = True
+        self.objective.checked = True
         with as_one_of(processes), Count():
             self.model = model = build_model(recipe, sizes_of_tokenizer(recipe), self.objective, read_weights=False)
             if recipe.train.activation_checkpointing:

@@ -10,7 +10,7 @@ from torch import Tensor
 from modstruct import distributed
 from modstruct.config import LossesConfig
 from modstruct.embeddings import EMBEDDINGS, Outputs
-from modstruct.errors import require
+from modstruct.errors import refuse, require
 from modstruct.losses.alignment import Alignment
 from modstruct.losses.bridge import Bridge
 from modstruct.losses.contrastive import Contrastive
@@ -66,7 +66,7 @@ class Objective:
         self.numbers = {"logit_scale", *(scalar.name for scalar in self.scalars)}
         self.row_losses = frozenset(name for name, loss in losses.items() if loss.row_labels is not None)
         self.comparing = [name for name, loss in losses.items() if loss.compares]
-        self.rows_agree = False
+        self.checked = False
 
     def require_pairs(self, global_batch: int) -> None:
         """Refuse a batch of a single pair for losses that compare pairs with each other."""
@@ -78,11 +78,13 @@ class Objective:
         """The objective of the global batch, a scalar with a gradient, and its terms; the same on every process.
 
         outputs: this process's rows; half precision is taken to float32, whatever autocast says. step: of the run,
-        from 0. without: names of losses to leave out. Raises ValueError where an output that a loss needs is missing
-        or of another shape than its embeddings, and, at the first call only, where embeddings have no unit norm and,
-        on every process, where the processes do not bring the same number of rows (all ranks wait for it).
+        from 0, and None is as if it were missing. without: names of losses to leave out. Raises ValueError where an
+        output that a loss needs is missing or its embeddings are not of one shape, and, at the first call only, where
+        embeddings have no unit norm or the processes bring unlike numbers of rows; FailedElsewhere at that call where
+        another process raises it (all wait for one another).
         """
         losses = {name: loss for name, loss in self.losses.items() if name not in without}
+        outputs = {name: z for name, z in outputs.items() if z is not None}
         self._check(outputs, losses)
         with torch.autocast(distributed.device().type, enabled=False):
             rows = in_float32(outputs)
@@ -128,34 +130,46 @@ class Objective:
         return total, terms
 
     def _check(self, outputs: Outputs, losses: Mapping[str, Loss]) -> None:
-        for name, loss in losses.items():
-            for needed in sorted(loss.needs - outputs.keys()):
-                remedy = f"losses.{name} needs it: let the model make it, or set losses.{name}.weight to 0"
-                require(False, f"embeddings.{needed}", None, remedy)
-        for name, value in outputs.items():
-            require(isinstance(value, Tensor), f"embeddings.{name}", type(value).__name__, "must be a tensor")
-        needs = frozenset[str]().union(*(loss.needs for loss in losses.values()))
-        rows = {f"embeddings.{name}": outputs[name] for name in sorted(needs & EMBEDDINGS)}
-        for name, z in rows.items():
-            matrix = z.dim() == 2 and z.numel() > 0 and z.is_floating_point()
-            require(matrix, name, f"{z.dtype} {tuple(z.shape)}", "must be (B, D), B and D at least 1, floating point")
-        if rows:
-            require_same_shape(**rows)
-        if not self.rows_agree:
-            if "image" in outputs:
-                distributed.require_equal_rows(outputs["image"], "rows of embeddings.image")
-            for name, z in rows.items():
+        if self.checked:
+            _checked_embeddings(outputs, losses)
+            return
+        error = None
+        try:
+            for name, z in _checked_embeddings(outputs, losses).items():
                 _require_unit_norm(name, z)
-            self.rows_agree = True
+        except ValueError as refused:
+            error = refused
+        distributed.fail_together(error, str(error))  # or the others would wait in a gather
+        if "image" in outputs:
+            distributed.require_equal_rows(outputs["image"], "rows of embeddings.image")
+        self.checked = True
+
+
+def _checked_embeddings(outputs: Outputs, losses: Mapping[str, Loss]) -> Outputs:
+    """The embeddings that the losses need, by their names in messages: there, (B, D) and of one shape."""
+    for name, loss in losses.items():
+        for needed in sorted(loss.needs - outputs.keys()):
+            remedy = f"losses.{name} needs it: let the model make it, or set losses.{name}.weight to 0"
+            refuse(f"embeddings.{needed}", None, remedy)
+    for name, value in outputs.items():
+        require(isinstance(value, Tensor), f"embeddings.{name}", type(value).__name__, "must be a tensor")
+    needs = frozenset[str]().union(*(loss.needs for loss in losses.values()))
+    rows = {f"embeddings.{name}": outputs[name] for name in sorted(needs & EMBEDDINGS)}
+    for name, z in rows.items():
+        matrix = z.dim() == 2 and z.numel() > 0 and z.is_floating_point()
+        require(matrix, name, f"{z.dtype} {tuple(z.shape)}", "must be (B, D), B and D at least 1, floating point")
+    if rows:
+        require_same_shape(**rows)
+    return rows
 
 
 def _require_unit_norm(name: str, rows: Tensor) -> None:
     """Refuse embeddings (B, D) of another norm, of which some losses would be infinite or mean something else."""
     norms = torch.linalg.vector_norm(rows.detach().float(), dim=1)
-    row = int((norms - 1).abs().argmax())
-    norm = float(norms[row])  # NaN, which a step that is skipped reports, is none of this
+    off = (norms - 1).abs() > UNIT_NORM_TOLERANCE  # NaN, which a step that is skipped reports, is none of this
+    row = int(off.int().argmax())
     remedy = "must have unit norm: torch.nn.functional.normalize(rows, dim=1)"
-    require(not abs(norm - 1) > UNIT_NORM_TOLERANCE, name, f"norm {norm:.3g} in row {row}", remedy)
+    require(not bool(off[row]), name, f"norm {float(norms[row]):.3g} in row {row}", remedy)
 
 
 def in_float32(outputs: Outputs) -> Outputs:

@@ -185,20 +185,25 @@ def load_pretrained(config: ModelConfig, views: ViewsConfig, tokenizer: Tokenize
     clip = open_clip.CustomTextCLIP(**described)
     if folder:
         require_same_model(folder, their_config, clip, described["embed_dim"])
+    path, tags = config.pretrained, ", ".join(open_clip.list_pretrained_tags_by_model(config.name)) or "(it has none)"
+    if tag:
+        try:
+            path = main_first(lambda: download_pretrained(tag))
+        except Exception as e:  # the libraries behind it have a type of error each
+            cause = textwrap.shorten(str(e), 300, placeholder=" …")
+            refuse("model.pretrained", path, f"cannot be downloaded ({cause}); give a local file, or another of {tags}")
+    elif not os.path.exists(path or ""):
+        missing = f"there is no such file, and {config.name} has no such tag; it has {tags}"
+        refuse("model.pretrained", path, missing)
     try:
-        path = main_first(lambda: download_pretrained(tag)) if tag else config.pretrained
         if folder:
             clip.load_state_dict(weights)
         else:
             load_checkpoint(clip, path, strict=True, weights_only=True)
-    except Exception as e:  # the libraries behind it have a type of error each
-        cause = textwrap.shorten(str(e), 300, placeholder=" …")
-        if folder or os.path.isfile(config.pretrained or ""):
-            model = f"model.name {config.name}, or model.* as the recipe has them"
-            refuse("model.pretrained", config.pretrained, f"cannot be loaded as weights of {model} ({cause})")
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(config.name)) or "(it has none)"
-        wrong = f"cannot be downloaded ({cause})" if tag else f"there is no such file, and {config.name} no such tag"
-        refuse("model.pretrained", config.pretrained, f"{wrong}; give a local file, or one of the tags {tags}")
+    except Exception as e:
+        model, cause = f"model.name {config.name}, or model.* as the recipe has them", textwrap.shorten(str(e), 300)
+        where = f" of {path}" if tag else ""
+        refuse("model.pretrained", config.pretrained, f"cannot be loaded{where} as weights of {model} ({cause})")
     require_finite(clip.state_dict(), "model.pretrained", config.pretrained or "")
     if keeps_text:
         _fit_text_tower(clip.text, tokenizer)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from modstruct import distributed
 from modstruct.config import ContrastiveConfig, LossesConfig
+from modstruct.errors import FailedElsewhere
 from modstruct.losses.objective import build_objective
 from modstruct.pairwise import (
     contrastive,
@@ -86,10 +87,12 @@ def spoiled_values(rows: int) -> dict[str, Tensor]:
     return {name: term(own(x), own(y), own(momentum), columns, logit_scale(9.0)) for name, term in TERMS.items()}
 
 
-def refusal_of_uneven_rows() -> str:
-    """What the objective says where process 1 brings a row more than the others."""
-    x, y = towers(5 if distributed.rank() == 1 else 4, WIDTH, 1)
-    with pytest.raises(ValueError, match="rows of") as refusal:
+def refusal_of_rows(of_process_1: int) -> str:
+    """What the objective says where process 1 brings so many rows, and the others 4."""
+    x, y = towers(4, WIDTH, 1)
+    if distributed.rank() == 1:
+        x, y = (rows.repeat(2, 1)[:of_process_1] for rows in (x, y))
+    with pytest.raises((ValueError, FailedElsewhere)) as refusal:
         build_objective(LossesConfig(contrastive=ContrastiveConfig(weight=1.0)))(
             dict(image=x, text=y, logit_scale=logit_scale(9.0)), step=0
         )
@@ -102,7 +105,7 @@ def all_of_it() -> tuple:
         values_and_gradients([rows * processes for rows in ROWS]),
         spoiled_values(3 * processes),
         spoiled_values(20 * processes),
-        refusal_of_uneven_rows(),
+        [refusal_of_rows(5), refusal_of_rows(0)],
     )
 
 
@@ -141,7 +144,8 @@ def test_nan_on_the_last_process_reaches_the_value_on_all(on_processes):
 
 def test_uneven_rows_are_refused_by_name_on_every_process(on_processes):
     processes, found = on_processes
-    for rank, (*_, refusal) in enumerate(found):
-        assert refusal.startswith(f"rows of embeddings.image = {5 if rank == 1 else 4}: ")
-        assert "from 4 to 5" in refusal
+    for rank, (*_, (uneven, none)) in enumerate(found):
+        assert uneven.startswith(f"rows of embeddings.image = {5 if rank == 1 else 4}: ")
+        assert "from 4 to 5" in uneven
+        assert none.startswith("embeddings.image" if rank == 1 else "another process failed first: embeddings.image")
     assert len(found) == processes

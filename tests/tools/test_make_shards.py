@@ -123,6 +123,10 @@ def test_what_cannot_work_is_said(tmp_path, make, capsys):
     (tmp_path / "twice.csv").write_text("image,caption,caption\na.png,p,q\n")
     assert make(tmp_path / "twice.csv") == 2
     assert "two columns are called 'caption'" in capsys.readouterr().err
+    for content, told in ((b"sep=;\nimage;caption\n", "delete it"), ("image,caption".encode("utf-16"), "as UTF-8")):
+        (tmp_path / "other.csv").write_bytes(content)
+        assert make(tmp_path / "other.csv") == 2
+        assert told in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     assert make(tmp_path / "empty") == 2
     assert make(tmp_path / "t.csv") == 1

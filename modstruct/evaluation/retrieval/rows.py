@@ -16,6 +16,7 @@ Storage = Literal["float32", "float16"]
 BLOCK_BYTES = 32 << 20
 """Of float32 rows that are read at once."""
 UNIT_NORM_TOLERANCE = 0.02
+"""bfloat16 rounds a norm by less."""
 
 
 def block_rows(dimension: int) -> int:
@@ -43,7 +44,8 @@ def check_unit_rows(name: str, rows: np.ndarray) -> None:
     norms = np.concatenate([block.norm(dim=1).numpy() for _, block in row_blocks(rows)])
     off = np.abs(norms - 1) > UNIT_NORM_TOLERANCE
     first = f"row {off.argmax()} has norm {norms[off.argmax()]:.3g}"
-    require(not off.any(), name, rows.shape, f"unit norm is needed, and {first}: divide each row by its norm")
+    remedy = "divide each row by its norm, or embed the set again, if the file is damaged"
+    require(not off.any(), name, rows.shape, f"unit norm is needed, and {first}: {remedy}")
 
 
 def check_dimensions(first_name: str, first: np.ndarray, name: str, rows: np.ndarray) -> None:

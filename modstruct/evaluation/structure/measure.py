@@ -23,7 +23,6 @@ Arrays = Mapping[str, np.ndarray]
 Jobs = dict[tuple[str, ...], list[Callable[[], Any]]]
 MODALITIES = {"image": "images", "text": "texts"}
 OPTIONAL = ("image_augmented", "image_independent", "text_independent")
-"""bfloat16 rounds a norm by less."""
 ABOUT = {
     "alignment": "Mean squared distance between the two embeddings of a pair, from 0 to 4.",
     "uniformity": "How evenly embeddings fill the sphere: log of the mean of exp(-t d²) over the distances d of any "

@@ -274,14 +274,21 @@ def test_rows_that_cannot_be_scored_are_refused():
         ahead_of(image, classes, np.arange(3))
 
 
-@pytest.mark.parametrize("sizes", [(300, 100), (20, 20, 20, 20)])
+@pytest.mark.parametrize("sizes", [(1000, *[10] * 9), (10, *[1000] * 9), (20, 20, 20, 20)])
 def test_classes_that_are_wholly_right_or_wrong_have_an_interval_all_the_same(sizes):
-    """A model that names one class for everything: that no image of a class differs tells little of the next one."""
+    """A model that names one class for everything: that no image of a class differs tells little of the next one. The
+    interval is at least what images that are right with the mean's probability, whatever their class, would give."""
     truth = np.repeat(np.arange(len(sizes)), sizes)
     found = accuracies((truth > 0).astype(int), truth, len(sizes), [1])
     mean, top = found["mean_per_class"], found["top_1"]
-    assert mean.value == pytest.approx(1 / len(sizes))
-    assert 0.03 < mean.value - mean.low < 0.1
-    assert 0.03 < mean.high - mean.value < 0.12
+    p = 1 / len(sizes)
+    half = 1.96 * (p * (1 - p) * (1 / np.array(sizes)).sum()) ** 0.5 / len(sizes)
+    assert mean.value == pytest.approx(p)
+    assert mean.low < mean.value < mean.high
+    assert mean.high - mean.low == pytest.approx(2 * half, rel=0.1)
     if len({*sizes}) == 1:
         assert (mean.low, mean.high) == (top.low, top.high)
+    twice = accuracies(
+        np.repeat((truth > 0).astype(int), 2), np.repeat(truth, 2), len(sizes), [1], np.arange(2 * len(truth)) // 2
+    )
+    assert (twice["mean_per_class"].low, twice["mean_per_class"].high) == (mean.low, mean.high)
