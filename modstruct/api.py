@@ -199,9 +199,7 @@ def load(source: str | Path, device: str | torch.device | None = None) -> tuple[
 
 def _load_ours(path: Path, device: torch.device) -> tuple[Model, Preprocess, Tokenize]:
     for name, program in FOR_OTHERS.items():
-        remedy = (
-            f"{program} loads this folder; give modstruct the run it was made from, or that run's `export`"
-        )
+        remedy = f"{program} loads this folder; give modstruct the run it was made from, or that run's `export`"
         own = (path / EXPORTED).is_file() or checkpoints.folder(path).is_dir() or (path / "state.json").is_file()
         require(own or not (path / name).is_file(), "source", str(path), remedy)
     folder = find_folder(str(path), "source")
