@@ -31,7 +31,7 @@ def test_a_mixture_and_what_it_does_to_an_epoch_are_described(tmp_path):
 
 def test_losses_and_counts_are_told_by_source(tmp_path):
     sources = [Source(write_shards(tmp_path / name, [4]), name=name) for name in ("web", "own", "none")]
-    run = Pretraining(Recipe(data=config(tmp_path)), "")
+    run = Pretraining(Recipe(data=config(tmp_path)), "ds_configs/zero2.json")
     run.samples = open_samples(sources, run.recipe.data, "data.train")
     image, text = (torch.nn.functional.normalize(torch.randn(6, 5), dim=1) for _ in range(2))
     outputs = {"image": image, "text": text, "logit_scale": torch.tensor([10.0])}
