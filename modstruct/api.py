@@ -198,10 +198,10 @@ def load(source: str | Path, device: str | torch.device | None = None) -> tuple[
 
 
 def _load_ours(path: Path, device: torch.device) -> tuple[Model, Preprocess, Tokenize]:
+    ours = (path / EXPORTED).is_file() or checkpoints.folder(path).is_dir() or (path / "state.json").is_file()
     for name, program in FOR_OTHERS.items():
         remedy = f"{program} loads this folder; give modstruct the run it was made from, or that run's `export`"
-        own = (path / EXPORTED).is_file() or checkpoints.folder(path).is_dir() or (path / "state.json").is_file()
-        require(own or not (path / name).is_file(), "source", str(path), remedy)
+        require(ours or not (path / name).is_file(), "source", str(path), remedy)
     folder = find_folder(str(path), "source")
     assert folder is not None
     made_with = recipe_of(str(folder), "source")
