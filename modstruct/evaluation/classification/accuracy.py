@@ -40,9 +40,9 @@ def accuracies(
     ahead: (n,), as `classes_ahead` gives. truth: (n,), the class of each row. copies: (n,), equal for rows of one
     image. Classes without a row do not enter the average. Its interval resamples the linear part of the mean of the
     classes' means, value + w (right - accuracy of the class), w such that every class counts alike. If a class has one
-    image, which says nothing of how its images vary, images are taken to vary alike in all classes. If each class is
-    wholly right or wholly wrong, as of a model that names one for everything, the interval is Wilson's, of as many
-    images as weigh alike, K^2 / sum_c 1 / n_c of K classes of n_c images.
+    image, which says nothing of how its images vary, images are taken to vary alike in all classes. If each class has
+    several and is wholly right or wholly wrong, as of a model that names one for everything, the interval is Wilson's,
+    of as many images as weigh alike, K^2 / sum_c 1 / n_c of K classes of n_c images.
     """
     _, place, images = np.unique(truth, return_inverse=True, return_counts=True)
     outcomes, right = in_top(ahead, top_k), ahead < 1
@@ -62,7 +62,8 @@ def accuracies(
     alike = right.all() or not right.any() or images.max() == 1
     outcomes["mean_per_class"] = right if alike else weighted
     made = {name: with_interval(value, outcomes[name], copies) for name, value in values.items()}
-    if made["mean_per_class"].low is not None and not alike and (right == accuracy[place]).all():
+    pure = images.min() > 1 and (right == accuracy[place]).all()
+    if made["mean_per_class"].low is not None and pure and not alike:
         of_images = np.column_stack([place, np.arange(len(right)) if copies is None else copies])
         distinct = np.bincount(np.unique(of_images, axis=0)[:, 0])
         low, high = wilson(mean.value, round(len(distinct) ** 2 / (1 / distinct).sum()))
