@@ -40,8 +40,6 @@ from modstruct.models.protocol import TrainableModel
 Preprocess = Callable[[Image.Image], Tensor]
 """An image of any size and mode, as Pillow opens it -> (3, H, W), as Model.encode_image takes it: uint8, of open_clip's
 models float32. As in training it is turned upright by its EXIF orientation, and transparent parts become white."""
-FOR_OTHERS = {"config.json": "transformers' AutoModel", "modstruct_onnx.json": "onnxruntime"}
-"""Files by which a folder for other programs is known, and which loads it."""
 Tokenize = Callable[[Sequence[str]], Tensor]
 """Texts -> token ids, (B, L) int64."""
 
@@ -99,9 +97,9 @@ class Model(nn.Module, ABC):
         require(isinstance(images, Tensor), "images", type(images).__name__, f"must be {made}")
         shape, dtype = tuple(images.shape), images.dtype
         require(images.dim() == 4 and shape[1] == 3, "images", shape, f"must be (B, 3, H, W), {made}")
-        if self.uint8_images:
-            require(dtype == torch.uint8, "images", dtype, f"must be uint8, {made}")
-        require(self.uint8_images or dtype.is_floating_point, "images", dtype, f"must be float32, normalised, {made}")
+        right = dtype == torch.uint8 if self.uint8_images else dtype.is_floating_point
+        kind = "uint8" if self.uint8_images else "float32, normalised"
+        require(right, "images", dtype, f"must be {kind}, {made}")
         return images.to(self.device)
 
     def _checked_ids(self, ids: Tensor) -> Tensor:
@@ -198,10 +196,6 @@ def load(source: str | Path, device: str | torch.device | None = None) -> tuple[
 
 
 def _load_ours(path: Path, device: torch.device) -> tuple[Model, Preprocess, Tokenize]:
-    ours = (path / EXPORTED).is_file() or checkpoints.folder(path).is_dir() or (path / "state.json").is_file()
-    for name, program in FOR_OTHERS.items():
-        remedy = f"{program} loads this folder; give modstruct the run it was made from, or that run's `export`"
-        require(ours or not (path / name).is_file(), "source", str(path), remedy)
     folder = find_folder(str(path), "source")
     assert folder is not None
     made_with = recipe_of(str(folder), "source")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -216,10 +217,10 @@ def nearest(measured: Measured, options: Namespace, listed: list[int], asked: in
     """The setting that fits and changes least: a smaller micro-batch or a higher stage, else recomputed activations;
     else what fills the memory, and the largest halving of the batch that fits."""
 
-    def plans(rows: int) -> list[Plan]:
+    def plans(rows: int) -> Iterator[Plan]:
         micros = {*halvings(rows), *(micro for micro in listed if micro <= rows)}
         by_distance = sorted(micros, key=lambda micro: (micro > asked, abs(micro - asked)))
-        return [plan(measured, options, stage, rows, micro) for micro in by_distance for stage in STAGES]
+        return (plan(measured, options, stage, rows, micro) for micro in by_distance for stage in STAGES)
 
     def first_that_fits(rows: int) -> str | None:
         fits = (one for one in plans(rows) if one.gib <= room)

@@ -185,15 +185,16 @@ def load_pretrained(config: ModelConfig, views: ViewsConfig, tokenizer: Tokenize
     clip = open_clip.CustomTextCLIP(**described)
     if folder:
         require_same_model(folder, their_config, clip, described["embed_dim"])
-    path, tags = config.pretrained, ", ".join(open_clip.list_pretrained_tags_by_model(config.name)) or "(it has none)"
+    path = config.pretrained
     if tag:
         try:
             path = main_first(lambda: download_pretrained(tag))
         except Exception as e:  # the libraries behind it have a type of error each
             cause = textwrap.shorten(str(e), 300, placeholder=" …")
-            refuse("model.pretrained", path, f"cannot be downloaded ({cause}); give a local file, or another of {tags}")
+            remedy = f"give a local file, or another of {pretrained_tags(config.name)}"
+            refuse("model.pretrained", path, f"cannot be downloaded ({cause}); {remedy}")
     elif not os.path.exists(path or ""):
-        missing = f"there is no such file, and {config.name} has no such tag; it has {tags}"
+        missing = f"there is no such file, and {config.name} has no such tag; it has {pretrained_tags(config.name)}"
         refuse("model.pretrained", path, missing)
     try:
         if folder:
@@ -208,6 +209,13 @@ def load_pretrained(config: ModelConfig, views: ViewsConfig, tokenizer: Tokenize
     if keeps_text:
         _fit_text_tower(clip.text, tokenizer)
     return clip
+
+
+def pretrained_tags(name: str | None) -> str:
+    """open_clip's tags of an architecture, for messages."""
+    import open_clip
+
+    return ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "(it has none)"
 
 
 def _check_pretrained_text(config: ModelConfig, text: dict, tokenizer: Tokenizer) -> None:

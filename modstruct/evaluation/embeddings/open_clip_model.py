@@ -20,6 +20,7 @@ from modstruct.data.tokenizers import load_tokenizer
 from modstruct.data.transforms.image_views import ImageViews
 from modstruct.errors import others, refuse, require
 from modstruct.evaluation.embeddings.model import EmbeddingModel, weights_fingerprint
+from modstruct.models.towers import pretrained_tags
 
 OPTION = "--open_clip"
 LOCAL = "local-dir:"
@@ -78,7 +79,7 @@ def create_open_clip(spec: str, random_weights: bool = False, option: str = OPTI
         raise
     except Exception as error:  # the libraries behind it have a type of error each
         cause = textwrap.shorten(str(error), 300, placeholder=" …")
-        remedy = f"give NAME:FILE with a local file, or one of the tags {_tags(architecture)}, which are"
+        remedy = f"give NAME:FILE with a local file, or one of the tags {pretrained_tags(architecture)}, which are"
         refuse(option, spec, f"cannot be loaded ({cause}); {remedy} downloaded once and kept in open_clip's cache")
     require_finite(model.state_dict(), option, spec)
     return model.to(distributed.device()).eval(), preprocess, tokenizer
@@ -135,12 +136,6 @@ def open_clip_model(spec: str, random_weights: bool = False, name: str | None = 
     )
 
 
-def _tags(architecture: str) -> str:
-    import open_clip
-
-    return ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "(it has none)"
-
-
 def _parts(spec: str, random_weights: bool, option: str) -> tuple[str, str | None]:
     """Architecture and weights; refused where they are missing, unknown, or trained with another activation."""
     import open_clip
@@ -154,7 +149,7 @@ def _parts(spec: str, random_weights: bool, option: str) -> tuple[str, str | Non
     require(architecture in known, option, spec, f"not known to open_clip; {others(architecture, known)}")
     if random_weights:
         return architecture, None
-    tags, path = _tags(architecture), Path(weights).expanduser()
+    tags, path = pretrained_tags(architecture), Path(weights).expanduser()
     require(bool(weights), option, spec, f"give its weights, {architecture}:FILE or {architecture}:TAG of {tags}")
     if os.sep in weights or path.suffix in (".pt", ".pth", ".bin", ".safetensors"):
         require(path.is_file(), option, spec, f"there is no file {path}")

@@ -114,6 +114,8 @@ def measure_retrieval(
     without a positive are left out, but stay in the gallery of the other direction. Raises ValueError for embeddings
     that are empty, not finite or of unlike dimensions, pairs that name no row, K < 1, and an engine not to be had here.
     """
+    check_rows("image", image)
+    check_rows("text", text)
     metrics, config = {}, RetrievalConfig(recall_at=tuple(recall_at), engine=engine, index=index)
     for direction, ranked, recall in rankings(image, text, pairs, recall_at, config):
         metrics[direction] = ranking_metrics(ranked, recall_at)
@@ -127,12 +129,12 @@ def rankings(
 ) -> Iterator[tuple[str, Ranked, Metrics | None]]:
     """Yields (direction, its ranks, recall of approximate lists or None), one direction after the other.
 
+    image, text: checked rows.
+
     exact and faiss_flat divide the queries among the processes, each with its own GPU: reading or copying a gallery
     is cheap beside searching it. Building another index is not: the main process builds and searches it, on all GPUs of
     its host that it can use, and the others wait.
     """
-    check_rows("image", image)
-    check_rows("text", text)
     check_dimensions("image", image, "text", text)
     pairs = checked_pairs(pairs, len(image), len(text), ("images", "texts"))
     engine, exact = config.engine, config.engine in ("exact", "faiss_flat")

@@ -27,6 +27,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("modstruct")
 KINDS = "a run, checkpoint or export of ours, or a file of weights by our names or ALBEF's"
+LOADS_IT = "loads this folder; give modstruct the run it was made from, or that run's `export`"
+OTHER_FORMS = {
+    "open_clip_config.json": "two towers exported in open_clip's form: give their run or checkpoint, or an export of a "
+    "fusion model",
+    "config.json": f"transformers' AutoModel {LOADS_IT}",
+    "modstruct_onnx.json": f"onnxruntime {LOADS_IT}",
+}
+"""By the file that tells it, what to give in place of a folder in a form that is not read here."""
 EXPORTED, EXPORTED_CONFIG = "modstruct_model.safetensors", "modstruct_config.json"
 
 
@@ -45,8 +53,9 @@ def find_folder(init: str, option: str = "--init") -> Path | None:
     path = Path(init).expanduser()
     if not path.is_dir():
         return None
-    remedy = "two towers exported in open_clip's form: give their run or checkpoint, or an export of a fusion model"
-    require(not (path / "open_clip_config.json").is_file(), option, init, remedy)
+    ours = (path / EXPORTED).is_file() or checkpoints.folder(path).is_dir() or (path / "state.json").is_file()
+    for name, remedy in OTHER_FORMS.items():
+        require(ours or not (path / name).is_file(), option, init, remedy)
     found = path if (path / EXPORTED).is_file() else checkpoints.find(str(path), path, option)
     require(found is not None, option, init, "this run has no checkpoint yet")
     return found
