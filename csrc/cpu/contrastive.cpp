@@ -14,7 +14,7 @@ void contrastive_statistics(const ContrastiveStatistics& problem, const Choice& 
     Slabs y_slabs(sweep.column_blocks, pairs.dimension);
     y_slabs.pack(pairs.y, pairs.columns, nullptr, sweep.threads);
     Panels x_panels(sweep.group_blocks, pairs.dimension);
-    Buffer<float> tiles(sweep.threads * TILE_FLOATS);
+    Buffer<float> tiles(sweep.threads * TILE_FLOATS, Content::any);
     RowSums row_sums(sweep);
     ColumnSums column_sums(sweep);
 

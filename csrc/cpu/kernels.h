@@ -4,7 +4,8 @@
 // [column][row], the row contiguous: 147 KB, which a second-level cache holds. Vectors are packed in two layouts:
 //   slabs   [dimension / 32][vector in block][32]   one block of rows or columns
 //   panels  [vector in block / 32][dimension][32]   one block of rows
-// Both pad the dimension to a multiple of 32 with zeros, and the missing vectors of the last block likewise.
+// Both pad the dimension to a multiple of 32 with zeros, and panels the missing vectors of the last panel likewise. What
+// else a block has behind its last vector is of any content: sums of it are formed and read by nobody.
 #pragma once
 
 #include <cstdint>

@@ -50,8 +50,8 @@ void nearest_counts(const NearestCounts& problem, const Choice& choice) {
     const int64_t most_blocks = std::min(ITEM_BLOCKS_AT_ONCE, sweep.column_blocks);
     Slabs items(most_blocks, pairs.dimension);
     const int64_t panel_floats = BLOCK * sweep.depth;
-    Buffer<float> panels(sweep.threads * panel_floats);
-    Buffer<float> tiles(sweep.threads * TILE_FLOATS);
+    Buffer<float> panels(sweep.threads * panel_floats, Content::any);
+    Buffer<float> tiles(sweep.threads * TILE_FLOATS, Content::any);
     Buffer<int32_t> counts(sweep.threads * 2 * BLOCK);
 
     for (int64_t start = 0; start < sweep.column_blocks; start += most_blocks) {

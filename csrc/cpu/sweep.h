@@ -55,7 +55,7 @@ struct Sweep {
 class GroupTiles {
    public:
     GroupTiles(const Sweep& sweep, bool wanted)
-        : sweep_(sweep), data_(wanted ? sweep.group_blocks * sweep.column_blocks * TILE_FLOATS : 0) {}
+        : sweep_(sweep), data_(wanted ? sweep.group_blocks * sweep.column_blocks * TILE_FLOATS : 0, Content::any) {}
 
     float* tile(int64_t block, int64_t column) { return data_.data() + sweep_.tile_place(block, column); }
     // x_grad += W y for the rows of the group

@@ -7,6 +7,7 @@ let other Python threads run meanwhile.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -152,6 +153,7 @@ def nearest_counts(
     return above, ties
 
 
+@functools.cache
 def instruction_set() -> str:
     """The fastest that this build holds and this machine runs."""
     return load_extension().features()["cpu_here"][-1]

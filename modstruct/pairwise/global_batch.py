@@ -84,12 +84,18 @@ def times_scale(x: Tensor, x_grad: Tensor, y_grad: Tensor, scale: Tensor) -> tup
 
 def sum_of_products(a: Tensor, b: Tensor) -> Tensor:
     """sum_jd a_jd b_jd, as (1,), without an array of the size of a; its bits do not depend on the number of threads."""
-    blocks = zip(a.split(ROWS_AT_ONCE), b.split(ROWS_AT_ONCE), strict=True)
-    return steady_sum(torch.cat([(p * q).sum(1) for p, q in blocks]).double()).to(a.dtype).reshape(1)
+    if len(a) <= ROWS_AT_ONCE:  # spares a small batch the operators that put the blocks together
+        rows = (a * b).sum(1)
+    else:
+        blocks = zip(a.split(ROWS_AT_ONCE), b.split(ROWS_AT_ONCE), strict=True)
+        rows = torch.cat([(p * q).sum(1) for p, q in blocks])
+    return steady_sum(rows.double()).to(a.dtype).reshape(1)
 
 
 def steady_sum(values: Tensor) -> Tensor:
     """Sum of (n,) to a scalar whose bits do not depend on the number of threads, as torch's do from 32,768 on."""
+    if len(values) <= ROWS_AT_ONCE:
+        return values.sum()
     return torch.stack([part.sum() for part in values.split(ROWS_AT_ONCE)]).sum()
 
 

@@ -29,8 +29,11 @@ def operator(plain: Callable, *, cpu: Callable, cuda: Callable) -> CustomOpDef:
 
     def by_dtype(kernel: Callable, serves: Callable[[torch.device], bool]) -> Callable:
         def run(x: Tensor, *others: object) -> Tensor | tuple[Tensor, ...]:
+            serving = kernel if x.dtype == torch.float32 and serves(x.device) else plain
+            if not torch.is_autocast_enabled(x.device.type):
+                return serving(x, *others)
             with torch.autocast(x.device.type, enabled=False):
-                return (kernel if x.dtype == torch.float32 and serves(x.device) else plain)(x, *others)
+                return serving(x, *others)
 
         return run
 

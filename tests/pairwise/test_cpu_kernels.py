@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,23 @@ def test_potentials_and_counts_may_have_more_rows_than_columns(instruction_set, 
     counts = cpu_kernels.nearest_counts(queries, gallery, pairs, pairs % columns, "float32")
     right = reference.nearest_counts(queries.double(), gallery.double(), torch.stack((pairs, pairs % columns), 1))
     assert all(torch.equal(f, r) for f, r in zip(counts, right, strict=True))
+
+
+def fresh_pages() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def test_memory_is_kept_for_the_next_call_up_to_64_mib():
+    x, y, many = unit_rows(1000, 512, 1), unit_rows(1000, 512, 2), torch.zeros(50_000, 512)
+    arguments = (logit_scale(9.0), 0, 0.0, "none", "float32")
+    touched = []
+    for columns in (y, many):
+        for _ in range(2):
+            before = fresh_pages()
+            cpu_kernels.row_contrast(x, None, columns, *arguments)
+        touched.append((fresh_pages() - before) * resource.getpagesize())
+    assert touched[0] < 2**17 < y.nbytes
+    assert touched[1] > many.nbytes  # 98 MiB, which were given back
 
 
 @pytest.mark.parametrize("shape", [(1300, 1700, 37, 350), (193, 385, 31, 192), (40, 4000, 70, 17)])
