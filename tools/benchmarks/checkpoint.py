@@ -1,7 +1,7 @@
 """How long training waits for a checkpoint and how much memory it takes, beside DeepSpeed's and PyTorch's own.
 
 python tools/benchmarks/checkpoint.py                             # 100M parameters, 1, 2 and 4 processes, stage 1
-python tools/benchmarks/checkpoint.py --millions 100 400 --processes 2 4 --stage 3     # 400M on 4 takes 30 GB
+python tools/benchmarks/checkpoint.py --millions 100 400 --processes 2 4 --stage 3     # 400M on 4 takes 22 GB
 python tools/benchmarks/checkpoint.py --stage 3 --kinds start     # the start alone; --whole beside it
 python tools/benchmarks/checkpoint.py --out results.json
 
