@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from modstruct.config import DataConfig, Source, ViewsConfig
+from modstruct.data.shards.loader import BatchContents, BatchPlan, TrainBatch, train_loader
 from modstruct.data.shards.sample_table import Samples
 from modstruct.data.shards.samples import open_samples
 from modstruct.data.transforms.augment import Views
@@ -85,3 +86,35 @@ class LengthTokenizer:
 
 def views(side: int = 8, text: str = "eda") -> Views:
     return Views(ViewsConfig(text=text), side)
+
+
+BOTH = frozenset({"image_augmented", "text_augmented"})
+
+
+def load(
+    samples,
+    data,
+    start=0,
+    stop=5,
+    process=0,
+    processes=1,
+    batch=12,
+    extra=BOTH,
+    seed=3,
+    tokenizer=None,
+    micro_batch=None,
+    text="eda",
+):
+    contents = BatchContents(views(text=text), tokenizer or LengthTokenizer(), extra)
+    plan = BatchPlan(batch, seed, start, stop, micro_batch)
+    loader = train_loader(samples, data, contents, plan, process, processes)
+    assert len(loader) == (stop - start) * loader.parts
+    return list(loader)
+
+
+def assert_same(ones: list[TrainBatch], others: list[TrainBatch]) -> None:
+    assert len(ones) == len(others)
+    for one, other in zip(ones, others, strict=True):
+        assert one.tensors.keys() == other.tensors.keys()
+        assert all(torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors)
+        assert one.faults == other.faults
