@@ -38,6 +38,7 @@ from modstruct.checkpoints.kept import (
     replace_folder,
     step_folder,
     step_of,
+    was_validated,
 )
 from modstruct.checkpoints.tensors import LazyTensors, Piece, StoredTensors, described, save_tensors
 
@@ -68,5 +69,6 @@ __all__ = [
     "save_tensors",
     "step_folder",
     "step_of",
+    "was_validated",
     "write",
 ]

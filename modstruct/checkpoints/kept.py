@@ -95,13 +95,23 @@ def note_score(path: Path, score: float) -> bool:
         log.warning("%s: its score by data.validation is %s, so it is not taken for the best", path.name, score)
         return False
     best, before = read_best(path.parents[1]), _noted_best(path.parents[1]).get("score")
-    if best and best["score"] >= score:
-        return False
-    if before is not None and not _is_score(before):
+    better = not best or best["score"] < score
+    if better and before is not None and not _is_score(before):
         log.warning("best.json: the score %r is none and is replaced by that of %s", before, path.name)
+    noted = {"checkpoint": path.name, "score": score} if better else best or {}
     with atomic_write(path.with_name("best.json")) as file:
-        file.write(json.dumps({"checkpoint": path.name, "score": score}).encode())
-    return True
+        file.write(json.dumps(noted | {"validated": step_of(path)}).encode())
+    return better
+
+
+def was_validated(path: Path) -> bool:
+    """Whether a score of the checkpoint `path` was noted, be it the best or not: a stop may have come before.
+
+    Scores of versions that did not note the step in best.json count as those of every checkpoint.
+    """
+    noted = _noted_best(path.parents[1])
+    last = noted.get("validated", step_of(path) if noted else None)
+    return isinstance(last, int) and last >= step_of(path)
 
 
 def remove_old(output: str | Path, keep_last: int, step: int) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from modstruct import checkpoints, distributed, stopping
 from modstruct.checkpoints import Checkpoint, TrainState
 from modstruct.config import FinetuneRecipe, OptimizerConfig, Recipe
-from modstruct.config.recipe_files import check_resumable, decisive_fields
+from modstruct.config.recipe_files import check_resumable, decisive_fields, recipe_to_dict
 from modstruct.data.faults import BadSampleCounter
 from modstruct.data.shards.loader import TrainBatch, steps_of
 from modstruct.data.shards.workers import WorkerLoader
@@ -168,6 +168,8 @@ class Trainer(ABC, Generic[RecipeT]):
         recipe, state = self.recipe, self.state
         bad_samples = BadSampleCounter("data.train", recipe.data.max_bad_share, distributed.rank())
         counts: Counter[str] = Counter()
+        with self.heartbeat.unhurried():
+            self._validate_again()
         self.engine.train()
         clock = self.telemetry.clock
         batches_of_steps = clock.waiting(sent_ahead(steps_of(self.loader(state.step))))
@@ -216,8 +218,7 @@ class Trainer(ABC, Generic[RecipeT]):
     def validate_and_save(self, stop: bool) -> None:
         """Checkpoint and validation that are due after the current step; saved first, so that no error loses a step."""
         recipe, step, last = self.recipe, self.state.step, self.state.step == self.steps
-        every, validate_every = recipe.checkpoints.every_steps, recipe.evaluation.every_steps
-        validate = self.has_validation and (last or bool(validate_every and step % validate_every == 0))
+        every, validate = recipe.checkpoints.every_steps, self._validation_is_due()
         if not (stop or last or validate or (every and step % every == 0)):
             return
         self.telemetry.pause()
@@ -228,11 +229,28 @@ class Trainer(ABC, Generic[RecipeT]):
         elif validate or not recipe.checkpoints.asynchronous:
             self.writer.wait()
         if validate and not stop:
-            with stopping.stage(f"step {step} is saved, and `--resume latest` resumes from there"):
-                score = self.validate()
-            if distributed.is_main():
-                checkpoints.note_score(path, score)
+            self._validate_and_note(path)
         self.telemetry.resume()
+
+    def _validation_is_due(self) -> bool:
+        step, every = self.state.step, self.recipe.evaluation.every_steps
+        return self.has_validation and (step == self.steps or bool(every and step % every == 0))
+
+    def _validate_and_note(self, path: Path) -> None:
+        """path: the current step's checkpoint."""
+        with stopping.stage(f"step {self.state.step} is saved, and `--resume latest` resumes from there"):
+            score = self.validate()
+        if distributed.is_main():
+            checkpoints.note_score(path, score)
+
+    def _validate_again(self) -> None:
+        """What a stop cut short before the resume, so that the best checkpoint is the unbroken run's."""
+        path = checkpoints.step_folder(self.output, self.state.step)
+        if self.state.step == 0 or not self._validation_is_due():
+            return
+        if distributed.broadcast_object(path.exists() and not checkpoints.was_validated(path)):
+            log.info("Validating step %d, which a stop cut short", self.state.step)
+            self._validate_and_note(path)
 
     def find_start(self) -> Start:
         """Check DeepSpeed's file, all hosts' settings and the checkpoint against the recipe."""
@@ -246,26 +264,48 @@ class Trainer(ABC, Generic[RecipeT]):
         mine = distributed.rank(), distributed.world_size()  # each process checks a share of it
         saved, tokenizer = hosts.on_all(lambda: (checkpoints.read(path, *mine), load_tokenizer(path / "tokenizer")))
         check_resumable(saved.recipe, recipe)
+        before, now = saved.recipe["data"].get("validation"), recipe_to_dict(recipe)["data"]["validation"]
+        if before != now and distributed.is_main() and checkpoints.read_best(self.output):
+            told = "data.validation = %s: the best checkpoint so far was found by %s, and stays the best until a higher"
+            log.warning(f"{told} score comes, comparable or not; without checkpoints/best.json it is none", now, before)
         return Start(resolved, path, saved, tokenizer)
 
     def _starting_point(self) -> Path | None:
-        """The checkpoint to resume from; None for a fresh run."""
+        """The checkpoint to resume from; None for a fresh run, and for `latest` where there is none yet."""
         output, resume = self.recipe.output, self.resume
+        given = resume is None or bool(resume.strip())
+        require(given, "--resume", resume, "give `latest`, `best` or a checkpoint's folder; without it a run is new")
+        there = checkpoints.list_checkpoints(output)
         if resume is None:
-            require(
-                not checkpoints.list_checkpoints(output),
-                "output",
-                output,
-                "holds checkpoints of an earlier run: add `--resume latest` to resume it, or choose another --output",
-            )
+            remedy = "add `--resume latest` to resume it, or choose another --output"
+            require(not there, "output", output, f"holds checkpoints of an earlier run: {remedy}")
         distributed.barrier()
         if distributed.is_main():
             checkpoints.clean(output)
         path = hosts.on_all(lambda: checkpoints.find(resume, output)) if resume else None
-        if resume and path is None:
+        if path:
+            hosts.on_all(partial(self._look_at_output, path, there))
+        elif resume:
+            require(resume == "latest", "--resume", resume, "holds no checkpoint; only `latest` may begin a new run")
             log.info("No checkpoint in %s yet: starting from the beginning", output)
         hosts.require_same({"--resume": path and path.name}, "hosts must see the same checkpoints: share the folder")
         return path
+
+    def _look_at_output(self, path: Path, there: Sequence[Path]) -> None:
+        """Refuse to write over another run's checkpoints; name those of this run that a resume from `path` leaves.
+
+        there: the checkpoints in the output folder.
+        """
+        if path.resolve().parent != checkpoints.folder(self.output).resolve():
+            remedy = "choose another --output, or resume that run by `--resume latest`"
+            named = f"holds checkpoints of another run than {path}, which would be removed"
+            require(not there, "output", self.recipe.output, f"{named}: {remedy}")
+        later = [other.name for other in there if checkpoints.step_of(other) > checkpoints.step_of(path)]
+        if later and distributed.is_main():
+            best = checkpoints.read_best(self.output)
+            noted = f" (the best is {best['checkpoint']})" if best else ""
+            told = "Resuming from %s: later checkpoints are removed once the next is saved: %s%s; to keep them, stop"
+            log.warning(f"{told} now and give another --output", path.name, ", ".join(later), noted)
 
     def start(
         self, model: TrainableModel, start: Start, samples: int, epoch_samples: int, deferred: Deferred | None = None
@@ -410,13 +450,18 @@ def run_length(recipe: Recipe | FinetuneRecipe, epoch_samples: int) -> int:
 
 
 def check_length(recipe: Recipe | FinetuneRecipe, steps: int, taken: int) -> None:
-    """Say that a resumed run has no step left; refuse one that is to end before its checkpoint or its new_first_steps.
+    """Say that a resumed run has no step left, or that the rate only rises; refuse a run that is to end before its
+    checkpoint or its new_first_steps.
 
     steps: length of the run; taken: steps of the checkpoint.
     """
     first = recipe.optimizer.new_first_steps
     remedy = f"no other weight would learn in a run of {steps:,} steps: give fewer"
     require(first == 0 or first < steps, "optimizer.new_first_steps", first, remedy)
+    warmup = recipe.optimizer.warmup_steps
+    if warmup > steps:
+        told = "optimizer.warmup_steps = %d: the run has %d steps, in which it warms up to the full rate; a longer one"
+        log.info(f"{told} rises more slowly", warmup, steps)
     named = "steps" if recipe.train.steps is not None else "epochs"
     field, value = f"train.{named}", getattr(recipe.train, named)
     length = f"{steps:,} steps" if named == "steps" else f"{value:g} epochs, {steps:,} steps"

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from modstruct import checkpoints
 from modstruct.checkpoints import TrainState
-from modstruct.config import FinetuneRecipe, OptimizerConfig, Recipe, TrainConfig
+from modstruct.config import EvaluationConfig, FinetuneRecipe, OptimizerConfig, Recipe, TrainConfig
 from modstruct.training.pretrain import Pretraining
 from modstruct.training.trainer import Start, check_length, learning_rate
 
@@ -82,7 +84,7 @@ def test_a_resumed_run_reads_the_captions_that_it_was_trained_on(before, now, re
 def test_a_resume_at_or_past_the_end_says_so(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("modstruct"), "propagate", True)
     caplog.set_level(logging.INFO, "modstruct")
-    by_steps = Recipe(train=TrainConfig(steps=7))
+    by_steps = Recipe(train=TrainConfig(steps=7), optimizer=OptimizerConfig(warmup_steps=7))
     by_epochs = FinetuneRecipe(train=TrainConfig(steps=None, epochs=2.5))
     check_length(by_steps, 7, 6)
     assert caplog.text == ""
@@ -104,3 +106,66 @@ def test_pretrained_weights_learn_before_the_end():
 def test_a_run_into_no_folder_is_refused():
     with pytest.raises(ValueError, match=r"^output = ' ': name a folder for the run"):
         Pretraining(Recipe(output=" "), "ds_configs/zero2.json", None).run()
+
+
+def a_checkpoint(output: Path, step: int) -> Path:
+    path = checkpoints.step_folder(output, step)
+    path.mkdir(parents=True)
+    (path / "state.json").write_text("{}")
+    return path
+
+
+def starting_point(output: Path, resume: str | None) -> Path | None:
+    return Pretraining(Recipe(output=str(output)), "ds_configs/zero2.json", resume)._starting_point()
+
+
+@pytest.mark.parametrize("resume", ["", " "])
+def test_an_empty_resume_is_refused_and_no_fresh_run(tmp_path, resume):
+    a_checkpoint(tmp_path, 5)
+    with pytest.raises(ValueError, match=r"^--resume = ' *': give `latest`, `best` or a checkpoint's folder"):
+        starting_point(tmp_path, resume)
+
+
+def test_only_latest_begins_a_run_where_there_is_no_checkpoint(tmp_path):
+    assert starting_point(tmp_path / "new", "latest") is None
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"^--resume = .*empty.*holds no checkpoint; only `latest` may begin"):
+        starting_point(tmp_path / "new", str(tmp_path / "empty"))
+
+
+def test_another_runs_checkpoints_are_not_written_over(tmp_path):
+    of_one, of_other = a_checkpoint(tmp_path / "one", 2), a_checkpoint(tmp_path / "other", 5)
+    with pytest.raises(ValueError, match=r"^output = .*other.*: holds checkpoints of another run than .*step-00000002"):
+        starting_point(tmp_path / "other", str(of_one))
+    assert starting_point(tmp_path / "third", str(of_one)) == of_one
+    assert starting_point(tmp_path / "other", "latest") == of_other
+
+
+def test_a_resume_from_an_earlier_step_names_what_will_go(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("modstruct"), "propagate", True)
+    early, _, best = (a_checkpoint(tmp_path, step) for step in (4, 8, 10))
+    checkpoints.note_score(best, 0.9)
+    assert starting_point(tmp_path, "latest") == best
+    assert caplog.text == ""
+    assert starting_point(tmp_path, str(early)) == early
+    assert "removed once the next is saved: step-00000008, step-00000010 (the best is step-00000010)" in caplog.text
+
+
+@pytest.mark.parametrize(("step", "every", "noted", "again"), [(4, 2, 2, True), (4, 2, 4, False), (3, 2, 2, False)])
+def test_a_validation_that_a_stop_cut_short_is_made_up_for(tmp_path, step, every, noted, again):
+    recipe = Recipe(output=str(tmp_path), evaluation=EvaluationConfig(every_steps=every))
+    run = Pretraining(recipe, "ds_configs/zero2.json", "latest")
+    checkpoints.note_score(a_checkpoint(tmp_path, noted), 0.5)
+    checkpoints.step_folder(tmp_path, step).mkdir(exist_ok=True)
+    run.state, run.steps, run.has_validation = TrainState(step=step), 9, True
+    run.validate = lambda: 0.7
+    run._validate_again()
+    best = checkpoints.read_best(tmp_path)
+    assert (best["score"], best["validated"]) == ((0.7, step) if again else (0.5, noted))
+
+
+def test_a_warm_up_that_the_run_cuts_short_is_said(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("modstruct"), "propagate", True)
+    caplog.set_level(logging.INFO, "modstruct")
+    check_length(Recipe(train=TrainConfig(steps=7), optimizer=OptimizerConfig(warmup_steps=8)), 7, 0)
+    assert "optimizer.warmup_steps = 8: the run has 7 steps" in caplog.text

@@ -73,7 +73,15 @@ def read_everything(init: str, option: str) -> dict[str, Tensor]:
         return from_albef(weights) if is_albef(weights) else weights
     if (folder / EXPORTED).is_file():
         return read_weight_file(folder / EXPORTED, option)
-    return {**checkpoints.read_weights(folder), **checkpoints.read_weights(folder, "momentum")}
+    return {**_measured(folder, init, option), **checkpoints.read_weights(folder, "momentum")}
+
+
+def _measured(folder: Path, init: str, option: str) -> dict[str, Tensor]:
+    """The weights of a checkpoint that its run measures and exports, so that it and its export start alike."""
+    ema = bool(recipe_of(init, option).get("evaluation", {}).get("ema"))
+    if ema:
+        log.info("%s: starts from the EMA weights of %s, which its run measures (evaluation.ema)", option, init)
+    return dict(checkpoints.read_measured(folder, ema))
 
 
 def tokenizer_of(init: str | None, option: str = "fusion.init") -> Tokenizer | None:
@@ -153,7 +161,8 @@ def find_initial(init: str | None, config: TokenizerConfig, cache: str, tokenize
     folder = init and find_folder(init)
     if folder:
         exported = folder / EXPORTED
-        weights = read_weight_file(exported, "--init") if exported.is_file() else dict(checkpoints.read_weights(folder))
+        published = exported.is_file()
+        weights = read_weight_file(exported, "--init") if published else _measured(folder, str(init), "--init")
         return Initial(load_tokenizer(folder / "tokenizer"), weights, folder)
     if init is not None and not Path(init).expanduser().is_file():
         refuse("--init", init, "no such file or folder; give a run, checkpoint or export of ours, or ALBEF's .pth")
