@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from tiny_models import batch_of_both_views, register_architectures, tiny_config, tiny_model, word_tokenizer
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -25,6 +26,7 @@ from modstruct.models.build import (
     lay_channels_last,
     recompute_activations,
 )
+from modstruct.models.fusion.initial_weights import read_everything
 from modstruct.models.two_tower import TwoTower
 
 WRITTEN = Path(__file__).parents[1] / "checkpoints" / "written_by_0.1.0" / "two_tower"
@@ -247,3 +249,13 @@ def test_on_a_gpu_products_are_bfloat16_and_norms_float32(architecture, name, si
     assert products == {torch.bfloat16}
     assert {z.dtype for z in made.values()} == {torch.float32}
     assert half.logit_scale.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_a_run_starts_another_with_the_weights_that_it_measures_and_exports(tmp_path, monkeypatch, ema):
+    path = checkpoints.step_folder(tmp_path, 3)
+    path.mkdir(parents=True)
+    (path / "recipe.yaml").write_text(yaml.safe_dump({"schema": 5, "evaluation": {"ema": ema}}))
+    monkeypatch.setattr(checkpoints, "read_weights", lambda folder, section: {"momentum.a": torch.zeros(1)})
+    monkeypatch.setattr(checkpoints, "read_measured", lambda folder, ema: {"a": torch.full((1,), float(ema))})
+    assert read_everything(str(tmp_path), "model.pretrained") == {"a": float(ema), "momentum.a": 0.0}
