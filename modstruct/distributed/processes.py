@@ -42,7 +42,10 @@ def start_processes() -> None:
     if on_gpu():
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())  # SLURM may show each task its own GPU only
     backend = "nccl" if on_gpu() else "gloo"
-    timeout = timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", MINUTES)))
+    minutes = os.environ.get("DEEPSPEED_TIMEOUT", str(MINUTES))
+    positive = minutes.isdigit() and int(minutes) > 0
+    require(positive, "DEEPSPEED_TIMEOUT", minutes, "give the minutes that processes wait for each other, as 120")
+    timeout = timedelta(minutes=int(minutes))
     if int(os.environ["WORLD_SIZE"]) == 1:  # needs no port, which another run may hold
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
@@ -55,6 +58,7 @@ def start_processes() -> None:
     except (RuntimeError, ValueError) as error:  # torch has its own wording for each
         cause = str(error).strip().splitlines()[0][:300]
         port = os.environ.get("MASTER_PORT")
+        require(port is None or port.isdigit(), "MASTER_PORT", port, "must be the number of a port")
         require("EADDRINUSE" not in str(error), "MASTER_PORT", port, PORT_REMEDY)
         raise RunError(f"this process cannot join the others {_through()} ({cause}): {NETWORK_REMEDY}") from error
     finally:

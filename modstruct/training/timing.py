@@ -84,7 +84,9 @@ def profiled(folder: Path, steps: int, first_step: int, last_step: int) -> Itera
     """
     left = last_step - first_step
     fits = steps == 0 or 0 < steps <= left - WARMUP_STEPS
-    require(fits, "--profile", steps, f"from 1 to {left - WARMUP_STEPS}: {left} steps are left, {WARMUP_STEPS} warm up")
+    most = left - WARMUP_STEPS
+    allowed = f"from 1 to {most}" if most > 0 else "leave it out or raise train.steps"
+    require(fits, "--profile", steps, f"{allowed}: {left} steps are left, {WARMUP_STEPS} warm up")
     if steps == 0 or not distributed.is_main():
         yield lambda: None
         return

@@ -138,3 +138,13 @@ def without_the_agent() -> list:
 
 def test_processes_speak_to_each_other_after_the_end_of_torchrun():
     assert run_on_processes(without_the_agent, 2) == [[0, 1], []]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "remedy"), [("DEEPSPEED_TIMEOUT", "1h", "minutes"), ("MASTER_PORT", "a", "port")]
+)
+def test_a_launchers_variable_that_is_no_number_is_named(name, value, remedy):
+    group = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"}
+    command = [sys.executable, "-c", "from modstruct import distributed; distributed.start_processes()"]
+    done = subprocess.run(command, env=os.environ | group | {name: value}, capture_output=True, text=True, timeout=120)
+    assert re.search(f"ValueError: {name} = '{value}': .*{remedy}", done.stderr), done.stderr
