@@ -28,6 +28,23 @@ ALIGNED = 8
 without which a GPU's kernels read one element at a time."""
 
 
+HALF_STATE = "master weights and moments are kept in float32"
+FIXED: dict[tuple[str, ...], tuple[object, str]] = {
+    ("zero_optimization", "round_robin_gradients"): (
+        False,
+        "DeepSpeed reorders the weights without saying where they lie, and checkpoints would be scrambled",
+    ),
+    ("zero_optimization", "compute_grad_norm"): (True, "training needs it"),
+    ("bf16", "bf16_master_weights_and_grads"): (False, HALF_STATE),
+    ("bf16", "bf16_optimizer_states"): (False, HALF_STATE),
+    ("fp16", "fp16_master_weights_and_grads"): (False, HALF_STATE),
+    ("gradient_allreduce_op",): ("mean", "a sum would be as many times too large as there are processes"),
+    ("gradient_predivide_factor",): (1, "at stage 3 DeepSpeed does not always multiply by it again"),
+    ("managed_gradient_accumulation",): (True, "train.micro_batch needs it"),
+}
+"""What a file may say no otherwise than by its one right value, and why."""
+
+
 def read_ds_config(path: str) -> dict:
     """The DeepSpeed JSON file as a dictionary. Raises ValueError that names what is wrong with it."""
     try:
@@ -66,8 +83,6 @@ def resolve_ds_config(config: dict, recipe: Recipe | FinetuneRecipe, world_size:
     for part in ("offload_optimizer", "offload_param"):
         where = zero.get(part, {}).get("device", "cpu")
         require(where in ("cpu", "none"), f"--ds_config: zero_optimization.{part}.device", where, 'must be "cpu"')
-    norm = zero.get("compute_grad_norm", True)
-    require(norm is True, "--ds_config: zero_optimization.compute_grad_norm", norm, "leave it out; training needs it")
     config = json.loads(json.dumps(config))
     decided = {
         ("train_batch_size",): train.global_batch,
@@ -86,6 +101,16 @@ def resolve_ds_config(config: dict, recipe: Recipe | FinetuneRecipe, world_size:
         if given not in (AUTO, value):
             refuse(f"--ds_config: {'.'.join(path)}", given, f'the recipe says {value!r}; write "auto" or the same')
         place[path[-1]] = value
+    for path, (right, why) in FIXED.items():
+        given = (config.get(path[0], {}) if path[1:] else config).get(path[-1], AUTO)
+        require(given in (AUTO, right), f"--ds_config: {'.'.join(path)}", given, f"leave it out; {why}")
+    sent_as = config.get("communication_data_type")
+    require(
+        str(sent_as).lower() != "fp16" or train.precision == "fp16",
+        "--ds_config: communication_data_type",
+        sent_as,
+        'small gradients would vanish, which only train.precision fp16 scales up; write "fp32", "bf16" or leave it out',
+    )
     if stage >= 2 and train.micro_batch and train.gradient_sums == "sharded":
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     # Without it DeepSpeed would let a non-finite bfloat16 gradient into the weights.

@@ -118,6 +118,8 @@ def test_the_file_as_read_is_left_as_it_is():
 
 def test_values_that_repeat_the_recipe_are_no_contradiction():
     given = {"train_batch_size": 24, "gradient_accumulation_steps": 1, "bf16": {"enabled": True}}
+    given |= {"gradient_allreduce_op": "mean", "gradient_predivide_factor": 1.0, "communication_data_type": "fp32"}
+    given |= {"zero_optimization": {"stage": 2, "round_robin_gradients": False}}
     config = resolve_ds_config(given, recipe("bf16"), world_size=2)
     assert config["train_micro_batch_size_per_gpu"] == 12
 
@@ -136,6 +138,17 @@ def test_values_that_repeat_the_recipe_are_no_contradiction():
             {"zero_optimization": {"compute_grad_norm": False}},
             "zero_optimization.compute_grad_norm = False: leave it out",
         ),
+        (
+            {"zero_optimization": {"stage": 1, "round_robin_gradients": True}},
+            "round_robin_gradients = True: leave it out",
+        ),
+        ({"bf16": {"bf16_master_weights_and_grads": True}}, "bf16.bf16_master_weights_and_grads = True: leave it out"),
+        ({"bf16": {"bf16_optimizer_states": True}}, "bf16.bf16_optimizer_states = True: leave it out"),
+        ({"fp16": {"fp16_master_weights_and_grads": True}}, "fp16.fp16_master_weights_and_grads = True: leave it out"),
+        ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op = 'sum': leave it out"),
+        ({"gradient_predivide_factor": 2.0}, "gradient_predivide_factor = 2.0: leave it out"),
+        ({"managed_gradient_accumulation": False}, "managed_gradient_accumulation = False: leave it out"),
+        ({"communication_data_type": "fp16"}, "communication_data_type = 'fp16': small gradients would vanish"),
         ({"optimizer": {"type": "AdamW"}}, "optimizer = '…': leave it out"),
         ({"scheduler": {"type": "WarmupLR"}}, "scheduler = '…': leave it out"),
         ({"amp": {"enabled": True}}, "amp = '…': leave it out; train.precision"),
