@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +24,14 @@ from modstruct.config import (
 from modstruct.data.tokenizers import WordPieceTokenizer
 from modstruct.losses.objective import build_objective
 from modstruct.models.build import build_model
-from modstruct.training.ds_config import ALIGNED, parameter_groups, read_ds_config, resolve_ds_config, size_buckets
+from modstruct.training.ds_config import (
+    ALIGNED,
+    KEYS,
+    parameter_groups,
+    read_ds_config,
+    resolve_ds_config,
+    size_buckets,
+)
 from modstruct.training.pretrain import bucket_sizes
 
 DS_CONFIGS = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
@@ -131,8 +140,9 @@ def test_values_that_repeat_the_recipe_are_no_contradiction():
         ({"train_micro_batch_size_per_gpu": 24}, "train_micro_batch_size_per_gpu = 24: the recipe says 12"),
         ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps = 4: the recipe says 1"),
         ({"gradient_clipping": 0.1}, "gradient_clipping = 0.1: the recipe says 1.5"),
-        ({"bf16": {"enabled": True}}, "bf16.enabled = True: the recipe says False"),
+        ({"bf16": {"enabled": True}}, "bf16.enabled = True: the recipe says False (train.precision = fp32)"),
         ({"fp16": {"enabled": True}}, "fp16.enabled = True: the recipe says False"),
+        ({"gradient_clipping": None}, "gradient_clipping = None: the recipe says 1.5"),
         ({"fp16": True}, "fp16 = True: must be an object"),
         (
             {"zero_optimization": {"compute_grad_norm": False}},
@@ -149,6 +159,24 @@ def test_values_that_repeat_the_recipe_are_no_contradiction():
         ({"gradient_predivide_factor": 2.0}, "gradient_predivide_factor = 2.0: leave it out"),
         ({"managed_gradient_accumulation": False}, "managed_gradient_accumulation = False: leave it out"),
         ({"communication_data_type": "fp16"}, "communication_data_type = 'fp16': small gradients would vanish"),
+        ({"zero_optimisation": {"stage": 2}}, "zero_optimisation = '…': no key of DeepSpeed's; did you mean zero_opti"),
+        ({"gradient_cliping": 1.0}, "gradient_cliping = '…': no key of DeepSpeed's; did you mean gradient_clipping"),
+        ({"zero_optimization": 2}, "zero_optimization = 2: must be an object"),
+        ({"zero_optimization": True}, "zero_optimization = True: must be an object"),
+        ({"zero_optimization": {"stage": True}}, "zero_optimization.stage = True: must be 0, 1, 2 or 3"),
+        ({"zero_optimization": {"stage": 3, "offload_param": "cpu"}}, "offload_param = 'cpu': must be an object"),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}},
+            'offload_optimizer.device = \'nvme\': must be "cpu" or "none"',
+        ),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+            "has no effect below stage 1, and the stage is 0",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+            "has no effect below stage 3, and the stage is 2",
+        ),
         ({"optimizer": {"type": "AdamW"}}, "optimizer = '…': leave it out"),
         ({"scheduler": {"type": "WarmupLR"}}, "scheduler = '…': leave it out"),
         ({"amp": {"enabled": True}}, "amp = '…': leave it out; train.precision"),
@@ -159,6 +187,27 @@ def test_what_contradicts_the_recipe_is_refused_by_its_key(given, named):
     with pytest.raises(ValueError, match="--ds_config: ") as refusal:
         resolve_ds_config(given, recipe(), world_size=2)
     assert named in str(refusal.value)
+
+
+def test_a_section_of_null_is_none():
+    given = dict.fromkeys(("zero_optimization", "bf16", "fp16", "optimizer", "wandb"))
+    assert resolve_ds_config(given, recipe(), world_size=2) == resolve_ds_config({}, recipe(), world_size=2)
+    zero = {"stage": 3, "offload_optimizer": None, "offload_param": None}
+    resolved = resolve_ds_config({"zero_optimization": zero}, recipe(), world_size=2)
+    assert resolved["zero_optimization"] == {"stage": 3}
+
+
+def test_every_key_that_deepspeed_looks_for_is_known():
+    """By its constants, so that a new release's are missed here; some names are of other places than the top."""
+    from deepspeed.runtime import config, constants
+
+    looked_up = r"(?:get_scalar_param\(param_dict, |param_dict\.get\()([A-Z_]+|\"\w+\")"
+    lookups = re.findall(looked_up, inspect.getsource(config))
+    names = {getattr(constants, name, name.strip('"')) for name in lookups}
+    assert len(names) > 20
+    assert names | config._REMOVED_TOP_LEVEL_CONFIG_KEYS.keys() <= set(KEYS.split())
+    read_elsewhere = {"comms_logger", "flops_profiler", "tensorboard", "wandb", "csv_monitor", "comet", "aio"}
+    assert read_elsewhere <= set(KEYS.split())
 
 
 def test_a_batch_that_does_not_divide_over_the_processes_is_refused():
