@@ -112,6 +112,14 @@ def resolve_ds_config(config: dict, recipe: Recipe | FinetuneRecipe, world_size:
         require(where in ("cpu", "none"), f"{name}.device", where, 'must be "cpu" or "none"')
         useless = where == "cpu" and stage < from_stage
         require(not useless, name, offload, f"has no effect below stage {from_stage}, and the stage is {stage}")
+    for bucket in BUCKETS.get(stage, ()):
+        size = zero.get(bucket, AUTO)
+        if size != AUTO:
+            whole = type(size) in (int, float) and size >= 0 and size % 1 == 0
+            require(
+                whole, f"--ds_config: zero_optimization.{bucket}", size, 'must be a whole number of elements, or "auto"'
+            )
+            zero[bucket] = int(size)  # of 5e8 too
     batch, precision = f"train.global_batch = {train.global_batch}", f"train.precision = {train.precision}"
     decided: dict[tuple[str, ...], tuple[object, str]] = {
         ("train_batch_size",): (train.global_batch, batch),

@@ -119,6 +119,22 @@ def test_a_printed_recipe_says_the_buckets_of_its_model():
     assert bucket_sizes(given, str(DS_CONFIGS[0])) == {}
 
 
+@pytest.mark.parametrize(("processes", "right"), [("2", True), ("3", False), (None, True)])
+def test_a_printed_recipe_asks_for_the_batch_of_the_launched_processes(tmp_path, monkeypatch, processes, right):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if processes:
+        monkeypatch.setenv("WORLD_SIZE", processes)
+    given = replace(recipe(), model=tiny_config(), losses=LossesConfig(contrastive=ContrastiveConfig(weight=1.0)))
+    zero = {"stage": 2, "reduce_bucket_size": 5e8, "allgather_bucket_size": "auto"}
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps({"train_micro_batch_size_per_gpu": 12, "zero_optimization": zero}))
+    if right:
+        assert str(bucket_sizes(given, str(path))["reduce_bucket_size"]) == "500000000"
+    else:
+        with pytest.raises(ValueError, match="train_micro_batch_size_per_gpu = 12: the recipe says 8"):
+            bucket_sizes(given, str(path))
+
+
 def test_the_file_as_read_is_left_as_it_is():
     given = {"bf16": {"enabled": "auto"}}
     resolve_ds_config(given, recipe(), world_size=1)
@@ -164,6 +180,14 @@ def test_values_that_repeat_the_recipe_are_no_contradiction():
         ({"zero_optimization": 2}, "zero_optimization = 2: must be an object"),
         ({"zero_optimization": True}, "zero_optimization = True: must be an object"),
         ({"zero_optimization": {"stage": True}}, "zero_optimization.stage = True: must be 0, 1, 2 or 3"),
+        (
+            {"zero_optimization": {"stage": 1, "reduce_bucket_size": -1}},
+            "reduce_bucket_size = -1: must be a whole number",
+        ),
+        (
+            {"zero_optimization": {"stage": 1, "allgather_bucket_size": 0.5}},
+            "bucket_size = 0.5: must be a whole number",
+        ),
         ({"zero_optimization": {"stage": 3, "offload_param": "cpu"}}, "offload_param = 'cpu': must be an object"),
         (
             {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}},
