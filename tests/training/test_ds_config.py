@@ -9,8 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from processes import run_on_processes
 from tiny_models import register_architectures, tiny_config, tiny_model, word_tokenizer
+from torch import nn
 
+from modstruct import distributed
 from modstruct.config import (
     ContrastiveConfig,
     LossesConfig,
@@ -24,6 +28,7 @@ from modstruct.config import (
 from modstruct.data.tokenizers import WordPieceTokenizer
 from modstruct.losses.objective import build_objective
 from modstruct.models.build import build_model
+from modstruct.training.deepspeed_adapter import start_engine
 from modstruct.training.ds_config import (
     ALIGNED,
     KEYS,
@@ -237,6 +242,41 @@ def test_every_key_that_deepspeed_looks_for_is_known():
 def test_a_batch_that_does_not_divide_over_the_processes_is_refused():
     with pytest.raises(ValueError, match=r"train.global_batch = 24: must be a multiple of .* processes, 5"):
         resolve_ds_config({}, recipe(), world_size=5)
+
+
+REFUSED_BY_DEEPSPEED: list[tuple[dict, str]] = [
+    ({"sparse_gradients": True}, "sparse_gradients"),
+    ({"elasticity": {"enabled": True}}, "elasticity"),
+    ({"communication_data_type": "float32"}, "communication_data_type"),
+    ({"prescale_gradients": True, "zero_optimization": {"stage": 2}}, "pre-scale gradients"),
+    ({"zero_optimization": {"stage": 2, "legacy_stage1": True}}, "deprecated version of ZeRO Stage 1"),
+    ({"zero_optimization": {"stage": 2, "reduce_buckets": 7}}, "reduce_buckets"),
+    ({"zero_optimization": {"stage": 2, "reduce_bucket_size": 0}}, "reduce_bucket_size"),
+    ({"zero_optimization": {"stage": 3, "mics_shard_size": 1}}, "mics_shard_size"),
+]
+
+
+def refusals() -> list[tuple[str, bool]]:
+    """What is said of each, and whether with its cause."""
+    found = []
+    for given, _ in REFUSED_BY_DEEPSPEED:
+        model = nn.Linear(2, 2)
+        config = resolve_ds_config(given, recipe(), distributed.world_size())
+        try:
+            start_engine(model, torch.optim.AdamW(model.parameters()), config)
+        except ValueError as error:
+            found.append((str(error), error.__cause__ is not None))
+    return found
+
+
+def test_what_deepspeed_refuses_is_one_error_in_its_words_on_every_process():
+    first, second = run_on_processes(refusals, 2)
+    assert first == second
+    for (said, caused), (_, words) in zip(first, REFUSED_BY_DEEPSPEED, strict=True):
+        assert said.startswith("--ds_config: DeepSpeed does not take it: ")
+        assert words in said
+        assert "\n" not in said
+        assert caused
 
 
 @pytest.mark.parametrize(
