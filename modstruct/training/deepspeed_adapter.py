@@ -116,13 +116,13 @@ def _check(deepspeed: Any, ds_config: dict) -> None:
 def _as_one_error(*but: type[Exception]) -> Iterator[None]:
     """What DeepSpeed raises of its configuration, AssertionError to pydantic's, in its own words as one ValueError.
 
-    Not: what the machine or another process can cause, and `but`.
+    Left as they are: what the machine or another process can cause, and `but`.
     """
     try:
         yield
-    except (RuntimeError, OSError, MemoryError, *but):
-        raise
     except Exception as error:
+        if isinstance(error, (RuntimeError, OSError, MemoryError, *but)):
+            raise
         words = " ".join(str(error).split()) or repr(error)
         raise ValueError(f"--ds_config: DeepSpeed does not take it: {words} ({type(error).__name__})") from error
 
