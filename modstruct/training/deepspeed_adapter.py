@@ -45,7 +45,9 @@ log = logging.getLogger("modstruct")
 def start_engine(model: TrainableModel, optimizer: torch.optim.Optimizer, ds_config: dict) -> Engine:
     """The model in DeepSpeed's hands. ds_config: resolved (ds_config.py)."""
     with _deepspeed() as deepspeed:
-        deepspeed_engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+        _check(deepspeed, ds_config)
+        with _as_one_error(ValueError):  # which may be of TORCH_EXTENSIONS_DIR
+            deepspeed_engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     return Engine(deepspeed_engine, model)
 
 
@@ -58,7 +60,7 @@ def shard(model: TrainableModel, weight: Callable[[str], Tensor], ds_config: dic
     dtype = next((kind for name, kind in HALF.items() if ds_config[name]["enabled"]), torch.float32)
     cast = model.dtype != torch.float32  # already, but for what stays float32
     with _deepspeed() as deepspeed:
-        deepspeed.init_distributed()  # else it takes this process for the only one
+        _check(deepspeed, ds_config)
         deepspeed.zero.Init(module=_OneByOne(model, weight, None if cast else dtype), config_dict_or_path=ds_config)
 
 
@@ -99,6 +101,30 @@ def _deepspeed() -> Iterator[Any]:
             OpBuilder.jit_load = _announced(OpBuilder.jit_load)
             allow_two_dtypes()
         yield deepspeed
+
+
+def _check(deepspeed: Any, ds_config: dict) -> None:
+    """Let DeepSpeed read its configuration alone, when all that it raises is said of that."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    deepspeed.init_distributed()  # else it takes this process for the only one
+    with _as_one_error():
+        DeepSpeedConfig(ds_config)
+
+
+@contextmanager
+def _as_one_error(*but: type[Exception]) -> Iterator[None]:
+    """What DeepSpeed raises of its configuration, AssertionError to pydantic's, in its own words as one ValueError.
+
+    Left as they are: what the machine or another process can cause, and `but`.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, (RuntimeError, OSError, MemoryError, *but)):
+            raise
+        words = " ".join(str(error).split()) or repr(error)
+        raise ValueError(f"--ds_config: DeepSpeed does not take it: {words} ({type(error).__name__})") from error
 
 
 class _IntoTheLog(io.TextIOBase):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 
@@ -51,7 +52,7 @@ def pretrain(recipe: Recipe, ds_config: str, resume: str | None = None, profile_
 
 
 def bucket_sizes(recipe: Recipe, ds_config: str) -> dict[str, int]:
-    """Elements of the buckets of a run on one process, by DeepSpeed's names; the model is made without its memory.
+    """Elements of the buckets of a run, by DeepSpeed's names; the model is made without its memory.
 
     A tokenizer that the run would train counts as one of tokenizer.vocab_size entries.
     """
@@ -61,7 +62,10 @@ def bucket_sizes(recipe: Recipe, ds_config: str) -> dict[str, int]:
         tokenizer = WordPieceTokenizer("\n".join(entries).encode(), config.context_length)
     elif tokenizer is None:
         tokenizer = build_tokenizer(config, list, recipe.data.cache, "")
-    resolved = resolve_ds_config(read_ds_config(ds_config), recipe, 1)
+    given, processes = read_ds_config(ds_config), os.environ.get("WORLD_SIZE")
+    if not processes:  # outside a launcher nobody knows how many will share a batch
+        given.pop("train_micro_batch_size_per_gpu", None)
+    resolved = resolve_ds_config(given, recipe, int(processes or 1))
     with Deferred():
         model = build_model(recipe, tokenizer, build_objective(recipe.losses), read_weights=False)
     zero = size_buckets(resolved, sum(p.numel() for p in model.parameters())).get("zero_optimization", {})

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from processes import run_on_processes
 from tiny_models import register_architectures, tiny_config, tiny_model, word_tokenizer
+from torch import nn
 
+from modstruct import distributed
 from modstruct.config import (
     ContrastiveConfig,
     LossesConfig,
@@ -22,7 +28,15 @@ from modstruct.config import (
 from modstruct.data.tokenizers import WordPieceTokenizer
 from modstruct.losses.objective import build_objective
 from modstruct.models.build import build_model
-from modstruct.training.ds_config import ALIGNED, parameter_groups, read_ds_config, resolve_ds_config, size_buckets
+from modstruct.training.deepspeed_adapter import start_engine
+from modstruct.training.ds_config import (
+    ALIGNED,
+    KEYS,
+    parameter_groups,
+    read_ds_config,
+    resolve_ds_config,
+    size_buckets,
+)
 from modstruct.training.pretrain import bucket_sizes
 
 DS_CONFIGS = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
@@ -110,6 +124,22 @@ def test_a_printed_recipe_says_the_buckets_of_its_model():
     assert bucket_sizes(given, str(DS_CONFIGS[0])) == {}
 
 
+@pytest.mark.parametrize(("processes", "right"), [("2", True), ("3", False), (None, True)])
+def test_a_printed_recipe_asks_for_the_batch_of_the_launched_processes(tmp_path, monkeypatch, processes, right):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if processes:
+        monkeypatch.setenv("WORLD_SIZE", processes)
+    given = replace(recipe(), model=tiny_config(), losses=LossesConfig(contrastive=ContrastiveConfig(weight=1.0)))
+    zero = {"stage": 2, "reduce_bucket_size": 5e8, "allgather_bucket_size": "auto"}
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps({"train_micro_batch_size_per_gpu": 12, "zero_optimization": zero}))
+    if right:
+        assert str(bucket_sizes(given, str(path))["reduce_bucket_size"]) == "500000000"
+    else:
+        with pytest.raises(ValueError, match="train_micro_batch_size_per_gpu = 12: the recipe says 8"):
+            bucket_sizes(given, str(path))
+
+
 def test_the_file_as_read_is_left_as_it_is():
     given = {"bf16": {"enabled": "auto"}}
     resolve_ds_config(given, recipe(), world_size=1)
@@ -118,6 +148,8 @@ def test_the_file_as_read_is_left_as_it_is():
 
 def test_values_that_repeat_the_recipe_are_no_contradiction():
     given = {"train_batch_size": 24, "gradient_accumulation_steps": 1, "bf16": {"enabled": True}}
+    given |= {"gradient_allreduce_op": "mean", "gradient_predivide_factor": 1.0, "communication_data_type": "fp32"}
+    given |= {"zero_optimization": {"stage": 2, "round_robin_gradients": False}}
     config = resolve_ds_config(given, recipe("bf16"), world_size=2)
     assert config["train_micro_batch_size_per_gpu"] == 12
 
@@ -129,12 +161,50 @@ def test_values_that_repeat_the_recipe_are_no_contradiction():
         ({"train_micro_batch_size_per_gpu": 24}, "train_micro_batch_size_per_gpu = 24: the recipe says 12"),
         ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps = 4: the recipe says 1"),
         ({"gradient_clipping": 0.1}, "gradient_clipping = 0.1: the recipe says 1.5"),
-        ({"bf16": {"enabled": True}}, "bf16.enabled = True: the recipe says False"),
+        ({"bf16": {"enabled": True}}, "bf16.enabled = True: the recipe says False (train.precision = fp32)"),
         ({"fp16": {"enabled": True}}, "fp16.enabled = True: the recipe says False"),
+        ({"gradient_clipping": None}, "gradient_clipping = None: the recipe says 1.5"),
         ({"fp16": True}, "fp16 = True: must be an object"),
         (
             {"zero_optimization": {"compute_grad_norm": False}},
             "zero_optimization.compute_grad_norm = False: leave it out",
+        ),
+        (
+            {"zero_optimization": {"stage": 1, "round_robin_gradients": True}},
+            "round_robin_gradients = True: leave it out",
+        ),
+        ({"bf16": {"bf16_master_weights_and_grads": True}}, "bf16.bf16_master_weights_and_grads = True: leave it out"),
+        ({"bf16": {"bf16_optimizer_states": True}}, "bf16.bf16_optimizer_states = True: leave it out"),
+        ({"fp16": {"fp16_master_weights_and_grads": True}}, "fp16.fp16_master_weights_and_grads = True: leave it out"),
+        ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op = 'sum': leave it out"),
+        ({"gradient_predivide_factor": 2.0}, "gradient_predivide_factor = 2.0: leave it out"),
+        ({"managed_gradient_accumulation": False}, "managed_gradient_accumulation = False: leave it out"),
+        ({"communication_data_type": "fp16"}, "communication_data_type = 'fp16': small gradients would vanish"),
+        ({"zero_optimisation": {"stage": 2}}, "zero_optimisation = '…': no key of DeepSpeed's; did you mean zero_opti"),
+        ({"gradient_cliping": 1.0}, "gradient_cliping = '…': no key of DeepSpeed's; did you mean gradient_clipping"),
+        ({"zero_optimization": 2}, "zero_optimization = 2: must be an object"),
+        ({"zero_optimization": True}, "zero_optimization = True: must be an object"),
+        ({"zero_optimization": {"stage": True}}, "zero_optimization.stage = True: must be 0, 1, 2 or 3"),
+        (
+            {"zero_optimization": {"stage": 1, "reduce_bucket_size": -1}},
+            "reduce_bucket_size = -1: must be a whole number",
+        ),
+        (
+            {"zero_optimization": {"stage": 1, "allgather_bucket_size": 0.5}},
+            "bucket_size = 0.5: must be a whole number",
+        ),
+        ({"zero_optimization": {"stage": 3, "offload_param": "cpu"}}, "offload_param = 'cpu': must be an object"),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}},
+            'offload_optimizer.device = \'nvme\': must be "cpu" or "none"',
+        ),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+            "has no effect below stage 1, and the stage is 0",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+            "has no effect below stage 3, and the stage is 2",
         ),
         ({"optimizer": {"type": "AdamW"}}, "optimizer = '…': leave it out"),
         ({"scheduler": {"type": "WarmupLR"}}, "scheduler = '…': leave it out"),
@@ -148,9 +218,65 @@ def test_what_contradicts_the_recipe_is_refused_by_its_key(given, named):
     assert named in str(refusal.value)
 
 
+def test_a_section_of_null_is_none():
+    given = dict.fromkeys(("zero_optimization", "bf16", "fp16", "optimizer", "wandb"))
+    assert resolve_ds_config(given, recipe(), world_size=2) == resolve_ds_config({}, recipe(), world_size=2)
+    zero = {"stage": 3, "offload_optimizer": None, "offload_param": None}
+    resolved = resolve_ds_config({"zero_optimization": zero}, recipe(), world_size=2)
+    assert resolved["zero_optimization"] == {"stage": 3}
+
+
+def test_every_key_that_deepspeed_looks_for_is_known():
+    """By its constants, so that a new release's are missed here; some names are of other places than the top."""
+    from deepspeed.runtime import config, constants
+
+    looked_up = r"(?:get_scalar_param\(param_dict, |param_dict\.get\()([A-Z_]+|\"\w+\")"
+    lookups = re.findall(looked_up, inspect.getsource(config))
+    names = {getattr(constants, name, name.strip('"')) for name in lookups}
+    assert len(names) > 20
+    assert names | config._REMOVED_TOP_LEVEL_CONFIG_KEYS.keys() <= set(KEYS.split())
+    read_elsewhere = {"comms_logger", "flops_profiler", "tensorboard", "wandb", "csv_monitor", "comet", "aio"}
+    assert read_elsewhere <= set(KEYS.split())
+
+
 def test_a_batch_that_does_not_divide_over_the_processes_is_refused():
     with pytest.raises(ValueError, match=r"train.global_batch = 24: must be a multiple of .* processes, 5"):
         resolve_ds_config({}, recipe(), world_size=5)
+
+
+REFUSED_BY_DEEPSPEED: list[tuple[dict, str]] = [
+    ({"sparse_gradients": True}, "sparse_gradients"),
+    ({"elasticity": {"enabled": True}}, "elasticity"),
+    ({"communication_data_type": "float32"}, "communication_data_type"),
+    ({"prescale_gradients": True, "zero_optimization": {"stage": 2}}, "pre-scale gradients"),
+    ({"zero_optimization": {"stage": 2, "legacy_stage1": True}}, "deprecated version of ZeRO Stage 1"),
+    ({"zero_optimization": {"stage": 2, "reduce_buckets": 7}}, "reduce_buckets"),
+    ({"zero_optimization": {"stage": 2, "reduce_bucket_size": 0}}, "reduce_bucket_size"),
+    ({"zero_optimization": {"stage": 3, "mics_shard_size": 1}}, "mics_shard_size"),
+]
+
+
+def refusals() -> list[tuple[str, bool]]:
+    """What is said of each, and whether with its cause."""
+    found = []
+    for given, _ in REFUSED_BY_DEEPSPEED:
+        model = nn.Linear(2, 2)
+        config = resolve_ds_config(given, recipe(), distributed.world_size())
+        try:
+            start_engine(model, torch.optim.AdamW(model.parameters()), config)
+        except ValueError as error:
+            found.append((str(error), error.__cause__ is not None))
+    return found
+
+
+def test_what_deepspeed_refuses_is_one_error_in_its_words_on_every_process():
+    first, second = run_on_processes(refusals, 2)
+    assert first == second
+    for (said, caused), (_, words) in zip(first, REFUSED_BY_DEEPSPEED, strict=True):
+        assert said.startswith("--ds_config: DeepSpeed does not take it: ")
+        assert words in said
+        assert "\n" not in said
+        assert caused
 
 
 @pytest.mark.parametrize(
