@@ -90,8 +90,10 @@ def plan(measured: Measured, options: Namespace, stage: int, rows: int, micro: i
     from planning import memory, on_links, sent
 
     recipe, gpu, processes = measured.recipe, GPUS[options.gpu], measured.processes
-    towers = measured.towers(rows, micro < rows)
-    operations = towers["both"] + (towers["forward"] if micro < rows else 0)
+    unmasked, operations = recipe.train.unmasked_share, 0.0
+    for steps, share in ((measured, 1 - unmasked), (measured.fullest, unmasked)):
+        towers = steps.towers(rows, micro < rows)
+        operations += share * (towers["both"] + (towers["forward"] if micro < rows else 0))
     in_float32 = gpu.half / 2 if recipe.train.tf32 else gpu.single  # TF32 has half of the half precision's rate
     peak = options.peak_tflops or (in_float32 if recipe.train.precision == "fp32" else gpu.half)
     per_host = min(options.gpus_per_host, processes)

@@ -39,6 +39,8 @@ ROWS = 8
 ALONE = [
     ("two_tower", 0, {"precision": "bf16"}),
     ("fusion", 2, {"precision": "fp32"}),
+    ("locked", 0, {"precision": "bf16"}),
+    ("two_tower", 0, {"precision": "fp32", "patch_dropout": 0.5}),
 ]
 ON_TWO = [
     ("two_tower", 1, {"precision": "bf16_mixed", "ema_decay": 0.9}),
@@ -49,11 +51,15 @@ ON_TWO = [
     ("fusion", 2, {"precision": "bf16", "micro_batch": 4}),
     ("fusion", 3, {"precision": "bf16"}),
     ("fusion", 3, {"precision": "fp32", "micro_batch": 4}),
+    ("locked", 2, {"precision": "bf16"}),
+    ("locked", 2, {"precision": "fp32", "micro_batch": 4}),
+    ("locked", 3, {"precision": "bf16"}),
+    ("locked", 3, {"precision": "bf16", "micro_batch": 4}),
 ]
 ON_FOUR = [("two_tower", 3, {"precision": "fp32"}), ("fusion", 2, {"precision": "bf16"})]
 LARGE_ON_TWO = [("large", 1, {"precision": "bf16_mixed", "ema_decay": 0.9}), ("large", 2, {"precision": "bf16"})]
 LARGE_ON_FOUR = [("large", 3, {"precision": "fp32"}), ("large", 2, {"precision": "bf16"})]
-"""Framework, ZeRO stage, fields of `train`."""
+"""Framework ("locked": two towers, that of images locked), ZeRO stage, fields of `train`."""
 
 
 def recipe_of(rows: int, framework: str = "two_tower", processes: int = 1, **train) -> Recipe:
@@ -68,6 +74,8 @@ def recipe_of(rows: int, framework: str = "two_tower", processes: int = 1, **tra
         vision = replace(vision, **sizes, head_width=64, image_size=224, patch_size=32)
         model = replace(model, vision=vision, text=replace(text, **sizes, heads=8), embed_dim=512)
         tiny = replace(tiny, tokenizer=replace(tiny.tokenizer, vocab_size=44_000))
+    if framework == "locked":
+        model = replace(model, unlocked_image_layers=0)
     recipe = replace(tiny, model=model, train=replace(tiny.train, global_batch=rows * processes))
     if framework != "fusion":
         return recipe
@@ -305,6 +313,31 @@ def test_the_plan_says_hours_the_speed_it_assumes_and_what_helps_a_slow_loader(c
     assert "compute at --mfu 0.2 of the peak; one H100 reached 0.1 of it with an RN50" in said
     assert "limited by loader: more --cores help, or a smaller --decode_ms" in said
     assert said.count("5.9 h") == 4
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--train.patch_dropout 0.5",
+        "--framework fusion --method albef --losses.matching.weight 0 --losses.masked_language.weight 0",
+    ],
+)
+def test_settings_that_leave_something_out_are_planned(capsys, words):
+    plan_run.main([*SMALL, *words.split()])
+    assert "fastest that fits" in capsys.readouterr().out
+
+
+def test_steps_that_take_all_patches_count_in_memory_and_by_their_share_in_time():
+    options = plan_run.options_parser().get_defaults()
+
+    def planned(dropout: float, share: float) -> plan_run.Plan:
+        recipe = recipe_of(ROWS, patch_dropout=dropout, unmasked_share=share)
+        return plan_run.plan(planning.Measured(recipe, 1), options, 0, ROWS, ROWS)
+
+    all_patches, never, some = planned(0, 0), planned(0.5, 0), planned(0.5, 0.25)
+    assert never.gib < some.gib == all_patches.gib
+    expected = 0.75 * never.seconds["compute"] + 0.25 * all_patches.seconds["compute"]
+    assert some.seconds["compute"] == pytest.approx(expected)
 
 
 def test_a_loader_that_computing_and_links_together_outlast_is_not_the_limit():
