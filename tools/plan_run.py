@@ -105,12 +105,14 @@ def plan(measured: Measured, options: Namespace, stage: int, rows: int, micro: i
         slowest = min(slowest, options.network_gbs * GB * options.link_efficiency)
     compute = operations / (peak * 1e12 * options.mfu)
     optimizer = 28 * measured.trained / (processes if stage else 1) / (gpu.bandwidth * GB * 0.7)
-    # Stages 2 and 3 send beside the backward pass, but for the losses' and, at stage 2, the gather of new weights.
-    beside = 0.0
+    # Stages 2 and 3 send beside the backward pass, but for the losses' and, at stage 2, the gather of new weights. Whole
+    # sums of micro-batches go once all backward passes are over.
+    beside, once = 0.0, measured.gradients * (1 - 1 / processes)
+    whole = micro < rows and recipe.train.gradient_sums == "whole"
     if stage == 2:
-        beside = crossing - losses - measured.gradients * (1 - 1 / processes)
+        beside = 0.0 if whole else crossing - losses - once
     elif stage == 3:
-        beside = crossing - losses
+        beside = crossing - losses - once * whole
     hidden = min(beside / slowest, compute * 2 / 3)
     decoding = rows * per_host * measured.views * options.decode_ms / 1e3 / options.cores
     seconds = {
@@ -362,9 +364,8 @@ def main(arguments: list[str] | None = None) -> None:
     from modstruct.training.pretrain import check_batch
     from modstruct.training.trainer import run_length
 
-    if options.samples is not None:
-        with as_one_of(gpus):
-            check_batch(recipe, build_objective(recipe.losses), [options.samples])
+    with as_one_of(gpus):
+        check_batch(recipe, build_objective(recipe.losses), [] if options.samples is None else [options.samples])
     measured = Measured(recipe, options.gpus)
     report(measured, options, run_length(recipe, options.samples or 0))
 

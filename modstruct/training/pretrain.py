@@ -215,7 +215,7 @@ def describe_mixture(samples: Samples, epoch_samples: int) -> Iterator[str]:
 def check_batch(recipe: Recipe, objective: Objective, largest: Sequence[int]) -> None:
     """Refuse a global batch that holds a single pair, or samples twice, where losses compare its pairs.
 
-    largest: of SampleOrder. What is only in part so is said in the log.
+    largest: of SampleOrder, or empty where the samples are not known. What is only in part so is said in the log.
     """
     batch, queue = recipe.train.global_batch, recipe.fusion.queue
     objective.require_pairs(batch)
@@ -225,6 +225,8 @@ def check_batch(recipe: Recipe, objective: Objective, largest: Sequence[int]) ->
             "each process has one pair and no negative for it: give two a process, or losses.matching.negatives global"
         )
         refuse("train.global_batch", batch, remedy)
+    if not largest:
+        return
     most, number = min((most, number) for number, most in enumerate(largest))
     source = as_sources(recipe.data.train)[number] if len(largest) > 1 else None
     name = "data.train" if source is None else f"{source.shards!r} of data.train, of weight {source.weight},"

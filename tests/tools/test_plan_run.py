@@ -346,6 +346,16 @@ def test_a_loader_that_computing_and_links_together_outlast_is_not_the_limit():
     assert (one.step, one.limit) == (4.5, "compute")
 
 
+@pytest.mark.parametrize(("stage", "times"), [(2, 2), (3, 1)])
+def test_whole_sums_are_sent_after_the_backward_passes(stage, times):
+    options = plan_run.options_parser().get_defaults()
+    measured = planning.Measured(recipe_of(ROWS, processes=2, gradient_sums="whole"), 2)
+    cached, at_once = (plan_run.plan(measured, options, stage, ROWS, micro).seconds["links"] for micro in (4, ROWS))
+    sent = times * measured.gradients / 2  # an all-reduce, or a reduce-scatter
+    per_second = plan_run.GPUS["h100"].link * plan_run.GB * options.link_efficiency
+    assert cached - at_once == pytest.approx(sent / per_second, rel=0.01)
+
+
 @pytest.mark.parametrize(("hours", "said"), [(0.5, "30 min"), (23.5, "23.5 h"), (36, "1.50 d")])
 def test_a_duration_has_the_unit_that_suits_it(hours, said):
     assert plan_run.duration(hours) == said
@@ -354,6 +364,11 @@ def test_a_duration_has_the_unit_that_suits_it(hours, said):
 WRONG = [
     (["--gpus", "2", "--samples", "100"], "train.global_batch = 128: data.train has so few samples"),
     (["--recipe", "clip_rn50_cc3m", "--gpus", "2"], "--samples = None: give the pairs of data.train"),
+    (["--gpus", "1", "--train.global_batch", "1"], "train.global_batch = 1: at least 2, since of a single pair"),
+    (
+        ["--framework", "fusion", "--method", "albef", "--losses.matching.negatives", "local", "--gpus", "128"],
+        "train.global_batch = 128: each process has one pair and no negative",
+    ),
     (["--gpus", "3"], "train.global_batch = 128: must be a multiple of --gpus = 3: 126 or 129"),
     (["--gpus", "0"], "--gpus = 0: must be above 0"),
     (["--gpus", "2", "--micro_batches", "4", "0"], "--micro_batches = 0: must be above 0"),
