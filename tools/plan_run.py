@@ -105,8 +105,8 @@ def plan(measured: Measured, options: Namespace, stage: int, rows: int, micro: i
         slowest = min(slowest, options.network_gbs * GB * options.link_efficiency)
     compute = operations / (peak * 1e12 * options.mfu)
     optimizer = 28 * measured.trained / (processes if stage else 1) / (gpu.bandwidth * GB * 0.7)
-    # Stages 2 and 3 send beside the backward pass, but for the losses' and, at stage 2, the gather of new weights. Whole
-    # sums of micro-batches go once all backward passes are over.
+    # Stages 2 and 3 send beside the backward pass, but for the losses' and, at stage 2, the gather of new weights.
+    # Whole sums of micro-batches go once all backward passes are over.
     beside, once = 0.0, measured.gradients * (1 - 1 / processes)
     whole = micro < rows and recipe.train.gradient_sums == "whole"
     if stage == 2:
