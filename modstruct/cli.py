@@ -135,10 +135,14 @@ class ConfigParser(ArgumentParser):
     config_type: type
     recipes: Path | None = None
 
-    def dump(self, *arguments: Any, **options: Any) -> str:
-        """As YAML. Of a recipe always with its schema, without which the text would be read as of version 1."""
-        text = super().dump(*arguments, **options)
-        if self.recipes and options.get("skip_default") and not text.startswith("schema:"):
+    def dump(self, config: Namespace, *arguments: Any, **options: Any) -> str:
+        """As YAML. Of a recipe its fields alone, which every script takes, without the script's own options; always
+        with its schema, without which the text would be read as of version 1."""
+        if not self.recipes:
+            return super().dump(config, *arguments, **options)
+        names = [field.name for field in fields(self.config_type)]
+        text = super().dump(Namespace({name: config[name] for name in names}), *arguments, **options)
+        if options.get("skip_default") and not text.startswith("schema:"):
             return f"schema: {SCHEMA}\n" + ("" if text.strip() == "{}" else text)
         return text
 
