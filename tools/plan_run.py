@@ -361,9 +361,10 @@ def main(arguments: list[str] | None = None) -> None:
     from planning import Measured
 
     from modstruct.losses.objective import build_objective
-    from modstruct.training.pretrain import check_batch
+    from modstruct.training.pretrain import check_batch, check_settings
     from modstruct.training.trainer import run_length
 
+    check_settings(recipe)
     with as_one_of(gpus):
         check_batch(recipe, build_objective(recipe.losses), [] if options.samples is None else [options.samples])
     measured = Measured(recipe, options.gpus)

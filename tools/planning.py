@@ -30,6 +30,7 @@ from modstruct.models.build import (
 from modstruct.models.fusion.published import QUEUE
 from modstruct.models.protocol import Batch, TrainableModel
 from modstruct.training.ds_config import size_buckets
+from modstruct.training.pretrain import check_learns
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Precisions whose weights and gradients are not float32."""
@@ -104,6 +105,7 @@ class Measured:
         self.objective.checked = True
         with as_one_of(processes), Count():
             self.model = model = build_model(recipe, sizes_of_tokenizer(recipe), self.objective, read_weights=False)
+            check_learns(model, self.objective)
             if recipe.train.activation_checkpointing:
                 recompute_activations(model)
             weights = list(model.parameters())

@@ -21,7 +21,7 @@ from modstruct.data.shards.sources import as_sources
 from modstruct.data.shards.workers import WorkerLoader
 from modstruct.data.tokenizers import WordPieceTokenizer, build_tokenizer
 from modstruct.distributed.collect import on_main
-from modstruct.errors import refuse
+from modstruct.errors import refuse, require
 from modstruct.evaluation.embeddings.model import Encode, load_model
 from modstruct.evaluation.evaluate import evaluate
 from modstruct.evaluation.examples import projected_points, retrieved_examples
@@ -92,6 +92,7 @@ class Pretraining(Trainer[Recipe]):
         settings = LossSettings(recipe.train.pairwise_precision, epoch_steps, recipe.train.seed)
         self.objective = build_objective(recipe.losses, settings)
         try:
+            check_settings(recipe)
             check_batch(recipe, self.objective, order.largest_batches())
         except ValueError as error:
             if start.saved is None:
@@ -102,6 +103,7 @@ class Pretraining(Trainer[Recipe]):
         deferred = Deferred() if zero_stage(start.ds_config) == 3 and recipe.framework == "two_tower" else None
         with deferred or nullcontext():
             model = build_model(recipe, data.tokenizer, self.objective, read_weights=start.saved is None)
+        check_learns(model, self.objective)
         if "text_augmented" in model.batch_fields:
             distributed.main_first(lambda: check_text_field(self.samples, recipe))
         distributed.main_first(lambda: check_caption_fields(self.samples, recipe))
@@ -210,6 +212,28 @@ def describe_mixture(samples: Samples, epoch_samples: int) -> Iterator[str]:
             "An epoch" if len(schedule) == 1 else f"Epoch {epoch}{'' if epoch < len(schedule) - 1 else ' and later'}"
         )
         yield f"{which} draws each sample of {drawn}"
+
+
+def check_settings(recipe: Recipe) -> None:
+    """Refuse a negative seed and fields without effect, where a run starts, since earlier checkpoints may hold them."""
+    train, fusion = recipe.train, recipe.framework == "fusion"
+    require(train.seed >= 0, "train.seed", train.seed, "0 or more")
+    remedy = "no step leaves patches out: give train.patch_dropout, such as 0.5, or 0 here"
+    require(not train.unmasked_share or train.patch_dropout > 0, "train.unmasked_share", train.unmasked_share, remedy)
+    rerank, remedy = recipe.evaluation.rerank, "two towers have no matching, which reranks; give 0"
+    require(fusion or rerank == 0, "evaluation.rerank", rerank, remedy)
+    for name in ("unlocked_image_layers", "unlocked_text_layers"):
+        unlocked, remedy = getattr(recipe.model, name), "locks layers of two towers, not of a fusion model; give null"
+        require(not fusion or unlocked is None, f"model.{name}", unlocked, remedy)
+
+
+def check_learns(model: TrainableModel, objective: Objective) -> None:
+    """Refuse two locked towers whose losses teach nothing else: no logit scale, other number or head."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if trained <= {"logit_scale"} and not any("logit_scale" in loss.needs for loss in objective.losses.values()):
+        named = ", ".join(f"losses.{name}" for name in objective.losses)
+        remedy = f"with model.unlocked_text_layers = 0, too, {named} would teach no weight: give null, or more, for one"
+        refuse("model.unlocked_image_layers", 0, remedy)
 
 
 def check_batch(recipe: Recipe, objective: Objective, largest: Sequence[int]) -> None:
