@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -40,7 +40,7 @@ from modstruct.training.export import export
 from modstruct.training.gradient_cache import random_state, set_random_state
 from modstruct.training.model_card import write_card
 from modstruct.training.step import StepReport
-from modstruct.training.trainer import Trainer
+from modstruct.training.trainer import Start, Trainer
 
 log = logging.getLogger("modstruct")
 
@@ -78,6 +78,8 @@ class Pretraining(Trainer[Recipe]):
     def build(self) -> Pretraining:
         self.recipe.losses.require_any()
         recipe, start = self.recipe, self.find_start()
+        with refused_if_new(start):
+            check_settings(recipe)
         tokenizer = start.tokenizer or initial_tokenizer(recipe)
         self.data = data = open_run_data(recipe, image_size(recipe), tokenizer, fingerprint=start.samples)
         if data.zero_shot:
@@ -91,14 +93,8 @@ class Pretraining(Trainer[Recipe]):
         epoch_steps = math.ceil(epoch_samples / recipe.train.global_batch)
         settings = LossSettings(recipe.train.pairwise_precision, epoch_steps, recipe.train.seed)
         self.objective = build_objective(recipe.losses, settings)
-        try:
-            check_settings(recipe)
+        with refused_if_new(start):
             check_batch(recipe, self.objective, order.largest_batches())
-        except ValueError as error:
-            if start.saved is None:
-                raise
-            if distributed.is_main():
-                log.warning("%s", error)  # the run was begun so
         torch.manual_seed(recipe.train.seed)
         deferred = Deferred() if zero_stage(start.ds_config) == 3 and recipe.framework == "two_tower" else None
         with deferred or nullcontext():
@@ -212,6 +208,18 @@ def describe_mixture(samples: Samples, epoch_samples: int) -> Iterator[str]:
             "An epoch" if len(schedule) == 1 else f"Epoch {epoch}{'' if epoch < len(schedule) - 1 else ' and later'}"
         )
         yield f"{which} draws each sample of {drawn}"
+
+
+@contextmanager
+def refused_if_new(start: Start) -> Iterator[None]:
+    """A resumed run was begun with what is refused here, so that it is only said in the log."""
+    try:
+        yield
+    except ValueError as error:
+        if start.saved is None:
+            raise
+        if distributed.is_main():
+            log.warning("%s", error)
 
 
 def check_settings(recipe: Recipe) -> None:
