@@ -16,17 +16,16 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import fields
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_dumper, set_parsing_settings
 from tqdm import tqdm
 
 from modstruct.config import LossesConfig, Recipe
 from modstruct.config.migrations import SCHEMA, migrate, migrate_checkpoint, migrate_method
-from modstruct.config.recipe_files import leaves
+from modstruct.config.recipe_files import MAPPINGS, leaves, to_yaml
 from modstruct.errors import (
     FailedElsewhere,
     LostProcess,
@@ -94,10 +93,11 @@ def nested(recipe: dict[str, Any], into: dict[str, Any] | None = None, prefix: s
         place: Any = made
         for section in sections:
             place = place.setdefault(section, {}) if isinstance(place, dict) else None
-        both_sections = isinstance(value, dict) and isinstance(place, dict) and isinstance(place.get(field, {}), dict)
+        is_section = isinstance(value, dict) and f"{prefix}{name}" not in MAPPINGS
+        both_sections = is_section and isinstance(place, dict) and isinstance(place.get(field, {}), dict)
         if not both_sections and (not isinstance(place, dict) or field in place):
             raise ValueError(f"{prefix}{name} is given twice, and only one of the two would count; leave one out")
-        if isinstance(value, dict):
+        if is_section:
             nested(value, place.setdefault(field, {}), f"{prefix}{name}.")
         else:
             place[field] = value
@@ -122,7 +122,7 @@ def _expand(arguments: Sequence[str], recipes: Path) -> list[str]:
 
 
 def _as_options(contents: Sequence[dict[str, Any]]) -> list[str]:
-    return [word for content in contents for word in ("--recipe", yaml.safe_dump(content, sort_keys=False))]
+    return [word for content in contents for word in ("--recipe", to_yaml(content))]
 
 
 def plain_parser() -> argparse.ArgumentParser:
@@ -135,10 +135,14 @@ class ConfigParser(ArgumentParser):
     config_type: type
     recipes: Path | None = None
 
-    def dump(self, *arguments: Any, **options: Any) -> str:
-        """As YAML. Of a recipe always with its schema, without which the text would be read as of version 1."""
-        text = super().dump(*arguments, **options)
-        if self.recipes and options.get("skip_default") and not text.startswith("schema:"):
+    def dump(self, config: Namespace, *arguments: Any, **options: Any) -> str:
+        """As YAML. Of a recipe its fields alone, which every script takes, without the script's own options; always
+        with its schema, without which the text would be read as of version 1."""
+        if not self.recipes:
+            return super().dump(config, *arguments, **options)
+        names = [field.name for field in fields(self.config_type)]
+        text = super().dump(Namespace({name: config[name] for name in names}), *arguments, **options)
+        if options.get("skip_default") and not text.startswith("schema:"):
             return f"schema: {SCHEMA}\n" + ("" if text.strip() == "{}" else text)
         return text
 
@@ -146,6 +150,7 @@ class ConfigParser(ArgumentParser):
 def config_parser(description: str, usage: str, config_type: type) -> ConfigParser:
     """Parser with every field of a dataclass; the caller adds its own options."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    set_dumper("yaml", partial(to_yaml, default_flow_style=False, allow_unicode=True))
     parser = ConfigParser(
         description=description,
         usage=usage,
@@ -207,7 +212,7 @@ def parse_recipe_text(text: str) -> Recipe:
         content = parse_yaml(text.encode("utf-8", "surrogatepass"))
         if not isinstance(content, dict):
             refuse("recipe", text[:40], "must hold fields (name: value) and nothing else")
-        written = yaml.safe_dump(migrate_checkpoint(nested(content)), sort_keys=False)
+        written = to_yaml(migrate_checkpoint(nested(content)))
         return _config_of(parser, parser.instantiate(parser.parse_string(written)))
     except (ValueError, argparse.ArgumentError) as error:
         raise ValueError(one_line(parser, error, sections_of(Recipe))) from error
@@ -216,7 +221,7 @@ def parse_recipe_text(text: str) -> Recipe:
 def losses_of(method: str, options: Mapping[str, object]) -> LossesConfig:
     """Of a method. options: fields of its losses, by dotted name. Raises ValueError for wrong ones, in one line."""
     parser = recipe_parser("", "")
-    words = [f"--losses.{name}={yaml.safe_dump(value, default_flow_style=True)}" for name, value in options.items()]
+    words = [f"--losses.{name}={to_yaml(value, default_flow_style=True)}" for name, value in options.items()]
     try:
         path = recipe_path(method, RECIPES / "methods", "method")
         contents = [{"schema": SCHEMA, "losses": LOSSES_OFF}, migrate_method(read_recipe_file(path))]

@@ -341,21 +341,37 @@ def test_help_lists_every_field_with_its_text(parser, capsys):
     assert "Shards of the final table; null for none." in words
 
 
+TELLING = ["--output", "1e-4", "--logging.wandb", "2.e5", "--data.cache", "on", "--data.caption_fields", "{a.b: 1}"]
+"""Texts and a name that YAML readers take for something else."""
+
+
 @pytest.mark.parametrize("printing", ["--print_config", "--print_config=skip_default"])
-@pytest.mark.parametrize("arguments", [[], ["--recipe", "clip_rn50_cc3m", "--method", "siglip", "--train.seed", "5"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["--recipe", "clip_rn50_cc3m", "--method", "siglip", "--train.seed", "5"], TELLING]
+)
 def test_the_printed_configuration_is_a_recipe_that_parses_to_the_same(
     parser, parse, recipe_file, capsys, arguments, printing
 ):
     with pytest.raises(SystemExit) as end:
         cli.parse(parser, [*arguments, printing])
     assert end.value.code == 0
-    assert parse("--recipe", recipe_file(capsys.readouterr().out)) == parse(*arguments)
+    printed = recipe_file(capsys.readouterr().out)
+    without_resume = cli.recipe_parser("", "")  # as tools are, which have no option of the script's
+    assert cli.parse(without_resume, ["--recipe", printed])[0] == parse(*arguments)
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_saved_recipe_parses_to_the_same(parse, recipe_file, name):
     recipe = parse("--recipe", name, "--data.train", "[{shards: a.tar, weight: 2.5}]", "--losses.bridge.t", "null")
     assert parse("--recipe", recipe_file(recipe_to_yaml(recipe))) == recipe
+
+
+def test_text_that_looks_like_a_number_is_saved_as_text(parse, recipe_file):
+    recipe = parse(*TELLING)
+    text = recipe_to_yaml(recipe)
+    assert cli.parse_recipe_text(text) == recipe
+    earlier = text.replace("'1e-4'", "1e-4")  # as it was saved before
+    assert cli.parse_recipe_text(earlier) == parse("--recipe", recipe_file(earlier)) == recipe
 
 
 @pytest.mark.parametrize("arguments", [["--train.step", "3"], ["--recipe"], ["--help"], ["--print_config"]])

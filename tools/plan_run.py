@@ -90,8 +90,10 @@ def plan(measured: Measured, options: Namespace, stage: int, rows: int, micro: i
     from planning import memory, on_links, sent
 
     recipe, gpu, processes = measured.recipe, GPUS[options.gpu], measured.processes
-    towers = measured.towers(rows, micro < rows)
-    operations = towers["both"] + (towers["forward"] if micro < rows else 0)
+    unmasked, operations = recipe.train.unmasked_share, 0.0
+    for steps, share in ((measured, 1 - unmasked), (measured.fullest, unmasked)):
+        towers = steps.towers(rows, micro < rows)
+        operations += share * (towers["both"] + (towers["forward"] if micro < rows else 0))
     in_float32 = gpu.half / 2 if recipe.train.tf32 else gpu.single  # TF32 has half of the half precision's rate
     peak = options.peak_tflops or (in_float32 if recipe.train.precision == "fp32" else gpu.half)
     per_host = min(options.gpus_per_host, processes)
@@ -104,11 +106,13 @@ def plan(measured: Measured, options: Namespace, stage: int, rows: int, micro: i
     compute = operations / (peak * 1e12 * options.mfu)
     optimizer = 28 * measured.trained / (processes if stage else 1) / (gpu.bandwidth * GB * 0.7)
     # Stages 2 and 3 send beside the backward pass, but for the losses' and, at stage 2, the gather of new weights.
-    beside = 0.0
+    # Whole sums of micro-batches go once all backward passes are over.
+    beside, once = 0.0, measured.gradients * (1 - 1 / processes)
+    whole = micro < rows and recipe.train.gradient_sums == "whole"
     if stage == 2:
-        beside = crossing - losses - measured.gradients * (1 - 1 / processes)
+        beside = 0.0 if whole else crossing - losses - once
     elif stage == 3:
-        beside = crossing - losses
+        beside = crossing - losses - once * whole
     hidden = min(beside / slowest, compute * 2 / 3)
     decoding = rows * per_host * measured.views * options.decode_ms / 1e3 / options.cores
     seconds = {
@@ -357,12 +361,12 @@ def main(arguments: list[str] | None = None) -> None:
     from planning import Measured
 
     from modstruct.losses.objective import build_objective
-    from modstruct.training.pretrain import check_batch
+    from modstruct.training.pretrain import check_batch, check_settings
     from modstruct.training.trainer import run_length
 
-    if options.samples is not None:
-        with as_one_of(gpus):
-            check_batch(recipe, build_objective(recipe.losses), [options.samples])
+    check_settings(recipe)
+    with as_one_of(gpus):
+        check_batch(recipe, build_objective(recipe.losses), [] if options.samples is None else [options.samples])
     measured = Measured(recipe, options.gpus)
     report(measured, options, run_length(recipe, options.samples or 0))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 from unittest import mock
@@ -29,6 +30,7 @@ from modstruct.models.build import (
 from modstruct.models.fusion.published import QUEUE
 from modstruct.models.protocol import Batch, TrainableModel
 from modstruct.training.ds_config import size_buckets
+from modstruct.training.pretrain import check_learns
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Precisions whose weights and gradients are not float32."""
@@ -60,7 +62,7 @@ def batch_for(model: TrainableModel, recipe: Recipe, rows: int) -> Batch:
         if name in ("image", "image_augmented"):
             batch[name] = torch.zeros(images, dtype=torch.uint8)
         else:
-            one_each = name.endswith("_id") or name == "slot"
+            one_each = name.endswith("_id") or name in ("slot", "patch_seed")
             batch[name] = torch.zeros(rows if one_each else texts, dtype=torch.int64)
     if "masked_labels" in batch:
         masked = max(1, round(rows * length * recipe.losses.masked_language.rate))
@@ -93,7 +95,8 @@ class Measured:
     """A recipe's model and losses as one of `processes` runs them.
 
     elements, trained: of the weights, and of those that are trained. weights, gradients, ema, queue, buffers: bytes.
-    kept_whole: of the weights that stage 3 leaves whole.
+    kept_whole: of the weights that stage 3 leaves whole; frozen: of those that it shares out and no backward pass uses.
+    fullest: of the steps that take all patches, if any do.
     """
 
     def __init__(self, recipe: Recipe, processes: int):
@@ -102,6 +105,7 @@ class Measured:
         self.objective.checked = True
         with as_one_of(processes), Count():
             self.model = model = build_model(recipe, sizes_of_tokenizer(recipe), self.objective, read_weights=False)
+            check_learns(model, self.objective)
             if recipe.train.activation_checkpointing:
                 recompute_activations(model)
             weights = list(model.parameters())
@@ -112,10 +116,13 @@ class Measured:
             self.buffers = sum(buffer.nbytes for buffer in model.buffers())
             as_trained(model, recipe)
             for weight in weights:
-                weight.register_post_accumulate_grad_hook(_drop_gradient)
+                if weight.requires_grad:
+                    weight.register_post_accumulate_grad_hook(_drop_gradient)
             self.weights = _bytes(weights)
             self.gradients = _bytes(weight for weight in weights if weight.requires_grad)
             self.kept_whole = _bytes(weight for weight in weights if weight.numel() <= ALWAYS_GATHERED)
+            locked = (weight for weight in weights if not weight.requires_grad)
+            self.frozen = _bytes(weight for weight in locked if weight.numel() > ALWAYS_GATHERED)
             model.train()
             self.views = 1 + ("image_augmented" in model.batch_fields)
             queue, ema = getattr(model, "queue", None), getattr(model, "ema", None)
@@ -128,6 +135,9 @@ class Measured:
         self._losses: dict[int, dict[str, Any]] = {}
         self.fixed = {name: 2 * small[name] - large[name] for name in small}
         self.by_row = {name: (large[name] - small[name]) / 32 for name in small}
+        self.fullest = self
+        if recipe.train.patch_dropout and recipe.train.unmasked_share:
+            self.fullest = Measured(replace(recipe, train=replace(recipe.train, patch_dropout=0.0)), processes)
 
     def towers(self, rows: int, cached: bool = False) -> dict[str, float]:
         """Of rows that are embedded at once: bytes `saved` for the backward pass, `most` bytes beside weights and their
@@ -241,6 +251,7 @@ def memory(measured: Measured, stage: int, rows: int, micro: int) -> dict[str, f
     stage 1 on that for a share. At stage 3 autograd keeps what was gathered for the forward pass until the backward
     pass, as was seen on small models, but where activations are recomputed.
     """
+    measured = measured.fullest
     train, processes = measured.recipe.train, measured.processes
     trained, half = measured.trained, train.precision in HALF
     share = 1 / processes if stage else 1
@@ -250,9 +261,11 @@ def memory(measured: Measured, stage: int, rows: int, micro: int) -> dict[str, f
     bucket = zero.get("reduce_bucket_size", 0) * (2 if half else 4)
     weights, gathered = float(measured.weights), 0.0
     if stage == 3:
-        gathered, weights = weights, weights / processes
-        if train.activation_checkpointing:
-            gathered = min(gathered, (2.0 if half else 4.0) * KEPT_AT_STAGE_3)
+        reused = (2.0 if half else 4.0) * KEPT_AT_STAGE_3
+        kept = (
+            0.0 if train.activation_checkpointing else weights - measured.frozen
+        )  # by autograd, for the backward pass
+        gathered, weights = kept + min(weights - kept, reused), weights / processes
     gradients = measured.gradients * (1 if stage < 2 else share)
     if cached and stage >= 2 and train.gradient_sums == "sharded":
         gradients = 4 * trained * share
@@ -298,9 +311,9 @@ def sent(measured: Measured, stage: int, rows: int, micro: int) -> dict[str, flo
         found["gather"] += measured.gradients * (stage > 0)
     else:
         others = measured.weights - measured.kept_whole
-        beyond = max(0.0, others - (2 if train.precision in HALF else 4) * KEPT_AT_STAGE_3)
+        beyond = max(0.0, others - measured.frozen - (2 if train.precision in HALF else 4) * KEPT_AT_STAGE_3)
         found["gather"] += measured.gradients * passes + measured.kept_whole
-        found["gather"] += 3 * parts * others if cached else others + beyond
+        found["gather"] += parts * (3 * others - measured.frozen) if cached else others + beyond
         found["gather"] += towers["ema"] * parts + (towers["ema_first"] * parts if cached else 0)  # a block at a time
     return {kind: value for kind, value in found.items()}
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import groupby
+from typing import Any
 
 import yaml
 
@@ -74,7 +76,20 @@ def recipe_to_yaml(recipe: Recipe | FinetuneRecipe) -> str:
             return {k: plain(v) for k, v in value.items()}
         return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
-    return yaml.safe_dump(plain(asdict(recipe)), sort_keys=False)
+    return to_yaml(plain(asdict(recipe)))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text, too, that is a number to jsonargparse or in YAML 1.2, though not in PyYAML's 1.1: 1e-4."""
+
+
+_NUMBER = re.compile(r"(?:[-+]?(?:\.[0-9_]+|[0-9][0-9_]*\.?[0-9_]*)[eE][-+]?[0-9]+|0o[0-7]+)$")
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+.0123456789"))
+
+
+def to_yaml(tree: object, **options: Any) -> str:
+    """Plain values as YAML whose text jsonargparse, too, reads as text."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, **options)
 
 
 def leaves(tree: dict, prefix: str = "") -> dict[str, object]:

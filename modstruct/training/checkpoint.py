@@ -151,7 +151,7 @@ def restore(engine: Engine, checkpoint: Checkpoint) -> None:
     if f"cpu.{rank}" in checkpoint.rng:
         torch.set_rng_state(checkpoint.rng[f"cpu.{rank}"])
     else:  # there are more processes now; each must draw for itself
-        torch.manual_seed(torch.initial_seed() + checkpoint.state.step * 1_000_003 + rank)
+        torch.manual_seed((torch.initial_seed() + checkpoint.state.step * 1_000_003 + rank) % 2**64)
     if distributed.on_gpu() and f"cuda.{rank}" in checkpoint.rng:
         torch.cuda.set_rng_state(checkpoint.rng[f"cuda.{rank}"])
 

@@ -18,6 +18,7 @@ from modstruct.data.shards.workers import WorkerLoader
 from modstruct.data.synthetic.task_files import ensure_scene_tasks
 from modstruct.distributed.collect import on_main
 from modstruct.distributed.hosts import require_same
+from modstruct.errors import require
 from modstruct.evaluation.result import Result
 from modstruct.evaluation.tables import scalars
 from modstruct.files import atomic_write, refusing
@@ -56,6 +57,8 @@ class Finetuning(Trainer[FinetuneRecipe]):
 
     def build(self) -> Finetuning:
         recipe, start = self.recipe, self.find_start()
+        seed = recipe.train.seed
+        require(seed >= 0 or start.saved is not None, "train.seed", seed, "0 or more")
         with refusing("data.cache", recipe.data.cache):
             initial = find_initial(recipe.init, recipe.tokenizer, recipe.data.cache, start.tokenizer)
         self.tokenizer = initial.tokenizer

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -22,7 +22,7 @@ from modstruct.data.shards.sources import as_sources
 from modstruct.data.shards.workers import WorkerLoader
 from modstruct.data.tokenizers import WordPieceTokenizer, build_tokenizer
 from modstruct.distributed.collect import on_main
-from modstruct.errors import refuse
+from modstruct.errors import refuse, require
 from modstruct.evaluation.embeddings.model import Encode, load_model
 from modstruct.evaluation.evaluate import evaluate
 from modstruct.evaluation.examples import projected_points, retrieved_examples
@@ -41,7 +41,7 @@ from modstruct.training.export import export
 from modstruct.training.gradient_cache import random_state, set_random_state
 from modstruct.training.model_card import write_card
 from modstruct.training.step import StepReport
-from modstruct.training.trainer import Trainer
+from modstruct.training.trainer import Start, Trainer
 
 log = logging.getLogger("modstruct")
 
@@ -82,6 +82,8 @@ class Pretraining(Trainer[Recipe]):
     def build(self) -> Pretraining:
         self.recipe.losses.require_any()
         recipe, start = self.recipe, self.find_start()
+        with refused_if_new(start):
+            check_settings(recipe)
         tokenizer = start.tokenizer or initial_tokenizer(recipe)
         self.data = data = open_run_data(recipe, image_size(recipe), tokenizer, fingerprint=start.samples)
         if data.zero_shot:
@@ -95,17 +97,13 @@ class Pretraining(Trainer[Recipe]):
         epoch_steps = math.ceil(epoch_samples / recipe.train.global_batch)
         settings = LossSettings(recipe.train.pairwise_precision, epoch_steps, recipe.train.seed)
         self.objective = build_objective(recipe.losses, settings)
-        try:
+        with refused_if_new(start):
             check_batch(recipe, self.objective, order.largest_batches())
-        except ValueError as error:
-            if start.saved is None:
-                raise
-            if distributed.is_main():
-                log.warning("%s", error)  # the run was begun so
         torch.manual_seed(recipe.train.seed)
         deferred = Deferred() if zero_stage(start.ds_config) == 3 and recipe.framework == "two_tower" else None
         with deferred or nullcontext():
             model = build_model(recipe, data.tokenizer, self.objective, read_weights=start.saved is None)
+        check_learns(model, self.objective)
         if "text_augmented" in model.batch_fields:
             distributed.main_first(lambda: check_text_field(self.samples, recipe))
         distributed.main_first(lambda: check_caption_fields(self.samples, recipe))
@@ -216,10 +214,44 @@ def describe_mixture(samples: Samples, epoch_samples: int) -> Iterator[str]:
         yield f"{which} draws each sample of {drawn}"
 
 
+@contextmanager
+def refused_if_new(start: Start) -> Iterator[None]:
+    """A resumed run was begun with what is refused here, so that it is only said in the log."""
+    try:
+        yield
+    except ValueError as error:
+        if start.saved is None:
+            raise
+        if distributed.is_main():
+            log.warning("%s", error)
+
+
+def check_settings(recipe: Recipe) -> None:
+    """Refuse a negative seed and fields without effect, where a run starts, since earlier checkpoints may hold them."""
+    train, fusion = recipe.train, recipe.framework == "fusion"
+    require(train.seed >= 0, "train.seed", train.seed, "0 or more")
+    remedy = "no step leaves patches out: give train.patch_dropout, such as 0.5, or 0 here"
+    require(not train.unmasked_share or train.patch_dropout > 0, "train.unmasked_share", train.unmasked_share, remedy)
+    rerank, remedy = recipe.evaluation.rerank, "two towers have no matching, which reranks; give 0"
+    require(fusion or rerank == 0, "evaluation.rerank", rerank, remedy)
+    for name in ("unlocked_image_layers", "unlocked_text_layers"):
+        unlocked, remedy = getattr(recipe.model, name), "locks layers of two towers, not of a fusion model; give null"
+        require(not fusion or unlocked is None, f"model.{name}", unlocked, remedy)
+
+
+def check_learns(model: TrainableModel, objective: Objective) -> None:
+    """Refuse two locked towers whose losses teach nothing else: no logit scale, other number or head."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if trained <= {"logit_scale"} and not any("logit_scale" in loss.needs for loss in objective.losses.values()):
+        named = ", ".join(f"losses.{name}" for name in objective.losses)
+        remedy = f"with model.unlocked_text_layers = 0, too, {named} would teach no weight: give null, or more, for one"
+        refuse("model.unlocked_image_layers", 0, remedy)
+
+
 def check_batch(recipe: Recipe, objective: Objective, largest: Sequence[int]) -> None:
     """Refuse a global batch that holds a single pair, or samples twice, where losses compare its pairs.
 
-    largest: of SampleOrder. What is only in part so is said in the log.
+    largest: of SampleOrder, or empty where the samples are not known. What is only in part so is said in the log.
     """
     batch, queue = recipe.train.global_batch, recipe.fusion.queue
     objective.require_pairs(batch)
@@ -229,6 +261,8 @@ def check_batch(recipe: Recipe, objective: Objective, largest: Sequence[int]) ->
             "each process has one pair and no negative for it: give two a process, or losses.matching.negatives global"
         )
         refuse("train.global_batch", batch, remedy)
+    if not largest:
+        return
     most, number = min((most, number) for number, most in enumerate(largest))
     source = as_sources(recipe.data.train)[number] if len(largest) > 1 else None
     name = "data.train" if source is None else f"{source.shards!r} of data.train, of weight {source.weight},"

@@ -39,6 +39,8 @@ ROWS = 8
 ALONE = [
     ("two_tower", 0, {"precision": "bf16"}),
     ("fusion", 2, {"precision": "fp32"}),
+    ("locked", 0, {"precision": "bf16"}),
+    ("two_tower", 0, {"precision": "fp32", "patch_dropout": 0.5}),
 ]
 ON_TWO = [
     ("two_tower", 1, {"precision": "bf16_mixed", "ema_decay": 0.9}),
@@ -49,11 +51,15 @@ ON_TWO = [
     ("fusion", 2, {"precision": "bf16", "micro_batch": 4}),
     ("fusion", 3, {"precision": "bf16"}),
     ("fusion", 3, {"precision": "fp32", "micro_batch": 4}),
+    ("locked", 2, {"precision": "bf16"}),
+    ("locked", 2, {"precision": "fp32", "micro_batch": 4}),
+    ("locked", 3, {"precision": "bf16"}),
+    ("locked", 3, {"precision": "bf16", "micro_batch": 4}),
 ]
 ON_FOUR = [("two_tower", 3, {"precision": "fp32"}), ("fusion", 2, {"precision": "bf16"})]
 LARGE_ON_TWO = [("large", 1, {"precision": "bf16_mixed", "ema_decay": 0.9}), ("large", 2, {"precision": "bf16"})]
 LARGE_ON_FOUR = [("large", 3, {"precision": "fp32"}), ("large", 2, {"precision": "bf16"})]
-"""Framework, ZeRO stage, fields of `train`."""
+"""Framework ("locked": two towers, that of images locked), ZeRO stage, fields of `train`."""
 
 
 def recipe_of(rows: int, framework: str = "two_tower", processes: int = 1, **train) -> Recipe:
@@ -68,6 +74,8 @@ def recipe_of(rows: int, framework: str = "two_tower", processes: int = 1, **tra
         vision = replace(vision, **sizes, head_width=64, image_size=224, patch_size=32)
         model = replace(model, vision=vision, text=replace(text, **sizes, heads=8), embed_dim=512)
         tiny = replace(tiny, tokenizer=replace(tiny.tokenizer, vocab_size=44_000))
+    if framework == "locked":
+        model = replace(model, unlocked_image_layers=0)
     recipe = replace(tiny, model=model, train=replace(tiny.train, global_batch=rows * processes))
     if framework != "fusion":
         return recipe
@@ -307,10 +315,45 @@ def test_the_plan_says_hours_the_speed_it_assumes_and_what_helps_a_slow_loader(c
     assert said.count("5.9 h") == 4
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--train.patch_dropout 0.5",
+        "--framework fusion --method albef --losses.matching.weight 0 --losses.masked_language.weight 0",
+    ],
+)
+def test_settings_that_leave_something_out_are_planned(capsys, words):
+    plan_run.main([*SMALL, *words.split()])
+    assert "fastest that fits" in capsys.readouterr().out
+
+
+def test_steps_that_take_all_patches_count_in_memory_and_by_their_share_in_time():
+    options = plan_run.options_parser().get_defaults()
+
+    def planned(dropout: float, share: float) -> plan_run.Plan:
+        recipe = recipe_of(ROWS, patch_dropout=dropout, unmasked_share=share)
+        return plan_run.plan(planning.Measured(recipe, 1), options, 0, ROWS, ROWS)
+
+    all_patches, never, some = planned(0, 0), planned(0.5, 0), planned(0.5, 0.25)
+    assert never.gib < some.gib == all_patches.gib
+    expected = 0.75 * never.seconds["compute"] + 0.25 * all_patches.seconds["compute"]
+    assert some.seconds["compute"] == pytest.approx(expected)
+
+
 def test_a_loader_that_computing_and_links_together_outlast_is_not_the_limit():
     seconds = {"compute": 2.0, "optimizer": 1.0, "links": 1.5, "loader": 3.0}
     one = plan_run.Plan(0, 1, {}, 0, 0, seconds)
     assert (one.step, one.limit) == (4.5, "compute")
+
+
+@pytest.mark.parametrize(("stage", "times"), [(2, 2), (3, 1)])
+def test_whole_sums_are_sent_after_the_backward_passes(stage, times):
+    options = plan_run.options_parser().get_defaults()
+    measured = planning.Measured(recipe_of(ROWS, processes=2, gradient_sums="whole"), 2)
+    cached, at_once = (plan_run.plan(measured, options, stage, ROWS, micro).seconds["links"] for micro in (4, ROWS))
+    sent = times * measured.gradients / 2  # an all-reduce, or a reduce-scatter
+    per_second = plan_run.GPUS["h100"].link * plan_run.GB * options.link_efficiency
+    assert cached - at_once == pytest.approx(sent / per_second, rel=0.01)
 
 
 @pytest.mark.parametrize(("hours", "said"), [(0.5, "30 min"), (23.5, "23.5 h"), (36, "1.50 d")])
@@ -321,6 +364,11 @@ def test_a_duration_has_the_unit_that_suits_it(hours, said):
 WRONG = [
     (["--gpus", "2", "--samples", "100"], "train.global_batch = 128: data.train has so few samples"),
     (["--recipe", "clip_rn50_cc3m", "--gpus", "2"], "--samples = None: give the pairs of data.train"),
+    (["--gpus", "1", "--train.global_batch", "1"], "train.global_batch = 1: at least 2, since of a single pair"),
+    (
+        ["--framework", "fusion", "--method", "albef", "--losses.matching.negatives", "local", "--gpus", "128"],
+        "train.global_batch = 128: each process has one pair and no negative",
+    ),
     (["--gpus", "3"], "train.global_batch = 128: must be a multiple of --gpus = 3: 126 or 129"),
     (["--gpus", "0"], "--gpus = 0: must be above 0"),
     (["--gpus", "2", "--micro_batches", "4", "0"], "--micro_batches = 0: must be above 0"),

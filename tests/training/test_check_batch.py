@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
+from tiny_models import tiny_config, tiny_model, word_tokenizer
 
-from modstruct import distributed
+from modstruct import cli, distributed
 from modstruct.config import FinetuneRecipe, Recipe, Source
 from modstruct.data.shards.order import SampleOrder
 from modstruct.losses.objective import Objective, build_objective
-from modstruct.training import finetune
-from modstruct.training.pretrain import check_batch
+from modstruct.models.layers import lock_layers
+from modstruct.training import checkpoint, finetune
+from modstruct.training.pretrain import check_batch, check_learns, check_settings
 
 
 def recipe(batch: int, **weights: float) -> Recipe:
@@ -89,3 +94,52 @@ def test_a_task_s_batch_is_judged_too(caplog):
     finetune.check_batch(objective, 12, 11)
     assert "train.global_batch = 12: of 11 entries of data.train a step takes some twice" in caplog.text
     finetune.check_batch(Objective({}, {}), 1, 100)
+
+
+IDLE = {
+    "train.seed = -1": lambda made: setattr(made.train, "seed", -1),
+    "train.unmasked_share = 0.1": lambda made: setattr(made.train, "unmasked_share", 0.1),
+    "evaluation.rerank = 8": lambda made: setattr(made.evaluation, "rerank", 8),
+    "model.unlocked_image_layers = 0": lambda made: [
+        setattr(made, "framework", "fusion"),
+        setattr(made.model, "unlocked_image_layers", 0),
+    ],
+}
+
+
+@pytest.mark.parametrize("said", IDLE)
+def test_settings_without_effect_are_refused_where_a_run_starts(said):
+    made = Recipe()
+    check_settings(made)
+    IDLE[said](made)
+    with pytest.raises(ValueError, match=f"^{said}: "):
+        check_settings(made)
+
+
+def test_the_recipes_that_come_along_have_effect():
+    parser = cli.recipe_parser("", "")
+    for path in cli.RECIPES.glob("*.yaml"):
+        check_settings(cli.parse(parser, ["--recipe", path.stem])[0])
+
+
+def test_two_locked_towers_are_refused_where_nothing_else_learns():
+    config = tiny_config(unlocked_image_layers=0, unlocked_text_layers=0)
+    made = recipe(8, bridge=1.0)
+    model = tiny_model(config, word_tokenizer())
+    check_learns(model, build_objective(made.losses))
+    lock_layers(model, config)
+    with pytest.raises(ValueError, match=r"^model\.unlocked_image_layers = 0: .*unlocked_text_layers.*losses\.bridge "):
+        check_learns(model, build_objective(made.losses))
+    check_learns(model, build_objective(recipe(8, bridge=1.0, contrastive=1.0).losses))
+    independent = tiny_model(config, word_tokenizer(), independent=True)
+    lock_layers(independent, config)
+    check_learns(independent, build_objective(recipe(8, separation=1.0).losses))
+
+
+def test_a_run_of_a_negative_seed_is_resumed_on_more_processes():
+    """Earlier versions began such runs."""
+    torch.manual_seed(-1)
+    engine = SimpleNamespace(parameters=list, loss_scaler=None, ema=None)
+    saved = SimpleNamespace(optimizer={"step": 2}, rng={}, state=SimpleNamespace(step=2))
+    checkpoint.restore(engine, saved)
+    assert torch.initial_seed() == 2 * 1_000_003 - 1
