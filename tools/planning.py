@@ -262,9 +262,8 @@ def memory(measured: Measured, stage: int, rows: int, micro: int) -> dict[str, f
     weights, gathered = float(measured.weights), 0.0
     if stage == 3:
         reused = (2.0 if half else 4.0) * KEPT_AT_STAGE_3
-        kept = (
-            0.0 if train.activation_checkpointing else weights - measured.frozen
-        )  # by autograd, for the backward pass
+        # By autograd, for the backward pass.
+        kept = 0.0 if train.activation_checkpointing else weights - measured.frozen
         gathered, weights = kept + min(weights - kept, reused), weights / processes
     gradients = measured.gradients * (1 if stage < 2 else share)
     if cached and stage >= 2 and train.gradient_sums == "sharded":
